@@ -1,0 +1,5 @@
+"""How it is called."""
+
+
+def main() -> None:
+    """Entry point."""

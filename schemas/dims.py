@@ -1,0 +1,82 @@
+"""Names of dimensions, coordinates and categories: spelled once, here."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from rlgen_stats.schemas.errors import InputError
+
+MODEL: Final = "model"
+"""One checkpoint of one run, ``run@step``."""
+PROMPT: Final = "prompt"
+"""Stable prompt id: the unit of every test."""
+SAMPLE: Final = "sample"
+"""Index of a sampled completion."""
+TOKEN: Final = "token"
+"""Position in the concatenation of all texts."""
+CHANNEL: Final = "channel"
+"""Residual-stream dimension."""
+FEATURE: Final = "feature"
+"""Index of a crosscoder latent."""
+TASK: Final = "task"
+"""Family of prompts with one grader."""
+VIEW: Final = "view"
+"""Slot of a crosscoder; a model id."""
+
+RUN: Final = "run"
+STEP: Final = "step"
+ARM: Final = "arm"
+DOMAIN: Final = "domain"
+SPLIT: Final = "split"
+CLUSTER: Final = "cluster"
+POSITION: Final = "position"
+TOKEN_ID: Final = "token_id"
+SEGMENT: Final = "segment"
+SOURCE: Final = "source"
+"""Model that wrote the text a token belongs to."""
+
+DOMAINS: Final = ("in", "out")
+SPLITS: Final = ("selection", "verification")
+SEGMENTS: Final = ("prompt", "completion", "pad")
+BASE_RUN: Final = "base"
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return ``name`` if it is safe as a folder and group name, else raise.
+
+    Raises
+    ------
+    InputError
+        If the name is empty, starts with a dot or dash, or has other characters than letters,
+        digits, ``.``, ``_`` and ``-`` (which also rules out path traversal).
+    """
+    if not _NAME.match(name):
+        raise InputError(
+            f"{what} must be letters, digits, '.', '_' or '-' and start with a letter or digit, got {name!r}; rename it."
+        )
+    return name
+
+
+def model_id(run: str, step: int) -> str:
+    """``run@step``: the label of one checkpoint on the model dimension."""
+    return f"{check_name(run, 'a run name')}@{int(step)}"
+
+
+def split_model_id(model: str) -> tuple[str, int]:
+    """Inverse of :func:`model_id`.
+
+    Raises
+    ------
+    InputError
+        If ``model`` is not ``run@step``.
+    """
+    run, at, step = model.rpartition("@")
+    if not at or not step.isdigit():
+        raise InputError(f"a model id looks like 'rl@200' (run@step), got {model!r}.")
+    return check_name(run, "a run name"), int(step)
+
+
+BASE_MODEL: Final = model_id(BASE_RUN, 0)

@@ -1,0 +1,201 @@
+"""Declared layout of every dataset: dimensions, types, labels, required attributes.
+
+Writers and openers call :func:`validate`; nothing else decides whether a store is well formed.
+Results groups (``results.zarr/<group>``) are declared here too, so that the report can rely on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import xarray as xr
+
+from rlgen_stats.schemas.dims import (
+    ARM,
+    CLUSTER,
+    DOMAIN,
+    FEATURE,
+    MODEL,
+    PROMPT,
+    RUN,
+    SAMPLE,
+    SPLIT,
+    STEP,
+    TASK,
+    VIEW,
+)
+from rlgen_stats.schemas.errors import StoreError
+
+LAYOUT_VERSION: Final = 1
+
+PROVENANCE_ATTRS: Final = ("schema_version", "study_id", "spec_hash", "provenance")
+"""Attributes every store carries: layout version, study, hash of what it was computed from, versions and seeds (JSON)."""
+
+TEST_ATTRS: Final = ("test", "null", "unit", "family", "family_size", "seed", "alpha")
+"""Attributes every table of p-values carries."""
+
+_KINDS: Final = {"float": "f", "int": "iu", "bool": "b", "str": "UOT"}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable: its dimensions in order and its kind (float, int, bool or str)."""
+
+    dims: tuple[str, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one dataset must contain; extra variables and coordinates are allowed."""
+
+    name: str
+    variables: dict[str, Variable]
+    coords: dict[str, Variable] = field(default_factory=dict)
+    attrs: tuple[str, ...] = ()
+
+
+def _of(dims: str, **kinds: str) -> dict[str, Variable]:
+    """Variables that share the dimensions named in ``dims`` (space separated)."""
+    return {name: Variable(tuple(dims.split()), kind) for name, kind in kinds.items()}
+
+
+MODEL_COORDS: Final = _of(MODEL, **{MODEL: "str", RUN: "str", STEP: "int", ARM: "str"})
+PROMPT_COORDS: Final = _of(PROMPT, **{PROMPT: "str", TASK: "str", DOMAIN: "str", SPLIT: "str", CLUSTER: "str"})
+_TEST: Final = dict(
+    statistic="float", effect="float", effect_low="float", effect_high="float", p_value="float", q_value="float",
+    n="int", flag="str",
+)
+
+LAYOUTS: Final = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            "outcomes",
+            _of(f"{MODEL} {PROMPT} {SAMPLE}", correct="int", completion_tokens="int", format_class="str")
+            | _of(f"{MODEL} {PROMPT}", greedy_correct="int", greedy_tokens="int", greedy_class="str"),
+            MODEL_COORDS | PROMPT_COORDS,
+            PROVENANCE_ATTRS,
+        ),
+        Layout(
+            "features",
+            _of(f"{MODEL} {PROMPT} {FEATURE}", mean="float", firing="float", max="float")
+            | _of(f"{MODEL} {PROMPT}", n_tokens="int")
+            | _of(f"{MODEL}", fve="float")
+            | _of(f"{VIEW} {FEATURE}", decoder_norm="float"),
+            MODEL_COORDS | PROMPT_COORDS,
+            (*PROVENANCE_ATTRS, "readout", "text_mode", "crosscoder", "scale"),
+        ),
+        # -- results ------------------------------------------------------------------------------------------------
+        Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
+            "behaviour",
+            _of(f"{MODEL} {TASK}", accuracy="float", accuracy_low="float", accuracy_high="float",
+                sampled_accuracy="float", n_prompts="int", kept_right="int", forgotten="int", gained="int",
+                kept_wrong="int", p_value="float", q_value="float", difference="float", difference_low="float",
+                difference_high="float"),
+            MODEL_COORDS | _of(TASK, **{TASK: "str", DOMAIN: "str", "role": "str"}),
+            TEST_ATTRS,
+        ),
+        Layout(  # how far each model moved from base
+            "movement",
+            _of(MODEL, activation_shift="float", weight_distance="float", kl_from_base="float"),
+            MODEL_COORDS,
+        ),
+        Layout(  # one row a crosscoder and view
+            "health",
+            _of(f"crosscoder {VIEW}", fve="float", ce_increase="float")
+            | _of("crosscoder", l0="float", dead_fraction="float", n_features="int", healthy="bool", reasons="str"),
+        ),
+        Layout(  # per pairwise crosscoder (dimension crosscoder: one per run plus 'null')
+            "attribution",
+            _of(f"crosscoder {FEATURE}", nrn_l1="float", nrn_l2="float", log_ratio="float", firing="float",
+                alive="bool")
+            | _of(f"mas_crosscoder {VIEW} {FEATURE}", mas_l1="float", mas_l2="float"),
+        ),
+        Layout(  # C1; dimension tau
+            "attribution_contrast",
+            _of("tau", tail_sft="float", tail_rl="float", tail_null="float", effect="float", effect_low="float",
+                effect_high="float", p_value="float")
+            | _of("tau", comparable="str"),
+            attrs=("test", "null", "unit", "seed", "alpha"),
+        ),
+        Layout(
+            "drift",
+            _of(f"{MODEL} {FEATURE}", **_TEST, p_max_t="float", d_z="float", firing_change="float", call="str"),
+            MODEL_COORDS,
+            (*TEST_ATTRS, "reference", "variable"),
+        ),
+        Layout(
+            "stabilization",
+            _of(f"{MODEL} {FEATURE}", p_value="float", effect="float")
+            | _of(f"{RUN} {FEATURE}", stabilized_at="float", flag="str", total_effect="float")
+            | _of(MODEL, share="float", share_low="float", share_high="float"),
+            MODEL_COORDS,
+            ("test", "null", "unit", "seed", "alpha", "margin", "persist"),
+        ),
+        Layout(
+            "set_stability",
+            _of(MODEL, overlap="float", cross="float", noise_ceiling="float", final_ceiling="float", delta="float",
+                delta_low="float", delta_high="float", chance="float", overlap_p="float", rbo="float")
+            | _of(RUN, verdict="str", stable_from="float", nogueira="float"),
+            MODEL_COORDS,
+            ("test", "null", "unit", "seed", "alpha", "top_k"),
+        ),
+        Layout(
+            "selection",
+            _of(f"{TASK} {FEATURE}", score="float", kept="bool", p_flip="float", contrast="float",
+                contrast_p="float")
+            | _of(TASK, n_selected_prompts="int", n_gain="int", n_loss="int", n_kept="int", estimable="str", role="str")
+            | _of(FEATURE, paper_selected="bool", p_value="float", q_value="float", rank="float", tier="str",
+                  verification_effect="float", verification_low="float", verification_high="float",
+                  verification_p="float", verification_q="float", selected="bool", flag="str"),
+            attrs=(*TEST_ATTRS, "split_hash", "score_correlation", "shift_rank", "n_paper", "p_n1", "p_n2", "rule"),
+        ),
+        Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm
+            "intervention",
+            _of("direction condition", accuracy="float", effect="float", effect_low="float", effect_high="float",
+                p_value="float", kind="str", dose="float", kl_to_base="float", kl_to_rl="float", length="float")
+            | _of(f"direction condition {TASK}", task_accuracy="float", task_effect="float")
+            | _of("direction condition class", class_share="float")
+            | _of("direction", verdict="str", reasons="str", rank_p="float", v1="bool", v2="bool", v3="bool", v4="bool",
+                  v5="str", v6="bool", n_prompts="int"),
+            attrs=("test", "null", "unit", "seed", "alpha", "features"),
+        ),
+        Layout(  # does the set's control match? one row a covariate
+            "control_balance",
+            _of("covariate", set_mean="float", control_mean="float", standardized_difference="float", balanced="bool"),
+        ),
+    )
+}
+
+
+def validate(dataset: xr.Dataset, name: str) -> xr.Dataset:
+    """Return ``dataset`` if it has the declared layout ``name``.
+
+    Raises
+    ------
+    StoreError
+        Naming every missing variable, wrong dimension or kind, and missing attribute. Values are not read.
+    """
+    layout = LAYOUTS[name]
+    problems = [
+        problem
+        for wanted, present in ((layout.variables, dataset.data_vars), (layout.coords, dataset.coords))
+        for variable, spec in wanted.items()
+        if (problem := _problem(variable, spec, present.get(variable)))
+    ]
+    problems += [f"attribute {attr!r} is missing" for attr in layout.attrs if attr not in dataset.attrs]
+    if problems:
+        raise StoreError(f"not a {name!r} dataset of layout version {LAYOUT_VERSION}: {'; '.join(problems)}.")
+    return dataset
+
+
+def _problem(name: str, spec: Variable, array: xr.DataArray | None) -> str | None:
+    if array is None:
+        return f"variable {name!r} with dimensions {spec.dims} is missing"
+    if tuple(array.dims) != spec.dims:
+        return f"variable {name!r} has dimensions {tuple(array.dims)}, expected {spec.dims}"
+    if array.dtype.kind not in _KINDS[spec.kind]:
+        return f"variable {name!r} has type {array.dtype}, expected {spec.kind}"
+    return None

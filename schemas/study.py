@@ -1,0 +1,305 @@
+"""The study file: what is compared, on which prompts, and with which settings.
+
+``study.yaml`` is the only configuration. Unknown keys are refused with the nearest valid one
+suggested; every field says what it is for in the string below it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, check_name, split_model_id
+from rlgen_stats.schemas.errors import InputError
+
+STUDY_SCHEMA_VERSION = 1
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Spec(BaseModel):
+    """Base of all spec sections: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BaseSpec(Spec):
+    """The model every run starts from."""
+
+    path: str
+    """Folder of a Hugging Face checkpoint, absolute or relative to the study folder."""
+
+
+class DataSpec(Spec):
+    """Tables of prompts (parquet, csv or jsonl), relative to the study folder."""
+
+    prompts: str = "data/prompts.parquet"
+    """Evaluation prompts: prompt_id, text, answer, task, domain (in|out); optional split and cluster."""
+    train: str | None = "data/train.parquet"
+    """Training prompts: text, answer, and for SFT the teacher's completion."""
+
+
+class RunSpec(Spec):
+    """One post-training run from the base."""
+
+    name: str
+    """Name of the run; its checkpoints are ``name@step``."""
+    arm: str
+    """Kind of post-training this run is a replicate of, e.g. sft or rl."""
+    method: Literal["sft", "grpo", "checkpoints"] = "checkpoints"
+    """Train here with TRL (sft, grpo) or use checkpoints made elsewhere."""
+    seed: int = 0
+    """Replicate number; combined with the study's seed."""
+    n_checkpoints: PositiveInt = 5
+    """Evenly spaced checkpoints kept while training here."""
+    checkpoints: dict[int, str] = Field(default_factory=dict)
+    """step -> folder, for method 'checkpoints'."""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of TRL's SFTConfig or GRPOConfig, by their own names."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunSpec:
+        check_name(self.name, "a run name")
+        if self.name == BASE_RUN:
+            raise ValueError("a run cannot be called 'base'; that name is the base model's.")
+        if (self.method == "checkpoints") != bool(self.checkpoints):
+            raise ValueError(
+                f"run {self.name!r}: method 'checkpoints' needs a 'checkpoints' mapping of step to folder, "
+                "and the training methods take none."
+            )
+        if any(step < 1 for step in self.checkpoints):
+            raise ValueError(f"run {self.name!r}: checkpoint steps start at 1; step 0 is the base.")
+        return self
+
+
+class GenerationSpec(Spec):
+    """How completions are drawn for outcomes, texts and causal arms."""
+
+    max_new_tokens: PositiveInt = 512
+    """Length limit of a completion, in tokens."""
+    n_samples: PositiveInt = 4
+    """Sampled completions per prompt and model (K), beside one greedy completion."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus mass."""
+    batch_size: PositiveInt = 64
+    """Prompts per generation batch."""
+
+
+class GraderSpec(Spec):
+    """How a completion is turned into right or wrong."""
+
+    name: Literal["final_answer", "math"] = "final_answer"
+    """final_answer: text after the last marker equals the answer; math: equality by math-verify."""
+    marker: str = "ans"
+    """Word after which the final answer stands (grader final_answer)."""
+    require_termination: bool = True
+    """Whether a completion cut off by the length limit counts as wrong."""
+
+
+class ExtractionSpec(Spec):
+    """Which activations are stored."""
+
+    layer: Annotated[int, Field(ge=0)] = 0
+    """Decoder block whose output (residual stream) is stored, counted from 0."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Storage type of activations."""
+    batch_size: PositiveInt = 64
+    """Texts per forward pass."""
+    skip_first: Annotated[int, Field(ge=0)] = 1
+    """Leading tokens of each text (BOS, attention sink) that are neither trained on nor summarised."""
+    segments: tuple[Literal["prompt", "completion"], ...] = ("prompt", "completion")
+    """Segments whose tokens the crosscoder trains on."""
+    summary_segments: tuple[Literal["last_prompt", "prompt", "completion"], ...] = ("last_prompt", "completion")
+    """Tokens a prompt's summary averages over; last_prompt is the token that predicts the first completion token."""
+
+
+class CrosscoderSpec(Spec):
+    """One crosscoder: which views, which sparsity, how long."""
+
+    name: str
+    """Folder name below crosscoder/."""
+    views: tuple[str, ...]
+    """Model ids; 'RUN@final' stands for a run's last checkpoint, 'base@repeat' for the base read a second time."""
+    sparsity: Literal["l1", "batchtopk"] = "batchtopk"
+    """Sparsity rule."""
+    n_features: PositiveInt = 32768
+    """Dictionary size F."""
+    k: PositiveInt = 32
+    """Mean active features per token (batchtopk)."""
+    l1_coefficient: Annotated[float, Field(ge=0)] = 2.0
+    """Weight of the sparsity penalty (l1)."""
+    steps: PositiveInt = 10000
+    """Optimiser steps."""
+    batch_size: PositiveInt = 1024
+    """Tokens per step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate of Adam."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps spent warming up; the last fifth decays linearly."""
+    seed: int = 0
+    """Replicate number; combined with the study's seed."""
+    readout: Literal["swap", "own"] = "swap"
+    """How one model's features are read from the shared code (METHOD.md section 2)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CrosscoderSpec:
+        check_name(self.name, "a crosscoder name")
+        if len(self.views) < 2:
+            raise ValueError(f"crosscoder {self.name!r} needs at least two views, got {list(self.views)}.")
+        if self.k > self.n_features:
+            raise ValueError(f"crosscoder {self.name!r}: k={self.k} exceeds n_features={self.n_features}.")
+        return self
+
+
+class StatisticsSpec(Spec):
+    """Error rates and settings of the tests."""
+
+    alpha: Fraction = 0.05
+    """Level of every test and 1 - coverage of every interval."""
+    n_resamples: PositiveInt = 999
+    """Sign flips or permutations of Monte-Carlo tests."""
+    n_bootstrap: PositiveInt = 999
+    """Bootstrap draws of intervals."""
+    n_min: PositiveInt = 10
+    """Pooled firing prompts below which a feature is untestable."""
+    tau: Fraction = 0.7
+    """NRN above which a feature counts as specific."""
+    top_k: PositiveInt = 50
+    """Size of the top sets followed through training."""
+    n_halvings: PositiveInt = 100
+    """Random prompt halvings for set stability."""
+    margin: Annotated[float, Field(gt=0)] = 0.2
+    """Stabilisation margin in standard deviations of base's activation."""
+    persist: PositiveInt = 3
+    """Checkpoints at the end that do not prove stability on their own."""
+
+
+class SelectionSpec(Spec):
+    """How generalisation features are chosen and on which prompts they are confirmed."""
+
+    verification_fraction: Fraction = 0.5
+    """Share of prompt clusters kept out of selection (used where prompts carry no split)."""
+    held_out_tasks: tuple[str, ...] = ()
+    """Tasks never used in selection (LogiQA and PIQA in the paper)."""
+    control_tasks: tuple[str, ...] = ()
+    """Negative controls: tasks no feature should help; excluded from selection."""
+    score_fraction: Fraction = 0.2
+    """Paper's rule: keep features whose score is at least this share of the task's maximum."""
+    min_discordant: PositiveInt = 20
+    """Discordant prompts of each kind that the RL-specific contrast needs."""
+    max_features: PositiveInt = 50
+    """Largest set handed to causal verification; the highest ranked are kept."""
+
+
+class InterventionSpec(Spec):
+    """Causal verification."""
+
+    n_controls: Annotated[int, Field(ge=19)] = 99
+    """Matched random feature sets; the smallest possible rank p-value is 1 / (n_controls + 1)."""
+    doses: tuple[float, ...] = (0.0, 0.5, 2.0, 4.0)
+    """Multipliers of the set's activations in the dose grid; 1 is no edit and 0 is disabling."""
+    amplify: Annotated[float, Field(gt=1)] = 2.0
+    """Multiplier of the main amplification arm."""
+    n_samples: PositiveInt = 1
+    """Sampled completions per prompt and arm."""
+    max_prompts: PositiveInt = 400
+    """Verification prompts per arm, drawn evenly over tasks, never by outcome."""
+    non_inferiority: Fraction = 0.05
+    """Largest accuracy loss on unrelated tasks still called harmless."""
+
+
+class StudySpec(Spec):
+    """A whole study."""
+
+    schema_version: Literal[1] = STUDY_SCHEMA_VERSION
+    """Version of this file's layout."""
+    name: str
+    """Name of the study."""
+    seed: int = 0
+    """Seed from which every other seed is derived."""
+    device: str = "auto"
+    """Torch device; 'auto' takes cuda where present, else cpu."""
+    base: BaseSpec
+    """The base model."""
+    data: DataSpec = DataSpec()
+    """Prompt tables."""
+    runs: tuple[RunSpec, ...]
+    """Post-training runs, all from the base."""
+    contrast: tuple[str, str] | None = None
+    """Names of the two runs compared (SFT first, RL second); default: the first run of each of the first two arms."""
+    generation: GenerationSpec = GenerationSpec()
+    """Sampling."""
+    grader: GraderSpec = GraderSpec()
+    """Grading."""
+    extraction: ExtractionSpec = ExtractionSpec()
+    """Activations."""
+    crosscoders: tuple[CrosscoderSpec, ...]
+    """Crosscoders; the first whose views are the base and both contrasted runs' last checkpoints is the one encoded."""
+    statistics: StatisticsSpec = StatisticsSpec()
+    """Tests."""
+    selection: SelectionSpec = SelectionSpec()
+    """Generalisation features."""
+    intervention: InterventionSpec = InterventionSpec()
+    """Causal verification."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySpec:
+        check_name(self.name, "a study name")
+        names = Counter(run.name for run in self.runs)
+        twice = sorted(name for name, n in names.items() if n > 1)
+        if twice:
+            raise ValueError(f"run names must be unique, got {twice} more than once.")
+        if len({run.arm for run in self.runs}) < 2:
+            raise ValueError("a study compares two arms (for example sft and rl); give runs of at least two.")
+        for name in self.contrast or ():
+            if name not in names:
+                raise ValueError(f"contrast names run {name!r}, but the runs are {sorted(names)}.")
+        labels = [crosscoder.name for crosscoder in self.crosscoders]
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"crosscoder names must be unique, got {labels}.")
+        for crosscoder in self.crosscoders:
+            for view in crosscoder.views:
+                self._check_view(crosscoder.name, view)
+        wanted = self._primary_views
+        if not any(set(crosscoder.views) == wanted for crosscoder in self.crosscoders):
+            raise ValueError(f"one crosscoder must have exactly the views {sorted(wanted)}; add it under 'crosscoders'.")
+        return self
+
+    @property
+    def _primary_views(self) -> set[str]:
+        return {BASE_MODEL, *(f"{run.name}@final" for run in self.contrasted)}
+
+    @property
+    def primary_crosscoder(self) -> CrosscoderSpec:
+        """The crosscoder whose features are followed, selected and edited."""
+        return next(c for c in self.crosscoders if set(c.views) == self._primary_views)
+
+    def _check_view(self, crosscoder: str, view: str) -> None:
+        runs = {run.name for run in self.runs}
+        run, _, step = view.rpartition("@")
+        if step not in ("final", "repeat"):
+            try:
+                run, _ = split_model_id(view)
+            except InputError as error:
+                raise ValueError(f"crosscoder {crosscoder!r}: {error}") from error
+        known = run == BASE_RUN if view in (BASE_MODEL, "base@repeat") else run in runs
+        if not known:
+            raise ValueError(
+                f"crosscoder {crosscoder!r}: view {view!r} is no model of this study; "
+                f"expected {BASE_MODEL}, base@repeat, or RUN@final / RUN@step with RUN in {sorted(runs)}."
+            )
+
+    @property
+    def contrasted(self) -> tuple[RunSpec, RunSpec]:
+        """The two runs compared, SFT-like first."""
+        by_name = {run.name: run for run in self.runs}
+        if self.contrast is not None:
+            return by_name[self.contrast[0]], by_name[self.contrast[1]]
+        arms = list(dict.fromkeys(run.arm for run in self.runs))
+        first = [next(run for run in self.runs if run.arm == arm) for arm in arms[:2]]
+        return first[0], first[1]

@@ -1,0 +1,65 @@
+"""Where everything of one study lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Paths inside one study folder; nothing is created by asking for them."""
+
+    root: Path
+
+    @property
+    def spec(self) -> Path:
+        """study.yaml."""
+        return self.root / "study.yaml"
+
+    @property
+    def activations(self) -> Path:
+        """Activation store."""
+        return self.root / "activations.zarr"
+
+    @property
+    def outcomes(self) -> Path:
+        """Outcome store."""
+        return self.root / "outcomes.zarr"
+
+    @property
+    def completions(self) -> Path:
+        """Folder of parquet files with every completion's text, one file a model."""
+        return self.root / "completions"
+
+    @property
+    def features(self) -> Path:
+        """Prompt summaries of features."""
+        return self.root / "features.zarr"
+
+    @property
+    def results(self) -> Path:
+        """Results, one group an analysis."""
+        return self.root / "results.zarr"
+
+    @property
+    def report(self) -> Path:
+        """Report folder."""
+        return self.root / "report"
+
+    @property
+    def stages(self) -> Path:
+        """Records of finished stages."""
+        return self.root / "stages"
+
+    def run(self, name: str) -> Path:
+        """Folder of a run's checkpoints."""
+        return self.root / "models" / name
+
+    def crosscoder(self, name: str) -> Path:
+        """Folder of one crosscoder: weights.safetensors, spec.json, health.json."""
+        return self.root / "crosscoder" / name
+
+    def resolve(self, path: str) -> Path:
+        """A path of the spec: absolute, or relative to the study folder."""
+        return self.root / path

@@ -1,0 +1,1 @@
+"""What is computed: from post-training to the report."""

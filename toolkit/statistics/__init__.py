@@ -1,0 +1,1 @@
+"""What is computed from stored activations: labelled statistics over numpy kernels."""

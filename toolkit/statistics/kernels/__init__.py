@@ -1,0 +1,1 @@
+"""Numpy-only estimators: units on axis 0, features on the last axis."""
