@@ -55,7 +55,8 @@ def check_name(name: str, what: str) -> str:
     """
     if not _NAME.match(name):
         raise InputError(
-            f"{what} must be letters, digits, '.', '_' or '-' and start with a letter or digit, got {name!r}; rename it."
+            f"{what} must be letters, digits, '.', '_' or '-' and start with a letter or digit, "
+            f"got {name!r}; rename it."
         )
     return name
 

@@ -30,7 +30,7 @@ from rlgen_stats.schemas.errors import StoreError
 LAYOUT_VERSION: Final = 1
 
 PROVENANCE_ATTRS: Final = ("schema_version", "study_id", "spec_hash", "provenance")
-"""Attributes every store carries: layout version, study, hash of what it was computed from, versions and seeds (JSON)."""
+"""Attributes every store carries: layout version, study, hash of the inputs, versions and seeds (JSON)."""
 
 TEST_ATTRS: Final = ("test", "null", "unit", "family", "family_size", "seed", "alpha")
 """Attributes every table of p-values carries."""
@@ -63,10 +63,16 @@ def _of(dims: str, **kinds: str) -> dict[str, Variable]:
 
 MODEL_COORDS: Final = _of(MODEL, **{MODEL: "str", RUN: "str", STEP: "int", ARM: "str"})
 PROMPT_COORDS: Final = _of(PROMPT, **{PROMPT: "str", TASK: "str", DOMAIN: "str", SPLIT: "str", CLUSTER: "str"})
-_TEST: Final = dict(
-    statistic="float", effect="float", effect_low="float", effect_high="float", p_value="float", q_value="float",
-    n="int", flag="str",
-)
+_TEST: Final = {
+    "statistic": "float",
+    "effect": "float",
+    "effect_low": "float",
+    "effect_high": "float",
+    "p_value": "float",
+    "q_value": "float",
+    "n": "int",
+    "flag": "str",
+}
 
 LAYOUTS: Final = {
     layout.name: layout
@@ -90,10 +96,23 @@ LAYOUTS: Final = {
         # -- results ------------------------------------------------------------------------------------------------
         Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
             "behaviour",
-            _of(f"{MODEL} {TASK}", accuracy="float", accuracy_low="float", accuracy_high="float",
-                sampled_accuracy="float", n_prompts="int", kept_right="int", forgotten="int", gained="int",
-                kept_wrong="int", p_value="float", q_value="float", difference="float", difference_low="float",
-                difference_high="float"),
+            _of(
+                f"{MODEL} {TASK}",
+                accuracy="float",
+                accuracy_low="float",
+                accuracy_high="float",
+                sampled_accuracy="float",
+                n_prompts="int",
+                kept_right="int",
+                forgotten="int",
+                gained="int",
+                kept_wrong="int",
+                p_value="float",
+                q_value="float",
+                difference="float",
+                difference_low="float",
+                difference_high="float",
+            ),
             MODEL_COORDS | _of(TASK, **{TASK: "str", DOMAIN: "str", "role": "str"}),
             TEST_ATTRS,
         ),
@@ -109,14 +128,23 @@ LAYOUTS: Final = {
         ),
         Layout(  # per pairwise crosscoder (dimension crosscoder: one per run plus 'null')
             "attribution",
-            _of(f"crosscoder {FEATURE}", nrn_l1="float", nrn_l2="float", log_ratio="float", firing="float",
-                alive="bool")
+            _of(
+                f"crosscoder {FEATURE}", nrn_l1="float", nrn_l2="float", log_ratio="float", firing="float", alive="bool"
+            )
             | _of(f"mas_crosscoder {VIEW} {FEATURE}", mas_l1="float", mas_l2="float"),
         ),
         Layout(  # C1; dimension tau
             "attribution_contrast",
-            _of("tau", tail_sft="float", tail_rl="float", tail_null="float", effect="float", effect_low="float",
-                effect_high="float", p_value="float")
+            _of(
+                "tau",
+                tail_sft="float",
+                tail_rl="float",
+                tail_null="float",
+                effect="float",
+                effect_low="float",
+                effect_high="float",
+                p_value="float",
+            )
             | _of("tau", comparable="str"),
             attrs=("test", "null", "unit", "seed", "alpha"),
         ),
@@ -136,30 +164,74 @@ LAYOUTS: Final = {
         ),
         Layout(
             "set_stability",
-            _of(MODEL, overlap="float", cross="float", noise_ceiling="float", final_ceiling="float", delta="float",
-                delta_low="float", delta_high="float", chance="float", overlap_p="float", rbo="float")
+            _of(
+                MODEL,
+                overlap="float",
+                cross="float",
+                noise_ceiling="float",
+                final_ceiling="float",
+                delta="float",
+                delta_low="float",
+                delta_high="float",
+                chance="float",
+                overlap_p="float",
+                rbo="float",
+            )
             | _of(RUN, verdict="str", stable_from="float", nogueira="float"),
             MODEL_COORDS,
             ("test", "null", "unit", "seed", "alpha", "top_k"),
         ),
         Layout(
             "selection",
-            _of(f"{TASK} {FEATURE}", score="float", kept="bool", p_flip="float", contrast="float",
-                contrast_p="float")
+            _of(f"{TASK} {FEATURE}", score="float", kept="bool", p_flip="float", contrast="float", contrast_p="float")
             | _of(TASK, n_selected_prompts="int", n_gain="int", n_loss="int", n_kept="int", estimable="str", role="str")
-            | _of(FEATURE, paper_selected="bool", p_value="float", q_value="float", rank="float", tier="str",
-                  verification_effect="float", verification_low="float", verification_high="float",
-                  verification_p="float", verification_q="float", selected="bool", flag="str"),
+            | _of(
+                FEATURE,
+                paper_selected="bool",
+                p_value="float",
+                q_value="float",
+                rank="float",
+                tier="str",
+                verification_effect="float",
+                verification_low="float",
+                verification_high="float",
+                verification_p="float",
+                verification_q="float",
+                selected="bool",
+                flag="str",
+            ),
             attrs=(*TEST_ATTRS, "split_hash", "score_correlation", "shift_rank", "n_paper", "p_n1", "p_n2", "rule"),
         ),
         Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm
             "intervention",
-            _of("direction condition", accuracy="float", effect="float", effect_low="float", effect_high="float",
-                p_value="float", kind="str", dose="float", kl_to_base="float", kl_to_rl="float", length="float")
+            _of(
+                "direction condition",
+                accuracy="float",
+                effect="float",
+                effect_low="float",
+                effect_high="float",
+                p_value="float",
+                kind="str",
+                dose="float",
+                kl_to_base="float",
+                kl_to_rl="float",
+                length="float",
+            )
             | _of(f"direction condition {TASK}", task_accuracy="float", task_effect="float")
             | _of("direction condition class", class_share="float")
-            | _of("direction", verdict="str", reasons="str", rank_p="float", v1="bool", v2="bool", v3="bool", v4="bool",
-                  v5="str", v6="bool", n_prompts="int"),
+            | _of(
+                "direction",
+                verdict="str",
+                reasons="str",
+                rank_p="float",
+                v1="bool",
+                v2="bool",
+                v3="bool",
+                v4="bool",
+                v5="str",
+                v6="bool",
+                n_prompts="int",
+            ),
             attrs=("test", "null", "unit", "seed", "alpha", "features"),
         ),
         Layout(  # does the set's control match? one row a covariate

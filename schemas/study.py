@@ -7,14 +7,14 @@ suggested; every field says what it is for in the string below it.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, check_name, split_model_id
 from rlgen_stats.schemas.errors import InputError
 
-STUDY_SCHEMA_VERSION = 1
+STUDY_SCHEMA_VERSION: Final = 1
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -267,7 +267,9 @@ class StudySpec(Spec):
                 self._check_view(crosscoder.name, view)
         wanted = self._primary_views
         if not any(set(crosscoder.views) == wanted for crosscoder in self.crosscoders):
-            raise ValueError(f"one crosscoder must have exactly the views {sorted(wanted)}; add it under 'crosscoders'.")
+            raise ValueError(
+                f"one crosscoder must have exactly the views {sorted(wanted)}; add it under 'crosscoders'."
+            )
         return self
 
     @property

@@ -1,0 +1,73 @@
+"""Results: one Zarr group an analysis, each replaced whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xarray as xr
+
+from rlgen_stats.schemas.dims import FEATURE, check_name
+from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.layout import LAYOUTS, validate
+from rlgen_stats.stores.durable import exclusive, replacing
+from rlgen_stats.stores.provenance import Provenance
+from rlgen_stats.stores.tables import (
+    FEATURE_BLOCK,
+    as_strings,
+    check_is_store,
+    check_version,
+    clear_encoding,
+    encoding,
+    plain_labels,
+    write_zarr,
+)
+
+
+def write_results(path: Path | str, group: str, dataset: xr.Dataset, *, provenance: Provenance) -> None:
+    """Write one analysis below ``path``; a reader sees the old group or the new one, never half of it.
+
+    Raises
+    ------
+    StoreError
+        If ``group`` has a declared layout and the dataset does not follow it.
+    """
+    root = Path(path)
+    check_name(group, "a results group")
+    if group in LAYOUTS:
+        validate(dataset, group)
+    dataset = as_strings(clear_encoding(dataset.assign_attrs(provenance.attrs())))
+    with exclusive(root):
+        if not (root / "zarr.json").exists():
+            write_zarr(xr.Dataset(attrs={"schema_version": provenance.attrs()["schema_version"]}), root, mode="w")
+        with replacing(root / group) as temporary:
+            write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {FEATURE: FEATURE_BLOCK}))
+
+
+def result_groups(path: Path | str) -> list[str]:
+    """Names of the analyses in a results store."""
+    root = Path(path)
+    if not root.exists():
+        return []
+    return sorted(p.name for p in root.iterdir() if not p.name.startswith(".") and (p / "zarr.json").exists())
+
+
+def open_results(path: Path | str, group: str) -> xr.Dataset:
+    """One analysis, lazily.
+
+    Raises
+    ------
+    StoreError
+        If the store or the group is not there; the message lists what is.
+
+    Examples
+    --------
+    >>> drift = open_results("runs/demo/results.zarr", "drift")  # doctest: +SKIP
+    >>> drift.sel(model="rl@80").where(lambda d: d.q_value < 0.05, drop=True)  # doctest: +SKIP
+    """
+    root = Path(path)
+    check_is_store(root)
+    if group not in result_groups(root):
+        raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
+    dataset = plain_labels(xr.open_zarr(root / group, consolidated=False, chunks={}))
+    check_version(root / group, dataset.attrs)
+    return validate(dataset, group) if group in LAYOUTS else dataset

@@ -1,0 +1,223 @@
+"""Stores that grow by one model at a time: outcomes and feature summaries.
+
+Plain Zarr v3 with every chunk checksummed (crc32c). A model counts once its name is in the root attribute
+``committed_models``, which is written after the model's data; a half-written model is cut off before the next append.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
+from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
+from rlgen_stats.schemas.layout import LAYOUT_VERSION, PROVENANCE_ATTRS, validate
+from rlgen_stats.stores.durable import exclusive, explain_full_disk
+from rlgen_stats.stores.provenance import Provenance
+
+COMMITTED: Final = "committed_models"
+FEATURE_BLOCK: Final = 512
+"""Features per chunk: one block x all prompts x one model is one read (4 MB at 2,000 prompts, float32)."""
+COMPRESSORS: Final = (ZstdCodec(level=1), Crc32cCodec())
+"""Summaries are sparse and compress well at the fastest level; the checksum covers the compressed bytes."""
+
+
+def as_strings(dataset: xr.Dataset) -> xr.Dataset:
+    """Fixed-width text as variable-length text, the only text type with a Zarr v3 name."""
+    changed = {
+        name: variable.astype(np.dtypes.StringDType())
+        for name, variable in dataset.variables.items()
+        if variable.dtype.kind in "UO"
+    }
+    coords = {name: variable for name, variable in changed.items() if name in dataset.coords}
+    data = {name: variable for name, variable in changed.items() if name in dataset.data_vars}
+    return dataset.assign(data).assign_coords(coords)
+
+
+def plain_labels(dataset: xr.Dataset) -> xr.Dataset:
+    """Text coordinates as ordinary fixed-width numpy text, which pandas, groupby and ``sel`` handle everywhere."""
+    dataset = dataset.assign_coords({name: coord.load() for name, coord in dataset.coords.items()})
+    text = {name: c for name, c in dataset.coords.items() if c.dtype.kind in "TO"}
+    return dataset.assign_coords({name: c.astype(object).astype(np.str_) for name, c in text.items()})
+
+
+def encoding(dataset: xr.Dataset, chunks: dict[str, int] | None = None) -> dict[Any, dict[str, Any]]:
+    """Zarr encoding of every variable: checksummed, compressed, whole along dimensions not in ``chunks``."""
+    chunks = chunks or {}
+    return {
+        name: {
+            "compressors": COMPRESSORS,
+            "chunks": tuple(
+                max(1, min(chunks.get(str(dim), size), size))
+                for dim, size in zip(variable.dims, variable.shape, strict=True)
+            ),
+        }
+        for name, variable in dataset.variables.items()
+        if variable.ndim
+    } | {name: {"compressors": COMPRESSORS} for name, variable in dataset.variables.items() if not variable.ndim}
+
+
+def clear_encoding(dataset: xr.Dataset) -> xr.Dataset:
+    """A copy without encodings inherited from another store."""
+    return dataset.drop_encoding()
+
+
+def committed_models(path: Path | str) -> list[str]:
+    """Models wholly in the store, in order; empty when there is no store yet."""
+    if not (Path(path) / "zarr.json").exists():
+        return []
+    return [str(model) for model in zarr.open_group(path, mode="r").attrs.get(COMMITTED, [])]
+
+
+def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenance: Provenance) -> None:
+    """Append one model to an outcome or feature store; after return it is committed, before it is invisible.
+
+    Parameters
+    ----------
+    path
+        Store folder, created on the first append.
+    layout
+        ``"outcomes"`` or ``"features"``.
+    dataset
+        One model: dimension ``model`` of size 1.
+    provenance
+        Origin; a store of another study or spec is refused.
+
+    Raises
+    ------
+    StoreError
+        If the dataset has not the declared layout, or the store is another's, or the model is already there,
+        or its prompts are not the store's.
+    OutOfSpaceError
+        If the disk is full; what was committed stays.
+    """
+    path = Path(path)
+    dataset = as_strings(clear_encoding(validate(dataset.assign_attrs(provenance.attrs()), layout)))
+    if dataset.sizes[MODEL] != 1:
+        raise StoreError(f"append_model takes one model at a time, got {dataset.sizes[MODEL]}; split the dataset.")
+    model = str(dataset[MODEL].item())
+    with exclusive(path), explain_full_disk(path):
+        done = committed_models(path)
+        if not done:
+            write_zarr(dataset, path, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
+        else:
+            _check_same(path, dataset, model, done, provenance)
+            _cut(path, len(done))
+            per_model = [name for name, variable in dataset.variables.items() if MODEL in variable.dims]
+            growing = dataset.drop_vars([name for name in dataset.variables if name not in per_model])
+            write_zarr(growing, path, append_dim=MODEL)
+        zarr.open_group(path, mode="r+").attrs[COMMITTED] = [*done, model]
+
+
+def write_zarr(dataset: xr.Dataset, path: Path, **how: Any) -> None:
+    """``to_zarr`` as this project writes: Zarr v3, metadata not consolidated (it would go stale on append)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Zarr V3 specification.*")
+        dataset.to_zarr(path, zarr_format=3, consolidated=False, **how)
+
+
+def _check_same(path: Path, dataset: xr.Dataset, model: str, done: list[str], provenance: Provenance) -> None:
+    check_owner(path, provenance)
+    if model in done:
+        raise StoreError(f"model {model!r} is already in {path}; expected a new one: delete the store to redo it.")
+    with xr.open_zarr(path, consolidated=False) as there:
+        if list(there[PROMPT].values) != list(dataset[PROMPT].values):
+            raise StoreError(
+                f"{path} holds {there.sizes[PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
+                "expected the same prompts in the same order."
+            )
+
+
+def check_owner(path: Path, provenance: Provenance) -> None:
+    """Refuse a store that another study or another spec wrote.
+
+    Raises
+    ------
+    StoreError
+        Naming both hashes; nothing is overwritten.
+    """
+    attrs = zarr.open_group(path, mode="r").attrs
+    for key, wanted in (("study_id", provenance.study_id), ("spec_hash", provenance.spec_hash)):
+        if attrs.get(key) != wanted:
+            raise StoreError(
+                f"{path} was written for another study or settings ({key} {str(attrs.get(key))[:12]}, "
+                f"expected {wanted[:12]}); use another folder or move the store away."
+            )
+
+
+def _cut(path: Path, n_models: int) -> None:
+    """Drop what an interrupted append left behind the committed models."""
+    group = zarr.open_group(path, mode="r+")
+    for _, array in group.arrays():
+        names = array.metadata.dimension_names or ()
+        if MODEL in names and array.shape[names.index(MODEL)] != n_models:
+            axis = names.index(MODEL)
+            array.resize(tuple(n_models if i == axis else size for i, size in enumerate(array.shape)))
+
+
+def open_table(path: Path | str, layout: str) -> xr.Dataset:
+    """Open a store of :func:`append_model` lazily: only committed models, layout checked.
+
+    Raises
+    ------
+    StoreError
+        If there is no store, it is of a newer version, or its layout is another.
+    """
+    path = Path(path)
+    check_is_store(path)
+    done = committed_models(path)
+    dataset = plain_labels(xr.open_zarr(path, consolidated=False, chunks={}))
+    check_version(path, dataset.attrs)
+    if dataset.sizes.get(MODEL, 0) < len(done):
+        raise StoreCorruptError(
+            f"{path} announces {len(done)} models but holds {dataset.sizes.get(MODEL, 0)}; "
+            "restore it or compute it again."
+        )
+    return validate(dataset.isel({MODEL: slice(0, len(done))}), layout)
+
+
+def check_is_store(path: Path) -> None:
+    """Refuse a path that holds no Zarr v3 group."""
+    if not (path / "zarr.json").exists():
+        hint = "the folder is there but has no zarr.json" if path.exists() else "no such folder"
+        raise StoreError(f"{path} is not a Zarr v3 store ({hint}); run the stage that writes it, or check the path.")
+
+
+def check_version(path: Path, attrs: dict[Any, Any]) -> None:
+    """Refuse a store written by a newer layout version, or one that carries none."""
+    missing = [name for name in PROVENANCE_ATTRS if name not in attrs]
+    if missing:
+        raise StoreError(f"{path} is not a store of this toolkit: attribute {missing[0]!r} is missing.")
+    if int(attrs["schema_version"]) > LAYOUT_VERSION:
+        raise StoreError(
+            f"{path} has layout version {attrs['schema_version']}, this release reads up to {LAYOUT_VERSION}; "
+            "upgrade rlgen-stats."
+        )
+
+
+def open_outcomes(path: Path | str) -> xr.Dataset:
+    """Graded completions: ``correct[model, prompt, sample]``, ``greedy_correct[model, prompt]`` and labels, lazily.
+
+    Examples
+    --------
+    >>> outcomes = open_outcomes("runs/demo/outcomes.zarr")  # doctest: +SKIP
+    >>> outcomes.greedy_correct.groupby("task").mean("prompt").compute()  # doctest: +SKIP
+    """
+    return open_table(path, "outcomes")
+
+
+def open_features(path: Path | str) -> xr.Dataset:
+    """Prompt summaries of features: ``mean``, ``firing``, ``max`` [model, prompt, feature] and labels, lazily.
+
+    Examples
+    --------
+    >>> features = open_features("runs/demo/features.zarr")  # doctest: +SKIP
+    >>> features["mean"].sel(model="rl@80").isel(feature=3)  # doctest: +SKIP
+    """
+    return open_table(path, "features")
