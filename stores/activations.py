@@ -268,7 +268,7 @@ class ActivationWriter:
         if bad.any():
             raise InputError(
                 f"{self._model}: {int(bad.sum())} of {len(bad)} tokens have NaN or infinite activations in "
-                f"{self._dtype}, the first is token {start + int(bad.argmax())}; check the checkpoint, or store float32."
+                f"{self._dtype}, the first is token {start + int(bad.argmax())}; check the checkpoint or store float32."
             )
         self._buffer.append(activation)
         self._buffered += len(activation)
@@ -342,7 +342,8 @@ def open_tokens(path: Path | str) -> xr.Dataset:
 
 def _decode(legend: Any, codes: NDArray[Any]) -> NDArray[Any]:
     text: NDArray[Any] = np.asarray(legend, dtype=object).astype(np.str_)
-    return text[codes]
+    decoded: NDArray[Any] = text[codes]
+    return decoded
 
 
 def open_activations(path: Path | str, *, models: list[str] | None = None, site: str | None = None) -> xr.Dataset:
