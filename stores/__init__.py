@@ -7,6 +7,7 @@ from rlgen_stats.stores.activations import (
     open_activations,
     open_tokens,
 )
+from rlgen_stats.stores.describe import describe
 from rlgen_stats.stores.durable import read_json, replacing, write_json
 from rlgen_stats.stores.folder import StudyFolder
 from rlgen_stats.stores.provenance import Provenance, git_commit, package_versions
@@ -26,6 +27,7 @@ __all__ = [
     "committed_models",
     "complete_models",
     "create_activations",
+    "describe",
     "git_commit",
     "open_activations",
     "open_features",

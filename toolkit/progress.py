@@ -6,8 +6,8 @@ Toolkit functions take ``progress: Progress = SILENT``; the command line passes 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final, Protocol
 
 
 class Task(Protocol):
@@ -20,16 +20,11 @@ class Task(Protocol):
 class Progress(Protocol):
     """Receiver of progress."""
 
-    def task(self, description: str, total: float | None = None, unit: str = "it") -> _TaskContext:
+    def task(self, description: str, total: float | None = None, unit: str = "it") -> AbstractContextManager[Task]:
         """Open a task; ``total`` in ``unit``, None if unknown."""
 
     def log(self, message: str) -> None:
         """Say one line."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:
@@ -47,5 +42,5 @@ class _Silent:
         """Say nothing."""
 
 
-SILENT: Progress = _Silent()
+SILENT: Final[Progress] = _Silent()
 """Progress that says nothing."""

@@ -1,0 +1,209 @@
+"""What all commands share: options, errors, progress, JSON."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
+
+import click
+
+from rlgen_stats.schemas.errors import RlgenStatsError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from rlgen_stats.toolkit.progress import Progress, Task
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EXIT_BAD_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 130
+PLAIN_LINE_SECONDS: Final = 10.0
+"""Seconds between progress lines where there is no terminal to redraw."""
+
+study_argument = click.argument("study", type=click.Path(file_okay=False))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress.")
+scheduler_option = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="A dask scheduler for the statistics, e.g. tcp://host:8786; default: threads.",
+)
+
+
+def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn the toolkit's errors into one sentence and exit code 2; Ctrl-C into 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. What was finished is kept; run the same command again to continue.", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except RlgenStatsError as error:
+            fail(error.args[-1] if isinstance(error, OSError) else str(error))
+        except PermissionError as error:
+            fail(f"cannot write {error.filename}: permission denied; use a folder you own.")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fail(
+                "the disk or quota is full; what was committed is kept: free some space and run the same command again."
+            )
+
+    return wrapped
+
+
+def fail(message: object) -> NoReturn:
+    """Print one sentence and leave with exit code 2."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def print_json(value: Any) -> None:
+    """JSON to standard output, with NaN as null so that every parser takes it."""
+    click.echo(json.dumps(_plain(value), indent=1, default=str))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and not getattr(value, "shape", ()):
+        value = value.item()
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def connect(scheduler: str | None) -> AbstractContextManager[Any]:
+    """A dask client for the block, or nothing."""
+    if scheduler is None:
+        return nullcontext()
+    from distributed import Client
+
+    from rlgen_stats.schemas.errors import InputError
+
+    try:
+        return Client(scheduler, timeout=10)  # type: ignore[no-any-return]
+    except (OSError, ValueError, TimeoutError) as error:
+        raise InputError(
+            f"no dask scheduler answers at {scheduler!r} ({str(error).splitlines()[0]}); "
+            "start one with 'dask scheduler' or leave --scheduler out."
+        ) from error
+
+
+@contextmanager
+def progress_for(*, quiet: bool = False) -> Iterator[Progress]:
+    """Progress on standard error: bars on a terminal, plain lines elsewhere, nothing when quiet."""
+    if quiet:
+        from rlgen_stats.toolkit.progress import SILENT
+
+        yield SILENT
+    elif sys.stderr.isatty():
+        with _bars() as progress:
+            yield progress
+    else:
+        yield _Lines()
+
+
+class _LineTask:
+    def __init__(self, description: str, total: float | None, unit: str) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done, self._began, self._facts = 0.0, time.monotonic(), ""
+        self._said = self._began
+
+    def advance(self, amount: float = 1.0, **facts: object) -> None:
+        """Count, and say a line when the last one is old."""
+        self._done += amount
+        self._facts = " ".join(f"{name}={_short(value)}" for name, value in facts.items())
+        if time.monotonic() - self._said >= PLAIN_LINE_SECONDS:
+            self.say()
+
+    def say(self, *, end: bool = False) -> None:
+        """One line: how far, how fast, how long still."""
+        self._said = time.monotonic()
+        seconds = max(self._said - self._began, 1e-9)
+        rate = self._done / seconds
+        of = f"/{self._total:.0f}" if self._total else ""
+        left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate and not end else ""
+        done = f", {seconds:.1f} s" if end else ""
+        click.echo(
+            f"  {self._description}: {self._done:.0f}{of} {self._unit}, {_short(rate)}/s{left}{done} "
+            f"{self._facts}".rstrip(),
+            err=True,
+        )
+
+
+class _Lines:
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        """A task that prints a line now and then, and one at its end."""
+        task = _LineTask(description, total, unit)
+        yield task
+        task.say(end=True)
+
+    def log(self, message: str) -> None:
+        """One line."""
+        click.echo(message, err=True)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[facts]}"),
+    )
+    with RichProgress(*columns, console=console, transient=False) as rich_progress:
+        yield _Bars(rich_progress, console)
+
+
+class _Bars:
+    def __init__(self, bars: Any, console: Any) -> None:
+        self._bars, self._console = bars, console
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        """A bar."""
+        handle = self._bars.add_task(description, total=total, unit=unit, facts="")
+        yield _BarTask(self._bars, handle)
+        if total is None:
+            self._bars.update(handle, total=self._bars.tasks[self._bars.task_ids.index(handle)].completed)
+
+    def log(self, message: str) -> None:
+        """One line above the bars."""
+        self._console.print(message, highlight=False, markup=False)
+
+
+class _BarTask:
+    def __init__(self, bars: Any, handle: Any) -> None:
+        self._bars, self._handle = bars, handle
+
+    def advance(self, amount: float = 1.0, **facts: object) -> None:
+        """Move the bar."""
+        text = " ".join(f"{name} {_short(value)}" for name, value in facts.items())
+        self._bars.update(self._handle, advance=amount, facts=text)

@@ -1,0 +1,48 @@
+"""demo: the embedded study."""
+
+from __future__ import annotations
+
+import click
+
+from rlgen_stats.cli.console import handle_errors, json_option, progress_for, quiet_option, scheduler_option
+
+
+@click.command()
+@click.option("--folder", default="runs/demo", show_default=True, help="Study folder; an interrupted one is continued.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the world and everything in it.")
+@click.option("--seeds", "n_seeds", default=1, show_default=True, type=click.IntRange(1), help="Training runs per arm.")
+@click.option(
+    "--size",
+    type=click.Choice(["demo", "mini"]),
+    default="demo",
+    show_default=True,
+    help="'mini' runs every stage in seconds and shows nothing; for smoke tests.",
+)
+@scheduler_option
+@quiet_option
+@json_option
+@handle_errors
+def demo(folder: str, seed: int, n_seeds: int, size: str, scheduler: str | None, quiet: bool, as_json: bool) -> None:
+    r"""Run the embedded study: pretrain a tiny base, post-train it by SFT and by RL, and ask the five questions.
+
+    Takes a few minutes on two cores, needs no network, and continues where it was interrupted.
+
+    \b
+    Examples:  rlgen-stats demo
+               rlgen-stats demo --seeds 3 --folder runs/three-seeds
+    """
+    from pathlib import Path
+
+    from rlgen_stats.cli.study import finish
+    from rlgen_stats.stores import StudyFolder
+    from rlgen_stats.toolkit.demo import prepare_demo
+    from rlgen_stats.toolkit.study import write_spec
+
+    study = StudyFolder(Path(folder))
+    with progress_for(quiet=quiet) as progress:
+        spec = prepare_demo(study, seed=seed, n_seeds=n_seeds, size=size, progress=progress)
+        write_spec(study, spec)
+    finish(folder, None, (), scheduler, quiet, as_json)
+
+
+COMMANDS = {"demo": demo}

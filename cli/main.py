@@ -1,0 +1,70 @@
+"""The command group; commands are found by name and imported when asked for."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version as installed_version
+from typing import Final
+
+import click
+
+_COMMANDS: Final = {
+    "demo": ("rlgen_stats.cli.demo", "Run the embedded study, from pretraining a tiny base to the report."),
+    "init": ("rlgen_stats.cli.study", "Start a study folder with a commented study.yaml."),
+    "run": ("rlgen_stats.cli.study", "Bring a study up to date: every stage that is missing or stale."),
+    "status": ("rlgen_stats.cli.study", "Show which stages are done, stale, interrupted or waiting."),
+    "posttrain": ("rlgen_stats.cli.stages", "Train the runs with TRL (SFT, GRPO), keeping checkpoints."),
+    "extract": ("rlgen_stats.cli.stages", "Sample and grade completions; store labelled activations."),
+    "crosscoder": ("rlgen_stats.cli.stages", "Train the crosscoders and measure their health."),
+    "encode": ("rlgen_stats.cli.stages", "Summarise every checkpoint's features per prompt."),
+    "align": ("rlgen_stats.cli.stages", "Attribute features to models (NRN, MAS, null floor)."),
+    "drift": ("rlgen_stats.cli.stages", "Test which features changed, against base and along checkpoints."),
+    "stabilize": ("rlgen_stats.cli.stages", "Find when features and top sets stop changing."),
+    "significance": ("rlgen_stats.cli.stages", "Accuracy, transitions, and the contrast of specific features."),
+    "select": ("rlgen_stats.cli.stages", "Choose generalisation features; confirm on other prompts."),
+    "intervene": ("rlgen_stats.cli.stages", "Disable and amplify the chosen features in the live models."),
+    "report": ("rlgen_stats.cli.stages", "Write the report and print the five verdicts."),
+    "inspect": ("rlgen_stats.cli.stores", "Say what a store or a study contains."),
+    "verify": ("rlgen_stats.cli.stores", "Check every chunk of a store or a study."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands are imported on use; the help page needs none of them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(_COMMANDS[cmd_name][0])
+        command = module.COMMANDS[cmd_name]
+        assert isinstance(command, click.Command)  # noqa: S101 - a programming error, not input
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], _COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(_COMMANDS)}."
+            raise click.UsageError(f"no command is called {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(installed_version("rlgen-stats"), prog_name="rlgen-stats")
+def main() -> None:
+    r"""Find what post-training changed inside a language model, when, and whether it matters.
+
+    \b
+    Try it:            rlgen-stats demo
+    Your own study:    rlgen-stats init my-study && rlgen-stats run my-study
+    """

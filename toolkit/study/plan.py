@@ -1,0 +1,248 @@
+"""The stages of a study, what each depends on, and whether it is up to date.
+
+A stage's key is the hash of its share of the spec, of the files it reads and of its parents' keys. A finished
+stage leaves ``stages/<name>.json`` with that key; the stores it writes carry the same key as ``spec_hash``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from rlgen_stats.schemas.errors import InputError, SpecError
+from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder, read_json, write_json
+
+State = Literal["done", "stale", "interrupted", "waiting"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One node of the study's graph."""
+
+    name: str
+    """Also the name of the command."""
+    needs: tuple[str, ...]
+    """Stages whose output this one reads."""
+    spec: tuple[str, ...]
+    """Sections of the spec it depends on; dots go deeper."""
+    function: str
+    """``module:function`` called with (study, key, progress); named, not imported, so that looking needs no torch."""
+    outputs: tuple[str, ...]
+    """Paths below the study folder that exist once it is done."""
+    owned: tuple[str, ...] = ()
+    """Plain folders among the outputs that hold only this key's files, and go when the key changes."""
+    version: int = 1
+    """Raised when the stage's code changes its numbers."""
+
+
+_MODELS: Final = "rlgen_stats.toolkit.study.model_stages"
+_STATISTICS: Final = "rlgen_stats.toolkit.study.statistics_stages"
+
+STAGES: Final = (
+    Stage("posttrain", (), ("runs", "grader", "device"), f"{_MODELS}:posttrain", ("models",)),
+    Stage(
+        "outcomes",
+        ("posttrain",),
+        ("runs", "generation", "grader", "selection.verification_fraction"),
+        f"{_MODELS}:outcomes",
+        ("outcomes.zarr", "completions"),
+        owned=("completions",),
+    ),
+    Stage("extract", ("outcomes",), ("extraction", "contrast"), f"{_MODELS}:extract", ("activations.zarr",)),
+    Stage("crosscoder", ("extract",), ("crosscoders",), f"{_MODELS}:crosscoder", ("crosscoder", "results.zarr/health")),
+    Stage("encode", ("crosscoder",), (), f"{_MODELS}:encode", ("features.zarr",)),
+    Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",)),
+    Stage("align", ("crosscoder",), ("statistics",), f"{_MODELS}:align", ("results.zarr/attribution",)),
+    Stage("drift", ("encode",), ("statistics",), f"{_STATISTICS}:drift", ("results.zarr/drift",)),
+    Stage(
+        "stabilize",
+        ("encode",),
+        ("statistics",),
+        f"{_STATISTICS}:stabilize",
+        ("results.zarr/stabilization", "results.zarr/set_stability"),
+    ),
+    Stage(
+        "significance",
+        ("outcomes", "movement", "align"),
+        ("statistics", "selection"),
+        f"{_STATISTICS}:significance",
+        ("results.zarr/behaviour", "results.zarr/attribution_contrast"),
+    ),
+    Stage("select", ("encode",), ("statistics", "selection"), f"{_STATISTICS}:select", ("results.zarr/selection",)),
+    Stage(
+        "intervene",
+        ("select",),
+        ("intervention",),
+        f"{_MODELS}:intervene",
+        ("results.zarr/intervention", "results.zarr/control_balance"),
+        owned=("intervention",),
+    ),
+    Stage(
+        "report",
+        ("significance", "drift", "stabilize", "intervene"),
+        (),
+        f"{_STATISTICS}:report",
+        ("report/index.html", "report/report.json"),
+    ),
+)
+"""All stages in an order that respects their needs."""
+
+BY_NAME: Final = {stage.name: stage for stage in STAGES}
+
+
+def stage_named(name: str) -> Stage:
+    """The stage called ``name``.
+
+    Raises
+    ------
+    InputError
+        If there is none; the message lists them.
+    """
+    if name not in BY_NAME:
+        raise InputError(f"no stage is called {name!r}; the stages are {', '.join(BY_NAME)}.")
+    return BY_NAME[name]
+
+
+def with_needs(names: Iterable[str]) -> tuple[Stage, ...]:
+    """These stages and everything they need, in running order."""
+    wanted: set[str] = set()
+    queue = [stage_named(name) for name in names]
+    while queue:
+        stage = queue.pop()
+        if stage.name not in wanted:
+            wanted.add(stage.name)
+            queue += [BY_NAME[need] for need in stage.needs]
+    return tuple(stage for stage in STAGES if stage.name in wanted)
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Where one stage stands."""
+
+    name: str
+    state: State
+    key: str
+    seconds: float | None
+    """Wall time of the finished run, None before."""
+
+
+class Study:
+    """A study folder with its spec: keys, records and states of all stages. Nothing is computed by looking.
+
+    Parameters
+    ----------
+    folder
+        Study folder.
+    spec
+        Its spec.
+
+    Raises
+    ------
+    SpecError
+        If a file that the spec names is missing.
+    """
+
+    def __init__(self, folder: StudyFolder, spec: StudySpec) -> None:
+        self.folder, self.spec = folder, spec
+        self._fingerprints = _Fingerprints(folder)
+        inputs = {
+            "prompts": self._fingerprint(spec.data.prompts, "data.prompts"),
+            "base": self._fingerprint(spec.base.path, "base.path"),
+        }
+        self.study_id = content_hash([spec.name, spec.seed, inputs])
+        self._keys: dict[str, str] = {}
+
+    def _fingerprint(self, path: str, name: str) -> str:
+        full = self.folder.resolve(path)
+        if not full.exists():
+            raise SpecError(f"'{name}' names {full}, which does not exist; correct the path in {self.folder.spec}.")
+        return self._fingerprints.of(full)
+
+    def key(self, name: str) -> str:
+        """Content key of a stage."""
+        if name not in self._keys:
+            stage = stage_named(name)
+            parents = [self.key(need) for need in stage.needs]
+            share = {path: _section(self.spec, path) for path in stage.spec}
+            files = self._training_files() if name == "posttrain" else {}
+            self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents])
+        return self._keys[name]
+
+    def _training_files(self) -> dict[str, str]:
+        files = {
+            f"{run.name}@{step}": self._fingerprint(path, f"runs.{run.name}.checkpoints.{step}")
+            for run in self.spec.runs
+            for step, path in run.checkpoints.items()
+        }
+        if any(run.method != "checkpoints" for run in self.spec.runs):
+            if self.spec.data.train is None:
+                raise SpecError("'data.train' is required to train runs here; name a table of training prompts.")
+            files["train"] = self._fingerprint(self.spec.data.train, "data.train")
+        return files
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What the last run of a stage left, empty if it never started."""
+        file = self.folder.stages / f"{name}.json"
+        return dict(read_json(file)) if file.exists() else {}
+
+    def write_record(self, name: str, **facts: Any) -> None:
+        """Replace a stage's record."""
+        write_json(self.folder.stages / f"{name}.json", {"stage": name, **facts})
+
+    def state(self, name: str) -> State:
+        """done: key and outputs match; stale: finished under another key; interrupted: begun; waiting: never begun."""
+        record = self.record(name)
+        if not record:
+            return "waiting"
+        if record.get("finished") and record.get("key") == self.key(name):
+            there = all((self.folder.root / output).exists() for output in stage_named(name).outputs)
+            return "done" if there else "interrupted"
+        return "stale" if record.get("finished") else "interrupted"
+
+    def status(self) -> tuple[StageStatus, ...]:
+        """State of every stage."""
+        return tuple(
+            StageStatus(
+                stage.name, self.state(stage.name), self.key(stage.name), self.record(stage.name).get("seconds")
+            )
+            for stage in STAGES
+        )
+
+
+def _section(spec: StudySpec, path: str) -> Any:
+    value: Any = spec.model_dump(mode="json")
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+class _Fingerprints:
+    """Content hashes of input files, remembered by (size, modification time)."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self._file = folder.stages / "fingerprints.json"
+        self._known: dict[str, list[Any]] = dict(read_json(self._file)) if self._file.exists() else {}
+
+    def of(self, path: Path) -> str:
+        """SHA-256 of a file, or of the names and contents of a folder's files."""
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        hashes = [(str(file.relative_to(path)), self._hash(file)) for file in files]
+        return content_hash(hashes)
+
+    def _hash(self, file: Path) -> str:
+        stat = file.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(str(file.resolve()))
+        if known is not None and known[:2] == stamp:
+            return str(known[2])
+        with file.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        self._known[str(file.resolve())] = [*stamp, digest]
+        if stat.st_size > 1 << 24:  # only large files are worth a note on the disk
+            write_json(self._file, self._known)
+        return digest

@@ -1,0 +1,118 @@
+"""Running a study: stage after stage, skipping what is up to date, refusing what is another's."""
+
+from __future__ import annotations
+
+import pkgutil
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import zarr
+
+from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores.durable import exclusive, explain_full_disk
+from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.study.plan import STAGES, Stage, Study, with_needs
+from rlgen_stats.toolkit.study.spec_file import read_spec
+
+
+def open_for_run(path: Path | str) -> Study:
+    """The study in a folder, ready to run or to ask for its status."""
+    return Study(StudyFolder(Path(path)), read_spec(path))
+
+
+def run_study(
+    path: Path | str,
+    *,
+    stages: Sequence[str] | None = None,
+    force: Sequence[str] = (),
+    progress: Progress = SILENT,
+) -> Study:
+    """Bring stages of a study up to date, with everything they need.
+
+    Parameters
+    ----------
+    path
+        Study folder with a study.yaml.
+    stages
+        Names; default all.
+    force
+        Stages to run again although they are up to date; their old output is removed first.
+    progress
+        Receiver of progress.
+
+    Returns
+    -------
+    Study
+        The study after the run.
+
+    Raises
+    ------
+    SpecError, InputError, ModelError, StoreError, OutOfSpaceError
+        One sentence each; whatever was committed stays and the next run continues from it.
+
+    Examples
+    --------
+    >>> run_study("runs/demo", stages=["drift"])  # doctest: +SKIP
+    """
+    study = open_for_run(path)
+    plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
+    study.folder.stages.mkdir(parents=True, exist_ok=True)
+    with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
+        for number, stage in enumerate(plan, start=1):
+            if study.state(stage.name) == "done" and stage.name not in force:
+                progress.log(f"[{number}/{len(plan)}] {stage.name}: up to date")
+                continue
+            progress.log(f"[{number}/{len(plan)}] {stage.name}")
+            _run_stage(study, stage, forced=stage.name in force, progress=progress)
+    return study
+
+
+def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) -> None:
+    key, before = study.key(stage.name), study.record(stage.name)
+    ours = {str(before.get("key")), *map(str, before.get("earlier", []))}
+    for output in stage.outputs:
+        _make_room(study, study.folder.root / output, key=key, ours=ours, forced=forced)
+    for name in stage.owned:
+        _clear_owned(study.folder.root / name, keep=before.get("key") == key and not forced, known=bool(before))
+    study.write_record(stage.name, key=key, finished=False, earlier=sorted(ours - {"None"}))
+    began = time.perf_counter()
+    facts = pkgutil.resolve_name(stage.function)(study, key, progress)
+    seconds = round(time.perf_counter() - began, 2)
+    study.write_record(stage.name, key=key, finished=True, seconds=seconds, earlier=[key], facts=facts or {})
+
+
+def _make_room(study: Study, path: Path, *, key: str, ours: set[str], forced: bool) -> None:
+    """Keep a store of this key (to resume), drop one this study superseded, refuse any other."""
+    if not (path / "zarr.json").exists():
+        return
+    attrs = zarr.open_group(path, mode="r").attrs
+    study_id, spec_hash = attrs.get("study_id"), str(attrs.get("spec_hash"))
+    if study_id != study.study_id or spec_hash not in ours | {key}:
+        raise StoreError(
+            f"{path} was written by another study or by other settings (study {str(study_id)[:12]}, key "
+            f"{spec_hash[:12]}; this one is {study.study_id[:12]}, {key[:12]}); it is left untouched: use another folder or move it away."
+        )
+    if forced or spec_hash != key:
+        _remove(path)
+
+
+def _clear_owned(path: Path, *, keep: bool, known: bool) -> None:
+    if keep or not path.exists():
+        return
+    if not known:
+        raise StoreError(
+            f"{path} is there but no stage of this study made it; it is left untouched: "
+            "use another folder or move it away."
+        )
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder so that a crash half way leaves nothing that looks like it."""
+    doomed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.replace(doomed)
+    shutil.rmtree(doomed)

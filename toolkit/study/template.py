@@ -1,0 +1,94 @@
+"""The commented study.yaml that ``rlgen-stats init`` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from rlgen_stats.schemas.dims import check_name
+from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.stores import StudyFolder, replacing
+
+_TEMPLATE: Final = """\
+# A study of rlgen-stats: one base, runs post-trained from it, prompts to compare them on.
+# Paths are absolute or relative to this folder. Every key: rlgen-stats refuses what it does not know.
+schema_version: 1
+name: {name}
+seed: 0
+device: auto                      # cuda where present, else cpu
+
+base:
+  path: models/base               # a Hugging Face checkpoint folder
+
+runs:                             # checkpoints you already have (TRL, verl, LLaMA-Factory; LoRA adapters too)
+  - name: sft
+    arm: sft                      # replicates of one kind of training share an arm
+    method: checkpoints           # or 'sft' / 'grpo' to train here with TRL from data.train
+    checkpoints: {{20: models/sft/step-20, 40: models/sft/step-40}}
+  - name: rl
+    arm: rl
+    method: checkpoints
+    checkpoints: {{100: models/rl/step-100, 200: models/rl/step-200}}
+  # - name: rl
+  #   arm: rl
+  #   method: grpo
+  #   n_checkpoints: 5
+  #   trainer: {{learning_rate: 1.0e-6, num_generations: 8, max_steps: 200}}   # GRPOConfig's own names
+contrast: [sft, rl]               # SFT-like first
+
+data:
+  prompts: data/prompts.csv       # prompt_id, text, answer, task, domain (in|out); optional split, cluster
+  train: null                     # text, answer and, for SFT, completion; only to train here
+
+generation: {{max_new_tokens: 512, n_samples: 4, temperature: 1.0, batch_size: 64}}
+grader: {{name: math}}              # or final_answer: text after the last marker equals the answer
+extraction: {{layer: 18, dtype: float16, batch_size: 16}}   # middle decoder block, counted from 0
+
+crosscoders:
+  - name: main                    # its features are followed, selected and edited
+    views: [base@0, sft@final, rl@final]
+    sparsity: batchtopk
+    n_features: 32768
+    k: 64
+    steps: 50000
+  - name: main-l1
+    views: [base@0, sft@final, rl@final]
+    sparsity: l1
+    n_features: 32768
+    steps: 50000
+  - {{name: pair-sft, views: [base@0, sft@final], sparsity: l1, n_features: 32768, steps: 50000}}
+  - {{name: pair-rl, views: [base@0, rl@final], sparsity: l1, n_features: 32768, steps: 50000}}
+  - {{name: 'null', views: [base@0, base@repeat], sparsity: l1, n_features: 32768, steps: 50000}}
+
+selection:
+  held_out_tasks: []              # tasks never used in selection
+  control_tasks: []               # tasks that no feature should help
+intervention: {{n_controls: 99, max_prompts: 400}}
+"""
+
+_PROMPTS: Final = (
+    "prompt_id,text,answer,task,domain\n"
+    "math-0001,What is 7 + 5?,12,math,in\n"
+    "sciq-0001,Which gas do plants take in?,carbon dioxide,sciq,out\n"
+)
+
+
+def write_template(root: Path, name: str) -> Path:
+    """Write study.yaml and an example data/prompts.csv into ``root``.
+
+    Raises
+    ------
+    SpecError
+        If there is a study.yaml already; it is left alone.
+    """
+    folder = StudyFolder(root)
+    check_name(name, "a study name")
+    if folder.spec.exists():
+        raise SpecError(f"{folder.spec} is already there; edit it, or start in another folder.")
+    with replacing(folder.spec) as temporary:
+        temporary.write_text(_TEMPLATE.format(name=name), encoding="utf-8")
+    prompts = root / "data" / "prompts.csv"
+    if not prompts.exists():
+        with replacing(prompts) as temporary:
+            temporary.write_text(_PROMPTS, encoding="utf-8")
+    return folder.spec
