@@ -331,8 +331,8 @@ def open_tokens(path: Path | str) -> xr.Dataset:
     check_is_store(path)
     root = zarr.open_group(path, mode="r")
     check_version(path, dict(root.attrs))
-    codes = xr.open_zarr(path, group=TOKENS_GROUP, consolidated=False).load()
-    prompts = xr.open_zarr(path, group=PROMPTS_GROUP, consolidated=False).load()
+    codes = xr.open_zarr(path, group=TOKENS_GROUP, consolidated=False, chunks=None).load()
+    prompts = xr.open_zarr(path, group=PROMPTS_GROUP, consolidated=False, chunks=None).load()
     which = codes[PROMPT].values
     labels: dict[str, NDArray[Any]] = {name: _decode(prompts[name].values, which) for name in (PROMPT, *PROMPT_LABELS)}
     labels |= {name: _decode(codes[name].attrs["legend"], codes[name].values) for name in (SOURCE, SEGMENT)}

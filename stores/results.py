@@ -18,7 +18,7 @@ from rlgen_stats.stores.tables import (
     check_version,
     clear_encoding,
     encoding,
-    plain_labels,
+    open_lazily,
     write_zarr,
 )
 
@@ -68,6 +68,6 @@ def open_results(path: Path | str, group: str) -> xr.Dataset:
     check_is_store(root)
     if group not in result_groups(root):
         raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
-    dataset = plain_labels(xr.open_zarr(root / group, consolidated=False, chunks={}))
+    dataset = open_lazily(root / group)
     check_version(root / group, dataset.attrs)
     return validate(dataset, group) if group in LAYOUTS else dataset

@@ -40,11 +40,13 @@ def as_strings(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.assign(data).assign_coords(coords)
 
 
-def plain_labels(dataset: xr.Dataset) -> xr.Dataset:
-    """Text coordinates as ordinary fixed-width numpy text, which pandas, groupby and ``sel`` handle everywhere."""
-    dataset = dataset.assign_coords({name: coord.load() for name, coord in dataset.coords.items()})
-    text = {name: c for name, c in dataset.coords.items() if c.dtype.kind in "TO"}
-    return dataset.assign_coords({name: c.astype(object).astype(np.str_) for name, c in text.items()})
+def open_lazily(path: Path) -> xr.Dataset:
+    """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text."""
+    labels = xr.open_zarr(path, consolidated=False, chunks=None).reset_coords()
+    dataset = xr.open_zarr(path, consolidated=False, chunks={})
+    loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
+    text = {name: label.astype(object).astype(np.str_) for name, label in loaded.items() if label.dtype.kind in "TO"}
+    return dataset.assign_coords(loaded | text)
 
 
 def encoding(dataset: xr.Dataset, chunks: dict[str, int] | None = None) -> dict[Any, dict[str, Any]]:
@@ -172,7 +174,7 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
     path = Path(path)
     check_is_store(path)
     done = committed_models(path)
-    dataset = plain_labels(xr.open_zarr(path, consolidated=False, chunks={}))
+    dataset = open_lazily(path)
     check_version(path, dataset.attrs)
     if dataset.sizes.get(MODEL, 0) < len(done):
         raise StoreCorruptError(

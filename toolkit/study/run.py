@@ -93,7 +93,8 @@ def _make_room(study: Study, path: Path, *, key: str, ours: set[str], forced: bo
     if study_id != study.study_id or spec_hash not in ours | {key}:
         raise StoreError(
             f"{path} was written by another study or by other settings (study {str(study_id)[:12]}, key "
-            f"{spec_hash[:12]}; this one is {study.study_id[:12]}, {key[:12]}); it is left untouched: use another folder or move it away."
+            f"{spec_hash[:12]}; this one is {study.study_id[:12]}, {key[:12]}); "
+            "it is left untouched: use another folder or move it away."
         )
     if forced or spec_hash != key:
         _remove(path)
