@@ -46,7 +46,8 @@ def open_lazily(path: Path) -> xr.Dataset:
     dataset = xr.open_zarr(path, consolidated=False, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
     text = {name: label.astype(object).astype(np.str_) for name, label in loaded.items() if label.dtype.kind in "TO"}
-    return dataset.assign_coords(loaded | text)
+    labelled: xr.Dataset = dataset.assign_coords(loaded | text)
+    return labelled
 
 
 def encoding(dataset: xr.Dataset, chunks: dict[str, int] | None = None) -> dict[Any, dict[str, Any]]:

@@ -25,9 +25,9 @@ def read_spec(path: Path | str) -> StudySpec:
         If the file is missing, is not YAML, has an unknown key (the nearest valid one is suggested), or a bad value.
     """
     path = Path(path)
-    file = StudyFolder(path).spec if path.is_dir() else path
+    file = path if path.suffix in (".yaml", ".yml") else StudyFolder(path).spec
     if not file.exists():
-        raise SpecError(f"no study file at {file}; expected a study.yaml: write one with 'rlgen-stats init {path}'.")
+        raise SpecError(f"no study file at {file}; expected a study.yaml: write one with 'rlgen-stats init {file.parent}'.")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -100,6 +100,6 @@ def write_spec(folder: StudyFolder, spec: StudySpec) -> None:
                 f"{folder.spec} already describes another study; use another folder, or remove that one to start again."
             )
         return
-    text = yaml.safe_dump(spec.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     with replacing(folder.spec) as temporary:
         temporary.write_text(text, encoding="utf-8")

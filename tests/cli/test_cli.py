@@ -1,0 +1,135 @@
+"""The command line: help without torch, one-sentence errors with exit code 2, JSON, progress off a terminal."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rlgen_stats.cli import main
+from rlgen_stats.cli.console import handle_errors, print_json, progress_for
+from rlgen_stats.cli.main import _COMMANDS
+from rlgen_stats.schemas.errors import OutOfSpaceError
+from rlgen_stats.stores import Provenance, append_model
+
+from ..stores.conftest import feature_table
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from rlgen_stats.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'xarray', 'zarr', 'dask', 'numpy', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in _COMMANDS)
+
+
+def test_status_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rlgen_stats.cli import main\n"
+        f"try: main(['status', {str(tmp_path)!r}])\nexcept SystemExit as e: assert e.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", list(_COMMANDS))
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    code, out, _ = run(name, "--help")
+    assert code == 0
+    assert "Example" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stattus"], "no command is called 'stattus'; did you mean 'status'?"),
+        (["status", "nowhere"], "no study file at nowhere/study.yaml; expected a study.yaml"),
+        (["run", "nowhere"], "no study file at nowhere/study.yaml"),
+        (["drift", "nowhere"], "no study file at nowhere/study.yaml"),
+        (["inspect", "nowhere"], "nowhere is not a Zarr v3 store (no such folder)"),
+        (["verify", "nowhere"], "nowhere is not a Zarr v3 store"),
+        (["run", "nowhere", "--scheduler", "tcp://127.0.0.1:1"], "no dask scheduler answers at 'tcp://127.0.0.1:1'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with CliRunner().isolated_filesystem(tmp_path):
+        code, out, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_init_then_status(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    assert run("init", str(folder))[0] == 0
+    assert run("init", str(folder))[0] == 2
+    code, _, err = run("status", str(folder))
+    assert code == 2
+    assert "'base.path' names" in err
+
+
+def test_inspect_and_verify_speak_json_and_find_faults(tmp_path: Path) -> None:
+    store = tmp_path / "features.zarr"
+    append_model(store, "features", feature_table("base@0"), provenance=Provenance("a", "b"))
+    code, out, _ = run("inspect", str(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(out)["features.zarr"]["models"] == ["base@0"]
+    assert run("verify", str(tmp_path))[0] == 0
+    chunk = next(p for p in (store / "mean" / "c").rglob("*") if p.is_file())
+    chunk.write_bytes(b"\0" + chunk.read_bytes()[1:-1] + b"\0")
+    code, out, err = run("verify", str(tmp_path), "--json")
+    assert code == 2
+    assert json.loads(out)["ok"] is False
+    assert "features.zarr: mean[0:1, 0:3, 0:5]: unreadable" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OutOfSpaceError(28, "the disk holding x is full"), 2, "Error: the disk holding x is full"),
+        (OSError(28, "No space left on device"), 2, "the disk or quota is full; what was committed is kept"),
+        (PermissionError(13, "denied", "/x/y"), 2, "cannot write /x/y: permission denied"),
+        (KeyboardInterrupt(), 130, "run the same command again to continue"),
+    ],
+)
+def test_system_errors_end_cleanly(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @handle_errors
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert caught.value.code == code
+    assert message in capsys.readouterr().err
+
+
+def test_json_has_null_for_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": float("nan"), "b": [1.5, float("nan")]})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None]}
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_for() as progress:
+        progress.log("hello")
+        with progress.task("work", total=3, unit="steps") as task:
+            for _ in range(3):
+                task.advance(1, loss=0.25)
+    err = capsys.readouterr().err
+    assert "hello" in err
+    assert "work: 3/3 steps" in err
+    assert "loss=0.25" in err

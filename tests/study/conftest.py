@@ -1,0 +1,33 @@
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+
+def spec_dict(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "base": {"path": "models/base"},
+        "data": {"prompts": "data/prompts.csv", "train": None},
+        "runs": [
+            {"name": "sft", "arm": "sft", "checkpoints": {10: "models/sft-10"}},
+            {"name": "rl", "arm": "rl", "checkpoints": {20: "models/rl-20"}},
+        ],
+        "crosscoders": [{"name": "main", "views": ["base@0", "sft@final", "rl@final"]}],
+    } | changes
+
+
+@pytest.fixture
+def study_folder(tmp_path: Path) -> Path:
+    root = tmp_path / "study"
+    for model in ("base", "sft-10", "rl-20"):
+        (root / "models" / model).mkdir(parents=True)
+        (root / "models" / model / "config.json").write_text(model)
+    (root / "data").mkdir()
+    pd.DataFrame({"prompt_id": ["a"], "text": ["1 + 1"], "answer": ["2"], "task": ["math"], "domain": ["in"]}).to_csv(
+        root / "data/prompts.csv", index=False
+    )
+    (root / "study.yaml").write_text(yaml.safe_dump(spec_dict()))
+    return root

@@ -1,0 +1,174 @@
+"""The stage graph: what runs, what is skipped, what is refused, what an interruption leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xarray as xr
+import yaml
+
+from rlgen_stats.schemas.errors import InputError, SpecError, StoreError, StoreLockedError
+from rlgen_stats.stores import Provenance, read_json, write_results
+from rlgen_stats.stores.durable import exclusive
+from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
+from rlgen_stats.toolkit.study import run as run_module
+from rlgen_stats.toolkit.study.plan import BY_NAME, with_needs
+
+from .conftest import spec_dict
+
+CALLS: list[str] = []
+
+
+def _write(study: Study, key: str, path: str) -> None:
+    target = study.folder.root / path
+    if path.startswith("results.zarr/"):
+        write_results(
+            study.folder.results, target.name + "-x", xr.Dataset(), provenance=Provenance(study.study_id, key)
+        )
+        (study.folder.results / (target.name + "-x")).rename(target)
+    else:
+        target.mkdir(parents=True, exist_ok=True) if not target.suffix else target.parent.mkdir(exist_ok=True)
+        if target.suffix in (".html", ".json"):
+            target.write_text("{}")
+        elif target.suffix == ".zarr":
+            xr.Dataset(attrs=Provenance(study.study_id, key).attrs()).to_zarr(target, consolidated=False, mode="w")
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that only write their outputs: the graph is under test, not the science."""
+    CALLS.clear()
+
+    def resolve(function: str) -> Any:
+        name = next(stage.name for stage in STAGES if stage.function == function)
+
+        def call(study: Study, key: str, progress: object) -> None:
+            CALLS.append(name)
+            for path in BY_NAME[name].outputs:
+                _write(study, key, path)
+
+        return call
+
+    monkeypatch.setattr(run_module.pkgutil, "resolve_name", resolve)
+
+
+def change(folder: Path, **changes: Any) -> None:
+    (folder / "study.yaml").write_text(yaml.safe_dump(spec_dict(**changes)))
+
+
+def test_every_stage_runs_once_after_its_needs(study_folder: Path) -> None:
+    run_study(study_folder)
+    assert [stage.name for stage in STAGES] == CALLS
+    for stage in STAGES:
+        assert all(CALLS.index(need) < CALLS.index(stage.name) for need in stage.needs)
+    run_study(study_folder)
+    assert len(CALLS) == len(STAGES)
+    assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reruns"),
+    [
+        ({"intervention": {"n_controls": 19}}, {"intervene", "report"}),
+        ({"selection": {"score_fraction": 0.3}}, {"significance", "select", "intervene", "report"}),
+        (
+            {"crosscoders": [{"name": "main", "views": ["base@0", "sft@final", "rl@final"], "k": 7}]},
+            {"crosscoder", "encode", "align", "drift", "stabilize", "significance", "select", "intervene", "report"},
+        ),
+    ],
+)
+def test_a_change_reruns_what_depends_on_it_and_nothing_else(
+    study_folder: Path, changes: dict[str, Any], reruns: set[str]
+) -> None:
+    run_study(study_folder)
+    CALLS.clear()
+    change(study_folder, **changes)
+    states = {s.name: s.state for s in open_for_run(study_folder).status()}
+    assert {name for name, state in states.items() if state == "stale"} == reruns
+    run_study(study_folder)
+    assert set(CALLS) == reruns
+
+
+def test_stages_pull_in_their_needs_only(study_folder: Path) -> None:
+    run_study(study_folder, stages=["drift"])
+    assert CALLS == ["posttrain", "outcomes", "extract", "crosscoder", "encode", "drift"]
+    assert [s.name for s in with_needs(["outcomes"])] == ["posttrain", "outcomes"]
+    run_study(study_folder, stages=["drift"], force=["drift"])
+    assert CALLS[-1] == "drift"
+    assert len(CALLS) == 7
+    with pytest.raises(InputError, match="no stage is called 'dirft'; the stages are posttrain"):
+        run_study(study_folder, stages=["dirft"])
+
+
+def test_a_store_of_another_study_is_refused_and_untouched(study_folder: Path) -> None:
+    run_study(study_folder, stages=["outcomes"])
+    change(study_folder, seed=5)
+    with pytest.raises(StoreError, match=r"outcomes\.zarr was written by another study.*left untouched"):
+        run_study(study_folder, stages=["outcomes"])
+    assert (study_folder / "outcomes.zarr/zarr.json").exists()
+    change(study_folder)
+    assert open_for_run(study_folder).state("outcomes") != "waiting"
+
+
+def test_unknown_completions_are_refused(study_folder: Path) -> None:
+    (study_folder / "completions").mkdir()
+    (study_folder / "completions/x.parquet").write_text("precious")
+    with pytest.raises(StoreError, match="no stage of this study made it"):
+        run_study(study_folder, stages=["outcomes"])
+    assert (study_folder / "completions/x.parquet").read_text() == "precious"
+
+
+def test_an_interrupted_stage_is_resumed_with_what_it_committed(
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_study(study_folder, stages=["posttrain"])
+
+    def dies(study: Study, key: str, progress: object) -> None:
+        _write(study, key, "outcomes.zarr")
+        (study.folder.outcomes / "committed").write_text("half")
+        raise KeyboardInterrupt
+
+    working = run_module.pkgutil.resolve_name
+    monkeypatch.setattr(run_module.pkgutil, "resolve_name", lambda _: dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study_folder, stages=["outcomes"])
+    assert open_for_run(study_folder).state("outcomes") == "interrupted"
+    monkeypatch.setattr(run_module.pkgutil, "resolve_name", working)
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        run_module.pkgutil,
+        "resolve_name",
+        lambda _: lambda study, key, progress: seen.append((study.folder.outcomes / "committed").exists()),
+    )
+    run_study(study_folder, stages=["outcomes"])
+    assert seen == [True]
+
+
+def test_missing_inputs_are_named_by_their_key(study_folder: Path) -> None:
+    change(study_folder, base={"path": "models/nowhere"})
+    with pytest.raises(SpecError, match=r"'base\.path' names .*nowhere, which does not exist"):
+        run_study(study_folder)
+    change(study_folder, runs=[spec_dict()["runs"][0] | {"checkpoints": {10: "gone"}}, spec_dict()["runs"][1]])
+    with pytest.raises(SpecError, match=r"'runs\.sft\.checkpoints\.10' names"):
+        run_study(study_folder)
+
+
+def test_changed_prompts_are_another_study(study_folder: Path) -> None:
+    before = open_for_run(study_folder).study_id
+    with (study_folder / "data/prompts.csv").open("a") as handle:
+        handle.write("b,2 + 2,4,math,in\n")
+    assert open_for_run(study_folder).study_id != before
+
+
+def test_two_runs_at_once_are_refused(study_folder: Path) -> None:
+    (study_folder / "stages").mkdir()
+    with exclusive(study_folder / "stages/run"), pytest.raises(StoreLockedError, match="one writer at a time"):
+        run_study(study_folder)
+
+
+def test_record_keeps_time_and_key(study_folder: Path) -> None:
+    study = run_study(study_folder, stages=["posttrain"])
+    record = read_json(study_folder / "stages/posttrain.json")
+    assert record["finished"]
+    assert record["key"] == study.key("posttrain")
+    assert record["seconds"] >= 0

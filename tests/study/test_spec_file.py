@@ -1,0 +1,86 @@
+"""study.yaml: what is refused, and how the refusal reads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.study import parse_spec, read_spec, write_spec
+from rlgen_stats.toolkit.study.template import write_template
+
+from .conftest import spec_dict
+
+RUNS = spec_dict()["runs"]
+MAIN = spec_dict()["crosscoders"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sed": 1}, "unknown key 'sed'; did you mean 'seed'"),
+        ({"generation": {"temprature": 1}}, "unknown key 'generation.temprature'; did you mean 'temperature'"),
+        (
+            {"crosscoders": [MAIN | {"n_feature": 3}]},
+            "unknown key 'crosscoders.0.n_feature'; did you mean 'n_features'",
+        ),
+        ({"zzz": 1}, "unknown key 'zzz'; expected one of base, "),
+        ({"base": {}}, "'base.path' is required and missing"),
+        ({"generation": {"temperature": -1}}, "'generation.temperature': input should be greater than 0, got -1"),
+        ({"statistics": {"alpha": "much"}}, "'statistics.alpha': .*got 'much'"),
+        ({"runs": RUNS[:1]}, "compares two arms"),
+        ({"runs": [RUNS[0], RUNS[0] | {"arm": "rl"}]}, r"run names must be unique, got \['sft'\]"),
+        ({"runs": [RUNS[0] | {"name": "../x"}, RUNS[1]]}, "a run name must be letters"),
+        ({"runs": [RUNS[0] | {"name": "base"}, RUNS[1]]}, "cannot be called 'base'"),
+        ({"runs": [RUNS[0] | {"method": "grpo"}, RUNS[1]]}, "training methods take none"),
+        ({"contrast": ["sft", "dpo"]}, r"contrast names run 'dpo', but the runs are \['rl', 'sft'\]"),
+        (
+            {"crosscoders": [MAIN | {"views": ["base@0", "dpo@final", "rl@final"]}]},
+            "'dpo@final' is no model of this study",
+        ),
+        ({"crosscoders": [MAIN | {"views": ["base@0", "sft@final"]}]}, "one crosscoder must have exactly the views"),
+        ({"crosscoders": [MAIN | {"k": 10, "n_features": 4}]}, "k=10 exceeds n_features=4"),
+    ],
+)
+def test_bad_specs_are_explained(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_spec(spec_dict(**changes))
+
+
+def test_missing_and_malformed_files(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"no study file at .*rlgen-stats init"):
+        read_spec(tmp_path)
+    (tmp_path / "study.yaml").write_text("a: [1")
+    with pytest.raises(SpecError, match="not valid YAML"):
+        read_spec(tmp_path)
+    (tmp_path / "study.yaml").write_text("- 1")
+    with pytest.raises(SpecError, match=r"must be a mapping .* got list"):
+        read_spec(tmp_path)
+
+
+def test_contrast_and_primary_crosscoder_default_to_the_first_of_each_arm() -> None:
+    spec = parse_spec(spec_dict(runs=[*RUNS, RUNS[0] | {"name": "sft.1"}]))
+    assert [run.name for run in spec.contrasted] == ["sft", "rl"]
+    assert spec.primary_crosscoder.name == "main"
+
+
+def test_spec_round_trips_and_another_is_not_overwritten(tmp_path: Path) -> None:
+    spec = parse_spec(spec_dict(contrast=["sft", "rl"]))
+    folder = StudyFolder(tmp_path)
+    write_spec(folder, spec)
+    write_spec(folder, spec)
+    assert read_spec(tmp_path) == spec
+    with pytest.raises(SpecError, match="already describes another study"):
+        write_spec(folder, parse_spec(spec_dict(name="other")))
+    assert read_spec(tmp_path) == spec
+
+
+def test_template_is_a_valid_study(tmp_path: Path) -> None:
+    file = write_template(tmp_path, "mine")
+    assert read_spec(tmp_path).name == "mine"
+    assert len(read_spec(tmp_path).crosscoders) == 5
+    assert yaml.safe_load(file.read_text())["generation"]["n_samples"] == 4
+    with pytest.raises(SpecError, match="already there"):
+        write_template(tmp_path, "mine")
