@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest wheel clean benchmarks
+.PHONY: demo test install install-dev lint types imports pytest wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -48,5 +48,14 @@ wheel: install-dev
 	rm -rf build dist
 	$(BIN)/python -m build --wheel
 
+# The wheel as a user gets it: a fresh environment, no source tree on the path, a mini study.
+smoke: wheel
+	rm -rf .smoke && $(PYTHON) -m venv .smoke/venv
+	.smoke/venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	cd .smoke && venv/bin/rlgen-stats --help >/dev/null
+	cd .smoke && venv/bin/python -P -c "import rlgen_stats.schemas, rlgen_stats.stores, rlgen_stats.toolkit, rlgen_stats.cli"
+	cd .smoke && venv/bin/rlgen-stats demo --size mini --folder study && venv/bin/rlgen-stats verify study
+	rm -rf .smoke
+
 clean:
-	rm -rf $(VENV) .namespace build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .smoke .namespace build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

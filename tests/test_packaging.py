@@ -1,0 +1,53 @@
+"""What ships: the package list against the tree, typed packages, names in the right layer, sizes."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [f for top in ("schemas", "stores", "toolkit", "cli") for f in sorted((ROOT / top).rglob("*.py"))]
+
+
+def test_every_package_is_listed_and_nothing_else() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(config["tool"]["setuptools"]["packages"])
+    there = {"rlgen_stats." + ".".join(f.parent.relative_to(ROOT).parts) for f in SOURCES if f.name == "__init__.py"}
+    assert listed == there
+
+
+@pytest.mark.parametrize("top", ["schemas", "stores", "toolkit", "cli"])
+def test_packages_are_typed(top: str) -> None:
+    assert (ROOT / top / "py.typed").exists()
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(source: Path) -> None:
+    text = source.read_text()
+    assert text.count("\n") <= 400, "a file is read in one sitting"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            length = (node.end_lineno or 0) - node.lineno + 1 - docstring.count("\n")
+            assert length <= 61, f"{node.name} fits on a screen"
+
+
+@pytest.mark.parametrize("source", [f for f in SOURCES if "cli" not in f.parts[-2:]], ids=lambda f: f.name)
+def test_own_modules_are_imported_at_the_top_only(source: Path) -> None:
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside = [
+                n
+                for n in ast.walk(node)
+                if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("rlgen_stats")
+            ]
+            assert not inside, f"{node.name} imports {inside[0].module} inside"
+
+
+def test_no_absolute_import_skips_the_namespace() -> None:
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{source}: relative import"
+                assert (node.module or "").split(".")[0] not in ("schemas", "stores", "toolkit", "cli"), source
