@@ -29,9 +29,12 @@ COMPRESSORS: Final = (ZstdCodec(level=1), Crc32cCodec())
 
 
 def as_strings(dataset: xr.Dataset) -> xr.Dataset:
-    """Fixed-width text as variable-length text, the only text type with a Zarr v3 name."""
+    """Fixed-width text as variable-length text, the only text type with a Zarr v3 name.
+
+    Always in C order: zarr-python 3.1 writes text of another memory order scrambled, without an error.
+    """
     changed = {
-        name: variable.astype(np.dtypes.StringDType())
+        name: variable.copy(data=np.ascontiguousarray(np.asarray(variable.data).astype(np.dtypes.StringDType())))
         for name, variable in dataset.variables.items()
         if variable.dtype.kind in "UO"
     }
@@ -46,7 +49,9 @@ def open_lazily(path: Path) -> xr.Dataset:
     dataset = xr.open_zarr(path, consolidated=False, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
     text = {name: label.astype(object).astype(np.str_) for name, label in loaded.items() if label.dtype.kind in "TO"}
-    labelled: xr.Dataset = dataset.assign_coords(loaded | text)
+    # numpy's StringDType cannot hold the missing values that ``where`` and ``reindex`` put in; object can.
+    words = {name: data.astype(object) for name, data in dataset.data_vars.items() if data.dtype.kind == "T"}
+    labelled: xr.Dataset = dataset.assign(words).assign_coords(loaded | text)
     return labelled
 
 

@@ -97,6 +97,24 @@ def test_results_are_replaced_whole(tmp_path: Path, provenance: Provenance) -> N
         open_results(path, "drift")
 
 
+def test_text_variables_survive_a_condition(tmp_path: Path, provenance: Provenance) -> None:
+    table = balance(1.0).assign(note=("covariate", ["fine"]))
+    write_results(tmp_path / "results.zarr", "notes", table, provenance=provenance)
+    opened = open_results(tmp_path / "results.zarr", "notes")
+    assert opened.note.chunks is not None
+    assert opened.where(opened.set_mean > 0).note.values.tolist() == ["fine"]
+    assert np.isnan(opened.where(opened.set_mean > 2).note.values[0])
+
+
+def test_text_in_any_memory_order_comes_back(tmp_path: Path, provenance: Provenance) -> None:
+    words = np.array([[f"{row}{column}" for column in "abc"] for row in "xy"])
+    table = xr.Dataset({"c": (("a", "b"), words), "f": (("a", "b"), np.asfortranarray(words))})
+    write_results(tmp_path / "results.zarr", "words", table, provenance=provenance)
+    opened = open_results(tmp_path / "results.zarr", "words")
+    np.testing.assert_array_equal(opened.f.values, words)
+    np.testing.assert_array_equal(opened.c.values, words)
+
+
 def test_study_tree_is_lazy_and_asks_for_a_study(tmp_path: Path, features: Path, provenance: Provenance) -> None:
     with pytest.raises(StoreError, match=r"expected a study\.yaml"):
         open_study(tmp_path)

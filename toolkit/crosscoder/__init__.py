@@ -1,1 +1,31 @@
-"""Placeholder."""
+"""Sparse codes shared by several models: training, health, readout to prompt summaries, and what features look like."""
+
+from rlgen_stats.toolkit.crosscoder.contexts import logit_effects, top_contexts, top_logits
+from rlgen_stats.toolkit.crosscoder.encode import encode_features
+from rlgen_stats.toolkit.crosscoder.export import decoder_dataset
+from rlgen_stats.toolkit.crosscoder.health import Health, health_dataset, measure_health
+from rlgen_stats.toolkit.crosscoder.model import Crosscoder, load_crosscoder
+from rlgen_stats.toolkit.crosscoder.reader import ArrayReader, PairedActivations
+from rlgen_stats.toolkit.crosscoder.splice import SpliceCE, SplicedText, splice_ce
+from rlgen_stats.toolkit.crosscoder.stage import train_crosscoders
+from rlgen_stats.toolkit.crosscoder.training import train_crosscoder
+
+__all__ = [
+    "ArrayReader",
+    "Crosscoder",
+    "Health",
+    "PairedActivations",
+    "SpliceCE",
+    "SplicedText",
+    "decoder_dataset",
+    "encode_features",
+    "health_dataset",
+    "load_crosscoder",
+    "logit_effects",
+    "measure_health",
+    "splice_ce",
+    "top_contexts",
+    "top_logits",
+    "train_crosscoder",
+    "train_crosscoders",
+]

@@ -1,1 +1,52 @@
-"""Placeholder."""
+"""From models to stores: completions, grades, forced-text activations, distances from base."""
+
+from rlgen_stats.toolkit.extraction.activations import extract_activations, site_name, token_mask
+from rlgen_stats.toolkit.extraction.checkpoints import (
+    REPEAT_MODEL,
+    ModelRef,
+    check_tokenizers,
+    final_model,
+    find_model,
+    list_models,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_view,
+)
+from rlgen_stats.toolkit.extraction.generation import Completion, generate
+from rlgen_stats.toolkit.extraction.grading import FORMAT_CLASSES, Grade, Grader, make_grader
+from rlgen_stats.toolkit.extraction.hooks import block_output, capture_residual, locate_layers, read_residual
+from rlgen_stats.toolkit.extraction.movement import measure_movement
+from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
+from rlgen_stats.toolkit.extraction.prompts import load_prompts, read_table
+
+__all__ = [
+    "FORMAT_CLASSES",
+    "REPEAT_MODEL",
+    "Completion",
+    "Grade",
+    "Grader",
+    "ModelRef",
+    "block_output",
+    "capture_residual",
+    "check_tokenizers",
+    "extract_activations",
+    "final_model",
+    "find_model",
+    "generate",
+    "list_models",
+    "load_model",
+    "load_prompts",
+    "load_tokenizer",
+    "locate_layers",
+    "make_grader",
+    "measure_movement",
+    "read_completions",
+    "read_residual",
+    "read_table",
+    "resolve_device",
+    "resolve_view",
+    "sample_outcomes",
+    "site_name",
+    "token_mask",
+]

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal
 
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder, read_json, write_json
+from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 
 State = Literal["done", "stale", "interrupted", "waiting"]
 
@@ -34,6 +34,8 @@ class Stage:
     """``module:function`` called with (study, key, progress); named, not imported, so that looking needs no torch."""
     outputs: tuple[str, ...]
     """Paths below the study folder that exist once it is done."""
+    optional: tuple[str, ...] = ()
+    """Stores it writes only where they can be estimated."""
     owned: tuple[str, ...] = ()
     """Plain folders among the outputs that hold only this key's files, and go when the key changes."""
     version: int = 1
@@ -71,7 +73,8 @@ STAGES: Final = (
         ("outcomes", "movement", "align"),
         ("statistics", "selection"),
         f"{_STATISTICS}:significance",
-        ("results.zarr/behaviour", "results.zarr/attribution_contrast"),
+        ("results.zarr/behaviour",),
+        optional=("results.zarr/attribution_contrast",),
     ),
     Stage("select", ("encode",), ("statistics", "selection"), f"{_STATISTICS}:select", ("results.zarr/selection",)),
     Stage(
@@ -184,6 +187,17 @@ class Study:
                 raise SpecError("'data.train' is required to train runs here; name a table of training prompts.")
             files["train"] = self._fingerprint(self.spec.data.train, "data.train")
         return files
+
+    def training_key(self, run: RunSpec) -> str:
+        """Content key of one training run: base, training data, grader and the run's own settings."""
+        share = [self.study_id, self._training_files(), self.spec.grader.model_dump(mode="json")]
+        return content_hash([*share, run.model_dump(mode="json"), BY_NAME["posttrain"].version])
+
+    def provenance(self, name: str, key: str) -> Provenance:
+        """Origin of a stage's stores: study, key, seed, and the keys of the stages it read."""
+        parents = {need: self.key(need) for need in stage_named(name).needs}
+        details = {"stage": name, "study": self.spec.name, "seed": self.spec.seed, "parents": parents}
+        return Provenance(self.study_id, key, details)
 
     def record(self, name: str) -> dict[str, Any]:
         """What the last run of a stage left, empty if it never started."""

@@ -73,7 +73,7 @@ def run_study(
 def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) -> None:
     key, before = study.key(stage.name), study.record(stage.name)
     ours = {str(before.get("key")), *map(str, before.get("earlier", []))}
-    for output in stage.outputs:
+    for output in (*stage.outputs, *stage.optional):
         _make_room(study, study.folder.root / output, key=key, ours=ours, forced=forced)
     for name in stage.owned:
         _clear_owned(study.folder.root / name, keep=before.get("key") == key and not forced, known=bool(before))

@@ -27,7 +27,9 @@ def read_spec(path: Path | str) -> StudySpec:
     path = Path(path)
     file = path if path.suffix in (".yaml", ".yml") else StudyFolder(path).spec
     if not file.exists():
-        raise SpecError(f"no study file at {file}; expected a study.yaml: write one with 'rlgen-stats init {file.parent}'.")
+        raise SpecError(
+            f"no study file at {file}; expected a study.yaml: write one with 'rlgen-stats init {file.parent}'."
+        )
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,210 @@
+import filecmp
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rlgen_stats.schemas.errors import InputError, StageError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import ExtractionSpec, StudySpec
+from rlgen_stats.stores import (
+    Provenance,
+    StudyFolder,
+    complete_models,
+    create_activations,
+    open_activations,
+    open_tokens,
+)
+from rlgen_stats.stores import activations as store
+from rlgen_stats.toolkit.extraction import (
+    activations,
+    extract_activations,
+    load_model,
+    load_prompts,
+    load_tokenizer,
+    read_completions,
+    token_mask,
+)
+from rlgen_stats.toolkit.extraction.activations import load_texts, plan_windows, source_models, token_table
+from rlgen_stats.toolkit.extraction.checkpoints import list_models
+
+from .conftest import study_spec
+
+Study = tuple[StudySpec, StudyFolder]
+
+
+def test_every_model_reads_the_texts_as_generated(sampled: Study, provenance: Provenance) -> None:
+    """Against one plain forward pass a text, without padding, by ``output_hidden_states``."""
+    spec, folder = sampled
+    extract_activations(spec, folder, provenance=provenance)
+    stored = open_activations(folder.activations).load()
+    assert list(stored.model.values) == sorted(["base@0", "sft@3", "sft@6", "rl@4", "rl@8", "base.repeat@0"])
+    assert stored.attrs["site"] == "block1"
+    tokenizer, prompts = load_tokenizer(list_models(spec, folder)[0]), load_prompts(spec, folder)
+    for source in ("base@0", "sft@6", "rl@8"):
+        drawn = read_completions(folder, source).set_index(["prompt", "sample"])
+        for prompt, words in zip(prompts.prompt, prompts.text, strict=True):
+            here = stored.isel(token=np.flatnonzero((stored.source == source) & (stored.prompt == prompt)))
+            given, written = tokenizer(words)["input_ids"], list(drawn.loc[(prompt, 0), "token_ids"])
+            assert here.token_id.values.tolist() == given + written
+            assert here.position.values.tolist() == list(range(len(given + written)))
+            assert here.segment.values.tolist() == ["prompt"] * len(given) + ["completion"] * len(written)
+    for ref in list_models(spec, folder):
+        model = load_model(ref)
+        for source, prompt in (("base@0", "p0"), ("sft@6", "p5"), ("rl@8", "p11")):
+            here = stored.isel(token=np.flatnonzero((stored.source == source) & (stored.prompt == prompt)))
+            ids = torch.tensor(here.token_id.values)[None].long()
+            plain = model(ids, output_hidden_states=True).hidden_states[2][0].numpy()
+            np.testing.assert_allclose(here.activation.sel(model=ref.model), plain, rtol=1e-4, atol=2e-5)
+
+
+def test_sources_are_base_and_the_contrasted_finals(study: Study) -> None:
+    spec, folder = study
+    assert source_models(spec, folder) == ("base@0", "sft@6", "rl@8")
+    assert source_models(study_spec(contrast=["rl", "sft"]), folder) == ("base@0", "rl@8", "sft@6")
+
+
+def test_the_base_read_again_differs_by_rounding_only(
+    sampled: Study, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[tuple[Any, ...]] = []
+
+    def spy(lengths: Any, *how: Any) -> Any:
+        plans.append(how)
+        return plan_windows(lengths, *how)
+
+    monkeypatch.setattr(activations, "plan_windows", spy)
+    extract_activations(*sampled, provenance=provenance)
+    assert plans == [(4,)] * 5 + [(2, derive_seed(7, "repeat"))]  # half the batch, shuffled
+    stored = open_activations(sampled[1].activations).activation
+    once, again = stored.sel(model="base@0").values, stored.sel(model="base.repeat@0").values
+    np.testing.assert_allclose(once, again, rtol=1e-4, atol=2e-5)
+    assert (once != again).any()
+    assert not np.allclose(once, stored.sel(model="sft@3").values, atol=0.1)
+
+
+def test_an_interrupted_extraction_ends_with_the_same_bytes(
+    sampled: Study, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder = sampled
+    monkeypatch.setattr(store, "SHARD_TOKENS", 37)  # shards end inside texts
+    monkeypatch.setattr(activations, "WINDOW_BATCHES", 2)
+    whole = folder.root / "whole.zarr"
+    extract_activations(spec, folder, provenance=provenance)
+    folder.activations.rename(whole)
+
+    read, n_read = activations.read_texts, 0
+
+    def dying(*args: Any) -> Any:
+        nonlocal n_read
+        n_read += 1
+        if n_read % 15 == 0:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(activations, "read_texts", dying)
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            extract_activations(spec, folder, provenance=provenance)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert attempts > 3
+    assert len(complete_models(folder.activations)) == 6
+    files = [p.relative_to(whole) for p in whole.rglob("*") if p.is_file() and "c" in p.relative_to(whole).parts]
+    assert len(files) > 50
+    _, other, failed = filecmp.cmpfiles(whole, folder.activations, [str(f) for f in files], shallow=False)
+    assert (other, failed) == ([], [])
+    n_read = 1
+    extract_activations(spec, folder, provenance=provenance)
+    assert n_read == 1  # nothing left to read
+
+
+def test_outcomes_come_first(study: Study, provenance: Provenance) -> None:
+    with pytest.raises(StageError, match="no completions of base@0"):
+        extract_activations(*study, provenance=provenance)
+
+
+def test_a_layer_the_models_lack_is_refused(sampled: Study, provenance: Provenance) -> None:
+    spec = study_spec(extraction={"layer": 3})
+    with pytest.raises(InputError, match=r"layer 3 asked for, .*blocks 0 to 2; correct extraction.layer"):
+        extract_activations(spec, sampled[1], provenance=provenance)
+
+
+def test_a_prompt_without_a_completion_is_named(sampled: Study) -> None:
+    spec, folder = sampled
+    file = folder.completions / "sft@6.parquet"
+    table = pd.read_parquet(file)
+    table[table.prompt != "p3"].to_parquet(file)
+    with pytest.raises(InputError, match=r"sft@6 has no sampled completion of 1 prompt\(s\), e\.g\. 'p3'"):
+        load_texts(spec, folder, load_prompts(spec, folder), load_tokenizer(list_models(spec, folder)[0]))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_windows_hold_every_text_once_at_its_offset(seed: int | None, batch_size: int) -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 9, size=101)]
+    windows = list(plan_windows(lengths, batch_size, seed))
+    assert [i for window in windows for i in window.texts] == list(range(101))
+    for window in windows:
+        assert window.first_token == sum(lengths[: window.texts[0]])
+        assert sorted(i for batch in window.batches for i in batch) == list(window.texts)
+        assert all(1 <= len(batch) <= batch_size for batch in window.batches)
+    assert windows == list(plan_windows(lengths, batch_size, seed))
+    if seed is not None and batch_size > 1:
+        assert windows != list(plan_windows(lengths, batch_size))
+
+
+TOKENS = pd.DataFrame(
+    {
+        "position": [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3],
+        "segment": ["prompt"] * 3 + ["completion"] * 2 + ["prompt"] * 3 + ["prompt"] * 2 + ["completion", "pad"],
+    }
+)
+"""Three texts: 3 + 2, 3 + 0 and 2 + 1 tokens and a pad."""
+
+
+@pytest.mark.parametrize(
+    ("purpose", "spec", "kept"),
+    [
+        ("train", {}, [1, 2, 3, 4, 6, 7, 9, 10]),
+        ("train", {"skip_first": 0}, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ("train", {"segments": ["completion"], "skip_first": 4}, [4]),
+        ("summary", {}, [2, 3, 4, 7, 9, 10]),
+        ("summary", {"summary_segments": ["last_prompt"]}, [2, 7, 9]),
+        ("summary", {"summary_segments": ["last_prompt"], "skip_first": 2}, [2, 7]),
+        ("summary", {"summary_segments": ["prompt"]}, [1, 2, 6, 7, 9]),
+    ],
+)
+def test_masks_follow_the_declared_rules(purpose: Any, spec: dict[str, Any], kept: list[int]) -> None:
+    assert np.flatnonzero(token_mask(TOKENS, ExtractionSpec.model_validate(spec), purpose)).tolist() == kept
+
+
+def test_a_stores_own_labels_make_the_same_mask(study: Study, tmp_path: Path, provenance: Provenance) -> None:
+    tokens = TOKENS.assign(prompt=["a"] * 5 + ["b"] * 3 + ["a"] * 4, source="base@0", token_id=1)
+    prompts = pd.DataFrame({"prompt": ["a", "b"], "task": "t", "domain": "in", "split": "selection", "cluster": "c"})
+    create_activations(tmp_path / "a.zarr", tokens, prompts, provenance=provenance)
+    for purpose in ("train", "summary"):
+        stored = token_mask(open_tokens(tmp_path / "a.zarr"), ExtractionSpec(), purpose)  # type: ignore[arg-type]
+        assert (stored == token_mask(TOKENS, ExtractionSpec(), purpose)).all()  # type: ignore[arg-type]
+
+
+def test_masks_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(InputError, match="no token of the 12 is left"):
+        token_mask(TOKENS, ExtractionSpec(skip_first=9))
+    with pytest.raises(InputError, match="purpose must be"):
+        token_mask(TOKENS, ExtractionSpec(), "both")  # type: ignore[arg-type]
+
+
+def test_the_token_table_counts_positions_in_each_text() -> None:
+    text = activations.Text
+    table = token_table([text("a", "base@0", (5, 6), (7,)), text("b", "base@0", (8,), (9, 1))])
+    assert table.position.tolist() == [0, 1, 2, 0, 1, 2]
+    assert table.token_id.tolist() == [5, 6, 7, 8, 9, 1]
+    assert table.prompt.tolist() == ["a"] * 3 + ["b"] * 3
+    assert table.segment.tolist() == ["prompt", "prompt", "completion", "prompt", "completion", "completion"]

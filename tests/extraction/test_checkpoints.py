@@ -1,0 +1,190 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
+
+from rlgen_stats.schemas.errors import ModelError, StoreError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder, write_json
+from rlgen_stats.toolkit.extraction.checkpoints import (
+    ModelRef,
+    check_tokenizers,
+    final_model,
+    find_model,
+    list_models,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_view,
+)
+
+from .conftest import WORDS, save_model, tiny_model, word_tokenizer
+
+Study = tuple[StudySpec, StudyFolder]
+
+
+def test_models_are_base_then_runs_by_step(study: Study) -> None:
+    refs = list_models(*study)
+    assert [ref.model for ref in refs] == ["base@0", "sft@3", "sft@6", "rl@4", "rl@8"]
+    assert [ref.arm for ref in refs] == ["base", "sft", "sft", "rl", "rl"]
+    assert refs[1].path == study[1].root / "models/sft/step-3"
+    assert refs[4].path == study[1].root / "own/rl-8"
+    assert all(load_model(ref).num_parameters() for ref in refs)
+
+
+def test_views_are_resolved(study: Study) -> None:
+    assert resolve_view("rl@final", *study) == "rl@8"
+    assert resolve_view("sft@final", *study) == "sft@6"
+    assert resolve_view("sft@3", *study) == "sft@3"
+    assert resolve_view("base@0", *study) == "base@0"
+    assert resolve_view("base@repeat", *study) == "base.repeat@0"
+    assert find_model("base.repeat@0", *study) == list_models(*study)[0]
+    with pytest.raises(ModelError, match=r"no model is called 'rl@5'.*'rl@4', 'rl@8'"):
+        resolve_view("rl@5", *study)
+    with pytest.raises(ModelError, match=r"no run is called 'ppo'; the runs are \['sft', 'rl'\]"):
+        final_model(*study, "ppo")
+
+
+def test_a_run_not_trained_yet_is_named(study: Study) -> None:
+    spec, folder = study
+    record = folder.run("sft") / "posttrain.json"
+    record.unlink()
+    with pytest.raises(ModelError, match=r"run 'sft' has no .*posttrain.json.*run the posttrain stage"):
+        list_models(spec, folder)
+    write_json(record, {"steps": []})
+    with pytest.raises(ModelError, match=r"must list the checkpoint 'steps', got \[\]"):
+        list_models(spec, folder)
+    record.write_text("{half")
+    with pytest.raises(StoreError, match="not readable JSON"):
+        list_models(spec, folder)
+
+
+def test_a_loaded_model_is_frozen_and_equal_to_what_was_saved(study: Study) -> None:
+    model = load_model(list_models(*study)[1], dtype=torch.float32)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    for name, value in tiny_model(seed=1).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert load_model(list_models(*study)[1], dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_tied_weights_are_not_called_missing(tmp_path: Path) -> None:
+    save_model(tmp_path / "tied", tied=True)
+    model = load_model(ref_to(tmp_path / "tied"))
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def ref_to(path: Path, base: Path | None = None, model: str = "rl@1") -> ModelRef:
+    return ModelRef(model, "rl", 1, "rl", path, base)
+
+
+def test_missing_folder_and_missing_weights_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"rl@1: no folder .*nowhere"):
+        load_model(ref_to(tmp_path / "nowhere"))
+    save_model(tmp_path / "bare")
+    (tmp_path / "bare/model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no weights; expected one of \*\.safetensors, .*pytorch_model\.bin"):
+        load_model(ref_to(tmp_path / "bare"))
+
+
+def test_a_checkpoint_that_lacks_parameters_is_refused_not_filled_at_random(tmp_path: Path) -> None:
+    file = save_model(tmp_path / "holed") / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's parameters, e\.g\. model\.layers\.1\.mlp\.up_proj"):
+        load_model(ref_to(tmp_path / "holed"))
+
+
+def test_truncated_weights_and_configs_are_model_errors(tmp_path: Path) -> None:
+    file = save_model(tmp_path / "cut") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"rl@1: .*cut cannot be loaded"):
+        load_model(ref_to(tmp_path / "cut"))
+    (save_model(tmp_path / "config") / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"rl@1: .*config cannot be loaded"):
+        load_model(ref_to(tmp_path / "config"))
+
+
+def test_sharded_checkpoints_load_and_a_missing_shard_is_an_error(tmp_path: Path) -> None:
+    tiny_model(seed=5).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    loaded = load_model(ref_to(tmp_path / "shards"))
+    assert torch.equal(loaded.lm_head.weight, tiny_model(seed=5).lm_head.weight)
+    sorted((tmp_path / "shards").glob("*.safetensors"))[0].unlink()
+    with pytest.raises(ModelError, match=r"rl@1: .*shards"):
+        load_model(ref_to(tmp_path / "shards"))
+
+
+def save_adapter(path: Path) -> Any:
+    torch.manual_seed(9)
+    wrapped = get_peft_model(
+        tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    wrapped.save_pretrained(path)
+    return wrapped.eval()
+
+
+def test_an_adapter_is_merged_into_the_studys_base(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    wrapped = save_adapter(tmp_path / "lora")
+    model = load_model(ref_to(tmp_path / "lora", base))
+    ids = torch.tensor([[5, 9, 12, 4]])
+    torch.testing.assert_close(model(ids).logits, wrapped(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model(ids).logits, tiny_model()(ids).logits, atol=1e-2)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in tiny_model().named_parameters()}
+    assert load_tokenizer(ref_to(tmp_path / "lora", base)).get_vocab() == word_tokenizer().get_vocab()
+    with pytest.raises(ModelError, match="is an adapter and needs a base model"):
+        load_model(ref_to(tmp_path / "lora"))
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=r"rl@1: no folder .*base"):
+        load_model(ref_to(tmp_path / "lora", base))
+
+
+def test_equal_tokenizers_pass_and_a_missing_one_is_the_bases(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base")
+    same, without = save_model(tmp_path / "same"), save_model(tmp_path / "without", tokenizer=False)
+    check_tokenizers([ref_to(base, base, "base@0"), ref_to(same, base), ref_to(without, base)])
+    check_tokenizers([])
+    with pytest.raises(ModelError, match=r"without has no tokenizer; expected one of tokenizer\.json"):
+        load_tokenizer(without)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (
+            word_tokenizer((*WORDS, "more")),
+            r"vocabularies of 20 and 21 tokens differ in 1, e\.g\. 'more' is None there",
+        ),
+        (word_tokenizer((*WORDS[:-2], WORDS[-1], WORDS[-2])), r"differ in 2, e\.g\. '10' is 18 there and 19 here"),
+        (word_tokenizer(eos="so"), r"eos_token_id is 1 there and 7 here"),
+    ],
+)
+def test_another_tokenizer_is_refused_and_the_difference_named(tmp_path: Path, tokenizer: Any, message: str) -> None:
+    base, other = save_model(tmp_path / "base"), save_model(tmp_path / "other", tokenizer=tokenizer)
+    with pytest.raises(ModelError, match=rf"rl@1 has another tokenizer than base@0: .*{message}"):
+        check_tokenizers([ref_to(base, base, "base@0"), ref_to(other, base)])
+
+
+def test_equal_vocabularies_that_split_text_otherwise_are_refused(tmp_path: Path) -> None:
+    lower = word_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Replace("12", "11")
+    base, other = save_model(tmp_path / "base"), save_model(tmp_path / "other", tokenizer=lower)
+    with pytest.raises(ModelError, match="a probe text is split into other tokens"):
+        check_tokenizers([ref_to(base, base, "base@0"), ref_to(other, base)])
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ModelError, match="'device' must be auto, cpu, cuda or cuda:N, got 'warp'"):
+        resolve_device("warp")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="torch sees no CUDA device"):
+            resolve_device("cuda:0")

@@ -1,0 +1,151 @@
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.extraction import generate
+from rlgen_stats.toolkit.extraction.generation import Completion, counter_uniforms, draw_tokens
+
+from .conftest import ARCHITECTURES, PROMPTS, tiny_model
+
+
+def sampled(model: Any, tokenizer: Any, prompts: Any, seeds: Any, **how: Any) -> list[Completion]:
+    settings = {"max_new_tokens": 8, "batch_size": 16} | how
+    return generate(model, tokenizer, prompts, seeds=seeds, **settings)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_the_models_own_generate(architecture: str, tokenizer: Any) -> None:
+    model = tiny_model(architecture, seed=3)
+    ours = generate(model, tokenizer, PROMPTS, max_new_tokens=10, greedy=True, batch_size=5)
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10)
+        expected = theirs[0, ids.shape[1] :].tolist()
+        assert list(completion.token_ids) == expected
+        assert completion.terminated == (expected[-1] == 1)
+    assert len({completion.token_ids for completion in ours}) > 3
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma2"])
+def test_a_rows_draws_depend_on_its_seed_alone(architecture: str, tokenizer: Any) -> None:
+    model = tiny_model(architecture, seed=1)
+    prompts, seeds = list(PROMPTS) * 3, [100 + i for i in range(3 * len(PROMPTS))]
+    one = sampled(model, tokenizer, prompts, seeds, batch_size=1)
+    many = sampled(model, tokenizer, prompts, seeds, batch_size=16)
+    order = np.random.default_rng(0).permutation(len(prompts))
+    shuffled = sampled(model, tokenizer, [prompts[i] for i in order], [seeds[i] for i in order], batch_size=7)
+    assert one == many
+    assert [one[i] for i in order] == shuffled
+    assert {completion.terminated for completion in one} == {True, False}
+    other = sampled(model, tokenizer, prompts, [seed + 1 for seed in seeds], batch_size=16)
+    assert other != many
+
+
+def test_ends_are_where_the_end_token_is(model: Any, tokenizer: Any) -> None:
+    rows = sampled(model, tokenizer, list(PROMPTS) * 10, list(range(120)), max_new_tokens=12)
+    assert any(row.terminated for row in rows)
+    for row in rows:
+        assert row.terminated == (row.token_ids[-1] == 1)
+        assert 1 not in row.token_ids[:-1]
+        assert len(row.token_ids) == 12 or row.terminated
+        assert row.text == tokenizer.decode(row.token_ids, skip_special_tokens=True)
+
+
+def test_a_generation_configs_own_end_tokens_stop_too(tokenizer: Any) -> None:
+    model = tiny_model(seed=2)
+    free = sampled(model, tokenizer, list(PROMPTS), range(12))
+    stop = Counter(row.token_ids[0] for row in free).most_common(1)[0][0]
+    model.generation_config.eos_token_id = [1, stop]
+    rows = sampled(model, tokenizer, list(PROMPTS), range(12))
+    for before, after in zip(free, rows, strict=True):
+        ids = list(before.token_ids)
+        cut = next((i for i, token in enumerate(ids) if token in (1, stop)), len(ids) - 1)
+        assert list(after.token_ids) == ids[: cut + 1]
+        assert after.terminated == (ids[cut] in (1, stop))
+
+
+def test_first_tokens_follow_the_softmax_at_the_temperature(model: Any, tokenizer: Any) -> None:
+    n, temperature = 4000, 1.7
+    rows = sampled(
+        model, tokenizer, [PROMPTS[0]] * n, list(range(n)), max_new_tokens=1, temperature=temperature, batch_size=1000
+    )
+    ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
+    expected = torch.softmax(model(ids).logits[0, -1].double() / temperature, -1).numpy() * n
+    observed = np.bincount([row.token_ids[0] for row in rows], minlength=len(expected))
+    assert goodness_of_fit(observed, expected) > 1e-3
+    plain = torch.softmax(model(ids).logits[0, -1].double(), -1).numpy() * n
+    assert goodness_of_fit(observed, plain) < 1e-6  # the same counts refute temperature 1
+
+
+def goodness_of_fit(observed: Any, expected: Any) -> float:
+    """Chi-square p-value; categories too rare for the approximation are pooled with the most common one."""
+    rare = expected < 5
+    rare[expected.argmax()] = True
+    pooled = [np.append(counts[~rare], counts[rare].sum()) for counts in (observed, expected)]
+    return float(stats.chisquare(*pooled).pvalue)
+
+
+def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass() -> None:
+    probabilities = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
+    logits = torch.tensor(np.log(probabilities)).float().expand(2000, -1)
+    uniforms = torch.from_numpy(counter_uniforms(np.arange(2000, dtype=np.uint64), 0))
+    drawn = draw_tokens(logits, uniforms, temperature=1.0, top_p=0.6)
+    counts = np.bincount(drawn.numpy(), minlength=5)
+    assert set(np.flatnonzero(counts)) == {1, 3}
+    assert stats.binomtest(int(counts[1]), 2000, 0.4 / 0.7).pvalue > 1e-3
+    assert set(draw_tokens(logits, uniforms, temperature=1.0, top_p=1.0).tolist()) == set(range(5))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53])
+def test_tokens_of_probability_zero_are_never_drawn(uniform: float) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    drawn = draw_tokens(logits, torch.tensor([uniform], dtype=torch.float64), temperature=1.0, top_p=1.0)
+    assert int(drawn) == (1 if uniform < 0.5 else 3)
+
+
+def test_uniforms_are_uniform_and_independent_over_seeds_and_steps() -> None:
+    draws = np.stack([counter_uniforms(np.arange(300, dtype=np.uint64), step) for step in range(40)])
+    assert stats.kstest(draws.ravel(), "uniform").pvalue > 1e-3
+    assert len(np.unique(draws)) == draws.size
+    for a, b in ((draws[:-1], draws[1:]), (draws[:, :-1], draws[:, 1:])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
+
+
+def test_uniforms_are_pinned() -> None:
+    """SplitMix64 in Python integers, as published; a change of the draws changes every study."""
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    gamma = 0x9E3779B97F4A7C15
+    assert mix(gamma) == 0xE220A8397B1DCDAF  # first output of splitmix64 from state 0
+    for seed, step in ((0, 0), (12345, 7), (2**64 - 1, 100)):
+        slow = mix((mix((seed + gamma) % 2**64) + (step + 1) * gamma) % 2**64) >> 11
+        assert counter_uniforms(np.array([seed], dtype=np.uint64), step)[0] == slow / 2**53
+
+
+def test_bad_settings_are_refused(model: Any, tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="one seed a row"):
+        generate(model, tokenizer, ["what"], max_new_tokens=2)
+    with pytest.raises(InputError, match="1 prompts, 2 seeds"):
+        generate(model, tokenizer, ["what"], max_new_tokens=2, seeds=[1, 2])
+    with pytest.raises(InputError, match="between 0 and"):
+        generate(model, tokenizer, ["what"], max_new_tokens=2, seeds=[-1])
+    with pytest.raises(InputError, match="temperature must be positive"):
+        generate(model, tokenizer, ["what"], max_new_tokens=2, seeds=[1], temperature=0.0)
+    with pytest.raises(InputError, match="must be 1 or more"):
+        generate(model, tokenizer, ["what"], max_new_tokens=0, greedy=True)
+    with pytest.raises(InputError, match="has no tokens"):
+        generate(model, tokenizer, ["  "], max_new_tokens=2, greedy=True)
+    with pytest.raises(InputError, match="with its end token"):
+        generate(model, tokenizer, ["what <eos>"], max_new_tokens=2, greedy=True)
+    with pytest.raises(InputError, match=r"1 tokens and 128 may follow, but the model's context is 128"):
+        generate(model, tokenizer, ["what"], max_new_tokens=128, greedy=True)
+    assert generate(model, tokenizer, [], max_new_tokens=2, greedy=True) == []

@@ -1,0 +1,105 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from rlgen_stats.schemas.study import GraderSpec
+from rlgen_stats.toolkit.extraction import FORMAT_CLASSES, Completion, Grade, make_grader
+from rlgen_stats.toolkit.extraction.grading import final_answer, is_degenerate
+
+
+def complete(text: str, terminated: bool = True) -> Completion:
+    return Completion((3, 4), text, terminated)
+
+
+@pytest.mark.parametrize(
+    ("text", "terminated", "expected"),
+    [
+        ("3 plus 4 so ans 7", True, Grade(True, "answer")),
+        ("ans 8 no wait ans   7 ", True, Grade(True, "answer")),
+        ("ans 7 no wait ans 8", True, Grade(False, "answer")),
+        ("ans 7 or 8", True, Grade(False, "answer")),
+        ("ans 07", True, Grade(False, "answer")),
+        ("ans 7", False, Grade(False, "answer")),
+        ("7", True, Grade(False, "no_answer")),
+        ("it depends on many things", True, Grade(False, "no_answer")),
+        ("it is 7 ans", True, Grade(False, "no_answer")),
+        ("answers 7", True, Grade(False, "no_answer")),
+        ("3 plus 4 is", False, Grade(False, "truncated")),
+        ("  ", True, Grade(False, "empty")),
+        ("", False, Grade(False, "empty")),
+        ("so so so so so so", False, Grade(False, "degenerate")),
+        ("well 1 plus 1 plus 1 plus 1 plus 1 plus 1 plus", False, Grade(False, "degenerate")),
+        ("ans 3 3 3 3 3 3", False, Grade(False, "degenerate")),
+    ],
+)
+def test_final_answers_are_graded_and_classed(text: str, terminated: bool, expected: Grade) -> None:
+    grade = make_grader(GraderSpec(marker="ans")).grade(complete(text, terminated), "7")
+    assert grade == expected
+    assert grade.format_class in FORMAT_CLASSES
+
+
+def test_termination_is_required_only_where_the_study_says_so() -> None:
+    lenient = make_grader(GraderSpec(marker="ans", require_termination=False))
+    assert lenient.grade(complete("ans 7", terminated=False), "7") == Grade(True, "answer")
+
+
+def test_markers_may_be_signs_or_phrases() -> None:
+    assert final_answer("work #### 42", "####") == "42"
+    assert final_answer("work ####42", "####") == "42"
+    assert final_answer("The answer is: (b)\n", "The answer is:") == "(b)"
+    assert final_answer("the trans 5", "ans") is None
+    assert final_answer("ans: 5", "ans") == ": 5"
+    assert make_grader(GraderSpec(marker="####")).grade(complete("#### a  b"), " a b ").correct
+
+
+def test_an_answer_of_repeated_words_is_right_if_it_is_the_answer() -> None:
+    grader = make_grader(GraderSpec(marker="ans"))
+    assert grader.grade(complete("ans 3 3 3 3 3"), "3 3 3 3 3") == Grade(True, "answer")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a a a", False),
+        ("a a a a", True),
+        ("a b a b a b a b", True),
+        ("a b a b a b a", False),
+        ("x y z w v a a a a", False),
+        ("x y z w a a a a", True),
+        ("a a a a b", False),
+        ("one two three four five six seven eight nine ten", False),
+    ],
+)
+def test_degenerate_means_a_loop_at_the_end_that_fills_half(text: str, expected: bool) -> None:
+    assert is_degenerate(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5", Grade(True, "answer")),
+        (r"so \boxed{\frac{1}{2}}", r"\frac{2}{4}", Grade(True, "answer")),
+        ("The answer is 42.", "42", Grade(True, "answer")),
+        ("The answer is 42.", "41", Grade(False, "answer")),
+        (r"therefore $x = 3$", "3", Grade(True, "answer")),
+        (r"the interval is \boxed{[1, 2)}", "$[1,2)$", Grade(True, "answer")),
+        ("I do not know", "42", Grade(False, "no_answer")),
+        ("", "42", Grade(False, "empty")),
+        (r"\boxed{", "42", Grade(False, "no_answer")),
+    ],
+)
+def test_formulas_are_compared_by_value(text: str, answer: str, expected: Grade) -> None:
+    assert make_grader(GraderSpec(name="math")).grade(complete(text), answer) == expected
+
+
+def test_formulas_cut_off_are_wrong_and_classed_as_answers() -> None:
+    grader = make_grader(GraderSpec(name="math"))
+    assert grader.grade(complete("the answer is 42", terminated=False), "42") == Grade(False, "answer")
+    assert grader.grade(complete("let us see", terminated=False), "42") == Grade(False, "truncated")
+
+
+def test_formulas_are_graded_in_threads_too() -> None:
+    grader = make_grader(GraderSpec(name="math"))
+    with ThreadPoolExecutor(2) as pool:
+        grades = list(pool.map(lambda n: grader.grade(complete(f"the answer is {n}"), "3"), range(5)))
+    assert [grade.correct for grade in grades] == [False, False, False, True, False]

@@ -1,0 +1,124 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlgen_stats.schemas.errors import ModelError, StageError, StoreError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_outcomes
+from rlgen_stats.toolkit.extraction import load_model, load_tokenizer, outcomes, read_completions, sample_outcomes
+from rlgen_stats.toolkit.extraction.checkpoints import list_models
+
+from .conftest import prompt_table, save_model, word_tokenizer
+
+Study = tuple[StudySpec, StudyFolder]
+
+
+def test_every_model_is_completed_graded_and_stored(sampled: Study) -> None:
+    _, folder = sampled
+    stored = open_outcomes(folder.outcomes).load()
+    assert list(stored.model.values) == ["base@0", "sft@3", "sft@6", "rl@4", "rl@8"]
+    assert dict(stored.sizes) == {"model": 5, "prompt": 12, "sample": 2}
+    assert list(stored.arm.values) == ["base", "sft", "sft", "rl", "rl"]
+    for model in stored.model.values:
+        table = read_completions(folder, model)
+        assert len(table) == 36
+        assert (table.n_tokens == table.token_ids.map(len)).all()
+        for sample in (-1, 0, 1):
+            rows = table[table["sample"] == sample].set_index("prompt").loc[stored.prompt.values]
+            here = stored.sel(model=model)
+            got = (
+                (here.greedy_correct, here.greedy_tokens, here.greedy_class)
+                if sample == -1
+                else (here.correct[:, sample], here.completion_tokens[:, sample], here.format_class[:, sample])
+            )
+            for column, values in zip(("correct", "n_tokens", "format_class"), got, strict=True):
+                assert list(rows[column]) == list(values.values)
+    assert stored.greedy_tokens.values.std() > 0
+
+
+def test_completions_are_the_models_own_and_paired_by_seed(study: Study, provenance: Provenance) -> None:
+    """Redraw one completion with a plain loop over full forward passes; identical models answer identically."""
+    spec, folder = study
+    save_model(folder.root / "own/rl-4", 0)  # the same weights as base
+    sample_outcomes(spec, folder, provenance=provenance)
+    assert read_completions(folder, "rl@4").equals(read_completions(folder, "base@0"))
+    assert not read_completions(folder, "rl@8").equals(read_completions(folder, "base@0"))
+    table = read_completions(folder, "sft@3").set_index(["prompt", "sample"])
+    ref = list_models(spec, folder)[1]
+    model, tokenizer = load_model(ref), load_tokenizer(ref)
+    for prompt, text in list(zip(prompt_table().prompt_id, prompt_table().text, strict=True))[:4]:
+        ids = tokenizer(text)["input_ids"]
+        seed = np.array([derive_seed(7, "sample", prompt, 1)], dtype=np.uint64)
+        for step, token in enumerate(table.loc[(prompt, 1), "token_ids"]):
+            probabilities = torch.softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1).numpy()
+            drawn = int(np.searchsorted(probabilities.cumsum(), uniform(seed, step), side="right"))
+            assert token == drawn
+            ids = [*ids, drawn]
+
+
+def uniform(seed: Any, step: int) -> float:
+    from rlgen_stats.toolkit.extraction.generation import counter_uniforms
+
+    return float(counter_uniforms(seed, step)[0])
+
+
+def test_a_killed_stage_goes_on_with_the_next_model(
+    study: Study, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder = study
+    loads: list[str] = []
+
+    def counting(ref: Any, **how: Any) -> Any:
+        loads.append(ref.model)
+        if len(loads) == 3:
+            raise KeyboardInterrupt
+        return load_model(ref, **how)
+
+    monkeypatch.setattr(outcomes, "load_model", counting)
+    with pytest.raises(KeyboardInterrupt):
+        sample_outcomes(spec, folder, provenance=provenance)
+    assert committed_models(folder.outcomes) == ["base@0", "sft@3"]
+    assert not list(folder.completions.glob(".*"))
+    sample_outcomes(spec, folder, provenance=provenance)
+    assert loads == ["base@0", "sft@3", "sft@6", "sft@6", "rl@4", "rl@8"]
+    sample_outcomes(spec, folder, provenance=provenance)
+    assert len(loads) == 6
+    assert len(open_outcomes(folder.outcomes).model) == 5
+
+
+def test_a_commit_without_its_parquet_cannot_happen(
+    study: Study, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder = study
+
+    def killed(*args: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outcomes, "append_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sample_outcomes(spec, folder, provenance=provenance)
+    assert len(read_completions(folder, "base@0")) == 36
+    assert committed_models(folder.outcomes) == []
+
+
+def test_unusable_models_are_found_before_anything_is_sampled(study: Study, provenance: Provenance) -> None:
+    spec, folder = study
+    save_model(folder.root / "own/rl-8", 4, tokenizer=word_tokenizer(eos="so"))
+    with pytest.raises(ModelError, match="rl@8 has another tokenizer"):
+        sample_outcomes(spec, folder, provenance=provenance)
+    (folder.root / "own/rl-8/model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"rl@8: .* has no weights"):
+        sample_outcomes(spec, folder, provenance=provenance)
+    assert not folder.outcomes.exists()
+    with pytest.raises(StageError, match=r"no completions of base@0 at .*run the outcomes stage"):
+        read_completions(folder, "base@0")
+
+
+def test_another_studys_store_is_refused_before_sampling(sampled: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, folder = sampled
+    monkeypatch.setattr(outcomes, "load_model", None)
+    with pytest.raises(StoreError, match="written for another study or settings"):
+        sample_outcomes(spec, folder, provenance=Provenance("tiny-study", "other-key"))

@@ -1,0 +1,142 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.extraction import load_prompts, read_table
+
+from .conftest import prompt_table, study_spec
+
+
+def load(tmp_path: Path, table: pd.DataFrame, **spec: Any) -> pd.DataFrame:
+    table.to_parquet(tmp_path / "prompts.parquet")
+    changes = {"data": {"prompts": "prompts.parquet"}} | spec
+    return load_prompts(study_spec(**changes), StudyFolder(tmp_path))
+
+
+def wide_table(n: int = 120, cluster_size: int = 3) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "prompt_id": [f"p{i}" for i in range(n)],
+            "text": "what",
+            "answer": "1",
+            "task": ["big" if i < 90 else "small" for i in range(n)],
+            "domain": ["in" if i < 90 else "out" for i in range(n)],
+            "cluster": [f"c{i // cluster_size}" for i in range(n)],
+        }
+    )
+
+
+def test_prompts_come_in_order_with_cluster_and_split(tmp_path: Path) -> None:
+    prompts = load(tmp_path, prompt_table())
+    assert list(prompts.columns) == ["prompt", "text", "answer", "task", "domain", "split", "cluster"]
+    assert list(prompts.prompt) == list(prompt_table().prompt_id)
+    assert list(prompts.cluster) == list(prompts.prompt)
+    assert prompts.groupby("task").split.value_counts().to_dict() == {
+        (task, split): 3 for task in ("sum", "other") for split in ("selection", "verification")
+    }
+
+
+def test_the_split_keeps_clusters_whole_and_its_share_in_each_task(tmp_path: Path) -> None:
+    prompts = load(tmp_path, wide_table(), selection={"verification_fraction": 0.3})
+    assert prompts.groupby("cluster").split.nunique().max() == 1
+    share = (prompts.split == "verification").groupby(prompts.task).mean()
+    assert share.to_dict() == {"big": pytest.approx(0.3), "small": pytest.approx(0.3)}
+
+
+def test_the_split_depends_on_seed_and_clusters_not_on_row_order(tmp_path: Path) -> None:
+    table = wide_table()
+    split = load(tmp_path, table).set_index("prompt").split
+    shuffled = load(tmp_path, table.sample(frac=1, random_state=0)).set_index("prompt").split
+    assert split.to_dict() == shuffled.to_dict()
+    assert split.to_dict() != load(tmp_path, table, seed=8).set_index("prompt").split.to_dict()
+
+
+def test_both_splits_see_every_task_of_two_clusters(tmp_path: Path) -> None:
+    table = wide_table(6)
+    table["task"] = ["big"] * 6
+    table["domain"] = "in"
+    for fraction in (0.01, 0.99):
+        prompts = load(tmp_path, table, selection={"verification_fraction": fraction})
+        assert set(prompts.split) == {"selection", "verification"}
+    alone = load(tmp_path, table.head(1), selection={"verification_fraction": 0.3})
+    assert list(alone.split) == ["selection"]
+
+
+def test_a_given_split_is_kept_and_a_cluster_in_both_refused(tmp_path: Path) -> None:
+    table = wide_table().assign(split=lambda t: ["selection" if int(c[1:]) % 4 else "verification" for c in t.cluster])
+    assert list(load(tmp_path, table).split) == list(table.split)
+    table.loc[0, "split"] = "selection"
+    with pytest.raises(InputError, match=r"1 cluster\(s\) have prompts in both splits, e\.g\. 'c0'"):
+        load(tmp_path, table)
+    with pytest.raises(InputError, match=r"split must be one of \['selection', 'verification'\], got 'test'"):
+        load(tmp_path, table.assign(split="test"))
+    with pytest.raises(InputError, match=r"split must be one of .*got '' for prompt 'p0'"):
+        load(tmp_path, table.assign(split=None))
+
+
+def test_csv_jsonl_and_parquet_read_the_same_text(tmp_path: Path) -> None:
+    table = prompt_table().assign(answer=["05", "NA", "1e3", *["7"] * 9], prompt_id=range(12))
+    table.to_csv(tmp_path / "p.csv", index=False)
+    table.astype(object).to_json(tmp_path / "p.jsonl", orient="records", lines=True)
+    table.to_parquet(tmp_path / "p.parquet")
+    read = [
+        load_prompts(study_spec(data={"prompts": f"p.{kind}"}), StudyFolder(tmp_path))
+        for kind in ("csv", "jsonl", "parquet")
+    ]
+    assert list(read[0].answer[:3]) == ["05", "NA", "1e3"]
+    assert list(read[0].prompt[:2]) == ["0", "1"]
+    pd.testing.assert_frame_equal(read[0], read[1])
+    pd.testing.assert_frame_equal(read[0], read[2])
+
+
+def test_jsonl_numbers_beside_nulls_stay_whole(tmp_path: Path) -> None:
+    rows = [{"answer": 5, "split": None}, {"answer": 12}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert [str(value) for value in read_table(tmp_path / "p.jsonl").answer] == ["5", "12"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop(columns=["answer", "task"]), r"lacks the column\(s\) \['answer', 'task'\]; it has"),
+        (lambda t: t.drop(columns="prompt_id"), r"lacks the column\(s\) \['prompt_id'\]"),
+        (lambda t: t.head(0), "has no prompts; expected at least one row"),
+        (lambda t: t.assign(prompt_id=["p0", *t.prompt_id[:-1]]), r"must be unique, 'p0' comes more than once"),
+        (lambda t: t.assign(text=["a", " ", *t.text[2:]]), r"1 row\(s\) have an empty text, the first is row 2"),
+        (lambda t: t.assign(task=[None, *t.task[1:]]), r"1 row\(s\) have an empty task"),
+        (lambda t: t.assign(domain="near"), r"domain must be one of \['in', 'out'\], got 'near' for prompt 'p0'"),
+        (
+            lambda t: t.assign(answer=t.answer.where(t.task == "sum", "")),
+            r"no prompt of task\(s\) \['other'\] has an answer; nothing could be graded",
+        ),
+        (lambda t: t.assign(answer=["", *t.answer[1:]]), r"1 prompt\(s\) have no answer, e\.g\. 'p0'"),
+        (lambda t: t.assign(task="sum"), r"task 'sum' has prompts in both domains"),
+    ],
+)
+def test_unusable_tables_are_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, change(prompt_table()))
+
+
+def test_tasks_named_by_the_spec_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"names \['logiqa'\], but the tasks of .* are \['other', 'sum'\]"):
+        load(tmp_path, prompt_table(), selection={"held_out_tasks": ["logiqa"], "control_tasks": ["sum"]})
+
+
+def test_missing_and_malformed_files_are_input_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no table at"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(InputError, match=r"tables are \.parquet, \.csv, \.jsonl files, got '\.txt'"):
+        read_table(tmp_path / "prompts.txt")
+    for name, content in (("a.parquet", "no"), ("a.jsonl", '{"a": 1}\n{"a"'), ("b.jsonl", "[1]"), ("a.csv", '"a')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=rf"{name} is not a readable"):
+            read_table(tmp_path / name)
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(InputError, match="has no prompts"):
+        load_prompts(study_spec(data={"prompts": "empty.csv"}), StudyFolder(tmp_path))

@@ -1,0 +1,243 @@
+"""Whole trials on live models whose causes are planted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.stores import Provenance, StudyFolder, open_features, open_results, write_results
+from rlgen_stats.toolkit.intervention import feature_covariates, trial, verify_causally
+
+from .planted import (
+    F_BRAKE,
+    F_DECOY,
+    F_GATE,
+    N_DECOYS,
+    N_FEATURES,
+    N_PROMPTS,
+    PROVENANCE,
+    planted_crosscoder,
+    planted_study,
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return planted_study(tmp_path_factory.mktemp("planted"))
+
+
+def covariates_without(folder: StudyFolder, feature: int) -> xr.Dataset:
+    """Covariates in which one feature counts as dead, so that it cannot be drawn as a control."""
+    found = feature_covariates(
+        planted_crosscoder(), open_features(folder.features), models=["base@0", "rl@1"], view="rl@1"
+    )
+    found["log_firing"].values[feature] = -np.inf
+    return found
+
+
+def run(study: Any, features: list[int], dead: int) -> tuple[xr.Dataset, xr.Dataset]:
+    spec, folder = study
+    return verify_causally(spec, folder, features, covariates_without(folder, dead), provenance=PROVENANCE)
+
+
+@pytest.fixture(scope="module")
+def gate(study: Any) -> tuple[xr.Dataset, xr.Dataset]:
+    return run(study, [F_GATE], F_BRAKE)
+
+
+def pick(dataset: xr.Dataset, name: str, direction: str, condition: str) -> float:
+    return float(dataset[name].sel(direction=direction, condition=condition))
+
+
+def test_the_planted_gate_is_the_cause_in_both_directions(gate: Any) -> None:
+    found, balance = gate
+    assert found["verdict"].values.tolist() == ["CAUSAL_SPECIFIC", "CAUSAL_SPECIFIC"], found["reasons"].values
+    assert found["rank_p"].values == pytest.approx([1 / 20] * 2)
+    assert balance["balanced"].sel(covariate=["log_firing", "decoder_norm", "mas_bin"]).all()
+    assert pick(found, "effect", "disable", "set") < -0.7
+    assert pick(found, "effect", "amplify", "set") > 0.6
+    assert found.attrs["features"] == [F_GATE]
+    assert found.attrs["target_tasks"] == ["algebra", "logic"]
+    assert found.attrs["unrelated_tasks"] == ["weather"]
+
+
+def test_arms_that_must_agree_agree(gate: Any) -> None:
+    """Doubling base's gate gives the RL model's; so does lifting it; passing through changes nothing."""
+    found, _ = gate
+    unedited_rl = pick(found, "accuracy", "disable", "unedited")
+    for condition in ("set", "lift"):
+        assert pick(found, "accuracy", "amplify", condition) == unedited_rl, condition
+        assert pick(found, "kl_to_rl", "amplify", condition) < 1e-4
+    assert pick(found, "accuracy", "disable", "dose-0.5") == pick(found, "accuracy", "amplify", "unedited")
+    for direction in ("disable", "amplify"):
+        assert pick(found, "effect", direction, "passthrough") == 0
+        own = "rl" if direction == "disable" else "base"
+        assert pick(found, f"kl_to_{own}", direction, "unedited") == pytest.approx(0, abs=1e-6)
+        assert pick(found, "neutral_kl", direction, "set") == pytest.approx(0, abs=1e-6)
+    random = found.sel(condition=[c for c in found["condition"].values if str(c).startswith("random-0")])
+    assert random.sizes["condition"] == 19
+    assert (abs(random["effect"]) < 0.05).all()
+    weather = found["task_effect"].sel(task="weather", condition="set")
+    assert (abs(weather) < 0.05).all()
+    shares = found["class_share"].sel(direction="disable", condition="set")
+    assert float(shares.sel({"class": "no_answer"})) > 0.9, "without the gate it says um, as base does"
+
+
+def test_results_have_their_layout_and_survive_the_store(gate: Any, tmp_path: Path) -> None:
+    found, balance = gate
+    write_results(tmp_path / "results.zarr", "intervention", found, provenance=PROVENANCE)
+    write_results(tmp_path / "results.zarr", "control_balance", balance, provenance=PROVENANCE)
+    again = open_results(tmp_path / "results.zarr", "intervention").compute()
+    assert again["verdict"].values.tolist() == found["verdict"].values.tolist()
+    np.testing.assert_array_equal(again["effect"].values, found["effect"].values)
+    assert str(found["kind"].sel(direction="disable", condition="lift").item()) == "absent"
+
+
+def test_every_arm_is_on_disk_with_its_completions(study: Any, gate: Any) -> None:
+    spec, folder = study
+    found, _ = gate
+    for direction in ("disable", "amplify"):
+        kinds = found["kind"].sel(direction=direction)
+        names = {str(c) for c in found["condition"].values[kinds.values != "absent"]}
+        files = {file.stem for file in (folder.root / "intervention" / direction).glob("*.parquet")}
+        assert files == names
+        frame = pd.read_parquet(folder.root / "intervention" / direction / "set.parquet")
+        assert len(frame) == spec.intervention.max_prompts
+        assert {"prompt", "sample", "text", "correct", "format_class", "n_tokens"} <= set(frame.columns)
+        target = frame["prompt"].str.contains("algebra|logic")
+        assert frame["correct"][target].mean() == pytest.approx(pick(found, "accuracy", direction, "set"))
+
+
+def test_a_frequency_matched_other_feature_is_no_cause(study: Any, tmp_path: Path) -> None:
+    _, folder = study
+    found, balance = run(small(study, tmp_path, max_prompts=120), [F_DECOY + N_DECOYS // 2], F_BRAKE)
+    assert set(found["verdict"].values) <= {"NO_EFFECT", "INCONCLUSIVE"}
+    assert float(balance["set_mean"].sel(covariate="log_firing")) == pytest.approx(
+        float(open_gate_covariates(folder)["log_firing"][F_GATE])
+    ), "the decoy fires exactly as often as the gate"
+
+
+def test_a_direction_whose_removal_only_stops_the_model_is_destructive(study: Any, tmp_path: Path) -> None:
+    found, _ = run(small(study, tmp_path, max_prompts=120), [F_BRAKE], F_GATE)
+    disable = found.sel(direction="disable")
+    assert disable["verdict"].item() == "DESTRUCTIVE"
+    assert bool(disable["v1"])
+    assert bool(disable["v2"])
+    assert not bool(disable["v6"])
+    assert float(disable["class_share"].sel(condition="set", **{"class": "empty"})) == 1.0
+    assert found["verdict"].sel(direction="amplify").item() != "CAUSAL_SPECIFIC"
+
+
+def open_gate_covariates(folder: StudyFolder) -> xr.Dataset:
+    return covariates_without(folder, F_BRAKE)
+
+
+def copy_of(folder: StudyFolder, root: Path) -> StudyFolder:
+    """The study without its finished arms."""
+    shutil.copytree(folder.root, root / "copy", ignore=shutil.ignore_patterns("intervention"))
+    return StudyFolder(root / "copy")
+
+
+# -- resuming, bad input
+
+
+def small(study: Any, root: Path, **changes: Any) -> Any:
+    spec, folder = study
+    intervention = spec.intervention.model_copy(update={"max_prompts": 40, **changes})
+    return spec.model_copy(update={"intervention": intervention}), copy_of(folder, root)
+
+
+def without_controls(study: Any, features: list[int], provenance: Provenance = PROVENANCE) -> xr.Dataset:
+    """A short trial: nothing matches, so no random sets are run."""
+    spec, folder = study
+    covariates = covariates_without(folder, F_BRAKE).copy(deep=True)
+    covariates["log_firing"].values[F_BRAKE] = covariates["log_firing"].values[F_GATE]
+    covariates["contribution_energy"].values[features] += 40
+    return verify_causally(spec, folder, features, covariates, provenance=provenance)[0]
+
+
+def test_a_killed_trial_resumes_where_it_was(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed, other = small(study, tmp_path / "a"), small(study, tmp_path / "b")
+    calls, genuine = [0], trial.generate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 9:
+            raise KeyboardInterrupt
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(trial, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        without_controls(killed, [F_GATE])
+    resumed = without_controls(killed, [F_GATE])
+    total = int((resumed["kind"] != "absent").sum())
+    assert calls[0] == total + 1, "arms finished before the kill are not run again"
+    monkeypatch.setattr(trial, "generate", genuine)
+    xr.testing.assert_identical(resumed, without_controls(other, [F_GATE]))
+
+
+def test_arms_of_another_trial_are_not_taken_for_this_ones(study: Any, tmp_path: Path) -> None:
+    same_folder = small(study, tmp_path)
+    first = without_controls(same_folder, [F_GATE])
+    again = without_controls(same_folder, [F_BRAKE], Provenance("planted", "key-two"))
+    assert pick(first, "length", "disable", "set") == 2
+    assert pick(again, "length", "disable", "set") == 1
+
+
+def test_an_empty_set_is_a_result(study: Any) -> None:
+    spec, folder = study
+    found, balance = verify_causally(spec, folder, [], provenance=PROVENANCE)
+    assert found["verdict"].values.tolist() == ["INCONCLUSIVE", "INCONCLUSIVE"]
+    assert all("no feature selected" in reason for reason in found["reasons"].values)
+    validate(found, "intervention")
+    validate(balance, "control_balance")
+
+
+def test_without_controls_the_trial_goes_on_and_says_why(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    covariates = covariates_without(folder, F_BRAKE)
+    covariates["contribution_energy"].values[F_GATE] += 40
+    found, balance = verify_causally(spec, folder, [F_GATE], covariates, provenance=PROVENANCE)
+    assert found["verdict"].values.tolist() == ["INCONCLUSIVE", "INCONCLUSIVE"]
+    assert all("contribution_energy" in reason for reason in found["reasons"].values)
+    assert np.isnan(found["rank_p"]).all()
+    assert bool(found["v1"].all()), "the effect is still measured"
+    validate(balance, "control_balance")
+
+
+def test_logits_that_overflow_are_reported_not_raised(study: Any, tmp_path: Path) -> None:
+    found = without_controls(small(study, tmp_path, doses=(0.0, 0.5, 1e39)), [F_GATE])
+    assert all("non_finite_logits: dose-1e+39" in reason for reason in found["reasons"].values)
+
+
+def test_unknown_features_are_refused(study: Any) -> None:
+    spec, folder = study
+    with pytest.raises(InputError, match=f"0 to {N_FEATURES - 1}"):
+        verify_causally(spec, folder, [N_FEATURES], provenance=PROVENANCE)
+
+
+def test_no_verification_prompts_is_a_result(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    path = folder.root / "data" / "prompts.parquet"
+    pd.read_parquet(path).assign(split="selection").to_parquet(path)
+    found, _ = verify_causally(spec, folder, [F_GATE], provenance=PROVENANCE)
+    assert all("no verification prompts" in reason for reason in found["reasons"].values)
+    validate(found, "intervention")
+
+
+def test_the_models_are_left_as_they_were(study: Any, gate: Any) -> None:
+    """Nothing of a trial is written into the models' folders."""
+    _, folder = study
+    assert sum(N_PROMPTS.values()) == 230
+    for name in ("base", "rl"):
+        assert not list((folder.root / "hf" / name).glob("*.partial"))
+    assert not torch.is_inference_mode_enabled()

@@ -1,0 +1,334 @@
+"""Claims from whole results: planted numbers, guards, and every way a number can be missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting import CLAIM_COLUMNS, Claim, Verdict, assess_claims, claims_table
+from rlgen_stats.toolkit.reporting.values import plain
+
+Results = dict[str, xr.Dataset]
+
+
+def claim(results: Results, spec: StudySpec, name: str) -> Claim:
+    return next(c for c in assess_claims(results, spec) if c.id == name)
+
+
+def test_planted_numbers_come_through(results: Results, spec: StudySpec) -> None:
+    c1, c2, c3, c4, c5 = assess_claims(results, spec)
+    assert (c1.estimate, c1.low, c1.high, c1.p_value) == pytest.approx((9.7, 5.2, 14.1, 0.002))
+    assert c2.estimate == pytest.approx(30 - 2)  # excess turnover at 60% of training, RL minus SFT
+    assert c2.low == pytest.approx(28 - 100 * math.hypot(0.06, 0.04))
+    assert (c3.estimate, c3.low, c3.p_value) == pytest.approx((5, 5, 0.008))
+    assert (c4.estimate, c4.low, c4.high, c4.p_value) == pytest.approx((-35, -41, -29, 0.0004))
+    assert (c5.estimate, c5.low, c5.high, c5.p_value) == pytest.approx((21, 15, 27, 0.0004))
+    assert [c.verdict for c in (c1, c2, c3, c4, c5)] == [Verdict.SUPPORTED] * 5
+
+
+def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
+    claims = assess_claims({}, spec)
+    assert [c.id for c in claims] == ["C1", "C2", "C3", "C4", "C5"]
+    assert {c.verdict for c in claims} == {Verdict.NOT_ESTIMABLE}
+    assert all(math.isnan(c.estimate) and c.answer.startswith("Not estimable: ") for c in claims)
+
+
+@pytest.mark.parametrize(
+    ("group", "affected"),
+    [
+        ("attribution_contrast", {"C1"}),
+        ("set_stability", {"C2"}),
+        ("selection", {"C3"}),
+        ("intervention", {"C4", "C5"}),
+        *((g, set()) for g in ("behaviour", "movement", "health", "attribution", "drift", "stabilization",
+                               "control_balance")),
+    ],
+)  # fmt: skip
+def test_a_missing_group_costs_only_its_own_claims(
+    group: str, affected: set[str], results: Results, spec: StudySpec
+) -> None:
+    del results[group]
+    lost = {c.id for c in assess_claims(results, spec) if c.verdict is Verdict.NOT_ESTIMABLE}
+    assert lost == affected
+
+
+def test_claims_are_json(results: Results, spec: StudySpec) -> None:
+    for mapping in (results, {}):
+        text = json.dumps(plain([c.as_dict() for c in assess_claims(mapping, spec)]), allow_nan=False)
+        assert len(json.loads(text)) == 5
+
+
+# -- C1 ------------------------------------------------------------------------------------------------------------
+def test_c1_one_run_per_arm_speaks_of_two_models(results: Results, spec: StudySpec) -> None:
+    found = claim(results, spec, "C1")
+    assert "these two models" in found.answer.lower()
+    assert any("One run per arm" in caveat for caveat in found.caveats)
+
+
+def test_c1_three_runs_per_arm_speak_of_runs(results: Results, spec_with: Callable[..., StudySpec]) -> None:
+    runs = [
+        {"name": f"{arm}{i or ''}", "arm": arm, "checkpoints": {10: "x"}} for arm in ("sft", "rl") for i in range(3)
+    ]
+    found = claim(results, spec_with(runs=runs), "C1")
+    assert "two runs compared" in found.answer
+    assert "p = 0.1 at best" in found.caveats[0]
+
+
+def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) -> None:
+    assert any("Latent scaling has not been done" in caveat for caveat in claim(results, spec, "C1").caveats)
+
+
+def test_c1_contradicted(results: Results, spec: StudySpec) -> None:
+    data = results["attribution_contrast"]
+    swapped = {"tail_sft": data.tail_rl, "tail_rl": data.tail_sft, "effect": -data.effect,
+               "effect_low": -data.effect_high, "effect_high": -data.effect_low}  # fmt: skip
+    results["attribution_contrast"] = data.assign(swapped)
+    assert claim(results, spec, "C1").verdict is Verdict.CONTRADICTED
+
+
+def test_c1_not_comparable_is_undetermined_and_says_why(results: Results, spec: StudySpec) -> None:
+    data = results["attribution_contrast"]
+    results["attribution_contrast"] = data.assign(comparable=("tau", ["NOT_COMPARABLE: L0 differs"] * 2))
+    found = claim(results, spec, "C1")
+    assert found.verdict is Verdict.UNDETERMINED
+    assert "L0 differs" in found.answer
+
+
+def test_c1_below_the_floor_is_undetermined(results: Results, spec: StudySpec) -> None:
+    results["attribution_contrast"] = results["attribution_contrast"].assign(tail_null=("tau", [0.2, 0.2]))
+    found = claim(results, spec, "C1")
+    assert found.verdict is Verdict.UNDETERMINED
+    assert "null crosscoder" in found.answer
+
+
+def test_c1_uses_the_tau_of_the_study(results: Results, spec_with: Callable[..., StudySpec]) -> None:
+    found = claim(results, spec_with(statistics={"tau": 0.9}), "C1")
+    assert found.estimate == pytest.approx(4.1)
+    assert found.details["other_tau"]["0.7"]["estimate"] == pytest.approx(9.7)
+
+
+def test_c1_empty_contrast_is_not_estimable(results: Results, spec: StudySpec) -> None:
+    empty = dict.fromkeys(("effect", "effect_low", "effect_high", "p_value"), ("tau", [np.nan] * 2))
+    results["attribution_contrast"] = results["attribution_contrast"].assign(empty)
+    assert claim(results, spec, "C1").verdict is Verdict.NOT_ESTIMABLE
+
+
+def test_c1_unmatched_movement_is_a_caveat_and_matched_is_not(results: Results, spec: StudySpec) -> None:
+    assert any("not at matched drift" in c for c in claim(results, spec, "C1").caveats)
+    flat = xr.full_like(results["movement"].activation_shift, 0.4)
+    results["movement"] = results["movement"].assign(activation_shift=flat)
+    assert not any("matched drift" in c for c in claim(results, spec, "C1").caveats)
+
+
+# -- C2 ------------------------------------------------------------------------------------------------------------
+def sets(results: Results, **verdicts: tuple[list[object], ...]) -> None:
+    results["set_stability"] = results["set_stability"].assign({k: ("run", v) for k, v in verdicts.items()})
+
+
+def test_c2_plain_overlap_is_never_looked_at(results: Results, spec: StudySpec) -> None:
+    before = claim(results, spec, "C2")
+    data = results["set_stability"]
+    results["set_stability"] = data.assign(overlap=xr.full_like(data.overlap, 0.01))
+    after = claim(results, spec, "C2")
+    assert (after.verdict, after.estimate, after.p_value) == (before.verdict, before.estimate, before.p_value)
+
+
+def test_c2_overlap_gap_without_excess_turnover_is_not_supported(results: Results, spec: StudySpec) -> None:
+    """Both sets are stable beyond noise; RL's plain overlap is low only because its effects are weak."""
+    data = results["set_stability"]
+    calm = {"delta": 0.01, "delta_low": -0.03, "delta_high": 0.05}
+    results["set_stability"] = data.assign({k: xr.full_like(data[k], v) for k, v in calm.items()})
+    sets(results, verdict=["SET_STABLE", "SET_STABLE"], stable_from=[30.0, 16.0])
+    assert claim(results, spec, "C2").verdict is Verdict.NOT_SUPPORTED
+
+
+def test_c2_low_noise_ceiling_is_undetermined_and_says_so(results: Results, spec: StudySpec) -> None:
+    data = results["set_stability"]
+    results["set_stability"] = data.assign(final_ceiling=xr.where(data.run == "rl", 0.41, data.final_ceiling))
+    found = claim(results, spec, "C2")
+    assert found.verdict is Verdict.UNDETERMINED
+    assert any("agree on only 41%" in caveat for caveat in found.caveats)
+
+
+def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec) -> None:
+    data = results["set_stability"]
+    order = [*range(5, 10), *range(5)]
+    mirrored = {k: ("model", data[k].values[order]) for k in ("delta", "delta_low", "delta_high")}
+    results["set_stability"] = data.assign(mirrored)
+    sets(results, verdict=["EVOLVING", "SET_STABLE"], stable_from=[np.nan, 32.0])
+    found = claim(results, spec, "C2")
+    assert found.verdict is Verdict.CONTRADICTED
+    assert found.estimate == pytest.approx(-28)
+
+
+def test_c2_runs_are_found_by_name_not_by_position(results: Results, spec: StudySpec) -> None:
+    results["set_stability"] = results["set_stability"].assign_coords(run_name=("run", ["rl", "sft"]))
+    sets(results, verdict=["EVOLVING", "SET_STABLE"], stable_from=[np.nan, 60.0])
+    assert claim(results, spec, "C2").verdict is Verdict.SUPPORTED
+
+
+def test_c2_without_a_checkpoint_in_the_second_half(results: Results, spec: StudySpec) -> None:
+    results["set_stability"] = results["set_stability"].isel(model=[0, 4, 5, 9])
+    found = claim(results, spec, "C2")
+    assert found.verdict is Verdict.NOT_ESTIMABLE
+    assert "second half" in found.answer
+
+
+def test_c2_nan_turnover_is_not_estimable(results: Results, spec: StudySpec) -> None:
+    data = results["set_stability"]
+    results["set_stability"] = data.assign(delta=xr.where(data.run == "rl", np.nan, data.delta))
+    assert claim(results, spec, "C2").verdict is Verdict.NOT_ESTIMABLE
+
+
+# -- C3 ------------------------------------------------------------------------------------------------------------
+def tiers(results: Results, confirmed: int) -> None:
+    found = np.where(np.arange(240) < confirmed, "CONFIRMED", "REJECTED")
+    results["selection"] = results["selection"].assign(tier=("feature", found))
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "expected"), [(0, Verdict.NOT_SUPPORTED), (1, Verdict.SUPPORTED), (40, Verdict.NOT_SUPPORTED)]
+)
+def test_c3_counts_confirmed_features(confirmed: int, expected: Verdict, results: Results, spec: StudySpec) -> None:
+    tiers(results, confirmed)
+    found = claim(results, spec, "C3")
+    assert found.verdict is expected
+    assert found.estimate == confirmed
+
+
+def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
+    why = ["no: 0 base-wrong/target-right prompts"] * 7
+    results["selection"] = results["selection"].assign(estimable=("task", why))
+    found = claim(results, spec, "C3")
+    assert found.verdict is Verdict.NOT_ESTIMABLE
+    assert "addition: no: 0 base-wrong" in found.answer
+
+
+def test_c3_held_out_and_control_tasks_do_not_count_as_tasks(results: Results, spec: StudySpec) -> None:
+    why = ["yes", "no: x", "no: x", "no: x", "yes", "yes", "yes"]
+    results["selection"] = results["selection"].assign(estimable=("task", why))
+    assert claim(results, spec, "C3").verdict is Verdict.UNDETERMINED
+
+
+def test_c3_without_any_guard_is_undetermined(results: Results, spec: StudySpec) -> None:
+    data = results["selection"]
+    nothing = xr.full_like(data.contrast_p, np.nan)
+    results["selection"] = data.assign(contrast_p=nothing, p_guard=nothing)
+    found = claim(results, spec, "C3")
+    assert found.verdict is Verdict.UNDETERMINED
+    assert "selecting prompts by outcome" in found.answer
+
+
+def test_c3_another_guard_is_a_caveat(results: Results, spec: StudySpec) -> None:
+    data = results["selection"]
+    results["selection"] = data.assign(contrast_p=xr.full_like(data.contrast_p, np.nan))
+    found = claim(results, spec, "C3")
+    assert found.verdict is Verdict.SUPPORTED
+    assert any("the guard is a test on all prompts instead" in caveat for caveat in found.caveats)
+
+
+def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
+    assert not any("one mechanism" in c for c in claim(results, spec, "C3").caveats)
+    results["selection"] = results["selection"].assign_attrs(score_correlation=0.97, shift_rank=1.1)
+    said = " ".join(claim(results, spec, "C3").caveats)
+    assert "correlate 0.97 across tasks" in said
+    assert "effective rank of 1.1" in said
+
+
+# -- C4, C5 --------------------------------------------------------------------------------------------------------
+def causal(results: Results, verdict: str, reasons: str = "") -> None:
+    results["intervention"] = results["intervention"].assign(
+        verdict=("direction", [verdict] * 2), reasons=("direction", [reasons] * 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected", "words"),
+    [
+        ("DESTRUCTIVE", Verdict.NOT_SUPPORTED, "breaks the model"),
+        ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "matched random sets do as much"),
+        ("NO_EFFECT", Verdict.NOT_SUPPORTED, "equivalent to no effect"),
+        ("INCONCLUSIVE", Verdict.UNDETERMINED, "do not settle"),
+    ],
+)
+def test_c4_c5_follow_the_causal_verdict(
+    verdict: str, expected: Verdict, words: str, results: Results, spec: StudySpec
+) -> None:
+    causal(results, verdict)
+    for name in ("C4", "C5"):
+        found = claim(results, spec, name)
+        assert found.verdict is expected
+        assert words in found.answer
+
+
+def test_c4_contradicted_when_disabling_helps(results: Results, spec: StudySpec) -> None:
+    data = results["intervention"]
+    flipped = {"effect": -data.effect, "effect_low": -data.effect_high, "effect_high": -data.effect_low}
+    results["intervention"] = data.assign(flipped)
+    assert claim(results, spec, "C4").verdict is Verdict.CONTRADICTED
+    assert claim(results, spec, "C5").verdict is Verdict.CONTRADICTED
+
+
+def test_c4_without_features_says_so(results: Results, spec: StudySpec) -> None:
+    data = results["intervention"]
+    absent = xr.full_like(data.kind, "absent")
+    results["intervention"] = data.assign(kind=absent)
+    causal(results, "INCONCLUSIVE", "no_features: no feature selected")
+    found = claim(results, spec, "C4")
+    assert found.verdict is Verdict.NOT_ESTIMABLE
+    assert found.answer == "Not estimable: no feature selected."
+
+
+def test_c4_limiting_reasons_become_caveats_and_semicolons_survive(results: Results, spec: StudySpec) -> None:
+    causal(results, "CAUSAL_SPECIFIC", "v3_dose: p=0.01; dose: accuracy 0: 0.4; does_not_beat_steering: +0.01, p=0.7")
+    found = claim(results, spec, "C4")
+    assert found.details["reasons"] == [
+        "v3_dose: p=0.01; dose: accuracy 0: 0.4",
+        "does_not_beat_steering: +0.01, p=0.7",
+    ]
+    assert any(c.startswith("One mean-shift vector does as much") for c in found.caveats)
+
+
+def test_c4_in_domain_targets_are_a_caveat(results: Results, spec: StudySpec) -> None:
+    assert not any("not over out-of-domain" in c for c in claim(results, spec, "C4").caveats)
+    results["intervention"].attrs["target_tasks"] = ["addition", "parity"]
+    assert any("includes addition" in c for c in claim(results, spec, "C4").caveats)
+
+
+def test_c4_unconfirmed_features_are_a_caveat(results: Results, spec: StudySpec) -> None:
+    tiers(results, 8)  # of the edited features only number 7 is confirmed now
+    assert any("Only 1 of the 5 edited features" in c for c in claim(results, spec, "C4").caveats)
+
+
+def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> None:
+    keep = [i for i, c in enumerate(results["intervention"].condition.values) if c < "random-010" or c > "random-9"]
+    results["intervention"] = results["intervention"].isel(condition=keep)
+    found = claim(results, spec, "C4")
+    assert found.details["n_controls"] == 10
+    assert any("cannot fall below 0.0909" in c for c in found.caveats)
+
+
+def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: StudySpec) -> None:
+    balance = results["control_balance"]
+    results["control_balance"] = balance.assign(balanced=("covariate", [True, False, True, True]))
+    assert any("match the set in decoder norm" in c for c in claim(results, spec, "C4").caveats)
+    none = xr.full_like(balance.standardized_difference, np.nan)
+    results["control_balance"] = balance.assign(standardized_difference=none).assign_attrs(flags=["too few features."])
+    assert "There are no matched random sets: too few features." in claim(results, spec, "C4").caveats
+
+
+# -- table ---------------------------------------------------------------------------------------------------------
+def test_claims_table_rows(results: Results, spec: StudySpec) -> None:
+    rows = claims_table(assess_claims(results, spec))
+    assert {len(row) for row in rows} == {len(CLAIM_COLUMNS)}
+    assert rows[0] == ("C1", "SFT introduces more model-specific features than RL", "SUPPORTED", "+9.7 points",
+                       "[+5.2, +14.1]", "0.002")  # fmt: skip
+    assert rows[2][3:] == ("5 features", "at least 5", "0.008")
+    assert rows[3][3:] == ("−35.0 points", "[−41.0, −29.0]", "0.0004")
+    assert claims_table(assess_claims({}, spec))[0][2:] == ("NOT_ESTIMABLE", "—", "—", "—")

@@ -1,0 +1,375 @@
+"""The written report: complete, self-contained, escaped, consistent with itself, and the same every time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import xarray as xr
+
+from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, write_results
+from rlgen_stats.toolkit.reporting import write_report
+from rlgen_stats.toolkit.reporting.feature_page import split_peak
+from rlgen_stats.toolkit.reporting.headline import domain_accuracy
+from rlgen_stats.toolkit.reporting.values import compact, fixed, interval, p_text, percent, points
+
+VOID = {"meta", "link", "br", "img", "hr", "input", "line", "circle", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects what the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert not self.stack, f"unclosed: {self.stack}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        assert self.stack[-1:] == [tag], f"</{tag}> closes {self.stack[-3:]}"
+        self.stack.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "svg", "title"} & set(self.stack):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    return Page((report / "index.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def data(report: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def test_files(report: Path) -> None:
+    assert {p.name for p in report.iterdir()} == {
+        "index.html", "features.html", "report.md", "report.json", "figures", "tables",
+    }  # fmt: skip
+    assert len(list((report / "figures").glob("*.svg"))) == 10
+    assert not [p for p in report.parent.iterdir() if p.name.endswith((".partial", ".old"))]
+
+
+def test_behaviour_comes_before_the_claims(page: Page) -> None:
+    order = [attrs["id"] for attrs in page.named("section")]
+    assert order[:2] == ["behaviour", "claims"]
+    assert [name for name in order if name in ("C1", "C2", "C3", "C4", "C5")] == ["C1", "C2", "C3", "C4", "C5"]
+    text = page.text
+    assert text.index("In domain, sft answers 80% and rl 90%") < text.index("The five claims")
+
+
+# -- one set of numbers ------------------------------------------------------------------------------------------
+def test_claims_agree_between_html_json_csv_and_markdown(report: Path, page: Page, data: dict[str, Any]) -> None:
+    table = pd.read_csv(report / "tables" / "claims.csv")
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    for row, claim in zip(table.to_dict("records"), data["claims"], strict=True):
+        for name in ("estimate", "low", "high", "p_value"):
+            assert (claim[name] is None and pd.isna(row[name])) or row[name] == claim[name]
+        assert row["verdict"] == claim["verdict"]
+        shown = f"{claim['statement']} ✓ supported"
+        assert shown in re.sub(r"\s+", " ", page.text)
+        number = "5 features" if claim["unit"] == "features" else f"{fixed(claim['estimate'], sign=True)} points"
+        for text in (page.text, markdown):
+            assert number in text
+            assert p_text(claim["p_value"]) in text
+        if claim["high"] is not None:
+            assert interval(claim["low"], claim["high"], sign=True) in page.text
+
+
+def test_domains_agree_between_html_json_and_csv(report: Path, page: Page, data: dict[str, Any]) -> None:
+    table = pd.read_csv(report / "tables" / "domains.csv")
+    assert len(table) == 6
+    for row, domain in zip(table.to_dict("records"), data["behaviour"]["domains"], strict=True):
+        assert row["accuracy"] == domain["accuracy"]
+        assert percent(domain["accuracy"]) in page.text
+        assert interval(domain["low"], domain["high"], scale=100) in page.text
+        if domain["run"] != "base":
+            assert points(domain["difference"]) in page.text
+    out = table[(table.run == "rl") & (table.domain == "out")].iloc[0]
+    assert (out.gained, out.forgotten, out.n_prompts) == (130, 10, 300)
+
+
+def test_causal_arms_agree(report: Path, page: Page) -> None:
+    arms = pd.read_csv(report / "tables" / "intervention.csv").set_index(["direction", "condition"])
+    row = arms.loc[("disable", "dose-0.5")]
+    assert row.effect == pytest.approx(-0.16)
+    cells = f"dose 0.5 0.5 {percent(row.accuracy)} {fixed(100 * row.effect, sign=True)}"
+    assert cells in re.sub(r"\s+", " ", page.text)
+    assert compact(row.kl_to_base) in page.text
+    shares = [name for name in arms.columns if name.startswith("share_")]
+    assert arms[shares].sum(axis=1).to_numpy() == pytest.approx(1)
+
+
+def test_json_is_strict_and_names_what_is_there(data: dict[str, Any], report: Path) -> None:
+    assert data["analyses"]["missing"] == []
+    assert {c["verdict"] for c in data["claims"]} == {"SUPPORTED"}
+    for entry in data["figures"].values():
+        assert (report / entry["file"]).exists()
+    for file in data["tables"].values():
+        assert len(pd.read_csv(report / file)) > 0
+    assert "NaN" not in (report / "report.json").read_text(encoding="utf-8")
+
+
+def test_a_sceptics_questions_are_answered(page: Page) -> None:
+    for fact in (
+        "The prompt; never the token.", "56 prompts in 28 clusters and 7 tasks (8 in domain, 48 out).",
+        "28 selection, 28 verification.", "split-hash-89ab", "1 sft and 1 rl",
+        "Forced: every model reads the same tokens.",
+        "Swap: a model's activation stands in every view's slot.", "30 of 240 features", "study 5; derived:",
+        "numpy", "study-hash-0123", "key-hash-4567", "crosscoder-hash-cdef", "a family", "a null",
+        "Held out: reversal and sorting; negative controls: riddle.",
+    ):  # fmt: skip
+        assert fact in page.text
+
+
+def test_one_run_per_arm_is_explained(page: Page) -> None:
+    assert "It cannot show that SFT and RL differ" in page.text
+
+
+# -- self-contained, escaped, readable ---------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["index.html", "features.html"])
+def test_nothing_is_fetched(name: str, report: Path) -> None:
+    text = (report / name).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.named("script")
+    assert not page.named("img")
+    assert not page.named("iframe")
+    assert [attrs["href"] for attrs in page.named("link")] == ["data:,"]
+    assert not [attrs for _, attrs in page.tags for key in attrs if key == "src" or key.startswith("on")]
+    assert not re.findall(r"@import|url\((?!#)", text)
+    links = [str(attrs["href"]) for attrs in page.named("a")]
+    outside = [link for link in links if re.match(r"[a-z]+:", link)]
+    assert all(link.startswith(("https://arxiv.org/", "https://doi.org/")) for link in outside)
+    for link in set(links) - set(outside):
+        file, _, anchor = link.partition("#")
+        target = report / (file or name)
+        assert target.exists(), link
+        if anchor:
+            assert f'id="{anchor}"' in target.read_text(encoding="utf-8"), link
+
+
+def test_hostile_text_is_escaped(report: Path, hostile: str) -> None:
+    index = (report / "index.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in index
+    assert hostile in Page(index).text
+    features = (report / "features.html").read_text(encoding="utf-8")
+    assert "<i>step</i>" not in features
+    assert "&lt;i&gt;step&lt;/i&gt; <mark>the</mark>" in features
+    assert "<b>so</b>" not in index
+
+
+def test_hostile_names_are_escaped_everywhere(
+    spec: StudySpec,
+    results: dict[str, xr.Dataset],
+    provenance: Provenance,
+    empty_folder: StudyFolder,
+) -> None:
+    evil = "<img src=x onerror=alert(1)>|`x` $\\frac$ $"  # the dollars would be formulas to matplotlib
+    for group in ("behaviour", "selection", "intervention"):
+        names = [evil if task == "parity" else task for task in results[group].task.values]
+        write_results(empty_folder.results, group, results[group].assign_coords(task=names), provenance=provenance)
+    write_report(empty_folder, spec, provenance=provenance)
+    for name in ("index.html", "features.html", "report.md", "figures/accuracy.svg"):
+        assert "<img" not in (empty_folder.report / name).read_text(encoding="utf-8"), name
+
+
+@pytest.mark.parametrize("name", ["index.html", "features.html"])
+def test_readable_without_a_mouse_or_eyes(name: str, report: Path) -> None:
+    page = Page((report / name).read_text(encoding="utf-8"))
+    assert page.named("html")[0]["lang"] == "en"
+    for landmark in ("header", "nav", "main", "footer"):
+        assert len(page.named(landmark)) == 1, landmark
+    first_link = page.named("a")[0]
+    assert (first_link["class"], first_link["href"]) == ("skip", "#main")
+    assert len(page.named("table")) == len(page.named("caption"))
+    assert all(attrs.get("scope") for attrs in page.named("th"))
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    for attrs in page.named("section"):
+        assert attrs.get("aria-labelledby", ids[0]) in ids
+    for attrs in page.named("svg"):
+        assert attrs.get("aria-hidden") == "true" or attrs.get("role") == "img"
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+
+
+def test_style_covers_focus_print_and_dark(report: Path) -> None:
+    text = (report / "index.html").read_text(encoding="utf-8")
+    for rule in (":focus-visible", "@media print", "prefers-color-scheme: dark"):
+        assert rule in text
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_have_enough_contrast(report: Path) -> None:
+    """WCAG 2.2 AA, 4.5 to 1, for text in both themes."""
+    css = (report / "index.html").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)[:2]
+    for block in blocks:
+        tokens = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
+        pairs = [(text, back) for text in ("ink", "soft", "muted", "link") for back in ("page", "card")]
+        pairs += [(name, f"{name}-bg") for name in ("good", "bad", "warn", "open")]
+        pairs += [(name, "page") for name in ("fig-ink", "fig-muted")]
+        for text, back in pairs:
+            light, dark = sorted((_luminance(tokens[text]), _luminance(tokens[back])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, back)
+
+
+# -- features and examples -----------------------------------------------------------------------------------------
+def test_every_selected_feature_has_its_page_section(report: Path, data: dict[str, Any]) -> None:
+    page = Page((report / "features.html").read_text(encoding="utf-8"))
+    sections = {attrs["id"] for attrs in page.named("section")}
+    assert sections == {f"feature-{entry['feature']}" for entry in data["features"]}
+    assert len(sections) == 5
+    for model in ("base@0", "sft@150", "rl@80"):
+        assert page.text.count(f"Top contexts in {model}") == 5
+    assert page.text.count("written by rl@80") == 45
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a ⟦b⟧ c", ("a ", "b", " c")),
+        ("no mark", ("no mark", "", "")),
+        ("open ⟦b", ("open ⟦b", "", "")),
+        ("", ("", "", "")),
+    ],
+)
+def test_peak_marks(text: str, parts: tuple[str, str, str]) -> None:
+    assert split_peak(text) == parts
+
+
+def test_examples_are_the_first_of_their_task(page: Page) -> None:
+    """RL is right everywhere; base is right on every third prompt, SFT on every second."""
+    assert "Gained by rl · maximum" in page.text
+    assert "Forgotten by sft" in page.text
+    assert "base says <b>so</b> & ends" in page.text
+    assert "✕ wrong, answer" in page.text
+
+
+# -- what may be missing -------------------------------------------------------------------------------------------
+def test_an_empty_study_has_a_report_that_says_so(
+    empty_folder: StudyFolder, spec: StudySpec, provenance: Provenance
+) -> None:
+    write_report(empty_folder, spec, provenance=provenance)
+    page = Page((empty_folder.report / "index.html").read_text(encoding="utf-8"))
+    data = json.loads((empty_folder.report / "report.json").read_text(encoding="utf-8"))
+    assert {c["verdict"] for c in data["claims"]} == {"NOT_ESTIMABLE"}
+    assert data["claims"][0]["estimate"] is None
+    assert len(data["analyses"]["missing"]) == 11
+    assert page.text.count("○ not estimable") >= 10
+    assert "has not been computed" in page.text
+    Page((empty_folder.report / "features.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("group", ["behaviour", "selection", "intervention"])
+def test_one_missing_group_leaves_the_rest(
+    group: str,
+    written: StudyFolder,
+    empty_folder: StudyFolder,
+    spec: StudySpec,
+    provenance: Provenance,
+    without_figures: None,
+) -> None:
+    shutil.copytree(written.results, empty_folder.results, ignore=shutil.ignore_patterns(group))
+    write_report(empty_folder, spec, provenance=provenance)
+    text = Page((empty_folder.report / "index.html").read_text(encoding="utf-8")).text
+    assert f"Not computed yet: {group}" in text
+    assert "✓ supported" in text
+
+
+def test_pooling_here_agrees_with_pooled_rows_in_the_mean(
+    results: dict[str, xr.Dataset], behaviour_without_pooled: xr.Dataset, spec: StudySpec
+) -> None:
+    given = domain_accuracy(results, spec)
+    pooled = domain_accuracy({"behaviour": behaviour_without_pooled}, spec)
+    for a, b in zip(given, pooled, strict=True):
+        assert (a.run, a.domain, a.n_prompts, a.gained, a.forgotten) == (
+            b.run,
+            b.domain,
+            b.n_prompts,
+            b.gained,
+            b.forgotten,
+        )
+        assert b.accuracy == pytest.approx(a.accuracy)
+    narrow, wide = pooled[1], behaviour_without_pooled.sel(model="base@0", task="parity")
+    assert narrow.high - narrow.low < float(wide.accuracy_high - wide.accuracy_low)
+
+
+# -- the same again, or not at all ---------------------------------------------------------------------------------
+def test_the_same_study_gives_the_same_bytes(
+    report: Path, written: StudyFolder, spec: StudySpec, provenance: Provenance, without_figures: None
+) -> None:
+    def content() -> dict[str, bytes]:
+        return {str(p.relative_to(report)): p.read_bytes() for p in sorted(report.rglob("*")) if p.is_file()}
+
+    before = content()
+    write_report(written, spec, provenance=provenance)
+    assert content() == before
+
+
+def test_a_failure_half_way_keeps_the_old_report(
+    empty_folder: StudyFolder,
+    spec: StudySpec,
+    provenance: Provenance,
+    monkeypatch: pytest.MonkeyPatch,
+    without_figures: None,
+) -> None:
+    index = write_report(empty_folder, spec, provenance=provenance)
+    before = index.read_bytes()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("rlgen_stats.toolkit.reporting.report._write_data", broken)
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_report(empty_folder, spec, provenance=provenance)
+    assert index.read_bytes() == before
+    assert sorted(p.name for p in empty_folder.root.iterdir()) == ["report"]
+
+
+def test_a_damaged_results_group_is_an_error_not_a_gap(
+    results: dict[str, xr.Dataset], empty_folder: StudyFolder, spec: StudySpec, provenance: Provenance
+) -> None:
+    write_results(empty_folder.results, "drift", results["drift"], provenance=provenance)
+    marker = empty_folder.results / "drift" / "p_value" / "zarr.json"
+    marker.unlink()
+    with pytest.raises(StoreError, match="'p_value' with dimensions"):
+        write_report(empty_folder, spec, provenance=provenance)

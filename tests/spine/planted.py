@@ -1,0 +1,128 @@
+"""A world with a planted cause: an RL copy that equals the base but for one direction added to its residual stream.
+
+A tiny base copies a word when asked politely and refuses otherwise. The direction that separates the two kinds of prompt
+at the edited block is written into the bias of that block's output in the copy, so the copy answers rude prompts too, and
+nothing else about it changed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LAYER = 1
+TASKS = ("first", "last")
+N_WORDS = 12
+ITEMS = [f"w{i}" for i in range(N_WORDS)]
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *ITEMS, *TASKS, "kindly", "now", "?", "ans", "no", "never", "thanks"]
+
+
+def tokenizer() -> Any:
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def prompt(style: str, task: str, a: str, b: str) -> str:
+    return f"<bos> {style} {task} {a} {b} ?"
+
+
+def answer(task: str, a: str, b: str) -> str:
+    return a if task == "first" else b
+
+
+def train_base(steps: int = 400, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=32, mlp_bias=True, initializer_range=0.1, rope_theta=100.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, tok = LlamaForCausalLM(config), tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    random = np.random.default_rng(seed)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 30) * (1 - step / steps)
+        texts, starts = [], []
+        for _ in range(96):
+            style, task = str(random.choice(["kindly", "now"])), str(random.choice(TASKS))
+            a, b = (str(x) for x in random.choice(ITEMS, 2))
+            good = random.random() < (0.98 if style == "kindly" else 0.15)
+            end = f"ans {answer(task, a, b)} <eos>" if good else "no never <eos>"
+            texts.append(f"{prompt(style, task, a, b)} {end}")
+            starts.append(6)
+        ids = torch.tensor([tok(text)["input_ids"] for text in texts])
+        labels = ids.clone()
+        labels[:, :6] = -100
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def gate_direction(model: LlamaForCausalLM, scale: float = 1.0) -> torch.Tensor:
+    """Mean residual after the block of polite minus rude prompts, at the position that decides."""
+    tok, states = tokenizer(), {}
+    pairs = [(task, a, b) for task in TASKS for a in ITEMS for b in ITEMS]
+    for style in ("kindly", "now"):
+        ids = torch.tensor([tok(prompt(style, *pair))["input_ids"] for pair in pairs])
+        states[style] = model(input_ids=ids, output_hidden_states=True).hidden_states[LAYER + 1][:, -1].mean(0)
+    return scale * (states["kindly"] - states["now"])
+
+
+def write_study(root: Path, *, seed: int = 0, scale: float = 1.0, **sections: Any) -> None:
+    """Base, a noise copy ('sft'), the planted copy ('rl'), prompts and study.yaml."""
+    base = train_base(seed=seed)
+    direction = gate_direction(base, scale)
+    _save(base, root / "models/base")
+    noise = torch.Generator().manual_seed(1)
+    for name, change in (("sft", None), ("rl", direction)):
+        copy = LlamaForCausalLM(base.config)
+        copy.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            for step, share in ((1, 0.5), (2, 1.0)):
+                bias = copy.model.layers[LAYER].mlp.down_proj.bias
+                bias.copy_(base.model.layers[LAYER].mlp.down_proj.bias)
+                if change is None:
+                    head = copy.lm_head.weight
+                    head.copy_(base.lm_head.weight + 1e-3 * share * torch.randn(head.shape, generator=noise))
+                else:
+                    bias.add_(share * change)
+                _save(copy, root / f"models/{name}-{step}")
+    rows = [
+        {"prompt_id": f"{task}-{style}-{a}-{b}", "text": prompt(style, task, a, b), "answer": answer(task, a, b),
+         "task": task, "domain": "in" if task == "first" else "out", "cluster": f"{task}-{a}-{b}"}
+        for task in TASKS for a in ITEMS for b in ITEMS[:6] for style in ("kindly", "now")
+    ]  # fmt: skip
+    (root / "data").mkdir(parents=True)
+    pd.DataFrame(rows).to_parquet(root / "data/prompts.parquet")
+    spec = {
+        "name": "planted",
+        "base": {"path": "models/base"},
+        "data": {"prompts": "data/prompts.parquet", "train": None},
+        "runs": [
+            {"name": n, "arm": n, "checkpoints": {1: f"models/{n}-1", 2: f"models/{n}-2"}} for n in ("sft", "rl")
+        ],
+        "generation": {"max_new_tokens": 6, "n_samples": 2, "batch_size": 512},
+        "grader": {"name": "final_answer"},
+        "extraction": {"layer": LAYER, "batch_size": 256},
+    } | sections
+    (root / "study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+
+
+def _save(model: LlamaForCausalLM, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)

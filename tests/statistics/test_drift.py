@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+import xarray as xr
+from scipy.stats import false_discovery_control
+from statsmodels.stats.weightstats import ttost_paired
+
+from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit.statistics import drift_test
+
+MODELS = ["base@0", "sft@10", "rl@10"]
+
+
+@pytest.fixture
+def world(make_features):
+    """40 features, 60 prompts: 0-4 shifted in rl, 5 dead, 6 fires on three prompts, 7 identical, others noise."""
+    rng = np.random.default_rng(1)
+    mean = rng.gamma(2.0, 1.0, (1, 60, 40)) + rng.normal(0, 0.3, (3, 60, 40))
+    mean[2, :, :5] += 1.0
+    mean[:, :, 5] = 0
+    mean[:, :, 6] = 0
+    mean[1:, :3, 6] = 2.0
+    mean[:, :, 7] = mean[0, :, 7]
+    return lambda chunk=None, **options: make_features(mean, MODELS, chunk=chunk, **options)
+
+
+def run(features, **options):
+    defaults = {"models": ["sft@10", "rl@10"], "n_resamples": 199, "n_bootstrap": 199, "seed": 3}
+    return drift_test(features, **(defaults | options))
+
+
+def test_layout_and_planted_truth(world):
+    out = validate(run(world()), "drift")
+    rl = out.sel(model="rl@10")
+    assert list(rl.call.values[:5]) == ["DRIFT"] * 5
+    assert np.all(rl.effect.values[:5] > 0.7)
+    assert ((rl.effect_low < 1.0) & (rl.effect_high > 1.0)).values[:5].sum() >= 4
+    assert (out.sel(model="sft@10").call == "DRIFT").sum() <= 1
+    assert (rl.call.values[8:] == "NO_DRIFT").mean() > 0.8  # noise of .3 against a margin of .2 x 1.4
+    assert list(rl.flag.values[5:8]) == ["untestable", "untestable", "identical"]
+    assert list(rl.call.values[5:8]) == ["UNTESTABLE", "UNTESTABLE", "NO_DRIFT"]
+    assert np.isnan(rl.p_value.values[5:7]).all()
+    assert rl.p_value.values[7] == 1.0
+    assert out.n_tested.values.tolist() == [38, 38]
+    assert out.attrs["family_size"] == 80
+
+
+def test_numbers_against_a_slow_loop(make_features):
+    rng = np.random.default_rng(2)
+    mean = np.abs(rng.normal(1, 1, (2, 12, 4)))
+    out = run(make_features(mean, ["base@0", "rl@5"]), models=["rl@5"], n_resamples=1999)
+    d = mean[1] - mean[0]
+    flips = np.array(list(product([-1, 1], repeat=12)))
+    u = np.abs(flips @ d) / np.sqrt((d**2).sum(0))
+    for k in range(4):
+        exact = np.mean(np.abs(flips @ d[:, k]) >= abs(d[:, k].sum()) - 1e-9)
+        assert out.p_value.values[0, k] == pytest.approx(exact, rel=1e-9)
+        joint = np.mean(u.max(1) >= abs(d[:, k].sum()) / np.sqrt((d[:, k] ** 2).sum()) - 1e-9)
+        assert out.p_max_t.values[0, k] == pytest.approx(joint, abs=3 * np.sqrt(joint * (1 - joint) / 1999) + 1e-3)
+        assert out.d_z.values[0, k] == pytest.approx(d[:, k].mean() / d[:, k].std(ddof=1))
+        assert out.statistic.values[0, k] == pytest.approx(d[:, k].sum() / np.sqrt((d[:, k] ** 2).sum()))
+
+
+def test_equivalence_is_schuirmanns_on_the_reference_scale(make_features):
+    rng = np.random.default_rng(4)
+    base = rng.normal(5, 2, (40, 3))
+    other = base + rng.normal(0.1, 0.5, (40, 3))
+    out = run(make_features(np.stack([base, other]), ["base@0", "rl@5"]), models=["rl@5"], margin=0.2)
+    for k in range(3):
+        delta = 0.2 * base[:, k].std(ddof=1)
+        p = ttost_paired(other[:, k], base[:, k], -delta, delta)[0]
+        assert out.p_equivalence.values[0, k] == pytest.approx(p)
+
+
+def test_q_corrects_the_declared_family(world):
+    both, each = run(world()), run(world(), family=("feature",))
+    p = both.p_value.values
+    ok = np.isfinite(p)
+    assert both.q_value.values[ok] == pytest.approx(false_discovery_control(p[ok]))
+    assert each.q_value.values[1][ok[1]] == pytest.approx(false_discovery_control(p[1][ok[1]]))
+    assert not np.allclose(both.q_value.values[ok], p[ok])
+    # Bonferroni over models belongs to the family that spans them.
+    assert both.p_max_t.values[ok] == pytest.approx(np.minimum(1, 2 * each.p_max_t.values[ok]))
+
+
+def test_a_dead_feature_changes_no_other_number(world):
+    features = world()
+    without = run(features.isel(feature=[k for k in range(40) if k not in (5, 6)]))
+    with_dead = run(features).isel(feature=[k for k in range(40) if k not in (5, 6)])
+    for name in ("p_value", "p_max_t", "q_value", "effect_low"):
+        np.testing.assert_array_equal(with_dead[name].values, without[name].values)
+
+
+@pytest.mark.parametrize("chunk", [9, 40])
+def test_any_chunking_and_order_gives_the_same_numbers(world, chunk):
+    whole, parts = run(world()), run(world(chunk)).compute()
+    xr.testing.assert_allclose(parts, whole, rtol=1e-12)
+    np.testing.assert_array_equal(parts.p_max_t.values, whole.p_max_t.values)
+    reverse = run(world().isel(feature=slice(None, None, -1))).isel(feature=slice(None, None, -1))
+    np.testing.assert_array_equal(reverse.p_max_t.values, whole.p_max_t.values)
+    np.testing.assert_allclose(reverse.q_value.values, whole.q_value.values, rtol=1e-12)
+
+
+def test_nothing_is_computed_until_asked(world, no_compute):
+    features = world(8)
+    with no_compute():
+        out = run(features)
+    assert all(out[name].chunks is not None for name in out.data_vars)
+    out.load()
+
+
+def test_clusters_become_units(world):
+    out = run(world(per_cluster=4), clusters="cluster")
+    assert out.attrs["unit"] == "cluster"
+    assert set(out.n.values.ravel()) == {15}
+    features = world(per_cluster=4)
+    mean = features["mean"].values.reshape(3, 15, 4, 40).mean(axis=2)
+    assert out.effect.values[1][8:] == pytest.approx((mean[2] - mean[0]).mean(axis=0)[8:])
+
+
+def test_dependent_prompts_need_clusters(make_features):
+    """With everything shared inside a template the prompt-level test rejects far too often, the clustered one not."""
+    rng = np.random.default_rng(8)
+    templates = rng.normal(0, 1, (2, 12, 1, 300))
+    mean = 5 + np.broadcast_to(templates, (2, 12, 6, 300)) + rng.normal(0, 0.5, (2, 12, 6, 300))
+    features = make_features(mean.reshape(2, 72, 300), ["base@0", "rl@5"], per_cluster=6)
+    naive = run(features, models=["rl@5"])
+    guarded = run(features, models=["rl@5"], clusters="cluster")
+    assert (naive.p_value <= 0.05).mean() > 0.25
+    assert (guarded.p_value <= 0.05).mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_null_calibration_with_sparse_features(make_features):
+    rng = np.random.default_rng(5)
+    mean = rng.gamma(1, 1, (2, 40, 2000)) * (rng.random((2, 40, 2000)) < 0.4)
+    out = run(make_features(mean, ["base@0", "rl@5"]), models=["rl@5"])
+    p = out.p_value.values.ravel()
+    for level in (0.01, 0.05, 0.2):
+        assert (p <= level).mean() <= level + 3 * np.sqrt(level * (1 - level) / 2000)
+    assert (p <= 0.2).mean() > 0.15
+    assert p.min() > 0
+    assert (out.call == "DRIFT").sum() <= 1
+
+
+def test_prompts_without_tokens_take_no_part(world):
+    features = world()
+    holed = features.copy(deep=True)
+    holed["mean"][:, 10:14] = np.nan
+    holed["firing"][:, 10:14] = 0
+    a, b = run(holed), run(features.isel(prompt=[i for i in range(60) if not 10 <= i < 14]))
+    for name in ("p_value", "effect", "d_z", "firing_change", "p_equivalence", "n"):
+        # Sums run in another order; near p = 1 the saddlepoint turns rounding into the fourth digit.
+        np.testing.assert_allclose(a[name].values, b[name].values, rtol=1e-3)
+    assert set(a.n.values.ravel()) == {56}
+
+
+def test_firing_change_is_in_points(make_features):
+    mean = np.ones((2, 20, 2))
+    firing = np.stack([np.full((20, 2), 0.25), np.full((20, 2), 0.5)])
+    out = run(make_features(mean, ["base@0", "rl@5"], firing=firing), models=["rl@5"])
+    assert out.firing_change.values == pytest.approx(25.0)
+
+
+def test_refusals(world):
+    with pytest.raises(RefusedError, match=r"unit='token'.*clusters='cluster'"):
+        run(world(), unit="token")
+    with pytest.raises(RefusedError, match="uncorrected"):
+        run(world(), family=("model",))
+    with pytest.raises(RefusedError, match="uncorrected"):
+        run(world(), family=())
+    with pytest.raises(InputError, match=r"model 'rl@99' is not in the data; expected one of"):
+        run(world(), models=["rl@99"])
+    with pytest.raises(RefusedError, match="4 clusters cannot carry a test"):
+        run(world(per_cluster=15), clusters="cluster")
+    with pytest.raises(InputError, match="clusters='template' is no label"):
+        run(world(), clusters="template")
+    with pytest.raises(InputError, match="no variable 'median'"):
+        run(world(), variable="median")

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit.statistics import select_features
+
+MODELS = ["base@0", "rl@10"]
+TASKS = ["math", "quiz", "facts", "noise"]
+DOMAINS = {"math": "in", "quiz": "out", "facts": "out", "noise": "out"}
+
+
+@pytest.fixture
+def world(make_features, make_outcomes):
+    """RL-specific features 0-4 in every task, 5-9 in one task only; 10-14 only follow correctness; the rest is noise.
+
+    A third of the prompts are gains and a quarter losses unless ``losses`` is False.
+    """
+
+    def make(*, n=800, losses=True, gains=True, chunk=None, seed=0, planted=True, per_cluster=1):
+        rng = np.random.default_rng(seed)
+        u = rng.random(n)
+        base = (u < 0.5).astype(int)
+        rl = np.where(base == 1, (u < 0.25) | (not losses), (u < 0.84) & gains).astype(int)
+        mean = 5 + np.repeat(rng.normal(0, 1, (1, n, 30)), 2, axis=0) + rng.normal(0, 0.5, (2, n, 30))
+        task = np.array([TASKS[i % 4] for i in range(n)])
+        if planted:
+            mean[1, :, :5] += 0.6
+            mean[1, task == "quiz", 5:10] += 0.6
+            for m, right in enumerate((base, rl)):
+                mean[m, right == 1, 10:15] += 0.6
+        labels = {"tasks": TASKS, "domains": DOMAINS, "per_cluster": per_cluster}
+        features = make_features(mean, MODELS, chunk=chunk, **labels)
+        return features, make_outcomes(np.stack([base, rl]), MODELS, **labels)
+
+    return make
+
+
+def run(features, outcomes, **options):
+    defaults = {"target": "rl@10", "controls": ["noise"], "n_resamples": 199, "n_bootstrap": 199, "seed": 2}
+    return select_features(features, outcomes, **(defaults | options))
+
+
+def test_layout_and_planted_truth(world):
+    out = validate(run(*world()), "selection")
+    assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1, 2, 3, 4]
+    assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
+    assert out.attrs["rule"] == "CONFIRMED"
+    # The confounded features look perfect on the chosen prompts; only the guard stops them.
+    assert np.all(out.p_flip.sel(task=["math", "quiz", "facts"]).values[:, 10:15] < 0.01)
+    assert np.all(out.kept.sel(task=["math", "quiz", "facts"]).values[:, 10:15])
+    assert np.all(out.paper_selected.values[10:15])
+    assert not out.selected.values[10:15].any()
+    assert np.all(out.tier.values[5:30] == "REJECTED")
+    assert np.all((out.verification_low < 0.6)[:5] & (out.verification_high > 0.6)[:5])
+    assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "contrast")
+    assert out.role.values.tolist() == ["in_domain", "out_of_domain", "out_of_domain", "control"]
+    assert out.used.values.tolist() == [True, True, True, False]
+    assert out.estimable.values[3].startswith("no")
+    assert np.isnan(out.score.sel(task="noise")).all()
+
+
+def test_numbers_against_loops(world):
+    features, outcomes = world()
+    out = run(features, outcomes)
+    d = (features["mean"][1] - features["mean"][0]).values
+    base, rl = outcomes.greedy_correct.values
+    here = (features.task.values == "quiz") & (features.split.values == "selection")
+    gain, loss = here & (base == 0) & (rl == 1), here & (base == 1) & (rl == 0)
+    got = out.sel(task="quiz")
+    assert (int(got.n_gain), int(got.n_loss), int(got.n_selected_prompts)) == (gain.sum(), loss.sum(), here.sum())
+    assert got.score.values == pytest.approx(d[gain].mean(axis=0))
+    assert np.array_equal(got.kept.values, got.score.values >= 0.2 * got.score.values.max())
+    signed = np.concatenate([d[gain], -d[loss]])
+    contrast = d[gain].mean(axis=0) + d[loss].mean(axis=0)
+    assert got.contrast.values == pytest.approx(contrast)
+    rng = np.random.default_rng(0)
+    exceed = np.zeros(30)
+    for _ in range(400):
+        order = rng.permutation(len(signed))
+        split = signed[order[: gain.sum()]].mean(axis=0) - signed[order[gain.sum() :]].mean(axis=0)
+        exceed += split >= contrast - 1e-9
+    p = exceed / 400
+    np.testing.assert_allclose(got.contrast_p.values, p, atol=4 * np.sqrt(0.25 / 199 + 0.25 / 400))
+    verified = (features.split.values == "verification") & (features.task.values != "noise")
+    assert out.verification_effect.values == pytest.approx(d[verified].mean(axis=0))
+    assert out.p_value.values == pytest.approx(
+        np.maximum(out.p_flip, out.p_guard).sel(task=["math", "quiz", "facts"]).values.max(axis=0)
+    )
+
+
+def test_effects_never_come_from_selection_prompts(world):
+    features, outcomes = world()
+    chosen = np.flatnonzero(features.split.values == "selection")
+    fresh = np.flatnonzero(features.split.values == "verification")
+    poisoned = features.copy(deep=True)
+    poisoned["mean"][1, chosen] += 50
+    a, b = run(features, outcomes), run(poisoned, outcomes)
+    for name in ("verification_effect", "verification_low", "verification_high", "verification_score"):
+        np.testing.assert_array_equal(a[name].values, b[name].values)
+    np.testing.assert_array_equal(a.verification_task_effect.values, b.verification_task_effect.values)
+    assert np.nanmax(np.abs(b.verification_effect)) < 2 < np.nanmax(b.score)
+    other = features.copy(deep=True)
+    other["mean"][1, fresh] -= 50
+    c = run(other, outcomes)
+    for name in ("score", "kept", "p_flip", "contrast_p", "p_value", "q_value"):
+        np.testing.assert_array_equal(a[name].values, c[name].values)
+    assert not (c.tier == "CONFIRMED").any()
+
+
+def test_without_the_guard_confounded_features_pass(make_features, make_outcomes):
+    """METHOD.md 4c: no model difference at all, activation-correctness correlation about .1."""
+    rng = np.random.default_rng(1)
+    n, f = 4000, 300
+    right = (rng.random((2, n)) < 0.5).astype(int)
+    mean = 5 + rng.normal(0, 1, (2, n, f)) + 0.2 * right[..., None]
+    r = np.corrcoef(mean[0, :, 0], right[0])[0, 1]
+    assert 0.05 < r < 0.15
+    out = run(
+        make_features(mean, MODELS), make_outcomes(right, MODELS), controls=[], n_resamples=399, n_bootstrap=1
+    ).isel(task=0)
+    band = 3 * np.sqrt(0.05 * 0.95 / f)
+    assert (out.p_flip <= 0.05).mean() > 0.8
+    assert (out.contrast_p <= 0.05).mean() <= 0.05 + band
+    assert out.attrs["p_n1"] < 0.05  # the paper's own null is fooled as well
+    assert (out.tier == "CONFIRMED").sum() == 0
+
+
+def test_without_losses_the_guard_is_every_prompt(world):
+    features, outcomes = world(losses=False)
+    out = run(features, outcomes)
+    assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "all prompts")
+    assert np.isnan(out.contrast_p).all()
+    assert str(out.contrast_estimable.values[0]).startswith("no: ")
+    assert "0 losses" in str(out.contrast_estimable.values[0])
+    assert set(range(5)) <= set(np.flatnonzero(out.tier == "CONFIRMED"))
+
+
+def test_the_fallback_guard_holds_without_a_model_difference(make_features, make_outcomes):
+    rng = np.random.default_rng(3)
+    n, f = 600, 300
+    base = (rng.random(n) < 0.3).astype(int)
+    rl = np.maximum(base, (rng.random(n) < 0.7).astype(int))
+    mean = 5 + rng.normal(0, 1, (2, n, f))
+    out = run(make_features(mean, MODELS), make_outcomes(np.stack([base, rl]), MODELS), controls=[]).isel(task=0)
+    assert str(out.guard.item()) == "all prompts"
+    assert (out.p_value <= 0.05).mean() <= 0.05
+    assert not (out.tier == "CONFIRMED").any()
+
+
+def test_null_calibration_of_the_whole_selection(world):
+    """Nothing planted: any candidate is false; at BH level .05 few studies have one."""
+    found = [bool((run(*world(planted=False, n=320, seed=s)).tier != "REJECTED").any()) for s in range(12)]
+    assert sum(found) <= 3
+
+
+def test_a_task_without_gains_is_not_estimable_and_the_rest_goes_on(world):
+    features, outcomes = world()
+    outcomes["greedy_correct"][1, outcomes.task.values == "facts"] = 0
+    out = validate(run(features, outcomes), "selection")
+    assert str(out.estimable.sel(task="facts").item()) == "no: 0 base-wrong/target-right prompts"
+    assert np.isnan(out.p_flip.sel(task="facts")).all()
+    assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1, 2, 3, 4]
+    assert out.attrs["u"] == [2, 2]
+
+
+def test_a_task_with_few_gains_is_scored_but_not_tested(world):
+    features, outcomes = world()
+    where = np.flatnonzero((outcomes.task.values == "facts") & (features.split.values == "selection"))
+    gains = where[(outcomes.greedy_correct.values[:, where] == [[0], [1]]).all(axis=0)]
+    outcomes["greedy_correct"][1, gains[3:]] = 0
+    out = run(features, outcomes)
+    assert str(out.estimable.sel(task="facts").item()).startswith("score only: 3")
+    assert np.isfinite(out.score.sel(task="facts")).all()
+    assert np.isnan(out.p_flip.sel(task="facts")).all()
+
+
+def test_nothing_estimable_is_a_result(world):
+    features, outcomes = world(gains=False)
+    out = validate(run(features, outcomes), "selection")
+    assert not out.selected.any()
+    assert not out.paper_selected.any()
+    assert np.isnan(out.p_value).all()
+    assert np.isnan(out.q_value).all()
+    assert np.all(out.tier == "UNTESTED")
+    assert np.all(out.flag == "not_estimable")
+    assert out.attrs["rule"].startswith("nothing selected")
+    assert out.attrs["n_paper"] == 0
+    assert np.isnan(out.attrs["p_n1"])
+
+
+def test_what_is_selected_when_nothing_is_confirmed(world):
+    features, outcomes = world()
+    fresh = np.flatnonzero(features.split.values == "verification")
+    features["mean"][1, fresh, :5] -= 0.6
+    out = run(features, outcomes)
+    assert out.attrs["rule"].startswith("CANDIDATE")
+    assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
+    paper = run(features, outcomes, rule="paper")
+    assert paper.attrs["rule"].startswith("paper")
+    np.testing.assert_array_equal(paper.selected.values, paper.paper_selected.values)
+    capped = run(features, outcomes, rule="paper", max_features=3)
+    least = np.where(capped.paper_selected, capped.score.min("task"), -np.inf)
+    assert set(np.flatnonzero(capped.selected)) == set(np.argsort(-least)[:3])
+
+
+def test_untestable_features_are_in_no_family(world):
+    features, outcomes = world()
+    whole = run(features, outcomes)
+    dead = features.copy(deep=True)
+    dead["mean"][:, :, 29] = 0
+    dead["firing"][:, :, 29] = 0
+    out = run(dead, outcomes)
+    assert str(out.flag.values[29]) == "untestable"
+    assert np.isnan(out.p_value.values[29])
+    assert out.attrs["family_size"] == 29
+    np.testing.assert_array_equal(out.p_value.values[:29], whole.p_value.values[:29])
+
+
+def test_one_mechanism_is_said(make_features, make_outcomes):
+    rng = np.random.default_rng(5)
+    direction = rng.exponential(1, 40)
+    base = rng.normal(5, 1, (400, 40))
+    mean = np.stack([base, base + direction + rng.normal(0, 0.1, base.shape)])
+    greedy = np.stack([np.zeros(400), np.ones(400)])
+    tasks = {"tasks": ["a", "b"], "domains": {"a": "in", "b": "out"}}
+    out = run(make_features(mean, MODELS, **tasks), make_outcomes(greedy, MODELS, **tasks), controls=[])
+    assert out.attrs["score_correlation"] > 0.99
+    assert out.attrs["one_mechanism"]
+    assert out.attrs["shift_rank"] < 1.1
+    d = (mean[1] - mean[0])[(np.arange(400) // 2) % 2 == 0]
+    s = np.linalg.svd(d, compute_uv=False) ** 2
+    assert out.attrs["shift_rank"] == pytest.approx(s.sum() ** 2 / (s**2).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 11])
+def test_chunks_change_nothing(world, chunk):
+    a, b = run(*world(n=400)), run(*world(n=400, chunk=chunk))
+    xr.testing.assert_allclose(a, b, rtol=1e-9)
+    assert a.attrs["split_hash"] == b.attrs["split_hash"]
+    assert a.attrs["p_n1"] == b.attrs["p_n1"]
+
+
+def test_split_hash_knows_sides_not_order(world):
+    features, outcomes = world(n=400)
+    a = run(features, outcomes, n_bootstrap=1)
+    shuffled = features.isel(prompt=np.random.default_rng(0).permutation(400))
+    b = run(shuffled, outcomes, n_bootstrap=1)
+    assert a.attrs["split_hash"] == b.attrs["split_hash"]
+    np.testing.assert_allclose(a.score.sel(task=TASKS).values, b.score.sel(task=TASKS).values)
+    moved = features.assign_coords(split=("prompt", np.where(np.arange(400) < 200, "selection", "verification")))
+    assert run(moved, outcomes, n_bootstrap=1).attrs["split_hash"] != a.attrs["split_hash"]
+
+
+def test_clusters_are_the_units(world):
+    out = run(*world(n=1600, per_cluster=8), clusters="cluster")
+    assert out.attrs["unit"] == "cluster"
+    assert set(range(5)) <= set(np.flatnonzero(out.tier != "REJECTED"))
+
+
+def test_errors(world):
+    features, outcomes = world(n=80)
+    with pytest.raises(RefusedError, match="contribution scale"):
+        run(features.assign_attrs(scale="raw"), outcomes)
+    with pytest.raises(RefusedError, match="unit='token'"):
+        run(features, outcomes, unit="token")
+    with pytest.raises(InputError, match="task 'history' is not in the data"):
+        run(features, outcomes, tasks=["history"])
+    with pytest.raises(InputError, match="task 'noise' cannot be selected on"):
+        run(features, outcomes, tasks=["noise", "quiz"])
+    with pytest.raises(InputError, match="model 'rl@99' has no outcomes"):
+        run(features, outcomes, target="rl@99")
+    with pytest.raises(InputError, match=r"40 prompt\(s\) of the features have no outcome"):
+        run(features, outcomes.isel(prompt=slice(40)))
+    with pytest.raises(InputError, match="split into"):
+        run(features.assign_coords(split=("prompt", np.full(80, "train"))), outcomes)

@@ -1,0 +1,221 @@
+"""Every model's stored activations through the declared readout of one crosscoder, to prompt summaries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import (
+    ARM,
+    BASE_MODEL,
+    CLUSTER,
+    DOMAIN,
+    FEATURE,
+    MODEL,
+    PROMPT,
+    RUN,
+    SPLIT,
+    STEP,
+    TASK,
+    VIEW,
+    split_model_id,
+)
+from rlgen_stats.schemas.errors import StageError, StoreError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import (
+    Provenance,
+    StudyFolder,
+    append_model,
+    committed_models,
+    complete_models,
+    open_activations,
+    open_features,
+    open_tokens,
+)
+from rlgen_stats.toolkit.crosscoder.model import Crosscoder, Readout, load_crosscoder
+from rlgen_stats.toolkit.crosscoder.moments import ExplainedVariance
+from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
+from rlgen_stats.toolkit.extraction import ModelRef, list_models, resolve_device, site_name, token_mask
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+BLOCK_TOKENS: Final = 8192
+"""Tokens encoded at once: one shard of the activation store."""
+PROMPT_LABELS: Final = (TASK, DOMAIN, SPLIT, CLUSTER)
+SCALE: Final = "contribution"
+"""features.zarr holds f_k ||d_k||, which does not change when a feature's scale moves between code and decoder."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Which prompt each token belongs to, and the prompts' labels."""
+
+    code: NDArray[np.int64]
+    """[token] index into ``labels``; -1 where the token is not summarised."""
+    labels: pd.DataFrame
+    """One row a prompt in store order: prompt, task, domain, split, cluster."""
+
+
+def prompts_of(tokens: xr.Dataset, mask: NDArray[np.bool_]) -> Prompts:
+    """Prompts in order of their first token; tokens outside ``mask`` get code -1."""
+    code, names = pd.factorize(np.asarray(tokens[PROMPT].values))
+    first = np.unique(code, return_index=True)[1]
+    labels = pd.DataFrame({PROMPT: np.asarray(names)} | {n: tokens[n].values[first] for n in PROMPT_LABELS})
+    return Prompts(np.where(mask, code, -1), labels)
+
+
+def view_of(model: str, views: tuple[str, ...]) -> str:
+    """The slot a model's reconstruction is compared in: its own, else that of its run, else base's, else the first."""
+    if model in views:
+        return model
+    run = split_model_id(model)[0]
+    of_run = [view for view in views if split_model_id(view)[0] == run]
+    return of_run[0] if of_run else BASE_MODEL if BASE_MODEL in views else views[0]
+
+
+@torch.no_grad()
+def summarise(
+    crosscoder: Crosscoder,
+    activation: xr.DataArray,
+    prompts: Prompts,
+    *,
+    view: str,
+    readout: Readout,
+    block_tokens: int = BLOCK_TOKENS,
+) -> xr.Dataset:
+    """One model's features per prompt, in contribution scale x = f_k ||d_k||.
+
+    Parameters
+    ----------
+    crosscoder
+        Trained model.
+    activation
+        [token, channel], raw units, lazy or not; read block by block.
+    prompts
+        Which prompt each token belongs to.
+    view
+        Slot of the model for readout ``own`` and for FVE.
+    readout
+        Declared readout.
+    block_tokens
+        Tokens encoded at once; the result does not depend on it.
+
+    Returns
+    -------
+    Dataset
+        ``mean``, ``firing`` (share of tokens with f > 0), ``max`` [prompt, feature]; ``n_tokens`` [prompt]; ``fve`` [],
+        about the mean of this model's own summarised tokens. NaN for prompts without tokens.
+    """
+    device = crosscoder.encoder.device
+    summaries = PromptSummaries(len(prompts.labels), crosscoder.n_features, device)
+    fve = ExplainedVariance((crosscoder.width,))
+    for start in range(0, len(prompts.code), block_tokens):
+        code = prompts.code[start : start + block_tokens]
+        kept = code >= 0
+        if not kept.any():
+            continue
+        raw_block = np.asarray(activation[start : start + block_tokens].values, dtype=np.float32)[kept]
+        raw = torch.from_numpy(raw_block).to(device)
+        f = crosscoder.readout(raw, view=view, kind=readout)
+        summaries.update(code[kept], f)
+        fve.update(raw_block, crosscoder.reconstruct(f, view).cpu().numpy())
+    mean, firing, largest = summaries.result(crosscoder.contribution_norm())
+    return xr.Dataset(
+        {
+            "mean": ((PROMPT, FEATURE), mean),
+            "firing": ((PROMPT, FEATURE), firing),
+            "max": ((PROMPT, FEATURE), largest),
+            "n_tokens": (PROMPT, summaries.n_tokens()),
+            "fve": ((), float(fve.value())),
+        }
+    )
+
+
+def encode_features(
+    spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
+) -> None:
+    """Summarise the features of base and of every checkpoint per prompt, in features.zarr (layout ``features``).
+
+    Parameters
+    ----------
+    spec, folder
+        The study, with activations stored and the primary crosscoder trained.
+    provenance
+        Origin of the store.
+    progress
+        Receiver of progress, in models.
+
+    Raises
+    ------
+    StageError
+        If a model's activations are not complete.
+    StoreError
+        If there is no crosscoder, or features.zarr was written with another one.
+
+    Notes
+    -----
+    Models already committed are skipped. The second reading of base is no model of the study and is left out.
+    """
+    primary = spec.primary_crosscoder
+    device = resolve_device(spec.device)
+    crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=device)
+    site = site_name(spec.extraction.layer)
+    refs = list_models(spec, folder)
+    there = complete_models(folder.activations, site)
+    absent = [ref.model for ref in refs if ref.model not in there]
+    if absent:
+        raise StageError(f"{folder.activations} lacks the activations of {absent}; run the extract stage.")
+    done = committed_models(folder.features)
+    if done:
+        _check_crosscoder(folder, crosscoder)
+    tokens = open_tokens(folder.activations)
+    prompts = prompts_of(tokens, token_mask(tokens, spec.extraction, purpose="summary"))
+    with progress.task("encode", total=len(refs), unit="models") as task:
+        for ref in refs:
+            if ref.model not in done:
+                activation = open_activations(folder.activations, models=[ref.model], site=site)["activation"][0]
+                view = view_of(ref.model, crosscoder.views)
+                table = summarise(crosscoder, activation, prompts, view=view, readout=primary.readout)
+                dataset = _labelled(table, ref, crosscoder, prompts).assign_attrs(
+                    readout=primary.readout,
+                    text_mode=str(tokens.attrs["text_mode"]),
+                    crosscoder=crosscoder.weights_sha256,
+                    scale=SCALE,
+                    site=site,
+                )
+                append_model(folder.features, "features", dataset, provenance=provenance)
+            task.advance(1, model=ref.model)
+
+
+def _check_crosscoder(folder: StudyFolder, crosscoder: Crosscoder) -> None:
+    written = str(open_features(folder.features).attrs.get("crosscoder"))
+    if written != crosscoder.weights_sha256:
+        raise StoreError(
+            f"{folder.features} was encoded with crosscoder {written[:12]}, but {crosscoder.name!r} is now "
+            f"{crosscoder.weights_sha256[:12]}; features of different crosscoders are never mixed: move it away and "
+            "run the encode stage again."
+        )
+
+
+def _labelled(table: xr.Dataset, ref: ModelRef, crosscoder: Crosscoder, prompts: Prompts) -> xr.Dataset:
+    labels: dict[str, Any] = {
+        name: (PROMPT, prompts.labels[name].to_numpy(np.str_)) for name in (PROMPT, *PROMPT_LABELS)
+    }
+    norms = crosscoder.decoder_norm().detach().cpu().numpy()
+    dataset = table.expand_dims({MODEL: [ref.model]})
+    dataset["decoder_norm"] = ((VIEW, FEATURE), norms)
+    return dataset.assign_coords(
+        {
+            RUN: (MODEL, [ref.run]),
+            STEP: (MODEL, [ref.step]),
+            ARM: (MODEL, [ref.arm]),
+            VIEW: list(crosscoder.views),
+            FEATURE: np.arange(crosscoder.n_features),
+            **labels,
+        }
+    )

@@ -1,0 +1,72 @@
+"""Running moments in float64, merged block by block."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of a stream, per trailing coordinate.
+
+    Parameters
+    ----------
+    shape
+        Shape of one observation.
+
+    Notes
+    -----
+    Blocks are merged with the pairwise update of Chan, Golub & LeVeque (1983), doi:10.1080/00031305.1983.10483115,
+    in float64 whatever the type of the data, so the result neither cancels nor depends on how the stream is cut
+    (beyond float64 rounding).
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.n = 0
+        self.mean: NDArray[np.float64] = np.zeros(shape)
+        self.m2: NDArray[np.float64] = np.zeros(shape)
+
+    def update(self, block: NDArray[np.floating]) -> None:
+        """Merge ``block``, shape [n, *shape]."""
+        if not len(block):
+            return
+        values = block.astype(np.float64, copy=False)
+        mean = values.mean(axis=0)
+        m2 = np.square(values - mean).sum(axis=0)
+        total = self.n + len(values)
+        shift = mean - self.mean
+        self.mean = self.mean + shift * (len(values) / total)
+        self.m2 = self.m2 + m2 + np.square(shift) * (self.n * len(values) / total)
+        self.n = total
+
+
+class ExplainedVariance:
+    """Fraction of variance explained, per slot: 1 - sum of squared residuals / sum of squares about the mean.
+
+    Parameters
+    ----------
+    shape
+        Shape of one observation; the last axis is summed over, leading axes are slots.
+
+    Notes
+    -----
+    The reference is the stream's own mean, not zero: predicting that mean scores exactly 0, and anything worse is
+    negative. NaN where the data do not vary.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.moments = Moments(shape)
+        self._residual: NDArray[np.float64] = np.zeros(shape[:-1])
+
+    def update(self, data: NDArray[np.floating], prediction: NDArray[np.floating]) -> None:
+        """Merge a block of data and its prediction, both [n, *shape]."""
+        self.moments.update(data)
+        residual = data.astype(np.float64) - prediction.astype(np.float64)
+        self._residual = self._residual + np.square(residual).sum(axis=(0, -1))
+
+    def value(self) -> NDArray[np.float64]:
+        """FVE of each slot (a 0-d array if there are no slot axes)."""
+        total = np.asarray(self.moments.m2.sum(axis=-1))
+        explained = np.full(total.shape, np.nan)
+        np.divide(self._residual, total, out=explained, where=total > 0)
+        return np.asarray(1.0 - explained)

@@ -1,0 +1,63 @@
+"""Tokens to prompts: what of a feature is kept for every prompt."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class PromptSummaries:
+    """Mean, share of firing tokens and maximum of features over each prompt's tokens, merged block by block.
+
+    Parameters
+    ----------
+    n_prompts, n_features
+        Size of the table.
+    device
+        Where blocks are reduced.
+
+    Notes
+    -----
+    Sums are float64 and counts exact, so results do not depend on how tokens are cut into blocks (beyond float64
+    rounding). A prompt's tokens may come in any number of pieces. Features are non-negative.
+    """
+
+    def __init__(self, n_prompts: int, n_features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(n_prompts, n_features, dtype=torch.float64, device=device)
+        self._fired = torch.zeros(n_prompts, n_features, dtype=torch.int32, device=device)
+        self._max = torch.zeros(n_prompts, n_features, dtype=torch.float32, device=device)
+        self._n = torch.zeros(n_prompts, dtype=torch.int64, device=device)
+
+    def update(self, prompt: NDArray[np.integer], f: Tensor) -> None:
+        """Merge a block: prompt index of each token [n], features [n, feature]."""
+        if not len(prompt):
+            return
+        codes = torch.as_tensor(np.asarray(prompt, dtype=np.int64), device=f.device)
+        rows, place = torch.unique(codes, return_inverse=True)
+        shape = (len(rows), f.shape[1])
+        total = torch.zeros(shape, dtype=torch.float64, device=f.device).index_add_(0, place, f.double())
+        fired = torch.zeros(shape, dtype=torch.float32, device=f.device).index_add_(0, place, (f > 0).float())
+        largest = torch.zeros(shape, dtype=torch.float32, device=f.device)
+        largest.scatter_reduce_(0, place[:, None].expand_as(f), f.float(), "amax")
+        self._sum[rows] += total
+        self._fired[rows] += fired.to(torch.int32)
+        self._max[rows] = torch.maximum(self._max[rows], largest)
+        self._n += torch.bincount(codes, minlength=len(self._n))
+
+    def n_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each prompt."""
+        return np.asarray(self._n.cpu().numpy())
+
+    def result(self, scale: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """(mean, firing, max), each [prompt, feature] float32, mean and max times ``scale`` [feature].
+
+        NaN for prompts without tokens.
+        """
+        n = self._n[:, None].double()
+        empty = self._n == 0
+        factor = scale.double()
+        table = (self._sum / n * factor, self._fired / n, self._max.double() * factor)
+        found = [values.masked_fill(empty[:, None], float("nan")).float().cpu().numpy() for values in table]
+        return found[0], found[1], found[2]

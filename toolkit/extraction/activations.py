@@ -1,0 +1,296 @@
+"""Forced-text activations: every model reads the same texts, and one block's residual stream is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import (
+    BASE_MODEL,
+    CLUSTER,
+    DOMAIN,
+    POSITION,
+    PROMPT,
+    SEGMENT,
+    SOURCE,
+    SPLIT,
+    TASK,
+    TOKEN_ID,
+)
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import ExtractionSpec, StudySpec
+from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, complete_models, create_activations
+from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.checkpoints import (
+    REPEAT_MODEL,
+    ModelRef,
+    check_tokenizers,
+    check_weights,
+    final_model,
+    list_models,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from rlgen_stats.toolkit.extraction.hooks import locate_layer, read_residual
+from rlgen_stats.toolkit.extraction.outcomes import read_completions
+from rlgen_stats.toolkit.extraction.prompts import TEXT, load_prompts
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+WINDOW_BATCHES: Final = 16
+"""Batches whose texts are sorted by length together and put back in store order: bounds memory, saves padding."""
+TEXT_SAMPLE: Final = 0
+"""The sampled completion that becomes a text; a greedy one would show each model at its most certain only."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text that every model reads."""
+
+    prompt: str
+    source: str
+    """Model that wrote the completion."""
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All token ids, as generated: nothing is decoded and tokenised again."""
+        return self.prompt_ids + self.completion_ids
+
+
+def site_name(layer: int) -> str:
+    """Name of the residual stream after decoder block ``layer``."""
+    return f"block{layer}"
+
+
+def source_models(spec: StudySpec, folder: StudyFolder) -> tuple[str, ...]:
+    """Models whose completions are the texts: base and the last checkpoints of the two contrasted runs."""
+    finals = (final_model(spec, folder, run.name).model for run in spec.contrasted)
+    return (BASE_MODEL, *finals)
+
+
+def load_texts(spec: StudySpec, folder: StudyFolder, prompts: pd.DataFrame, tokenizer: Any) -> list[Text]:
+    """Texts in store order: for each source, each prompt with that model's first sampled completion.
+
+    Raises
+    ------
+    StageError
+        If a source's completions are missing.
+    InputError
+        If a source lacks the completion of a prompt.
+    """
+    prompt_ids = [tuple(ids) for ids in encode_prompts(tokenizer, list(prompts[TEXT]))]
+    texts = []
+    for source in source_models(spec, folder):
+        completions = read_completions(folder, source)
+        drawn = completions[completions["sample"] == TEXT_SAMPLE].set_index(PROMPT)["token_ids"]
+        missing = [prompt for prompt in prompts[PROMPT] if prompt not in drawn.index]
+        if missing:
+            raise InputError(
+                f"{source} has no sampled completion of {len(missing)} prompt(s), e.g. {missing[0]!r}; "
+                "run the outcomes stage again."
+            )
+        texts += [
+            Text(prompt, source, ids, tuple(int(token) for token in drawn[prompt]))
+            for prompt, ids in zip(prompts[PROMPT], prompt_ids, strict=True)
+        ]
+    return texts
+
+
+def token_table(texts: Sequence[Text]) -> pd.DataFrame:
+    """One row a token in store order: prompt, source, position in its text, token_id, segment."""
+    lengths = np.array([len(text.ids) for text in texts])
+    starts = np.repeat(lengths.cumsum() - lengths, lengths)
+    positions = np.arange(lengths.sum()) - starts
+    n_prompt = np.repeat([len(text.prompt_ids) for text in texts], lengths)
+    return pd.DataFrame(
+        {
+            PROMPT: np.repeat(np.array([text.prompt for text in texts], dtype=object), lengths),
+            SOURCE: np.repeat(np.array([text.source for text in texts], dtype=object), lengths),
+            POSITION: positions.astype(np.int64),
+            TOKEN_ID: np.concatenate([np.array(text.ids, dtype=np.int64) for text in texts]),
+            SEGMENT: np.where(positions < n_prompt, "prompt", "completion").astype(object),
+        }
+    )
+
+
+def extract_activations(
+    spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
+) -> None:
+    """Let every model read every text and store the residual stream at ``spec.extraction.layer``.
+
+    Parameters
+    ----------
+    spec, folder
+        The study, with its outcomes sampled.
+    provenance
+        Origin of the store.
+    progress
+        Receiver of progress, in tokens.
+
+    Raises
+    ------
+    StageError
+        If completions are missing.
+    InputError, ModelError
+        If the models have no such block, or a checkpoint or tokenizer cannot be used.
+    StoreError
+        If the folder holds other texts or another study's activations.
+
+    Notes
+    -----
+    Texts are the first sampled completions of base and of the two contrasted runs' last checkpoints, so all models
+    are compared on the same tokens (text mode ``forced``). The base is read a second time in other batches and order
+    as ``base.repeat@0``: what differs between the two is numerical noise, the floor of any attribution.
+    Batches are a function of the texts alone; an interrupted model goes on at its first uncommitted token and ends
+    with the bytes an uninterrupted run would have written on the same machine.
+    """
+    prompts = load_prompts(spec, folder)
+    refs = list_models(spec, folder)
+    for ref in refs:
+        check_weights(ref)
+    check_tokenizers(refs)
+    tokenizer = load_tokenizer(refs[0])
+    texts = load_texts(spec, folder, prompts, tokenizer)
+    labels = prompts[[PROMPT, TASK, DOMAIN, SPLIT, CLUSTER]]
+    create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
+    site = site_name(spec.extraction.layer)
+    done = set(complete_models(folder.activations, site))
+    reader = _Reader(spec, folder, texts, pad_id(tokenizer), progress)
+    for ref in refs:
+        if ref.model not in done:
+            reader.read(ref, ref.model)
+    if REPEAT_MODEL not in done:
+        reader.read(refs[0], REPEAT_MODEL)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive texts that are read together, and the batches they are read in."""
+
+    first_token: int
+    """Offset of the first text's first token in the store."""
+    texts: tuple[int, ...]
+    batches: tuple[tuple[int, ...], ...]
+
+
+def plan_windows(lengths: Sequence[int], batch_size: int, shuffle_seed: int | None = None) -> Iterator[Window]:
+    """Split texts into windows of consecutive texts, each in batches of like length, or shuffled by a seed."""
+    size = batch_size * WINDOW_BATCHES
+    first_token = 0
+    for start in range(0, len(lengths), size):
+        texts = range(start, min(start + size, len(lengths)))
+        if shuffle_seed is None:
+            batches = [[texts[row] for row in rows] for rows in by_length([lengths[i] for i in texts], batch_size)]
+        else:
+            order = [int(i) for i in np.random.default_rng([shuffle_seed, start]).permutation(texts)]
+            batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        yield Window(first_token, tuple(texts), tuple(map(tuple, batches)))
+        first_token += sum(lengths[i] for i in texts)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    spec: StudySpec
+    folder: StudyFolder
+    texts: Sequence[Text]
+    pad: int
+    progress: Progress
+
+    def read(self, ref: ModelRef, label: str) -> None:
+        """Store one model's activations under ``label``, going on where an earlier attempt stopped."""
+        how = self.spec.extraction
+        model = load_model(ref, device=resolve_device(self.spec.device))
+        locate_layer(model, how.layer)
+        lengths = [len(text.ids) for text in self.texts]
+        if label == REPEAT_MODEL:
+            size = max(1, how.batch_size // 2) if how.batch_size > 1 else 2
+            windows = plan_windows(lengths, size, derive_seed(self.spec.seed, "repeat"))
+        else:
+            windows = plan_windows(lengths, how.batch_size)
+        width = int(model.config.get_text_config().hidden_size)
+        writer = ActivationWriter(
+            self.folder.activations, model=label, site=site_name(how.layer), width=width, dtype=how.dtype
+        )
+        with writer, self.progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
+            committed = writer.n_committed
+            for window in windows:
+                n_tokens = sum(lengths[i] for i in window.texts)
+                skip = min(max(committed - window.first_token, 0), n_tokens)
+                if skip < n_tokens:
+                    writer.append(self._read_window(model, window, width)[skip:])
+                task.advance(n_tokens)
+
+    def _read_window(self, model: Any, window: Window, width: int) -> NDArray[np.float32]:
+        """Activations [token, channel] of a window's texts in store order."""
+        lengths = np.array([len(self.texts[i].ids) for i in window.texts])
+        offsets = dict(zip(window.texts, lengths.cumsum() - lengths, strict=True))
+        values = np.empty((int(lengths.sum()), width), dtype=np.float32)
+        for batch in window.batches:
+            residual = read_texts(model, [self.texts[i].ids for i in batch], self.spec.extraction.layer, self.pad)
+            for index, text in zip(batch, residual, strict=True):
+                values[offsets[index] : offsets[index] + len(text)] = text
+        return values
+
+
+def read_texts(model: Any, texts: Sequence[Sequence[int]], layer: int, pad: int) -> list[NDArray[np.float32]]:
+    """Residual stream [token, channel] of each text after block ``layer``, read in one left-padded batch."""
+    ids, mask, positions = left_pad(texts, pad, model.device)
+    residual = read_residual(model, layer, ids, mask, positions).to(torch.float32).cpu().numpy()
+    return [row[len(row) - len(text) :] for row, text in zip(residual, texts, strict=True)]
+
+
+def token_mask(
+    tokens: xr.Dataset | pd.DataFrame, extraction: ExtractionSpec, purpose: Literal["train", "summary"] = "train"
+) -> NDArray[np.bool_]:
+    """Tokens a crosscoder trains on, or tokens a prompt's summary averages over.
+
+    Parameters
+    ----------
+    tokens
+        Labels of all tokens in store order: ``position`` within the text and ``segment``.
+    extraction
+        ``skip_first`` leading tokens of each text are never used. ``segments`` are trained on; ``summary_segments``
+        are summarised, where ``last_prompt`` is each text's last prompt token, which predicts the first completion
+        token.
+    purpose
+        ``"train"`` or ``"summary"``.
+
+    Returns
+    -------
+    ndarray [token] bool
+
+    Raises
+    ------
+    InputError
+        If nothing is left, or ``purpose`` is neither.
+    """
+    position, segment = np.asarray(tokens[POSITION]), np.asarray(tokens[SEGMENT]).astype(np.str_)
+    if purpose == "train":
+        wanted: tuple[str, ...] = extraction.segments
+    elif purpose == "summary":
+        wanted = extraction.summary_segments
+    else:
+        raise InputError(f"purpose must be 'train' or 'summary', got {purpose!r}.")
+    mask = np.isin(segment, [name for name in wanted if name != "last_prompt"])
+    if "last_prompt" in wanted:
+        is_prompt = segment == "prompt"
+        ends = np.ones(len(segment), dtype=bool)  # the next token is no prompt token of the same text
+        ends[:-1] = (segment[1:] != "prompt") | (position[1:] == 0)
+        mask |= is_prompt & ends
+    mask &= position >= extraction.skip_first
+    if not mask.any():
+        raise InputError(
+            f"no token of the {len(mask)} is left with segments {list(wanted)} and skip_first "
+            f"{extraction.skip_first}; lower extraction.skip_first or name more segments."
+        )
+    return np.asarray(mask)

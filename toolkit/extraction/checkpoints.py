@@ -1,0 +1,323 @@
+"""Which models a study has, and how they are loaded: whole checkpoints, sharded ones and LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, model_id, split_model_id
+from rlgen_stats.schemas.errors import ModelError
+from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.stores import StudyFolder, read_json
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+WEIGHT_FILES: Final = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+"""Files of which at least one makes a folder a checkpoint."""
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Files of which at least one makes a folder's tokenizer its own; otherwise the base's is used."""
+POSTTRAIN_RECORD: Final = "posttrain.json"
+"""Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
+REPEAT_MODEL: Final = model_id(f"{BASE_RUN}.repeat", 0)
+"""Label of the base read a second time in other batches: the null floor of attribution."""
+_SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "unk_token_id")
+"""Special ids that change what is read or when a text ends. The pad id is not one: pads are masked everywhere."""
+_PROBE: Final = "What is 12 + 30? The answer: x_1 = 4.5\n\nSo  it's  42."
+"""Text with digits, spaces, punctuation and newlines; equal vocabularies with other merges encode it differently."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One checkpoint of a study: its label and where its weights are."""
+
+    model: str
+    """``run@step``."""
+    run: str
+    step: int
+    arm: str
+    path: Path
+    base: Path | None = None
+    """Folder of the base model; LoRA adapters are loaded on it, and its tokenizer stands in where there is none."""
+
+
+def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
+    """All models of a study: base first, then every run's checkpoints by step, runs in the order of the spec.
+
+    Raises
+    ------
+    ModelError
+        If a run that is trained here has not been trained yet.
+    """
+    base = folder.resolve(spec.base.path)
+    refs = [ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base)]
+    for run in spec.runs:
+        for step, path in _checkpoints(run, folder):
+            refs.append(ModelRef(model_id(run.name, step), run.name, step, run.arm, path, base))
+    return tuple(refs)
+
+
+def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
+    if run.method == "checkpoints":
+        return [(step, folder.resolve(path)) for step, path in sorted(run.checkpoints.items())]
+    record = folder.run(run.name) / POSTTRAIN_RECORD
+    if not record.exists():
+        raise ModelError(
+            f"run {run.name!r} has no {record}; expected one written by training: run the posttrain stage."
+        )
+    content = read_json(record)
+    steps = content.get("steps") if isinstance(content, dict) else None
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, int) and step > 0 for step in steps):
+        raise ModelError(f"{record} must list the checkpoint 'steps', got {steps!r}; run the posttrain stage again.")
+    return [(step, folder.run(run.name) / f"step-{step}") for step in sorted(steps)]
+
+
+def final_model(spec: StudySpec, folder: StudyFolder, run_name: str) -> ModelRef:
+    """The last checkpoint of a run, or the base for ``"base"``.
+
+    Raises
+    ------
+    ModelError
+        If the study has no such run.
+    """
+    refs = [ref for ref in list_models(spec, folder) if ref.run == run_name]
+    if not refs:
+        raise ModelError(f"no run is called {run_name!r}; the runs are {[run.name for run in spec.runs]}.")
+    return refs[-1]
+
+
+def resolve_view(view: str, spec: StudySpec, folder: StudyFolder) -> str:
+    """Model id of a view: ``rl@final`` becomes ``rl@80``, ``base@repeat`` becomes ``base.repeat@0``.
+
+    Raises
+    ------
+    ModelError
+        If there is no such run or checkpoint.
+    """
+    run, _, step = view.rpartition("@")
+    if step == "repeat" and run == BASE_RUN:
+        return REPEAT_MODEL
+    if step == "final":
+        return final_model(spec, folder, run).model
+    return find_model(view, spec, folder).model
+
+
+def find_model(model: str, spec: StudySpec, folder: StudyFolder) -> ModelRef:
+    """The model labelled ``run@step``; ``base.repeat@0`` is the base's own checkpoint.
+
+    Raises
+    ------
+    ModelError
+        If the study has no such model; the message lists the run's steps.
+    """
+    run, step = split_model_id(model)
+    if model == REPEAT_MODEL:
+        run = BASE_RUN
+    refs = list_models(spec, folder)
+    for ref in refs:
+        if (ref.run, ref.step) == (run, step):
+            return ref
+    raise ModelError(f"no model is called {model!r}; the models are {[ref.model for ref in refs]}.")
+
+
+def resolve_device(device: str) -> torch.device:
+    """Torch device of a spec; ``"auto"`` takes cuda where present, else the CPU.
+
+    Raises
+    ------
+    ModelError
+        If the name is no device, or cuda is asked for and absent.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"'device' must be auto, cpu, cuda or cuda:N, got {device!r}.") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"'device' is {device!r} but torch sees no CUDA device; use 'auto' or 'cpu'.")
+    return resolved
+
+
+def check_weights(ref: ModelRef) -> None:
+    """Refuse a folder that is missing or holds no weights.
+
+    Raises
+    ------
+    ModelError
+        Naming the folder and the files looked for.
+    """
+    for folder in dict.fromkeys([ref.path, *([ref.base] if ref.base and is_adapter(ref.path) else [])]):
+        if not folder.is_dir():
+            raise ModelError(f"{ref.model}: no folder {folder}; correct its path in the study file.")
+        if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            raise ModelError(
+                f"{ref.model}: {folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}: "
+                "name the folder that save_pretrained wrote."
+            )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a LoRA (peft) adapter instead of a whole model."""
+    return (path / ADAPTER_CONFIG).exists()
+
+
+def load_model(ref: ModelRef, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Load a checkpoint for reading: local files only, evaluation mode, no gradients, adapters merged.
+
+    Parameters
+    ----------
+    ref
+        The checkpoint.
+    device, dtype
+        Where and in which type the weights are put.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+
+    Raises
+    ------
+    ModelError
+        If the folder is missing, has no weights, cannot be read, or lacks some of the model's parameters.
+    """
+    check_weights(ref)
+    model = _load_adapter(ref, dtype) if is_adapter(ref.path) else _load_whole(ref.model, ref.path, dtype)
+    model = model.to(device)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _load_whole(name: str, path: Path, dtype: torch.dtype) -> Any:
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # loaders of many formats raise as many types; all are about this folder
+        raise ModelError(f"{name}: {path} cannot be loaded as a causal language model ({_line(error)}).") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:  # transformers would draw them at random and only warn
+        raise ModelError(
+            f"{name}: {path} lacks {len(missing)} of the model's parameters, e.g. {missing[0]}; "
+            "expected a complete checkpoint of the architecture in its config.json."
+        )
+    return model
+
+
+def _load_adapter(ref: ModelRef, dtype: torch.dtype) -> Any:
+    from peft import PeftModel  # slow to import, and most studies have no adapter
+
+    if ref.base is None:
+        raise ModelError(f"{ref.model}: {ref.path} is an adapter and needs a base model; name base.path.")
+    base = _load_whole(f"base of {ref.model}", ref.base, dtype)
+    try:
+        with _quiet():
+            return PeftModel.from_pretrained(base, ref.path).merge_and_unload()
+    except Exception as error:
+        raise ModelError(f"{ref.model}: adapter {ref.path} does not load on {ref.base} ({_line(error)}).") from error
+
+
+def _line(error: BaseException) -> str:
+    """First line of an error, short enough for one sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars from transformers while loading; ours is the one that speaks."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_tokenizer(source: ModelRef | Path | str) -> Any:
+    """Load a checkpoint's tokenizer (the base's where the checkpoint has none), padding on the left.
+
+    Raises
+    ------
+    ModelError
+        If there is none or it cannot be read.
+    """
+    path = Path(source.path if isinstance(source, ModelRef) else source)
+    if isinstance(source, ModelRef) and source.base is not None and not _has_tokenizer(path):
+        path = source.base
+    if not path.is_dir() or not _has_tokenizer(path):
+        raise ModelError(
+            f"{path} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}: save it beside the base."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{path}: the tokenizer cannot be loaded ({_line(error)}).") from error
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).exists() for name in TOKENIZER_FILES)
+
+
+def check_tokenizers(refs: Sequence[ModelRef]) -> None:
+    """Refuse models that do not read text as the first one does; forced texts would not be the same tokens.
+
+    Parameters
+    ----------
+    refs
+        Models, the base first.
+
+    Raises
+    ------
+    ModelError
+        Naming the model and what differs: vocabulary, a special id, or the encoding of a probe text.
+    """
+    if not refs:
+        return
+    reference = load_tokenizer(refs[0])
+    vocabulary = reference.get_vocab()
+    for ref in refs[1:]:
+        if not _has_tokenizer(ref.path):
+            continue
+        difference = _difference(reference, vocabulary, load_tokenizer(ref))
+        if difference:
+            raise ModelError(
+                f"{ref.model} has another tokenizer than {refs[0].model}: {difference}; "
+                "a study needs one tokenizer: use runs of this base, or correct the tokenizer files of the checkpoint."
+            )
+
+
+def _difference(reference: Any, vocabulary: dict[str, int], other: Any) -> str | None:
+    theirs = other.get_vocab()
+    if theirs != vocabulary:
+        changed = sorted(
+            token for token in vocabulary.keys() | theirs.keys() if vocabulary.get(token) != theirs.get(token)
+        )
+        first = changed[0]
+        return (
+            f"the vocabularies of {len(vocabulary)} and {len(theirs)} tokens differ in {len(changed)}, "
+            f"e.g. {first!r} is {vocabulary.get(first)} there and {theirs.get(first)} here"
+        )
+    for name in _SPECIAL_IDS:
+        if getattr(reference, name) != getattr(other, name):
+            return f"{name} is {getattr(reference, name)} there and {getattr(other, name)} here"
+    if reference(_PROBE)["input_ids"] != other(_PROBE)["input_ids"]:
+        return "the vocabulary is the same but a probe text is split into other tokens"
+    return None

@@ -1,0 +1,140 @@
+"""From a completion to right or wrong, and to the kind of text it is."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Protocol
+
+from math_verify import parse, verify
+
+from rlgen_stats.schemas.study import GraderSpec
+from rlgen_stats.toolkit.extraction.generation import Completion
+
+FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
+"""answer: a final answer can be read; no_answer: ended without one; empty: no text; degenerate: ends in one n-gram over
+and over; truncated: cut off by the length limit without an answer."""
+MAX_NGRAM: Final = 8
+"""Longest repeated unit looked for, in words; loops of language models are short or a clause."""
+MIN_REPEATS: Final = 4
+"""Repetitions that make a loop: three in a row occur in ordinary lists and counts."""
+MATH_TIMEOUT: Final = 5
+"""Seconds for parsing and comparing one formula; a few take minutes to simplify."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Verdict on one completion."""
+
+    correct: bool
+    format_class: str
+    """One of FORMAT_CLASSES."""
+
+
+class Grader(Protocol):
+    """Turns completions into grades."""
+
+    def grade(self, completion: Completion, answer: str) -> Grade:
+        """Grade one completion against the expected answer."""
+
+
+def make_grader(spec: GraderSpec) -> Grader:
+    """The grader a study asks for.
+
+    Examples
+    --------
+    >>> from rlgen_stats.schemas.study import GraderSpec
+    >>> grader = make_grader(GraderSpec(marker="ans"))
+    >>> grader.grade(Completion((1, 2), "3 plus 4 ans 7", True), "7")
+    Grade(correct=True, format_class='answer')
+    """
+    if spec.name == "math":
+        return MathGrader(spec.require_termination)
+    return FinalAnswerGrader(spec.marker, spec.require_termination)
+
+
+def normalize(text: str) -> str:
+    """Text with every run of whitespace as one space, none at the ends."""
+    return " ".join(text.split())
+
+
+def final_answer(text: str, marker: str) -> str | None:
+    """What stands after the last ``marker``, whitespace normalised; None without a marker or with nothing after it.
+
+    A marker that starts or ends with a letter or digit must stand as a word there: ``ans`` is not found in ``answer``.
+    """
+    before = r"(?<!\w)" if re.match(r"\w", marker) else ""
+    after = r"(?!\w)" if re.search(r"\w$", marker) else ""
+    ends = [match.end() for match in re.finditer(before + re.escape(marker) + after, text)]
+    return normalize(text[ends[-1] :]) or None if ends else None
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether the text ends in one n-gram repeated MIN_REPEATS times or more that fills at least half of it."""
+    words = text.split()
+    for n in range(1, MAX_NGRAM + 1):
+        if len(words) < n * MIN_REPEATS:
+            return False
+        repeated = n
+        while repeated < len(words) and words[-repeated - 1] == words[-repeated - 1 + n]:
+            repeated += 1
+        if repeated >= n * MIN_REPEATS and 2 * repeated >= len(words):
+            return True
+    return False
+
+
+def _format_class(completion: Completion, *, answered: bool, correct: bool) -> str:
+    if correct:
+        return "answer"
+    if not completion.text.strip():
+        return "empty"
+    if is_degenerate(completion.text):
+        return "degenerate"
+    if answered:
+        return "answer"
+    return "no_answer" if completion.terminated else "truncated"
+
+
+@dataclass(frozen=True)
+class FinalAnswerGrader:
+    """Right when the text after the last marker is the answer, letter for letter up to whitespace."""
+
+    marker: str
+    require_termination: bool = True
+
+    def grade(self, completion: Completion, answer: str) -> Grade:
+        """Grade one completion; cut off ones are wrong where termination is required."""
+        found = final_answer(completion.text, self.marker)
+        equal = found is not None and found == normalize(answer)
+        correct = equal and (completion.terminated or not self.require_termination)
+        return Grade(correct, _format_class(completion, answered=found is not None, correct=equal))
+
+
+@dataclass(frozen=True)
+class MathGrader:
+    """Right when math-verify finds the last formula of the text equal to the answer."""
+
+    require_termination: bool = True
+
+    def grade(self, completion: Completion, answer: str) -> Grade:
+        """Grade one completion; cut off ones are wrong where termination is required."""
+        timeout = math_timeout()
+        found = parse(completion.text, parsing_timeout=timeout)
+        equal = bool(found) and bool(verify(list(parse_gold(answer)), found, timeout_seconds=timeout))
+        correct = equal and (completion.terminated or not self.require_termination)
+        return Grade(correct, _format_class(completion, answered=bool(found), correct=equal))
+
+
+def math_timeout() -> int | None:
+    """Seconds a formula may take; None off the main thread, where math-verify's alarm signal cannot be set."""
+    return MATH_TIMEOUT if threading.current_thread() is threading.main_thread() else None
+
+
+@lru_cache(maxsize=1 << 16)  # an answer is compared with every model's and sample's completion
+def parse_gold(answer: str) -> tuple[Any, ...]:
+    """Parsed forms of an expected answer, read as LaTeX where it is none by itself; empty if unreadable."""
+    timeout = math_timeout()
+    wrapped = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+    return tuple(parse(wrapped, parsing_timeout=timeout)) or tuple(parse(answer, parsing_timeout=timeout))

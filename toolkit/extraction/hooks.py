@@ -1,0 +1,146 @@
+"""The residual stream of a Hugging Face model: where its blocks are and how their output is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from rlgen_stats.schemas.errors import InputError, ModelError
+
+
+class StopReadingError(Exception):
+    """Raised inside a forward pass once the wanted block has spoken; never leaves this package."""
+
+
+class Capture:
+    """What the last forward pass left at one block."""
+
+    def __init__(self) -> None:
+        self._value: torch.Tensor | None = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        """Block output of the latest forward pass, [batch, token, channel].
+
+        Raises
+        ------
+        InputError
+            If no forward pass has been made inside the context.
+        """
+        if self._value is None:
+            raise InputError("nothing captured yet; expected a forward pass of the model inside the context.")
+        return self._value
+
+
+def locate_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder blocks of a causal language model, in order.
+
+    Found by shape, not by name: the outermost ``ModuleList`` with as many entries as the config has hidden layers,
+    which holds for Llama, Qwen2/3, Mistral, Gemma, GPT-NeoX, GPT-2, OPT, Phi and their wrappers.
+
+    Raises
+    ------
+    ModelError
+        If there is no such list, or more than one.
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    n_layers = getattr(config, "num_hidden_layers", None)
+    if n_layers is None:
+        raise ModelError(f"{type(model).__name__} has no config.num_hidden_layers; expected a causal language model.")
+    found: dict[str, torch.nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers and not inside:
+            found[name] = module
+    if len(found) != 1:
+        raise ModelError(
+            f"{type(model).__name__} has {len(found)} lists of {n_layers} blocks ({sorted(found) or 'none'}), expected "
+            "exactly one; this architecture is not supported."
+        )
+    return next(iter(found.values()))
+
+
+def locate_layer(model: torch.nn.Module, layer: int) -> torch.nn.Module:
+    """Decoder block ``layer``, counted from 0.
+
+    Raises
+    ------
+    InputError
+        If the model has fewer blocks.
+    """
+    layers = locate_layers(model)
+    if not 0 <= layer < len(layers):
+        raise InputError(
+            f"layer {layer} asked for, but {type(model).__name__} has blocks 0 to {len(layers) - 1}; "
+            "correct extraction.layer."
+        )
+    return layers[layer]
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden states in a block's return value: the value itself, or the first entry of a tuple."""
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, torch.Tensor):
+        raise ModelError(
+            f"a block returned {type(hidden).__name__}, expected a tensor or a tuple that starts with one."
+        )
+    return hidden
+
+
+@contextmanager
+def capture_residual(model: torch.nn.Module, layer: int, *, stop: bool = False) -> Iterator[Capture]:
+    """Capture the residual stream after decoder block ``layer`` in every forward pass inside the context.
+
+    Parameters
+    ----------
+    model
+        Causal language model.
+    layer
+        Block, counted from 0. The value equals ``output_hidden_states[layer + 1]``, except that Hugging Face applies
+        the final norm to the last entry.
+    stop
+        End the pass at this block by raising :class:`StopReadingError`; use :func:`read_residual`.
+
+    Yields
+    ------
+    Capture
+        ``.value`` is [batch, token, channel], detached.
+
+    Raises
+    ------
+    InputError
+        If the model has no such block.
+
+    Examples
+    --------
+    >>> with capture_residual(model, 2) as residual:  # doctest: +SKIP
+    ...     model(input_ids)
+    ...     residual.value.shape
+    """
+    capture = Capture()
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        capture._value = block_output(output).detach()
+        if stop:
+            raise StopReadingError
+
+    handle = locate_layer(model, layer).register_forward_hook(keep)
+    try:
+        yield capture
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def read_residual(
+    model: Any, layer: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Residual stream [batch, token, channel] after block ``layer``; later blocks and the output head are not run."""
+    with capture_residual(model, layer, stop=True) as capture:
+        with suppress(StopReadingError):
+            model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        return capture.value

@@ -1,0 +1,129 @@
+"""How far each model moved from base: in its weights and in its next-token distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+import xarray as xr
+
+from rlgen_stats.schemas.dims import ARM, BASE_MODEL, MODEL, RUN, STEP
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.extraction.activations import Text, load_texts
+from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.checkpoints import list_models, load_model, load_tokenizer, resolve_device
+from rlgen_stats.toolkit.extraction.prompts import load_prompts
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+LOGIT_BYTES: Final = 1 << 28
+"""Bound of one batch's float32 logits (256 MB); a vocabulary of 150,000 then takes 447 tokens at a time."""
+_CHUNK: Final = 256
+"""Positions whose distributions are held in float64 at once."""
+
+
+def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress = SILENT) -> xr.Dataset:
+    """Distance of every model from base.
+
+    Parameters
+    ----------
+    spec, folder
+        The study, with its outcomes sampled.
+    progress
+        Receiver of progress, in models.
+
+    Returns
+    -------
+    Dataset
+        ``weight_distance[model]``: L2 norm of the weight change over the L2 norm of base's weights, over floating
+        parameters of the same name and shape, adapters merged. ``kl_from_base[model]``: mean over completion tokens
+        of the texts base wrote of KL(base || model), in nats per token; NaN if base wrote none.
+
+    Raises
+    ------
+    StageError, ModelError
+        If completions or a checkpoint are missing.
+
+    Notes
+    -----
+    The divergence is exact over the vocabulary at each position, not estimated from the drawn token. Positions are
+    those base visits, so it is the divergence rate of the two models as sources of text started from base.
+    """
+    refs = list_models(spec, folder)
+    device, tokenizer = resolve_device(spec.device), load_tokenizer(refs[0])
+    texts = [t for t in load_texts(spec, folder, load_prompts(spec, folder), tokenizer) if t.source == BASE_MODEL]
+    base = load_model(refs[0], device=device)
+    distances, divergences = [], []
+    with progress.task("distance from base", total=len(refs), unit="models") as task:
+        for ref in refs:
+            model = base if ref is refs[0] else load_model(ref, device=device)
+            distances.append(weight_distance(base, model))
+            divergences.append(mean_divergence(base, model, texts, pad_id(tokenizer)))
+            task.advance(1, model=ref.model, kl=divergences[-1])
+    return xr.Dataset(
+        {"weight_distance": (MODEL, distances), "kl_from_base": (MODEL, divergences, {"units": "nats per token"})},
+        coords={
+            MODEL: [ref.model for ref in refs],
+            RUN: (MODEL, [ref.run for ref in refs]),
+            STEP: (MODEL, [ref.step for ref in refs]),
+            ARM: (MODEL, [ref.arm for ref in refs]),
+        },
+    )
+
+
+def weight_distance(base: torch.nn.Module, model: torch.nn.Module) -> float:
+    """L2 norm of the weight difference relative to base, over floating parameters of the same name and shape."""
+    theirs = dict(model.named_parameters())
+    change = norm = 0.0
+    for name, reference in base.named_parameters():
+        other = theirs.get(name)
+        if other is not None and other.shape == reference.shape and reference.is_floating_point():
+            change += float((other.detach() - reference.detach()).double().square().sum())
+            norm += float(reference.detach().double().square().sum())
+    return float(np.sqrt(change / norm)) if norm else float("nan")
+
+
+def mean_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> float:
+    """Mean KL(base || model) of next-token distributions over the texts' completion tokens, in nats per token."""
+    total, n_tokens = 0.0, 0
+    for batch in _batches(texts, _tokens_at_once(base)):
+        divergence = token_divergence(base, model, batch, pad)
+        total, n_tokens = total + float(divergence.sum()), n_tokens + len(divergence)
+    return total / n_tokens if n_tokens else float("nan")
+
+
+@torch.inference_mode()
+def token_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> torch.Tensor:
+    """KL(base || model) at every completion token of one batch, [token] float64, text after text."""
+    ids, mask, positions = left_pad([text.ids for text in texts], pad, base.device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    predicts = torch.zeros_like(mask, dtype=torch.bool)  # positions whose next token belongs to the completion
+    for row, text in enumerate(texts):
+        predicts[row, ids.shape[1] - 1 - len(text.completion_ids) : ids.shape[1] - 1] = True
+    reference = base(**inputs).logits[predicts]
+    other = reference if model is base else model(**inputs).logits[predicts]
+    divergence = []
+    for p, q in zip(reference.split(_CHUNK), other.split(_CHUNK), strict=True):
+        log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
+        term = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))  # 0 log 0 = 0
+        divergence.append(term.sum(-1).clamp_min(0.0))
+    return torch.cat(divergence).cpu() if divergence else torch.empty(0, dtype=torch.float64)
+
+
+def _tokens_at_once(model: Any) -> int:
+    return max(1, LOGIT_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
+
+
+def _batches(texts: Sequence[Text], tokens_at_once: int) -> Iterator[list[Text]]:
+    """Texts of like length in batches of at most so many padded tokens (one text at least)."""
+    batch: list[Text] = []
+    for (index,) in by_length([len(text.ids) for text in texts], 1):
+        text = texts[index]
+        if batch and (len(batch) + 1) * len(text.ids) > tokens_at_once:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch

@@ -1,0 +1,193 @@
+"""Graded completions of every model: greedy and sampled, with seeds shared by all models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xarray as xr
+
+from rlgen_stats.schemas.dims import ARM, CLUSTER, DOMAIN, MODEL, PROMPT, RUN, SAMPLE, SPLIT, STEP, TASK
+from rlgen_stats.schemas.errors import StageError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
+from rlgen_stats.stores.tables import check_owner
+from rlgen_stats.toolkit.extraction.checkpoints import (
+    ModelRef,
+    check_tokenizers,
+    check_weights,
+    list_models,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from rlgen_stats.toolkit.extraction.generation import Completion, generate
+from rlgen_stats.toolkit.extraction.grading import Grade, make_grader
+from rlgen_stats.toolkit.extraction.prompts import ANSWER, TEXT, load_prompts
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+GREEDY: Final = -1
+"""Sample index of the greedy completion."""
+_SCHEMA: Final = pa.schema(
+    [
+        (PROMPT, pa.string()),
+        (SAMPLE, pa.int32()),
+        (TEXT, pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("n_tokens", pa.int32()),
+        ("terminated", pa.bool_()),
+        ("correct", pa.bool_()),
+        ("format_class", pa.string()),
+    ]
+)
+
+
+def completions_file(folder: StudyFolder, model: str) -> Path:
+    """Parquet file with one model's completions."""
+    return folder.completions / f"{model}.parquet"
+
+
+def read_completions(folder: StudyFolder, model: str) -> pd.DataFrame:
+    """One model's completions, a row each: prompt, sample (-1 is greedy), text, token_ids, terminated and grades.
+
+    Raises
+    ------
+    StageError
+        If they have not been sampled yet.
+    """
+    file = completions_file(folder, model)
+    if not file.exists():
+        raise StageError(f"no completions of {model} at {file}; run the outcomes stage first.")
+    return pd.read_parquet(file)
+
+
+def sample_outcomes(
+    spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
+) -> None:
+    """Complete and grade every prompt with every model, greedily and K times by sampling.
+
+    Parameters
+    ----------
+    spec, folder
+        The study; generation, grader and prompts are taken from it.
+    provenance
+        Origin of the store.
+    progress
+        Receiver of progress.
+
+    Raises
+    ------
+    ModelError, InputError
+        If a checkpoint, tokenizer or prompt table cannot be used; checked before any completion is drawn.
+    StoreError
+        If the folder holds another study's outcomes.
+
+    Notes
+    -----
+    Sample s of prompt i has the same seed in every model, hence the same uniform numbers: models differ by their
+    distributions alone, and identical models give identical completions. Models already committed are skipped; a
+    model's parquet is written, atomically, before its outcomes are committed.
+    """
+    prompts = load_prompts(spec, folder)
+    refs = list_models(spec, folder)
+    for ref in refs:
+        check_weights(ref)
+    check_tokenizers(refs)
+    done = set(committed_models(folder.outcomes))
+    if done:  # refuse another study's store before hours of sampling, not after
+        check_owner(folder.outcomes, provenance)
+    for ref in refs:
+        if ref.model not in done:
+            completions = _complete(spec, ref, prompts, progress)
+            grades = _grade(spec, completions, prompts)
+            _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
+            outcomes = _outcomes(ref, completions, grades, prompts)
+            append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
+
+
+def sample_seeds(seed: int, prompts: Sequence[str], n_samples: int) -> list[int]:
+    """Seeds of all samples, sample after sample, each a function of (study seed, prompt id, sample) alone."""
+    return [derive_seed(seed, "sample", prompt, sample) for sample in range(n_samples) for prompt in prompts]
+
+
+def _complete(spec: StudySpec, ref: ModelRef, prompts: pd.DataFrame, progress: Progress) -> list[list[Completion]]:
+    """Completions [1 + K][prompt]: greedy first, then the samples."""
+    how = spec.generation
+    model, tokenizer = load_model(ref, device=resolve_device(spec.device)), load_tokenizer(ref)
+    texts, n = list(prompts[TEXT]), len(prompts)
+    common: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "batch_size": how.batch_size, "progress": progress}
+    greedy = generate(model, tokenizer, texts, greedy=True, description=f"{ref.model} greedy", **common)
+    sampled = generate(
+        model,
+        tokenizer,
+        texts * how.n_samples,
+        seeds=sample_seeds(spec.seed, list(prompts[PROMPT]), how.n_samples),
+        temperature=how.temperature,
+        top_p=how.top_p,
+        description=f"{ref.model} sampled",
+        **common,
+    )
+    return [greedy, *(sampled[sample * n : (sample + 1) * n] for sample in range(how.n_samples))]
+
+
+def _grade(spec: StudySpec, completions: list[list[Completion]], prompts: pd.DataFrame) -> list[list[Grade]]:
+    grader, answers = make_grader(spec.grader), list(prompts[ANSWER])
+    return [[grader.grade(c, a) for c, a in zip(row, answers, strict=True)] for row in completions]
+
+
+def _write_completions(
+    file: Path, completions: list[list[Completion]], grades: list[list[Grade]], prompts: pd.DataFrame
+) -> None:
+    ids = list(prompts[PROMPT])
+    rows = [
+        {
+            PROMPT: ids[index],
+            SAMPLE: sample,
+            TEXT: completion.text,
+            "token_ids": list(completion.token_ids),
+            "n_tokens": len(completion.token_ids),
+            "terminated": completion.terminated,
+            "correct": grades[sample + 1][index].correct,
+            "format_class": grades[sample + 1][index].format_class,
+        }
+        for sample, row in enumerate(completions, start=GREEDY)
+        for index, completion in enumerate(row)
+    ]
+    with replacing(file) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+
+
+def _outcomes(
+    ref: ModelRef, completions: list[list[Completion]], grades: list[list[Grade]], prompts: pd.DataFrame
+) -> xr.Dataset:
+    """One model's outcomes in the declared layout."""
+    # [prompt, 1 + K], in C order: Zarr's variable-length text codec scrambles transposed arrays
+    correct = np.array([[grade.correct for grade in row] for row in zip(*grades, strict=True)], dtype=np.int8)
+    tokens = np.array([[len(c.token_ids) for c in row] for row in zip(*completions, strict=True)], dtype=np.int32)
+    classes = np.array([[grade.format_class for grade in row] for row in zip(*grades, strict=True)], dtype=np.str_)
+    sampled, greedy = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
+    labels = {name: (PROMPT, prompts[name].to_numpy(dtype=np.str_)) for name in (PROMPT, TASK, DOMAIN, SPLIT, CLUSTER)}
+    return xr.Dataset(
+        {
+            "correct": (sampled, correct[None, :, 1:]),
+            "completion_tokens": (sampled, tokens[None, :, 1:]),
+            "format_class": (sampled, classes[None, :, 1:]),
+            "greedy_correct": (greedy, correct[None, :, 0]),
+            "greedy_tokens": (greedy, tokens[None, :, 0]),
+            "greedy_class": (greedy, classes[None, :, 0]),
+        },
+        coords={
+            MODEL: (MODEL, [ref.model]),
+            RUN: (MODEL, [ref.run]),
+            STEP: (MODEL, [ref.step]),
+            ARM: (MODEL, [ref.arm]),
+            SAMPLE: (SAMPLE, np.arange(correct.shape[1] - 1)),
+        }
+        | labels,
+    )

@@ -1,0 +1,189 @@
+"""The table of evaluation prompts: read, checked, split into selection and verification."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from rlgen_stats.schemas.dims import CLUSTER, DOMAIN, DOMAINS, PROMPT, SPLIT, SPLITS, TASK
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder
+
+TEXT: Final = "text"
+ANSWER: Final = "answer"
+FILE_ID: Final = "prompt_id"
+"""Name of the id column in files; ``prompt`` is understood too."""
+COLUMNS: Final = (PROMPT, TEXT, ANSWER, TASK, DOMAIN, SPLIT, CLUSTER)
+
+
+def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
+    """The study's prompts, checked, with split and cluster filled in.
+
+    Returns
+    -------
+    DataFrame
+        Columns prompt, text, answer, task, domain, split, cluster (all text), in the order of the file. Without a
+        cluster column each prompt is its own cluster. Without a split column whole clusters are drawn into
+        verification by a hash of (study seed, cluster), per task.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, unreadable or empty; a column or id is missing or duplicated; a text or answer is
+        empty; a domain, split or task name is unknown; or a cluster has prompts in both splits.
+    """
+    path = folder.resolve(spec.data.prompts)
+    table = _text_columns(read_table(path), path)
+    _check_cells(table, path)
+    _check_tasks(table, path, spec)
+    if CLUSTER not in table:
+        table[CLUSTER] = table[PROMPT]
+    if SPLIT not in table:
+        table[SPLIT] = _split(table, spec)
+    _check_values(table, path, SPLIT, SPLITS)
+    spanning = table.groupby(CLUSTER, sort=False)[SPLIT].nunique()
+    spanning = spanning[spanning > 1]
+    if len(spanning):
+        raise InputError(
+            f"{path}: {len(spanning)} cluster(s) have prompts in both splits, e.g. {spanning.index[0]!r}; "
+            "expected whole clusters in one split: correct the split column or drop it."
+        )
+    return table[list(COLUMNS)].reset_index(drop=True)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A parquet, csv or jsonl file as a table; csv cells stay text, so that an answer ``05`` stays ``05``.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, of another kind, or malformed.
+    """
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".parquet": pd.read_parquet,
+        ".csv": _read_csv,
+        ".jsonl": _read_jsonl,
+    }
+    if path.suffix not in readers:
+        raise InputError(f"{path}: tables are {', '.join(readers)} files, got {path.suffix or 'no suffix'!r}.")
+    if not path.is_file():
+        raise InputError(f"no table at {path}; correct its path in the study file.")
+    try:
+        return readers[path.suffix](path)
+    except (ValueError, OSError, csv.Error) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{path} is not a readable {path.suffix[1:]} table ({first}).") from error
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            rows.append(row)
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _text_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The columns we use, as text; missing values become empty text."""
+    if PROMPT not in table and FILE_ID in table:
+        table = table.rename(columns={FILE_ID: PROMPT})
+    if table.empty:
+        raise InputError(f"{path} has no prompts; expected at least one row.")
+    missing = [FILE_ID if c == PROMPT else c for c in (PROMPT, TEXT, ANSWER, TASK, DOMAIN) if c not in table]
+    if missing:
+        raise InputError(f"{path} lacks the column(s) {missing}; it has {list(table.columns)}.")
+    kept = [column for column in COLUMNS if column in table]
+    return pd.DataFrame({column: [_text(value) for value in table[column]] for column in kept}, dtype=object)
+
+
+def _text(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value)
+
+
+def _check_cells(table: pd.DataFrame, path: Path) -> None:
+    twice = table[PROMPT][table[PROMPT].duplicated()]
+    if len(twice):
+        raise InputError(
+            f"{path}: prompt ids must be unique, {twice.iloc[0]!r} comes more than once "
+            f"({len(twice)} row(s) repeat an id); rename them."
+        )
+    for column in (column for column in (PROMPT, TEXT, TASK, CLUSTER) if column in table):
+        empty = table[table[column].str.strip() == ""]
+        if len(empty):
+            raise InputError(
+                f"{path}: {len(empty)} row(s) have an empty {column}, the first is row {empty.index[0] + 1} "
+                f"(prompt {empty[PROMPT].iloc[0]!r}); fill them or drop the rows."
+            )
+    _check_values(table, path, DOMAIN, DOMAINS)
+
+
+def _check_values(table: pd.DataFrame, path: Path, column: str, allowed: tuple[str, ...]) -> None:
+    other = table[~table[column].isin(allowed)]
+    if len(other):
+        raise InputError(
+            f"{path}: {column} must be one of {list(allowed)}, got {other[column].iloc[0]!r} for prompt "
+            f"{other[PROMPT].iloc[0]!r} ({len(other)} row(s)); correct the {column} column."
+        )
+
+
+def _check_tasks(table: pd.DataFrame, path: Path, spec: StudySpec) -> None:
+    blank = table[ANSWER].str.strip() == ""
+    hopeless = [str(task) for task, empty in blank.groupby(table[TASK], sort=False) if empty.all()]
+    if hopeless:
+        raise InputError(
+            f"{path}: no prompt of task(s) {hopeless} has an answer; nothing could be graded: add answers."
+        )
+    if blank.any():
+        raise InputError(
+            f"{path}: {int(blank.sum())} prompt(s) have no answer, e.g. {table[PROMPT][blank].iloc[0]!r}; "
+            "add the answers or drop the rows."
+        )
+    domains = table.groupby(TASK, sort=False)[DOMAIN].nunique()
+    if (domains > 1).any():
+        raise InputError(
+            f"{path}: task {domains.index[domains > 1][0]!r} has prompts in both domains; a task belongs to one."
+        )
+    tasks = list(dict.fromkeys(table[TASK]))
+    named = [*spec.selection.held_out_tasks, *spec.selection.control_tasks]
+    unknown = [task for task in named if task not in tasks]
+    if unknown:
+        raise InputError(
+            f"selection.held_out_tasks or control_tasks names {unknown}, but the tasks of {path} are {tasks}."
+        )
+
+
+def _split(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
+    """Verification for a fixed share of each task's clusters, the ones with the smallest hash.
+
+    A cluster over several tasks counts with the task of its first prompt. Each task with two clusters or more has at
+    least one in either split, so that selection and confirmation both see it.
+    """
+    first_task = table.groupby(CLUSTER, sort=False)[TASK].first()
+    verification: set[str] = set()
+    for _, members in first_task.groupby(first_task, sort=False):
+        clusters = sorted((str(c) for c in members.index), key=lambda c: (derive_seed(spec.seed, "split", c), c))
+        wanted = round(spec.selection.verification_fraction * len(clusters))
+        wanted = min(max(wanted, 1), len(clusters) - 1) if len(clusters) > 1 else wanted
+        verification.update(clusters[:wanted])
+    selection_name, verification_name = SPLITS
+    return table[CLUSTER].map(lambda c: verification_name if c in verification else selection_name)

@@ -1,0 +1,251 @@
+"""Random feature sets that resemble a chosen set in everything but the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import FEATURE
+from rlgen_stats.schemas.errors import InputError, NotEstimableError
+
+COVARIATES: Final = ("log_firing", "decoder_norm", "contribution_energy", "mas_bin")
+"""What controls are matched on (METHOD.md 4d)."""
+STRENGTHS: Final = ("log_firing", "decoder_norm", "contribution_energy")
+"""Covariates that say how much an edit of the feature moves the residual stream."""
+BALANCED: Final = 0.1
+"""Standardised difference below which a covariate counts as balanced (Austin 2009, doi:10.1002/sim.3697)."""
+USABLE: Final = 0.25
+"""Standardised difference beyond which a comparison leans on the model, not on the data (Rubin 2001,
+doi:10.1023/A:1020363010465): controls weaker than that cannot show that a set is special."""
+NEAR_DUPLICATE: Final = 0.7
+"""Decoder cosine above which a feature says nearly the same as a member of the set (METHOD.md 4d)."""
+MIN_POOL: Final = 10
+"""Nearest candidates per member from which controls are drawn, at least."""
+OVERDRAW: Final = 20
+"""Candidate sets drawn per set kept; the best balanced are kept (rerandomisation: Morgan & Rubin 2012,
+doi:10.1214/12-AOS1008)."""
+BIN_PENALTY: Final = 4.0
+"""Distance of one attribution bin, in standard deviations of the other covariates: bins are crossed only in need."""
+TINY: Final = 1e-12
+NOISE: Final = 1e-5
+"""Spread, relative to the largest value, that single precision makes out of equal numbers."""
+
+
+@dataclass(frozen=True)
+class MatchedControls:
+    """Control sets and how well they match.
+
+    Attributes
+    ----------
+    sets
+        [control, member] feature ids; member j of a control was drawn for member j of the set.
+    balance
+        Layout ``control_balance``: one row a covariate, plus ``worst_difference`` (largest over single controls).
+    requested
+        Control sets asked for.
+    flags
+        What is not as asked: ``fewer_sets:...``, ``unbalanced:...``; empty if all is well.
+    comparable
+        Whether no covariate is so far off that the set would look special for being stronger or of another class.
+    """
+
+    sets: NDArray[np.int64]
+    balance: xr.Dataset
+    requested: int
+    flags: tuple[str, ...]
+    comparable: bool
+
+
+def match_controls(
+    covariates: xr.Dataset,
+    features: Sequence[int],
+    *,
+    n_sets: int,
+    seed: int,
+    near_duplicates: NDArray[np.bool_] | None = None,
+) -> MatchedControls:
+    """Random sets of the set's size, nearest in firing rate, decoder norm, contribution energy and attribution bin.
+
+    Parameters
+    ----------
+    covariates
+        Over dimension ``feature``: ``log_firing`` (-inf for a dead feature), ``decoder_norm``,
+        ``contribution_energy`` (all float) and ``mas_bin`` (integer).
+    features
+        The set.
+    n_sets
+        Control sets wanted (B).
+    seed
+        Seed of the draws.
+    near_duplicates
+        [feature] True where a feature is too similar to a member of the set to serve as its control.
+
+    Returns
+    -------
+    MatchedControls
+        At most ``n_sets`` distinct sets; flags say what fell short.
+
+    Raises
+    ------
+    InputError
+        If a covariate is missing or a feature id is out of range.
+    NotEstimableError
+        If no set of that size is left; says how many features each rule took out, or which covariate is how far off.
+
+    Notes
+    -----
+    Each member's controls come from its nearest unused candidates, standardised over alive features; of
+    ``OVERDRAW * n_sets`` such sets the best balanced are kept. Standardised difference = (mean of the set - mean of the
+    controls) / sqrt((variance of the set + variance of the controls) / 2), with the alive features' standard deviation
+    where the set has fewer than three members or no spread.
+    """
+    chosen, values, bins = _prepare(covariates, features, n_sets)
+    alive = np.asarray(np.isfinite(values).all(axis=1), dtype=np.bool_)
+    if not alive[chosen].all():
+        dead = [int(k) for k in chosen[~alive[chosen]]]
+        raise NotEstimableError(f"features {dead[:5]} of the set never fire, so nothing can be matched to them.")
+    excluded = np.zeros(len(values), dtype=bool) if near_duplicates is None else np.asarray(near_duplicates, dtype=bool)
+    eligible = alive & ~excluded
+    eligible[chosen] = False
+    pool = np.flatnonzero(eligible)
+    if len(pool) < len(chosen):
+        raise NotEstimableError(
+            f"{len(chosen)} control features are needed and {len(pool)} of {len(values)} are left "
+            f"({int((~alive).sum())} never fire, {int(excluded.sum())} nearly duplicate the set); "
+            "use a smaller set or a larger dictionary."
+        )
+    scale = np.maximum(values[alive].std(axis=0), _noise(values[alive]))
+    _refuse_impossible(values, bins, chosen, pool)
+    distance = np.sqrt(
+        (((values[chosen][:, None] - values[pool][None]) / scale) ** 2).sum(axis=-1)
+        + (BIN_PENALTY * (bins[chosen][:, None] - bins[pool][None])) ** 2
+    )
+    candidates = _draw(distance, pool, n_sets, np.random.default_rng(seed))
+    table = np.column_stack([values, bins.astype(np.float64)])
+    sets = _best_balanced(candidates, chosen, table, alive, n_sets)
+    return _result(sets, chosen, table, alive, n_sets)
+
+
+def _noise(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spread below which a covariate counts as constant, one number a column."""
+    return np.asarray(np.maximum(NOISE * np.abs(values).max(axis=0), TINY), dtype=np.float64)
+
+
+def _prepare(
+    covariates: xr.Dataset, features: Sequence[int], n_sets: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    missing = [name for name in COVARIATES if name not in covariates]
+    if missing:
+        raise InputError(f"controls are matched on {', '.join(COVARIATES)}; missing: {', '.join(missing)}.")
+    n_features = covariates.sizes[FEATURE]
+    chosen = np.asarray(list(features), dtype=np.int64)
+    if not len(chosen) or n_sets < 1:
+        raise InputError(f"a set of features and at least one control are needed, got {len(chosen)} and {n_sets}.")
+    if chosen.min() < 0 or chosen.max() >= n_features or len(np.unique(chosen)) != len(chosen):
+        raise InputError(f"features are distinct ids from 0 to {n_features - 1}, got {list(map(int, chosen))[:10]}.")
+    values = np.column_stack([np.asarray(covariates[name].values, dtype=np.float64) for name in STRENGTHS])
+    return chosen, values, np.asarray(covariates["mas_bin"].values, dtype=np.int64)
+
+
+def _refuse_impossible(
+    values: NDArray[np.float64], bins: NDArray[np.int64], chosen: NDArray[np.int64], pool: NDArray[np.int64]
+) -> None:
+    """Refuse a set that lies wholly outside all candidates on one covariate: nothing there resembles it at all."""
+    for column, name in enumerate(STRENGTHS):
+        mine, others = values[chosen, column], values[pool, column]
+        gap = max(mine.min() - others.max(), others.min() - mine.max())
+        spread = max(float(others.std()), NOISE * float(np.abs(values[pool, column]).max()), TINY)
+        if gap > spread:
+            raise NotEstimableError(
+                f"controls cannot be matched on {name}: the set is in [{mine.min():.3g}, {mine.max():.3g}], all others "
+                f"in [{others.min():.3g}, {others.max():.3g}], {gap / spread:.1f} standard deviations away."
+            )
+    if not np.isin(bins[chosen], bins[pool]).any():
+        raise NotEstimableError(
+            f"controls cannot be matched on mas_bin: the set is in bins {sorted(set(bins[chosen].tolist()))}, every "
+            f"other feature in {sorted(set(bins[pool].tolist()))}."
+        )
+
+
+def _draw(
+    distance: NDArray[np.float64], pool: NDArray[np.int64], n_sets: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Candidate sets [draw, member]: each member takes one of its nearest candidates not yet taken in that set."""
+    n_members = len(distance)
+    n_draws = OVERDRAW * n_sets
+    width = max(MIN_POOL, math.ceil((2 * n_sets) ** (1 / n_members)))
+    width = min(width + n_members - 1, len(pool))  # up to n_members - 1 of the nearest may be taken already
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, :width]
+    reach = max(width - n_members + 1, 1)
+    taken = np.zeros((n_draws, len(pool)), dtype=bool)
+    rows = np.arange(n_draws)
+    drawn = np.empty((n_draws, n_members), dtype=np.int64)
+    for member in rng.permutation(n_members):
+        free = ~taken[:, nearest[member]]
+        order = np.cumsum(free, axis=1)
+        within = np.minimum(reach, order[:, -1])
+        pick = np.argmax(order >= rng.integers(1, within + 1)[:, None], axis=1)
+        drawn[:, member] = nearest[member][pick]
+        taken[rows, drawn[:, member]] = True
+    return pool[drawn]
+
+
+def _spread(
+    table: NDArray[np.float64], chosen: NDArray[np.int64], controls: NDArray[np.float64], alive: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Denominator of the standardised difference, one number a covariate."""
+    population = np.maximum(table[alive].std(axis=0), _noise(table[alive]))
+    if len(chosen) < 3:
+        return np.asarray(population, dtype=np.float64)
+    pooled = np.sqrt((table[chosen].var(axis=0, ddof=1) + controls.var(axis=0, ddof=1)) / 2)
+    return np.asarray(np.where(pooled > _noise(table[alive]), pooled, population), dtype=np.float64)
+
+
+def _best_balanced(
+    candidates: NDArray[np.int64],
+    chosen: NDArray[np.int64],
+    table: NDArray[np.float64],
+    alive: NDArray[np.bool_],
+    n_sets: int,
+) -> NDArray[np.int64]:
+    _, first = np.unique(np.sort(candidates, axis=1), axis=0, return_index=True)
+    distinct = candidates[np.sort(first)]
+    spread = _spread(table, chosen, table[distinct.ravel()], alive)
+    off = np.abs((table[distinct].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
+    return distinct[np.sort(np.argsort(off, kind="stable")[:n_sets])]
+
+
+def _result(
+    sets: NDArray[np.int64],
+    chosen: NDArray[np.int64],
+    table: NDArray[np.float64],
+    alive: NDArray[np.bool_],
+    n_sets: int,
+) -> MatchedControls:
+    spread = _spread(table, chosen, table[sets.ravel()], alive)
+    mine, theirs = table[chosen].mean(axis=0), table[sets].mean(axis=(0, 1))
+    difference = (mine - theirs) / spread
+    worst = np.abs((mine - table[sets].mean(axis=1)) / spread).max(axis=0)
+    balanced = np.abs(difference) < BALANCED
+    flags = [f"fewer_sets:{len(sets)} of {n_sets}"] if len(sets) < n_sets else []
+    flags += [f"unbalanced:{n}={d:+.2f}" for n, d, ok in zip(COVARIATES, difference, balanced, strict=True) if not ok]
+    stronger = difference[: len(STRENGTHS)] > USABLE  # controls stronger than the set only make specificity harder
+    comparable = not stronger.any() and abs(difference[-1]) <= USABLE
+    balance = xr.Dataset(
+        {
+            "set_mean": ("covariate", mine),
+            "control_mean": ("covariate", theirs),
+            "standardized_difference": ("covariate", difference),
+            "balanced": ("covariate", balanced),
+            "worst_difference": ("covariate", worst),
+        },
+        coords={"covariate": list(COVARIATES)},
+        attrs={"n_sets": len(sets), "requested": n_sets, "flags": list(flags), "comparable": int(comparable)},
+    )
+    return MatchedControls(sets, balance, n_sets, tuple(flags), bool(comparable))

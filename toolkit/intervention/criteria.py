@@ -1,0 +1,283 @@
+"""The criteria V1 to V6 of a causal trial, one function each (METHOD.md 4d)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.isotonic import IsotonicRegression
+
+from rlgen_stats.toolkit.intervention.outcomes import (
+    BROKEN_CLASSES,
+    OUTCOME_CLASSES,
+    OutcomeTable,
+    PairedEffect,
+    class_shares,
+    paired_effect,
+)
+from rlgen_stats.toolkit.statistics.kernels import adjust
+
+MIN_EFFECT: Final = 0.02
+"""Accuracy change that the interval must exclude before an effect counts (METHOD.md 4d, V1)."""
+NEUTRAL_KL: Final = 0.1
+"""Nats per token on neutral text called harmless: perplexity changes by at most 10%."""
+RANDOM_QUANTILE: Final = 0.95
+"""A larger divergence on neutral text is still harmless below this quantile of the matched random sets."""
+NEW_FAILURE_SHARE: Final = 0.5
+"""If failures that neither model shows make up more than half of the effect, the edit broke the model."""
+NOOP_CHANGE: Final = 0.05
+"""Share of completions that a passthrough may change through rounding before the machinery is not trusted."""
+TIE: Final = 1e-9
+"""Slack for equal effects, in favour of the controls."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Declared before the trial."""
+
+    alpha: float
+    """Level of every test."""
+    margin: float
+    """Accuracy change called harmless: non-inferiority on unrelated tasks, equivalence for NO_EFFECT."""
+    n_resamples: int
+    """Sign flips where enumeration is too long."""
+    seed: int
+    """Of the sign flips."""
+    comparable: bool = True
+    """Whether the random sets match the set well enough to be its controls."""
+    control_flags: tuple[str, ...] = ()
+    """What the matching fell short of."""
+    noop_changed: float = 0.0
+    """Share of completions that the passthrough arm changed."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of V1 to V6."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+def interval(
+    table: OutcomeTable, settings: Settings, condition: int, mask: NDArray[np.bool_], alpha: float
+) -> tuple[float, float]:
+    """Interval at level 1 - alpha of one arm's effect on the masked prompts."""
+    column = table.change(mask)[:, [condition]]
+    found = paired_effect(
+        column, table.cluster[mask], alpha=alpha, seed=settings.seed, n_resamples=settings.n_resamples
+    )
+    return float(found.low[0]), float(found.high[0])
+
+
+# -- V1, V2
+
+
+def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Step:
+    """V1: the set's arm differs from the unedited one, in the predicted direction, by more than MIN_EFFECT."""
+    i = table.chosen
+    bound = effects.low[i] if table.sign > 0 else -effects.high[i]
+    passed = bool(effects.p_value[i] <= settings.alpha and bound > MIN_EFFECT)
+    text = f"{effects.mean[i]:+.3f} [{effects.low[i]:+.3f}, {effects.high[i]:+.3f}], p={effects.p_value[i]:.3g}"
+    reasons = [f"v1_effect: {text}"]
+    opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
+    if effects.p_value[i] <= settings.alpha and opposite < 0:
+        reasons.append(f"v1_opposite: accuracy changed against the prediction of '{table.direction}'")
+    return Step(passed, tuple(reasons))
+
+
+def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, float]:
+    """V2: rank of the set's effect among the random sets' (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585)."""
+    random = table.where("random")
+    flags = tuple(f"v2_controls: {flag}" for flag in settings.control_flags)
+    if not len(random):
+        return Step(False, (*flags, "v2_no_controls: no random sets")), float("nan")
+    signed = table.sign * effects.mean
+    rank_p = float((1 + (signed[random] >= signed[table.chosen] - TIE).sum()) / (len(random) + 1))
+    text = (
+        f"v2_specificity: rank p={rank_p:.3g} among {len(random)} random sets, whose effects are "
+        f"{effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
+    )
+    return Step(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
+
+
+# -- V3
+
+
+def dose_order(table: OutcomeTable) -> tuple[list[int], list[int]]:
+    """Arms between no edit (dose 1) and the main dose in rising order of dose, and arms beyond the main dose."""
+    main = table.conditions[table.chosen].dose
+    doses = {i: table.conditions[i].dose for i in table.where("dose").tolist()}
+    low, high = min(main, 1.0), max(main, 1.0)
+    within = [i for i, dose in doses.items() if low < dose < high]
+    beyond = [i for i, dose in doses.items() if (dose - main) * (main - 1.0) > 0]
+    dose_of = {**doses, table.chosen: main, table.unedited: 1.0}
+    return sorted([*within, table.chosen, table.unedited], key=lambda i: dose_of[i]), sorted(
+        beyond, key=doses.__getitem__
+    )
+
+
+def dose_response(table: OutcomeTable, settings: Settings) -> Step:
+    """V3: accuracy rises with the dose: centred-rank contrast per prompt, and no significant step down."""
+    order, _ = dose_order(table)
+    if len(order) < 3:
+        return Step(False, ("v3_not_estimable: no dose between no edit and the main dose",))
+    per_prompt = table.correct[order][:, table.target].mean(axis=2)
+    ranks = np.arange(len(order)) - (len(order) - 1) / 2
+    columns = np.column_stack([ranks @ per_prompt, *(per_prompt[1:] - per_prompt[:-1])])
+    found = paired_effect(
+        columns,
+        table.cluster[table.target],
+        alpha=settings.alpha,
+        seed=settings.seed,
+        n_resamples=settings.n_resamples,
+    )
+    down = np.where(found.mean[1:] < 0, found.p_value[1:], 1.0)
+    falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
+    doses = np.array([1.0 if i == table.unedited else table.conditions[i].dose for i in order])
+    accuracy = per_prompt.mean(axis=1)
+    fitted = IsotonicRegression(increasing=True).fit(doses, accuracy).predict(doses)
+    points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in zip(doses, accuracy, fitted, strict=True))
+    reasons = [f"v3_dose: contrast p={found.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
+    if falls:
+        reasons.append("v3_not_monotone: accuracy falls between two rising doses")
+    return Step(bool(found.p_value[0] <= settings.alpha and found.mean[0] > 0 and not falls), tuple(reasons))
+
+
+def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
+    """Doses beyond the main one that do worse than it, or break the format."""
+    _, beyond = dose_order(table)
+    broken = [OUTCOME_CLASSES.index(name) for name in BROKEN_CLASSES]
+    shares = table.shares(table.target)[:, broken].sum(axis=1)
+    notes = []
+    for i in beyond:
+        worse = table.sign * (effects.mean[i] - effects.mean[table.chosen]) < -MIN_EFFECT
+        breaks = shares[i] - shares[table.unedited] > settings.margin
+        if worse or breaks:
+            notes.append(
+                f"over_steering: dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and "
+                f"{shares[i]:.1%} broken completions"
+            )
+    return tuple(notes)
+
+
+# -- V4
+
+
+def side_effects(table: OutcomeTable, settings: Settings) -> Step:
+    """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution."""
+    if not table.unrelated.any():
+        return Step(False, ("v4_not_estimable: no unrelated tasks; name some under selection.control_tasks",))
+    i, unedited = table.chosen, table.unedited
+    low, _ = interval(table, settings, i, table.unrelated, 2 * settings.alpha)  # one-sided at alpha
+    kept = low > -settings.margin
+    broken = np.isin(table.ending[:, table.unrelated], [OUTCOME_CLASSES.index(name) for name in BROKEN_CLASSES])
+    rise = float(broken[i].mean() - broken[unedited].mean())
+    kl = float(table.neutral_kl[i])
+    random = table.neutral_kl[table.where("random")]
+    random = random[np.isfinite(random)]
+    limit = max(NEUTRAL_KL, float(np.quantile(random, RANDOM_QUANTILE)) if len(random) else 0.0)
+    quiet = bool(kl <= limit)
+    n = int(table.unrelated.sum())
+    reasons = (
+        f"v4_{'kept' if kept else 'not_shown'}: accuracy on {n} unrelated prompts changes by no less than {low:+.3f} "
+        f"(margin {settings.margin})",
+        f"v4_format: broken completions on unrelated tasks {rise:+.1%}",
+        f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})",
+    )
+    return Step(bool(kept and rise <= settings.margin and quiet), reasons)
+
+
+# -- V5, V6
+
+
+def replication(table: OutcomeTable, settings: Settings) -> str:
+    """V5: in how many target tasks the effect appears on its own, Holm-adjusted over tasks."""
+    tasks = sorted(set(table.task[table.target].tolist()))
+    means, p_values = [], []
+    for task in tasks:
+        mask = table.target & (table.task == task)
+        found = paired_effect(
+            table.change(mask)[:, [table.chosen]],
+            table.cluster[mask],
+            alpha=settings.alpha,
+            seed=settings.seed,
+            n_resamples=settings.n_resamples,
+        )
+        means.append(float(found.mean[0]))
+        p_values.append(float(found.p_value[0]))
+    adjusted = np.atleast_1d(np.asarray(adjust(np.array(p_values), method="holm")))
+    shown = [t for t, m, p in zip(tasks, means, adjusted, strict=True) if table.sign * m > 0 and p <= settings.alpha]
+    every = ", ".join(f"{t} {m:+.3f}" for t, m in zip(tasks, means, strict=True))
+    return f"{len(shown)} of {len(tasks)} tasks on their own (Holm): {every}. One dictionary seed: not replicated there"
+
+
+def mode(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, bool]:
+    """V6: the edited model moves toward the other model, in distribution and in how it fails; and whether it broke."""
+    i, unedited, target = table.chosen, table.unedited, table.target
+    kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
+    paired = target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
+    reasons, nearer = [], False
+    if paired.any():
+        found = paired_effect(
+            (kl[i] - kl[unedited])[paired][:, None],
+            table.cluster[paired],
+            alpha=settings.alpha,
+            seed=settings.seed,
+            n_resamples=settings.n_resamples,
+        )
+        nearer = bool(found.mean[0] < 0 and found.p_value[0] <= settings.alpha)
+        reasons.append(
+            f"v6_kl: divergence from the other model {kl[unedited][paired].mean():.3f} -> {kl[i][paired].mean():.3f} "
+            f"nats, p={found.p_value[0]:.3g}"
+        )
+    else:
+        reasons.append("v6_kl_not_estimable: no divergences")
+    other = class_shares(table.other_ending[target])
+    before, after = (class_shares(table.ending[c][target]) for c in (unedited, i))
+    distance = [0.5 * float(np.abs(shares - other).sum()) for shares in (before, after)]
+    excess = np.maximum(after - np.maximum(before, other), 0.0)[1:]  # every ending but 'right'
+    new = float(excess.sum())
+    broke = new > NEW_FAILURE_SHARE * abs(float(effects.mean[i]))
+    worst = OUTCOME_CLASSES[1 + int(np.argmax(excess))] if new > 0 else "none"
+    reasons.append(
+        f"v6_endings: distance to the other model {distance[0]:.3f} -> {distance[1]:.3f}, "
+        f"{new:.1%} new failures (most: {worst})"
+    )
+    return Step(bool(nearer and distance[1] < distance[0] and not broke), tuple(reasons)), broke
+
+
+# -- notes
+
+
+def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
+    """A warning if other seeds alone already change accuracy."""
+    fresh = table.index("fresh")
+    if fresh is not None and effects.p_value[fresh] <= settings.alpha:
+        return (f"fresh_differs: other seeds alone change accuracy by {effects.mean[fresh]:+.3f}",)
+    return ()
+
+
+def baselines(table: OutcomeTable, settings: Settings) -> tuple[str, ...]:
+    """Whether the set beats one mean-shift vector and a random vector of equal norm, paired over prompts."""
+    notes = []
+    per_prompt = table.correct[:, table.target].mean(axis=2)
+    for kind in ("steering", "random_direction"):
+        i = table.index(kind)
+        if i is None:
+            continue
+        found = paired_effect(
+            table.sign * (per_prompt[table.chosen] - per_prompt[i])[:, None],
+            table.cluster[table.target],
+            alpha=settings.alpha,
+            seed=settings.seed,
+            n_resamples=settings.n_resamples,
+        )
+        beats = bool(found.mean[0] > 0 and found.p_value[0] <= settings.alpha)
+        notes.append(
+            f"{'beats' if beats else 'does_not_beat'}_{kind}: set minus {kind.replace('_', ' ')} "
+            f"{found.mean[0]:+.3f} [{found.low[0]:+.3f}, {found.high[0]:+.3f}], p={found.p_value[0]:.3g}"
+        )
+    return tuple(notes)

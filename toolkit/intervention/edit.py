@@ -1,0 +1,185 @@
+"""What an edit is: which features, how, where; and the columns of the crosscoder it needs.
+
+Shapes: d channels, F features, K features of the set. Raw units are those of the model's residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+
+Kind = Literal["disable", "amplify", "passthrough", "lift", "add_vector"]
+Positions = Literal["all", "prompt", "last_prompt", "completion"]
+Phase = Literal["prefill", "decode"]
+
+KINDS: Final = ("disable", "amplify", "passthrough", "lift", "add_vector")
+POSITIONS: Final = ("all", "prompt", "last_prompt", "completion")
+PHASES: Final = ("prefill", "decode")
+_DEFAULT_DOSE: Final = {"disable": 0.0, "passthrough": 1.0, "lift": 1.0, "add_vector": 1.0}
+
+
+@dataclass(frozen=True)
+class FeatureEdit:
+    """An edit of the residual stream at one site.
+
+    Parameters
+    ----------
+    features
+        Ids k of the set; empty means no edit (``passthrough`` then takes the whole dictionary through the code).
+    kind
+        ``disable``: f' = 0. ``amplify``: f' = dose * f (a dose below 1 weakens). ``passthrough``: encode, decode, add
+        back the error. ``lift``: f' = f + dose * (f_donor - f), the donor reading the same text. ``add_vector``:
+        a' = a + dose * vector, no features.
+    dose
+        See ``kind``; ``amplify`` needs one, ``disable`` takes none, the others default to 1.
+    positions
+        ``all`` real tokens; ``prompt``; ``last_prompt`` (the token that predicts the first completion token);
+        ``completion``, every position that predicts a completion token: the last prompt token and all after it.
+    phases
+        ``prefill`` (prompt tokens) and/or ``decode`` (completion tokens).
+    skip_first
+        Leading tokens of every text left alone (BOS, attention sinks): the crosscoder has never seen them.
+    vector
+        Raw units, for ``add_vector``.
+
+    Raises
+    ------
+    InputError
+        If the fields contradict each other.
+
+    Notes
+    -----
+    a' = a + sum_k (f'_k - f_k) d_k: what the dictionary does not explain stays as it is (METHOD.md 4d).
+    """
+
+    features: tuple[int, ...]
+    kind: Kind
+    dose: float | None = None
+    positions: Positions = "all"
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    skip_first: int = 0
+    vector: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(int(k) for k in self.features))
+        if self.kind not in KINDS:
+            raise InputError(f"an edit's kind is one of {', '.join(KINDS)}, got {self.kind!r}.")
+        if self.positions not in POSITIONS:
+            raise InputError(f"an edit's positions are one of {', '.join(POSITIONS)}, got {self.positions!r}.")
+        if not self.phases or not set(self.phases) <= set(PHASES):
+            raise InputError(f"an edit's phases are 'prefill', 'decode' or both, got {self.phases!r}.")
+        if len(set(self.features)) != len(self.features) or min(self.features, default=0) < 0:
+            raise InputError(f"an edit's features are distinct ids from 0 up, got {self.features}.")
+        if (self.kind == "add_vector") != bool(self.vector) or (self.vector and self.features):
+            raise InputError("kind 'add_vector' takes a vector and no features; the other kinds take no vector.")
+        if self.skip_first < 0:
+            raise InputError(f"skip_first counts tokens and cannot be negative, got {self.skip_first}.")
+        self._check_dose()
+
+    def _check_dose(self) -> None:
+        if self.dose is None and self.kind not in _DEFAULT_DOSE:
+            raise InputError("kind 'amplify' needs a dose, the multiplier of the features; pass dose=2.0 or another.")
+        if not math.isfinite(self.strength):
+            raise InputError(f"an edit's dose must be finite, got {self.dose}.")
+        if self.kind == "disable" and self.strength != 0.0:
+            raise InputError(f"kind 'disable' sets features to 0, got dose {self.dose}; use 'amplify' with a dose < 1.")
+        if self.kind == "amplify" and self.strength < 0.0:
+            raise InputError(f"kind 'amplify' takes a dose of 0 or more (features are not negative), got {self.dose}.")
+
+    @property
+    def strength(self) -> float:
+        """The dose, with the default of its kind."""
+        return _DEFAULT_DOSE[self.kind] if self.dose is None else float(self.dose)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be done, so that no hook is installed."""
+        return not self.features and self.kind in ("disable", "amplify", "lift")
+
+
+@dataclass(frozen=True)
+class EditSite:
+    """Where an edit reads and writes: the crosscoder, its slot for this model, and the block whose output it reads."""
+
+    crosscoder: Crosscoder
+    view: str
+    """View whose decoder rows are added: base's when editing base, the RL model's when editing that."""
+    layer: int
+    """Decoder block whose output (residual stream) is edited, counted from 0."""
+    readout: Literal["swap", "own"] = "swap"
+    """How this model's features are read from the shared code."""
+
+
+class FeatureColumns:
+    """The share of a crosscoder that an edit of K features needs: O(K d) work a token instead of O(F d).
+
+    Parameters
+    ----------
+    site
+        Crosscoder, view and readout.
+    features
+        Ids, or None for all.
+    device
+        Torch device of the model.
+
+    Attributes
+    ----------
+    directions : Tensor [feature, channel]
+        Decoder rows of the site's view in raw units (decoder / scale).
+    offset : Tensor [channel]
+        Decoder bias of the view in raw units.
+
+    Raises
+    ------
+    InputError
+        If a feature id is out of range, the view is unknown, or the crosscoder carries no usable normalisation.
+    """
+
+    def __init__(
+        self, site: EditSite, features: Sequence[int] | None = None, *, device: torch.device | str = "cpu"
+    ) -> None:
+        crosscoder = site.crosscoder
+        slot = crosscoder.view_index(site.view)
+        chosen = list(range(crosscoder.n_features)) if features is None else [int(k) for k in features]
+        beyond = [k for k in chosen if not 0 <= k < crosscoder.n_features]
+        if beyond:
+            raise InputError(f"feature ids run from 0 to {crosscoder.n_features - 1}, got {beyond[:5]}.")
+        scale = crosscoder.scale.detach().double()
+        if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
+            raise InputError(f"the crosscoder's scales must be positive, got {scale.tolist()}; train it again.")
+        encoder = crosscoder.encoder.detach()[:, :, chosen].double()
+        bias = crosscoder.encoder_bias.detach()[chosen].double()
+        if site.readout == "swap":  # the raw activation in every slot, each with its own scale
+            weight = torch.einsum("v,vck->ck", scale, encoder)
+        else:  # in its own slot, the other slots at their means
+            others = [v for v in range(len(crosscoder.views)) if v != slot]
+            weight = encoder[slot] * scale[slot]
+            at_mean = crosscoder.mean.detach().double() * scale[:, None]
+            bias = bias + torch.einsum("vc,vck->k", at_mean[others], encoder[others])
+        limit = torch.zeros(len(chosen), dtype=torch.float64)
+        if crosscoder.sparsity == "batchtopk":
+            if not bool(torch.isfinite(crosscoder.threshold)):
+                raise InputError("the crosscoder has no inference threshold (its training never finished); train it.")
+            norm = crosscoder.selection_norm().detach().double()[chosen]
+            limit = torch.where(norm > 0, crosscoder.threshold.double() / norm, torch.inf)  # no decoder: never active
+        self.weight, self.bias, self.limit = (t.to(device, torch.float32) for t in (weight, bias, limit))
+        raw = crosscoder.decoder.detach()[slot, chosen].double() / scale[slot]
+        self.directions = raw.to(device, torch.float32)
+        self.offset = (crosscoder.decoder_bias.detach()[slot].double() / scale[slot]).to(device, torch.float32)
+
+    def read(self, activation: Tensor) -> Tensor:
+        """Features [..., feature] of raw activations [..., channel] of one model."""
+        active = torch.relu(activation.to(torch.float32) @ self.weight + self.bias)
+        return active * (active > self.limit)
+
+    def write(self, change: Tensor) -> Tensor:
+        """Raw residual [..., channel] that a change of features [..., feature] adds."""
+        return change @ self.directions

@@ -1,0 +1,218 @@
+"""What a causal trial yields: graded completions of every arm on the same prompts, and paired effects on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.toolkit.statistics.kernels import cluster_se, sign_flip_test
+
+Direction = Literal["disable", "amplify"]
+Floats = NDArray[np.float64]
+
+FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
+"""Format classes of the grader."""
+OUTCOME_CLASSES: Final = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
+"""How a completion ended: right; an answer, but a wrong one; or a format class without an answer."""
+BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
+"""Endings of a model that no longer works, as opposed to one that answers wrongly or not at all."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One arm: ``kind`` is unedited, fresh, passthrough, set, random, dose, steering, random_direction or lift."""
+
+    name: str
+    kind: str
+    dose: float
+
+
+@dataclass(frozen=True)
+class OutcomeTable:
+    """Outcomes of one direction on the same prompts and samples in every arm.
+
+    Attributes
+    ----------
+    direction
+        ``disable`` (the RL model is edited) or ``amplify`` (base is edited).
+    conditions
+        Arms; exactly one of kind ``unedited`` and one of kind ``set``.
+    correct
+        [condition, prompt, sample] 0 or 1.
+    ending
+        [condition, prompt, sample] index into ``OUTCOME_CLASSES``.
+    other_ending
+        [prompt, sample] the same for the other model, unedited: base when disabling, RL when amplifying.
+    kl_to_base, kl_to_rl
+        [condition, prompt] KL(arm || model) of next-token distributions in nats, averaged over the positions that
+        predict a forced completion; NaN where not computed.
+    neutral_kl
+        [condition] KL(unedited || arm) per token on text that neither model wrote; NaN where not computed.
+    task, cluster
+        [prompt] labels.
+    target, unrelated
+        [prompt] whether the effect is measured there, or side effects are.
+    """
+
+    direction: Direction
+    conditions: tuple[Condition, ...]
+    correct: Floats
+    ending: NDArray[np.int64]
+    other_ending: NDArray[np.int64]
+    kl_to_base: Floats
+    kl_to_rl: Floats
+    neutral_kl: Floats
+    task: NDArray[np.str_]
+    cluster: NDArray[np.str_]
+    target: NDArray[np.bool_]
+    unrelated: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        n_conditions, n_prompts = len(self.conditions), len(self.task)
+        if self.correct.shape[:2] != (n_conditions, n_prompts) or self.ending.shape != self.correct.shape:
+            raise InputError(
+                f"outcomes must be [{n_conditions} conditions, {n_prompts} prompts, sample], got {self.correct.shape} "
+                f"and {self.ending.shape}."
+            )
+        for kind in ("unedited", "set"):
+            if sum(c.kind == kind for c in self.conditions) != 1:
+                raise InputError(
+                    f"a trial has exactly one arm of kind {kind!r}, got {[c.kind for c in self.conditions]}."
+                )
+        if not self.target.any():
+            raise InputError("a trial needs prompts on which its effect is measured, got none.")
+
+    @property
+    def sign(self) -> float:
+        """Sign of the effect that the hypothesis predicts: -1 when disabling, +1 when amplifying."""
+        return -1.0 if self.direction == "disable" else 1.0
+
+    def index(self, kind: str) -> int | None:
+        """Position of the first arm of a kind, None if there is none."""
+        return next((i for i, condition in enumerate(self.conditions) if condition.kind == kind), None)
+
+    def where(self, kind: str) -> NDArray[np.int64]:
+        """Positions of all arms of a kind."""
+        return np.array([i for i, condition in enumerate(self.conditions) if condition.kind == kind], dtype=np.int64)
+
+    @property
+    def unedited(self) -> int:
+        """Position of the unedited arm."""
+        return next(i for i, condition in enumerate(self.conditions) if condition.kind == "unedited")
+
+    @property
+    def chosen(self) -> int:
+        """Position of the set's arm."""
+        return next(i for i, condition in enumerate(self.conditions) if condition.kind == "set")
+
+    def accuracy(self, mask: NDArray[np.bool_]) -> Floats:
+        """[condition] accuracy over the masked prompts; NaN without any."""
+        if not mask.any():
+            return np.full(len(self.conditions), np.nan)
+        return np.asarray(self.correct[:, mask].mean(axis=(1, 2)), dtype=np.float64)
+
+    def change(self, mask: NDArray[np.bool_]) -> Floats:
+        """[prompt, condition] per-prompt accuracy of every arm minus the unedited one's."""
+        per_prompt = self.correct[:, mask].mean(axis=2)
+        return np.asarray((per_prompt - per_prompt[self.unedited]).T, dtype=np.float64)
+
+    def shares(self, mask: NDArray[np.bool_]) -> Floats:
+        """[condition, class] share of each ending over the masked prompts."""
+        return np.stack([class_shares(self.ending[i][mask]) for i in range(len(self.conditions))])
+
+
+@dataclass(frozen=True)
+class PairedEffect:
+    """Mean paired differences with cluster intervals and sign-flip p-values, one entry a column.
+
+    Attributes
+    ----------
+    mean, low, high
+        Estimate and two-sided interval.
+    p_value
+        Two-sided sign-flip p; 1 where no unit differs or the clusters are too few.
+    """
+
+    mean: Floats
+    low: Floats
+    high: Floats
+    p_value: Floats
+
+
+def paired_effect(
+    differences: Floats, clusters: NDArray[np.str_], *, alpha: float, seed: int, n_resamples: int
+) -> PairedEffect:
+    """Effects of arms from per-prompt differences [prompt, column]; the unit is the cluster.
+
+    Parameters
+    ----------
+    differences
+        [prompt, column].
+    clusters
+        [prompt] labels; prompts of one cluster flip together.
+    alpha
+        1 - coverage.
+    seed, n_resamples
+        Of the Monte-Carlo sign flips, where enumeration is too long.
+
+    Returns
+    -------
+    PairedEffect
+    """
+    codes = np.unique(clusters, return_inverse=True)[1]
+    try:
+        test = sign_flip_test(differences, n_resamples=n_resamples, seed=seed, clusters=codes)
+        p_value = np.atleast_1d(np.asarray(test.p_value, dtype=np.float64))
+    except RefusedError:  # too few clusters to find anything
+        p_value = np.full(differences.shape[1], np.nan)
+    mean, low, high = cluster_interval(differences, codes, alpha=alpha)
+    return PairedEffect(mean, low, high, np.where(np.isnan(p_value), 1.0, p_value))
+
+
+def cluster_interval(differences: Floats, codes: NDArray[np.int64], *, alpha: float) -> tuple[Floats, Floats, Floats]:
+    """Mean of accuracy differences in [-1, 1] and an interval, one each a column; NaN bounds with one cluster.
+
+    Notes
+    -----
+    t-interval with cluster-robust (CR1) errors and clusters - 1 degrees of freedom, after adding one cluster that
+    gained everywhere and one that lost everywhere: with one prompt a cluster this is the adjusted Wald interval of
+    Bonett & Price (2012, J. Educ. Behav. Stat. 37:479-488) with t for z. Without them, prompts that all stay the same
+    would give width 0 however few they are.
+    """
+    n_clusters = len(np.unique(codes))
+    mean = np.asarray(differences.mean(axis=0), dtype=np.float64)
+    if n_clusters < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    size = max(round(len(differences) / n_clusters), 1)
+    extra = np.repeat([[1.0], [-1.0]], size, axis=0) * np.ones(differences.shape[1])
+    padded = np.concatenate([differences, extra])
+    labels = np.concatenate([codes, np.repeat([codes.max() + 1, codes.max() + 2], size)])
+    error = np.asarray(cluster_se(padded, labels, kind="CR1").standard_error, dtype=np.float64)
+    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error
+    return mean, padded.mean(axis=0) - half, padded.mean(axis=0) + half
+
+
+def class_shares(ending: NDArray[np.int64]) -> Floats:
+    """Share of each of ``OUTCOME_CLASSES`` among endings."""
+    return np.bincount(ending.ravel(), minlength=len(OUTCOME_CLASSES)) / max(ending.size, 1)
+
+
+def ending_of(correct: NDArray[np.bool_], format_class: NDArray[np.str_]) -> NDArray[np.int64]:
+    """Index into ``OUTCOME_CLASSES`` of graded completions.
+
+    Raises
+    ------
+    InputError
+        If a format class is unknown.
+    """
+    unknown = sorted(set(np.unique(format_class).tolist()) - set(FORMAT_CLASSES))
+    if unknown:
+        raise InputError(f"format classes are {', '.join(FORMAT_CLASSES)}; got {', '.join(unknown)}.")
+    names = np.where(correct, "right", np.where(format_class == "answer", "wrong", format_class))
+    lookup = {name: i for i, name in enumerate(OUTCOME_CLASSES)}
+    return np.array([lookup[str(name)] for name in names.ravel()], dtype=np.int64).reshape(names.shape)

@@ -1,0 +1,172 @@
+"""A trial's results as the datasets that are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import TASK
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.intervention.arms import DIRECTIONS, edited_positions, target_prompts
+from rlgen_stats.toolkit.intervention.controls import COVARIATES, MatchedControls
+from rlgen_stats.toolkit.intervention.outcomes import OUTCOME_CLASSES, Direction, Floats, OutcomeTable
+from rlgen_stats.toolkit.intervention.trial import DIVERGENCES
+from rlgen_stats.toolkit.intervention.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Result:
+    """One direction's frames, table and verdict."""
+
+    direction: Direction
+    table: OutcomeTable
+    lengths: NDArray[np.float64]
+    divergences: dict[str, NDArray[np.float64]]
+    verdict: Verdict
+
+
+def finite_mean(values: Floats) -> float:
+    """Mean of the finite values, NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+_PER_CONDITION: Final = (
+    *("accuracy", "effect", "effect_low", "effect_high", "p_value", "dose", "kl_to_base", "kl_to_rl", "length"),
+    *("forced_kl_to_base", "forced_kl_to_rl", "neutral_kl"),
+)
+
+
+def _empty(prompts: pd.DataFrame, conditions: Sequence[str]) -> xr.Dataset:
+    """The layout with nothing known."""
+    tasks = sorted(set(prompts[TASK])) or ["none"]
+    shape = (len(DIRECTIONS), len(conditions))
+    directions = len(DIRECTIONS)
+    return xr.Dataset(
+        {name: (("direction", "condition"), np.full(shape, np.nan)) for name in _PER_CONDITION}
+        | {"kind": (("direction", "condition"), np.full(shape, "absent", dtype="U16"))}
+        | {
+            name: (("direction", "condition", TASK), np.full((*shape, len(tasks)), np.nan))
+            for name in ("task_accuracy", "task_effect")
+        }
+        | {"class_share": (("direction", "condition", "class"), np.full((*shape, len(OUTCOME_CLASSES)), np.nan))}
+        | {name: ("direction", np.zeros(directions, dtype=bool)) for name in ("v1", "v2", "v3", "v4", "v6")}
+        | {
+            "verdict": ("direction", np.full(directions, "INCONCLUSIVE", dtype=object)),
+            "reasons": ("direction", np.full(directions, "", dtype=object)),
+            "v5": ("direction", np.full(directions, "", dtype=object)),
+            "rank_p": ("direction", np.full(directions, np.nan)),
+            "n_prompts": ("direction", np.zeros(directions, dtype=np.int64)),
+        },
+        coords={
+            "direction": list(DIRECTIONS),
+            "condition": list(conditions),
+            TASK: tasks,
+            "class": list(OUTCOME_CLASSES),
+        },
+    )
+
+
+def _attrs(spec: StudySpec, prompts: pd.DataFrame, chosen: tuple[int, ...]) -> dict[str, Any]:
+    target, unrelated = target_prompts(prompts, spec)
+    return {
+        "test": "sign-flip over prompt clusters (exact McNemar for one sample a prompt); t-interval over clusters; "
+        "rank of the set among matched random sets",
+        "null": "the edit changes no completion's chance of being right",
+        "unit": "prompt cluster",
+        "seed": spec.seed,
+        "alpha": spec.statistics.alpha,
+        "features": list(chosen),
+        "readout": spec.primary_crosscoder.readout,
+        "layer": spec.extraction.layer,
+        "positions": edited_positions(spec.extraction),
+        "skip_first": spec.extraction.skip_first,
+        "target_tasks": sorted(set(prompts[TASK][target])),
+        "unrelated_tasks": sorted(set(prompts[TASK][unrelated])),
+        "lift_reference": "the RL model's features on the same tokens",
+        "n_samples": spec.intervention.n_samples,
+    }
+
+
+def nothing_to_show(
+    spec: StudySpec, prompts: pd.DataFrame, chosen: tuple[int, ...], reason: str
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """What a trial that cannot be held looks like."""
+    dataset = _empty(prompts, ["unedited"])
+    dataset["reasons"][:] = reason
+    return _text(dataset).assign_attrs(_attrs(spec, prompts, chosen)), balance_table(None, reason)
+
+
+def _text(dataset: xr.Dataset) -> xr.Dataset:
+    """Object text as fixed-width text."""
+    return dataset.assign({name: dataset[name].astype(np.str_) for name in ("verdict", "reasons", "v5", "kind")})
+
+
+def as_dataset(
+    spec: StudySpec,
+    prompts: pd.DataFrame,
+    chosen: tuple[int, ...],
+    results: Sequence[Result],
+    controls: MatchedControls | None,
+) -> xr.Dataset:
+    """Layout ``intervention``: all directions and conditions; what a direction lacks is NaN, kind absent."""
+    names = list(dict.fromkeys(c.name for result in results for c in result.table.conditions))
+    dataset = _empty(prompts, names)
+    for d, result in enumerate(results):
+        table, verdict = result.table, result.verdict
+        at = [names.index(condition.name) for condition in table.conditions]
+        values = (
+            {
+                "accuracy": table.accuracy(table.target),
+                "effect": verdict.effects.mean,
+                "effect_low": verdict.effects.low,
+                "effect_high": verdict.effects.high,
+                "p_value": verdict.effects.p_value,
+                "dose": np.array([condition.dose for condition in table.conditions]),
+                "length": result.lengths[:, table.target].mean(axis=(1, 2)),
+            }
+            | {
+                name: np.array([finite_mean(row[table.target]) for row in result.divergences[name]])
+                for name in DIVERGENCES[:4]
+            }
+            | {"neutral_kl": table.neutral_kl}
+        )
+        for name, column in values.items():
+            dataset[name].values[d, at] = column
+        dataset["kind"].values[d, at] = [condition.kind for condition in table.conditions]
+        dataset["class_share"].values[d, at] = verdict.shares
+        for t, task in enumerate(dataset[TASK].values):
+            mask = table.task == task
+            dataset["task_accuracy"].values[d, at, t] = table.accuracy(mask)
+            dataset["task_effect"].values[d, at, t] = table.change(mask).mean(axis=0)
+        for name in ("verdict", "rank_p", "v1", "v2", "v3", "v4", "v5", "v6"):
+            dataset[name].values[d] = getattr(verdict, name)
+        dataset["reasons"].values[d] = "; ".join(verdict.reasons)
+        dataset["n_prompts"].values[d] = int(table.target.sum())
+    facts = {
+        "n_controls": 0 if controls is None else len(controls.sets),
+        "control_flags": [] if controls is None else list(controls.flags),
+    }
+    return _text(dataset).assign_attrs(_attrs(spec, prompts, chosen) | facts)
+
+
+def balance_table(controls: MatchedControls | None, why: str) -> xr.Dataset:
+    """Layout ``control_balance``; all unknown, with the reason, where there are no controls."""
+    if controls is not None:
+        return controls.balance
+    unknown = np.full(len(COVARIATES), np.nan)
+    return xr.Dataset(
+        {name: ("covariate", unknown.copy()) for name in ("set_mean", "control_mean", "standardized_difference")}
+        | {
+            "balanced": ("covariate", np.zeros(len(COVARIATES), dtype=bool)),
+            "worst_difference": ("covariate", unknown),
+        },
+        coords={"covariate": list(COVARIATES)},
+        attrs={"n_sets": 0, "flags": [why], "comparable": 0},
+    )

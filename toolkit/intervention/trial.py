@@ -1,0 +1,330 @@
+"""Running arms on a live model: completions, grades, divergences; one parquet an arm, so that trials resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from rlgen_stats.schemas.dims import PROMPT, SAMPLE
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import replacing
+from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
+from rlgen_stats.toolkit.extraction.generation import generate
+from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.intervention.arms import Arm
+from rlgen_stats.toolkit.intervention.divergence import (
+    MAX_NUMBERS,
+    Probe,
+    divergences,
+    log_probabilities,
+    make_probe,
+)
+from rlgen_stats.toolkit.intervention.edit import EditSite
+from rlgen_stats.toolkit.intervention.live import ActiveEdit, Donor, editing
+from rlgen_stats.toolkit.intervention.outcomes import Direction
+
+FORCED_TOKENS: Final = 2048
+"""Completion positions on which arms other than the random sets are compared with both models."""
+NEUTRAL_TOKENS: Final = 512
+"""Prompt positions on which every arm is compared with the unedited model."""
+DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl", "neutral_kl")
+"""Per prompt: first completion position, forced completions, and prompt text; NaN where not computed."""
+_HASH: Final = b"rlgen_stats_arm"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that one direction edits."""
+
+    direction: Direction
+    model: Any
+    site: EditSite
+    donor: Donor | None
+    """The RL model, for ``lift``."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Fixed texts, and both unedited models' distributions on them."""
+
+    first: Probe
+    forced: Probe
+    neutral: Probe
+    references: dict[str, dict[str, list[Tensor]]]
+    """probe name -> view -> log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all arms share."""
+
+    spec: StudySpec
+    prompts: pd.DataFrame
+    tokenizer: Any
+    folder: Path
+    """intervention/ in the study folder."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Whatever else decides an arm's outcome (hashes of weights and spec); a stored arm with other facts is redone."""
+
+    @property
+    def ids(self) -> list[str]:
+        """Prompt ids."""
+        return list(self.prompts[PROMPT])
+
+    def seeds(self, *, fresh: bool) -> list[int]:
+        """One seed a (sample, prompt), shared by all arms but the fresh one."""
+        purpose = ("intervention", "fresh") if fresh else ("intervention",)
+        return [
+            derive_seed(self.spec.seed, *purpose, prompt, sample)
+            for sample in range(self.spec.intervention.n_samples)
+            for prompt in self.ids
+        ]
+
+
+@contextmanager
+def arm_in_force(subject: Subject, arm: Arm) -> Iterator[ActiveEdit | None]:
+    """The subject's model with the arm's edit."""
+    with ExitStack() as stack:
+        active = None
+        if arm.edit is not None:
+            donor = subject.donor if arm.edit.kind == "lift" else None
+            active = stack.enter_context(editing(subject.model, arm.edit, subject.site, donor=donor))
+        yield active
+
+
+@contextmanager
+def finite_logits(model: Any) -> Iterator[list[bool]]:
+    """Replace non-finite logits by zeros so that sampling goes on; the list says whether there were any."""
+    broken: list[bool] = []
+
+    def guard(module: Any, args: Any, output: Any) -> None:
+        if not bool(torch.isfinite(output.logits).all()):
+            broken.append(True)
+            output.logits = torch.nan_to_num(output.logits, nan=0.0, posinf=0.0, neginf=0.0)
+
+    handle = model.register_forward_hook(guard)
+    try:
+        yield broken
+    finally:
+        handle.remove()
+
+
+# -- one arm
+
+
+def run_arm(bench: Bench, subject: Subject, arm: Arm, probes: Probes | None) -> pd.DataFrame:
+    """Completions, grades and divergences of one arm, from its file if that is there and the same.
+
+    Parameters
+    ----------
+    bench, subject, arm
+        What to run on what.
+    probes
+        Texts for divergences; None to leave them out.
+
+    Returns
+    -------
+    DataFrame
+        Sample after sample, prompts in order: prompt, sample, text, token_ids, n_tokens, correct, format_class, finite,
+        and the columns of ``DIVERGENCES``.
+    """
+    path = bench.folder / subject.direction / f"{arm.name}.parquet"
+    wanted = _arm_hash(bench, subject, arm)
+    found = _stored(path, wanted)
+    if found is None:
+        found = _complete(bench, subject, arm)
+    elif probes is None or "kl_to_base" in found:
+        return found
+    if probes is not None:
+        with arm_in_force(subject, arm) as active:
+            measured = _diverge(bench, subject, arm, probes, active)
+        found = found.assign(
+            **{name: np.tile(values, bench.spec.intervention.n_samples) for name, values in measured.items()}
+        )
+    _store(found, path, wanted)
+    return found
+
+
+def _arm_hash(bench: Bench, subject: Subject, arm: Arm) -> str:
+    edit = None if arm.edit is None else asdict(arm.edit)
+    how = bench.spec.generation.model_dump(exclude={"batch_size", "n_samples"})
+    samples = bench.spec.intervention.n_samples
+    return content_hash(
+        {
+            "facts": bench.facts,
+            "site": [subject.direction, subject.site.view, subject.site.layer, subject.site.readout],
+            "arm": [edit, arm.fresh],
+            "sampling": [how, samples, bench.spec.seed],
+            "grader": bench.spec.grader.model_dump(),
+            "prompts": bench.ids,
+        }
+    )
+
+
+def _stored(path: Path, wanted: str) -> pd.DataFrame | None:
+    if not path.exists():
+        return None
+    table = pq.read_table(path)
+    if (table.schema.metadata or {}).get(_HASH) != wanted.encode():
+        return None
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
+
+
+def _store(frame: pd.DataFrame, path: Path, name: str) -> None:
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _HASH: name.encode()})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _complete(bench: Bench, subject: Subject, arm: Arm) -> pd.DataFrame:
+    how, n_samples = bench.spec.generation, bench.spec.intervention.n_samples
+    with arm_in_force(subject, arm), finite_logits(subject.model) as broken:
+        completions = generate(
+            subject.model,
+            bench.tokenizer,
+            list(bench.prompts["text"]) * n_samples,
+            max_new_tokens=how.max_new_tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            seeds=bench.seeds(fresh=arm.fresh),
+            batch_size=how.batch_size,
+        )
+    grader = make_grader(bench.spec.grader)
+    answers = list(bench.prompts["answer"]) * n_samples
+    grades = [grader.grade(c, answer) for c, answer in zip(completions, answers, strict=True)]
+    return pd.DataFrame(
+        {
+            PROMPT: bench.ids * n_samples,
+            SAMPLE: np.repeat(np.arange(n_samples), len(bench.ids)),
+            "text": [c.text for c in completions],
+            "token_ids": [list(c.token_ids) for c in completions],
+            "n_tokens": [len(c.token_ids) for c in completions],
+            "correct": [grade.correct for grade in grades],
+            "format_class": [grade.format_class for grade in grades],
+            "finite": not broken,
+        }
+    )
+
+
+def _diverge(
+    bench: Bench, subject: Subject, arm: Arm, probes: Probes, active: ActiveEdit | None
+) -> dict[str, np.ndarray]:
+    """Per-prompt divergences of the arm: to both models on the first position, and where affordable on more."""
+    n = len(bench.ids)
+    found = {name: np.full(n, np.nan) for name in DIVERGENCES}
+    first = log_probabilities(subject.model, probes.first, active)
+    for name in ("base", "rl"):
+        found[f"kl_to_{name}"] = divergences(first, probes.references["first"][name], probes.first, n)
+    if arm.condition.kind != "random":
+        forced = log_probabilities(subject.model, probes.forced, active)
+        for name in ("base", "rl"):
+            found[f"forced_kl_to_{name}"] = divergences(forced, probes.references["forced"][name], probes.forced, n)
+    own = "rl" if subject.direction == "disable" else "base"
+    neutral = log_probabilities(subject.model, probes.neutral, active)
+    found["neutral_kl"] = divergences(probes.references["neutral"][own], neutral, probes.neutral, n)
+    return found
+
+
+# -- probes
+
+
+def forced_texts(
+    bench: Bench, base: pd.DataFrame, rl: pd.DataFrame, rows: np.ndarray, limit: int
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Prompts followed by an unedited completion, of base and the RL model in turn, up to ``limit`` completion tokens.
+
+    Returns
+    -------
+    texts, prompt_lengths, owner
+        Token ids, tokens of the prompt, index of the prompt.
+    """
+    encoded = encode_prompts(bench.tokenizer, list(bench.prompts["text"]))
+    seed = derive_seed(bench.spec.seed, "intervention", "forced texts")
+    texts: list[list[int]] = []
+    lengths: list[int] = []
+    owner: list[int] = []
+    used = 0
+    for turn, row in enumerate(np.random.default_rng(seed).permutation(rows)):
+        written = [int(token) for token in (rl, base)[turn % 2]["token_ids"].iloc[int(row)]]
+        if used + len(written) > limit and texts:
+            break
+        if written:
+            texts.append(encoded[int(row)] + written)
+            lengths.append(len(encoded[int(row)]))
+            owner.append(int(row))
+            used += len(written)
+    return texts, lengths, owner
+
+
+def make_probes(
+    bench: Bench,
+    models: dict[str, Any],
+    unedited: dict[str, pd.DataFrame],
+    target: np.ndarray,
+    unrelated: np.ndarray,
+) -> Probes:
+    """Probes on the chosen prompts and both models' distributions there.
+
+    Parameters
+    ----------
+    bench
+        Prompts and settings.
+    models, unedited
+        "base" and "rl": the models, and their unedited arms.
+    target, unrelated
+        [prompt] masks; forced completions come from target prompts, neutral text is the prompts of unrelated tasks (all
+        tasks where none is declared), which neither model wrote.
+    """
+    vocabulary = int(models["base"].config.get_text_config().vocab_size)
+    device = next(models["base"].parameters()).device
+    affordable = max(MAX_NUMBERS // vocabulary, 1)
+    common: dict[str, Any] = {
+        "pad": pad_id(bench.tokenizer),
+        "batch_size": bench.spec.generation.batch_size,
+        "device": device,
+    }
+    encoded = encode_prompts(bench.tokenizer, list(bench.prompts["text"]))
+    lengths = [len(ids) for ids in encoded]
+    seed = derive_seed(bench.spec.seed, "intervention", "probes")
+    shuffled = np.random.default_rng(seed).permutation(len(encoded))
+    rows = sorted(int(r) for r in shuffled[:affordable])
+    last = [lengths[r] - 1 for r in rows]
+    first = make_probe([encoded[r] for r in rows], [lengths[r] for r in rows], rows, first=last, last=last, **common)
+    texts, starts, owner = forced_texts(
+        bench, unedited["base"], unedited["rl"], np.flatnonzero(target), min(FORCED_TOKENS, affordable)
+    )
+    forced = make_probe(texts, starts, owner, first=[s - 1 for s in starts], last=[len(t) - 2 for t in texts], **common)
+    skip = bench.spec.extraction.skip_first
+    pool = np.flatnonzero(unrelated) if unrelated.any() else np.arange(len(encoded))
+    chosen, used = [], 0
+    for r in np.random.default_rng(seed).permutation(pool):
+        spoken = lengths[int(r)] - 1 - skip
+        if spoken > 0 and used + spoken <= min(NEUTRAL_TOKENS, affordable):
+            chosen.append(int(r))
+            used += spoken
+    neutral = make_probe(
+        [encoded[r] for r in chosen],
+        [lengths[r] for r in chosen],
+        chosen,
+        first=[skip] * len(chosen),
+        last=[lengths[r] - 2 for r in chosen],
+        **common,
+    )
+    named = {"first": first, "forced": forced, "neutral": neutral}
+    references = {
+        name: {view: log_probabilities(model, probe) for view, model in models.items()} for name, probe in named.items()
+    }
+    return Probes(first, forced, neutral, references)

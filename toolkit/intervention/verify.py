@@ -1,0 +1,273 @@
+"""Does this feature set cause what it is said to cause? Arms, controls and verdicts for one study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, TASK
+from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, open_features
+from rlgen_stats.toolkit.crosscoder.model import Crosscoder, load_crosscoder
+from rlgen_stats.toolkit.extraction.checkpoints import (
+    final_model,
+    find_model,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from rlgen_stats.toolkit.extraction.prompts import load_prompts
+from rlgen_stats.toolkit.intervention.arms import (
+    DIRECTIONS,
+    UNEDITED,
+    Arm,
+    choose_prompts,
+    plan_arms,
+    target_prompts,
+)
+from rlgen_stats.toolkit.intervention.controls import MatchedControls, match_controls
+from rlgen_stats.toolkit.intervention.covariates import feature_covariates, near_duplicates
+from rlgen_stats.toolkit.intervention.criteria import Settings
+from rlgen_stats.toolkit.intervention.divergence import mean_residual
+from rlgen_stats.toolkit.intervention.edit import EditSite
+from rlgen_stats.toolkit.intervention.live import Donor
+from rlgen_stats.toolkit.intervention.outcomes import Direction, OutcomeTable, ending_of
+from rlgen_stats.toolkit.intervention.tables import Result, as_dataset, balance_table, finite_mean, nothing_to_show
+from rlgen_stats.toolkit.intervention.trial import DIVERGENCES, Bench, Probes, Subject, make_probes, run_arm
+from rlgen_stats.toolkit.intervention.verdict import judge
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+N_RESAMPLES: Final = 9999
+"""Sign flips where enumeration is too long: the Monte-Carlo error of p = .05 is then .002."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is verified, on which prompts, against which controls."""
+
+    spec: StudySpec
+    prompts: pd.DataFrame
+    chosen: tuple[int, ...]
+    crosscoder: Crosscoder
+    rl_view: str
+    controls: MatchedControls | None
+    why: str
+    """Why there are no controls, if so."""
+
+
+def verify_causally(
+    spec: StudySpec,
+    folder: StudyFolder,
+    features: Sequence[int],
+    covariates: xr.Dataset | None = None,
+    *,
+    provenance: Provenance,
+    progress: Progress = SILENT,
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Disable the set in the RL model and amplify it in base, against matched controls, on prompts kept for this.
+
+    Parameters
+    ----------
+    spec, folder
+        The study: models, crosscoder, prompts, ``intervention`` settings.
+    features
+        The set; may be empty.
+    covariates
+        What controls are matched on, as :func:`feature_covariates` gives it; computed from ``features.zarr`` if None.
+    provenance
+        Origin; its spec hash decides whether arms found on disk are still this trial's.
+    progress
+        Receiver of progress.
+
+    Returns
+    -------
+    intervention : Dataset
+        Layout ``intervention``; also ``forced_kl_to_base``, ``forced_kl_to_rl`` and ``neutral_kl`` [direction,
+        condition].
+    balance : Dataset
+        Layout ``control_balance``.
+
+    Notes
+    -----
+    Arms and criteria are METHOD.md 4d's; see :func:`judge`. Sample s of prompt i has the same seed in every arm but
+    ``fresh``. ``lift`` copies levels from the RL model reading the same tokens in parallel. The steering vector is the
+    mean residual of RL minus base where the same forced texts' completion tokens are predicted: both models' unedited
+    completions of the target prompts, which favours that baseline, since the set was chosen on other prompts.
+    Finished arms are kept as intervention/<direction>/<arm>.parquet and not run again. What cannot be estimated makes
+    the verdict INCONCLUSIVE with a reason; it does not raise.
+    """
+    prompts = choose_prompts(load_prompts(spec, folder), spec)
+    chosen = tuple(dict.fromkeys(int(k) for k in features))
+    if not chosen:
+        return nothing_to_show(spec, prompts, chosen, "no_features: no feature selected")
+    if prompts.empty:
+        return nothing_to_show(spec, prompts, chosen, "no_prompts: no verification prompts")
+    crosscoder = load_crosscoder(folder.crosscoder(spec.primary_crosscoder.name))
+    if max(chosen) >= crosscoder.n_features or min(chosen) < 0:
+        raise InputError(f"feature ids run from 0 to {crosscoder.n_features - 1}, got {max(chosen)}.")
+    rl_view = final_model(spec, folder, spec.contrasted[1].name).model
+    target, _ = target_prompts(prompts, spec)
+    if not target.any():
+        return nothing_to_show(
+            spec, prompts, chosen, "no_target_prompts: all verification prompts are of control tasks"
+        )
+    controls, why = _controls(spec, folder, chosen, crosscoder, rl_view, covariates)
+    trial = _Trial(spec, prompts, chosen, crosscoder, rl_view, controls, why)
+    results = _run(trial, folder, provenance, progress)
+    return as_dataset(spec, prompts, chosen, results, controls), balance_table(controls, why)
+
+
+def _controls(
+    spec: StudySpec,
+    folder: StudyFolder,
+    chosen: tuple[int, ...],
+    crosscoder: Crosscoder,
+    rl_view: str,
+    covariates: xr.Dataset | None,
+) -> tuple[MatchedControls | None, str]:
+    if covariates is None:
+        covariates = feature_covariates(
+            crosscoder, open_features(folder.features), models=[BASE_MODEL, rl_view], view=rl_view
+        )
+    try:
+        return match_controls(
+            covariates,
+            chosen,
+            n_sets=spec.intervention.n_controls,
+            seed=derive_seed(spec.seed, "intervention", "controls"),
+            near_duplicates=near_duplicates(crosscoder, chosen),
+        ), ""
+    except NotEstimableError as error:
+        return None, str(error)
+
+
+# -- running
+
+
+def _run(trial: _Trial, folder: StudyFolder, provenance: Provenance, progress: Progress) -> list[Result]:
+    spec, prompts, crosscoder = trial.spec, trial.prompts, trial.crosscoder
+    refs = {"base": find_model(BASE_MODEL, spec, folder), "rl": find_model(trial.rl_view, spec, folder)}
+    device = resolve_device(spec.device)
+    models = {name: load_model(ref, device=device) for name, ref in refs.items()}
+    facts = {"spec_hash": provenance.spec_hash, "crosscoder": crosscoder.weights_sha256}
+    bench = Bench(spec, prompts, load_tokenizer(refs["base"]), folder.root / "intervention", facts)
+    sites = {
+        name: EditSite(crosscoder, ref.model, spec.extraction.layer, spec.primary_crosscoder.readout)
+        for name, ref in refs.items()
+    }
+    subjects = {
+        "disable": Subject("disable", models["rl"], sites["rl"], None),
+        "amplify": Subject("amplify", models["base"], sites["base"], Donor(models["rl"], trial.rl_view)),
+    }
+    with torch.no_grad():
+        unedited = {
+            name: run_arm(bench, subjects[direction], UNEDITED, None)
+            for name, direction in (("rl", "disable"), ("base", "amplify"))
+        }
+        probes = make_probes(bench, models, unedited, *target_prompts(prompts, spec))
+        vectors = _vectors(spec, models, probes)
+        return [
+            _run_direction(trial, bench, subjects[direction], vectors, unedited, probes, progress)
+            for direction in DIRECTIONS
+        ]
+
+
+def _run_direction(
+    trial: _Trial,
+    bench: Bench,
+    subject: Subject,
+    vectors: dict[str, NDArray[np.float64]],
+    unedited: dict[str, pd.DataFrame],
+    probes: Probes,
+    progress: Progress,
+) -> Result:
+    sets = np.empty((0, len(trial.chosen)), dtype=np.int64) if trial.controls is None else trial.controls.sets
+    arms = (UNEDITED, *plan_arms(subject.direction, trial.chosen, sets, trial.spec, **vectors))
+    n = len(trial.prompts) * trial.spec.intervention.n_samples
+    frames = []
+    with progress.task(f"{subject.direction}: {len(arms)} arms", total=len(arms) * n, unit="completions") as task:
+        for arm in arms:
+            frames.append(run_arm(bench, subject, arm, probes))
+            task.advance(n, arm=arm.name, accuracy=round(float(frames[-1]["correct"].mean()), 3))
+    return _judged(trial, subject.direction, arms, frames, unedited["base" if subject.direction == "disable" else "rl"])
+
+
+def _vectors(spec: StudySpec, models: dict[str, Any], probes: Probes) -> dict[str, NDArray[np.float64]]:
+    """Difference-of-means vector and a random direction of the same norm, raw units."""
+    means = {name: mean_residual(model, spec.extraction.layer, probes.forced) for name, model in models.items()}
+    steering = (means["rl"] - means["base"]).cpu().numpy().astype(np.float64)
+    draw = np.random.default_rng(derive_seed(spec.seed, "intervention", "random direction"))
+    random = draw.standard_normal(len(steering))
+    return {
+        "steering": steering,
+        "random_direction": random * float(np.linalg.norm(steering)) / float(np.linalg.norm(random)),
+    }
+
+
+# -- tables
+
+
+def _cube(frames: Sequence[pd.DataFrame], column: str, n_prompts: int) -> NDArray[Any]:
+    """[condition, prompt, sample] of a column stored sample after sample."""
+    stacked = np.stack([frame[column].to_numpy() for frame in frames])
+    return stacked.reshape(len(frames), -1, n_prompts).transpose(0, 2, 1)
+
+
+def _endings(frames: Sequence[pd.DataFrame], n_prompts: int) -> NDArray[Any]:
+    correct = _cube(frames, "correct", n_prompts).astype(bool)
+    return ending_of(correct, _cube(frames, "format_class", n_prompts).astype(np.str_))
+
+
+def _judged(
+    trial: _Trial,
+    direction: Direction,
+    arms: Sequence[Arm],
+    frames: list[pd.DataFrame],
+    other: pd.DataFrame,
+) -> Result:
+    spec, prompts, controls = trial.spec, trial.prompts, trial.controls
+    n = len(prompts)
+    target, unrelated = target_prompts(prompts, spec)
+    kl = {name: _cube(frames, name, n)[:, :, 0].astype(np.float64) for name in DIVERGENCES}
+    neutral = np.array([finite_mean(row) for row in kl["neutral_kl"]])
+    forced = np.isfinite(kl["forced_kl_to_base"][0]).any()
+    table = OutcomeTable(
+        direction=direction,
+        conditions=tuple(arm.condition for arm in arms),
+        correct=_cube(frames, "correct", n).astype(np.float64),
+        ending=_endings(frames, n),
+        other_ending=_endings([other], n)[0],
+        kl_to_base=kl["forced_kl_to_base" if forced else "kl_to_base"],
+        kl_to_rl=kl["forced_kl_to_rl" if forced else "kl_to_rl"],
+        neutral_kl=neutral,
+        task=prompts[TASK].to_numpy(dtype=np.str_),
+        cluster=prompts[CLUSTER].to_numpy(dtype=np.str_),
+        target=target,
+        unrelated=unrelated,
+    )
+    passthrough = next(frame for arm, frame in zip(arms, frames, strict=True) if arm.name == "passthrough")
+    verdict = judge(
+        table,
+        Settings(
+            alpha=spec.statistics.alpha,
+            margin=spec.intervention.non_inferiority,
+            n_resamples=N_RESAMPLES,
+            seed=derive_seed(spec.seed, "intervention", "verdict", direction),
+            comparable=controls is not None and controls.comparable,
+            control_flags=(trial.why,) if controls is None else controls.flags,
+            noop_changed=float((passthrough["text"] != frames[0]["text"]).mean()),
+        ),
+    )
+    broken = [arm.name for arm, frame in zip(arms, frames, strict=True) if not frame["finite"].all()]
+    if broken:
+        verdict = replace(verdict, reasons=(*verdict.reasons, f"non_finite_logits: {', '.join(broken)}"))
+    return Result(direction, table, _cube(frames, "n_tokens", n).astype(np.float64), kl | {"neutral": neutral}, verdict)

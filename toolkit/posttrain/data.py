@@ -1,0 +1,110 @@
+"""The table of training prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from rlgen_stats.schemas.errors import InputError, SpecError
+from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.stores import StudyFolder
+
+NEEDED: Final = {"sft": ("text", "answer", "completion"), "grpo": ("text", "answer")}
+"""Columns each method needs: prompt, expected answer and, to imitate, the teacher's completion."""
+N_PROBED: Final = 64
+"""Rows whose tokenization across the prompt's end is checked; a mistake there is in every row or in none."""
+
+
+def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> pd.DataFrame:
+    """The prompts a run trains on, as strings.
+
+    Parameters
+    ----------
+    spec
+        The study; ``data.train`` names the table (parquet, csv or jsonl).
+    run
+        The run; its method decides which columns are needed.
+    folder
+        The study's folder.
+
+    Returns
+    -------
+    DataFrame
+        text, answer and, for SFT, completion; other columns are left out.
+
+    Raises
+    ------
+    SpecError
+        If no table is named or the file is missing.
+    InputError
+        If it cannot be read, is empty, lacks a column, or has an empty cell.
+    """
+    if spec.data.train is None:
+        raise SpecError(
+            f"run {run.name!r} is trained here but 'data.train' names no table; name a parquet, csv or jsonl."
+        )
+    path = folder.resolve(spec.data.train)
+    if not path.exists():
+        raise SpecError(f"'data.train' names {path}, which does not exist; correct the path.")
+    table = _read(path)
+    needed = NEEDED[run.method]
+    missing = [column for column in needed if column not in table.columns]
+    if missing:
+        why = "SFT imitates the completion of each row; " if missing == ["completion"] else ""
+        raise InputError(
+            f"{path} lacks {', '.join(map(repr, missing))}: {why}run {run.name!r} ({run.method}) needs the columns "
+            f"{', '.join(needed)}, got {', '.join(map(str, table.columns)) or 'none'}."
+        )
+    if table.empty:
+        raise InputError(f"{path} has no rows; expected at least one training prompt.")
+    for column in needed:
+        empty = table[column].isna() | (table[column].astype(str).str.strip() == "")
+        if empty.any():
+            raise InputError(
+                f"{path}: {int(empty.sum())} of {len(table)} rows have an empty {column!r}, the first is row "
+                f"{int(empty.to_numpy().argmax())}; fill or drop them."
+            )
+    return table[list(needed)].astype(str).reset_index(drop=True)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        if path.suffix == ".csv":
+            return pd.read_csv(path, dtype=str, keep_default_na=False)
+        if path.suffix == ".jsonl":
+            return pd.read_json(path, lines=True, dtype=False)
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); expected a {path.suffix} table."
+        ) from error
+    raise InputError(f"{path} must end in .parquet, .csv or .jsonl, got {path.suffix!r}.")
+
+
+def table_hash(table: pd.DataFrame) -> str:
+    """Content hash of a training table."""
+    return content_hash(table.to_dict(orient="list"))
+
+
+def check_boundary(table: pd.DataFrame, tokenizer: Any) -> None:
+    """Refuse completions that melt into the prompt: its last tokens would change when the completion is appended.
+
+    Raises
+    ------
+    InputError
+        Naming the first such row.
+    """
+    for row, (text, completion) in enumerate(
+        zip(table["text"][:N_PROBED], table["completion"][:N_PROBED], strict=True)
+    ):
+        alone = tokenizer(text)["input_ids"]
+        joined = tokenizer(text + completion)["input_ids"]
+        if joined[: len(alone)] != alone:
+            raise InputError(
+                f"training row {row}: the completion {completion[:40]!r} changes the tokens of the prompt it follows; "
+                "start completions with the space or newline that separates them from the prompt."
+            )

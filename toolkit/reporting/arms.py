@@ -1,0 +1,101 @@
+"""The arms of the causal verification as plain rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import xarray as xr
+
+from rlgen_stats.toolkit.reporting.values import labels_of
+
+_WORDS: Final = {
+    "set": "the set",
+    "dose": "the set, other doses",
+    "random": "matched random set",
+    "passthrough": "passthrough (no-op)",
+    "fresh": "fresh seeds",
+    "unedited": "unedited",
+    "steering": "mean-shift steering",
+    "random_direction": "random direction",
+    "lift": "lift to RL's level",
+}
+
+
+_NUMBERS: Final = (
+    *("dose", "accuracy", "effect", "effect_low", "effect_high"),
+    *("p_value", "kl_to_base", "kl_to_rl", "length"),
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One condition of one direction."""
+
+    direction: str
+    condition: str
+    kind: str
+    dose: float
+    accuracy: float
+    effect: float
+    effect_low: float
+    effect_high: float
+    p_value: float
+    kl_to_base: float
+    kl_to_rl: float
+    length: float
+    shares: np.ndarray
+    """Share of completions in each class."""
+
+    @property
+    def accuracy_low(self) -> float:
+        """Lower end of the effect's interval, on top of the unedited model's accuracy."""
+        return self.accuracy - self.effect + self.effect_low
+
+    @property
+    def accuracy_high(self) -> float:
+        """Upper end of the effect's interval, on top of the unedited model's accuracy."""
+        return self.accuracy - self.effect + self.effect_high
+
+    @property
+    def has_dose(self) -> bool:
+        """Whether the arm multiplies features at all."""
+        return self.kind in ("set", "dose", "random")
+
+    @property
+    def label(self) -> str:
+        """Name for a table or an axis."""
+        return self.condition.replace("_", " ").replace("-", " ")
+
+
+def kind_words(kind: str) -> str:
+    """A kind of arm in words."""
+    return _WORDS.get(kind, kind.replace("_", " "))
+
+
+def arms_of(data: xr.Dataset, direction: str) -> list[Arm]:
+    """Arms of a direction that were run, in the dataset's order."""
+    here = data.isel(direction=labels_of(data, "direction").index(direction))
+    values = {name: np.asarray(here[name].values, dtype=float) for name in _NUMBERS}
+    kinds, shares = here["kind"].values, np.asarray(here["class_share"].values, dtype=float)
+    return [
+        Arm(
+            direction,
+            condition,
+            str(kinds[i]),
+            **{name: float(column[i]) for name, column in values.items()},
+            shares=shares[i],
+        )
+        for i, condition in enumerate(labels_of(data, "condition"))
+        if np.isfinite(values["accuracy"][i])
+    ]
+
+
+def random_band(arms: list[Arm]) -> dict[float, tuple[float, float, float]]:
+    """``dose -> (smallest, median, largest)`` accuracy of the random sets."""
+    doses: dict[float, list[float]] = {}
+    for arm in arms:
+        if arm.kind == "random":
+            doses.setdefault(arm.dose, []).append(arm.accuracy)
+    return {dose: (min(found), float(np.median(found)), max(found)) for dose, found in doses.items()}

@@ -1,0 +1,112 @@
+"""A few prompts and what every model answered, so that the numbers can be pictured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pandas as pd
+
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.reporting.facts import StudyData
+from rlgen_stats.toolkit.reporting.values import Results, final_models
+
+PER_KIND: Final = 3
+"""Examples of each kind, from different tasks."""
+MAX_CHARACTERS: Final = 600
+"""Longest piece of text shown."""
+GREEDY: Final = -1
+"""Sample number of the greedy completion."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's greedy completion."""
+
+    run: str
+    text: str
+    correct: bool
+    format_class: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt."""
+
+    kind: str
+    prompt: str
+    task: str
+    text: str
+    answer: str
+    answers: tuple[Answer, ...]
+
+
+def pick_examples(folder: StudyFolder, spec: StudySpec, results: Results, data: StudyData) -> list[Example]:
+    """The first prompt of each task, in file order, that RL gained and that SFT forgot; empty without completions."""
+    if data.prompts is None:
+        return []
+    sft, rl = (run.name for run in spec.contrasted)
+    finals = {BASE_RUN: BASE_MODEL} | final_models(spec, results.get("behaviour"))
+    greedy = {run: _greedy(folder, finals[run]) for run in (BASE_RUN, sft, rl) if run in finals}
+    tables = {run: table for run, table in greedy.items() if table is not None}
+    if set(tables) != {BASE_RUN, sft, rl}:
+        return []
+    right = pd.DataFrame({run: table["correct"].astype(bool) for run, table in tables.items()}).dropna()
+    wanted = {
+        f"Gained by {rl}": ~right[BASE_RUN].astype(bool) & right[rl].astype(bool),
+        f"Forgotten by {sft}": right[BASE_RUN].astype(bool) & ~right[sft].astype(bool),
+    }
+    texts = _texts(folder, spec)
+    prompts = data.prompts.set_index("prompt")
+    found = []
+    for kind, chosen in wanted.items():
+        here = prompts[prompts.index.isin(chosen.index[chosen])]
+        here = here.sort_values("domain", ascending=False, kind="stable").groupby("task", sort=False).head(1)
+        for prompt, task in here["task"].head(PER_KIND).items():
+            answers = tuple(
+                Answer(
+                    run,
+                    _short(table.at[prompt, "text"]),
+                    bool(right.at[prompt, run]),
+                    str(table.at[prompt, "format_class"]),
+                )
+                for run, table in tables.items()
+            )
+            text, answer = texts.get(str(prompt), ("", ""))
+            found.append(Example(kind, str(prompt), str(task), _short(text), answer, answers))
+    return found
+
+
+def _answer(run: str, row: pd.Series[Any]) -> Answer:
+    return Answer(run, _short(row["text"]), bool(row["correct"]), str(row["format_class"]))
+
+
+def _greedy(folder: StudyFolder, model: str) -> pd.DataFrame | None:
+    path = folder.completions / f"{model}.parquet"
+    if not path.exists():
+        return None
+    table = pd.read_parquet(path, columns=["prompt", "sample", "text", "correct", "format_class"])
+    return table[table["sample"] == GREEDY].drop_duplicates("prompt").set_index("prompt")
+
+
+def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
+    """``prompt -> (text, answer)`` from the prompt table, empty if it cannot be read."""
+    path = folder.resolve(spec.data.prompts)
+    if not path.is_file() or path.suffix not in (".parquet", ".csv", ".jsonl"):
+        return {}
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+    else:
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
+    names = [name for name in ("prompt_id", "prompt") if name in table.columns]
+    if not names or "text" not in table.columns:
+        return {}
+    answers = table["answer"] if "answer" in table.columns else pd.Series([""] * len(table))
+    return {str(p): (str(t), str(a)) for p, t, a in zip(table[names[0]], table["text"], answers, strict=True)}
+
+
+def _short(text: object) -> str:
+    whole = str(text)
+    return whole if len(whole) <= MAX_CHARACTERS else whole[:MAX_CHARACTERS].rstrip() + " …"

@@ -1,0 +1,232 @@
+"""The facts a sceptic asks for before reading any claim."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
+from rlgen_stats.toolkit.reporting.values import (
+    DASH,
+    Results,
+    count,
+    final_models,
+    flag_counts,
+    labels_of,
+    listed,
+    per_run,
+    runs_per_arm,
+)
+
+NOT_RECORDED: Final = "not recorded"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One question and its answer."""
+
+    topic: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Labels and settings read from the stores around the results; None where a store is missing."""
+
+    prompts: pd.DataFrame | None
+    """One row a prompt: prompt, task, domain, split, cluster."""
+    features: xr.Dataset | None
+    """features.zarr, lazy."""
+    prompts_hash: str
+    """SHA-256 of the prompt table."""
+
+
+def read_study_data(folder: StudyFolder, spec: StudySpec) -> StudyData:
+    """Look at a study folder's stores; what is not there is None."""
+    features = open_features(folder.features) if _there(folder.features) else None
+    source = features if features is not None else open_outcomes(folder.outcomes) if _there(folder.outcomes) else None
+    prompts = None
+    if source is not None:
+        names = ("prompt", "task", "domain", "split", "cluster")
+        prompts = pd.DataFrame({name: labels_of(source, name) for name in names})
+    table = folder.resolve(spec.data.prompts)
+    digest = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else NOT_RECORDED
+    return StudyData(prompts, features, digest)
+
+
+def _there(path: Any) -> bool:
+    try:
+        return bool(committed_models(path))
+    except StoreError:
+        return False
+
+
+def glance(data: StudyData, results: Results, spec: StudySpec) -> list[tuple[str, str]]:
+    """The few facts that stand in the header."""
+    attrs = data.features.attrs if data.features is not None else {}
+    prompts = data.prompts
+    return [
+        ("Unit", str(_first_attr(results, "unit") or "prompt")),
+        ("Prompts", DASH if prompts is None else f"{len(prompts):,}"),
+        ("Clusters", DASH if prompts is None else f"{prompts['cluster'].nunique():,}"),
+        ("Runs per arm", ", ".join(f"{n} {arm}" for arm, n in runs_per_arm(spec).items())),
+        ("Text", str(attrs.get("text_mode", DASH))),
+        ("Readout", str(attrs.get("readout", DASH))),
+        ("Level α", f"{spec.statistics.alpha:g}"),
+    ]
+
+
+def _first_attr(results: Results, name: str) -> Any:
+    return next(
+        (
+            data.attrs[name]
+            for group in ("drift", "selection", "behaviour")
+            if (data := results.get(group)) is not None and name in data.attrs
+        ),
+        None,
+    )
+
+
+def collect_facts(data: StudyData, results: Results, spec: StudySpec, provenance: Provenance) -> list[Fact]:
+    """Every fact of the header, in reading order."""
+    return [
+        *_sample_facts(data, results, spec),
+        *_measurement_facts(data, spec),
+        *_untestable_facts(results, spec),
+        *_origin_facts(data, results, spec, provenance),
+    ]
+
+
+def _facts(topic: str, answers: dict[str, str]) -> list[Fact]:
+    return [Fact(topic, question, answer) for question, answer in answers.items()]
+
+
+def _sample_facts(data: StudyData, results: Results, spec: StudySpec) -> list[Fact]:
+    selection, prompts = results.get("selection"), data.prompts
+    size = split = NOT_RECORDED
+    if prompts is not None:
+        domains, splits = Counter(prompts["domain"]), Counter(prompts["split"])
+        clusters, tasks = (prompts[name].nunique() for name in ("cluster", "task"))
+        size = (
+            f"{count(len(prompts), 'prompt')} in {count(clusters, 'cluster')} and {count(tasks, 'task')} "
+            f"({domains['in']:,} in domain, {domains['out']:,} out)."
+        )
+        split = ", ".join(f"{n:,} {name}" for name, n in splits.items()) + "."
+    sft, rl = spec.contrasted
+    runs = listed(f"{n} {arm}" for arm, n in runs_per_arm(spec).items())
+    held, control = spec.selection.held_out_tasks, spec.selection.control_tasks
+    return _facts(
+        "Sample",
+        {
+            "What is the unit of every test?": f"The {_first_attr(results, 'unit') or 'prompt'}; never the token.",
+            "How many prompts and clusters?": size,
+            "How are prompts split?": split,
+            "Hash of the split": str(selection.attrs.get("split_hash", NOT_RECORDED))
+            if selection is not None
+            else NOT_RECORDED,
+            "How many runs per arm?": f"{runs}; compared are {sft.name} and {rl.name}.",
+            "Which tasks were kept out of selection?": (
+                f"Held out: {listed(held) or 'none'}; negative controls: {listed(control) or 'none'}."
+            ),
+        },
+    )
+
+
+_TEXT_MODES: Final = {
+    "forced": "Forced: every model reads the same tokens.",
+    "onpolicy": "On-policy: each model reads its own completions.",
+}
+_READOUTS: Final = {
+    "swap": "Swap: a model's activation stands in every view's slot.",
+    "own": "Own: a model's activation stands in its own slot only, the others at their mean.",
+}
+
+
+def _measurement_facts(data: StudyData, spec: StudySpec) -> list[Fact]:
+    attrs = data.features.attrs if data.features is not None else {}
+    mode, readout, scale = (str(attrs.get(name, NOT_RECORDED)) for name in ("text_mode", "readout", "scale"))
+    crosscoder, generation = spec.primary_crosscoder, spec.generation
+    tokens = listed(spec.extraction.summary_segments).replace("_", " ")
+    return _facts(
+        "Measurement",
+        {
+            "Whose text do models read?": _TEXT_MODES.get(mode, mode),
+            "How is one model's feature read from the shared code?": _READOUTS.get(readout, readout),
+            "Where in the model?": (
+                f"Residual stream after decoder block {spec.extraction.layer}; a prompt's summary averages over its "
+                f"{tokens} tokens."
+            ),
+            "In which scale are features compared?": scale,
+            "Which dictionary?": (
+                f"{crosscoder.name}: {crosscoder.n_features:,} features, {crosscoder.sparsity}, views "
+                f"{listed(crosscoder.views)}."
+            ),
+            "How were completions drawn?": (
+                f"{generation.n_samples} sampled (temperature {generation.temperature:g}) and one greedy per prompt "
+                "and model; the greedy one decides who is right."
+            ),
+        },
+    )
+
+
+def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:
+    answers: dict[str, str] = {}
+    drift, curve, selection = (results.get(name) for name in ("drift", "stabilization", "selection"))
+    for run, model in final_models(spec, drift).items():
+        if drift is not None:
+            one = drift.sel(model=model)
+            p = one["p_value"].values
+            flags = ", ".join(f"{flag.replace('_', ' ')} {n:,}" for flag, n in flag_counts(one["flag"]).items())
+            answers[f"Drift of {run}"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features" + f" ({flags})." * bool(
+                flags
+            )
+    for run in [one.name for one in spec.runs]:
+        row = per_run(curve, "flag", run)
+        if row is not None:
+            counts = Counter(str(flag).lower().replace("_", " ") for flag in row)
+            answers[f"Stabilisation of {run}"] = ", ".join(f"{flag} {n:,}" for flag, n in counts.most_common()) + "."
+    if selection is not None:
+        p, reasons = selection["p_value"].values, selection["estimable"].values
+        answers["Selection"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features."
+        tasks = [f"{t} ({why})" for t, why in zip(labels_of(selection, "task"), reasons, strict=True) if why != "yes"]
+        answers["Tasks that selection could not use"] = "; ".join(tasks) or "none"
+    return _facts("Not testable", answers or {"Counts": NOT_RECORDED})
+
+
+def _origin_facts(data: StudyData, results: Results, spec: StudySpec, provenance: Provenance) -> list[Fact]:
+    recorded = json.loads(str(provenance.attrs()["provenance"]))
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(recorded.get("packages", {}).items()))
+    crosscoder = data.features.attrs.get("crosscoder", NOT_RECORDED) if data.features is not None else NOT_RECORDED
+    seeds = [f"{group} {found.attrs['seed']}" for group, found in results.items() if "seed" in found.attrs]
+    return _facts(
+        "Origin",
+        {
+            "Seeds": f"study {spec.seed}; derived: {', '.join(seeds) or NOT_RECORDED}",
+            "Versions": versions or NOT_RECORDED,
+            "Source commit": str(recorded.get("git_commit", "unknown")),
+            "Study hash (name, seed, base, data)": provenance.study_id,
+            "Report hash (all it was computed from)": provenance.spec_hash,
+            "Prompt table, SHA-256": data.prompts_hash,
+            "Crosscoder hash": str(crosscoder),
+        },
+    )
+
+
+def families(results: Results) -> list[dict[str, str]]:
+    """One row an analysis: test, null, unit, family and its size, level, seed, hash of what it was computed from."""
+    names = ("test", "null", "unit", "family", "family_size", "alpha", "seed", "spec_hash")
+    return [
+        {"analysis": group} | {name: str(data.attrs.get(name, DASH)) for name in names}
+        for group, data in results.items()
+        if "test" in data.attrs
+    ]

@@ -1,0 +1,125 @@
+"""The selected features: their numbers, and the text on which each model fires most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from rlgen_stats.schemas.dims import BASE_MODEL
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.reporting.facts import StudyData
+from rlgen_stats.toolkit.reporting.tables import flat
+from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of
+
+PEAK: Final = ("⟦", "⟧")
+"""Marks around the token on which the feature fires most, in the text of a context."""
+MAX_CONTEXTS: Final = 5
+"""Contexts shown per feature and model."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One place where a feature fires."""
+
+    before: str
+    peak: str
+    after: str
+    activation: float
+    prompt: str
+    source: str
+    position: int
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    """Everything shown about one feature."""
+
+    feature: int
+    row: dict[str, Any]
+    """Its row of the selection table."""
+    means: dict[str, float]
+    """Mean activation over prompts, by model."""
+    scores: dict[str, float]
+    """Paper's score by task."""
+    contexts: dict[str, list[Context]]
+    """Top contexts by model."""
+
+    @property
+    def anchor(self) -> str:
+        """Id of its section."""
+        return f"feature-{self.feature}"
+
+
+def feature_cards(folder: StudyFolder, spec: StudySpec, results: Results, data: StudyData) -> list[FeatureCard]:
+    """Cards of the selected features, by rank; empty if nothing is selected or there is no selection."""
+    selection = results.get("selection")
+    if selection is None:
+        return []
+    table = flat(selection, ("feature",))
+    table = table[table["selected"].to_numpy(bool)].sort_values(["rank", "feature"])
+    chosen = [int(feature) for feature in table["feature"]]
+    contexts = read_contexts(folder, spec, chosen)
+    means = _means(data, spec, chosen)
+    tasks = labels_of(selection, "task")
+    scores = selection["score"].sel(feature=chosen).values if chosen else np.empty((len(tasks), 0))
+    return [
+        FeatureCard(
+            feature,
+            {str(key): value for key, value in row.items()},
+            {model: float(values[i]) for model, values in means.items()},
+            {task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
+            _in_order(contexts.get(feature, {}), list(means)),
+        )
+        for i, (feature, row) in enumerate(zip(chosen, table.to_dict("records"), strict=True))
+    ]
+
+
+def _in_order(contexts: dict[str, list[Context]], models: list[str]) -> dict[str, list[Context]]:
+    """Base first, then as the other tables have the models."""
+    return {model: contexts[model] for model in [*models, *contexts] if model in contexts}
+
+
+def _means(data: StudyData, spec: StudySpec, chosen: list[int]) -> dict[str, np.ndarray]:
+    if data.features is None or not chosen:
+        return {}
+    finals = final_models(spec, data.features)
+    models = [BASE_MODEL, *(finals[run.name] for run in spec.contrasted if run.name in finals)]
+    models = [model for model in models if model in labels_of(data.features, "model")]
+    mean = data.features["mean"].sel(model=models, feature=chosen).mean("prompt").compute().values
+    return {model: mean[i] for i, model in enumerate(models)}
+
+
+def read_contexts(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[Context]]]:
+    """``feature -> model -> contexts`` of the primary crosscoder, strongest first; empty if none were collected."""
+    path = folder.crosscoder(spec.primary_crosscoder.name) / "contexts.parquet"
+    if not path.exists() or not features:
+        return {}
+    table = pd.read_parquet(path)
+    table = table[table["feature"].isin(features)].sort_values(["feature", "model", "rank"], kind="stable")
+    found: dict[int, dict[str, list[Context]]] = {}
+    for row in table.to_dict("records"):
+        here = found.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), [])
+        if len(here) < MAX_CONTEXTS:
+            before, peak, after = split_peak(str(row["text"]))
+            here.append(
+                Context(before, peak, after, float(row["activation"]), str(row["prompt"]), str(row["source"]),
+                        int(row["position"]))
+            )  # fmt: skip
+    return found
+
+
+def split_peak(text: str) -> tuple[str, str, str]:
+    """Text before, within and after the peak marks; all of it "before" if there are none.
+
+    Examples
+    --------
+    >>> split_peak("two ⟦plus⟧ three")
+    ('two ', 'plus', ' three')
+    """
+    before, opened, rest = text.partition(PEAK[0])
+    peak, closed, after = rest.partition(PEAK[1])
+    return (before, peak, after) if opened and closed else (text, "", "")

@@ -1,0 +1,177 @@
+"""One look for all figures: colours, canvas, and SVG that is the same bytes every time.
+
+Text stays text (searchable, read aloud, in the page's font); coordinates are computed with the font matplotlib
+ships, so a file does not depend on the fonts of the machine that made it.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+INK: Final = "#1f2a33"
+MUTED: Final = "#5f6b76"
+RULE: Final = "#c9d0d6"
+GRID: Final = "#e7ebee"
+PAPER: Final = "#ffffff"
+BASE: Final = "#75808a"
+SFT: Final = "#c4561b"
+RL: Final = "#1b6ca8"
+NULL: Final = "#a4adb5"
+GOOD: Final = "#2f7d4f"
+PALE: Final = "#dbe2e7"
+VIOLET: Final = "#7b5ea7"
+GOLD: Final = "#b98a16"
+
+THEMED: Final = {
+    INK: "--fig-ink",
+    MUTED: "--fig-muted",
+    RULE: "--fig-rule",
+    GRID: "--fig-grid",
+    PAPER: "--fig-paper",
+    BASE: "--fig-base",
+    SFT: "--fig-sft",
+    RL: "--fig-rl",
+    NULL: "--fig-null",
+    GOOD: "--fig-good",
+    PALE: "--fig-pale",
+    VIOLET: "--fig-violet",
+    GOLD: "--fig-gold",
+}
+"""Colour -> CSS variable that replaces it where a figure stands inside the page, so that it follows light and dark.
+
+Orange and blue keep their distance for every common colour vision deficiency, and models also differ by marker.
+"""
+
+MARKERS: Final = {"base": "o", "sft": "s", "rl": "D"}
+_FONTS: Final = "Inter, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
+_RC: Final[dict[str, Any]] = {
+    "svg.hashsalt": "rlgen-stats",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # names of tasks and runs may hold dollars
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.grid": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.8,
+    "savefig.bbox": None,
+}
+_NO_METADATA: Final = {"Creator": None, "Date": None, "Format": None, "Type": None}
+
+
+@dataclass(frozen=True)
+class Graphic:
+    """One figure."""
+
+    name: str
+    """File name without suffix."""
+    title: str
+    svg: str
+    """A whole SVG document."""
+    alt: str
+    """What it shows, in words and numbers."""
+    caption: str
+    """How to read it."""
+
+    @property
+    def inline(self) -> str:
+        """The SVG for use inside a page: own ids, colours from the page's CSS variables, scales with its box."""
+        svg = self.svg[self.svg.index("<svg") :]
+        svg = re.sub(r'(\bid=")', rf"\g<1>svg-{self.name}-", svg)
+        svg = re.sub(r'(aria-labelledby=")([^"]+)"', lambda m: m[1] + _prefixed(m[2], self.name) + '"', svg)
+        svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>svg-{self.name}-", svg)
+        for colour, variable in THEMED.items():
+            svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: var({variable}, {colour})", svg)
+        return svg.strip()
+
+    @property
+    def width(self) -> int:
+        """Natural width in CSS pixels."""
+        found = re.search(r'viewBox="0 0 ([\d.]+)', self.svg)
+        return round(float(found[1]) * 4 / 3) if found else 720
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A figure that cannot be drawn, and why."""
+
+    name: str
+    title: str
+    reason: str
+
+
+def _prefixed(ids: str, name: str) -> str:
+    return " ".join(f"svg-{name}-{one}" for one in ids.split())
+
+
+@contextmanager
+def canvas(width: float, height: float, **grid: Any) -> Iterator[tuple[Figure, np.ndarray]]:
+    """A styled figure (inches) with axes as a 2-D array; draw inside the block, call :func:`to_svg` there too.
+
+    Keywords go to ``Figure.subplots``.
+    """
+    with mpl.rc_context(_RC):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(squeeze=False, **grid)
+
+
+def to_svg(figure: Figure, *, title: str, alt: str) -> str:
+    """The figure as a deterministic SVG document with a title and a description for screen readers."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=_NO_METADATA, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg.replace("font-family: 'DejaVu Sans'", f"font-family: {_FONTS}")
+    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>\s*", "", svg)  # a style here would reach the whole page
+    svg = re.sub(r"<!DOCTYPE[^>]*>\s*", "", svg)
+    start = svg.index("<svg")
+    head_end = svg.index(">", start)
+    head = re.sub(r'\s(width|height)="[^"]*"', "", svg[start:head_end])
+    described = (
+        f'{head} stroke-linejoin="round" stroke-linecap="butt" role="img" aria-labelledby="title desc">\n'
+        f' <title id="title">{html.escape(title)}</title>\n <desc id="desc">{html.escape(alt)}</desc>'
+    )
+    return svg[:start] + described + svg[head_end + 1 :]
+
+
+def percent_axis(axis: Any) -> None:
+    """Ticks of a fraction axis in percent."""
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%".replace("-", "−"))
+
+
+def quiet(axes: Any, *, grid: str = "x") -> None:
+    """Drop the spine across the grid and draw light grid lines."""
+    axes.grid(axis=grid)
+    axes.spines["left" if grid == "x" else "bottom"].set_visible(grid != "x")
+    axes.tick_params(length=0)

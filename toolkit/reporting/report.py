@@ -1,0 +1,356 @@
+"""Write the report: one page that answers the five claims, and the same numbers for machines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
+from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.reporting.arms import Arm, arms_of, kind_words
+from rlgen_stats.toolkit.reporting.claims import assess_claims, estimate_text, interval_text
+from rlgen_stats.toolkit.reporting.claims_causal import CHECKS
+from rlgen_stats.toolkit.reporting.examples import Example, pick_examples
+from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
+from rlgen_stats.toolkit.reporting.feature_page import FeatureCard, feature_cards
+from rlgen_stats.toolkit.reporting.figures import draw_figures
+from rlgen_stats.toolkit.reporting.headline import DOMAINS, DomainAccuracy, domain_accuracy, lede
+from rlgen_stats.toolkit.reporting.plotting import Graphic, Missing
+from rlgen_stats.toolkit.reporting.scope import replication_text
+from rlgen_stats.toolkit.reporting.tables import build_tables
+from rlgen_stats.toolkit.reporting.values import (
+    compact,
+    fixed,
+    interval,
+    labels_of,
+    p_text,
+    percent,
+    plain,
+    points,
+    text,
+    tidy,
+)
+from rlgen_stats.toolkit.reporting.verdicts import Claim, Verdict
+
+REPORT_SCHEMA: Final = 1
+"""Version of report.json."""
+GROUPS: Final = (
+    "behaviour",
+    "movement",
+    "health",
+    "attribution",
+    "attribution_contrast",
+    "drift",
+    "stabilization",
+    "set_stability",
+    "selection",
+    "intervention",
+    "control_balance",
+)
+"""Analyses a whole study has, in reading order."""
+CLAIM_FIGURES: Final = {
+    "C1": ("specificity", "matched-drift"),
+    "C2": ("set-stability", "stabilization"),
+    "C3": ("intersection",),
+    "C4": ("dose-response",),
+    "C5": (),
+}
+"""Figures shown in a claim's section; C4's shows both directions."""
+ARM_ORDER: Final = ("unedited", "fresh", "passthrough", "set", "dose", "steering", "random_direction", "lift", "random")
+"""Order of arms in the table; random sets are summarised."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the templates show."""
+
+    spec: StudySpec
+    results: dict[str, xr.Dataset]
+    claims: tuple[Claim, ...]
+    domains: list[DomainAccuracy]
+    facts: list[Fact]
+    glance: list[tuple[str, str]]
+    figures: dict[str, Graphic | Missing]
+    tables: dict[str, pd.DataFrame]
+    features: list[FeatureCard]
+    examples: list[Example]
+    provenance: Provenance
+
+    @property
+    def missing(self) -> list[str]:
+        """Analyses that have not been computed."""
+        return [group for group in GROUPS if group not in self.results]
+
+
+def load_results(folder: StudyFolder) -> dict[str, xr.Dataset]:
+    """Every results group of a study in memory, in reading order; empty if there is no results store."""
+    there = result_groups(folder.results)
+    ordered = [*(group for group in GROUPS if group in there), *(group for group in there if group not in GROUPS)]
+    return tidy({group: open_results(folder.results, group) for group in ordered})
+
+
+def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance, progress: Progress = SILENT) -> Path:
+    """Write ``report/`` whole: index.html and features.html (self-contained), report.md, report.json, figures, tables.
+
+    Parameters
+    ----------
+    folder
+        Study folder; any results group may be missing, and the report says which.
+    spec
+        Its study.
+    provenance
+        Origin of the report.
+    progress
+        Receiver of progress.
+
+    Returns
+    -------
+    Path
+        ``report/index.html``. The old report, if any, stays in place until the new one is complete.
+
+    Raises
+    ------
+    StoreError
+        If a results group is corrupt or of a newer version.
+    OutOfSpaceError
+        If the disk is full.
+
+    Notes
+    -----
+    The same results give the same bytes: no dates, no random ids, fixed SVG salts.
+    """
+    with progress.task("report", total=4, unit="part") as task:
+        report = assemble(folder, spec, provenance)
+        task.advance(2, claims=len(report.claims))
+        with replacing(folder.report) as target:
+            target.mkdir()
+            _write_pages(target, report)
+            task.advance(1)
+            _write_data(target, report)
+            task.advance(1)
+    return folder.report / "index.html"
+
+
+def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Report:
+    """Read a study folder and compute everything the report shows."""
+    results = load_results(folder)
+    data: StudyData = read_study_data(folder, spec)
+    claims = assess_claims(results, spec)
+    domains = domain_accuracy(results, spec)
+    facts = collect_facts(data, results, spec, provenance)
+    return Report(
+        spec=spec,
+        results=results,
+        claims=claims,
+        domains=domains,
+        facts=facts,
+        glance=glance(data, results, spec),
+        figures=draw_figures(results, spec),
+        tables=build_tables(results, spec, claims=claims, domains=domains, facts=facts),
+        features=feature_cards(folder, spec, results, data),
+        examples=pick_examples(folder, spec, results, data),
+        provenance=provenance,
+    )
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+def environment(*, autoescape: bool = True) -> jinja2.Environment:
+    """Templates with the report's number formats as filters; HTML is escaped, missing names are errors."""
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("rlgen_stats.toolkit.reporting", "templates"),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "pct": percent,
+        "pts": points,
+        "num": fixed,
+        "p": p_text,
+        "compact": compact,
+        "estimate": estimate_text,
+        "claim_interval": interval_text,
+        "md": _markdown,
+        "words": lambda value: str(value).replace("_", " "),
+    }
+    made.globals |= {"interval": interval, "kind_words": kind_words}
+    return made
+
+
+_MARKUP: Final = frozenset("\\`*_{}[]<>#|")
+
+
+def _markdown(value: object) -> str:
+    """Text that no Markdown or HTML in it can leave."""
+    return "".join(f"\\{c}" if c in _MARKUP else c for c in str(value)).replace("\n", " ")
+
+
+def _write_pages(target: Path, report: Report) -> None:
+    html, markdown = environment(), environment(autoescape=False)
+    view = page_view(report)
+    for name, template, made in (
+        ("index.html", "index.html.j2", html),
+        ("features.html", "features.html.j2", html),
+        ("report.md", "report.md.j2", markdown),
+    ):
+        (target / name).write_text(made.get_template(template).render(view), encoding="utf-8")
+
+
+def page_view(report: Report) -> dict[str, Any]:
+    """Names the templates use."""
+    results, spec = report.results, report.spec
+    return {
+        "spec": spec,
+        "sft": spec.contrasted[0].name,
+        "rl": spec.contrasted[1].name,
+        "lede": lede(report.domains, spec),
+        "domains": report.domains,
+        "domain_names": DOMAINS,
+        "claims": report.claims,
+        "verdicts": list(Verdict),
+        "glance": report.glance,
+        "facts": report.facts,
+        "topics": list(dict.fromkeys(fact.topic for fact in report.facts)),
+        "families": families(results),
+        "replication": replication_text(spec),
+        "figures": {
+            name: {"graphic": g, "svg": g.inline} if isinstance(g, Graphic) else {"missing": g}
+            for name, g in report.figures.items()
+        },
+        "claim_figures": CLAIM_FIGURES,
+        "missing": report.missing,
+        "health": _records(report.tables, "health"),
+        "health_views": _records(report.tables, "health_views"),
+        "drift_summary": _records(report.tables, "drift_summary"),
+        "movement": _records(report.tables, "movement"),
+        "balance": _records(report.tables, "control_balance"),
+        "arms": _arm_rows(results.get("intervention")),
+        "classes": labels_of(results.get("intervention"), "class"),
+        "features": report.features,
+        "examples": report.examples,
+        "tables": {name: len(table) for name, table in sorted(report.tables.items())},
+        "provenance": report.provenance,
+        "details": {claim.id: _flat_details(claim.details) for claim in report.claims},
+    }
+
+
+def _records(tables: dict[str, pd.DataFrame], name: str) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in tables[name].to_dict("records")] if name in tables else []
+
+
+def _arm_rows(data: xr.Dataset | None) -> list[dict[str, Any]]:
+    """Per direction: verdict, checks, reasons, arms in order and the random sets summarised in one row."""
+    if data is None:
+        return []
+    rows = []
+    for direction in labels_of(data, "direction"):
+        arms = arms_of(data, direction)
+        single = [arm for arm in arms if arm.kind != "random"]
+        single.sort(key=lambda arm: ARM_ORDER.index(arm.kind) if arm.kind in ARM_ORDER else len(ARM_ORDER))
+        rows.append(
+            {
+                "direction": direction,
+                "verdict": text(data, "verdict", direction=direction),
+                "checks": {label: text(data, check, direction=direction) for check, label in CHECKS.items()},
+                "arms": single,
+                "random": _summary([arm for arm in arms if arm.kind == "random"]),
+            }
+        )
+    return rows
+
+
+def _summary(randoms: list[Arm]) -> dict[str, Any] | None:
+    if not randoms:
+        return None
+    accuracy, effect = (np.array([getattr(arm, name) for arm in randoms]) for name in ("accuracy", "effect"))
+    return {
+        "n": len(randoms),
+        "accuracy": float(np.median(accuracy)),
+        "low": float(effect.min()),
+        "high": float(effect.max()),
+        "effect": float(np.median(effect)),
+        "kl_to_base": float(np.nanmean([arm.kl_to_base for arm in randoms])),
+        "kl_to_rl": float(np.nanmean([arm.kl_to_rl for arm in randoms])),
+        "length": float(np.nanmean([arm.length for arm in randoms])),
+        "shares": np.nanmean([arm.shares for arm in randoms], axis=0),
+    }
+
+
+def _flat_details(details: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested details as rows of words."""
+    rows: list[tuple[str, str]] = []
+    for key, value in details.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            rows += _flat_details(value, f"{name}: ")
+        elif isinstance(value, list | tuple):
+            rows.append((name, "; ".join(_detail(item) for item in value) or "none"))
+        else:
+            rows.append((name, _detail(value)))
+    return rows
+
+
+def _detail(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return compact(value) if isinstance(value, float) else str(value)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+def as_json(report: Report) -> dict[str, Any]:
+    """Content of report.json: claims, facts, behaviour, health, arms, features; NaN is null."""
+    return {
+        "report_schema": REPORT_SCHEMA,
+        "study": report.spec.name,
+        "provenance": {
+            "study_id": report.provenance.study_id,
+            "spec_hash": report.provenance.spec_hash,
+            "details": json.loads(str(report.provenance.attrs()["provenance"])),
+        },
+        "behaviour": {
+            "domains": [row.as_dict() for row in report.domains],
+            "tasks": _records(report.tables, "behaviour"),
+        },
+        "claims": [claim.as_dict() for claim in report.claims],
+        "facts": [asdict(fact) for fact in report.facts],
+        "replication": replication_text(report.spec),
+        "families": families(report.results),
+        "analyses": {"present": list(report.results), "missing": report.missing},
+        "movement": _records(report.tables, "movement"),
+        "health": _records(report.tables, "health"),
+        "health_views": _records(report.tables, "health_views"),
+        "drift": _records(report.tables, "drift_summary"),
+        "interventions": _records(report.tables, "intervention"),
+        "features": [
+            {"feature": card.feature, "selection": card.row, "mean_activation": card.means, "paper_score": card.scores}
+            for card in report.features
+        ],
+        "figures": {
+            name: {"title": g.title, "alt": g.alt, "file": f"figures/{name}.svg"}
+            if isinstance(g, Graphic)
+            else {"title": g.title, "missing": g.reason}
+            for name, g in report.figures.items()
+        },
+        "tables": {name: f"tables/{name}.csv" for name in report.tables},
+    }
+
+
+def _write_data(target: Path, report: Report) -> None:
+    content = json.dumps(plain(as_json(report)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    (target / "report.json").write_text(content + "\n", encoding="utf-8")
+    (target / "figures").mkdir()
+    for name, graphic in report.figures.items():
+        if isinstance(graphic, Graphic):
+            (target / "figures" / f"{name}.svg").write_text(graphic.svg, encoding="utf-8")
+    (target / "tables").mkdir()
+    for name, table in report.tables.items():
+        table.to_csv(target / "tables" / f"{name}.csv", index=False, lineterminator="\n")

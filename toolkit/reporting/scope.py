@@ -1,0 +1,69 @@
+"""What a number of runs per arm can and cannot show."""
+
+from __future__ import annotations
+
+import math
+
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.values import listed, runs_per_arm
+
+
+def fewest_runs(spec: StudySpec) -> int:
+    """The smaller number of runs of the two contrasted arms."""
+    counts = runs_per_arm(spec)
+    return min(counts[run.arm] for run in spec.contrasted)
+
+
+def smallest_p(n_first: int, n_second: int) -> float:
+    """Smallest two-sided p-value an exact permutation of run labels can give.
+
+    Examples
+    --------
+    >>> smallest_p(3, 3)
+    0.1
+    """
+    arrangements = math.comb(n_first + n_second, n_first)
+    both_sides = 2 if n_first == n_second else 1  # only equal groups have a mirror image as extreme as itself
+    return min(1.0, both_sides / arrangements)
+
+
+def these_models(spec: StudySpec, *, start: bool = True) -> str:
+    """The subject of a verdict on two runs."""
+    word = "these two models" if fewest_runs(spec) == 1 else "the two runs compared"
+    return word[0].upper() + word[1:] if start else word
+
+
+def run_caveat(spec: StudySpec) -> str:
+    """One sentence on the replication behind a comparison of arms."""
+    first, second = spec.contrasted
+    counts = runs_per_arm(spec)
+    n_first, n_second = counts[first.arm], counts[second.arm]
+    if min(n_first, n_second) == 1:
+        return (
+            "One run per arm: the verdict says that these two models differ, not that SFT and RL do; another seed of "
+            "either arm could differ as much."
+        )
+    return (
+        f"The contrast is between two runs ({first.name}, {second.name}) of {n_first} and {n_second} trained; exact "
+        f"permutation of run labels could reach p = {smallest_p(n_first, n_second):.3g} at best."
+    )
+
+
+def replication_text(spec: StudySpec) -> str:
+    """A paragraph for the report's header: what this number of runs can and cannot show."""
+    counts = runs_per_arm(spec)
+    shown = listed(f"{n} {arm} run{'s' * (n > 1)}" for arm, n in counts.items())
+    first, second = spec.contrasted
+    n_first, n_second = counts[first.arm], counts[second.arm]
+    if min(n_first, n_second) == 1:
+        return (
+            f"This study has {shown}. One run per arm can show that these two models differ on these prompts, how, "
+            "when, and whether editing features changes what they say. It cannot show that SFT and RL differ: the unit "
+            "of that claim is the training run, and one of each has no variation to compare with. Three runs per arm "
+            "can reach p = 0.10 at best, four p = 0.029."
+        )
+    return (
+        f"This study has {shown}. The claims compare the runs {first.name} and {second.name}; claims about the arms "
+        f"have the training run as their unit, and with these numbers an exact permutation of run labels can reach "
+        f"p = {smallest_p(n_first, n_second):.3g} at best."
+    )

@@ -1,0 +1,159 @@
+"""Stages that need models: each calls the toolkit and says what it made."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rlgen_stats.schemas.dims import ARM, FEATURE, MODEL, RUN
+from rlgen_stats.schemas.errors import StageError
+from rlgen_stats.schemas.study import RunSpec
+from rlgen_stats.stores import open_activations, open_results, open_tokens, read_json, write_json, write_results
+from rlgen_stats.toolkit.crosscoder import (
+    decoder_dataset,
+    encode_features,
+    health_dataset,
+    load_crosscoder,
+    top_contexts,
+    train_crosscoders,
+)
+from rlgen_stats.toolkit.extraction import extract_activations, measure_movement, sample_outcomes, token_mask
+from rlgen_stats.toolkit.intervention import verify_causally
+from rlgen_stats.toolkit.posttrain import train_run
+from rlgen_stats.toolkit.progress import Progress
+from rlgen_stats.toolkit.statistics import attribution_table, decoder_clusters, representation_drift
+from rlgen_stats.toolkit.study.plan import Study
+from rlgen_stats.toolkit.study.statistics_stages import pair_name
+
+Facts = dict[str, Any]
+"""What a stage's record says about its output."""
+
+
+def posttrain(study: Study, key: str, progress: Progress) -> Facts:
+    """Train every run that is trained here; a run whose own settings did not change is kept."""
+    steps = {}
+    study.folder.run("base").parent.mkdir(parents=True, exist_ok=True)
+    for run in study.spec.runs:
+        if run.method == "checkpoints":
+            steps[run.name] = sorted(run.checkpoints)
+        else:
+            _claim_run(study, run)
+            steps[run.name] = list(train_run(study.spec, run, study.folder, progress=progress))
+    return {"steps": steps}
+
+
+def _claim_run(study: Study, run: RunSpec) -> None:
+    """Make the run's folder this run's: keep it if its key matches, clear it if an older key of ours, else refuse."""
+    folder = study.folder.run(run.name)
+    note = folder / "key.json"
+    key = study.training_key(run)
+    if folder.exists() and any(folder.iterdir()):
+        there = read_json(note) if note.exists() else {}
+        if there.get("key") == key:
+            return
+        if there.get("study_id") != study.study_id:
+            raise StageError(
+                f"{folder} holds checkpoints that this study did not train; they are left untouched: "
+                f"rename run {run.name!r}, use another folder, or move them away."
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"key": key, "study_id": study.study_id})
+
+
+def outcomes(study: Study, key: str, progress: Progress) -> Facts:
+    """Sample and grade completions of every model."""
+    provenance = study.provenance("outcomes", key)
+    sample_outcomes(study.spec, study.folder, provenance=provenance, progress=progress)
+    return {}
+
+
+def extract(study: Study, key: str, progress: Progress) -> Facts:
+    """Store residual activations of the same texts in every model."""
+    provenance = study.provenance("extract", key)
+    extract_activations(study.spec, study.folder, provenance=provenance, progress=progress)
+    return {}
+
+
+def crosscoder(study: Study, key: str, progress: Progress) -> Facts:
+    """Train every crosscoder and record its health."""
+    provenance = study.provenance("crosscoder", key)
+    train_crosscoders(study.spec, study.folder, provenance=provenance, progress=progress)
+    health = health_dataset(study.folder, [c.name for c in study.spec.crosscoders])
+    write_results(study.folder.results, "health", health, provenance=provenance)
+    return {"healthy": {str(c): bool(h) for c, h in zip(health.crosscoder.values, health.healthy.values, strict=True)}}
+
+
+def encode(study: Study, key: str, progress: Progress) -> Facts:
+    """Summarise every checkpoint's features per prompt."""
+    encode_features(study.spec, study.folder, provenance=study.provenance("encode", key), progress=progress)
+    return {}
+
+
+def movement(study: Study, key: str, progress: Progress) -> Facts:
+    """How far each model moved from base: weights, next-token distribution, activations."""
+    spec, folder = study.spec, study.folder
+    weights = measure_movement(spec, folder, progress=progress)
+    activations = open_activations(folder.activations)
+    arms = {run.name: run.arm for run in spec.runs}
+    activations = activations.assign_coords(
+        {ARM: (MODEL, np.array([arms.get(str(run), str(run)) for run in activations[RUN].values]))}
+    )
+    shift = representation_drift(
+        activations,
+        models=[str(model) for model in weights[MODEL].values],
+        mask=token_mask(open_tokens(folder.activations), spec.extraction, purpose="train"),
+        alpha=spec.statistics.alpha,
+        progress=progress,
+    )
+    dataset = weights.merge(shift, compat="override", join="exact", combine_attrs="drop_conflicts")
+    write_results(folder.results, "movement", dataset, provenance=study.provenance("movement", key))
+    return {}
+
+
+def align(study: Study, key: str, progress: Progress) -> Facts:
+    """Attribute features to models: NRN of every pairwise crosscoder, MAS of the others, clusters of decoders."""
+    pairwise, multiview = {}, {}
+    for spec in study.spec.crosscoders:
+        decoders = decoder_dataset(load_crosscoder(study.folder.crosscoder(spec.name)))
+        name = pair_name(spec.name, spec.views)
+        (multiview if name is None else pairwise)[name or spec.name] = decoders
+    if not pairwise:
+        raise StageError(
+            "no crosscoder has exactly two views, so no feature can be attributed by NRN; "
+            "add crosscoders with views [base@0, RUN@final] and [base@0, base@repeat] to study.yaml."
+        )
+    table = attribution_table(pairwise, multiview=multiview)
+    clusters = {name: decoder_clusters(decoders) for name, decoders in pairwise.items()}
+    table["cluster"] = (("crosscoder", FEATURE), _padded(clusters, table.sizes[FEATURE]))
+    write_results(study.folder.results, "attribution", table, provenance=study.provenance("align", key))
+    return {"pairwise": sorted(pairwise), "multiview": sorted(multiview)}
+
+
+def _padded(clusters: dict[str, Any], width: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    table = np.full((len(clusters), width), -1, dtype=np.int64)
+    for row, labels in zip(table, clusters.values(), strict=True):
+        row[: len(labels)] = labels
+    return table
+
+
+def intervene(study: Study, key: str, progress: Progress) -> Facts:
+    """Edit the selected features in the live models and judge, with controls; note what the features react to."""
+    selection = open_results(study.folder.results, "selection").load()
+    features = [int(k) for k in ranked_features(selection)]
+    provenance = study.provenance("intervene", key)
+    results, balance = verify_causally(study.spec, study.folder, features, provenance=provenance, progress=progress)
+    write_results(study.folder.results, "intervention", results, provenance=provenance)
+    write_results(study.folder.results, "control_balance", balance, provenance=provenance)
+    if features:
+        top_contexts(study.spec, study.folder, features)
+    return {"features": features, "verdicts": [str(verdict) for verdict in results["verdict"].values]}
+
+
+def ranked_features(selection: xr.Dataset) -> Any:
+    """Selected feature ids, best first."""
+    chosen = selection.isel({FEATURE: np.flatnonzero(selection["selected"].values)})
+    return chosen[FEATURE].values[np.argsort(chosen["rank"].values, kind="stable")]

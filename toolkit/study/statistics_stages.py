@@ -1,0 +1,197 @@
+"""Stages that read stores and compute statistics: no models, no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import open_features, open_outcomes, open_results, write_results
+from rlgen_stats.toolkit.progress import Progress
+from rlgen_stats.toolkit.reporting import write_report
+from rlgen_stats.toolkit.statistics import (
+    attribution_contrast,
+    behaviour,
+    drift_test,
+    select_features,
+    set_stability,
+    stabilization_test,
+)
+from rlgen_stats.toolkit.study.plan import Study
+
+Facts = dict[str, Any]
+"""What a stage's record says about its output."""
+
+
+def drift(study: Study, key: str, progress: Progress) -> Facts:
+    """Which features' activation differs from base, at every checkpoint of every run."""
+    spec, features = study.spec, open_features(study.folder.features)
+    settings = spec.statistics
+    models = [str(model) for model in features[MODEL].values if model != BASE_MODEL]
+    with progress.task("drift tests", total=len(models), unit="models") as task:
+        found = drift_test(
+            features,
+            models=models,
+            clusters=clusters_of(features),
+            alpha=settings.alpha,
+            n_resamples=settings.n_resamples,
+            n_bootstrap=settings.n_bootstrap,
+            n_min=settings.n_min,
+            seed=derive_seed(spec.seed, "drift"),
+        ).compute()
+        task.advance(len(models))
+    write_results(study.folder.results, "drift", found, provenance=study.provenance("drift", key))
+    calls = found["call"].astype(str)
+    return {"drifting": {str(m): int((calls.sel({MODEL: m}) == "DRIFT").sum()) for m in found[MODEL].values}}
+
+
+def stabilize(study: Study, key: str, progress: Progress) -> Facts:
+    """When features and top sets stop changing, run by run."""
+    spec, features = study.spec, open_features(study.folder.features)
+    settings, provenance = spec.statistics, study.provenance("stabilize", key)
+    runs = [run.name for run in spec.runs]
+    clusters = clusters_of(features)
+    chain = stabilization_test(
+        features,
+        runs=runs,
+        margin=settings.margin,
+        persist=settings.persist,
+        clusters=clusters,
+        n_min=settings.n_min,
+        alpha=settings.alpha,
+        seed=derive_seed(spec.seed, "stabilize"),
+        n_bootstrap=settings.n_bootstrap,
+    )
+    write_results(study.folder.results, "stabilization", chain, provenance=provenance)
+    sets = set_stability(
+        features,
+        runs=runs,
+        k=settings.top_k,
+        n_halvings=settings.n_halvings,
+        clusters=clusters,
+        n_min=settings.n_min,
+        alpha=settings.alpha,
+        seed=derive_seed(spec.seed, "sets"),
+        progress=progress,
+    )
+    write_results(study.folder.results, "set_stability", sets, provenance=provenance)
+    return {"verdicts": dict(zip(runs, sets["verdict"].values.astype(str).tolist(), strict=True))}
+
+
+def significance(study: Study, key: str, progress: Progress) -> Facts:
+    """Accuracy and transitions of every model; tail mass of specific features, SFT-like against RL-like arm."""
+    spec, folder, settings = study.spec, study.folder, study.spec.statistics
+    provenance = study.provenance("significance", key)
+    outcomes = open_outcomes(folder.outcomes)
+    transitions = behaviour(
+        outcomes,
+        roles=roles_of(spec, outcomes),
+        clusters=clusters_of(outcomes),
+        alpha=settings.alpha,
+        seed=derive_seed(spec.seed, "behaviour"),
+        n_bootstrap=settings.n_bootstrap,
+    )
+    write_results(folder.results, "behaviour", transitions, provenance=provenance)
+    table = open_results(folder.results, "attribution").load()
+    sft, rl = (_pairs_of_arm(spec, table, run.arm, run.name) for run in spec.contrasted)
+    if not sft or not rl:
+        progress.log("  no pairwise crosscoder for one of the two runs: the contrast of specific features is skipped")
+        return {"contrast": "not estimable: a pairwise crosscoder is missing"}
+    names = [str(name) for name in table["crosscoder"].values]
+    contrast = attribution_contrast(
+        table,
+        {name: table["cluster"].sel(crosscoder=name).values for name in names},
+        sft=sft,
+        rl=rl,
+        null="null" if "null" in names else None,
+        taus=tuple(sorted({settings.tau, 0.9})),
+        movement=open_results(folder.results, "movement").load(),
+        health=_health_by_run(spec, open_results(folder.results, "health").load()),
+        alpha=settings.alpha,
+        seed=derive_seed(spec.seed, "contrast"),
+        n_bootstrap=settings.n_bootstrap,
+    )
+    write_results(folder.results, "attribution_contrast", contrast, provenance=provenance)
+    return {}
+
+
+def select(study: Study, key: str, progress: Progress) -> Facts:
+    """Choose generalisation features on the selection prompts and confirm them on the verification prompts."""
+    spec, folder = study.spec, study.folder
+    features, outcomes = open_features(folder.features), open_outcomes(folder.outcomes)
+    settings, chosen = spec.statistics, spec.selection
+    target = final_step(features, spec.contrasted[1].name)
+    found = select_features(
+        features,
+        outcomes,
+        target=target,
+        held_out=[task for task in chosen.held_out_tasks if task in features[TASK].values],
+        controls=[task for task in chosen.control_tasks if task in features[TASK].values],
+        score_fraction=chosen.score_fraction,
+        alpha=settings.alpha,
+        n_resamples=settings.n_resamples,
+        n_bootstrap=settings.n_bootstrap,
+        min_discordant=chosen.min_discordant,
+        n_min=settings.n_min,
+        max_features=chosen.max_features,
+        clusters=clusters_of(features),
+        seed=derive_seed(spec.seed, "select"),
+    )
+    write_results(folder.results, "selection", found, provenance=study.provenance("select", key))
+    return {"rule": str(found.attrs["rule"]), "selected": found[FEATURE].values[found["selected"].values].tolist()}
+
+
+def report(study: Study, key: str, progress: Progress) -> Facts:
+    """Write the report."""
+    provenance = study.provenance("report", key)
+    return {"path": str(write_report(study.folder, study.spec, provenance=provenance, progress=progress))}
+
+
+def clusters_of(dataset: xr.Dataset) -> str | None:
+    """The cluster label, if some prompts share one; None where every prompt is its own cluster."""
+    return CLUSTER if len(np.unique(dataset[CLUSTER].values)) < dataset.sizes["prompt"] else None
+
+
+def roles_of(spec: StudySpec, outcomes: xr.Dataset) -> dict[str, str]:
+    """Task -> in_domain, out_of_domain, held_out or control."""
+    domain = dict(zip(outcomes[TASK].values.tolist(), outcomes["domain"].values.tolist(), strict=True))
+    roles = {task: "in_domain" if where == "in" else "out_of_domain" for task, where in domain.items()}
+    roles |= {task: "held_out" for task in spec.selection.held_out_tasks if task in roles}
+    return roles | {task: "control" for task in spec.selection.control_tasks if task in roles}
+
+
+def final_step(dataset: xr.Dataset, run: str) -> str:
+    """Model id of a run's last checkpoint in a store."""
+    own = dataset[MODEL].values[dataset[RUN].values == run]
+    return str(own[np.argmax(dataset[STEP].sel({MODEL: own}).values)])
+
+
+def _pairs_of_arm(spec: StudySpec, table: xr.Dataset, arm: str, first: str) -> list[str]:
+    """Pairwise crosscoders of an arm's runs, the contrasted run's first."""
+    there = {str(name) for name in table["crosscoder"].values}
+    names = [first, *(run.name for run in spec.runs if run.arm == arm and run.name != first)]
+    return [name for name in names if name in there]
+
+
+def _health_by_run(spec: StudySpec, health: xr.Dataset) -> xr.Dataset:
+    """Health with crosscoders named as in the attribution table."""
+    names = {c.name: pair_name(c.name, c.views) or c.name for c in spec.crosscoders}
+    labels = np.array([names.get(str(name), str(name)) for name in health["crosscoder"].values])
+    return health.assign_coords(crosscoder=labels)
+
+
+def pair_name(name: str, views: tuple[str, ...]) -> str | None:
+    """Label of a pairwise crosscoder in the attribution table: the run it compares with base, or ``null``.
+
+    None for crosscoders of three or more views.
+    """
+    if len(views) != 2:
+        return None
+    others = [view for view in views if not view.startswith("base@")]
+    if not others:
+        return "null"
+    return others[0].rpartition("@")[0] if len(others) == 1 else name
