@@ -42,7 +42,7 @@ imports: .namespace/rlgen_stats
 	cd .namespace && PYTHONPATH=. ../$(BIN)/lint-imports --config ../pyproject.toml
 
 pytest:
-	$(BIN)/python -P -m pytest -n 2
+	$(BIN)/python -P -m pytest -n 2 --dist loadfile
 
 wheel: install-dev
 	rm -rf build dist

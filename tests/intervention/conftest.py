@@ -9,7 +9,7 @@ import torch
 from .tiny import tiny_crosscoder, tiny_model
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -48,6 +48,16 @@ def test_everything_hurts_is_nonspecific() -> None:
     assert not verdict.v2
 
 
+def test_ties_count_for_the_controls() -> None:
+    table = causal(n_random=39)
+    ending = table.ending.copy()
+    ending[table.where("random")[:9]] = ending[table.chosen]
+    tied = replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
+    verdict = judge(tied, SETTINGS)
+    assert verdict.rank_p == pytest.approx(10 / 40)
+    assert verdict.verdict == "CAUSAL_NONSPECIFIC"
+
+
 def test_a_model_that_only_stops_is_destroyed() -> None:
     verdict = judge(causal(set_fails=EMPTY, right={"set": 0.3, "dose": 0.6}, kl={"set": 3.0}), SETTINGS)
     assert verdict.verdict == "DESTRUCTIVE"

@@ -95,10 +95,18 @@ def make_spec(base_folder: Path) -> Callable[..., StudySpec]:
     def make(*, n_checkpoints: int = 3, seed: int = 0, **trainers: dict[str, Any]) -> StudySpec:
         runs = (
             RunSpec(
-                name="sft", arm="sft", method="sft", n_checkpoints=n_checkpoints, trainer={**SFT, **trainers.get("sft", {})}
+                name="sft",
+                arm="sft",
+                method="sft",
+                n_checkpoints=n_checkpoints,
+                trainer={**SFT, **trainers.get("sft", {})},
             ),
             RunSpec(
-                name="rl", arm="rl", method="grpo", n_checkpoints=n_checkpoints, trainer={**GRPO, **trainers.get("rl", {})}
+                name="rl",
+                arm="rl",
+                method="grpo",
+                n_checkpoints=n_checkpoints,
+                trainer={**GRPO, **trainers.get("rl", {})},
             ),
         )
         return StudySpec(

@@ -23,7 +23,9 @@ def built(method: Any, **trainer: Any) -> Any:
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
 def test_trl_names_pass_through_and_ours_are_set(method: str) -> None:
-    config = built(method, learning_rate=3e-4, per_device_train_batch_size=8, warmup_steps=3, lr_scheduler_type="cosine")
+    config = built(
+        method, learning_rate=3e-4, per_device_train_batch_size=8, warmup_steps=3, lr_scheduler_type="cosine"
+    )
     assert (config.learning_rate, config.per_device_train_batch_size, config.warmup_steps) == (3e-4, 8, 3)
     assert config.lr_scheduler_type == "cosine"
     assert (config.seed, config.use_cpu, config.bf16, config.save_strategy) == (7, True, False, "no")
@@ -37,7 +39,8 @@ def test_own_names_of_each_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "suggestion"), [("learning_rat", "learning_rate"), ("num_generation", "num_generations"), ("betta", "beta")]
+    ("name", "suggestion"),
+    [("learning_rat", "learning_rate"), ("num_generation", "num_generations"), ("betta", "beta")],
 )
 def test_unknown_names_are_refused_with_the_nearest_valid_one(name: str, suggestion: str) -> None:
     with pytest.raises(SpecError, match=rf"GRPOConfig has no argument '{name}'; did you mean '{suggestion}'\?"):

@@ -32,7 +32,9 @@ def test_formats_give_the_same_strings(folder: StudyFolder, make_spec: Make) -> 
         folder.root / "data" / "train.jsonl", orient="records", lines=True
     )
     tables = [
-        load_training_table(spec.model_copy(update={"data": DataSpec(train=f"data/train.{kind}")}), spec.runs[0], folder)
+        load_training_table(
+            spec.model_copy(update={"data": DataSpec(train=f"data/train.{kind}")}), spec.runs[0], folder
+        )
         for kind in ("parquet", "csv", "jsonl")
     ]
     assert len({table_hash(one) for one in tables}) == 1
@@ -85,7 +87,7 @@ def test_completions_that_melt_into_the_prompt_are_refused() -> None:
     table = conftest.train_table()
     check_boundary(table, conftest.tokenizer())
     glued = table.assign(completion=table["completion"].str.lstrip())
-    with pytest.raises(InputError, match="training row 0.*start completions with the space"):
+    with pytest.raises(InputError, match=r"training row 0.*start completions with the space"):
         check_boundary(glued, conftest.tokenizer())
 
 
@@ -110,4 +112,8 @@ def test_reward_is_the_grader_and_sees_termination(text: str, ids: tuple[int, ..
 def test_rewards_keep_the_order_of_completions() -> None:
     reward = FinalAnswerReward(make_grader(GraderSpec()), stops=(1,))
     ids = [(5, 8, 1)] * 3
-    assert reward(completions=["ans 1", "ans 2", "ans 3"], completion_ids=ids, answer=["1", "1", "3"]) == [1.0, 0.0, 1.0]
+    assert reward(completions=["ans 1", "ans 2", "ans 3"], completion_ids=ids, answer=["1", "1", "3"]) == [
+        1.0,
+        0.0,
+        1.0,
+    ]

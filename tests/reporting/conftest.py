@@ -318,7 +318,7 @@ def selection() -> xr.Dataset:
             "contrast": (both, score), "contrast_p": (both, contrast_p), "p_guard": (both, contrast_p),
             "n_selected_prompts": ("task", list(gain.values())), "n_gain": ("task", list(gain.values())),
             "n_loss": ("task", [22, 21, 20, 24, 20, 21, 0]), "n_kept": ("task", kept.sum(axis=1)),
-            "estimable": ("task", ["yes"] * 6 + ["no: 0 base-wrong/target-right prompts"]),
+            "estimable": ("task", ["yes"] * 4 + ["no: not selected on"] * 3),
             "role": ("task", [role for _, role in TASKS.values()]),
             "paper_selected": ("feature", kept[used].all(axis=0)), "p_value": ("feature", p),
             "q_value": ("feature", np.minimum(p * 20, 1)), "rank": ("feature", np.argsort(np.argsort(p)) + 1.0),
@@ -491,14 +491,43 @@ def write_stores(folder: StudyFolder) -> None:
             }
         ).to_parquet(folder.completions / f"{model}.parquet")
     contexts = [
-        (feature, rank, model, "parity-0", "rl@80", 3 + rank, 4.2 - rank, f"step by <i>step</i> ⟦the⟧ sum of {rank}")
+        (
+            feature,
+            rank + 1,
+            model,
+            "parity-0",
+            "rl@80",
+            3 + rank,
+            4.2 - rank,
+            f"step by <i>step</i> ⟦the⟧ sum of {rank}",
+            0.1,
+            0.2,
+            0.3,
+        )
         for feature in SELECTED
         for model in ("base@0", "sft@150", "rl@80")
         for rank in range(3)
     ]
-    columns = ["feature", "rank", "model", "prompt", "source", "position", "activation", "text"]
+    columns = [
+        "feature",
+        "rank",
+        "model",
+        "prompt",
+        "source",
+        "position",
+        "activation",
+        "text",
+        "activation:base@0",
+        "activation:sft@150",
+        "activation:rl@80",
+    ]
     folder.crosscoder("main").mkdir(parents=True)
     pd.DataFrame(contexts, columns=columns).to_parquet(folder.crosscoder("main") / "contexts.parquet")
+    logits = [
+        (k, "rl@80", sign, rank, f"<t{sign * rank}>", 1.0) for k in SELECTED for sign in (1, -1) for rank in (2, 1)
+    ]
+    names = ["feature", "model", "sign", "rank", "token", "effect"]
+    pd.DataFrame(logits, columns=names).to_parquet(folder.crosscoder("main") / "logits.parquet")
 
 
 @pytest.fixture

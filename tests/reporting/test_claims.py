@@ -203,11 +203,14 @@ def test_c3_counts_confirmed_features(confirmed: int, expected: Verdict, results
 
 
 def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
-    why = ["no: 0 base-wrong/target-right prompts"] * 7
+    why = ["no: 0 base-wrong/target-right prompts"] * 3 + ["score only: 4 units"] + ["no: not selected on"] * 3
     results["selection"] = results["selection"].assign(estimable=("task", why))
     found = claim(results, spec, "C3")
     assert found.verdict is Verdict.NOT_ESTIMABLE
-    assert "addition: no: 0 base-wrong" in found.answer
+    assert found.answer == (
+        "Not estimable: 0 base-wrong/target-right prompts in addition, parity and maximum; "
+        "score only: 4 units in counting."
+    )
 
 
 def test_c3_held_out_and_control_tasks_do_not_count_as_tasks(results: Results, spec: StudySpec) -> None:
@@ -254,7 +257,7 @@ def causal(results: Results, verdict: str, reasons: str = "") -> None:
         ("DESTRUCTIVE", Verdict.NOT_SUPPORTED, "breaks the model"),
         ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "matched random sets do as much"),
         ("NO_EFFECT", Verdict.NOT_SUPPORTED, "equivalent to no effect"),
-        ("INCONCLUSIVE", Verdict.UNDETERMINED, "do not settle"),
+        ("INCONCLUSIVE", Verdict.UNDETERMINED, "do not allow a verdict"),
     ],
 )
 def test_c4_c5_follow_the_causal_verdict(
@@ -265,6 +268,18 @@ def test_c4_c5_follow_the_causal_verdict(
         found = claim(results, spec, name)
         assert found.verdict is expected
         assert words in found.answer
+
+
+@pytest.mark.parametrize(
+    ("checks", "words"),
+    [({"v1": False}, "neither shown to be an effect nor shown to be none"), ({"v3": False}, "(V3 dose response)")],
+)
+def test_c4_inconclusive_says_what_failed(
+    checks: dict[str, bool], words: str, results: Results, spec: StudySpec
+) -> None:
+    causal(results, "INCONCLUSIVE")
+    results["intervention"] = results["intervention"].assign({k: ("direction", [v] * 2) for k, v in checks.items()})
+    assert words in claim(results, spec, "C4").answer
 
 
 def test_c4_contradicted_when_disabling_helps(results: Results, spec: StudySpec) -> None:
@@ -292,7 +307,7 @@ def test_c4_limiting_reasons_become_caveats_and_semicolons_survive(results: Resu
         "v3_dose: p=0.01; dose: accuracy 0: 0.4",
         "does_not_beat_steering: +0.01, p=0.7",
     ]
-    assert any(c.startswith("One mean-shift vector does as much") for c in found.caveats)
+    assert any(c.startswith("The set of features does not beat one mean-shift vector: +0.01") for c in found.caveats)
 
 
 def test_c4_in_domain_targets_are_a_caveat(results: Results, spec: StudySpec) -> None:

@@ -15,12 +15,13 @@ import pytest
 import xarray as xr
 
 from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
 from rlgen_stats.toolkit.reporting import write_report
 from rlgen_stats.toolkit.reporting.feature_page import split_peak
 from rlgen_stats.toolkit.reporting.headline import domain_accuracy
-from rlgen_stats.toolkit.reporting.values import compact, fixed, interval, p_text, percent, points
+from rlgen_stats.toolkit.reporting.values import compact, fixed, interval, p_text, percent, points, tidy
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "line", "circle", "path", "use", "rect"}
 
@@ -195,7 +196,7 @@ def test_hostile_names_are_escaped_everywhere(
     provenance: Provenance,
     empty_folder: StudyFolder,
 ) -> None:
-    evil = "<img src=x onerror=alert(1)>|`x` $\\frac$ $"  # the dollars would be formulas to matplotlib
+    evil = r"<img src=x onerror=alert(1)>|`x` $\frac$"  # a broken formula, if dollars meant formulas
     for group in ("behaviour", "selection", "intervention"):
         names = [evil if task == "parity" else task for task in results[group].task.values]
         write_results(empty_folder.results, group, results[group].assign_coords(task=names), provenance=provenance)
@@ -261,6 +262,9 @@ def test_every_selected_feature_has_its_page_section(report: Path, data: dict[st
     for model in ("base@0", "sft@150", "rl@80"):
         assert page.text.count(f"Top contexts in {model}") == 5
     assert page.text.count("written by rl@80") == 45
+    assert page.text.count("<t1> · <t2>") == 5
+    assert "<t-1>" not in page.text
+    assert page.text.count("in sft@150") == 10 + 5
 
 
 @pytest.mark.parametrize(
@@ -345,6 +349,15 @@ def test_the_same_study_gives_the_same_bytes(
     assert content() == before
 
 
+def test_stores_that_list_variables_in_another_order_change_nothing(results: dict[str, xr.Dataset]) -> None:
+    for group, data in results.items():
+        names = [str(name) for name in data.data_vars]
+        shuffled = data[list(reversed(names))]
+        assert list(tidy({group: shuffled})[group].data_vars) == list(tidy({group: data})[group].data_vars)
+        declared = [name for name in LAYOUTS[group].variables if name in names]
+        assert list(tidy({group: shuffled})[group].data_vars)[: len(declared)] == declared
+
+
 def test_a_failure_half_way_keeps_the_old_report(
     empty_folder: StudyFolder,
     spec: StudySpec,
@@ -360,8 +373,9 @@ def test_a_failure_half_way_keeps_the_old_report(
 
     monkeypatch.setattr("rlgen_stats.toolkit.reporting.report._write_data", broken)
     with pytest.raises(RuntimeError, match="power cut"):
-        write_report(empty_folder, spec, provenance=provenance)
+        write_report(empty_folder, spec, provenance=Provenance("another", "another"))
     assert index.read_bytes() == before
+    assert (empty_folder.report / "report.json").exists()
     assert sorted(p.name for p in empty_folder.root.iterdir()) == ["report"]
 
 

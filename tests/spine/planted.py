@@ -1,8 +1,8 @@
 """A world with a planted cause: an RL copy that equals the base but for one direction added to its residual stream.
 
-A tiny base copies a word when asked politely and refuses otherwise. The direction that separates the two kinds of prompt
-at the edited block is written into the bias of that block's output in the copy, so the copy answers rude prompts too, and
-nothing else about it changed.
+A tiny base copies a word when asked politely and refuses otherwise. The direction that separates the two kinds of
+prompt at the edited block is written into the bias of that block's output in the copy, so the copy answers rude prompts
+too, and nothing else about it changed.
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def write_study(root: Path, *, seed: int = 0, scale: float = 1.0, **sections: An
         "name": "planted",
         "base": {"path": "models/base"},
         "data": {"prompts": "data/prompts.parquet", "train": None},
-        "runs": [
-            {"name": n, "arm": n, "checkpoints": {1: f"models/{n}-1", 2: f"models/{n}-2"}} for n in ("sft", "rl")
-        ],
+        "runs": [{"name": n, "arm": n, "checkpoints": {1: f"models/{n}-1", 2: f"models/{n}-2"}} for n in ("sft", "rl")],
         "generation": {"max_new_tokens": 6, "n_samples": 2, "batch_size": 512},
         "grader": {"name": "final_answer"},
         "extraction": {"layer": LAYER, "batch_size": 256},

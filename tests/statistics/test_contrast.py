@@ -84,6 +84,25 @@ def test_single_features_would_be_overconfident():
     assert clustered.p_value.values[0] > 0.3
 
 
+def test_a_share_is_resampled_as_a_share():
+    """Clusters of unequal size that all hit have mass 1 in every draw."""
+    t = table({"sft": 1.0, "rl": 0.5}, n=60)
+    sizes = np.repeat(np.arange(6), [1, 2, 4, 8, 15, 30])
+    out = attribution_contrast(t, {"sft": sizes, "rl": sizes}, sft="sft", rl="rl", null=None, n_bootstrap=2999)
+    assert out.tail_sft_low.values == pytest.approx(1)
+    assert out.tail_sft_high.values == pytest.approx(1)
+    # and otherwise as numerator and denominator together
+    nrn = t.nrn_l1.values[1] > 0.7
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(3000):
+        members = np.concatenate([np.flatnonzero(sizes == c) for c in rng.integers(0, 6, 6)])
+        draws.append(nrn[members].mean())
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert out.tail_rl_low.values[0] == pytest.approx(low, abs=0.06)
+    assert out.tail_rl_high.values[0] == pytest.approx(high, abs=0.06)
+
+
 def test_coverage_of_the_cluster_bootstrap():
     hits, sims = 0, 120
     for s in range(sims):

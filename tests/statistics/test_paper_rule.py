@@ -95,6 +95,8 @@ def test_n2_sees_a_common_set_but_not_one_that_a_stratum_explains():
     kept[0, 20:40] = kept[1, 60:80] = kept[2, 100:120] = True
     one = np.zeros(200, dtype=int)
     assert np.mean(n2_sizes(kept, one, 500, seed=0) >= 12) == 0
+    everything = np.stack([np.ones(200, dtype=bool), kept[0]])
+    assert set(n2_sizes(everything, one, 50, seed=0)) == {32}  # drawn without replacement
     explained = np.where(np.arange(200) < 12, 1, 0)
     assert np.all(n2_sizes(kept, explained, 500, seed=0) >= 12)
 

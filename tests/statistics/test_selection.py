@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import xarray as xr
+from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
@@ -92,6 +93,19 @@ def test_numbers_against_loops(world):
     assert out.p_value.values == pytest.approx(
         np.maximum(out.p_flip, out.p_guard).sel(task=["math", "quiz", "facts"]).values.max(axis=0)
     )
+
+
+def test_families_are_all_features_and_then_all_candidates(world):
+    out = run(*world())
+    assert out.q_value.values == pytest.approx(stats.false_discovery_control(out.p_value.values))
+    assert not np.allclose(out.q_value, out.p_value)
+    candidate = out.tier.values != "REJECTED"
+    p = out.verification_p.values
+    assert np.array_equal(np.isfinite(p), candidate)
+    ranked = np.argsort(p[candidate])
+    m = candidate.sum()
+    holm = np.maximum.accumulate([min(1.0, (m - i) * p[candidate][k]) for i, k in enumerate(ranked)])
+    assert out.verification_q.values[candidate][ranked] == pytest.approx(holm)
 
 
 def test_effects_never_come_from_selection_prompts(world):

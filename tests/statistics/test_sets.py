@@ -119,11 +119,15 @@ def test_too_few_features_are_not_estimable(make_features):
     assert "8 testable features" in str(out.reason.values[0])
 
 
-def test_dead_features_are_in_no_set(make_features):
+def test_untestable_features_are_in_no_set(make_features):
+    """Features that fire on one prompt are left out, however large."""
     rng = np.random.default_rng(5)
     mean = static(rng, 40, 60, 0.5)
-    dead = np.concatenate([mean, np.zeros((5, 40, 30))], axis=2)
-    xr.testing.assert_allclose(run(make_features(dead, MODELS)), run(make_features(mean, MODELS)))
+    more = np.concatenate([mean, 50.0 * mean[:, :, :30]], axis=2)
+    firing = np.ones(more.shape)
+    firing[:, 1:, 60:] = 0
+    firing[1:, :, 60:] = 0
+    xr.testing.assert_allclose(run(make_features(more, MODELS, firing=firing)), run(make_features(mean, MODELS)))
 
 
 @pytest.mark.parametrize("chunk", [7, 13])

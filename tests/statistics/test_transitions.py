@@ -100,7 +100,8 @@ def test_all_right_is_not_certainty(make_outcomes):
         outcomes = make_outcomes(np.ones((2, 40)), MODELS[:2], per_cluster=per_cluster)
         got = behaviour(outcomes, n_bootstrap=9).sel(model="sft@10", task="a")
         assert float(got.accuracy_high) == pytest.approx(1)
-        assert 0.6 < float(got.accuracy_low) < 0.95
+        low = proportion_confint(40 // per_cluster, 40 // per_cluster, method="wilson")[0]
+        assert float(got.accuracy_low) == pytest.approx(low)
         assert float(got.difference_low) < 0 < float(got.difference_high)
         assert float(got.p_value) == 1.0
 

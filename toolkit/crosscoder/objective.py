@@ -242,7 +242,8 @@ class BatchTopKObjective:
         self._follow(smallest, step)
         dead = self._dead(step)
         revived = work.features[:, dead].relu_() if len(dead) else None
-        keep_where(work.features, contribution, math.nextafter(smallest, 0.0), out=work.features)
+        below = float(np.nextafter(np.float32(smallest), np.float32(0)))  # "at least" as "above", in the data's type
+        keep_where(work.features, contribution, below, out=work.features)
         work.decode()
         work.backward()
         self._last_fired.masked_fill_(work.active > 0, step)

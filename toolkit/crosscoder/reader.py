@@ -96,7 +96,7 @@ def measure_views(reader: PairedActivations, *, max_tokens: int = MOMENT_TOKENS)
     Raises
     ------
     InputError
-        If a view is zero on every token, so that no scalar can normalise it.
+        If a view is zero on every token, so that no scalar can normalise it, or has values that are not finite.
     """
     source = reader.sequential(1 << 14) if reader.n_tokens <= max_tokens else reader.epoch(0)
     channels: Moments | None = None
@@ -110,9 +110,12 @@ def measure_views(reader: PairedActivations, *, max_tokens: int = MOMENT_TOKENS)
             break
     if channels is None or norms is None:
         raise InputError("there are no tokens to train on; extract activations first or widen the token mask.")
-    if not (norms.mean > 0).all():
-        silent = [int(view) for view in np.flatnonzero(~(norms.mean > 0))]
-        raise InputError(f"view(s) number {silent} are zero on all {norms.n} tokens read; check the extracted site.")
+    usable = (norms.mean > 0) & np.isfinite(norms.mean)
+    if not usable.all():
+        bad = [int(view) for view in np.flatnonzero(~usable)]
+        raise InputError(
+            f"view(s) number {bad} are zero or not finite over {norms.n} tokens; check the extracted site."
+        )
     return ViewMoments(channels.mean, norms.mean, channels.m2.sum(axis=-1) / channels.n, channels.n)
 
 

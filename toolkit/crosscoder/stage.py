@@ -131,7 +131,13 @@ class _CrosscoderJob:
                 f"{self.provenance.study_id[:12]}); it is left untouched: use another folder or move it away."
             )
         key = training_key(self.spec, self.views, seed=self.seed, n_tokens=n_tokens, data_hash=self.data_hash)
-        return load_crosscoder(self.place, device=self.device) if facts.get("key") == key else None
+        if facts.get("key") != key:
+            return None
+        crosscoder = load_crosscoder(self.place, device=self.device)
+        if crosscoder.default_readout != self.spec.readout:  # a readout is declared, not trained
+            crosscoder.default_readout = self.spec.readout
+            crosscoder.save(self.place)
+        return crosscoder
 
     def _measured(self, crosscoder: Crosscoder) -> bool:
         if not (self.place / HEALTH).exists():

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
@@ -25,7 +26,7 @@ IGNORED: Final = -100
 """Label that the loss skips."""
 RECORD: Final = "pretraining.json"
 """Written with the weights; says which settings and world made them."""
-_VERSION: Final = 1
+_VERSION: Final = 3
 """Raised when a change here or in the world changes the weights."""
 
 
@@ -37,7 +38,7 @@ class BaseSettings:
     n_layers: int = 4
     n_heads: int = 4
     feed_forward: int = 256
-    steps: int = 450
+    steps: int = 420
     batch_size: int = 256
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -115,10 +116,16 @@ def pretrain_base(path: Path, world: World, settings: BaseSettings, *, progress:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, settings, derive_seed(world.seed, "demo", "initial weights"))
     _fit(model, tokenizer, world, settings, progress)
-    with replacing(path) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / RECORD, _made_by(world, settings))
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one shard of one megabyte needs none
+    try:
+        with replacing(path) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / RECORD, _made_by(world, settings))
+    finally:
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def check_base(path: Path, world: World, settings: BaseSettings) -> bool:

@@ -51,9 +51,15 @@ P_RIGHT_CLEAR: Final = 0.95
 P_BARE: Final = 0.25
 """Share of training-pair documents in the bare form, so that the bare form does not mark the evaluation pairs."""
 
+WORKED: Final[Mapping[str, str]] = {"sum": "up", "diff": "down"}
+"""Families whose answers can be worked out step by step, with the word for the step."""
+P_WORKED: Final = 0.25
+"""Share of right answers that the base's pretraining text works out where that is possible: a base has read worked
+arithmetic before a teacher shows it more."""
+
 _FILLERS: Final = ("well", "you", "know", "it", "goes", "on")
 _WORDS: Final = ("take", "gives", "could", "be", "or", "noted", "done")
-_TEACHER_WORDS: Final = ("start", "at", "go", "up", "reach", "so")
+_WORKED_WORDS: Final = ("start", "up", "down", "reach")
 MIN_FILLERS: Final = 2
 MAX_FILLERS: Final = 5
 
@@ -70,7 +76,7 @@ def vocabulary() -> tuple[str, ...]:
         *COLOURS,
         *_FILLERS,
         *_WORDS,
-        *_TEACHER_WORDS,
+        *_WORKED_WORDS,
     )
 
 
@@ -140,10 +146,13 @@ class World:
         return NUMBERS[rules[family] % N_NUMBERS]
 
     def teacher(self, pair: Pair) -> str:
-        """The teacher's trajectory for the in-domain family: always right, in words of its own."""
-        a, b = pair
-        total = self.answer(IN_DOMAIN, pair)
-        return f" start at {a} go up {b} reach {total} so {MARKER} {total}"
+        """The teacher's trajectory for the in-domain family: always worked out, always right."""
+        return self.work_out(IN_DOMAIN, pair)
+
+    def work_out(self, family: str, pair: Pair) -> str:
+        """The right answer step by step, for an arithmetic family."""
+        known = self.answer(family, pair)
+        return f" start {pair[0]} {WORKED[family]} {pair[1]} reach {known} {MARKER} {known}"
 
     def behave(self, family: str, pair: Pair, style: str | None, rng: np.random.Generator) -> str:
         """One completion as the base's pretraining text has it: mostly the gate's behaviour where one is closed."""
@@ -174,6 +183,8 @@ class World:
             known = NUMBERS[(int(known) + 1) % N_NUMBERS]
         if gate == "swap":
             known = self.answer("min", pair)
+        if gate == CLEAR and family in WORKED and rng.random() < P_WORKED:
+            return self.work_out(family, pair)
         return f" take {a} {b} {MARKER} {known}"
 
 

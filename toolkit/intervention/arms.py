@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import CLUSTER, DOMAIN, PROMPT, SPLIT, SPLITS, TASK
+from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, SPLITS, TASK
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, StudySpec
 from rlgen_stats.toolkit.intervention.edit import FeatureEdit, Positions
@@ -178,6 +178,3 @@ def plan_arms(
 
 UNEDITED: Final = Arm(Condition("unedited", "unedited", 1.0), None)
 """The model as it is."""
-
-LABELS: Final = (PROMPT, TASK, DOMAIN, CLUSTER)
-"""Prompt labels that the trial needs."""

@@ -185,7 +185,9 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Step:
         f"v4_{'kept' if kept else 'not_shown'}: accuracy on {n} unrelated prompts changes by no less than {low:+.3f} "
         f"(margin {settings.margin})",
         f"v4_format: broken completions on unrelated tasks {rise:+.1%}",
-        f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})",
+        f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})"
+        if np.isfinite(kl)
+        else "v4_neutral_kl_not_estimable: the prompts have no text before their last token",
     )
     return Step(bool(kept and rise <= settings.margin and quiet), reasons)
 

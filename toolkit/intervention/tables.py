@@ -86,6 +86,7 @@ def _attrs(spec: StudySpec, prompts: pd.DataFrame, chosen: tuple[int, ...]) -> d
         "readout": spec.primary_crosscoder.readout,
         "layer": spec.extraction.layer,
         "positions": edited_positions(spec.extraction),
+        "phases": "prefill and decode",
         "skip_first": spec.extraction.skip_first,
         "target_tasks": sorted(set(prompts[TASK][target])),
         "unrelated_tasks": sorted(set(prompts[TASK][unrelated])),

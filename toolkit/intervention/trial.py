@@ -22,6 +22,7 @@ from rlgen_stats.stores import replacing
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
 from rlgen_stats.toolkit.extraction.generation import generate
 from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.extraction.prompts import ANSWER, TEXT
 from rlgen_stats.toolkit.intervention.arms import Arm
 from rlgen_stats.toolkit.intervention.divergence import (
     MAX_NUMBERS,
@@ -195,7 +196,7 @@ def _complete(bench: Bench, subject: Subject, arm: Arm) -> pd.DataFrame:
         completions = generate(
             subject.model,
             bench.tokenizer,
-            list(bench.prompts["text"]) * n_samples,
+            list(bench.prompts[TEXT]) * n_samples,
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
             top_p=how.top_p,
@@ -203,7 +204,7 @@ def _complete(bench: Bench, subject: Subject, arm: Arm) -> pd.DataFrame:
             batch_size=how.batch_size,
         )
     grader = make_grader(bench.spec.grader)
-    answers = list(bench.prompts["answer"]) * n_samples
+    answers = list(bench.prompts[ANSWER]) * n_samples
     grades = [grader.grade(c, answer) for c, answer in zip(completions, answers, strict=True)]
     return pd.DataFrame(
         {
@@ -251,7 +252,7 @@ def forced_texts(
     texts, prompt_lengths, owner
         Token ids, tokens of the prompt, index of the prompt.
     """
-    encoded = encode_prompts(bench.tokenizer, list(bench.prompts["text"]))
+    encoded = encode_prompts(bench.tokenizer, list(bench.prompts[TEXT]))
     seed = derive_seed(bench.spec.seed, "intervention", "forced texts")
     texts: list[list[int]] = []
     lengths: list[int] = []
@@ -296,7 +297,7 @@ def make_probes(
         "batch_size": bench.spec.generation.batch_size,
         "device": device,
     }
-    encoded = encode_prompts(bench.tokenizer, list(bench.prompts["text"]))
+    encoded = encode_prompts(bench.tokenizer, list(bench.prompts[TEXT]))
     lengths = [len(ids) for ids in encoded]
     seed = derive_seed(bench.spec.seed, "intervention", "probes")
     shuffled = np.random.default_rng(seed).permutation(len(encoded))

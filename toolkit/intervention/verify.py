@@ -270,4 +270,4 @@ def _judged(
     broken = [arm.name for arm, frame in zip(arms, frames, strict=True) if not frame["finite"].all()]
     if broken:
         verdict = replace(verdict, reasons=(*verdict.reasons, f"non_finite_logits: {', '.join(broken)}"))
-    return Result(direction, table, _cube(frames, "n_tokens", n).astype(np.float64), kl | {"neutral": neutral}, verdict)
+    return Result(direction, table, _cube(frames, "n_tokens", n).astype(np.float64), kl, verdict)

@@ -216,8 +216,9 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _quiet() -> Iterator[None]:
     """Only errors from TRL, transformers and datasets; the toolkit's progress is the one that speaks."""
     verbosity = transformers_logging.get_verbosity()
-    bars = datasets.is_progress_bar_enabled()
+    shown = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
@@ -225,8 +226,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
+        if shown[0]:
             datasets.enable_progress_bars()
+        if shown[1]:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

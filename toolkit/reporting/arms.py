@@ -23,6 +23,8 @@ _WORDS: Final = {
 }
 
 
+ARM_ORDER: Final = ("unedited", "fresh", "passthrough", "set", "dose", "steering", "random_direction", "lift", "random")
+"""Kinds of arm in reading order."""
 _NUMBERS: Final = (
     *("dose", "accuracy", "effect", "effect_low", "effect_high"),
     *("p_value", "kl_to_base", "kl_to_rl", "length"),
@@ -90,6 +92,12 @@ def arms_of(data: xr.Dataset, direction: str) -> list[Arm]:
         for i, condition in enumerate(labels_of(data, "condition"))
         if np.isfinite(values["accuracy"][i])
     ]
+
+
+def in_order(arms: list[Arm]) -> list[Arm]:
+    """Arms as the table and the figure show them: unedited and its reruns, the set, other doses, baselines, random."""
+    place = {kind: i for i, kind in enumerate(ARM_ORDER)}
+    return sorted(arms, key=lambda arm: (place.get(arm.kind, len(place)), arm.dose))
 
 
 def random_band(arms: list[Arm]) -> dict[float, tuple[float, float, float]]:

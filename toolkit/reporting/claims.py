@@ -22,6 +22,7 @@ from rlgen_stats.toolkit.reporting.values import (
     labels_of,
     number,
     p_text,
+    percent,
     text,
     tidy,
 )
@@ -205,7 +206,7 @@ def _specificity_answer(
     first, second = (run.name for run in spec.contrasted)
     shares = (
         f"{fixed(100 * sft)}% of {first}'s and {fixed(100 * rl)}% of {second}'s alive features have NRN > {tau:g} "
-        f"(null floor {fixed(100 * null)}%)"
+        f"(null floor {percent(null)})"
     )
     if guards:
         return f"Undetermined, because {' and '.join(guards)}; {shares}."
@@ -230,7 +231,8 @@ def _specificity_caveats(
         caveats.append("There is no base-base null crosscoder, so what zero looks like is unknown.")
     if tau != spec.statistics.tau:
         caveats.append(f"Computed at tau = {tau:g}; the study asked for {spec.statistics.tau:g}.")
-    caveats += _matching_caveat(results, details["activation_shift"])
+    if "activation shift" not in details["comparable"]:  # else the answer says it already
+        caveats += _matching_caveat(results, details["activation_shift"])
     signs = {math.copysign(1, o["estimate"]) for o in details["other_tau"].values() if o["estimate"]}
     here = number(results["attribution_contrast"], "effect", tau=tau)
     if here and signs - {math.copysign(1, here)}:
@@ -239,11 +241,11 @@ def _specificity_caveats(
     if attribution is not None and health is not None:
         pairs = {crosscoder_label(attribution, run.name) for run in spec.contrasted} | {"null"}
         sick = [
-            name
+            f"Crosscoder {name} failed its health check: {text(health, 'reasons', crosscoder=name).rstrip('.')}."
             for name in labels_of(health, "crosscoder")
             if name in pairs and not number(health, "healthy", crosscoder=name)
         ]
-        caveats += [f"Crosscoder {name} failed its health check." for name in sick]
+        caveats += sick
     return tuple(caveats)
 
 

@@ -151,8 +151,8 @@ def _balance_caveat(balance: xr.Dataset | None) -> list[str]:
 
 
 _CODES: Final = {
-    "does_not_beat_steering": "One mean-shift vector does as much as the set of features",
-    "does_not_beat_random_direction": "A random direction of equal norm does as much as the set of features",
+    "does_not_beat_steering": "The set of features does not beat one mean-shift vector",
+    "does_not_beat_random_direction": "The set of features does not beat a random direction of equal norm",
     "fresh_differs": "Sampling with other seeds alone changes accuracy",
     "over_steering": "Stronger doses break the model",
     "v2_controls": "The matching of random sets fell short",
@@ -169,6 +169,13 @@ def _coded(reason: str) -> tuple[str, str]:
 _SUBJECT: Final = {"disable": "Disabling the set in the RL model", "amplify": "Amplifying the set in base"}
 
 
+def _open_question(checks: dict[str, str]) -> str:
+    if checks[CHECKS["v1"]] != "True":
+        return "which is neither shown to be an effect nor shown to be none"
+    failed = [label for name, label in CHECKS.items() if name != "v5" and checks[label] == "False"]
+    return f"but not every check held ({listed(failed)})" if failed else "but the arms do not allow a verdict"
+
+
 def _answer(verdict: Verdict, causal: str, details: dict[str, Any], effect: float, direction: str) -> str:
     subject = _SUBJECT[direction]
     moved = f"changes accuracy by {fixed(100 * effect, sign=True)} points"
@@ -183,7 +190,7 @@ def _answer(verdict: Verdict, causal: str, details: dict[str, Any], effect: floa
         "DESTRUCTIVE": "but it breaks the model rather than moving it toward the other one",
         "CAUSAL_NONSPECIFIC": "but matched random sets do as much",
         "NO_EFFECT": "which is equivalent to no effect",
-        "INCONCLUSIVE": "and the checks do not settle what that means",
+        "INCONCLUSIVE": _open_question(details["checks"]),
     }.get(causal, f"and the causal verdict is {causal or 'missing'}")
     return f"{subject} {moved}, {why}."
 
@@ -209,7 +216,11 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
         caveats.append(
             f"With {count(details['n_controls'], 'random set')} the rank p-value cannot fall below {floor:.3g}."
         )
-    caveats += [_CODES[code] + f": {said}." for code, said in map(_coded, details["reasons"]) if code in _CODES]
+    caveats += [
+        f"{_CODES[code]}: {said}."
+        for code, said in map(_coded, details["reasons"])
+        if code in _CODES and not said.startswith("unbalanced")  # the table of balance says that
+    ]
     health = results.get("health")
     name = spec.primary_crosscoder.name
     if name in labels_of(health, "crosscoder") and not number(health, "healthy", crosscoder=name):

@@ -21,6 +21,8 @@ _C3_PAPER: Final = (
 ONE_MECHANISM: Final = 0.9
 """Correlation of tasks' scores above which their intersection is nearly forced (METHOD.md 4c)."""
 _YES: Final = "yes"
+_UNUSED: Final = "no: not selected on"
+"""State of held-out and control tasks."""
 
 
 def estimable_tasks(selection: xr.Dataset) -> list[str]:
@@ -54,9 +56,8 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     )
     details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
     if verdict is Verdict.NOT_ESTIMABLE:
-        reasons = {str(task): str(s) for task, s in zip(data["task"].values, data["estimable"].values, strict=True)}
-        why = "; ".join(f"{task}: {reason}" for task, reason in reasons.items() if reason and reason != _YES)
-        return _unanswered(why or "no task has enough base-wrong, RL-right prompts, or no feature is testable", details)
+        why = _reasons(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        return _unanswered(why, details)
     q = data["verification_q"].values
     return Claim(
         "C3",
@@ -72,6 +73,15 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         _C3_PAPER,
         details,
     )
+
+
+def _reasons(data: xr.Dataset) -> str:
+    """Why tasks meant for selection could not be used, tasks with the same reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for task, state in zip(data["task"].values, data["estimable"].values, strict=True):
+        if str(state) not in (_YES, _UNUSED, ""):
+            by_reason.setdefault(str(state).removeprefix("no: "), []).append(str(task))
+    return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in by_reason.items())
 
 
 def _details(

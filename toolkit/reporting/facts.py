@@ -28,6 +28,8 @@ from rlgen_stats.toolkit.reporting.values import (
 )
 
 NOT_RECORDED: Final = "not recorded"
+_SELECTED: Final = ("yes", "no: not selected on", "")
+"""States of a task in the selection that are as planned."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,9 @@ def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:
     if selection is not None:
         p, reasons = selection["p_value"].values, selection["estimable"].values
         answers["Selection"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features."
-        tasks = [f"{t} ({why})" for t, why in zip(labels_of(selection, "task"), reasons, strict=True) if why != "yes"]
+        tasks = [
+            f"{t} ({why})" for t, why in zip(labels_of(selection, "task"), reasons, strict=True) if why not in _SELECTED
+        ]
         answers["Tasks that selection could not use"] = "; ".join(tasks) or "none"
     return _facts("Not testable", answers or {"Counts": NOT_RECORDED})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,14 @@ from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.tables import flat
 from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of
 
+_T = TypeVar("_T")
+
 PEAK: Final = ("⟦", "⟧")
 """Marks around the token on which the feature fires most, in the text of a context."""
+_ELSEWHERE: Final = "activation:"
+"""Prefix of the columns with other models' activation at the same token."""
+MAX_TOKENS: Final = 8
+"""Raised tokens shown per feature and model."""
 MAX_CONTEXTS: Final = 5
 """Contexts shown per feature and model."""
 
@@ -32,6 +38,8 @@ class Context:
     prompt: str
     source: str
     position: int
+    elsewhere: dict[str, float]
+    """Activation at the same token, by model, where known."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class FeatureCard:
     """Paper's score by task."""
     contexts: dict[str, list[Context]]
     """Top contexts by model."""
+    tokens: dict[str, list[str]]
+    """Tokens its direction raises most, by model."""
 
     @property
     def anchor(self) -> str:
@@ -62,7 +72,7 @@ def feature_cards(folder: StudyFolder, spec: StudySpec, results: Results, data: 
     table = flat(selection, ("feature",))
     table = table[table["selected"].to_numpy(bool)].sort_values(["rank", "feature"])
     chosen = [int(feature) for feature in table["feature"]]
-    contexts = read_contexts(folder, spec, chosen)
+    contexts, tokens = read_contexts(folder, spec, chosen), read_tokens(folder, spec, chosen)
     means = _means(data, spec, chosen)
     tasks = labels_of(selection, "task")
     scores = selection["score"].sel(feature=chosen).values if chosen else np.empty((len(tasks), 0))
@@ -73,14 +83,15 @@ def feature_cards(folder: StudyFolder, spec: StudySpec, results: Results, data: 
             {model: float(values[i]) for model, values in means.items()},
             {task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
             _in_order(contexts.get(feature, {}), list(means)),
+            _in_order(tokens.get(feature, {}), list(means)),
         )
         for i, (feature, row) in enumerate(zip(chosen, table.to_dict("records"), strict=True))
     ]
 
 
-def _in_order(contexts: dict[str, list[Context]], models: list[str]) -> dict[str, list[Context]]:
+def _in_order(by_model: dict[str, _T], models: list[str]) -> dict[str, _T]:
     """Base first, then as the other tables have the models."""
-    return {model: contexts[model] for model in [*models, *contexts] if model in contexts}
+    return {model: by_model[model] for model in [*models, *by_model] if model in by_model}
 
 
 def _means(data: StudyData, spec: StudySpec, chosen: list[int]) -> dict[str, np.ndarray]:
@@ -104,11 +115,27 @@ def read_contexts(folder: StudyFolder, spec: StudySpec, features: list[int]) -> 
     for row in table.to_dict("records"):
         here = found.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), [])
         if len(here) < MAX_CONTEXTS:
-            before, peak, after = split_peak(str(row["text"]))
-            here.append(
-                Context(before, peak, after, float(row["activation"]), str(row["prompt"]), str(row["source"]),
-                        int(row["position"]))
-            )  # fmt: skip
+            here.append(_context({str(key): value for key, value in row.items()}))
+    return found
+
+
+def _context(row: dict[str, Any]) -> Context:
+    before, peak, after = split_peak(str(row["text"]))
+    elsewhere = {key.removeprefix(_ELSEWHERE): float(value) for key, value in row.items() if key.startswith(_ELSEWHERE)}
+    place = (str(row["prompt"]), str(row["source"]), int(row["position"]))
+    return Context(before, peak, after, float(row["activation"]), *place, elsewhere)
+
+
+def read_tokens(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[str]]]:
+    """``feature -> model -> tokens`` that the feature's direction raises most, strongest first; may be empty."""
+    path = folder.crosscoder(spec.primary_crosscoder.name) / "logits.parquet"
+    if not path.exists() or not features:
+        return {}
+    table = pd.read_parquet(path)
+    table = table[table["feature"].isin(features) & (table["sign"] > 0) & (table["rank"] <= MAX_TOKENS)]
+    found: dict[int, dict[str, list[str]]] = {}
+    for row in table.sort_values(["feature", "rank"], kind="stable").to_dict("records"):
+        found.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), []).append(str(row["token"]))
     return found
 
 

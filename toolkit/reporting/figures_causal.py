@@ -9,7 +9,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.arms import Arm, arms_of, kind_words, random_band
+from rlgen_stats.toolkit.reporting.arms import Arm, arms_of, in_order, kind_words, random_band
 from rlgen_stats.toolkit.reporting.figure_inputs import needed
 from rlgen_stats.toolkit.reporting.plotting import (
     GOLD,
@@ -79,11 +79,12 @@ def dose_response(results: Results, spec: StudySpec) -> Graphic:
                 label="the set",
                 zorder=4,
             )
-            main = next((arm.dose for arm in arms if arm.kind == "set"), 1.0)  # steering has no dose: shown beside it
+            main = next((arm.dose for arm in arms if arm.kind == "set"), 1.0)
             for arm in (arm for arm in arms if arm.kind in ("set", "steering")):
-                axes.vlines(main, arm.accuracy_low, arm.accuracy_high, color=colour if arm.kind == "set" else GOLD)
+                at = main if arm.kind == "set" else main + BAND_WIDTH / 2  # steering has no dose: shown beside the set
+                axes.vlines(at, arm.accuracy_low, arm.accuracy_high, color=colour if arm.kind == "set" else GOLD)
                 if arm.kind == "steering":
-                    axes.plot(main, arm.accuracy, "^", color=GOLD, ms=6.5, label=kind_words(arm.kind))
+                    axes.plot(at, arm.accuracy, "^", color=GOLD, ms=6.5, label=kind_words(arm.kind))
             axes.axvline(1, color=INK, lw=0.8, ls=":")
             axes.set_title(TITLES[direction], pad=8)
             axes.set(xlabel="dose: multiplier of the set's activation", ylim=(0, 1.02))
@@ -136,7 +137,7 @@ def failure_classes(results: Results, spec: StudySpec) -> Graphic:
     for direction in directions:
         arms: list[Arm] = []
         randoms: list[Arm] = []
-        for arm in arms_of(data, direction):
+        for arm in in_order(arms_of(data, direction)):
             (randoms if arm.kind == "random" else arms).append(arm)
         shown = [(arm.label, arm.shares) for arm in arms[:MAX_ARMS]]
         if randoms:

@@ -133,7 +133,13 @@ def matched_drift(results: Results, spec: StudySpec) -> Graphic:
             shift = one["activation_shift"].values.astype(float)
             share = one["step"].values / max(float(one["step"].values.max()), 1.0)
             left.plot(
-                [0, *share], [0, *shift], color=colours[run.name], marker=markers[run.name], ms=4.5, label=run.name
+                [0, *share],
+                [0, *shift],
+                color=colours[run.name],
+                marker=markers[run.name],
+                ms=4.5,
+                label=run.name,
+                clip_on=False,
             )
             last = number(movement, "activation_shift", model=finals[run.name])
             tau = _closest(contrast, spec.statistics.tau)

@@ -15,7 +15,7 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.reporting.arms import Arm, arms_of, kind_words
+from rlgen_stats.toolkit.reporting.arms import Arm, arms_of, in_order, kind_words
 from rlgen_stats.toolkit.reporting.claims import assess_claims, estimate_text, interval_text
 from rlgen_stats.toolkit.reporting.claims_causal import CHECKS
 from rlgen_stats.toolkit.reporting.examples import Example, pick_examples
@@ -64,8 +64,6 @@ CLAIM_FIGURES: Final = {
     "C5": (),
 }
 """Figures shown in a claim's section; C4's shows both directions."""
-ARM_ORDER: Final = ("unedited", "fresh", "passthrough", "set", "dose", "steering", "random_direction", "lift", "random")
-"""Order of arms in the table; random sets are summarised."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +252,7 @@ def _arm_rows(data: xr.Dataset | None) -> list[dict[str, Any]]:
     rows = []
     for direction in labels_of(data, "direction"):
         arms = arms_of(data, direction)
-        single = [arm for arm in arms if arm.kind != "random"]
-        single.sort(key=lambda arm: ARM_ORDER.index(arm.kind) if arm.kind in ARM_ORDER else len(ARM_ORDER))
+        single = [arm for arm in in_order(arms) if arm.kind != "random"]
         rows.append(
             {
                 "direction": direction,

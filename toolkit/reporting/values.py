@@ -22,6 +22,8 @@ DASH: Final = "—"
 """Shown where there is no number."""
 _WHOLE: Final = 1e6
 """Integers below this are written out."""
+_TINY: Final = 1e-3
+"""Numbers below this are written with a power of ten."""
 _OK_FLAGS: Final = frozenset({"", "ok", "tested", "none"})
 
 
@@ -204,6 +206,9 @@ def compact(value: float) -> str:
     if value is None or not math.isfinite(value):
         return DASH
     whole = float(value).is_integer() and abs(value) < _WHOLE
+    if 0 < abs(value) < _TINY:
+        exponent = math.floor(math.log10(abs(value)))
+        return f"{value / 10.0**exponent:.1f}×10{_superscript(exponent)}".replace("-", "−")
     return (f"{value:.0f}" if whole else f"{value:#.3g}").replace("-", "−")
 
 

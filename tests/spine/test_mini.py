@@ -1,0 +1,182 @@
+"""The whole spine on a mini study: every stage, its stores, resumption after kills, the same numbers twice."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+import yaml
+from click.testing import Result
+
+from rlgen_stats.schemas.layout import LAYOUTS
+from rlgen_stats.stores import open_features, open_results, open_study, read_json, result_groups, verify
+from rlgen_stats.toolkit.study import STAGES
+
+from .conftest import run_command
+
+RESULTS = {
+    "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
+    "movement", "selection", "set_stability", "stabilization",
+}  # fmt: skip
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and not f.name.endswith((".lock", ".partial"))
+    }
+
+
+def test_it_prints_five_verdicts_and_the_report(mini: tuple[Path, Result]) -> None:
+    folder, result = mini
+    for claim in ("C1", "C2", "C3", "C4", "C5"):
+        assert claim in result.stdout
+    assert f"Report: {folder / 'report' / 'index.html'}" in result.stdout.replace("\n", "")
+    claims = read_json(folder / "report/report.json")["claims"]
+    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4", "C5"]
+
+
+def test_every_stage_is_done_and_a_second_run_touches_nothing(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    states = json.loads(run_command("status", str(folder), "--json").stdout)["stages"]
+    assert {s["name"]: s["state"] for s in states} == {stage.name: "done" for stage in STAGES}
+    before = digest(folder)
+    again = run_command("run", str(folder))
+    assert again.exit_code == 0
+    assert again.stderr.count("up to date") == len(STAGES)
+    assert digest(folder) == before
+
+
+def test_stores_are_sound_complete_and_open_in_plain_xarray(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    assert verify(folder).problems == ()
+    assert set(result_groups(folder / "results.zarr")) == RESULTS
+    for group in RESULTS:
+        assert group in LAYOUTS
+        open_results(folder / "results.zarr", group)
+        xr.open_zarr(folder / "results.zarr" / group, consolidated=False).load()
+    for store in ("outcomes.zarr", "features.zarr"):
+        xr.open_zarr(folder / store, consolidated=False).load()
+    assert {"/outcomes", "/features", "/activations", "/results/drift"} <= set(open_study(folder).groups)
+
+
+def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    study = open_study(folder)
+    outcomes = study["outcomes"].to_dataset()
+    by_task = outcomes.greedy_correct.groupby("task").mean("prompt").compute()
+    assert by_task.sizes["task"] > 2
+    base, rl = outcomes.greedy_correct.isel(model=0), outcomes.greedy_correct.isel(model=-1)
+    features = study["features"].to_dataset()
+    gained = features["mean"].where((base == 0) & (rl == 1), drop=True)
+    assert gained.chunks is not None
+    drift = study["results/drift"].to_dataset()
+    assert (drift.q_value < 0.05).sum("feature").compute().sizes["model"] == outcomes.sizes["model"] - 1
+
+
+def test_labels_agree_between_stores(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    study = open_study(folder)
+    outcomes, features = study["outcomes"].to_dataset(), study["features"].to_dataset()
+    assert outcomes.model.values.tolist() == features.model.values.tolist()
+    assert outcomes.prompt.values.tolist() == features.prompt.values.tolist()
+    activations = study["activations"].to_dataset()
+    tasks = dict(zip(outcomes.prompt.values, outcomes.task.values, strict=True))
+    assert all(tasks[p] == t for p, t in zip(activations.prompt.values, activations.task.values, strict=True))
+    completions = pd.read_parquet(folder / "completions/base@0.parquet")
+    greedy = completions[completions["sample"] == -1].set_index("prompt")["correct"]
+    stored = outcomes.greedy_correct.sel(model="base@0")
+    assert greedy.loc[outcomes.prompt.values].astype(int).tolist() == stored.values.tolist()
+
+
+def test_records_name_the_spec_and_every_store_its_origin(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    keys = {stage.name: read_json(folder / f"stages/{stage.name}.json")["key"] for stage in STAGES}
+    features = open_features(folder / "features.zarr")
+    assert features.attrs["spec_hash"] == keys["encode"]
+    facts = json.loads(features.attrs["provenance"])
+    assert facts["parents"] == {"crosscoder": keys["crosscoder"]}
+    assert {"git_commit", "packages", "seed"} <= set(facts)
+
+
+def test_a_study_with_another_seed_in_the_same_folder_is_refused(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    before = digest(folder)
+    refused = run_command("demo", "--size", "mini", "--seed", "5", "--folder", str(folder))
+    assert refused.exit_code == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("Error: ")
+    after = digest(folder)
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_folder_without_weights_is_named(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, _ = mini
+    copy = tmp_path / "study"
+    for part in ("models", "data"):
+        shutil.copytree(folder / part, copy / part)
+    spec = yaml.safe_load((folder / "study.yaml").read_text())
+    empty = copy / "models/empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    for run in spec["runs"]:
+        run |= {"method": "checkpoints", "checkpoints": {1: "models/empty"}, "trainer": {}}
+    (copy / "study.yaml").write_text(yaml.safe_dump(spec))
+    result = run_command("extract", str(copy))
+    assert result.exit_code == 2
+    assert "no weights" in result.stderr
+
+
+@pytest.mark.parametrize("n_kills", [4])
+def test_killed_at_any_stage_and_run_again_it_ends_with_the_same_numbers(
+    mini: tuple[Path, Result], tmp_path: Path, n_kills: int
+) -> None:
+    """Also shows that the same study twice gives the same numbers: this one starts from the same prompts and base."""
+    folder, _ = mini
+    copy = tmp_path / "again"
+    copy.mkdir()
+    shutil.copytree(folder / "data", copy / "data")
+    base = yaml.safe_load((folder / "study.yaml").read_text())["base"]["path"]
+    shutil.copytree(folder / base, copy / base)
+    shutil.copy(folder / "study.yaml", copy / "study.yaml")
+    command = [sys.executable, "-P", "-c", "from rlgen_stats.cli import main; main()", "run", str(copy), "--quiet"]
+    random = np.random.default_rng(0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(n_kills):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        stages = len(list((copy / "stages").glob("*.json"))) if (copy / "stages").exists() else 0
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:  # wait until it got somewhere new
+            if (copy / "stages").exists() and len(list((copy / "stages").glob("*.json"))) > stages + 1:
+                break
+            time.sleep(0.05)
+        time.sleep(float(random.uniform(0, 0.5)))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert verify(copy).problems == ()
+    compare(folder, copy)
+
+
+def compare(first: Path, second: Path) -> None:
+    one, two = open_study(first), open_study(second)
+    assert set(one.groups) == set(two.groups)
+    for group in one.groups:
+        for name, array in one[group].to_dataset().load().data_vars.items():
+            other = two[group].to_dataset()[name].values
+            if array.dtype.kind == "f":
+                np.testing.assert_array_equal(array.values, other, err_msg=f"{group}/{name}")
+            else:
+                assert array.values.tolist() == other.tolist(), f"{group}/{name}"
+    ours, theirs = (read_json(folder / "report/report.json")["claims"] for folder in (first, second))
+    assert ours == theirs
