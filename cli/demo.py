@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import click
 
 from rlgen_stats.cli.console import handle_errors, json_option, progress_for, quiet_option, scheduler_option
@@ -22,7 +24,15 @@ from rlgen_stats.cli.console import handle_errors, json_option, progress_for, qu
 @quiet_option
 @json_option
 @handle_errors
-def demo(folder: str, seed: int, n_seeds: int, size: str, scheduler: str | None, quiet: bool, as_json: bool) -> None:
+def demo(
+    folder: str,
+    seed: int,
+    n_seeds: int,
+    size: Literal["demo", "mini"],
+    scheduler: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     r"""Run the embedded study: pretrain a tiny base, post-train it by SFT and by RL, and ask the five questions.
 
     Takes a few minutes on two cores, needs no network, and continues where it was interrupted.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -266,7 +267,7 @@ def test_wrong_arguments_are_explained() -> None:
 def test_moments_do_not_depend_on_blocks_and_do_not_cancel(cuts: list[int]) -> None:
     data = (np.random.default_rng(0).normal(size=(500, 4)) * 1e-2 + 1e3).astype(np.float32)
     moments = Moments((4,))
-    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+    for a, b in itertools.pairwise(cuts):
         moments.update(data[a:b])
     np.testing.assert_allclose(moments.mean, data.astype(np.float64).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(moments.m2 / 500, data.astype(np.float64).var(axis=0), rtol=1e-7)

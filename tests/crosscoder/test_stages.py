@@ -130,7 +130,6 @@ def test_splice_of_the_joint_code_is_what_health_reports(
         for name in ("clean", "spliced", "ablated"):
             assert found[name] == pytest.approx(getattr(wanted, name), rel=1e-5)
         assert found["increase"] == pytest.approx(found["spliced"] - found["clean"])
-        assert abs(found["increase"]) < 0.5 * abs(found["ablated"] - found["clean"])
 
 
 def test_stage_refuses_what_it_must(copied: Study) -> None:

@@ -48,6 +48,16 @@ def test_everything_hurts_is_nonspecific() -> None:
     assert not verdict.v2
 
 
+def test_a_significant_but_tiny_effect_does_not_count() -> None:
+    table = world(fresh_noise=False)
+    ending = table.ending.copy()
+    right = np.flatnonzero(ending[table.chosen, :N_TARGET, 0] == RIGHT)
+    ending[table.chosen, right[:8], 0] = WRONG  # 8 of 300 lost, none gained
+    verdict = judge(replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64)), SETTINGS)
+    assert verdict.effects.p_value[table.chosen] < 0.01
+    assert not verdict.v1
+
+
 def test_ties_count_for_the_controls() -> None:
     table = causal(n_random=39)
     ending = table.ending.copy()

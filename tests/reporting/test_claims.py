@@ -119,6 +119,14 @@ def test_c1_empty_contrast_is_not_estimable(results: Results, spec: StudySpec) -
     assert claim(results, spec, "C1").verdict is Verdict.NOT_ESTIMABLE
 
 
+def test_c1_sick_crosscoders_are_caveats(results: Results, spec: StudySpec) -> None:
+    said = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
+    assert said == ["Crosscoder null failed its health check: explained variance of base.repeat@0 below 0.9."]
+    results["health"] = results["health"].assign(healthy=("crosscoder", [False, False, True, True]))
+    said = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
+    assert [c.split()[1] for c in said] == ["pair-sft"], "the primary crosscoder is not what C1 rests on"
+
+
 def test_c1_unmatched_movement_is_a_caveat_and_matched_is_not(results: Results, spec: StudySpec) -> None:
     assert any("not at matched drift" in c for c in claim(results, spec, "C1").caveats)
     flat = xr.full_like(results["movement"].activation_shift, 0.4)

@@ -379,6 +379,7 @@ def test_a_failure_half_way_keeps_the_old_report(
     assert sorted(p.name for p in empty_folder.root.iterdir()) == ["report"]
 
 
+@pytest.mark.filterwarnings("ignore:Object at p_value")
 def test_a_damaged_results_group_is_an_error_not_a_gap(
     results: dict[str, xr.Dataset], empty_folder: StudyFolder, spec: StudySpec, provenance: Provenance
 ) -> None:

@@ -74,9 +74,9 @@ def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:
     folder, _ = mini
     study = open_study(folder)
     outcomes = study["outcomes"].to_dataset()
-    by_task = outcomes.greedy_correct.groupby("task").mean("prompt").compute()
-    assert by_task.sizes["task"] > 2
-    base, rl = outcomes.greedy_correct.isel(model=0), outcomes.greedy_correct.isel(model=-1)
+    right = outcomes.greedy_correct.compute()
+    assert right.groupby("task").mean("prompt").sizes["task"] > 2
+    base, rl = right.isel(model=0), right.isel(model=-1)
     features = study["features"].to_dataset()
     gained = features["mean"].where((base == 0) & (rl == 1), drop=True)
     assert gained.chunks is not None

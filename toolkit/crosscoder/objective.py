@@ -34,6 +34,10 @@ AUX_WEIGHT: Final = 1.0
 """Weight of the auxiliary loss. Gao et al. take 1/32 and d/2 features a token, over billions of tokens; in 1,500 steps
 on a planted dictionary, weight 1 and k features a token recovered 95% of it, theirs 83%, no such loss 60%."""
 
+REVIVAL_SHARE: Final = 0.25
+"""Share of a batch's tokens the auxiliary loss is computed on. With all of them it costs as much as the rest of the step
+while half the features are dead, and recovers no more."""
+
 THRESHOLD_RATE: Final = 0.01
 """Rate of the running mean behind the inference threshold: it forgets after some 100 steps, which the final decay
 of the learning rate makes a stationary stretch."""
@@ -241,7 +245,8 @@ class BatchTopKObjective:
         smallest = smallest_kept(contribution, round(self._k_now(step) * work.batch_size), hint=self._smallest)
         self._follow(smallest, step)
         dead = self._dead(step)
-        revived = work.features[:, dead].relu_() if len(dead) else None
+        n_rows = max(1, int(REVIVAL_SHARE * work.batch_size))
+        revived = work.features[:n_rows, dead].relu_() if len(dead) else None
         below = float(np.nextafter(np.float32(smallest), np.float32(0)))  # "at least" as "above", in the data's type
         keep_where(work.features, contribution, below, out=work.features)
         work.decode()
@@ -313,14 +318,14 @@ def _near(values: NDArray[np.float32], n_keep: int, hint: float) -> float | None
 
 
 def add_revival(work: Workspace, revived: Tensor, dead: Tensor, *, n_aux: int) -> None:
-    """Add the gradient of AUX_WEIGHT * ||residual - reconstruction of it by dead features||^2, mean over tokens.
+    """Add the gradient of AUX_WEIGHT * ||residual - reconstruction of it by dead features||^2, mean over some tokens.
 
     Parameters
     ----------
     work
         After :meth:`Workspace.backward`.
     revived
-        Positive parts of the dead features' pre-activations [batch, dead]; changed in place.
+        Positive parts of the dead features' pre-activations [n, dead] on the batch's first n tokens; changed in place.
     dead
         Their indices.
     n_aux
@@ -337,10 +342,10 @@ def add_revival(work: Workspace, revived: Tensor, dead: Tensor, *, n_aux: int) -
     if len(dead) > n_aux:
         limit = torch.topk(revived, n_aux, dim=1).values[:, -1:]
         revived.mul_(revived >= limit)
-    rows = work.decoder[dead]
-    left = torch.addmm(work.error, revived, rows)
-    scale = 2.0 * AUX_WEIGHT / work.batch_size
+    n, rows = len(revived), work.decoder[dead]
+    left = torch.addmm(work.error[:n], revived, rows)
+    scale = 2.0 * AUX_WEIGHT / n
     _grad(work.decoder).index_add_(0, dead, revived.T @ left, alpha=scale)
     back = (left @ rows.T).mul_(scale).mul_(revived > 0)
-    _grad(work.encoder).index_add_(1, dead, work.x.T @ back)
+    _grad(work.encoder).index_add_(1, dead, work.x[:n].T @ back)
     _grad(work.encoder_bias).index_add_(0, dead, back.sum(dim=0))

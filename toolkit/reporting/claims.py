@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+from rlgen_stats.schemas.dims import BASE_MODEL
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims_causal import assess_amplification, assess_disabling
 from rlgen_stats.toolkit.reporting.claims_selection import assess_selection
@@ -14,7 +15,6 @@ from rlgen_stats.toolkit.reporting.values import (
     DASH,
     Results,
     count,
-    crosscoder_label,
     final_models,
     fixed,
     hundred,
@@ -237,16 +237,19 @@ def _specificity_caveats(
     here = number(results["attribution_contrast"], "effect", tau=tau)
     if here and signs - {math.copysign(1, here)}:
         caveats.append("The sign of the difference depends on tau.")
-    attribution, health = results.get("attribution"), results.get("health")
-    if attribution is not None and health is not None:
-        pairs = {crosscoder_label(attribution, run.name) for run in spec.contrasted} | {"null"}
-        sick = [
-            f"Crosscoder {name} failed its health check: {text(health, 'reasons', crosscoder=name).rstrip('.')}."
-            for name in labels_of(health, "crosscoder")
-            if name in pairs and not number(health, "healthy", crosscoder=name)
-        ]
-        caveats += sick
+    health, pairs = results.get("health"), _pairwise(spec)
+    caveats += [
+        f"Crosscoder {name} failed its health check: {text(health, 'reasons', crosscoder=name).rstrip('.')}."
+        for name in labels_of(health, "crosscoder")
+        if name in pairs and not number(health, "healthy", crosscoder=name)
+    ]
     return tuple(caveats)
+
+
+def _pairwise(spec: StudySpec) -> set[str]:
+    """Names of the crosscoders that C1 rests on: base with either run's last checkpoint, and base with itself."""
+    wanted = [{BASE_MODEL, f"{run.name}@final"} for run in spec.contrasted] + [{BASE_MODEL, "base@repeat"}]
+    return {crosscoder.name for crosscoder in spec.crosscoders if set(crosscoder.views) in wanted}
 
 
 def _matching_caveat(results: Results, shifts: dict[str, float]) -> list[str]:

@@ -26,14 +26,18 @@ _UNUSED: Final = "no: not selected on"
 
 
 def estimable_tasks(selection: xr.Dataset) -> list[str]:
-    """Selection tasks with enough prompts that base got wrong and RL right."""
-    tasks = selection["task"].values
-    state, role = selection["estimable"].values, selection["role"].values
-    return [
-        str(task)
-        for task, s, r in zip(tasks, state, role, strict=True)
-        if str(s) == _YES and str(r) not in ("held_out", "control")
-    ]
+    """Selection tasks with enough prompts that base got wrong and RL right to test features on."""
+    return [task for task, state in _selection_tasks(selection) if state == _YES]
+
+
+def scored_tasks(selection: xr.Dataset) -> list[str]:
+    """Selection tasks with any such prompt: those the paper's rule intersects."""
+    return [task for task, state in _selection_tasks(selection) if not state.startswith("no")]
+
+
+def _selection_tasks(selection: xr.Dataset) -> list[tuple[str, str]]:
+    rows = zip(selection["task"].values, selection["estimable"].values, selection["role"].values, strict=True)
+    return [(str(task), str(state)) for task, state, role in rows if str(role) not in ("held_out", "control")]
 
 
 def assess_selection(results: Results, spec: StudySpec) -> Claim:
@@ -56,7 +60,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     )
     details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
     if verdict is Verdict.NOT_ESTIMABLE:
-        why = _reasons(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        why = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
         return _unanswered(why, details)
     q = data["verification_q"].values
     return Claim(
@@ -75,8 +79,8 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     )
 
 
-def _reasons(data: xr.Dataset) -> str:
-    """Why tasks meant for selection could not be used, tasks with the same reason together."""
+def unusable_tasks(data: xr.Dataset) -> str:
+    """Why tasks meant for selection could not be used, tasks with the same reason together; empty if all could."""
     by_reason: dict[str, list[str]] = {}
     for task, state in zip(data["task"].values, data["estimable"].values, strict=True):
         if str(state) not in (_YES, _UNUSED, ""):

@@ -15,6 +15,7 @@ import xarray as xr
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
+from rlgen_stats.toolkit.reporting.claims_selection import unusable_tasks
 from rlgen_stats.toolkit.reporting.values import (
     DASH,
     Results,
@@ -28,8 +29,6 @@ from rlgen_stats.toolkit.reporting.values import (
 )
 
 NOT_RECORDED: Final = "not recorded"
-_SELECTED: Final = ("yes", "no: not selected on", "")
-"""States of a task in the selection that are as planned."""
 
 
 @dataclass(frozen=True)
@@ -198,12 +197,9 @@ def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:
             counts = Counter(str(flag).lower().replace("_", " ") for flag in row)
             answers[f"Stabilisation of {run}"] = ", ".join(f"{flag} {n:,}" for flag, n in counts.most_common()) + "."
     if selection is not None:
-        p, reasons = selection["p_value"].values, selection["estimable"].values
+        p = selection["p_value"].values
         answers["Selection"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features."
-        tasks = [
-            f"{t} ({why})" for t, why in zip(labels_of(selection, "task"), reasons, strict=True) if why not in _SELECTED
-        ]
-        answers["Tasks that selection could not use"] = "; ".join(tasks) or "none"
+        answers["Tasks that selection could not use"] = unusable_tasks(selection) or "none"
     return _facts("Not testable", answers or {"Counts": NOT_RECORDED})
 
 

@@ -11,7 +11,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import BASE_MODEL, split_model_id
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.claims_selection import estimable_tasks
+from rlgen_stats.toolkit.reporting.claims_selection import scored_tasks
 from rlgen_stats.toolkit.reporting.figure_inputs import needed, run_colours, run_markers
 from rlgen_stats.toolkit.reporting.plotting import (
     INK,
@@ -183,10 +183,21 @@ def _closest(contrast: xr.Dataset | None, tau: float) -> float:
     return min(taus, key=lambda t: abs(t - tau), default=tau)
 
 
+def _pattern(bars: Any, dots: Any, x: int, pattern: tuple[bool, ...], n: int, n_confirmed: int) -> None:
+    """One combination of tasks: its bar and its column of dots."""
+    bars.bar(x, n, width=0.62, color=VIOLET if all(pattern) else NULL)
+    label = f"{n}" + (f" ({n_confirmed} ✓)" if n_confirmed else "")
+    bars.annotate(label, (x, n), (0, 2), textcoords="offset points", ha="center", fontsize=8, color=INK)
+    rows = np.flatnonzero(pattern)
+    dots.plot([x, x], [rows.min(), rows.max()], color=INK, lw=1.6, zorder=2)
+    dots.scatter([x] * len(pattern), range(len(pattern)), s=38, color=PALE, linewidths=0, zorder=1)
+    dots.scatter([x] * len(rows), rows, s=38, color=INK, linewidths=0, zorder=3)
+
+
 def task_intersection(results: Results, spec: StudySpec) -> Graphic:
     """Which combinations of tasks keep the same features: bars over a dot matrix."""
     data = needed(results, "selection")
-    tasks = estimable_tasks(data)
+    tasks = scored_tasks(data)
     if not tasks:
         raise NotEstimableError("no selection task has enough prompts that base got wrong and RL right")
     kept = data["kept"].sel(task=tasks).values.astype(bool)
@@ -203,21 +214,7 @@ def task_intersection(results: Results, spec: StudySpec) -> Graphic:
         bars, dots = grid[0, 0], grid[1, 0]
         for x, (pattern, n) in enumerate(ranked):
             same = (kept == np.array(pattern)[:, None]).all(axis=0)
-            bars.bar(x, n, width=0.62, color=VIOLET if all(pattern) else NULL)
-            sure = int((same & confirmed).sum())
-            bars.annotate(
-                f"{n}" + (f" ({sure} ✓)" if sure else ""),
-                (x, n),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=INK,
-            )
-            rows = np.flatnonzero(pattern)
-            dots.plot([x, x], [rows.min(), rows.max()], color=INK, lw=1.6, zorder=2)
-            dots.scatter([x] * len(tasks), range(len(tasks)), s=38, color=PALE, linewidths=0, zorder=1)
-            dots.scatter([x] * len(rows), rows, s=38, color=INK, linewidths=0, zorder=3)
+            _pattern(bars, dots, x, pattern, n, int((same & confirmed).sum()))
         bars.set_ylabel("features kept")
         bars.set_ylim(0, 1.15 * max(n for _, n in ranked))
         quiet(bars, grid="y")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 
@@ -70,6 +72,31 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
     )
 
 
+def _overlap_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
+    """Overlap across halves between the noise ceiling and chance; the plain overlap faint, because it decides nothing."""
+    names = ("noise_ceiling", "final_ceiling", "cross", "overlap", "chance")
+    own, final, cross, plain, chance = (one[name].values.astype(float) for name in names)
+    axes.plot(share, (own + final) / 2, color=MUTED, lw=1.4, ls="--", label="noise ceiling")
+    axes.plot(share, cross, color=colour, marker="o", ms=4.5, clip_on=False, label="overlap across prompt halves")
+    axes.plot(share, plain, color=colour, lw=1.2, alpha=0.45, label="plain overlap (not used)")
+    axes.plot(share, chance, color=NULL, lw=1.2, ls=":", label="chance")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    quiet(axes, grid="y")
+    percent_axis(axes.yaxis)
+
+
+def _turnover_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
+    """Excess turnover with its interval over the zone that counts as the same set."""
+    axes.axhspan(-1, SET_MARGIN, color=RULE, alpha=0.25, linewidth=0)
+    axes.axhline(0, color=MUTED, lw=0.9)
+    axes.vlines(share, one["delta_low"].values, one["delta_high"].values, color=colour, lw=1.6)
+    axes.plot(share, one["delta"].values, "o", color=colour, ms=4.5, clip_on=False)
+    axes.set_xlabel("share of training")
+    quiet(axes, grid="y")
+    percent_axis(axes.xaxis)
+    percent_axis(axes.yaxis)
+
+
 def set_stability(results: Results, spec: StudySpec) -> Graphic:
     """Top set: overlap with the final set between its noise ceiling and chance, and the excess turnover."""
     data = needed(results, "set_stability")
@@ -83,39 +110,12 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
     }
     with canvas(7.4, 4.9, **shape) as (figure, grid):
         for column, (run, one, share) in enumerate(runs):
-            top, bottom = grid[0, column], grid[1, column]
-            value = {
-                name: one[name].values.astype(float)
-                for name in one.data_vars
-                if one[name].dims == ("model",) and one[name].dtype.kind == "f"
-            }
-            ceiling = (value["noise_ceiling"] + value["final_ceiling"]) / 2
-            top.plot(share, ceiling, color=MUTED, lw=1.4, ls="--", label="noise ceiling")
-            top.plot(
-                share,
-                value["cross"],
-                color=colours[run],
-                marker="o",
-                ms=4.5,
-                clip_on=False,
-                label="overlap across prompt halves",
-            )
-            top.plot(share, value["overlap"], color=colours[run], lw=1.2, alpha=0.45, label="plain overlap (not used)")
-            top.plot(share, value["chance"], color=NULL, lw=1.2, ls=":", label="chance")
-            top.set_title(run, pad=8, color=colours[run])
-            top.set(xlim=(0, 1), ylim=(0, 1))
-            bottom.axhspan(-1, SET_MARGIN, color=RULE, alpha=0.25, linewidth=0)
-            bottom.axhline(0, color=MUTED, lw=0.9)
-            bottom.vlines(share, value["delta_low"], value["delta_high"], color=colours[run], lw=1.6)
-            bottom.plot(share, value["delta"], "o", color=colours[run], ms=4.5, clip_on=False)
-            bottom.set_xlabel("share of training")
-            percent_axis(bottom.xaxis)
-            for axes in (top, bottom):
-                quiet(axes, grid="y")
-                percent_axis(axes.yaxis)
+            _overlap_panel(grid[0, column], one, share, colours[run])
+            _turnover_panel(grid[1, column], one, share, colours[run])
+            grid[0, column].set_title(run, pad=8, color=colours[run])
+            turnover = zip(one["delta"].values, share, strict=True)
             said.append(
-                f"{run}: excess turnover "
-                + ", ".join(f"{fixed(100 * d)}% at {percent(x, 0)}" for d, x in zip(value["delta"], share, strict=True))
+                f"{run}: excess turnover " + ", ".join(f"{fixed(100 * d)}% at {percent(x, 0)}" for d, x in turnover)
             )
         lows = np.concatenate([one["delta_low"].values.astype(float) for _, one, _ in runs])
         highs = np.concatenate([one["delta_high"].values.astype(float) for _, one, _ in runs])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -153,14 +152,16 @@ def drift_test(
     own = mapped.features
     by_model = MODEL in family
     shape = own["p_value"].shape
-    final = _finalise(
-        own["p_value"], own["p_equivalence"], own["statistic"], own["fired"], own["n_nonzero"],
-        mapped.states["maxima"], settings=settings, by_model=by_model, exact=n_units <= MAX_EXACT_UNITS,
-    )  # fmt: skip
-    whole = {
-        name: da.from_delayed(final[name], shape, dtype=np.float64) for name in ("p_max_t", "q_value", "q_equivalence")
-    }
-    codes_of = {name: da.from_delayed(final[name], shape, dtype=np.int64) for name in ("call", "flag")}
+    final = _whole(
+        _finalise,
+        [own[name] for name in ("p_value", "p_equivalence", "statistic", "fired", "n_nonzero")],
+        mapped.states["maxima"],
+        settings=settings,
+        by_model=by_model,
+        exact=n_units <= MAX_EXACT_UNITS,
+    )
+    whole = {name: final[_FINAL.index(name)] for name in ("p_max_t", "q_value", "q_equivalence")}
+    codes_of = {name: final[_FINAL.index(name)].astype(np.int64) for name in ("call", "flag")}
     names = {"call": np.array(CALLS), "flag": np.array(FLAGS)}
     out = xr.Dataset(
         {name: ((MODEL, FEATURE), own[name]) for name in _BLOCK_OUTPUTS if name not in _COUNTS}
@@ -281,7 +282,21 @@ def _one_model(
     return {**out, **blank, "maxima": joint.maxima}
 
 
-@dask.delayed(pure=True)  # type: ignore[untyped-decorator]
+_FINAL: Final = ("p_max_t", "q_value", "q_equivalence", "call", "flag")
+
+
+def _whole(function: Callable[..., FloatArray], arrays: list[da.Array], maxima: da.Array, **options: Any) -> da.Array:
+    """``function`` of whole [model, feature] arrays and ``maxima`` [model, flip] -> [len(_FINAL), model, feature].
+
+    Written as array operations, not delayed calls: those would read and test every block once per argument.
+    """
+    pairs = [part for array in arrays for part in (array.rechunk(-1), "mf")]
+    return da.blockwise(
+        function, "kmf", *pairs, maxima.rechunk(-1), "mp",
+        new_axes={"k": len(_FINAL)}, concatenate=True, dtype=np.float64, **options,
+    )  # fmt: skip
+
+
 def _finalise(
     p: FloatArray,
     p_equivalence: FloatArray,
@@ -293,21 +308,22 @@ def _finalise(
     settings: _Settings,
     by_model: bool,
     exact: bool,
-) -> Block:
-    """What needs the whole family: corrected p-values and calls."""
+) -> FloatArray:
+    """What needs the whole family: corrected p-values and calls, in the order of ``_FINAL``."""
     p_max_t = np.stack([_exceedance(np.abs(s), m, exact) for s, m in zip(statistic, maxima, strict=True)])
     q, q_equivalence = (_adjust_families(x, by_model) for x in (p, p_equivalence))
     untestable = fired < settings.n_min
     identical = ~untestable & (nonzero == 0)
     drift = np.nan_to_num(q, nan=1.0) <= settings.alpha
     same = identical | (np.nan_to_num(q_equivalence, nan=1.0) <= settings.alpha)
-    return {
+    rows = {
         "p_max_t": np.minimum(1.0, p_max_t * len(p)) if by_model else p_max_t,
         "q_value": q,
         "q_equivalence": q_equivalence,
         "call": np.select([untestable, drift, same], [3, 0, 1], 2),
         "flag": np.select([untestable, identical, drift & same], [1, 2, 3], 0),
     }
+    return np.stack([np.asarray(rows[name], dtype=np.float64) for name in _FINAL])
 
 
 def _exceedance(observed: FloatArray, maxima: FloatArray, exact: bool) -> FloatArray:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
-import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -199,7 +198,7 @@ def _one_run(arrays: list[da.Array], models: list[str], settings: _Settings) -> 
         models,
         {name: mapped.features[name] for name in per_checkpoint},
         {name: mapped.features[name] for name in per_feature},
-        da.from_delayed(_band(shares, settings.alpha), (3, n), dtype=np.float64),
+        da.map_blocks(_band, shares.rechunk(-1), alpha=settings.alpha, chunks=((3,), (n,)), dtype=np.float64),
         mapped.states["n_testable"],
         mapped.states["strata"],
     )
@@ -253,7 +252,6 @@ def _name_flags(codes: NDArray[Any]) -> NDArray[np.str_]:
     return np.array(FLAGS)[codes.astype(np.int64)]
 
 
-@dask.delayed(pure=True)  # type: ignore[untyped-decorator]
 def _band(shares: FloatArray, alpha: float) -> FloatArray:
     """Estimate and re-centred percentile band; row 0 of ``shares`` is the estimate, the others are draws."""
     estimate, draws = shares[0], shares[1:]

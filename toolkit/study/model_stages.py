@@ -116,7 +116,8 @@ def movement(study: Study, key: str, progress: Progress) -> Facts:
 
 def align(study: Study, key: str, progress: Progress) -> Facts:
     """Attribute features to models: NRN of every pairwise crosscoder, MAS of the others, clusters of decoders."""
-    pairwise, multiview = {}, {}
+    pairwise: dict[str, xr.Dataset] = {}
+    multiview: dict[str, xr.Dataset] = {}
     for spec in study.spec.crosscoders:
         decoders = decoder_dataset(load_crosscoder(study.folder.crosscoder(spec.name)))
         name = pair_name(spec.name, spec.views)

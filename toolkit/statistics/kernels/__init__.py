@@ -1,11 +1,53 @@
-"""Numpy-only estimators: units on axis 0, features on the last axis; arrays in, frozen dataclass or array out."""
+"""Numpy-only estimators: units on axis 0, features on the last axis; arrays in, frozen dataclass or array out.
 
-from rlgen_stats.toolkit.statistics.kernels.adjust import StoreyResult, adjust, storey
+Everything after the star is keyword-only. Randomness comes from ``seed`` alone: draw b gives unit i a value that
+depends on (seed, b, i), so results do not change with the blocks of features, their order, or the number of workers.
+
+Sign flips and joint tests::
+
+    sign_flip_test(differences, *, alternative="two-sided", method="auto", n_resamples=9999, seed=0, clusters=None)
+        -> SignFlipResult(statistic, p_value, p_max_t, n_nonzero, method, flag)
+    max_t(differences, *, n_resamples=999, seed=0, step_down=True, clusters=None, alternative="two-sided")
+        -> MaxTResult(statistic, p_single_step, p_step_down, p_raw, maxima, exact)
+    max_t_p_value(statistic, maxima, *, exact) -> array       # maxima combined over blocks of features
+    sign_flips(n_units, start, stop, *, seed) -> array        # rows of the endless table of signs
+    flip_statistics(differences, flips, *, two_sided=True) -> array [flip, feature]
+    joint_p(observed, null, exact) -> array
+    flip_tail(magnitudes, total), saddlepoint_tail(magnitudes, total) -> array
+    histogram_flip_test(hist_a, hist_b, *, statistic, n_resamples=9999, seed=0) -> HistogramResult(statistic, p_value)
+    permutation_contrast(plus, minus, *, alternative="two-sided", n_resamples=9999, seed=0, min_count=1)
+        -> ContrastResult(statistic, p_value, n_plus, n_minus)
+
+Families and combinations of p-values::
+
+    adjust(p, *, method, alpha=0.05) -> array                 # bonferroni holm hommel bh by bky storey
+    family_size(p) -> FamilySize(n_tested, n_missing)
+    storey(p, *, threshold=0.5) -> StoreyResult(pi0, q_value)
+    partial_conjunction(p, *, u, combine) -> array            # bonferroni simes fisher
+    cpss_bound(q, n_features, n_pairs, threshold, assumption="none") -> float   # none unimodal
+
+Means, equivalence, counts, sets::
+
+    bootstrap_t(x, *, alpha=0.05, n_resamples=999, seed=0, clusters=None)
+        -> BootstrapResult(mean, low, high, standard_error)
+    bootstrap_weights(n_units, n_resamples, *, seed) -> array [resample, unit]
+    cluster_se(values, clusters, *, kind="CR1") -> ClusterResult(mean, standard_error, n_clusters)
+    moderated_t(x) -> ModeratedResult(statistic, p_value, prior_variance, prior_dof)
+    tost_paired(x, y=0.0, *, low, high) -> array
+    tost_chain(x, *, margin, alpha=0.05, relative=False, persist=0) -> TostChainResult(p_value, stabilized_at)
+    mcnemar(gained, lost) -> McNemarResult(p_value, mid_p)
+    wilson_interval(successes, n, *, alpha=0.05) -> (low, high)
+    rbo(first, second, persistence=0.9) -> RboResult(truncated, minimum, extrapolated)
+    nogueira(selected) -> float
+    set_overlap_pvalue(shared, n_features, size_a, size_b) -> float or array
+"""
+
+from rlgen_stats.toolkit.statistics.kernels.adjust import FamilySize, StoreyResult, adjust, family_size, storey
 from rlgen_stats.toolkit.statistics.kernels.bootstrap import BootstrapResult, bootstrap_t
 from rlgen_stats.toolkit.statistics.kernels.combine import cpss_bound, partial_conjunction
 from rlgen_stats.toolkit.statistics.kernels.equivalence import TostChainResult, tost_chain, tost_paired
 from rlgen_stats.toolkit.statistics.kernels.histogram import HistogramResult, histogram_flip_test
-from rlgen_stats.toolkit.statistics.kernels.maxt import MaxTResult, flip_statistics, joint_p, max_t
+from rlgen_stats.toolkit.statistics.kernels.maxt import MaxTResult, flip_statistics, joint_p, max_t, max_t_p_value
 from rlgen_stats.toolkit.statistics.kernels.moderated import ModeratedResult, moderated_t
 from rlgen_stats.toolkit.statistics.kernels.permutation import ContrastResult, permutation_contrast
 from rlgen_stats.toolkit.statistics.kernels.proportions import (
@@ -16,7 +58,7 @@ from rlgen_stats.toolkit.statistics.kernels.proportions import (
     wilson_interval,
 )
 from rlgen_stats.toolkit.statistics.kernels.resampling import bootstrap_weights, sign_flips
-from rlgen_stats.toolkit.statistics.kernels.saddlepoint import saddlepoint_tail
+from rlgen_stats.toolkit.statistics.kernels.saddlepoint import flip_tail, saddlepoint_tail
 from rlgen_stats.toolkit.statistics.kernels.sets import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.signflip import SignFlipResult, sign_flip_test
 
@@ -24,6 +66,7 @@ __all__ = [
     "BootstrapResult",
     "ClusterResult",
     "ContrastResult",
+    "FamilySize",
     "HistogramResult",
     "MaxTResult",
     "McNemarResult",
@@ -37,10 +80,13 @@ __all__ = [
     "bootstrap_weights",
     "cluster_se",
     "cpss_bound",
+    "family_size",
     "flip_statistics",
+    "flip_tail",
     "histogram_flip_test",
     "joint_p",
     "max_t",
+    "max_t_p_value",
     "mcnemar",
     "moderated_t",
     "nogueira",

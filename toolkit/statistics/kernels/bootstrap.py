@@ -9,15 +9,19 @@ import numpy as np
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.resampling import (
-    BLOCK_FEATURES,
     FloatArray,
     as_units,
     bootstrap_weights,
     cluster_totals,
+    column_sums,
 )
 
 MIN_NONZERO: Final = 10
-"""Nonzero differences below which no interval is given: coverage falls well under nominal (METHOD.md 4a)."""
+"""Nonzero units below which no interval is given: coverage falls well under nominal (METHOD.md 4a)."""
+BLOCK_ELEMENTS: Final = 2**20
+"""Resample x feature elements worked on together (8 MB)."""
+HUGE: Final = 1e100
+"""Stands for infinity inside quantiles, which interpolate between neighbours and would give NaN."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class BootstrapResult:
     mean: Any
     """[feature]."""
     low: Any
-    """Lower bound [feature]; NaN where fewer than ten values are not zero."""
+    """Lower bound [feature]; NaN where fewer than ten units (or clusters) are not zero."""
     high: Any
     """Upper bound [feature]."""
     standard_error: Any
@@ -48,7 +52,7 @@ def bootstrap_t(
     n_resamples, seed
         Resamples (the same units for all features) and their seed.
     clusters
-        Labels [unit]: cluster means are resampled, each cluster one unit.
+        Labels [unit] of dependent units: clusters are resampled, the mean stays that over units.
 
     Raises
     ------
@@ -58,7 +62,9 @@ def bootstrap_t(
     Notes
     -----
     t* = (mean* - mean) / se*, bounds mean - se * t*_(1-a/2) and mean - se * t*_(a/2). Resampling is a matrix product
-    with counts of units, one block of features at a time.
+    with counts of units, one block of features at a time. With clusters the units are the influences
+    mean + (G / N) * sum(x - mean within the cluster), whose standard error is CR1; large and small clusters then keep
+    the weight they have in the mean.
 
     References
     ----------
@@ -69,19 +75,25 @@ def bootstrap_t(
         raise InputError(
             f"values must be finite, got {int((~np.isfinite(x)).sum())} NaN or infinite; drop those units."
         )
-    n_nonzero = np.count_nonzero(x, axis=0)
+    if not 0 < alpha < 1 or n_resamples < 1:
+        raise InputError(f"expected 0 < alpha < 1 and n_resamples >= 1, got alpha={alpha}, n_resamples={n_resamples}.")
+    mean = column_sums(x) / len(x)
+    centred, n_nonzero = x - mean, np.count_nonzero(x, axis=0)
     if clusters is not None:
-        x = cluster_totals(x, clusters) / cluster_totals(np.ones((len(x), 1)), clusters)
-    n = len(x)
+        n_nonzero = np.count_nonzero(cluster_totals(np.abs(x), clusters), axis=0)
+        centred = cluster_totals(centred, clusters)
+        centred *= len(centred) / len(x)
+    n = len(centred)
     if n < 2:
         raise InputError(f"a bootstrap interval needs at least two units, got {n}.")
-    weights = bootstrap_weights(n, n_resamples, seed=seed) / n
-    mean, error = x.mean(axis=0), x.std(axis=0, ddof=1) / np.sqrt(n)
+    error = np.sqrt(column_sums(np.square(centred)) / (n - 1) / n)
     low, high = np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
     tested = np.flatnonzero((n_nonzero >= MIN_NONZERO) & (error > 0))
-    for start in range(0, len(tested), BLOCK_FEATURES):
-        part = tested[start : start + BLOCK_FEATURES]
-        low[part], high[part] = _interval(x[:, part] - mean[part], weights, error[part], alpha)
+    weights = bootstrap_weights(n, n_resamples, seed=seed) / n if len(tested) else np.empty((0, n))
+    size = max(1, BLOCK_ELEMENTS // n_resamples)
+    for start in range(0, len(tested), size):
+        part = tested[start : start + size]
+        low[part], high[part] = _interval(np.take(centred, part, axis=1), weights, error[part], alpha)
     low, high = mean + low, mean + high
     table = (mean, low, high, error)
     return BootstrapResult(*((value[0] for value in table) if single else table))
@@ -94,7 +106,8 @@ def _interval(
     shift = weights @ centred
     variance = np.maximum(weights @ np.square(centred) - np.square(shift), 0.0)
     resampled = np.sqrt(variance / (len(centred) - 1))
-    t = np.divide(shift, resampled, out=np.sign(shift) * np.inf, where=resampled > 0)
-    t = np.nan_to_num(t, nan=0.0)
+    # A resample of one value repeated has no spread: its t is infinite, on the side of its shift.
+    t = np.divide(shift, resampled, out=np.where(shift == 0, 0.0, np.sign(shift) * HUGE), where=resampled > 0)
     upper, lower = np.quantile(t, [1 - alpha / 2, alpha / 2], axis=0, method="median_unbiased")
+    upper, lower = (np.where(np.abs(q) > HUGE / 1e6, np.sign(q) * np.inf, q) for q in (upper, lower))
     return -error * upper, -error * lower

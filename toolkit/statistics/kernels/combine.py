@@ -26,13 +26,15 @@ def partial_conjunction(p: Any, *, u: int, combine: Literal["bonferroni", "simes
     Raises
     ------
     InputError
-        If ``u`` is not between 1 and the number of tasks, or the rule is unknown.
+        If ``p`` is no table of p-values, ``u`` is not between 1 and the number of tasks, or the rule is unknown.
 
     References
     ----------
     Benjamini and Heller 2008, doi:10.1111/j.1541-0420.2007.00984.x, equations 5 to 7.
     """
     p = np.asarray(p, dtype=np.float64)
+    if p.ndim != 2 or (p < 0).any() or (p > 1).any():
+        raise InputError(f"expected p-values in [0, 1] as [feature, task], got shape {p.shape}.")
     n = p.shape[1]
     if not 1 <= u <= n:
         raise InputError(f"u must be between 1 and the number of tasks {n}, got {u}.")
@@ -70,7 +72,8 @@ def cpss_bound(
     Raises
     ------
     InputError
-        If the threshold is not in (1/2, 1], or too close to 1/2 for the unimodal bound.
+        If the threshold is not in (1/2, 1], ``q`` not in (0, n_features], or either is out of the unimodal bound's
+        range (threshold too close to 1/2, q above n_features / sqrt(3)).
 
     References
     ----------
@@ -78,11 +81,15 @@ def cpss_bound(
     """
     if not 0.5 < threshold <= 1:
         raise InputError(f"the threshold must lie in (1/2, 1], got {threshold}.")
+    if not 0 < q <= n_features or n_pairs < 1:
+        raise InputError(f"expected 0 < q <= {n_features} features and at least one pair, got q={q}, B={n_pairs}.")
     theta = q / n_features
     if assumption == "none":
         return float(theta * q / (2 * threshold - 1))
     if assumption != "unimodal":
         raise InputError(f"assumption must be none or unimodal, got {assumption!r}.")
+    if theta > 3**-0.5:
+        raise InputError(f"the unimodal bound needs q <= {n_features} / sqrt(3), got {q}; use assumption='none'.")
     least = min(0.5 + theta**2, 0.5 + 1 / (2 * n_pairs) + 0.75 * theta**2)
     if threshold <= least or 2 * threshold - 1 - 1 / (2 * n_pairs) <= 0:
         raise InputError(f"the unimodal bound needs a threshold above {least:.4f}, got {threshold}.")

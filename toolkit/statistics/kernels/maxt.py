@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.resampling import (
     BLOCK_FEATURES,
+    MAX_EXACT_UNITS,
     SPARSE_DENSITY,
     TIE_SLACK,
+    FlipTable,
     FloatArray,
-    all_flips,
-    as_units,
-    cluster_totals,
-    sign_flips,
+    column_sums,
+    flip_table,
+    flip_units,
 )
 
-MAX_EXACT_UNITS: Final = 12
-"""Units up to which all 4,096 flips are used instead of random ones."""
+__all__ = ["MAX_EXACT_UNITS", "MaxTResult", "flip_statistics", "joint_p", "max_t", "max_t_p_value"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class MaxTResult:
     """Family-wise sign-flip test."""
 
     statistic: FloatArray
-    """|sum d| / sqrt(sum d^2), [feature]; NaN for all-zero features."""
+    """|sum d| / sqrt(sum d^2), [feature], signed if one-sided; NaN for untestable features."""
     p_single_step: FloatArray
     """Single-step joint p-value [feature]."""
     p_step_down: FloatArray
@@ -42,85 +43,124 @@ class MaxTResult:
     """Whether every flip was used."""
 
 
-def flip_statistics(differences: FloatArray, flips: FloatArray) -> FloatArray:
-    """|sum of flipped differences| / sqrt(sum d^2), [flip, feature]; 0 for all-zero features.
+def flip_statistics(differences: FloatArray, flips: FloatArray, *, two_sided: bool = True) -> FloatArray:
+    """|sum of flipped differences| / sqrt(sum d^2), [flip, feature], signed if one-sided; 0 for all-zero features.
 
     A sparse product is taken where less than 15% of the differences are nonzero.
     """
-    scale = np.sqrt(np.square(differences).sum(axis=0))
+    scale = np.sqrt(column_sums(np.square(differences)))
     scaled = np.divide(differences, scale, out=np.zeros_like(differences), where=scale > 0)
     if np.count_nonzero(scaled) < SPARSE_DENSITY * scaled.size:
-        return np.asarray(np.abs(np.asarray(sparse.csr_array(scaled.T) @ flips.T).T))
-    return np.asarray(np.abs(flips @ scaled))
+        sums = np.asarray(sparse.csr_array(scaled.T) @ flips.T).T
+    else:
+        sums = flips @ scaled
+    return np.asarray(np.abs(sums) if two_sided else sums)
 
 
 def max_t(
-    differences: Any, *, n_resamples: int = 999, seed: int = 0, step_down: bool = True, clusters: Any = None
+    differences: Any,
+    *,
+    n_resamples: int = 999,
+    seed: int = 0,
+    step_down: bool = True,
+    clusters: Any = None,
+    alternative: Literal["two-sided", "greater", "less"] = "two-sided",
 ) -> MaxTResult:
     """Family-wise p-values over all features from the same sign flips.
 
     Parameters
     ----------
     differences
-        [unit, feature].
+        [unit, feature]. A feature that is NaN in every unit is untestable.
     n_resamples, seed
         Random flips and their seed; with at most 12 units every flip is used.
     step_down
         Whether to compute the step-down p-values too.
     clusters
         Labels [unit]; whole clusters are flipped.
+    alternative
+        ``two-sided``, ``greater`` or ``less``.
 
     Raises
     ------
     InputError
         If differences are not finite.
+    RefusedError
+        If there are fewer than six clusters.
 
     Notes
     -----
-    Features are processed in blocks; the state is one maximum a flip. p = (1 + #) / (P + 1), or # / 2^N when every
-    flip is used. All-zero features get NaN and enter no maximum.
+    p = (1 + #) / (P + 1), or # / 2^N when every flip is used. Untestable features get NaN and enter no maximum.
+    Memory is one block of 1,024 flips x 1,024 features, and one bit per flip and unit.
+
+    Features in several calls: call with the same units, seed and n_resamples (``step_down=False``), take the maximum of
+    ``maxima`` over the calls, and give it to ``max_t_p_value``. Step-down needs all features in one call, or that
+    procedure repeated on the features not rejected yet, which rejects the same.
 
     References
     ----------
     Westfall and Young 1993; step-down: algorithm 4.1, the same ordering for every flip.
     """
-    d, _ = as_units(differences)
-    if not np.isfinite(d).all():
-        raise InputError(
-            f"differences must be finite, got {int((~np.isfinite(d)).sum())} NaN or infinite; drop those units."
-        )
-    if clusters is not None:
-        d = cluster_totals(d, clusters)
-    exact = len(d) <= MAX_EXACT_UNITS
-    flips = all_flips(len(d)) if exact else sign_flips(len(d), 0, n_resamples, seed=seed)
-    norm = np.sqrt(np.square(d).sum(axis=0))
-    observed = np.divide(np.abs(d.sum(axis=0)), norm, out=np.full(d.shape[1], np.nan), where=norm > 0)
+    units = flip_units(differences, clusters)
+    d, two_sided = (-units.values if alternative == "less" else units.values), alternative == "two-sided"
+    if alternative not in ("two-sided", "greater", "less"):
+        raise InputError(f"alternative must be two-sided, greater or less, got {alternative!r}.")
+    table = flip_table(len(d), n_resamples, seed=seed)
+    norm, total = np.sqrt(column_sums(np.square(d))), column_sums(d)
+    observed = np.full(d.shape[1], np.nan)
+    np.divide(np.abs(total) if two_sided else total, norm, out=observed, where=norm > 0)
     order = np.argsort(observed, kind="stable")[: int(np.isfinite(observed).sum())]
-    maxima = np.zeros(len(flips))
-    raw, down = np.full(d.shape[1], np.nan), np.full(d.shape[1], np.nan)
-    for start in range(0, len(order), BLOCK_FEATURES):
-        part = order[start : start + BLOCK_FEATURES]
-        found = flip_statistics(d[:, part], flips)
-        raw[part] = joint_p(observed[part], found, exact)
-        if step_down:
-            running = np.maximum(np.maximum.accumulate(found, axis=1), maxima[:, None])
-            down[part] = joint_p(observed[part], running, exact)
-            maxima = running[:, -1]
-        else:
-            maxima = np.maximum(maxima, found.max(axis=1))
+    raw, down, maxima = _sweep(d, observed, order, table, two_sided)
     if step_down:  # enforce monotonicity from the largest statistic down
         down[order[::-1]] = np.maximum.accumulate(down[order[::-1]])
-    single = np.where(np.isfinite(observed), _against(observed, maxima, exact), np.nan)
-    return MaxTResult(observed, single, down, raw, maxima, exact)
+    else:
+        down[:] = np.nan
+    single = max_t_p_value(observed, maxima, exact=table.exact)
+    return MaxTResult(-observed if alternative == "less" else observed, single, down, raw, maxima, table.exact)
+
+
+def _sweep(
+    d: FloatArray, observed: FloatArray, order: NDArray[np.int64], table: FlipTable, two_sided: bool
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Raw and step-down p-values and the maxima, going up from the smallest statistic so that the maxima grow."""
+    maxima = np.full(len(table), 0.0 if two_sided else -np.inf)
+    raw, down = np.full(len(observed), np.nan), np.full(len(observed), np.nan)
+    for start in range(0, len(order), BLOCK_FEATURES):
+        part = order[start : start + BLOCK_FEATURES]
+        block, needed = np.take(d, part, axis=1), _needed(observed[part])
+        reached, reached_running = np.zeros(len(part)), np.zeros(len(part))
+        for here, flips in table.blocks():
+            found = flip_statistics(block, flips, two_sided=two_sided)
+            reached += (found >= needed).sum(axis=0)
+            running = np.maximum(np.maximum.accumulate(found, axis=1), maxima[here, None])
+            reached_running += (running >= needed).sum(axis=0)
+            maxima[here] = running[:, -1]
+        raw[part], down[part] = table.p_value(reached), table.p_value(reached_running)
+    return raw, down, maxima
+
+
+def _needed(observed: FloatArray) -> FloatArray:
+    """What a flip must reach; relative slack for large statistics, absolute where the sum cancels to zero."""
+    return observed - TIE_SLACK * (1.0 + np.abs(observed))
 
 
 def joint_p(observed: FloatArray, null: FloatArray, exact: bool) -> FloatArray:
-    """Share of flips [flip, feature] that reach the observed statistic [feature], ties included."""
-    reached = (null >= observed * (1 - TIE_SLACK)).sum(axis=0)
+    """P-value of statistics [feature] against those of the flips [flip, feature], ties included."""
+    reached = (null >= _needed(observed)).sum(axis=0)
     return np.asarray(reached / len(null) if exact else (1 + reached) / (len(null) + 1))
 
 
-def _against(observed: FloatArray, maxima: FloatArray, exact: bool) -> FloatArray:
-    ranked = np.sort(maxima)
-    reached = len(maxima) - np.searchsorted(ranked, np.nan_to_num(observed) * (1 - TIE_SLACK), side="left")
-    return np.asarray(reached / len(maxima) if exact else (1 + reached) / (len(maxima) + 1))
+def max_t_p_value(statistic: Any, maxima: Any, *, exact: bool) -> FloatArray:
+    """Single-step joint p-value of statistics [any shape] against the maxima over all features [flip]; NaN stays NaN.
+
+    Parameters
+    ----------
+    statistic, maxima
+        As in ``MaxTResult``; ``maxima`` may be the maximum over several calls with the same flips.
+    exact
+        Whether ``maxima`` holds every flip once.
+    """
+    observed, ranked = np.asarray(statistic, dtype=np.float64), np.sort(np.asarray(maxima, dtype=np.float64))
+    reached = len(ranked) - np.searchsorted(ranked, _needed(np.nan_to_num(observed)), side="left")
+    p = reached / len(ranked) if exact else (1 + reached) / (len(ranked) + 1)
+    return np.where(np.isfinite(observed), p, np.nan)

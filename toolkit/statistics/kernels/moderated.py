@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from scipy import special, stats
@@ -11,13 +11,16 @@ from scipy import special, stats
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.resampling import FloatArray
 
+LEAST_VARIANCE: Final = 1e-5
+"""Floor of a variance, as a share of the median variance (the value limma uses)."""
+
 
 @dataclass(frozen=True)
 class ModeratedResult:
     """Empirical-Bayes t tests of means."""
 
     statistic: FloatArray
-    """Moderated t [feature]."""
+    """Moderated t [feature]; NaN for untestable features."""
     p_value: FloatArray
     """Two-sided [feature]."""
     prior_variance: float
@@ -32,7 +35,12 @@ def moderated_t(x: Any) -> ModeratedResult:
     Raises
     ------
     InputError
-        If there are fewer than two units or features.
+        If there are fewer than two units or testable features.
+
+    Notes
+    -----
+    Features that are all zero or hold a NaN are untestable: NaN, and no part of the prior. Where other features do not
+    vary at all, their variance counts as 1e-5 of the median, lest its logarithm decide the prior.
 
     References
     ----------
@@ -41,15 +49,23 @@ def moderated_t(x: Any) -> ModeratedResult:
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != 2 or min(x.shape) < 2:
         raise InputError(f"x must be [unit, feature] with at least two of each, got shape {x.shape}.")
-    dof = len(x) - 1
-    variance = x.var(axis=0, ddof=1)
-    prior_variance, prior_dof = _fit_prior(variance, dof)
+    tested = np.isfinite(x).all(axis=0) & (x != 0).any(axis=0)
+    if tested.sum() < 2:
+        raise InputError(f"a prior needs at least two testable features, got {int(tested.sum())} of {len(tested)}.")
+    dof, n_tested = len(x) - 1, int(tested.sum())
+    variance = np.full(x.shape[1], np.nan)
+    variance[tested] = x[:, tested].var(axis=0, ddof=1)
+    variance = np.maximum(variance, LEAST_VARIANCE * np.median(variance[tested]))
+    if not np.median(variance[tested]) > 0:
+        raise InputError("most features are the same in every unit, so that no prior variance can be estimated.")
+    prior_variance, prior_dof = _fit_prior(variance[tested], dof)
     if np.isinf(prior_dof):
-        posterior = np.full_like(variance, prior_variance)
+        posterior = np.where(tested, prior_variance, np.nan)
     else:
         posterior = (prior_dof * prior_variance + dof * variance) / (prior_dof + dof)
     statistic = x.mean(axis=0) / np.sqrt(posterior / len(x))
-    p = 2 * stats.t.sf(np.abs(statistic), min(prior_dof + dof, x.shape[1] * dof))
+    statistic = np.where(tested, statistic, np.nan)
+    p = 2 * stats.t.sf(np.abs(statistic), min(prior_dof + dof, n_tested * dof))
     return ModeratedResult(statistic, p, prior_variance, prior_dof)
 
 

@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.resampling import BLOCK_FEATURES, TIE_SLACK, FloatArray, stream
+from rlgen_stats.toolkit.statistics.kernels.resampling import (
+    BLOCK_DRAWS,
+    BLOCK_FEATURES,
+    TIE_SLACK,
+    FloatArray,
+    column_sums,
+    stream,
+)
 
 MIN_COUNT: Final = 20
 """Units of each kind below which the contrast is not estimable (METHOD.md 4c)."""
@@ -53,15 +61,23 @@ def permutation_contrast(
     Raises
     ------
     InputError
-        If the groups have different features or values are not finite.
+        If the groups have different features, values are not finite, or an option is unknown.
 
     Notes
     -----
     Null: given the units, group membership is exchangeable. p = (1 + #{T_b >= T}) / (P + 1), never 0.
+
+    For the RL-specific contrast of METHOD.md 4c a unit is a discordant prompt, its value D* = x(right model) - x(wrong
+    model), ``plus`` the prompts base got wrong and RL right, ``minus`` the reverse, ``min_count=MIN_COUNT``.
     """
-    a, b = (np.atleast_2d(np.asarray(x, dtype=np.float64)) for x in (plus, minus))
-    if a.shape[1] != b.shape[1]:
-        raise InputError(f"groups must have the same features, got {a.shape[1]} and {b.shape[1]}.")
+    a, b = (np.asarray(x, dtype=np.float64) for x in (plus, minus))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise InputError(f"groups must be [unit, feature] with the same features, got {a.shape} and {b.shape}.")
+    if alternative not in ("two-sided", "greater", "less") or n_resamples < 1:
+        raise InputError(
+            f"alternative must be two-sided, greater or less and n_resamples at least 1, got {alternative!r} and "
+            f"{n_resamples}."
+        )
     pooled = np.concatenate([a, b])
     if not np.isfinite(pooled).all():
         raise InputError("values must be finite; drop units with NaN or infinite values.")
@@ -69,20 +85,26 @@ def permutation_contrast(
     p = np.full(pooled.shape[1], np.nan)
     if min(n_plus, n - n_plus) < max(1, min_count):
         return ContrastResult(np.full(pooled.shape[1], np.nan), p, n_plus, n - n_plus)
-    statistic = a.mean(axis=0) - b.mean(axis=0)
-    sign = {"greater": 1.0, "less": -1.0}.get(alternative)
-    weights = np.full((n_resamples, n), -1.0 / (n - n_plus))
+    statistic = column_sums(a) / n_plus - column_sums(b) / (n - n_plus)
+    chosen = np.zeros((n_resamples, n), dtype=bool)
     for draw in range(n_resamples):
-        weights[draw, stream(seed, draw).permutation(n)[:n_plus]] = 1.0 / n_plus
+        chosen[draw, stream(seed, draw).permutation(n)[:n_plus]] = True
     varies = np.flatnonzero(np.ptp(pooled, axis=0) > 0)
-    centred = pooled - pooled.mean(axis=0)
     for start in range(0, len(varies), BLOCK_FEATURES):
         part = varies[start : start + BLOCK_FEATURES]
-        null, seen = weights @ centred[:, part], statistic[part]
-        if sign is None:
-            null, seen = np.abs(null), np.abs(seen)
-        else:
-            null, seen = sign * null, sign * seen
-        slack = TIE_SLACK * np.abs(centred[:, part]).max(axis=0)
-        p[part] = (1 + (null >= seen - slack).sum(axis=0)) / (n_resamples + 1)
+        p[part] = _permuted(np.take(pooled, part, axis=1), statistic[part], chosen, alternative)
     return ContrastResult(statistic, p, n_plus, n - n_plus)
+
+
+def _permuted(pooled: FloatArray, statistic: FloatArray, chosen: NDArray[np.bool_], alternative: str) -> FloatArray:
+    """P-values of one block; once centred, mean(plus) - mean(minus) is the sum over plus times 1/n+ + 1/n-."""
+    centred = pooled - column_sums(pooled) / len(pooled)
+    n_plus = int(chosen[0].sum())
+    scale = 1.0 / n_plus + 1.0 / (len(pooled) - n_plus)
+    sign = {"greater": 1.0, "less": -1.0}.get(alternative)
+    needed = (np.abs(statistic) if sign is None else sign * statistic) - TIE_SLACK * np.abs(centred).max(axis=0)
+    reached = np.zeros(len(statistic))
+    for start in range(0, len(chosen), BLOCK_DRAWS):
+        null = scale * (chosen[start : start + BLOCK_DRAWS].astype(np.float64) @ centred)
+        reached += ((np.abs(null) if sign is None else sign * null) >= needed).sum(axis=0)
+    return (1.0 + reached) / (len(chosen) + 1.0)

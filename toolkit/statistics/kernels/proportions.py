@@ -51,14 +51,23 @@ def mcnemar(gained: Any, lost: Any) -> McNemarResult:
 
 
 def wilson_interval(successes: Any, n: Any, *, alpha: float = 0.05) -> tuple[Any, Any]:
-    """Wilson score interval of a proportion (numbers or arrays).
+    """Wilson score interval of a proportion (numbers or arrays); NaN where nothing was tried.
+
+    Raises
+    ------
+    InputError
+        If there are more successes than tries, or negative ones.
 
     References
     ----------
     Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
-    low, high = proportion_confint(successes, n, alpha=alpha, method="wilson")
-    return low, high
+    k, tries = np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    if (k < 0).any() or (k > tries).any():
+        raise InputError(f"successes must lie between 0 and the tries, got {successes} of {n}.")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = proportion_confint(k, np.where(tries > 0, tries, np.nan), alpha=alpha, method="wilson")
+    return (low, high) if np.ndim(low) else (float(low), float(high))
 
 
 def cluster_se(values: Any, clusters: Any, *, kind: Literal["CR0", "CR1"] = "CR1") -> ClusterResult:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rlgen_stats.schemas.errors import InputError, RefusedError
 
 FloatArray = NDArray[np.float64]
 
@@ -13,27 +17,105 @@ TIE_SLACK: Final = 1e-9
 """Statistics this close, relative to their scale, count as ties (METHOD.md section 3, rule 5)."""
 BLOCK_FEATURES: Final = 1024
 """Features per matrix product: with 1,000 draws the block of statistics is 8 MB and stays near the cache."""
+BLOCK_DRAWS: Final = 1024
+"""Draws per matrix product, for the same reason; memory does not grow with the number of draws."""
 SPARSE_DENSITY: Final = 0.15
 """Share of nonzeros below which a sparse product is faster than a dense one."""
+MAX_EXACT_UNITS: Final = 12
+"""Units up to which all 4,096 flips are used instead of random ones."""
+MIN_CLUSTERS: Final = 6
+"""Fewest clusters: with five the smallest two-sided p-value is 1/16, so nothing can be found at .05."""
+SMALLEST_P: Final = float(np.finfo(np.float64).tiny)
+"""Stands for probabilities too small for a double (2**-1075 is 0): a p-value is never 0."""
+
+
+@dataclass(frozen=True)
+class FlipUnits:
+    """Differences ready to be flipped."""
+
+    values: FloatArray
+    """[unit, feature], rows contiguous; features without any value are all zero."""
+    missing: NDArray[np.bool_]
+    """[feature]: NaN in every unit."""
+    single: bool
+    """Whether one feature came without its axis."""
+
+
+@dataclass(frozen=True)
+class FlipTable:
+    """Sign patterns, one bit each: every pattern once, or random ones."""
+
+    bits: NDArray[np.uint8]
+    """[flip, byte]; a set bit turns the unit's sign."""
+    n_units: int
+    exact: bool
+    """Whether every pattern is there once."""
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
+        """Consecutive flips as +1 and -1, [at most 1,024 flips, unit], and where they stand."""
+        for start in range(0, len(self.bits), BLOCK_DRAWS):
+            here = slice(start, min(start + BLOCK_DRAWS, len(self.bits)))
+            yield here, _signs(self.bits[here], self.n_units)
+
+    def p_value(self, reached: FloatArray) -> FloatArray:
+        """P-value of statistics that ``reached`` flips reach or exceed: # / 2^N, or (1 + #) / (P + 1)."""
+        return np.asarray(reached / len(self) if self.exact else (1.0 + reached) / (len(self) + 1.0))
 
 
 def stream(seed: int, draw: int) -> np.random.Generator:
-    """Philox stream of one draw; unit i takes its i-th value, so that fewer units see a prefix."""
+    """Philox stream of one draw; unit i takes its i-th value, so that fewer units see a prefix.
+
+    Raises
+    ------
+    InputError
+        If the seed is not a non-negative 64-bit number.
+    """
+    if not 0 <= seed < 2**64:
+        raise InputError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed}.")
     return np.random.Generator(np.random.Philox(key=np.array([seed, draw], dtype=np.uint64)))
 
 
 def sign_flips(n_units: int, start: int, stop: int, *, seed: int) -> FloatArray:
-    """Rows ``start`` to ``stop`` of the endless table of random signs, [stop - start, n_units] of +1 and -1."""
-    n_bytes = -(-n_units // 8)
-    raw = b"".join(stream(seed, draw).bytes(n_bytes) for draw in range(start, stop))
-    bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8).reshape(stop - start, n_bytes), axis=1)
-    return np.asarray(1.0 - 2.0 * bits[:, :n_units], dtype=np.float64)
+    """Rows ``start`` to ``stop`` of the endless table of random signs, [stop - start, n_units] of +1 and -1.
+
+    The sign of unit i in flip b depends on (seed, b, i) alone: i is the unit's row, so the same prompts in the same
+    order get the same signs in every block of features, on every worker.
+    """
+    return _signs(_random_bits(n_units, start, stop, seed), n_units)
+
+
+def flip_table(n_units: int, n_resamples: int, *, seed: int, exact: bool = True) -> FlipTable:
+    """Every sign pattern up to 12 units if ``exact``, else the first ``n_resamples`` rows of ``sign_flips``.
+
+    Raises
+    ------
+    InputError
+        If ``n_resamples`` is not positive.
+    """
+    if n_resamples < 1:
+        raise InputError(f"n_resamples must be at least 1, got {n_resamples}.")
+    if exact and n_units <= MAX_EXACT_UNITS:
+        return FlipTable(np.packbits(all_flips(n_units) < 0, axis=1), n_units, True)
+    return FlipTable(_random_bits(n_units, 0, n_resamples, seed), n_units, False)
 
 
 def all_flips(n_units: int) -> FloatArray:
     """Every sign pattern, [2**n_units, n_units]; the first row changes nothing."""
     index = np.arange(2**n_units, dtype=np.uint32)[:, None]
     return np.asarray(1.0 - 2.0 * ((index >> np.arange(n_units, dtype=np.uint32)) & 1), dtype=np.float64)
+
+
+def _random_bits(n_units: int, start: int, stop: int, seed: int) -> NDArray[np.uint8]:
+    n_bytes = -(-n_units // 8)
+    raw = b"".join(stream(seed, draw).bytes(n_bytes) for draw in range(start, stop))
+    return np.frombuffer(raw, dtype=np.uint8).reshape(stop - start, n_bytes)
+
+
+def _signs(bits: NDArray[np.uint8], n_units: int) -> FloatArray:
+    return np.asarray(1.0 - 2.0 * np.unpackbits(bits, axis=1, count=n_units), dtype=np.float64)
 
 
 def bootstrap_weights(n_units: int, n_resamples: int, *, seed: int) -> FloatArray:
@@ -45,14 +127,68 @@ def bootstrap_weights(n_units: int, n_resamples: int, *, seed: int) -> FloatArra
 
 
 def as_units(values: Any) -> tuple[FloatArray, bool]:
-    """``values`` as [unit, feature] float64, and whether they came as one feature [unit]."""
+    """``values`` as [unit, feature] float64 with contiguous rows, and whether they came as one feature [unit].
+
+    Raises
+    ------
+    InputError
+        If there is no unit, or another number of axes than one or two.
+    """
     array = np.asarray(values, dtype=np.float64)
-    return (array[:, None], True) if array.ndim == 1 else (array, False)
+    if array.ndim not in (1, 2) or not array.shape[0]:
+        raise InputError(f"expected [unit] or [unit, feature] with at least one unit, got shape {array.shape}.")
+    return np.ascontiguousarray(array[:, None] if array.ndim == 1 else array), array.ndim == 1
+
+
+def flip_units(differences: Any, clusters: Any = None) -> FlipUnits:
+    """Differences per unit to be flipped, or their sums within clusters, checked.
+
+    Raises
+    ------
+    InputError
+        If a feature has values in some units and NaN in others, or infinite ones.
+    RefusedError
+        If there are fewer than six clusters.
+    """
+    d, single = as_units(differences)
+    missing = np.asarray(np.isnan(d).all(axis=0))
+    d = np.where(missing, 0.0, d)
+    if not np.isfinite(d).all():
+        raise InputError(
+            f"differences must be finite, got {int((~np.isfinite(d)).sum())} NaN or infinite; drop those units, "
+            "or set the whole feature to NaN."
+        )
+    if clusters is not None:
+        d = cluster_totals(d, clusters)
+        if len(d) < MIN_CLUSTERS:
+            raise RefusedError(
+                f"a sign-flip test over clusters needs at least {MIN_CLUSTERS}, got {len(d)}; flip a lower level, "
+                "or use more clusters."
+            )
+    return FlipUnits(d, missing, single)
 
 
 def cluster_totals(values: FloatArray, clusters: Any) -> FloatArray:
-    """Sums within clusters, [cluster, feature], in order of first appearance of sorted labels."""
-    labels, codes = np.unique(np.asarray(clusters), return_inverse=True)
+    """Sums within clusters, [cluster, feature], clusters in sorted order of their labels.
+
+    Raises
+    ------
+    InputError
+        If there is not one label a unit.
+    """
+    given = np.asarray(clusters)
+    if given.shape != values.shape[:1]:
+        raise InputError(f"clusters must name one label per unit ({len(values)}), got shape {given.shape}.")
+    labels, codes = np.unique(given, return_inverse=True)
     totals = np.zeros((len(labels), *values.shape[1:]))
     np.add.at(totals, codes, values)
     return totals
+
+
+def column_sums(x: FloatArray) -> FloatArray:
+    """Sums over axis 0, row by row: the same bits whatever other features stand beside one, zero rows or not.
+
+    Numpy adds the rows of a wide array in order, but a single column pairwise; so a single column is doubled.
+    """
+    wide = np.ascontiguousarray(x if x.shape[1] != 1 else np.repeat(x, 2, axis=1))
+    return np.asarray(wide.sum(axis=0)[: x.shape[1]])

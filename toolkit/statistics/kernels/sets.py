@@ -76,8 +76,16 @@ def nogueira(selected: Any) -> float:
     return float(1 - z.var(axis=0, ddof=1).mean() / (share * (1 - share)))
 
 
-def set_overlap_pvalue(shared: Any, n_features: int, size_a: int, size_b: int) -> Any:
-    """Chance that two random sets of these sizes share at least ``shared`` features (hypergeometric)."""
-    if max(size_a, size_b) > n_features:
+def set_overlap_pvalue(shared: Any, n_features: Any, size_a: Any, size_b: Any) -> Any:
+    """Chance that two random sets of these sizes share at least ``shared`` features (hypergeometric; broadcasts).
+
+    Raises
+    ------
+    InputError
+        If a set is larger than the number of features, or than what is shared.
+    """
+    if np.any(np.maximum(size_a, size_b) > n_features):
         raise InputError(f"sets of {size_a} and {size_b} do not fit into {n_features} features.")
+    if np.any(np.asarray(shared) > np.minimum(size_a, size_b)):
+        raise InputError(f"sets of {size_a} and {size_b} cannot share {shared} features.")
     return stats.hypergeom.sf(np.asarray(shared) - 1, n_features, size_a, size_b)

@@ -1,0 +1,123 @@
+"""Joint max-T: the definition in loops, ties, blocks of flips and features, one side, refusals, calibration."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.toolkit.statistics.kernels import joint_p, max_t, max_t_p_value, sign_flip_test, sign_flips
+
+from ...oracles import slow
+
+
+@pytest.mark.parametrize("values", ["normal", "ties", "sparse"])
+def test_equals_the_definition(values: str) -> None:
+    random = np.random.default_rng(30)
+    d = random.normal(0.3, size=(8, 6))
+    if values == "ties":
+        d = random.integers(-2, 4, (8, 6)) / 10
+    if values == "sparse":
+        d[random.random(d.shape) < 0.6] = 0
+        d[0] += 0.2
+    single, down, raw = slow.max_t_p(d)
+    found = max_t(d)
+    np.testing.assert_allclose(found.p_single_step, single, rtol=1e-12)
+    np.testing.assert_allclose(found.p_step_down, down, rtol=1e-12)
+    np.testing.assert_allclose(found.p_raw, raw, rtol=1e-12)
+    np.testing.assert_allclose(found.p_raw, sign_flip_test(d).p_value, rtol=1e-12)
+
+
+def test_a_sum_that_cancels_is_reached_by_every_flip() -> None:
+    """0.1 + 0.2 - 0.3 is 5e-17, and a slack relative to it would miss the flips that give 0."""
+    found = max_t(np.array([[0.1, 1.0], [0.2, 1.0], [-0.3, 1.0]]))
+    assert found.p_raw.tolist() == [1.0, 0.25]
+    assert found.p_single_step[0] == 1.0
+
+
+def test_many_flips_equal_one_product() -> None:
+    """2,500 flips are three blocks and 1,100 features two; the counts are those of the whole table."""
+    d = np.random.default_rng(31).normal(size=(25, 1100))
+    found = max_t(d, n_resamples=2500, seed=6)
+    table = np.abs(sign_flips(25, 0, 2500, seed=6) @ d) / np.sqrt((d**2).sum(axis=0))
+    np.testing.assert_allclose(found.maxima, table.max(axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(found.p_raw, joint_p(found.statistic, table, exact=False))
+    single = (1 + (table.max(axis=1)[:, None] >= found.statistic - 1e-9).sum(axis=0)) / 2501
+    np.testing.assert_array_equal(found.p_single_step, single)
+    order = np.argsort(found.statistic)
+    running = np.maximum.accumulate(table[:, order], axis=1)
+    down = (1 + (running >= found.statistic[order] - 1e-9).sum(axis=0)) / 2501
+    np.testing.assert_array_equal(found.p_step_down[order], np.maximum.accumulate(down[::-1])[::-1])
+
+
+def test_blocks_of_features_combine_to_the_whole() -> None:
+    random = np.random.default_rng(32)
+    for n in (10, 40):  # every flip, random flips
+        d = random.normal(0.1, size=(n, 90))
+        d[:, 50] = 0
+        whole = max_t(d, n_resamples=300, seed=2)
+        parts = [max_t(d[:, s], n_resamples=300, seed=2, step_down=False) for s in (slice(0, 17), slice(17, 90))]
+        maxima = np.maximum(parts[0].maxima, parts[1].maxima)
+        statistic = np.concatenate([part.statistic for part in parts])
+        p = max_t_p_value(statistic, maxima, exact=whole.exact)
+        np.testing.assert_array_equal(p, whole.p_single_step)
+        assert np.isnan(p[50])
+        np.testing.assert_array_equal(
+            max_t_p_value(statistic.reshape(9, 10), maxima, exact=whole.exact).ravel(), whole.p_single_step
+        )
+
+
+def test_repeated_single_steps_reject_what_step_down_rejects() -> None:
+    d = np.random.default_rng(33).normal(size=(30, 25)) + np.linspace(0, 1, 25)
+    whole = max_t(d, n_resamples=499)
+    left = np.arange(25)
+    while True:
+        p = max_t(d[:, left], n_resamples=499, step_down=False).p_single_step
+        if not (p <= 0.05).any():
+            break
+        left = left[p > 0.05]
+    np.testing.assert_array_equal(np.flatnonzero(whole.p_step_down > 0.05), left)
+    assert (whole.p_single_step > 0.05).sum() > len(left)
+
+
+def test_one_sided_families() -> None:
+    d = np.random.default_rng(34).normal(0.4, size=(10, 5))
+    greater, less = max_t(d, alternative="greater"), max_t(-d, alternative="less")
+    np.testing.assert_array_equal(greater.p_step_down, less.p_step_down)
+    np.testing.assert_allclose(greater.statistic, -less.statistic)
+    np.testing.assert_allclose(greater.p_raw, sign_flip_test(d, alternative="greater").p_value, rtol=1e-12)
+    np.testing.assert_array_equal(sign_flip_test(d, alternative="greater").p_max_t, greater.p_single_step)
+    assert (max_t(-np.abs(d), alternative="greater").p_single_step == 1).all()
+
+
+def test_clusters_flip_whole_and_few_are_refused() -> None:
+    d = np.random.default_rng(35).normal(size=(24, 4))
+    clusters = np.arange(24) % 8
+    totals = np.array([d[clusters == c].sum(axis=0) for c in range(8)])
+    np.testing.assert_array_equal(max_t(d, clusters=clusters).p_step_down, max_t(totals).p_step_down)
+    np.testing.assert_array_equal(sign_flip_test(d, clusters=clusters).p_max_t, max_t(totals).p_single_step)
+    with pytest.raises(RefusedError, match="at least 6, got 5"):
+        max_t(d, clusters=np.arange(24) % 5)
+    with pytest.raises(InputError, match="two-sided, greater or less"):
+        max_t(d, alternative="up")  # type: ignore[arg-type]
+
+
+def test_memory_does_not_grow_with_the_flips() -> None:
+    d = np.random.default_rng(36).normal(size=(50, 300))
+    peaks = []
+    for n in (2000, 8000):
+        tracemalloc.start()
+        max_t(d, n_resamples=n)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]  # the whole table would be 19 MB at 8,000 flips, four times as much as at 2,000
+
+
+def test_an_untestable_feature_leaves_the_family() -> None:
+    d = np.random.default_rng(37).normal(0.3, size=(30, 5))
+    alone = max_t(d, n_resamples=200)
+    with_dead = max_t(np.column_stack([d[:, :2], np.zeros(30), np.full(30, np.nan), d[:, 2:]]), n_resamples=200)
+    for name in ("statistic", "p_raw", "p_single_step", "p_step_down"):
+        value = getattr(with_dead, name)
+        np.testing.assert_array_equal(np.delete(value, [2, 3]), getattr(alone, name))
+        assert np.isnan(value[2:4]).all()
