@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from itertools import product
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_nothing_is_computed_until_asked(world, no_compute):
         out = run(features)
     assert all(out[name].chunks is not None for name in out.data_vars)
     out.load()
+
+
+def test_every_block_is_read_and_tested_once(world, monkeypatch):
+    calls = []
+    module = sys.modules["rlgen_stats.toolkit.statistics.drift"]
+    block = module._block
+    monkeypatch.setattr(module, "_block", lambda *a, **k: calls.append(a[0].shape) or block(*a, **k))
+    run(world(10)).compute()
+    assert calls == [(3, 60, 10)] * 4
 
 
 def test_clusters_become_units(world):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -140,6 +142,15 @@ def test_lazy_and_the_same_for_any_chunking(world, chunk, no_compute):
         out = run(features)
     assert all(out[name].chunks is not None for name in out.data_vars)
     xr.testing.assert_allclose(out.compute(), run(world()), rtol=1e-9)
+
+
+def test_every_block_is_tested_once(world, monkeypatch):
+    calls = []
+    module = sys.modules["rlgen_stats.toolkit.statistics.stabilization"]
+    block = module._block
+    monkeypatch.setattr(module, "_block", lambda *a, **k: calls.append(a[0].shape) or block(*a, **k))
+    run(world(11)).compute()
+    assert calls == [(7, 80, 11)] * 4  # two runs of two blocks
 
 
 def test_clusters_and_relative_margin(world):

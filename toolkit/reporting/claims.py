@@ -39,7 +39,7 @@ SHIFT_RATIO: Final = 1.25
 _C1: Final = "SFT introduces more model-specific features than RL"
 _C1_PAPER: Final = (
     "A direction, read off the tails of NRN (pairwise crosscoders) and MAS (three-model crosscoder), both by L1 norm: "
-    "heavier for SFT than for RL. One run per arm."
+    "heavier for SFT than for RL."
 )
 _NOT_COMPARABLE: Final = "NOT_COMPARABLE"
 

@@ -73,7 +73,7 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
 
 
 def _overlap_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
-    """Overlap across halves between the noise ceiling and chance; the plain overlap faint, because it decides nothing."""
+    """Overlap across halves between the noise ceiling and chance; the plain overlap faint: it decides nothing."""
     names = ("noise_ceiling", "final_ceiling", "cross", "overlap", "chance")
     own, final, cross, plain, chance = (one[name].values.astype(float) for name in names)
     axes.plot(share, (own + final) / 2, color=MUTED, lw=1.4, ls="--", label="noise ceiling")

@@ -139,14 +139,13 @@ def drift_test(
     check_clusters(codes)
     settings = _Settings(alpha, margin, n_min, n_resamples, n_bootstrap, codes, derive_seed(seed, "drift_test"))
     arrays, lazy = feature_arrays(features, [variable, "firing"], [reference, *models])
-    n = len(models)
     n_units = features.sizes[PROMPT] if codes is None else len(np.unique(codes))
     n_flips = 2**n_units if n_units <= MAX_EXACT_UNITS else n_resamples
     mapped = map_features(
         _block,
         arrays,
-        outputs=dict.fromkeys(_BLOCK_OUTPUTS, (n,)),
-        states={"maxima": ((n, n_flips), da.max)},
+        outputs=dict.fromkeys(_BLOCK_OUTPUTS, (len(models),)),
+        states={"maxima": ((len(models), n_flips), da.max)},
         settings=settings,
     )
     own = mapped.features

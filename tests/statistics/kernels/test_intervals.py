@@ -1,4 +1,4 @@
-"""Bootstrap-t, equivalence, moderation, clustered errors: coverage, level, and what must not spread to other features."""
+"""Bootstrap-t, equivalence, moderation, clustered errors: coverage, level, and what must not reach other features."""
 
 import numpy as np
 import pytest

@@ -68,9 +68,9 @@ def test_blocks_of_features_combine_to_the_whole() -> None:
 
 
 def test_repeated_single_steps_reject_what_step_down_rejects() -> None:
-    d = np.random.default_rng(33).normal(size=(30, 25)) + np.linspace(0, 1, 25)
+    d = np.random.default_rng(33).normal(size=(30, 60)) + np.repeat([1.2, 0.55, 0.0], [40, 15, 5])
     whole = max_t(d, n_resamples=499)
-    left = np.arange(25)
+    left = np.arange(60)
     while True:
         p = max_t(d[:, left], n_resamples=499, step_down=False).p_single_step
         if not (p <= 0.05).any():

