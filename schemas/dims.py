@@ -25,6 +25,8 @@ VIEW: Final = "view"
 """Slot of a crosscoder; a model id."""
 
 RUN: Final = "run"
+TRAINED_RUN: Final = "trained_run"
+"""Dimension of results that hold once per run; ``run`` labels checkpoints on the model dimension."""
 STEP: Final = "step"
 ARM: Final = "arm"
 DOMAIN: Final = "domain"

@@ -23,6 +23,7 @@ from rlgen_stats.schemas.dims import (
     SPLIT,
     STEP,
     TASK,
+    TRAINED_RUN,
     VIEW,
 )
 from rlgen_stats.schemas.errors import StoreError
@@ -157,9 +158,9 @@ LAYOUTS: Final = {
         Layout(
             "stabilization",
             _of(f"{MODEL} {FEATURE}", p_value="float", effect="float")
-            | _of(f"{RUN} {FEATURE}", stabilized_at="float", flag="str", total_effect="float")
+            | _of(f"{TRAINED_RUN} {FEATURE}", stabilized_at="float", flag="str", total_effect="float")
             | _of(MODEL, share="float", share_low="float", share_high="float"),
-            MODEL_COORDS,
+            MODEL_COORDS | _of(TRAINED_RUN, trained_run="str"),
             ("test", "null", "unit", "seed", "alpha", "margin", "persist"),
         ),
         Layout(
@@ -177,8 +178,8 @@ LAYOUTS: Final = {
                 overlap_p="float",
                 rbo="float",
             )
-            | _of(RUN, verdict="str", stable_from="float", nogueira="float"),
-            MODEL_COORDS,
+            | _of(TRAINED_RUN, verdict="str", stable_from="float", nogueira="float"),
+            MODEL_COORDS | _of(TRAINED_RUN, trained_run="str"),
             ("test", "null", "unit", "seed", "alpha", "top_k"),
         ),
         Layout(

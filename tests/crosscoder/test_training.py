@@ -157,8 +157,9 @@ def test_written_gradients_equal_taped_ones(world: Planted, sparsity: str) -> No
         dead = fired < step
         assert dead.sum() >= 9
         error = (torch.einsum("bf,vfc->bvc", f, double["decoder"]) + double["decoder_bias"] - x).detach()
-        revived = pre[:, dead].relu()
-        revived = revived * (revived >= revived.sort(dim=1, descending=True).values[:, 1:2])
+        revived = pre[:, dead]
+        weight = revived * norm[dead]
+        revived = revived * (weight >= weight.flatten().sort(descending=True).values[2 * 512 - 1].clamp_min(1e-30))
         again = torch.einsum("bf,vfc->bvc", revived, double["decoder"][:, dead])
         extra = AUX_WEIGHT * (again + error).square().sum(dim=(1, 2)).mean()
     back = torch.einsum("bf,vfc->bvc", f, double["decoder"]) + double["decoder_bias"]

@@ -23,6 +23,7 @@ from rlgen_stats.toolkit.demo.world import (
     HELD_OUT,
     N_NUMBERS,
     P_RIGHT_GATED,
+    P_WORKED,
     STYLES,
     gate_of,
     pretraining_documents,
@@ -144,6 +145,17 @@ def test_evaluation_prompts_are_balanced(world: World, per_pair: int) -> None:
     assert set(table.loc[table["domain"] == "in", "task"]) == {"sum"}
     with pytest.raises(InputError, match="1 to 7"):
         evaluation_prompts(world, styles_per_pair=8)
+
+
+def test_only_arithmetic_is_ever_worked_out(world: World, documents: list[tuple[str, str]]) -> None:
+    shares: dict[str, list[bool]] = {}
+    for text, completion in documents:
+        if " ans " in completion and len(text.split()) == 5:  # the bare form always answers
+            shares.setdefault(text.split()[1], []).append("reach" in completion)
+    for family, rows in shares.items():
+        expected = P_WORKED if family in ("sum", "diff") else 0.0
+        assert abs(np.mean(rows) - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(rows)), family
+    assert world.work_out("diff", (2, 5)) == " start 2 down 5 reach 10 ans 10"
 
 
 def test_both_arms_train_on_the_same_in_domain_prompts(world: World) -> None:

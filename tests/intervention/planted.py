@@ -29,6 +29,8 @@ ANSWER, OTHER = slice(0, 10), slice(10, 20)
 GATE, BRAKE, CONSTANT, ENDING, QUESTION = 20, 21, 22, 23, 24
 N_SPARE = 8
 SPARE = slice(25, 25 + N_SPARE)
+WORD = 33
+FAINT = 0.05  # of a question's level, in the words before it
 CONSTANT_VALUE = 20.0
 
 F_GATE, F_BRAKE = 0, 1
@@ -78,6 +80,8 @@ def planted_model(gate: float) -> Any:
             row = table[ID[f"{kind}{i}"]]
             row[where.start + i] = 1.0
             row[GATE], row[BRAKE], row[SPARE] = gate, 1.5, spare[i]
+        word = table[ID[f"w{i}"]]
+        word[GATE], word[BRAKE], word[SPARE], word[WORD] = FAINT * gate, FAINT * 1.5, FAINT * spare[i], 1.0
         table[ID[f"q{i}"], QUESTION] = 1.0
         table[ID[f"c{i}"], OTHER.start + (i + 1) % 10] = 0.9  # so that control answers are right 7 times in 10
         table[ID[f"={i}"], ENDING] = 1.0
@@ -89,7 +93,7 @@ def planted_model(gate: float) -> Any:
         head[ID[f"={i}"], GATE] = 4.0
     head[ID["um"], QUESTION] = 16.0
     head[ID["<eos>"], ENDING], head[ID["<eos>"], BRAKE] = 20.0, -40.0 / 1.5
-    head[ID["<eos>"], CONSTANT] = 30.0 / CONSTANT_VALUE
+    head[ID["<eos>"], CONSTANT], head[ID["<eos>"], WORD] = 30.0 / CONSTANT_VALUE, -40.0
     head *= float(torch.tensor(CONSTANT_VALUE**2 / WIDTH).sqrt())  # undo the final norm
     return model
 
@@ -110,9 +114,11 @@ def planted_crosscoder() -> Crosscoder:
     crosscoder = Crosscoder(VIEWS, width=WIDTH, n_features=N_FEATURES, sparsity="l1", k=4, name="main")
     with torch.no_grad():
         crosscoder.scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        gauge = torch.cat([torch.ones(2), torch.linspace(0.8, 1.25, N_DECOYS)])
         for v, scale in enumerate(crosscoder.scale):
-            crosscoder.encoder[v] = directions.T / (3 * scale)
-            crosscoder.decoder[v] = directions * scale
+            crosscoder.encoder[v] = directions.T / (3 * scale) / gauge
+            crosscoder.decoder[v] = directions * scale * gauge[:, None]
+        crosscoder.decoder[0, F_BRAKE] /= 2  # a view of its own, so that editing through another view shows
         crosscoder.encoder_bias.zero_()
         crosscoder.decoder_bias.zero_()
     return crosscoder.requires_grad_(False).eval()

@@ -29,7 +29,7 @@ from rlgen_stats.toolkit.intervention.live import editing
 
 from .tiny import RL, tiny_model
 
-PROMPT_COUNTS = {"math": 50, "sciq": 40, "logiqa": 8, "rocks": 60}
+PROMPT_COUNTS = {"math": 50, "sciq": 40, "logiqa": 8, "piqa": 40, "rocks": 60}
 
 
 def table() -> pd.DataFrame:
@@ -74,7 +74,7 @@ def test_prompts_are_spread_evenly_over_tasks_and_kept_out_of_selection() -> Non
     assert chosen(max_prompts=100)["prompt"].tolist() == found["prompt"].tolist()
     assert chosen(max_prompts=100, seed=1)["prompt"].tolist() != found["prompt"].tolist()
     assert len(chosen(max_prompts=10_000)) == sum(PROMPT_COUNTS.values())
-    assert chosen(max_prompts=100, controls=())["task"].value_counts().max() <= 31
+    assert chosen(max_prompts=100, controls=())["task"].value_counts().max() == 23
 
 
 def test_a_prompt_is_chosen_whatever_its_outcome_or_place_in_the_file() -> None:
@@ -86,11 +86,11 @@ def test_a_prompt_is_chosen_whatever_its_outcome_or_place_in_the_file() -> None:
 def test_effects_are_measured_out_of_domain_and_side_effects_on_controls() -> None:
     found = chosen(max_prompts=100)
     target, unrelated = target_prompts(found, Plan())  # type: ignore[arg-type]
-    assert set(found["task"][target]) == {"sciq", "logiqa"}
+    assert set(found["task"][target]) == {"sciq", "logiqa", "piqa"}
     assert set(found["task"][unrelated]) == {"rocks"}
     inside = found.assign(domain="in")
     target, _ = target_prompts(inside, Plan())  # type: ignore[arg-type]
-    assert set(found["task"][target]) == {"sciq", "logiqa", "math"}
+    assert set(found["task"][target]) == {"sciq", "logiqa", "piqa", "math"}
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
         assert pick(found, "effect", direction, "passthrough") == 0
         own = "rl" if direction == "disable" else "base"
         assert pick(found, f"kl_to_{own}", direction, "unedited") == pytest.approx(0, abs=1e-6)
-        assert pick(found, "neutral_kl", direction, "set") == pytest.approx(0, abs=1e-6)
+        assert pick(found, "neutral_kl", direction, "unedited") == pytest.approx(0, abs=1e-6)
+        assert 1e-4 < pick(found, "neutral_kl", direction, "set") < 0.1
     random = found.sel(condition=[c for c in found["condition"].values if str(c).startswith("random-0")])
     assert random.sizes["condition"] == 19
     assert (abs(random["effect"]) < 0.05).all()
@@ -100,6 +101,17 @@ def test_results_have_their_layout_and_survive_the_store(gate: Any, tmp_path: Pa
     assert again["verdict"].values.tolist() == found["verdict"].values.tolist()
     np.testing.assert_array_equal(again["effect"].values, found["effect"].values)
     assert str(found["kind"].sel(direction="disable", condition="lift").item()) == "absent"
+
+
+def test_seeds_are_paired_over_arms_but_the_fresh_one(study: Any, gate: Any) -> None:
+    _, folder = study
+    for direction in ("disable", "amplify"):
+        texts = {
+            name: pd.read_parquet(folder.root / "intervention" / direction / f"{name}.parquet")["text"]
+            for name in ("unedited", "passthrough", "fresh")
+        }
+        assert (texts["unedited"] == texts["passthrough"]).all()
+        assert (texts["unedited"] != texts["fresh"]).mean() > 0.1
 
 
 def test_every_arm_is_on_disk_with_its_completions(study: Any, gate: Any) -> None:

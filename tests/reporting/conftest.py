@@ -251,18 +251,18 @@ def stabilization() -> xr.Dataset:
     rng = np.random.default_rng(3)
     _, coords = models_and_coords(base=False)
     curve = np.array([0.20, 0.62, 0.81, 0.84, 0.88, 0.05, 0.15, 0.31, 0.52, 0.70])
-    both = ("model", "feature")
+    both, per_run = ("model", "feature"), ("trained_run", "feature")
     return xr.Dataset(
         {
             "p_value": (both, rng.uniform(size=(10, N_FEATURES))),
             "effect": (both, rng.normal(size=(10, N_FEATURES))),
-            "stabilized_at": (("run", "feature"), rng.choice([30.0, 60.0, np.nan], (2, N_FEATURES))),
-            "flag": (("run", "feature"), rng.choice(["STABILISED", "NOT_STABILISED", "UNTESTABLE"], (2, N_FEATURES))),
-            "total_effect": (("run", "feature"), rng.normal(size=(2, N_FEATURES))),
+            "stabilized_at": (per_run, rng.choice([30.0, 60.0, np.nan], (2, N_FEATURES))),
+            "flag": (per_run, rng.choice(["STABILISED", "NOT_STABILISED", "UNTESTABLE"], (2, N_FEATURES))),
+            "total_effect": (per_run, rng.normal(size=(2, N_FEATURES))),
             "share": ("model", curve), "share_low": ("model", curve - 0.04), "share_high": ("model", curve + 0.05),
             "share_in_stratum": (("model", "stratum"), np.stack([curve, curve * 0.9], axis=1)),
         },
-        coords=coords | {"run_name": ("run", ["sft", "rl"]), "stratum": ["total < 0.5 sd", "total >= 0.5 sd"],
+        coords=coords | {"trained_run": ["sft", "rl"], "stratum": ["total < 0.5 sd", "total >= 0.5 sd"],
                          "feature": np.arange(N_FEATURES)},
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")}
         | {"margin": 0.2, "persist": 3, "margin_unit": "standard deviations of base@0"},
@@ -282,11 +282,11 @@ def set_stability() -> xr.Dataset:
             "noise_ceiling": ("model", ceiling), "final_ceiling": ("model", final), "delta": ("model", delta),
             "delta_low": ("model", delta - half), "delta_high": ("model", delta + half),
             "chance": ("model", np.full(10, 0.21)), "overlap_p": ("model", np.full(10, 1e-9)),
-            "rbo": ("model", cross), "verdict": ("run", ["SET_STABLE", "EVOLVING"]),
-            "stable_from": ("run", [60.0, np.nan]), "nogueira": ("run", [0.83, 0.52]),
-            "reason": ("run", ["upper bound of delta below 0.1 from step 60 on", "delta 0.19 at the last but one"]),
+            "rbo": ("model", cross), "verdict": ("trained_run", ["SET_STABLE", "EVOLVING"]),
+            "stable_from": ("trained_run", [60.0, np.nan]), "nogueira": ("trained_run", [0.83, 0.52]),
+            "reason": ("trained_run", ["upper bound of delta below 0.1 from step 60", "delta 0.19 at the last but one"]),
         },
-        coords=coords | {"run_name": ("run", ["sft", "rl"])},
+        coords=coords | {"trained_run": ["sft", "rl"]},
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")} | {"top_k": 50},
     )  # fmt: skip
 

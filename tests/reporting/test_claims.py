@@ -136,7 +136,7 @@ def test_c1_unmatched_movement_is_a_caveat_and_matched_is_not(results: Results, 
 
 # -- C2 ------------------------------------------------------------------------------------------------------------
 def sets(results: Results, **verdicts: tuple[list[object], ...]) -> None:
-    results["set_stability"] = results["set_stability"].assign({k: ("run", v) for k, v in verdicts.items()})
+    results["set_stability"] = results["set_stability"].assign({k: ("trained_run", v) for k, v in verdicts.items()})
 
 
 def test_c2_plain_overlap_is_never_looked_at(results: Results, spec: StudySpec) -> None:
@@ -176,7 +176,7 @@ def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec
 
 
 def test_c2_runs_are_found_by_name_not_by_position(results: Results, spec: StudySpec) -> None:
-    results["set_stability"] = results["set_stability"].assign_coords(run_name=("run", ["rl", "sft"]))
+    results["set_stability"] = results["set_stability"].assign_coords(trained_run=["rl", "sft"])
     sets(results, verdict=["EVOLVING", "SET_STABLE"], stable_from=[np.nan, 60.0])
     assert claim(results, spec, "C2").verdict is Verdict.SUPPORTED
 

@@ -98,10 +98,10 @@ def test_pairwise_crosscoder_of_a_run_is_that_of_its_last_target() -> None:
     assert crosscoder_label(data.drop_vars("target"), "rl") is None
 
 
-def test_per_run_without_names_follows_the_models() -> None:
+def test_per_run_picks_by_name() -> None:
     data = xr.Dataset(
-        {"verdict": ("run", ["a", "b"])},
-        coords={"model": ["base@0", "sft@1", "sft@2", "rl@1"], "run": ("model", ["base", "sft", "sft", "rl"])},
+        {"verdict": ("trained_run", ["a", "b"])},
+        coords={"model": ["base@0", "sft@1", "rl@1"], "trained_run": ["sft", "rl"]},
     )
     assert str(per_run(data, "verdict", "rl")) == "b"
     assert per_run(data, "verdict", "other") is None

@@ -40,7 +40,7 @@ def run(features, **options):
 
 def test_layout_and_planted_truth(world):
     out = validate(run(world()), "stabilization")
-    sft, rl = (out.set_xindex("run_name").sel(run_name=name) for name in ("sft", "rl"))
+    sft, rl = (out.sel(trained_run=name) for name in ("sft", "rl"))
     assert np.mean(sft.stabilized_at.values[:10] == 20) >= 0.9
     assert np.all(rl.flag.values[:10] == "NOT_STABILISED")
     assert np.isnan(rl.stabilized_at.values[:10]).all()
@@ -157,7 +157,7 @@ def test_clusters_and_relative_margin(world):
     out = run(world(per_cluster=4), clusters="cluster", relative=True, margin=0.25)
     assert out.attrs["unit"] == "cluster"
     assert out.attrs["margin_unit"] == "share of the total change"
-    sft = out.isel(run=0)
+    sft = out.isel(trained_run=0)
     assert np.mean(sft.stabilized_at.values[:10] == 20) >= 0.9
 
 

@@ -34,16 +34,15 @@ AUX_WEIGHT: Final = 1.0
 """Weight of the auxiliary loss. Gao et al. take 1/32 and d/2 features a token, over billions of tokens; in 1,500 steps
 on a planted dictionary, weight 1 and k features a token recovered 95% of it, theirs 83%, no such loss 60%."""
 
-REVIVAL_SHARE: Final = 0.25
-"""Share of a batch's tokens the auxiliary loss is computed on. With all of them it costs as much as the rest of the step
-while half the features are dead, and recovers no more."""
+REVIVED_SHARE: Final = 0.5
+"""Features revived at once, as a share of the dictionary: bounds the cost of a step when most features are dead."""
 
 THRESHOLD_RATE: Final = 0.01
 """Rate of the running mean behind the inference threshold: it forgets after some 100 steps, which the final decay
 of the learning rate makes a stationary stretch."""
 
-WINDOW: Final = 0.05
-"""The batch threshold is first looked for within this share of the last batch's; it seldom moves by more."""
+WINDOW: Final = 0.1
+"""A batch's threshold is first looked for within this share of the last batch's; it seldom moves by more."""
 
 
 class Workspace:
@@ -139,6 +138,11 @@ def _grad(weight: Tensor) -> Tensor:
     return weight.grad
 
 
+def just_below(value: float) -> float:
+    """The float32 before ``value``: "above it" is then "at least ``value``"."""
+    return float(np.nextafter(np.float32(value), np.float32(0)))
+
+
 class Objective(Protocol):
     """A loss with whatever it must remember between steps."""
 
@@ -221,7 +225,7 @@ class BatchTopKObjective:
     Notes
     -----
     The inference threshold is a running mean (float64) of the smallest contribution kept. Auxiliary loss: features
-    silent for long reconstruct the residual with their top k per token.
+    silent for long reconstruct the residual, with as many contributions as the living have.
 
     References
     ----------
@@ -233,7 +237,7 @@ class BatchTopKObjective:
         tokens = min(DEAD_TOKENS, DEAD_SHARE * spec.steps * spec.batch_size)
         self._patience = max(1, math.ceil(tokens / spec.batch_size))
         self._last_fired = torch.zeros(spec.n_features, dtype=torch.int64, device=device)
-        self._threshold = self._smallest = math.nan
+        self._threshold = self._smallest = self._smallest_dead = math.nan
 
     def _k_now(self, step: int) -> float:
         start = min(WARMUP_K * self._k, self._n_features)
@@ -241,46 +245,55 @@ class BatchTopKObjective:
 
     def step(self, work: Workspace, step: int) -> None:
         """Gradients with k as warmed up at this step."""
-        contribution = torch.mul(work.features, work.decoder_norms().sum(dim=1), out=work.back)
-        smallest = smallest_kept(contribution, round(self._k_now(step) * work.batch_size), hint=self._smallest)
-        self._follow(smallest, step)
+        norms = work.decoder_norms().sum(dim=1)
+        contribution = torch.mul(work.features, norms, out=work.back)
+        self._smallest = smallest_kept(contribution, round(self._k_now(step) * work.batch_size), hint=self._smallest)
+        self._follow(step)
         dead = self._dead(step)
-        n_rows = max(1, int(REVIVAL_SHARE * work.batch_size))
-        revived = work.features[:n_rows, dead].relu_() if len(dead) else None
-        below = float(np.nextafter(np.float32(smallest), np.float32(0)))  # "at least" as "above", in the data's type
-        keep_where(work.features, contribution, below, out=work.features)
+        revived = self._revived(work.features[:, dead], norms[dead]) if len(dead) else None
+        keep_where(work.features, contribution, just_below(self._smallest), out=work.features)
         work.decode()
         work.backward()
         self._last_fired.masked_fill_(work.active > 0, step)
         if revived is not None:
-            add_revival(work, revived, dead, n_aux=self._k)
+            add_revival(work, revived, dead)
+
+    def _revived(self, pre: Tensor, norms: Tensor) -> Tensor:
+        """The dead features' largest k contributions a token, as features [batch, dead]; ``pre`` is changed."""
+        contribution = pre * norms
+        n_keep = min(self._k * len(pre), pre.numel())
+        self._smallest_dead = smallest_kept(contribution, n_keep, hint=self._smallest_dead)
+        return keep_where(pre, contribution, just_below(self._smallest_dead), out=pre)
 
     def _dead(self, step: int) -> Tensor:
         if step < self._patience:
             return self._last_fired[:0]
-        return torch.nonzero(step - self._last_fired >= self._patience).flatten()
+        dead = torch.nonzero(step - self._last_fired >= self._patience).flatten()
+        most = max(1, int(REVIVED_SHARE * self._n_features))
+        if len(dead) > most:  # in turns of one patience each
+            dead = dead.roll(-(step // self._patience) * most % len(dead))[:most]
+        return dead
 
-    def _follow(self, smallest: float, step: int) -> None:
-        self._smallest = smallest
+    def _follow(self, step: int) -> None:
         if warmed(step, self._steps) < 1.0:
             return  # batches that keep more than k teach nothing about the threshold
         if math.isnan(self._threshold):
-            self._threshold = smallest
-        self._threshold += THRESHOLD_RATE * (smallest - self._threshold)
+            self._threshold = self._smallest
+        self._threshold += THRESHOLD_RATE * (self._smallest - self._threshold)
 
     def loss(self, work: Workspace, step: int) -> float:
         """Squared error; the auxiliary loss is a means, not a measure."""
         return float(work.squared_error())
 
     def state(self) -> dict[str, Tensor]:
-        """Steps at which features last fired, the running threshold and the last batch's."""
-        running = torch.tensor([self._threshold, self._smallest], dtype=torch.float64)
+        """Steps at which features last fired and the running threshold; the last batch's are only hints."""
+        running = torch.tensor(self._threshold, dtype=torch.float64)
         return {"last_fired": self._last_fired, "running": running}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state`."""
         self._last_fired = state["last_fired"].to(self._last_fired.device)
-        self._threshold, self._smallest = state["running"].tolist()
+        self._threshold = float(state["running"])
 
     def finish(self, crosscoder: Crosscoder) -> None:
         """Fix the inference threshold."""
@@ -317,19 +330,17 @@ def _near(values: NDArray[np.float32], n_keep: int, hint: float) -> float | None
     return None if place < 0 else float(np.partition(window, place)[place])
 
 
-def add_revival(work: Workspace, revived: Tensor, dead: Tensor, *, n_aux: int) -> None:
-    """Add the gradient of AUX_WEIGHT * ||residual - reconstruction of it by dead features||^2, mean over some tokens.
+def add_revival(work: Workspace, revived: Tensor, dead: Tensor) -> None:
+    """Add the gradient of AUX_WEIGHT * ||residual - reconstruction of it by dead features||^2, mean over tokens.
 
     Parameters
     ----------
     work
         After :meth:`Workspace.backward`.
     revived
-        Positive parts of the dead features' pre-activations [n, dead] on the batch's first n tokens; changed in place.
+        Dead features that take part [batch, dead].
     dead
         Their indices.
-    n_aux
-        Dead features that may take part per token.
 
     Notes
     -----
@@ -339,13 +350,11 @@ def add_revival(work: Workspace, revived: Tensor, dead: Tensor, *, n_aux: int) -
     ----------
     Gao et al. (2024), arXiv:2406.04093, appendix A.2.
     """
-    if len(dead) > n_aux:
-        limit = torch.topk(revived, n_aux, dim=1).values[:, -1:]
-        revived.mul_(revived >= limit)
-    n, rows = len(revived), work.decoder[dead]
-    left = torch.addmm(work.error[:n], revived, rows)
-    scale = 2.0 * AUX_WEIGHT / n
+    rows = work.decoder[dead]
+    left = torch.addmm(work.error, revived, rows)
+    scale = 2.0 * AUX_WEIGHT / work.batch_size
     _grad(work.decoder).index_add_(0, dead, revived.T @ left, alpha=scale)
-    back = (left @ rows.T).mul_(scale).mul_(revived > 0)
-    _grad(work.encoder).index_add_(1, dead, work.x[:n].T @ back)
+    back = (left @ rows.T).mul_(scale)
+    keep_where(back, revived, 0.0, out=back)
+    _grad(work.encoder).index_add_(1, dead, work.x.T @ back)
     _grad(work.encoder_bias).index_add_(0, dead, back.sum(dim=0))

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import BASE_RUN, RUN, STEP
+from rlgen_stats.schemas.dims import RUN, STEP, TRAINED_RUN
 from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 
@@ -141,15 +141,11 @@ def crosscoder_label(dataset: xr.Dataset, run: str) -> str | None:
 
 
 def per_run(dataset: xr.Dataset | None, name: str, run: str) -> Any:
-    """Value of a variable on the run dimension (labelled by ``run_name``, or in order of the models' runs), or None."""
-    if dataset is None or name not in dataset or RUN not in dataset[name].dims:
+    """Value of a variable on the run dimension, or None."""
+    if dataset is None or name not in dataset or TRAINED_RUN not in dataset[name].dims:
         return None
-    if "run_name" in dataset.coords:
-        runs = labels_of(dataset, "run_name")
-    else:
-        runs = list(dict.fromkeys(labels_of(dataset, RUN)))
-        runs = runs if len(runs) == dataset.sizes[RUN] else [label for label in runs if label != BASE_RUN]
-    return dataset[name].isel({RUN: runs.index(run)}).values if run in runs else None
+    runs = labels_of(dataset, TRAINED_RUN)
+    return dataset[name].isel({TRAINED_RUN: runs.index(run)}).values if run in runs else None
 
 
 def flag_counts(flags: xr.DataArray) -> dict[str, int]:

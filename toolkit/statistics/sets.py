@@ -15,7 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, RUN, split_model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, TRAINED_RUN, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.blocks import (
@@ -92,7 +92,7 @@ def set_stability(
     xr.Dataset
         Layout ``set_stability``. Over ``model``: ``overlap`` with the final set (all prompts), ``cross`` (X),
         ``noise_ceiling`` (rho_c), ``final_ceiling`` (rho_C), ``delta`` with bounds, ``chance``, ``overlap_p``
-        (hypergeometric), ``rbo``. Over ``run`` (labelled by ``run_name``): ``verdict`` SET_STABLE / EVOLVING /
+        (hypergeometric), ``rbo``. Over ``trained_run``: ``verdict`` SET_STABLE / EVOLVING /
         UNDETERMINED, ``stable_from`` (step), ``nogueira`` (over the checkpoints' sets), ``reason``, ``n_testable``.
         Small; computed at once.
 
@@ -147,8 +147,8 @@ def set_stability(
     labels = {name: list(column) for name, column in zip(_RUN_COLUMNS, zip(*verdicts, strict=True), strict=True)}
     return xr.Dataset(
         {name: (MODEL, np.array(values, dtype=np.float64)) for name, values in rows.items()}
-        | {name: (RUN, np.array(values)) for name, values in labels.items()},
-        coords=model_coords(features, models) | {"run_name": (RUN, np.array(list(runs), dtype=np.str_))},
+        | {name: (TRAINED_RUN, np.array(values)) for name, values in labels.items()},
+        coords=model_coords(features, models) | {TRAINED_RUN: (TRAINED_RUN, np.array(list(runs), dtype=np.str_))},
         attrs={
             "test": f"cross-half overlap of top-{k} sets, delete-group jackknife",
             "null": "change has the same distribution at this checkpoint and at the end (delta = 0)",

@@ -13,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, RUN, split_model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, TRAINED_RUN, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.blocks import (
@@ -210,14 +210,14 @@ def _share(part: da.Array, whole: da.Array) -> da.Array:
 
 
 def _collect(chains: dict[str, _Chain]) -> xr.Dataset:
-    """The result layout. Its dimension ``run`` is labelled by ``run_name``: ``run`` itself labels the models."""
+    """The result layout; ``trained_run`` is the dimension of runs, ``run`` labels the models."""
     parts = list(chains.values())
     model = {
         name: ((MODEL, FEATURE), da.concatenate([part.by_checkpoint[name] for part in parts]))
         for name in ("p_value", "effect", "effect_sd")
     }
     run = {
-        public: ((RUN, FEATURE), da.stack([part.by_feature[name] for part in parts]))
+        public: ((TRAINED_RUN, FEATURE), da.stack([part.by_feature[name] for part in parts]))
         for public, name in (
             ("stabilized_at", "stabilized"), ("total_effect", "total"), ("total_effect_sd", "total_sd"),
             ("p_reference", "p0"),
@@ -230,16 +230,19 @@ def _collect(chains: dict[str, _Chain]) -> xr.Dataset:
         model
         | run
         | {
-            "flag": ((RUN, FEATURE), da.map_blocks(_name_flags, flags, dtype=_FLAG_TYPE)),
+            "flag": ((TRAINED_RUN, FEATURE), da.map_blocks(_name_flags, flags, dtype=_FLAG_TYPE)),
             "share": (MODEL, shares[0]),
             "share_low": (MODEL, shares[1]),
             "share_high": (MODEL, shares[2]),
-            "n_testable": (RUN, da.stack([part.n_testable for part in parts]).astype(np.int64)),
+            "n_testable": (TRAINED_RUN, da.stack([part.n_testable for part in parts]).astype(np.int64)),
             "share_in_stratum": ((MODEL, "stratum"), strata),
-            "n_in_stratum": ((RUN, "stratum"), da.stack([part.in_stratum[0] for part in parts]).astype(np.int64)),
+            "n_in_stratum": (
+                (TRAINED_RUN, "stratum"),
+                da.stack([part.in_stratum[0] for part in parts]).astype(np.int64),
+            ),
         },
         coords={
-            "run_name": (RUN, np.array(list(chains), dtype=np.str_)),
+            TRAINED_RUN: (TRAINED_RUN, np.array(list(chains), dtype=np.str_)),
             "stratum": ("stratum", np.array(STRATA, dtype=np.str_)),
         },
     )
