@@ -34,7 +34,7 @@ class Planted:
     """[view, feature, channel]; zero rows where a view lacks the feature."""
 
 
-def planted(n_tokens: int = 8192, *, seed: int = 0, width: int = 24, rate: float = 0.08) -> Planted:
+def planted(n_tokens: int = 8192, *, seed: int = 0, width: int = 24, soft: bool = False) -> Planted:
     random = np.random.default_rng(seed)
     world = np.random.default_rng(99)
     shared = np.linalg.qr(world.normal(size=(width, width)))[0]
@@ -42,7 +42,9 @@ def planted(n_tokens: int = 8192, *, seed: int = 0, width: int = 24, rate: float
     decoder = np.stack([shared, turned / np.linalg.norm(turned, axis=1, keepdims=True)])[:, :24]
     decoder[1, list(BASE_ONLY)] = 0
     decoder[0, list(SFT_ONLY)] = 0
-    code = np.where(random.random((n_tokens, 24)) < rate, random.uniform(1.0, 2.0, (n_tokens, 24)), 0.0)
+    fires = random.random((n_tokens, 24)) < (0.25 if soft else 0.08)
+    size = random.exponential(size=fires.shape) if soft else random.uniform(1.0, 2.0, fires.shape)
+    code = np.where(fires, size, 0.0)
     noise = 0.02 * random.normal(size=(n_tokens, 2, width))
     offset = world.normal(size=(2, width))
     gain = np.array([1.0, 3.0])[:, None]  # the second model lives on another scale

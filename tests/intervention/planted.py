@@ -22,7 +22,7 @@ from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+from rlgen_stats.toolkit.crosscoder import Crosscoder
 
 WIDTH, LAYER = 36, 0
 ANSWER, OTHER = slice(0, 10), slice(10, 20)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+from rlgen_stats.toolkit.crosscoder import Crosscoder
 from rlgen_stats.toolkit.extraction.generation import generate
 from rlgen_stats.toolkit.intervention.edit import EditSite, FeatureColumns, FeatureEdit
 from rlgen_stats.toolkit.intervention.live import Donor, amplify, disable, editing

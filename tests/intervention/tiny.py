@@ -14,7 +14,7 @@ from transformers.models.mistral import MistralConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+from rlgen_stats.toolkit.crosscoder import Crosscoder
 
 WIDTH, LAYERS, VOCABULARY, N_FEATURES = 16, 3, 31, 24
 BASE, RL = "base@0", "rl@4"

@@ -284,7 +284,7 @@ def set_stability() -> xr.Dataset:
             "chance": ("model", np.full(10, 0.21)), "overlap_p": ("model", np.full(10, 1e-9)),
             "rbo": ("model", cross), "verdict": ("trained_run", ["SET_STABLE", "EVOLVING"]),
             "stable_from": ("trained_run", [60.0, np.nan]), "nogueira": ("trained_run", [0.83, 0.52]),
-            "reason": ("trained_run", ["upper bound of delta below 0.1 from step 60", "delta 0.19 at the last but one"]),
+            "reason": ("trained_run", ["upper bound of delta below 0.1 at 60", "delta 0.19 at the last but one"]),
         },
         coords=coords | {"trained_run": ["sft", "rl"]},
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")} | {"top_k": 50},

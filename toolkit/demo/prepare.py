@@ -32,7 +32,7 @@ Size = Literal["demo", "mini"]
 BASE_SETTINGS: Final = {
     "demo": BaseSettings(),
     "mini": BaseSettings(
-        hidden_size=32, n_layers=2, n_heads=2, feed_forward=64, steps=60, batch_size=64, n_eval_pairs=14
+        hidden_size=32, n_layers=2, n_heads=2, feed_forward=64, steps=150, batch_size=64, n_eval_pairs=14
     ),
 }
 STYLES_PER_PAIR: Final = {"demo": 2, "mini": 1}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+from rlgen_stats.toolkit.crosscoder import Crosscoder
 from rlgen_stats.toolkit.intervention.controls import NEAR_DUPLICATE, TINY
 
 BIN_EDGES: Final = (0.5, 0.8, 1.25, 2.0)

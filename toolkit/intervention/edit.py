@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+from rlgen_stats.toolkit.crosscoder import Crosscoder
 
 Kind = Literal["disable", "amplify", "passthrough", "lift", "add_vector"]
 Positions = Literal["all", "prompt", "last_prompt", "completion"]

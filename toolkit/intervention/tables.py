@@ -148,7 +148,7 @@ def as_dataset(
             dataset["task_effect"].values[d, at, t] = table.change(mask).mean(axis=0)
         for name in ("verdict", "rank_p", "v1", "v2", "v3", "v4", "v5", "v6"):
             dataset[name].values[d] = getattr(verdict, name)
-        dataset["reasons"].values[d] = "; ".join(verdict.reasons)
+        dataset["reasons"].values[d] = "; ".join(reason.replace("; ", ", ") for reason in verdict.reasons)
         dataset["n_prompts"].values[d] = int(table.target.sum())
     facts = {
         "n_controls": 0 if controls is None else len(controls.sets),

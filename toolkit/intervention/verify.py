@@ -17,7 +17,7 @@ from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder, load_crosscoder
+from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
 from rlgen_stats.toolkit.extraction.checkpoints import (
     final_model,
     find_model,

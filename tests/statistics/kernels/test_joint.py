@@ -68,9 +68,9 @@ def test_blocks_of_features_combine_to_the_whole() -> None:
 
 
 def test_repeated_single_steps_reject_what_step_down_rejects() -> None:
-    d = np.random.default_rng(33).normal(size=(30, 60)) + np.repeat([1.2, 0.55, 0.0], [40, 15, 5])
+    d = np.random.default_rng(33).normal(size=(30, 220)) + np.repeat([1.2, 0.7, 0.0], [180, 30, 10])
     whole = max_t(d, n_resamples=499)
-    left = np.arange(60)
+    left = np.arange(220)
     while True:
         p = max_t(d[:, left], n_resamples=499, step_down=False).p_single_step
         if not (p <= 0.05).any():
@@ -88,6 +88,10 @@ def test_one_sided_families() -> None:
     np.testing.assert_allclose(greater.p_raw, sign_flip_test(d, alternative="greater").p_value, rtol=1e-12)
     np.testing.assert_array_equal(sign_flip_test(d, alternative="greater").p_max_t, greater.p_single_step)
     assert (max_t(-np.abs(d), alternative="greater").p_single_step == 1).all()
+    against = -d[:, [0]]  # alone, a feature that goes the other way has its own p, though the sum is negative
+    found = max_t(against, alternative="greater")
+    assert 0.5 < found.p_single_step[0] < 1
+    np.testing.assert_array_equal(found.p_single_step, found.p_raw)
 
 
 def test_clusters_flip_whole_and_few_are_refused() -> None:

@@ -74,7 +74,7 @@ def adjust(p: Any, *, method: AdjustMethod | str, alpha: float = 0.05) -> FloatA
 
     Examples
     --------
-    >>> adjust([[0.01, 0.04], [0.03, float("nan")]], method="bh").tolist()
+    >>> adjust([[0.01, 0.04], [0.03, float("nan")]], method="bh").round(4).tolist()
     [[0.03, 0.04], [0.04, nan]]
     """
     if method not in METHODS:
@@ -102,19 +102,18 @@ def _holm(p: FloatArray) -> FloatArray:
 def _hommel(p: FloatArray) -> FloatArray:
     """Adjusted p-values of the closed Simes test in n log n (quadratic routines take minutes at 10^5 p-values).
 
-    H_i is rejected at level a iff h(a) p_i <= a, h(a) the largest m whose m largest p-values pass Simes at a. With
-    worst_m the largest Simes p-value of the m, m + 1, ... largest, the adjusted p is min_m max(worst_{m+1}, m p_i):
-    one falling and one rising sequence, so a search finds where they cross.
+    H_i is rejected at level a iff h(a) p_i <= a, h(a) the largest m whose m largest p-values pass Simes at a. With s_m
+    the Simes p-value of the m largest, which falls as m grows, the adjusted p is min_m max(s_{m+1}, m p_i): one falling
+    and one rising sequence, so a search finds where they cross.
     """
     n = len(p)
-    simes = np.append(_simes_of_largest(np.sort(p)), 0.0)  # simes[m - 1] belongs to the m largest
-    worst = np.maximum.accumulate(simes[::-1])[::-1]  # worst[m] = worst_{m+1}, m = 0..n
+    simes = np.append(_simes_of_largest(np.sort(p)), 0.0)  # simes[m] = s_{m+1}, m = 0..n
     low, high = np.zeros(n, dtype=np.int64), np.full(n, n)
-    while (low < high).any():  # smallest m with m p >= worst[m]
+    while (low < high).any():  # smallest m with m p >= s_{m+1}
         middle = (low + high) // 2
-        crossed = middle * p >= worst[middle]
+        crossed = middle * p >= simes[middle]
         low, high = np.where(crossed, low, middle + 1), np.where(crossed, middle, high)
-    return np.asarray(np.minimum(np.minimum(low * p, worst[np.maximum(low - 1, 0)]), 1.0))
+    return np.asarray(np.minimum(np.minimum(low * p, simes[np.maximum(low - 1, 0)]), 1.0))
 
 
 def _simes_of_largest(ordered: FloatArray) -> FloatArray:

@@ -93,7 +93,7 @@ def tost_chain(
     p[-1] = np.where(np.isfinite(x).all(axis=(0, 1)), 0.0, np.nan)
     accepted = np.logical_and.accumulate((p <= alpha)[::-1], axis=0)[::-1]
     first = (len(p) - accepted.sum(axis=0)).astype(np.float64)
-    at = np.where((first > len(p) - 1 - persist) | np.isnan(p[-1]), np.nan, first)
+    at = np.where(first > len(p) - 1 - persist, np.nan, first)
     return TostChainResult(p, at if x.ndim > 2 else float(at))
 
 

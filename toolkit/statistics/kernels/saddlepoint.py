@@ -25,7 +25,7 @@ SMALL_W: Final = 1e-3
 MAX_KURTOSIS: Final = 0.2
 """Share sum d^4 / (sum d^2)^2 up to which the flips' sum is smooth enough; above it p was off by up to .6."""
 MAX_CONDITIONED: Final = 6
-"""Largest |d| whose flips are enumerated: the other 64-fold approximations then stay within 3% on Cauchy data."""
+"""Largest |d| whose flips are enumerated (64 patterns); p then stays within 5% even on Cauchy data."""
 BLOCK_ELEMENTS: Final = 2**20
 """Unit x feature x pattern elements worked on together (8 MB)."""
 
