@@ -41,8 +41,9 @@ types: .namespace/rlgen_stats
 imports: .namespace/rlgen_stats
 	cd .namespace && PYTHONPATH=. ../$(BIN)/lint-imports --config ../pyproject.toml
 
+# Two workers on two cores: more threads each would only wait for one another.
 pytest:
-	$(BIN)/python -P -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile
 
 wheel: install-dev
 	rm -rf build dist
