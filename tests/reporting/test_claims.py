@@ -290,6 +290,14 @@ def test_c4_inconclusive_says_what_failed(
     assert words in claim(results, spec, "C4").answer
 
 
+def test_c5_significant_but_too_close_to_zero_says_so(results: Results, spec: StudySpec) -> None:
+    causal(results, "INCONCLUSIVE")
+    data = results["intervention"]
+    close = {"v1": ("direction", [False] * 2), "effect_low": data.effect_low * 0 + 0.014}
+    results["intervention"] = data.assign(close)
+    assert "does not clear the 2 points" in claim(results, spec, "C5").answer
+
+
 def test_c4_contradicted_when_disabling_helps(results: Results, spec: StudySpec) -> None:
     data = results["intervention"]
     flipped = {"effect": -data.effect, "effect_low": -data.effect_high, "effect_high": -data.effect_low}

@@ -100,7 +100,7 @@ def _assess(
         p,
         _UNIT,
         verdict,
-        _answer(verdict, causal, details, effect, direction),
+        _answer(verdict, causal, details, effect, direction, near_zero=0 < max(low, -high) <= SMALLEST_EFFECT),
         _caveats(results, spec, details, direction),
         paper,
         details,
@@ -166,17 +166,24 @@ def _coded(reason: str) -> tuple[str, str]:
     return code.strip(), said.strip().rstrip(".")
 
 
+SMALLEST_EFFECT: Final = 0.02
+"""Share of prompts that V1 asks an effect to clear (METHOD.md 4d)."""
+
 _SUBJECT: Final = {"disable": "Disabling the set in the RL model", "amplify": "Amplifying the set in base"}
 
 
-def _open_question(checks: dict[str, str]) -> str:
+def _open_question(checks: dict[str, str], near_zero: bool) -> str:
     if checks[CHECKS["v1"]] != "True":
+        if near_zero:
+            return "which differs from zero, but its interval does not clear the 2 points that an effect must (V1)"
         return "which is neither shown to be an effect nor shown to be none"
     failed = [label for name, label in CHECKS.items() if name != "v5" and checks[label] == "False"]
     return f"but not every check held ({listed(failed)})" if failed else "but the arms do not allow a verdict"
 
 
-def _answer(verdict: Verdict, causal: str, details: dict[str, Any], effect: float, direction: str) -> str:
+def _answer(
+    verdict: Verdict, causal: str, details: dict[str, Any], effect: float, direction: str, *, near_zero: bool
+) -> str:
     subject = _SUBJECT[direction]
     moved = f"changes accuracy by {fixed(100 * effect, sign=True)} points"
     if verdict is Verdict.CONTRADICTED:
@@ -190,7 +197,7 @@ def _answer(verdict: Verdict, causal: str, details: dict[str, Any], effect: floa
         "DESTRUCTIVE": "but it breaks the model rather than moving it toward the other one",
         "CAUSAL_NONSPECIFIC": "but matched random sets do as much",
         "NO_EFFECT": "which is equivalent to no effect",
-        "INCONCLUSIVE": _open_question(details["checks"]),
+        "INCONCLUSIVE": _open_question(details["checks"], near_zero),
     }.get(causal, f"and the causal verdict is {causal or 'missing'}")
     return f"{subject} {moved}, {why}."
 
