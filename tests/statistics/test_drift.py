@@ -147,6 +147,15 @@ def test_dependent_prompts_need_clusters(make_features):
     assert (guarded.p_value <= 0.05).mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
 
 
+def test_cluster_means_that_differ_by_rounding_alone_do_not_drift(make_features):
+    """The means of (.1, .2, .3) and (.3, .2, .1) differ in the last bit, always with one sign."""
+    values = np.zeros((2, 120, 1))
+    values[0, :, 0], values[1, :, 0] = np.tile([0.1, 0.2, 0.3], 40), np.tile([0.3, 0.2, 0.1], 40)
+    out = run(make_features(values, ["base@0", "rl@1"], per_cluster=3), models=["rl@1"], clusters="cluster")
+    assert out["call"].values.item() != "DRIFT"
+    assert not out["p_value"].values.item() < 0.5
+
+
 def test_null_calibration_with_sparse_features(make_features):
     rng = np.random.default_rng(5)
     mean = rng.gamma(1, 1, (2, 40, 2000)) * (rng.random((2, 40, 2000)) < 0.4)

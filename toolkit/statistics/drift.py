@@ -40,6 +40,9 @@ FLAGS: Final = ("ok", "untestable", "identical", "below_margin")
 DEFAULT_MARGIN: Final = 0.2
 """Equivalence margin in standard deviations of the reference over units: the smallest effect called small."""
 
+ROUNDING: Final = 1e-12
+"""Share of a feature's scale below which a difference of unit means is what rounding left of a zero."""
+
 TIE_SLACK: Final = 1e-9
 """Statistics this close count as ties (METHOD.md section 3, rule 5)."""
 
@@ -235,12 +238,20 @@ def _block(values: NDArray[Any], firing: NDArray[Any], *, settings: _Settings) -
     for model in range(1, len(values)):
         fired = fires[0].sum(axis=0) + fires[model].sum(axis=0)
         testable = fired >= settings.n_min
-        row = _one_model(x[model] - x[0], spread, testable, present, settings)
+        row = _one_model(_difference(x[model], x[0]), spread, testable, present, settings)
         change = np.nanmean(firing[model][there], axis=0) - np.nanmean(firing[0][there], axis=0)
         row |= {"firing_change": 100.0 * change, "fired": fired, "n": np.full(len(testable), x.shape[1])}
         for name, value in row.items():
             rows[name].append(value)
     return {name: np.array(value, dtype=np.float64) for name, value in rows.items()}
+
+
+def _difference(values: FloatArray, reference: FloatArray) -> FloatArray:
+    """Differences of unit means; what only rounding of the means left is zero, not a tiny difference of one sign."""
+    d = values - reference
+    scale = np.maximum(np.abs(values), np.abs(reference)).max(axis=0, initial=0.0)
+    d[np.abs(d) <= ROUNDING * scale] = 0.0
+    return d
 
 
 def _one_model(

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels import flip_tail, saddlepoint_tail, sign_flip_test, sign_flips
+from rlgen_stats.toolkit.statistics.kernels import flip_tail, max_t, saddlepoint_tail, sign_flip_test, sign_flips
 
 from ...oracles import slow
 
@@ -164,3 +164,32 @@ def test_options_are_explained(options: dict, message: str) -> None:
         sign_flip_test(np.random.default_rng(0).normal(size=30), **options)
     with pytest.raises(InputError, match="at least one unit, got shape"):
         sign_flip_test(np.empty((0, 3)))
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_cluster_sums_that_cancel_are_zero(joint: bool) -> None:
+    """.1 + .2 - .3 is 5.6e-17 in doubles: 40 such clusters, always of one sign, would be p = 2e-12."""
+    d = np.column_stack([np.tile([0.1, 0.2, -0.3], 40), np.tile([0.1, 0.2, 0.3], 40)])
+    clusters = np.repeat(np.arange(40), 3)
+    if joint:
+        found = max_t(d, n_resamples=99, clusters=clusters)
+        assert np.isnan(found.p_single_step[0])
+        np.testing.assert_allclose(found.p_single_step[1], 0.01)
+        return
+    flips = sign_flip_test(d, clusters=clusters)
+    assert flips.n_nonzero.tolist() == [0, 40]
+    assert flips.flag.tolist() == ["untestable: no nonzero difference", ""]
+    np.testing.assert_allclose(flips.p_value, [np.nan, 2.0**-39])
+
+
+def test_rounded_tenths_stay_on_their_lattice() -> None:
+    """Tenths summed within clusters equal the same whole numbers summed, zeros and all."""
+    rng = np.random.default_rng(0)
+    tenths, clusters = rng.integers(-3, 4, (120, 8)), np.repeat(np.arange(40), 3)
+    whole, rounded = (sign_flip_test(x, clusters=clusters) for x in (tenths, tenths / 10))
+    sums = (tenths / 10).reshape(40, 3, 8).sum(axis=1)
+    assert ((sums != 0) & (np.abs(sums) < 1e-12)).any(), "no sum cancels up to rounding: the test shows nothing"
+    for found in (rounded, sign_flip_test(sums)):
+        assert set(found.method) == {"lattice"}
+        assert np.array_equal(found.n_nonzero, whole.n_nonzero)
+        np.testing.assert_allclose(found.p_value, whole.p_value, rtol=1e-9)

@@ -149,3 +149,14 @@ def test_tokens_as_units_break_the_level_that_clusters_keep() -> None:
         robust.append(2 * stats.t.sf(abs(found.mean / found.standard_error), 59))
     assert np.mean(np.array(token) <= 0.05) > 0.2
     assert np.mean(np.array(robust) <= 0.05) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
+
+
+@pytest.mark.parametrize("clusters", [None, np.repeat(np.arange(20), 2)])
+def test_a_constant_feature_has_no_interval(clusters: np.ndarray | None) -> None:
+    """The mean of forty .1 is not .1 to the last bit; that is no spread, and no reason for an infinite bound."""
+    x = np.column_stack([np.full(40, value) for value in (0.1, 0.3, 0.5, 0.7, 1e-200)])
+    found = bootstrap_t(x, n_resamples=199, clusters=clusters)
+    np.testing.assert_allclose(found.mean, x[0])
+    assert np.isnan(found.low).all()
+    assert np.isnan(found.high).all()
+    assert (found.standard_error == 0).all()

@@ -9,6 +9,7 @@ import numpy as np
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.resampling import (
+    ROUNDING,
     FloatArray,
     as_units,
     bootstrap_weights,
@@ -31,7 +32,7 @@ class BootstrapResult:
     mean: Any
     """[feature]."""
     low: Any
-    """Lower bound [feature]; NaN where fewer than ten units (or clusters) are not zero."""
+    """Lower bound [feature]; NaN where fewer than ten units (or clusters) are not zero, or nothing varies."""
     high: Any
     """Upper bound [feature]."""
     standard_error: Any
@@ -88,6 +89,7 @@ def bootstrap_t(
         raise InputError(f"a bootstrap interval needs at least two units, got {n}.")
     error = np.sqrt(column_sums(np.square(centred)) / (n - 1) / n)
     low, high = np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
+    error[error <= ROUNDING * np.abs(x).max(axis=0)] = 0.0  # a constant feature's mean may round: no spread
     tested = np.flatnonzero((n_nonzero >= MIN_NONZERO) & (error > 0))
     weights = bootstrap_weights(n, n_resamples, seed=seed) / n if len(tested) else np.empty((0, n))
     size = max(1, BLOCK_ELEMENTS // n_resamples)

@@ -19,6 +19,8 @@ BLOCK_FEATURES: Final = 1024
 """Features per matrix product: with 1,000 draws the block of statistics is 8 MB and stays near the cache."""
 BLOCK_DRAWS: Final = 1024
 """Draws per matrix product, for the same reason; memory does not grow with the number of draws."""
+ROUNDING: Final = 1e-12
+"""Share of a feature's scale below which a value is what rounding left of a zero: .1 + .2 - .3 is 5.6e-17."""
 SPARSE_DENSITY: Final = 0.15
 """Share of nonzeros below which a sparse product is faster than a dense one."""
 MAX_EXACT_UNITS: Final = 12
@@ -141,7 +143,7 @@ def as_units(values: Any) -> tuple[FloatArray, bool]:
 
 
 def flip_units(differences: Any, clusters: Any = None) -> FlipUnits:
-    """Differences per unit to be flipped, or their sums within clusters, checked.
+    """Differences per unit to be flipped, or their sums within clusters, checked; what rounding left of zeros is zero.
 
     Raises
     ------
@@ -158,13 +160,15 @@ def flip_units(differences: Any, clusters: Any = None) -> FlipUnits:
             f"differences must be finite, got {int((~np.isfinite(d)).sum())} NaN or infinite; drop those units, "
             "or set the whole feature to NaN."
         )
+    magnitude = np.abs(d)
     if clusters is not None:
-        d = cluster_totals(d, clusters)
+        d, magnitude = cluster_totals(d, clusters), cluster_totals(magnitude, clusters)
         if len(d) < MIN_CLUSTERS:
             raise RefusedError(
                 f"a sign-flip test over clusters needs at least {MIN_CLUSTERS}, got {len(d)}; flip a lower level, "
                 "or use more clusters."
             )
+    d[np.abs(d) <= ROUNDING * magnitude.max(axis=0)] = 0.0
     return FlipUnits(d, missing, single)
 
 
