@@ -73,6 +73,23 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(_plain(value), indent=1, default=str))
 
 
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns of text under a header, indented; numbers stand right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for i, name in enumerate(header):
+        numeric = bool(rows) and all(row[i].replace(",", "").replace(".", "").isdigit() for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    with console.capture() as captured:
+        console.print(table, markup=False)
+    click.echo("".join(f"  {line.rstrip()}\n" for line in captured.get().splitlines()), nl=False)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -25,7 +25,11 @@ _COMMANDS: Final = {
     "intervene": ("rlgen_stats.cli.stages", "Disable and amplify the chosen features in the live models."),
     "report": ("rlgen_stats.cli.stages", "Write the report and print the five verdicts."),
     "inspect": ("rlgen_stats.cli.stores", "Say what a store or a study contains."),
-    "verify": ("rlgen_stats.cli.stores", "Check every chunk of a store or a study."),
+    "verify": ("rlgen_stats.cli.stores", "Check every chunk, label, count and digest of a store or a study."),
+    "migrate": ("rlgen_stats.cli.stores", "Raise stores of an earlier release to this one's layout."),
+    "schema": ("rlgen_stats.cli.stores", "Print the declared layout of a dataset as JSON."),
+    "import": ("rlgen_stats.cli.exchange", "Import an activation cache made elsewhere, with its label table."),
+    "export": ("rlgen_stats.cli.exchange", "Export selected activations and labels to safetensors or npy."),
 }
 
 

@@ -1,10 +1,25 @@
-"""inspect and verify."""
+"""inspect, verify, migrate and schema."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from rlgen_stats.cli.console import fail, handle_errors, json_option, print_json
+from rlgen_stats.cli.console import (
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    progress_for,
+    quiet_option,
+)
+
+if TYPE_CHECKING:
+    from rlgen_stats.toolkit.progress import Progress
 
 _store = click.argument("store", type=click.Path())
 
@@ -14,7 +29,9 @@ _store = click.argument("store", type=click.Path())
 @json_option
 @handle_errors
 def inspect_store(store: str, as_json: bool) -> None:
-    r"""Say what a store or a study contains: models, dimensions, sizes, provenance.
+    r"""Say what a store or a study contains: models, prompts, sizes, completeness, provenance.
+
+    STORE is a store, or a study folder; a path or a URL such as s3://bucket/study.
 
     \b
     Examples:  rlgen-stats inspect runs/demo
@@ -27,17 +44,79 @@ def inspect_store(store: str, as_json: bool) -> None:
         print_json(facts)
         return
     for name, entry in facts.items():
-        click.echo(name)
-        for key, value in entry.items():
-            click.echo(f"  {key:<14} {value}")
+        _print_facts(name, entry)
+
+
+def _print_facts(name: str, entry: dict[str, Any]) -> None:
+    click.secho(name, bold=True)
+    compression = f", compressed {entry['compression']:.1f}x" if entry.get("compression", 1) >= 1.05 else ""
+    click.echo(f"  {_bytes(entry['bytes'])} in {entry['files']:,} files{compression}, layout {entry['schema_version']}")
+    if "tokens" in entry:
+        segments = ", ".join(f"{n:,} {segment}" for segment, n in entry["segments"].items() if n)
+        click.echo(f"  {entry['tokens']:,} tokens ({segments}), text mode {entry['text_mode']}")
+        _print_activations(entry["models"])
+    else:
+        if entry.get("models"):
+            click.echo(f"  models   {', '.join(model['model'] for model in entry['models'])}")
+        rows = [
+            [array, " x ".join(f"{dim} {size:,}" for dim, size in zip(facts["dims"], facts["shape"], strict=False)),
+             facts["dtype"]]
+            for array, facts in entry["arrays"].items()
+        ]  # fmt: skip
+        print_table(["array", "dimensions", "type"], rows)
+    if "prompts" in entry:
+        splits = sorted({split for task in entry["prompts"]["tasks"].values() for split in task["splits"]})
+        rows = [
+            [
+                task,
+                facts["domain"],
+                *(f"{n:,}" for n in (facts["prompts"], *(facts["splits"].get(name, 0) for name in splits))),
+            ]
+            for task, facts in entry["prompts"]["tasks"].items()
+        ]
+        print_table(["task", "domain", "prompts", *splits], rows)
+    for key in ("readout", "scale", "test", "null", "unit", "family", "family_size", "seed", "study_id", "spec_hash"):
+        if key in entry:
+            click.echo(f"  {key:<11} {entry[key]}")
+    if "written_by" in entry:
+        told = entry["written_by"]
+        click.echo(f"  written by  rlgen-stats {told.get('rlgen-stats', '?')}, commit {str(told['git_commit'])[:12]}")
+    click.echo()
+
+
+def _print_activations(models: list[dict[str, Any]]) -> None:
+    """One line a run and site, its checkpoints side by side."""
+    lines: dict[tuple[str, str, int, str], list[dict[str, Any]]] = {}
+    for model in sorted(models, key=lambda m: (m["run"], m["site"], m["step"])):
+        lines.setdefault((model["run"], model["site"], model["width"], model["dtype"]), []).append(model)
+    rows = [
+        [run, site, f"{width:,}", dtype, " ".join(_checkpoint(model) for model in checkpoints),
+         _bytes(sum(model["uncompressed_bytes"] for model in checkpoints)),
+         "yes" if all(model["complete"] for model in checkpoints) else "no"]
+        for (run, site, width, dtype), checkpoints in lines.items()
+    ]  # fmt: skip
+    print_table(["run", "site", "width", "type", "checkpoints", "size", "complete"], rows)
+
+
+def _checkpoint(model: dict[str, Any]) -> str:
+    return str(model["step"]) if model["complete"] else f"{model['step']} ({model['tokens']:,} tokens so far)"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
 
 
 @click.command()
 @_store
 @json_option
+@quiet_option
 @handle_errors
-def verify(store: str, as_json: bool) -> None:
-    r"""Read every chunk of a store or a study and compare checksums and commit records.
+def verify(store: str, as_json: bool, quiet: bool) -> None:
+    r"""Check every chunk, label table, count, layout version and digest of a store or a study.
 
     Leaves with code 2 and names the first fault if there is one.
 
@@ -48,15 +127,81 @@ def verify(store: str, as_json: bool) -> None:
 
     from rlgen_stats.stores import verify as verify_store
 
-    found = verify_store(store)
+    with progress_for(quiet=quiet or as_json) as progress, _counted(progress, "verify") as advance:
+        found = verify_store(store, on_progress=advance)
     if as_json:
         print_json(asdict(found) | {"ok": found.ok})
     elif found.ok:
         click.echo(f"{store}: sound; {found.n_chunks} chunks of {found.n_arrays} arrays read.")
     if not found.ok:
-        fail(
-            f"{store}: {len(found.problems)} fault(s), the first: {found.problems[0]}; restore it or compute it again."
+        more = "".join(f"\n  {problem}" for problem in found.problems[1:10])
+        fail(f"{store}: {len(found.problems)} fault(s), the first: {found.problems[0]}{more}")
+
+
+@contextmanager
+def _counted(progress: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, in all) that moves a bar made when the total is known."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        bars: list[Any] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress.task(description, total=total, unit="checks")))
+            bars[0].advance(1)
+
+        yield advance
+
+
+@click.command()
+@_store
+@json_option
+@handle_errors
+def migrate(store: str, as_json: bool) -> None:
+    r"""Raise stores written by an earlier release to this release's layout, in place.
+
+    Activations are renamed, not rewritten; an interrupted migration is run again.
+
+    \b
+    Example:  rlgen-stats migrate runs/last-year
+    """
+    from rlgen_stats.stores import migrate as migrate_store
+
+    done = migrate_store(store)
+    if as_json:
+        print_json({name: {"before": before, "now": now} for name, (before, now) in done.items()})
+        return
+    for name, (before, now) in done.items():
+        click.echo(f"{name}: layout {now}" + (f" (was {before})" if before != now else ", as it was"))
+
+
+@click.command()
+@click.argument("name", required=False)
+@handle_errors
+def schema(name: str | None) -> None:
+    r"""Print the declared layout of a dataset as JSON, or list what there is.
+
+    NAME is a dataset ('features', 'drift', ...) or 'study' for the JSON schema of study.yaml.
+
+    \b
+    Examples:  rlgen-stats schema
+               rlgen-stats schema features
+    """
+    from rlgen_stats.schemas.layout import LAYOUTS, layout_document
+
+    if name == "study":
+        from rlgen_stats.schemas.study import StudySpec
+
+        print_json(StudySpec.model_json_schema())
+    elif name is not None:
+        print_json(layout_document(name))
+    else:
+        print_table(
+            ["name", "where"],
+            [[layout.name, layout.where.format(name=layout.name)] for layout in LAYOUTS.values()]
+            + [["study", "study.yaml"]],
         )
 
 
-COMMANDS = {"inspect": inspect_store, "verify": verify}
+COMMANDS = {"inspect": inspect_store, "verify": verify, "migrate": migrate, "schema": schema}

@@ -37,6 +37,10 @@ TOKEN_ID: Final = "token_id"
 SEGMENT: Final = "segment"
 SOURCE: Final = "source"
 """Model that wrote the text a token belongs to."""
+SPAN: Final = "span"
+"""Run of neighbouring tokens with one prompt, one source and one segment."""
+PROMPT_LABELS: Final = (TASK, DOMAIN, SPLIT, CLUSTER)
+"""Labels of a prompt, besides its id."""
 
 DOMAINS: Final = ("in", "out")
 SPLITS: Final = ("selection", "verification")

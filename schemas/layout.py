@@ -7,28 +7,37 @@ Results groups (``results.zarr/<group>``) are declared here too, so that the rep
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import xarray as xr
 
 from rlgen_stats.schemas.dims import (
     ARM,
+    CHANNEL,
     CLUSTER,
     DOMAIN,
     FEATURE,
     MODEL,
+    POSITION,
     PROMPT,
     RUN,
     SAMPLE,
+    SEGMENT,
+    SOURCE,
+    SPAN,
     SPLIT,
     STEP,
     TASK,
+    TOKEN,
+    TOKEN_ID,
     TRAINED_RUN,
     VIEW,
 )
-from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.errors import InputError, StoreError
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
+"""2 (2026-11): activations keep one flat file a shard, commit records carry its checksum, runs of equal labels are
+listed in ``spans``, and every group has a digest. 1: the first layout; ``rlgen-stats migrate`` raises it."""
 
 PROVENANCE_ATTRS: Final = ("schema_version", "study_id", "spec_hash", "provenance")
 """Attributes every store carries: layout version, study, hash of the inputs, versions and seeds (JSON)."""
@@ -36,12 +45,12 @@ PROVENANCE_ATTRS: Final = ("schema_version", "study_id", "spec_hash", "provenanc
 TEST_ATTRS: Final = ("test", "null", "unit", "family", "family_size", "seed", "alpha")
 """Attributes every table of p-values carries."""
 
-_KINDS: Final = {"float": "f", "int": "iu", "bool": "b", "str": "UOT"}
+_KINDS: Final = {"float": "f", "int": "iu", "bool": "b", "str": "UOT", "number": "fu"}
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable: its dimensions in order and its kind (float, int, bool or str)."""
+    """A variable: its dimensions in order and its kind (float, int, bool, str, or number: float or its bits)."""
 
     dims: tuple[str, ...]
     kind: str
@@ -55,6 +64,10 @@ class Layout:
     variables: dict[str, Variable]
     coords: dict[str, Variable] = field(default_factory=dict)
     attrs: tuple[str, ...] = ()
+    where: str = "results.zarr/{name}"
+    """Place in a study; ``{name}`` is the layout's name."""
+    optional: dict[str, Variable] = field(default_factory=dict)
+    """Variables that may be absent; present ones follow the declaration."""
 
 
 def _of(dims: str, **kinds: str) -> dict[str, Variable]:
@@ -75,15 +88,43 @@ _TEST: Final = {
     "flag": "str",
 }
 
+ACTIVATION_ATTRS: Final = (*PROVENANCE_ATTRS, "n_tokens", "shard_tokens", "text_mode", "labels_hash")
+"""Attributes of the root of an activation store."""
+
 LAYOUTS: Final = {
     layout.name: layout
     for layout in (
+        # -- activations.zarr: labels of the tokens, once for all models ---------------------------------------------
+        Layout(
+            "tokens",
+            _of(TOKEN, **{PROMPT: "int", SOURCE: "int", POSITION: "int", TOKEN_ID: "int", SEGMENT: "int"}),
+            where="activations.zarr/tokens",
+        ),
+        Layout(
+            "prompts",
+            {},
+            _of(PROMPT, **{PROMPT: "str", TASK: "str", DOMAIN: "str", SPLIT: "str", CLUSTER: "str"}),
+            where="activations.zarr/prompts",
+        ),
+        Layout(  # runs of tokens that share prompt, source and segment; start is the first token
+            "spans",
+            _of(SPAN, start="int", **{PROMPT: "int", SOURCE: "int", SEGMENT: "int"}),
+            attrs=("sources", "segments"),
+            where="activations.zarr/spans",
+        ),
+        Layout(  # bfloat16 is kept as its bits in uint16, attribute bits_of; committed: tokens and crc32c of each shard
+            "activation",
+            {"activation": Variable((TOKEN, CHANNEL), "number"), "committed": Variable(("shard", "record"), "int")},
+            attrs=("model", "site", "complete"),
+            where="activations.zarr/<model>/<site>",
+        ),
         Layout(
             "outcomes",
             _of(f"{MODEL} {PROMPT} {SAMPLE}", correct="int", completion_tokens="int", format_class="str")
             | _of(f"{MODEL} {PROMPT}", greedy_correct="int", greedy_tokens="int", greedy_class="str"),
             MODEL_COORDS | PROMPT_COORDS,
             PROVENANCE_ATTRS,
+            where="outcomes.zarr",
         ),
         Layout(
             "features",
@@ -93,6 +134,8 @@ LAYOUTS: Final = {
             | _of(f"{VIEW} {FEATURE}", decoder_norm="float"),
             MODEL_COORDS | PROMPT_COORDS,
             (*PROVENANCE_ATTRS, "readout", "text_mode", "crosscoder", "scale"),
+            where="features.zarr",
+            optional=_of(f"{MODEL} {PROMPT} {FEATURE} bin", histogram="int"),
         ),
         # -- results ------------------------------------------------------------------------------------------------
         Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
@@ -242,6 +285,9 @@ LAYOUTS: Final = {
     )
 }
 
+RESULT_GROUPS: Final = tuple(name for name, layout in LAYOUTS.items() if layout.where.startswith("results.zarr"))
+"""Analyses with a declared layout, groups of results.zarr."""
+
 
 def validate(dataset: xr.Dataset, name: str) -> xr.Dataset:
     """Return ``dataset`` if it has the declared layout ``name``.
@@ -252,9 +298,10 @@ def validate(dataset: xr.Dataset, name: str) -> xr.Dataset:
         Naming every missing variable, wrong dimension or kind, and missing attribute. Values are not read.
     """
     layout = LAYOUTS[name]
+    extra = {variable: spec for variable, spec in layout.optional.items() if variable in dataset.data_vars}
     problems = [
         problem
-        for wanted, present in ((layout.variables, dataset.data_vars), (layout.coords, dataset.coords))
+        for wanted, present in ((layout.variables | extra, dataset.data_vars), (layout.coords, dataset.coords))
         for variable, spec in wanted.items()
         if (problem := _problem(variable, spec, present.get(variable)))
     ]
@@ -272,3 +319,31 @@ def _problem(name: str, spec: Variable, array: xr.DataArray | None) -> str | Non
     if array.dtype.kind not in _KINDS[spec.kind]:
         return f"variable {name!r} has type {array.dtype}, expected {spec.kind}"
     return None
+
+
+def layout_document(name: str) -> dict[str, Any]:
+    """A declared layout as JSON values, for readers that do not use this package.
+
+    Raises
+    ------
+    InputError
+        If no layout has this name; the message lists them.
+    """
+    if name not in LAYOUTS:
+        raise InputError(f"no layout is called {name!r}; the layouts are {', '.join(LAYOUTS)}.")
+    layout = LAYOUTS[name]
+    groups = {"variables": layout.variables, "optional_variables": layout.optional, "coordinates": layout.coords}
+    return {
+        "name": name,
+        "version": LAYOUT_VERSION,
+        "where": layout.where.format(name=name),
+        **{
+            group: {
+                variable: {"dims": list(spec.dims), "kind": spec.kind, "numpy_kinds": list(_KINDS[spec.kind])}
+                for variable, spec in variables.items()
+            }
+            for group, variables in groups.items()
+        },
+        "attributes": list(layout.attrs),
+        "extra": "further variables, coordinates and attributes are allowed",
+    }

@@ -1,24 +1,23 @@
 """Where things live: Zarr stores that plain xarray opens, written so that a crash loses nothing announced."""
 
-from rlgen_stats.stores.activations import (
-    ActivationWriter,
-    complete_models,
-    create_activations,
-    open_activations,
-    open_tokens,
-)
+from rlgen_stats.stores.activations import complete_models, open_activations, open_tokens, select_tokens
+from rlgen_stats.stores.creation import create_activations
 from rlgen_stats.stores.describe import describe
 from rlgen_stats.stores.durable import read_json, replacing, write_json
 from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.migrate import migrate
+from rlgen_stats.stores.place import place
 from rlgen_stats.stores.provenance import Provenance, git_commit, package_versions
-from rlgen_stats.stores.reader import PairedReader
+from rlgen_stats.stores.reader import MixedReader, PairedReader
 from rlgen_stats.stores.results import open_results, result_groups, write_results
 from rlgen_stats.stores.study import open_study
 from rlgen_stats.stores.tables import append_model, committed_models, open_features, open_outcomes
 from rlgen_stats.stores.verify import VerifyReport, verify
+from rlgen_stats.stores.writer import ActivationWriter
 
 __all__ = [
     "ActivationWriter",
+    "MixedReader",
     "PairedReader",
     "Provenance",
     "StudyFolder",
@@ -29,6 +28,7 @@ __all__ = [
     "create_activations",
     "describe",
     "git_commit",
+    "migrate",
     "open_activations",
     "open_features",
     "open_outcomes",
@@ -36,9 +36,11 @@ __all__ = [
     "open_study",
     "open_tokens",
     "package_versions",
+    "place",
     "read_json",
     "replacing",
     "result_groups",
+    "select_tokens",
     "verify",
     "write_json",
     "write_results",

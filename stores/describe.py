@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-import zarr
+import numpy as np
+import pandas as pd
 
-from rlgen_stats.schemas.dims import MODEL
-from rlgen_stats.stores.activations import stored_models
+from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
+from rlgen_stats.stores.activations import ARRAY, root_attributes, stored_groups, stored_models
+from rlgen_stats.stores.durable import ROOT
+from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
+from rlgen_stats.stores.place import filesystem, is_remote, place
 from rlgen_stats.stores.results import result_groups
-from rlgen_stats.stores.tables import COMMITTED, check_is_store
+from rlgen_stats.stores.seal import COMMITTED_MODELS, arrays_of, read_document
+from rlgen_stats.stores.shards import open_shards
+from rlgen_stats.stores.tables import open_lazily
+from rlgen_stats.stores.verify import stores_below
+
+_KEPT: Final = (
+    "schema_version",
+    "study_id",
+    "spec_hash",
+    "text_mode",
+    "readout",
+    "scale",
+    "test",
+    "null",
+    "unit",
+    "family",
+    "family_size",
+    "seed",
+)
 
 
 def describe(path: Path | str) -> dict[str, dict[str, Any]]:
-    """Facts about every store below ``path`` (a store, or a study folder): sizes, models, dimensions, provenance.
+    """Facts about every store at ``path`` (a store, or a study folder; local or a URL).
+
+    Returns
+    -------
+    dict
+        Store, or ``results.zarr/<analysis>`` -> its facts: ``models`` (run, step, site, tokens, dtype, width,
+        completeness), ``tokens``, ``segments``, ``prompts`` per task, domain and split, ``arrays`` with shapes and
+        types, ``bytes`` on disk and uncompressed, ``files``, ``compression``, and provenance.
 
     Raises
     ------
     StoreError
         If there is none.
     """
-    path = Path(path)
-    stores = [path] if (path / "zarr.json").exists() else sorted(path.glob("*.zarr")) if path.is_dir() else []
-    if not stores:
-        check_is_store(path)
     found: dict[str, dict[str, Any]] = {}
-    for store in stores:
-        groups = result_groups(store) if not zarr.open_group(store, mode="r").attrs.get("study_id") else []
+    for store in stores_below(place(path)):
+        groups = [] if read_document(store).get("attributes", {}).get("study_id") else result_groups(store)
         if groups:
             found |= {f"{store.name}/{group}": _facts(store / group) for group in groups}
         else:
@@ -36,38 +62,97 @@ def describe(path: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def _facts(store: Path) -> dict[str, Any]:
-    group = zarr.open_group(store, mode="r")
-    attrs = dict(group.attrs)
-    sizes = {
-        str(name): int(size)
-        for _, array in group.arrays()
-        for name, size in zip(array.metadata.dimension_names or (), array.shape, strict=False)
+    attrs = read_document(store).get("attributes", {})
+    facts = _activation_facts(store) if (store / TOKENS_GROUP / ROOT).exists() else _table_facts(store, attrs)
+    sizes = _files(store)
+    facts["bytes"], facts["files"] = sum(sizes), len(sizes)
+    if facts.get("uncompressed_bytes"):
+        facts["compression"] = round(facts["uncompressed_bytes"] / max(1, facts["bytes"]), 2)
+    facts |= {name: attrs[name] for name in _KEPT if name in attrs}
+    return facts | _provenance(attrs)
+
+
+def _provenance(attrs: dict[str, Any]) -> dict[str, Any]:
+    if "provenance" not in attrs:
+        return {}
+    told = json.loads(attrs["provenance"])
+    return {"written_by": {"git_commit": told.get("git_commit"), **told.get("packages", {})}}
+
+
+def _files(store: Path) -> list[int]:
+    """Bytes of every file."""
+    if is_remote(store):
+        listed = filesystem(store).find(store.path, detail=True)  # type: ignore[attr-defined]
+        return [int(entry["size"]) for entry in listed.values()]
+    return [file.stat().st_size for file in store.rglob("*") if file.is_file()]
+
+
+def _activation_facts(store: Path) -> dict[str, Any]:
+    attrs = root_attributes(store)
+    n_tokens = int(attrs["n_tokens"])
+    labels = TokenLabels(store)
+    committed = stored_models(store)
+    models, uncompressed = [], 0
+    for model, site in stored_groups(store):
+        array = open_shards(store / model / site / ARRAY, decoded=False)
+        run, step = split_model_id(model)
+        done = committed[model, site]
+        size = done * array.shape[1] * array.dtype.itemsize
+        uncompressed += size
+        models.append(
+            {"model": model, "run": run, "step": step, "site": site, "width": array.shape[1], "dtype": array.kept,
+             "tokens": done, "complete": done == n_tokens, "uncompressed_bytes": size}
+        )  # fmt: skip
+    length = np.diff(np.append(labels.spans["start"].values, n_tokens))
+    segments = labels.spans[SEGMENT].values
+    return {
+        "tokens": n_tokens,
+        "shard_tokens": int(attrs["shard_tokens"]),
+        "segments": {
+            name: int(length[segments == code].sum()) for code, name in enumerate(labels.spans.attrs["segments"])
+        },
+        "prompts": _prompts(labels.prompts),
+        "models": models,
+        "uncompressed_bytes": uncompressed,
     }
-    files = [file for file in store.rglob("*") if file.is_file()]
-    facts: dict[str, Any] = {"dimensions": sizes} if sizes else {}
-    if (store / "tokens").exists():
-        n_tokens = int(attrs["n_tokens"])
-        facts["tokens"] = n_tokens
-        facts["models"] = {
-            f"{model}/{site}": "complete" if n == n_tokens else f"{n} of {n_tokens} tokens"
-            for (model, site), n in stored_models(store).items()
-        }
-    elif COMMITTED in attrs:
-        facts["models"] = attrs[COMMITTED]
-    elif MODEL in sizes:
-        facts["models"] = sizes[MODEL]
-    facts["arrays"] = sorted(str(name) for name, _ in group.arrays())
-    facts["bytes"], facts["files"] = sum(file.stat().st_size for file in files), len(files)
-    keep = (
-        "schema_version",
-        "study_id",
-        "spec_hash",
-        "text_mode",
-        "readout",
-        "scale",
-        "test",
-        "null",
-        "family",
-        "seed",
-    )
-    return facts | {name: attrs[name] for name in keep if name in attrs}
+
+
+def _table_facts(store: Path, attrs: dict[str, Any]) -> dict[str, Any]:
+    arrays = arrays_of(store)
+    facts: dict[str, Any] = {
+        "dimensions": {
+            str(name): int(size)
+            for array in arrays.values()
+            for name, size in zip(array.get("dimension_names") or (), array["shape"], strict=False)
+        },
+        "arrays": {
+            name: {"dims": array.get("dimension_names") or [], "dtype": _type(array), "shape": array["shape"]}
+            for name, array in sorted(arrays.items())
+        },
+    }
+    if COMMITTED_MODELS in attrs:
+        facts["models"] = [{"model": model, "complete": True} for model in attrs[COMMITTED_MODELS]]
+    dataset = open_lazily(store)
+    if COMMITTED_MODELS not in attrs and MODEL in dataset.coords:
+        facts["models"] = [{"model": str(model)} for model in dataset[MODEL].values]
+    if TASK in dataset.coords and dataset[TASK].dims == (PROMPT,):
+        facts["prompts"] = _prompts(dataset)
+    facts["uncompressed_bytes"] = int(sum(v.nbytes for v in dataset.variables.values() if v.dtype.kind != "O"))
+    return facts
+
+
+def _type(array: dict[str, Any]) -> str:
+    kind = array["data_type"]
+    return str(kind["name"]) if isinstance(kind, dict) else str(kind)
+
+
+def _prompts(labels: Any) -> dict[str, Any]:
+    """Number of prompts in all and per task, with domain and splits."""
+    table = pd.DataFrame({name: np.asarray(labels[name].values) for name in (TASK, DOMAIN, SPLIT)})
+    per_task = table.groupby([TASK, DOMAIN, SPLIT]).size()
+    tasks: dict[str, Any] = {}
+    for task, domain, split, n in per_task.reset_index(name="n").itertuples(index=False):
+        entry = tasks.setdefault(str(task), {"domain": str(domain), "prompts": 0, "splits": {}})
+        entry["prompts"] += int(n)
+        entry["splits"][str(split)] = entry["splits"].get(str(split), 0) + int(n)
+    return {"total": len(table), "tasks": tasks}

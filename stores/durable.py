@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from rlgen_stats.schemas.errors import OutOfSpaceError, StoreError, StoreLockedError
+from rlgen_stats.schemas.errors import OutOfSpaceError, StoreError
+from rlgen_stats.stores.place import filesystem, is_remote, reaching
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+ROOT: Final = "zarr.json"
+"""The file that makes a folder a Zarr v3 group or array."""
 
 
 @contextmanager
@@ -51,14 +54,23 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place, atomically, if the block succeeds.
+    """A temporary path that takes the place of ``path``, atomically, if the block succeeds.
 
-    Works for a file and for a folder (an existing folder is moved aside first and removed last).
+    Works for a file and for a folder (an existing folder is moved aside first and removed last). For a remote
+    ``path`` the temporary one is local and is uploaded: a file is replaced atomically; of a folder, the old
+    ``zarr.json`` is removed first and the new one written last, so that a reader sees the old group, none, or the new.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="rlgen-stats-") as folder:
+            yield Path(folder) / path.name
+            with reaching(path):
+                _upload(Path(folder) / path.name, path)
+        return
+    with reaching(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with explain_full_disk(path):
+        with reaching(path), explain_full_disk(path):
             yield temporary
             if temporary.is_dir():
                 _replace_folder(temporary, path)
@@ -71,6 +83,18 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _upload(local: Path, path: Path) -> None:
+    if local.is_file():
+        path.write_bytes(local.read_bytes())
+        return
+    (path / ROOT).unlink(missing_ok=True)
+    if path.exists():
+        filesystem(path).rm(path.path, recursive=True)  # type: ignore[attr-defined]
+    for file in sorted(local.rglob("*"), key=lambda file: file == local / ROOT):
+        if file.is_file():
+            (path / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -101,29 +125,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is not readable JSON ({error}); restore it or delete it and run again.") from error
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the writer's lock of ``path``; a dead writer's lock is free, because the system drops it.
-
-    Raises
-    ------
-    StoreLockedError
-        If a living process holds it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    with lock.open("a+", encoding="utf-8") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.seek(0)
-            holder = handle.read().strip() or "unknown"
-            raise StoreLockedError(
-                f"{path} is being written by process {holder}; expected one writer at a time: wait for it, or stop it."
-            ) from error
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield

@@ -8,14 +8,17 @@ import xarray as xr
 
 from rlgen_stats.schemas.dims import FEATURE, check_name
 from rlgen_stats.schemas.errors import StoreError
-from rlgen_stats.schemas.layout import LAYOUTS, validate
-from rlgen_stats.stores.durable import exclusive, replacing
+from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
+from rlgen_stats.stores.durable import ROOT, replacing
+from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.stores.place import place, reaching
 from rlgen_stats.stores.provenance import Provenance
+from rlgen_stats.stores.seal import read_document, seal
 from rlgen_stats.stores.tables import (
     FEATURE_BLOCK,
     as_strings,
     check_is_store,
-    check_version,
+    check_store_version,
     clear_encoding,
     encoding,
     open_lazily,
@@ -31,24 +34,26 @@ def write_results(path: Path | str, group: str, dataset: xr.Dataset, *, provenan
     StoreError
         If ``group`` has a declared layout and the dataset does not follow it.
     """
-    root = Path(path)
+    root = place(path)
     check_name(group, "a results group")
-    if group in LAYOUTS:
+    if group in RESULT_GROUPS:
         validate(dataset, group)
     dataset = as_strings(clear_encoding(dataset.assign_attrs(provenance.attrs())))
-    with exclusive(root):
-        if not (root / "zarr.json").exists():
-            write_zarr(xr.Dataset(attrs={"schema_version": provenance.attrs()["schema_version"]}), root, mode="w")
+    with exclusive(root), reaching(root):
+        if not (root / ROOT).exists():
+            seal(root, {"schema_version": provenance.attrs()["schema_version"]})
         with replacing(root / group) as temporary:
             write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {FEATURE: FEATURE_BLOCK}))
+            seal(temporary)
 
 
 def result_groups(path: Path | str) -> list[str]:
     """Names of the analyses in a results store."""
-    root = Path(path)
-    if not root.exists():
-        return []
-    return sorted(p.name for p in root.iterdir() if not p.name.startswith(".") and (p / "zarr.json").exists())
+    root = place(path)
+    with reaching(root):
+        if not (root / ROOT).exists():
+            return []
+        return sorted(p.name for p in root.iterdir() if not p.name.startswith(".") and (p / ROOT).exists())
 
 
 def open_results(path: Path | str, group: str) -> xr.Dataset:
@@ -64,10 +69,10 @@ def open_results(path: Path | str, group: str) -> xr.Dataset:
     >>> drift = open_results("runs/demo/results.zarr", "drift")  # doctest: +SKIP
     >>> drift.sel(model="rl@80").where(lambda d: d.q_value < 0.05, drop=True)  # doctest: +SKIP
     """
-    root = Path(path)
+    root = place(path)
     check_is_store(root)
     if group not in result_groups(root):
         raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
+    check_store_version(root / group, read_document(root / group).get("attributes", {}))
     dataset = open_lazily(root / group)
-    check_version(root / group, dataset.attrs)
-    return validate(dataset, group) if group in LAYOUTS else dataset
+    return validate(dataset, group) if group in RESULT_GROUPS else dataset

@@ -9,6 +9,7 @@ import xarray as xr
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.stores.activations import complete_models, open_activations
 from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.place import place, reaching
 from rlgen_stats.stores.results import open_results, result_groups
 from rlgen_stats.stores.tables import committed_models, open_features, open_outcomes
 
@@ -26,8 +27,10 @@ def open_study(path: Path | str) -> xr.DataTree:
     >>> study = open_study("runs/demo")  # doctest: +SKIP
     >>> study["results/drift"].to_dataset().q_value.sel(model="rl@80")  # doctest: +SKIP
     """
-    folder = StudyFolder(Path(path))
-    if not folder.spec.exists():
+    folder = StudyFolder(place(path))
+    with reaching(folder.root):
+        there = folder.spec.exists()
+    if not there:
         raise StoreError(
             f"{path} is not a study folder: expected a study.yaml in it; start one with 'rlgen-stats init'."
         )

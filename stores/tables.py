@@ -1,7 +1,8 @@
 """Stores that grow by one model at a time: outcomes and feature summaries.
 
-Plain Zarr v3 with every chunk checksummed (crc32c). A model counts once its name is in the root attribute
-``committed_models``, which is written after the model's data; a half-written model is cut off before the next append.
+Plain Zarr v3 with every chunk checksummed (crc32c) and present, even if it holds nothing but fill values. A model
+counts once its name is in the root attribute ``committed_models``, which is written after the model's data; a
+half-written model is cut off before the next append.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, PROVENANCE_ATTRS, validate
-from rlgen_stats.stores.durable import exclusive, explain_full_disk
+from rlgen_stats.stores.durable import ROOT, explain_full_disk
+from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.stores.place import is_remote, place, reaching, store_of
+from rlgen_stats.stores.prompt_index import with_prompt_index
 from rlgen_stats.stores.provenance import Provenance
+from rlgen_stats.stores.seal import COMMITTED_MODELS, read_document, seal
 
-COMMITTED: Final = "committed_models"
 FEATURE_BLOCK: Final = 512
 """Features per chunk: one block x all prompts x one model is one read (4 MB at 2,000 prompts, float32)."""
 COMPRESSORS: Final = (ZstdCodec(level=1), Crc32cCodec())
@@ -45,14 +49,15 @@ def as_strings(dataset: xr.Dataset) -> xr.Dataset:
 
 def open_lazily(path: Path) -> xr.Dataset:
     """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text."""
-    labels = xr.open_zarr(path, consolidated=False, chunks=None).reset_coords()
-    dataset = xr.open_zarr(path, consolidated=False, chunks={})
+    store = store_of(path, strict=True)
+    labels = xr.open_zarr(store, consolidated=False, chunks=None).reset_coords()
+    dataset = xr.open_zarr(store, consolidated=False, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
     text = {name: label.astype(object).astype(np.str_) for name, label in loaded.items() if label.dtype.kind in "TO"}
     # numpy's StringDType cannot hold the missing values that ``where`` and ``reindex`` put in; object can.
     words = {name: data.astype(object) for name, data in dataset.data_vars.items() if data.dtype.kind == "T"}
     labelled: xr.Dataset = dataset.assign(words).assign_coords(loaded | text)
-    return labelled
+    return with_prompt_index(labelled)
 
 
 def encoding(dataset: xr.Dataset, chunks: dict[str, int] | None = None) -> dict[Any, dict[str, Any]]:
@@ -78,9 +83,11 @@ def clear_encoding(dataset: xr.Dataset) -> xr.Dataset:
 
 def committed_models(path: Path | str) -> list[str]:
     """Models wholly in the store, in order; empty when there is no store yet."""
-    if not (Path(path) / "zarr.json").exists():
-        return []
-    return [str(model) for model in zarr.open_group(path, mode="r").attrs.get(COMMITTED, [])]
+    path = place(path)
+    with reaching(path):
+        if not (path / ROOT).exists():
+            return []
+    return [str(model) for model in read_document(path).get("attributes", {}).get(COMMITTED_MODELS, [])]
 
 
 def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenance: Provenance) -> None:
@@ -105,12 +112,12 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
     OutOfSpaceError
         If the disk is full; what was committed stays.
     """
-    path = Path(path)
+    path = place(path)
     dataset = as_strings(clear_encoding(validate(dataset.assign_attrs(provenance.attrs()), layout)))
     if dataset.sizes[MODEL] != 1:
         raise StoreError(f"append_model takes one model at a time, got {dataset.sizes[MODEL]}; split the dataset.")
     model = str(dataset[MODEL].item())
-    with exclusive(path), explain_full_disk(path):
+    with exclusive(path), reaching(path), explain_full_disk(path):
         done = committed_models(path)
         if not done:
             write_zarr(dataset, path, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
@@ -120,21 +127,22 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
             per_model = [name for name, variable in dataset.variables.items() if MODEL in variable.dims]
             growing = dataset.drop_vars([name for name in dataset.variables if name not in per_model])
             write_zarr(growing, path, append_dim=MODEL)
-        zarr.open_group(path, mode="r+").attrs[COMMITTED] = [*done, model]
+        seal(path, {COMMITTED_MODELS: [*done, model]})
 
 
 def write_zarr(dataset: xr.Dataset, path: Path, **how: Any) -> None:
-    """``to_zarr`` as this project writes: Zarr v3, metadata not consolidated (it would go stale on append)."""
+    """``to_zarr`` as this project writes: Zarr v3, every chunk, metadata not consolidated (it would go stale)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Zarr V3 specification.*")
-        dataset.to_zarr(path, zarr_format=3, consolidated=False, **how)
+        dataset.to_zarr(store_of(path), zarr_format=3, consolidated=False, write_empty_chunks=True, **how)
 
 
 def _check_same(path: Path, dataset: xr.Dataset, model: str, done: list[str], provenance: Provenance) -> None:
     check_owner(path, provenance)
     if model in done:
         raise StoreError(f"model {model!r} is already in {path}; expected a new one: delete the store to redo it.")
-    with xr.open_zarr(path, consolidated=False) as there:
+    check_store_version(path, read_document(path)["attributes"])
+    with xr.open_zarr(store_of(path, strict=True), consolidated=False) as there:
         if list(there[PROMPT].values) != list(dataset[PROMPT].values):
             raise StoreError(
                 f"{path} holds {there.sizes[PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
@@ -150,7 +158,7 @@ def check_owner(path: Path, provenance: Provenance) -> None:
     StoreError
         Naming both hashes; nothing is overwritten.
     """
-    attrs = zarr.open_group(path, mode="r").attrs
+    attrs = read_document(path).get("attributes", {})
     for key, wanted in (("study_id", provenance.study_id), ("spec_hash", provenance.spec_hash)):
         if attrs.get(key) != wanted:
             raise StoreError(
@@ -161,7 +169,7 @@ def check_owner(path: Path, provenance: Provenance) -> None:
 
 def _cut(path: Path, n_models: int) -> None:
     """Drop what an interrupted append left behind the committed models."""
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(store_of(path), mode="r+")
     for _, array in group.arrays():
         names = array.metadata.dimension_names or ()
         if MODEL in names and array.shape[names.index(MODEL)] != n_models:
@@ -177,11 +185,11 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
     StoreError
         If there is no store, it is of a newer version, or its layout is another.
     """
-    path = Path(path)
+    path = place(path)
     check_is_store(path)
     done = committed_models(path)
+    check_store_version(path, read_document(path).get("attributes", {}))
     dataset = open_lazily(path)
-    check_version(path, dataset.attrs)
     if dataset.sizes.get(MODEL, 0) < len(done):
         raise StoreCorruptError(
             f"{path} announces {len(done)} models but holds {dataset.sizes.get(MODEL, 0)}; "
@@ -191,21 +199,36 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
 
 
 def check_is_store(path: Path) -> None:
-    """Refuse a path that holds no Zarr v3 group."""
-    if not (path / "zarr.json").exists():
+    """Refuse a path that holds no Zarr v3 group, or that cannot be reached."""
+    with reaching(path):
+        if (path / ROOT).exists():
+            return
         hint = "the folder is there but has no zarr.json" if path.exists() else "no such folder"
-        raise StoreError(f"{path} is not a Zarr v3 store ({hint}); run the stage that writes it, or check the path.")
+    if is_remote(path):
+        hint = "no zarr.json below this URL"
+    raise StoreError(f"{path} is not a Zarr v3 store ({hint}); run the stage that writes it, or check the path.")
 
 
-def check_version(path: Path, attrs: dict[Any, Any]) -> None:
-    """Refuse a store written by a newer layout version, or one that carries none."""
+def check_store_version(path: Path, attrs: dict[Any, Any]) -> None:
+    """Refuse a store of another layout version, or one that carries none.
+
+    Raises
+    ------
+    StoreError
+        Naming both versions and the way out: upgrade the package, or migrate the store.
+    """
     missing = [name for name in PROVENANCE_ATTRS if name not in attrs]
     if missing:
         raise StoreError(f"{path} is not a store of this toolkit: attribute {missing[0]!r} is missing.")
-    if int(attrs["schema_version"]) > LAYOUT_VERSION:
+    found = int(attrs["schema_version"])
+    if found > LAYOUT_VERSION:
         raise StoreError(
-            f"{path} has layout version {attrs['schema_version']}, this release reads up to {LAYOUT_VERSION}; "
-            "upgrade rlgen-stats."
+            f"{path} has layout version {found}, this release reads up to {LAYOUT_VERSION}; upgrade rlgen-stats."
+        )
+    if found < LAYOUT_VERSION:
+        raise StoreError(
+            f"{path} has layout version {found}, this release reads {LAYOUT_VERSION}; raise it in place with "
+            f"'rlgen-stats migrate {path}'."
         )
 
 

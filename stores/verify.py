@@ -1,19 +1,34 @@
-"""Does a store still hold what was written? Every chunk is read, every count compared."""
+"""Does a store still hold what was written? Every chunk is read, every count, label and digest compared."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 import zarr
 
-from rlgen_stats.schemas.errors import StoreError
-from rlgen_stats.stores.activations import ARRAY, stored_models
-from rlgen_stats.stores.tables import check_is_store
+from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS
+from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError
+from rlgen_stats.stores.activations import ARRAY, COMMITTED, root_attributes, stored_groups
+from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
+from rlgen_stats.stores.durable import ROOT
+from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
+from rlgen_stats.stores.place import place, store_of
+from rlgen_stats.stores.results import open_results
+from rlgen_stats.stores.seal import COMMITTED_MODELS, DIGEST, arrays_of, digest, read_document
+from rlgen_stats.stores.shards import open_shards, written_chunks
+from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
+
+WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
+"""Threads that read chunks; reading waits for the disk and decoding frees the interpreter."""
+_UNREADABLE: Final = (ValueError, OSError, RuntimeError, IndexError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class VerifyReport:
     n_arrays: int
     """Arrays read."""
     n_chunks: int
-    """Chunks read; chunks never written (fill value) included."""
+    """Chunks read."""
     problems: tuple[str, ...]
     """One sentence a fault, the first fault first; empty if the store is sound."""
 
@@ -35,89 +50,230 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(path: Path | str) -> VerifyReport:
-    """Read every chunk of a store and compare its checksum, and the activations' commit records with the data.
+@dataclass(frozen=True)
+class _Check:
+    """One thing to look at: where it is, in words, and what raises if it is wrong."""
+
+    where: str
+    look: Callable[[], None]
+    chunk: bool = True
+
+
+def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Check every chunk, label table, count, layout version and digest of a store.
 
     Parameters
     ----------
     path
-        Any Zarr store of a study, or a study folder (all its stores).
+        Any Zarr store of a study, or a study folder (all its stores); a folder or a URL.
+    on_progress
+        Called with (checks done, checks in all), from this thread.
 
     Returns
     -------
     VerifyReport
-        Names the array, the chunk and, for activations, model, site and token range of every fault.
+        Names the array, the chunk and, for activations, model, site, shard and token range of every fault.
 
     Raises
     ------
     StoreError
         If ``path`` holds no store.
     """
-    path = Path(path)
-    if not (path / "zarr.json").exists():
-        stores = sorted(path.glob("*.zarr")) if path.is_dir() else []
-        if not stores:
-            check_is_store(path)
-        reports = [verify(store) for store in stores]
-        return VerifyReport(
-            str(path),
-            sum(r.n_arrays for r in reports),
-            sum(r.n_chunks for r in reports),
-            tuple(f"{Path(r.path).name}: {problem}" for r in reports for problem in r.problems),
-        )
+    root = place(path)
+    stores = stores_below(root)
     problems: list[str] = []
-    n_arrays = n_chunks = 0
-    for metadata in sorted(path.rglob("zarr.json")):
+    checks: list[_Check] = []
+    n_arrays = 0
+    for store in stores:
+        prefix = "" if store == root else f"{store.name}: "
         try:
-            node = zarr.open(metadata.parent, mode="r")
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{metadata.relative_to(path)} is not readable metadata ({error})")
+            found = list(_checks(store))
+        except _UNREADABLE as error:
+            problems.append(f"{prefix}{_sentence(error)}")
             continue
-        if isinstance(node, zarr.Array):
-            n_arrays += 1
-            for region in _regions(node):
-                n_chunks += 1
-                if fault := _fault(node, region):
-                    problems.append(f"{_place(metadata.parent.relative_to(path), region)}: {fault}")
-    problems += _uncommitted(path)
-    return VerifyReport(str(path), n_arrays, n_chunks, tuple(problems))
+        checks += [_Check(prefix + check.where, check.look, check.chunk) for check in found]
+        n_arrays += sum(1 for check in found if check.where.endswith(ROOT) and not check.chunk)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for done, fault in enumerate(pool.map(_fault, checks), start=1):
+            problems += [fault] if fault else []
+            if on_progress:
+                on_progress(done, len(checks))
+    return VerifyReport(str(path), n_arrays, sum(check.chunk for check in checks), tuple(problems))
 
 
-def _regions(array: Any) -> Iterator[tuple[slice, ...]]:
-    starts = [range(0, size, chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
-    for corner in itertools.product(*starts):
-        yield tuple(
-            slice(at, min(at + chunk, size)) for at, chunk, size in zip(corner, array.chunks, array.shape, strict=True)
-        )
+def stores_below(path: Path) -> list[Path]:
+    """The store at ``path``, or all stores of the study folder at ``path``.
+
+    Raises
+    ------
+    StoreError
+        If there is none.
+    """
+    if path.exists() and not (path / ROOT).exists():
+        stores = sorted((child for child in path.iterdir() if child.name.endswith(".zarr")), key=lambda s: s.name)
+        if stores:
+            return stores
+    check_is_store(path)
+    return [path]
 
 
-def _fault(array: Any, region: tuple[slice, ...]) -> str | None:
+def _fault(check: _Check) -> str | None:
     try:
-        array[region]
-    except (ValueError, OSError, RuntimeError, IndexError, StoreError) as error:
-        return f"unreadable ({str(error).splitlines()[0][:120]})"
+        check.look()
+    except _UNREADABLE as error:
+        return f"{check.where}: {_sentence(error)}"
     return None
 
 
-def _place(array: Path, region: tuple[slice, ...]) -> str:
-    span = ", ".join(f"{part.start}:{part.stop}" for part in region)
-    if array.name == ARRAY and len(array.parts) == 3:
-        model, site, _ = array.parts
-        return f"model {model}, site {site}, tokens {region[0].start} to {region[0].stop - 1}"
-    return f"{array}[{span}]"
+def _sentence(error: BaseException) -> str:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    return text if isinstance(error, RlgenStatsError) else f"unreadable ({text[:160]})"
 
 
-def _uncommitted(path: Path) -> list[str]:
-    """Activation shards that are announced but not on the disk."""
-    if not (path / "tokens").exists():
-        return []
-    found = []
-    for model, site in stored_models(path):
-        folder = path / model / site
-        committed = np.flatnonzero(np.asarray(zarr.open_array(folder / "committed", mode="r")[:]))
-        found += [
-            f"model {model}, site {site}, shard {i}: committed, but its chunk is missing"
-            for i in committed
-            if not (folder / ARRAY / "c" / str(i) / "0").exists()
-        ]
-    return found
+def _checks(store: Path) -> Iterator[_Check]:
+    attrs = read_document(store).get("attributes", {})
+    yield _Check("root", lambda: _root(store, attrs), chunk=False)
+    yield from _tree(store, store)
+    if (store / TOKENS_GROUP / ROOT).exists():
+        yield _Check("labels", lambda: _labels(store), chunk=False)
+        for model, site in stored_groups(store):
+            yield from _shards(store / model / site, model, site)
+    elif COMMITTED_MODELS in attrs:
+        layout = "outcomes" if "correct" in arrays_of(store) else "features"
+        yield _Check("layout", lambda: _table(store, layout), chunk=False)
+
+
+def _root(store: Path, attrs: dict[str, Any]) -> None:
+    if set(attrs) <= {"schema_version", DIGEST}:  # a results store: every group below carries its own provenance
+        for name in (child.name for child in store.iterdir() if (child / ROOT).exists()):
+            open_results(store, name)
+        return
+    check_store_version(store, attrs)
+    if (store / TOKENS_GROUP / ROOT).exists():
+        root_attributes(store)
+
+
+def _table(store: Path, layout: str) -> None:
+    open_table(store, layout)
+
+
+def _tree(store: Path, group: Path) -> Iterator[_Check]:
+    """Digest of a group, its arrays' metadata and chunks, and the same of every group below."""
+    name = str(group.relative_to(store)) if group != store else "."
+    yield _Check(f"group {name}", lambda: _digest(group), chunk=False)
+    n_models = len(read_document(group).get("attributes", {}).get(COMMITTED_MODELS, ())) or None
+    for child in sorted(group.iterdir(), key=lambda child: child.name):
+        if child.name.startswith(".") or not (child / ROOT).exists():
+            continue
+        try:
+            kind = read_document(child)["node_type"]
+        except StoreCorruptError as error:
+            yield _Check(f"{child.relative_to(store)}/{ROOT}", _raiser(error), chunk=False)
+            continue
+        if kind == "group":
+            yield from _tree(store, child)
+        elif "complete" not in _attributes(group):  # shards are looked at with their commit records
+            yield from _array(store, child, n_models)
+
+
+def _attributes(group: Path) -> dict[str, Any]:
+    return dict(read_document(group).get("attributes", {}))
+
+
+def _raiser(error: Exception) -> Callable[[], None]:
+    def look() -> None:
+        raise error
+
+    return look
+
+
+def _digest(group: Path) -> None:
+    document = read_document(group)
+    said = document.get("attributes", {}).get(DIGEST)
+    if said is None:
+        raise StoreCorruptError("its digest is missing; restore zarr.json.")
+    if said != digest(group, document):
+        raise StoreCorruptError(
+            "its metadata or attributes changed since they were written (the digest differs); restore the zarr.json "
+            "files of this group."
+        )
+
+
+def _array(store: Path, path: Path, n_models: int | None) -> Iterator[_Check]:
+    name = str(path.relative_to(store))
+    try:
+        array = zarr.open_array(store_of(path, strict=True), mode="r")
+        regions = list(_regions(array, n_models))
+    except _UNREADABLE as error:
+        yield _Check(f"{name}/{ROOT}", _raiser(error), chunk=False)
+        return
+    yield _Check(f"{name}/{ROOT}", lambda: None, chunk=False)
+    for region in regions:
+        span = ", ".join(f"{part.start}:{part.stop}" for part in region)
+        yield _Check(f"{name}[{span}]", _reading(array, region))
+
+
+def _reading(array: Any, region: tuple[slice, ...]) -> Callable[[], None]:
+    def look() -> None:
+        array[region]
+
+    return look
+
+
+def _regions(array: Any, n_models: int | None) -> Iterator[tuple[slice, ...]]:
+    names = array.metadata.dimension_names or ("",) * array.ndim
+    shape = tuple(n_models if n_models and n == "model" else s for n, s in zip(names, array.shape, strict=True))
+    starts = [range(0, size, chunk) for size, chunk in zip(shape, array.chunks, strict=True)]
+    for corner in itertools.product(*starts):
+        yield tuple(
+            slice(at, min(at + chunk, size)) for at, chunk, size in zip(corner, array.chunks, shape, strict=True)
+        )
+
+
+def _shards(group: Path, model: str, site: str) -> Iterator[_Check]:
+    """Every committed shard against its record; uncommitted ones are nobody's promise."""
+    title = f"model {model}, site {site}"
+    try:
+        data, record = open_shards(group / ARRAY, decoded=False), open_shards(group / COMMITTED)
+        complete = bool(_attributes(group).get("complete"))
+    except _UNREADABLE as error:
+        yield _Check(title, _raiser(error), chunk=False)
+        return
+    for name in (ARRAY, COMMITTED):
+        yield _Check(f"{model}/{site}/{name}/{ROOT}", lambda: None, chunk=False)
+    n_tokens, rows = data.shape[0], data.rows
+    for index in range(data.n_shards) if complete else sorted(written_chunks(group / COMMITTED)):
+        last = min((index + 1) * rows, n_tokens)
+        where = f"{title}, tokens {index * rows} to {last - 1}"
+        yield _Check(where, _shard_look(data, record, index, last - index * rows))
+
+
+def _shard_look(data: Any, record: Any, index: int, size: int) -> Callable[[], None]:
+    def look() -> None:
+        n, checksum = (int(x) for x in record.shard(index)[0])
+        found = data.checksum(index)
+        if (n, checksum) != (size, found):
+            raise StoreCorruptError(
+                f"its commit record says {n} tokens with checksum {checksum:08x}, but it has {size} with {found:08x}; "
+                "restore it or compute it again."
+            )
+
+    return look
+
+
+def _labels(store: Path) -> None:
+    """Label tables against each other, the counts and the hash they were stored with."""
+    attrs = root_attributes(store)
+    labels = TokenLabels(store)
+    coder = TokenCoder(pd.DataFrame({name: labels.prompts[name].values for name in (PROMPT, *PROMPT_LABELS)}))
+    for start in range(0, labels.n_tokens, LABEL_BLOCK):
+        block = {name: np.asarray(labels.codes[name][start : start + LABEL_BLOCK]) for name in TOKEN_DTYPES}
+        if {len(values) for values in block.values()} != {min(LABEL_BLOCK, labels.n_tokens - start)}:
+            raise StoreCorruptError(f"the store announces {labels.n_tokens} tokens, the label tables hold others.")
+        coder.add(block)
+    sources = [str(name) for name in labels.spans.attrs["sources"]]
+    spans = coder.spans(sources)
+    if any(not np.array_equal(spans[name], labels.spans[name]) for name in spans.data_vars):
+        raise StoreCorruptError("the spans are not those of the tokens; restore the spans group.")
+    if coder.labels_hash(sources) != attrs["labels_hash"]:
+        raise StoreCorruptError("the labels are not those the store was made with (their hash differs); restore them.")

@@ -86,7 +86,7 @@ def test_inspect_and_verify_speak_json_and_find_faults(tmp_path: Path) -> None:
     append_model(store, "features", feature_table("base@0"), provenance=Provenance("a", "b"))
     code, out, _ = run("inspect", str(tmp_path), "--json")
     assert code == 0
-    assert json.loads(out)["features.zarr"]["models"] == ["base@0"]
+    assert json.loads(out)["features.zarr"]["models"] == [{"model": "base@0", "complete": True}]
     assert run("verify", str(tmp_path))[0] == 0
     chunk = next(p for p in (store / "mean" / "c").rglob("*") if p.is_file())
     chunk.write_bytes(b"\0" + chunk.read_bytes()[1:-1] + b"\0")

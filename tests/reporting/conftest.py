@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from rlgen_stats.schemas.layout import LAYOUTS, validate
+from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, write_results
 from rlgen_stats.toolkit.reporting import Graphic, Missing, draw_figures, write_report
@@ -544,7 +544,7 @@ def spec_with() -> Callable[..., StudySpec]:
 def results() -> dict[str, xr.Dataset]:
     """Fresh datasets of every declared layout, valid and with planted numbers."""
     built = {name: build() for name, build in BUILDERS.items()}
-    assert set(built) == set(LAYOUTS) - {"outcomes", "features"}
+    assert set(built) == set(RESULT_GROUPS)
     return {name: validate(dataset, name) for name, dataset in built.items()}
 
 

@@ -17,7 +17,7 @@ import xarray as xr
 import yaml
 from click.testing import Result
 
-from rlgen_stats.schemas.layout import LAYOUTS
+from rlgen_stats.schemas.layout import RESULT_GROUPS
 from rlgen_stats.stores import open_features, open_results, open_study, read_json, result_groups, verify
 from rlgen_stats.toolkit.study import STAGES
 
@@ -62,7 +62,7 @@ def test_stores_are_sound_complete_and_open_in_plain_xarray(mini: tuple[Path, Re
     assert verify(folder).problems == ()
     assert set(result_groups(folder / "results.zarr")) == RESULTS
     for group in RESULTS:
-        assert group in LAYOUTS
+        assert group in RESULT_GROUPS
         open_results(folder / "results.zarr", group)
         xr.open_zarr(folder / "results.zarr" / group, consolidated=False).load()
     for store in ("outcomes.zarr", "features.zarr"):

@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,9 @@ def feature_table(model: str, value: float = 1.0, prompts: tuple[str, ...] = ("p
         | {name: ("prompt", [f"{name}{i}" for i in range(n)]) for name in ("task", "domain", "split", "cluster")},
         attrs={"readout": "swap", "text_mode": "forced", "crosscoder": "main", "scale": "contribution"},
     )
+
+
+def hashes(store: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(store)): hashlib.sha256(f.read_bytes()).hexdigest() for f in store.rglob("*") if f.is_file()
+    }

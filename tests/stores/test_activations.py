@@ -1,6 +1,5 @@
 """The activation store: labels, resumption to the same bytes, checksums, refusals."""
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -22,9 +21,9 @@ from rlgen_stats.stores import (
     open_activations,
     verify,
 )
-from rlgen_stats.stores.activations import SHARD_TOKENS
+from rlgen_stats.stores.creation import SHARD_TOKENS
 
-from .conftest import N_TOKENS, WIDTH, activation_values, token_table
+from .conftest import N_TOKENS, WIDTH, activation_values, hashes, token_table
 
 
 def write(store: Path, model: str = "rl@80", values: np.ndarray | None = None, batch: int = 700) -> None:
@@ -32,12 +31,6 @@ def write(store: Path, model: str = "rl@80", values: np.ndarray | None = None, b
     with ActivationWriter(store, model=model, site="block2", width=WIDTH) as writer:
         for start in range(writer.n_committed, len(values), batch):
             writer.append(values[start : start + batch])
-
-
-def hashes(store: Path) -> dict[str, str]:
-    return {
-        str(f.relative_to(store)): hashlib.sha256(f.read_bytes()).hexdigest() for f in store.rglob("*") if f.is_file()
-    }
 
 
 def _no_compute(*_: object, **__: object) -> None:
@@ -133,7 +126,7 @@ def test_second_writer_is_refused_and_a_closed_one_is_not_in_the_way(store: Path
 
 def test_flipped_bytes_raise_and_are_named(store: Path) -> None:
     write(store)
-    chunk = store / "rl@80/block2/activation/c/1/0"
+    chunk = store / "rl@80/block2/activation/c.1.0"
     sound = chunk.read_bytes()
     for offset in np.random.default_rng(1).integers(0, len(sound), 20):
         broken = bytearray(sound)
@@ -147,7 +140,7 @@ def test_flipped_bytes_raise_and_are_named(store: Path) -> None:
     chunk.write_bytes(sound)
     assert verify(store).ok
     chunk.unlink()
-    assert "committed, but its chunk is missing" in verify(store).problems[-1]
+    assert "shard 1 (rows 8192 to 16383) is missing" in verify(store).problems[-1]
 
 
 def test_same_labels_again_change_nothing_other_labels_are_refused(store: Path, provenance: Provenance) -> None:

@@ -69,7 +69,7 @@ def test_newer_layout_and_corruption_are_explained(features: Path) -> None:
     group.attrs["schema_version"] = 99
     with pytest.raises(StoreError, match=r"layout version 99.*upgrade"):
         open_features(features)
-    group.attrs["schema_version"] = 1
+    group.attrs["schema_version"] = 2
     chunk = next(p for p in (features / "mean" / "c").rglob("*") if p.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-6] + b"\0" * 6)
     with pytest.raises(ValueError, match="checksum"):

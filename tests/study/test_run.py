@@ -9,7 +9,7 @@ import yaml
 
 from rlgen_stats.schemas.errors import InputError, SpecError, StoreError, StoreLockedError
 from rlgen_stats.stores import Provenance, read_json, write_results
-from rlgen_stats.stores.durable import exclusive
+from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.plan import BY_NAME, with_needs

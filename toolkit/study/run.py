@@ -12,7 +12,8 @@ import zarr
 
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.durable import exclusive, explain_full_disk
+from rlgen_stats.stores.durable import explain_full_disk
+from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.plan import STAGES, Stage, Study, with_needs
 from rlgen_stats.toolkit.study.spec_file import read_spec

@@ -1,0 +1,221 @@
+"""Labels of tokens and prompts: lazy as coordinates, and able to select.
+
+Tokens carry codes, prompts carry text, and ``spans`` lists the runs of tokens that share prompt, source and segment,
+so that a selection by labels reads the spans (a few million rows for 10^9 tokens) and never the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+from xarray.backends import BackendArray
+from xarray.core import indexing
+from xarray.core.indexing import IndexSelResult
+
+from rlgen_stats.schemas.dims import (
+    CLUSTER,
+    DOMAIN,
+    POSITION,
+    PROMPT,
+    PROMPT_LABELS,
+    SEGMENT,
+    SOURCE,
+    SPLIT,
+    TASK,
+    TOKEN,
+    TOKEN_ID,
+)
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.stores.place import store_of
+from rlgen_stats.stores.prompt_index import among, plain
+from rlgen_stats.stores.seal import read_document
+from rlgen_stats.stores.tables import open_lazily
+
+TOKENS_GROUP: Final = "tokens"
+PROMPTS_GROUP: Final = "prompts"
+SPANS_GROUP: Final = "spans"
+SELECTABLE: Final = (PROMPT, TASK, DOMAIN, SPLIT, CLUSTER, SOURCE, SEGMENT)
+"""Labels that select tokens without reading the tokens."""
+
+
+class TokenLabels:
+    """The labels of one activation store: prompts and spans in memory, codes on disk.
+
+    Parameters
+    ----------
+    path
+        Activation store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        attrs = read_document(path)["attributes"]
+        self.path, self.n_tokens, self.hash = path, int(attrs["n_tokens"]), str(attrs["labels_hash"])
+
+    @cached_property
+    def spans(self) -> xr.Dataset:
+        """``start``, ``prompt``, ``source``, ``segment`` [span], in memory."""
+        dataset = xr.open_zarr(store_of(self.path / SPANS_GROUP, strict=True), consolidated=False, chunks=None)
+        return validate(dataset, SPANS_GROUP).load()
+
+    @cached_property
+    def prompts(self) -> xr.Dataset:
+        """Coordinates ``prompt``, ``task``, ``domain``, ``split``, ``cluster`` [prompt], in memory."""
+        return validate(open_lazily(self.path / PROMPTS_GROUP), PROMPTS_GROUP)
+
+    @cached_property
+    def codes(self) -> dict[str, Any]:
+        """The arrays of the tokens group, on disk."""
+        group = zarr.open_group(store_of(self.path / TOKENS_GROUP, strict=True), mode="r")
+        return {str(name): array for name, array in group.arrays()}
+
+    def legend(self, name: str) -> NDArray[Any] | None:
+        """What the codes of label ``name`` stand for; None for plain numbers."""
+        if name in (POSITION, TOKEN_ID):
+            return None
+        if name in (SOURCE, SEGMENT):
+            return np.array(self.spans.attrs["sources" if name == SOURCE else "segments"], dtype=np.str_)
+        text: NDArray[Any] = self.prompts[name].values.astype(np.str_)
+        return text
+
+    def coordinate(self, name: str) -> xr.Variable:
+        """Label ``name`` of every token, read and decoded when touched."""
+        coded = _Coded(self.codes[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name], self.legend(name))
+        return xr.Variable((TOKEN,), indexing.LazilyIndexedArray(coded))
+
+    def coordinates(self) -> xr.Coordinates:
+        """All labels, lazily, with an index that selects by them."""
+        variables = {name: self.coordinate(name) for name in (*SELECTABLE, POSITION, TOKEN_ID)}
+        index = TokenIndex(self)
+        return xr.Coordinates(variables, indexes=dict.fromkeys(SELECTABLE, index))
+
+    def ranges(self, where: Mapping[str, object]) -> NDArray[np.int64]:
+        """Sorted, disjoint token ranges [k, 2] whose labels are among those wanted.
+
+        Raises
+        ------
+        InputError
+            If a label or a value is unknown.
+        """
+        keep = np.ones(self.spans.sizes["span"], dtype=bool)
+        for name, wanted in where.items():
+            if name not in SELECTABLE:
+                raise InputError(f"tokens are selected by {', '.join(SELECTABLE)}, got {name!r}.")
+            legend = self.legend(name)
+            assert legend is not None  # noqa: S101 - selectable labels are coded
+            code = self.spans[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name].values
+            keep &= among(legend, wanted, name)[code]
+        start = self.spans["start"].values
+        stop = np.append(start[1:], self.n_tokens)
+        return merge_ranges(np.stack([start[keep], stop[keep]], axis=1).astype(np.int64))
+
+
+def merge_ranges(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sorted ranges with touching neighbours joined."""
+    if not len(ranges):
+        return ranges
+    new = np.append(True, ranges[1:, 0] != ranges[:-1, 1])
+    last = np.append(np.flatnonzero(new)[1:] - 1, len(ranges) - 1)
+    return np.stack([ranges[new, 0], ranges[last, 1]], axis=1)
+
+
+def positions_in(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every token of sorted ranges."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    offset = np.repeat(ranges[:, 0] - np.append(0, np.cumsum(lengths)[:-1]), lengths)
+    found: NDArray[np.int64] = np.arange(int(lengths.sum()), dtype=np.int64) + offset
+    return found
+
+
+class _Coded(BackendArray):
+    """Codes on disk that read as what they stand for."""
+
+    def __init__(self, codes: Any, legend: NDArray[Any] | None) -> None:
+        self._codes, self._legend = codes, legend
+        self.shape: tuple[int, ...] = codes.shape
+        self.dtype: np.dtype[Any] = codes.dtype if legend is None else legend.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        (rows,) = key
+        codes = self._codes.oindex[rows] if isinstance(rows, np.ndarray) else self._codes[rows]
+        return codes if self._legend is None else self._legend[codes]
+
+
+class TokenIndex(xr.Index):
+    """Selects tokens by label values through the spans; ``ds.sel(task="sciq", segment="completion")``."""
+
+    def __init__(self, labels: TokenLabels, rows: slice | NDArray[np.int64] | None = None) -> None:
+        self._labels = labels
+        self._rows = slice(0, labels.n_tokens) if rows is None else rows
+
+    def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
+        """Rows whose labels are among those wanted."""
+        where = {name: plain(value) for name, value in labels.items()}
+        return IndexSelResult({TOKEN: _as_slice(self._of_tokens(positions_in(self._labels.ranges(where))))})
+
+    def _of_tokens(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        if isinstance(self._rows, slice):
+            inside: NDArray[np.int64] = tokens[(tokens >= self._rows.start) & (tokens < self._rows.stop)]
+            return inside - np.int64(self._rows.start)
+        return np.flatnonzero(np.isin(self._rows, tokens))
+
+    def isel(self, indexers: Mapping[Any, Any]) -> TokenIndex | None:
+        """The index of the chosen rows; none for a single token."""
+        chosen = indexers.get(TOKEN)
+        if isinstance(chosen, xr.Variable):
+            chosen = chosen.values
+        if chosen is None or np.ndim(chosen) > 1:
+            return self if chosen is None else None
+        if isinstance(chosen, slice):
+            size = self._rows.stop - self._rows.start if isinstance(self._rows, slice) else len(self._rows)
+            start, stop, step = chosen.indices(size)
+            if step == 1 and isinstance(self._rows, slice):
+                return TokenIndex(self._labels, slice(self._rows.start + start, self._rows.start + max(start, stop)))
+            chosen = np.arange(start, stop, step)
+        elif np.ndim(chosen) == 0:
+            return None
+        chosen = np.asarray(chosen)
+        rows = np.arange(self._rows.start, self._rows.stop) if isinstance(self._rows, slice) else self._rows
+        return TokenIndex(self._labels, rows[chosen])
+
+    @classmethod
+    def concat(cls, indexes: Sequence[Any], dim: Hashable, positions: Any = None) -> TokenIndex:
+        """One index after the other, or each at its ``positions``."""
+        rows = np.concatenate(
+            [np.arange(i._rows.start, i._rows.stop) if isinstance(i._rows, slice) else i._rows for i in indexes]
+        )
+        order = np.argsort(np.concatenate([np.asarray(p) for p in positions])) if positions is not None else slice(None)
+        return cls(indexes[0]._labels, rows[order])
+
+    def create_variables(self, variables: Mapping[Any, xr.Variable] | None = None) -> dict[Any, xr.Variable]:
+        """The labels of the chosen rows, still on disk."""
+        rows = _as_slice(self._rows) if isinstance(self._rows, np.ndarray) else self._rows
+        return {name: self._labels.coordinate(name)[rows] for name in variables or SELECTABLE}
+
+    def equals(self, other: xr.Index, **_: Any) -> bool:
+        """Whether both choose the same rows of the same labels."""
+        if not isinstance(other, TokenIndex) or other._labels.hash != self._labels.hash:
+            return False
+        if isinstance(self._rows, slice) or isinstance(other._rows, slice):
+            return isinstance(self._rows, slice) and isinstance(other._rows, slice) and self._rows == other._rows
+        return np.array_equal(self._rows, other._rows)
+
+    def __repr__(self) -> str:
+        return "TokenIndex"
+
+
+def _as_slice(rows: NDArray[np.int64]) -> Any:
+    """Rows as a slice where they are neighbours, which stays cheap for any number of them."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows

@@ -1,0 +1,311 @@
+"""Writing activations: whole shards, in the background, each durable before it counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import CHANNEL, POSITION, PROMPT, SEGMENT, SOURCE, TOKEN, TOKEN_ID
+from rlgen_stats.schemas.errors import InputError, StoreError
+from rlgen_stats.stores.activations import ARRAY, COMMITTED, activation_group
+from rlgen_stats.stores.durable import ROOT, explain_full_disk
+from rlgen_stats.stores.labels import TokenLabels
+from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.stores.place import place, reaching
+from rlgen_stats.stores.seal import read_document, seal
+from rlgen_stats.stores.shards import (
+    BFLOAT16,
+    FILL,
+    FLOATS,
+    array_document,
+    nonfinite_rows,
+    stored_dtype,
+    to_bfloat16,
+    write_chunk,
+    written_chunks,
+)
+from rlgen_stats.stores.tables import check_is_store, check_store_version
+
+QUEUE: Final = 2
+"""Shards waiting for the disk; memory is bounded by two more, the one being filled and the one being written."""
+SEAL_SECONDS: Final = 60.0
+"""How long to wait for another writer's metadata; it takes milliseconds, on an object store a second."""
+
+
+class ActivationWriter:
+    """Writes one model's activations in store order; resumes where the last one stopped.
+
+    Parameters
+    ----------
+    path
+        Store made by :func:`create_activations`; a folder or a URL.
+    model, site
+        ``run@step`` and the site's name, e.g. ``block2``.
+    width
+        Channels d.
+    dtype
+        ``float32``, ``float16`` or ``bfloat16``. bfloat16 is kept as its 16 bits in a uint16 array marked
+        ``bits_of: bfloat16``: give bits (``tensor.view(torch.uint16).numpy()``) or float32, which is rounded to the
+        nearest; :func:`open_activations` returns float32, and ``torch.from_numpy(bits).view(torch.bfloat16)`` the rest.
+    shards
+        Range of shards to write; default all. Several processes may write disjoint ranges at once.
+    allow_nonfinite
+        Keep NaN and infinite values instead of refusing them.
+
+    Raises
+    ------
+    StoreError
+        If the store is missing or the array there has another width or type.
+    StoreLockedError
+        If another living process writes these shards.
+    InputError
+        On append: wrong shape or type, labels that are not the store's, too many tokens, or NaN/inf (with their number
+        and the first token).
+    OutOfSpaceError
+        On append or exit, if the disk is full; everything committed stays.
+
+    Notes
+    -----
+    ``n_committed`` tokens of the range are durable; feed the rest. Shards are written by a background thread, so an
+    error of the disk is raised by the next append or at the end. An unfinished shard is thrown away after an error,
+    and a resumed run writes the bytes an uninterrupted one would have written.
+
+    Examples
+    --------
+    >>> with ActivationWriter(path, model="rl@80", site="block2", width=64) as writer:  # doctest: +SKIP
+    ...     for batch in batches[writer.n_committed :]:
+    ...         writer.append(batch)
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        model: str,
+        site: str,
+        width: int,
+        dtype: str = "float32",
+        shards: range | None = None,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        self._path = place(path)
+        check_is_store(self._path)
+        attrs = read_document(self._path)["attributes"]
+        check_store_version(self._path, attrs)
+        if str(dtype) not in FLOATS:
+            raise InputError(f"activations are stored as {', '.join(FLOATS)}, got {dtype!r}; choose one of them.")
+        self._group = self._path / activation_group(model, site)
+        self._model, self._site, self._width, self._dtype = model, site, int(width), str(dtype)
+        self._allow_nonfinite = allow_nonfinite
+        self._n_tokens = int(attrs["n_tokens"])
+        self._shard = min(int(attrs["shard_tokens"]), self._n_tokens)
+        self._shards = _checked_range(shards, -(-self._n_tokens // self._shard))
+        self._stop = min(self._shards.stop * self._shard, self._n_tokens)
+        self._labels = _LabelCheck(TokenLabels(self._path))
+
+    def __enter__(self) -> ActivationWriter:
+        with ExitStack() as stack:
+            name = f"{self._path.name}.{self._model}.{self._site}"
+            stack.enter_context(exclusive(self._path.with_name(name), (self._shards.start, self._shards.stop)))
+            self._create()
+            there = written_chunks(self._group / COMMITTED)
+            next_shard = next((i for i in self._shards if i not in there), self._shards.stop)
+            self._next = min(next_shard * self._shard, self._n_tokens)  # first token not given yet
+            self._durable = self._next
+            self._buffer = np.empty((self._shard, self._width), stored_dtype(self._dtype))
+            self._free: list[NDArray[Any]] = []
+            self._waiting: list[Future[int]] = []
+            self._thread = stack.enter_context(ThreadPoolExecutor(1))
+            self._stack = stack.pop_all()
+        return self
+
+    @property
+    def n_committed(self) -> int:
+        """Durable tokens, counted from the first token of the range."""
+        return max(0, self._durable - self._shards.start * self._shard)
+
+    def _create(self) -> None:
+        n_shards = -(-self._n_tokens // self._shard)
+        shape, chunk = (self._n_tokens, self._width), (self._shard, self._width)
+        wanted = array_document(shape, chunk, self._dtype, (TOKEN, CHANNEL), {})
+        if (self._group / ROOT).exists():
+            there = read_document(self._group / ARRAY)
+            if there != json.loads(wanted):
+                bits = there["attributes"].get("bits_of", there["data_type"])
+                raise StoreError(
+                    f"{self._model}/{self._site} holds shape {tuple(there['shape'])} {bits}, expected "
+                    f"{(self._n_tokens, self._width)} {self._dtype}; use another site name or delete the group."
+                )
+            return
+        record = array_document((n_shards, 2), (1, 2), "int64", ("shard", "record"), {})
+        with self._sealing():
+            for name, text in ((ARRAY, wanted), (COMMITTED, record)):
+                (self._group / name).mkdir(parents=True, exist_ok=True)
+                (self._group / name / ROOT).write_text(text, encoding="utf-8")
+            seal(self._group.parent)
+            seal(self._group, {"model": self._model, "site": self._site, "complete": False})
+
+    @contextmanager
+    def _sealing(self) -> Iterator[None]:
+        """Writers of other shards wait their turn to touch metadata; what a dead one left half-written goes."""
+        with exclusive(self._path.with_name(f"{self._path.name}.seal"), patience=SEAL_SECONDS), reaching(self._path):
+            for folder in (self._group.parent, self._group):
+                for partial in folder.glob(f".{ROOT}.*.partial") if folder.exists() else ():
+                    partial.unlink()
+            with explain_full_disk(self._path):
+                yield
+
+    def append(self, activation: NDArray[Any], labels: Mapping[str, Any] | pd.DataFrame | None = None) -> None:
+        """Add the next tokens.
+
+        Parameters
+        ----------
+        activation
+            [n, channel].
+        labels
+            Optionally any of prompt, source, position, token_id, segment of these tokens [n]; compared with the
+            store's.
+        """
+        activation = np.asarray(activation)
+        if activation.ndim != 2 or activation.shape[1] != self._width:
+            raise InputError(f"activations of {self._model} must be [n, {self._width}], got {activation.shape}.")
+        if self._next + len(activation) > self._stop:
+            raise InputError(
+                f"{self._model}: {self._next + len(activation)} tokens given, but the store's texts have {self._stop}"
+                f"{'' if self._stop == self._n_tokens else ' up to the end of this range of shards'}."
+            )
+        values = self._converted(activation)
+        if labels is not None:
+            self._labels.compare(labels, self._next, len(values), self._model)
+        self._raise_failed()
+        while len(values):
+            at = self._next % self._shard
+            part, values = values[: self._shard - at], values[self._shard - at :]
+            self._buffer[at : at + len(part)] = part
+            self._next += len(part)
+            if self._next % self._shard == 0 or self._next == self._n_tokens:
+                self._hand_over()
+
+    def _converted(self, activation: NDArray[Any]) -> NDArray[Any]:
+        """Values as they are kept, checked for NaN and infinity."""
+        bits = self._dtype == BFLOAT16 and activation.dtype.itemsize == 2 and activation.dtype != np.float16
+        if activation.dtype.kind != "f" and not bits:
+            raise InputError(
+                f"activations of {self._model} must be floating point"
+                f"{' or the bits of bfloat16 in uint16' if self._dtype == BFLOAT16 else ''}, got {activation.dtype}."
+            )
+        if bits:
+            values = np.ascontiguousarray(activation).view(np.uint16)
+        elif self._dtype == BFLOAT16:
+            values = to_bfloat16(activation.astype(np.float32, copy=False))
+        else:
+            with np.errstate(over="ignore"):
+                values = np.ascontiguousarray(activation, dtype=self._dtype)
+        bad = None if self._allow_nonfinite else nonfinite_rows(values, self._dtype)
+        if bad is not None:
+            raise InputError(
+                f"{self._model}: {int(bad.sum())} of {len(bad)} tokens have NaN or infinite activations in "
+                f"{self._dtype}, the first is token {self._next + int(bad.argmax())}; check the checkpoint, store "
+                "float32, or keep them with allow_nonfinite (--allow-nonfinite)."
+            )
+        return values
+
+    def _hand_over(self) -> None:
+        """Give the full buffer to the background thread; wait if too many are with it."""
+        index = (self._next - 1) // self._shard
+        size = self._next - index * self._shard
+        if size < self._shard:
+            self._buffer[size:] = FILL[self._dtype]  # the last chunk is as long as the others
+        self._waiting.append(self._thread.submit(self._commit, index, self._buffer, size))
+        while len(self._waiting) > QUEUE:
+            self._waiting.pop(0).result()
+        self._buffer = self._free.pop() if self._free else np.empty_like(self._buffer)
+
+    def _commit(self, index: int, block: NDArray[Any], size: int) -> int:
+        with explain_full_disk(self._path):
+            checksum = write_chunk(self._group / ARRAY, index, block, ndim=2)
+            write_chunk(self._group / COMMITTED, index, np.array([[size, checksum]], dtype="<i8"), ndim=2)
+        self._durable = index * self._shard + size
+        self._free.append(block)
+        return size
+
+    def _raise_failed(self) -> None:
+        for future in self._waiting:
+            if future.done():
+                future.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            for future in self._waiting:
+                if error is None:
+                    future.result()
+            if error is None:
+                self._complete()
+
+    def _complete(self) -> None:
+        """Say so once every shard of the array is committed, whoever wrote it."""
+        n_shards = -(-self._n_tokens // self._shard)
+        if self._durable < self._stop or len(written_chunks(self._group / COMMITTED)) < n_shards:
+            return
+        with self._sealing():
+            if not read_document(self._group)["attributes"].get("complete"):
+                seal(self._group, {"complete": True})
+
+
+def _checked_range(shards: range | None, n_shards: int) -> range:
+    if shards is None:
+        return range(n_shards)
+    if shards.step != 1 or not 0 <= shards.start < shards.stop <= n_shards:
+        raise InputError(f"shards must be a range within 0 to {n_shards}, got {shards}.")
+    return shards
+
+
+class _LabelCheck:
+    """Compares given labels with the store's, one block of labels in memory at a time."""
+
+    def __init__(self, labels: TokenLabels) -> None:
+        self._labels = labels
+        self._held: dict[str, tuple[int, NDArray[Any]]] = {}
+
+    def compare(self, given: Mapping[str, Any] | pd.DataFrame, start: int, n: int, model: str) -> None:
+        known = (PROMPT, SOURCE, POSITION, TOKEN_ID, SEGMENT)
+        unknown = [str(name) for name in given if name not in known]
+        if unknown:
+            raise InputError(f"labels of tokens are {', '.join(known)}, got {unknown[0]!r}.")
+        for name in map(str, given):
+            values = np.asarray(given[name])
+            if values.shape != (n,):
+                raise InputError(f"the label {name!r} must have one value for each of {n} tokens, got {values.shape}.")
+            stored = self._stored(name, start, n)
+            wrong = values.astype(stored.dtype if stored.dtype.kind != "U" else np.str_) != stored
+            if wrong.any():
+                at = int(wrong.argmax())
+                raise InputError(
+                    f"{model} was given other tokens than the store's: token {start + at} has {name} "
+                    f"{values[at]!s}, expected {stored[at]!s}; a model is added with the store's texts in their order."
+                )
+
+    def _stored(self, name: str, start: int, n: int) -> NDArray[Any]:
+        codes, legend = self._labels.codes[name], self._labels.legend(name)
+        block = int(codes.chunks[0])
+        parts = []
+        while n > 0:
+            index = start // block
+            if self._held.get(name, (-1, None))[0] != index:
+                self._held[name] = (index, codes[index * block : (index + 1) * block])
+            part = self._held[name][1][start - index * block :][:n]
+            parts.append(part)
+            start, n = start + len(part), n - len(part)
+        found = np.concatenate(parts) if parts else np.empty(0, codes.dtype)
+        return found if legend is None else legend[found]

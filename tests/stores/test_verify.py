@@ -1,0 +1,212 @@
+"""Verification: every flipped bit, missing, cut, swapped or foreign piece is found and named."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
+from rlgen_stats.stores import (
+    ActivationWriter,
+    PairedReader,
+    Provenance,
+    append_model,
+    create_activations,
+    open_activations,
+    open_features,
+    verify,
+    write_results,
+)
+
+from .conftest import feature_table, token_table
+
+N, WIDTH, SHARD = 1000, 5, 128
+FLIPS = int(os.environ.get("RLGEN_STATS_FLIPS", "240"))
+
+
+@pytest.fixture
+def study(tmp_path: Path, provenance: Provenance) -> Path:
+    path = tmp_path / "study"
+    activations = path / "activations.zarr"
+    create_activations(activations, *token_table(N), provenance=provenance, shard_tokens=SHARD)
+    for i, model in enumerate(("base@0", "rl@80")):
+        values = np.random.default_rng(i).normal(size=(N, WIDTH)).astype("f4")
+        with ActivationWriter(activations, model=model, site="block2", width=WIDTH) as writer:
+            writer.append(values)
+        append_model(path / "features.zarr", "features", feature_table(model, float(i)), provenance=provenance)
+    write_results(
+        path / "results.zarr", "notes", xr.Dataset({"effect": ("feature", np.arange(4.0))}), provenance=provenance
+    )
+    return path
+
+
+def flip(file: Path, offset: int, bit: int) -> bytes:
+    sound = file.read_bytes()
+    broken = bytearray(sound)
+    broken[offset] ^= 1 << bit
+    file.write_bytes(bytes(broken))
+    return sound
+
+
+def test_every_flipped_bit_anywhere_is_found(study: Path) -> None:
+    assert verify(study).ok, verify(study).problems
+    random = np.random.default_rng(0)
+    files = sorted(file for file in study.rglob("*") if file.is_file() and not file.name.endswith(".lock"))
+    weights = np.array([file.stat().st_size for file in files], float) ** 0.25  # small files are hit as well
+    for _ in range(FLIPS):
+        file = files[random.choice(len(files), p=weights / weights.sum())]
+        sound = flip(file, int(random.integers(file.stat().st_size)), int(random.integers(8)))
+        store = next(parent for parent in file.parents if parent.suffix == ".zarr")
+        report = verify(store)
+        assert not report.ok, file
+        file.write_bytes(sound)
+    assert verify(study).ok
+
+
+def test_reading_a_flipped_byte_raises(study: Path) -> None:
+    random = np.random.default_rng(1)
+    store = study / "activations.zarr"
+    chunks = sorted(store.glob("rl@80/block2/activation/c.*"))
+    for _ in range(40):
+        file = chunks[random.integers(len(chunks))]
+        sound = flip(file, int(random.integers(file.stat().st_size)), int(random.integers(8)))
+        with pytest.raises(StoreCorruptError, match=r"shard \d \(rows \d+ to \d+\) fails its crc32c checksum"):
+            open_activations(store).activation.sel(model="rl@80").values  # noqa: B018
+        with pytest.raises(StoreCorruptError, match="checksum"):
+            list(PairedReader(store, ["rl@80", "base@0"], "block2", batch_size=100, seed=0).epoch(0))
+        file.write_bytes(sound)
+    chunk = study / "features.zarr/mean/c/0/0/0"
+    sound = flip(chunk, 9, 3)
+    with pytest.raises(ValueError, match="checksum"):
+        open_features(study / "features.zarr")["mean"].values  # noqa: B018
+    chunk.unlink()
+    with pytest.raises(StoreCorruptError, match="lacks the chunk"):
+        open_features(study / "features.zarr")["mean"].values  # noqa: B018
+    chunk.write_bytes(sound)
+    assert open_features(study / "features.zarr")["mean"].shape == (2, 3, 5)
+
+
+def spoil_swap(store: Path) -> None:
+    one, two = (store / f"rl@80/block2/activation/c.{i}.0" for i in (1, 2))
+    kept = one.read_bytes()
+    shutil.copy(two, one)
+    two.write_bytes(kept)
+
+
+def spoil_other_model(store: Path) -> None:
+    shutil.copy(store / "base@0/block2/activation/c.3.0", store / "rl@80/block2/activation/c.3.0")
+
+
+def spoil_missing(store: Path) -> None:
+    (store / "rl@80/block2/activation/c.4.0").unlink()
+
+
+def spoil_cut(store: Path) -> None:
+    file = store / "rl@80/block2/activation/c.5.0"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def spoil_empty(store: Path) -> None:
+    (store / "rl@80/block2/activation/c.5.0").write_bytes(b"")
+
+
+def spoil_record(store: Path) -> None:
+    (store / "rl@80/block2/committed/c.6.0").unlink()
+
+
+def spoil_label_chunk(store: Path) -> None:
+    (store / "tokens/position/c/0").unlink()
+
+
+def spoil_labels(store: Path) -> None:
+    import zarr
+
+    array = zarr.open_array(store / "tokens/token_id", mode="r+")
+    array[17] = array[17] + 1  # a well-formed chunk with a sound checksum
+
+
+def spoil_spans(store: Path) -> None:
+    import zarr
+
+    array = zarr.open_array(store / "spans/start", mode="r+")
+    array[3] = array[3] + 1
+
+
+def spoil_attribute(store: Path) -> None:
+    document = json.loads((store / "zarr.json").read_text())
+    document["attributes"]["spec_hash"] = "another"
+    (store / "zarr.json").write_text(json.dumps(document))
+
+
+def spoil_version(store: Path) -> None:
+    document = json.loads((store / "zarr.json").read_text())
+    document["attributes"]["schema_version"] = 7
+    (store / "zarr.json").write_text(json.dumps(document))
+
+
+def spoil_metadata(store: Path) -> None:
+    (store / "rl@80/block2/activation/zarr.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_swap, r"model rl@80, site block2, tokens 128 to 255: its commit record says 128 tokens with checksum"),
+        (spoil_other_model, r"model rl@80, site block2, tokens 384 to 511: its commit record says"),
+        (spoil_missing, r"tokens 512 to 639.*shard 4 .* is missing"),
+        (spoil_cut, r"tokens 640 to 767.*has \d+ bytes, expected \d+"),
+        (spoil_empty, r"tokens 640 to 767.*is missing or empty"),
+        (spoil_record, r"tokens 768 to 895.*shard 6 .* is missing"),
+        (spoil_label_chunk, r"tokens/position\[0:1000\].*lacks the chunk|labels.*lacks the chunk"),
+        (spoil_labels, r"labels: the labels are not those the store was made with"),
+        (spoil_spans, r"labels: the spans are not those of the tokens"),
+        (spoil_attribute, r"group \.: its metadata or attributes changed"),
+        (spoil_version, r"layout version 7, this release reads up to 2; upgrade"),
+        (spoil_metadata, r"zarr.json is not Zarr v3 metadata"),
+    ],
+)
+def test_what_is_wrong_is_named(study: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
+    spoil(study / "activations.zarr")
+    report = verify(study)
+    assert not report.ok
+    assert any(__import__("re").search(said, problem) for problem in report.problems), report.problems
+
+
+def test_the_first_bad_shard_comes_first_whatever_order_the_threads_finish(study: Path) -> None:
+    for name in ("c.6.0", "c.2.0", "c.4.0"):
+        flip(study / "activations.zarr/rl@80/block2/activation" / name, 20, 1)
+    problems = verify(study / "activations.zarr").problems
+    assert ["tokens 256" in problems[0], "tokens 512" in problems[1], "tokens 768" in problems[2]] == [True] * 3
+
+
+def test_progress_counts_every_check(study: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = verify(study, on_progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
+    assert report.n_chunks >= 16 + 16 + 5
+
+
+def test_an_unfinished_model_is_no_fault(study: Path) -> None:
+    values = np.ones((300, WIDTH), "f4")
+    with ActivationWriter(study / "activations.zarr", model="sft@5", site="block2", width=WIDTH) as writer:
+        writer.append(values)
+    assert verify(study).ok
+
+
+def test_no_store_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"not a Zarr v3 store \(no such folder\)"):
+        verify(tmp_path / "nothing")
+    with pytest.raises(StoreError, match=r"the folder is there but has no zarr.json"):
+        verify(tmp_path)
+
+
+def test_labels_that_are_all_alike_are_on_disk_too(tmp_path: Path, provenance: Provenance) -> None:
+    tokens, prompts = token_table(N)
+    path = tmp_path / "a.zarr"
+    create_activations(path, tokens.assign(source="base@0", token_id=0), prompts, provenance=provenance)
+    assert verify(path).ok, verify(path).problems
+    assert (path / "tokens/source/c/0").exists()
