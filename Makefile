@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults benchmark-stores wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -44,6 +44,18 @@ imports: .namespace/rlgen_stats
 # Two workers on two cores: more threads each would only wait for one another.
 pytest:
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile
+
+# The store's fault tests at length: 60 kills, 1,000 flipped bits, 40 histories of each state machine.
+faults: install-dev
+	RLGEN_STATS_KILLS=60 RLGEN_STATS_FLIPS=1000 RLGEN_STATS_EXAMPLES=40 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -P -m pytest -n 2 tests/stores/test_crash.py tests/stores/test_verify.py tests/stores/test_machine.py
+
+# Up to 20 GB of disk; results as JSON in .benchmarks/, BENCHMARK_OPTIONS=--quick for a trial.
+benchmark-stores: install
+	mkdir -p .benchmarks
+	for script in throughput shuffling memory opening; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/stores/$$script.py --json .benchmarks/$$script.json $(BENCHMARK_OPTIONS) || exit 1; \
+	done
 
 wheel: install-dev
 	rm -rf build dist

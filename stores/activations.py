@@ -194,13 +194,31 @@ def open_activations(path: Path | str, *, models: list[str] | None = None, site:
         RUN: (MODEL, np.array([split_model_id(m)[0] for m in names], dtype=np.str_)),
         STEP: (MODEL, np.array([split_model_id(m)[1] for m in names])),
     }
-    data = dask.array.stack([_lazy(array) for array in arrays.values()])
-    dataset = tokens.assign({ARRAY: ((MODEL, TOKEN, CHANNEL), data)})
+    dataset = tokens.assign({ARRAY: ((MODEL, TOKEN, CHANNEL), _lazy(list(arrays.values())))})
     return dataset.assign_attrs(site=site).assign_coords(labels)
 
 
-def _lazy(array: ShardArray) -> dask.array.Array:
+class _Stacked:
+    """Arrays of shards as one array [model, token, channel], of which one shard of one model is read at a time."""
+
+    def __init__(self, arrays: list[ShardArray]) -> None:
+        self._arrays = arrays
+        self.shape = (len(arrays), *arrays[0].shape)
+        self.dtype, self.ndim = np.result_type(*(array.dtype for array in arrays)), 3
+
+    def __getitem__(self, key: tuple[slice, ...]) -> NDArray[Any]:
+        chosen = self._arrays[key[0]]
+        if len(chosen) == 1:
+            return chosen[0][key[1:]][None].astype(self.dtype, copy=False)
+        return np.stack([array[key[1:]] for array in chosen]).astype(self.dtype, copy=False)
+
+    def __dask_tokenize__(self) -> object:
+        return [(str(array.path), array.shape, array.kept) for array in self._arrays]
+
+
+def _lazy(arrays: list[ShardArray]) -> dask.array.Array:
+    stacked = _Stacked(arrays)
+    chunks = (1, arrays[0].rows, arrays[0].shape[1])
     return dask.array.from_array(
-        array, chunks=(array.rows, array.shape[1]), name=f"activation-{dask.base.tokenize(str(array.path), array)}",
-        asarray=False, fancy=False, meta=np.empty((0, 0), array.dtype),
-    )  # fmt: skip
+        stacked, chunks=chunks, asarray=False, fancy=False, meta=np.empty((0, 0, 0), stacked.dtype)
+    )

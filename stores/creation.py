@@ -37,7 +37,9 @@ from rlgen_stats.stores.tables import COMPRESSORS, as_strings, check_is_store, c
 SHARD_TOKENS: Final = 8192
 """Tokens per shard (unit of commit): 64 MB at width 4,096 float16, 2 MB at width 64 float32."""
 LABEL_BLOCK: Final = 1 << 20
-"""Tokens per chunk of labels, and rows coded at once."""
+"""Tokens per chunk of labels."""
+CODED_ROWS: Final = 1 << 16
+"""Rows of text labels turned into codes at once: text takes ten times the memory of its codes."""
 TOKEN_DTYPES: Final = {PROMPT: "int32", SOURCE: "int16", POSITION: "int32", TOKEN_ID: "int32", SEGMENT: "int8"}
 
 
@@ -174,12 +176,22 @@ class TokenCoder:
 
     def blocks(self, tokens: pd.DataFrame | Iterable[pd.DataFrame]) -> Iterator[dict[str, NDArray[Any]]]:
         """Coded blocks of ``LABEL_BLOCK`` tokens; the last may be short."""
-        for frame in _reblocked(tokens):
+        waiting: list[dict[str, NDArray[Any]]] = []
+        for frame in [tokens] if isinstance(tokens, pd.DataFrame) else tokens:
             _check_columns(frame, "tokens", tuple(TOKEN_DTYPES))
-            block = self._coded(frame)
-            self._check_positions(block)
-            self.add(block)
-            yield block
+            start = 0
+            while start < len(frame):
+                held = sum(len(part[PROMPT]) for part in waiting)
+                piece = self._coded(frame.iloc[start : start + min(CODED_ROWS, LABEL_BLOCK - held)])
+                self._check_positions(piece)
+                self.add(piece)
+                waiting.append(piece)
+                start, held = start + len(piece[PROMPT]), held + len(piece[PROMPT])
+                if held == LABEL_BLOCK:
+                    yield _joined(waiting)
+                    waiting = []
+        if waiting:
+            yield _joined(waiting)
         if not self.n_tokens:
             raise InputError("the tokens table is empty; there is nothing to store.")
 
@@ -243,7 +255,7 @@ class TokenCoder:
 
     def spans(self, sources: list[str] | None = None) -> xr.Dataset:
         """Runs of tokens with one prompt, source and segment, and the legends of the codes."""
-        joined = {name: np.concatenate([span[name] for span in self._spans]) for name in self._spans[0]}
+        joined = _joined(self._spans)
         return xr.Dataset(
             {name: (SPAN, values) for name, values in joined.items()},
             attrs={"sources": sources or list(self._sources), "segments": list(SEGMENTS)},
@@ -255,16 +267,5 @@ class TokenCoder:
         return content_hash([columns, sources or list(self._sources), list(SEGMENTS), self._prompt_hash])
 
 
-def _reblocked(tokens: pd.DataFrame | Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    waiting: list[pd.DataFrame] = []
-    for frame in [tokens] if isinstance(tokens, pd.DataFrame) else tokens:
-        start = 0
-        while start < len(frame) or (not len(frame) and start == 0):
-            room = LABEL_BLOCK - sum(len(part) for part in waiting)
-            waiting.append(frame.iloc[start : start + room])
-            start += room
-            if sum(len(part) for part in waiting) == LABEL_BLOCK:
-                yield pd.concat(waiting, ignore_index=True)
-                waiting = []
-    if waiting:
-        yield pd.concat(waiting, ignore_index=True)
+def _joined(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

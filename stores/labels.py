@@ -161,13 +161,16 @@ class TokenIndex(xr.Index):
     def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
         """Rows whose labels are among those wanted."""
         where = {name: plain(value) for name, value in labels.items()}
-        return IndexSelResult({TOKEN: _as_slice(self._of_tokens(positions_in(self._labels.ranges(where))))})
-
-    def _of_tokens(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        ranges = self._labels.ranges(where)
         if isinstance(self._rows, slice):
-            inside: NDArray[np.int64] = tokens[(tokens >= self._rows.start) & (tokens < self._rows.stop)]
-            return inside - np.int64(self._rows.start)
-        return np.flatnonzero(np.isin(self._rows, tokens))
+            inside = np.clip(ranges, self._rows.start, self._rows.stop) - self._rows.start
+            inside = merge_ranges(inside[inside[:, 0] < inside[:, 1]])
+            if len(inside) == 1:
+                return IndexSelResult({TOKEN: slice(int(inside[0, 0]), int(inside[0, 1]))})
+            return IndexSelResult({TOKEN: positions_in(inside)})
+        at = np.searchsorted(ranges[:, 0], self._rows, side="right") - 1
+        chosen = (at >= 0) & (self._rows < ranges[at, 1]) if len(ranges) else np.zeros(len(self._rows), dtype=bool)
+        return IndexSelResult({TOKEN: _as_slice(np.flatnonzero(chosen))})
 
     def isel(self, indexers: Mapping[Any, Any]) -> TokenIndex | None:
         """The index of the chosen rows; none for a single token."""
@@ -185,8 +188,13 @@ class TokenIndex(xr.Index):
         elif np.ndim(chosen) == 0:
             return None
         chosen = np.asarray(chosen)
-        rows = np.arange(self._rows.start, self._rows.stop) if isinstance(self._rows, slice) else self._rows
-        return TokenIndex(self._labels, rows[chosen])
+        if not isinstance(self._rows, slice):
+            return TokenIndex(self._labels, self._rows[chosen])
+        if chosen.dtype == bool:
+            chosen = np.flatnonzero(chosen)
+        size = self._rows.stop - self._rows.start
+        rows = chosen if not len(chosen) or chosen.min() >= 0 else np.where(chosen < 0, chosen + size, chosen)
+        return TokenIndex(self._labels, rows + self._rows.start if self._rows.start else rows)
 
     @classmethod
     def concat(cls, indexes: Sequence[Any], dim: Hashable, positions: Any = None) -> TokenIndex:

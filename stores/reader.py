@@ -150,6 +150,8 @@ class PairedReader:
             return
         plan = self._plan(epoch)
         plan = [(shards, span) for shards, span in plan if sum(span) > start]
+        if not plan:
+            return
         largest = max(size for _, (_, size) in plan)
         buffers = [np.empty((largest, sum(self.widths)), self._kind) for _ in range(min(2, len(plan)))]
         with ThreadPoolExecutor(1) as ahead:

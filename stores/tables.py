@@ -126,6 +126,7 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
             _cut(path, len(done))
             per_model = [name for name, variable in dataset.variables.items() if MODEL in variable.dims]
             growing = dataset.drop_vars([name for name in dataset.variables if name not in per_model])
+            growing.attrs = read_document(path)["attributes"]  # to_zarr replaces them, and with them what is committed
             write_zarr(growing, path, append_dim=MODEL)
         seal(path, {COMMITTED_MODELS: [*done, model]})
 

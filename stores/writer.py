@@ -36,7 +36,7 @@ from rlgen_stats.stores.shards import (
 from rlgen_stats.stores.tables import check_is_store, check_store_version
 
 QUEUE: Final = 2
-"""Shards waiting for the disk; memory is bounded by two more, the one being filled and the one being written."""
+"""Shards on their way to the disk at once, so that one is copied while another is synced; one more is being filled."""
 SEAL_SECONDS: Final = 60.0
 """How long to wait for another writer's metadata; it takes milliseconds, on an object store a second."""
 
@@ -75,7 +75,7 @@ class ActivationWriter:
 
     Notes
     -----
-    ``n_committed`` tokens of the range are durable; feed the rest. Shards are written by a background thread, so an
+    ``n_committed`` tokens of the range are durable; feed the rest. Shards are written by background threads, so an
     error of the disk is raised by the next append or at the end. An unfinished shard is thrown away after an error,
     and a resumed run writes the bytes an uninterrupted one would have written.
 
@@ -120,18 +120,19 @@ class ActivationWriter:
             there = written_chunks(self._group / COMMITTED)
             next_shard = next((i for i in self._shards if i not in there), self._shards.stop)
             self._next = min(next_shard * self._shard, self._n_tokens)  # first token not given yet
-            self._durable = self._next
+            self._done = set(range(next_shard))
             self._buffer = np.empty((self._shard, self._width), stored_dtype(self._dtype))
             self._free: list[NDArray[Any]] = []
             self._waiting: list[Future[int]] = []
-            self._thread = stack.enter_context(ThreadPoolExecutor(1))
+            self._threads = stack.enter_context(ThreadPoolExecutor(QUEUE))
             self._stack = stack.pop_all()
         return self
 
     @property
     def n_committed(self) -> int:
         """Durable tokens, counted from the first token of the range."""
-        return max(0, self._durable - self._shards.start * self._shard)
+        first = next((i for i in self._shards if i not in self._done), self._shards.stop)
+        return max(0, min(first * self._shard, self._n_tokens) - self._shards.start * self._shard)
 
     def _create(self) -> None:
         n_shards = -(-self._n_tokens // self._shard)
@@ -225,7 +226,7 @@ class ActivationWriter:
         size = self._next - index * self._shard
         if size < self._shard:
             self._buffer[size:] = FILL[self._dtype]  # the last chunk is as long as the others
-        self._waiting.append(self._thread.submit(self._commit, index, self._buffer, size))
+        self._waiting.append(self._threads.submit(self._commit, index, self._buffer, size))
         while len(self._waiting) > QUEUE:
             self._waiting.pop(0).result()
         self._buffer = self._free.pop() if self._free else np.empty_like(self._buffer)
@@ -234,7 +235,7 @@ class ActivationWriter:
         with explain_full_disk(self._path):
             checksum = write_chunk(self._group / ARRAY, index, block, ndim=2)
             write_chunk(self._group / COMMITTED, index, np.array([[size, checksum]], dtype="<i8"), ndim=2)
-        self._durable = index * self._shard + size
+        self._done.add(index)
         self._free.append(block)
         return size
 
@@ -256,7 +257,7 @@ class ActivationWriter:
     def _complete(self) -> None:
         """Say so once every shard of the array is committed, whoever wrote it."""
         n_shards = -(-self._n_tokens // self._shard)
-        if self._durable < self._stop or len(written_chunks(self._group / COMMITTED)) < n_shards:
+        if not self._done.issuperset(self._shards) or len(written_chunks(self._group / COMMITTED)) < n_shards:
             return
         with self._sealing():
             if not read_document(self._group)["attributes"].get("complete"):

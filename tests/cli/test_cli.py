@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,35 @@ def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixtur
     assert "hello" in err
     assert "work: 3/3 steps" in err
     assert "loss=0.25" in err
+
+
+def test_schema_prints_declared_layouts_as_json() -> None:
+    code, out, _ = run("schema", "features")
+    assert code == 0
+    told = json.loads(out)
+    assert told["variables"]["mean"]["dims"] == ["model", "prompt", "feature"]
+    assert told["where"] == "features.zarr"
+    assert json.loads(run("schema", "study")[1])["type"] == "object"
+    code, out, _ = run("schema")
+    assert code == 0
+    assert "activations.zarr/<model>/<site>" in out
+    code, _, err = run("schema", "nope")
+    assert code == 2
+    assert "no layout is called 'nope'" in err
+
+
+def test_inspect_is_readable_and_migrate_says_what_it_did(tmp_path: Path) -> None:
+    with tarfile.open(Path(__file__).parents[1] / "stores/data/v1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    code, _, err = run("inspect", str(tmp_path / "v1/activations.zarr"))
+    assert code == 2
+    assert "rlgen-stats migrate" in err
+    code, out, _ = run("migrate", str(tmp_path / "v1"))
+    assert code == 0
+    assert "activations.zarr: layout 2 (was 1)" in out
+    code, out, _ = run("inspect", str(tmp_path / "v1"))
+    assert code == 0
+    assert "150 tokens (15 prompt, 135 completion)" in out
+    assert "80 (64 tokens so far)" in out
+    assert run("verify", str(tmp_path / "v1"))[1].startswith(f"{tmp_path / 'v1'}: sound;")
+    assert json.loads(run("migrate", str(tmp_path / "v1"), "--json")[1])["features.zarr"] == {"before": 2, "now": 2}

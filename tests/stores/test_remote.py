@@ -1,5 +1,6 @@
 """Every store on a real S3 protocol server on loopback: writing, crashing, resuming, locking, reading, verifying."""
 
+import itertools
 import json
 import logging
 import os
@@ -163,12 +164,10 @@ def test_an_interrupted_upload_resumes_to_the_same_objects(
         process.wait()
         assert not complete_models(killed)
         assert verify(killed).ok
-    real, calls = writer_module.write_chunk, 0
+    real, calls = writer_module.write_chunk, itertools.count(1)
 
     def failing(*args: object, **how: object) -> int:  # the connection breaks between data and record
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+        if next(calls) == 2:
             raise OSError("Connection reset")
         return real(*args, **how)  # type: ignore[arg-type]
 

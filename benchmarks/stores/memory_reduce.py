@@ -1,0 +1,57 @@
+"""Reducing one store's tokens to prompts; memory.py runs each task in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+import zarr
+
+from rlgen_stats.stores import open_activations, open_tokens
+from rlgen_stats.toolkit.crosscoder.encode import prompts_of, summarise
+from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import SITE
+from sizes import MODELS, N_FEATURES, Size, Task, run_child
+
+
+def _crosscoder(size: Size) -> Crosscoder:
+    return Crosscoder(MODELS, width=size.width, n_features=N_FEATURES, sparsity="l1", k=8)
+
+
+@torch.no_grad()
+def reduce_blocks(path: Path, scale: int, size: Size) -> None:
+    """Features of every token of one model, block by block, summed up per prompt."""
+    crosscoder = _crosscoder(size)
+    summaries = PromptSummaries(size.prompts, N_FEATURES)
+    data = open_activations(path, models=[MODELS[1]], site=SITE)["activation"].data[0]
+    codes = zarr.open_array(path / "tokens" / "prompt", mode="r")
+    start, held, first = 0, np.empty(0, np.int32), 0
+    for i in range(data.numblocks[0]):
+        block = torch.from_numpy(data.blocks[i].compute(scheduler="synchronous").astype(np.float32))
+        if start + len(block) > first + len(held):  # a chunk of labels serves many blocks
+            first, held = start, codes[start : start + codes.chunks[0]]
+        summaries.update(held[start - first :][: len(block)], crosscoder.readout(block, view=MODELS[1], kind="own"))
+        start += len(block)
+    if int(summaries.n_tokens().sum()) != size.texts(scale).n_tokens:
+        raise SystemExit("not every token was summarised.")
+
+
+def encode(path: Path, scale: int, size: Size) -> None:
+    """The same as the encode stage does it, with the prompt of every token in memory."""
+    tokens = open_tokens(path)
+    prompts = prompts_of(tokens, np.ones(tokens.sizes["token"], dtype=bool))
+    activation = open_activations(path, models=[MODELS[1]], site=SITE)["activation"][0]
+    summarise(_crosscoder(size), activation, prompts, view=MODELS[1], readout="own", block_tokens=size.shard)
+
+
+TASKS: Final[dict[str, Task]] = {"reduce to prompts": reduce_blocks, "encode stage": encode}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_child(TASKS)

@@ -1,0 +1,8 @@
+"""Activation caches made elsewhere come in, selections of a store go out; nothing pickled is ever loaded."""
+
+from rlgen_stats.toolkit.exchange.caches import Cache, open_cache
+from rlgen_stats.toolkit.exchange.exporting import Exported, export_activations
+from rlgen_stats.toolkit.exchange.importing import Imported, import_activations
+from rlgen_stats.toolkit.exchange.labels import read_labels
+
+__all__ = ["Cache", "Exported", "Imported", "export_activations", "import_activations", "open_cache", "read_labels"]
