@@ -106,7 +106,7 @@ class ExtractionSpec(Spec):
 
     layer: Annotated[int, Field(ge=0)] = 0
     """Decoder block whose output (residual stream) is stored, counted from 0."""
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Storage type of activations."""
     batch_size: PositiveInt = 64
     """Texts per forward pass."""

@@ -118,7 +118,7 @@ def _activation_facts(store: Path) -> dict[str, Any]:
 
 
 def _table_facts(store: Path, attrs: dict[str, Any]) -> dict[str, Any]:
-    arrays = arrays_of(store)
+    arrays = arrays_of(store, len(attrs[COMMITTED_MODELS]) if COMMITTED_MODELS in attrs else None)
     facts: dict[str, Any] = {
         "dimensions": {
             str(name): int(size)

@@ -85,6 +85,22 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def sweep(path: Path) -> None:
+    """Clear away what killed processes left of :func:`replacing` ``path``; call it where no other can be replacing it.
+
+    A folder moved aside whose replacement never came is moved back.
+    """
+    if is_remote(path):
+        return
+    for old in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, path)
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
 def _upload(local: Path, path: Path) -> None:
     if local.is_file():
         path.write_bytes(local.read_bytes())

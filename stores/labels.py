@@ -117,6 +117,26 @@ class TokenLabels:
         return merge_ranges(np.stack([start[keep], stop[keep]], axis=1).astype(np.int64))
 
 
+class LabelBlocks:
+    """Codes of labels read in store order, one stored block of each label in memory at a time."""
+
+    def __init__(self, labels: TokenLabels) -> None:
+        self._codes = labels.codes
+        self._held: dict[str, tuple[int, NDArray[Any]]] = {}
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Codes of label ``name`` (an array of the tokens group) of tokens start to stop."""
+        codes = self._codes[name]
+        size, parts = int(codes.chunks[0]), []
+        while start < stop:
+            index = start // size
+            if self._held.get(name, (-1, None))[0] != index:
+                self._held[name] = (index, codes[index * size : (index + 1) * size])
+            parts.append(self._held[name][1][start - index * size : stop - index * size])
+            start += len(parts[-1])
+        return np.concatenate(parts) if parts else np.empty(0, codes.dtype)
+
+
 def merge_ranges(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sorted ranges with touching neighbours joined."""
     if not len(ranges):

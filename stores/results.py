@@ -9,7 +9,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import FEATURE, check_name
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
-from rlgen_stats.stores.durable import ROOT, replacing
+from rlgen_stats.stores.durable import ROOT, replacing, sweep
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.place import place, reaching
 from rlgen_stats.stores.provenance import Provenance
@@ -42,6 +42,7 @@ def write_results(path: Path | str, group: str, dataset: xr.Dataset, *, provenan
     with exclusive(root), reaching(root):
         if not (root / ROOT).exists():
             seal(root, {"schema_version": provenance.attrs()["schema_version"]})
+        sweep(root / group)
         with replacing(root / group) as temporary:
             write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {FEATURE: FEATURE_BLOCK}))
             seal(temporary)

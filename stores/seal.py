@@ -2,6 +2,9 @@
 
 Chunks carry checksums; ``zarr.json`` files do not. The attribute ``digest`` of a group is the hash of its other
 attributes and of the metadata of its arrays, and is written in the same atomic replacement of ``zarr.json``.
+
+A store that grows by models carries its arrays' metadata in that file too (Zarr's consolidated metadata), as of the
+last committed model: whatever an append has reached, every reader sees arrays of one length.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from rlgen_stats.stores.durable import ROOT, write_json
 from rlgen_stats.stores.place import reaching
 
 DIGEST: Final = "digest"
+CONSOLIDATED: Final = "consolidated_metadata"
 COMMITTED_MODELS: Final = "committed_models"
 """Models wholly in an outcome or feature store; an append writes it last."""
 
@@ -47,6 +51,9 @@ def seal(path: Path, attributes: dict[str, Any] | None = None) -> None:
         document = {"zarr_format": 3, "node_type": "group", "attributes": {}}
         path.mkdir(parents=True, exist_ok=True)
     document["attributes"] = document.get("attributes", {}) | (attributes or {})
+    if COMMITTED_MODELS in document["attributes"]:
+        metadata = arrays_of(path, len(document["attributes"][COMMITTED_MODELS]))
+        document[CONSOLIDATED] = {"kind": "inline", "must_understand": False, "metadata": metadata}
     document["attributes"][DIGEST] = digest(path, document)
     write_json(path / ROOT, document)
 
@@ -54,24 +61,21 @@ def seal(path: Path, attributes: dict[str, Any] | None = None) -> None:
 def digest(path: Path, document: dict[str, Any]) -> str:
     """What :func:`seal` writes for this group as it is now."""
     attributes = {name: value for name, value in document.get("attributes", {}).items() if name != DIGEST}
-    rest = {name: value for name, value in document.items() if name not in ("attributes", "consolidated_metadata")}
+    rest = {name: value for name, value in document.items() if name != "attributes"}
     n_models = len(attributes[COMMITTED_MODELS]) if COMMITTED_MODELS in attributes else None
-    return content_hash(
-        [rest, attributes, {name: _settled(array, n_models) for name, array in arrays_of(path).items()}]
-    )
+    return content_hash([rest, attributes, arrays_of(path, n_models)])
 
 
-def arrays_of(path: Path) -> dict[str, dict[str, Any]]:
-    """Metadata of the arrays that lie directly in a group."""
+def arrays_of(path: Path, n_models: int | None = None) -> dict[str, dict[str, Any]]:
+    """Metadata of the arrays that lie directly in a group, without what an append grew beyond ``n_models``."""
     if not path.exists():  # an object store has no empty folders
         return {}
     below = sorted(child for child in path.iterdir() if not child.name.startswith(".") and (child / ROOT).exists())
     documents = {child.name: read_document(child) for child in below}
-    return {name: document for name, document in documents.items() if document["node_type"] == "array"}
+    return {name: _settled(doc, n_models) for name, doc in documents.items() if doc["node_type"] == "array"}
 
 
 def _settled(array: dict[str, Any], n_models: int | None) -> dict[str, Any]:
-    """Array metadata without what an interrupted append may have grown beyond the committed models."""
     names = array.get("dimension_names") or []
     if n_models is None or MODEL not in names:
         return array

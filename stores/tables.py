@@ -19,12 +19,12 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, PROVENANCE_ATTRS, validate
-from rlgen_stats.stores.durable import ROOT, explain_full_disk
+from rlgen_stats.stores.durable import ROOT, explain_full_disk, replacing, sweep
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.place import is_remote, place, reaching, store_of
 from rlgen_stats.stores.prompt_index import with_prompt_index
 from rlgen_stats.stores.provenance import Provenance
-from rlgen_stats.stores.seal import COMMITTED_MODELS, read_document, seal
+from rlgen_stats.stores.seal import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, seal
 
 FEATURE_BLOCK: Final = 512
 """Features per chunk: one block x all prompts x one model is one read (4 MB at 2,000 prompts, float32)."""
@@ -49,9 +49,9 @@ def as_strings(dataset: xr.Dataset) -> xr.Dataset:
 
 def open_lazily(path: Path) -> xr.Dataset:
     """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text."""
-    store = store_of(path, strict=True)
-    labels = xr.open_zarr(store, consolidated=False, chunks=None).reset_coords()
-    dataset = xr.open_zarr(store, consolidated=False, chunks={})
+    store, consolidated = store_of(path, strict=True), CONSOLIDATED in read_document(path)
+    labels = xr.open_zarr(store, consolidated=consolidated, chunks=None).reset_coords()
+    dataset = xr.open_zarr(store, consolidated=consolidated, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
     text = {name: label.astype(object).astype(np.str_) for name, label in loaded.items() if label.dtype.kind in "TO"}
     # numpy's StringDType cannot hold the missing values that ``where`` and ``reindex`` put in; object can.
@@ -118,17 +118,16 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
         raise StoreError(f"append_model takes one model at a time, got {dataset.sizes[MODEL]}; split the dataset.")
     model = str(dataset[MODEL].item())
     with exclusive(path), reaching(path), explain_full_disk(path):
+        sweep(path)
         done = committed_models(path)
         if not done:
-            write_zarr(dataset, path, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
+            with replacing(path) as temporary:
+                write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
+                seal(temporary, {COMMITTED_MODELS: [model]})
         else:
             _check_same(path, dataset, model, done, provenance)
-            _cut(path, len(done))
-            per_model = [name for name, variable in dataset.variables.items() if MODEL in variable.dims]
-            growing = dataset.drop_vars([name for name in dataset.variables if name not in per_model])
-            growing.attrs = read_document(path)["attributes"]  # to_zarr replaces them, and with them what is committed
-            write_zarr(growing, path, append_dim=MODEL)
-        seal(path, {COMMITTED_MODELS: [*done, model]})
+            _grow(path, dataset, len(done))
+            seal(path, {COMMITTED_MODELS: [*done, model]})
 
 
 def write_zarr(dataset: xr.Dataset, path: Path, **how: Any) -> None:
@@ -143,12 +142,23 @@ def _check_same(path: Path, dataset: xr.Dataset, model: str, done: list[str], pr
     if model in done:
         raise StoreError(f"model {model!r} is already in {path}; expected a new one: delete the store to redo it.")
     check_store_version(path, read_document(path)["attributes"])
-    with xr.open_zarr(store_of(path, strict=True), consolidated=False) as there:
-        if list(there[PROMPT].values) != list(dataset[PROMPT].values):
+    there = open_lazily(path)
+    for name, variable in there.variables.items():
+        if MODEL in variable.dims and name not in dataset.variables:
+            raise StoreError(f"{path} holds {name!r} for every model, {model!r} comes without it; compute it too.")
+    for name, variable in dataset.variables.items():
+        known = there.variables.get(name)
+        if known is None or any(known.sizes.get(dim) != n for dim, n in variable.sizes.items() if dim != MODEL):
             raise StoreError(
-                f"{path} holds {there.sizes[PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
-                "expected the same prompts in the same order."
+                f"{model!r} comes with {name!r} of {dict(variable.sizes)}, {path} holds "
+                f"{'none' if known is None else dict(known.sizes)}; expected what the store's models have, or another "
+                "store."
             )
+    if list(there[PROMPT].values) != list(dataset[PROMPT].values):
+        raise StoreError(
+            f"{path} holds {there.sizes[PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
+            "expected the same prompts in the same order."
+        )
 
 
 def check_owner(path: Path, provenance: Provenance) -> None:
@@ -168,14 +178,18 @@ def check_owner(path: Path, provenance: Provenance) -> None:
             )
 
 
-def _cut(path: Path, n_models: int) -> None:
-    """Drop what an interrupted append left behind the committed models."""
-    group = zarr.open_group(store_of(path), mode="r+")
-    for _, array in group.arrays():
-        names = array.metadata.dimension_names or ()
-        if MODEL in names and array.shape[names.index(MODEL)] != n_models:
-            axis = names.index(MODEL)
-            array.resize(tuple(n_models if i == axis else size for i, size in enumerate(array.shape)))
+def _grow(path: Path, dataset: xr.Dataset, n_models: int) -> None:
+    """Write one model behind the committed ones, over what an interrupted append left there.
+
+    Not ``to_zarr(append_dim=...)``: that rewrites the root metadata before the data are there, and readers with it.
+    """
+    for name, array in arrays_of(path).items():
+        dims = array.get("dimension_names") or []
+        if MODEL in dims:
+            target = zarr.open_array(store_of(path / name), mode="r+").with_config({"write_empty_chunks": True})
+            at = dims.index(MODEL)
+            target.resize(tuple(n_models + 1 if i == at else size for i, size in enumerate(target.shape)))
+            target[(slice(None),) * at + (slice(n_models, n_models + 1),)] = dataset[name].values
 
 
 def open_table(path: Path | str, layout: str) -> xr.Dataset:

@@ -18,7 +18,7 @@ from rlgen_stats.schemas.dims import CHANNEL, POSITION, PROMPT, SEGMENT, SOURCE,
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.activations import ARRAY, COMMITTED, activation_group
 from rlgen_stats.stores.durable import ROOT, explain_full_disk
-from rlgen_stats.stores.labels import TokenLabels
+from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.place import place, reaching
 from rlgen_stats.stores.seal import read_document, seal
@@ -273,11 +273,10 @@ def _checked_range(shards: range | None, n_shards: int) -> range:
 
 
 class _LabelCheck:
-    """Compares given labels with the store's, one block of labels in memory at a time."""
+    """Compares given labels with the store's."""
 
     def __init__(self, labels: TokenLabels) -> None:
-        self._labels = labels
-        self._held: dict[str, tuple[int, NDArray[Any]]] = {}
+        self._labels, self._blocks = labels, LabelBlocks(labels)
 
     def compare(self, given: Mapping[str, Any] | pd.DataFrame, start: int, n: int, model: str) -> None:
         known = (PROMPT, SOURCE, POSITION, TOKEN_ID, SEGMENT)
@@ -288,7 +287,8 @@ class _LabelCheck:
             values = np.asarray(given[name])
             if values.shape != (n,):
                 raise InputError(f"the label {name!r} must have one value for each of {n} tokens, got {values.shape}.")
-            stored = self._stored(name, start, n)
+            legend, stored = self._labels.legend(name), self._blocks.read(name, start, start + n)
+            stored = stored if legend is None else legend[stored]
             wrong = values.astype(stored.dtype if stored.dtype.kind != "U" else np.str_) != stored
             if wrong.any():
                 at = int(wrong.argmax())
@@ -296,17 +296,3 @@ class _LabelCheck:
                     f"{model} was given other tokens than the store's: token {start + at} has {name} "
                     f"{values[at]!s}, expected {stored[at]!s}; a model is added with the store's texts in their order."
                 )
-
-    def _stored(self, name: str, start: int, n: int) -> NDArray[Any]:
-        codes, legend = self._labels.codes[name], self._labels.legend(name)
-        block = int(codes.chunks[0])
-        parts = []
-        while n > 0:
-            index = start // block
-            if self._held.get(name, (-1, None))[0] != index:
-                self._held[name] = (index, codes[index * block : (index + 1) * block])
-            part = self._held[name][1][start - index * block :][:n]
-            parts.append(part)
-            start, n = start + len(part), n - len(part)
-        found = np.concatenate(parts) if parts else np.empty(0, codes.dtype)
-        return found if legend is None else legend[found]

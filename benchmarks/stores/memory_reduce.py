@@ -8,12 +8,14 @@ from typing import Final
 
 import numpy as np
 import torch
-import zarr
 
+from rlgen_stats.schemas.study import ExtractionSpec
 from rlgen_stats.stores import open_activations, open_tokens
-from rlgen_stats.toolkit.crosscoder.encode import prompts_of, summarise
+from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
+from rlgen_stats.toolkit.crosscoder.encode import Prompts, summarise
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
 from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
+from rlgen_stats.toolkit.extraction import token_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import SITE
@@ -30,22 +32,19 @@ def reduce_blocks(path: Path, scale: int, size: Size) -> None:
     crosscoder = _crosscoder(size)
     summaries = PromptSummaries(size.prompts, N_FEATURES)
     data = open_activations(path, models=[MODELS[1]], site=SITE)["activation"].data[0]
-    codes = zarr.open_array(path / "tokens" / "prompt", mode="r")
-    start, held, first = 0, np.empty(0, np.int32), 0
+    labels, start = LabelBlocks(TokenLabels(path)), 0
     for i in range(data.numblocks[0]):
         block = torch.from_numpy(data.blocks[i].compute(scheduler="synchronous").astype(np.float32))
-        if start + len(block) > first + len(held):  # a chunk of labels serves many blocks
-            first, held = start, codes[start : start + codes.chunks[0]]
-        summaries.update(held[start - first :][: len(block)], crosscoder.readout(block, view=MODELS[1], kind="own"))
+        codes = labels.read("prompt", start, start + len(block))
+        summaries.update(codes, crosscoder.readout(block, view=MODELS[1], kind="own"))
         start += len(block)
     if int(summaries.n_tokens().sum()) != size.texts(scale).n_tokens:
         raise SystemExit("not every token was summarised.")
 
 
 def encode(path: Path, scale: int, size: Size) -> None:
-    """The same as the encode stage does it, with the prompt of every token in memory."""
-    tokens = open_tokens(path)
-    prompts = prompts_of(tokens, np.ones(tokens.sizes["token"], dtype=bool))
+    """The same as the encode stage does it, with a mask of every token."""
+    prompts = Prompts(path, token_mask(open_tokens(path), ExtractionSpec(skip_first=0), "summary"))
     activation = open_activations(path, models=[MODELS[1]], site=SITE)["activation"][0]
     summarise(_crosscoder(size), activation, prompts, view=MODELS[1], readout="own", block_tokens=size.shard)
 

@@ -29,7 +29,7 @@ from rlgen_stats.toolkit.crosscoder import (
 )
 from rlgen_stats.toolkit.crosscoder import stage as stage_module
 from rlgen_stats.toolkit.crosscoder.contexts import window
-from rlgen_stats.toolkit.crosscoder.encode import prompts_of, summarise, view_of
+from rlgen_stats.toolkit.crosscoder.encode import Prompts, summarise, view_of
 from rlgen_stats.toolkit.crosscoder.texts import spread, text_bounds
 from rlgen_stats.toolkit.extraction import find_model, load_model, load_tokenizer, token_mask
 from tests.crosscoder.planted import LAYER, PROVENANCE, WORDS, save_tokenizer, study_spec, token_tables
@@ -201,7 +201,7 @@ def test_summaries_do_not_depend_on_the_block_size(
     encoded: Study, main: Crosscoder, activations: xr.Dataset, kind: str
 ) -> None:
     tokens = open_tokens(encoded[1].activations)
-    prompts = prompts_of(tokens, token_mask(tokens, encoded[0].extraction, "summary"))
+    prompts = Prompts(encoded[1].activations, token_mask(tokens, encoded[0].extraction, "summary"))
     raw = activations.activation.sel(model="rl@4").transpose(TOKEN, CHANNEL)
     tables = [
         summarise(main, raw, prompts, view="rl@4", readout=kind, block_tokens=size)  # type: ignore[arg-type]
@@ -217,7 +217,11 @@ def test_a_prompt_without_summarised_tokens_is_missing_not_zero(
     tokens = open_tokens(encoded[1].activations)
     mask = token_mask(tokens, encoded[0].extraction, "summary") & (tokens.prompt.values != "p4")
     table = summarise(
-        main, activations.activation.sel(model="base@0"), prompts_of(tokens, mask), view="base@0", readout="swap"
+        main,
+        activations.activation.sel(model="base@0"),
+        Prompts(encoded[1].activations, mask),
+        view="base@0",
+        readout="swap",
     )
     assert table.n_tokens.values[4] == 0
     assert np.isnan(table["mean"].values[4]).all()

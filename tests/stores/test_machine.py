@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -202,17 +203,19 @@ class TableMachine(RuleBasedStateMachine):
         append_model(self.path, "features", table, provenance=PROVENANCE)
         self.held[model] = value
 
-    @rule(step=st.integers(0, 6), where=st.sampled_from(["seal", "write_zarr"]), after=st.booleans())
-    def die(self, step: int, where: str, after: bool) -> None:
-        """The process ends before the commit, or before anything is written."""
+    @rule(step=st.integers(0, 6), n_arrays=st.integers(0, 12))
+    def die(self, step: int, n_arrays: int) -> None:
+        """The process ends before the commit, with some arrays grown, all, or none."""
         model = f"rl@{step}"
         if model in self.held:
             return
-        real = getattr(tables_module, where)
+        where = "_grow" if self.held else "seal"
+        real, whole = getattr(tables_module, where), tables_module.arrays_of
 
-        def dying(*args: object, **how: object) -> None:
-            if after and where == "write_zarr":
-                real(*args, **how)
+        def dying(*args: object) -> None:
+            if where == "_grow":
+                tables_module.arrays_of = lambda path: dict(list(whole(path).items())[:n_arrays])
+                real(*args)
             raise Crash
 
         setattr(tables_module, where, dying)
@@ -221,6 +224,7 @@ class TableMachine(RuleBasedStateMachine):
                 append_model(self.path, "features", feature_table(model, 77.0), provenance=PROVENANCE)
         finally:
             setattr(tables_module, where, real)
+            tables_module.arrays_of = whole
 
     @precondition(lambda self: getattr(self, "held", None))
     @rule()
@@ -239,6 +243,9 @@ class TableMachine(RuleBasedStateMachine):
             data = open_features(self.path)
             assert data["mean"].values[:, 0, 0].tolist() == [np.float32(value) for value in self.held.values()]
             assert data.model.values.tolist() == list(self.held)
+            plain = xr.open_zarr(self.path)  # without this package: nothing half-grown is seen
+            assert plain.model.values.tolist() == list(self.held)
+            np.testing.assert_array_equal(plain["max"].values, data["mean"].values)
             report = verify(self.path)
             assert report.ok, report.problems
 

@@ -139,9 +139,10 @@ import sys, numpy as np, time
 from rlgen_stats.stores import ActivationWriter
 values = np.load(sys.argv[2])
 with ActivationWriter(sys.argv[1], model="rl@80", site="block2", width=values.shape[1]) as writer:
-    print("ready", flush=True)
     for start in range(writer.n_committed, len(values), 50):
-        writer.append(values[start:start + 50]); time.sleep(0.01)
+        writer.append(values[start:start + 50])
+        print(start, flush=True)
+        time.sleep(0.01)
 """
 
 
@@ -153,13 +154,13 @@ def test_an_interrupted_upload_resumes_to_the_same_objects(
     for path in (whole, killed):
         create_activations(path, *token_table(N), provenance=provenance, shard_tokens=SHARD)
     write(whole)
-    for pause in (0.02, 0.1, 0.16):
+    for n_batches in (2, 5, 4):  # of 20 in all: shards are on their way or done, and some are left
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", UPLOADER, killed, tmp_path / "values.npy"], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(pause)
+        for _ in range(n_batches):
+            process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not complete_models(killed)

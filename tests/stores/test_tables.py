@@ -61,6 +61,15 @@ def test_foreign_and_wrong_appends_are_refused(features: Path, provenance: Prove
         append_model(features, "features", feature_table("rl@5", prompts=("p0", "p1", "q")), provenance=provenance)
     with pytest.raises(StoreError, match=r"variable 'mean'.*missing.*attribute 'readout' is missing"):
         append_model(features, "features", feature_table("rl@5").drop_vars("mean").drop_attrs(), provenance=provenance)
+    one = feature_table("rl@5")
+    richer = features.with_name("richer.zarr")
+    append_model(richer, "features", one.assign(more=one["fve"]), provenance=provenance)
+    with pytest.raises(StoreError, match=r"holds 'more' for every model, 'rl@6' comes without it"):
+        append_model(richer, "features", feature_table("rl@6"), provenance=provenance)
+    with pytest.raises(StoreError, match=r"comes with 'more'.*holds none"):
+        append_model(features, "features", one.assign(more=one["fve"]), provenance=provenance)
+    with pytest.raises(StoreError, match=r"comes with 'mean' of .*'feature': 4"):
+        append_model(features, "features", one.isel(feature=slice(4)), provenance=provenance)
     assert committed_models(features) == ["base@0", "sft@1000000"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -38,6 +38,7 @@ from rlgen_stats.stores import (
     open_features,
     open_tokens,
 )
+from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder, Readout, load_crosscoder
 from rlgen_stats.toolkit.crosscoder.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
@@ -51,22 +52,38 @@ SCALE: Final = "contribution"
 """features.zarr holds f_k ||d_k||, which does not change when a feature's scale moves between code and decoder."""
 
 
-@dataclass(frozen=True)
 class Prompts:
-    """Which prompt each token belongs to, and the prompts' labels."""
+    """Which prompt each token belongs to, and the prompts' labels, in order of their first token.
 
-    code: NDArray[np.int64]
-    """[token] index into ``labels``; -1 where the token is not summarised."""
-    labels: pd.DataFrame
-    """One row a prompt in store order: prompt, task, domain, split, cluster."""
+    Parameters
+    ----------
+    path
+        Activation store.
+    mask
+        [token], tokens that are summarised.
 
+    Attributes
+    ----------
+    labels
+        One row a prompt: prompt, task, domain, split, cluster.
+    """
 
-def prompts_of(tokens: xr.Dataset, mask: NDArray[np.bool_]) -> Prompts:
-    """Prompts in order of their first token; tokens outside ``mask`` get code -1."""
-    code, names = pd.factorize(np.asarray(tokens[PROMPT].values))
-    first = np.unique(code, return_index=True)[1]
-    labels = pd.DataFrame({PROMPT: np.asarray(names)} | {n: tokens[n].values[first] for n in PROMPT_LABELS})
-    return Prompts(np.where(mask, code, -1), labels)
+    def __init__(self, path: Path, mask: NDArray[np.bool_]) -> None:
+        stored = TokenLabels(path)
+        order = pd.unique(stored.spans[PROMPT].values)
+        self._place = np.full(stored.prompts.sizes[PROMPT], -1)
+        self._place[order] = np.arange(len(order))
+        self._mask, self._blocks = mask, LabelBlocks(stored)
+        self.labels = pd.DataFrame({name: np.asarray(stored.legend(name))[order] for name in (PROMPT, *PROMPT_LABELS)})
+
+    def __len__(self) -> int:
+        return len(self._mask)
+
+    def codes(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Rows of ``labels`` of tokens start to stop; -1 where a token is not summarised."""
+        stop = min(stop, len(self))
+        codes = self._place[self._blocks.read(PROMPT, start, stop)]
+        return np.where(self._mask[start:stop], codes, -1)
 
 
 def view_of(model: str, views: tuple[str, ...]) -> str:
@@ -114,8 +131,8 @@ def summarise(
     device = crosscoder.encoder.device
     summaries = PromptSummaries(len(prompts.labels), crosscoder.n_features, device)
     fve = ExplainedVariance((crosscoder.width,))
-    for start in range(0, len(prompts.code), block_tokens):
-        code = prompts.code[start : start + block_tokens]
+    for start in range(0, len(prompts), block_tokens):
+        code = prompts.codes(start, start + block_tokens)
         kept = code >= 0
         if not kept.any():
             continue
@@ -174,7 +191,7 @@ def encode_features(
     if done:
         _check_crosscoder(folder, crosscoder)
     tokens = open_tokens(folder.activations)
-    prompts = prompts_of(tokens, token_mask(tokens, spec.extraction, purpose="summary"))
+    prompts = Prompts(folder.activations, token_mask(tokens, spec.extraction, purpose="summary"))
     with progress.task("encode", total=len(refs), unit="models") as task:
         for ref in refs:
             if ref.model not in done:

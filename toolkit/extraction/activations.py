@@ -47,6 +47,8 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 
 WINDOW_BATCHES: Final = 16
 """Batches whose texts are sorted by length together and put back in store order: bounds memory, saves padding."""
+MASK_BLOCK: Final = 1 << 20
+"""Tokens whose labels are looked at together when a mask is made."""
 TEXT_SAMPLE: Final = 0
 """The sampled completion that becomes a text; a greedy one would show each model at its most certain only."""
 
@@ -274,23 +276,30 @@ def token_mask(
     InputError
         If nothing is left, or ``purpose`` is neither.
     """
-    position, segment = np.asarray(tokens[POSITION]), np.asarray(tokens[SEGMENT]).astype(np.str_)
     if purpose == "train":
         wanted: tuple[str, ...] = extraction.segments
     elif purpose == "summary":
         wanted = extraction.summary_segments
     else:
         raise InputError(f"purpose must be 'train' or 'summary', got {purpose!r}.")
-    mask = np.isin(segment, [name for name in wanted if name != "last_prompt"])
-    if "last_prompt" in wanted:
-        is_prompt = segment == "prompt"
-        ends = np.ones(len(segment), dtype=bool)  # the next token is no prompt token of the same text
-        ends[:-1] = (segment[1:] != "prompt") | (position[1:] == 0)
-        mask |= is_prompt & ends
-    mask &= position >= extraction.skip_first
+    n = len(tokens[POSITION])
+    mask = np.empty(n, dtype=bool)
+    for start in range(0, n, MASK_BLOCK):  # the labels of a block at a time, with the token after it
+        block = slice(start, start + MASK_BLOCK + 1)
+        position, segment = np.asarray(tokens[POSITION][block]), np.asarray(tokens[SEGMENT][block]).astype(np.str_)
+        mask[block] = _wanted(position, segment, wanted) & (position >= extraction.skip_first)
     if not mask.any():
         raise InputError(
             f"no token of the {len(mask)} is left with segments {list(wanted)} and skip_first "
             f"{extraction.skip_first}; lower extraction.skip_first or name more segments."
         )
+    return mask
+
+
+def _wanted(position: NDArray[np.integer], segment: NDArray[np.str_], wanted: tuple[str, ...]) -> NDArray[np.bool_]:
+    mask = np.isin(segment, [name for name in wanted if name != "last_prompt"])
+    if "last_prompt" in wanted:
+        ends = np.ones(len(segment), dtype=bool)  # the next token is no prompt token of the same text
+        ends[:-1] = (segment[1:] != "prompt") | (position[1:] == 0)
+        mask |= (segment == "prompt") & ends
     return np.asarray(mask)
