@@ -33,14 +33,14 @@ def demo(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    r"""Run the embedded study: pretrain a tiny base, post-train it by SFT and by RL, and ask the five questions.
+    """Run the embedded study: pretrain a tiny base, post-train it by SFT and by RL, and ask the five questions.
 
     Takes a few minutes on two cores, needs no network, and continues where it was interrupted.
 
     \b
     Examples:  rlgen-stats demo
                rlgen-stats demo --seeds 3 --folder runs/three-seeds
-    """
+    """  # noqa: D301 - click needs the backspace itself
     import os
     from pathlib import Path
 

@@ -66,9 +66,9 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(installed_version("rlgen-stats"), prog_name="rlgen-stats")
 def main() -> None:
-    r"""Find what post-training changed inside a language model, when, and whether it matters.
+    """Find what post-training changed inside a language model, when, and whether it matters.
 
     \b
     Try it:            rlgen-stats demo
     Your own study:    rlgen-stats init my-study && rlgen-stats run my-study
-    """
+    """  # noqa: D301 - click needs the backspace itself

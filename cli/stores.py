@@ -29,14 +29,14 @@ _store = click.argument("store", type=click.Path())
 @json_option
 @handle_errors
 def inspect_store(store: str, as_json: bool) -> None:
-    r"""Say what a store or a study contains: models, prompts, sizes, completeness, provenance.
+    """Say what a store or a study contains: models, prompts, sizes, completeness, provenance.
 
     STORE is a store, or a study folder; a path or a URL such as s3://bucket/study.
 
     \b
     Examples:  rlgen-stats inspect runs/demo
                rlgen-stats inspect runs/demo/features.zarr --json
-    """
+    """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.stores import describe
 
     facts = describe(store)
@@ -116,13 +116,13 @@ def _bytes(size: float) -> str:
 @quiet_option
 @handle_errors
 def verify(store: str, as_json: bool, quiet: bool) -> None:
-    r"""Check every chunk, label table, count, layout version and digest of a store or a study.
+    """Check every chunk, label table, count, layout version and digest of a store or a study.
 
     Leaves with code 2 and names the first fault if there is one.
 
     \b
     Example:  rlgen-stats verify runs/demo
-    """
+    """  # noqa: D301 - click needs the backspace itself
     from dataclasses import asdict
 
     from rlgen_stats.stores import verify as verify_store
@@ -159,13 +159,13 @@ def _counted(progress: Progress, description: str) -> Iterator[Callable[[int, in
 @json_option
 @handle_errors
 def migrate(store: str, as_json: bool) -> None:
-    r"""Raise stores written by an earlier release to this release's layout, in place.
+    """Raise stores written by an earlier release to this release's layout, in place.
 
     Activations are renamed, not rewritten; an interrupted migration is run again.
 
     \b
     Example:  rlgen-stats migrate runs/last-year
-    """
+    """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.stores import migrate as migrate_store
 
     done = migrate_store(store)
@@ -180,14 +180,14 @@ def migrate(store: str, as_json: bool) -> None:
 @click.argument("name", required=False)
 @handle_errors
 def schema(name: str | None) -> None:
-    r"""Print the declared layout of a dataset as JSON, or list what there is.
+    """Print the declared layout of a dataset as JSON, or list what there is.
 
     NAME is a dataset ('features', 'drift', ...) or 'study' for the JSON schema of study.yaml.
 
     \b
     Examples:  rlgen-stats schema
                rlgen-stats schema features
-    """
+    """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.schemas.layout import LAYOUTS, layout_document
 
     if name == "study":

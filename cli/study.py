@@ -23,11 +23,11 @@ from rlgen_stats.cli.console import (
 @click.option("--name", help="Name of the study; default: the folder's name.")
 @handle_errors
 def init(study: str, name: str | None) -> None:
-    r"""Start a study folder with a commented study.yaml and an example prompt table.
+    """Start a study folder with a commented study.yaml and an example prompt table.
 
     \b
     Example:  rlgen-stats init my-study
-    """
+    """  # noqa: D301 - click needs the backspace itself
     from pathlib import Path
 
     from rlgen_stats.toolkit.study.template import write_template
@@ -47,7 +47,7 @@ def init(study: str, name: str | None) -> None:
 def run(
     study: str, stages: tuple[str, ...], force: tuple[str, ...], scheduler: str | None, quiet: bool, as_json: bool
 ) -> None:
-    r"""Bring a study up to date: run every stage that is missing, interrupted or stale.
+    """Bring a study up to date: run every stage that is missing, interrupted or stale.
 
     Stop it at any time; the next run continues from what was committed.
 
@@ -55,7 +55,7 @@ def run(
     Examples:  rlgen-stats run my-study
                rlgen-stats run my-study --stage drift
                rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
-    """
+    """  # noqa: D301 - click needs the backspace itself
     finish(study, stages or None, force, scheduler, quiet, as_json)
 
 
@@ -104,11 +104,11 @@ def print_verdicts(study: str) -> None:
 @json_option
 @handle_errors
 def status(study: str, as_json: bool) -> None:
-    r"""Show which stages are done, stale, interrupted or waiting, and what each took.
+    """Show which stages are done, stale, interrupted or waiting, and what each took.
 
     \b
     Example:  rlgen-stats status runs/demo
-    """
+    """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.toolkit.study import open_for_run
 
     opened = open_for_run(study)
