@@ -94,6 +94,7 @@ class PairedReader:
             raise InputError(f"the mask leaves {self.n_tokens} tokens, fewer than one batch of {self.batch_size}.")
         self._capacity = max(1, int(buffer_bytes // (sum(self.widths) * self._kind.itemsize)))
         self._kept: NDArray[Any] | None = None
+        self._spare: list[list[NDArray[Any]]] = []
 
     @property
     def width(self) -> int:
@@ -152,15 +153,21 @@ class PairedReader:
         plan = [(shards, span) for shards, span in plan if sum(span) > start]
         if not plan:
             return
-        largest = max(size for _, (_, size) in plan)
-        buffers = [np.empty((largest, sum(self.widths)), self._kind) for _ in range(min(2, len(plan)))]
-        with ThreadPoolExecutor(1) as ahead:
-            waiting = ahead.submit(self._load, plan[0][0], buffers[0])
-            for i, (_, span) in enumerate(plan):
-                waiting.result()
-                if i + 1 < len(plan):
-                    waiting = ahead.submit(self._load, plan[i + 1][0], buffers[(i + 1) % 2])
-                yield buffers[i % 2][: span[1]], span
+        # Fresh memory costs as much as reading into it: buffers are kept for the next epoch, and not shared by two.
+        largest = max(self._capacity // 2, *(_count(rows) for rows in self._rows.values()))
+        if not self._spare:
+            self._spare.append([np.empty((largest, sum(self.widths)), self._kind) for _ in range(2)])
+        buffers = self._spare.pop()
+        try:
+            with ThreadPoolExecutor(1) as ahead:
+                waiting = ahead.submit(self._load, plan[0][0], buffers[0])
+                for i, (_, span) in enumerate(plan):
+                    waiting.result()
+                    if i + 1 < len(plan):
+                        waiting = ahead.submit(self._load, plan[i + 1][0], buffers[(i + 1) % 2])
+                    yield buffers[i % 2][: span[1]], span
+        finally:
+            self._spare.append(buffers)
 
     def _plan(self, epoch: int) -> list[tuple[list[int], tuple[int, int]]]:
         """Shards in random order, in groups of up to half the buffer, and the rows of the epoch each group fills."""

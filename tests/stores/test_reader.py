@@ -169,3 +169,14 @@ def test_mixtures_that_cannot_be_mixed_are_explained(pair: Path) -> None:
         mixed(pair, a=1.0, b=0.0)
     with pytest.raises(InputError, match="source 'b' differs from the first"):
         MixedReader({"a": one, "b": two}, {"a": 1.0, "b": 1.0}, seed=0)
+
+
+def test_two_epochs_at_once_do_not_share_their_buffers(pair: Path) -> None:
+    both = reader(pair, buffer_bytes=2 * ROW)
+    alone = [list(both.epoch(epoch)) for epoch in (0, 1)]
+    for _ in range(2):  # the second time the buffers are those of the epochs before
+        together = list(zip(both.epoch(0), both.epoch(1), strict=True))
+        for i in (0, 1):
+            np.testing.assert_array_equal(np.stack([batches[i] for batches in together]), np.stack(alone[i]))
+    next(both.epoch(0))  # given up in the middle
+    np.testing.assert_array_equal(np.stack(list(both.epoch(1))), np.stack(alone[1]))

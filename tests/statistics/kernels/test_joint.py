@@ -1,12 +1,16 @@
 """Joint max-T: the definition in loops, ties, blocks of flips and features, one side, refusals, calibration."""
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.statistics.kernels import joint_p, max_t, max_t_p_value, sign_flip_test, sign_flips
+from rlgen_stats.toolkit.statistics.kernels import maxt as maxt_module
+from rlgen_stats.toolkit.statistics.kernels import resampling as resampling_module
+from rlgen_stats.toolkit.statistics.kernels import signflip as signflip_module
 
 from ...oracles import slow
 
@@ -125,3 +129,50 @@ def test_an_untestable_feature_leaves_the_family() -> None:
         value = getattr(with_dead, name)
         np.testing.assert_array_equal(np.delete(value, [2, 3]), getattr(alone, name))
         assert np.isnan(value[2:4]).all()
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("step_down", [False, True])
+@pytest.mark.parametrize("missing", [False, True])
+def test_sparse_and_dense_paths_agree(
+    monkeypatch: pytest.MonkeyPatch, alternative: Any, clustered: bool, step_down: bool, missing: bool
+) -> None:
+    rng = np.random.default_rng(5)
+    d = np.where(rng.random((300, 90)) < 0.05, rng.normal(0.2, 1, (300, 90)), 0.0)
+    d[:, 7] = 0.0
+    d[:, 11] = np.nan if missing else 0.0
+    d[:3, 13] = 0.1 + 0.2 - 0.3  # rounding beside real values is no difference
+    d[5, 13] = 1.0
+    clusters = np.arange(300) // 3 if clustered else None
+    how: Any = {"n_resamples": 199, "seed": 3, "alternative": alternative, "step_down": step_down, "clusters": clusters}
+    found = {}
+    for name, density in (("sparse", 1.1), ("dense", 0.0)):
+        monkeypatch.setattr(maxt_module, "SPARSE_DENSITY", density)
+        found[name] = max_t(d, **how)
+    for name in ("p_single_step", "p_step_down", "p_raw"):
+        np.testing.assert_array_equal(getattr(found["sparse"], name), getattr(found["dense"], name))
+    np.testing.assert_allclose(found["sparse"].statistic, found["dense"].statistic, rtol=1e-12)
+    np.testing.assert_allclose(found["sparse"].maxima, found["dense"].maxima, rtol=1e-12)
+    assert np.isnan(found["sparse"].statistic[[7, 11]]).all()
+    alone = max_t(d[:, [13]], **how)
+    np.testing.assert_allclose(found["sparse"].p_raw[13], alone.p_raw[0])
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_float32_differences_are_tested_as_their_float64_values(dtype: str) -> None:
+    d = np.random.default_rng(0).normal(0.1, 1, (40, 30)).astype(dtype)
+    np.testing.assert_array_equal(max_t(d).p_step_down, max_t(d.astype("f8")).p_step_down)
+    np.testing.assert_array_equal(sign_flip_test(d).p_value, sign_flip_test(d.astype("f8")).p_value)
+
+
+def test_features_do_not_depend_on_the_blocks_they_are_packed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    d = np.where(rng.random((200, 70)) < rng.random(70), rng.normal(0.1, 1, (200, 70)), 0.0)
+    whole = sign_flip_test(d)
+    monkeypatch.setattr(resampling_module, "BLOCK_UNITS", 1)
+    monkeypatch.setattr(signflip_module, "feature_blocks", lambda n, f: (slice(i, i + 1) for i in range(f)))
+    single = sign_flip_test(d)
+    np.testing.assert_array_equal(whole.p_value, single.p_value)
+    np.testing.assert_array_equal(whole.statistic, single.statistic)
+    np.testing.assert_array_equal(whole.method, single.method)

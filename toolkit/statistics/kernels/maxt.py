@@ -13,11 +13,15 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.resampling import (
     BLOCK_FEATURES,
     MAX_EXACT_UNITS,
+    ROUNDING,
     SPARSE_DENSITY,
     TIE_SLACK,
     FlipTable,
     FloatArray,
+    as_table,
+    cluster_codes,
     column_sums,
+    feature_blocks,
     flip_table,
     flip_units,
 )
@@ -49,12 +53,14 @@ def flip_statistics(differences: FloatArray, flips: FloatArray, *, two_sided: bo
     A sparse product is taken where less than 15% of the differences are nonzero.
     """
     scale = np.sqrt(column_sums(np.square(differences)))
-    scaled = np.divide(differences, scale, out=np.zeros_like(differences), where=scale > 0)
-    if np.count_nonzero(scaled) < SPARSE_DENSITY * scaled.size:
-        sums = np.asarray(sparse.csr_array(scaled.T) @ flips.T).T
-    else:
-        sums = flips @ scaled
-    return np.asarray(np.abs(sums) if two_sided else sums)
+    scaled = np.ascontiguousarray(np.divide(differences, scale, out=np.zeros_like(differences), where=scale > 0).T)
+    few = np.count_nonzero(scaled) < SPARSE_DENSITY * scaled.size
+    return _sums(sparse.csr_array(scaled) if few else scaled, flips, two_sided).T
+
+
+def _sums(scaled: Any, flips: FloatArray, two_sided: bool) -> FloatArray:
+    sums = np.asarray(scaled @ flips.T)
+    return np.abs(sums, out=sums) if two_sided else sums
 
 
 def max_t(
@@ -91,7 +97,8 @@ def max_t(
     Notes
     -----
     p = (1 + #) / (P + 1), or # / 2^N when every flip is used. Untestable features get NaN and enter no maximum.
-    Memory is one block of 1,024 flips x 1,024 features, and one bit per flip and unit.
+    Memory is the differences (only their nonzeros, if fewer than 15% are), one block of at most 1,024 flips x 1,024
+    features, and one bit per flip and unit.
 
     Features in several calls: call with the same units, seed and n_resamples (``step_down=False``), take the maximum of
     ``maxima`` over the calls, and give it to ``max_t_p_value``. Step-down needs all features in one call, or that
@@ -101,42 +108,92 @@ def max_t(
     ----------
     Westfall and Young 1993; step-down: algorithm 4.1, the same ordering for every flip.
     """
-    units = flip_units(differences, clusters)
-    d, two_sided = (-units.values if alternative == "less" else units.values), alternative == "two-sided"
     if alternative not in ("two-sided", "greater", "less"):
         raise InputError(f"alternative must be two-sided, greater or less, got {alternative!r}.")
-    table = flip_table(len(d), n_resamples, seed=seed)
-    norm, total = np.sqrt(column_sums(np.square(d))), column_sums(d)
-    observed = np.full(d.shape[1], np.nan)
-    np.divide(np.abs(total) if two_sided else total, norm, out=observed, where=norm > 0)
-    order = np.argsort(observed, kind="stable")[: int(np.isfinite(observed).sum())]
-    raw, down, maxima = _sweep(d, observed, order, table, two_sided)
+    two_sided = alternative == "two-sided"
+    scaled, observed = _scaled(differences, clusters, alternative)
+    table = flip_table(scaled.shape[1], n_resamples, seed=seed)
+    order = np.flatnonzero(np.isfinite(observed))
+    if step_down:
+        rank = np.argsort(observed[order], kind="stable")
+        scaled, order = scaled[rank], order[rank]
+    raw, down = np.full(len(observed), np.nan), np.full(len(observed), np.nan)
+    raw[order], running, maxima = _sweep(scaled, observed[order], table, two_sided, step_down)
     if step_down:  # enforce monotonicity from the largest statistic down
-        down[order[::-1]] = np.maximum.accumulate(down[order[::-1]])
-    else:
-        down[:] = np.nan
+        down[order[::-1]] = np.maximum.accumulate(running[::-1])
     single = max_t_p_value(observed, maxima, exact=table.exact)
     return MaxTResult(-observed if alternative == "less" else observed, single, down, raw, maxima, table.exact)
 
 
+def _scaled(differences: Any, clusters: Any, alternative: str) -> tuple[Any, FloatArray]:
+    """Testable features over their norm, [feature, unit], a CSR array where few values are nonzero; all statistics."""
+    d, _ = as_table(differences)
+    codes = None if clusters is None else cluster_codes(clusters, len(d))
+    few = np.count_nonzero(d) < SPARSE_DENSITY * d.size
+    blocks: list[Any] = []
+    total, norm = np.zeros(d.shape[1]), np.zeros(d.shape[1])
+    for part in feature_blocks(*d.shape):
+        rows = _nonzeros(d[:, part]) if few and codes is None else None
+        if rows is None:
+            values = flip_units(d[:, part], codes).values
+            total[part], norm[part] = column_sums(values), np.sqrt(column_sums(np.square(values)))
+            rows = np.ascontiguousarray(values.T)
+            rows = sparse.csr_array(rows) if few else rows
+        else:
+            row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+            total[part] = np.bincount(row, rows.data, rows.shape[0])
+            norm[part] = np.sqrt(np.bincount(row, np.square(rows.data), rows.shape[0]))
+        blocks.append(rows)
+    tested = np.flatnonzero(norm > 0)
+    signed = -total if alternative == "less" else np.abs(total) if alternative == "two-sided" else total
+    observed = np.full(len(norm), np.nan)
+    observed[tested] = signed[tested] / norm[tested]
+    factor = (-1.0 if alternative == "less" else 1.0) / norm[tested]
+    if not few:
+        return np.concatenate(blocks)[tested] * factor[:, None], observed
+    whole = sparse.vstack(blocks, format="csr")[tested]
+    whole.data *= np.repeat(factor, np.diff(whole.indptr))
+    return (whole if whole.nnz < SPARSE_DENSITY * np.prod(whole.shape) else whole.toarray()), observed
+
+
+def _nonzeros(d: NDArray[Any]) -> Any:
+    """Differences [unit, feature] as a CSR array [feature, unit], as ``flip_units`` cleans them; None if not finite."""
+    turned = np.ascontiguousarray(d.T)
+    row, column = np.nonzero(turned)
+    values = turned[row, column].astype(np.float64)
+    if not np.isfinite(values).all():
+        return None
+    magnitude = np.abs(values)
+    starts = np.searchsorted(row, np.arange(len(turned)))
+    largest = np.maximum.reduceat(np.append(magnitude, 0.0), starts) if len(turned) else magnitude
+    kept = magnitude > ROUNDING * largest[row]
+    if not kept.all():
+        row, column, values = row[kept], column[kept], values[kept]
+    ends = np.cumsum(np.bincount(row, minlength=len(turned)))
+    return sparse.csr_array((values, column.astype(np.int32), np.append(0, ends)), shape=turned.shape)
+
+
 def _sweep(
-    d: FloatArray, observed: FloatArray, order: NDArray[np.int64], table: FlipTable, two_sided: bool
+    scaled: Any, observed: FloatArray, table: FlipTable, two_sided: bool, step_down: bool
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Raw and step-down p-values and the maxima, going up from the smallest statistic so that the maxima grow."""
+    """Raw and step-down p-values and the maxima; step-down goes up from the smallest, so that the maxima grow."""
     maxima = np.full(len(table), 0.0 if two_sided else -np.inf)
-    raw, down = np.full(len(observed), np.nan), np.full(len(observed), np.nan)
-    for start in range(0, len(order), BLOCK_FEATURES):
-        part = order[start : start + BLOCK_FEATURES]
-        block, needed = np.take(d, part, axis=1), _needed(observed[part])
-        reached, reached_running = np.zeros(len(part)), np.zeros(len(part))
-        for here, flips in table.blocks():
-            found = flip_statistics(block, flips, two_sided=two_sided)
-            reached += (found >= needed).sum(axis=0)
-            running = np.maximum(np.maximum.accumulate(found, axis=1), maxima[here, None])
-            reached_running += (running >= needed).sum(axis=0)
-            maxima[here] = running[:, -1]
-        raw[part], down[part] = table.p_value(reached), table.p_value(reached_running)
-    return raw, down, maxima
+    reached, reached_running = np.zeros(len(observed)), np.zeros(len(observed))
+    needed = _needed(observed)[:, None]
+    parts = [slice(at, at + BLOCK_FEATURES) for at in range(0, len(observed), BLOCK_FEATURES)]
+    blocks = [(part, scaled[part]) for part in parts]
+    for here, flips in table.blocks():
+        for part, block in blocks:
+            found = _sums(block, flips, two_sided)
+            reached[part] += np.count_nonzero(found >= needed[part], axis=1)
+            if step_down:
+                np.maximum(found[0], maxima[here], out=found[0])
+                np.maximum.accumulate(found, axis=0, out=found)
+                reached_running[part] += np.count_nonzero(found >= needed[part], axis=1)
+                maxima[here] = found[-1]
+            else:
+                np.maximum(maxima[here], found.max(axis=0), out=maxima[here])
+    return table.p_value(reached), table.p_value(reached_running), maxima
 
 
 def _needed(observed: FloatArray) -> FloatArray:

@@ -16,9 +16,13 @@ FloatArray = NDArray[np.float64]
 TIE_SLACK: Final = 1e-9
 """Statistics this close, relative to their scale, count as ties (METHOD.md section 3, rule 5)."""
 BLOCK_FEATURES: Final = 1024
-"""Features per matrix product: with 1,000 draws the block of statistics is 8 MB and stays near the cache."""
+"""Features per matrix product: with 1,024 draws the block of statistics is 8 MB and stays near the cache."""
 BLOCK_DRAWS: Final = 1024
-"""Draws per matrix product, for the same reason; memory does not grow with the number of draws."""
+"""Draws per matrix product at most, for the same reason; memory does not grow with the number of draws."""
+BLOCK_SIGNS: Final = 2**19
+"""Signs per matrix product (4 MB): a sparse product reads a row of them for every nonzero, at random."""
+BLOCK_UNITS: Final = 2**19
+"""Unit x feature elements cleaned and packed together (4 MB)."""
 ROUNDING: Final = 1e-12
 """Share of a feature's scale below which a value is what rounding left of a zero: .1 + .2 - .3 is 5.6e-17."""
 SPARSE_DENSITY: Final = 0.15
@@ -58,8 +62,9 @@ class FlipTable:
 
     def blocks(self) -> Iterator[tuple[slice, FloatArray]]:
         """Consecutive flips as +1 and -1, [at most 1,024 flips, unit], and where they stand."""
-        for start in range(0, len(self.bits), BLOCK_DRAWS):
-            here = slice(start, min(start + BLOCK_DRAWS, len(self.bits)))
+        step = min(BLOCK_DRAWS, max(64, BLOCK_SIGNS // self.n_units))
+        for start in range(0, len(self.bits), step):
+            here = slice(start, min(start + step, len(self.bits)))
             yield here, _signs(self.bits[here], self.n_units)
 
     def p_value(self, reached: FloatArray) -> FloatArray:
@@ -128,18 +133,24 @@ def bootstrap_weights(n_units: int, n_resamples: int, *, seed: int) -> FloatArra
     return table
 
 
-def as_units(values: Any) -> tuple[FloatArray, bool]:
-    """``values`` as [unit, feature] float64 with contiguous rows, and whether they came as one feature [unit].
+def as_table(values: Any) -> tuple[NDArray[Any], bool]:
+    """``values`` as [unit, feature] of the type they have, and whether they came as one feature [unit].
 
     Raises
     ------
     InputError
         If there is no unit, or another number of axes than one or two.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = np.asarray(values)
     if array.ndim not in (1, 2) or not array.shape[0]:
         raise InputError(f"expected [unit] or [unit, feature] with at least one unit, got shape {array.shape}.")
-    return np.ascontiguousarray(array[:, None] if array.ndim == 1 else array), array.ndim == 1
+    return array[:, None] if array.ndim == 1 else array, array.ndim == 1
+
+
+def as_units(values: Any) -> tuple[FloatArray, bool]:
+    """``as_table`` in float64 with contiguous rows."""
+    table, single = as_table(values)
+    return np.ascontiguousarray(table, dtype=np.float64), single
 
 
 def flip_units(differences: Any, clusters: Any = None) -> FlipUnits:
@@ -152,24 +163,64 @@ def flip_units(differences: Any, clusters: Any = None) -> FlipUnits:
     RefusedError
         If there are fewer than six clusters.
     """
-    d, single = as_units(differences)
-    missing = np.asarray(np.isnan(d).all(axis=0))
-    d = np.where(missing, 0.0, d)
-    if not np.isfinite(d).all():
-        raise InputError(
-            f"differences must be finite, got {int((~np.isfinite(d)).sum())} NaN or infinite; drop those units, "
-            "or set the whole feature to NaN."
+    given, single = as_table(differences)
+    missing = np.isnan(given[0].astype(np.float64))
+    missing[missing] = np.isnan(given[:, missing]).all(axis=0)
+    codes = None if clusters is None else cluster_codes(clusters, len(given))
+    n_units = len(given) if codes is None else int(codes.max()) + 1
+    if codes is not None and n_units < MIN_CLUSTERS:
+        raise RefusedError(
+            f"a sign-flip test over clusters needs at least {MIN_CLUSTERS}, got {n_units}; flip a lower level, "
+            "or use more clusters."
         )
-    magnitude = np.abs(d)
-    if clusters is not None:
-        d, magnitude = cluster_totals(d, clusters), cluster_totals(magnitude, clusters)
-        if len(d) < MIN_CLUSTERS:
-            raise RefusedError(
-                f"a sign-flip test over clusters needs at least {MIN_CLUSTERS}, got {len(d)}; flip a lower level, "
-                "or use more clusters."
+    values = np.empty((n_units, given.shape[1]))
+    for part in feature_blocks(*given.shape):
+        d = np.where(missing[part], 0.0, given[:, part].astype(np.float64))
+        magnitude = np.abs(d)
+        if not np.isfinite(magnitude.max(axis=0)).all():
+            raise InputError(
+                f"differences must be finite, got {int((~np.isfinite(given[:, ~missing])).sum())} NaN or infinite; "
+                "drop those units, or set the whole feature to NaN."
             )
-    d[np.abs(d) <= ROUNDING * magnitude.max(axis=0)] = 0.0
-    return FlipUnits(d, missing, single)
+        if codes is not None:
+            d, magnitude = cluster_totals(d, codes), cluster_totals(magnitude, codes)
+        values[:, part] = np.where(np.abs(d) <= ROUNDING * magnitude.max(axis=0), 0.0, d)
+    return FlipUnits(values, missing, single)
+
+
+def feature_blocks(n_units: int, n_features: int) -> Iterator[slice]:
+    """Blocks of features that stay near the cache, [unit, block]."""
+    step = max(64, BLOCK_UNITS // max(1, n_units))
+    for start in range(0, n_features, step):
+        yield slice(start, start + step)
+
+
+def packed(d: FloatArray) -> FloatArray:
+    """The nonzeros of every feature in their order, zeros below, [most nonzeros, feature]; sums have the same bits."""
+    rows, columns = np.nonzero(d)
+    n_nonzero = np.bincount(columns, minlength=d.shape[1])
+    most = int(n_nonzero.max(initial=0))
+    if 2 * most > len(d):
+        return d
+    order = np.argsort(columns.astype(np.int32), kind="stable")
+    rows, columns = rows[order], columns[order]
+    out = np.zeros((most, d.shape[1]))
+    out[np.arange(len(rows)) - np.repeat(np.cumsum(n_nonzero) - n_nonzero, n_nonzero), columns] = d[rows, columns]
+    return out
+
+
+def cluster_codes(clusters: Any, n_units: int) -> NDArray[np.int64]:
+    """Which cluster each unit is in, 0, 1, ... in sorted order of the labels.
+
+    Raises
+    ------
+    InputError
+        If there is not one label a unit.
+    """
+    given = np.asarray(clusters)
+    if given.shape != (n_units,):
+        raise InputError(f"clusters must name one label per unit ({n_units}), got shape {given.shape}.")
+    return np.asarray(np.unique(given, return_inverse=True)[1], dtype=np.int64)
 
 
 def cluster_totals(values: FloatArray, clusters: Any) -> FloatArray:
@@ -180,11 +231,8 @@ def cluster_totals(values: FloatArray, clusters: Any) -> FloatArray:
     InputError
         If there is not one label a unit.
     """
-    given = np.asarray(clusters)
-    if given.shape != values.shape[:1]:
-        raise InputError(f"clusters must name one label per unit ({len(values)}), got shape {given.shape}.")
-    labels, codes = np.unique(given, return_inverse=True)
-    totals = np.zeros((len(labels), *values.shape[1:]))
+    codes = cluster_codes(clusters, len(values))
+    totals = np.zeros((int(codes.max()) + 1, *values.shape[1:]))
     np.add.at(totals, codes, values)
     return totals
 

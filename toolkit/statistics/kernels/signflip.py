@@ -16,10 +16,15 @@ from rlgen_stats.toolkit.statistics.kernels.resampling import (
     BLOCK_FEATURES,
     TIE_SLACK,
     FlipTable,
+    FlipUnits,
     FloatArray,
+    as_table,
+    cluster_codes,
     column_sums,
+    feature_blocks,
     flip_table,
     flip_units,
+    packed,
 )
 from rlgen_stats.toolkit.statistics.kernels.saddlepoint import flip_tail
 
@@ -29,6 +34,14 @@ Method = Literal["auto", "exact", "saddlepoint", "monte-carlo"]
 SADDLEPOINT_FEATURES: Final = 256
 """Features, sorted by their nonzeros, approximated together: sparse ones are packed tightly."""
 TESTED, UNTESTABLE, MISSING = "", "untestable: no nonzero difference", "untestable: no value"
+
+
+@dataclass(frozen=True)
+class _Options:
+    alternative: Alternative
+    method: Method
+    n_resamples: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -46,19 +59,19 @@ class SignFlipResult:
     flag: Any
     """Empty, or why a feature was not tested [feature]."""
     _differences: FloatArray = field(repr=False, compare=False)
-    _alternative: Alternative = field(repr=False)
-    _n_resamples: int = field(repr=False)
-    _seed: int = field(repr=False)
+    _clusters: NDArray[np.int64] | None = field(repr=False, compare=False)
+    _options: _Options = field(repr=False)
 
     @cached_property
     def p_max_t(self) -> Any:
         """Joint (family-wise) p-value of each feature from the same flips for all, computed when asked for."""
         found = max_t(
             self._differences,
-            n_resamples=self._n_resamples,
-            seed=self._seed,
+            n_resamples=self._options.n_resamples,
+            seed=self._options.seed,
             step_down=False,
-            alternative=self._alternative,
+            clusters=self._clusters,
+            alternative=self._options.alternative,
         ).p_single_step
         return found if np.ndim(self.p_value) else found[0]
 
@@ -109,12 +122,24 @@ def sign_flip_test(
     0.109375
     """
     _check(alternative, method)
-    units = flip_units(differences, clusters)
-    d = -units.values if alternative == "less" else units.values
+    d, single = as_table(differences)
+    codes = None if clusters is None else cluster_codes(clusters, len(d))
+    options = _Options(alternative, method, n_resamples, seed)
+    parts = [_tested(flip_units(d[:, part], codes), options) for part in feature_blocks(*d.shape)]
+    at: Any = 0 if single else slice(None)
+    statistic, p, n_nonzero, used, flag = (np.concatenate(found)[at] for found in zip(*parts, strict=True))
+    return SignFlipResult(statistic, p, n_nonzero, used, flag, d, codes, options)
+
+
+def _tested(units: FlipUnits, options: _Options) -> tuple[NDArray[Any], ...]:
+    """Statistic, p-value, nonzeros, method and flag of a block of features."""
+    n = len(units.values)
+    whole = -units.values if options.alternative == "less" else units.values
+    d = packed(whole)  # zeros change neither sums nor tails
     n_nonzero = np.count_nonzero(d, axis=0)
-    used, step = _methods(d, n_nonzero, method)
+    used, step = _methods(d, n_nonzero, options.method)
     total = column_sums(d)
-    two_sided = alternative == "two-sided"
+    two_sided = options.alternative == "two-sided"
     target = np.abs(total) if two_sided else total
     p = np.full(d.shape[1], np.nan)
     for name in ("exact", "lattice", "saddlepoint"):
@@ -131,17 +156,15 @@ def sign_flip_test(
         p[part] = np.minimum(1.0, 2 * tail) if two_sided else tail
     part = np.flatnonzero(used == "monte-carlo")
     if len(part):
-        table = flip_table(len(d), n_resamples, seed=seed, exact=False)
-        p[part] = _monte_carlo(np.take(d, part, axis=1), target[part], two_sided, table)
-    mean = total / len(d)
+        table = flip_table(n, options.n_resamples, seed=options.seed, exact=False)
+        p[part] = _monte_carlo(np.take(whole, part, axis=1), target[part], two_sided, table)
+    mean = total / n
     with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = mean / np.sqrt(column_sums(np.square(d - mean)) / (len(d) - 1) / len(d))
-    statistic = np.where(n_nonzero > 0, -statistic if alternative == "less" else statistic, np.nan)
+        squares = column_sums(np.where(d != 0, np.square(d - mean), 0.0)) + (n - n_nonzero) * np.square(mean)
+        statistic = mean / np.sqrt(squares / (n - 1) / n)
+    statistic = np.where(n_nonzero > 0, -statistic if options.alternative == "less" else statistic, np.nan)
     flag = np.where(units.missing, MISSING, np.where(n_nonzero > 0, TESTED, UNTESTABLE))
-    at: Any = 0 if units.single else slice(None)
-    return SignFlipResult(
-        statistic[at], p[at], n_nonzero[at], used[at], flag[at], units.values, alternative, n_resamples, seed
-    )
+    return statistic, p, n_nonzero, used, flag
 
 
 def _check(alternative: str, method: str) -> None:
