@@ -118,6 +118,13 @@ class ExtractionSpec(Spec):
     """Tokens a prompt's summary averages over; last_prompt is the token that predicts the first completion token."""
 
 
+class SummariesSpec(Spec):
+    """What of every feature is kept for every prompt, beside mean, firing share and maximum."""
+
+    histograms: bool = False
+    """Counts of tokens per bin of the contribution f ||d||: model x prompt x feature x 15, as large as 15 summaries."""
+
+
 class CrosscoderSpec(Spec):
     """One crosscoder: which views, which sparsity, how long."""
 
@@ -237,6 +244,7 @@ class StudySpec(Spec):
     grader: GraderSpec = GraderSpec()
     """Grading."""
     extraction: ExtractionSpec = ExtractionSpec()
+    summaries: SummariesSpec = SummariesSpec()
     """Activations."""
     crosscoders: tuple[CrosscoderSpec, ...]
     """Crosscoders; the first whose views are the base and both contrasted runs' last checkpoints is the one encoded."""

@@ -183,6 +183,24 @@ def test_summaries_equal_a_loop_over_prompts(encoded: Study, main: Crosscoder, a
     assert float(features["mean"].max()) > 0.1
 
 
+def test_histograms_count_every_summarised_token(encoded: Study, main: Crosscoder, activations: xr.Dataset) -> None:
+    mask = token_mask(open_tokens(encoded[1].activations), encoded[0].extraction, "summary")
+    prompts = Prompts(encoded[1].activations, mask)
+    raw = activations.activation.sel(model="rl@4")
+    table = summarise(main, raw, prompts, view="rl@4", readout="swap", block_tokens=37, histograms=True)
+    counts = table.histogram.values
+    assert (counts.sum(axis=2) == table.n_tokens.values[:, None]).all()
+    rows = np.flatnonzero(prompts.codes(0, len(prompts)) == 7)
+    x = np.array([slow_contribution(main, raw.values[row].astype(np.float64)) for row in rows])
+    edges = table.bin.values[1:]
+    for feature in np.argsort(-x.max(axis=0))[:5]:
+        fired = x[:, feature][x[:, feature] > 0]
+        assert counts[7, feature, 0] == len(rows) - len(fired)
+        np.testing.assert_array_equal(counts[7, feature, 1:], np.histogram(fired, [*edges, np.inf])[0])
+    stored = open_features(encoded[1].features).sel(model=["rl@4"])
+    validate(stored.assign(histogram=table.histogram.expand_dims(model=["rl@4"])), "features")
+
+
 def test_fve_is_of_the_readouts_reconstruction_in_the_models_slot(
     encoded: Study, main: Crosscoder, activations: xr.Dataset
 ) -> None:

@@ -41,7 +41,7 @@ from rlgen_stats.stores import (
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder, Readout, load_crosscoder
 from rlgen_stats.toolkit.crosscoder.moments import ExplainedVariance
-from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
+from rlgen_stats.toolkit.crosscoder.summaries import HISTOGRAM_EDGES, PromptSummaries
 from rlgen_stats.toolkit.extraction import ModelRef, list_models, resolve_device, site_name, token_mask
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -104,6 +104,7 @@ def summarise(
     view: str,
     readout: Readout,
     block_tokens: int = BLOCK_TOKENS,
+    histograms: bool = False,
 ) -> xr.Dataset:
     """One model's features per prompt, in contribution scale x = f_k ||d_k||.
 
@@ -121,15 +122,20 @@ def summarise(
         Declared readout.
     block_tokens
         Tokens encoded at once; the result does not depend on it.
+    histograms
+        Whether to count each prompt's tokens in bins of x too.
 
     Returns
     -------
     Dataset
         ``mean``, ``firing`` (share of tokens with f > 0), ``max`` [prompt, feature]; ``n_tokens`` [prompt]; ``fve`` [],
-        about the mean of this model's own summarised tokens. NaN for prompts without tokens.
+        about the mean of this model's own summarised tokens. NaN for prompts without tokens. If asked for,
+        ``histogram`` [prompt, feature, bin] with coordinate ``bin``: each bin's lower edge, the silent tokens at -1.
     """
     device = crosscoder.encoder.device
-    summaries = PromptSummaries(len(prompts.labels), crosscoder.n_features, device)
+    scale = crosscoder.contribution_norm()
+    counted = scale if histograms else None
+    summaries = PromptSummaries(len(prompts.labels), crosscoder.n_features, device, histogram_scale=counted)
     fve = ExplainedVariance((crosscoder.width,))
     for start in range(0, len(prompts), block_tokens):
         code = prompts.codes(start, start + block_tokens)
@@ -141,8 +147,8 @@ def summarise(
         f = crosscoder.readout(raw, view=view, kind=readout)
         summaries.update(code[kept], f)
         fve.update(raw_block, crosscoder.reconstruct(f, view).cpu().numpy())
-    mean, firing, largest = summaries.result(crosscoder.contribution_norm())
-    return xr.Dataset(
+    mean, firing, largest = summaries.result(scale)
+    dataset = xr.Dataset(
         {
             "mean": ((PROMPT, FEATURE), mean),
             "firing": ((PROMPT, FEATURE), firing),
@@ -151,6 +157,10 @@ def summarise(
             "fve": ((), float(fve.value())),
         }
     )
+    if histograms:
+        dataset["histogram"] = ((PROMPT, FEATURE, "bin"), summaries.histogram())
+        dataset = dataset.assign_coords(bin=[-1.0, 0.0, *HISTOGRAM_EDGES])
+    return dataset
 
 
 def encode_features(
@@ -197,7 +207,14 @@ def encode_features(
             if ref.model not in done:
                 activation = open_activations(folder.activations, models=[ref.model], site=site)["activation"][0]
                 view = view_of(ref.model, crosscoder.views)
-                table = summarise(crosscoder, activation, prompts, view=view, readout=primary.readout)
+                table = summarise(
+                    crosscoder,
+                    activation,
+                    prompts,
+                    view=view,
+                    readout=primary.readout,
+                    histograms=spec.summaries.histograms,
+                )
                 dataset = _labelled(table, ref, crosscoder, prompts).assign_attrs(
                     readout=primary.readout,
                     text_mode=str(tokens.attrs["text_mode"]),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from rlgen_stats.schemas.errors import InputError
+
+HISTOGRAM_EDGES: Final = tuple(2.0**power for power in range(-6, 7))
+"""Bins of contributions f ||d||: silent, below 2^-6, twelve doublings, 2^6 and above; one grid for all models."""
 
 
 class PromptSummaries:
@@ -17,6 +24,8 @@ class PromptSummaries:
         Size of the table.
     device
         Where blocks are reduced.
+    histogram_scale
+        [feature] ||d||; if given, tokens are also counted in bins of f ||d|| (``HISTOGRAM_EDGES``).
 
     Notes
     -----
@@ -24,11 +33,22 @@ class PromptSummaries:
     rounding). A prompt's tokens may come in any number of pieces. Features are non-negative.
     """
 
-    def __init__(self, n_prompts: int, n_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        n_prompts: int,
+        n_features: int,
+        device: torch.device | str = "cpu",
+        histogram_scale: Tensor | None = None,
+    ) -> None:
         self._sum = torch.zeros(n_prompts, n_features, dtype=torch.float64, device=device)
         self._fired = torch.zeros(n_prompts, n_features, dtype=torch.int32, device=device)
         self._max = torch.zeros(n_prompts, n_features, dtype=torch.float32, device=device)
         self._n = torch.zeros(n_prompts, dtype=torch.int64, device=device)
+        self._histogram_scale = histogram_scale
+        if histogram_scale is not None:
+            self._edges = torch.tensor(HISTOGRAM_EDGES, device=device)
+            n_bins = len(HISTOGRAM_EDGES) + 2
+            self._histogram = torch.zeros(n_prompts, n_features, n_bins, dtype=torch.int32, device=device)
 
     def update(self, prompt: NDArray[np.integer], f: Tensor) -> None:
         """Merge a block: prompt index of each token [n], features [n, feature]."""
@@ -45,6 +65,28 @@ class PromptSummaries:
         self._fired[rows] += fired.to(torch.int32)
         self._max[rows] = torch.maximum(self._max[rows], largest)
         self._n += torch.bincount(codes, minlength=len(self._n))
+        if self._histogram_scale is not None:
+            self._count(codes, f)
+
+    def _count(self, codes: Tensor, f: Tensor) -> None:
+        assert self._histogram_scale is not None  # noqa: S101 - by the caller
+        _, n_features, n_bins = self._histogram.shape
+        bins = torch.bucketize((f * self._histogram_scale).contiguous(), self._edges, right=True) + 1
+        cell = codes[:, None] * n_features + torch.arange(n_features, device=f.device)
+        flat = cell * n_bins + torch.where(f > 0, bins, 0)
+        self._histogram.view(-1).index_add_(0, flat.ravel(), torch.ones_like(flat, dtype=torch.int32).ravel())
+
+    def histogram(self) -> NDArray[np.int32]:
+        """Tokens in each bin, [prompt, feature, bin].
+
+        Raises
+        ------
+        InputError
+            If no histograms were asked for.
+        """
+        if self._histogram_scale is None:
+            raise InputError("these summaries count no histograms; give histogram_scale.")
+        return np.asarray(self._histogram.cpu().numpy())
 
     def n_tokens(self) -> NDArray[np.int64]:
         """Tokens of each prompt."""

@@ -57,7 +57,7 @@ STAGES: Final = (
     ),
     Stage("extract", ("outcomes",), ("extraction", "contrast"), f"{_MODELS}:extract", ("activations.zarr",)),
     Stage("crosscoder", ("extract",), ("crosscoders",), f"{_MODELS}:crosscoder", ("crosscoder", "results.zarr/health")),
-    Stage("encode", ("crosscoder",), (), f"{_MODELS}:encode", ("features.zarr",)),
+    Stage("encode", ("crosscoder",), ("summaries",), f"{_MODELS}:encode", ("features.zarr",)),
     Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",)),
     Stage("align", ("crosscoder",), ("statistics",), f"{_MODELS}:align", ("results.zarr/attribution",)),
     Stage("drift", ("encode",), ("statistics",), f"{_STATISTICS}:drift", ("results.zarr/drift",)),
