@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import in_fresh_process, read_options, scratch, spread
 from reports import Goal, report

@@ -17,6 +17,7 @@ from rlgen_stats.toolkit.crosscoder.model import Crosscoder
 from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
 from rlgen_stats.toolkit.extraction import token_mask
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import SITE
 from sizes import MODELS, N_FEATURES, Size, Task, run_child

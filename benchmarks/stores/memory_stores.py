@@ -10,6 +10,7 @@ import numpy as np
 
 from rlgen_stats.stores import ActivationWriter, PairedReader, create_activations, verify
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import PROVENANCE, SITE
 from sizes import MODELS, Size, Task, run_child

@@ -22,6 +22,7 @@ from rlgen_stats.stores.durable import read_json, write_json
 from rlgen_stats.stores.labels import SPANS_GROUP, TOKENS_GROUP
 from rlgen_stats.stores.seal import seal, seal_tree
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import PROVENANCE, SITE, Memory, Texts, in_fresh_process, read_options, scratch, spread
 from reports import Goal, report

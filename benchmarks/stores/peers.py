@@ -18,6 +18,7 @@ from zarr.codecs import Crc32cCodec
 
 from rlgen_stats.stores import ActivationWriter, PairedReader, create_activations, open_activations
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import PROVENANCE, SITE, Texts
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.stores import ActivationWriter, PairedReader, create_activations
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import PROVENANCE, SITE, Case, Texts, interleaved, read_options, scratch, spread
 from reports import Goal, report

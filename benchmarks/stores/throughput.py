@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Case, interleaved, read_options, scratch, spread
 from peers import BASELINE, BLOCK, OURS, PEERS, WIDTH, Block, Peer

@@ -128,7 +128,8 @@ def test_a_really_full_disk(tmp_path: Path, provenance: Provenance) -> None:
         with pytest.raises(OutOfSpaceError, match=r"disk or quota holding .* is full .*committed so far is kept"):
             fill()
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        kept = len(list(path.glob("rl@80/block2/committed/c.*")))
+        records = path / "rl@80" / "block2" / "committed"
+        kept = next(i for i in range(16) if not (records / f"c.{i}.0").exists())  # one after a gap is written again
         with ActivationWriter(path, model="rl@80", site="block2", width=WIDTH) as writer:
             assert writer.n_committed == kept * 4096 > 0
             writer.append(values[writer.n_committed :])

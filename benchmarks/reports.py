@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-PACKAGES: Final = ("numpy", "zarr", "xarray", "dask", "torch", "zarrs", "tensorstore")
+PACKAGES: Final = ("numpy", "scipy", "zarr", "xarray", "dask", "torch", "zarrs", "tensorstore", "nilearn", "mne")
 """Packages whose versions go into the report."""
 
 

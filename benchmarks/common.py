@@ -1,4 +1,4 @@
-"""What the store benchmarks share: options, made-up labels, interleaved timing, peak memory."""
+"""What the benchmarks share: options, made-up labels, interleaved timing, peak memory."""
 
 from __future__ import annotations
 
