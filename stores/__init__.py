@@ -5,6 +5,7 @@ from rlgen_stats.stores.creation import create_activations
 from rlgen_stats.stores.describe import describe
 from rlgen_stats.stores.durable import read_json, replacing, write_json
 from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.meaning import read_contexts, read_logits
 from rlgen_stats.stores.migrate import migrate
 from rlgen_stats.stores.place import place
 from rlgen_stats.stores.provenance import Provenance, git_commit, package_versions
@@ -37,7 +38,9 @@ __all__ = [
     "open_tokens",
     "package_versions",
     "place",
+    "read_contexts",
     "read_json",
+    "read_logits",
     "replacing",
     "result_groups",
     "select_tokens",

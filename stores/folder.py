@@ -60,6 +60,14 @@ class StudyFolder:
         """Folder of one crosscoder: weights.safetensors, spec.json, health.json."""
         return self.root / "crosscoder" / name
 
+    def contexts(self, crosscoder: str) -> Path:
+        """Where a crosscoder's features fire."""
+        return self.crosscoder(crosscoder) / "contexts.parquet"
+
+    def logits(self, crosscoder: str) -> Path:
+        """Tokens that a crosscoder's features speak for."""
+        return self.crosscoder(crosscoder) / "logits.parquet"
+
     def resolve(self, path: str) -> Path:
         """A path of the spec: absolute, or relative to the study folder."""
         return self.root / path

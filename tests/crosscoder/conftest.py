@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder
-from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, encode_features, train_crosscoder, train_crosscoders
+from rlgen_stats.stores import StudyFolder, open_activations
+from rlgen_stats.toolkit.crosscoder import (
+    ArrayReader,
+    Crosscoder,
+    encode_features,
+    load_crosscoder,
+    train_crosscoder,
+    train_crosscoders,
+    write_contexts,
+    write_logits,
+)
 from tests.crosscoder.planted import PAIR, PROVENANCE, Planted, build_study, crosscoder_spec, planted
 
 torch.set_num_threads(1)
@@ -57,7 +67,19 @@ def encoded(
     spec, folder = stored[0], StudyFolder(root)
     train_crosscoders(spec, folder, provenance=PROVENANCE)
     encode_features(spec, folder, provenance=PROVENANCE)
+    write_contexts(spec, folder, n=3)
+    write_logits(spec, folder, n=4)
     return spec, folder
+
+
+@pytest.fixture(scope="session")
+def main(encoded: tuple[StudySpec, StudyFolder]) -> Crosscoder:
+    return load_crosscoder(encoded[1].crosscoder("main"))
+
+
+@pytest.fixture(scope="session")
+def activations(encoded: tuple[StudySpec, StudyFolder]) -> xr.Dataset:
+    return open_activations(encoded[1].activations)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
 from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, create_activations
+from rlgen_stats.toolkit.crosscoder import Crosscoder
 from rlgen_stats.toolkit.extraction import REPEAT_MODEL, list_models, load_model, site_name
 from rlgen_stats.toolkit.extraction.activations import read_texts
 
@@ -171,3 +172,13 @@ def build_study(root: Path) -> tuple[StudySpec, StudyFolder]:
             with ActivationWriter(folder.activations, model=label, site=site_name(LAYER), width=16) as writer:
                 writer.append(values)
     return spec, folder
+
+
+def slow_contribution(crosscoder: Crosscoder, raw: np.ndarray) -> np.ndarray:
+    """x_k = f_k ||d_k|| of one token under the swap readout, in float64."""
+    encoder, decoder = crosscoder.encoder.double().numpy(), crosscoder.decoder.double().numpy()
+    scale = crosscoder.scale.double().numpy()
+    pre = crosscoder.encoder_bias.double().numpy() + sum((raw * s) @ w for s, w in zip(scale, encoder, strict=True))
+    norms = np.sqrt((decoder**2).sum(axis=-1))
+    kept = np.where(pre * norms.sum(axis=0) > float(crosscoder.threshold), pre, 0.0)
+    return np.asarray(kept * np.sqrt((norms**2).sum(axis=0)))

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import xarray as xr
@@ -22,42 +21,18 @@ from rlgen_stats.toolkit.crosscoder import (
     encode_features,
     export_crosscoder,
     load_crosscoder,
-    logit_effects,
     splice_ce,
     summarise_prompts,
-    top_contexts,
-    top_logits,
     train_crosscoders,
 )
 from rlgen_stats.toolkit.crosscoder import stage as stage_module
-from rlgen_stats.toolkit.crosscoder.contexts import window
 from rlgen_stats.toolkit.crosscoder.encode import Prompts, summarise, view_of
 from rlgen_stats.toolkit.crosscoder.texts import spread, text_bounds
 from rlgen_stats.toolkit.extraction import find_model, load_model, load_tokenizer, token_mask
-from tests.crosscoder.planted import LAYER, PROVENANCE, WORDS, save_tokenizer, study_spec, token_tables
+from tests.crosscoder.planted import LAYER, PROVENANCE, save_tokenizer, slow_contribution, study_spec, token_tables
 
 Study = tuple[StudySpec, StudyFolder]
 MODELS = ["base@0", "sft@2", "sft@4", "rl@2", "rl@4"]
-
-
-@pytest.fixture(scope="module")
-def main(encoded: Study) -> Crosscoder:
-    return load_crosscoder(encoded[1].crosscoder("main"))
-
-
-@pytest.fixture(scope="module")
-def activations(encoded: Study) -> xr.Dataset:
-    return open_activations(encoded[1].activations)
-
-
-def slow_contribution(crosscoder: Crosscoder, raw: np.ndarray) -> np.ndarray:
-    """x_k = f_k ||d_k|| of one token under the swap readout, in float64."""
-    encoder, decoder = crosscoder.encoder.double().numpy(), crosscoder.decoder.double().numpy()
-    scale = crosscoder.scale.double().numpy()
-    pre = crosscoder.encoder_bias.double().numpy() + sum((raw * s) @ w for s, w in zip(scale, encoder, strict=True))
-    norms = np.sqrt((decoder**2).sum(axis=-1))
-    kept = np.where(pre * norms.sum(axis=0) > float(crosscoder.threshold), pre, 0.0)
-    return np.asarray(kept * np.sqrt((norms**2).sum(axis=0)))
 
 
 # -- training stage ---------------------------------------------------------------------------------------------------
@@ -299,59 +274,6 @@ def test_the_slot_of_a_model() -> None:
     assert view_of("other@9", ("sft@4", "rl@4")) == "sft@4"
 
 
-# -- contexts ---------------------------------------------------------------------------------------------------------
-
-
-def test_top_contexts_are_the_strongest_texts(encoded: Study, main: Crosscoder, activations: xr.Dataset) -> None:
-    spec, folder = encoded
-    chosen = np.argsort(-open_features(folder.features)["mean"].mean(["model", "prompt"]).values)[[0, 3, 9]].tolist()
-    table = top_contexts(spec, folder, chosen, n=3)
-    pd.testing.assert_frame_equal(table, pd.read_parquet(folder.crosscoder("main") / "contexts.parquet"))
-    tokens = open_tokens(folder.activations)
-    mask = token_mask(tokens, spec.extraction, "train")
-    values = {
-        model: np.array([slow_contribution(main, raw) for raw in activations.activation.sel(model=model).values])
-        for model in ("base@0", "sft@4", "rl@4")
-    }
-    text = pd.Series(zip(tokens.prompt.values, tokens.source.values, strict=True)).factorize()[0]
-    for feature in chosen:
-        for model, x in values.items():
-            peaks = pd.Series(np.where(mask, x[:, feature], 0.0)).groupby(text).max().nlargest(3)
-            rows = table[(table["feature"] == feature) & (table["model"] == model)]
-            assert list(rows["rank"]) == list(range(1, 1 + int((peaks > 0).sum())))
-            np.testing.assert_allclose(rows["activation"], peaks[peaks > 0], rtol=1e-4)
-            for row in rows.to_dict("records"):
-                where = np.flatnonzero(
-                    (tokens.prompt.values == row["prompt"])
-                    & (tokens.source.values == row["source"])
-                    & (tokens.position.values == row["position"])
-                )
-                assert len(where) == 1
-                for other in values:
-                    assert row[f"activation:{other}"] == pytest.approx(values[other][where[0], feature], rel=1e-4)
-                assert row["token"] == WORDS[int(tokens.token_id.values[where[0]])]
-                assert f"⟦{row['token']}⟧" in row["text"]
-
-
-def test_context_blocks_do_not_matter(encoded: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, folder = encoded
-    whole = top_contexts(spec, folder, [0, 5, 11])
-    monkeypatch.setattr("rlgen_stats.toolkit.crosscoder.contexts.BLOCK_TOKENS", 40)
-    pieces = top_contexts(spec, folder, [0, 5, 11])
-    pd.testing.assert_frame_equal(whole, pieces, rtol=1e-4)
-    assert top_contexts(spec, folder, []).empty
-    with pytest.raises(InputError, match=r"features of 'main' run from 0 to 47, got \[48\]"):
-        top_contexts(spec, folder, [3, 48])
-
-
-def test_window_marks_the_peak_and_its_neighbours(encoded: Study) -> None:
-    tokenizer = load_tokenizer(find_model("base@0", *encoded))
-    ids = np.array([5, 6, 10, 4, 11, 3, 12])
-    assert window(tokenizer, ids, 3) == ("what is 2 ", "plus", " 3 ans 4")
-    assert window(tokenizer, ids, 0) == ("", "what", " is 2 plus 3 ans 4")
-    assert window(tokenizer, ids, 6) == ("what is 2 plus 3 ans ", "4", "")
-
-
 def test_text_bounds_and_spread() -> None:
     tokens = xr.Dataset(
         coords={
@@ -363,23 +285,6 @@ def test_text_bounds_and_spread() -> None:
     assert text_bounds(tokens).tolist() == [[0, 2], [2, 4], [4, 5], [5, 6]]
     assert spread(5, 10).tolist() == [0, 1, 2, 3, 4]
     assert spread(101, 3).tolist() == [0, 50, 100]
-
-
-def test_logit_effects_are_derivatives_of_the_logits_at_the_final_norm(encoded: Study, main: Crosscoder) -> None:
-    spec, folder = encoded
-    model = load_model(find_model("rl@4", spec, folder))
-    effect = logit_effects(model, main, "rl@4", [2, 7])
-    unembed, gain = model.lm_head.weight.double().numpy(), model.model.norm.weight.double().numpy()
-    for row, feature in zip(effect, [2, 7], strict=True):
-        direction = main.decoder[2, feature].double().numpy() / float(main.scale[2])
-        wanted = unembed @ (gain * direction) / float(main.contribution_norm()[feature])
-        np.testing.assert_allclose(row, wanted - wanted.mean(), rtol=1e-5, atol=1e-7)
-    table = top_logits(spec, folder, [2, 7], n=4)
-    first = table[(table["feature"] == 7) & (table["model"] == "rl@4") & (table["rank"] == 1)]
-    best = first[first["sign"] == 1].iloc[0]
-    assert best["token"] == WORDS[int(effect[1].argmax())]
-    assert best["effect"] == pytest.approx(effect[1].max())
-    assert len(table) == 2 * 3 * 2 * 4
 
 
 def test_tokenizer_of_the_fixture_round_trips(tmp_path: Path) -> None:

@@ -534,6 +534,7 @@ def write_stores(folder: StudyFolder) -> None:
     contexts = [
         (
             feature,
+            kind,
             rank + 1,
             model,
             "parity-0",
@@ -547,10 +548,12 @@ def write_stores(folder: StudyFolder) -> None:
         )
         for feature in SELECTED
         for model in ("base@0", "sft@150", "rl@80")
+        for kind in ("top", "quantile")
         for rank in range(3)
     ]
     columns = [
         "feature",
+        "kind",
         "rank",
         "model",
         "prompt",

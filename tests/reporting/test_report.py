@@ -262,10 +262,11 @@ def test_every_selected_feature_has_its_page_section(report: Path, data: dict[st
     assert len(sections) == 5
     for model in ("base@0", "sft@150", "rl@80"):
         assert page.text.count(f"Top contexts in {model}") == 5
-    assert page.text.count("written by rl@80") == 45
+    assert page.text.count("A random sample of the tokens on which it fires in base@0") == 5
+    assert page.text.count("written by rl@80") == 2 * 45
     assert page.text.count("<t1> · <t2>") == 5
     assert "<t-1>" not in page.text
-    assert page.text.count("in sft@150") == 10 + 5
+    assert page.text.count("in sft@150") == 2 * (10 + 5)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Sparse codes shared by several models: training, health, readout to prompt summaries, and what features look like."""
 
-from rlgen_stats.toolkit.crosscoder.contexts import logit_effects, top_contexts, top_logits
+from rlgen_stats.toolkit.crosscoder.contexts import write_contexts
 from rlgen_stats.toolkit.crosscoder.encode import encode_features, summarise_prompts
 from rlgen_stats.toolkit.crosscoder.export import decoder_dataset
 from rlgen_stats.toolkit.crosscoder.foreign import export_crosscoder, import_crosscoder
 from rlgen_stats.toolkit.crosscoder.health import Health, health_dataset, measure_health, require_healthy
 from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
+from rlgen_stats.toolkit.crosscoder.logits import logit_effects, write_logits
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
 from rlgen_stats.toolkit.crosscoder.ranks import rank_of_process
 from rlgen_stats.toolkit.crosscoder.reader import ArrayReader, PairedActivations
@@ -38,9 +39,9 @@ __all__ = [
     "splice_ce",
     "stored_scaling_sums",
     "summarise_prompts",
-    "top_contexts",
-    "top_logits",
     "train_crosscoder",
     "train_crosscoders",
     "train_replicates",
+    "write_contexts",
+    "write_logits",
 ]

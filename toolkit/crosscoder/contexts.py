@@ -1,4 +1,4 @@
-"""Where a feature fires: the texts on which each model drives it most, and the tokens it speaks for."""
+"""Where a feature fires: for every feature and model the texts that drive it most, and a sample of all its tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import xarray as xr
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rlgen_stats.schemas.dims import (
     BASE_MODEL,
@@ -18,19 +21,21 @@ from rlgen_stats.schemas.dims import (
     SEGMENT,
     SOURCE,
     TASK,
+    TOKEN,
     TOKEN_ID,
 )
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, open_activations, open_tokens, replacing
+from rlgen_stats.stores.meaning import PEAK
 from rlgen_stats.toolkit.crosscoder.encode import BlockFeatures, contribution_scale, partner_activations, view_of
+from rlgen_stats.toolkit.crosscoder.kept import Entries, Kept, random_keys, text_peaks
 from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
 from rlgen_stats.toolkit.crosscoder.texts import text_bounds
 from rlgen_stats.toolkit.extraction import (
     final_model,
     find_model,
-    load_model,
     load_tokenizer,
     resolve_device,
     site_name,
@@ -38,79 +43,60 @@ from rlgen_stats.toolkit.extraction import (
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
-CONTEXTS: Final = "contexts.parquet"
-LOGITS: Final = "logits.parquet"
-PEAK: Final = ("⟦", "⟧")
-"""Marks around the peak token in a context's text."""
+QUANTILES: Final = (0.9, 0.7, 0.5, 0.3, 0.1)
+"""Quantiles of a feature's firing tokens that are shown beside the strongest texts."""
+SAMPLE: Final = 64
+"""Random firing tokens per feature and model from which the quantiles are taken."""
 BEFORE, AFTER = 24, 12
 """Tokens shown on either side of the peak."""
-BLOCK_TOKENS: Final = 8192
-_FINAL_NORMS: Final = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
-"""Names of the last normalisation in a Hugging Face decoder."""
+BLOCK_BYTES: Final = 1 << 28
+"""Memory of one block of all models' features."""
+GROUP_FEATURES: Final = 256
+"""Features per row group of contexts.parquet, so that one feature is read without the others."""
+_LABELS: Final = (PROMPT, TASK, SOURCE, SEGMENT)
 
 
-def top_contexts(
-    spec: StudySpec,
-    folder: StudyFolder,
-    feature_ids: Sequence[int],
-    *,
-    n: int = 8,
-    progress: Progress = SILENT,
-) -> pd.DataFrame:
-    """The texts on which base and the contrasted runs' last checkpoints drive each feature most.
+def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress: Progress = SILENT) -> None:
+    """Write where every feature of the primary crosscoder fires in base and the contrasted runs' last checkpoints.
 
     Parameters
     ----------
     spec, folder
         The study, with activations and the primary crosscoder.
-    feature_ids
-        Features of the primary crosscoder.
     n
-        Texts per feature and model; a text counts once, at its peak.
+        Strongest texts per feature and model; a text counts once, at its peak.
     progress
         Receiver of progress, in tokens.
 
-    Returns
-    -------
-    DataFrame
-        One row per feature, model and rank (1 is strongest), fewer where a feature fires in fewer texts: ``feature,
-        rank, model, prompt, task, source, segment, position, token, activation`` (contribution scale), ``text`` (the
-        window around the peak with the peak between ⟦ and ⟧), and ``activation:MODEL`` at the same token in every
-        contrasted model. Also written to crosscoder/NAME/contexts.parquet.
-
     Raises
     ------
-    InputError
-        If a feature does not exist.
     StoreError
         If the crosscoder or a model's activations are missing.
 
     Notes
     -----
+    Writes ``contexts.parquet`` beside the crosscoder, see :func:`rlgen_stats.stores.read_contexts` for its columns.
     All models read the same texts, so a row compares them on one token. The texts are those of the study, of any task
-    and split.
+    and split; only tokens that the crosscoder trains on count. The tokens are read once for all features; of a block
+    of tokens only those that fire leave the device.
     """
     primary = spec.primary_crosscoder
     crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=resolve_device(spec.device))
-    features = _checked(feature_ids, crosscoder)
     models = contrasted_models(spec, folder)
-    chosen = torch.tensor(features, dtype=torch.int64, device=crosscoder.encoder_matrix.device)
-    columns = [_ModelColumns(crosscoder, spec, folder, model, chosen) for model in models]
     tokens = open_tokens(folder.activations)
-    mask = token_mask(tokens, spec.extraction, purpose="train")
     bounds = text_bounds(tokens)
-    best = _Best(len(models), len(features), n)
-    with progress.task("contexts", total=len(mask), unit="tokens") as task:
-        for first, last in _blocks(bounds):
-            start, stop = int(bounds[first, 0]), int(bounds[last - 1, 1])
-            values = np.stack([own.contributions(start, stop) for own in columns])
-            values[:, ~mask[start:stop]] = 0.0
-            best.update(values, bounds[first:last, 0] - start, start)
-            task.advance(stop - start)
-    table = _rows(best, features, models, tokens, bounds, load_tokenizer(find_model(BASE_MODEL, spec, folder)))
-    with replacing(folder.crosscoder(primary.name) / CONTEXTS) as temporary:
-        table.to_parquet(temporary, index=False)
-    return table
+    collected = _collect(spec, folder, crosscoder, models, bounds, n=n, progress=progress)
+    tokenizer = load_tokenizer(find_model(BASE_MODEL, spec, folder))
+    rows = _Rows(models, tokens, bounds, tokenizer)
+    with (
+        replacing(folder.contexts(primary.name)) as temporary,
+        pq.ParquetWriter(temporary, rows.schema, compression="zstd") as writer,
+        progress.task("context texts", total=crosscoder.n_features, unit="features") as task,
+    ):
+        for start in range(0, crosscoder.n_features, GROUP_FEATURES):
+            group = slice(start, min(start + GROUP_FEATURES, crosscoder.n_features))
+            writer.write_table(pa.Table.from_pandas(rows.of(collected, group), rows.schema, preserve_index=False))
+            task.advance(group.stop - group.start)
 
 
 def contrasted_models(spec: StudySpec, folder: StudyFolder) -> list[str]:
@@ -118,31 +104,73 @@ def contrasted_models(spec: StudySpec, folder: StudyFolder) -> list[str]:
     return [BASE_MODEL, *(final_model(spec, folder, run.name).model for run in spec.contrasted)]
 
 
-def _checked(feature_ids: Sequence[int], crosscoder: Crosscoder) -> list[int]:
-    features = [int(k) for k in feature_ids]
-    beyond = [k for k in features if not 0 <= k < crosscoder.n_features]
-    if beyond:
-        raise InputError(
-            f"features of {crosscoder.name!r} run from 0 to {crosscoder.n_features - 1}, got {beyond[:5]}."
-        )
-    return features
+class _Collected:
+    """Of every model and feature: the strongest texts, and a random sample of the tokens on which it fires."""
+
+    def __init__(self, n_models: int, n_features: int, *, n: int, seed: int) -> None:
+        self.top = [Kept(n_features, n, n_models) for _ in range(n_models)]
+        self.sample = [Kept(n_features, SAMPLE, n_models) for _ in range(n_models)]
+        self._seed = seed
+
+    def update(self, contributions: Tensor, mask: NDArray[np.bool_], starts: NDArray[np.int64], offset: int) -> None:
+        """Take in a block [model, token, feature] of whole texts, which begin at ``starts`` in it."""
+        kept = torch.from_numpy(mask).to(contributions.device)
+        for model, own in enumerate(contributions):
+            at, feature = ((own > 0) & kept[:, None]).nonzero(as_tuple=True)
+            values = contributions[:, at, feature].T.cpu().numpy()
+            where = at.cpu().numpy()
+            entries = Entries(feature.cpu().numpy(), where + offset, values)
+            self.sample[model].update(entries, random_keys(entries, self._seed))
+            near = np.flatnonzero(self.top[model].wants(entries.feature, -values[:, model].astype(np.float64)))
+            text = np.searchsorted(starts, where[near], side="right")
+            peaks = near[text_peaks(entries[near], text, values[near, model])]
+            self.top[model].update(entries[peaks], -values[peaks, model].astype(np.float64))
+
+    def settle(self) -> None:
+        """To be called after the last block."""
+        for kept in (*self.top, *self.sample):
+            kept.settle()
 
 
-def _blocks(bounds: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Ranges of whole texts of about ``BLOCK_TOKENS`` tokens."""
+@torch.no_grad()
+def _collect(
+    spec: StudySpec,
+    folder: StudyFolder,
+    crosscoder: Crosscoder,
+    models: Sequence[str],
+    bounds: NDArray[np.int64],
+    *,
+    n: int,
+    progress: Progress,
+) -> _Collected:
+    blocks = [_ModelBlocks(crosscoder, spec, folder, model) for model in models]
+    mask = token_mask(open_tokens(folder.activations), spec.extraction, purpose="train")
+    seed = derive_seed(spec.seed, "contexts")
+    collected = _Collected(len(models), crosscoder.n_features, n=n, seed=seed)
+    block_tokens = max(1, BLOCK_BYTES // (4 * len(models) * crosscoder.n_features))
+    with progress.task("contexts", total=len(mask), unit="tokens") as task:
+        for first, last in _whole_texts(bounds, block_tokens):
+            start, stop = int(bounds[first, 0]), int(bounds[last - 1, 1])
+            contributions = torch.stack([own.contributions(start, stop) for own in blocks])
+            collected.update(contributions, mask[start:stop], bounds[first:last, 0] - start, start)
+            task.advance(stop - start)
+    collected.settle()
+    return collected
+
+
+def _whole_texts(bounds: NDArray[np.int64], block_tokens: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole texts of about ``block_tokens`` tokens."""
     first = 0
     for text in range(len(bounds)):
-        if bounds[text, 1] - bounds[first, 0] >= BLOCK_TOKENS or text == len(bounds) - 1:
+        if bounds[text, 1] - bounds[first, 0] >= block_tokens or text == len(bounds) - 1:
             yield first, text + 1
             first = text + 1
 
 
-class _ModelColumns:
-    """Contributions of some features in one model."""
+class _ModelBlocks:
+    """Contributions of all features in one model."""
 
-    def __init__(
-        self, crosscoder: Crosscoder, spec: StudySpec, folder: StudyFolder, model: str, chosen: torch.Tensor
-    ) -> None:
+    def __init__(self, crosscoder: Crosscoder, spec: StudySpec, folder: StudyFolder, model: str) -> None:
         site, readout = site_name(spec.extraction.layer), spec.primary_crosscoder.readout
         view = view_of(model, crosscoder.views)
         self._features = BlockFeatures(
@@ -151,73 +179,74 @@ class _ModelColumns:
             view=view,
             readout=readout,
             partners=partner_activations(crosscoder, folder.activations, site, readout),
-            columns=chosen,
         )
-        self._scale = contribution_scale(crosscoder, view, readout)[chosen]
+        self._scale = contribution_scale(crosscoder, view, readout)
 
-    @torch.no_grad()
-    def contributions(self, start: int, stop: int) -> NDArray[np.float32]:
+    def contributions(self, start: int, stop: int) -> Tensor:
         """[token, feature], in the scale of features.zarr."""
-        return np.asarray((self._features.read(start, stop)[1] * self._scale).cpu().numpy())
+        return self._features.read(start, stop)[1] * self._scale
 
 
-class _Best:
-    """The n strongest texts of every model and feature so far: peak value, its token, all models' values there."""
+class _Rows:
+    """Turns what was kept into the rows of contexts.parquet."""
 
-    def __init__(self, n_models: int, n_features: int, n: int) -> None:
-        self.value = np.zeros((n_models, n_features, n), dtype=np.float32)
-        self.token = np.full((n_models, n_features, n), -1, dtype=np.int64)
-        self.everywhere = np.zeros((n_models, n_features, n, n_models), dtype=np.float32)
+    def __init__(self, models: Sequence[str], tokens: xr.Dataset, bounds: NDArray[np.int64], tokenizer: Any) -> None:
+        self._models, self._tokens, self._starts, self._ends = models, tokens, bounds[:, 0], bounds[:, 1]
+        self._ids = tokens[TOKEN_ID].values
+        self._tokenizer = tokenizer
+        text, real = pa.string(), pa.float32()
+        fields = {"feature": pa.int64(), "model": text, "kind": text, "rank": pa.int64(), "quantile": real}
+        fields |= dict.fromkeys(_LABELS, text) | {POSITION: pa.int64(), "token": text, "activation": real, "text": text}
+        self.schema = pa.schema(list((fields | {f"activation:{model}": real for model in models}).items()))
 
-    def update(self, values: NDArray[np.float32], starts: NDArray[np.int64], offset: int) -> None:
-        """Merge a block [model, token, feature] of whole texts that begin at ``starts``."""
-        n_tokens = values.shape[1]
-        text = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, n_tokens)))
-        columns = np.arange(values.shape[2])
-        for model, own in enumerate(values):
-            peak = np.maximum.reduceat(own, starts, axis=0)
-            place = np.where(own == peak[text], np.arange(n_tokens)[:, None], n_tokens)
-            token = np.minimum.reduceat(place, starts, axis=0)  # the first token that reaches the peak
-            others = values[:, token, columns].transpose(2, 1, 0)
-            self._merge(model, peak.T, (token + offset).T, others)
+    def of(self, collected: _Collected, group: slice) -> pd.DataFrame:
+        """Rows of a range of features."""
+        parts = []
+        for slot, model in enumerate(self._models):
+            for kind, kept in (("top", collected.top[slot]), ("quantile", collected.sample[slot])):
+                token, values = kept.token[group], kept.values[group]
+                if kind == "quantile":
+                    token, values = _quantiles(token, values, slot)
+                feature, place = np.nonzero(token >= 0)
+                part = pd.DataFrame({"feature": feature + group.start, "model": model, "kind": kind, "rank": place + 1})
+                part["quantile"] = np.asarray(QUANTILES)[place] if kind == "quantile" else np.nan
+                part[TOKEN] = token[feature, place]
+                part["activation"] = values[feature, place, slot]
+                part[[f"activation:{name}" for name in self._models]] = values[feature, place]
+                parts.append(part)
+        table = pd.concat(parts, ignore_index=True).sort_values("feature", kind="stable", ignore_index=True)
+        return self._described(table).reindex(columns=self.schema.names)
 
-    def _merge(
-        self, model: int, peak: NDArray[np.float32], token: NDArray[np.int64], others: NDArray[np.float32]
-    ) -> None:
-        value = np.concatenate([self.value[model], peak], axis=1)
-        order = np.argsort(-value, axis=1, kind="stable")[:, : self.value.shape[2]]
-        self.value[model] = np.take_along_axis(value, order, axis=1)
-        self.token[model] = np.take_along_axis(np.concatenate([self.token[model], token], axis=1), order, axis=1)
-        everywhere = np.concatenate([self.everywhere[model], others], axis=1)
-        self.everywhere[model] = np.take_along_axis(everywhere, order[:, :, None], axis=1)
+    def _described(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with what its tokens are called and the text around them, in place of their numbers."""
+        places, row = np.unique(table.pop(TOKEN).to_numpy(np.int64), return_inverse=True)
+        told = self._tokens.isel({TOKEN: places})
+        for name in (*_LABELS, POSITION):
+            table[name] = told[name].values[row]
+        text = np.searchsorted(self._starts, places, side="right") - 1
+        windows = [
+            window(self._tokenizer, self._ids[start:end], int(place - start))
+            for place, start, end in zip(places, self._starts[text], self._ends[text], strict=True)
+        ]
+        shown = np.array([f"{before}{PEAK[0]}{peak}{PEAK[1]}{after}" for before, peak, after in windows], dtype=object)
+        table["token"] = np.array([peak for _, peak, _ in windows], dtype=object)[row]
+        table["text"] = shown[row]
+        return table
 
 
-def _rows(
-    best: _Best,
-    features: Sequence[int],
-    models: Sequence[str],
-    tokens: xr.Dataset,
-    bounds: NDArray[np.int64],
-    tokenizer: Any,
-) -> pd.DataFrame:
-    ids = tokens[TOKEN_ID].values
-    rows = []
-    for column, feature in enumerate(features):
-        for slot, model in enumerate(models):
-            for rank, (value, token) in enumerate(zip(best.value[slot, column], best.token[slot, column], strict=True)):
-                if value <= 0:
-                    break
-                start, end = bounds[np.searchsorted(bounds[:, 0], token, side="right") - 1]
-                before, peak, after = window(tokenizer, ids[start:end], int(token - start))
-                rows.append(
-                    {"feature": feature, "rank": rank + 1, "model": model}
-                    | {name: str(tokens[name].values[token]) for name in (PROMPT, TASK, SOURCE, SEGMENT)}
-                    | {POSITION: int(tokens[POSITION].values[token]), "token": peak, "activation": float(value)}
-                    | {"text": f"{before}{PEAK[0]}{peak}{PEAK[1]}{after}"}
-                    | {f"activation:{m}": float(best.everywhere[slot, column, rank, i]) for i, m in enumerate(models)}
-                )
-    names = ["feature", "rank", "model", PROMPT, TASK, SOURCE, SEGMENT, POSITION, "token", "activation", "text"]
-    return pd.DataFrame(rows, columns=[*names, *(f"activation:{model}" for model in models)])
+def _quantiles(
+    token: NDArray[np.int64], values: NDArray[np.float32], slot: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The sampled tokens nearest to each of QUANTILES: [feature, quantile]; -1 where one was given already."""
+    own = np.where(token >= 0, values[:, :, slot], -np.inf)
+    order = np.argsort(-own, axis=1, kind="stable")
+    n = (token >= 0).sum(axis=1)
+    place = np.rint((1 - np.asarray(QUANTILES)) * np.maximum(n - 1, 0)[:, None]).astype(np.int64)
+    repeated = np.zeros_like(place, dtype=bool)
+    repeated[:, 1:] = place[:, 1:] == place[:, :-1]
+    chosen = np.take_along_axis(order, place, axis=1)
+    picked = np.where(repeated | (n == 0)[:, None], -1, np.take_along_axis(token, chosen, axis=1))
+    return picked, np.take_along_axis(values, chosen[:, :, None], axis=1)
 
 
 def window(tokenizer: Any, ids: NDArray[np.integer], peak: int) -> tuple[str, str, str]:
@@ -238,67 +267,3 @@ def window(tokenizer: Any, ids: NDArray[np.integer], peak: int) -> tuple[str, st
     at = through[len(before) :]
     bare = at.lstrip()
     return before + at[: len(at) - len(bare)], bare, whole[len(through) :]
-
-
-def top_logits(spec: StudySpec, folder: StudyFolder, feature_ids: Sequence[int], *, n: int = 8) -> pd.DataFrame:
-    """Tokens that a feature's direction raises and lowers most, straight through the unembedding.
-
-    Parameters
-    ----------
-    spec, folder
-        The study, with the primary crosscoder.
-    feature_ids
-        Features of the primary crosscoder.
-    n
-        Tokens per feature, model and sign.
-
-    Returns
-    -------
-    DataFrame
-        ``feature, model, sign`` (+1 raised, -1 lowered), ``rank, token, effect``: the change of the token's logit,
-        relative to the mean over the vocabulary, per unit of contribution. Also written to
-        crosscoder/NAME/logits.parquet.
-
-    Raises
-    ------
-    InputError
-        If a feature does not exist.
-
-    Notes
-    -----
-    The direct path only: later blocks are skipped, and the final normalisation enters with its gain but not with its
-    data-dependent scale. A first look at what a feature says, not a measure of its effect.
-    """
-    primary = spec.primary_crosscoder
-    crosscoder = load_crosscoder(folder.crosscoder(primary.name))
-    features = _checked(feature_ids, crosscoder)
-    tokenizer = load_tokenizer(find_model(BASE_MODEL, spec, folder))
-    rows = []
-    for view in crosscoder.views:
-        model = load_model(find_model(view, spec, folder))
-        effect = logit_effects(model, crosscoder, view, features)
-        for feature, row in zip(features, effect, strict=True):
-            for sign in (1, -1):
-                order = np.argsort(-sign * row, kind="stable")[:n]
-                rows += [
-                    (feature, view, sign, rank + 1, str(tokenizer.decode([int(token)])), float(row[token]))
-                    for rank, token in enumerate(order)
-                ]
-    table = pd.DataFrame(rows, columns=["feature", "model", "sign", "rank", "token", "effect"])
-    with replacing(folder.crosscoder(primary.name) / LOGITS) as temporary:
-        table.to_parquet(temporary, index=False)
-    return table
-
-
-@torch.no_grad()
-def logit_effects(model: Any, crosscoder: Crosscoder, view: str, features: Sequence[int]) -> NDArray[np.float64]:
-    """Change of each logit, centred over the vocabulary, per unit of contribution: [feature, vocabulary]."""
-    chosen = list(features)
-    norm = crosscoder.contribution_norm()[chosen].clamp_min(torch.finfo(torch.float32).tiny)
-    direction = crosscoder.feature_direction(view)[chosen] / norm[:, None]
-    inner = getattr(model, "base_model", model)
-    norms = [getattr(inner, name) for name in _FINAL_NORMS if hasattr(inner, name)]
-    gain = getattr(norms[0], "weight", None) if norms else None
-    direction = direction.double().cpu() * (1.0 if gain is None else gain.double().cpu())
-    effect = direction @ model.get_output_embeddings().weight.double().cpu().T
-    return np.asarray((effect - effect.mean(dim=1, keepdim=True)).numpy())

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import numpy as np
-import pandas as pd
 
 from rlgen_stats.schemas.dims import BASE_MODEL
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores import StudyFolder, read_contexts, read_logits
+from rlgen_stats.stores.meaning import PEAK
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.tables import flat
 from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of, number, text
 
 _T = TypeVar("_T")
 
-PEAK: Final = ("⟦", "⟧")
-"""Marks around the token on which the feature fires most, in the text of a context."""
 _ELSEWHERE: Final = "activation:"
 """Prefix of the columns with other models' activation at the same token."""
 MAX_TOKENS: Final = 8
@@ -56,6 +54,8 @@ class FeatureCard:
     """Paper's score by task."""
     contexts: dict[str, list[Context]]
     """Top contexts by model."""
+    samples: dict[str, list[Context]]
+    """Quantiles of a random sample of the tokens on which it fires, by model, strongest first."""
     tokens: dict[str, list[str]]
     """Tokens its direction raises most, by model."""
     origin: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ def feature_cards(folder: StudyFolder, spec: StudySpec, results: Results, data: 
     table = flat(selection, ("feature",))
     table = table[table["selected"].to_numpy(bool)].sort_values(["rank", "feature"])
     chosen = [int(feature) for feature in table["feature"]]
-    contexts, tokens = read_contexts(folder, spec, chosen), read_tokens(folder, spec, chosen)
+    contexts, tokens = _contexts(folder, spec, chosen), _tokens(folder, spec, chosen)
     means = _means(data, spec, chosen)
     tasks = labels_of(selection, "task")
     scores = selection["score"].sel(feature=chosen).values if chosen else np.empty((len(tasks), 0))
@@ -85,7 +85,8 @@ def feature_cards(folder: StudyFolder, spec: StudySpec, results: Results, data: 
             {str(key): value for key, value in row.items()},
             {model: float(values[i]) for model, values in means.items()},
             {task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
-            _in_order(contexts.get(feature, {}), list(means)),
+            _in_order(contexts.get((feature, "top"), {}), list(means)),
+            _in_order(contexts.get((feature, "quantile"), {}), list(means)),
             _in_order(tokens.get(feature, {}), list(means)),
             _origin(results, spec.primary_crosscoder.name, feature),
         )
@@ -123,16 +124,16 @@ def _means(data: StudyData, spec: StudySpec, chosen: list[int]) -> dict[str, np.
     return {model: mean[i] for i, model in enumerate(models)}
 
 
-def read_contexts(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[Context]]]:
-    """``feature -> model -> contexts`` of the primary crosscoder, strongest first; empty if none were collected."""
-    path = folder.crosscoder(spec.primary_crosscoder.name) / "contexts.parquet"
-    if not path.exists() or not features:
+def _contexts(
+    folder: StudyFolder, spec: StudySpec, features: list[int]
+) -> dict[tuple[int, str], dict[str, list[Context]]]:
+    """``(feature, kind) -> model -> contexts`` of the primary crosscoder, strongest first; empty if none were kept."""
+    if not folder.contexts(spec.primary_crosscoder.name).exists() or not features:
         return {}
-    table = pd.read_parquet(path)
-    table = table[table["feature"].isin(features)].sort_values(["feature", "model", "rank"], kind="stable")
-    found: dict[int, dict[str, list[Context]]] = {}
+    table = read_contexts(folder, spec.primary_crosscoder.name, features)
+    found: dict[tuple[int, str], dict[str, list[Context]]] = {}
     for row in table.to_dict("records"):
-        here = found.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), [])
+        here = found.setdefault((int(row["feature"]), str(row["kind"])), {}).setdefault(str(row["model"]), [])
         if len(here) < MAX_CONTEXTS:
             here.append(_context({str(key): value for key, value in row.items()}))
     return found
@@ -145,15 +146,14 @@ def _context(row: dict[str, Any]) -> Context:
     return Context(before, peak, after, float(row["activation"]), *place, elsewhere)
 
 
-def read_tokens(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[str]]]:
+def _tokens(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[str]]]:
     """``feature -> model -> tokens`` that the feature's direction raises most, strongest first; may be empty."""
-    path = folder.crosscoder(spec.primary_crosscoder.name) / "logits.parquet"
-    if not path.exists() or not features:
+    if not folder.logits(spec.primary_crosscoder.name).exists() or not features:
         return {}
-    table = pd.read_parquet(path)
-    table = table[table["feature"].isin(features) & (table["sign"] > 0) & (table["rank"] <= MAX_TOKENS)]
+    table = read_logits(folder, spec.primary_crosscoder.name, features)
+    table = table[(table["sign"] > 0) & (table["rank"] <= MAX_TOKENS)]
     found: dict[int, dict[str, list[str]]] = {}
-    for row in table.sort_values(["feature", "rank"], kind="stable").to_dict("records"):
+    for row in table.to_dict("records"):
         found.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), []).append(str(row["token"]))
     return found
 

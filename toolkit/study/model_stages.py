@@ -18,8 +18,9 @@ from rlgen_stats.toolkit.crosscoder import (
     health_dataset,
     rank_of_process,
     require_healthy,
-    top_contexts,
     train_crosscoders,
+    write_contexts,
+    write_logits,
 )
 from rlgen_stats.toolkit.extraction import extract_activations, measure_movement, sample_outcomes, token_mask
 from rlgen_stats.toolkit.intervention import verify_causally
@@ -92,7 +93,7 @@ def crosscoder(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def encode(study: Study, key: str, progress: Progress) -> Facts:
-    """Summarise every checkpoint's features per prompt."""
+    """Summarise every checkpoint's features per prompt, and note where each fires and what it speaks for."""
     primary = study.spec.primary_crosscoder
     require_healthy(
         study.folder,
@@ -102,6 +103,10 @@ def encode(study: Study, key: str, progress: Progress) -> Facts:
         progress=progress,
     )
     encode_features(study.spec, study.folder, provenance=study.provenance("encode", key), progress=progress)
+    n = study.spec.summaries.contexts
+    if n:
+        write_contexts(study.spec, study.folder, n=n, progress=progress)
+        write_logits(study.spec, study.folder, n=n, progress=progress)
     return {}
 
 
@@ -127,15 +132,13 @@ def movement(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def intervene(study: Study, key: str, progress: Progress) -> Facts:
-    """Edit the selected features in the live models and judge, with controls; note what the features react to."""
+    """Edit the selected features in the live models and judge, with controls."""
     selection = open_results(study.folder.results, "selection").load()
     features = [int(k) for k in ranked_features(selection)]
     provenance = study.provenance("intervene", key)
     results, balance = verify_causally(study.spec, study.folder, features, provenance=provenance, progress=progress)
     write_results(study.folder.results, "intervention", results, provenance=provenance)
     write_results(study.folder.results, "control_balance", balance, provenance=provenance)
-    if features:
-        top_contexts(study.spec, study.folder, features)
     return {"features": features, "verdicts": [str(verdict) for verdict in results["verdict"].values]}
 
 

@@ -64,7 +64,7 @@ STAGES: Final = (
         ("crosscoder", "results.zarr/health"),
         version=2,
     ),
-    Stage("encode", ("crosscoder",), ("summaries",), f"{_MODELS}:encode", ("features.zarr",)),
+    Stage("encode", ("crosscoder",), ("summaries",), f"{_MODELS}:encode", ("features.zarr",), version=2),
     Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",), version=2),
     Stage(
         "align",
