@@ -24,6 +24,7 @@ _COMMANDS: Final = {
     "select": ("rlgen_stats.cli.stages", "Choose generalisation features; confirm on other prompts."),
     "intervene": ("rlgen_stats.cli.stages", "Disable and amplify the chosen features in the live models."),
     "report": ("rlgen_stats.cli.stages", "Write the report and print the five verdicts."),
+    "features": ("rlgen_stats.cli.features", "Read features: whose they are, where they fire, what they speak for."),
     "simulate": ("rlgen_stats.cli.planning", "Write stores with known effects, to check analyses against the truth."),
     "power": ("rlgen_stats.cli.planning", "Say how many prompts and runs an effect needs, or what a number can show."),
     "inspect": ("rlgen_stats.cli.stores", "Say what a store or a study contains."),

@@ -124,7 +124,7 @@ class SummariesSpec(Spec):
     histograms: bool = False
     """Counts of tokens per bin of the contribution f ||d||: model x prompt x feature x 15, as large as 15 summaries."""
     contexts: Annotated[int, Field(ge=0)] = 8
-    """Strongest texts kept of every feature and model, and tokens it speaks for, for people to read; 0: none."""
+    """Strongest prompts kept of every feature and model, and tokens it speaks for, for people to read; 0: none."""
 
 
 class CrosscoderSpec(Spec):

@@ -35,10 +35,10 @@ def read_contexts(
     DataFrame
         One row per feature, model, kind and rank: ``feature, model, kind, rank, quantile, prompt, task, source,
         segment, position, token, activation, text`` and ``activation:MODEL`` at the same token in every contrasted
-        model, all activations in contribution scale f ||d||. Kind ``top``: the texts with the largest activation of
-        that model, each at its peak, rank 1 first. Kind ``quantile``: of a random sample of the tokens on which the
-        feature fires in that model, those nearest to the ``quantile`` named. ``text`` is the window around the token,
-        which stands between ⟦ and ⟧.
+        model, all activations in contribution scale f ||d||. Kind ``top``: the prompts with the largest activation
+        of that model, each at its peak over all texts that answer it, rank 1 first. Kind ``quantile``: of a random
+        sample of the tokens on which the feature fires in that model, those nearest to the ``quantile`` named.
+        ``text`` is the window around the token, which stands between ⟦ and ⟧.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, open_tokens, read_contexts, read_logits
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder, logit_effects, write_contexts
 from rlgen_stats.toolkit.crosscoder.contexts import QUANTILES, SAMPLE, window
-from rlgen_stats.toolkit.crosscoder.kept import Entries, Kept, random_keys, text_peaks
+from rlgen_stats.toolkit.crosscoder.kept import Entries, Kept, random_keys
 from rlgen_stats.toolkit.extraction import find_model, load_model, load_tokenizer, token_mask
 from tests.crosscoder.planted import WORDS, slow_contribution
 
@@ -46,14 +46,13 @@ def place(tokens: xr.Dataset, row: pd.Series) -> int:
     return int(where[0])
 
 
-def test_the_strongest_texts_of_every_feature(encoded: Study, truth: dict[str, np.ndarray]) -> None:
+def test_the_strongest_prompts_of_every_feature(encoded: Study, truth: dict[str, np.ndarray]) -> None:
     tokens = open_tokens(encoded[1].activations)
-    text = pd.Series(zip(tokens.prompt.values, tokens.source.values, strict=True)).factorize()[0]
     table = read_contexts(encoded[1], "main")
     table = table[table["kind"] == "top"]
     alive = set()
     for model, x in truth.items():
-        peaks = pd.DataFrame(x).groupby(text).max()
+        peaks = pd.DataFrame(x).groupby(tokens.prompt.values).max()
         for feature in range(x.shape[1]):
             best = peaks[feature].nlargest(3)
             best = best[best > 0]
@@ -101,7 +100,10 @@ def test_blocks_do_not_matter(copied: Study, encoded: Study, monkeypatch: pytest
     monkeypatch.setattr("rlgen_stats.toolkit.crosscoder.contexts.GROUP_FEATURES", 7)
     monkeypatch.setattr(StudyFolder, "contexts", lambda self, name: self.root / f"{name}.parquet")
     write_contexts(spec, folder, n=3)
-    pd.testing.assert_frame_equal(read_contexts(folder, "main"), whole, rtol=1e-4)
+    pieces = read_contexts(folder, "main")
+    same = [name for name in whole.columns if name not in ("prompt", "task", "source", "position", "text")]
+    pd.testing.assert_frame_equal(pieces[same], whole[same], rtol=1e-4)  # prompts with one beginning may tie
+    assert (pieces["prompt"] == whole["prompt"]).mean() > 0.98
 
 
 def test_some_features_and_none(encoded: Study, tmp_path: Path) -> None:
@@ -113,30 +115,26 @@ def test_some_features_and_none(encoded: Study, tmp_path: Path) -> None:
         read_contexts(tmp_path, "main")
 
 
-def test_kept_are_the_smallest_whatever_the_blocks() -> None:
+@pytest.mark.parametrize("groups", [3, 12, 100_000])
+def test_kept_are_the_smallest_whatever_the_blocks(groups: int) -> None:
     rng = np.random.default_rng(0)
     feature, key = rng.integers(0, 7, 400), rng.integers(0, 50, 400).astype(np.float64)
     token = np.arange(400)
-    values = rng.random((400, 2)).astype(np.float32)
+    values, group = rng.random((400, 2)).astype(np.float32), rng.integers(0, groups, 400)
     kept = Kept(8, 5, 2)
     for block in np.split(np.arange(400), [1, 90, 91, 300]):
-        kept.update(Entries(feature[block], token[block], values[block]), key[block])
+        kept.update(Entries(feature[block], token[block], values[block]), key[block], group[block])
     kept.settle()
     for k in range(7):
         own = np.flatnonzero(feature == k)
-        best = own[np.lexsort((own, key[own]))][:5]
-        np.testing.assert_array_equal(kept.token[k], best)
-        np.testing.assert_array_equal(kept.key[k], key[best])
-        np.testing.assert_array_equal(kept.values[k], values[best])
+        best = pd.DataFrame({"key": key[own], "group": group[own]}, own).sort_values("key", kind="stable")
+        best = best.drop_duplicates("group").index.to_numpy()[:5]
+        n = len(best)
+        np.testing.assert_array_equal(kept.token[k, :n], best)
+        np.testing.assert_array_equal(kept.key[k, :n], key[best])
+        np.testing.assert_array_equal(kept.values[k, :n], values[best])
+        assert (kept.token[k, n:] == -1).all()
     assert (kept.token[7] == -1).all()
-
-
-def test_a_text_counts_once_at_its_first_peak() -> None:
-    feature = np.array([0, 0, 0, 0, 1, 1])
-    text = np.array([0, 0, 0, 1, 0, 0])
-    value = np.array([1.0, 3.0, 3.0, 2.0, 5.0, 4.0], dtype=np.float32)
-    entries = Entries(feature, np.array([2, 4, 3, 9, 1, 2]), value[:, None])
-    assert sorted(text_peaks(entries, text, value).tolist()) == [2, 3, 4]
 
 
 def test_random_keys_are_uniform_and_independent_of_order() -> None:

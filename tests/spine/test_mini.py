@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 from click.testing import Result
 
 from rlgen_stats.schemas.layout import RESULT_GROUPS
-from rlgen_stats.stores import open_features, open_results, open_study, read_json, result_groups, verify
+from rlgen_stats.stores import open_features, open_results, open_study, read_contexts, read_json, result_groups, verify
 from rlgen_stats.toolkit.study import STAGES
 
 from .conftest import run_command
@@ -82,6 +83,23 @@ def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:
     assert gained.chunks is not None
     drift = study["results/drift"].to_dataset()
     assert (drift.q_value < 0.05).sum("feature").compute().sizes["model"] == outcomes.sizes["model"] - 1
+
+
+def test_features_can_be_read(mini: tuple[Path, Result]) -> None:
+    study = str(mini[0])
+    contexts = read_contexts(study, "main")
+    fires = int(contexts["feature"].iloc[0])
+    told = run_command("features", study, str(fires), "--contexts", "1")
+    assert told.exit_code == 0
+    first = contexts[(contexts["feature"] == fires) & (contexts["kind"] == "top") & (contexts["rank"] == 1)].iloc[0]
+    assert told.output.startswith(f"feature {fires}\n  By decoder norms and latent scaling it is ")
+    assert f"⟦{first['token']}⟧" in told.output
+    assert "raises  base@0: " in told.output
+    (card,) = json.loads(run_command("features", study, str(fires), "--json").output)
+    assert card["contexts"][first["model"]][0]["activation"] == pytest.approx(first["activation"])
+    wrong = run_command("features", study, "100000")
+    assert wrong.exit_code == 2
+    assert re.search(r"Error: features of 'main' run from 0 to \d+, got \[100000\]\.", wrong.output)
 
 
 def test_labels_agree_between_stores(mini: tuple[Path, Result]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -27,9 +27,10 @@ from rlgen_stats.schemas.dims import (
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, open_activations, open_tokens, replacing
+from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.stores.meaning import PEAK
 from rlgen_stats.toolkit.crosscoder.encode import BlockFeatures, contribution_scale, partner_activations, view_of
-from rlgen_stats.toolkit.crosscoder.kept import Entries, Kept, random_keys, text_peaks
+from rlgen_stats.toolkit.crosscoder.kept import Entries, Kept, random_keys
 from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
 from rlgen_stats.toolkit.crosscoder.texts import text_bounds
@@ -64,7 +65,7 @@ def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress
     spec, folder
         The study, with activations and the primary crosscoder.
     n
-        Strongest texts per feature and model; a text counts once, at its peak.
+        Strongest texts per feature and model; a prompt counts once, at its peak over all its texts.
     progress
         Receiver of progress, in tokens.
 
@@ -83,11 +84,9 @@ def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress
     primary = spec.primary_crosscoder
     crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=resolve_device(spec.device))
     models = contrasted_models(spec, folder)
-    tokens = open_tokens(folder.activations)
-    bounds = text_bounds(tokens)
-    collected = _collect(spec, folder, crosscoder, models, bounds, n=n, progress=progress)
+    collected = _collect(spec, folder, crosscoder, models, n=n, progress=progress)
     tokenizer = load_tokenizer(find_model(BASE_MODEL, spec, folder))
-    rows = _Rows(models, tokens, bounds, tokenizer)
+    rows = _Rows(models, open_tokens(folder.activations), tokenizer)
     with (
         replacing(folder.contexts(primary.name)) as temporary,
         pq.ParquetWriter(temporary, rows.schema, compression="zstd") as writer,
@@ -105,26 +104,23 @@ def contrasted_models(spec: StudySpec, folder: StudyFolder) -> list[str]:
 
 
 class _Collected:
-    """Of every model and feature: the strongest texts, and a random sample of the tokens on which it fires."""
+    """Of every model and feature: the strongest prompts, and a random sample of the tokens on which it fires."""
 
     def __init__(self, n_models: int, n_features: int, *, n: int, seed: int) -> None:
         self.top = [Kept(n_features, n, n_models) for _ in range(n_models)]
         self.sample = [Kept(n_features, SAMPLE, n_models) for _ in range(n_models)]
         self._seed = seed
 
-    def update(self, contributions: Tensor, mask: NDArray[np.bool_], starts: NDArray[np.int64], offset: int) -> None:
-        """Take in a block [model, token, feature] of whole texts, which begin at ``starts`` in it."""
+    def update(self, contributions: Tensor, prompt: NDArray[np.int64], mask: NDArray[np.bool_], offset: int) -> None:
+        """Take in a block [model, token, feature], whose first token is ``offset``; ``prompt`` and ``mask`` [token]."""
         kept = torch.from_numpy(mask).to(contributions.device)
         for model, own in enumerate(contributions):
             at, feature = ((own > 0) & kept[:, None]).nonzero(as_tuple=True)
             values = contributions[:, at, feature].T.cpu().numpy()
             where = at.cpu().numpy()
             entries = Entries(feature.cpu().numpy(), where + offset, values)
-            self.sample[model].update(entries, random_keys(entries, self._seed))
-            near = np.flatnonzero(self.top[model].wants(entries.feature, -values[:, model].astype(np.float64)))
-            text = np.searchsorted(starts, where[near], side="right")
-            peaks = near[text_peaks(entries[near], text, values[near, model])]
-            self.top[model].update(entries[peaks], -values[peaks, model].astype(np.float64))
+            self.sample[model].update(entries, random_keys(entries, self._seed), entries.token)
+            self.top[model].update(entries, -values[:, model].astype(np.float64), prompt[where])
 
     def settle(self) -> None:
         """To be called after the last block."""
@@ -138,33 +134,24 @@ def _collect(
     folder: StudyFolder,
     crosscoder: Crosscoder,
     models: Sequence[str],
-    bounds: NDArray[np.int64],
     *,
     n: int,
     progress: Progress,
 ) -> _Collected:
     blocks = [_ModelBlocks(crosscoder, spec, folder, model) for model in models]
     mask = token_mask(open_tokens(folder.activations), spec.extraction, purpose="train")
+    labels = LabelBlocks(TokenLabels(folder.activations))
     seed = derive_seed(spec.seed, "contexts")
     collected = _Collected(len(models), crosscoder.n_features, n=n, seed=seed)
     block_tokens = max(1, BLOCK_BYTES // (4 * len(models) * crosscoder.n_features))
     with progress.task("contexts", total=len(mask), unit="tokens") as task:
-        for first, last in _whole_texts(bounds, block_tokens):
-            start, stop = int(bounds[first, 0]), int(bounds[last - 1, 1])
+        for start in range(0, len(mask), block_tokens):
+            stop = min(start + block_tokens, len(mask))
             contributions = torch.stack([own.contributions(start, stop) for own in blocks])
-            collected.update(contributions, mask[start:stop], bounds[first:last, 0] - start, start)
+            collected.update(contributions, labels.read(PROMPT, start, stop), mask[start:stop], start)
             task.advance(stop - start)
     collected.settle()
     return collected
-
-
-def _whole_texts(bounds: NDArray[np.int64], block_tokens: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole texts of about ``block_tokens`` tokens."""
-    first = 0
-    for text in range(len(bounds)):
-        if bounds[text, 1] - bounds[first, 0] >= block_tokens or text == len(bounds) - 1:
-            yield first, text + 1
-            first = text + 1
 
 
 class _ModelBlocks:
@@ -190,8 +177,9 @@ class _ModelBlocks:
 class _Rows:
     """Turns what was kept into the rows of contexts.parquet."""
 
-    def __init__(self, models: Sequence[str], tokens: xr.Dataset, bounds: NDArray[np.int64], tokenizer: Any) -> None:
-        self._models, self._tokens, self._starts, self._ends = models, tokens, bounds[:, 0], bounds[:, 1]
+    def __init__(self, models: Sequence[str], tokens: xr.Dataset, tokenizer: Any) -> None:
+        self._models, self._tokens = models, tokens
+        self._starts, self._ends = text_bounds(tokens).T
         self._ids = tokens[TOKEN_ID].values
         self._tokenizer = tokenizer
         text, real = pa.string(), pa.float32()

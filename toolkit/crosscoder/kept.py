@@ -29,7 +29,7 @@ class Entries:
 
 
 class Kept:
-    """The ``n`` entries of smallest key of every feature; ties go to the earlier token.
+    """The ``n`` entries of smallest key of every feature, one of each group; ties go to the earlier token.
 
     New entries wait until there are enough to make a merge worth its sort; :meth:`settle` merges those still waiting.
 
@@ -52,46 +52,38 @@ class Kept:
         self.key = np.full((n_features, n), np.inf)
         self.token = np.full((n_features, n), -1, dtype=np.int64)
         self.values = np.zeros((n_features, n, n_models), dtype=np.float32)
-        self._waiting: list[tuple[Entries, NDArray[np.float64]]] = []
+        self._group = np.tile(-1 - np.arange(n), (n_features, 1))  # empty places are no group's
+        self._waiting: list[tuple[Entries, NDArray[np.float64], NDArray[np.int64]]] = []
 
-    def wants(self, feature: NDArray[np.int64], key: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which entries could be kept. Later tokens never displace equal keys, so a tie is not wanted."""
-        wanted: NDArray[np.bool_] = key < self.key[feature, -1]
-        return wanted
-
-    def update(self, entries: Entries, key: NDArray[np.float64]) -> None:
-        """Take in entries whose tokens come after all earlier ones."""
-        near = self.wants(entries.feature, key)
-        self._waiting.append((entries[near], key[near]))
-        if sum(len(waiting) for _, waiting in self._waiting) > self.key.size // 4:
+    def update(self, entries: Entries, key: NDArray[np.float64], group: NDArray[np.int64]) -> None:
+        """Take in entries whose tokens come after all earlier ones'; groups are numbers from 0 on."""
+        near = key < self.key[entries.feature, -1]
+        self._waiting.append((entries[near], key[near], group[near]))
+        if sum(len(waiting) for _, waiting, _ in self._waiting) > self.key.size // 4:
             self.settle()
 
     def settle(self) -> None:
         """Merge the entries that wait."""
         if not self._waiting:
             return
-        feature = np.concatenate([entries.feature for entries, _ in self._waiting])
-        touched, row = np.unique(feature, return_inverse=True)
+        new, new_key, new_group = zip(*self._waiting, strict=True)
+        self._waiting = []
+        touched, row = np.unique(np.concatenate([entries.feature for entries in new]), return_inverse=True)
         n = self.key.shape[1]
         rows = np.concatenate([np.repeat(np.arange(len(touched)), n), row])
-        keys = np.concatenate([self.key[touched].ravel(), *(key for _, key in self._waiting)])
-        tokens = np.concatenate([self.token[touched].ravel(), *(entries.token for entries, _ in self._waiting)])
-        before = self.values[touched].reshape(-1, self.values.shape[2])
-        values = np.concatenate([before, *(entries.values for entries, _ in self._waiting)])
-        self._waiting = []
-        order = np.lexsort((tokens, keys, rows))
+        key = np.concatenate([self.key[touched].ravel(), *new_key])
+        token = np.concatenate([self.token[touched].ravel(), *(entries.token for entries in new)])
+        group = np.concatenate([self._group[touched].ravel(), *new_group])
+        order = np.lexsort((token, key, group, rows))
+        first = np.append(True, (np.diff(group[order]) != 0) | (np.diff(rows[order]) != 0))
+        order = order[first]
+        order = order[np.lexsort((token[order], key[order], rows[order]))]
         start = np.searchsorted(rows[order], np.arange(len(touched)))
-        first = order[start[:, None] + np.arange(n)]  # every touched feature has at least the n it had
-        self.key[touched], self.token[touched], self.values[touched] = keys[first], tokens[first], values[first]
-
-
-def text_peaks(entries: Entries, text: NDArray[np.int64], value: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The entry with the largest ``value`` of every feature in every text, the earliest of several: indices."""
-    order = np.lexsort((entries.token, -value, text, entries.feature))
-    feature, text = entries.feature[order], text[order]
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (feature[1:] != feature[:-1]) | (text[1:] != text[:-1])
-    return order[new]
+        best = order[start[:, None] + np.arange(n)]  # a row has at least the n groups, or empty places, that it had
+        before = self.values[touched].reshape(-1, self.values.shape[2])
+        values = np.concatenate([before, *(entries.values for entries in new)])
+        self.key[touched], self.token[touched], self._group[touched] = key[best], token[best], group[best]
+        self.values[touched] = values[best]
 
 
 def random_keys(entries: Entries, seed: int) -> NDArray[np.float64]:

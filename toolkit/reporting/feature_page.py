@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import numpy as np
+import pandas as pd
 
 from rlgen_stats.schemas.dims import BASE_MODEL
+from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, read_contexts, read_logits
 from rlgen_stats.stores.meaning import PEAK
@@ -67,18 +70,36 @@ class FeatureCard:
         return f"feature-{self.feature}"
 
 
-def feature_cards(folder: StudyFolder, spec: StudySpec, results: Results, data: StudyData) -> list[FeatureCard]:
-    """Cards of the selected features, by rank; empty if nothing is selected or there is no selection."""
+def feature_cards(
+    folder: StudyFolder,
+    spec: StudySpec,
+    results: Results,
+    data: StudyData,
+    features: Sequence[int] | None = None,
+) -> list[FeatureCard]:
+    """Cards of some features of the primary crosscoder; default the selected ones, by rank.
+
+    Raises
+    ------
+    InputError
+        If a feature does not exist.
+    """
     selection = results.get("selection")
-    if selection is None:
-        return []
-    table = flat(selection, ("feature",))
-    table = table[table["selected"].to_numpy(bool)].sort_values(["rank", "feature"])
-    chosen = [int(feature) for feature in table["feature"]]
+    table = pd.DataFrame({"feature": []}) if selection is None else flat(selection, ("feature",))
+    if features is None and selection is not None:
+        table = table[table["selected"].to_numpy(bool)].sort_values(["rank", "feature"])
+    chosen = [int(feature) for feature in (table["feature"] if features is None else features)]
+    rows = table.set_index("feature", drop=False).reindex(chosen)
+    unknown = [k for k in chosen if not 0 <= k < spec.primary_crosscoder.n_features]
+    if unknown:
+        name, last = spec.primary_crosscoder.name, spec.primary_crosscoder.n_features - 1
+        raise InputError(f"features of {name!r} run from 0 to {last}, got {unknown[:5]}.")
     contexts, tokens = _contexts(folder, spec, chosen), _tokens(folder, spec, chosen)
     means = _means(data, spec, chosen)
     tasks = labels_of(selection, "task")
-    scores = selection["score"].sel(feature=chosen).values if chosen else np.empty((len(tasks), 0))
+    scores = np.empty((0, len(chosen)))
+    if selection is not None:
+        scores = selection["score"].reindex(feature=chosen).transpose("task", "feature").values
     return [
         FeatureCard(
             feature,
@@ -90,7 +111,7 @@ def feature_cards(folder: StudyFolder, spec: StudySpec, results: Results, data: 
             _in_order(tokens.get(feature, {}), list(means)),
             _origin(results, spec.primary_crosscoder.name, feature),
         )
-        for i, (feature, row) in enumerate(zip(chosen, table.to_dict("records"), strict=True))
+        for i, (feature, row) in enumerate(zip(chosen, rows.to_dict("records"), strict=True))
     ]
 
 

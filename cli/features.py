@@ -1,0 +1,71 @@
+"""features: what the features of a study are, for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from rlgen_stats.cli.console import handle_errors, json_option, print_json, study_argument
+
+if TYPE_CHECKING:
+    from rlgen_stats.toolkit.reporting import FeatureCard
+
+MAX_TEXT: Final = 110
+"""Characters of a context on a terminal line."""
+
+
+@click.command()
+@study_argument
+@click.argument("features", type=int, nargs=-1, metavar="[FEATURE]...")
+@click.option("--contexts", "n", type=click.IntRange(min=0), default=3, show_default=True, help="Texts per model.")
+@json_option
+@handle_errors
+def features(study: str, features: tuple[int, ...], n: int, as_json: bool) -> None:
+    """Say of features whose they are, where each model fires them and which tokens they raise.
+
+    Without a number: the selected features, best first.
+
+    \b
+    Examples:  rlgen-stats features runs/demo
+               rlgen-stats features runs/demo 12 407 --contexts 5
+    """  # noqa: D301 - click needs the backspace itself
+    from dataclasses import asdict
+
+    from rlgen_stats.toolkit.reporting import feature_cards, load_results, read_study_data
+    from rlgen_stats.toolkit.study import open_for_run
+
+    opened = open_for_run(study)
+    results = load_results(opened.folder)
+    data = read_study_data(opened.folder, opened.spec)
+    cards = feature_cards(opened.folder, opened.spec, results, data, list(features) if features else None)
+    if as_json:
+        print_json([asdict(card) for card in cards])
+        return
+    if not cards:
+        click.echo("No feature is selected here (yet); name some: rlgen-stats features STUDY 12 407")
+    for card in cards:
+        _print(card, n)
+
+
+def _print(card: FeatureCard, n: int) -> None:
+    click.secho(f"feature {card.feature}", bold=True)
+    for sentence in card.origin:
+        click.echo(f"  {sentence}")
+    if card.means:
+        click.echo("  mean    " + "   ".join(f"{model} {mean:.3g}" for model, mean in card.means.items()))
+    for model, tokens in card.tokens.items():
+        click.echo(f"  raises  {model}: " + " · ".join(repr(token)[1:-1] for token in tokens))
+    for model, contexts in card.contexts.items():
+        for context in contexts[:n]:
+            before, after = (repr(text)[1:-1] for text in (context.before, context.after))
+            room = MAX_TEXT - len(context.peak)
+            click.echo(
+                f"  {model:<10} {context.activation:8.3g}  {before[-room * 2 // 3 :]}"
+                f"{click.style(f'⟦{context.peak}⟧', bold=True)}{after[: room // 3]}"
+            )
+    if not card.contexts:
+        click.echo("  It fires nowhere, or contexts were not collected (summaries.contexts).")
+
+
+COMMANDS = {"features": features}
