@@ -44,7 +44,8 @@ RESULTS: Final = (
         "attribution",
         of(f"crosscoder {FEATURE}", nrn_l1="float", nrn_l2="float", log_ratio="float", firing="float", alive="bool")
         | of(f"mas_crosscoder {VIEW} {FEATURE}", mas_l1="float", mas_l2="float"),
-        optional=of(f"crosscoder {FEATURE}", cluster="int", scaling_agrees="bool"),
+        optional=of(f"crosscoder {FEATURE}", cluster="int", scaling_agrees="bool", cosine="float")
+        | of(f"mas_crosscoder {VIEW} other_view {FEATURE}", view_cosine="float"),
     ),
     Layout(  # beta and nu by view, nu relative to the feature's strongest view; whose the feature is
         "latent_scaling",

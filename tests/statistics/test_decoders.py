@@ -30,6 +30,8 @@ def test_against_the_definitions():
         assert out.nrn_l2.values[k] == pytest.approx(norms[1] / sum(norms))
         assert out.log_ratio.values[k] == pytest.approx(np.log(norms[1]) - np.log(norms[0]))
         assert out.mas_l2.values[:, k] == pytest.approx(np.array(norms) / sum(norms))
+        assert out.cosine.values[k] == pytest.approx(o @ t / norms[0] / norms[1])
+        np.testing.assert_allclose(out.view_cosine.values[:, :, k], [[1, out.cosine[k]], [out.cosine[k], 1]])
     assert out.alive.values.sum() == 28
     # NRN is the MAS of the target when there are two views.
     np.testing.assert_allclose(out.nrn_l1, out.mas_l1.sel(view="rl@5"))
@@ -51,6 +53,19 @@ def test_a_feature_of_one_model_only_and_of_none():
     assert out.nrn_l1.values[0] == 1
     assert out.log_ratio.values[0] == np.inf
     assert np.isnan(out.nrn_l1.values[1])
+    assert np.isnan(out.cosine.values[:2]).all()
+    assert np.isfinite(out.cosine.values[2:]).all()
+
+
+def test_views_of_several_widths_have_cosines_where_they_can():
+    d = decoders(["base@0", "sft@5", "rl@5"]).assign(width=("view", [8, 8, 6]))
+    d.decoder[2, :, 6:] = np.nan
+    out = attribution(d)
+    assert np.isnan(out.view_cosine.values[:2, 2]).all()
+    assert np.isnan(out.view_cosine.values[2, :2]).all()
+    np.testing.assert_allclose(out.view_cosine.values[2, 2], 1)
+    whole = attribution(decoders(["base@0", "sft@5"]).assign(decoder=d.decoder[:2]))
+    np.testing.assert_allclose(out.view_cosine.values[0, 1], whole.cosine.values)
 
 
 def test_lazy(no_compute):
@@ -71,6 +86,8 @@ def test_table_follows_the_layout_and_pads():
     assert np.isnan(table.nrn_l1.sel(crosscoder="null").values[20:]).all()
     own = attribution(decoders(["base@0", "sft@9", "rl@9"]))
     np.testing.assert_allclose(table.mas_l1.sel(mas_crosscoder="main", view="rl@9"), own.mas_l1.sel(view="rl@9"))
+    np.testing.assert_allclose(table.view_cosine.values[0], own.view_cosine.values)
+    assert table.cosine.sel(crosscoder="sft").notnull().all()
     validate(attribution_table({"sft": decoders(["base@0", "sft@9"])}), "attribution")
 
 

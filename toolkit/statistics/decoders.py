@@ -17,6 +17,7 @@ from rlgen_stats.toolkit.statistics.blocks import IntArray
 
 CROSSCODER: Final = "crosscoder"
 MAS_CROSSCODER: Final = "mas_crosscoder"
+OTHER_VIEW: Final = "other_view"
 
 CLUSTER_COSINE: Final = 0.7
 """Decoder cosine above which two features count as one piece of evidence (METHOD.md 4d uses the same neighbourhood)."""
@@ -43,8 +44,9 @@ def attribution(
     Returns
     -------
     xr.Dataset
-        ``mas_l1``, ``mas_l2`` [view, feature]; ``firing``, ``alive`` [feature]; for two views (or when both are named)
-        ``nrn_l1``, ``nrn_l2``, ``log_ratio`` [feature]. Lazy where the input is.
+        ``mas_l1``, ``mas_l2`` [view, feature]; ``view_cosine`` [view, other_view, feature]; ``firing``, ``alive``
+        [feature]; for two views (or when both are named) ``nrn_l1``, ``nrn_l2``, ``log_ratio``, ``cosine`` [feature].
+        Lazy where the input is.
 
     Raises
     ------
@@ -53,11 +55,13 @@ def attribution(
 
     Notes
     -----
-    NRN_k = ||d_T,k|| / (||d_O,k|| + ||d_T,k||): 0 original only, .5 shared, 1 target only. log_ratio =
-    log||d_T,k||_2 - log||d_O,k||_2, the scale for inference. MAS_k,m = share of ||d_m,k||/sqrt(d_m) among views,
-    sums to 1. Where widths differ, the L2 norm is taken per sqrt(d_m) and the L1 norm per d_m throughout (one width
-    cancels). All are invariant to the gauge (f_k, d_k) -> (c f_k, d_k / c). A decoder that is zero in every compared
-    view gives NaN. A norm share alone does not make a feature specific; latent scaling must agree (arXiv:2504.02922).
+    NRN_k = ||d_T,k|| / (||d_O,k|| + ||d_T,k||): 0 original only, .5 shared, 1 target only. log_ratio = log||d_T,k||_2 -
+    log||d_O,k||_2, the scale for inference. MAS_k,m = share of ||d_m,k||/sqrt(d_m) among views, sums to 1. Where widths
+    differ, the L2 norm is taken per sqrt(d_m) and the L1 norm per d_m throughout (one width cancels). The cosine of two
+    views' decoder rows says whether a feature writes the same direction in both; NaN where one of them is zero or their
+    widths differ. All are invariant to the gauge (f_k, d_k) -> (c f_k, d_k / c). A decoder that is zero in every
+    compared view gives NaN. A norm share alone does not make a feature specific; latent scaling must agree
+    (arXiv:2504.02922).
 
     References
     ----------
@@ -85,6 +89,7 @@ def attribution(
             "mas_l2": _share(l2).transpose(VIEW, FEATURE),
             "firing": decoders["firing"].astype(np.float64),
             "alive": decoders["firing"] > min_firing,
+            "view_cosine": _view_cosine(decoder, decoders.get("width")),
         },
         attrs={"min_firing": min_firing, "unit": "feature", "norms": "decoder rows in normalised units"},
     )
@@ -97,7 +102,8 @@ def attribution(
         name: _share(norm.sel({VIEW: [original, target]})).sel({VIEW: target}, drop=True)
         for name, norm in (("nrn_l1", l1), ("nrn_l2", l2))
     }
-    return out.assign(nrn | {"log_ratio": log_ratio}).assign_attrs(original=original, target=target)
+    cosine = out["view_cosine"].sel({VIEW: original, OTHER_VIEW: target}, drop=True)
+    return out.assign(nrn | {"log_ratio": log_ratio, "cosine": cosine}).assign_attrs(original=original, target=target)
 
 
 def _check_decoders(decoders: xr.Dataset) -> None:
@@ -123,6 +129,16 @@ def _pair(views: list[str], original: str | None, target: str | None) -> tuple[s
     return original, target
 
 
+def _view_cosine(decoder: xr.DataArray, width: xr.DataArray | None) -> xr.DataArray:
+    """Cosine of every two views' decoder rows: [view, other_view, feature]."""
+    norm = ((decoder**2).sum(CHANNEL)) ** 0.5
+    unit = decoder.fillna(0.0) / norm.where(norm > 0)
+    cosine = xr.dot(unit, unit.rename({VIEW: OTHER_VIEW}), dim=CHANNEL)
+    if width is not None:
+        cosine = cosine.where(width == width.rename({VIEW: OTHER_VIEW}))
+    return cosine.clip(-1.0, 1.0).transpose(VIEW, OTHER_VIEW, FEATURE)
+
+
 def _share(norm: xr.DataArray) -> xr.DataArray:
     total = norm.sum(VIEW)
     return norm / total.where(total > 0)
@@ -146,9 +162,10 @@ def attribution_table(
     Returns
     -------
     xr.Dataset
-        ``nrn_l1``, ``nrn_l2``, ``log_ratio``, ``firing``, ``alive`` [crosscoder, feature]; ``mas_l1``, ``mas_l2``
-        [mas_crosscoder, view, feature]; coordinates ``original`` and ``target`` [crosscoder]. Dictionaries smaller than
-        the largest are padded with NaN (``alive`` False), views a crosscoder lacks are NaN.
+        ``nrn_l1``, ``nrn_l2``, ``log_ratio``, ``cosine``, ``firing``, ``alive`` [crosscoder, feature]; ``mas_l1``,
+        ``mas_l2`` [mas_crosscoder, view, feature]; ``view_cosine`` [mas_crosscoder, view, other_view, feature];
+        coordinates ``original`` and ``target`` [crosscoder]. Dictionaries smaller than the largest are padded with NaN
+        (``alive`` False), views a crosscoder lacks are NaN.
 
     Raises
     ------
@@ -170,7 +187,7 @@ def attribution_table(
     many = {name: attribution(d, min_firing=min_firing).compute() for name, d in multiview.items()}
     width = max(table.sizes[FEATURE] for table in [*pairs.values(), *many.values()])
     views = list(dict.fromkeys(str(view) for table in many.values() for view in table[VIEW].values))
-    floats = ("nrn_l1", "nrn_l2", "log_ratio", "firing")
+    floats = ("nrn_l1", "nrn_l2", "log_ratio", "cosine", "firing")
     variables: dict[str, Any] = {
         name: ((CROSSCODER, FEATURE), np.stack([_padded(t[name].values, width) for t in pairs.values()]))
         for name in floats
@@ -183,12 +200,18 @@ def attribution_table(
             rows = [views.index(str(view)) for view in table[VIEW].values]
             values[i, rows, : table.sizes[FEATURE]] = table[name].values
         variables[name] = ((MAS_CROSSCODER, VIEW, FEATURE), values)
+    values = np.full((len(many), len(views), len(views), width), np.nan)
+    for i, table in enumerate(many.values()):
+        rows = [views.index(str(view)) for view in table[VIEW].values]
+        values[np.ix_([i], rows, rows, range(table.sizes[FEATURE]))] = table["view_cosine"].values
+    variables["view_cosine"] = ((MAS_CROSSCODER, VIEW, OTHER_VIEW, FEATURE), values)
     return xr.Dataset(
         variables,
         coords={
             CROSSCODER: np.array(list(pairs), dtype=np.str_),
             MAS_CROSSCODER: np.array(list(many), dtype=np.str_),
             VIEW: np.array(views, dtype=np.str_),
+            OTHER_VIEW: np.array(views, dtype=np.str_),
             FEATURE: np.arange(width),
             "original": (CROSSCODER, np.array([t.attrs["original"] for t in pairs.values()], dtype=np.str_)),
             "target": (CROSSCODER, np.array([t.attrs["target"] for t in pairs.values()], dtype=np.str_)),

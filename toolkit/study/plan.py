@@ -73,7 +73,7 @@ STAGES: Final = (
         "rlgen_stats.toolkit.study.align_stage:align",
         ("results.zarr/attribution", "results.zarr/latent_scaling"),
         optional=("results.zarr/matching",),
-        version=2,
+        version=3,
     ),
     Stage("drift", ("encode",), ("statistics",), f"{_STATISTICS}:drift", ("results.zarr/drift",), version=2),
     Stage(
