@@ -167,6 +167,9 @@ class CrosscoderSpec(Spec):
     weights: str | None = None
     """Weights trained elsewhere, relative to the study folder: a folder of ours, or a file or folder in the layout of
     crosscoder_learning (one layer a view, in order). Nothing is trained then; n_features must be theirs."""
+    corpus: str | None = None
+    """A table of texts (parquet, csv or jsonl with a column text), relative to the study folder. The models read them
+    while the crosscoder trains and nothing is stored; default: the study's stored activations."""
     accept_unhealthy: bool = False
     """Whether it is used although it fails its health checks; the report says so."""
 
@@ -179,6 +182,8 @@ class CrosscoderSpec(Spec):
             raise ValueError(f"crosscoder {self.name!r}: k={self.k} exceeds n_features={self.n_features}.")
         if self.weights is not None and self.replicates > 1:
             raise ValueError(f"crosscoder {self.name!r}: weights trained elsewhere have no replicates here.")
+        if self.weights is not None and self.corpus is not None:
+            raise ValueError(f"crosscoder {self.name!r}: weights trained elsewhere are not trained on a corpus here.")
         if (self.sparsity == "dfc") != bool(self.exclusive_features):
             raise ValueError(
                 f"crosscoder {self.name!r}: sparsity 'dfc', and it alone, takes exclusive_features, one number a view."

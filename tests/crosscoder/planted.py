@@ -75,11 +75,11 @@ PROVENANCE = Provenance("tiny-study", "tiny-key")
 LAYER = 0
 
 
-def save_model(path: Path, seed: int, shift: float = 0.0) -> None:
+def save_model(path: Path, seed: int, shift: float = 0.0, *, width: int = 16) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(WORDS),
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

@@ -5,6 +5,7 @@ from rlgen_stats.toolkit.crosscoder.encode import encode_features, summarise_pro
 from rlgen_stats.toolkit.crosscoder.export import decoder_dataset
 from rlgen_stats.toolkit.crosscoder.foreign import export_crosscoder, import_crosscoder
 from rlgen_stats.toolkit.crosscoder.health import Health, health_dataset, measure_health, require_healthy
+from rlgen_stats.toolkit.crosscoder.live import LiveActivations
 from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.logits import logit_effects, write_logits
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
@@ -21,6 +22,7 @@ __all__ = [
     "Crosscoder",
     "FeatureReadout",
     "Health",
+    "LiveActivations",
     "PairedActivations",
     "SpliceCE",
     "SplicedText",

@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import TOKEN, TOKEN_ID
-from rlgen_stats.schemas.errors import StageError, StoreError
+from rlgen_stats.schemas.errors import InputError, StageError, StoreError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
 from rlgen_stats.stores import (
@@ -26,6 +26,7 @@ from rlgen_stats.stores import (
 from rlgen_stats.toolkit.crosscoder.files import sha256
 from rlgen_stats.toolkit.crosscoder.foreign import import_crosscoder, weights_file
 from rlgen_stats.toolkit.crosscoder.health import HEALTH, measure_health
+from rlgen_stats.toolkit.crosscoder.live import LiveActivations, live_corpus
 from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.model import SPEC, WEIGHTS, Crosscoder
 from rlgen_stats.toolkit.crosscoder.ranks import rank_of_process
@@ -117,7 +118,11 @@ class _CrosscoderJob:
         others = [derive_seed(first, "replicate", number) for number in range(2, spec.replicates + 1)]
         self.seeds = [first, *others]
         identity = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
-        self.data_hash = content_hash([*identity, self.site, content_hash(np.packbits(mask).tobytes().hex())])
+        self.corpus = None if spec.corpus is None else folder.resolve(spec.corpus)
+        if self.corpus is not None and not self.corpus.is_file():
+            raise InputError(f"no corpus at {self.corpus}; correct crosscoders.{spec.name}.corpus in study.yaml.")
+        data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else sha256(self.corpus)
+        self.data_hash = content_hash([*identity, self.site, data])
 
     def run(self) -> None:
         """Train the dictionaries that are not finished, together, and measure those that are not measured."""
@@ -136,13 +141,13 @@ class _CrosscoderJob:
             self._measure(self.spec.name, places[0], self._taken(places[0], reader.n_tokens), reader)
             return
         finished = [
-            self._finished(place, self._key(seed, reader.n_tokens))
+            self._finished(place, training_key(self.spec, self.views, seed=seed, data_hash=self.data_hash))
             for place, seed in zip(places, self.seeds, strict=True)
         ]
         open_ = [number for number, crosscoder in enumerate(finished) if crosscoder is None]
         if open_:
             trained = train_replicates(
-                reader,
+                reader if self.corpus is None else self._live(self.corpus),
                 self.spec,
                 views=self.views,
                 seeds=[self.seeds[number] for number in open_],
@@ -192,8 +197,15 @@ class _CrosscoderJob:
     def _origin(self) -> dict[str, str]:
         return {"study_id": self.provenance.study_id, "spec_hash": self.provenance.spec_hash, "site": self.site}
 
-    def _key(self, seed: int, n_tokens: int) -> str:
-        return training_key(self.spec, self.views, seed=seed, n_tokens=n_tokens, data_hash=self.data_hash)
+    def _live(self, corpus: Path) -> LiveActivations:
+        return live_corpus(
+            self.study,
+            self.folder,
+            self.views,
+            corpus,
+            batch_size=self.spec.batch_size,
+            seed=derive_seed(self.seeds[0], "order"),
+        )
 
     def _measure(self, name: str, place: Path, crosscoder: Crosscoder, reader: PairedReader) -> None:
         if self._measured(place, crosscoder):

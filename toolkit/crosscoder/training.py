@@ -179,7 +179,7 @@ def train_replicates(
     ranks = join_ranks(device)
     runs = []
     for seed, place in zip(seeds, places, strict=True):
-        key = training_key(spec, views, seed=seed, n_tokens=reader.n_tokens, data_hash=data_hash)
+        key = training_key(spec, views, seed=seed, data_hash=data_hash or f"{reader.n_tokens} tokens")
         runs.append(_start(spec, views, moments, seed=seed, key=key, folder=place, device=device, ranks=ranks))
         _resume(runs[-1])
     step = min(run.step for run in runs)
@@ -212,10 +212,11 @@ def _shown(run: _Run) -> dict[str, float]:
     return {"loss": last["loss"], "l0": last["l0"], "fve": min(last["fve"].values()), "dead": last["dead"]}
 
 
-def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, n_tokens: int, data_hash: str) -> str:
+def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:
     """Hash of everything a crosscoder's weights depend on; its name and what is done with it are not among it."""
-    settings = spec.model_dump(mode="json", exclude={"name", "views", "readout", "replicates", "accept_unhealthy"})
-    return content_hash([settings, list(views), int(seed), int(n_tokens), data_hash])
+    left_out = {"name", "views", "readout", "replicates", "accept_unhealthy", "corpus"}
+    settings = spec.model_dump(mode="json", exclude=left_out)
+    return content_hash([settings, list(views), int(seed), data_hash])
 
 
 def _check_views(moments: ViewMoments, views: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ def _view_cosine(decoder: xr.DataArray, width: xr.DataArray | None) -> xr.DataAr
     """Cosine of every two views' decoder rows: [view, other_view, feature]."""
     norm = ((decoder**2).sum(CHANNEL)) ** 0.5
     unit = decoder.fillna(0.0) / norm.where(norm > 0)
-    cosine = xr.dot(unit, unit.rename({VIEW: OTHER_VIEW}), dim=CHANNEL)
+    cosine: xr.DataArray = xr.dot(unit, unit.rename({VIEW: OTHER_VIEW}), dim=CHANNEL)
     if width is not None:
         cosine = cosine.where(width == width.rename({VIEW: OTHER_VIEW}))
     return cosine.clip(-1.0, 1.0).transpose(VIEW, OTHER_VIEW, FEATURE)

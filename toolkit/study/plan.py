@@ -200,7 +200,7 @@ class Study:
             stage = stage_named(name)
             parents = [self.key(need) for need in stage.needs]
             share = {path: _section(self.spec, path) for path in stage.spec}
-            files = self._training_files() if name == "posttrain" else {}
+            files = {"posttrain": self._training_files, "crosscoder": self._crosscoder_files}.get(name, dict)()
             self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents])
         return self._keys[name]
 
@@ -215,6 +215,14 @@ class Study:
                 raise SpecError("'data.train' is required to train runs here; name a table of training prompts.")
             files["train"] = self._fingerprint(self.spec.data.train, "data.train")
         return files
+
+    def _crosscoder_files(self) -> dict[str, str]:
+        return {
+            f"{crosscoder.name}.{kind}": self._fingerprint(path, f"crosscoders.{crosscoder.name}.{kind}")
+            for crosscoder in self.spec.crosscoders
+            for kind, path in (("weights", crosscoder.weights), ("corpus", crosscoder.corpus))
+            if path is not None
+        }
 
     def training_key(self, run: RunSpec) -> str:
         """Content key of one training run: base, training data, grader and the run's own settings."""
