@@ -19,6 +19,7 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder.files import sha256, write_tensors
 from rlgen_stats.toolkit.crosscoder.reader import ViewMoments
 from rlgen_stats.toolkit.crosscoder.readout import FeatureReadout, Gate, Readout, Sparsity
+from rlgen_stats.toolkit.crosscoder.sparse import matmul
 from rlgen_stats.toolkit.crosscoder.views import JointViews
 
 FORMAT_VERSION: Final = 2
@@ -239,12 +240,13 @@ class Crosscoder(nn.Module, JointViews):
 
     def decode(self, f: Tensor) -> Tensor:
         """Joint reconstruction [batch, D] in normalised units of features [batch, feature]."""
-        return torch.addmm(self.decoder_offset, f, self.decoder_matrix)
+        return matmul(f, self.decoder_matrix) + self.decoder_offset
 
     def reconstruct(self, f: Tensor, view: str) -> Tensor:
         """Reconstruction [batch, channel] of one view in RAW units."""
         at = self.slot_of(view)
-        return torch.addmm(self.decoder_offset[at], f, self.decoder_matrix[:, at]) / self.scale[self.view_index(view)]
+        joint = matmul(f, self.decoder_matrix[:, at]) + self.decoder_offset[at]
+        return joint / self.scale[self.view_index(view)]
 
     def readout(
         self, raw: Tensor, *, view: str | None = None, kind: Readout = "swap", features: Tensor | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlgen_stats.schemas.study import CrosscoderSpec
+from rlgen_stats.toolkit.crosscoder.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.workspace import Workspace, grad, just_below, keep_where
 
 DEAD_SHARE: Final = 0.01
@@ -107,8 +108,16 @@ def add_revival(work: Workspace, revived: Tensor, dead: Tensor) -> None:
     Gao et al. (2024), arXiv:2406.04093, appendix A.2.
     """
     rows = work.decoder[dead]
-    left = torch.addmm(work.error, revived, rows)
     scale = 2.0 * AUX_WEIGHT / work.batch_size
+    code = SparseCode.of(revived)
+    if code is not None:
+        left = code.times(rows).add_(work.error)
+        grad(work.decoder).index_add_(0, dead, code.transposed_times(left), alpha=scale)
+        slopes = code.with_values(code.sampled(left, rows).mul_(scale))
+        grad(work.encoder).index_add_(1, dead, slopes.transposed_times(work.x).T)
+        grad(work.encoder_bias).index_add_(0, dead, slopes.column_sums())
+        return
+    left = torch.addmm(work.error, revived, rows)
     grad(work.decoder).index_add_(0, dead, revived.T @ left, alpha=scale)
     back = (left @ rows.T).mul_(scale)
     keep_where(back, revived, 0.0, out=back)

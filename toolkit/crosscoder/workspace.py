@@ -1,7 +1,7 @@
 """One batch through a crosscoder and back: the matrix products of a training step, in buffers allocated once.
 
 Gradients are written out instead of taped: two matrix products forward, three back. (Taped, a third of a step on a CPU
-went into fresh temporaries.)
+went into fresh temporaries.) On a CPU all but the first are done on the entries that are not zero where these are few.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
 from rlgen_stats.toolkit.crosscoder.ranks import Ranks
+from rlgen_stats.toolkit.crosscoder.sparse import SparseCode
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -80,6 +81,7 @@ class Workspace:
         self.back = torch.empty(rows, n_features, device=device)
         self.error = torch.empty(rows, flat, device=device)
         self.active = torch.empty(n_features, device=device)
+        self._code: SparseCode | None = None
         self._low = torch.bfloat16 if precision == "bfloat16" else None
 
     def weights(self) -> dict[str, Tensor]:
@@ -117,7 +119,11 @@ class Workspace:
 
     def decode(self) -> None:
         """``features`` -> ``error`` and ``active``."""
-        self.multiply(self.features, self.decoder, bias=self.decoder_bias, out=self.error)
+        self._code = SparseCode.of(self.features)
+        if self._code is None:
+            self.multiply(self.features, self.decoder, bias=self.decoder_bias, out=self.error)
+        else:
+            torch.add(self._code.times(self.decoder), self.decoder_bias, out=self.error)
         self.error.sub_(self.x)
         torch.sum(self.features, dim=0, out=self.active)
 
@@ -130,12 +136,27 @@ class Workspace:
         return self.mean_over_tokens(self.error.square().sum())
 
     def backward(self, penalty: Tensor | None = None) -> None:
-        """Gradients of :meth:`squared_error` plus sum_bk ``penalty``_k f_bk, in ``.grad`` of every weight."""
+        """Gradients of :meth:`squared_error` plus sum_bk ``penalty``_k f_bk, in ``.grad`` of every weight.
+
+        Of ``back`` only the entries of features that fire count; where the code is sparse ``back`` is not written.
+        """
+        if self._code is not None:
+            self._sparse_backward(self._code, penalty)
+            return
         self.decoder_backward()
         if penalty is not None:
             self.back.add_(penalty)
         keep_where(self.back, self.features, 0.0, out=self.back)
         self.encoder_backward()
+
+    def _sparse_backward(self, code: SparseCode, penalty: Tensor | None) -> None:
+        scale = 2.0 / self.batch_size
+        self.decoder.grad = code.with_values(code.values * scale).transposed_times(self.error)
+        torch.sum(self.error, dim=0, out=grad(self.decoder_bias)).mul_(scale)
+        slopes = code.sampled(self.error, self.decoder).mul_(scale)
+        back = code.with_values(slopes if penalty is None else slopes.add_(penalty[code.columns]))
+        grad(self.encoder).copy_(back.transposed_times(self.x).T)
+        grad(self.encoder_bias).copy_(back.column_sums())
 
     def decoder_backward(self) -> None:
         """Gradients of the decoder, and with respect to the features in ``back``."""

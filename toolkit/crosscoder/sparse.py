@@ -1,0 +1,88 @@
+"""Products with codes of which few entries are not zero, where these are faster than dense ones."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+SPARSE_SHARE: Final = 0.02
+"""Share of entries that are not zero up to which a code counts as sparse. On a CPU with 2 cores, products at .4% take a
+tenth of the time of dense ones and about as long at 4%."""
+
+
+@dataclass(frozen=True)
+class SparseCode:
+    """The entries of a code [row, feature] that are not zero, in row-major order.
+
+    Parameters
+    ----------
+    rows, columns, values
+        [entry].
+    shape
+        Rows and features of the code.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, f: Tensor) -> SparseCode | None:
+        """The entries of ``f`` [row, feature]; None where dense products are as fast, always so on a GPU."""
+        if f.device.type != "cpu" or int(torch.count_nonzero(f)) > SPARSE_SHARE * f.numel():
+            return None
+        rows, columns = f.nonzero(as_tuple=True)
+        return cls(rows, columns, f[rows, columns], (f.shape[0], f.shape[1]))
+
+    def with_values(self, values: Tensor) -> SparseCode:
+        """Other values at the same places: [entry]."""
+        return replace(self, values=values)
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Code @ ``matrix`` [feature, channel]: [row, channel]."""
+        return _bags(self.columns, self.values, _starts(self.rows, self.shape[0]), matrix)
+
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        """Code.T @ ``matrix`` [row, channel]: [feature, channel]."""
+        order, starts = self._by_column
+        return _bags(self.rows[order], self.values[order], starts, matrix)
+
+    def sampled(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left`` [row, channel] @ ``right`` [feature, channel].T at the entries alone: [entry]."""
+        starts = torch.searchsorted(self.rows, torch.arange(self.shape[0] + 1))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            entries = torch.sparse_csr_tensor(starts, self.columns, self.values, self.shape, check_invariants=False)
+        found: Tensor = torch.sparse.sampled_addmm(entries, left, right.T, beta=0.0).values()
+        return found
+
+    def column_sums(self) -> Tensor:
+        """Sum of the values of every feature: [feature]."""
+        return torch.zeros(self.shape[1], dtype=self.values.dtype).index_add_(0, self.columns, self.values)
+
+    @cached_property
+    def _by_column(self) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(self.columns, stable=True)
+        return order, _starts(self.columns[order], self.shape[1])
+
+
+def matmul(f: Tensor, matrix: Tensor) -> Tensor:
+    """``f`` [row, feature] @ ``matrix`` [feature, channel], the faster way."""
+    code = SparseCode.of(f)
+    return f @ matrix if code is None else code.times(matrix)
+
+
+def _starts(sorted_: Tensor, n: int) -> Tensor:
+    return torch.searchsorted(sorted_, torch.arange(n))
+
+
+def _bags(indices: Tensor, weights: Tensor, starts: Tensor, matrix: Tensor) -> Tensor:
+    summed: Tensor = embedding_bag(indices, matrix, starts, mode="sum", per_sample_weights=weights)
+    return summed
