@@ -33,6 +33,7 @@ from rlgen_stats.toolkit.crosscoder.encode import BlockFeatures, contribution_sc
 from rlgen_stats.toolkit.crosscoder.kept import Entries, Kept, random_keys
 from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
+from rlgen_stats.toolkit.crosscoder.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.texts import text_bounds
 from rlgen_stats.toolkit.extraction import (
     final_model,
@@ -50,7 +51,7 @@ SAMPLE: Final = 64
 """Random firing tokens per feature and model from which the quantiles are taken."""
 BEFORE, AFTER = 24, 12
 """Tokens shown on either side of the peak."""
-BLOCK_BYTES: Final = 1 << 28
+BLOCK_BYTES: Final = 1 << 26
 """Memory of one block of all models' features."""
 GROUP_FEATURES: Final = 256
 """Features per row group of contexts.parquet, so that one feature is read without the others."""
@@ -171,7 +172,8 @@ class _ModelBlocks:
 
     def contributions(self, start: int, stop: int) -> Tensor:
         """[token, feature], in the scale of features.zarr."""
-        return self._features.read(start, stop)[1] * self._scale
+        pieces = (f for _, f in self._features.read(start, stop))
+        return torch.cat([(f.dense() if isinstance(f, SparseCode) else f) * self._scale for f in pieces])
 
 
 class _Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,13 +44,18 @@ from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.model import Crosscoder
 from rlgen_stats.toolkit.crosscoder.moments import ExplainedVariance
-from rlgen_stats.toolkit.crosscoder.readout import Readout
+from rlgen_stats.toolkit.crosscoder.readout import FeatureReadout, Readout
+from rlgen_stats.toolkit.crosscoder.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.summaries import HISTOGRAM_EDGES, PromptSummaries
 from rlgen_stats.toolkit.extraction import ModelRef, list_models, resolve_device, site_name, token_mask
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 BLOCK_TOKENS: Final = 8192
-"""Tokens encoded at once: one shard of the activation store."""
+"""Tokens read at once: one shard of the activation store."""
+PIECE_BYTES: Final = 1 << 25
+"""Memory of the features of the tokens encoded at once on a CPU: passes over what its cache holds cost little."""
+PIECE_BYTES_GPU: Final = 1 << 30
+"""The same on a GPU, which wants large products."""
 PROMPT_LABELS: Final = (TASK, DOMAIN, SPLIT, CLUSTER)
 SCALE: Final = "contribution"
 """features.zarr holds f_k ||d_k||, which does not change when a feature's scale moves between code and decoder."""
@@ -136,14 +141,39 @@ class BlockFeatures:
             self._map = crosscoder.readout_map(view=view, kind=readout, features=columns)
             self._parts = {view: activation}
         self._view = view
+        size = PIECE_BYTES if self._device.type == "cpu" else PIECE_BYTES_GPU
+        self._piece = max(1, size // (4 * crosscoder.n_features))
+        self._buffer: Tensor | None = None
 
-    def read(self, start: int, stop: int, kept: NDArray[np.bool_] | slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Raw activations [token, channel] of the model and its features [token, feature]; ``kept`` in the block."""
+    def read(
+        self, start: int, stop: int, kept: NDArray[np.bool_] | slice = slice(None)
+    ) -> Iterator[tuple[Tensor, Tensor | SparseCode]]:
+        """Raw activations [token, channel] of the model and its features [token, feature], a piece after the other.
+
+        Of tokens start to stop those ``kept``; pieces are small enough that features stay in the processor's cache.
+        What a piece holds is overwritten by the next one.
+        """
         raw = {slot: self._tensor(part, start, stop, kept) for slot, part in self._parts.items()}
-        if self._map is not None:
-            return raw[self._view], self._map(raw[self._view])
-        f = self._crosscoder.encode(self._crosscoder.normalise(tuple(raw.values())))
-        return raw[self._view], f if self._columns is None else f[:, self._columns]
+        pieces = zip(*(torch.split(part, self._piece) for part in raw.values()), strict=True)
+        for piece in pieces:
+            own = piece[list(raw).index(self._view)]
+            yield own, self._shared(piece) if self._map is None else self._mapped(self._map, own)
+
+    def _mapped(self, readout: FeatureReadout, raw: Tensor) -> Tensor | SparseCode:
+        if self._buffer is None:
+            self._buffer = torch.empty(self._piece, readout.weight.shape[1], device=self._device)
+        pre = readout.pre_activation(raw, out=self._buffer[: len(raw)])
+        code = readout.gate.sparse(pre) if readout.columns is None else None
+        if code is not None:
+            return code
+        f = readout.gate(pre)
+        return f if readout.columns is None else f[:, readout.columns]
+
+    def _shared(self, piece: tuple[Tensor, ...]) -> Tensor | SparseCode:
+        f = self._crosscoder.encode(self._crosscoder.normalise(piece))
+        f = f if self._columns is None else f[:, self._columns]
+        code = SparseCode.of(f)
+        return f if code is None else code
 
     def _tensor(self, part: xr.DataArray, start: int, stop: int, kept: NDArray[np.bool_] | slice) -> Tensor:
         block = np.ascontiguousarray(np.asarray(part[start:stop].values, dtype=np.float32)[kept])
@@ -212,9 +242,11 @@ def summarise(
         kept = code >= 0
         if not kept.any():
             continue
-        raw, f = features.read(start, start + block_tokens, kept)
-        summaries.update(code[kept], f)
-        fve.update(raw.cpu().numpy(), crosscoder.reconstruct(f, view).cpu().numpy())
+        place = code[kept]
+        for raw, f in features.read(start, start + block_tokens, kept):
+            summaries.update(place[: len(raw)], f)
+            fve.update(raw.cpu().numpy(), crosscoder.reconstruct(f, view).cpu().numpy())
+            place = place[len(raw) :]
     mean, firing, largest = summaries.result(scale)
     dataset = xr.Dataset(
         {

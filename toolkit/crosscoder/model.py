@@ -19,7 +19,7 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder.files import sha256, write_tensors
 from rlgen_stats.toolkit.crosscoder.reader import ViewMoments
 from rlgen_stats.toolkit.crosscoder.readout import FeatureReadout, Gate, Readout, Sparsity
-from rlgen_stats.toolkit.crosscoder.sparse import matmul
+from rlgen_stats.toolkit.crosscoder.sparse import SparseCode, matmul
 from rlgen_stats.toolkit.crosscoder.views import JointViews
 
 FORMAT_VERSION: Final = 2
@@ -235,14 +235,16 @@ class Crosscoder(nn.Module, JointViews):
             return Gate(k=min(self.k, self.n_features), norm=norm.to(dtype))
         if not bool(torch.isfinite(self.threshold).all()):
             raise InputError(f"crosscoder {self.name!r} has no inference threshold yet; finish its training first.")
-        limit = self.threshold / norm  # f_k * norm_k > threshold; a feature without decoder is never active
+        limit = (self.threshold / norm).clamp_min(
+            0.0
+        )  # f_k * norm_k > threshold; a feature without decoder is never active
         return Gate((limit if columns is None else limit[columns]).to(dtype))
 
-    def decode(self, f: Tensor) -> Tensor:
+    def decode(self, f: Tensor | SparseCode) -> Tensor:
         """Joint reconstruction [batch, D] in normalised units of features [batch, feature]."""
         return matmul(f, self.decoder_matrix) + self.decoder_offset
 
-    def reconstruct(self, f: Tensor, view: str) -> Tensor:
+    def reconstruct(self, f: Tensor | SparseCode, view: str) -> Tensor:
         """Reconstruction [batch, channel] of one view in RAW units."""
         at = self.slot_of(view)
         joint = matmul(f, self.decoder_matrix[:, at]) + self.decoder_offset[at]

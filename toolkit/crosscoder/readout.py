@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlgen_stats.toolkit.crosscoder.sparse import SparseCode
+
 Sparsity = Literal["l1", "batchtopk", "topk", "jumprelu", "dfc"]
 Readout = Literal["swap", "own", "joint"]
 """How one model's features are read from the shared code: its activation in every slot, in its own slot with the others
@@ -19,17 +21,21 @@ class Gate:
     """Which features stay active: all positive ones, those above a limit, or the largest of a token."""
 
     limit: Tensor | None = None
-    """[feature]: f_k stays if f_k exceeds it (a threshold on f_k ||d_k||, divided by the norm)."""
+    """[feature], not negative: f_k stays if f_k exceeds it (a threshold on f_k ||d_k||, divided by the norm)."""
     k: int | None = None
     """Features kept per token, by contribution f_k ||d_k||."""
     norm: Tensor | None = None
     """[feature]: the norms behind ``k``."""
 
+    def sparse(self, pre: Tensor) -> SparseCode | None:
+        """The same as entries where few features stay active; None where many do, or the rule needs whole rows."""
+        return SparseCode.above(pre, 0.0 if self.limit is None else self.limit) if self.k is None else None
+
     def __call__(self, pre: Tensor) -> Tensor:
         """Features [..., feature] of pre-activations of all features."""
-        active = torch.relu(pre)
         if self.limit is not None:
-            return active * (active > self.limit)
+            return torch.where(pre <= self.limit, 0.0, pre)  # in one pass; what is not a number stays visible
+        active = torch.relu(pre)
         if self.k is not None and self.norm is not None:
             contribution = active * self.norm
             return active * (contribution >= smallest_of_each(contribution, self.k))
@@ -66,9 +72,13 @@ class FeatureReadout:
     def __call__(self, raw: Tensor) -> Tensor:
         """Features [..., feature] of raw activations [..., channel]."""
         flat = raw.reshape(-1, raw.shape[-1]).to(self.weight.dtype)
-        f = self.gate(torch.addmm(self.bias, flat, self.weight))
+        f = self.gate(self.pre_activation(flat))
         f = f if self.columns is None else f[:, self.columns]
         return f.reshape(*raw.shape[:-1], f.shape[-1])
+
+    def pre_activation(self, raw: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[token, feature] of raw activations [token, channel], before the gate."""
+        return torch.addmm(self.bias, raw, self.weight, out=out)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> FeatureReadout:
         """The same on another device and in another type."""

@@ -36,14 +36,40 @@ class SparseCode:
     @classmethod
     def of(cls, f: Tensor) -> SparseCode | None:
         """The entries of ``f`` [row, feature]; None where dense products are as fast, always so on a GPU."""
-        if f.device.type != "cpu" or int(torch.count_nonzero(f)) > SPARSE_SHARE * f.numel():
-            return None
-        rows, columns = f.nonzero(as_tuple=True)
-        return cls(rows, columns, f[rows, columns], (f.shape[0], f.shape[1]))
+        return None if f.device.type != "cpu" else cls._where(f != 0, f)
+
+    @classmethod
+    def above(cls, values: Tensor, limit: Tensor | float) -> SparseCode | None:
+        """The entries of ``values`` [row, feature] that are not at or below ``limit``, the others counting as zero."""
+        return None if values.device.type != "cpu" else cls._where((values <= limit).logical_not_(), values)
+
+    @classmethod
+    def _where(cls, mask: Tensor, values: Tensor) -> SparseCode | None:
+        n_rows, n_features = mask.shape
+        most = SPARSE_SHARE * mask.numel()
+        if n_features % 8:
+            if int(torch.count_nonzero(mask)) > most:
+                return None
+            rows, columns = mask.nonzero(as_tuple=True)
+        else:  # eight at a time: nearly all are zero together
+            rows, words = mask.view(torch.int64).nonzero(as_tuple=True)
+            if len(rows) > most:
+                return None
+            entry, bits = mask.view(n_rows, -1, 8)[rows, words].nonzero(as_tuple=True)
+            if len(entry) > most:
+                return None
+            rows, columns = rows[entry], words[entry] * 8 + bits
+        return cls(rows, columns, values[rows, columns], (n_rows, n_features))
 
     def with_values(self, values: Tensor) -> SparseCode:
         """Other values at the same places: [entry]."""
         return replace(self, values=values)
+
+    def dense(self) -> Tensor:
+        """The code itself: [row, feature]."""
+        f = torch.zeros(self.shape, dtype=self.values.dtype)
+        f[self.rows, self.columns] = self.values
+        return f
 
     def times(self, matrix: Tensor) -> Tensor:
         """Code @ ``matrix`` [feature, channel]: [row, channel]."""
@@ -73,8 +99,10 @@ class SparseCode:
         return order, _starts(self.columns[order], self.shape[1])
 
 
-def matmul(f: Tensor, matrix: Tensor) -> Tensor:
+def matmul(f: Tensor | SparseCode, matrix: Tensor) -> Tensor:
     """``f`` [row, feature] @ ``matrix`` [feature, channel], the faster way."""
+    if isinstance(f, SparseCode):
+        return f.times(matrix)
     code = SparseCode.of(f)
     return f @ matrix if code is None else code.times(matrix)
 

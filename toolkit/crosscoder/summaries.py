@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.crosscoder.sparse import SparseCode
 
 HISTOGRAM_EDGES: Final = tuple(2.0**power for power in range(-6, 7))
 """Bins of contributions f ||d||: silent, below 2^-6, twelve doublings, 2^6 and above; one grid for all models."""
@@ -50,23 +51,22 @@ class PromptSummaries:
             n_bins = len(HISTOGRAM_EDGES) + 2
             self._histogram = torch.zeros(n_prompts, n_features, n_bins, dtype=torch.int32, device=device)
 
-    def update(self, prompt: NDArray[np.integer], f: Tensor) -> None:
+    def update(self, prompt: NDArray[np.integer], f: Tensor | SparseCode) -> None:
         """Merge a block: prompt index of each token [n], features [n, feature]."""
         if not len(prompt):
             return
-        codes = torch.as_tensor(np.asarray(prompt, dtype=np.int64), device=f.device)
+        codes = torch.as_tensor(np.asarray(prompt, dtype=np.int64), device=self._n.device)
         rows, place = torch.unique(codes, return_inverse=True)
-        shape = (len(rows), f.shape[1])
-        total = torch.zeros(shape, dtype=torch.float64, device=f.device).index_add_(0, place, f.double())
-        fired = torch.zeros(shape, dtype=torch.float32, device=f.device).index_add_(0, place, (f > 0).float())
-        largest = torch.zeros(shape, dtype=torch.float32, device=f.device)
-        largest.scatter_reduce_(0, place[:, None].expand_as(f), f.float(), "amax")
+        if isinstance(f, SparseCode):
+            total, fired, largest = _sparse(place, len(rows), f)
+        else:
+            total, fired, largest = _dense(place, len(rows), f)
         self._sum[rows] += total
         self._fired[rows] += fired.to(torch.int32)
         self._max[rows] = torch.maximum(self._max[rows], largest)
         self._n += torch.bincount(codes, minlength=len(self._n))
         if self._histogram_scale is not None:
-            self._count(codes, f)
+            self._count(codes, f.dense() if isinstance(f, SparseCode) else f)
 
     def _count(self, codes: Tensor, f: Tensor) -> None:
         assert self._histogram_scale is not None  # noqa: S101 - by the caller
@@ -103,3 +103,22 @@ class PromptSummaries:
         table = (self._sum / n * factor, self._fired / n, self._max.double() * factor)
         found = [values.masked_fill(empty[:, None], float("nan")).float().cpu().numpy() for values in table]
         return found[0], found[1], found[2]
+
+
+def _dense(place: Tensor, n: int, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum (float64), firing tokens and maximum of the rows of ``f`` that go to each of n places: [place, feature]."""
+    shape = (n, f.shape[1])
+    total = torch.zeros(shape, dtype=torch.float64, device=f.device).index_add_(0, place, f.double())
+    fired = torch.zeros(shape, dtype=torch.float32, device=f.device).index_add_(0, place, (f > 0).float())
+    largest = torch.zeros(shape, dtype=torch.float32, device=f.device)
+    return total, fired, largest.scatter_reduce_(0, place[:, None].expand_as(f), f.float(), "amax")
+
+
+def _sparse(place: Tensor, n: int, code: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the entries that are not zero."""
+    n_features = code.shape[1]
+    cell = place[code.rows] * n_features + code.columns
+    total = torch.zeros(n * n_features, dtype=torch.float64).index_add_(0, cell, code.values.double())
+    fired = torch.zeros(n * n_features).index_add_(0, cell, (code.values > 0).float())
+    largest = torch.zeros(n * n_features).scatter_reduce_(0, cell, code.values.float(), "amax")
+    return total.view(n, -1), fired.view(n, -1), largest.view(n, -1)
