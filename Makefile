@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -66,6 +66,13 @@ benchmark-statistics: install
 	mkdir -p .benchmarks
 	OMP_NUM_THREADS=2 $(BIN)/python -P benchmarks/statistics/joint.py --repetitions 7 --json .benchmarks/joint.json $(BENCHMARK_OPTIONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/statistics/drift.py --json .benchmarks/drift.json $(BENCHMARK_OPTIONS)
+
+# Five minutes. On a GPU: add BENCHMARK_OPTIONS='--device cuda'.
+benchmark-crosscoder: install
+	mkdir -p .benchmarks
+	for script in training encoding; do \
+	  $(BIN)/python -P benchmarks/crosscoder/$$script.py --json .benchmarks/crosscoder-$$script.json $(BENCHMARK_OPTIONS) || exit 1; \
+	done
 
 wheel: install-dev
 	rm -rf build dist

@@ -49,6 +49,19 @@ def read_options(description: str) -> argparse.Namespace:
     return options
 
 
+def options_with_device(description: str) -> tuple[argparse.Namespace, Any]:
+    """The options given to a benchmark that can run on a GPU, and the torch device asked for."""
+    import torch
+
+    parser = _parser(description)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    options = parser.parse_args()
+    options.repetitions = options.repetitions or (1 if options.quick else REPETITIONS)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here; leave out --device")
+    return options, torch.device(options.device)
+
+
 @contextmanager
 def scratch(options: argparse.Namespace) -> Iterator[Path]:
     """An empty folder that is removed at the end."""

@@ -1,0 +1,164 @@
+"""How many tokens a second a BatchTopK crosscoder trains on, against plain PyTorch and against its matrix products."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from benchmarks.common import Case, interleaved, options_with_device, spread
+from benchmarks.crosscoder.data import Size, planted, size_of, synchronised
+from benchmarks.crosscoder.peers import PlainCrosscoder, PlainTrainer
+from benchmarks.reports import Goal, report
+from rlgen_stats.schemas.study import CrosscoderSpec
+from rlgen_stats.toolkit.crosscoder import ArrayReader, sparse, training
+from rlgen_stats.toolkit.crosscoder.ranks import Ranks
+from rlgen_stats.toolkit.crosscoder.reader import endless, joined, measure_views
+
+STEPS: Final = 4
+"""Steps a measurement."""
+LATE: Final = 50_000
+"""Step at which ours is timed, of twice as many: after all warm-ups, with as many dead features as there are."""
+CORPUS: Final = 400_000_000
+OURS: Final = "this package"
+DENSE: Final = "this package, dense products throughout"
+PLAIN: Final = "plain PyTorch"
+PRODUCTS: Final = "the five matrix products alone"
+SQUARE: Final = "a square matrix product"
+
+
+@dataclass
+class Ours:
+    """Steps of this package's training, reading included."""
+
+    size: Size
+    reader: ArrayReader
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        size = self.size
+        views = ("base@0", *(f"run{i}@1" for i in range(1, size.views)))
+        spec = CrosscoderSpec(
+            name="benchmark", views=views, n_features=size.n_features, k=size.k, steps=2 * LATE,
+            batch_size=size.batch, precision="bfloat16" if size.low else "float32",
+        )  # fmt: skip
+        self.spec = spec
+        self.run = training._start(
+            spec, views, measure_views(self.reader), seed=1, key="", folder=None, device=self.device, ranks=Ranks()
+        )
+        self.run.step = LATE
+        self.run.objective.load_state(
+            {"last_fired": torch.full((size.n_features,), LATE, device=self.device), "running": torch.tensor(1.0)}
+        )
+        self.batches = endless(self.reader)
+
+    def dense_steps(self) -> None:
+        """The same without the products of sparse codes."""
+        share, sparse.SPARSE_SHARE = sparse.SPARSE_SHARE, -1.0  # type: ignore[misc]
+        self.steps()
+        sparse.SPARSE_SHARE = share  # type: ignore[misc]
+
+    def steps(self) -> None:
+        for _ in range(STEPS):
+            batch = torch.from_numpy(joined(next(self.batches))).to(self.device)
+            training._train_step(self.run, self.spec, batch, log=False)
+
+
+def plain(size: Size, reader: ArrayReader, device: torch.device) -> Callable[[], None]:
+    """Steps of the plain implementation on the same batches."""
+    torch.manual_seed(0)
+    trainer = PlainTrainer(PlainCrosscoder(size.views, size.width, size.n_features, size.k).to(device), low=size.low)
+    scale = torch.from_numpy(np.sqrt(size.width) / measure_views(reader).mean_norm).float().to(device)[:, None]
+    batches = endless(reader)
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            trainer.step(torch.from_numpy(next(batches)).to(device) * scale)
+
+    return steps
+
+
+def products(size: Size, device: torch.device) -> Callable[[], None]:
+    """The products of a dense step: encode, decode, and the gradients of decoder, code and encoder."""
+    kind = torch.bfloat16 if size.low else torch.float32
+    x, f = torch.randn(size.batch, size.flat), torch.randn(size.batch, size.n_features)
+    encoder = torch.randn(size.flat, size.n_features)
+    x, f, encoder = (tensor.to(device, kind) for tensor in (x, f, encoder))
+    decoder = encoder.T.contiguous()
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            x @ encoder
+            f @ decoder
+            f.T @ x
+            x @ decoder.T
+            x.T @ f
+
+    return steps
+
+
+def square(size: Size, device: torch.device) -> tuple[Callable[[], None], float]:
+    """Products of large square matrices, and their operations."""
+    n = 4096 if device.type == "cpu" else 16384
+    n = n if size.full else 256
+    a = torch.randn(n, n).to(device, torch.bfloat16 if size.low else torch.float32)
+    return lambda: [a @ a for _ in range(2)] and None, 4.0 * n**3
+
+
+def main() -> None:
+    """Measure and report."""
+    options, device = options_with_device(__doc__)
+    size = size_of(options, device)
+    torch.set_float32_matmul_precision("highest")
+    with tempfile.TemporaryDirectory() as folder:
+        reader = ArrayReader(planted(size), batch_size=size.batch, seed=0)
+        ours = Ours(size, reader, device)
+        one, operations = square(size, device)
+        cases = {OURS: ours.steps, PLAIN: plain(size, reader, device), PRODUCTS: products(size, device), SQUARE: one}
+        if device.type == "cpu":
+            cases[DENSE] = ours.dense_steps
+        found = interleaved([Case(name, synchronised(run, device)) for name, run in cases.items()], options.repetitions)
+        rows, goals = _told(size, {name: spread(seconds) for name, seconds in found.items()}, operations, device)
+        kept = float((ours.run.work.features > 0).float().sum(dim=1).mean())
+        report(
+            options, Path(folder), "Training a BatchTopK crosscoder",
+            settings=size.settings(device) | {"L0": round(kept, 1)}, rows=rows, goals=goals,
+        )  # fmt: skip
+
+
+def _told(
+    size: Size, seconds: dict[str, dict[str, float]], operations: float, device: torch.device
+) -> tuple[list[dict[str, Any]], list[Goal]]:
+    step = 10.0 * size.batch * size.flat * size.n_features
+    rates = {name: STEPS * step / found["median"] for name, found in seconds.items() if name != SQUARE}
+    rates[SQUARE] = operations / seconds[SQUARE]["median"]
+    peak = max(rates[PRODUCTS], rates[SQUARE])
+    rows = []
+    for name, found in seconds.items():
+        row: dict[str, Any] = {"what": name}
+        if name != SQUARE:
+            row |= {"ms a step": 1e3 * found["median"] / STEPS}
+            row |= {"low": 1e3 * found["low"] / STEPS, "high": 1e3 * found["high"] / STEPS}
+        if name in (OURS, DENSE, PLAIN):
+            tokens = STEPS * size.batch / found["median"]
+            row |= {"tokens/s": tokens, "of plain": seconds[PLAIN]["median"] / found["median"]}
+            row |= {"hours for 400M tokens": CORPUS / tokens / 3600}
+        rows.append(row | {"dense GFLOP/s": rates[name] / 1e9, "of peak": rates[name] / peak})
+    wanted = 0.5 if device.type == "cuda" else 0.6
+    dense = rates.get(DENSE, rates[OURS]) / peak
+    goals = [Goal("of the measured matmul peak, dense products", dense, wanted)]
+    if device.type == "cpu":
+        goals.insert(0, Goal("tokens/s against plain PyTorch", seconds[PLAIN]["median"] / seconds[OURS]["median"], 1.3))
+    return rows, goals
+
+
+if __name__ == "__main__":
+    main()
