@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, load_crossco
 from rlgen_stats.toolkit.crosscoder.files import sha256
 from rlgen_stats.toolkit.crosscoder.moments import ExplainedVariance, Moments
 from rlgen_stats.toolkit.crosscoder.reader import measure_views
+from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
 from tests.crosscoder.planted import PAIR, Planted, crosscoder_spec
 
 VIEWS = ("base@0", "sft@9", "rl@9")
@@ -289,3 +291,39 @@ def test_explained_variance_is_about_the_mean() -> None:
     still = ExplainedVariance((3,))
     still.update(np.ones((5, 3)), np.ones((5, 3)))
     assert np.isnan(still.value())
+
+
+def test_statistics_over_three_thousand_bfloat16_batches() -> None:
+    """Float64 sums whatever the data's type: accumulated in bfloat16, or in float32 uncentred, they drift away."""
+    rng = np.random.default_rng(0)
+
+    class Stream:
+        n_tokens, n_batches = 3000 * 16, 3000
+
+        def epoch(self, epoch: int, *, start_batch: int = 0) -> Iterator[np.ndarray]:
+            raise NotImplementedError
+
+        def sequential(self, batch_size: int) -> Iterator[np.ndarray]:
+            random = np.random.default_rng(1)
+            for _ in range(3000):
+                batch = 200.0 + random.normal(size=(16, 2, 6)) * [[1.0], [3.0]]
+                yield torch.from_numpy(batch).bfloat16().float().numpy()
+
+    data = np.concatenate(list(Stream().sequential(16))).astype(np.longdouble)
+    found = measure_views(Stream())
+    assert found.n_tokens == len(data)
+    np.testing.assert_allclose(found.mean, data.mean(axis=0).ravel().astype(float), rtol=1e-9)
+    np.testing.assert_allclose(found.variance, data.var(axis=0).sum(axis=-1).astype(float), rtol=1e-3)
+    np.testing.assert_allclose(found.mean_norm, np.sqrt((data**2).sum(axis=-1)).mean(axis=0).astype(float), rtol=1e-9)
+
+    fve, noise = ExplainedVariance((6,)), rng.normal(size=(len(data), 6)) * 0.5
+    summaries = PromptSummaries(3, 6)
+    for start in range(0, len(data), 16):
+        block = data[start : start + 16, 0].astype(np.float32)
+        fve.update(block, block + noise[start : start + 16].astype(np.float32))
+        summaries.update(np.arange(16) % 3, torch.from_numpy(block).bfloat16())
+    residual = (noise**2).sum() / ((data[:, 0] - data[:, 0].mean(axis=0)) ** 2).sum()
+    assert float(fve.value()) == pytest.approx(float(1 - residual), abs=1e-3)
+    place = np.tile(np.arange(16) % 3, 3000)
+    wanted = np.stack([data[place == i, 0].mean(axis=0) for i in range(3)]).astype(float)
+    np.testing.assert_allclose(summaries.result(torch.ones(6))[0], wanted, rtol=1e-6)
