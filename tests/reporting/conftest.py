@@ -170,6 +170,7 @@ def health() -> xr.Dataset:
     return xr.Dataset(
         {
             "fve": (("crosscoder", "view"), fve),
+            "fve_readout": (("crosscoder", "view"), fve - 0.05),
             "ce_increase": (("crosscoder", "view"), (1 - fve) / 2),
             "l0": ("crosscoder", [15.8, 14.9, 15.2, 15.0]),
             "dead_fraction": ("crosscoder", [0.02, 0.04, 0.03, 0.05]),
@@ -178,6 +179,7 @@ def health() -> xr.Dataset:
             "reasons": ("crosscoder", ["", "", "", "explained variance of base.repeat@0 below 0.9"]),
         },
         coords={"crosscoder": names, "view": views},
+        attrs={"fve_min": 0.8},
     )
 
 

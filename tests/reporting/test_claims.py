@@ -390,3 +390,19 @@ def test_c3_says_how_many_confirmed_features_other_seeds_bring_back(results: Res
     )
     del results["matching"]
     assert "The dictionary was trained once" in claim(results, spec, "C3").caveats[-1]
+
+
+@pytest.mark.parametrize("name", ["C2", "C3"])
+def test_features_that_explain_little_of_a_model_read_alone_are_a_caveat(
+    results: Results, spec: StudySpec, name: str
+) -> None:
+    assert not any("Read one model at a time" in c for c in claim(results, spec, name).caveats)
+    alone = results["health"]["fve_readout"]
+    alone.loc[{"crosscoder": "main", "view": "sft@150"}] = 0.24
+    said = [c for c in claim(results, spec, name).caveats if "Read one model at a time" in c]
+    assert said == [
+        "Read one model at a time (swap), the features explain 88% of base@0, 24% of sft@150 and 88% of rl@80; "
+        "together they explain 93% or more. They describe each model only in part."
+    ]
+    results["health"] = results["health"].drop_vars("fve_readout")
+    assert not any("Read one model at a time" in c for c in claim(results, spec, name).caveats)

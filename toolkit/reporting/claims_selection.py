@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.scope import readout_caveat
 from rlgen_stats.toolkit.reporting.values import Results, attr_number, count, fixed, labels_of, listed, p_text
 from rlgen_stats.toolkit.reporting.verdicts import COMPACT_SHARE, MIN_TASKS, NOTHING, Claim, Verdict, selection_verdict
 
@@ -73,7 +74,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         "features",
         verdict,
         _answer(verdict, details),
-        (*_caveats(data, details, spec), *_reappearance(results, spec, data)),
+        (*_caveats(data, details, spec), *_reappearance(results, spec, data), *readout_caveat(results, spec)),
         _C3_PAPER,
         details,
     )

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from rlgen_stats.schemas.study import RunSpec, StudySpec
-from rlgen_stats.toolkit.reporting.scope import run_caveat, these_models
+from rlgen_stats.toolkit.reporting.scope import readout_caveat, run_caveat, these_models
 from rlgen_stats.toolkit.reporting.values import (
     Results,
     fixed,
@@ -256,4 +256,4 @@ def _caveats(results: Results, sft: RunTiming, rl: RunTiming, spec: StudySpec) -
         for timing in (sft, rl)
         if timing.status is SetStatus.UNDETERMINED and timing.reason and timing.ceiling >= MIN_CEILING
     ]
-    return tuple(caveats)
+    return (*caveats, *readout_caveat(results, spec))

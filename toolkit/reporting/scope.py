@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.values import listed, runs_per_arm
+from rlgen_stats.toolkit.reporting.values import Results, attr_number, fixed, labels_of, listed, number, runs_per_arm
 
 
 def fewest_runs(spec: StudySpec) -> int:
@@ -66,4 +66,24 @@ def replication_text(spec: StudySpec) -> str:
         f"This study has {shown}. The claims compare the runs {first.name} and {second.name}; claims about the arms "
         f"have the training run as their unit, and with these numbers an exact permutation of run labels can reach "
         f"p = {smallest_p(n_first, n_second):.3g} at best."
+    )
+
+
+def readout_caveat(results: Results, spec: StudySpec) -> tuple[str, ...]:
+    """One sentence where the primary crosscoder, read one model at a time, explains little of a view; else none."""
+    name = spec.primary_crosscoder.name
+    health = results.get("health")
+    if name not in labels_of(health, "crosscoder"):
+        return ()
+    views = labels_of(health, "view")
+    alone = {view: number(health, "fve_readout", crosscoder=name, view=view) for view in views}
+    alone = {view: fve for view, fve in alone.items() if math.isfinite(fve)}
+    least = attr_number(health, "fve_min")
+    if not alone or not math.isfinite(least) or min(alone.values()) >= least:
+        return ()
+    told = listed([f"{fixed(100 * fve, 0)}% of {view}" for view, fve in alone.items()])
+    joint = [number(health, "fve", crosscoder=name, view=view) for view in alone]
+    return (
+        f"Read one model at a time ({spec.primary_crosscoder.readout}), the features explain {told}; together they "
+        f"explain {fixed(100 * min(joint), 0)}% or more. They describe each model only in part.",
     )

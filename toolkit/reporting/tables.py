@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Final
 
@@ -44,7 +45,8 @@ def build_tables(
         tables["stabilization"] = flat(results["stabilization"], ("model",))
     if "health" in results:
         tables["health"] = flat(results["health"], ("crosscoder",))
-        tables["health_views"] = flat(results["health"], ("crosscoder", "view")).dropna(subset=["fve"])
+        views = flat(results["health"], ("crosscoder", "view")).dropna(subset=["fve"])
+        tables["health_views"] = views if "fve_readout" in views else views.assign(fve_readout=math.nan)
     if "latent_scaling" in results:
         tables["feature_classes"] = class_counts(results["latent_scaling"])
     if "matching" in results:
