@@ -112,6 +112,8 @@ class ExtractionSpec(Spec):
     """Texts per forward pass."""
     skip_first: Annotated[int, Field(ge=0)] = 1
     """Leading tokens of each text (BOS, attention sink) that are neither trained on nor summarised."""
+    max_norm_ratio: Annotated[float, Field(gt=1)] | None = 10.0
+    """Nor are tokens anywhere whose base activation is longer than this multiple of the median; null keeps them."""
     segments: tuple[Literal["prompt", "completion"], ...] = ("prompt", "completion")
     """Segments whose tokens the crosscoder trains on."""
     summary_segments: tuple[Literal["last_prompt", "prompt", "completion"], ...] = ("last_prompt", "completion")

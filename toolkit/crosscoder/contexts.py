@@ -41,7 +41,7 @@ from rlgen_stats.toolkit.extraction import (
     load_tokenizer,
     resolve_device,
     site_name,
-    token_mask,
+    usable_tokens,
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -140,7 +140,7 @@ def _collect(
     progress: Progress,
 ) -> _Collected:
     blocks = [_ModelBlocks(crosscoder, spec, folder, model) for model in models]
-    mask = token_mask(open_tokens(folder.activations), spec.extraction, purpose="train")
+    mask = usable_tokens(spec, folder)
     labels = LabelBlocks(TokenLabels(folder.activations))
     seed = derive_seed(spec.seed, "contexts")
     collected = _Collected(len(models), crosscoder.n_features, n=n, seed=seed)

@@ -47,7 +47,7 @@ from rlgen_stats.toolkit.crosscoder.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.readout import FeatureReadout, Readout
 from rlgen_stats.toolkit.crosscoder.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.summaries import HISTOGRAM_EDGES, PromptSummaries
-from rlgen_stats.toolkit.extraction import ModelRef, list_models, resolve_device, site_name, token_mask
+from rlgen_stats.toolkit.extraction import ModelRef, list_models, resolve_device, site_name, usable_tokens
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 BLOCK_TOKENS: Final = 8192
@@ -329,7 +329,7 @@ def encode_features(
     if done:
         _check_crosscoder(folder, crosscoder)
     tokens = open_tokens(folder.activations)
-    prompts = Prompts(folder.activations, token_mask(tokens, spec.extraction, purpose="summary"))
+    prompts = Prompts(folder.activations, usable_tokens(spec, folder, "summary"))
     partners = partner_activations(crosscoder, folder.activations, site, primary.readout)
     with progress.task("encode", total=len(refs), unit="models") as task:
         for ref in refs:

@@ -39,7 +39,7 @@ from rlgen_stats.toolkit.extraction import (
     resolve_device,
     resolve_view,
     site_name,
-    token_mask,
+    usable_tokens,
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -77,7 +77,7 @@ def train_crosscoders(
     if not folder.activations.exists():
         raise StageError(f"{folder.activations} is missing; run the extract stage before training crosscoders.")
     tokens = open_tokens(folder.activations)
-    mask = token_mask(tokens, spec.extraction, purpose="train")
+    mask = usable_tokens(spec, folder)
     for crosscoder in spec.crosscoders:
         _CrosscoderJob(spec, folder, crosscoder, tokens, mask, provenance, progress).run()
 

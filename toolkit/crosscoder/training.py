@@ -206,10 +206,11 @@ def train_replicates(
     return [_finish(run, spec, facts={"key": run.key, "seed": run.seed, **told}) for run in runs]
 
 
-def _shown(run: _Run) -> dict[str, float]:
-    """What the progress line says."""
+def _shown(run: _Run) -> dict[str, float | str]:
+    """What the progress line says; the fractions of variance explained in the order of the views."""
     last = run.curve[-1]
-    return {"loss": last["loss"], "l0": last["l0"], "fve": min(last["fve"].values()), "dead": last["dead"]}
+    fve = "/".join(f"{value:.3f}" for value in last["fve"].values())
+    return {"loss": last["loss"], "l0": last["l0"], "fve": fve, "dead": last["dead"]}
 
 
 def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:

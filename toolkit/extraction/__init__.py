@@ -19,6 +19,7 @@ from rlgen_stats.toolkit.extraction.hooks import block_output, capture_residual,
 from rlgen_stats.toolkit.extraction.movement import measure_movement
 from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
 from rlgen_stats.toolkit.extraction.prompts import load_prompts, read_table
+from rlgen_stats.toolkit.extraction.usable import usable_tokens
 
 __all__ = [
     "FORMAT_CLASSES",
@@ -49,4 +50,5 @@ __all__ = [
     "sample_outcomes",
     "site_name",
     "token_mask",
+    "usable_tokens",
 ]

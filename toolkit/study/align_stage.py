@@ -22,7 +22,7 @@ from rlgen_stats.toolkit.crosscoder import (
     stored_scaling_sums,
     summarise_prompts,
 )
-from rlgen_stats.toolkit.extraction import resolve_device, site_name, token_mask
+from rlgen_stats.toolkit.extraction import resolve_device, site_name, usable_tokens
 from rlgen_stats.toolkit.progress import Progress
 from rlgen_stats.toolkit.statistics import (
     attribution,
@@ -92,7 +92,7 @@ def _scaling(
 ) -> tuple[xr.Dataset, dict[str, NDArray[np.bool_]]]:
     """Latent scaling and classes of every crosscoder; whether it agrees with the largest norm share."""
     spec, folder = study.spec, study.folder
-    mask = token_mask(open_tokens(folder.activations), spec.extraction, purpose="train")
+    mask = usable_tokens(spec, folder)
     tables, classes, agrees = {}, {}, {}
     for crosscoder in spec.crosscoders:
         name = pair_name(crosscoder.name, crosscoder.views) or crosscoder.name
@@ -153,7 +153,7 @@ def _both(study: Study, crosscoder: CrosscoderSpec, name: str) -> tuple[xr.Datas
     run = spec.contrasted[1].name
     model = next((view for view in loaded.views if view.startswith(f"{run}@")), loaded.views[-1])
     tokens = open_tokens(folder.activations)
-    mask = token_mask(tokens, spec.extraction, purpose="summary") & (tokens[SPLIT].values == "verification")
+    mask = usable_tokens(spec, folder, "summary") & (tokens[SPLIT].values == "verification")
     means = summarise_prompts(
         loaded, folder.activations, site_name(spec.extraction.layer), mask, model=model, readout=crosscoder.readout
     )["mean"]

@@ -11,7 +11,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import ARM, FEATURE, MODEL, RUN
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.study import RunSpec
-from rlgen_stats.stores import open_activations, open_results, open_tokens, read_json, write_json, write_results
+from rlgen_stats.stores import open_activations, open_results, read_json, write_json, write_results
 from rlgen_stats.toolkit.crosscoder import (
     encode_features,
     forget_crosscoders,
@@ -22,7 +22,7 @@ from rlgen_stats.toolkit.crosscoder import (
     write_contexts,
     write_logits,
 )
-from rlgen_stats.toolkit.extraction import extract_activations, measure_movement, sample_outcomes, token_mask
+from rlgen_stats.toolkit.extraction import extract_activations, measure_movement, sample_outcomes, usable_tokens
 from rlgen_stats.toolkit.intervention import verify_causally
 from rlgen_stats.toolkit.posttrain import train_run
 from rlgen_stats.toolkit.progress import Progress
@@ -122,7 +122,7 @@ def movement(study: Study, key: str, progress: Progress) -> Facts:
     shift = representation_drift(
         activations,
         models=[str(model) for model in weights[MODEL].values],
-        mask=token_mask(open_tokens(folder.activations), spec.extraction, purpose="train"),
+        mask=usable_tokens(spec, folder),
         alpha=spec.statistics.alpha,
         progress=progress,
     )

@@ -1,0 +1,69 @@
+"""Which stored tokens are used: by their labels, and without attention sinks."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import BASE_MODEL
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder, open_activations, open_tokens
+from rlgen_stats.toolkit.extraction.activations import site_name, token_mask
+
+BLOCK: Final = 8192
+"""Tokens whose norms are computed at once: one shard of the store."""
+
+
+def usable_tokens(
+    spec: StudySpec, folder: StudyFolder, purpose: Literal["train", "summary"] = "train"
+) -> NDArray[np.bool_]:
+    """Tokens a study's crosscoders train on, or tokens a prompt's summary averages over.
+
+    Parameters
+    ----------
+    spec, folder
+        The study, with base's activations stored.
+    purpose
+        ``"train"`` or ``"summary"``.
+
+    Returns
+    -------
+    ndarray [token] bool
+        Those of :func:`token_mask` that are no attention sinks: the residual stream of a few tokens that all others
+        attend to is many times longer than the rest (arXiv:2402.17762), and would be most of what a mean or a squared
+        error is made of. A token is one where base's activation is longer than ``extraction.max_norm_ratio`` times
+        base's median over the tokens trained on; the same tokens for all models, so that they stay comparable.
+
+    Raises
+    ------
+    StoreError
+        If base's activations are not complete.
+    InputError
+        If nothing is left.
+    """
+    tokens, ratio = open_tokens(folder.activations), spec.extraction.max_norm_ratio
+    mask = token_mask(tokens, spec.extraction, purpose)
+    if ratio is None:
+        return mask
+    norms = _norms(spec, folder)
+    trained = mask if purpose == "train" else token_mask(tokens, spec.extraction, "train")
+    mask &= norms <= ratio * np.median(norms[trained])
+    if not mask.any():
+        raise InputError(
+            f"no token is left whose base activation is at most {ratio} times the median long; raise "
+            "extraction.max_norm_ratio."
+        )
+    return mask
+
+
+def _norms(spec: StudySpec, folder: StudyFolder) -> NDArray[np.float32]:
+    """Euclidean norm of base's activation of every token."""
+    stored = open_activations(folder.activations, models=[BASE_MODEL], site=site_name(spec.extraction.layer))
+    activation = stored["activation"][0]
+    norms = np.empty(len(activation), dtype=np.float32)
+    for start in range(0, len(norms), BLOCK):
+        norms[start : start + BLOCK] = np.linalg.norm(activation[start : start + BLOCK].values, axis=1)
+    return norms
