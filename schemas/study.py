@@ -249,6 +249,9 @@ class InterventionSpec(Spec):
 
     n_controls: Annotated[int, Field(ge=19)] = 99
     """Matched random feature sets; the smallest possible rank p-value is 1 / (n_controls + 1)."""
+    early_stop: bool = True
+    """Whether no more random sets are run once so many did as much as the set that its rank p-value must exceed alpha
+    (Besag-Clifford); the verdict does not change."""
     doses: tuple[float, ...] = (0.0, 0.5, 2.0, 4.0)
     """Multipliers of the set's activations in the dose grid; 1 is no edit and 0 is disabling."""
     amplify: Annotated[float, Field(gt=1)] = 2.0

@@ -12,7 +12,7 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
-from rlgen_stats.toolkit.intervention.criteria import dose_order
+from rlgen_stats.toolkit.intervention.criteria import Settings, dose_order, hopeless
 from rlgen_stats.toolkit.intervention.outcomes import cluster_interval, ending_of, paired_effect
 
 from .worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, WRONG, causal, world
@@ -256,3 +256,52 @@ def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> Non
     assert not verdict.v1
     trapped = replace(honest, target=honest.target & np.pad(picked[rows], (0, len(honest.target) - N_TARGET)))
     assert judge(trapped, SETTINGS).v1, "selection by outcome manufactures an effect out of resampling"
+
+
+def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable, Settings]:
+    """The table with only the random sets that are run when hopeless ones are not."""
+    random = table.where("random")
+    accuracy = table.sign * table.accuracy(table.target)
+    as_large = np.cumsum(accuracy[random] >= accuracy[table.chosen] - 1e-9)
+    enough = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), len(random), settings.alpha)]
+    kept = [i for i in range(len(table.conditions)) if i not in set(random[enough[0] :] if enough else ())]
+    names = ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl")
+    shorter = replace(
+        table,
+        conditions=tuple(table.conditions[i] for i in kept),
+        **{name: getattr(table, name)[kept] for name in names},
+    )
+    return shorter, replace(settings, n_planned=len(random))
+
+
+def test_stopping_hopeless_controls_changes_no_verdict_and_saves_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    settings, run = replace(SETTINGS, n_resamples=99), []
+    for seed in range(40):
+        table = random_only(seed)
+        shorter, stopped = stopped_early(table, settings)
+        whole, early = judge(table, settings), judge(shorter, stopped)
+        assert early.verdict == whole.verdict
+        assert early.v2 == whole.v2
+        run.append(len(shorter.where("random")))
+        if run[-1] < 19:
+            assert early.rank_p > settings.alpha
+            assert "v2_stopped" in codes(early.reasons)
+    assert np.mean(run) < 10
+    shorter, stopped = stopped_early(causal(), SETTINGS)
+    assert len(shorter.where("random")) == 39
+    assert judge(shorter, stopped).rank_p == pytest.approx(1 / 40)
+
+
+def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
+    """Exchangeable controls: P(p <= a) <= a at every a, stopping included."""
+    draw, n_planned, p_values = np.random.default_rng(0), 99, []
+    for _ in range(4000):
+        effects = draw.random(n_planned + 1)
+        as_large = np.cumsum(effects[1:] >= effects[0])
+        stop = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), n_planned, 0.05)]
+        p_values.append(as_large[stop[0] - 1] / stop[0] if stop else (1 + as_large[-1]) / (n_planned + 1))
+    for level in (0.01, 0.05, 0.1, 0.3, 0.6):
+        share = np.mean(np.array(p_values) <= level)
+        assert share <= level + 3 * np.sqrt(level * (1 - level) / 4000)
+    assert np.mean(np.array(p_values) <= 0.05) > 0.035

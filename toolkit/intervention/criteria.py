@@ -51,6 +51,8 @@ class Settings:
     """What the matching fell short of."""
     noop_changed: float = 0.0
     """Share of completions that the passthrough arm changed."""
+    n_planned: int = 0
+    """Random sets planned, where they were stopped once :func:`hopeless`; 0: all were run."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,37 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     return Step(passed, tuple(reasons))
 
 
+def hopeless(n_as_large: int, n_planned: int, alpha: float) -> bool:
+    """Whether the rank p-value must exceed alpha, however the random sets that are still to come turn out.
+
+    Examples
+    --------
+    >>> hopeless(4, 99, 0.05), hopeless(5, 99, 0.05)
+    (False, True)
+    """
+    return (1 + n_as_large) / (n_planned + 1) > alpha
+
+
 def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, float]:
-    """V2: rank of the set's effect among the random sets' (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585)."""
+    """V2: rank of the set's effect among the random sets'.
+
+    p = (1 + as large) / (1 + all) (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585); where the sets were stopped at
+    the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact.
+    """
     random = table.where("random")
     flags = tuple(f"v2_controls: {flag}" for flag in settings.control_flags)
     if not len(random):
         return Step(False, (*flags, "v2_no_controls: no random sets")), float("nan")
     signed = table.sign * effects.mean
-    rank_p = float((1 + (signed[random] >= signed[table.chosen] - TIE).sum()) / (len(random) + 1))
+    n_as_large = int((signed[random] >= signed[table.chosen] - TIE).sum())
+    stopped = len(random) < settings.n_planned
+    rank_p = n_as_large / len(random) if stopped else (1 + n_as_large) / (len(random) + 1)
     text = (
         f"v2_specificity: rank p={rank_p:.3g} among {len(random)} random sets, whose effects are "
         f"{effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
     )
+    if stopped:
+        flags += (f"v2_stopped: {n_as_large} of the first {len(random)} of {settings.n_planned} sets did as much",)
     return Step(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
 
 

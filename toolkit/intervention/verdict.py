@@ -138,7 +138,7 @@ def _combine(
     if np.isnan(rank_p) or not settings.comparable:
         return "INCONCLUSIVE", ("v2_not_estimable: no comparable random sets",)
     if not v2.passed:
-        smallest = 1 / (len(table.where("random")) + 1)
+        smallest = 1 / (max(len(table.where("random")), settings.n_planned) + 1)
         if smallest > settings.alpha:
             return "INCONCLUSIVE", (f"v2_not_estimable: smallest possible rank p is {smallest:.3f}",)
         return "CAUSAL_NONSPECIFIC", ("v2_failed: matched random sets do as much",)

@@ -36,7 +36,7 @@ from rlgen_stats.toolkit.intervention.arms import (
 )
 from rlgen_stats.toolkit.intervention.controls import MatchedControls, match_controls
 from rlgen_stats.toolkit.intervention.covariates import feature_covariates, near_duplicates
-from rlgen_stats.toolkit.intervention.criteria import Settings
+from rlgen_stats.toolkit.intervention.criteria import TIE, Settings, hopeless
 from rlgen_stats.toolkit.intervention.divergence import mean_residual
 from rlgen_stats.toolkit.intervention.edit import EditSite
 from rlgen_stats.toolkit.intervention.live import Donor
@@ -193,12 +193,46 @@ def _run_direction(
     sets = np.empty((0, len(trial.chosen)), dtype=np.int64) if trial.controls is None else trial.controls.sets
     arms = (UNEDITED, *plan_arms(subject.direction, trial.chosen, sets, trial.spec, **vectors))
     n = len(trial.prompts) * trial.spec.intervention.n_samples
-    frames = []
+    frames: list[pd.DataFrame] = []
+    rank = _Rank(trial, subject.direction, n_planned=len(sets))
     with progress.task(f"{subject.direction}: {len(arms)} arms", total=len(arms) * n, unit="completions") as task:
         for arm in arms:
+            if trial.spec.intervention.early_stop and rank.hopeless:
+                progress.log(f"{subject.direction}: stopped after {rank.n_run} of {len(sets)} random sets; {rank.why}")
+                break
             frames.append(run_arm(bench, subject, arm, probes))
+            rank.add(arm, frames[-1])
             task.advance(n, arm=arm.name, accuracy=round(float(frames[-1]["correct"].mean()), 3))
-    return _judged(trial, subject.direction, arms, frames, unedited["base" if subject.direction == "disable" else "rl"])
+    other = unedited["base" if subject.direction == "disable" else "rl"]
+    return _judged(trial, subject.direction, arms[: len(frames)], frames, other, n_planned=len(sets))
+
+
+class _Rank:
+    """How many random sets did as much as the set so far; they come last, in random order."""
+
+    def __init__(self, trial: _Trial, direction: Direction, *, n_planned: int) -> None:
+        self._target, _ = target_prompts(trial.prompts, trial.spec)
+        self._sign = 1.0 if direction == "amplify" else -1.0
+        self._alpha, self._n_planned = trial.spec.statistics.alpha, n_planned
+        self._set = np.inf
+        self.n_run = self.n_as_large = 0
+
+    def add(self, arm: Arm, frame: pd.DataFrame) -> None:
+        correct = _cube([frame], "correct", len(self._target))[0][self._target]
+        accuracy = self._sign * float(correct.mean())
+        if arm.condition.kind == "set":
+            self._set = accuracy
+        elif arm.condition.kind == "random":
+            self.n_run += 1
+            self.n_as_large += int(accuracy >= self._set - TIE)
+
+    @property
+    def hopeless(self) -> bool:
+        return hopeless(self.n_as_large, self._n_planned, self._alpha) and self.n_run > 0
+
+    @property
+    def why(self) -> str:
+        return f"{self.n_as_large} did as much as the set, so that its rank p-value must exceed {self._alpha}"
 
 
 def _vectors(spec: StudySpec, models: dict[str, Any], probes: Probes) -> dict[str, NDArray[np.float64]]:
@@ -233,6 +267,8 @@ def _judged(
     arms: Sequence[Arm],
     frames: list[pd.DataFrame],
     other: pd.DataFrame,
+    *,
+    n_planned: int,
 ) -> Result:
     spec, prompts, controls = trial.spec, trial.prompts, trial.controls
     n = len(prompts)
@@ -265,6 +301,7 @@ def _judged(
             comparable=controls is not None and controls.comparable,
             control_flags=(trial.why,) if controls is None else controls.flags,
             noop_changed=float((passthrough["text"] != frames[0]["text"]).mean()),
+            n_planned=n_planned,
         ),
     )
     broken = [arm.name for arm, frame in zip(arms, frames, strict=True) if not frame["finite"].all()]
