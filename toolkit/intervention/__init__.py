@@ -7,6 +7,7 @@ from rlgen_stats.toolkit.intervention.criteria import Settings
 from rlgen_stats.toolkit.intervention.edit import EditSite, FeatureEdit
 from rlgen_stats.toolkit.intervention.live import ActiveEdit, Donor, amplify, disable, editing
 from rlgen_stats.toolkit.intervention.outcomes import Condition, OutcomeTable
+from rlgen_stats.toolkit.intervention.plan import TrialPlan, plan_trial
 from rlgen_stats.toolkit.intervention.verdict import Verdict, judge
 from rlgen_stats.toolkit.intervention.verify import verify_causally
 
@@ -19,6 +20,7 @@ __all__ = [
     "MatchedControls",
     "OutcomeTable",
     "Settings",
+    "TrialPlan",
     "Verdict",
     "amplify",
     "choose_prompts",
@@ -29,5 +31,6 @@ __all__ = [
     "match_controls",
     "near_duplicates",
     "plan_arms",
+    "plan_trial",
     "verify_causally",
 ]

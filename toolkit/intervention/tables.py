@@ -119,7 +119,10 @@ def as_dataset(
     """Layout ``intervention``: all directions and conditions; what a direction lacks is NaN, kind absent."""
     names = list(dict.fromkeys(c.name for result in results for c in result.table.conditions))
     dataset = _empty(prompts, names)
-    for d, result in enumerate(results):
+    asked = {result.direction for result in results}
+    dataset["reasons"][:] = ["" if direction in asked else "not_asked: not run" for direction in DIRECTIONS]
+    for result in results:
+        d = DIRECTIONS.index(result.direction)
         table, verdict = result.table, result.verdict
         at = [names.index(condition.name) for condition in table.conditions]
         values = (

@@ -41,6 +41,8 @@ NEUTRAL_TOKENS: Final = 512
 """Prompt positions on which every arm is compared with the unedited model."""
 DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl", "neutral_kl")
 """Per prompt: first completion position, forced completions, and prompt text; NaN where not computed."""
+SHARED_KINDS: Final = ("unedited", "fresh", "passthrough", "steering", "random_direction")
+"""Arms that are the same whatever the set."""
 _HASH: Final = b"rlgen_stats_arm"
 
 
@@ -75,8 +77,19 @@ class Bench:
     tokenizer: Any
     folder: Path
     """intervention/ in the study folder."""
+    trial: str = ""
+    """Name of a trial beside the study's own; arms that do not depend on the set are shared with it."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Whatever else decides an arm's outcome (hashes of weights and spec); a stored arm with other facts is redone."""
+
+    def place(self, direction: Direction, arm: Arm) -> Path:
+        """File of an arm."""
+        own = self.folder if arm.condition.kind in SHARED_KINDS or not self.trial else self.folder / self.trial
+        return own / direction / f"{arm.name}.parquet"
+
+    def is_stored(self, direction: Direction, site: EditSite, arm: Arm) -> bool:
+        """Whether an arm has been run and would not be run again."""
+        return _stored(self.place(direction, arm), _arm_hash(self, direction, site, arm)) is not None
 
     @property
     def ids(self) -> list[str]:
@@ -140,8 +153,8 @@ def run_arm(bench: Bench, subject: Subject, arm: Arm, probes: Probes | None) -> 
         Sample after sample, prompts in order: prompt, sample, text, token_ids, n_tokens, correct, format_class, finite,
         and the columns of ``DIVERGENCES``.
     """
-    path = bench.folder / subject.direction / f"{arm.name}.parquet"
-    wanted = _arm_hash(bench, subject, arm)
+    path = bench.place(subject.direction, arm)
+    wanted = _arm_hash(bench, subject.direction, subject.site, arm)
     found = _stored(path, wanted)
     if found is None:
         found = _complete(bench, subject, arm)
@@ -157,14 +170,14 @@ def run_arm(bench: Bench, subject: Subject, arm: Arm, probes: Probes | None) -> 
     return found
 
 
-def _arm_hash(bench: Bench, subject: Subject, arm: Arm) -> str:
+def _arm_hash(bench: Bench, direction: Direction, site: EditSite, arm: Arm) -> str:
     edit = None if arm.edit is None else asdict(arm.edit)
     how = bench.spec.generation.model_dump(exclude={"batch_size", "n_samples"})
     samples = bench.spec.intervention.n_samples
     return content_hash(
         {
             "facts": bench.facts,
-            "site": [subject.direction, subject.site.view, subject.site.layer, subject.site.readout],
+            "site": [direction, site.view, site.layer, site.readout],
             "arm": [edit, arm.fresh],
             "sampling": [how, samples, bench.spec.seed],
             "grader": bench.spec.grader.model_dump(),

@@ -51,7 +51,7 @@ N_RESAMPLES: Final = 9999
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """What is verified, on which prompts, against which controls."""
 
     spec: StudySpec
@@ -71,6 +71,8 @@ def verify_causally(
     covariates: xr.Dataset | None = None,
     *,
     provenance: Provenance,
+    directions: Sequence[Direction] = DIRECTIONS,
+    name: str = "",
     progress: Progress = SILENT,
 ) -> tuple[xr.Dataset, xr.Dataset]:
     """Disable the set in the RL model and amplify it in base, against matched controls, on prompts kept for this.
@@ -85,6 +87,10 @@ def verify_causally(
         What controls are matched on, as :func:`feature_covariates` gives it; computed from ``features.zarr`` if None.
     provenance
         Origin; its spec hash decides whether arms found on disk are still this trial's.
+    directions
+        ``disable`` and/or ``amplify``.
+    name
+        Folder below intervention/ for arms of a set that is not the study's own; arms without the set are shared.
     progress
         Receiver of progress.
 
@@ -105,25 +111,46 @@ def verify_causally(
     Finished arms are kept as intervention/<direction>/<arm>.parquet and not run again. What cannot be estimated makes
     the verdict INCONCLUSIVE with a reason; it does not raise.
     """
+    prepared = prepare(spec, folder, features, covariates)
+    if isinstance(prepared, str):
+        prompts = choose_prompts(load_prompts(spec, folder), spec)
+        return nothing_to_show(spec, prompts, tuple(dict.fromkeys(map(int, features))), prepared)
+    results = _run(prepared, folder, provenance, progress, directions, name)
+    told = as_dataset(spec, prepared.prompts, prepared.chosen, results, prepared.controls)
+    return told, balance_table(prepared.controls, prepared.why)
+
+
+def prepare(
+    spec: StudySpec, folder: StudyFolder, features: Sequence[int], covariates: xr.Dataset | None = None
+) -> Trial | str:
+    """What will be verified, on which prompts, against which controls; or why nothing can be.
+
+    Parameters
+    ----------
+    spec, folder, features, covariates
+        As in :func:`verify_causally`.
+
+    Raises
+    ------
+    InputError
+        If a feature does not exist.
+    """
     prompts = choose_prompts(load_prompts(spec, folder), spec)
     chosen = tuple(dict.fromkeys(int(k) for k in features))
     if not chosen:
-        return nothing_to_show(spec, prompts, chosen, "no_features: no feature selected")
+        return "no_features: no feature selected"
     if prompts.empty:
-        return nothing_to_show(spec, prompts, chosen, "no_prompts: no verification prompts")
+        return "no_prompts: no verification prompts"
     crosscoder = load_crosscoder(folder.crosscoder(spec.primary_crosscoder.name))
-    if max(chosen) >= crosscoder.n_features or min(chosen) < 0:
-        raise InputError(f"feature ids run from 0 to {crosscoder.n_features - 1}, got {max(chosen)}.")
+    beyond = [k for k in chosen if not 0 <= k < crosscoder.n_features]
+    if beyond:
+        raise InputError(f"feature ids run from 0 to {crosscoder.n_features - 1}, got {beyond[0]}.")
     rl_view = final_model(spec, folder, spec.contrasted[1].name).model
     target, _ = target_prompts(prompts, spec)
     if not target.any():
-        return nothing_to_show(
-            spec, prompts, chosen, "no_target_prompts: all verification prompts are of control tasks"
-        )
+        return "no_target_prompts: all verification prompts are of control tasks"
     controls, why = _controls(spec, folder, chosen, crosscoder, rl_view, covariates)
-    trial = _Trial(spec, prompts, chosen, crosscoder, rl_view, controls, why)
-    results = _run(trial, folder, provenance, progress)
-    return as_dataset(spec, prompts, chosen, results, controls), balance_table(controls, why)
+    return Trial(spec, prompts, chosen, crosscoder, rl_view, controls, why)
 
 
 def _controls(
@@ -153,20 +180,23 @@ def _controls(
 # -- running
 
 
-def _run(trial: _Trial, folder: StudyFolder, provenance: Provenance, progress: Progress) -> list[Result]:
-    spec, prompts, crosscoder = trial.spec, trial.prompts, trial.crosscoder
+def _run(
+    trial: Trial,
+    folder: StudyFolder,
+    provenance: Provenance,
+    progress: Progress,
+    directions: Sequence[Direction],
+    name: str,
+) -> list[Result]:
+    spec, prompts = trial.spec, trial.prompts
     refs = {"base": find_model(BASE_MODEL, spec, folder), "rl": find_model(trial.rl_view, spec, folder)}
     device = resolve_device(spec.device)
     models = {name: load_model(ref, device=device) for name, ref in refs.items()}
-    facts = {"spec_hash": provenance.spec_hash, "crosscoder": crosscoder.weights_sha256}
-    bench = Bench(spec, prompts, load_tokenizer(refs["base"]), folder.root / "intervention", facts)
-    sites = {
-        name: EditSite(crosscoder, ref.model, spec.extraction.layer, spec.primary_crosscoder.readout)
-        for name, ref in refs.items()
-    }
+    bench = make_bench(trial, folder, provenance, load_tokenizer(refs["base"]), name)
+    sites = {direction: edit_site(trial, direction) for direction in DIRECTIONS}
     subjects = {
-        "disable": Subject("disable", models["rl"], sites["rl"], None),
-        "amplify": Subject("amplify", models["base"], sites["base"], Donor(models["rl"], trial.rl_view)),
+        "disable": Subject("disable", models["rl"], sites["disable"], None),
+        "amplify": Subject("amplify", models["base"], sites["amplify"], Donor(models["rl"], trial.rl_view)),
     }
     with torch.no_grad():
         unedited = {
@@ -178,11 +208,24 @@ def _run(trial: _Trial, folder: StudyFolder, provenance: Provenance, progress: P
         return [
             _run_direction(trial, bench, subjects[direction], vectors, unedited, probes, progress)
             for direction in DIRECTIONS
+            if direction in directions
         ]
 
 
+def make_bench(trial: Trial, folder: StudyFolder, provenance: Provenance, tokenizer: Any, name: str) -> Bench:
+    """Prompts, place and identity of a trial's arms."""
+    facts = {"spec_hash": provenance.spec_hash, "crosscoder": trial.crosscoder.weights_sha256}
+    return Bench(trial.spec, trial.prompts, tokenizer, folder.root / "intervention", name, facts)
+
+
+def edit_site(trial: Trial, direction: Direction) -> EditSite:
+    """Where a direction edits: disabling the RL model, amplifying base."""
+    view = trial.rl_view if direction == "disable" else BASE_MODEL
+    return EditSite(trial.crosscoder, view, trial.spec.extraction.layer, trial.spec.primary_crosscoder.readout)
+
+
 def _run_direction(
-    trial: _Trial,
+    trial: Trial,
     bench: Bench,
     subject: Subject,
     vectors: dict[str, NDArray[np.float64]],
@@ -210,7 +253,7 @@ def _run_direction(
 class _Rank:
     """How many random sets did as much as the set so far; they come last, in random order."""
 
-    def __init__(self, trial: _Trial, direction: Direction, *, n_planned: int) -> None:
+    def __init__(self, trial: Trial, direction: Direction, *, n_planned: int) -> None:
         self._target, _ = target_prompts(trial.prompts, trial.spec)
         self._sign = 1.0 if direction == "amplify" else -1.0
         self._alpha, self._n_planned = trial.spec.statistics.alpha, n_planned
@@ -262,7 +305,7 @@ def _endings(frames: Sequence[pd.DataFrame], n_prompts: int) -> NDArray[Any]:
 
 
 def _judged(
-    trial: _Trial,
+    trial: Trial,
     direction: Direction,
     arms: Sequence[Arm],
     frames: list[pd.DataFrame],

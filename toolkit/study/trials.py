@@ -1,0 +1,140 @@
+"""Causal trials of other feature sets than the one a study selected, beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import xarray as xr
+
+from rlgen_stats.schemas.dims import FEATURE
+from rlgen_stats.schemas.errors import InputError, StageError
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import open_outcomes, open_results, write_results
+from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.toolkit.intervention import TrialPlan, plan_trial, verify_causally
+from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.study.plan import Study
+from rlgen_stats.toolkit.study.run import open_for_run
+
+SETS: Final = ("selected", "confirmed", "candidate", "paper")
+"""Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
+DIRECTIONS: Final = ("disable", "amplify")
+SPELLED_OUT: Final = 6
+"""Features that a trial's name spells out; more are hashed."""
+
+Direction = Literal["disable", "amplify"]
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """A trial that was run, or would be."""
+
+    name: str
+    plan: TrialPlan
+    seconds: float | None
+    """Roughly how long the plan takes at the speed of the outcomes stage; None where that is not known."""
+    result: xr.Dataset | None
+    """Layout ``intervention``; None for a dry run."""
+
+
+def run_trial(
+    path: Path | str,
+    *,
+    features: Sequence[int] = (),
+    set_name: str | None = None,
+    directions: Sequence[Direction] = DIRECTIONS,
+    doses: Sequence[float] = (),
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> TrialRun:
+    """Verify any feature set of a study causally, as its own is.
+
+    Parameters
+    ----------
+    path
+        Study folder, run up to the select stage.
+    features
+        Ids of the primary crosscoder; or
+    set_name
+        one of ``SETS``.
+    directions
+        Disable in the RL model, amplify in base, or both.
+    doses
+        Multipliers of the dose grid instead of the study's.
+    dry_run
+        Only say what it would cost.
+    progress
+        Receiver of progress.
+
+    Returns
+    -------
+    TrialRun
+        The result is also written to results.zarr as ``trial-NAME``, its completions below intervention/NAME.
+
+    Raises
+    ------
+    StageError
+        If the study has not come to the select stage, or is stale.
+    InputError
+        If a feature or set does not exist, or both or neither are named.
+    """
+    study = open_for_run(path)
+    open_ = [name for name in ("posttrain", "outcomes", "extract", "encode", "select") if study.state(name) != "done"]
+    if open_:
+        raise StageError(f"a trial needs the stage(s) {', '.join(open_)} done; run: rlgen-stats select {path}")
+    if bool(features) == (set_name is not None):
+        raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 12,407.")
+    chosen = _named(study, set_name) if set_name is not None else tuple(dict.fromkeys(int(k) for k in features))
+    name = set_name or _name(chosen)
+    spec = study.spec
+    if doses:
+        changed = spec.intervention.model_copy(update={"doses": tuple(doses)})
+        spec = spec.model_copy(update={"intervention": changed})
+    provenance = study.provenance("intervene", study.key("intervene"))
+    own = "" if name == "selected" else name  # the study's own set has its arms where the stage puts them
+    how: dict[str, Any] = {"provenance": provenance, "directions": directions, "name": own}
+    plan = plan_trial(spec, study.folder, chosen, **how)
+    seconds = _seconds(study, spec, plan)
+    if dry_run:
+        return TrialRun(name, plan, seconds, None)
+    with exclusive(study.folder.stages / "run"):
+        result, balance = verify_causally(spec, study.folder, chosen, progress=progress, **how)
+        validate(result, "intervention")
+        write_results(study.folder.results, f"trial-{name}", result, provenance=provenance)
+        write_results(study.folder.results, f"trial-{name}-balance", balance, provenance=provenance)
+    return TrialRun(name, plan, seconds, result)
+
+
+def _named(study: Study, name: str) -> tuple[int, ...]:
+    selection = open_results(study.folder.results, "selection").load()
+    masks = {
+        "selected": selection["selected"].values,
+        "confirmed": selection["tier"].values == "CONFIRMED",
+        "candidate": np.isin(selection["tier"].values, ["CONFIRMED", "CANDIDATE"]),
+        "paper": selection["paper_selected"].values,
+    }
+    if name not in masks:
+        raise InputError(f"the sets are {', '.join(SETS)}, got {name!r}; or name features.")
+    chosen = tuple(int(k) for k in selection[FEATURE].values[masks[name].astype(bool)])
+    if not chosen:
+        raise InputError(f"the set {name!r} of this study is empty; name features, or see results.zarr/selection.")
+    return chosen
+
+
+def _name(features: tuple[int, ...]) -> str:
+    if len(features) <= SPELLED_OUT:
+        return "features-" + "-".join(map(str, features))
+    return f"features-{len(features)}-{content_hash(list(features))[:8]}"
+
+
+def _seconds(study: Study, spec: StudySpec, plan: TrialPlan) -> float | None:
+    spent = study.record("outcomes").get("seconds")
+    sizes = open_outcomes(study.folder.outcomes).sizes
+    sampled = sizes["model"] * sizes["prompt"] * (1 + spec.generation.n_samples)
+    return None if not spent else float(spent) * plan.completions / sampled
