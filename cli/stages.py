@@ -134,12 +134,17 @@ def _told(found: TrialRun) -> dict[str, Any]:
     }  # fmt: skip
     if found.result is not None:
         told["results"] = f"trial-{found.name}"
+        rows = {str(d): found.result.sel(direction=d) for d in found.result["direction"].values}
         told["verdicts"] = {
-            str(d): {"verdict": str(row["verdict"].item()), "rank_p": float(row["rank_p"]),
-                     "effect": float(row["effect"].sel(condition="set")) if "set" in row["condition"] else None,
-                     "reasons": str(row["reasons"].item()).split("; ")}
-            for d, row in found.result.groupby("direction", squeeze=True)
-        }  # fmt: skip
+            direction: {
+                "verdict": str(row["verdict"].item()),
+                "effect": float(row["effect"].sel(condition="set")) if "set" in row["condition"] else None,
+                "rank_p": float(row["rank_p"]),
+                "reasons": str(row["reasons"].item()).split("; "),
+            }
+            for direction, row in rows.items()
+            if direction in plan.arms
+        }
     return told
 
 
@@ -154,10 +159,9 @@ def _print(found: TrialRun) -> None:
         click.echo(f"  {plan.why_not}")
     if found.result is None:
         time = "" if found.seconds is None else f", roughly {_time(found.seconds)} at the speed of the outcomes stage"
-        click.echo(
-            f"  at most {plan.completions:,} completions of up to {plan.max_new_tokens} tokens ({plan.n_prompts} prompts, "
-            f"{plan.n_samples} sample(s) an arm){time}"
-        )
+        size = f"{plan.n_prompts} prompts, {plan.n_samples} sample(s) an arm"
+        most = f"{plan.completions:,} completions of up to {plan.max_new_tokens} tokens"
+        click.echo(f"  at most {most} ({size}){time}")
         return
     for direction in found.result["direction"].values:
         row = found.result.sel(direction=direction)

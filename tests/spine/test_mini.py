@@ -225,3 +225,45 @@ def test_several_processes_train_crosscoders_through_torchrun(mini: tuple[Path, 
         assert [point["step"] for point in again] == [point["step"] for point in curve]
         assert again[-1]["loss"] == pytest.approx(curve[-1]["loss"], rel=0.02)
     assert verify(folder).problems == ()
+
+
+def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(mini[0], study)
+    before = digest(study / "results.zarr" / "intervention")
+    features = pd.Series(open_features(study / "features.zarr")["firing"].mean(["model", "prompt"]).values)
+    first, second = features.nlargest(6).index[4:]
+    planned = run_command("intervene", str(study), "--features", f"{first},{second}", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.output
+    plan = json.loads(planned.stdout)
+    assert plan["features"] == [first, second]
+    assert plan["completions"] == (sum(plan["arms"].values()) - sum(plan["stored"].values())) * plan["prompts"]
+    assert plan["seconds"] > 0
+    one = ("intervene", str(study), "--features", f"{first},{second}", "--direction", "disable", "--dose", "0.3")
+    run = run_command(*one, "--json", "--quiet")
+    assert run.exit_code == 0, run.output
+    ran = json.loads(run.stdout)
+    name = f"trial-features-{first}-{second}"
+    assert ran["results"] == name
+    assert set(ran["arms"]) == {"disable"}
+    result = open_results(study / "results.zarr", name).load()
+    assert result.attrs["features"] == [first, second]
+    assert str(result["reasons"].sel(direction="amplify").item()).startswith("not_asked")
+    kinds = result["kind"].sel(direction="disable")
+    assert "dose-0.3" in result["condition"].values[kinds.values != "absent"]
+    again = json.loads(run_command(*one, "--dry-run", "--json").stdout)
+    n_random = int((kinds == "random").sum())
+    assert again["stored"]["disable"] == again["arms"]["disable"] - (again["controls"] - n_random)
+    assert digest(study / "results.zarr" / "intervention") == before
+    states = json.loads(run_command("status", str(study), "--json").stdout)["stages"]
+    assert {s["state"] for s in states} == {"done"}
+    assert verify(study).ok
+    for arguments, message in (
+        (("--features", "1,2", "--set", "paper"), "name a set or features, one of the two"),
+        (("--set", "best"), "the sets are selected, confirmed, candidate, paper, got 'best'"),
+        (("--features", "999999"), "feature ids run from 0 to"),
+        (("--features", "a,b"), "expected feature ids as 12,407"),
+    ):
+        refused = run_command("intervene", str(study), *arguments)
+        assert refused.exit_code == 2
+        assert message in refused.output

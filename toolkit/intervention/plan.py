@@ -67,7 +67,8 @@ def plan_trial(
     sets = np.empty((0, len(trial.chosen)), dtype=np.int64) if trial.controls is None else trial.controls.sets
     vector = np.ones(1)  # stands for one that only the models can tell
     bench = make_bench(trial, folder, provenance, None, name)
-    arms, stored = {}, {}
+    arms: dict[str, int] = {}
+    stored: dict[str, int] = {}
     for direction in directions:
         planned = (UNEDITED, *plan_arms(direction, trial.chosen, sets, spec, steering=vector, random_direction=vector))
         site = edit_site(trial, direction)

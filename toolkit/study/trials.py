@@ -121,7 +121,8 @@ def _named(study: Study, name: str) -> tuple[int, ...]:
     }
     if name not in masks:
         raise InputError(f"the sets are {', '.join(SETS)}, got {name!r}; or name features.")
-    chosen = tuple(int(k) for k in selection[FEATURE].values[masks[name].astype(bool)])
+    in_set = selection.isel({FEATURE: np.flatnonzero(masks[name])})
+    chosen = tuple(int(k) for k in in_set[FEATURE].values[np.argsort(in_set["rank"].values, kind="stable")])
     if not chosen:
         raise InputError(f"the set {name!r} of this study is empty; name features, or see results.zarr/selection.")
     return chosen
