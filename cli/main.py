@@ -22,7 +22,7 @@ _COMMANDS: Final = {
     "stabilize": ("rlgen_stats.cli.stages", "Find when features and top sets stop changing."),
     "significance": ("rlgen_stats.cli.stages", "Accuracy, transitions, and the contrast of specific features."),
     "select": ("rlgen_stats.cli.stages", "Choose generalisation features; confirm on other prompts."),
-    "intervene": ("rlgen_stats.cli.stages", "Disable and amplify the chosen features in the live models."),
+    "intervene": ("rlgen_stats.cli.intervene", "Disable and amplify the chosen features in the live models."),
     "report": ("rlgen_stats.cli.stages", "Write the report and print the five verdicts."),
     "features": ("rlgen_stats.cli.features", "Read features: whose they are, where they fire, what they speak for."),
     "simulate": ("rlgen_stats.cli.planning", "Write stores with known effects, to check analyses against the truth."),

@@ -12,10 +12,10 @@ import pytest
 import torch
 import xarray as xr
 
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores import Provenance, StudyFolder, open_features, open_results, write_results
-from rlgen_stats.toolkit.intervention import feature_covariates, trial, verify_causally
+from rlgen_stats.toolkit.intervention import feature_covariates, feature_effects, trial, verify_causally
 
 from .planted import (
     F_BRAKE,
@@ -133,6 +133,10 @@ def test_a_frequency_matched_other_feature_is_no_cause(study: Any, tmp_path: Pat
     _, folder = study
     found, balance = run(small(study, tmp_path, max_prompts=120), [F_DECOY + N_DECOYS // 2], F_BRAKE)
     assert set(found["verdict"].values) <= {"NO_EFFECT", "INCONCLUSIVE"}
+    for direction in ("disable", "amplify"):
+        n_random = int((found["kind"].sel(direction=direction) == "random").sum())
+        assert n_random < balance.attrs["n_sets"], "the decoy does no more than its controls: most need not be run"
+        assert "v2_stopped: " in str(found["reasons"].sel(direction=direction).item())
     assert float(balance["set_mean"].sel(covariate="log_firing")) == pytest.approx(
         float(open_gate_covariates(folder)["log_firing"][F_GATE])
     ), "the decoy fires exactly as often as the gate"
@@ -253,3 +257,51 @@ def test_the_models_are_left_as_they_were(study: Any, gate: Any) -> None:
     for name in ("base", "rl"):
         assert not list((folder.root / "hf" / name).glob("*.partial"))
     assert not torch.is_inference_mode_enabled()
+
+
+# -- single features ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def parts(study: Any) -> xr.Dataset:
+    spec, folder = study
+    chosen = [F_DECOY, F_GATE, F_DECOY + 1]
+    return feature_effects(spec, folder, chosen, provenance=PROVENANCE, name="three")
+
+
+def test_the_gate_carries_the_sets_effect(parts: xr.Dataset) -> None:
+    assert parts["feature"].values.tolist() == [F_DECOY, F_GATE, F_DECOY + 1]
+    for direction, sign in (("disable", -1), ("amplify", 1)):
+        own = parts.sel(direction=direction)
+        for way in ("alone", "left_out"):
+            assert sign * float(own[way].sel(feature=F_GATE)) > 0.6
+            assert float(own[f"{way}_q_value"].sel(feature=F_GATE)) < 0.01
+            for decoy in (F_DECOY, F_DECOY + 1):
+                assert abs(float(own[way].sel(feature=decoy))) < 0.05
+                assert float(own[f"{way}_q_value"].sel(feature=decoy)) > 0.2
+                assert float(own[f"{way}_low"].sel(feature=decoy)) < 0 < float(own[f"{way}_high"].sel(feature=decoy))
+
+
+def test_one_feature_suffices_and_unused_prompts_say_so(study: Any, parts: xr.Dataset) -> None:
+    for direction, sign in (("disable", -1), ("amplify", 1)):
+        own = parts.sel(direction=direction)
+        assert own["in_subset"].values.tolist() == [False, True, False]
+        assert int(own["subset_size"]) == 1
+        assert int(own["order"].sel(feature=F_GATE)) == 1
+        assert np.isfinite(own["search_effect"].values).tolist() == [True, False, False]
+        assert sign * float(own["subset_effect"]) > 0.6
+        assert float(own["set_minus_subset_low"]) < 0 < float(own["set_minus_subset_high"])
+    again = feature_effects(study[0], study[1], [F_DECOY, F_GATE, F_DECOY + 1], provenance=PROVENANCE, name="three")
+    xr.testing.assert_identical(again, parts)
+
+
+def test_effects_of_single_features_are_those_of_their_own_trials(parts: xr.Dataset, gate: Any) -> None:
+    found, _ = gate
+    for direction in ("disable", "amplify"):
+        alone = float(parts["alone"].sel(direction=direction, feature=F_GATE))
+        assert alone == pytest.approx(pick(found, "effect", direction, "set"))
+
+
+def test_parts_of_nothing_are_refused(study: Any) -> None:
+    with pytest.raises(NotEstimableError, match=r"effects of single features cannot be measured \(no_features"):
+        feature_effects(study[0], study[1], [], provenance=PROVENANCE)

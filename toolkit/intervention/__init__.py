@@ -7,6 +7,7 @@ from rlgen_stats.toolkit.intervention.criteria import Settings
 from rlgen_stats.toolkit.intervention.edit import EditSite, FeatureEdit
 from rlgen_stats.toolkit.intervention.live import ActiveEdit, Donor, amplify, disable, editing
 from rlgen_stats.toolkit.intervention.outcomes import Condition, OutcomeTable
+from rlgen_stats.toolkit.intervention.parts import feature_effects
 from rlgen_stats.toolkit.intervention.plan import TrialPlan, plan_trial
 from rlgen_stats.toolkit.intervention.verdict import Verdict, judge
 from rlgen_stats.toolkit.intervention.verify import verify_causally
@@ -27,6 +28,7 @@ __all__ = [
     "disable",
     "editing",
     "feature_covariates",
+    "feature_effects",
     "judge",
     "match_controls",
     "near_duplicates",

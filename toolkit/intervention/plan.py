@@ -47,6 +47,7 @@ def plan_trial(
     provenance: Provenance,
     directions: Sequence[Direction] = DIRECTIONS,
     name: str = "",
+    by_feature: bool = False,
 ) -> TrialPlan:
     """Count a trial's arms and completions; loads no model.
 
@@ -54,6 +55,8 @@ def plan_trial(
     ----------
     spec, folder, features, provenance, directions, name
         As in :func:`verify_causally`.
+    by_feature
+        Whether :func:`feature_effects` is to follow.
 
     Raises
     ------
@@ -72,7 +75,7 @@ def plan_trial(
     for direction in directions:
         planned = (UNEDITED, *plan_arms(direction, trial.chosen, sets, spec, steering=vector, random_direction=vector))
         site = edit_site(trial, direction)
-        arms[direction] = len(planned)
+        arms[direction] = len(planned) + (3 * len(trial.chosen) - 1 if by_feature else 0)
         stored[direction] = sum(
             bench.place(direction, arm).exists()
             if arm.condition.kind in NEEDS_MODELS

@@ -17,7 +17,7 @@ from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import open_outcomes, open_results, write_results
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.toolkit.intervention import TrialPlan, plan_trial, verify_causally
+from rlgen_stats.toolkit.intervention import TrialPlan, feature_effects, plan_trial, verify_causally
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.plan import Study
 from rlgen_stats.toolkit.study.run import open_for_run
@@ -41,6 +41,8 @@ class TrialRun:
     """Roughly how long the plan takes at the speed of the outcomes stage; None where that is not known."""
     result: xr.Dataset | None
     """Layout ``intervention``; None for a dry run."""
+    parts: xr.Dataset | None = None
+    """Effects of single features, if asked for."""
 
 
 def run_trial(
@@ -50,6 +52,7 @@ def run_trial(
     set_name: str | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
     doses: Sequence[float] = (),
+    by_feature: bool = False,
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> TrialRun:
@@ -67,6 +70,8 @@ def run_trial(
         Disable in the RL model, amplify in base, or both.
     doses
         Multipliers of the dose grid instead of the study's.
+    by_feature
+        Whether to edit every feature alone and leave each out too, and look for a smaller set that suffices.
     dry_run
         Only say what it would cost.
     progress
@@ -75,7 +80,8 @@ def run_trial(
     Returns
     -------
     TrialRun
-        The result is also written to results.zarr as ``trial-NAME``, its completions below intervention/NAME.
+        The result is also written to results.zarr as ``trial-NAME`` (``trial-NAME-features`` for single
+        features), its completions below intervention/NAME.
 
     Raises
     ------
@@ -99,7 +105,7 @@ def run_trial(
     provenance = study.provenance("intervene", study.key("intervene"))
     own = "" if name == "selected" else name  # the study's own set has its arms where the stage puts them
     how: dict[str, Any] = {"provenance": provenance, "directions": directions, "name": own}
-    plan = plan_trial(spec, study.folder, chosen, **how)
+    plan = plan_trial(spec, study.folder, chosen, by_feature=by_feature, **how)
     seconds = _seconds(study, spec, plan)
     if dry_run:
         return TrialRun(name, plan, seconds, None)
@@ -108,7 +114,11 @@ def run_trial(
         validate(result, "intervention")
         write_results(study.folder.results, f"trial-{name}", result, provenance=provenance)
         write_results(study.folder.results, f"trial-{name}-balance", balance, provenance=provenance)
-    return TrialRun(name, plan, seconds, result)
+        parts = None
+        if by_feature:
+            parts = feature_effects(spec, study.folder, chosen, progress=progress, **how)
+            write_results(study.folder.results, f"trial-{name}-features", parts, provenance=provenance)
+    return TrialRun(name, plan, seconds, result, parts)
 
 
 def _named(study: Study, name: str) -> tuple[int, ...]:
