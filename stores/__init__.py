@@ -1,6 +1,7 @@
 """Where things live: Zarr stores that plain xarray opens, written so that a crash loses nothing announced."""
 
 from rlgen_stats.stores.activations import complete_models, open_activations, open_tokens, select_tokens
+from rlgen_stats.stores.arms import open_arms
 from rlgen_stats.stores.creation import create_activations
 from rlgen_stats.stores.describe import describe
 from rlgen_stats.stores.durable import read_json, replacing, write_json
@@ -31,6 +32,7 @@ __all__ = [
     "git_commit",
     "migrate",
     "open_activations",
+    "open_arms",
     "open_features",
     "open_outcomes",
     "open_results",

@@ -12,9 +12,9 @@ import pytest
 import torch
 import xarray as xr
 
-from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.schemas.errors import InputError, NotEstimableError, StoreError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.stores import Provenance, StudyFolder, open_features, open_results, write_results
+from rlgen_stats.stores import Provenance, StudyFolder, open_arms, open_features, open_results, write_results
 from rlgen_stats.toolkit.intervention import feature_covariates, feature_effects, trial, verify_causally
 
 from .planted import (
@@ -305,3 +305,23 @@ def test_effects_of_single_features_are_those_of_their_own_trials(parts: xr.Data
 def test_parts_of_nothing_are_refused(study: Any) -> None:
     with pytest.raises(NotEstimableError, match=r"effects of single features cannot be measured \(no_features"):
         feature_effects(study[0], study[1], [], provenance=PROVENANCE)
+
+
+def test_completions_of_all_arms_open_with_labels(study: Any, gate: Any, parts: xr.Dataset) -> None:
+    found, _ = gate
+    arms = open_arms(study[1], "disable")
+    assert {"unedited", "set", "dose-0.5", "random-001"} <= set(arms["condition"].values)
+    assert str(arms["kind"].sel(condition="random-001").item()) == "random"
+    assert float(arms["dose"].sel(condition="dose-0.5")) == 0.5
+    on_target = arms.correct.sel(prompt=arms["task"].isin(["algebra", "logic"]))
+    for condition in ("unedited", "set"):
+        assert float(on_target.sel(condition=condition).mean()) == pick(found, "accuracy", "disable", condition)
+    assert (arms["format_class"].sel(condition="set").values == "no_answer").mean() > 0.5
+    own = open_arms(study[1].root, "disable", trial="three")
+    assert {f"single-{F_GATE}", f"without-{F_GATE}", "set", "unedited"} <= set(own["condition"].values)
+    assert "random-001" not in own["condition"].values
+    assert float(own.correct.sel(condition=f"single-{F_GATE}").mean()) == float(
+        arms.correct.sel(condition="set").mean()
+    )
+    with pytest.raises(StoreError, match=r"has no arms; run rlgen-stats intervene"):
+        open_arms(study[1], "disable", trial="unknown")

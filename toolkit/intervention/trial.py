@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,10 +16,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rlgen_stats.schemas.dims import PROMPT, SAMPLE
+from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS, SAMPLE
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import replacing
+from rlgen_stats.stores.arms import CONDITION
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
 from rlgen_stats.toolkit.extraction.generation import generate
 from rlgen_stats.toolkit.extraction.grading import make_grader
@@ -41,6 +43,8 @@ NEUTRAL_TOKENS: Final = 512
 """Prompt positions on which every arm is compared with the unedited model."""
 DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl", "neutral_kl")
 """Per prompt: first completion position, forced completions, and prompt text; NaN where not computed."""
+FILE_VERSION: Final = 2
+"""Raised when an arm's file gets other columns."""
 SHARED_KINDS: Final = ("unedited", "fresh", "passthrough", "steering", "random_direction")
 """Arms that are the same whatever the set."""
 _HASH: Final = b"rlgen_stats_arm"
@@ -166,7 +170,7 @@ def run_arm(bench: Bench, subject: Subject, arm: Arm, probes: Probes | None) -> 
         found = found.assign(
             **{name: np.tile(values, bench.spec.intervention.n_samples) for name, values in measured.items()}
         )
-    _store(found, path, wanted)
+    _store(found, path, wanted, arm)
     return found
 
 
@@ -176,6 +180,7 @@ def _arm_hash(bench: Bench, direction: Direction, site: EditSite, arm: Arm) -> s
     samples = bench.spec.intervention.n_samples
     return content_hash(
         {
+            "version": FILE_VERSION,
             "facts": bench.facts,
             "site": [direction, site.view, site.layer, site.readout],
             "arm": [edit, arm.fresh],
@@ -196,9 +201,10 @@ def _stored(path: Path, wanted: str) -> pd.DataFrame | None:
     return frame
 
 
-def _store(frame: pd.DataFrame, path: Path, name: str) -> None:
+def _store(frame: pd.DataFrame, path: Path, name: str, arm: Arm) -> None:
     table = pa.Table.from_pandas(frame, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), _HASH: name.encode()})
+    told = {_HASH: name.encode(), CONDITION: json.dumps(asdict(arm.condition)).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **told})
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -223,6 +229,7 @@ def _complete(bench: Bench, subject: Subject, arm: Arm) -> pd.DataFrame:
         {
             PROMPT: bench.ids * n_samples,
             SAMPLE: np.repeat(np.arange(n_samples), len(bench.ids)),
+            **{name: list(bench.prompts[name]) * n_samples for name in PROMPT_LABELS},
             "text": [c.text for c in completions],
             "token_ids": [list(c.token_ids) for c in completions],
             "n_tokens": [len(c.token_ids) for c in completions],
