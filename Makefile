@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-intervention wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -73,6 +73,12 @@ benchmark-crosscoder: install
 	for script in training encoding; do \
 	  $(BIN)/python -P benchmarks/crosscoder/$$script.py --json .benchmarks/crosscoder-$$script.json $(BENCHMARK_OPTIONS) || exit 1; \
 	done
+
+# Three minutes; the arms are of the demo's study (make demo first).
+benchmark-intervention: install
+	mkdir -p .benchmarks
+	$(BIN)/python -P benchmarks/intervention/generation.py --json .benchmarks/generation.json $(BENCHMARK_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/intervention/arms.py --json .benchmarks/arms.json
 
 wheel: install-dev
 	rm -rf build dist

@@ -379,6 +379,10 @@ def test_misfits_are_refused(model: Any, crosscoder: Crosscoder) -> None:
         disable(model, FeatureEdit(SET, "amplify", 2.0), site(crosscoder)),
     ):
         pass
+    elsewhere = tiny_crosscoder()
+    elsewhere.facts = {"site": "block7"}
+    with pytest.raises(InputError, match="trained at block7, the edit's site is block1"):
+        disable(model, edit, site(elsewhere, layer=1)).__enter__()
     unfinished = tiny_crosscoder()
     unfinished.threshold.fill_(float("nan"))
     with pytest.raises(InputError, match="threshold"), disable(model, edit, site(unfinished)):
@@ -403,3 +407,18 @@ def test_unclear_positions_and_compiled_models_are_refused(model: Any, crosscode
 def test_no_token_beyond_the_vocabulary_is_ever_drawn(model: Any, crosscoder: Crosscoder) -> None:
     with amplify(model, FeatureEdit(SET, "amplify", 1e6), site(crosscoder)):
         assert all(0 <= token < VOCABULARY for ids in completions(model, 16) for token in ids)
+
+
+@pytest.mark.parametrize(
+    "edit", [FeatureEdit(SET, "disable"), FeatureEdit(SET, "amplify", 3.0, positions="completion")]
+)
+def test_beam_search_keeps_rows_apart(model: Any, crosscoder: Crosscoder, edit: FeatureEdit) -> None:
+    """A row's beams are the same alone and in a padded batch, and not those of the unedited model."""
+    ids, mask, _ = batch_of(7, 4, 5)
+    how = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with editing(model, edit, site(crosscoder)):
+        together = model.generate(ids, attention_mask=mask, **how)[:, -6:]
+        for row, length in enumerate((7, 4, 5)):
+            alone = model.generate(ids[[row], -length:], attention_mask=mask[[row], -length:], **how)[0, -6:]
+            assert together[row].tolist() == alone.tolist()
+    assert together.tolist() != model.generate(ids, attention_mask=mask, **how)[:, -6:].tolist()

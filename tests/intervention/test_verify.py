@@ -325,3 +325,10 @@ def test_completions_of_all_arms_open_with_labels(study: Any, gate: Any, parts: 
     )
     with pytest.raises(StoreError, match=r"has no arms; run rlgen-stats intervene"):
         open_arms(study[1], "disable", trial="unknown")
+
+
+def test_prompts_too_short_for_the_edited_positions_are_named(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    how = spec.extraction.model_copy(update={"segments": ("prompt",), "skip_first": 99})
+    with pytest.raises(InputError, match=r"of \d+ prompts, e.g. '.*', have no token after the first 99"):
+        run((spec.model_copy(update={"extraction": how}), folder), [F_GATE], F_BRAKE)

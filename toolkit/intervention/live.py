@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.toolkit.extraction.activations import site_name
 from rlgen_stats.toolkit.extraction.hooks import capture_residual, locate_layers
 from rlgen_stats.toolkit.intervention.edit import EditSite, FeatureColumns, FeatureEdit, Kind
 
@@ -190,6 +191,12 @@ def _check_fits(model: PreTrainedModel, edit: FeatureEdit, site: EditSite, donor
         raise InputError(
             f"the crosscoder reads activations of width {reads}, the model's residual stream has "
             f"{width}; use the crosscoder trained on this model and site."
+        )
+    trained = site.crosscoder.facts.get("site")
+    if trained is not None and trained != site_name(site.layer):
+        raise InputError(
+            f"the crosscoder was trained at {trained}, the edit's site is {site_name(site.layer)}; use that site's "
+            "crosscoder, or edit where this one was trained."
         )
     if edit.vector and len(edit.vector) != width:
         raise InputError(f"the vector to add must have {width} channels, got {len(edit.vector)}.")

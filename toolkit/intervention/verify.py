@@ -18,6 +18,7 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
+from rlgen_stats.toolkit.extraction.batching import encode_prompts
 from rlgen_stats.toolkit.extraction.checkpoints import (
     final_model,
     find_model,
@@ -25,12 +26,13 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     load_tokenizer,
     resolve_device,
 )
-from rlgen_stats.toolkit.extraction.prompts import load_prompts
+from rlgen_stats.toolkit.extraction.prompts import TEXT, load_prompts
 from rlgen_stats.toolkit.intervention.arms import (
     DIRECTIONS,
     UNEDITED,
     Arm,
     choose_prompts,
+    edited_positions,
     plan_arms,
     target_prompts,
 )
@@ -193,6 +195,7 @@ def _run(
     device = resolve_device(spec.device)
     models = {name: load_model(ref, device=device) for name, ref in refs.items()}
     bench = make_bench(trial, folder, provenance, load_tokenizer(refs["base"]), name)
+    _check_positions(bench)
     sites = {direction: edit_site(trial, direction) for direction in DIRECTIONS}
     subjects = {
         "disable": Subject("disable", models["rl"], sites["disable"], None),
@@ -210,6 +213,21 @@ def _run(
             for direction in DIRECTIONS
             if direction in directions
         ]
+
+
+def _check_positions(bench: Bench) -> None:
+    """Refuse prompts in which an edit of prompt tokens would change nothing."""
+    extraction = bench.spec.extraction
+    if edited_positions(extraction) != "prompt":
+        return
+    lengths = [len(ids) for ids in encode_prompts(bench.tokenizer, list(bench.prompts[TEXT]))]
+    short = [prompt for prompt, length in zip(bench.ids, lengths, strict=True) if length <= extraction.skip_first]
+    if short:
+        raise InputError(
+            f"{len(short)} of {len(lengths)} prompts, e.g. {short[0]!r}, have no token after the first "
+            f"{extraction.skip_first}, so that an edit of prompt tokens changes nothing there; lower "
+            "extraction.skip_first or leave these prompts out."
+        )
 
 
 def make_bench(trial: Trial, folder: StudyFolder, provenance: Provenance, tokenizer: Any, name: str) -> Bench:
