@@ -106,6 +106,8 @@ class ExtractionSpec(Spec):
 
     layer: Annotated[int, Field(ge=0)] = 0
     """Decoder block whose output (residual stream) is stored, counted from 0."""
+    blocks: str | None = None
+    """Dotted path of the list of decoder blocks, e.g. transformer.blocks; default: found by its length."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Storage type of activations."""
     batch_size: PositiveInt = 64

@@ -11,6 +11,7 @@ from tokenizers import normalizers
 from rlgen_stats.schemas.errors import ModelError, StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, write_json
+from rlgen_stats.toolkit.extraction import locate_layers
 from rlgen_stats.toolkit.extraction.checkpoints import (
     ModelRef,
     check_tokenizers,
@@ -71,6 +72,15 @@ def test_a_loaded_model_is_frozen_and_equal_to_what_was_saved(study: Study) -> N
     for name, value in tiny_model(seed=1).state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     assert load_model(list_models(*study)[1], dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_blocks_named_in_the_study_are_the_loaded_models(study: Study) -> None:
+    spec, folder = study
+    how = spec.extraction.model_copy(update={"blocks": "model.layers"})
+    for ref in list_models(spec.model_copy(update={"extraction": how}), folder):
+        model = load_model(ref)
+        model.other = torch.nn.ModuleList([torch.nn.Identity() for _ in model.model.layers])  # else ambiguous
+        assert locate_layers(model) is model.model.layers
 
 
 def test_tied_weights_are_not_called_missing(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from rlgen_stats.schemas.errors import InputError, ModelError
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
-from rlgen_stats.toolkit.extraction.hooks import capture_residual, locate_layers, read_residual
+from rlgen_stats.toolkit.extraction.hooks import capture_residual, locate_layers, name_layers, read_residual
 
 from .conftest import ARCHITECTURES, tiny_model
 
@@ -109,6 +109,20 @@ def test_two_stacks_of_blocks_are_ambiguous() -> None:
     model.second = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
     with pytest.raises(ModelError, match=r"has 2 lists of 3 blocks .* expected exactly one"):
         locate_layers(model)
+
+
+def test_blocks_can_be_named_by_their_path() -> None:
+    model = tiny_model()
+    model.second = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
+    name_layers(model, "model.layers")
+    assert locate_layers(model) is model.model.layers
+    name_layers(model, "second")
+    assert locate_layers(model) is model.second
+    with pytest.raises(ModelError, match=r"no list of blocks at 'model.blocks'; its lists are model.layers, second"):
+        name_layers(model, "model.blocks")
+    with pytest.raises(ModelError, match=r"no list of blocks at 'model.norm'"):
+        name_layers(model, "model.norm")
+    assert locate_layers(model) is model.second
 
 
 def test_lists_inside_blocks_are_not_taken_for_blocks() -> None:

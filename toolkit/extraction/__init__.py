@@ -15,7 +15,13 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
 )
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
 from rlgen_stats.toolkit.extraction.grading import FORMAT_CLASSES, Grade, Grader, make_grader
-from rlgen_stats.toolkit.extraction.hooks import block_output, capture_residual, locate_layers, read_residual
+from rlgen_stats.toolkit.extraction.hooks import (
+    block_output,
+    capture_residual,
+    locate_layers,
+    name_layers,
+    read_residual,
+)
 from rlgen_stats.toolkit.extraction.movement import measure_movement
 from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
 from rlgen_stats.toolkit.extraction.prompts import load_prompts, read_table
@@ -42,6 +48,7 @@ __all__ = [
     "locate_layers",
     "make_grader",
     "measure_movement",
+    "name_layers",
     "read_completions",
     "read_residual",
     "read_table",

@@ -16,6 +16,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, model_id, split_model
 from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
+from rlgen_stats.toolkit.extraction.hooks import name_layers
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 WEIGHT_FILES: Final = (
@@ -51,6 +52,8 @@ class ModelRef:
     path: Path
     base: Path | None = None
     """Folder of the base model; LoRA adapters are loaded on it, and its tokenizer stands in where there is none."""
+    blocks: str | None = None
+    """Dotted path of the decoder blocks, where they are not found."""
 
 
 def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
@@ -62,10 +65,11 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
         If a run that is trained here has not been trained yet.
     """
     base = folder.resolve(spec.base.path)
-    refs = [ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base)]
+    blocks = spec.extraction.blocks
+    refs = [ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base, blocks)]
     for run in spec.runs:
         for step, path in _checkpoints(run, folder):
-            refs.append(ModelRef(model_id(run.name, step), run.name, step, run.arm, path, base))
+            refs.append(ModelRef(model_id(run.name, step), run.name, step, run.arm, path, base, blocks))
     return tuple(refs)
 
 
@@ -198,6 +202,8 @@ def load_model(ref: ModelRef, *, device: torch.device | str = "cpu", dtype: torc
     model = model.to(device)
     model.eval()
     model.requires_grad_(False)
+    if ref.blocks is not None:
+        name_layers(model, ref.blocks)
     return model
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from rlgen_stats.schemas.errors import InputError, ModelError
+
+_NAMED: Final = "rlgen_stats_blocks"
+"""Attribute that :func:`name_layers` leaves on a model."""
 
 
 class StopReadingError(Exception):
@@ -39,13 +42,17 @@ def locate_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The decoder blocks of a causal language model, in order.
 
     Found by shape, not by name: the outermost ``ModuleList`` with as many entries as the config has hidden layers,
-    which holds for Llama, Qwen2/3, Mistral, Gemma, GPT-NeoX, GPT-2, OPT, Phi and their wrappers.
+    which holds for Llama, Qwen2/3, Mistral, Gemma, GPT-NeoX, GPT-2, OPT, Phi and their wrappers; or where
+    :func:`name_layers` said.
 
     Raises
     ------
     ModelError
         If there is no such list, or more than one.
     """
+    named = getattr(model, _NAMED, None)
+    if named is not None:
+        return _list_at(model, named)
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     n_layers = getattr(config, "num_hidden_layers", None)
@@ -59,9 +66,38 @@ def locate_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     if len(found) != 1:
         raise ModelError(
             f"{type(model).__name__} has {len(found)} lists of {n_layers} blocks ({sorted(found) or 'none'}), expected "
-            "exactly one; this architecture is not supported."
+            "exactly one; name it by its dotted path: extraction.blocks in study.yaml, or name_layers(model, path)."
         )
     return next(iter(found.values()))
+
+
+def name_layers(model: torch.nn.Module, path: str) -> None:
+    """Say where a model's decoder blocks are, for architectures in which they are not found.
+
+    Parameters
+    ----------
+    model
+        Causal language model.
+    path
+        Dotted path of their ``ModuleList``, e.g. ``"transformer.blocks"``.
+
+    Raises
+    ------
+    ModelError
+        If there is no ``ModuleList`` at this path.
+    """
+    _list_at(model, path)
+    setattr(model, _NAMED, path)
+
+
+def _list_at(model: torch.nn.Module, path: str) -> torch.nn.ModuleList:
+    found = dict(model.named_modules()).get(path)
+    if not isinstance(found, torch.nn.ModuleList) or not len(found):
+        lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+        raise ModelError(
+            f"{type(model).__name__} has no list of blocks at {path!r}; its lists are {', '.join(lists) or 'none'}."
+        )
+    return found
 
 
 def locate_layer(model: torch.nn.Module, layer: int) -> torch.nn.Module:

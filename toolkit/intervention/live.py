@@ -212,7 +212,7 @@ class _Hook:
         self, model: PreTrainedModel, edit: FeatureEdit, site: EditSite, donor: Donor | None, active: ActiveEdit
     ) -> None:
         self.edit, self.active, self.donor = edit, active, donor
-        device = next(model.parameters()).device
+        device = next(locate_layers(model)[site.layer].parameters()).device  # under a device map, the block's own
         whole = edit.kind == "passthrough" and not edit.features
         self.columns = FeatureColumns(site, None if whole else edit.features, device=device)
         self.vector = torch.tensor(edit.vector, device=device, dtype=torch.float32) * edit.strength
@@ -323,6 +323,7 @@ class _Hook:
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         edited = self._edited(hidden.to(torch.float32)).to(hidden.dtype)
         if self.mask is not None:
+            self.mask = self.mask.to(hidden.device)
             edited = torch.where(self.mask[..., None], edited, hidden)
         if self.active.track:
             self.active.add(hidden, edited, self.mask)
