@@ -258,6 +258,11 @@ class InterventionSpec(Spec):
     """Multipliers of the set's activations in the dose grid; 1 is no edit and 0 is disabling."""
     amplify: Annotated[float, Field(gt=1)] = 2.0
     """Multiplier of the main amplification arm."""
+    level: Literal["own", "rl"] = "own"
+    """What amplification multiplies: a feature's own activation, or, added to it, its mean level in the RL model."""
+    neutral_text: str | None = None
+    """Table of texts of no task (column text), on which edits should change nothing; default: prompts of unrelated
+    tasks."""
     n_samples: PositiveInt = 1
     """Sampled completions per prompt and arm."""
     max_prompts: PositiveInt = 400

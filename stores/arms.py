@@ -16,6 +16,8 @@ from rlgen_stats.stores.folder import StudyFolder
 
 CONDITION: Final = b"rlgen_stats_condition"
 """Key of an arm's name, kind and dose (JSON) in its file."""
+SHARED_KINDS: Final = ("unedited", "fresh", "passthrough", "steering", "random_direction")
+"""Arms that are the same whatever the set, and so shared by all trials."""
 _VARIABLES: Final = {"correct": bool, "n_tokens": np.int64, "format_class": np.str_, "text": np.str_}
 
 
@@ -54,8 +56,7 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     files = {file.stem: file for file in sorted((root / direction).glob("*.parquet"))}
     conditions = {name: _condition(file) for name, file in files.items()}
     if trial:
-        shared = ("unedited", "fresh", "passthrough", "steering", "random_direction")
-        files = {name: file for name, file in files.items() if conditions[name]["kind"] in shared}
+        files = {name: file for name, file in files.items() if conditions[name]["kind"] in SHARED_KINDS}
         own = {file.stem: file for file in sorted((root / trial / direction).glob("*.parquet"))}
         files |= own
         conditions |= {name: _condition(file) for name, file in own.items()}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.crosscoder import Crosscoder
 from rlgen_stats.toolkit.extraction.generation import generate
+from rlgen_stats.toolkit.extraction.hooks import locate_layers
 from rlgen_stats.toolkit.intervention.edit import EditSite, FeatureColumns, FeatureEdit
 from rlgen_stats.toolkit.intervention.live import Donor, amplify, disable, editing
 
@@ -165,6 +168,95 @@ def test_every_architecture_padded_alone_and_right_padded(kind: str, crosscoder:
             torch.testing.assert_close(padded, alone, **CLOSE)
     assert (together - plain).abs().max() > 1e-3
     assert torch.equal(model(input_ids=ids, attention_mask=mask, position_ids=place).logits, plain)
+
+
+class EditedBlock(torch.nn.Module):
+    """A decoder block whose output goes through a function: the same model without any hook."""
+
+    def __init__(self, block: torch.nn.Module, edit: Any) -> None:
+        super().__init__()
+        self.block, self.edit = block, edit
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(*args, **kwargs)
+        return (self.edit(out[0]), *out[1:]) if isinstance(out, tuple) else self.edit(out)
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, CLOSE), (torch.bfloat16, {"rtol": 0.05, "atol": 0.05})])
+def test_every_architecture_cached_and_padded_equals_whole_texts_without_hooks(
+    kind: str, dtype: torch.dtype, close: Any
+) -> None:
+    crosscoder = tiny_crosscoder(sparsity="l1")  # without a jump at the threshold, which rounding could cross
+    model, wanted = tiny_model(kind).to(dtype), tiny_model(kind).to(dtype)
+    blocks = locate_layers(wanted)
+    blocks[LAYER] = EditedBlock(
+        blocks[LAYER], lambda a: torch.stack([reference_edit(row.float(), crosscoder, RL, SET, 2.5) for row in a]).to(a)
+    )
+    lengths, prompt = (9, 4, 6), 6
+    ids, mask, place = batch_of(*lengths)
+    plain = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
+    with amplify(model, FeatureEdit(SET, "amplify", 2.5), site(crosscoder)):
+        steps, cache = [], None
+        for start, stop in ((0, prompt), *((t, t + 1) for t in range(prompt, max(lengths)))):
+            out = model(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=place[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            steps.append(out.logits)
+            cache = out.past_key_values
+    got = torch.cat(steps, dim=1)
+    for row, length in enumerate(lengths):
+        alone = wanted(input_ids=ids[row : row + 1, -length:], use_cache=False).logits[0]
+        torch.testing.assert_close(got[row, -length:], alone, **close)
+        assert (plain[row, -length:] - alone).abs().max() > 0.2, "the edit must be larger than the tolerance"
+
+
+@pytest.mark.parametrize(
+    "edit", [FeatureEdit(SET, "disable", skip_first=1), FeatureEdit(SET, "amplify", 2.0, level=(0.3,) * len(SET))]
+)
+def test_an_offloaded_model_is_edited_where_it_computes(
+    model: Any, crosscoder: Crosscoder, tmp_path: Path, edit: FeatureEdit
+) -> None:
+    """Weights on disk until their turn, as a device map leaves them that does not fit."""
+    ids, mask, place = batch_of(8, 5)
+    with editing(model, edit, site(crosscoder)):
+        wanted = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
+    model.save_pretrained(tmp_path / "saved")
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    where |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=where, offload_folder=tmp_path / "offload"
+    )
+    assert next(loaded.model.layers[LAYER].parameters()).device.type == "meta"
+    with torch.no_grad(), editing(loaded, edit, site(crosscoder)):
+        torch.testing.assert_close(loaded(input_ids=ids, attention_mask=mask, position_ids=place).logits, wanted)
+
+
+# -- declared levels
+
+
+def test_a_declared_level_is_added_to_every_token(model: Any, crosscoder: Crosscoder) -> None:
+    text, level = batch_of(7)[0], (0.5, 0.0, 1.5, 0.2, 3.0)
+    for dose in (3.0, 1.0, 0.5):
+
+        def raise_(a: Tensor, dose: float = dose) -> Tensor:
+            f = crosscoder.readout(a, kind="swap")[:, list(SET)]
+            change = torch.stack([(f[:, j] + (dose - 1) * level[j]).relu() - f[:, j] for j in range(len(SET))], dim=1)
+            return a + change @ crosscoder.feature_direction(BASE)[list(SET)]
+
+        with amplify(model, FeatureEdit(SET, "amplify", dose, level=level), site(crosscoder, BASE)):
+            got = model(input_ids=text).logits[0]
+        torch.testing.assert_close(got, reference_logits(model, text[0], raise_), **CLOSE)
 
 
 # -- no-ops, restoration, leaks

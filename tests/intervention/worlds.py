@@ -76,6 +76,7 @@ def world(
         kl_to_base=divergence,
         kl_to_rl=np.zeros_like(divergence),
         neutral_kl=np.full(len(conditions), 0.01),
+        n_tokens=np.full(endings.shape, 3.0),
         task=np.array([f"task{i % 3}" if i < N_TARGET else "control" for i in range(n)]),
         cluster=np.array([f"p{i}" for i in range(n)]),
         target=np.arange(n) < N_TARGET,

@@ -18,8 +18,8 @@ from rlgen_stats.toolkit.extraction import (
     check_tokenizers,
     find_model,
     load_model,
+    load_texts,
     load_tokenizer,
-    read_table,
     resolve_device,
 )
 from rlgen_stats.toolkit.extraction.activations import read_texts
@@ -29,8 +29,6 @@ BUFFER_TOKENS: Final = 1 << 16
 """Tokens of all views in memory at once, from which batches are drawn at random."""
 TEXT_TOKENS: Final = 512
 """Longer texts of a corpus are cut into pieces of as many tokens."""
-TEXT: Final = "text"
-"""Column of a corpus."""
 
 
 class LiveActivations:
@@ -183,9 +181,7 @@ def live_corpus(
     ModelError
         If the models do not share one tokenizer.
     """
-    table = read_table(corpus)
-    if TEXT not in table.columns:
-        raise InputError(f"{corpus} needs a column {TEXT!r}, got {', '.join(map(str, table.columns)) or 'none'}.")
+    texts = load_texts(corpus)
     refs = [find_model(view, spec, folder) for view in views]
     check_tokenizers(refs)
     tokenizer = load_tokenizer(refs[0])
@@ -194,7 +190,7 @@ def live_corpus(
     size = spec.extraction.batch_size
     pieces = [
         ids[start : start + TEXT_TOKENS]
-        for ids in encode_prompts(tokenizer, [str(text) for text in table[TEXT]])
+        for ids in encode_prompts(tokenizer, texts)
         for start in range(0, len(ids), TEXT_TOKENS)
     ]
     return LiveActivations(

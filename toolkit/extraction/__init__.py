@@ -24,7 +24,7 @@ from rlgen_stats.toolkit.extraction.hooks import (
 )
 from rlgen_stats.toolkit.extraction.movement import measure_movement
 from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
-from rlgen_stats.toolkit.extraction.prompts import load_prompts, read_table
+from rlgen_stats.toolkit.extraction.prompts import load_prompts, load_texts, read_table
 from rlgen_stats.toolkit.extraction.usable import usable_tokens
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "list_models",
     "load_model",
     "load_prompts",
+    "load_texts",
     "load_tokenizer",
     "locate_layers",
     "make_grader",

@@ -59,6 +59,20 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
     return table[list(COLUMNS)].reset_index(drop=True)
 
 
+def load_texts(path: Path) -> list[str]:
+    """Texts of a table's column ``text`` (parquet, csv or jsonl).
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or has no such column.
+    """
+    table = read_table(path)
+    if TEXT not in table.columns:
+        raise InputError(f"{path} needs a column {TEXT!r}, got {', '.join(map(str, table.columns)) or 'none'}.")
+    return [str(text) for text in table[TEXT]]
+
+
 def read_table(path: Path) -> pd.DataFrame:
     """A parquet, csv or jsonl file as a table; csv cells stay text, so that an answer ``05`` stays ``05``.
 

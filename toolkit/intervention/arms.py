@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -110,6 +110,34 @@ def edited_positions(spec: ExtractionSpec) -> Positions:
     return "prompt" if spec.segments == ("prompt",) else "completion"
 
 
+def _where(spec: StudySpec) -> dict[str, Any]:
+    return {"positions": edited_positions(spec.extraction), "skip_first": spec.extraction.skip_first}
+
+
+def scaled_edit(
+    features: Sequence[int], dose: float, spec: StudySpec, levels: NDArray[np.float64] | None = None
+) -> FeatureEdit:
+    """Features at a dose, where the study edits.
+
+    Parameters
+    ----------
+    features
+        Ids.
+    dose
+        0 disables, 1 is no edit.
+    spec
+        Edited positions.
+    levels
+        [feature] of the whole dictionary: what ``dose - 1`` multiplies instead of the features' own activations.
+    """
+    ids = tuple(int(k) for k in features)
+    if levels is not None:
+        return FeatureEdit(ids, "amplify", dose, level=tuple(levels[list(ids)].tolist()), **_where(spec))
+    if dose == 0.0:
+        return FeatureEdit(ids, "disable", **_where(spec))
+    return FeatureEdit(ids, "amplify", dose, **_where(spec))
+
+
 def plan_arms(
     direction: Direction,
     features: Sequence[int],
@@ -118,6 +146,7 @@ def plan_arms(
     *,
     steering: NDArray[np.float64],
     random_direction: NDArray[np.float64],
+    levels: NDArray[np.float64] | None = None,
 ) -> tuple[Arm, ...]:
     """All arms of a direction but the unedited one.
 
@@ -136,43 +165,38 @@ def plan_arms(
         model.
     random_direction
         [channel] vector of the same norm.
+    levels
+        As in :func:`scaled_edit`, for set, doses and random sets.
 
     Returns
     -------
     tuple of Arm
         fresh, passthrough, set, dose-*, steering, random-direction, lift (amplify only), random-001...
     """
-    main = main_dose(direction, spec.intervention)
-    where: dict[str, object] = {
-        "positions": edited_positions(spec.extraction),
-        "skip_first": spec.extraction.skip_first,
-    }
+    main, where = main_dose(direction, spec.intervention), _where(spec)
     chosen = tuple(int(k) for k in features)
-
-    def scaled(ids: tuple[int, ...], dose: float) -> FeatureEdit:
-        if dose == 0.0:
-            return FeatureEdit(ids, "disable", **where)  # type: ignore[arg-type]
-        return FeatureEdit(ids, "amplify", dose, **where)  # type: ignore[arg-type]
 
     def shift(vector: NDArray[np.float64]) -> FeatureEdit:
         sign = 1.0 if direction == "amplify" else -1.0
-        return FeatureEdit((), "add_vector", sign, vector=tuple(map(float, vector)), **where)  # type: ignore[arg-type]
+        return FeatureEdit((), "add_vector", sign, vector=tuple(map(float, vector)), **where)
 
     arms = [
         Arm(Condition("fresh", "fresh", 1.0), None, fresh=True),
-        Arm(Condition("passthrough", "passthrough", 1.0), FeatureEdit((), "passthrough", **where)),  # type: ignore[arg-type]
-        Arm(Condition("set", "set", main), scaled(chosen, main)),
+        Arm(Condition("passthrough", "passthrough", 1.0), FeatureEdit((), "passthrough", **where)),
+        Arm(Condition("set", "set", main), scaled_edit(chosen, main, spec, levels)),
     ]
     arms += [
-        Arm(Condition(f"dose-{d:g}", "dose", d), scaled(chosen, d)) for d in dose_grid(direction, spec.intervention)
+        Arm(Condition(f"dose-{d:g}", "dose", d), scaled_edit(chosen, d, spec, levels))
+        for d in dose_grid(direction, spec.intervention)
     ]
     if np.linalg.norm(steering) > 0:
         arms.append(Arm(Condition("steering", "steering", 1.0), shift(steering)))
         arms.append(Arm(Condition("random-direction", "random_direction", 1.0), shift(random_direction)))
     if direction == "amplify":
-        arms.append(Arm(Condition("lift", "lift", 1.0), FeatureEdit(chosen, "lift", **where)))  # type: ignore[arg-type]
+        arms.append(Arm(Condition("lift", "lift", 1.0), FeatureEdit(chosen, "lift", **where)))
     for number, row in enumerate(controls, start=1):
-        arms.append(Arm(Condition(f"random-{number:03d}", "random", main), scaled(tuple(map(int, row)), main)))
+        edit = scaled_edit(tuple(map(int, row)), main, spec, levels)
+        arms.append(Arm(Condition(f"random-{number:03d}", "random", main), edit))
     return tuple(arms)
 
 

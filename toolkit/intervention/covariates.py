@@ -10,8 +10,8 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT, SPLIT, SPLITS
+from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.toolkit.crosscoder import Crosscoder
 from rlgen_stats.toolkit.intervention.controls import NEAR_DUPLICATE, TINY
 
@@ -55,10 +55,7 @@ def feature_covariates(
             f"the feature summaries have {summaries.sizes[FEATURE]} features, the crosscoder {crosscoder.n_features}; "
             "encode with this crosscoder."
         )
-    present = [str(model) for model in summaries[MODEL].values]
-    missing = [model for model in models if model not in present]
-    if missing:
-        raise InputError(f"the feature summaries lack {missing}; they have {present}: run the encode stage.")
+    _check_models(summaries, models)
     chosen = summaries.sel({MODEL: list(models)})
     tokens = chosen["n_tokens"].astype("float64")
     firing = ((chosen["firing"] * tokens).sum([MODEL, PROMPT]) / tokens.sum()).compute()
@@ -75,6 +72,45 @@ def feature_covariates(
             },
             coords={FEATURE: np.arange(crosscoder.n_features)},
         )
+
+
+def mean_levels(crosscoder: Crosscoder, summaries: xr.Dataset, *, model: str) -> NDArray[np.float64]:
+    """[feature] mean activation f_k of a model over all tokens of the prompts that no trial uses.
+
+    Parameters
+    ----------
+    crosscoder
+        Whose decoder norms turn contributions f_k ||d_k|| back into activations.
+    summaries
+        Layout ``features``.
+    model
+        Model id.
+
+    Raises
+    ------
+    InputError
+        If the summaries lack the model.
+    NotEstimableError
+        If every prompt is kept for verification.
+    """
+    _check_models(summaries, [model])
+    unused = summaries.isel({PROMPT: np.flatnonzero(summaries[SPLIT].values != SPLITS[1])}).sel({MODEL: model})
+    tokens = unused["n_tokens"].astype("float64")
+    if not float(tokens.sum()):
+        raise NotEstimableError(
+            "levels of features are measured on prompts not kept for verification, and there are none; leave some in "
+            "the selection split, or set intervention.level to own."
+        )
+    total = (unused["mean"].astype("float64") * tokens).sum(PROMPT).compute()
+    norms = crosscoder.contribution_norm().detach().double().cpu().numpy()
+    return np.asarray(total.values / float(tokens.sum()) / np.maximum(norms, TINY), dtype=np.float64)
+
+
+def _check_models(summaries: xr.Dataset, models: Sequence[str]) -> None:
+    present = [str(model) for model in summaries[MODEL].values]
+    missing = [model for model in models if model not in present]
+    if missing:
+        raise InputError(f"the feature summaries lack {missing}; they have {present}: run the encode stage.")
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 
 from rlgen_stats.toolkit.intervention.outcomes import (
-    BROKEN_CLASSES,
     OUTCOME_CLASSES,
+    Floats,
     OutcomeTable,
     PairedEffect,
     class_shares,
@@ -140,6 +140,16 @@ def dose_order(table: OutcomeTable) -> tuple[list[int], list[int]]:
     )
 
 
+def isotonic_fit(table: OutcomeTable) -> Floats:
+    """[condition] accuracy on target prompts fitted to rise with the dose, from no edit to the main dose; else NaN."""
+    order, _ = dose_order(table)
+    doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
+    accuracy = table.accuracy(table.target)
+    fitted = np.full(len(accuracy), np.nan)
+    fitted[order] = IsotonicRegression(increasing=True).fit(doses, accuracy[order]).predict(doses)
+    return fitted
+
+
 def dose_response(table: OutcomeTable, settings: Settings) -> Step:
     """V3: accuracy rises with the dose: centred-rank contrast per prompt, and no significant step down."""
     order, _ = dose_order(table)
@@ -157,31 +167,34 @@ def dose_response(table: OutcomeTable, settings: Settings) -> Step:
     )
     down = np.where(found.mean[1:] < 0, found.p_value[1:], 1.0)
     falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
-    doses = np.array([1.0 if i == table.unedited else table.conditions[i].dose for i in order])
-    accuracy = per_prompt.mean(axis=1)
-    fitted = IsotonicRegression(increasing=True).fit(doses, accuracy).predict(doses)
-    points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in zip(doses, accuracy, fitted, strict=True))
+    doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
+    rows = zip(doses, per_prompt.mean(axis=1), isotonic_fit(table)[order], strict=True)
+    points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in rows)
     reasons = [f"v3_dose: contrast p={found.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
     if falls:
         reasons.append("v3_not_monotone: accuracy falls between two rising doses")
     return Step(bool(found.p_value[0] <= settings.alpha and found.mean[0] > 0 and not falls), tuple(reasons))
 
 
-def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
-    """Doses beyond the main one that do worse than it, or break the format."""
+def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> NDArray[np.bool_]:
+    """[condition] doses beyond the main one that do worse than it, or break the format."""
     _, beyond = dose_order(table)
-    broken = [OUTCOME_CLASSES.index(name) for name in BROKEN_CLASSES]
-    shares = table.shares(table.target)[:, broken].sum(axis=1)
-    notes = []
+    shares = table.broken(table.target)
+    found = np.zeros(len(shares), dtype=np.bool_)
     for i in beyond:
         worse = table.sign * (effects.mean[i] - effects.mean[table.chosen]) < -MIN_EFFECT
-        breaks = shares[i] - shares[table.unedited] > settings.margin
-        if worse or breaks:
-            notes.append(
-                f"over_steering: dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and "
-                f"{shares[i]:.1%} broken completions"
-            )
-    return tuple(notes)
+        found[i] = worse or shares[i] - shares[table.unedited] > settings.margin
+    return found
+
+
+def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
+    """The same in words."""
+    shares = table.broken(table.target)
+    return tuple(
+        f"over_steering: dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} "
+        "broken completions"
+        for i in np.flatnonzero(over_steered(table, effects, settings))
+    )
 
 
 # -- V4
@@ -194,8 +207,9 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Step:
     i, unedited = table.chosen, table.unedited
     low, _ = interval(table, settings, i, table.unrelated, 2 * settings.alpha)  # one-sided at alpha
     kept = low > -settings.margin
-    broken = np.isin(table.ending[:, table.unrelated], [OUTCOME_CLASSES.index(name) for name in BROKEN_CLASSES])
-    rise = float(broken[i].mean() - broken[unedited].mean())
+    broken = table.broken(table.unrelated)
+    rise = float(broken[i] - broken[unedited])
+    length = table.n_tokens[:, table.unrelated].mean(axis=(1, 2))
     kl = float(table.neutral_kl[i])
     random = table.neutral_kl[table.where("random")]
     random = random[np.isfinite(random)]
@@ -209,6 +223,7 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Step:
         f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})"
         if np.isfinite(kl)
         else "v4_neutral_kl_not_estimable: the prompts have no text before their last token",
+        f"v4_length: completions on unrelated tasks {length[unedited]:.1f} -> {length[i]:.1f} tokens, not judged",
     )
     return Step(bool(kept and rise <= settings.margin and quiet), reasons)
 

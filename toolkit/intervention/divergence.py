@@ -47,6 +47,17 @@ class Probe:
         return int(sum(float(batch.weight.sum()) for batch in self.batches))
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Fixed texts, and both unedited models' distributions on them."""
+
+    first: Probe
+    forced: Probe
+    neutral: Probe
+    references: dict[str, dict[str, list[Tensor]]]
+    """probe name -> view -> log-probabilities."""
+
+
 def make_probe(
     texts: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],
@@ -122,6 +133,12 @@ def divergences(p: Sequence[Tensor], q: Sequence[Tensor], probe: Probe, n_prompt
         np.add.at(weight, owner, batch.weight.sum(dim=1).double().cpu().numpy())
     with np.errstate(invalid="ignore"):
         return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
+
+
+def finite_mean(values: NDArray[np.float64]) -> float:
+    """Mean of the finite values, NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def mean_residual(model: Any, layer: int, probe: Probe) -> Tensor:

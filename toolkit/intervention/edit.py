@@ -35,9 +35,9 @@ class FeatureEdit:
     features
         Ids k of the set; empty means no edit (``passthrough`` then takes the whole dictionary through the code).
     kind
-        ``disable``: f' = 0. ``amplify``: f' = dose * f (a dose below 1 weakens). ``passthrough``: encode, decode, add
-        back the error. ``lift``: f' = f + dose * (f_donor - f), the donor reading the same text. ``add_vector``:
-        a' = a + dose * vector, no features.
+        ``disable``: f' = 0. ``amplify``: f' = dose * f (a dose below 1 weakens); with ``level``, f' = f + (dose - 1) *
+        level, not below 0. ``passthrough``: encode, decode, add back the error. ``lift``: f' = f + dose * (f_donor -
+        f), the donor reading the same text. ``add_vector``: a' = a + dose * vector, no features.
     dose
         See ``kind``; ``amplify`` needs one, ``disable`` takes none, the others default to 1.
     positions
@@ -49,6 +49,9 @@ class FeatureEdit:
         Leading tokens of every text left alone (BOS, attention sinks): the crosscoder has never seen them.
     vector
         Raw units, for ``add_vector``.
+    level
+        For ``amplify``: one declared level a feature, in units of f, to be added instead of the feature's own; so that
+        dose 1 is no edit either way.
 
     Raises
     ------
@@ -67,6 +70,7 @@ class FeatureEdit:
     phases: tuple[Phase, ...] = ("prefill", "decode")
     skip_first: int = 0
     vector: tuple[float, ...] = ()
+    level: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(int(k) for k in self.features))
@@ -80,6 +84,13 @@ class FeatureEdit:
             raise InputError(f"an edit's features are distinct ids from 0 up, got {self.features}.")
         if (self.kind == "add_vector") != bool(self.vector) or (self.vector and self.features):
             raise InputError("kind 'add_vector' takes a vector and no features; the other kinds take no vector.")
+        if self.level and (self.kind != "amplify" or len(self.level) != len(self.features)):
+            raise InputError(
+                f"levels are for kind 'amplify', one for each of {len(self.features)} features; "
+                f"got {len(self.level)} for kind {self.kind!r}."
+            )
+        if not all(math.isfinite(level) and level >= 0 for level in self.level):
+            raise InputError(f"levels of features are finite and not negative, got {self.level}.")
         if self.skip_first < 0:
             raise InputError(f"skip_first counts tokens and cannot be negative, got {self.skip_first}.")
         self._check_dose()
@@ -165,6 +176,13 @@ class FeatureColumns:
         self.directions = raw.to(device, torch.float32)
         offset = crosscoder.decoder_offset.detach()[at].double() / scale[slot].double()
         self.offset = offset.to(device, torch.float32)
+
+    def to(self, device: torch.device) -> FeatureColumns:
+        """The same on the device of the activations; itself if it is there already."""
+        if self.directions.device != device:
+            self._readout = self._readout.to(device, torch.float32)
+            self.directions, self.offset = self.directions.to(device), self.offset.to(device)
+        return self
 
     def read(self, activation: Tensor) -> Tensor:
         """Features [..., feature] of raw activations [..., channel] of one model."""

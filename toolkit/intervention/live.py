@@ -212,10 +212,12 @@ class _Hook:
         self, model: PreTrainedModel, edit: FeatureEdit, site: EditSite, donor: Donor | None, active: ActiveEdit
     ) -> None:
         self.edit, self.active, self.donor = edit, active, donor
-        device = next(locate_layers(model)[site.layer].parameters()).device  # under a device map, the block's own
+        device = next(locate_layers(model)[site.layer].parameters()).device
+        device = torch.device("cpu") if device.type == "meta" else device  # offloaded; after_block sees the real one
         whole = edit.kind == "passthrough" and not edit.features
         self.columns = FeatureColumns(site, None if whole else edit.features, device=device)
         self.vector = torch.tensor(edit.vector, device=device, dtype=torch.float32) * edit.strength
+        self.level = torch.tensor(edit.level, device=device, dtype=torch.float32)
         self.donor_capture: Any = None
         self.donor_columns: FeatureColumns | None = None
         if donor is not None:
@@ -313,7 +315,8 @@ class _Hook:
                 **more,
             )
         if self.donor_columns is not None:
-            self.donor_levels = self.donor_columns.read(self.donor_capture.value)
+            theirs: Tensor = self.donor_capture.value
+            self.donor_levels = self.donor_columns.to(theirs.device).read(theirs)
 
     # -- after the block: the change --------------------------------------------------------------------------------
 
@@ -321,6 +324,7 @@ class _Hook:
         if self.skip:
             return output
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        self._follow(hidden.device)
         edited = self._edited(hidden.to(torch.float32)).to(hidden.dtype)
         if self.mask is not None:
             self.mask = self.mask.to(hidden.device)
@@ -329,6 +333,14 @@ class _Hook:
             self.active.add(hidden, edited, self.mask)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
+    def _follow(self, device: torch.device) -> None:
+        """Be where the block's output is: a device map may compute elsewhere than the weights lie."""
+        if self.vector.device != device:
+            self.columns.to(device)
+            self.vector, self.level = self.vector.to(device), self.level.to(device)
+        if self.donor_levels is not None:
+            self.donor_levels = self.donor_levels.to(device)
+
     def _edited(self, hidden: Tensor) -> Tensor:
         kind, columns = self.edit.kind, self.columns
         if kind == "add_vector":
@@ -336,6 +348,9 @@ class _Hook:
         levels = columns.read(hidden)
         if kind == "disable":
             return hidden - columns.write(levels)
+        if kind == "amplify" and self.edit.level:
+            raised = (levels + (self.edit.strength - 1.0) * self.level).clamp_min(0.0)
+            return hidden + columns.write(raised - levels)
         if kind == "amplify":
             return hidden + columns.write((self.edit.strength - 1.0) * levels)
         if kind == "lift" and self.donor_levels is not None:

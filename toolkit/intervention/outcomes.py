@@ -51,6 +51,8 @@ class OutcomeTable:
     kl_to_base, kl_to_rl
         [condition, prompt] KL(arm || model) of next-token distributions in nats, averaged over the positions that
         predict a forced completion; NaN where not computed.
+    n_tokens
+        [condition, prompt, sample] length of the completion.
     neutral_kl
         [condition] KL(unedited || arm) per token on text that neither model wrote; NaN where not computed.
     task, cluster
@@ -67,6 +69,7 @@ class OutcomeTable:
     kl_to_base: Floats
     kl_to_rl: Floats
     neutral_kl: Floats
+    n_tokens: Floats
     task: NDArray[np.str_]
     cluster: NDArray[np.str_]
     target: NDArray[np.bool_]
@@ -124,6 +127,11 @@ class OutcomeTable:
     def shares(self, mask: NDArray[np.bool_]) -> Floats:
         """[condition, class] share of each ending over the masked prompts."""
         return np.stack([class_shares(self.ending[i][mask]) for i in range(len(self.conditions))])
+
+    def broken(self, mask: NDArray[np.bool_]) -> Floats:
+        """[condition] share of completions of a model that no longer works, over the masked prompts."""
+        at = [OUTCOME_CLASSES.index(name) for name in BROKEN_CLASSES]
+        return np.asarray(self.shares(mask)[:, at].sum(axis=1), dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import CLUSTER, FEATURE
 from rlgen_stats.schemas.errors import NotEstimableError
-from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder
 from rlgen_stats.toolkit.extraction.checkpoints import find_model, load_model, load_tokenizer, resolve_device
@@ -22,12 +22,12 @@ from rlgen_stats.toolkit.intervention.arms import (
     DIRECTIONS,
     UNEDITED,
     Arm,
-    edited_positions,
     main_dose,
+    scaled_edit,
     target_prompts,
 )
-from rlgen_stats.toolkit.intervention.edit import FeatureEdit
 from rlgen_stats.toolkit.intervention.outcomes import Condition, Direction, Floats, PairedEffect, paired_effect
+from rlgen_stats.toolkit.intervention.subset import Search, lazy_greedy
 from rlgen_stats.toolkit.intervention.trial import Bench, Subject, run_arm
 from rlgen_stats.toolkit.intervention.verify import N_RESAMPLES, Trial, edit_site, make_bench, prepare
 from rlgen_stats.toolkit.progress import SILENT, Progress
@@ -35,6 +35,8 @@ from rlgen_stats.toolkit.statistics.kernels import adjust
 
 SUFFICIENT: Final = 0.8
 """Share of the whole set's effect that a smaller set must reach on the search prompts."""
+SEARCH_BUDGET: Final = 2
+"""Sets measured only to choose the next member of the smaller set, in multiples of the set's size."""
 _EFFECT: Final = ("mean", "low", "high", "p_value")
 
 
@@ -62,8 +64,8 @@ def feature_effects(
     Dataset
         [direction, feature]: ``alone``, the effect of editing only this feature, and ``left_out``, what the set's
         effect loses without it, each with ``_low``, ``_high``, ``_p_value``, ``_q_value``; ``order``, the place of a
-        feature when they are added from the strongest alone on the search prompts; ``in_subset``. [direction, size]:
-        ``search_effect`` of the first ``size`` features, NaN beyond where the search stopped. [direction]:
+        feature in the greedy search on the search prompts; ``in_subset``. [direction, size]: ``search_effect`` of the
+        first ``size`` features, NaN beyond where the search stopped or where there was none. [direction]:
         ``subset_size``; ``subset_effect``, ``set_effect`` and ``set_minus_subset`` with intervals and p-values on the
         other prompts.
 
@@ -104,6 +106,35 @@ def feature_effects(
     )
 
 
+def part_arm(trial: Trial, direction: Direction, features: Sequence[int]) -> Arm:
+    """The arm that edits some features of a trial's set; an edit has one name however it came about."""
+    chosen, spec = trial.chosen, trial.spec
+    kept = tuple(k for k in chosen if k in features)
+    left = [k for k in chosen if k not in features]
+    if not left:
+        label = "set"
+    elif len(kept) == 1:
+        label = f"single-{kept[0]}"
+    else:
+        label = f"without-{left[0]}" if len(left) == 1 else f"subset-{content_hash(list(kept))[:12]}"
+    dose = main_dose(direction, spec.intervention)
+    edit = scaled_edit(kept, dose, spec, trial.levels_of(direction))
+    return Arm(Condition(label, "part" if left else "set", dose), edit)
+
+
+def part_arms(trial: Trial, direction: Direction) -> tuple[Arm, ...]:
+    """Every feature alone and every feature left out, without what is one arm twice."""
+    chosen = trial.chosen
+    arms = [part_arm(trial, direction, (k,)) for k in chosen]
+    arms += [part_arm(trial, direction, [other for other in chosen if other != k]) for k in chosen if len(chosen) > 1]
+    return tuple({arm.name: arm for arm in arms if arm.condition.kind == "part"}.values())
+
+
+def n_search_sets(n_features: int) -> int:
+    """Sets that the search for a smaller set measures at most, beside those of :func:`part_arms`."""
+    return max((SEARCH_BUDGET + 1) * n_features - 2, 0) if n_features > 2 else 0
+
+
 @dataclass
 class _Parts:
     """One direction."""
@@ -132,13 +163,13 @@ class _Parts:
         """All effects of this direction."""
         chosen = self.trial.chosen
         with progress.task(f"{self.direction}: features", total=2 * len(chosen) + 2, unit="arms") as task:
-            unedited, whole = self._right(UNEDITED), self._right(self._arm("set", chosen))
+            unedited, whole = self._right(UNEDITED), self._right(self._arm(chosen))
             task.advance(2)
             alone, without = [], []
             for k in chosen:
-                alone.append(self._right(self._arm(f"single-{k}", (k,))))
+                alone.append(self._right(self._arm((k,))))
                 rest = tuple(other for other in chosen if other != k)
-                without.append(self._right(self._arm(f"without-{k}", rest)) if rest else unedited)
+                without.append(self._right(self._arm(rest)) if rest else unedited)
                 task.advance(2)
         found: dict[str, Any] = {}
         for label, changes in (
@@ -149,35 +180,24 @@ class _Parts:
             found |= {
                 label if part == "mean" else f"{label}_{part}": (FEATURE, getattr(effect, part)) for part in _EFFECT
             }
-        strength = self._sign * (np.stack(alone, axis=1) - unedited[:, None])[self._search].mean(axis=0)
-        order = np.argsort(-strength, kind="stable")
-        found |= self._subset(order, unedited, whole, progress)
+        found |= self._subset(dict(zip(chosen, alone, strict=True)), unedited, whole, progress)
         return xr.Dataset(found, coords={FEATURE: np.array(chosen), "size": np.arange(1, len(chosen) + 1)})
 
-    def _subset(self, order: NDArray[np.int64], unedited: Floats, whole: Floats, progress: Progress) -> dict[str, Any]:
-        """Add features, strongest first, until the search prompts show enough; then look at the others."""
-        chosen, search = np.array(self.trial.chosen), self._search
-        wanted = SUFFICIENT * self._sign * float((whole - unedited)[search].mean()) if search.any() else np.nan
-        effects, right, size = np.full(len(chosen), np.nan), whole, len(chosen)
-        with progress.task(f"{self.direction}: smaller sets", total=len(chosen), unit="sets") as task:
-            for n in range(1, len(chosen) + 1):
-                kept = tuple(int(k) for k in chosen[order[:n]])
-                right = self._right(self._arm(f"first-{n:03d}", kept)) if n < len(chosen) else whole
-                effects[n - 1] = (right - unedited)[search].mean() if search.any() else np.nan
-                task.advance(1)
-                if wanted > 0 and self._sign * effects[n - 1] >= wanted:
-                    size = n
-                    break
-        place = np.empty(len(chosen), dtype=np.int64)
-        place[order] = np.arange(1, len(chosen) + 1)
+    def _subset(self, alone: dict[int, Floats], unedited: Floats, whole: Floats, progress: Progress) -> dict[str, Any]:
+        """Add features until the search prompts show enough; then look at the others."""
+        chosen = self.trial.chosen
+        search = self._subset_search(alone, unedited, whole, progress)
+        size = len(search.order)
+        place = {k: i for i, k in enumerate((*search.order, *search.left), start=1)}
+        right = self._right(self._arm(search.order))
         told: dict[str, Any] = {
-            "order": (FEATURE, place),
-            "in_subset": (FEATURE, place <= size),
-            "search_effect": ("size", effects),
+            "order": (FEATURE, np.array([place[k] for k in chosen])),
+            "in_subset": (FEATURE, np.array([k in search.order for k in chosen])),
+            "search_effect": ("size", self._sign * np.array([*search.values, *[np.nan] * (len(chosen) - size)])),
             "subset_size": ((), size),
         }
         columns = np.stack([right - unedited, whole - unedited, whole - right], axis=1)
-        effect = self._effect(columns, ~search)
+        effect = self._effect(columns, ~self._search)
         for i, label in enumerate(("subset_effect", "set_effect", "set_minus_subset")):
             told |= {
                 label if part == "mean" else f"{label}_{part}": ((), float(getattr(effect, part)[i]))
@@ -185,17 +205,28 @@ class _Parts:
             }
         return told
 
-    def _arm(self, label: str, features: tuple[int, ...]) -> Arm:
-        spec = self.trial.spec
-        dose = main_dose(self.direction, spec.intervention)
-        where: dict[str, Any] = {
-            "positions": edited_positions(spec.extraction),
-            "skip_first": spec.extraction.skip_first,
-        }
-        edit = (
-            FeatureEdit(features, "disable", **where) if dose == 0 else FeatureEdit(features, "amplify", dose, **where)
-        )
-        return Arm(Condition(label, "set" if label == "set" else "part", dose), edit)
+    def _subset_search(self, alone: dict[int, Floats], unedited: Floats, whole: Floats, progress: Progress) -> Search:
+        """The search; without an effect to reach on the search prompts, the whole set as it is."""
+
+        def strength(right: Floats) -> float:
+            return self._sign * float((right - unedited)[self._search].mean()) if self._search.any() else float("nan")
+
+        chosen = self.trial.chosen
+        wanted = SUFFICIENT * strength(whole)
+        if not wanted > 0:
+            return Search(chosen, (*[float("nan")] * (len(chosen) - 1), strength(whole)), ())
+        with progress.task(f"{self.direction}: smaller sets", unit="sets") as task:
+
+            def value(features: tuple[int, ...]) -> float:
+                found = strength(self._right(self._arm(features)))
+                task.advance(1, features=len(features), share=round(found / strength(whole), 2))
+                return found
+
+            each = {k: strength(right) for k, right in alone.items()}
+            return lazy_greedy(each, value, wanted=wanted, budget=SEARCH_BUDGET * len(chosen))
+
+    def _arm(self, features: Sequence[int]) -> Arm:
+        return part_arm(self.trial, self.direction, features)
 
     def _right(self, arm: Arm) -> Floats:
         """[target prompt] share of right completions of an arm."""

@@ -9,8 +9,9 @@ import numpy as np
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder
-from rlgen_stats.toolkit.intervention.arms import DIRECTIONS, UNEDITED, plan_arms
+from rlgen_stats.toolkit.intervention.arms import DIRECTIONS, UNEDITED, Arm, plan_arms
 from rlgen_stats.toolkit.intervention.outcomes import Direction
+from rlgen_stats.toolkit.intervention.parts import n_search_sets, part_arms
 from rlgen_stats.toolkit.intervention.verify import edit_site, make_bench, prepare
 
 NEEDS_MODELS = ("steering", "random_direction")
@@ -68,14 +69,19 @@ def plan_trial(
     if isinstance(trial, str):
         return TrialPlan(tuple(map(int, features)), 0, n_samples, 0, {}, {}, limit, trial)
     sets = np.empty((0, len(trial.chosen)), dtype=np.int64) if trial.controls is None else trial.controls.sets
-    vector = np.ones(1)  # stands for one that only the models can tell
+    unknown = np.ones(1)  # stands for a vector that only the models can tell
     bench = make_bench(trial, folder, provenance, None, name)
     arms: dict[str, int] = {}
     stored: dict[str, int] = {}
     for direction in directions:
-        planned = (UNEDITED, *plan_arms(direction, trial.chosen, sets, spec, steering=vector, random_direction=vector))
+        levels = trial.levels_of(direction)
+        planned: tuple[Arm, ...] = (
+            UNEDITED,
+            *plan_arms(direction, trial.chosen, sets, spec, steering=unknown, random_direction=unknown, levels=levels),
+            *(part_arms(trial, direction) if by_feature else ()),
+        )
         site = edit_site(trial, direction)
-        arms[direction] = len(planned) + (3 * len(trial.chosen) - 1 if by_feature else 0)
+        arms[direction] = len(planned) + (n_search_sets(len(trial.chosen)) if by_feature else 0)
         stored[direction] = sum(
             bench.place(direction, arm).exists()
             if arm.condition.kind in NEEDS_MODELS

@@ -15,8 +15,8 @@ from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.intervention.arms import DIRECTIONS, edited_positions, target_prompts
 from rlgen_stats.toolkit.intervention.controls import COVARIATES, MatchedControls
-from rlgen_stats.toolkit.intervention.outcomes import OUTCOME_CLASSES, Direction, Floats, OutcomeTable
-from rlgen_stats.toolkit.intervention.trial import DIVERGENCES
+from rlgen_stats.toolkit.intervention.divergence import finite_mean
+from rlgen_stats.toolkit.intervention.outcomes import OUTCOME_CLASSES, Direction, OutcomeTable, cluster_interval
 from rlgen_stats.toolkit.intervention.verdict import Verdict
 
 
@@ -26,20 +26,15 @@ class Result:
 
     direction: Direction
     table: OutcomeTable
-    lengths: NDArray[np.float64]
     divergences: dict[str, NDArray[np.float64]]
     verdict: Verdict
 
 
-def finite_mean(values: Floats) -> float:
-    """Mean of the finite values, NaN without any."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
-
-
 _PER_CONDITION: Final = (
     *("accuracy", "effect", "effect_low", "effect_high", "p_value", "dose", "kl_to_base", "kl_to_rl", "length"),
-    *("forced_kl_to_base", "forced_kl_to_rl", "neutral_kl"),
+    *("forced_kl_to_base", "forced_kl_to_rl", "neutral_kl", "dose_fit"),
+    *("unrelated_accuracy", "unrelated_effect", "unrelated_low", "unrelated_high", "unrelated_broken"),
+    "unrelated_length",
 )
 
 
@@ -51,6 +46,7 @@ def _empty(prompts: pd.DataFrame, conditions: Sequence[str]) -> xr.Dataset:
     return xr.Dataset(
         {name: (("direction", "condition"), np.full(shape, np.nan)) for name in _PER_CONDITION}
         | {"kind": (("direction", "condition"), np.full(shape, "absent", dtype="U16"))}
+        | {"over_steered": (("direction", "condition"), np.zeros(shape, dtype=bool))}
         | {
             name: (("direction", "condition", TASK), np.full((*shape, len(tasks)), np.nan))
             for name in ("task_accuracy", "task_effect")
@@ -91,6 +87,8 @@ def _attrs(spec: StudySpec, prompts: pd.DataFrame, chosen: tuple[int, ...]) -> d
         "target_tasks": sorted(set(prompts[TASK][target])),
         "unrelated_tasks": sorted(set(prompts[TASK][unrelated])),
         "lift_reference": "the RL model's features on the same tokens",
+        "level": spec.intervention.level,
+        "neutral_text": spec.intervention.neutral_text or "prompts of unrelated tasks",
         "n_samples": spec.intervention.n_samples,
     }
 
@@ -125,23 +123,7 @@ def as_dataset(
         d = DIRECTIONS.index(result.direction)
         table, verdict = result.table, result.verdict
         at = [names.index(condition.name) for condition in table.conditions]
-        values = (
-            {
-                "accuracy": table.accuracy(table.target),
-                "effect": verdict.effects.mean,
-                "effect_low": verdict.effects.low,
-                "effect_high": verdict.effects.high,
-                "p_value": verdict.effects.p_value,
-                "dose": np.array([condition.dose for condition in table.conditions]),
-                "length": result.lengths[:, table.target].mean(axis=(1, 2)),
-            }
-            | {
-                name: np.array([finite_mean(row[table.target]) for row in result.divergences[name]])
-                for name in DIVERGENCES[:4]
-            }
-            | {"neutral_kl": table.neutral_kl}
-        )
-        for name, column in values.items():
+        for name, column in (_per_condition(result) | _side_effects(result, spec.statistics.alpha)).items():
             dataset[name].values[d, at] = column
         dataset["kind"].values[d, at] = [condition.kind for condition in table.conditions]
         dataset["class_share"].values[d, at] = verdict.shares
@@ -158,6 +140,43 @@ def as_dataset(
         "control_flags": [] if controls is None else list(controls.flags),
     }
     return _text(dataset).assign_attrs(_attrs(spec, prompts, chosen) | facts)
+
+
+def _per_condition(result: Result) -> dict[str, NDArray[Any]]:
+    """What every arm does on the target prompts."""
+    table, verdict = result.table, result.verdict
+    return {
+        "accuracy": table.accuracy(table.target),
+        "effect": verdict.effects.mean,
+        "effect_low": verdict.effects.low,
+        "effect_high": verdict.effects.high,
+        "p_value": verdict.effects.p_value,
+        "dose": np.array([condition.dose for condition in table.conditions]),
+        "dose_fit": verdict.dose_fit,
+        "over_steered": verdict.over_steered,
+        "length": table.n_tokens[:, table.target].mean(axis=(1, 2)),
+        "neutral_kl": table.neutral_kl,
+    } | {
+        name: np.array([finite_mean(row[table.target]) for row in result.divergences[name]])
+        for name in ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl")
+    }
+
+
+def _side_effects(result: Result, alpha: float) -> dict[str, NDArray[Any]]:
+    """What every arm does on prompts of unrelated tasks; nothing without any."""
+    table = result.table
+    if not table.unrelated.any():
+        return {}
+    change, codes = table.change(table.unrelated), np.unique(table.cluster[table.unrelated], return_inverse=True)[1]
+    mean, low, high = cluster_interval(change, codes, alpha=alpha)
+    return {
+        "unrelated_accuracy": table.accuracy(table.unrelated),
+        "unrelated_effect": mean,
+        "unrelated_low": low,
+        "unrelated_high": high,
+        "unrelated_broken": table.broken(table.unrelated),
+        "unrelated_length": table.n_tokens[:, table.unrelated].mean(axis=(1, 2)),
+    }
 
 
 def balance_table(controls: MatchedControls | None, why: str) -> xr.Dataset:

@@ -14,39 +14,26 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS, SAMPLE
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import replacing
-from rlgen_stats.stores.arms import CONDITION
-from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
+from rlgen_stats.stores.arms import CONDITION, SHARED_KINDS
 from rlgen_stats.toolkit.extraction.generation import generate
 from rlgen_stats.toolkit.extraction.grading import make_grader
 from rlgen_stats.toolkit.extraction.prompts import ANSWER, TEXT
 from rlgen_stats.toolkit.intervention.arms import Arm
-from rlgen_stats.toolkit.intervention.divergence import (
-    MAX_NUMBERS,
-    Probe,
-    divergences,
-    log_probabilities,
-    make_probe,
-)
+from rlgen_stats.toolkit.intervention.divergence import Probes, divergences, finite_mean, log_probabilities
 from rlgen_stats.toolkit.intervention.edit import EditSite
 from rlgen_stats.toolkit.intervention.live import ActiveEdit, Donor, editing
 from rlgen_stats.toolkit.intervention.outcomes import Direction
 
-FORCED_TOKENS: Final = 2048
-"""Completion positions on which arms other than the random sets are compared with both models."""
-NEUTRAL_TOKENS: Final = 512
-"""Prompt positions on which every arm is compared with the unedited model."""
 DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl", "neutral_kl")
-"""Per prompt: first completion position, forced completions, and prompt text; NaN where not computed."""
+"""Per prompt: first completion position and forced completions; neutral text, one number for all; NaN where not
+computed."""
 FILE_VERSION: Final = 2
 """Raised when an arm's file gets other columns."""
-SHARED_KINDS: Final = ("unedited", "fresh", "passthrough", "steering", "random_direction")
-"""Arms that are the same whatever the set."""
 _HASH: Final = b"rlgen_stats_arm"
 
 
@@ -59,17 +46,6 @@ class Subject:
     site: EditSite
     donor: Donor | None
     """The RL model, for ``lift``."""
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Fixed texts, and both unedited models' distributions on them."""
-
-    first: Probe
-    forced: Probe
-    neutral: Probe
-    references: dict[str, dict[str, list[Tensor]]]
-    """probe name -> view -> log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -255,97 +231,6 @@ def _diverge(
             found[f"forced_kl_to_{name}"] = divergences(forced, probes.references["forced"][name], probes.forced, n)
     own = "rl" if subject.direction == "disable" else "base"
     neutral = log_probabilities(subject.model, probes.neutral, active)
-    found["neutral_kl"] = divergences(probes.references["neutral"][own], neutral, probes.neutral, n)
+    moved = divergences(probes.references["neutral"][own], neutral, probes.neutral, len(probes.neutral.owner))
+    found["neutral_kl"] = np.full(n, finite_mean(moved))
     return found
-
-
-# -- probes
-
-
-def forced_texts(
-    bench: Bench, base: pd.DataFrame, rl: pd.DataFrame, rows: np.ndarray, limit: int
-) -> tuple[list[list[int]], list[int], list[int]]:
-    """Prompts followed by an unedited completion, of base and the RL model in turn, up to ``limit`` completion tokens.
-
-    Returns
-    -------
-    texts, prompt_lengths, owner
-        Token ids, tokens of the prompt, index of the prompt.
-    """
-    encoded = encode_prompts(bench.tokenizer, list(bench.prompts[TEXT]))
-    seed = derive_seed(bench.spec.seed, "intervention", "forced texts")
-    texts: list[list[int]] = []
-    lengths: list[int] = []
-    owner: list[int] = []
-    used = 0
-    for turn, row in enumerate(np.random.default_rng(seed).permutation(rows)):
-        written = [int(token) for token in (rl, base)[turn % 2]["token_ids"].iloc[int(row)]]
-        if used + len(written) > limit and texts:
-            break
-        if written:
-            texts.append(encoded[int(row)] + written)
-            lengths.append(len(encoded[int(row)]))
-            owner.append(int(row))
-            used += len(written)
-    return texts, lengths, owner
-
-
-def make_probes(
-    bench: Bench,
-    models: dict[str, Any],
-    unedited: dict[str, pd.DataFrame],
-    target: np.ndarray,
-    unrelated: np.ndarray,
-) -> Probes:
-    """Probes on the chosen prompts and both models' distributions there.
-
-    Parameters
-    ----------
-    bench
-        Prompts and settings.
-    models, unedited
-        "base" and "rl": the models, and their unedited arms.
-    target, unrelated
-        [prompt] masks; forced completions come from target prompts, neutral text is the prompts of unrelated tasks (all
-        tasks where none is declared), which neither model wrote.
-    """
-    vocabulary = int(models["base"].config.get_text_config().vocab_size)
-    device = next(models["base"].parameters()).device
-    affordable = max(MAX_NUMBERS // vocabulary, 1)
-    common: dict[str, Any] = {
-        "pad": pad_id(bench.tokenizer),
-        "batch_size": bench.spec.generation.batch_size,
-        "device": device,
-    }
-    encoded = encode_prompts(bench.tokenizer, list(bench.prompts[TEXT]))
-    lengths = [len(ids) for ids in encoded]
-    seed = derive_seed(bench.spec.seed, "intervention", "probes")
-    shuffled = np.random.default_rng(seed).permutation(len(encoded))
-    rows = sorted(int(r) for r in shuffled[:affordable])
-    last = [lengths[r] - 1 for r in rows]
-    first = make_probe([encoded[r] for r in rows], [lengths[r] for r in rows], rows, first=last, last=last, **common)
-    texts, starts, owner = forced_texts(
-        bench, unedited["base"], unedited["rl"], np.flatnonzero(target), min(FORCED_TOKENS, affordable)
-    )
-    forced = make_probe(texts, starts, owner, first=[s - 1 for s in starts], last=[len(t) - 2 for t in texts], **common)
-    skip = bench.spec.extraction.skip_first
-    pool = np.flatnonzero(unrelated) if unrelated.any() else np.arange(len(encoded))
-    chosen, used = [], 0
-    for r in np.random.default_rng(seed).permutation(pool):
-        spoken = lengths[int(r)] - 1 - skip
-        if spoken > 0 and used + spoken <= min(NEUTRAL_TOKENS, affordable):
-            chosen.append(int(r))
-            used += spoken
-    neutral = make_probe(
-        [encoded[r] for r in chosen],
-        [lengths[r] for r in chosen],
-        chosen,
-        first=[skip] * len(chosen),
-        last=[lengths[r] - 2 for r in chosen],
-        **common,
-    )
-    named = {"first": first, "forced": forced, "neutral": neutral}
-    references = {
-        name: {view: log_probabilities(model, probe) for view, model in models.items()} for name, probe in named.items()
-    }
-    return Probes(first, forced, neutral, references)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlgen_stats.toolkit.intervention.criteria import (
     NOOP_CHANGE,
@@ -16,7 +17,9 @@ from rlgen_stats.toolkit.intervention.criteria import (
     effect_shown,
     fresh_seeds,
     interval,
+    isotonic_fit,
     mode,
+    over_steered,
     over_steering,
     replication,
     side_effects,
@@ -47,6 +50,10 @@ class Verdict:
         Per condition on the target prompts, arm minus unedited.
     shares
         [condition, class] endings on the target prompts.
+    dose_fit
+        [condition] isotonic fit of accuracy, NaN off the dose curve.
+    over_steered
+        [condition] doses beyond the main one that do worse or break the format.
     """
 
     verdict: VerdictName
@@ -60,6 +67,8 @@ class Verdict:
     v6: bool
     effects: PairedEffect
     shares: Floats
+    dose_fit: Floats
+    over_steered: NDArray[np.bool_]
 
 
 def judge(table: OutcomeTable, settings: Settings) -> Verdict:
@@ -113,6 +122,8 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
         v6=v6.passed,
         effects=effects,
         shares=table.shares(table.target),
+        dose_fit=isotonic_fit(table),
+        over_steered=over_steered(table, effects, settings),
     )
 
 

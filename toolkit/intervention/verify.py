@@ -26,7 +26,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     load_tokenizer,
     resolve_device,
 )
-from rlgen_stats.toolkit.extraction.prompts import TEXT, load_prompts
+from rlgen_stats.toolkit.extraction.prompts import TEXT, load_prompts, load_texts
 from rlgen_stats.toolkit.intervention.arms import (
     DIRECTIONS,
     UNEDITED,
@@ -37,14 +37,15 @@ from rlgen_stats.toolkit.intervention.arms import (
     target_prompts,
 )
 from rlgen_stats.toolkit.intervention.controls import MatchedControls, match_controls
-from rlgen_stats.toolkit.intervention.covariates import feature_covariates, near_duplicates
+from rlgen_stats.toolkit.intervention.covariates import feature_covariates, mean_levels, near_duplicates
 from rlgen_stats.toolkit.intervention.criteria import TIE, Settings, hopeless
-from rlgen_stats.toolkit.intervention.divergence import mean_residual
+from rlgen_stats.toolkit.intervention.divergence import Probes, finite_mean, mean_residual
 from rlgen_stats.toolkit.intervention.edit import EditSite
 from rlgen_stats.toolkit.intervention.live import Donor
 from rlgen_stats.toolkit.intervention.outcomes import Direction, OutcomeTable, ending_of
-from rlgen_stats.toolkit.intervention.tables import Result, as_dataset, balance_table, finite_mean, nothing_to_show
-from rlgen_stats.toolkit.intervention.trial import DIVERGENCES, Bench, Probes, Subject, make_probes, run_arm
+from rlgen_stats.toolkit.intervention.probes import make_probes
+from rlgen_stats.toolkit.intervention.tables import Result, as_dataset, balance_table, nothing_to_show
+from rlgen_stats.toolkit.intervention.trial import DIVERGENCES, Bench, Subject, run_arm
 from rlgen_stats.toolkit.intervention.verdict import judge
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -64,6 +65,12 @@ class Trial:
     controls: MatchedControls | None
     why: str
     """Why there are no controls, if so."""
+    levels: NDArray[np.float64] | None = None
+    """[feature] what amplifying adds, where that is not the features' own activation."""
+
+    def levels_of(self, direction: Direction) -> NDArray[np.float64] | None:
+        """Levels that a direction's edits add."""
+        return self.levels if direction == "amplify" else None
 
 
 def verify_causally(
@@ -135,7 +142,7 @@ def prepare(
     Raises
     ------
     InputError
-        If a feature does not exist.
+        If a feature does not exist or never fires.
     """
     prompts = choose_prompts(load_prompts(spec, folder), spec)
     chosen = tuple(dict.fromkeys(int(k) for k in features))
@@ -151,22 +158,25 @@ def prepare(
     target, _ = target_prompts(prompts, spec)
     if not target.any():
         return "no_target_prompts: all verification prompts are of control tasks"
-    controls, why = _controls(spec, folder, chosen, crosscoder, rl_view, covariates)
-    return Trial(spec, prompts, chosen, crosscoder, rl_view, controls, why)
+    summaries = open_features(folder.features)
+    if covariates is None:
+        covariates = feature_covariates(crosscoder, summaries, models=[BASE_MODEL, rl_view], view=rl_view)
+    dead = [k for k in chosen if not np.isfinite(covariates["log_firing"].values[k])]
+    if dead:
+        raise InputError(
+            f"features {dead[:5]} are dead: they fire on no token of {BASE_MODEL} or {rl_view}, so that editing them "
+            "changes nothing; leave them out (rlgen-stats features lists those that fire)."
+        )
+    try:
+        levels = mean_levels(crosscoder, summaries, model=rl_view) if spec.intervention.level == "rl" else None
+    except NotEstimableError as error:
+        return f"no_levels: {error}"
+    return Trial(spec, prompts, chosen, crosscoder, rl_view, *_controls(spec, chosen, crosscoder, covariates), levels)
 
 
 def _controls(
-    spec: StudySpec,
-    folder: StudyFolder,
-    chosen: tuple[int, ...],
-    crosscoder: Crosscoder,
-    rl_view: str,
-    covariates: xr.Dataset | None,
+    spec: StudySpec, chosen: tuple[int, ...], crosscoder: Crosscoder, covariates: xr.Dataset
 ) -> tuple[MatchedControls | None, str]:
-    if covariates is None:
-        covariates = feature_covariates(
-            crosscoder, open_features(folder.features), models=[BASE_MODEL, rl_view], view=rl_view
-        )
     try:
         return match_controls(
             covariates,
@@ -206,7 +216,9 @@ def _run(
             name: run_arm(bench, subjects[direction], UNEDITED, None)
             for name, direction in (("rl", "disable"), ("base", "amplify"))
         }
-        probes = make_probes(bench, models, unedited, *target_prompts(prompts, spec))
+        told = spec.intervention.neutral_text
+        neutral = () if told is None else load_texts(folder.resolve(told))
+        probes = make_probes(bench, models, unedited, *target_prompts(prompts, spec), neutral)
         vectors = _vectors(spec, models, probes)
         return [
             _run_direction(trial, bench, subjects[direction], vectors, unedited, probes, progress)
@@ -252,7 +264,8 @@ def _run_direction(
     progress: Progress,
 ) -> Result:
     sets = np.empty((0, len(trial.chosen)), dtype=np.int64) if trial.controls is None else trial.controls.sets
-    arms = (UNEDITED, *plan_arms(subject.direction, trial.chosen, sets, trial.spec, **vectors))
+    levels = trial.levels_of(subject.direction)
+    arms = (UNEDITED, *plan_arms(subject.direction, trial.chosen, sets, trial.spec, levels=levels, **vectors))
     n = len(trial.prompts) * trial.spec.intervention.n_samples
     frames: list[pd.DataFrame] = []
     rank = _Rank(trial, subject.direction, n_planned=len(sets))
@@ -346,6 +359,7 @@ def _judged(
         kl_to_base=kl["forced_kl_to_base" if forced else "kl_to_base"],
         kl_to_rl=kl["forced_kl_to_rl" if forced else "kl_to_rl"],
         neutral_kl=neutral,
+        n_tokens=_cube(frames, "n_tokens", n).astype(np.float64),
         task=prompts[TASK].to_numpy(dtype=np.str_),
         cluster=prompts[CLUSTER].to_numpy(dtype=np.str_),
         target=target,
@@ -368,4 +382,4 @@ def _judged(
     broken = [arm.name for arm, frame in zip(arms, frames, strict=True) if not frame["finite"].all()]
     if broken:
         verdict = replace(verdict, reasons=(*verdict.reasons, f"non_finite_logits: {', '.join(broken)}"))
-    return Result(direction, table, _cube(frames, "n_tokens", n).astype(np.float64), kl, verdict)
+    return Result(direction, table, kl, verdict)

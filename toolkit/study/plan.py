@@ -200,9 +200,20 @@ class Study:
             stage = stage_named(name)
             parents = [self.key(need) for need in stage.needs]
             share = {path: _section(self.spec, path) for path in stage.spec}
-            files = {"posttrain": self._training_files, "crosscoder": self._crosscoder_files}.get(name, dict)()
+            files = self._own_files(name)
             self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents])
         return self._keys[name]
+
+    def _own_files(self, name: str) -> dict[str, str]:
+        """Files that a stage reads beside the study's stores."""
+        if name == "posttrain":
+            return self._training_files()
+        if name == "crosscoder":
+            return self._crosscoder_files()
+        neutral = self.spec.intervention.neutral_text
+        if name == "intervene" and neutral is not None:
+            return {"neutral_text": self._fingerprint(neutral, "intervention.neutral_text")}
+        return {}
 
     def _training_files(self) -> dict[str, str]:
         files = {
