@@ -38,7 +38,8 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
 @click.option("--set", "set_name", metavar="NAME", help="Another set: selected, confirmed, candidate or paper.")
 @click.option("--features", callback=_features, metavar="IDS", help="These features, e.g. 12,407.")
 @click.option("--direction", type=click.Choice(["disable", "amplify"]), help="One direction only; default both.")
-@click.option("--dose", "doses", type=float, multiple=True, help="Multipliers of the dose grid; may be repeated.")
+@click.option("--dose", "doses", type=float, multiple=True, help="Doses of the curve; the first above 1 is tested.")
+@click.option("--level", type=click.Choice(["own", "rl"]), help="Amplify own activations, or add RL's mean levels.")
 @click.option("--by-feature", is_flag=True, help="Also edit every feature alone, leave each out, and find a subset.")
 @click.option("--dry-run", is_flag=True, help="Say what it would run and roughly how long, and stop.")
 @click.option(
@@ -56,6 +57,7 @@ def intervene(
     features: list[int],
     direction: Literal["disable", "amplify"] | None,
     doses: tuple[float, ...],
+    level: Literal["own", "rl"] | None,
     by_feature: bool,
     dry_run: bool,
     force: bool,
@@ -65,8 +67,8 @@ def intervene(
 ) -> None:
     """Disable a feature set in the RL model and amplify it in base, with matched controls, on unused prompts.
 
-    Without options this is a stage of the study, on the set it selected. With --set, --features, --direction, --dose or
-    --by-feature it is a trial of its own: results.zarr/trial-NAME, completions below intervention/NAME.
+    Without options this is a stage of the study, on the set it selected. With --set, --features, --direction, --dose,
+    --level or --by-feature it is a trial of its own: results.zarr/trial-NAME, completions below intervention/NAME.
 
     \b
     Examples:  rlgen-stats intervene my-study
@@ -75,7 +77,7 @@ def intervene(
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.cli.study import finish
 
-    own = set_name is None and not features and direction is None and not doses and not by_feature
+    own = set_name is None and not features and direction is None and not doses and level is None and not by_feature
     if own and not dry_run:
         finish(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
         return
@@ -88,6 +90,7 @@ def intervene(
             set_name=set_name if set_name or features else "selected",
             directions=DIRECTIONS if direction is None else (direction,),
             doses=doses,
+            level=level,
             by_feature=by_feature,
             dry_run=dry_run,
             progress=progress,

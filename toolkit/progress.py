@@ -44,3 +44,30 @@ class _Silent:
 
 SILENT: Final[Progress] = _Silent()
 """Progress that says nothing."""
+
+
+class Within:
+    """Progress whose tasks count on one that is already running.
+
+    Attributes
+    ----------
+    done : float
+        Units reported so far.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.done = 0.0
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        """The running task, whatever its name here."""
+        yield self
+
+    def advance(self, amount: float = 1.0, **facts: object) -> None:
+        """Count on the running task."""
+        self.done += amount
+        self._task.advance(amount, **facts)
+
+    def log(self, message: str) -> None:
+        """Say nothing: lines belong to whoever opened the task."""

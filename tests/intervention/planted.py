@@ -125,21 +125,22 @@ def planted_crosscoder() -> Crosscoder:
 
 
 def prompt_table() -> pd.DataFrame:
+    """Verification prompts of every task, and as many again of one task for measuring levels."""
     draw = np.random.default_rng(5)
     rows = []
-    for task, n in N_PROMPTS.items():
+    for task, split, n in (*((task, "verification", n) for task, n in N_PROMPTS.items()), ("math", "selection", 30)):
         for i in range(n):
             digit = int(draw.integers(10))
             filler = " ".join(f"w{j}" for j in draw.integers(0, 10, draw.integers(2, 5)))
             rows.append(
                 {
-                    "prompt_id": f"{task}-{i}",
+                    "prompt_id": f"{task}-{split}-{i}",
                     "text": f"{filler} {'c' if task == 'weather' else 'q'}{digit}",
                     "answer": str(digit),
                     "task": task,
                     "domain": "in" if task == "math" else "out",
-                    "split": "verification",
-                    "cluster": f"{task}-{i}",
+                    "split": split,
+                    "cluster": f"{task}-{split}-{i}",
                 }
             )
     return pd.DataFrame(rows)

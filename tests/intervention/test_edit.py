@@ -447,6 +447,9 @@ def test_lift_while_generating_equals_reading_the_finished_texts(model: Any, cro
         ({"features": (1,), "kind": "disable", "vector": (1.0,)}, "no vector"),
         ({"features": (), "kind": "add_vector"}, "takes a vector"),
         ({"features": (1,), "kind": "disable", "skip_first": -1}, "skip_first"),
+        ({"features": (1, 2), "kind": "amplify", "dose": 2.0, "level": (1.0,)}, "one for each of 2 features"),
+        ({"features": (1,), "kind": "disable", "level": (1.0,)}, "levels are for kind 'amplify'"),
+        ({"features": (1,), "kind": "amplify", "dose": 2.0, "level": (-1.0,)}, "not negative"),
     ],
 )
 def test_contradictory_edits_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 import xarray as xr
@@ -15,17 +17,22 @@ import xarray as xr
 from rlgen_stats.schemas.errors import InputError, NotEstimableError, StoreError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores import Provenance, StudyFolder, open_arms, open_features, open_results, write_results
-from rlgen_stats.toolkit.intervention import feature_covariates, feature_effects, trial, verify_causally
+from rlgen_stats.toolkit.intervention import feature_covariates, feature_effects, plan_trial, trial, verify_causally
+from rlgen_stats.toolkit.intervention.covariates import mean_levels
 
 from .planted import (
     F_BRAKE,
     F_DECOY,
     F_GATE,
+    GATE,
+    ID,
+    LEVEL,
     N_DECOYS,
     N_FEATURES,
     N_PROMPTS,
     PROVENANCE,
     planted_crosscoder,
+    planted_model,
     planted_study,
 )
 
@@ -153,6 +160,12 @@ def test_a_direction_whose_removal_only_stops_the_model_is_destructive(study: An
     assert found["verdict"].sel(direction="amplify").item() != "CAUSAL_SPECIFIC"
 
 
+def trial_arm(folder: StudyFolder, direction: str, name: str) -> Any:
+    """Condition of a stored arm."""
+    path = folder.root / "intervention" / direction / f"{name}.parquet"
+    return json.loads(pq.read_schema(path).metadata[b"rlgen_stats_condition"])
+
+
 def open_gate_covariates(folder: StudyFolder) -> xr.Dataset:
     return covariates_without(folder, F_BRAKE)
 
@@ -259,6 +272,78 @@ def test_the_models_are_left_as_they_were(study: Any, gate: Any) -> None:
     assert not torch.is_inference_mode_enabled()
 
 
+def test_adding_the_rl_models_levels_to_base_does_what_rl_does(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path, max_prompts=120, level="rl", amplify=3.0, doses=())
+    found, _ = verify_causally(
+        spec, folder, [F_GATE], covariates_without(folder, F_BRAKE), provenance=PROVENANCE, directions=["amplify"]
+    )
+    assert found.attrs["level"] == "rl"
+    own = found.sel(direction="amplify")
+    assert float(own["effect"].sel(condition="set")) > 0.6, own["reasons"].item()
+    assert float(own["rank_p"]) == 1 / 20
+    words = {word: planted_model(LEVEL["rl@1"]).model.embed_tokens.weight[ID[word], GATE].item() for word in ID}
+    table = pd.read_parquet(folder.root / "data" / "prompts.parquet")
+    tokens = [words[word] for text in table["text"][table["split"] == "selection"] for word in text.split()]
+    level = mean_levels(planted_crosscoder(), open_features(folder.features), model="rl@1")[F_GATE]
+    assert level == pytest.approx(np.mean(tokens), rel=1e-5)
+    edit = trial_arm(folder, "amplify", "set")
+    assert edit["dose"] == 3.0
+    with pytest.raises(InputError, match=r"summaries lack \['sft@1'\]"):
+        mean_levels(planted_crosscoder(), open_features(folder.features), model="sft@1")
+
+
+def test_levels_need_prompts_that_no_trial_uses(study: Any) -> None:
+    summaries = open_features(study[1].features)
+    summaries = summaries.isel(prompt=np.flatnonzero(summaries["split"] == "verification"))
+    with pytest.raises(NotEstimableError, match="levels of features are measured on prompts not kept"):
+        mean_levels(planted_crosscoder(), summaries, model="rl@1")
+
+
+def test_dead_features_are_refused(study: Any) -> None:
+    spec, folder = study
+    with pytest.raises(InputError, match=r"features \[1\] are dead: they fire on no token of base@0 or rl@1"):
+        verify_causally(spec, folder, [F_GATE, F_BRAKE], covariates_without(folder, F_BRAKE), provenance=PROVENANCE)
+
+
+def test_side_effects_are_told_for_every_arm(gate: Any) -> None:
+    found, _ = gate
+    own = found.sel(direction="disable")
+    for name in ("unrelated_accuracy", "unrelated_effect", "unrelated_broken", "unrelated_length", "neutral_kl"):
+        assert np.isfinite(own[name].sel(condition=["unedited", "set", "random-001"])).all(), name
+    weather = own["task_effect"].sel(task="weather")
+    xr.testing.assert_allclose(own["unrelated_effect"], weather.drop_vars("task").rename("unrelated_effect"))
+    assert (own["unrelated_low"].sel(condition="set") <= own["unrelated_effect"].sel(condition="set")).item()
+    assert "v4_length: completions on unrelated tasks 2.0 -> 2.0 tokens" in str(own["reasons"].item())
+
+
+def test_the_dose_curve_is_data(gate: Any) -> None:
+    found, _ = gate
+    own = found.sel(direction="amplify")
+    curve = own.where(np.isfinite(own["dose_fit"]), drop=True).sortby("dose")
+    assert {"unedited", "set", "dose-1.5"} == set(curve["condition"].values)
+    assert (np.diff(curve["dose_fit"]) >= 0).all()
+    np.testing.assert_allclose(curve["dose_fit"], curve["accuracy"], atol=0.02)
+    assert not own["over_steered"].sel(condition=["set", "unedited"]).any()
+
+
+def test_neutral_text_of_ones_own(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    texts = {"quiet": "w1 w2 w3 w4", "loud": "q1 q2 q3 q4 q5"}
+    divergence = {}
+    for name, text in texts.items():
+        pd.DataFrame({"text": [text] * 4}).to_csv(folder.root / f"{name}.csv")
+        own = spec.intervention.model_copy(update={"neutral_text": f"{name}.csv"})
+        told = without_controls(
+            (spec.model_copy(update={"intervention": own}), folder), [F_GATE], Provenance("planted", name)
+        )
+        assert told.attrs["neutral_text"] == f"{name}.csv"
+        divergence[name] = pick(told, "neutral_kl", "disable", "set")
+    assert divergence["quiet"] < 0.1 < divergence["loud"], "after a question the gate matters"
+    missing = spec.intervention.model_copy(update={"neutral_text": "none.csv"})
+    with pytest.raises(InputError, match="none"):
+        without_controls((spec.model_copy(update={"intervention": missing}), folder), [F_GATE])
+
+
 # -- single features ---------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +385,19 @@ def test_effects_of_single_features_are_those_of_their_own_trials(parts: xr.Data
     for direction in ("disable", "amplify"):
         alone = float(parts["alone"].sel(direction=direction, feature=F_GATE))
         assert alone == pytest.approx(pick(found, "effect", direction, "set"))
+
+
+def test_a_plan_knows_which_parts_are_done(study: Any, parts: xr.Dataset) -> None:
+    spec, folder = study
+    chosen = parts["feature"].values.tolist()
+    plain, whole = (
+        plan_trial(spec, folder, chosen, provenance=PROVENANCE, name="three", by_feature=by) for by in (False, True)
+    )
+    for direction in ("disable", "amplify"):
+        assert whole.stored[direction] - plain.stored[direction] == 2 * len(chosen)
+        assert whole.arms[direction] - plain.arms[direction] >= 2 * len(chosen)
+    files = {file.stem for file in (folder.root / "intervention" / "three" / "disable").glob("*.parquet")}
+    assert {f"{way}-{k}" for way in ("single", "without") for k in chosen} <= files
 
 
 def test_parts_of_nothing_are_refused(study: Any) -> None:

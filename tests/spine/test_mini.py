@@ -19,7 +19,16 @@ import yaml
 from click.testing import Result
 
 from rlgen_stats.schemas.layout import RESULT_GROUPS
-from rlgen_stats.stores import open_features, open_results, open_study, read_contexts, read_json, result_groups, verify
+from rlgen_stats.stores import (
+    open_arms,
+    open_features,
+    open_results,
+    open_study,
+    read_contexts,
+    read_json,
+    result_groups,
+    verify,
+)
 from rlgen_stats.toolkit.study import STAGES
 
 from .conftest import run_command
@@ -233,6 +242,7 @@ def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], t
     before = digest(study / "results.zarr" / "intervention")
     features = pd.Series(open_features(study / "features.zarr")["firing"].mean(["model", "prompt"]).values)
     first, second = features.nlargest(6).index[4:]
+    dead = int(features[features == 0].index[0])
     planned = run_command("intervene", str(study), "--features", f"{first},{second}", "--dry-run", "--json")
     assert planned.exit_code == 0, planned.output
     plan = json.loads(planned.stdout)
@@ -254,7 +264,17 @@ def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], t
     again = json.loads(run_command(*one, "--dry-run", "--json").stdout)
     n_random = int((kinds == "random").sum())
     assert again["stored"]["disable"] == again["arms"]["disable"] - (again["controls"] - n_random)
+    added = ("--direction", "amplify", "--dose", "3", "--dose", "6", "--level", "rl", "--json", "--quiet")
+    run = run_command("intervene", str(study), "--features", f"{first},{second}", *added)
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["results"] == f"{name}-x3-rl-level"
+    result = open_results(study / "results.zarr", f"{name}-x3-rl-level").load()
+    assert (result.attrs["level"], float(result["dose"].sel(direction="amplify", condition="set"))) == ("rl", 3.0)
+    assert open_arms(study, "amplify", trial=f"{name}-x3-rl-level".removeprefix("trial-")).sizes["condition"] > 5
     assert digest(study / "results.zarr" / "intervention") == before
+    assert not (study / "intervention" / name.removeprefix("trial-") / "amplify").exists(), (
+        "another dose, another trial"
+    )
     states = json.loads(run_command("status", str(study), "--json").stdout)["stages"]
     assert {s["state"] for s in states} == {"done"}
     assert verify(study).ok
@@ -263,6 +283,8 @@ def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], t
         (("--set", "best"), "the sets are selected, confirmed, candidate, paper, got 'best'"),
         (("--features", "999999"), "feature ids run from 0 to"),
         (("--features", "a,b"), "expected feature ids as 12,407"),
+        (("--features", str(dead)), f"features [{dead}] are dead"),
+        (("--features", str(first), "--direction", "disable", "--level", "rl"), "a level is what amplification adds"),
     ):
         refused = run_command("intervene", str(study), *arguments)
         assert refused.exit_code == 2

@@ -28,6 +28,7 @@ from rlgen_stats.toolkit.intervention.divergence import Probes, divergences, fin
 from rlgen_stats.toolkit.intervention.edit import EditSite
 from rlgen_stats.toolkit.intervention.live import ActiveEdit, Donor, editing
 from rlgen_stats.toolkit.intervention.outcomes import Direction
+from rlgen_stats.toolkit.progress import SILENT, Progress
 
 DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl", "neutral_kl")
 """Per prompt: first completion position and forced completions; neutral text, one number for all; NaN where not
@@ -117,7 +118,9 @@ def finite_logits(model: Any) -> Iterator[list[bool]]:
 # -- one arm
 
 
-def run_arm(bench: Bench, subject: Subject, arm: Arm, probes: Probes | None) -> pd.DataFrame:
+def run_arm(
+    bench: Bench, subject: Subject, arm: Arm, probes: Probes | None, progress: Progress = SILENT
+) -> pd.DataFrame:
     """Completions, grades and divergences of one arm, from its file if that is there and the same.
 
     Parameters
@@ -126,6 +129,8 @@ def run_arm(bench: Bench, subject: Subject, arm: Arm, probes: Probes | None) -> 
         What to run on what.
     probes
         Texts for divergences; None to leave them out.
+    progress
+        Receiver of progress, in completions sampled.
 
     Returns
     -------
@@ -137,7 +142,7 @@ def run_arm(bench: Bench, subject: Subject, arm: Arm, probes: Probes | None) -> 
     wanted = _arm_hash(bench, subject.direction, subject.site, arm)
     found = _stored(path, wanted)
     if found is None:
-        found = _complete(bench, subject, arm)
+        found = _complete(bench, subject, arm, progress)
     elif probes is None or "kl_to_base" in found:
         return found
     if probes is not None:
@@ -185,7 +190,7 @@ def _store(frame: pd.DataFrame, path: Path, name: str, arm: Arm) -> None:
         pq.write_table(table, temporary)
 
 
-def _complete(bench: Bench, subject: Subject, arm: Arm) -> pd.DataFrame:
+def _complete(bench: Bench, subject: Subject, arm: Arm, progress: Progress) -> pd.DataFrame:
     how, n_samples = bench.spec.generation, bench.spec.intervention.n_samples
     with arm_in_force(subject, arm), finite_logits(subject.model) as broken:
         completions = generate(
@@ -197,6 +202,8 @@ def _complete(bench: Bench, subject: Subject, arm: Arm) -> pd.DataFrame:
             top_p=how.top_p,
             seeds=bench.seeds(fresh=arm.fresh),
             batch_size=how.batch_size,
+            progress=progress,
+            description=arm.name,
         )
     grader = make_grader(bench.spec.grader)
     answers = list(bench.prompts[ANSWER]) * n_samples

@@ -47,7 +47,7 @@ from rlgen_stats.toolkit.intervention.probes import make_probes
 from rlgen_stats.toolkit.intervention.tables import Result, as_dataset, balance_table, nothing_to_show
 from rlgen_stats.toolkit.intervention.trial import DIVERGENCES, Bench, Subject, run_arm
 from rlgen_stats.toolkit.intervention.verdict import judge
-from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.progress import SILENT, Progress, Within
 
 N_RESAMPLES: Final = 9999
 """Sign flips where enumeration is too long: the Monte-Carlo error of p = .05 is then .002."""
@@ -274,9 +274,10 @@ def _run_direction(
             if trial.spec.intervention.early_stop and rank.hopeless:
                 progress.log(f"{subject.direction}: stopped after {rank.n_run} of {len(sets)} random sets; {rank.why}")
                 break
-            frames.append(run_arm(bench, subject, arm, probes))
+            within = Within(task)
+            frames.append(run_arm(bench, subject, arm, probes, within))
             rank.add(arm, frames[-1])
-            task.advance(n, arm=arm.name, accuracy=round(float(frames[-1]["correct"].mean()), 3))
+            task.advance(n - within.done, arm=arm.name, accuracy=round(float(frames[-1]["correct"].mean()), 3))
     other = unedited["base" if subject.direction == "disable" else "rl"]
     return _judged(trial, subject.direction, arms[: len(frames)], frames, other, n_planned=len(sets))
 

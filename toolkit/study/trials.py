@@ -52,6 +52,7 @@ def run_trial(
     set_name: str | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
     doses: Sequence[float] = (),
+    level: Literal["own", "rl"] | None = None,
     by_feature: bool = False,
     dry_run: bool = False,
     progress: Progress = SILENT,
@@ -69,7 +70,10 @@ def run_trial(
     directions
         Disable in the RL model, amplify in base, or both.
     doses
-        Multipliers of the dose grid instead of the study's.
+        Multipliers of the dose curve instead of the study's; the first above 1 is the amplification that is tested
+        against random sets.
+    level
+        What amplification multiplies (``intervention.level``) instead of the study's.
     by_feature
         Whether to edit every feature alone and leave each out too, and look for a smaller set that suffices.
     dry_run
@@ -88,7 +92,8 @@ def run_trial(
     StageError
         If the study has not come to the select stage, or is stale.
     InputError
-        If a feature or set does not exist, or both or neither are named.
+        If a feature or set does not exist, a feature never fires, both or neither are named, or a level is given
+        without amplification.
     """
     study = open_for_run(path)
     open_ = [name for name in ("posttrain", "outcomes", "extract", "encode", "select") if study.state(name) != "done"]
@@ -97,11 +102,8 @@ def run_trial(
     if bool(features) == (set_name is not None):
         raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 12,407.")
     chosen = _named(study, set_name) if set_name is not None else tuple(dict.fromkeys(int(k) for k in features))
-    name = set_name or _name(chosen)
-    spec = study.spec
-    if doses:
-        changed = spec.intervention.model_copy(update={"doses": tuple(doses)})
-        spec = spec.model_copy(update={"intervention": changed})
+    spec, label = _asked(study.spec, directions, doses, level)
+    name = (set_name or _name(chosen)) + label
     provenance = study.provenance("intervene", study.key("intervene"))
     own = "" if name == "selected" else name  # the study's own set has its arms where the stage puts them
     how: dict[str, Any] = {"provenance": provenance, "directions": directions, "name": own}
@@ -119,6 +121,24 @@ def run_trial(
             parts = feature_effects(spec, study.folder, chosen, progress=progress, **how)
             write_results(study.folder.results, f"trial-{name}-features", parts, provenance=provenance)
     return TrialRun(name, plan, seconds, result, parts)
+
+
+def _asked(
+    spec: StudySpec, directions: Sequence[Direction], doses: Sequence[float], level: Literal["own", "rl"] | None
+) -> tuple[StudySpec, str]:
+    """The spec of a trial, and what in its name tells it from the study's own."""
+    if level is not None and "amplify" not in directions:
+        raise InputError("a level is what amplification adds; leave --level out, or amplify.")
+    before, label = spec.intervention, ""
+    changes: dict[str, Any] = {"doses": tuple(doses)} if doses else {}
+    main = next((dose for dose in doses if dose > 1), before.amplify)
+    if "amplify" in directions and main != before.amplify:
+        changes["amplify"] = main
+        label += f"-x{main:g}"
+    if level is not None and level != before.level:
+        changes["level"] = level
+        label += f"-{level}-level"
+    return spec.model_copy(update={"intervention": before.model_copy(update=changes)}), label
 
 
 def _named(study: Study, name: str) -> tuple[int, ...]:
