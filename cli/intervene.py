@@ -148,7 +148,7 @@ def _print(found: TrialRun) -> None:
             click.echo(f"    {reason}")
         if found.parts is not None:
             _print_parts(found.parts.sel(direction=direction))
-    click.echo(f"  results.zarr/trial-{found.name}")
+    click.echo(f"  results.zarr/trial-{found.name}; rlgen-stats report STUDY --force puts it into the report")
 
 
 def _print_parts(parts: xr.Dataset) -> None:

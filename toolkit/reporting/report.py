@@ -26,6 +26,7 @@ from rlgen_stats.toolkit.reporting.headline import DOMAINS, DomainAccuracy, doma
 from rlgen_stats.toolkit.reporting.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.scope import replication_text
 from rlgen_stats.toolkit.reporting.tables import build_tables
+from rlgen_stats.toolkit.reporting.trials import part_blocks, side_effect_rows, trial_rows
 from rlgen_stats.toolkit.reporting.values import (
     compact,
     fixed,
@@ -234,6 +235,8 @@ def page_view(report: Report) -> dict[str, Any]:
         "balance": _records(report.tables, "control_balance"),
         "arms": _arm_rows(results.get("intervention")),
         "classes": labels_of(results.get("intervention"), "class"),
+        "trials": trial_rows(results),
+        "parts": part_blocks(results),
         "features": report.features,
         "examples": report.examples,
         "tables": {name: len(table) for name, table in sorted(report.tables.items())},
@@ -261,6 +264,7 @@ def _arm_rows(data: xr.Dataset | None) -> list[dict[str, Any]]:
                 "checks": {label: text(data, check, direction=direction) for check, label in CHECKS.items()},
                 "arms": single,
                 "random": _summary([arm for arm in arms if arm.kind == "random"]),
+                "side_effects": side_effect_rows(data, direction),
             }
         )
     return rows
@@ -328,6 +332,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "health_views": _records(report.tables, "health_views"),
         "drift": _records(report.tables, "drift_summary"),
         "interventions": _records(report.tables, "intervention"),
+        "trials": trial_rows(report.results),
         "features": [
             {
                 "feature": card.feature,
