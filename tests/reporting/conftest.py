@@ -414,8 +414,15 @@ def intervention() -> xr.Dataset:
     tasks = list(TASKS)
     both = ("direction", "condition")
     task_effect = effect[..., None] + np.linspace(-0.05, 0.05, len(tasks))
+    unrelated = np.full(shape, 0.75) - 0.001 * np.arange(len(plan))
+    side = {
+        "unrelated_accuracy": unrelated, "unrelated_effect": unrelated - 0.75, "unrelated_low": unrelated - 0.79,
+        "unrelated_high": unrelated - 0.71, "unrelated_broken": np.full(shape, 0.0125),
+        "unrelated_length": np.full(shape, 6.25), "neutral_kl": np.full(shape, 0.0321),
+    }  # fmt: skip
     return xr.Dataset(
-        {
+        {name: (both, values) for name, values in side.items()}
+        | {
             "accuracy": (both, accuracy), "effect": (both, effect), "effect_low": (both, effect - 0.06),
             "effect_high": (both, effect + 0.06), "p_value": (both, np.where(np.abs(effect) > 0.06, 0.0004, 0.6)),
             "kind": (both, kind), "dose": (both, dose), "kl_to_base": (both, 0.5 + effect),
@@ -441,6 +448,39 @@ def intervention() -> xr.Dataset:
             "unrelated_tasks": ["riddle"],
         },
     )  # fmt: skip
+
+
+def other_trial() -> xr.Dataset:
+    """Two features disabled only."""
+    found = intervention().assign_attrs(features=[3, 9], level="own")
+    found["reasons"] = (
+        "direction",
+        ["v2_failed: matched random sets do as much; v1_effect: -0.35", "not_asked: not run"],
+    )
+    found["verdict"] = ("direction", ["CAUSAL_NONSPECIFIC", "INCONCLUSIVE"])
+    return found
+
+
+def other_parts() -> xr.Dataset:
+    """Effects of those two, in the order in which they were not found."""
+    per_feature = {"alone": [-0.05, -0.3], "left_out": [-0.02, -0.27]}
+    values: dict[str, Any] = {}
+    for name, column in per_feature.items():
+        effect = np.array([column])
+        values |= {name: effect, f"{name}_low": effect - 0.04, f"{name}_high": effect + 0.04}
+        values[f"{name}_q_value"] = np.array([[0.4, 0.0012]])
+    values |= {"order": np.array([[2, 1]]), "in_subset": np.array([[False, True]])}
+    whole = {"subset_effect": -0.31, "set_effect": -0.35, "set_minus_subset": -0.04}
+    single = {
+        f"{name}{end}": [at + off]
+        for name, at in whole.items()
+        for end, off in (("", 0), ("_low", -0.06), ("_high", 0.06))
+    }
+    return xr.Dataset(
+        {name: (("direction", "feature"), array) for name, array in values.items()}
+        | {name: ("direction", array) for name, array in (single | {"subset_size": [1]}).items()},
+        coords={"direction": ["disable"], "feature": [3, 9]},
+    )
 
 
 def control_balance() -> xr.Dataset:
@@ -612,6 +652,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     write_stores(folder)
     for name, build in BUILDERS.items():
         write_results(folder.results, name, build(), provenance=PROVENANCE)
+    write_results(folder.results, "trial-features-3-9", other_trial(), provenance=PROVENANCE)
+    write_results(folder.results, "trial-features-3-9-features", other_parts(), provenance=PROVENANCE)
     return folder
 
 

@@ -133,6 +133,22 @@ def test_causal_arms_agree(report: Path, page: Page) -> None:
     assert arms[shares].sum(axis=1).to_numpy() == pytest.approx(1)
 
 
+def test_side_effects_and_other_trials_are_told(page: Page, data: dict[str, Any]) -> None:
+    text = page.text
+    assert "Side effects: unrelated tasks" in text
+    assert "the set 74.7% −0.3 [−4.3, 3.7] 1.2% 6.2 0.032" in text.replace("+3.7", "3.7"), text
+    assert "24 random sets median and range" in text
+    (trial,) = data["trials"]
+    assert (trial["name"], trial["direction"], trial["verdict"]) == ("features-3-9", "disable", "CAUSAL_NONSPECIFIC")
+    assert trial["reason"] == "matched random sets do as much"
+    assert trial["effect"] == pytest.approx(-0.35)
+    assert "features-3-9 disable 2 0" in text
+    assert "not corrected for their number" in text
+    strongest = text.index("9 −30.0 [−34.0, −26.0]")
+    assert strongest < text.index("3 −5.0 [−9.0, −1.0]"), "in the order of the search"
+    assert "1 of 2 features; on prompts that did not choose them: the smaller set −31.0" in text
+
+
 def test_json_is_strict_and_names_what_is_there(data: dict[str, Any], report: Path) -> None:
     assert data["analyses"]["missing"] == []
     assert {c["verdict"] for c in data["claims"]} == {"SUPPORTED"}
