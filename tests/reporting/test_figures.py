@@ -12,6 +12,7 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting import Graphic, Missing, draw_figures
 from rlgen_stats.toolkit.reporting.figures import FIGURES
+from rlgen_stats.toolkit.reporting.figures_causal import dose_response
 from rlgen_stats.toolkit.reporting.plotting import THEMED
 
 Results = dict[str, xr.Dataset]
@@ -145,3 +146,10 @@ def test_many_features_are_thinned_and_counted(results: Results, spec: StudySpec
     assert isinstance(found, Graphic)
     assert "points with larger p are not drawn" in found.caption
     assert len(found.svg) < 1_500_000
+
+
+def test_the_dose_axis_says_what_is_added(results: Results, spec: StudySpec) -> None:
+    results["intervention"].attrs["level"] = "rl"
+    svg = dose_response(results, spec).svg
+    assert svg.count("dose: multiplier of the set's activation") == 1, "disabling multiplies"
+    assert svg.count("dose: 1 + RL's mean levels added") == 1

@@ -46,6 +46,10 @@ MAX_ARMS: Final = 12
 """Arms of one direction in the figure of classes; random sets are averaged into one."""
 
 
+_MULTIPLIED: Final = "dose: multiplier of the set's activation"
+_ADDED: Final = "dose: 1 + RL's mean levels added"
+
+
 def _directions(data: xr.Dataset) -> list[str]:
     found: list[str] = [direction for direction in ("disable", "amplify") if direction in labels_of(data, "direction")]
     if not found:
@@ -87,7 +91,8 @@ def dose_response(results: Results, spec: StudySpec) -> Graphic:
                     axes.plot(at, arm.accuracy, "^", color=GOLD, ms=6.5, label=kind_words(arm.kind))
             axes.axvline(1, color=INK, lw=0.8, ls=":")
             axes.set_title(TITLES[direction], pad=8)
-            axes.set(xlabel="dose: multiplier of the set's activation", ylim=(0, 1.02))
+            added = direction == "amplify" and data.attrs.get("level") == "rl"
+            axes.set(xlabel=_ADDED if added else _MULTIPLIED, ylim=(0, 1.02))
             percent_axis(axes.yaxis)
             quiet(axes, grid="y")
             said.append(f"{direction}: " + ", ".join(f"{percent(a.accuracy, 0)} at dose {a.dose:g}" for a in doses))
