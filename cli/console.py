@@ -190,6 +190,7 @@ def _bars() -> Iterator[Progress]:
         TimeRemainingColumn,
     )
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
     from rich.text import Text
 
     class Rate(ProgressColumn):
@@ -197,21 +198,21 @@ def _bars() -> Iterator[Progress]:
 
         def render(self, task: Any) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{_short(float(speed))}/s", style="dim")
+            return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.2g}/s", style="dim")
 
     console = Console(stderr=True)
     columns = (
         TextColumn("  {task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}"),
         Rate(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[facts]}"),
+        TextColumn("[dim]{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with RichProgress(*columns, console=console, transient=False) as rich_progress:
+    with RichProgress(*columns, console=console, transient=False, expand=True) as rich_progress:
         yield _Bars(rich_progress, console)
 
 
