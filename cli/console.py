@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
 import click
@@ -136,7 +138,7 @@ def progress_for(*, quiet: bool = False) -> Iterator[Progress]:
 class _LineTask:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self._description, self._total, self._unit = description, total, unit
-        self._done, self._began, self._facts = 0.0, time.monotonic(), ""
+        self._done, self._skipped, self._began, self._facts = 0.0, 0.0, time.monotonic(), ""
         self._said = self._began
 
     def advance(self, amount: float = 1.0, **facts: object) -> None:
@@ -146,17 +148,22 @@ class _LineTask:
         if time.monotonic() - self._said >= PLAIN_LINE_SECONDS:
             self.say()
 
+    def skip(self, amount: float, **facts: object) -> None:
+        """Count what was done before, which says nothing of the speed."""
+        self._skipped += amount
+        self.advance(amount, **facts)
+
     def say(self, *, end: bool = False) -> None:
         """One line: how far, how fast, how long still."""
         self._said = time.monotonic()
         seconds = max(self._said - self._began, 1e-9)
-        rate = self._done / seconds
+        rate = (self._done - self._skipped) / seconds
+        speed = f", {_short(rate)}/s" if rate else ""
         of = f"/{self._total:.0f}" if self._total else ""
         left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate and not end else ""
         done = f", {seconds:.1f} s" if end else ""
         click.echo(
-            f"  {self._description}: {self._done:.0f}{of} {self._unit}, {_short(rate)}/s{left}{done} "
-            f"{self._facts}".rstrip(),
+            f"  {self._description}: {self._done:.0f}{of} {self._unit}{speed}{left}{done} {self._facts}".rstrip(),
             err=True,
         )
 
@@ -187,7 +194,6 @@ def _bars() -> Iterator[Progress]:
         ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
     from rich.progress import Progress as RichProgress
     from rich.table import Column
@@ -197,8 +203,19 @@ def _bars() -> Iterator[Progress]:
         """Units per second."""
 
         def render(self, task: Any) -> Text:
-            speed = task.finished_speed or task.speed
+            speed = _speed(task)
             return Text("" if speed is None else f"{speed:,.0f}/s" if speed >= 100 else f"{speed:.2g}/s", style="dim")
+
+    class Left(ProgressColumn):
+        """Time left at the speed so far."""
+
+        max_refresh = 0.5
+
+        def render(self, task: Any) -> Text:
+            speed = _speed(task)
+            known = task.finished or (speed and task.total is not None)
+            seconds = 0 if task.finished else math.ceil(task.remaining / speed) if known else None
+            return Text("-:--:--" if seconds is None else str(timedelta(seconds=seconds)), style="cyan")
 
     console = Console(stderr=True)
     columns = (
@@ -209,11 +226,18 @@ def _bars() -> Iterator[Progress]:
         Rate(),
         TimeElapsedColumn(),
         TextColumn("eta"),
-        TimeRemainingColumn(),
+        Left(),
         TextColumn("[dim]{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
     with RichProgress(*columns, console=console, transient=False, expand=True) as rich_progress:
         yield _Bars(rich_progress, console)
+
+
+def _speed(task: Any) -> float | None:
+    """Units per second of a bar's task in this run; None before the first."""
+    seconds = task.finished_time if task.finished else task.elapsed
+    done = task.completed - task.fields["skipped"]
+    return done / seconds if seconds and done else None
 
 
 class _Bars:
@@ -223,7 +247,7 @@ class _Bars:
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
         """A bar."""
-        handle = self._bars.add_task(description, total=total, unit=unit, facts="")
+        handle = self._bars.add_task(description, total=total, unit=unit, facts="", skipped=0.0)
         yield _BarTask(self._bars, handle)
         if total is None:
             self._bars.update(handle, total=self._bars.tasks[self._bars.task_ids.index(handle)].completed)
@@ -235,9 +259,15 @@ class _Bars:
 
 class _BarTask:
     def __init__(self, bars: Any, handle: Any) -> None:
-        self._bars, self._handle = bars, handle
+        self._bars, self._handle, self._skipped = bars, handle, 0.0
 
     def advance(self, amount: float = 1.0, **facts: object) -> None:
         """Move the bar."""
         text = " ".join(f"{name} {_short(value)}" for name, value in facts.items())
         self._bars.update(self._handle, advance=amount, facts=text)
+
+    def skip(self, amount: float, **facts: object) -> None:
+        """Move the bar by what was done before, which says nothing of the speed."""
+        self._skipped += amount
+        self._bars.update(self._handle, skipped=self._skipped)
+        self.advance(amount, **facts)

@@ -16,6 +16,9 @@ class Task(Protocol):
     def advance(self, amount: float = 1.0, **facts: object) -> None:
         """Report ``amount`` more units done, with facts worth showing (loss, reward, share...)."""
 
+    def skip(self, amount: float, **facts: object) -> None:
+        """Report ``amount`` units that an earlier run did: done, but no measure of speed."""
+
 
 class Progress(Protocol):
     """Receiver of progress."""
@@ -29,6 +32,9 @@ class Progress(Protocol):
 
 class _SilentTask:
     def advance(self, amount: float = 1.0, **facts: object) -> None:
+        """Say nothing."""
+
+    def skip(self, amount: float, **facts: object) -> None:
         """Say nothing."""
 
 
@@ -68,6 +74,11 @@ class Within:
         """Count on the running task."""
         self.done += amount
         self._task.advance(amount, **facts)
+
+    def skip(self, amount: float, **facts: object) -> None:
+        """Count on the running task as done before."""
+        self.done += amount
+        self._task.skip(amount, **facts)
 
     def log(self, message: str) -> None:
         """Say nothing: lines belong to whoever opened the task."""

@@ -1,9 +1,12 @@
 """The command line: help without torch, one-sentence errors with exit code 2, JSON, progress off a terminal."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +137,35 @@ def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixtur
     assert "hello" in err
     assert "work: 3/3 steps" in err
     assert "loss=0.25" in err
+
+
+def test_what_an_earlier_run_did_is_no_measure_of_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress_for() as progress, progress.task("work", total=1000, unit="steps") as task:
+        task.skip(900)
+        now[0] = 20.0
+        task.advance(20)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.strip() == "work: 920/1000 steps, 1/s, 80 s left"
+    assert "work: 920/1000 steps, 1/s" in last
+
+
+def test_bars_leave_earlier_work_out_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, screen = [0.0], io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress_for() as progress, progress.task("work", total=1000, unit="steps") as task:
+        task.skip(900)
+        now[0] = 20.0
+        task.advance(20)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).splitlines()[-1]
+    assert "920/1000 steps 1/s 0:00:20 eta 0:01:20" in text
 
 
 def test_schema_prints_declared_layouts_as_json() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores import Provenance, StudyFolder, open_arms, open_features, open_results, write_results
 from rlgen_stats.toolkit.intervention import feature_covariates, feature_effects, plan_trial, trial, verify_causally
 from rlgen_stats.toolkit.intervention.covariates import mean_levels
+from rlgen_stats.toolkit.progress import SILENT, Progress
 
 from .planted import (
     F_BRAKE,
@@ -185,13 +188,35 @@ def small(study: Any, root: Path, **changes: Any) -> Any:
     return spec.model_copy(update={"intervention": intervention}), copy_of(folder, root)
 
 
-def without_controls(study: Any, features: list[int], provenance: Provenance = PROVENANCE) -> xr.Dataset:
+class Counted:
+    """Progress that adds up what was done now and what before."""
+
+    def __init__(self) -> None:
+        self.now = self.before = 0.0
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Counted]:
+        yield self
+
+    def advance(self, amount: float = 1.0, **facts: object) -> None:
+        self.now += amount
+
+    def skip(self, amount: float, **facts: object) -> None:
+        self.before += amount
+
+    def log(self, message: str) -> None:
+        pass
+
+
+def without_controls(
+    study: Any, features: list[int], provenance: Provenance = PROVENANCE, progress: Progress = SILENT
+) -> xr.Dataset:
     """A short trial: nothing matches, so no random sets are run."""
     spec, folder = study
     covariates = covariates_without(folder, F_BRAKE).copy(deep=True)
     covariates["log_firing"].values[F_BRAKE] = covariates["log_firing"].values[F_GATE]
     covariates["contribution_energy"].values[features] += 40
-    return verify_causally(spec, folder, features, covariates, provenance=provenance)[0]
+    return verify_causally(spec, folder, features, covariates, provenance=provenance, progress=progress)[0]
 
 
 def test_a_killed_trial_resumes_where_it_was(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +232,11 @@ def test_a_killed_trial_resumes_where_it_was(study: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(trial, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         without_controls(killed, [F_GATE])
-    resumed = without_controls(killed, [F_GATE])
+    again = Counted()
+    resumed = without_controls(killed, [F_GATE], progress=again)
     total = int((resumed["kind"] != "absent").sum())
     assert calls[0] == total + 1, "arms finished before the kill are not run again"
+    assert again.before / (again.now + again.before) == pytest.approx(8 / total), "nor counted as fast"
     monkeypatch.setattr(trial, "generate", genuine)
     xr.testing.assert_identical(resumed, without_controls(other, [F_GATE]))
 

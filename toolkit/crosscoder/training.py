@@ -189,7 +189,7 @@ def train_replicates(
         ) as task,
         closing(endless(reader, start=step)) as batches,
     ):
-        task.advance(step * spec.batch_size)
+        task.skip(step * spec.batch_size)
         while step < spec.steps:
             batch = torch.from_numpy(joined(next(batches))).to(device, non_blocking=True)
             log = (step + 1) % log_every == 0 or step + 1 == spec.steps

@@ -112,7 +112,7 @@ def import_activations(
         n_resumed = writer.n_committed
         if n_resumed:
             _check_continues(opened, store / group / ARRAY, n_resumed)
-            task.advance(n_resumed)
+            task.skip(n_resumed)
         for block in opened.blocks(n_resumed):
             writer.append(block)
             task.advance(len(block))

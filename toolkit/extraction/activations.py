@@ -230,7 +230,8 @@ class _Reader:
                 skip = min(max(committed - window.first_token, 0), n_tokens)
                 if skip < n_tokens:
                     writer.append(self._read_window(model, window, width)[skip:])
-                task.advance(n_tokens)
+                task.skip(skip)
+                task.advance(n_tokens - skip)
 
     def _read_window(self, model: Any, window: Window, width: int) -> NDArray[np.float32]:
         """Activations [token, channel] of a window's texts in store order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,12 @@ from rlgen_stats.toolkit.intervention.criteria import (
 from rlgen_stats.toolkit.intervention.outcomes import Floats, OutcomeTable, PairedEffect, paired_effect
 
 VerdictName = Literal["CAUSAL_SPECIFIC", "DESTRUCTIVE", "CAUSAL_NONSPECIFIC", "NO_EFFECT", "INCONCLUSIVE"]
+
+NOT_HELD: Final = {
+    "v3": "accuracy is not shown to follow the dose",
+    "v4": "side effects are not shown to be small",
+}
+"""What the steps that leave a verdict open failed to show."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def _combine(
         return "DESTRUCTIVE", ("v6_destroyed: failures that neither model shows make up most of the effect",)
     failed = [name for name, step in (("v3", v3), ("v4", v4)) if not step.passed]
     if failed:
-        return "INCONCLUSIVE", tuple(f"{name}_failed: see below" for name in failed)
+        return "INCONCLUSIVE", tuple(f"{name}_failed: {NOT_HELD[name]}" for name in failed)
     if not v6.passed:
         return "DESTRUCTIVE", ("v6_failed: the edited model does not move toward the other model",)
     return "CAUSAL_SPECIFIC", ()

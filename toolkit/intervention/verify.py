@@ -277,7 +277,8 @@ def _run_direction(
             within = Within(task)
             frames.append(run_arm(bench, subject, arm, probes, within))
             rank.add(arm, frames[-1])
-            task.advance(n - within.done, arm=arm.name, accuracy=round(float(frames[-1]["correct"].mean()), 3))
+            count = task.advance if within.done else task.skip  # an arm that counted nothing was stored
+            count(n - within.done, arm=arm.name, accuracy=round(float(frames[-1]["correct"].mean()), 3))
     other = unedited["base" if subject.direction == "disable" else "rl"]
     return _judged(trial, subject.direction, arms[: len(frames)], frames, other, n_planned=len(sets))
 

@@ -116,7 +116,8 @@ class ProgressReport(TrainerCallback):  # type: ignore[misc]  # transformers is 
         self._task = self._stack.enter_context(
             self._progress.task(self._description, total=state.max_steps, unit="steps")
         )
-        self._advance(state.global_step)
+        self._task.skip(state.global_step)
+        self._seen = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Remember the newest loss and reward."""

@@ -24,6 +24,8 @@ _WHOLE: Final = 1e6
 """Integers below this are written out."""
 _TINY: Final = 1e-3
 """Numbers below this are written with a power of ten."""
+_NO_DIVERGENCE: Final = 1e-6
+"""Divergences below this, in nats, are rounding."""
 _OK_FLAGS: Final = frozenset({"", "ok", "tested", "none"})
 
 
@@ -206,6 +208,11 @@ def compact(value: float) -> str:
         exponent = math.floor(math.log10(abs(value)))
         return f"{value / 10.0**exponent:.1f}×10{_superscript(exponent)}".replace("-", "−")
     return (f"{value:.0f}" if whole else f"{value:#.3g}").replace("-", "−")
+
+
+def nats(value: float) -> str:
+    """A divergence: what rounding leaves of an exact zero, of either sign, is no number to read."""
+    return f"<10{_superscript(-6)}" if 0 < abs(value) < _NO_DIVERGENCE else compact(value)
 
 
 def count(value: float, noun: str) -> str:
