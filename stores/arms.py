@@ -19,6 +19,7 @@ CONDITION: Final = b"rlgen_stats_condition"
 SHARED_KINDS: Final = ("unedited", "fresh", "passthrough", "steering", "random_direction")
 """Arms that are the same whatever the set, and so shared by all trials."""
 _VARIABLES: Final = {"correct": bool, "n_tokens": np.int64, "format_class": np.str_, "text": np.str_}
+_DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl")
 
 
 def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "") -> xr.Dataset:
@@ -37,7 +38,10 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     Returns
     -------
     Dataset
-        ``correct``, ``completion_tokens``, ``format_class``, ``text`` [condition, prompt, sample]; coordinates
+        ``correct``, ``completion_tokens``, ``format_class``, ``text`` [condition, prompt, sample]; ``kl_to_base``,
+        ``kl_to_rl`` [condition, prompt], the divergence of the next-token distribution from the unedited models' where
+        the completion begins, in nats, and ``forced_kl_to_base``, ``forced_kl_to_rl`` over whole completions of theirs
+        (NaN for arms where they were not measured: the random sets' on completions, parts of sets); coordinates
         ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, dose, steering, random_direction, lift,
         part) and ``dose``; ``prompt`` with ``task``, ``domain``, ``split``, ``cluster``; ``sample``.
 
@@ -81,7 +85,12 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     }
     coords |= {name: (PROMPT, first[name].to_numpy(np.str_)[: len(prompts)]) for name in PROMPT_LABELS}
     dims = ("condition", PROMPT, SAMPLE)
-    return xr.Dataset({name: (dims, values) for name, values in data.items()}, coords=coords)
+    found = xr.Dataset({name: (dims, values) for name, values in data.items()}, coords=coords)
+    unmeasured = np.full(len(prompts), np.nan)
+    for name in _DIVERGENCES:  # of a prompt: the same beside each of its samples
+        rows = [table[name].to_numpy()[: len(prompts)] if name in table else unmeasured for table in tables.values()]
+        found[name] = (("condition", PROMPT), np.stack(rows))
+    return found
 
 
 def _condition(file: Path) -> dict[str, Any]:

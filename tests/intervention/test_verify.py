@@ -442,12 +442,20 @@ def test_completions_of_all_arms_open_with_labels(study: Any, gate: Any, parts: 
     for condition in ("unedited", "set"):
         assert float(on_target.sel(condition=condition).mean()) == pick(found, "accuracy", "disable", condition)
     assert (arms["format_class"].sel(condition="set").values == "no_answer").mean() > 0.5
+    on_target = arms.sel(prompt=arms["task"].isin(["algebra", "logic"]))
+    for condition, name in (("set", "kl_to_rl"), ("set", "forced_kl_to_rl"), ("random-001", "kl_to_base")):
+        told = pick(found, name, "disable", condition)
+        assert float(on_target[name].sel(condition=condition).mean()) == pytest.approx(told)
+        assert told > 1e-3
+    assert arms["forced_kl_to_rl"].sel(condition="random-001").isnull().all()
     own = open_arms(study[1].root, "disable", trial="three")
     assert {f"single-{F_GATE}", f"without-{F_GATE}", "set", "unedited"} <= set(own["condition"].values)
     assert "random-001" not in own["condition"].values
     assert float(own.correct.sel(condition=f"single-{F_GATE}").mean()) == float(
         arms.correct.sel(condition="set").mean()
     )
+    assert own["kl_to_base"].sel(condition=f"single-{F_GATE}").isnull().all()
+    assert own["kl_to_base"].sel(condition="unedited").notnull().any()
     with pytest.raises(StoreError, match=r"has no arms; run rlgen-stats intervene"):
         open_arms(study[1], "disable", trial="unknown")
 
