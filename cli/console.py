@@ -221,12 +221,12 @@ def _bars() -> Iterator[Progress]:
     columns = (
         TextColumn("  {task.description}"),
         BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        Rate(),
-        TimeElapsedColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[unit]}", table_column=Column(overflow="ellipsis")),  # the first to give way
+        Rate(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("eta"),
-        Left(),
+        Left(table_column=Column(no_wrap=True)),
         TextColumn("[dim]{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
     with RichProgress(*columns, console=console, transient=False, expand=True) as rich_progress:

@@ -153,19 +153,20 @@ def test_what_an_earlier_run_did_is_no_measure_of_speed(
     assert "work: 920/1000 steps, 1/s" in last
 
 
-def test_bars_leave_earlier_work_out_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("columns", [80, 120])
+def test_bars_leave_earlier_work_out_of_the_speed(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     now, screen = [0.0], io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr("rich.console.monotonic", lambda: now[0])
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress_for() as progress, progress.task("work", total=1000, unit="steps") as task:
-        task.skip(900)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with progress_for() as progress, progress.task("disable: 108 arms", total=25000, unit="completions") as task:
+        task.skip(24900)
         now[0] = 20.0
         task.advance(20)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue()).splitlines()[-1]
-    assert "920/1000 steps 1/s 0:00:20 eta 0:01:20" in text
+    assert re.search(r"24920/25000 compl\S+ 1/s 0:00:20 eta 0:01:20", text), "the unit gives way, no number does"
 
 
 def test_schema_prints_declared_layouts_as_json() -> None:
