@@ -52,7 +52,8 @@ ID = {word: i for i, word in enumerate(WORDS)}
 N_PROMPTS = {"math": 30, "algebra": 60, "logic": 60, "weather": 80}
 
 
-def planted_model(gate: float) -> Any:
+def planted_model(gate: float, *, spare_weight: float = 0.0) -> Any:
+    """``spare_weight``: how much an answer needs each spare channel of a question to be as large as it is."""
     config = Qwen3Config(
         vocab_size=len(WORDS),
         hidden_size=WIDTH,
@@ -91,6 +92,8 @@ def planted_model(gate: float) -> Any:
     for i in range(10):
         head[ID[f"={i}"], ANSWER.start + i] = head[ID[f"={i}"], OTHER.start + i] = 10.0
         head[ID[f"={i}"], GATE] = 4.0
+        head[ID[f"={i}"], SPARE] = spare_weight
+        head[ID[f"={i}"], CONSTANT] = -spare_weight * float(spare[0].sum()) / CONSTANT_VALUE
     head[ID["um"], QUESTION] = 16.0
     head[ID["<eos>"], ENDING], head[ID["<eos>"], BRAKE] = 20.0, -40.0 / 1.5
     head[ID["<eos>"], CONSTANT], head[ID["<eos>"], WORD] = 30.0 / CONSTANT_VALUE, -40.0

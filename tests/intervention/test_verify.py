@@ -163,6 +163,17 @@ def test_a_direction_whose_removal_only_stops_the_model_is_destructive(study: An
     assert found["verdict"].sel(direction="amplify").item() != "CAUSAL_SPECIFIC"
 
 
+def test_where_every_edit_does_as_much_none_is_specific(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path, max_prompts=120)
+    for name, gate in (("base", 1.0), ("rl", 2.0)):
+        planted_model(gate, spare_weight=10.0).save_pretrained(folder.root / "hf" / name)
+    found, _ = run((spec, folder), [F_DECOY + N_DECOYS // 2], F_BRAKE)
+    for direction, sign in (("disable", -1.0), ("amplify", 1.0)):
+        assert sign * pick(found, "effect", direction, "set") > 0.3
+        told = found.sel(direction=direction)
+        assert (told["verdict"].item(), bool(told["v1"]), bool(told["v2"])) == ("CAUSAL_NONSPECIFIC", True, False)
+
+
 def trial_arm(folder: StudyFolder, direction: str, name: str) -> Any:
     """Condition of a stored arm."""
     path = folder.root / "intervention" / direction / f"{name}.parquet"
