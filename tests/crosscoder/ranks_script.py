@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
+import weakref
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.toolkit.crosscoder import ArrayReader, train_crosscoder
 from rlgen_stats.toolkit.crosscoder.ranks import join_ranks, smallest_kept
+
+
+def leave_nothing() -> None:
+    """A group that outlives its destruction keeps threads, and now and then one of them aborts the process."""
+    if GROUP() is not None:
+        sys.stderr.write("the process group outlived its destruction\n")
+        os._exit(9)
+
 
 if __name__ == "__main__":
     data, spec, out = sys.argv[1:4]
     torch.set_num_threads(1)
     values = torch.load(data, weights_only=True).numpy()
     settings = CrosscoderSpec.model_validate_json(spec)
+    atexit.register(leave_nothing)  # registered before the group's own handler, so it runs after it
     ranks = join_ranks(torch.device("cpu"))
+    GROUP = weakref.ref(dist.group.WORLD)
     scores = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
     scores[:, :3] += 5  # uneven over ranks once the rows are shared out by halves
     mine = scores[:32] if ranks.rank == 0 else scores[32:] - 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import math
 import os
 from typing import Final
@@ -105,6 +106,9 @@ def _near(values: NDArray[np.float32], n_keep: int, hint: float) -> float | None
 def join_ranks(device: torch.device) -> Ranks:
     """Join the process group that torchrun set up, if it did, for the rest of the process's life."""
     if world_size() > 1 and not dist.is_initialized():
+        # Imported after the group exists, this module takes it as a default argument and keeps it, and with it its
+        # threads, past destroy_process_group: one that then lets go of a tensor aborts the interpreter at its end.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return Ranks()
