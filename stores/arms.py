@@ -42,8 +42,9 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
         ``kl_to_rl`` [condition, prompt], the divergence of the next-token distribution from the unedited models' where
         the completion begins, in nats, and ``forced_kl_to_base``, ``forced_kl_to_rl`` over whole completions of theirs
         (NaN for arms where they were not measured: the random sets' on completions, parts of sets); coordinates
-        ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, dose, steering, random_direction, lift,
-        part) and ``dose``; ``prompt`` with ``task``, ``domain``, ``split``, ``cluster``; ``sample``.
+        ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, dose, replicate, steering,
+        random_direction, lift, part) and ``dose``; ``prompt`` with ``task``, ``domain``, ``split``, ``cluster``;
+        ``sample``.
 
     Raises
     ------

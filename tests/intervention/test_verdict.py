@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.intervention import OutcomeTable, judge
+from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
 from rlgen_stats.toolkit.intervention.criteria import Settings, dose_order, hopeless
 from rlgen_stats.toolkit.intervention.outcomes import cluster_interval, ending_of, paired_effect
 
@@ -29,6 +29,30 @@ def test_a_planted_cause_is_specific() -> None:
     assert verdict.rank_p == pytest.approx(1 / 40)
     assert verdict.v5.startswith("3 of 3 tasks")
     assert verdict.effects.mean[3] == pytest.approx(-0.4, abs=0.08)
+
+
+def test_an_effect_is_counted_in_every_other_dictionary() -> None:
+    table = causal()
+    extra = [table.chosen, table.where("random")[0]]  # one dictionary has the cause, one something else
+    conditions = (
+        *table.conditions,
+        Condition("replicate-main.2", "replicate", 0.0),
+        Condition("replicate-main.3", "replicate", 0.0),
+    )
+    several = {
+        name: np.concatenate([getattr(table, name), getattr(table, name)[extra]])
+        for name in ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl", "n_tokens")
+    }
+    settings = replace(SETTINGS, replicates=("main.2 has 4 of 5 features", "main.3 has 1 of 5 features"))
+    without, verdict = judge(table, SETTINGS), judge(replace(table, conditions=conditions, **several), settings)
+    effects = verdict.effects.mean[-2:]
+    assert effects[0] == verdict.effects.mean[table.chosen]
+    assert verdict.v5.endswith(
+        f". 1 of 2 dictionaries of other seeds (Holm): main.2 {effects[0]:+.3f}, main.3 {effects[1]:+.3f}; "
+        "main.2 has 4 of 5 features; main.3 has 1 of 5 features"
+    )
+    assert without.v5.endswith("not replicated there")
+    assert (without.verdict, without.rank_p) == (verdict.verdict, verdict.rank_p)
 
 
 def test_a_planted_cause_is_specific_when_amplifying() -> None:

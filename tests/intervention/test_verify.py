@@ -19,9 +19,11 @@ import xarray as xr
 from rlgen_stats.schemas.errors import InputError, NotEstimableError, StoreError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores import Provenance, StudyFolder, open_arms, open_features, open_results, write_results
+from rlgen_stats.toolkit.crosscoder import decoder_dataset
 from rlgen_stats.toolkit.intervention import feature_covariates, feature_effects, plan_trial, trial, verify_causally
 from rlgen_stats.toolkit.intervention.covariates import mean_levels
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics import match_features, reappearance
 
 from .planted import (
     F_BRAKE,
@@ -101,6 +103,63 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
     assert (abs(weather) < 0.05).all()
     shares = found["class_share"].sel(direction="disable", condition="set")
     assert float(shares.sel({"class": "no_answer"})) > 0.9, "without the gate it says um, as base does"
+
+
+def test_the_set_is_edited_in_a_dictionary_of_another_seed_too(study: Any, tmp_path: Path) -> None:
+    """The other dictionary holds the same features in another order, but one, so its arm must do what the set does."""
+    spec, folder = study[0], StudyFolder(shutil.copytree(study[1].root, tmp_path / "study"))
+    primary = spec.primary_crosscoder.model_copy(update={"replicates": 2})
+    spec = spec.model_copy(
+        update={
+            "crosscoders": (primary,),
+            "intervention": spec.intervention.model_copy(update={"n_controls": 2, "early_stop": False}),
+        }
+    )
+    order = np.random.default_rng(1).permutation(N_FEATURES)
+    other = planted_crosscoder()
+    with torch.no_grad():
+        for name in ("encoder", "decoder"):
+            weights = getattr(other, name)
+            axis = 1 if name == "decoder" else 2
+            weights.copy_(weights.index_select(axis, torch.from_numpy(order)))
+        other.encoder_bias.copy_(other.encoder_bias[..., torch.from_numpy(order)])
+    other.save(folder.crosscoder("main.2"))
+    covariates = covariates_without(folder, F_BRAKE)
+
+    def held() -> xr.Dataset:
+        return verify_causally(spec, folder, [F_GATE, F_DECOY], covariates, provenance=PROVENANCE)[0]
+
+    without = held()
+    assert "replicate" not in without["kind"].values
+    assert all(str(words).endswith("not replicated there") for words in without["v5"].values)
+    decoders = (decoder_dataset(c, np.full(N_FEATURES, 0.1)) for c in (planted_crosscoder(), other))
+    matching = reappearance({"main.2": match_features(*decoders)}).expand_dims(crosscoder=["main"])
+    places = np.argsort(order)
+    assert matching["match"].sel(feature=F_GATE).item() == places[F_GATE]
+    assert matching["matched"].sel(feature=F_GATE).item()
+    matching["matched"].loc[{"feature": F_DECOY}] = False
+    write_results(folder.results, "matching", matching, provenance=PROVENANCE)
+    found = held()
+    alone = verify_causally(spec, folder, [F_GATE], covariates, provenance=PROVENANCE, name="gate")[0]
+    for direction in ("disable", "amplify"):
+        words = str(found["v5"].sel(direction=direction).item())
+        assert "1 of 1 dictionaries of other seeds (Holm): main.2" in words, words
+        assert words.endswith("; main.2 has 1 of 2 features")
+        arms, gate = open_arms(folder, direction), open_arms(folder, direction, trial="gate")
+        texts = arms["text"].sel(condition="replicate-main.2").values
+        assert (texts == gate["text"].sel(condition="set").values).all()
+        assert (texts != arms["text"].sel(condition="unedited").values).any()
+        effect = pick(found, "effect", direction, "replicate-main.2")
+        assert effect == pick(alone, "effect", direction, "set") != 0
+        assert pick(found, "effect", direction, "set") == pick(without, "effect", direction, "set")
+    plan = plan_trial(spec, folder, [F_GATE, F_DECOY], provenance=PROVENANCE)
+    kinds = {d: found["kind"].sel(direction=d).values for d in plan.arms}
+    assert plan.arms == {d: int((kind != "absent").sum()) for d, kind in kinds.items()}
+    planted_crosscoder().save(
+        folder.crosscoder("main.2")
+    )  # another dictionary of that name, with its own features there
+    again = held()
+    assert pick(again, "effect", "disable", "replicate-main.2") != pick(found, "effect", "disable", "replicate-main.2")
 
 
 def test_results_have_their_layout_and_survive_the_store(gate: Any, tmp_path: Path) -> None:

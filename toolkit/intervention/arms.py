@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, SPLITS, TASK
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, StudySpec
-from rlgen_stats.toolkit.intervention.edit import FeatureEdit, Positions
+from rlgen_stats.toolkit.intervention.edit import EditSite, FeatureEdit, Positions
 from rlgen_stats.toolkit.intervention.outcomes import Condition, Direction
 
 DIRECTIONS: Final[tuple[Direction, ...]] = ("disable", "amplify")
@@ -30,6 +30,8 @@ class Arm:
     edit: FeatureEdit | None
     fresh: bool = False
     """Whether the sampling seeds are other than in all other arms."""
+    site: EditSite | None = None
+    """Where the edit reads and writes, if not where the trial's other edits do."""
 
     @property
     def name(self) -> str:
@@ -147,6 +149,7 @@ def plan_arms(
     steering: NDArray[np.float64],
     random_direction: NDArray[np.float64],
     levels: NDArray[np.float64] | None = None,
+    replicates: Sequence[Arm] = (),
 ) -> tuple[Arm, ...]:
     """All arms of a direction but the unedited one.
 
@@ -167,11 +170,13 @@ def plan_arms(
         [channel] vector of the same norm.
     levels
         As in :func:`scaled_edit`, for set, doses and random sets.
+    replicates
+        Arms of the set in other dictionaries.
 
     Returns
     -------
     tuple of Arm
-        fresh, passthrough, set, dose-*, steering, random-direction, lift (amplify only), random-001...
+        fresh, passthrough, set, dose-*, replicate-*, steering, random-direction, lift (amplify only), random-001...
     """
     main, where = main_dose(direction, spec.intervention), _where(spec)
     chosen = tuple(int(k) for k in features)
@@ -189,6 +194,7 @@ def plan_arms(
         Arm(Condition(f"dose-{d:g}", "dose", d), scaled_edit(chosen, d, spec, levels))
         for d in dose_grid(direction, spec.intervention)
     ]
+    arms += replicates
     if np.linalg.norm(steering) > 0:
         arms.append(Arm(Condition("steering", "steering", 1.0), shift(steering)))
         arms.append(Arm(Condition("random-direction", "random_direction", 1.0), shift(random_direction)))

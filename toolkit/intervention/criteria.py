@@ -11,6 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from rlgen_stats.toolkit.intervention.outcomes import (
     OUTCOME_CLASSES,
+    REPLICATE,
     Floats,
     OutcomeTable,
     PairedEffect,
@@ -53,6 +54,8 @@ class Settings:
     """Share of completions that the passthrough arm changed."""
     n_planned: int = 0
     """Random sets planned, where they were stopped once :func:`hopeless`; 0: all were run."""
+    replicates: tuple[str, ...] = ()
+    """How much of the set each dictionary of another seed has."""
 
 
 @dataclass(frozen=True)
@@ -232,13 +235,29 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Step:
 
 
 def replication(table: OutcomeTable, settings: Settings) -> str:
-    """V5: in how many target tasks the effect appears on its own, Holm-adjusted over tasks."""
+    """V5: in how many target tasks, and in how many dictionaries of other seeds, the effect appears on its own.
+
+    Holm-adjusted over tasks, and over dictionaries.
+    """
     tasks = sorted(set(table.task[table.target].tolist()))
+    alone = {str(task): (table.chosen, table.target & (table.task == task)) for task in tasks}
+    told = f"{_shown_in(table, settings, alone, 'tasks on their own')}. "
+    seeds = {table.conditions[i].name.removeprefix(f"{REPLICATE}-"): (i, table.target) for i in table.where(REPLICATE)}
+    if seeds:
+        told += _shown_in(table, settings, seeds, "dictionaries of other seeds")
+    else:
+        told += "No arm in a dictionary of another seed: not replicated there"
+    return told + "".join(f"; {words}" for words in settings.replicates)
+
+
+def _shown_in(
+    table: OutcomeTable, settings: Settings, places: dict[str, tuple[int, NDArray[np.bool_]]], what: str
+) -> str:
+    """In how many of the places, each an arm and a mask of prompts, the effect is significant and as predicted."""
     means, p_values = [], []
-    for task in tasks:
-        mask = table.target & (table.task == task)
+    for condition, mask in places.values():
         found = paired_effect(
-            table.change(mask)[:, [table.chosen]],
+            table.change(mask)[:, [condition]],
             table.cluster[mask],
             alpha=settings.alpha,
             seed=settings.seed,
@@ -247,9 +266,9 @@ def replication(table: OutcomeTable, settings: Settings) -> str:
         means.append(float(found.mean[0]))
         p_values.append(float(found.p_value[0]))
     adjusted = np.atleast_1d(np.asarray(adjust(np.array(p_values), method="holm")))
-    shown = [t for t, m, p in zip(tasks, means, adjusted, strict=True) if table.sign * m > 0 and p <= settings.alpha]
-    every = ", ".join(f"{t} {m:+.3f}" for t, m in zip(tasks, means, strict=True))
-    return f"{len(shown)} of {len(tasks)} tasks on their own (Holm): {every}. One dictionary seed: not replicated there"
+    n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
+    every = ", ".join(f"{name} {m:+.3f}" for name, m in zip(places, means, strict=True))
+    return f"{n_shown} of {len(places)} {what} (Holm): {every}"
 
 
 def mode(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, bool]:

@@ -23,9 +23,17 @@ BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
 """Endings of a model that no longer works, as opposed to one that answers wrongly or not at all."""
 
 
+REPLICATE: Final = "replicate"
+"""Kind of the arms that edit the set's counterparts in a dictionary of another seed."""
+
+
 @dataclass(frozen=True)
 class Condition:
-    """One arm: ``kind`` is unedited, fresh, passthrough, set, random, dose, steering, random_direction or lift."""
+    """One arm.
+
+    Its ``kind`` is unedited, fresh, passthrough, set, random, dose, replicate, steering, random_direction, lift or
+    part.
+    """
 
     name: str
     kind: str

@@ -12,6 +12,7 @@ from rlgen_stats.stores import Provenance, StudyFolder
 from rlgen_stats.toolkit.intervention.arms import DIRECTIONS, UNEDITED, Arm, plan_arms
 from rlgen_stats.toolkit.intervention.outcomes import Direction
 from rlgen_stats.toolkit.intervention.parts import n_search_sets, part_arms
+from rlgen_stats.toolkit.intervention.replicates import replicate_arms
 from rlgen_stats.toolkit.intervention.verify import edit_site, make_bench, prepare
 
 NEEDS_MODELS = ("steering", "random_direction")
@@ -74,13 +75,14 @@ def plan_trial(
     arms: dict[str, int] = {}
     stored: dict[str, int] = {}
     for direction in directions:
-        levels = trial.levels_of(direction)
+        levels, site = trial.levels_of(direction), edit_site(trial, direction)
+        vectors = {"steering": unknown, "random_direction": unknown}
+        others = replicate_arms(trial.replicates, site, direction, spec)
         planned: tuple[Arm, ...] = (
             UNEDITED,
-            *plan_arms(direction, trial.chosen, sets, spec, steering=unknown, random_direction=unknown, levels=levels),
+            *plan_arms(direction, trial.chosen, sets, spec, levels=levels, replicates=others, **vectors),
             *(part_arms(trial, direction) if by_feature else ()),
         )
-        site = edit_site(trial, direction)
         arms[direction] = len(planned) + (n_search_sets(len(trial.chosen)) if by_feature else 0)
         stored[direction] = sum(
             bench.place(direction, arm).exists()

@@ -94,7 +94,7 @@ def arm_in_force(subject: Subject, arm: Arm) -> Iterator[ActiveEdit | None]:
         active = None
         if arm.edit is not None:
             donor = subject.donor if arm.edit.kind == "lift" else None
-            active = stack.enter_context(editing(subject.model, arm.edit, subject.site, donor=donor))
+            active = stack.enter_context(editing(subject.model, arm.edit, arm.site or subject.site, donor=donor))
         yield active
 
 
@@ -157,6 +157,7 @@ def run_arm(
 
 def _arm_hash(bench: Bench, direction: Direction, site: EditSite, arm: Arm) -> str:
     edit = None if arm.edit is None else asdict(arm.edit)
+    other = [] if arm.site is None else [arm.site.crosscoder.weights_sha256]
     how = bench.spec.generation.model_dump(exclude={"batch_size", "n_samples"})
     samples = bench.spec.intervention.n_samples
     return content_hash(
@@ -164,7 +165,7 @@ def _arm_hash(bench: Bench, direction: Direction, site: EditSite, arm: Arm) -> s
             "version": FILE_VERSION,
             "facts": bench.facts,
             "site": [direction, site.view, site.layer, site.readout],
-            "arm": [edit, arm.fresh],
+            "arm": [edit, arm.fresh, *other],
             "sampling": [how, samples, bench.spec.seed],
             "grader": bench.spec.grader.model_dump(),
             "prompts": bench.ids,

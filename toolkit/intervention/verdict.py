@@ -51,7 +51,7 @@ class Verdict:
     v1, v2, v3, v4, v6
         Whether each requirement holds.
     v5
-        Replication over tasks, in words.
+        Replication over tasks and dictionary seeds, in words.
     effects
         Per condition on the target prompts, arm minus unedited.
     shares

@@ -44,6 +44,7 @@ from rlgen_stats.toolkit.intervention.edit import EditSite
 from rlgen_stats.toolkit.intervention.live import Donor
 from rlgen_stats.toolkit.intervention.outcomes import Direction, OutcomeTable, ending_of
 from rlgen_stats.toolkit.intervention.probes import make_probes
+from rlgen_stats.toolkit.intervention.replicates import Replicate, find_replicates, matched_words, replicate_arms
 from rlgen_stats.toolkit.intervention.tables import Result, as_dataset, balance_table, nothing_to_show
 from rlgen_stats.toolkit.intervention.trial import DIVERGENCES, Bench, Subject, run_arm
 from rlgen_stats.toolkit.intervention.verdict import judge
@@ -67,6 +68,8 @@ class Trial:
     """Why there are no controls, if so."""
     levels: NDArray[np.float64] | None = None
     """[feature] what amplifying adds, where that is not the features' own activation."""
+    replicates: tuple[Replicate, ...] = ()
+    """The set in dictionaries of other seeds."""
 
     def levels_of(self, direction: Direction) -> NDArray[np.float64] | None:
         """Levels that a direction's edits add."""
@@ -171,7 +174,9 @@ def prepare(
         levels = mean_levels(crosscoder, summaries, model=rl_view) if spec.intervention.level == "rl" else None
     except NotEstimableError as error:
         return f"no_levels: {error}"
-    return Trial(spec, prompts, chosen, crosscoder, rl_view, *_controls(spec, chosen, crosscoder, covariates), levels)
+    controls = _controls(spec, chosen, crosscoder, covariates)
+    replicates = find_replicates(spec, folder, chosen)
+    return Trial(spec, prompts, chosen, crosscoder, rl_view, *controls, levels, replicates)
 
 
 def _controls(
@@ -265,7 +270,9 @@ def _run_direction(
 ) -> Result:
     sets = np.empty((0, len(trial.chosen)), dtype=np.int64) if trial.controls is None else trial.controls.sets
     levels = trial.levels_of(subject.direction)
-    arms = (UNEDITED, *plan_arms(subject.direction, trial.chosen, sets, trial.spec, levels=levels, **vectors))
+    others = replicate_arms(trial.replicates, subject.site, subject.direction, trial.spec)
+    how: dict[str, Any] = {"levels": levels, "replicates": others, **vectors}
+    arms = (UNEDITED, *plan_arms(subject.direction, trial.chosen, sets, trial.spec, **how))
     n = len(trial.prompts) * trial.spec.intervention.n_samples
     frames: list[pd.DataFrame] = []
     rank = _Rank(trial, subject.direction, n_planned=len(sets))
@@ -379,6 +386,7 @@ def _judged(
             control_flags=(trial.why,) if controls is None else controls.flags,
             noop_changed=float((passthrough["text"] != frames[0]["text"]).mean()),
             n_planned=n_planned,
+            replicates=matched_words(trial.replicates, len(trial.chosen)),
         ),
     )
     broken = [arm.name for arm, frame in zip(arms, frames, strict=True) if not frame["finite"].all()]

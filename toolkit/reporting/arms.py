@@ -13,6 +13,7 @@ from rlgen_stats.toolkit.reporting.values import labels_of
 _WORDS: Final = {
     "set": "the set",
     "dose": "the set, other doses",
+    "replicate": "the set in another dictionary",
     "random": "matched random set",
     "passthrough": "passthrough (no-op)",
     "fresh": "fresh seeds",
@@ -23,7 +24,10 @@ _WORDS: Final = {
 }
 
 
-ARM_ORDER: Final = ("unedited", "fresh", "passthrough", "set", "dose", "steering", "random_direction", "lift", "random")
+ARM_ORDER: Final = (
+    *("unedited", "fresh", "passthrough", "set", "dose", "replicate"),
+    *("steering", "random_direction", "lift", "random"),
+)
 """Kinds of arm in reading order."""
 _NUMBERS: Final = (
     *("dose", "accuracy", "effect", "effect_low", "effect_high"),
@@ -63,7 +67,7 @@ class Arm:
     @property
     def has_dose(self) -> bool:
         """Whether the arm multiplies features at all."""
-        return self.kind in ("set", "dose", "random")
+        return self.kind in ("set", "dose", "replicate", "random")
 
     @property
     def label(self) -> str:

@@ -103,12 +103,12 @@ STAGES: Final = (
     ),
     Stage(
         "intervene",
-        ("select",),
+        ("select", "align"),
         ("intervention",),
         f"{_MODELS}:intervene",
         ("results.zarr/intervention", "results.zarr/control_balance"),
         owned=("intervention",),
-        version=2,
+        version=3,
     ),
     Stage(
         "report",

@@ -25,6 +25,8 @@ from rlgen_stats.toolkit.study.run import open_for_run
 SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
 DIRECTIONS: Final = ("disable", "amplify")
+NEEDS: Final = ("posttrain", "outcomes", "extract", "encode", "align", "select")
+"""Stages that a trial reads."""
 SPELLED_OUT: Final = 6
 """Features that a trial's name spells out; more are hashed."""
 
@@ -62,7 +64,7 @@ def run_trial(
     Parameters
     ----------
     path
-        Study folder, run up to the select stage.
+        Study folder, run up to the align and select stages.
     features
         Ids of the primary crosscoder; or
     set_name
@@ -90,15 +92,16 @@ def run_trial(
     Raises
     ------
     StageError
-        If the study has not come to the select stage, or is stale.
+        If the study has not come to the align and select stages, or is stale.
     InputError
         If a feature or set does not exist, a feature never fires, both or neither are named, or a level is given
         without amplification.
     """
     study = open_for_run(path)
-    open_ = [name for name in ("posttrain", "outcomes", "extract", "encode", "select") if study.state(name) != "done"]
+    open_ = [name for name in NEEDS if study.state(name) != "done"]
     if open_:
-        raise StageError(f"a trial needs the stage(s) {', '.join(open_)} done; run: rlgen-stats select {path}")
+        todo = " and ".join(f"rlgen-stats {name} {path}" for name in ("align", "select") if name in open_)
+        raise StageError(f"a trial needs the stage(s) {', '.join(open_)} done; run: {todo}")
     if bool(features) == (set_name is not None):
         raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 12,407.")
     chosen = _named(study, set_name) if set_name is not None else tuple(dict.fromkeys(int(k) for k in features))
