@@ -143,7 +143,7 @@ def test_the_set_is_edited_in_a_dictionary_of_another_seed_too(study: Any, tmp_p
     alone = verify_causally(spec, folder, [F_GATE], covariates, provenance=PROVENANCE, name="gate")[0]
     for direction in ("disable", "amplify"):
         words = str(found["v5"].sel(direction=direction).item())
-        assert "1 of 1 dictionaries of other seeds (Holm): main.2" in words, words
+        assert "1 of 1 dictionaries of other seeds (Holm; no random sets there): main.2" in words, words
         assert words.endswith("; main.2 has 1 of 2 features")
         arms, gate = open_arms(folder, direction), open_arms(folder, direction, trial="gate")
         texts = arms["text"].sel(condition="replicate-main.2").values

@@ -241,10 +241,10 @@ def replication(table: OutcomeTable, settings: Settings) -> str:
     """
     tasks = sorted(set(table.task[table.target].tolist()))
     alone = {str(task): (table.chosen, table.target & (table.task == task)) for task in tasks}
-    told = f"{_shown_in(table, settings, alone, 'tasks on their own')}. "
+    told = f"{_shown_in(table, settings, alone, 'tasks on their own (Holm)')}. "
     seeds = {table.conditions[i].name.removeprefix(f"{REPLICATE}-"): (i, table.target) for i in table.where(REPLICATE)}
     if seeds:
-        told += _shown_in(table, settings, seeds, "dictionaries of other seeds")
+        told += _shown_in(table, settings, seeds, "dictionaries of other seeds (Holm; no random sets there)")
     else:
         told += "No arm in a dictionary of another seed: not replicated there"
     return told + "".join(f"; {words}" for words in settings.replicates)
@@ -268,7 +268,7 @@ def _shown_in(
     adjusted = np.atleast_1d(np.asarray(adjust(np.array(p_values), method="holm")))
     n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
     every = ", ".join(f"{name} {m:+.3f}" for name, m in zip(places, means, strict=True))
-    return f"{n_shown} of {len(places)} {what} (Holm): {every}"
+    return f"{n_shown} of {len(places)} {what}: {every}"
 
 
 def mode(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, bool]:
