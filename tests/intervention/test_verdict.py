@@ -48,8 +48,8 @@ def test_an_effect_is_counted_in_every_other_dictionary() -> None:
     effects = verdict.effects.mean[-2:]
     assert effects[0] == verdict.effects.mean[table.chosen]
     assert verdict.v5.endswith(
-        f". 1 of 2 dictionaries of other seeds (Holm; no random sets there): main.2 {effects[0]:+.3f}, main.3 {effects[1]:+.3f}; "
-        "main.2 has 4 of 5 features; main.3 has 1 of 5 features"
+        ". 1 of 2 dictionaries of other seeds (Holm; no random sets there): "
+        f"main.2 {effects[0]:+.3f}, main.3 {effects[1]:+.3f}; main.2 has 4 of 5 features; main.3 has 1 of 5 features"
     )
     assert without.v5.endswith("not replicated there")
     assert (without.verdict, without.rank_p) == (verdict.verdict, verdict.rank_p)
