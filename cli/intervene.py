@@ -117,6 +117,7 @@ def _told(found: TrialRun) -> dict[str, Any]:
                 "effect": float(row["effect"].sel(condition="set")) if "set" in row["condition"] else None,
                 "rank_p": float(row["rank_p"]),
                 "reasons": str(row["reasons"].item()).split("; "),
+                "replication": str(row["v5"].item()),
             }
             for direction, row in rows.items()
             if direction in plan.arms
@@ -146,6 +147,7 @@ def _print(found: TrialRun) -> None:
         click.secho(f"  {direction}: {row['verdict'].item()}", bold=True)
         for reason in str(row["reasons"].item()).split("; "):
             click.echo(f"    {reason}")
+        click.echo(f"    v5_replication: {row['v5'].item()}")
         if found.parts is not None:
             _print_parts(found.parts.sel(direction=direction))
     click.echo(f"  results.zarr/trial-{found.name}; rlgen-stats report STUDY --force puts it into the report")

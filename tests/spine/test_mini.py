@@ -257,6 +257,9 @@ def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], t
     assert ran["results"] == name
     assert set(ran["arms"]) == {"disable"}
     result = open_results(study / "results.zarr", name).load()
+    told = ran["verdicts"]["disable"]
+    assert told["verdict"] == result["verdict"].sel(direction="disable").item()
+    assert told["replication"] == result["v5"].sel(direction="disable").item() != ""
     assert result.attrs["features"] == [first, second]
     assert str(result["reasons"].sel(direction="amplify").item()).startswith("not_asked")
     kinds = result["kind"].sel(direction="disable")

@@ -1,5 +1,6 @@
 """The stage graph: what runs, what is skipped, what is refused, what an interruption leaves."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import xarray as xr
 import yaml
 
-from rlgen_stats.schemas.errors import InputError, SpecError, StoreError, StoreLockedError
+from rlgen_stats.schemas.errors import InputError, SpecError, StageError, StoreError, StoreLockedError
 from rlgen_stats.stores import Provenance, read_json, write_results
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.plan import BY_NAME, with_needs
+from rlgen_stats.toolkit.study.trials import run_trial
 
 from .conftest import spec_dict
 
@@ -64,6 +66,17 @@ def test_every_stage_runs_once_after_its_needs(study_folder: Path) -> None:
     run_study(study_folder)
     assert len(CALLS) == len(STAGES)
     assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
+
+
+def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:
+    with pytest.raises(
+        StageError, match=f"run: rlgen-stats align {study_folder} and rlgen-stats select {study_folder}"
+    ):
+        run_trial(study_folder, features=[1])
+    run_study(study_folder)
+    shutil.rmtree(study_folder / "results.zarr" / "attribution")
+    with pytest.raises(StageError, match=rf"needs the stage\(s\) align done; run: rlgen-stats align {study_folder}$"):
+        run_trial(study_folder, features=[1])
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def verify_causally(
     ``fresh``. ``lift`` copies levels from the RL model reading the same tokens in parallel. The steering vector is the
     mean residual of RL minus base where the same forced texts' completion tokens are predicted: both models' unedited
     completions of the target prompts, which favours that baseline, since the set was chosen on other prompts.
+    Counterparts of the set in dictionaries of other seeds are those of the results ``matching``, where there are any.
     Finished arms are kept as intervention/<direction>/<arm>.parquet and not run again. What cannot be estimated makes
     the verdict INCONCLUSIVE with a reason; it does not raise.
     """
