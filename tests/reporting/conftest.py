@@ -386,7 +386,11 @@ def intervention() -> xr.Dataset:
     directions = ("disable", "amplify")
     plan = [("unedited", "unedited", 1.0), ("fresh", "fresh", 1.0), ("passthrough", "passthrough", 1.0)]
     plan += [("set", "set", np.nan), ("dose-0.5", "dose", 0.5), ("dose-1.5", "dose", 1.5), ("dose-4", "dose", 4.0)]
-    plan += [("steering", "steering", 1.0), ("random-direction", "random_direction", 1.0)]
+    plan += [
+        ("replicate-main.2", "replicate", np.nan),
+        ("steering", "steering", 1.0),
+        ("random-direction", "random_direction", 1.0),
+    ]
     plan += [(f"random-{b:03d}", "random", np.nan) for b in range(24)]
     shape = (2, len(plan))
     accuracy, dose, effect = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)

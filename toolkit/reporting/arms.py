@@ -13,7 +13,6 @@ from rlgen_stats.toolkit.reporting.values import labels_of
 _WORDS: Final = {
     "set": "the set",
     "dose": "the set, other doses",
-    "replicate": "the set in another dictionary",
     "random": "matched random set",
     "passthrough": "passthrough (no-op)",
     "fresh": "fresh seeds",
@@ -72,6 +71,8 @@ class Arm:
     @property
     def label(self) -> str:
         """Name for a table or an axis."""
+        if self.kind == "replicate":
+            return f"set in {self.condition.removeprefix('replicate-')}"
         return self.condition.replace("_", " ").replace("-", " ")
 
 
