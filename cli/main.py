@@ -31,10 +31,13 @@ _COMMANDS: Final = {
     "verify": ("rlgen_stats.cli.stores", "Check every chunk, label, count and digest of a store or a study."),
     "migrate": ("rlgen_stats.cli.stores", "Raise stores of an earlier release to this one's layout."),
     "schema": ("rlgen_stats.cli.stores", "Print the declared layout of a dataset as JSON."),
-    "import": ("rlgen_stats.cli.exchange", "Import an activation cache made elsewhere, with its label table."),
-    "export": ("rlgen_stats.cli.exchange", "Export selected activations and labels to safetensors or npy."),
-    "import-crosscoder": ("rlgen_stats.cli.exchange", "Import crosscoder weights trained with crosscoder_learning."),
-    "export-crosscoder": ("rlgen_stats.cli.exchange", "Export a crosscoder for crosscoder_learning."),
+    "import": ("rlgen_stats.cli.import_export", "Import an activation cache made elsewhere, with its label table."),
+    "export": ("rlgen_stats.cli.import_export", "Export selected activations and labels to safetensors or npy."),
+    "import-crosscoder": (
+        "rlgen_stats.cli.import_export",
+        "Import crosscoder weights trained with crosscoder_learning.",
+    ),
+    "export-crosscoder": ("rlgen_stats.cli.import_export", "Export a crosscoder for crosscoder_learning."),
 }
 
 

@@ -18,7 +18,7 @@ from rlgen_stats.cli.console import (
 
 if TYPE_CHECKING:
     from rlgen_stats.toolkit.progress import Progress
-    from rlgen_stats.toolkit.statistics.power import Control, Design, Power
+    from rlgen_stats.toolkit.statistics.planning.power import Control, Design, Power
 
 _SIMULATION: Final = (
     ("--prompts", "n_prompts", 400, "Prompts."),
@@ -81,8 +81,8 @@ def simulate(folder: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """  # noqa: D301 - click needs the backspace itself
     from dataclasses import asdict
 
-    from rlgen_stats.toolkit.statistics.planting import KINDS, Simulation, plant
-    from rlgen_stats.toolkit.statistics.simulate import write_simulation
+    from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, plant
+    from rlgen_stats.toolkit.statistics.planning.simulate import write_simulation
 
     simulation = Simulation(**settings)
     with progress_for(quiet=quiet) as progress:
@@ -152,7 +152,7 @@ def power(
     Examples:  rlgen-stats power --effect 0.1 --power 0.9 --features 32768
                rlgen-stats power --prompts 500 --icc 0.05 --cluster-size 4 --simulate 20
     """  # noqa: D301 - click needs the backspace itself
-    from rlgen_stats.toolkit.statistics.power import Design
+    from rlgen_stats.toolkit.statistics.planning.power import Design
 
     design = Design(
         effect=effect, n_features=features, true_share=true_share, density=density, icc=icc, cluster_size=cluster_size,
@@ -185,7 +185,7 @@ _CONTROLS: Final[dict[Control, str]] = {"fdr": "BH (FDR)", "fwer": "max-T (FWER)
 def _prompt_answers(design: Design, wanted: float, prompts: int | None) -> dict[Control, Power]:
     from dataclasses import replace
 
-    from rlgen_stats.toolkit.statistics.power import CONTROLS, detectable_effect, required_prompts
+    from rlgen_stats.toolkit.statistics.planning.power import CONTROLS, detectable_effect, required_prompts
 
     designs = {control: replace(design, control=control) for control in CONTROLS}
     if prompts is None:
@@ -198,7 +198,7 @@ def _checks(
 ) -> dict[Control, Any]:
     from dataclasses import replace
 
-    from rlgen_stats.toolkit.statistics.power_check import simulated_power
+    from rlgen_stats.toolkit.statistics.planning.power_check import simulated_power
 
     return {
         control: simulated_power(
@@ -214,7 +214,7 @@ def _run_answers(design: Design, n: int, wanted: float, runs: int | None, run_sd
     from dataclasses import asdict, replace
 
     from rlgen_stats.schemas.errors import NotEstimableError
-    from rlgen_stats.toolkit.statistics.power_runs import required_runs, run_power
+    from rlgen_stats.toolkit.statistics.planning.run_power import required_runs, run_power
 
     rows = []
     for control in ("fdr", "none"):
@@ -234,7 +234,7 @@ def _run_answers(design: Design, n: int, wanted: float, runs: int | None, run_sd
 def _say_prompts(
     design: Design, answers: dict[Control, Power], checks: dict[Control, Any], wanted: float, prompts: int | None
 ) -> None:
-    from rlgen_stats.toolkit.statistics.power import power_at
+    from rlgen_stats.toolkit.statistics.planning.power import power_at
 
     dependence = f", clusters of {design.cluster_size} with ICC {design.icc:g}" if design.cluster_size > 1 else ""
     setting = (

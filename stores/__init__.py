@@ -1,19 +1,19 @@
 """Where things live: Zarr stores that plain xarray opens, written so that a crash loses nothing announced."""
 
 from rlgen_stats.stores.activations import complete_models, open_activations, open_tokens, select_tokens
-from rlgen_stats.stores.arms import open_arms
+from rlgen_stats.stores.atomic import read_json, replacing, write_json
 from rlgen_stats.stores.creation import create_activations
+from rlgen_stats.stores.dashboards import read_contexts, read_logits
 from rlgen_stats.stores.describe import describe
-from rlgen_stats.stores.durable import read_json, replacing, write_json
 from rlgen_stats.stores.folder import StudyFolder
-from rlgen_stats.stores.meaning import read_contexts, read_logits
+from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.migrate import migrate
-from rlgen_stats.stores.place import place
 from rlgen_stats.stores.provenance import Provenance, git_commit, package_versions
 from rlgen_stats.stores.reader import MixedReader, PairedReader
 from rlgen_stats.stores.results import open_results, result_groups, write_results
-from rlgen_stats.stores.study import open_study
+from rlgen_stats.stores.study_tree import open_study
 from rlgen_stats.stores.tables import append_model, committed_models, open_features, open_outcomes
+from rlgen_stats.stores.trial_completions import open_arms
 from rlgen_stats.stores.verify import VerifyReport, verify
 from rlgen_stats.stores.writer import ActivationWriter
 

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import CHANNEL, MODEL, RUN, STEP, TOKEN, check_name, split_model_id
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import ACTIVATION_ATTRS
-from rlgen_stats.stores.durable import ROOT
+from rlgen_stats.stores.atomic import ROOT
+from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.labels import TokenLabels
-from rlgen_stats.stores.place import place
-from rlgen_stats.stores.seal import read_document
+from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version
 

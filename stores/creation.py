@@ -27,11 +27,11 @@ from rlgen_stats.schemas.dims import (
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.stores.durable import replacing
+from rlgen_stats.stores.atomic import replacing
+from rlgen_stats.stores.digests import read_document, seal_tree
 from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP
-from rlgen_stats.stores.place import place, reaching
+from rlgen_stats.stores.locations import place, reaching
 from rlgen_stats.stores.provenance import Provenance
-from rlgen_stats.stores.seal import read_document, seal_tree
 from rlgen_stats.stores.tables import COMPRESSORS, as_strings, check_is_store, check_owner, encoding, write_zarr
 
 SHARD_TOKENS: Final = 8192

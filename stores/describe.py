@@ -11,11 +11,11 @@ import pandas as pd
 
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
 from rlgen_stats.stores.activations import ARRAY, root_attributes, stored_groups, stored_models
-from rlgen_stats.stores.durable import ROOT
+from rlgen_stats.stores.atomic import ROOT
+from rlgen_stats.stores.digests import COMMITTED_MODELS, arrays_of, read_document
 from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
-from rlgen_stats.stores.place import filesystem, is_remote, place
+from rlgen_stats.stores.locations import filesystem, is_remote, place
 from rlgen_stats.stores.results import result_groups
-from rlgen_stats.stores.seal import COMMITTED_MODELS, arrays_of, read_document
 from rlgen_stats.stores.shards import open_shards
 from rlgen_stats.stores.tables import open_lazily
 from rlgen_stats.stores.verify import stores_below

@@ -34,9 +34,9 @@ from rlgen_stats.schemas.dims import (
 )
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.stores.place import store_of
+from rlgen_stats.stores.digests import read_document
+from rlgen_stats.stores.locations import store_of
 from rlgen_stats.stores.prompt_index import among, plain
-from rlgen_stats.stores.seal import read_document
 from rlgen_stats.stores.tables import open_lazily
 
 TOKENS_GROUP: Final = "tokens"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from rlgen_stats.schemas.errors import StoreLockedError
-from rlgen_stats.stores.place import filesystem, is_remote, reaching
+from rlgen_stats.stores.locations import filesystem, is_remote, reaching
 
 WHOLE: Final = (0, 1 << 62)
 """The range of a lock that leaves room for no other."""

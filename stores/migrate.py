@@ -16,12 +16,12 @@ from rlgen_stats.schemas.dims import CHANNEL, PROMPT, PROMPT_LABELS, TOKEN
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION
 from rlgen_stats.stores.activations import ARRAY, COMMITTED, stored_groups
+from rlgen_stats.stores.atomic import ROOT, write_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder, write_table
-from rlgen_stats.stores.durable import ROOT, write_json
+from rlgen_stats.stores.digests import read_document, seal, seal_tree
 from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP
+from rlgen_stats.stores.locations import is_remote, place, store_of
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.stores.place import is_remote, place, store_of
-from rlgen_stats.stores.seal import read_document, seal, seal_tree
 from rlgen_stats.stores.shards import (
     CHECKSUM_BYTES,
     array_document,

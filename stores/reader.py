@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.activations import shard_arrays
 from rlgen_stats.stores.labels import TokenLabels, positions_in
-from rlgen_stats.stores.place import place
+from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.shards import ShardArray, to_float32
 
 BUFFER_BYTES: Final = 1 << 30

@@ -9,11 +9,11 @@ import xarray as xr
 from rlgen_stats.schemas.dims import FEATURE, check_name
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
-from rlgen_stats.stores.durable import ROOT, replacing, sweep
+from rlgen_stats.stores.atomic import ROOT, replacing, sweep
+from rlgen_stats.stores.digests import read_document, seal
+from rlgen_stats.stores.locations import place, reaching
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.stores.place import place, reaching
 from rlgen_stats.stores.provenance import Provenance
-from rlgen_stats.stores.seal import read_document, seal
 from rlgen_stats.stores.tables import (
     FEATURE_BLOCK,
     as_strings,

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from rlgen_stats.schemas.errors import StoreCorruptError
-from rlgen_stats.stores.durable import ROOT, sync
-from rlgen_stats.stores.place import is_remote, reaching
+from rlgen_stats.stores.atomic import ROOT, sync
+from rlgen_stats.stores.locations import is_remote, reaching
 
 CHECKSUM_BYTES: Final = 4
 PARTIAL: Final = ".partial"

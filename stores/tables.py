@@ -20,12 +20,12 @@ from rlgen_stats.schemas.declaring import PROVENANCE_ATTRS
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, validate
-from rlgen_stats.stores.durable import ROOT, explain_full_disk, replacing, sweep
+from rlgen_stats.stores.atomic import ROOT, explain_full_disk, replacing, sweep
+from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, seal
+from rlgen_stats.stores.locations import is_remote, place, reaching, store_of
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.stores.place import is_remote, place, reaching, store_of
 from rlgen_stats.stores.prompt_index import with_prompt_index
 from rlgen_stats.stores.provenance import Provenance
-from rlgen_stats.stores.seal import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, seal
 
 FEATURE_BLOCK: Final = 512
 """Features per chunk: one block x all prompts x one model is one read (4 MB at 2,000 prompts, float32)."""

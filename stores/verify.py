@@ -17,12 +17,12 @@ import zarr
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError
 from rlgen_stats.stores.activations import ARRAY, COMMITTED, root_attributes, stored_groups
+from rlgen_stats.stores.atomic import ROOT
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
-from rlgen_stats.stores.durable import ROOT
+from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, digest, read_document
 from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
-from rlgen_stats.stores.place import place, store_of
+from rlgen_stats.stores.locations import place, store_of
 from rlgen_stats.stores.results import open_results
-from rlgen_stats.stores.seal import COMMITTED_MODELS, DIGEST, arrays_of, digest, read_document
 from rlgen_stats.stores.shards import open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
 

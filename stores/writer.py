@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import CHANNEL, POSITION, PROMPT, SEGMENT, SOURCE, TOKEN, TOKEN_ID
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.activations import ARRAY, COMMITTED, activation_group
-from rlgen_stats.stores.durable import ROOT, explain_full_disk
+from rlgen_stats.stores.atomic import ROOT, explain_full_disk
+from rlgen_stats.stores.digests import read_document, seal
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
+from rlgen_stats.stores.locations import place, reaching
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.stores.place import place, reaching
-from rlgen_stats.stores.seal import read_document, seal
 from rlgen_stats.stores.shards import (
     BFLOAT16,
     FILL,

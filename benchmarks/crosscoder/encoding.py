@@ -19,7 +19,7 @@ from benchmarks.reports import Goal, report
 from rlgen_stats.schemas.dims import PROMPT
 from rlgen_stats.stores import ActivationWriter, create_activations
 from rlgen_stats.toolkit.crosscoder import Crosscoder, summarise_prompts
-from rlgen_stats.toolkit.crosscoder.reader import ArrayReader, measure_views
+from rlgen_stats.toolkit.crosscoder.data.paired import ArrayReader, measure_views
 
 OURS: Final = "this package: from the store to summaries per prompt, with FVE"
 BARE: Final = "the bare encoder product"

@@ -20,10 +20,10 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
 from rlgen_stats.toolkit.extraction import find_model, generate, load_model, load_tokenizer
 from rlgen_stats.toolkit.intervention import Condition, FeatureEdit, editing
-from rlgen_stats.toolkit.intervention.arms import Arm
-from rlgen_stats.toolkit.intervention.trial import Subject, run_arm
-from rlgen_stats.toolkit.intervention.verify import edit_site, make_bench, prepare
 from rlgen_stats.toolkit.study import read_spec
+from rlgen_stats.toolkit.trial.arms import Arm
+from rlgen_stats.toolkit.trial.run_arm import Subject, run_arm
+from rlgen_stats.toolkit.trial.verify_causally import edit_site, make_bench, prepare
 
 SIZE: Final = 17
 """Features of every arm."""

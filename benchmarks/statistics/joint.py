@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from threadpoolctl import ThreadpoolController
 
-from rlgen_stats.toolkit.statistics.kernels import max_t, max_t_p_value, maxt, sign_flip_test, sign_flips
+from rlgen_stats.toolkit.statistics.kernels import max_t, max_t_p_value, sign_flip_test, sign_flips
+from rlgen_stats.toolkit.statistics.kernels.flips import maxt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Case, interleaved, read_options, scratch, spread

@@ -12,9 +12,9 @@ import torch
 from rlgen_stats.schemas.study import ExtractionSpec
 from rlgen_stats.stores import open_activations, open_tokens
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
-from rlgen_stats.toolkit.crosscoder.encode import Prompts, summarise
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder
-from rlgen_stats.toolkit.crosscoder.summaries import PromptSummaries
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.uses.encode import Prompts, summarise
+from rlgen_stats.toolkit.crosscoder.uses.summaries import PromptSummaries
 from rlgen_stats.toolkit.extraction import token_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

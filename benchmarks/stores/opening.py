@@ -17,10 +17,10 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.stores import ActivationWriter, create_activations, open_activations, open_tokens, select_tokens
+from rlgen_stats.stores.atomic import read_json, write_json
 from rlgen_stats.stores.creation import write_table
-from rlgen_stats.stores.durable import read_json, write_json
+from rlgen_stats.stores.digests import seal, seal_tree
 from rlgen_stats.stores.labels import SPANS_GROUP, TOKENS_GROUP
-from rlgen_stats.stores.seal import seal, seal_tree
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))

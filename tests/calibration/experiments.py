@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import families, invariance, others, single
-from .rows import Row
+from tests.calibration import families, invariance, others, single
+from tests.calibration.rows import Row
 
 SEED = 20261
 

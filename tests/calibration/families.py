@@ -9,15 +9,14 @@ import xarray as xr
 
 from rlgen_stats.toolkit.intervention import Settings, judge
 from rlgen_stats.toolkit.statistics.kernels import adjust, max_t, sign_flip_test
-from rlgen_stats.toolkit.statistics.planting import Simulation
-from rlgen_stats.toolkit.statistics.power import Design, required_prompts
-from rlgen_stats.toolkit.statistics.power_check import simulated_power
-from rlgen_stats.toolkit.statistics.selection import select_features
-from rlgen_stats.toolkit.statistics.sets import set_stability
-from rlgen_stats.toolkit.statistics.simulate import simulate_features
-
-from ..intervention.worlds import world
-from .rows import Row, mean_row, rate_row
+from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.power import Design, required_prompts
+from rlgen_stats.toolkit.statistics.planning.power_check import simulated_power
+from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
+from rlgen_stats.toolkit.statistics.selection.select_features import select_features
+from rlgen_stats.toolkit.statistics.timing.set_stability import set_stability
+from tests.calibration.rows import Row, mean_row, rate_row
+from tests.statistics.causal.worlds import world
 
 ALPHA = 0.05
 DEAD, GROUP = 0.3, 20

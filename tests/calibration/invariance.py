@@ -9,12 +9,12 @@ import dask
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.statistics.drift import drift_test
-from rlgen_stats.toolkit.statistics.kernels import max_t, maxt
-from rlgen_stats.toolkit.statistics.planting import Simulation
-from rlgen_stats.toolkit.statistics.simulate import simulate_features
-
-from .rows import Row
+from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
+from rlgen_stats.toolkit.statistics.kernels import max_t
+from rlgen_stats.toolkit.statistics.kernels.flips import maxt
+from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
+from tests.calibration.rows import Row
 
 RTOL = 1e-12
 NUMBERS = ("statistic", "effect", "effect_low", "effect_high", "p_value", "q_value", "p_max_t")

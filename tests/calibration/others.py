@@ -17,12 +17,11 @@ from rlgen_stats.toolkit.statistics.kernels import (
     trend_test,
     wild_cluster_bootstrap,
 )
-from rlgen_stats.toolkit.statistics.planting import Simulation
-from rlgen_stats.toolkit.statistics.selection import select_features
-from rlgen_stats.toolkit.statistics.simulate import simulate_features
-
-from .families import _dependent
-from .rows import Row, mean_row, rate_row
+from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
+from rlgen_stats.toolkit.statistics.selection.select_features import select_features
+from tests.calibration.families import _dependent
+from tests.calibration.rows import Row, mean_row, rate_row
 
 ALPHA = 0.05
 

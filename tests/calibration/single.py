@@ -7,10 +7,10 @@ from unittest import mock
 import numpy as np
 from scipy import stats
 
-from rlgen_stats.toolkit.statistics.kernels import bootstrap, bootstrap_t, sign_flip_test, tost_chain
-from rlgen_stats.toolkit.statistics.kernels.bootstrap import MIN_NONZERO
-
-from .rows import Row, rate_row
+from rlgen_stats.toolkit.statistics.kernels import bootstrap_t, sign_flip_test, tost_chain
+from rlgen_stats.toolkit.statistics.kernels.intervals import bootstrap
+from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import MIN_NONZERO
+from tests.calibration.rows import Row, rate_row
 
 ALPHA = 0.05
 

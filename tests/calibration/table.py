@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .experiments import EXPERIMENTS, SEED
-from .rows import Row
+from tests.calibration.experiments import EXPERIMENTS, SEED
+from tests.calibration.rows import Row
 
 BEGIN, END = "<!-- calibration table: begin -->", "<!-- calibration table: end -->"
 HEADER = "| experiment | nominal | observed | band | naive | naive estimator | size | |"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from .experiments import EXPERIMENTS, SEED, Experiment
-from .rows import Row, mean_row, rate_row
+from tests.calibration.experiments import EXPERIMENTS, SEED, Experiment
+from tests.calibration.rows import Row, mean_row, rate_row
 
 KNOWN_SLACK = 0.1
 """What is known to be off is still held to this much: a change for the worse shows."""

@@ -17,8 +17,7 @@ from rlgen_stats.cli.console import handle_errors, print_json, progress_for
 from rlgen_stats.cli.main import _COMMANDS
 from rlgen_stats.schemas.errors import OutOfSpaceError
 from rlgen_stats.stores import Provenance, append_model
-
-from ..stores.conftest import feature_table
+from tests.stores.conftest import feature_table
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -25,9 +25,9 @@ from rlgen_stats.toolkit.crosscoder import (
     summarise_prompts,
     train_crosscoders,
 )
-from rlgen_stats.toolkit.crosscoder import stage as stage_module
-from rlgen_stats.toolkit.crosscoder.encode import Prompts, summarise, view_of
-from rlgen_stats.toolkit.crosscoder.texts import spread, text_bounds
+from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
+from rlgen_stats.toolkit.crosscoder.training import stage as stage_module
+from rlgen_stats.toolkit.crosscoder.uses.encode import Prompts, summarise, view_of
 from rlgen_stats.toolkit.extraction import find_model, load_model, load_tokenizer, token_mask
 from tests.crosscoder.planted import LAYER, PROVENANCE, save_tokenizer, slow_contribution, study_spec, token_tables
 
@@ -62,7 +62,7 @@ def test_stage_trains_all_on_the_declared_tokens_and_keeps_what_is_finished(
 
 
 def real_health(calls: list[str]):  # type: ignore[no-untyped-def]
-    from rlgen_stats.toolkit.crosscoder.health import measure_health
+    from rlgen_stats.toolkit.crosscoder.uses.health import measure_health
 
     def call(*args, **kwargs):  # type: ignore[no-untyped-def]
         calls.append("health")

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.exchange import open_cache
-
-from .conftest import FORMATS, PARTS, WIDTH, N, bits_of, split, tensor_of, write_cache, write_shards
+from tests.exchange.conftest import FORMATS, PARTS, WIDTH, N, bits_of, split, tensor_of, write_cache, write_shards
 
 CASES = [(kind, dtype) for kind in FORMATS for dtype in ("float32", "float16", "bfloat16")
          if (kind, dtype) != ("npy", "bfloat16")]  # fmt: skip

@@ -10,8 +10,7 @@ from click.testing import CliRunner
 
 from rlgen_stats.cli import main
 from rlgen_stats.stores import open_activations
-
-from .conftest import label_table, tensor_of, write_cache
+from tests.exchange.conftest import label_table, tensor_of, write_cache
 
 
 def run(*arguments: object) -> tuple[int, str, str]:

@@ -24,8 +24,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores.activations import stored_models
 from rlgen_stats.toolkit.exchange import Cache, export_activations, import_activations, open_cache, read_labels
-
-from .conftest import FORMATS, WIDTH, N, bits_of, label_table, tensor_of, write_cache
+from tests.exchange.conftest import FORMATS, WIDTH, N, bits_of, label_table, tensor_of, write_cache
 
 WHO = {"model": "rl@200", "site": "block12"}
 SHARD = 256

@@ -30,8 +30,7 @@ from rlgen_stats.toolkit.extraction import (
 )
 from rlgen_stats.toolkit.extraction.activations import load_texts, plan_windows, source_models, token_table
 from rlgen_stats.toolkit.extraction.checkpoints import list_models
-
-from .conftest import study_spec
+from tests.extraction.conftest import study_spec
 
 Study = tuple[StudySpec, StudyFolder]
 

@@ -23,8 +23,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     resolve_device,
     resolve_view,
 )
-
-from .conftest import WORDS, save_model, tiny_model, word_tokenizer
+from tests.extraction.conftest import WORDS, save_model, tiny_model, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]
 

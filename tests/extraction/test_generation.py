@@ -9,8 +9,7 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction import generate
 from rlgen_stats.toolkit.extraction.generation import Completion, counter_uniforms, draw_tokens
-
-from .conftest import ARCHITECTURES, PROMPTS, tiny_model
+from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
 
 
 def sampled(model: Any, tokenizer: Any, prompts: Any, seeds: Any, **how: Any) -> list[Completion]:

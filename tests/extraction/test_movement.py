@@ -10,9 +10,8 @@ from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction import load_model, measure_movement, movement
 from rlgen_stats.toolkit.extraction.activations import Text
 from rlgen_stats.toolkit.extraction.movement import mean_divergence, token_divergence, weight_distance
-
-from .conftest import ARCHITECTURES, save_model, tiny_model
-from .test_checkpoints import ref_to, save_adapter
+from tests.extraction.conftest import ARCHITECTURES, save_model, tiny_model
+from tests.extraction.test_checkpoints import ref_to, save_adapter
 
 TEXTS = [
     Text("a", "base@0", (5, 9, 12), (4, 7, 1)),

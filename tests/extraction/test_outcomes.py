@@ -10,8 +10,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_outcomes
 from rlgen_stats.toolkit.extraction import load_model, load_tokenizer, outcomes, read_completions, sample_outcomes
 from rlgen_stats.toolkit.extraction.checkpoints import list_models
-
-from .conftest import prompt_table, save_model, word_tokenizer
+from tests.extraction.conftest import prompt_table, save_model, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]
 

@@ -8,8 +8,7 @@ import pytest
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction import load_prompts, read_table
-
-from .conftest import prompt_table, study_spec
+from tests.extraction.conftest import prompt_table, study_spec
 
 
 def load(tmp_path: Path, table: pd.DataFrame, **spec: Any) -> pd.DataFrame:

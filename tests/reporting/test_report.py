@@ -19,9 +19,9 @@ from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
 from rlgen_stats.toolkit.reporting import write_report
-from rlgen_stats.toolkit.reporting.feature_page import split_peak
+from rlgen_stats.toolkit.reporting.csv_tables import class_counts, matching_summary
+from rlgen_stats.toolkit.reporting.feature_cards import split_peak
 from rlgen_stats.toolkit.reporting.headline import domain_accuracy
-from rlgen_stats.toolkit.reporting.tables import class_counts, matching_summary
 from rlgen_stats.toolkit.reporting.values import compact, fixed, interval, p_text, percent, points, tidy
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "line", "circle", "path", "use", "rect"}

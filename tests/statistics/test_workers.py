@@ -15,8 +15,8 @@ from distributed import Client
 
 from rlgen_stats.stores import open_features, open_outcomes
 from rlgen_stats.toolkit.statistics import drift_test, select_features, set_stability, stabilization_test
-from rlgen_stats.toolkit.statistics.planting import Simulation
-from rlgen_stats.toolkit.statistics.simulate import Written, write_simulation
+from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.simulate import Written, write_simulation
 
 SECONDS_TO_START = 60
 

@@ -22,8 +22,7 @@ from rlgen_stats.stores import (
     verify,
 )
 from rlgen_stats.stores.creation import SHARD_TOKENS
-
-from .conftest import N_TOKENS, WIDTH, activation_values, hashes, token_table
+from tests.stores.conftest import N_TOKENS, WIDTH, activation_values, hashes, token_table
 
 
 def write(store: Path, model: str = "rl@80", values: np.ndarray | None = None, batch: int = 700) -> None:

@@ -24,8 +24,7 @@ from rlgen_stats.stores import (
     verify,
 )
 from rlgen_stats.stores.shards import PARTIAL
-
-from .conftest import feature_table, hashes, token_table
+from tests.stores.conftest import feature_table, hashes, token_table
 
 N, WIDTH, SHARD = 3000, 16, 64
 KILLS = int(os.environ.get("RLGEN_STATS_KILLS", "12"))

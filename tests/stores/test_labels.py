@@ -24,8 +24,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores import labels as labels_module
 from rlgen_stats.stores.labels import TokenLabels, merge_ranges, positions_in
-
-from .conftest import feature_table, token_table
+from tests.stores.conftest import feature_table, token_table
 
 N, WIDTH = 2000, 3
 

@@ -32,8 +32,7 @@ from rlgen_stats.stores import tables as tables_module
 from rlgen_stats.stores import writer as writer_module
 from rlgen_stats.stores.activations import stored_models
 from rlgen_stats.stores.labels import positions_in
-
-from .conftest import feature_table, token_table
+from tests.stores.conftest import feature_table, token_table
 
 N, SHARD, WIDTH = 90, 20, 3
 PROVENANCE = Provenance("study-one", "key-one")

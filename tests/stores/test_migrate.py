@@ -22,8 +22,7 @@ from rlgen_stats.stores import (
     open_results,
     verify,
 )
-
-from .conftest import token_table
+from tests.stores.conftest import token_table
 
 VALUES = np.random.default_rng(1).normal(size=(150, 3)).astype("f4")
 

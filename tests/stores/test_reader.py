@@ -9,8 +9,7 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores import ActivationWriter, MixedReader, PairedReader
 from rlgen_stats.stores.shards import ShardArray
-
-from .conftest import N_TOKENS, WIDTH
+from tests.stores.conftest import N_TOKENS, WIDTH
 
 ROW = 2 * WIDTH * 4 * 8192
 

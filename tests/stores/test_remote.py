@@ -38,8 +38,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores import locks as locks_module
 from rlgen_stats.stores import writer as writer_module
-
-from .conftest import feature_table, token_table
+from tests.stores.conftest import feature_table, token_table
 
 moto_server = pytest.importorskip("moto.server")
 

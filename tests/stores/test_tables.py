@@ -19,8 +19,7 @@ from rlgen_stats.stores import (
     result_groups,
     write_results,
 )
-
-from .conftest import feature_table
+from tests.stores.conftest import feature_table
 
 
 @pytest.fixture

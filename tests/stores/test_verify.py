@@ -21,8 +21,7 @@ from rlgen_stats.stores import (
     verify,
     write_results,
 )
-
-from .conftest import feature_table, token_table
+from tests.stores.conftest import feature_table, token_table
 
 N, WIDTH, SHARD = 1000, 5, 128
 FLIPS = int(os.environ.get("RLGEN_STATS_FLIPS", "240"))

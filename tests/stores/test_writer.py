@@ -23,8 +23,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores import shards as shards_module
 from rlgen_stats.stores import writer as writer_module
-
-from .conftest import hashes, token_table
+from tests.stores.conftest import hashes, token_table
 
 N, WIDTH, SHARD = 1000, 6, 64
 

@@ -13,10 +13,9 @@ from rlgen_stats.stores import Provenance, read_json, write_results
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
-from rlgen_stats.toolkit.study.plan import BY_NAME, with_needs
+from rlgen_stats.toolkit.study.stage_graph import BY_NAME, with_needs
 from rlgen_stats.toolkit.study.trials import run_trial
-
-from .conftest import spec_dict
+from tests.study.conftest import spec_dict
 
 CALLS: list[str] = []
 

@@ -10,8 +10,7 @@ from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.study import parse_spec, read_spec, write_spec
 from rlgen_stats.toolkit.study.template import write_template
-
-from .conftest import spec_dict
+from tests.study.conftest import spec_dict
 
 RUNS = spec_dict()["runs"]
 MAIN = spec_dict()["crosscoders"][0]

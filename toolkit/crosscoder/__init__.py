@@ -1,21 +1,21 @@
 """Sparse codes shared by several models: training, health, readout to prompt summaries, and what features look like."""
 
-from rlgen_stats.toolkit.crosscoder.contexts import write_contexts
-from rlgen_stats.toolkit.crosscoder.encode import encode_features, summarise_prompts
-from rlgen_stats.toolkit.crosscoder.export import decoder_dataset
-from rlgen_stats.toolkit.crosscoder.foreign import export_crosscoder, import_crosscoder
-from rlgen_stats.toolkit.crosscoder.health import Health, health_dataset, measure_health, require_healthy
-from rlgen_stats.toolkit.crosscoder.live import LiveActivations
-from rlgen_stats.toolkit.crosscoder.loading import load_crosscoder
-from rlgen_stats.toolkit.crosscoder.logits import logit_effects, write_logits
-from rlgen_stats.toolkit.crosscoder.model import Crosscoder
-from rlgen_stats.toolkit.crosscoder.ranks import rank_of_process
-from rlgen_stats.toolkit.crosscoder.reader import ArrayReader, PairedActivations
-from rlgen_stats.toolkit.crosscoder.readout import FeatureReadout
-from rlgen_stats.toolkit.crosscoder.scaling import scaling_sums, stored_scaling_sums
-from rlgen_stats.toolkit.crosscoder.splice import SpliceCE, SplicedText, splice_ce
-from rlgen_stats.toolkit.crosscoder.stage import forget_crosscoders, train_crosscoders
-from rlgen_stats.toolkit.crosscoder.training import train_crosscoder, train_replicates
+from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations
+from rlgen_stats.toolkit.crosscoder.data.paired import ArrayReader, PairedActivations
+from rlgen_stats.toolkit.crosscoder.interop.decoder_dataset import decoder_dataset
+from rlgen_stats.toolkit.crosscoder.interop.other_formats import export_crosscoder, import_crosscoder
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
+from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout
+from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
+from rlgen_stats.toolkit.crosscoder.training.stage import forget_crosscoders, train_crosscoders
+from rlgen_stats.toolkit.crosscoder.training.train import train_crosscoder, train_replicates
+from rlgen_stats.toolkit.crosscoder.uses.contexts import write_contexts
+from rlgen_stats.toolkit.crosscoder.uses.encode import encode_features, summarise_prompts
+from rlgen_stats.toolkit.crosscoder.uses.health import Health, health_dataset, measure_health, require_healthy
+from rlgen_stats.toolkit.crosscoder.uses.promoted_tokens import logit_effects, write_logits
+from rlgen_stats.toolkit.crosscoder.uses.scaling_sums import scaling_sums, stored_scaling_sums
+from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE, SplicedText, splice_ce
 
 __all__ = [
     "ArrayReader",

@@ -23,7 +23,7 @@ from rlgen_stats.schemas.study import (
 )
 from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.toolkit.demo.pretrain import BaseSettings, check_base, pretrain_base
-from rlgen_stats.toolkit.demo.tables import evaluation_prompts, training_prompts
+from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, training_prompts
 from rlgen_stats.toolkit.demo.world import CONTROL, HELD_OUT, MARKER, World
 from rlgen_stats.toolkit.progress import SILENT, Progress
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.stores.place import is_remote, place
+from rlgen_stats.stores.locations import is_remote, place
 from rlgen_stats.stores.shards import BFLOAT16, FLOATS, stored_dtype, to_bfloat16, to_float32
 from rlgen_stats.toolkit.exchange.formats import (
     TensorFile,

@@ -19,11 +19,11 @@ from rlgen_stats.schemas.dims import TOKEN
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import open_tokens, place, replacing, select_tokens
 from rlgen_stats.stores.activations import shard_arrays
-from rlgen_stats.stores.durable import sync
+from rlgen_stats.stores.atomic import sync
 from rlgen_stats.stores.labels import positions_in
-from rlgen_stats.stores.place import is_remote
+from rlgen_stats.stores.locations import is_remote
 from rlgen_stats.stores.shards import BFLOAT16, ShardArray, stored_dtype, to_float32
-from rlgen_stats.toolkit.exchange.labels import COLUMNS, LABEL_ROWS
+from rlgen_stats.toolkit.exchange.label_table import COLUMNS, LABEL_ROWS
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 FORMATS: Final = ("safetensors", "npy")

@@ -14,10 +14,10 @@ from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores import ActivationWriter, Provenance, create_activations, open_tokens, place
 from rlgen_stats.stores.activations import ARRAY, activation_group
 from rlgen_stats.stores.creation import TokenCoder
-from rlgen_stats.stores.place import reaching
+from rlgen_stats.stores.locations import reaching
 from rlgen_stats.stores.shards import open_shards
 from rlgen_stats.toolkit.exchange.caches import BLOCK_ROWS, Cache, open_cache
-from rlgen_stats.toolkit.exchange.labels import COLUMNS, LABEL_ROWS, read_labels
+from rlgen_stats.toolkit.exchange.label_table import COLUMNS, LABEL_ROWS, read_labels
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 

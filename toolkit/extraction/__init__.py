@@ -15,17 +15,17 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
 )
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
 from rlgen_stats.toolkit.extraction.grading import FORMAT_CLASSES, Grade, Grader, make_grader
-from rlgen_stats.toolkit.extraction.hooks import (
+from rlgen_stats.toolkit.extraction.movement import measure_movement
+from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
+from rlgen_stats.toolkit.extraction.prompts import load_prompts, load_texts, read_table
+from rlgen_stats.toolkit.extraction.residual_stream import (
     block_output,
     capture_residual,
     locate_layers,
     name_layers,
     read_residual,
 )
-from rlgen_stats.toolkit.extraction.movement import measure_movement
-from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
-from rlgen_stats.toolkit.extraction.prompts import load_prompts, load_texts, read_table
-from rlgen_stats.toolkit.extraction.usable import usable_tokens
+from rlgen_stats.toolkit.extraction.token_filter import usable_tokens
 
 __all__ = [
     "FORMAT_CLASSES",

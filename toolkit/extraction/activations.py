@@ -40,9 +40,9 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     load_tokenizer,
     resolve_device,
 )
-from rlgen_stats.toolkit.extraction.hooks import locate_layer, read_residual
 from rlgen_stats.toolkit.extraction.outcomes import read_completions
 from rlgen_stats.toolkit.extraction.prompts import TEXT, load_prompts
+from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residual
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 WINDOW_BATCHES: Final = 16

@@ -16,7 +16,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, model_id, split_model
 from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
-from rlgen_stats.toolkit.extraction.hooks import name_layers
+from rlgen_stats.toolkit.extraction.residual_stream import name_layers
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 WEIGHT_FILES: Final = (

@@ -1,12 +1,12 @@
 """The report: five claims assessed, figures drawn, one self-contained page. No torch."""
 
-from rlgen_stats.toolkit.reporting.claims import CLAIM_COLUMNS, assess_claims, claims_table
+from rlgen_stats.toolkit.reporting.claims.c1_specificity import CLAIM_COLUMNS, assess_claims, claims_table
+from rlgen_stats.toolkit.reporting.claims.verdicts import Claim, Verdict
 from rlgen_stats.toolkit.reporting.facts import read_study_data
-from rlgen_stats.toolkit.reporting.feature_page import FeatureCard, feature_cards
-from rlgen_stats.toolkit.reporting.figures import draw_figures
-from rlgen_stats.toolkit.reporting.plotting import Graphic, Missing
+from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
+from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
+from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.report import load_results, write_report
-from rlgen_stats.toolkit.reporting.verdicts import Claim, Verdict
 
 __all__ = [
     "CLAIM_COLUMNS",

@@ -15,7 +15,7 @@ import xarray as xr
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
-from rlgen_stats.toolkit.reporting.claims_selection import unusable_tasks
+from rlgen_stats.toolkit.reporting.claims.c3_selection import unusable_tasks
 from rlgen_stats.toolkit.reporting.values import (
     DASH,
     Results,

@@ -15,18 +15,19 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.reporting.arms import Arm, arms_of, in_order, kind_words
-from rlgen_stats.toolkit.reporting.claims import assess_claims, estimate_text, interval_text
-from rlgen_stats.toolkit.reporting.claims_causal import CHECKS
+from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order, kind_words
+from rlgen_stats.toolkit.reporting.claims.c1_specificity import assess_claims, estimate_text, interval_text
+from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECKS
+from rlgen_stats.toolkit.reporting.claims.scope import replication_text
+from rlgen_stats.toolkit.reporting.claims.verdicts import Claim, Verdict
+from rlgen_stats.toolkit.reporting.csv_tables import build_tables
 from rlgen_stats.toolkit.reporting.examples import Example, pick_examples
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
-from rlgen_stats.toolkit.reporting.feature_page import FeatureCard, feature_cards
-from rlgen_stats.toolkit.reporting.figures import draw_figures
+from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
+from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
+from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.headline import DOMAINS, DomainAccuracy, domain_accuracy, lede
-from rlgen_stats.toolkit.reporting.plotting import Graphic, Missing
-from rlgen_stats.toolkit.reporting.scope import replication_text
-from rlgen_stats.toolkit.reporting.tables import build_tables
-from rlgen_stats.toolkit.reporting.trials import part_blocks, side_effect_rows, trial_rows
+from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, side_effect_rows, trial_rows
 from rlgen_stats.toolkit.reporting.values import (
     compact,
     fixed,
@@ -40,7 +41,6 @@ from rlgen_stats.toolkit.reporting.values import (
     text,
     tidy,
 )
-from rlgen_stats.toolkit.reporting.verdicts import Claim, Verdict
 
 REPORT_SCHEMA: Final = 1
 """Version of report.json."""

@@ -1,22 +1,22 @@
 """What is computed from stored activations: labelled statistics over numpy kernels."""
 
-from rlgen_stats.toolkit.statistics.adjusting import adjust_pvalues
-from rlgen_stats.toolkit.statistics.contrast import attribution_contrast
-from rlgen_stats.toolkit.statistics.decoders import attribution, attribution_table, decoder_clusters
-from rlgen_stats.toolkit.statistics.drift import drift_test
-from rlgen_stats.toolkit.statistics.matching import match_features, reappearance, subspace_overlap
-from rlgen_stats.toolkit.statistics.planting import Simulation
-from rlgen_stats.toolkit.statistics.power import Design, detectable_effect, power_at, required_prompts
-from rlgen_stats.toolkit.statistics.power_runs import required_runs, run_power
-from rlgen_stats.toolkit.statistics.probe import correctness_probe
-from rlgen_stats.toolkit.statistics.representation import representation_drift
-from rlgen_stats.toolkit.statistics.scaling import classify_features, latent_scaling, scaling_table
-from rlgen_stats.toolkit.statistics.selected_effects import selected_effects
-from rlgen_stats.toolkit.statistics.selection import select_features
-from rlgen_stats.toolkit.statistics.sets import set_stability
-from rlgen_stats.toolkit.statistics.simulate import simulate_features, write_simulation
-from rlgen_stats.toolkit.statistics.stabilization import stabilization_test
-from rlgen_stats.toolkit.statistics.transitions import behaviour
+from rlgen_stats.toolkit.statistics.attribution.arm_contrast import attribution_contrast
+from rlgen_stats.toolkit.statistics.attribution.decoder_norms import attribution, attribution_table, decoder_clusters
+from rlgen_stats.toolkit.statistics.attribution.latent_scaling import classify_features, latent_scaling, scaling_table
+from rlgen_stats.toolkit.statistics.attribution.matching import match_features, reappearance, subspace_overlap
+from rlgen_stats.toolkit.statistics.behaviour import behaviour
+from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
+from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
+from rlgen_stats.toolkit.statistics.drift.representation import representation_drift
+from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.power import Design, detectable_effect, power_at, required_prompts
+from rlgen_stats.toolkit.statistics.planning.run_power import required_runs, run_power
+from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
+from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
+from rlgen_stats.toolkit.statistics.selection.select_features import select_features
+from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
+from rlgen_stats.toolkit.statistics.timing.set_stability import set_stability
+from rlgen_stats.toolkit.statistics.timing.stabilization import stabilization_test
 
 __all__ = [
     "Design",

@@ -34,7 +34,7 @@ from rlgen_stats.toolkit.statistics import (
     reappearance,
     scaling_table,
 )
-from rlgen_stats.toolkit.study.plan import Study
+from rlgen_stats.toolkit.study.stage_graph import Study
 from rlgen_stats.toolkit.study.statistics_stages import pair_name
 
 LOWEST_TAU: Final = 0.5

@@ -27,7 +27,7 @@ from rlgen_stats.toolkit.intervention import verify_causally
 from rlgen_stats.toolkit.posttrain import train_run
 from rlgen_stats.toolkit.progress import Progress
 from rlgen_stats.toolkit.statistics import representation_drift
-from rlgen_stats.toolkit.study.plan import Study
+from rlgen_stats.toolkit.study.stage_graph import Study
 
 Facts = dict[str, Any]
 """What a stage's record says about its output."""

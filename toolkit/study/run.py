@@ -14,11 +14,11 @@ import zarr
 
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.durable import explain_full_disk
+from rlgen_stats.stores.atomic import explain_full_disk
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.study.plan import STAGES, Stage, Study, stage_named, with_needs
 from rlgen_stats.toolkit.study.spec_file import read_spec
+from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
 
 TOGETHER: Final = "crosscoder"
 """The stage that several processes (torchrun) may run together."""

@@ -21,7 +21,7 @@ from rlgen_stats.toolkit.statistics import (
     set_stability,
     stabilization_test,
 )
-from rlgen_stats.toolkit.study.plan import Study
+from rlgen_stats.toolkit.study.stage_graph import Study
 
 Facts = dict[str, Any]
 """What a stage's record says about its output."""

@@ -19,8 +19,8 @@ from rlgen_stats.stores import open_outcomes, open_results, write_results
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.intervention import TrialPlan, feature_effects, plan_trial, verify_causally
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.study.plan import Study
 from rlgen_stats.toolkit.study.run import open_for_run
+from rlgen_stats.toolkit.study.stage_graph import Study
 
 SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""

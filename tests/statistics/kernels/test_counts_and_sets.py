@@ -9,7 +9,6 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels import (
     cpss_bound,
-    histogram,
     histogram_flip_test,
     mcnemar,
     nogueira,
@@ -19,8 +18,8 @@ from rlgen_stats.toolkit.statistics.kernels import (
     set_overlap_pvalue,
     wilson_interval,
 )
-
-from ...oracles import slow
+from rlgen_stats.toolkit.statistics.kernels.flips import histogram
+from tests.oracles import slow
 
 QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 

@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels import resampling
-from rlgen_stats.toolkit.statistics.kernels.signflip import sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.flips import resampling
+from rlgen_stats.toolkit.statistics.kernels.flips.signflip import sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.trend import trend_contrast, trend_test
 
 

@@ -62,32 +62,42 @@ Means, equivalence, counts, sets::
     set_overlap_pvalue(shared, n_features, size_a, size_b) -> float or array
 """
 
-from rlgen_stats.toolkit.statistics.kernels.adjust import FamilySize, StoreyResult, adjust, family_size, storey
-from rlgen_stats.toolkit.statistics.kernels.bootstrap import BootstrapResult, bootstrap_t
-from rlgen_stats.toolkit.statistics.kernels.combine import cpss_bound, partial_conjunction
 from rlgen_stats.toolkit.statistics.kernels.effects import HurdleResult, hurdle, paired_wasserstein
 from rlgen_stats.toolkit.statistics.kernels.equivalence import TostChainResult, tost_chain, tost_paired
-from rlgen_stats.toolkit.statistics.kernels.evalues import anytime_p, e_bh, flip_e_value
-from rlgen_stats.toolkit.statistics.kernels.fdp import FdpResult, exceedance_counts, fdp_bound
-from rlgen_stats.toolkit.statistics.kernels.histogram import HistogramResult, histogram_flip_test
-from rlgen_stats.toolkit.statistics.kernels.jackknife import JackknifeResult, delete_group_jackknife
-from rlgen_stats.toolkit.statistics.kernels.maxt import MaxTResult, max_t, max_t_p_value
-from rlgen_stats.toolkit.statistics.kernels.moderated import ModeratedResult, moderated_t
-from rlgen_stats.toolkit.statistics.kernels.permutation import ContrastResult, permutation_contrast
-from rlgen_stats.toolkit.statistics.kernels.proportions import (
+from rlgen_stats.toolkit.statistics.kernels.flips.histogram import HistogramResult, histogram_flip_test
+from rlgen_stats.toolkit.statistics.kernels.flips.maxt import MaxTResult, max_t, max_t_p_value
+from rlgen_stats.toolkit.statistics.kernels.flips.permutation import ContrastResult, permutation_contrast
+from rlgen_stats.toolkit.statistics.kernels.flips.resampling import bootstrap_weights, sign_flips
+from rlgen_stats.toolkit.statistics.kernels.flips.saddlepoint import flip_tail, saddlepoint_tail
+from rlgen_stats.toolkit.statistics.kernels.flips.signflip import SignFlipResult, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_cluster_bootstrap
+from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t
+from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
+from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import (
     ClusterResult,
     McNemarResult,
     cluster_se,
     mcnemar,
     wilson_interval,
 )
-from rlgen_stats.toolkit.statistics.kernels.resampling import bootstrap_weights, sign_flips
-from rlgen_stats.toolkit.statistics.kernels.saddlepoint import flip_tail, saddlepoint_tail
-from rlgen_stats.toolkit.statistics.kernels.sequential import SequentialResult, besag_clifford, sequential_flip_test
-from rlgen_stats.toolkit.statistics.kernels.sets import RboResult, nogueira, rbo, set_overlap_pvalue
-from rlgen_stats.toolkit.statistics.kernels.signflip import SignFlipResult, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.moderated import ModeratedResult, moderated_t
+from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
+    FamilySize,
+    StoreyResult,
+    adjust,
+    family_size,
+    storey,
+)
+from rlgen_stats.toolkit.statistics.kernels.multiplicity.combine import cpss_bound, partial_conjunction
+from rlgen_stats.toolkit.statistics.kernels.multiplicity.evalues import anytime_p, e_bh, flip_e_value
+from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import FdpResult, exceedance_counts, fdp_bound
+from rlgen_stats.toolkit.statistics.kernels.multiplicity.sequential import (
+    SequentialResult,
+    besag_clifford,
+    sequential_flip_test,
+)
+from rlgen_stats.toolkit.statistics.kernels.set_overlap import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.trend import TrendResult, trend_contrast, trend_test
-from rlgen_stats.toolkit.statistics.kernels.wild import WildResult, wild_cluster_bootstrap
 
 __all__ = [
     "BootstrapResult",

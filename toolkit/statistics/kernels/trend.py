@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.resampling import (
+from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
     ROUNDING,
     FloatArray,
     cluster_codes,
     column_sums,
     feature_blocks,
 )
-from rlgen_stats.toolkit.statistics.kernels.signflip import Alternative, Method, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.flips.signflip import Alternative, Method, sign_flip_test
 
 Kind = Literal["kendall", "page"]
 

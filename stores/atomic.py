@@ -1,0 +1,143 @@
+"""Writing so that a crash loses nothing that was announced."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from rlgen_stats.schemas.errors import OutOfSpaceError, StoreError
+from rlgen_stats.stores.locations import filesystem, is_remote, reaching
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+ROOT: Final = "zarr.json"
+"""The file that makes a folder a Zarr v3 group or array."""
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" into a sentence that names the place; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and not isinstance(error, OutOfSpaceError):
+            free = shutil.disk_usage(_existing(path)).free / 1e6
+            raise OutOfSpaceError(
+                error.errno,
+                f"the disk or quota holding {path} is full ({free:.0f} MB free); everything committed so far is kept: "
+                "free some space and run the same command again.",
+            ) from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of ``path``, atomically, if the block succeeds.
+
+    Works for a file and for a folder (an existing folder is moved aside first and removed last). For a remote
+    ``path`` the temporary one is local and is uploaded: a file is replaced atomically; of a folder, the old
+    ``zarr.json`` is removed first and the new one written last, so that a reader sees the old group, none, or the new.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="rlgen-stats-") as folder:
+            yield Path(folder) / path.name
+            with reaching(path):
+                _upload(Path(folder) / path.name, path)
+        return
+    with reaching(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with reaching(path), explain_full_disk(path):
+            yield temporary
+            if temporary.is_dir():
+                _replace_folder(temporary, path)
+            else:
+                sync(temporary)
+                os.replace(temporary, path)
+            sync(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Clear away what killed processes left of :func:`replacing` ``path``; call it where no other can be replacing it.
+
+    A folder moved aside whose replacement never came is moved back.
+    """
+    if is_remote(path):
+        return
+    for old in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            shutil.rmtree(old)
+        else:
+            os.replace(old, path)
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _upload(local: Path, path: Path) -> None:
+    if local.is_file():
+        path.write_bytes(local.read_bytes())
+        return
+    (path / ROOT).unlink(missing_ok=True)
+    if path.exists():
+        filesystem(path).rm(path.path, recursive=True)  # type: ignore[attr-defined]
+    for file in sorted(local.rglob("*"), key=lambda file: file == local / ROOT):
+        if file.is_file():
+            (path / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically and durably."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises
+    ------
+    StoreError
+        If the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path} is not readable JSON ({error}); restore it or delete it and run again.") from error

@@ -1,0 +1,92 @@
+"""A digest in every group, so that a change in metadata is found as surely as one in data.
+
+Chunks carry checksums; ``zarr.json`` files do not. The attribute ``digest`` of a group is the hash of its other
+attributes and of the metadata of its arrays, and is written in the same atomic replacement of ``zarr.json``.
+
+A store that grows by models carries its arrays' metadata in that file too (Zarr's consolidated metadata), as of the
+last committed model: whatever an append has reached, every reader sees arrays of one length.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from rlgen_stats.schemas.dims import MODEL
+from rlgen_stats.schemas.errors import StoreCorruptError
+from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.stores.atomic import ROOT, write_json
+from rlgen_stats.stores.locations import reaching
+
+DIGEST: Final = "digest"
+CONSOLIDATED: Final = "consolidated_metadata"
+COMMITTED_MODELS: Final = "committed_models"
+"""Models wholly in an outcome or feature store; an append writes it last."""
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """``zarr.json`` of the group or array at ``path``.
+
+    Raises
+    ------
+    StoreCorruptError
+        If it is not JSON or no Zarr v3 metadata.
+    """
+    try:
+        with reaching(path):
+            document = json.loads((path / ROOT).read_text(encoding="utf-8"))
+        if document["zarr_format"] != 3 or document["node_type"] not in ("group", "array"):
+            raise KeyError("node_type")
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreCorruptError(f"{path / ROOT} is not Zarr v3 metadata ({error}); restore it.") from error
+    return dict(document)
+
+
+def seal(path: Path, attributes: dict[str, Any] | None = None) -> None:
+    """Set attributes of a group and its digest, in one atomic replacement; creates an empty group where none is."""
+    if (path / ROOT).exists():
+        document = read_document(path)
+    else:
+        document = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+        path.mkdir(parents=True, exist_ok=True)
+    document["attributes"] = document.get("attributes", {}) | (attributes or {})
+    if COMMITTED_MODELS in document["attributes"]:
+        metadata = arrays_of(path, len(document["attributes"][COMMITTED_MODELS]))
+        document[CONSOLIDATED] = {"kind": "inline", "must_understand": False, "metadata": metadata}
+    document["attributes"][DIGEST] = digest(path, document)
+    write_json(path / ROOT, document)
+
+
+def digest(path: Path, document: dict[str, Any]) -> str:
+    """What :func:`seal` writes for this group as it is now."""
+    attributes = {name: value for name, value in document.get("attributes", {}).items() if name != DIGEST}
+    rest = {name: value for name, value in document.items() if name != "attributes"}
+    n_models = len(attributes[COMMITTED_MODELS]) if COMMITTED_MODELS in attributes else None
+    return content_hash([rest, attributes, arrays_of(path, n_models)])
+
+
+def arrays_of(path: Path, n_models: int | None = None) -> dict[str, dict[str, Any]]:
+    """Metadata of the arrays that lie directly in a group, without what an append grew beyond ``n_models``."""
+    if not path.exists():  # an object store has no empty folders
+        return {}
+    below = sorted(child for child in path.iterdir() if not child.name.startswith(".") and (child / ROOT).exists())
+    documents = {child.name: read_document(child) for child in below}
+    return {name: _settled(doc, n_models) for name, doc in documents.items() if doc["node_type"] == "array"}
+
+
+def _settled(array: dict[str, Any], n_models: int | None) -> dict[str, Any]:
+    names = array.get("dimension_names") or []
+    if n_models is None or MODEL not in names:
+        return array
+    shape = list(array["shape"])
+    shape[names.index(MODEL)] = n_models
+    return array | {"shape": shape}
+
+
+def seal_tree(path: Path) -> None:
+    """Seal the group at ``path`` and every group below it."""
+    for child in sorted(path.iterdir()):
+        if not child.name.startswith(".") and (child / ROOT).exists() and read_document(child)["node_type"] == "group":
+            seal_tree(child)
+    seal(path)

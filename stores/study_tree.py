@@ -1,0 +1,45 @@
+"""A whole study as one lazy tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import xarray as xr
+
+from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.stores.activations import complete_models, open_activations
+from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.locations import place, reaching
+from rlgen_stats.stores.results import open_results, result_groups
+from rlgen_stats.stores.tables import committed_models, open_features, open_outcomes
+
+
+def open_study(path: Path | str) -> xr.DataTree:
+    """Everything a study has so far: nodes ``outcomes``, ``activations``, ``features``, ``results/<analysis>``, lazily.
+
+    Raises
+    ------
+    StoreError
+        If the folder has no study.yaml.
+
+    Examples
+    --------
+    >>> study = open_study("runs/demo")  # doctest: +SKIP
+    >>> study["results/drift"].to_dataset().q_value.sel(model="rl@80")  # doctest: +SKIP
+    """
+    folder = StudyFolder(place(path))
+    with reaching(folder.root):
+        there = folder.spec.exists()
+    if not there:
+        raise StoreError(
+            f"{path} is not a study folder: expected a study.yaml in it; start one with 'rlgen-stats init'."
+        )
+    nodes: dict[str, xr.Dataset] = {}
+    if committed_models(folder.outcomes):
+        nodes["outcomes"] = open_outcomes(folder.outcomes)
+    if folder.activations.exists() and complete_models(folder.activations):
+        nodes["activations"] = open_activations(folder.activations)
+    if committed_models(folder.features):
+        nodes["features"] = open_features(folder.features)
+    nodes |= {f"results/{group}": open_results(folder.results, group) for group in result_groups(folder.results)}
+    return xr.DataTree.from_dict(nodes, name=folder.root.name)

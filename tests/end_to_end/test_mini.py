@@ -1,0 +1,293 @@
+"""The whole spine on a mini study: every stage, its stores, resumption after kills, the same numbers twice."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+import yaml
+from click.testing import Result
+
+from rlgen_stats.schemas.layout import RESULT_GROUPS
+from rlgen_stats.stores import (
+    open_arms,
+    open_features,
+    open_results,
+    open_study,
+    read_contexts,
+    read_json,
+    result_groups,
+    verify,
+)
+from rlgen_stats.toolkit.study import STAGES
+from tests.end_to_end.conftest import run_command
+
+RESULTS = {
+    "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
+    "latent_scaling", "matching", "movement", "selection", "set_stability", "stabilization",
+}  # fmt: skip
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and not f.name.endswith((".lock", ".partial"))
+    }
+
+
+def test_it_prints_five_verdicts_and_the_report(mini: tuple[Path, Result]) -> None:
+    folder, result = mini
+    for claim in ("C1", "C2", "C3", "C4", "C5"):
+        assert claim in result.stdout
+    assert f"Report: {folder / 'report' / 'index.html'}" in result.stdout.replace("\n", "")
+    claims = read_json(folder / "report/report.json")["claims"]
+    assert [claim["id"] for claim in claims] == ["C1", "C2", "C3", "C4", "C5"]
+
+
+def test_every_stage_is_done_and_a_second_run_touches_nothing(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    states = json.loads(run_command("status", str(folder), "--json").stdout)["stages"]
+    assert {s["name"]: s["state"] for s in states} == {stage.name: "done" for stage in STAGES}
+    before = digest(folder)
+    again = run_command("run", str(folder))
+    assert again.exit_code == 0
+    assert again.stderr.count("up to date") == len(STAGES)
+    assert digest(folder) == before
+
+
+def test_stores_are_sound_complete_and_open_in_plain_xarray(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    assert verify(folder).problems == ()
+    assert set(result_groups(folder / "results.zarr")) == RESULTS
+    for group in RESULTS:
+        assert group in RESULT_GROUPS
+        open_results(folder / "results.zarr", group)
+        xr.open_zarr(folder / "results.zarr" / group, consolidated=False).load()
+    for store in ("outcomes.zarr", "features.zarr"):
+        xr.open_zarr(folder / store, consolidated=False).load()
+    assert {"/outcomes", "/features", "/activations", "/results/drift"} <= set(open_study(folder).groups)
+
+
+def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    study = open_study(folder)
+    outcomes = study["outcomes"].to_dataset()
+    right = outcomes.greedy_correct.compute()
+    assert right.groupby("task").mean("prompt").sizes["task"] > 2
+    base, rl = right.isel(model=0), right.isel(model=-1)
+    features = study["features"].to_dataset()
+    gained = features["mean"].where((base == 0) & (rl == 1), drop=True)
+    assert gained.chunks is not None
+    drift = study["results/drift"].to_dataset()
+    assert (drift.q_value < 0.05).sum("feature").compute().sizes["model"] == outcomes.sizes["model"] - 1
+
+
+def test_features_can_be_read(mini: tuple[Path, Result]) -> None:
+    study = str(mini[0])
+    contexts = read_contexts(study, "main")
+    fires = int(contexts["feature"].iloc[0])
+    told = run_command("features", study, str(fires), "--contexts", "1")
+    assert told.exit_code == 0
+    first = contexts[(contexts["feature"] == fires) & (contexts["kind"] == "top") & (contexts["rank"] == 1)].iloc[0]
+    assert told.output.startswith(f"feature {fires}\n  By decoder norms and latent scaling it is ")
+    assert f"⟦{first['token']}⟧" in told.output
+    assert "raises  base@0: " in told.output
+    (card,) = json.loads(run_command("features", study, str(fires), "--json").output)
+    assert card["contexts"][first["model"]][0]["activation"] == pytest.approx(first["activation"])
+    wrong = run_command("features", study, "100000")
+    assert wrong.exit_code == 2
+    assert re.search(r"Error: features of 'main' run from 0 to \d+, got \[100000\]\.", wrong.output)
+
+
+def test_labels_agree_between_stores(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    study = open_study(folder)
+    outcomes, features = study["outcomes"].to_dataset(), study["features"].to_dataset()
+    assert outcomes.model.values.tolist() == features.model.values.tolist()
+    assert outcomes.prompt.values.tolist() == features.prompt.values.tolist()
+    activations = study["activations"].to_dataset()
+    tasks = dict(zip(outcomes.prompt.values, outcomes.task.values, strict=True))
+    assert all(tasks[p] == t for p, t in zip(activations.prompt.values, activations.task.values, strict=True))
+    completions = pd.read_parquet(folder / "completions/base@0.parquet")
+    greedy = completions[completions["sample"] == -1].set_index("prompt")["correct"]
+    stored = outcomes.greedy_correct.sel(model="base@0")
+    assert greedy.loc[outcomes.prompt.values].astype(int).tolist() == stored.values.tolist()
+
+
+def test_records_name_the_spec_and_every_store_its_origin(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    keys = {stage.name: read_json(folder / f"stages/{stage.name}.json")["key"] for stage in STAGES}
+    features = open_features(folder / "features.zarr")
+    assert features.attrs["spec_hash"] == keys["encode"]
+    facts = json.loads(features.attrs["provenance"])
+    assert facts["parents"] == {"crosscoder": keys["crosscoder"]}
+    assert {"git_commit", "packages", "seed"} <= set(facts)
+
+
+def test_a_study_with_another_seed_in_the_same_folder_is_refused(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    before = digest(folder)
+    refused = run_command("demo", "--size", "mini", "--seed", "5", "--folder", str(folder))
+    assert refused.exit_code == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("Error: ")
+    after = digest(folder)
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_folder_without_weights_is_named(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, _ = mini
+    copy = tmp_path / "study"
+    for part in ("models", "data"):
+        shutil.copytree(folder / part, copy / part)
+    spec = yaml.safe_load((folder / "study.yaml").read_text())
+    empty = copy / "models/empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    for run in spec["runs"]:
+        run |= {"method": "checkpoints", "checkpoints": {1: "models/empty"}, "trainer": {}}
+    (copy / "study.yaml").write_text(yaml.safe_dump(spec))
+    result = run_command("extract", str(copy))
+    assert result.exit_code == 2
+    assert "no weights" in result.stderr
+
+
+@pytest.mark.parametrize("n_kills", [4])
+def test_killed_at_any_stage_and_run_again_it_ends_with_the_same_numbers(
+    mini: tuple[Path, Result], tmp_path: Path, n_kills: int
+) -> None:
+    """Also shows that the same study twice gives the same numbers: this one starts from the same prompts and base."""
+    folder, _ = mini
+    copy = tmp_path / "again"
+    copy.mkdir()
+    shutil.copytree(folder / "data", copy / "data")
+    base = yaml.safe_load((folder / "study.yaml").read_text())["base"]["path"]
+    shutil.copytree(folder / base, copy / base)
+    shutil.copy(folder / "study.yaml", copy / "study.yaml")
+    command = [sys.executable, "-P", "-c", "from rlgen_stats.cli import main; main()", "run", str(copy), "--quiet"]
+    random = np.random.default_rng(0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(n_kills):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        stages = len(list((copy / "stages").glob("*.json"))) if (copy / "stages").exists() else 0
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:  # wait until it got somewhere new
+            if (copy / "stages").exists() and len(list((copy / "stages").glob("*.json"))) > stages + 1:
+                break
+            time.sleep(0.05)
+        time.sleep(float(random.uniform(0, 0.5)))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert verify(copy).problems == ()
+    compare(folder, copy)
+
+
+def compare(first: Path, second: Path) -> None:
+    one, two = open_study(first), open_study(second)
+    assert set(one.groups) == set(two.groups)
+    for group in one.groups:
+        for name, array in one[group].to_dataset().load().data_vars.items():
+            other = two[group].to_dataset()[name].values
+            if array.dtype.kind == "f":
+                np.testing.assert_array_equal(array.values, other, err_msg=f"{group}/{name}")
+            else:
+                assert array.values.tolist() == other.tolist(), f"{group}/{name}"
+    ours, theirs = (read_json(folder / "report/report.json")["claims"] for folder in (first, second))
+    assert ours == theirs
+
+
+def test_several_processes_train_crosscoders_through_torchrun(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(mini[0], folder)
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+    def together(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*launch, "-m", "rlgen_stats.cli", *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+    refused = together("drift", str(folder), "--force")
+    assert refused.returncode != 0
+    assert "several processes together run the crosscoder stage only" in refused.stderr
+    before = {name: read_json(folder / "crosscoder" / name / "curve.json") for name in ("main", "pair-rl")}
+    stamp = (folder / "crosscoder/main/spec.json").stat().st_mtime_ns
+    done = together("crosscoder", str(folder), "--force")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "crosscoder/main/spec.json").stat().st_mtime_ns > stamp  # trained again, not kept
+    states = json.loads(run_command("status", str(folder), "--json").stdout)["stages"]
+    assert {s["name"]: s["state"] for s in states}["crosscoder"] == "done"
+    for name, curve in before.items():
+        again = read_json(folder / "crosscoder" / name / "curve.json")
+        assert [point["step"] for point in again] == [point["step"] for point in curve]
+        assert again[-1]["loss"] == pytest.approx(curve[-1]["loss"], rel=0.02)
+    assert verify(folder).problems == ()
+
+
+def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(mini[0], study)
+    before = digest(study / "results.zarr" / "intervention")
+    features = pd.Series(open_features(study / "features.zarr")["firing"].mean(["model", "prompt"]).values)
+    first, second = features.nlargest(6).index[4:]
+    dead = int(features[features == 0].index[0])
+    planned = run_command("intervene", str(study), "--features", f"{first},{second}", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.output
+    plan = json.loads(planned.stdout)
+    assert plan["features"] == [first, second]
+    assert plan["completions"] == (sum(plan["arms"].values()) - sum(plan["stored"].values())) * plan["prompts"]
+    assert plan["seconds"] > 0
+    one = ("intervene", str(study), "--features", f"{first},{second}", "--direction", "disable", "--dose", "0.3")
+    run = run_command(*one, "--json", "--quiet")
+    assert run.exit_code == 0, run.output
+    ran = json.loads(run.stdout)
+    name = f"trial-features-{first}-{second}"
+    assert ran["results"] == name
+    assert set(ran["arms"]) == {"disable"}
+    result = open_results(study / "results.zarr", name).load()
+    told = ran["verdicts"]["disable"]
+    assert told["verdict"] == result["verdict"].sel(direction="disable").item()
+    assert told["replication"] == result["v5"].sel(direction="disable").item() != ""
+    assert result.attrs["features"] == [first, second]
+    assert str(result["reasons"].sel(direction="amplify").item()).startswith("not_asked")
+    kinds = result["kind"].sel(direction="disable")
+    assert "dose-0.3" in result["condition"].values[kinds.values != "absent"]
+    again = json.loads(run_command(*one, "--dry-run", "--json").stdout)
+    n_random = int((kinds == "random").sum())
+    assert again["stored"]["disable"] == again["arms"]["disable"] - (again["controls"] - n_random)
+    added = ("--direction", "amplify", "--dose", "3", "--dose", "6", "--level", "rl", "--json", "--quiet")
+    run = run_command("intervene", str(study), "--features", f"{first},{second}", *added)
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["results"] == f"{name}-x3-rl-level"
+    result = open_results(study / "results.zarr", f"{name}-x3-rl-level").load()
+    assert (result.attrs["level"], float(result["dose"].sel(direction="amplify", condition="set"))) == ("rl", 3.0)
+    assert open_arms(study, "amplify", trial=f"{name}-x3-rl-level".removeprefix("trial-")).sizes["condition"] > 5
+    assert digest(study / "results.zarr" / "intervention") == before
+    assert not (study / "intervention" / name.removeprefix("trial-") / "amplify").exists(), (
+        "another dose, another trial"
+    )
+    states = json.loads(run_command("status", str(study), "--json").stdout)["stages"]
+    assert {s["state"] for s in states} == {"done"}
+    assert verify(study).ok
+    for arguments, message in (
+        (("--features", "1,2", "--set", "paper"), "name a set or features, one of the two"),
+        (("--set", "best"), "the sets are selected, confirmed, candidate, paper, got 'best'"),
+        (("--features", "999999"), "feature ids run from 0 to"),
+        (("--features", "a,b"), "expected feature ids as 12,407"),
+        (("--features", str(dead)), f"features [{dead}] are dead"),
+        (("--features", str(first), "--direction", "disable", "--level", "rl"), "a level is what amplification adds"),
+    ):
+        refused = run_command("intervene", str(study), *arguments)
+        assert refused.exit_code == 2
+        assert message in refused.output

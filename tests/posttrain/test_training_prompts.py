@@ -1,0 +1,118 @@
+"""Training tables and the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from rlgen_stats.schemas.errors import InputError, SpecError
+from rlgen_stats.schemas.study import DataSpec, GraderSpec, StudySpec
+from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.posttrain import FinalAnswerReward, load_training_table
+from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, table_hash
+from tests.posttrain import conftest
+
+Make = Callable[..., StudySpec]
+
+
+def write(folder: StudyFolder, table: pd.DataFrame) -> None:
+    table.to_parquet(folder.root / "data" / "train.parquet")
+
+
+def test_formats_give_the_same_strings(folder: StudyFolder, make_spec: Make) -> None:
+    spec = make_spec()
+    table = conftest.train_table()
+    table.to_csv(folder.root / "data" / "train.csv", index=False)
+    table.assign(answer=table["answer"].astype(int)).to_json(
+        folder.root / "data" / "train.jsonl", orient="records", lines=True
+    )
+    tables = [
+        load_training_table(
+            spec.model_copy(update={"data": DataSpec(train=f"data/train.{kind}")}), spec.runs[0], folder
+        )
+        for kind in ("parquet", "csv", "jsonl")
+    ]
+    assert len({table_hash(one) for one in tables}) == 1
+    assert tables[0]["completion"][1] == " so ans 1"
+
+
+def test_sft_needs_completions_and_rl_does_not(folder: StudyFolder, make_spec: Make) -> None:
+    spec = make_spec()
+    write(folder, conftest.train_table().drop(columns="completion"))
+    assert list(load_training_table(spec, spec.runs[1], folder).columns) == ["text", "answer"]
+    with pytest.raises(InputError, match=r"lacks 'completion': SFT imitates .*run 'sft'"):
+        load_training_table(spec, spec.runs[0], folder)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pd.DataFrame({"prompt": ["q"]}), r"lacks 'text', 'answer'.*got prompt"),
+        (pd.DataFrame({"text": [], "answer": []}), "has no rows"),
+        (pd.DataFrame({"text": ["q", "q"], "answer": ["1", None]}), r"1 of 2 rows have an empty 'answer'.*row 1"),
+        (pd.DataFrame({"text": ["q", "  "], "answer": ["1", "2"]}), r"empty 'text'.*row 1"),
+    ],
+)
+def test_unusable_tables(table: pd.DataFrame, message: str, folder: StudyFolder, make_spec: Make) -> None:
+    spec = make_spec()
+    write(folder, table)
+    with pytest.raises(InputError, match=message):
+        load_training_table(spec, spec.runs[1], folder)
+
+
+def test_missing_and_broken_files(folder: StudyFolder, make_spec: Make) -> None:
+    spec = make_spec()
+
+    def load(name: str | None) -> pd.DataFrame:
+        return load_training_table(spec.model_copy(update={"data": DataSpec(train=name)}), spec.runs[1], folder)
+
+    with pytest.raises(SpecError, match="names no table"):
+        load(None)
+    with pytest.raises(SpecError, match="does not exist"):
+        load("data/none.parquet")
+    (folder.root / "data" / "broken.parquet").write_bytes(b"not a table")
+    with pytest.raises(InputError, match="cannot be read"):
+        load("data/broken.parquet")
+    (folder.root / "data" / "train.xlsx").write_bytes(b"")
+    with pytest.raises(InputError, match=r"must end in \.parquet, \.csv or \.jsonl, got '\.xlsx'"):
+        load("data/train.xlsx")
+
+
+def test_completions_that_melt_into_the_prompt_are_refused() -> None:
+    table = conftest.train_table()
+    check_boundary(table, conftest.tokenizer())
+    glued = table.assign(completion=table["completion"].str.lstrip())
+    with pytest.raises(InputError, match=r"training row 0.*start completions with the space"):
+        check_boundary(glued, conftest.tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "expected"),
+    [
+        ("ans 3", (5, 10, 1), 1.0),
+        ("ans 3", (5, 10), 0.0),  # cut off: looks the same as text, is not the same as tokens
+        ("ans 2", (5, 9, 1), 0.0),
+        ("so so", (6, 6, 1), 0.0),
+        ("", (), 0.0),
+    ],
+)
+def test_reward_is_the_grader_and_sees_termination(text: str, ids: tuple[int, ...], expected: float) -> None:
+    reward = FinalAnswerReward(make_grader(GraderSpec()), stops=(1,))
+    columns: dict[str, Any] = {"prompts": ["q"], "trainer_state": None}
+    assert reward(completions=[text], completion_ids=[ids], answer=["3"], **columns) == [expected]
+    lenient = FinalAnswerReward(make_grader(GraderSpec(require_termination=False)), stops=(1,))
+    assert lenient(completions=[text], completion_ids=[ids], answer=["3"]) == [float(text == "ans 3")]
+
+
+def test_rewards_keep_the_order_of_completions() -> None:
+    reward = FinalAnswerReward(make_grader(GraderSpec()), stops=(1,))
+    ids = [(5, 8, 1)] * 3
+    assert reward(completions=["ans 1", "ans 2", "ans 3"], completion_ids=ids, answer=["1", "1", "3"]) == [
+        1.0,
+        0.0,
+        1.0,
+    ]

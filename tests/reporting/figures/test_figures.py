@@ -1,0 +1,155 @@
+"""Figures: valid, deterministic, described, and honest about what they cannot show."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting import Graphic, Missing, draw_figures
+from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response
+from rlgen_stats.toolkit.reporting.figures.draw import FIGURES
+from rlgen_stats.toolkit.reporting.figures.plotting import THEMED
+
+Results = dict[str, xr.Dataset]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def graphic(drawn: dict[str, Graphic | Missing], name: str) -> Graphic:
+    found = drawn[name]
+    assert isinstance(found, Graphic), found
+    return found
+
+
+def test_every_figure_is_drawn_in_order(drawn: dict[str, Graphic | Missing]) -> None:
+    assert list(drawn) == list(FIGURES)
+    assert all(isinstance(one, Graphic) for one in drawn.values())
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_svg_is_valid_named_and_described(name: str, drawn: dict[str, Graphic | Missing]) -> None:
+    one = graphic(drawn, name)
+    root = ElementTree.fromstring(one.svg)
+    assert root.tag == f"{SVG}svg"
+    assert root.get("role") == "img"
+    assert root.findtext(f"{SVG}title")
+    assert root.findtext(f"{SVG}desc") == one.alt
+    assert len(one.alt) > 40
+    assert one.caption.endswith(".")
+    assert root.find(f".//{SVG}text") is not None, "text must stay text"
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_svg_fetches_nothing_and_carries_no_date(name: str, drawn: dict[str, Graphic | Missing]) -> None:
+    svg = graphic(drawn, name).svg
+    assert not re.findall(r'(?:href|src)="(?!#)', svg)
+    assert not re.findall(r"url\((?!#)", svg)
+    assert "<metadata" not in svg
+    assert "<style" not in svg, "a style inside an inline SVG would reach the whole page"
+
+
+def test_inline_ids_are_unique_on_one_page_and_resolve(drawn: dict[str, Graphic | Missing]) -> None:
+    page = "".join(graphic(drawn, name).inline for name in drawn)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    wanted = set(re.findall(r"url\(#([^)]+)\)", page)) | set(re.findall(r'href="#([^"]+)"', page))
+    wanted |= {one for many in re.findall(r'aria-labelledby="([^"]+)"', page) for one in many.split()}
+    assert wanted <= set(ids)
+
+
+def test_inline_colours_follow_the_page(drawn: dict[str, Graphic | Missing]) -> None:
+    page = "".join(graphic(drawn, name).inline for name in drawn)
+    for colour, variable in THEMED.items():
+        assert not re.search(rf"(fill|stroke): {colour}", page), f"{colour} should be {variable}"
+
+
+def test_the_same_results_give_the_same_bytes(
+    drawn: dict[str, Graphic | Missing], results: Results, spec: StudySpec
+) -> None:
+    again = draw_figures(results, spec)
+    assert [graphic(again, name).svg for name in again] == [graphic(drawn, name).svg for name in drawn]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("accuracy", "addition: base 40%, sft 80%, rl 90%"),
+        ("transitions", "sft on parity: 10% gained, 15% forgotten"),
+        ("matched-drift", "sft: shift 0.550, 13.1% specific; rl: shift 0.210, 3.4% specific"),
+        ("stabilization", "rl: 5% by 20% of training, 15% by 40% of training, 31% by 60% of training"),
+        ("set-stability", "sft: excess turnover 21.0% at 20%, 3.0% at 40%"),
+        ("intersection", "5 in all 4 tasks"),
+        ("dose-response", "disable: 41% at dose 0, 60% at dose 0.5, 76% at dose 1, 77% at dose 1.5"),
+        ("failure-classes", "disable, set: right 41%, wrong 18%, no answer 32%"),
+    ],
+)
+def test_alt_text_has_the_planted_numbers(name: str, said: str, drawn: dict[str, Graphic | Missing]) -> None:
+    assert said in graphic(drawn, name).alt
+
+
+def test_drift_counts_calls(drawn: dict[str, Graphic | Missing], results: Results) -> None:
+    n = int((results["drift"].sel(model="rl@80").call == "DRIFT").sum())
+    assert f"rl: {n} of 210 testable features drifted" in graphic(drawn, "drift").alt
+
+
+def test_specificity_tail_is_the_share_above_tau(drawn: dict[str, Graphic | Missing], results: Results) -> None:
+    one = results["attribution"].sel(crosscoder="pair-sft")
+    nrn = one.nrn_l1.values[one.alive.values]
+    assert f"sft: {100 * np.mean(nrn > 0.7):.1f}% of {nrn.size} alive" in graphic(drawn, "specificity").alt
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("accuracy", "behaviour"),
+        ("transitions", "behaviour"),
+        ("specificity", "attribution"),
+        ("matched-drift", "movement"),
+        ("stabilization", "stabilization"),
+        ("set-stability", "set_stability"),
+        ("intersection", "selection"),
+        ("dose-response", "intervention"),
+        ("failure-classes", "intervention"),
+        ("drift", "drift"),
+    ],
+)
+def test_without_its_analysis_a_figure_says_so(name: str, group: str, results: Results, spec: StudySpec) -> None:
+    missing = draw_figures({"attribution_contrast": results["attribution_contrast"]}, spec)[name]
+    assert missing == Missing(name, FIGURES[name][0], f"the analysis '{group}' has not been computed")
+
+
+def test_nothing_kept_is_no_crash(results: Results, spec: StudySpec) -> None:
+    results["selection"] = results["selection"].assign(kept=xr.zeros_like(results["selection"].kept))
+    only = {"selection": results["selection"]}
+    found = draw_figures(only, spec)["intersection"]
+    assert isinstance(found, Missing)
+    assert found.reason == "the paper's rule keeps no feature in any task"
+
+
+def test_all_nan_numbers_still_draw(results: Results, spec: StudySpec) -> None:
+    """Not estimable values leave gaps, not exceptions."""
+    hollow = {
+        group: data.map(lambda v: xr.full_like(v, np.nan) if v.dtype.kind == "f" else v)
+        for group, data in results.items()
+    }
+    found = draw_figures(hollow, spec)
+    assert set(found) == set(FIGURES)
+
+
+def test_many_features_are_thinned_and_counted(results: Results, spec: StudySpec) -> None:
+    many = xr.concat([results["drift"]] * 20, "feature", data_vars="minimal")
+    found = draw_figures({"drift": many}, spec)["drift"]
+    assert isinstance(found, Graphic)
+    assert "points with larger p are not drawn" in found.caption
+    assert len(found.svg) < 1_500_000
+
+
+def test_the_dose_axis_says_what_is_added(results: Results, spec: StudySpec) -> None:
+    results["intervention"].attrs["level"] = "rl"
+    svg = dose_response(results, spec).svg
+    assert svg.count("dose: multiplier of the set's activation") == 1, "disabling multiplies"
+    assert svg.count("dose: 1 + RL's mean levels added") == 1

@@ -1,0 +1,330 @@
+"""Verdicts on simulated outcome tables, where the truth is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
+from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, hopeless
+from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, ending_of, paired_effect
+from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, WRONG, causal, world
+
+
+def codes(reasons: tuple[str, ...]) -> set[str]:
+    return {reason.split(":")[0] for reason in reasons}
+
+
+def test_a_planted_cause_is_specific() -> None:
+    verdict = judge(causal(), SETTINGS)
+    assert verdict.verdict == "CAUSAL_SPECIFIC"
+    assert (verdict.v1, verdict.v2, verdict.v3, verdict.v4, verdict.v6) == (True,) * 5
+    assert verdict.rank_p == pytest.approx(1 / 40)
+    assert verdict.v5.startswith("3 of 3 tasks")
+    assert verdict.effects.mean[3] == pytest.approx(-0.4, abs=0.08)
+
+
+def test_an_effect_is_counted_in_every_other_dictionary() -> None:
+    table = causal()
+    extra = [table.chosen, table.where("random")[0]]  # one dictionary has the cause, one something else
+    conditions = (
+        *table.conditions,
+        Condition("replicate-main.2", "replicate", 0.0),
+        Condition("replicate-main.3", "replicate", 0.0),
+    )
+    several = {
+        name: np.concatenate([getattr(table, name), getattr(table, name)[extra]])
+        for name in ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl", "n_tokens")
+    }
+    settings = replace(SETTINGS, replicates=("main.2 has 4 of 5 features", "main.3 has 1 of 5 features"))
+    without, verdict = judge(table, SETTINGS), judge(replace(table, conditions=conditions, **several), settings)
+    effects = verdict.effects.mean[-2:]
+    assert effects[0] == verdict.effects.mean[table.chosen]
+    assert verdict.v5.endswith(
+        ". 1 of 2 dictionaries of other seeds (Holm; no random sets there): "
+        f"main.2 {effects[0]:+.3f}, main.3 {effects[1]:+.3f}; main.2 has 4 of 5 features; main.3 has 1 of 5 features"
+    )
+    assert without.v5.endswith("not replicated there")
+    assert (without.verdict, without.rank_p) == (verdict.verdict, verdict.rank_p)
+
+
+def test_a_planted_cause_is_specific_when_amplifying() -> None:
+    table = causal(rl=0.5, right={"set": 0.9, "dose": 0.7}, base=0.9)
+    conditions = tuple(replace(c, dose=2.0 if c.dose == 0 else 1.5 if c.dose == 0.5 else 1.0) for c in table.conditions)
+    table = replace(
+        table, direction="amplify", conditions=conditions, kl_to_rl=table.kl_to_base, kl_to_base=table.kl_to_rl
+    )
+    verdict = judge(table, SETTINGS)
+    assert verdict.verdict == "CAUSAL_SPECIFIC", verdict.reasons
+    assert verdict.effects.mean[3] > 0.3
+
+
+def test_everything_hurts_is_nonspecific() -> None:
+    verdict = judge(causal(random_right=lambda draw: 0.5 + 0.1 * draw.standard_normal()), SETTINGS)
+    assert verdict.verdict == "CAUSAL_NONSPECIFIC"
+    assert not verdict.v2
+
+
+def test_a_significant_but_tiny_effect_does_not_count() -> None:
+    table = world(fresh_noise=False)
+    ending = table.ending.copy()
+    right = np.flatnonzero(ending[table.chosen, :N_TARGET, 0] == RIGHT)
+    ending[table.chosen, right[:8], 0] = WRONG  # 8 of 300 lost, none gained
+    verdict = judge(replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64)), SETTINGS)
+    assert verdict.effects.p_value[table.chosen] < 0.01
+    assert not verdict.v1
+
+
+def test_ties_count_for_the_controls() -> None:
+    table = causal(n_random=39)
+    ending = table.ending.copy()
+    ending[table.where("random")[:9]] = ending[table.chosen]
+    tied = replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
+    verdict = judge(tied, SETTINGS)
+    assert verdict.rank_p == pytest.approx(10 / 40)
+    assert verdict.verdict == "CAUSAL_NONSPECIFIC"
+
+
+def test_a_model_that_only_stops_is_destroyed() -> None:
+    verdict = judge(causal(set_fails=EMPTY, right={"set": 0.3, "dose": 0.6}, kl={"set": 3.0}), SETTINGS)
+    assert verdict.verdict == "DESTRUCTIVE"
+    assert "v6_destroyed" in codes(verdict.reasons)
+    assert verdict.v1
+    assert verdict.v2, "random sets leave the model alone: without V6 this would pass"
+
+
+def test_a_destroyed_model_is_recognised_though_unrelated_tasks_suffer_too() -> None:
+    verdict = judge(causal(set_fails=EMPTY, right={"set": 0.3}, unrelated_drop=0.3, kl={"set": 3.0}), SETTINGS)
+    assert not verdict.v4
+    assert verdict.verdict == "DESTRUCTIVE"
+
+
+def test_wrong_answers_where_base_rambles_are_no_cause() -> None:
+    """The format stays, but the failure is not base's: the set broke knowledge, not the gate."""
+    assert judge(causal(set_fails=WRONG), SETTINGS).verdict == "DESTRUCTIVE"
+
+
+def test_moving_away_from_base_is_no_cause() -> None:
+    verdict = judge(causal(kl={"set": 1.5}), SETTINGS)
+    assert verdict.verdict == "DESTRUCTIVE"
+    assert "v6_failed" in codes(verdict.reasons)
+
+
+def test_no_change_is_no_effect() -> None:
+    assert judge(world(seed=1, fresh_noise=False), SETTINGS).verdict == "NO_EFFECT"
+
+
+def test_too_few_prompts_to_tell_is_inconclusive_even_when_nothing_changed() -> None:
+    table = world(fresh_noise=False)
+    few = np.zeros(len(table.target), dtype=bool)
+    few[:20] = True
+    verdict = judge(replace(table, target=few), SETTINGS)
+    assert verdict.verdict == "INCONCLUSIVE", "no change on 20 prompts leaves room for a change on 14% of all prompts"
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "code"),
+    [
+        ({"unrelated_drop": 0.2}, {}, "v4_failed"),
+        ({"right": {"set": 0.5, "dose": 0.2}}, {}, "v3_failed"),
+        ({"n_random": 5}, {}, "v2_not_estimable"),
+        ({"n_random": 0}, {}, "v2_not_estimable"),
+        ({}, {"comparable": False}, "v2_not_estimable"),
+        ({}, {"noop_changed": 0.2}, "passthrough_not_noop"),
+    ],
+)
+def test_what_is_missing_is_named(changes: dict[str, Any], settings: dict[str, Any], code: str) -> None:
+    verdict = judge(causal(**changes), replace(SETTINGS, **settings))
+    assert verdict.verdict == "INCONCLUSIVE"
+    assert code in codes(verdict.reasons)
+
+
+def test_without_unrelated_tasks_the_fix_is_named() -> None:
+    table = causal()
+    verdict = judge(replace(table, unrelated=np.zeros_like(table.unrelated)), SETTINGS)
+    assert verdict.verdict == "INCONCLUSIVE"
+    assert any("control_tasks" in reason for reason in verdict.reasons)
+
+
+def test_divergence_on_neutral_text_counts_as_a_side_effect() -> None:
+    table = causal()
+    loud = table.neutral_kl.copy()
+    loud[3] = 0.5
+    assert not judge(replace(table, neutral_kl=loud), SETTINGS).v4
+    everywhere = np.full_like(loud, 0.5)
+    assert judge(replace(table, neutral_kl=everywhere), SETTINGS).v4, "random sets do the same"
+
+
+def test_a_set_that_does_not_beat_one_vector_says_so() -> None:
+    verdict = judge(causal(right={"set": 0.5, "dose": 0.7, "steering": 0.45}), SETTINGS)
+    assert {"does_not_beat_steering", "beats_random_direction"} <= codes(verdict.reasons)
+
+
+def test_over_steering_is_reported() -> None:
+    table = causal(rl=0.5, right={"set": 0.9, "dose": 0.7, "fresh": 0.2}, base=0.9)
+    doses = {"set": 2.0, "dose": 1.5}
+    conditions = tuple(replace(c, dose=doses.get(c.kind, 1.0)) for c in table.conditions)
+    conditions = tuple(replace(c, name="dose-4", kind="dose", dose=4.0) if c.kind == "fresh" else c for c in conditions)
+    table = replace(table, direction="amplify", conditions=conditions)
+    assert dose_order(table) == ([0, 4, 3], [1])
+    assert "over_steering" in codes(judge(table, SETTINGS).reasons)
+
+
+def test_clusters_are_the_unit() -> None:
+    """Ten documents of thirty prompts each, all failing or none: ten units, not three hundred."""
+    draw = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(10), 30).astype(str)
+    hit = np.repeat(draw.permutation([1.0] * 5 + [0.0] * 5), 30)[:, None]
+    found = paired_effect(hit - 0.4, cluster, alpha=0.05, seed=0, n_resamples=999)
+    naive = paired_effect(hit - 0.4, np.arange(300).astype(str), alpha=0.05, seed=0, n_resamples=999)
+    assert found.p_value[0] > 0.3
+    assert naive.p_value[0] < 0.01
+    documents = np.concatenate([hit[::30, 0] - 0.4, [1.0, -1.0]])  # one that gained everywhere, one that lost
+    half = stats.t.ppf(0.975, 9) * stats.sem(documents)
+    assert (found.low[0], found.high[0]) == pytest.approx((documents.mean() - half, documents.mean() + half))
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(0, 0, 59), (4, 0, 100), (9, 31, 200)])
+def test_intervals_are_the_adjusted_walds_and_never_collapse(gained: int, lost: int, n: int) -> None:
+    """Bonett and Price: p = (count + 1) / (n + 2), Wald on those; here with t for z and n + 1 for n + 2 below."""
+    differences = np.zeros((n, 1))
+    differences[:gained], differences[gained : gained + lost] = 1.0, -1.0
+    mean, low, high = cluster_interval(differences, np.arange(n), alpha=0.10)
+    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = stats.t.ppf(0.95, n - 1) * np.sqrt((p + q - (p - q) ** 2) / (n + 1))
+    assert mean[0] == pytest.approx((gained - lost) / n)
+    assert (low[0], high[0]) == pytest.approx((p - q - half, p - q + half))
+
+
+def test_intervals_cover_rare_changes() -> None:
+    """Losses on 3% of 100 prompts: a t-interval misses far more often than one time in ten."""
+    draw = np.random.default_rng(0)
+    n_trials, n = 400, 100
+    covered = 0
+    for _ in range(n_trials):
+        differences = -(draw.random((n, 1)) < 0.03).astype(np.float64)
+        _, low, high = cluster_interval(differences, np.arange(n), alpha=0.10)
+        covered += bool(low[0] <= -0.03 <= high[0])
+    assert covered / n_trials >= 0.90 - 3 * np.sqrt(0.09 / n_trials)
+
+
+def test_endings_split_answers_into_right_and_wrong() -> None:
+    correct = np.array([[True, False], [False, True]])
+    classes = np.array([["answer", "answer"], ["empty", "truncated"]])
+    assert ending_of(correct, classes).tolist() == [[RIGHT, WRONG], [EMPTY, RIGHT]]
+    with pytest.raises(InputError, match="hedge"):
+        ending_of(correct, np.array([["answer", "hedge"], ["empty", "empty"]]))
+
+
+def test_malformed_tables_are_refused() -> None:
+    table = causal()
+    with pytest.raises(InputError, match="exactly one arm of kind 'set'"):
+        replace(table, conditions=tuple(replace(c, kind="random") if c.kind == "set" else c for c in table.conditions))
+    with pytest.raises(InputError, match="outcomes must be"):
+        replace(table, correct=table.correct[:, :5])
+    with pytest.raises(InputError, match="got none"):
+        replace(table, target=np.zeros_like(table.target))
+
+
+def random_only(seed: int) -> OutcomeTable:
+    """All edits hurt at random, the set no differently from its controls, and look like base when they do."""
+    draw = np.random.default_rng([seed, 7])
+    levels = 0.9 - 0.3 * draw.random(2)
+    return world(
+        right={"set": levels[0], "dose": (levels[0] + 0.9) / 2},
+        random_right=lambda own: 0.9 - 0.3 * own.random(),
+        kl={"set": 0.3},
+        n_random=19,
+        seed=seed,
+    )
+
+
+def test_random_sets_are_not_called_causal_more_often_than_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage at every Holm adjustment
+    n = 200
+    found = Counter(judge(random_only(seed), replace(SETTINGS, n_resamples=199)).verdict for seed in range(n))
+    limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
+    assert found["CAUSAL_SPECIFIC"] / n <= limit, found
+    assert found["CAUSAL_NONSPECIFIC"] > n / 2, "the world must have effects for this test to say something"
+
+
+def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> None:
+    """The trap: prompts picked because base failed and RL succeeded regress when sampled again."""
+    draw = np.random.default_rng(4)
+    n = 4000
+    skill = {"base": draw.beta(2, 3, n), "rl": draw.beta(3, 2, n)}
+    first = {name: draw.random(n) < p for name, p in skill.items()}
+    again = {name: draw.random(n) < p for name, p in skill.items()}
+    picked = ~first["base"] & first["rl"]
+    assert first["rl"][picked].mean() == 1.0
+    assert again["rl"][picked].mean() < 0.75
+    assert again["base"][picked].mean() > 0.25
+
+    # the same fresh draws as the "edited" arm, on all prompts: nothing happened, and the verdict says so
+    table = world(fresh_noise=False)
+    rows = slice(0, N_TARGET)
+    ending = table.ending.copy()
+    for i in range(len(table.conditions)):
+        own = first["rl"] if i == 0 else draw.random(n) < skill["rl"]
+        ending[i, rows, 0] = np.where(own[rows], RIGHT, WRONG)
+    honest = replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
+    verdict = judge(honest, SETTINGS)
+    assert verdict.verdict in ("INCONCLUSIVE", "NO_EFFECT")
+    assert not verdict.v1
+    trapped = replace(honest, target=honest.target & np.pad(picked[rows], (0, len(honest.target) - N_TARGET)))
+    assert judge(trapped, SETTINGS).v1, "selection by outcome manufactures an effect out of resampling"
+
+
+def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable, Settings]:
+    """The table with only the random sets that are run when hopeless ones are not."""
+    random = table.where("random")
+    accuracy = table.sign * table.accuracy(table.target)
+    as_large = np.cumsum(accuracy[random] >= accuracy[table.chosen] - 1e-9)
+    enough = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), len(random), settings.alpha)]
+    kept = [i for i in range(len(table.conditions)) if i not in set(random[enough[0] :] if enough else ())]
+    names = ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl")
+    shorter = replace(
+        table,
+        conditions=tuple(table.conditions[i] for i in kept),
+        **{name: getattr(table, name)[kept] for name in names},
+    )
+    return shorter, replace(settings, n_planned=len(random))
+
+
+def test_stopping_hopeless_controls_changes_no_verdict_and_saves_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    settings, run = replace(SETTINGS, n_resamples=99), []
+    for seed in range(40):
+        table = random_only(seed)
+        shorter, stopped = stopped_early(table, settings)
+        whole, early = judge(table, settings), judge(shorter, stopped)
+        assert early.verdict == whole.verdict
+        assert early.v2 == whole.v2
+        run.append(len(shorter.where("random")))
+        if run[-1] < 19:
+            assert early.rank_p > settings.alpha
+            assert "v2_stopped" in codes(early.reasons)
+    assert np.mean(run) < 10
+    shorter, stopped = stopped_early(causal(), SETTINGS)
+    assert len(shorter.where("random")) == 39
+    assert judge(shorter, stopped).rank_p == pytest.approx(1 / 40)
+
+
+def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
+    """Exchangeable controls: P(p <= a) <= a at every a, stopping included."""
+    draw, n_planned, p_values = np.random.default_rng(0), 99, []
+    for _ in range(4000):
+        effects = draw.random(n_planned + 1)
+        as_large = np.cumsum(effects[1:] >= effects[0])
+        stop = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), n_planned, 0.05)]
+        p_values.append(as_large[stop[0] - 1] / stop[0] if stop else (1 + as_large[-1]) / (n_planned + 1))
+    for level in (0.01, 0.05, 0.1, 0.3, 0.6):
+        share = np.mean(np.array(p_values) <= level)
+        assert share <= level + 3 * np.sqrt(level * (1 - level) / 4000)
+    assert np.mean(np.array(p_values) <= 0.05) > 0.035

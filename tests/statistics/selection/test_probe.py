@@ -1,0 +1,148 @@
+"""The probe: scikit-learn written out, planted signal, random worlds, order, matching, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.toolkit.statistics import select_features
+from rlgen_stats.toolkit.statistics.selection.probe import STRENGTHS, _nested, _sets, correctness_probe
+
+FEW = {"n_random": 19, "n_outer": 3, "n_inner": 2, "seed": 4}
+
+
+@pytest.fixture
+def chosen(gain_world):
+    """Features 10 to 14 follow right answers; the paper's rule keeps them, and they are what a probe should find."""
+    features, outcomes = gain_world()
+    selection = select_features(
+        features, outcomes, target="rl@10", controls=["noise"], n_resamples=99, n_bootstrap=1, seed=2
+    )
+    inside = np.isin(np.arange(30), np.arange(10, 15))
+    return features, outcomes, selection.assign(paper_selected=("feature", inside))
+
+
+def test_scores_equal_scikit_learn_written_out(chosen) -> None:
+    features, outcomes, selection = chosen
+    out = correctness_probe(features, outcomes, selection, members="paper", **FEW)
+    here = np.flatnonzero((features.split == "verification") & (features.task != "noise"))
+    y = outcomes.greedy_correct.values[1, here]
+    own = selection.feature.values[np.argsort(selection["rank"].values)]
+    own = own[np.isin(own, np.arange(10, 15))]
+    x = features["mean"].values[1][np.ix_(here, own)]
+    auc, loss = [], np.empty(len(here))
+    for train, score, inner in _nested(y, here, 3, 2, seed=_fold_seed()):
+        losses = []
+        for c in STRENGTHS:
+            total = []
+            for a, b in inner:
+                z = _standard(x[train][a])
+                model = LogisticRegression(C=c).fit(z(x[train][a]), y[train][a])
+                p = model.predict_proba(z(x[train][b]))[:, 1]
+                total.append(-np.mean(np.log(np.where(y[train][b] == 1, p, 1 - p))))
+            losses.append(np.mean(total))
+        z = _standard(x[train])
+        model = LogisticRegression(C=STRENGTHS[int(np.argmin(losses))]).fit(z(x[train]), y[train])
+        p = model.predict_proba(z(x[score]))[:, 1]
+        auc.append(roc_auc_score(y[score], p))
+        loss[score] = -np.log(np.where(y[score] == 1, p, 1 - p))
+    assert float(out.auc) == pytest.approx(np.mean(auc), abs=1e-4)
+    assert float(out.log_loss) == pytest.approx(loss.mean(), abs=1e-4)
+    assert (out.attrs["n"], out.attrs["n_right"]) == (len(y), y.sum())
+
+
+def _standard(x):
+    return lambda values: (values - x.mean(axis=0)) / x.std(axis=0)
+
+
+def _fold_seed() -> int:
+    return derive_seed(4, "probe", "folds") % 2**32
+
+
+def test_features_that_follow_answers_beat_random_sets_and_noise_does_not(chosen) -> None:
+    features, outcomes, selection = chosen
+    found = correctness_probe(features, outcomes, selection, members="paper", **FEW)
+    assert float(found.p_auc) == float(found.p_log_loss) == 1 / 20
+    assert float(found.auc) > 0.7
+    assert float(found.log_loss) < float(found.log_loss_chance) < 0.7
+    assert np.all(found.coefficient > 0)
+    noise = selection.assign(paper_selected=("feature", np.isin(np.arange(30), [20, 24, 28])))
+    found = correctness_probe(features, outcomes, noise, members="paper", **FEW)
+    assert float(found.auc) < 0.6
+    assert float(found.log_loss) > float(found.log_loss_chance) - 0.01
+    assert found.attrs["role"] == "descriptive"
+
+
+def test_answers_that_no_feature_follows_are_not_predicted(gain_world) -> None:
+    """Ranks of a null set among random ones are even: the mean of 8 is near a half."""
+    features, outcomes = gain_world(n=400, planted=False)
+    selection = select_features(
+        features, outcomes, target="rl@10", controls=["noise"], rule="paper", n_resamples=9, n_bootstrap=1, n_pairs=0
+    )
+    ranks = []
+    for k in range(8):
+        inside = np.isin(np.arange(30), [2 * k, 2 * k + 1])
+        p = correctness_probe(
+            features, outcomes, selection.assign(paper_selected=("feature", inside)), members="paper",
+            n_random=9, n_outer=2, n_inner=2,
+        )  # fmt: skip
+        ranks.append(float(p.p_auc))
+        assert float(p.auc) < 0.65
+    assert np.mean(ranks) == pytest.approx(0.55, abs=3 * 0.29 / np.sqrt(8))
+
+
+def test_neither_chunks_nor_order_nor_processes_matter(chosen) -> None:
+    features, outcomes, selection = chosen
+    few = FEW | {"n_random": 5}
+    whole = correctness_probe(features, outcomes, selection, **few)
+    labelled = features.assign_coords(feature=np.arange(30))
+    shuffled = labelled.isel(feature=np.random.default_rng(0).permutation(30), prompt=slice(None, None, -1))
+    chunked = shuffled.chunk({"feature": 7}).assign_coords(shuffled.coords)
+    xr.testing.assert_allclose(correctness_probe(chunked, outcomes, selection, **few), whole, rtol=1e-9)
+    xr.testing.assert_identical(correctness_probe(features, outcomes, selection, n_jobs=2, **few), whole)
+
+
+def test_random_sets_fire_as_often_and_leave_out_the_selected() -> None:
+    rates = np.random.default_rng(5).integers(0, 400, 3000)
+    own = np.flatnonzero(rates > 380)[:20]
+    sets, worst = _sets(rates, own, np.arange(3000), 30, seed=6)
+    assert sets[0] is own
+    assert worst <= 0.12
+    for drawn in sets[1:]:
+        assert len(set(drawn)) == 20
+        assert not set(drawn) & set(own)
+        assert rates[drawn].min() > 300
+    assert len({tuple(drawn) for drawn in sets}) == 31
+    turned, _ = _sets(rates[::-1], 2999 - own, np.arange(3000)[::-1], 30, seed=6)
+    np.testing.assert_array_equal(np.sort(2999 - turned[7]), np.sort(sets[7]))
+
+
+def test_whole_clusters_stay_in_one_fold(gain_world) -> None:
+    groups, right = np.repeat(np.arange(60), 4), np.tile([0, 1, 1, 0], 60)
+    for train, score, inner in _nested(right, groups, 4, 3, seed=1):
+        assert not set(groups[train]) & set(groups[score])
+        for a, b in inner:
+            assert not set(groups[train][a]) & set(groups[train][b])
+
+
+def test_refusals(chosen, gain_world) -> None:
+    features, outcomes, selection = chosen
+    with pytest.raises(InputError, match="n_outer >= 2"):
+        correctness_probe(features, outcomes, selection, n_outer=1)
+    with pytest.raises(InputError, match="task 'history' is not in the selection"):
+        correctness_probe(features, outcomes, selection, tasks=["history"])
+    with pytest.raises(InputError, match="model 'rl@99' is not in the features"):
+        correctness_probe(features, outcomes, selection, model="rl@99")
+    same = outcomes.assign(greedy_correct=outcomes.greedy_correct * 0)
+    with pytest.raises(RefusedError, match="answers all of the 300 verification prompts alike"):
+        correctness_probe(features, same, selection)
+    with pytest.raises(RefusedError, match="40 outer folds need at least 80 units"):
+        correctness_probe(features, outcomes, selection, tasks=["quiz"], n_outer=40)
+    everything = selection.assign(paper_selected=("feature", np.arange(30) < 15))
+    with pytest.raises(InputError, match="random sets of 15 need at least 30 other features"):
+        correctness_probe(features, outcomes, everything, members="paper")

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import dask.array as da
+import numpy as np
+import pytest
+import xarray as xr
+from scipy.stats import hypergeom
+
+from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit.statistics import set_stability
+from rlgen_stats.toolkit.statistics.timing.top_sets import half_scores, make_design, top_sets
+
+STEPS = [10, 20, 30, 40]
+MODELS = ["base@0", *(f"rl@{s}" for s in STEPS)]
+
+
+def static(rng, n, f, size, noise=1.0):
+    """The same true change at every checkpoint: sizes differ over features, noise is new each time."""
+    base = 10 + rng.normal(0, 1, (n, f))
+    truth = size * rng.exponential(1, f)
+    return np.stack([base, *(base + truth + rng.normal(0, noise, (n, f)) for _ in STEPS)])
+
+
+def run(features, **options):
+    return set_stability(features, **({"runs": ["rl"], "k": 10, "n_halvings": 20, "seed": 4} | options))
+
+
+def test_scores_against_a_slow_loop():
+    rng = np.random.default_rng(0)
+    d = rng.normal(0.2, 1, (23, 5))
+    codes = np.repeat(np.arange(12), 2)[:23]
+    design = make_design(23, codes, 2, 3, 4, seed=1)
+    got = half_scores(d, 0.3, design)
+    assert got[0] == pytest.approx(np.abs(d.mean(0)) / (d.std(0, ddof=1) + 0.3))
+    row = 1
+    for replicate in range(5):
+        for h in range(3):
+            for half in (1, 0):
+                rows = (design.halves[h] == half) & (design.groups != replicate - 1)
+                assert got[row] == pytest.approx(np.abs(d[rows].mean(0)) / (d[rows].std(0, ddof=1) + 0.3))
+                row += 1
+    # clusters are never torn apart
+    assert all(len(np.unique(design.halves[:, codes == c], axis=1).T) == 1 for c in range(12))
+    assert all(len(np.unique(design.groups[codes == c])) == 1 for c in range(12))
+
+
+def test_overlaps_against_python_sets(make_features):
+    rng = np.random.default_rng(1)
+    features = make_features(static(rng, 60, 80, 0.5), MODELS)
+    out = validate(run(features), "set_stability")
+    d = features["mean"].values[1:] - features["mean"].values[0]
+    s0 = np.median(d.std(axis=1, ddof=1))
+
+    def top(x):
+        return set(np.argsort(-np.abs(x.mean(0)) / (x.std(0, ddof=1) + s0))[:10])
+
+    design = make_design(60, None, 10, 20, 20, seed=4)
+    for c in range(4):
+        both = len(top(d[c]) & top(d[3]))
+        assert out.overlap.values[c] == both / 10
+        assert out.overlap_p.values[c] == pytest.approx(hypergeom.sf(both - 1, 80, 10, 10))
+        own, cross = [], []
+        for half in design.halves == 1:
+            own.append(len(top(d[c][half]) & top(d[c][~half])) / 10)
+            cross.append(len(top(d[c][half]) & top(d[3][~half])) / 20 + len(top(d[c][~half]) & top(d[3][half])) / 20)
+        assert out.noise_ceiling.values[c] == pytest.approx(np.mean(own))
+        assert out.cross.values[c] == pytest.approx(np.mean(cross))
+    assert out.chance.values == pytest.approx(10 / 80)
+    assert out.delta.values == pytest.approx((out.noise_ceiling + out.final_ceiling).values / 2 - out.cross.values)
+    assert out.overlap.values[-1] == 1
+    assert out.delta.values[-1] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("size", [0.1, 0.3, 1.0])
+def test_delta_is_unbiased_under_a_static_truth_and_plain_overlap_is_not(make_features, size):
+    """METHOD.md 4b: at every signal-to-noise level E[delta] = 0, while the paper's overlap falls with the signal."""
+    rng = np.random.default_rng(int(size * 100))
+    deltas, plain = [], []
+    for s in range(40):
+        features = make_features(static(rng, 40, 120, size)[:3], MODELS[:3])
+        out = run(features, n_groups=5, n_halvings=10, seed=s)
+        deltas.append(float(out.delta[0]))
+        plain.append(float(out.overlap[0]))
+    assert abs(np.mean(deltas)) < 3 * np.std(deltas, ddof=1) / np.sqrt(40) + 1e-9
+    ceiling = {0.1: 0.5, 0.3: 0.85, 1.0: 1.0}[size]
+    assert np.mean(plain) < ceiling
+
+
+def test_planted_truth(make_features):
+    rng = np.random.default_rng(3)
+    base = 10 + rng.normal(0, 1, (120, 150))
+    early, late = np.zeros(150), np.zeros(150)
+    early[:10], late[10:20] = 2.0, 2.0
+    stable = [base + 2 * early + rng.normal(0, 0.5, base.shape) for _ in STEPS]
+    moving = [base + (1 - w) * 3 * early + w * 3 * late + rng.normal(0, 0.5, base.shape) for w in (0, 0.3, 0.35, 1)]
+    models = [*MODELS, *(f"sft@{s}" for s in STEPS)]
+    out = run(make_features(np.stack([base, *moving, *stable]), models), runs=["rl", "sft"])
+    assert out.verdict.values.tolist() == ["EVOLVING", "SET_STABLE"]
+    assert out.stable_from.values[1] == 10
+    assert np.isnan(out.stable_from.values[0])
+    assert out.overlap.values[0] < 0.2
+    assert out.nogueira.values[1] > 0.9 > out.nogueira.values[0]
+    assert out.rbo.values[4:].min() > 0.3
+
+
+def test_too_little_signal_is_undetermined(make_features):
+    rng = np.random.default_rng(4)
+    out = run(make_features(static(rng, 30, 200, 0.02), MODELS))
+    assert out.verdict.values.tolist() == ["UNDETERMINED"]
+    assert "agree on" in str(out.reason.values[0])
+
+
+def test_too_few_features_are_not_estimable(make_features):
+    rng = np.random.default_rng(4)
+    out = run(make_features(static(rng, 30, 8, 1.0), MODELS))
+    validate(out, "set_stability")
+    assert out.verdict.values.tolist() == ["UNDETERMINED"]
+    assert np.isnan(out.delta).all()
+    assert "8 testable features" in str(out.reason.values[0])
+
+
+def test_untestable_features_are_in_no_set(make_features):
+    """Features that fire on one prompt are left out, however large."""
+    rng = np.random.default_rng(5)
+    mean = static(rng, 40, 60, 0.5)
+    more = np.concatenate([mean, 50.0 * mean[:, :, :30]], axis=2)
+    firing = np.ones(more.shape)
+    firing[:, 1:, 60:] = 0
+    firing[1:, :, 60:] = 0
+    xr.testing.assert_allclose(run(make_features(more, MODELS, firing=firing)), run(make_features(mean, MODELS)))
+
+
+@pytest.mark.parametrize("chunk", [7, 13])
+def test_chunks_change_nothing(make_features, chunk):
+    rng = np.random.default_rng(6)
+    mean = static(rng, 40, 60, 0.5)
+    xr.testing.assert_allclose(run(make_features(mean, MODELS, chunk=chunk)), run(make_features(mean, MODELS)))
+
+
+def test_upper_bound_covers_zero(make_features):
+    """One-sided 95% bound of a delta that is truly zero lies above zero about 95% of the time."""
+    rng = np.random.default_rng(7)
+    above = 0
+    for s in range(40):
+        out = run(make_features(static(rng, 60, 100, 0.3)[:3], MODELS[:3]), n_halvings=10, n_groups=10, seed=s)
+        above += float(out.delta_upper[0]) >= 0
+    assert above / 40 > 0.95 - 3 * np.sqrt(0.95 * 0.05 / 40)
+
+
+def test_ties_do_not_depend_on_where_features_stand(make_features):
+    """Fifteen copies of one feature compete for the last places of a set of ten; the first labels win."""
+    rng = np.random.default_rng(8)
+    mean = static(rng, 60, 40, 1.0)
+    mean[1:, :, 20] += 4
+    mean[:, :, 20:35] = mean[:, :, 20:21]
+    features = make_features(mean, MODELS).assign_coords(feature=np.arange(40))
+    whole = run(features, k=10)
+    assert float(whole.overlap[0]) == 1  # the same ten copies everywhere
+    design = make_design(60, None, 10, 5, 4, seed=1)
+    for places, chunk in ((np.arange(40), 7), (rng.permutation(40), 9), (rng.permutation(40), 40)):
+        values = da.from_array(mean[:2, :, places], chunks=(-1, -1, chunk))
+        tops = top_sets(values, 1, np.ones(40, dtype=bool), places, 0.5, design)
+        assert tops.full.tolist() == list(range(20, 30))
+        assert np.all(tops.halves == np.arange(20, 30))
+    order = rng.permutation(40)
+    other = features.isel(feature=order, prompt=rng.permutation(60))
+    xr.testing.assert_allclose(run(other, k=10), whole, rtol=1e-12)
+    chunked = other.chunk({"feature": 7}).assign_coords(other.coords)
+    xr.testing.assert_allclose(run(chunked, k=10), whole, rtol=1e-12)
+
+
+def test_chance_is_hypergeometric(make_features):
+    out = run(make_features(static(np.random.default_rng(9), 60, 40, 1.0), MODELS), k=10)
+    rng = np.random.default_rng(0)
+    drawn = np.array([np.intersect1d(rng.permutation(40)[:10], np.arange(10)).size for _ in range(20000)]) / 10
+    assert float(out.chance[0]) == pytest.approx(drawn.mean(), abs=0.005)
+    assert float(out.chance_high[0]) == pytest.approx(np.quantile(drawn, 0.95), abs=1e-9)
+
+
+def test_tokens_are_units_only_if_allowed(make_features):
+    features = make_features(static(np.random.default_rng(9), 60, 40, 1.0), MODELS)
+    out = run(features, k=10, unit="token", allow_token_unit=True)
+    assert (out.attrs["unit"], out.attrs["readout"]) == ("token", "swap")
+    assert "rejects 32%" in out.attrs["warning"]
+
+
+def test_errors(make_features):
+    features = make_features(np.ones((5, 20, 30)), MODELS)
+    with pytest.raises(RefusedError, match="unit='token'"):
+        run(features, unit="token")
+    with pytest.raises(InputError, match="k=0"):
+        run(features, k=0)
+    with pytest.raises(InputError, match="run 'sft' has no checkpoint"):
+        run(features, runs=["sft"])

@@ -1,0 +1,70 @@
+"""The search for a smaller set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlgen_stats.toolkit.trial.subset import lazy_greedy
+
+N = 12
+
+
+class Coverage:
+    """A submodular value: what share of 200 prompts at least one member answers."""
+
+    def __init__(self, seed: int) -> None:
+        draw = np.random.default_rng(seed)
+        self.covers = draw.random((N, 200)) < draw.uniform(0.02, 0.4, N)[:, None]
+        self.asked: list[tuple[int, ...]] = []
+
+    def __call__(self, members: tuple[int, ...]) -> float:
+        self.asked.append(members)
+        return float(self.covers[list(members)].any(axis=0).mean())
+
+    @property
+    def alone(self) -> dict[int, float]:
+        return {k: float(self.covers[k].mean()) for k in range(N)}
+
+
+def eager(value: Coverage, wanted: float) -> list[int]:
+    """Greedy search that measures everything."""
+    order: list[int] = []
+    while not order or value(tuple(order)) < wanted:
+        left = [k for k in range(N) if k not in order]
+        order.append(max(left, key=lambda k: value((*order, k))))
+    return order
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_lazy_choices_are_the_eager_ones_for_fewer_measurements(seed: int) -> None:
+    lazy, plain = Coverage(seed), Coverage(seed)
+    found = lazy_greedy(lazy.alone, lazy, wanted=0.7, budget=10_000)
+    assert list(found.order) == eager(plain, 0.7)
+    assert len(lazy.asked) < 0.6 * len(plain.asked)
+    assert found.values == pytest.approx([lazy(found.order[:n]) for n in range(1, len(found.order) + 1)])
+    assert found.values[-1] >= 0.7
+    assert all(value < 0.7 for value in found.values[:-1])
+    assert sorted((*found.order, *found.left)) == list(range(N))
+
+
+def test_a_spent_budget_leaves_the_best_known_gains() -> None:
+    value = Coverage(3)
+    found = lazy_greedy(value.alone, value, wanted=2.0, budget=0)
+    assert list(found.order) == sorted(value.alone, key=lambda k: -value.alone[k])
+    assert len(value.asked) == N - 1, "one measurement a member added, the first being known"
+    value = Coverage(3)
+    lazy_greedy(value.alone, value, wanted=2.0, budget=5)
+    assert len(value.asked) <= 5 + N - 1
+
+
+def test_members_that_repeat_another_come_last() -> None:
+    """Order of single values would take both twins first."""
+    covers = {1: {1, 2, 3, 4}, 2: {1, 2, 3, 4}, 3: {5, 6, 7}}
+
+    def value(members: tuple[int, ...]) -> float:
+        return len(set.union(*(covers[k] for k in members)))
+
+    found = lazy_greedy({k: value((k,)) for k in covers}, value, wanted=7, budget=9)
+    assert found.order == (1, 3)
+    assert found.left == (2,)

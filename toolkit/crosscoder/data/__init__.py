@@ -1,0 +1,1 @@
+"""What a crosscoder is trained and measured on."""

@@ -1,0 +1,1 @@
+"""Crosscoders of other tools, and crosscoders as labelled arrays."""

@@ -1,0 +1,1 @@
+"""The crosscoder itself: weights, readouts, files."""

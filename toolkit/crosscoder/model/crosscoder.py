@@ -1,0 +1,372 @@
+"""The crosscoder: one sparse code for several views of the same token.
+
+Shapes: V views of d_m channels, D = sum of d_m, F features. Normalised units are raw units times one scalar per view.
+A joint activation is flat, [batch, D]: the views' channels side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.stores import write_json
+from rlgen_stats.toolkit.crosscoder.data.paired import ViewMoments
+from rlgen_stats.toolkit.crosscoder.model.files import sha256, write_tensors
+from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout, Gate, Readout, Sparsity
+from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode, matmul
+from rlgen_stats.toolkit.crosscoder.model.views import JointViews
+
+FORMAT_VERSION: Final = 2
+"""2 (2026-11): one matrix for all views, whose widths may differ. 1: [view, channel, feature]; still read."""
+WEIGHTS: Final = "weights.safetensors"
+SPEC: Final = "spec.json"
+
+THRESHOLDED: Final = ("batchtopk", "dfc", "jumprelu")
+"""Sparsity rules with a fixed threshold on contributions at inference."""
+
+INITIAL_NORM: Final = 0.4
+"""Initial decoder norm of a feature over all views: below 1, so that features grow into the data instead of
+shrinking out of it, and large enough that the first reconstructions are not negligible."""
+
+
+class Crosscoder(nn.Module, JointViews):
+    """One code f for all views: f = act(sum_m W_m a_m + b), a_hat_m = D_m f + c_m.
+
+    Parameters
+    ----------
+    views
+        Model ids, one a slot.
+    width
+        Channels d_m: one number, or one a view.
+    n_features
+        Dictionary size F.
+    sparsity
+        What act is, beside a ReLU. ``"l1"``: nothing. ``"batchtopk"``, ``"dfc"``: f_k stays where its contribution
+        f_k sum_m ||d_mk|| exceeds ``threshold``. ``"jumprelu"``: the same with one threshold a feature. ``"topk"``: a
+        token's ``k`` largest contributions stay.
+    k
+        Mean number of active features a token was trained for (not used by l1).
+    exclusive
+        View -> number of features that only this view may use (dfc); the shared ones come first, then these, view by
+        view. Their encoder and decoder weights of all other views are zero.
+    readout
+        Declared readout of one model's features.
+    name
+        Name in the study.
+    seed
+        Seed of the initial weights.
+
+    Attributes
+    ----------
+    scale : Tensor [view]
+        normalised = raw * scale; the mean norm of a normalised token is sqrt(d_m).
+    encoder_matrix, decoder_matrix : Parameter [D, feature], [feature, D]
+        Normalised units.
+    encoder_bias, decoder_offset : Parameter [feature], [D]
+        Normalised units.
+    means : Tensor [D]
+        Raw means.
+    encoder, decoder, decoder_bias, mean : Tensor
+        The same by view, sharing memory, where all widths are equal: [view, channel, feature],
+        [view, feature, channel], [view, channel], [view, channel].
+    threshold : Tensor [] or [feature], float64
+        Inference threshold(s); NaN until learned, unused for l1 and topk.
+    facts : dict
+        Where the weights come from (seed, steps, data); saved with them.
+    weights_sha256 : str
+        Hash of the saved weights, empty before saving.
+    folder : Path or None
+        Where it was saved or loaded.
+
+    References
+    ----------
+    Lindsey et al. (2024), Sparse crosscoders, https://transformer-circuits.pub/2024/crosscoders/; Bussmann et al.
+    (2024), arXiv:2412.06410 (BatchTopK); Minder et al. (2025), arXiv:2504.02922 (BatchTopK crosscoders);
+    Rajamanoharan et al. (2024), arXiv:2407.14435 (JumpReLU).
+    """
+
+    encoder_matrix: nn.Parameter
+    decoder_matrix: nn.Parameter
+    encoder_bias: nn.Parameter
+    decoder_offset: nn.Parameter
+    scale: Tensor
+    means: Tensor
+    threshold: Tensor
+
+    def __init__(
+        self,
+        views: Sequence[str],
+        *,
+        width: int | Sequence[int],
+        n_features: int,
+        sparsity: Sparsity,
+        k: int,
+        exclusive: Mapping[str, int] | None = None,
+        readout: Readout = "swap",
+        name: str = "crosscoder",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(set(views)) != len(views) or not views:
+            raise InputError(f"the views of a crosscoder must be distinct model ids, got {list(views)}.")
+        self.views, self.name = tuple(views), name
+        self.widths = (int(width),) * len(views) if isinstance(width, int) else tuple(int(d) for d in width)
+        if len(self.widths) != len(self.views):
+            raise InputError(f"give one width, or one a view: got {list(self.widths)} for {len(self.views)} views.")
+        self.n_features, self.k = int(n_features), int(k)
+        self.sparsity: Sparsity = sparsity
+        self.default_readout: Readout = readout
+        self.facts: dict[str, Any] = {}
+        self.weights_sha256 = ""
+        self.folder: Path | None = None
+        self.exclusive = self._partition(exclusive or {})
+        self._initialise(seed)
+        self.register_buffer("scale", torch.ones(len(self.views)))
+        self.register_buffer("means", torch.zeros(sum(self.widths)))
+        shape = (self.n_features,) if sparsity == "jumprelu" else ()
+        self.register_buffer("threshold", torch.full(shape, math.nan, dtype=torch.float64))
+
+    def _partition(self, exclusive: Mapping[str, int]) -> dict[str, slice]:
+        """View -> its exclusive features, after the shared ones."""
+        if bool(exclusive) != (self.sparsity == "dfc"):
+            raise InputError(f"sparsity 'dfc', and it alone, declares exclusive features; got {dict(exclusive)}.")
+        wanted = {self.views[self.view_index(view)]: int(n) for view, n in exclusive.items()}
+        start = self.n_features - sum(wanted.values())
+        if start < 0 or min(wanted.values(), default=0) < 0:
+            raise InputError(f"{dict(exclusive)} exclusive features do not fit in {self.n_features}.")
+        parts = {}
+        for view in self.views:
+            n = wanted.get(view, 0)
+            if n:
+                parts[view] = slice(start, start + n)
+            start += n
+        return parts
+
+    def _initialise(self, seed: int) -> None:
+        n_views, slots = len(self.views), self.slots()
+        draws = torch.randn(self.n_features, max(self.widths), generator=torch.Generator().manual_seed(seed))
+        rows = torch.empty(self.n_features, sum(self.widths))
+        for at in slots:
+            own = draws[:, : at.stop - at.start]
+            rows[:, at] = own * (INITIAL_NORM / math.sqrt(n_views) / own.norm(dim=1, keepdim=True))
+        for view, features in self.exclusive.items():
+            for at in slots[: self.views.index(view)] + slots[self.views.index(view) + 1 :]:
+                rows[features, at] = 0.0
+        self.decoder_matrix = nn.Parameter(rows)
+        self.encoder_matrix = nn.Parameter(rows.T.contiguous())
+        self.encoder_bias = nn.Parameter(torch.zeros(self.n_features))
+        self.decoder_offset = nn.Parameter(torch.zeros(sum(self.widths)))
+
+    # -- weights by view -----------------------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> Tensor:
+        """[view, channel, feature]."""
+        return self.encoder_matrix.view(len(self.views), self.width, self.n_features)
+
+    @property
+    def decoder(self) -> Tensor:
+        """[view, feature, channel]."""
+        return self.decoder_matrix.view(self.n_features, len(self.views), self.width).transpose(0, 1)
+
+    @property
+    def decoder_bias(self) -> Tensor:
+        """[view, channel]."""
+        return self.decoder_offset.view(len(self.views), self.width)
+
+    @property
+    def mean(self) -> Tensor:
+        """[view, channel], raw units."""
+        return self.means.view(len(self.views), self.width)
+
+    # -- units ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_normalisation(self, moments: ViewMoments) -> None:
+        """Set scale and mean from raw moments, and centre the biases on the normalised mean.
+
+        The decoder biases start at the mean and the encoder bias cancels the mean, so that features start out
+        describing deviations; both are trained from there.
+        """
+        width = torch.tensor(self.widths, dtype=torch.float64)
+        self.scale.copy_(width.sqrt() / torch.from_numpy(moments.mean_norm))
+        mean = torch.from_numpy(moments.mean)
+        self.means.copy_(mean)
+        self.decoder_offset.copy_(mean * self.channel_scale().double())
+        self.encoder_bias.copy_(-(self.decoder_offset @ self.encoder_matrix))
+
+    def channel_scale(self) -> Tensor:
+        """The scale of each channel of a joint activation: [D]."""
+        return self.scale.repeat_interleave(torch.tensor(self.widths, device=self.scale.device))
+
+    def normalise(self, raw: Tensor | Sequence[Tensor]) -> Tensor:
+        """Raw activations of all views (see :meth:`join`) in normalised units, joint: [batch, D]."""
+        return self.join(raw) * self.channel_scale()
+
+    # -- code -------------------------------------------------------------------------------------------------------
+
+    def pre_activation(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Encoder output before the activation function, x in normalised units: [batch, feature]."""
+        return torch.addmm(self.encoder_bias, self.join(x), self.encoder_matrix)
+
+    def encode(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features [batch, feature] of normalised activations of all views (see :meth:`join`)."""
+        pre = self.pre_activation(x)
+        return self.gate(pre.dtype)(pre)
+
+    def gate(self, dtype: torch.dtype = torch.float32, columns: Tensor | None = None) -> Gate:
+        """The sparsity rule at inference, for all features or the ``columns`` alone.
+
+        Raises
+        ------
+        InputError
+            If a threshold has not been learned.
+        """
+        if self.sparsity == "l1":
+            return Gate()
+        norm = self.selection_norm().detach().double()
+        if self.sparsity == "topk":
+            return Gate(k=min(self.k, self.n_features), norm=norm.to(dtype))
+        if not bool(torch.isfinite(self.threshold).all()):
+            raise InputError(f"crosscoder {self.name!r} has no inference threshold yet; finish its training first.")
+        limit = (self.threshold / norm).clamp_min(
+            0.0
+        )  # f_k * norm_k > threshold; a feature without decoder is never active
+        return Gate((limit if columns is None else limit[columns]).to(dtype))
+
+    def decode(self, f: Tensor | SparseCode) -> Tensor:
+        """Joint reconstruction [batch, D] in normalised units of features [batch, feature]."""
+        return matmul(f, self.decoder_matrix) + self.decoder_offset
+
+    def reconstruct(self, f: Tensor | SparseCode, view: str) -> Tensor:
+        """Reconstruction [batch, channel] of one view in RAW units."""
+        at = self.slot_of(view)
+        joint = matmul(f, self.decoder_matrix[:, at]) + self.decoder_offset[at]
+        return joint / self.scale[self.view_index(view)]
+
+    def readout(
+        self, raw: Tensor, *, view: str | None = None, kind: Readout = "swap", features: Tensor | None = None
+    ) -> Tensor:
+        """Features of ONE model's raw activations: [batch, feature]; see :meth:`readout_map`."""
+        readout = self.readout_map(view=view, kind=kind, features=features)
+        if raw.ndim != 2 or raw.shape[1] != len(readout.weight):
+            raise InputError(
+                f"crosscoder {self.name!r} expected activations of one model as [batch, {len(readout.weight)}], "
+                f"got {tuple(raw.shape)}."
+            )
+        return readout(raw)
+
+    def readout_map(
+        self,
+        *,
+        view: str | None = None,
+        kind: Readout = "swap",
+        features: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> FeatureReadout:
+        """The map from one model's raw activations to its features; build it once for many batches.
+
+        Parameters
+        ----------
+        view
+            The slot the model belongs to; needed by ``"own"`` only.
+        kind
+            ``"swap"``: the activation goes into every slot, each with its own scale. ``"own"``: into ``view``'s slot,
+            all other slots at their means.
+        features
+            Indices of the features wanted; default all.
+        dtype
+            Type of the map.
+
+        Raises
+        ------
+        InputError
+            If ``kind`` is no readout of one model, ``"own"`` comes without a view, ``"swap"`` meets views of several
+            widths, or a threshold has not been learned.
+
+        Notes
+        -----
+        f is one code for all views, so a model's own features exist only after such a declaration; numbers from
+        different readouts are not comparable.
+        """
+        whole = self.sparsity == "topk"  # a token's largest are known only when all are
+        columns = None if features is None or whole else features
+        matrix = self.encoder_matrix.to(dtype) if columns is None else self.encoder_matrix[:, columns].to(dtype)
+        bias = self.encoder_bias.to(dtype) if columns is None else self.encoder_bias[columns].to(dtype)
+        scale = self.scale.to(dtype)
+        parts = list(zip(self.slots(), scale, strict=True))
+        if kind == "swap":
+            if len(set(self.widths)) > 1:
+                raise InputError(
+                    f"readout 'swap' puts one activation into every slot, but the views have the widths {self.widths}; "
+                    "use readout 'own'."
+                )
+            weight = torch.stack([matrix[at] * factor for at, factor in parts]).sum(dim=0)
+        elif kind == "own":
+            if view is None:
+                raise InputError("readout 'own' needs the view whose slot the activations take; pass view=.")
+            own = self.view_index(view)
+            weight = matrix[parts[own][0]] * scale[own]
+            means = self.means.to(dtype)
+            if not bool(torch.isfinite(means).all()):
+                raise InputError(
+                    f"the means of the activations behind crosscoder {self.name!r} are not known (imported weights "
+                    "without a normaliser), so the other slots cannot be put there; use readout 'swap'."
+                )
+            for slot, (at, factor) in enumerate(parts):
+                if slot != own:
+                    bias = bias + (means[at] * factor) @ matrix[at]
+        else:
+            raise InputError(f"the readout of one model is 'swap' or 'own', got {kind!r}.")
+        return FeatureReadout(weight, bias, self.gate(dtype, columns), features if whole else None)
+
+    # -- decoder geometry -------------------------------------------------------------------------------------------
+
+    def decoder_norm(self) -> Tensor:
+        """||d_mk||, L2, normalised units: [view, feature]."""
+        return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in self.split(self.decoder_matrix)])
+
+    def selection_norm(self) -> Tensor:
+        """Sum over views of ||d_mk||, the factor in the sparsity rule: [feature]."""
+        return self.decoder_norm().sum(dim=0)
+
+    def contribution_norm(self) -> Tensor:
+        """||d_k|| over all views' rows together (L2, normalised units); f_k ||d_k|| is gauge free: [feature]."""
+        norm: Tensor = torch.linalg.vector_norm(self.decoder_matrix, dim=1)
+        return norm
+
+    def feature_direction(self, view: str) -> Tensor:
+        """What one unit of f_k adds to that model's residual, RAW units (decoder rows / scale): [feature, channel]."""
+        return self.decoder_matrix[:, self.slot_of(view)] / self.scale[self.view_index(view)]
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write weights.safetensors and spec.json; ``weights_sha256`` becomes the hash of the weights file."""
+        weights = Path(folder) / WEIGHTS
+        write_tensors(weights, dict(self.state_dict()), {"format_version": FORMAT_VERSION})
+        self.weights_sha256 = sha256(weights)
+        write_json(Path(folder) / SPEC, self.describe())
+        self.folder = Path(folder)
+
+    def describe(self) -> dict[str, Any]:
+        """Contents of spec.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "views": list(self.views),
+            "widths": list(self.widths),
+            "n_features": self.n_features,
+            "sparsity": self.sparsity,
+            "k": self.k,
+            "exclusive": {view: part.stop - part.start for view, part in self.exclusive.items()},
+            "readout": self.default_readout,
+            "weights_sha256": self.weights_sha256,
+            "facts": self.facts,
+        }

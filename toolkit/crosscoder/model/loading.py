@@ -1,0 +1,129 @@
+"""Crosscoders from their folders, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
+from rlgen_stats.stores import read_json
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import FORMAT_VERSION, SPEC, WEIGHTS, Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, sha256
+
+_FIELDS: Final = (
+    "format_version", "name", "views", "widths", "n_features", "sparsity", "k", "exclusive", "readout",
+    "weights_sha256",
+)  # fmt: skip
+
+
+def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -> Crosscoder:
+    """A saved crosscoder, in evaluation mode.
+
+    Parameters
+    ----------
+    folder
+        Folder with weights.safetensors and spec.json.
+    device
+        Torch device.
+
+    Raises
+    ------
+    StoreError
+        If a file is missing, the format is newer, a field is missing, a tensor has another shape than declared, or an
+        exclusive feature has weights in another view.
+    StoreCorruptError
+        If the weights are not the bytes that were saved.
+
+    Examples
+    --------
+    >>> crosscoder = load_crosscoder("runs/demo/crosscoder/main")  # doctest: +SKIP
+    >>> crosscoder.feature_direction("rl@80").shape  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    described = _read_spec(folder)
+    crosscoder = Crosscoder(
+        described["views"],
+        width=described["widths"],
+        n_features=described["n_features"],
+        sparsity=described["sparsity"],
+        k=described["k"],
+        exclusive=described["exclusive"],
+        readout=described["readout"],
+        name=described["name"],
+    )
+    crosscoder.facts = dict(described.get("facts", {}))
+    crosscoder.weights_sha256, crosscoder.folder = described["weights_sha256"], folder
+    tensors = _read_weights(folder / WEIGHTS, described)
+    for name, wanted in crosscoder.state_dict().items():
+        if name not in tensors or tensors[name].shape != wanted.shape:
+            got = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise StoreError(
+                f"{folder / WEIGHTS}: tensor {name!r} must have shape {tuple(wanted.shape)} for "
+                f"views of width {list(crosscoder.widths)} and {crosscoder.n_features} features, "
+                f"got {got}; the weights and {SPEC} do not belong together: train the crosscoder again."
+            )
+    crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
+    _check_exclusive(crosscoder, folder / WEIGHTS)
+    return crosscoder.requires_grad_(False).eval().to(device)
+
+
+def _read_spec(folder: Path) -> dict[str, Any]:
+    for name in (SPEC, WEIGHTS):
+        if not (folder / name).exists():
+            raise StoreError(
+                f"{folder} holds no finished crosscoder: {name} is missing; run the crosscoder stage or fix the path."
+            )
+    described = read_json(folder / SPEC)
+    version = described.get("format_version") if isinstance(described, dict) else None
+    if version == 1 and isinstance(described.get("views"), list):
+        described = {"widths": [described.get("width")] * len(described["views"]), "exclusive": {}} | described
+    elif version != FORMAT_VERSION:
+        raise StoreError(
+            f"{folder / SPEC} has crosscoder format version {version!r}, this release reads 1 to {FORMAT_VERSION}; "
+            "use a matching release of rlgen-stats or train again."
+        )
+    missing = [field for field in _FIELDS if field not in described]
+    if missing:
+        raise StoreError(f"{folder / SPEC} lacks {missing}; expected {list(_FIELDS)}: train the crosscoder again.")
+    return dict(described)
+
+
+def _read_weights(file: Path, described: dict[str, Any]) -> dict[str, Tensor]:
+    digest = sha256(file)
+    if digest != described["weights_sha256"]:
+        raise StoreCorruptError(
+            f"{file} is not the file that was saved (SHA-256 {digest[:12]}, expected "
+            f"{described['weights_sha256'][:12]}); restore it or train the crosscoder again."
+        )
+    tensors = read_tensors(file)[0]
+    return _from_version_1(tensors) if described["format_version"] == 1 else tensors
+
+
+def _from_version_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Version 1 kept [view, channel, feature], [view, feature, channel], [view, channel] and [view, channel]."""
+    try:
+        return tensors | {
+            "encoder_matrix": tensors["encoder"].flatten(0, 1),
+            "decoder_matrix": tensors["decoder"].transpose(0, 1).flatten(1),
+            "decoder_offset": tensors["decoder_bias"].flatten(),
+            "means": tensors["mean"].flatten(),
+        }
+    except KeyError as error:
+        raise StoreError(f"a crosscoder of format version 1 lacks tensor {error}; train it again.") from error
+
+
+def _check_exclusive(crosscoder: Crosscoder, file: Path) -> None:
+    for view, features in crosscoder.exclusive.items():
+        others = [at for other, at in zip(crosscoder.views, crosscoder.slots(), strict=True) if other != view]
+        leaks = any(
+            bool(crosscoder.decoder_matrix[features, at].any() or crosscoder.encoder_matrix[at, features].any())
+            for at in others
+        )
+        if leaks:
+            raise StoreError(
+                f"{file}: features {features.start} to {features.stop - 1} are declared exclusive to {view!r} but have "
+                "weights in another view; train the crosscoder again."
+            )

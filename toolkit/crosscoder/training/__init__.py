@@ -1,0 +1,1 @@
+"""How a crosscoder is trained."""

@@ -1,0 +1,273 @@
+"""The crosscoder stage of a study: train what is not trained, then measure health."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import TOKEN, TOKEN_ID
+from rlgen_stats.schemas.errors import InputError, StageError, StoreError
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
+from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
+from rlgen_stats.stores import (
+    PairedReader,
+    Provenance,
+    StudyFolder,
+    open_activations,
+    open_tokens,
+    read_json,
+    write_json,
+)
+from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
+from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
+from rlgen_stats.toolkit.crosscoder.interop.other_formats import import_crosscoder, weights_file
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import SPEC, WEIGHTS, Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.files import sha256
+from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
+from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
+from rlgen_stats.toolkit.crosscoder.training.train import CURVE, STATE, train_replicates, training_key
+from rlgen_stats.toolkit.crosscoder.uses.health import HEALTH, measure_health
+from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE, SplicedText, splice_ce
+from rlgen_stats.toolkit.extraction import (
+    find_model,
+    load_model,
+    resolve_device,
+    resolve_view,
+    site_name,
+    usable_tokens,
+)
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+SPLICED_TEXTS: Final = 128
+"""Texts on which reconstructions are put back: a mean loss over some thousand tokens is steady to a few percent."""
+
+
+def train_crosscoders(
+    spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
+) -> None:
+    """Train every crosscoder of a study and measure its health; finished ones are kept.
+
+    Parameters
+    ----------
+    spec, folder
+        The study, with its activations stored.
+    provenance
+        Origin, noted in each spec.json.
+    progress
+        Receiver of progress, in steps.
+
+    Raises
+    ------
+    StageError
+        If there are no activations.
+    StoreError
+        If a view's activations are not complete, or a crosscoder's folder belongs to another study.
+
+    Notes
+    -----
+    A crosscoder is finished when its recorded key, the hash of its spec, views, seed and data, is the present one.
+    An interrupted one goes on from its last saved state. Under torchrun every process trains on its share of each batch
+    and the first one measures.
+    """
+    if not folder.activations.exists():
+        raise StageError(f"{folder.activations} is missing; run the extract stage before training crosscoders.")
+    tokens = open_tokens(folder.activations)
+    mask = usable_tokens(spec, folder)
+    for crosscoder in spec.crosscoders:
+        _CrosscoderJob(spec, folder, crosscoder, tokens, mask, provenance, progress).run()
+
+
+def forget_crosscoders(spec: StudySpec, folder: StudyFolder) -> None:
+    """Let every crosscoder of a study be trained again from its start; the old files stay until new ones replace them.
+
+    Parameters
+    ----------
+    spec, folder
+        The study.
+    """
+    for crosscoder in spec.crosscoders:
+        for name in crosscoder.names:
+            for file in (SPEC, STATE, HEALTH):
+                (folder.crosscoder(name) / file).unlink(missing_ok=True)
+
+
+class _CrosscoderJob:
+    """One crosscoder of one study."""
+
+    def __init__(
+        self,
+        study: StudySpec,
+        folder: StudyFolder,
+        spec: CrosscoderSpec,
+        tokens: xr.Dataset,
+        mask: NDArray[np.bool_],
+        provenance: Provenance,
+        progress: Progress,
+    ) -> None:
+        self.study, self.folder, self.spec = study, folder, spec
+        self.tokens, self.mask, self.provenance, self.progress = tokens, mask, provenance, progress
+        self.site = site_name(study.extraction.layer)
+        self.device = resolve_device(study.device)
+        self.views = tuple(resolve_view(view, study, folder) for view in spec.views)
+        first = derive_seed(study.seed, "crosscoder", spec.name, spec.seed)
+        others = [derive_seed(first, "replicate", number) for number in range(2, spec.replicates + 1)]
+        self.seeds = [first, *others]
+        identity = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
+        self.corpus = None if spec.corpus is None else folder.resolve(spec.corpus)
+        if self.corpus is not None and not self.corpus.is_file():
+            raise InputError(f"no corpus at {self.corpus}; correct crosscoders.{spec.name}.corpus in study.yaml.")
+        data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else sha256(self.corpus)
+        self.data_hash = content_hash([*identity, self.site, data])
+
+    def run(self) -> None:
+        """Train the dictionaries that are not finished, together, and measure those that are not measured."""
+        reader = PairedReader(
+            self.folder.activations,
+            self.views,
+            self.site,
+            batch_size=self.spec.batch_size,
+            seed=derive_seed(self.seeds[0], "order"),
+            mask=self.mask,
+        )
+        places = [self.folder.crosscoder(name) for name in self.spec.names]
+        if self.spec.weights is not None and rank_of_process():
+            return
+        if self.spec.weights is not None:
+            self._measure(self.spec.name, places[0], self._taken(places[0], reader.n_tokens), reader)
+            return
+        finished = [
+            self._finished(place, training_key(self.spec, self.views, seed=seed, data_hash=self.data_hash))
+            for place, seed in zip(places, self.seeds, strict=True)
+        ]
+        open_ = [number for number, crosscoder in enumerate(finished) if crosscoder is None]
+        if open_:
+            trained = train_replicates(
+                reader if self.corpus is None else self._live(self.corpus),
+                self.spec,
+                views=self.views,
+                seeds=[self.seeds[number] for number in open_],
+                device=self.device,
+                folders=[places[number] for number in open_],
+                progress=self.progress,
+                data_hash=self.data_hash,
+                facts=self._origin(),
+            )
+            for number, crosscoder in zip(open_, trained, strict=True):
+                finished[number] = crosscoder
+        if rank_of_process():
+            return  # what follows is one process's work
+        for name, place, done in zip(self.spec.names, places, finished, strict=True):
+            assert done is not None  # noqa: S101 - trained above
+            self._measure(name, place, done, reader)
+
+    def _taken(self, place: Path, n_tokens: int) -> Crosscoder:
+        """The crosscoder of weights trained elsewhere, with its inference rule as it came."""
+        source = self.folder.resolve(str(self.spec.weights))
+        ours = (source / SPEC).exists()
+        file = source / WEIGHTS if ours else weights_file(source)
+        key = content_hash(["weights", sha256(file), list(self.views)])
+        finished = self._finished(place, key)
+        if finished is not None:
+            return finished
+        if ours:
+            crosscoder = load_crosscoder(source)
+            if crosscoder.views != self.views:
+                raise StoreError(
+                    f"{source} has the views {', '.join(crosscoder.views)}, but crosscoder {self.spec.name!r} of "
+                    f"study.yaml has {', '.join(self.views)}; they must be the same in the same order."
+                )
+        else:
+            crosscoder = import_crosscoder(source, self.views)
+        if crosscoder.n_features != self.spec.n_features:
+            raise StoreError(
+                f"{source} has {crosscoder.n_features} features, but study.yaml says n_features: "
+                f"{self.spec.n_features} for crosscoder {self.spec.name!r}; write the number the weights have."
+            )
+        crosscoder.name, crosscoder.default_readout = self.spec.name, self.spec.readout
+        crosscoder.facts |= {"key": key, "data_tokens": n_tokens, **self._origin()}
+        crosscoder.save(place)
+        write_json(place / CURVE, [])
+        return crosscoder.to(self.device)
+
+    def _origin(self) -> dict[str, str]:
+        return {"study_id": self.provenance.study_id, "spec_hash": self.provenance.spec_hash, "site": self.site}
+
+    def _live(self, corpus: Path) -> LiveActivations:
+        return live_corpus(
+            self.study,
+            self.folder,
+            self.views,
+            corpus,
+            batch_size=self.spec.batch_size,
+            seed=derive_seed(self.seeds[0], "order"),
+        )
+
+    def _measure(self, name: str, place: Path, crosscoder: Crosscoder, reader: PairedReader) -> None:
+        if self._measured(place, crosscoder):
+            self.progress.log(f"crosscoder {name}: up to date")
+            return
+        losses = self._splice(crosscoder)
+        health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=place)
+        self.progress.log(f"crosscoder {name}: {'healthy' if health.healthy else health.reasons}")
+
+    def _finished(self, place: Path, key: str) -> Crosscoder | None:
+        """The trained crosscoder if it is the one asked for; None if there is none or it was superseded."""
+        if not (place / SPEC).exists() or not (place / WEIGHTS).exists():
+            return None
+        facts = read_json(place / SPEC).get("facts", {})
+        if facts.get("study_id") != self.provenance.study_id:
+            raise StoreError(
+                f"{place} holds a crosscoder of another study ({str(facts.get('study_id'))[:12]}, this one is "
+                f"{self.provenance.study_id[:12]}); it is left untouched: use another folder or move it away."
+            )
+        if facts.get("key") != key:
+            return None
+        crosscoder = load_crosscoder(place, device=self.device)
+        if crosscoder.default_readout != self.spec.readout:  # a readout is declared, not trained
+            crosscoder.default_readout = self.spec.readout
+            crosscoder.save(place)
+        return crosscoder
+
+    def _measured(self, place: Path, crosscoder: Crosscoder) -> bool:
+        if not (place / HEALTH).exists():
+            return False
+        record = read_json(place / HEALTH)
+        same = record.get("weights_sha256") == crosscoder.weights_sha256
+        return bool(same and record.get("readout") == self.spec.readout)
+
+    def _splice(self, crosscoder: Crosscoder) -> dict[str, SpliceCE]:
+        """Cross-entropy of every view with its reconstruction from the joint code put back."""
+        bounds = text_bounds(self.tokens)
+        bounds = bounds[[bool(self.mask[start : end - 1].any()) for start, end in bounds]]
+        bounds = bounds[spread(len(bounds), SPLICED_TEXTS)]
+        where = np.concatenate([np.arange(start, end) for start, end in bounds])
+        raw = [self._rows(view, where) for view in self.views]
+        ids = self.tokens[TOKEN_ID].values[where]
+        cuts = np.cumsum(bounds[:, 1] - bounds[:, 0])[:-1]
+        losses = {}
+        with torch.no_grad():
+            f = crosscoder.encode(crosscoder.normalise(raw))
+        with self.progress.task(f"splice {self.spec.name}", total=len(self.views), unit="models") as task:
+            for slot, view in enumerate(self.views):
+                with torch.no_grad():
+                    back = crosscoder.reconstruct(f, view).cpu().numpy()
+                parts = zip(np.split(ids, cuts), np.split(back, cuts), np.split(self.mask[where], cuts), strict=True)
+                model = load_model(find_model(view, self.study, self.folder), device=self.device)
+                losses[view] = splice_ce(
+                    model,
+                    self.study.extraction.layer,
+                    [SplicedText(*part) for part in parts],
+                    constant=crosscoder.split(crosscoder.means[None])[slot][0].cpu().numpy(),
+                )
+                task.advance(1, model=view, ce_increase=losses[view].increase)
+        return losses
+
+    def _rows(self, view: str, where: NDArray[np.int64]) -> torch.Tensor:
+        """Raw activations of one view at some tokens: [token, channel]."""
+        stored = open_activations(self.folder.activations, models=[view], site=self.site)["activation"][0]
+        return torch.from_numpy(stored.isel({TOKEN: where}).values.astype(np.float32)).to(self.device)

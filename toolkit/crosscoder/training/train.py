@@ -1,0 +1,343 @@
+"""Training a crosscoder from paired activations: one loop for every sparsity rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlgen_stats.schemas.errors import InputError, StoreCorruptError
+from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.schemas.study import CrosscoderSpec
+from rlgen_stats.stores import write_json
+from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, endless, joined, measure_views
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tensors
+from rlgen_stats.toolkit.crosscoder.training.objective import Objective, make_objective
+from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, join_ranks
+from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+DECAY_SHARE: Final = 0.2
+"""Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+
+MAX_GRADIENT_NORM: Final = 1.0
+"""Gradients are clipped to this norm. Losses are sums over channels, so most steps are clipped; Adam does not mind the
+scale, and the direction stays a batch's own."""
+
+LOG_EVERY: Final = 50
+"""Steps between two points of the curve."""
+
+SAVE_EVERY: Final = 500
+"""Steps between two resumable states."""
+
+CURVE: Final = "curve.json"
+STATE: Final = "training.safetensors"
+
+
+def learning_rate(step: int, spec: CrosscoderSpec) -> float:
+    """Rate at a step counted from 0: linear warm-up, plateau, linear decay to zero over the last fifth."""
+    warmup = max(1.0, spec.warmup_fraction * spec.steps)
+    decay = max(1.0, DECAY_SHARE * spec.steps)
+    return spec.learning_rate * min(1.0, (step + 1) / warmup, (spec.steps - step) / decay)
+
+
+@dataclass
+class _Run:
+    """Everything a step changes."""
+
+    crosscoder: Crosscoder
+    work: Workspace
+    objective: Objective
+    optimiser: torch.optim.Adam
+    variance: Tensor
+    """Total variance of each view in normalised units."""
+    seed: int
+    key: str
+    """Identity of spec, views, seed and data: a saved state of another is not continued."""
+    folder: Path | None
+    step: int
+    curve: list[dict[str, Any]]
+
+    def weights(self) -> dict[str, Tensor]:
+        """All trained tensors."""
+        return self.work.weights() | self.objective.weights()
+
+
+def train_crosscoder(
+    reader: PairedActivations,
+    spec: CrosscoderSpec,
+    *,
+    views: Sequence[str],
+    seed: int,
+    device: str | torch.device = "cpu",
+    folder: Path | None = None,
+    progress: Progress = SILENT,
+    log_every: int = LOG_EVERY,
+    save_every: int = SAVE_EVERY,
+    data_hash: str = "",
+    facts: Mapping[str, Any] | None = None,
+) -> Crosscoder:
+    """Train one crosscoder; the same inputs give the same weights on a CPU, interrupted or not.
+
+    Parameters
+    ----------
+    reader
+        Paired raw activations with batches of ``spec.batch_size``.
+    spec
+        Sparsity, size, steps, rates.
+    views
+        Model ids of the reader's views, in order.
+    seed
+        Seed of the initial weights (the order of the data is the reader's).
+    device
+        Torch device.
+    folder
+        Where weights.safetensors, spec.json, curve.json and, while training, a resumable state go; None keeps nothing.
+    progress
+        Receiver of progress, in tokens.
+    log_every, save_every
+        Steps between curve points and between states; neither changes the weights.
+    data_hash
+        Identity of the data; a state saved for other data or another spec is not continued.
+    facts
+        Anything else to keep in spec.json.
+
+    Returns
+    -------
+    Crosscoder
+        In evaluation mode, without gradients.
+
+    Raises
+    ------
+    InputError
+        If batches have another number of views than ``views``, or the loss becomes NaN or infinite.
+
+    Notes
+    -----
+    Adam with warm-up, a last fifth of linear decay and gradient clipping. Bit-for-bit repeatability holds for one
+    machine, one torch build and one number of threads; on CUDA, results repeat up to the order of atomic additions.
+
+    Started by torchrun (or inside an initialised ``torch.distributed`` group), every process takes its share of each
+    batch: the curve is that of one process up to the order of sums. All processes must see the same store and folder.
+    """
+    return train_replicates(
+        reader,
+        spec,
+        views=views,
+        seeds=[seed],
+        device=device,
+        folders=None if folder is None else [folder],
+        progress=progress,
+        log_every=log_every,
+        save_every=save_every,
+        data_hash=data_hash,
+        facts=facts,
+    )[0]
+
+
+def train_replicates(
+    reader: PairedActivations,
+    spec: CrosscoderSpec,
+    *,
+    views: Sequence[str],
+    seeds: Sequence[int],
+    device: str | torch.device = "cpu",
+    folders: Sequence[Path] | None = None,
+    progress: Progress = SILENT,
+    log_every: int = LOG_EVERY,
+    save_every: int = SAVE_EVERY,
+    data_hash: str = "",
+    facts: Mapping[str, Any] | None = None,
+) -> list[Crosscoder]:
+    """Train crosscoders that differ in their initial weights alone, in one pass over the data.
+
+    Parameters
+    ----------
+    seeds
+        Seed of each one's initial weights.
+    folders
+        Folder of each.
+    reader, spec, views, device, progress, log_every, save_every, data_hash, facts
+        As in :func:`train_crosscoder`.
+
+    Returns
+    -------
+    list of Crosscoder
+        Each with the weights it would have got alone.
+    """
+    device = torch.device(device)
+    moments = measure_views(reader)
+    _check_views(moments, views)
+    places = [None] * len(seeds) if folders is None else list(folders)
+    ranks = join_ranks(device)
+    runs = []
+    for seed, place in zip(seeds, places, strict=True):
+        key = training_key(spec, views, seed=seed, data_hash=data_hash or f"{reader.n_tokens} tokens")
+        runs.append(_start(spec, views, moments, seed=seed, key=key, folder=place, device=device, ranks=ranks))
+        _resume(runs[-1])
+    step = min(run.step for run in runs)
+    with (
+        (progress if ranks.rank == 0 else SILENT).task(
+            f"crosscoder {spec.name}", total=spec.steps * spec.batch_size, unit="tokens"
+        ) as task,
+        closing(endless(reader, start=step)) as batches,
+    ):
+        task.skip(step * spec.batch_size)
+        while step < spec.steps:
+            batch = torch.from_numpy(joined(next(batches))).to(device, non_blocking=True)
+            log = (step + 1) % log_every == 0 or step + 1 == spec.steps
+            for run in runs:
+                if run.step == step:  # one that was saved later than the others waits for them
+                    _train_step(run, spec, batch, log=log)
+            step += 1
+            if log:
+                task.advance(spec.batch_size * ((step - 1) % log_every + 1), **_shown(runs[0]))
+            if step % save_every == 0 and step < spec.steps and ranks.rank == 0:
+                for run in runs:
+                    _save_state(run)
+    told = {"data_tokens": reader.n_tokens, **(facts or {})}
+    return [_finish(run, spec, facts={"key": run.key, "seed": run.seed, **told}) for run in runs]
+
+
+def _shown(run: _Run) -> dict[str, float | str]:
+    """What the progress line says; the fractions of variance explained in the order of the views."""
+    last = run.curve[-1]
+    fve = "/".join(f"{value:.3f}" for value in last["fve"].values())
+    return {"loss": last["loss"], "l0": last["l0"], "fve": fve, "dead": last["dead"]}
+
+
+def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:
+    """Hash of everything a crosscoder's weights depend on; its name and what is done with it are not among it."""
+    left_out = {"name", "views", "readout", "replicates", "accept_unhealthy", "corpus"}
+    settings = spec.model_dump(mode="json", exclude=left_out)
+    return content_hash([settings, list(views), int(seed), data_hash])
+
+
+def _check_views(moments: ViewMoments, views: Sequence[str]) -> None:
+    if len(moments.widths) != len(views):
+        raise InputError(f"the reader has {len(moments.widths)} views, but {len(views)} were named: {list(views)}.")
+
+
+def _start(
+    spec: CrosscoderSpec,
+    views: Sequence[str],
+    moments: ViewMoments,
+    *,
+    seed: int,
+    key: str,
+    folder: Path | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> _Run:
+    crosscoder = Crosscoder(
+        views,
+        width=moments.widths,
+        n_features=spec.n_features,
+        sparsity=spec.sparsity,
+        k=spec.k,
+        exclusive=dict(zip(views, spec.exclusive_features, strict=True)) if spec.exclusive_features else None,
+        readout=spec.readout,
+        name=spec.name,
+        seed=seed,
+    )
+    crosscoder.fit_normalisation(moments)
+    crosscoder.to(device).train()
+    scale = np.sqrt(moments.widths) / moments.mean_norm
+    variance = torch.from_numpy(moments.variance * scale**2)
+    work = Workspace(crosscoder, spec.batch_size, precision=spec.precision, ranks=ranks)
+    objective = make_objective(spec, device, variance=float(variance.sum()))
+    trained = [*work.weights().values(), *objective.weights().values()]
+    optimiser = torch.optim.Adam(trained, lr=spec.learning_rate, fused=True)
+    return _Run(crosscoder, work, objective, optimiser, variance, seed, key, folder, step=0, curve=[])
+
+
+@torch.no_grad()
+def _train_step(run: _Run, spec: CrosscoderSpec, batch: Tensor, *, log: bool) -> None:
+    """One step; ``log`` adds a point to the curve, read from the batch just seen before the weights move."""
+    for group in run.optimiser.param_groups:
+        group["lr"] = learning_rate(run.step, spec)
+    run.work.encode(batch)
+    run.objective.step(run.work, run.step)
+    run.work.finish_gradients()
+    if log:
+        run.curve.append(_curve_point(run))
+    torch.nn.utils.clip_grad_norm_(run.work.weights().values(), MAX_GRADIENT_NORM)
+    run.optimiser.step()
+    run.step += 1
+
+
+def _curve_point(run: _Run) -> dict[str, Any]:
+    loss = run.objective.loss(run.work, run.step)
+    if not np.isfinite(loss):
+        raise InputError(
+            f"crosscoder {run.crosscoder.name!r}: the loss is {loss} at step {run.step + 1}; lower learning_rate "
+            f"(now {run.optimiser.param_groups[0]['lr']:.2g}) or check the activations for outliers."
+        )
+    work = run.work
+    squares = torch.stack([part.double().square().sum() for part in work.by_view(work.error)])
+    fve = 1.0 - work.mean_over_tokens(squares).cpu() / run.variance
+    silent = work.ranks.sum_(work.active.clone()) <= 0
+    return {
+        "step": run.step + 1,
+        "loss": loss,
+        "l0": float(work.mean_over_tokens((work.features > 0).sum())),
+        "fve": dict(zip(run.crosscoder.views, fve.tolist(), strict=True)),
+        "dead": float(silent.double().mean()),
+    }
+
+
+def _save_state(run: _Run) -> None:
+    if run.folder is None:
+        return
+    tensors = {f"model.{name}": tensor for name, tensor in run.crosscoder.state_dict().items()}
+    tensors |= {f"objective.{name}": tensor for name, tensor in run.objective.state().items()}
+    for name, weight in run.weights().items():
+        tensors |= {f"adam.{name}.{part}": value for part, value in run.optimiser.state[weight].items()}
+    write_tensors(run.folder / STATE, tensors, {"key": run.key, "step": run.step, "curve": run.curve})
+
+
+def _resume(run: _Run) -> None:
+    """Continue from a saved state if there is one of this very spec and data."""
+    if run.folder is None or not (run.folder / STATE).exists():
+        return
+    try:
+        tensors, facts = read_tensors(run.folder / STATE)
+    except StoreCorruptError:
+        return  # a state is a convenience: an unreadable one only costs the steps it would have saved
+    if facts.get("key") != run.key:
+        return
+    run.crosscoder.load_state_dict(_below(tensors, "model."))
+    run.objective.load_state(_below(tensors, "objective."))
+    for name, weight in run.weights().items():
+        parts = _below(tensors, f"adam.{name}.")
+        run.optimiser.state[weight] = {part: value.to(weight.device) for part, value in parts.items()}
+    run.step, run.curve = int(facts["step"]), list(facts["curve"])
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _finish(run: _Run, spec: CrosscoderSpec, *, facts: dict[str, Any]) -> Crosscoder:
+    crosscoder = run.crosscoder
+    run.objective.finish(crosscoder)
+    crosscoder.facts = {
+        **facts,
+        "spec": spec.model_dump(mode="json"),
+        "trained_tokens": spec.steps * spec.batch_size,
+        "torch": torch.__version__,
+        "last": run.curve[-1] if run.curve else {},
+    }
+    crosscoder.requires_grad_(False).eval()
+    if run.folder is not None and run.work.ranks.rank == 0:
+        write_json(run.folder / CURVE, run.curve)
+        crosscoder.save(run.folder)
+        (run.folder / STATE).unlink(missing_ok=True)
+    return crosscoder

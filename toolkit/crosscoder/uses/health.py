@@ -1,0 +1,357 @@
+"""Is a crosscoder fit to draw conclusions from? Fit, sparsity, dead features and cost to the models, with verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import VIEW
+from rlgen_stats.schemas.errors import StageError
+from rlgen_stats.stores import StudyFolder, read_json, write_json
+from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
+from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, batches_of, joined
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.readout import Readout
+from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+HEALTH: Final = "health.json"
+ACCEPTED: Final = "accepted.json"
+"""Note that a crosscoder is used although it failed its checks."""
+CROSSCODER: Final = "crosscoder"
+
+HEALTH_TOKENS: Final = 1 << 20
+"""Tokens health is measured on: a feature that fires on one token in 100,000 is then seen ten times on average."""
+FVE_MIN: Final = 0.8
+"""Below it, more than a fifth of what a model varies in is invisible to every later test."""
+DEAD_MAX: Final = 0.25
+"""Above it the dictionary is effectively smaller than declared, and shares of features compare badly."""
+L0_TOLERANCE: Final = 0.1
+"""Relative deviation of L0 from k under the fixed threshold; more means that threshold and training disagree."""
+DENSE_SHARE: Final = 0.5
+"""An l1 code with more active features than this share of the channels is no sparse code."""
+DENSE_RATE: Final = 0.2
+"""A feature that fires on more than a fifth of all tokens says little about any of them."""
+DENSE_MAX: Final = 0.1
+"""Largest share of such features among those that fire."""
+BIAS_TOLERANCE: Final = 0.1
+"""Relative reconstruction bias further from 1 means that activations, and every effect in their units, are shrunk."""
+RATE_EDGES: Final = tuple(10.0**power for power in range(-6, 1))
+"""Bins of the firing-rate histogram: never, below 1e-6, six decades up to always."""
+CE_RECOVERED_MIN: Final = 0.9
+"""Share of the mean-ablation loss that splicing must keep; below it the model computes with what the code drops."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the verdict."""
+
+    name: str
+    view: str
+    """Empty where the number is the crosscoder's as a whole."""
+    value: float
+    limit: float
+    ok: bool
+    """False also where the value could not be measured."""
+    reason: str
+    """The line in words."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """Health of one crosscoder."""
+
+    views: tuple[str, ...]
+    fve: NDArray[np.float64]
+    """[view] under the joint code of all views."""
+    fve_readout: NDArray[np.float64]
+    """[view] under the declared readout of that view alone: what features and edits see."""
+    l0: float
+    """Mean active features a token, joint code."""
+    l0_readout: NDArray[np.float64]
+    """[view] the same under the readout."""
+    firing: NDArray[np.float64]
+    """[feature] share of tokens with f > 0, joint code."""
+    bias: NDArray[np.float64]
+    """[view] relative reconstruction bias of the joint code: below 1 where reconstructions are shrunk."""
+    n_tokens: int
+    ce: Mapping[str, SpliceCE]
+    """Cross-entropy by view, where the model was at hand."""
+    checks: tuple[Check, ...]
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of features that never fire."""
+        return float((self.firing == 0).mean())
+
+    @property
+    def dense_fraction(self) -> float:
+        """Share of the features that fire which do so on more than ``DENSE_RATE`` of the tokens."""
+        alive = self.firing[self.firing > 0]
+        return float((alive > DENSE_RATE).mean()) if len(alive) else 0.0
+
+    def firing_histogram(self) -> NDArray[np.int64]:
+        """Features that never fire, below the first of ``RATE_EDGES``, and between its neighbours."""
+        edges = np.array([0.0, np.nextafter(0.0, 1.0), *RATE_EDGES[:-1], np.inf])
+        return np.histogram(self.firing, edges)[0]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every check passed."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def reasons(self) -> str:
+        """The failed lines, or "ok"."""
+        return "; ".join(check.reason for check in self.checks if not check.ok) or "ok"
+
+    def describe(self) -> dict[str, Any]:
+        """Contents of health.json."""
+        return {
+            "views": list(self.views),
+            "n_tokens": self.n_tokens,
+            "fve": self.fve.tolist(),
+            "fve_readout": self.fve_readout.tolist(),
+            "l0": self.l0,
+            "l0_readout": self.l0_readout.tolist(),
+            "dead_fraction": self.dead_fraction,
+            "dense_fraction": self.dense_fraction,
+            "reconstruction_bias": self.bias.tolist(),
+            "firing": self.firing.tolist(),
+            "firing_histogram": {"edges": RATE_EDGES, "counts": self.firing_histogram().tolist()},
+            "ce": {
+                view: {**vars(ce), "increase": ce.increase, "recovered": ce.recovered, "kl_recovered": ce.kl_recovered}
+                for view, ce in self.ce.items()
+            },
+            "checks": [vars(check) for check in self.checks],
+            "healthy": self.healthy,
+            "reasons": self.reasons,
+        }
+
+
+@torch.no_grad()
+def measure_health(
+    crosscoder: Crosscoder,
+    reader: PairedActivations,
+    *,
+    readout: Readout | None = None,
+    ce: Mapping[str, SpliceCE] | None = None,
+    max_tokens: int = HEALTH_TOKENS,
+    folder: Path | None = None,
+) -> Health:
+    """Measure FVE, L0, dead features and firing rates, and judge each.
+
+    Parameters
+    ----------
+    crosscoder
+        Trained model.
+    reader
+        Paired raw activations of its views.
+    readout
+        Readout for ``fve_readout``; default the declared one.
+    ce
+        Cross-entropies of :func:`splice_ce` by view; judged too where given.
+    max_tokens
+        All tokens are read, or a shuffled sample of about this many.
+    folder
+        Where health.json goes; None keeps nothing.
+
+    Returns
+    -------
+    Health
+
+    Notes
+    -----
+    FVE is 1 - residual sum of squares / sum of squares about the mean, in float64. The joint code is what training
+    optimised; the readout is what features.zarr and interventions use, and is never better.
+    """
+    kind = readout or crosscoder.default_readout
+    device = crosscoder.encoder_matrix.device
+    joint = [ExplainedVariance((width,)) for width in crosscoder.widths]
+    alone = [ExplainedVariance((width,)) for width in crosscoder.widths]
+    readouts = [None if kind == "joint" else crosscoder.readout_map(view=view, kind=kind) for view in crosscoder.views]
+    firing = torch.zeros(crosscoder.n_features, dtype=torch.float64, device=device)
+    active = np.zeros(len(crosscoder.views))
+    n_tokens = 0
+    for batch in batches_of(reader, max_tokens=max_tokens):
+        raw = torch.from_numpy(joined(batch)).to(device)
+        f = crosscoder.encode(crosscoder.normalise(raw))
+        firing += (f > 0).sum(dim=0)
+        for slot, (view, part) in enumerate(zip(crosscoder.views, crosscoder.split(raw), strict=True)):
+            read = readouts[slot]
+            own = f if read is None else read(part)
+            data = part.cpu().numpy()
+            joint[slot].update(data, crosscoder.reconstruct(f, view).cpu().numpy())
+            alone[slot].update(data, crosscoder.reconstruct(own, view).cpu().numpy())
+            active[slot] += float((own > 0).sum())
+        n_tokens += len(raw)
+    rate = (firing / n_tokens).cpu().numpy()
+    fve, l0 = np.array([float(each.value()) for each in joint]), float(rate.sum())
+    fve_readout = np.array([float(each.value()) for each in alone])
+    bias = np.array([float(each.bias()) for each in joint])
+    health = Health(crosscoder.views, fve, fve_readout, l0, active / n_tokens, rate, bias, n_tokens, dict(ce or {}), ())
+    health = replace(health, checks=tuple(_judge(crosscoder, health)))
+    if folder is not None:
+        facts = {"crosscoder": crosscoder.name, "weights_sha256": crosscoder.weights_sha256, "readout": kind}
+        write_json(folder / HEALTH, facts | health.describe())
+    return health
+
+
+def _judge(crosscoder: Crosscoder, health: Health) -> list[Check]:
+    checks, l0, dead = [], health.l0, health.dead_fraction
+    for view, value, bias in zip(crosscoder.views, health.fve.tolist(), health.bias.tolist(), strict=True):
+        checks.append(_at_least("fve", view, value, FVE_MIN, "fraction of variance explained"))
+        reason = f"relative reconstruction bias of {view} {bias:.3f}, expected 1 within {BIAS_TOLERANCE:g}"
+        checks.append(Check("reconstruction_bias", view, bias, 1.0, abs(bias - 1.0) <= BIAS_TOLERANCE, reason))
+    if crosscoder.sparsity != "l1":
+        low, high = (1 - L0_TOLERANCE) * crosscoder.k, (1 + L0_TOLERANCE) * crosscoder.k
+        reason = f"L0 {l0:.2f}, expected {crosscoder.k} within {L0_TOLERANCE:.0%}"
+        checks.append(Check("l0", "", l0, float(crosscoder.k), low <= l0 <= high, reason))
+    else:
+        limit = DENSE_SHARE * min(crosscoder.widths)
+        checks.append(Check("l0", "", l0, limit, 0 < l0 <= limit, f"L0 {l0:.2f}, expected above 0 to {limit:g}"))
+    reason = f"dead fraction {dead:.3f}, at most {DEAD_MAX:g} allowed"
+    checks.append(Check("dead_fraction", "", dead, DEAD_MAX, dead <= DEAD_MAX, reason))
+    dense = health.dense_fraction
+    reason = (
+        f"share of features that fire on over {DENSE_RATE:.0%} of tokens {dense:.3f}, at most {DENSE_MAX:g} allowed"
+    )
+    checks.append(Check("dense_fraction", "", dense, DENSE_MAX, dense <= DENSE_MAX, reason))
+    for view, loss in health.ce.items():
+        checks.append(_at_least("ce_recovered", view, loss.recovered, CE_RECOVERED_MIN, "cross-entropy recovered"))
+        checks.append(_at_least("kl_recovered", view, loss.kl_recovered, CE_RECOVERED_MIN, "KL recovered"))
+    return checks
+
+
+def _at_least(name: str, view: str, value: float, limit: float, words: str) -> Check:
+    return Check(name, view, value, limit, value >= limit, f"{words} of {view} {value:.3f}, at least {limit:g} needed")
+
+
+def read_health(folder: Path) -> dict[str, Any]:
+    """Contents of a crosscoder's health.json.
+
+    Raises
+    ------
+    StageError
+        If it is not there.
+    """
+    if not (folder / HEALTH).exists():
+        raise StageError(f"{folder / HEALTH} is missing; run the crosscoder stage, which measures health.")
+    return dict(read_json(folder / HEALTH))
+
+
+def require_healthy(
+    folder: StudyFolder, crosscoders: Mapping[str, bool], *, stage: str, force: bool, progress: Progress = SILENT
+) -> None:
+    """Refuse to go on with a crosscoder that failed its checks, unless that was accepted.
+
+    Parameters
+    ----------
+    folder
+        Study folder.
+    crosscoders
+        Name -> whether study.yaml accepts it unhealthy.
+    stage
+        The stage that wants to use them, for the message.
+    force
+        Accept them now; noted beside the weights, for these weights only.
+    progress
+        Told what is used although it failed.
+
+    Raises
+    ------
+    StageError
+        Naming the failed checks and the remedy.
+    """
+    for name, accepted in crosscoders.items():
+        record = read_health(folder.crosscoder(name))
+        if record["healthy"]:
+            continue
+        note = folder.crosscoder(name) / ACCEPTED
+        known = read_json(note).get("weights_sha256") if note.exists() else None
+        if not (force or accepted or known == record["weights_sha256"]):
+            raise StageError(
+                f"crosscoder {name!r} failed its health check: {record['reasons']}. Train it longer or with other "
+                f"settings, or use it as it is: rlgen-stats {stage} --force, or accept_unhealthy: true in study.yaml "
+                "(recorded, and the report says so)."
+            )
+        facts = {"weights_sha256": record["weights_sha256"], "reasons": record["reasons"], "by": stage}
+        if known != record["weights_sha256"]:
+            write_json(note, facts)
+        progress.log(f"crosscoder {name} is used although it failed its health check: {record['reasons']}")
+
+
+def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
+    """Health of several crosscoders as one table (layout ``health``).
+
+    Parameters
+    ----------
+    folder
+        Study folder.
+    names
+        Crosscoders.
+
+    Returns
+    -------
+    Dataset
+        ``fve``, ``fve_readout``, ``ce_increase``, ``ce_recovered``, ``kl``, ``kl_recovered``, ``reconstruction_bias``
+        [crosscoder, view], NaN where a crosscoder lacks the view; ``l0``, ``dead_fraction``, ``dense_fraction``,
+        ``n_features``, ``healthy``, ``reasons`` [crosscoder]; ``firing_histogram[crosscoder, rate_bin]``, features by
+        firing rate (coordinate: lower edge, the silent at 0).
+
+    Raises
+    ------
+    StageError
+        If one has no health.json.
+    """
+    records = {name: read_health(folder.crosscoder(name)) for name in names}
+    views = list(dict.fromkeys(view for record in records.values() for view in record["views"]))
+
+    def by_view(pick: Any) -> tuple[tuple[str, str], NDArray[np.float64]]:
+        table = np.full((len(records), len(views)), np.nan)
+        for row, record in zip(table, records.values(), strict=True):
+            for slot, view in enumerate(record["views"]):
+                row[views.index(view)] = pick(record, slot, view)
+        return (CROSSCODER, VIEW), table
+
+    def loss(record: dict[str, Any], view: str, key: str) -> float:
+        value = record["ce"].get(view, {}).get(key)
+        return math.nan if value is None else float(value)
+
+    def each(key: str, kind: Any) -> tuple[str, NDArray[Any]]:
+        return CROSSCODER, np.array([record[key] for record in records.values()], dtype=kind)
+
+    return xr.Dataset(
+        {
+            "fve": by_view(lambda record, slot, view: record["fve"][slot]),
+            "fve_readout": by_view(lambda record, slot, view: record["fve_readout"][slot]),
+            "ce_increase": by_view(lambda record, slot, view: loss(record, view, "increase")),
+            "ce_recovered": by_view(lambda record, slot, view: loss(record, view, "recovered")),
+            "kl": by_view(lambda record, slot, view: loss(record, view, "kl")),
+            "kl_recovered": by_view(lambda record, slot, view: loss(record, view, "kl_recovered")),
+            "reconstruction_bias": by_view(lambda record, slot, view: record["reconstruction_bias"][slot]),
+            "l0": each("l0", np.float64),
+            "dead_fraction": each("dead_fraction", np.float64),
+            "dense_fraction": each("dense_fraction", np.float64),
+            "firing_histogram": (
+                (CROSSCODER, "rate_bin"),
+                np.array([record["firing_histogram"]["counts"] for record in records.values()], dtype=np.int64),
+            ),
+            "healthy": each("healthy", np.bool_),
+            "reasons": each("reasons", np.str_),
+            "n_features": (CROSSCODER, np.array([len(record["firing"]) for record in records.values()])),
+        },
+        coords={CROSSCODER: list(records), VIEW: views, "rate_bin": [0.0, np.finfo(float).tiny, *RATE_EDGES[:-1]]},
+        attrs={
+            "fve_min": FVE_MIN, "dead_max": DEAD_MAX, "l0_tolerance": L0_TOLERANCE, "dense_max": DENSE_MAX,
+            "bias_tolerance": BIAS_TOLERANCE, "ce_recovered_min": CE_RECOVERED_MIN,
+        },
+    )  # fmt: skip

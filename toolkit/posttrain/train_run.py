@@ -1,0 +1,244 @@
+"""One post-training run: TRL trains, checkpoints land in models/<run>/step-N, a record closes the run."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOTrainer, SFTTrainer
+
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
+from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
+from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
+from rlgen_stats.toolkit.extraction.checkpoints import (
+    POSTTRAIN_RECORD,
+    ModelRef,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from rlgen_stats.toolkit.extraction.generation import stop_ids
+from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.posttrain.arguments import adapter_config, trainer_arguments
+from rlgen_stats.toolkit.posttrain.rewards import FinalAnswerReward
+from rlgen_stats.toolkit.posttrain.schedule import (
+    RESUME_FOLDER,
+    RESUME_NOTE,
+    CheckpointSchedule,
+    ProgressReport,
+    step_folder,
+)
+from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, load_training_table, table_hash
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+PARTIAL: Final = ".*.partial"
+"""Checkpoints that were being written when the process died."""
+
+
+def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: Progress = SILENT) -> tuple[int, ...]:
+    """Train one run from the base with TRL, unless it is finished; an interrupted one resumes at its last checkpoint.
+
+    SFT is cross-entropy on the completions of ``data.train`` (the prompt carries no loss); GRPO's only reward is the
+    study's grader. All parameters are trained unless ``trainer`` has a ``peft`` section.
+
+    Parameters
+    ----------
+    spec
+        The study.
+    run
+        One of its runs, method sft or grpo.
+    folder
+        The study's folder; checkpoints go to ``models/<run>/step-N``, the record to ``models/<run>/posttrain.json``.
+    progress
+        Receiver of progress: steps, loss, reward.
+
+    Returns
+    -------
+    tuple of int
+        Optimiser steps of the checkpoints, evenly spaced, the last one the end of training.
+
+    Raises
+    ------
+    SpecError
+        For unknown, refused or impossible trainer arguments, or a missing table.
+    InputError
+        For an unusable table.
+    ModelError
+        If the base cannot be loaded.
+
+    Notes
+    -----
+    On a CPU the same seed and number of threads give the same weights bit for bit, and so does a run that was
+    interrupted and resumed. Files from any earlier, different run of the same name are removed, never mixed in.
+    GRPO: DeepSeekMath, arXiv 2402.03300, equation 3, with the variants TRL offers under ``loss_type`` and
+    ``scale_rewards``.
+    """
+    if run.method == "checkpoints":
+        raise SpecError(f"run {run.name!r} brings its own checkpoints; only methods sft and grpo are trained here.")
+    target = folder.run(run.name)
+    table = load_training_table(spec, run, folder)
+    device = resolve_device(spec.device)
+    seed = derive_seed(spec.seed, "posttrain", run.method, run.seed)
+    with _quiet():
+        arguments = trainer_arguments(run, output=target / RESUME_FOLDER, seed=seed, device=device)
+    identity = _identity(spec, run, table, seed)
+    record = target / POSTTRAIN_RECORD
+    if record.exists() and (done := read_json(record)).get("identity") == identity:
+        return tuple(int(step) for step in done["steps"])
+    resume = _prepare_folder(target, identity)
+    with _quiet(), _own_generators():
+        schedule, log = _train(spec, run, folder, table, arguments, identity, resume, progress)
+    content = {
+        "run": run.name,
+        "method": run.method,
+        "steps": list(schedule.steps),
+        "log": log,
+        "trainer": _plain(arguments.to_dict()),
+        "peft": run.trainer.get("peft"),
+        "data_hash": table_hash(table),
+        "n_prompts": len(table),
+        "seed": seed,
+        "versions": package_versions(),
+        "identity": identity,
+    }
+    write_json(record, content)
+    shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)
+    return schedule.steps
+
+
+def _identity(spec: StudySpec, run: RunSpec, table: pd.DataFrame, seed: int) -> str:
+    """Hash of everything that decides the run's weights, the base's bytes aside."""
+    share = [run.model_dump(mode="json"), spec.grader.model_dump(mode="json"), spec.base.path, spec.device, seed]
+    return content_hash([*share, table_hash(table)])
+
+
+def _prepare_folder(target: Path, identity: str) -> Path | None:
+    """Clear what an earlier run left; the trainer state to resume from, if it is this run's and complete."""
+    target.mkdir(parents=True, exist_ok=True)
+    note_file = target / RESUME_FOLDER / RESUME_NOTE
+    note: Mapping[str, Any] = read_json(note_file) if note_file.exists() else {}
+    state = target / RESUME_FOLDER / str(note.get("checkpoint"))
+    step = int(note.get("step", 0)) if note.get("identity") == identity and state.is_dir() else 0
+    (target / POSTTRAIN_RECORD).unlink(missing_ok=True)
+    for leftover in (*target.glob("step-*"), *target.glob(PARTIAL)):
+        if leftover.is_dir() and not (leftover.name[5:].isdigit() and int(leftover.name[5:]) <= step):
+            shutil.rmtree(leftover)
+    if not step:
+        shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)
+        return None
+    return state
+
+
+def _train(
+    spec: StudySpec,
+    run: RunSpec,
+    folder: StudyFolder,
+    table: pd.DataFrame,
+    arguments: Any,
+    identity: str,
+    resume: Path | None,
+    progress: Progress,
+) -> tuple[CheckpointSchedule, list[dict[str, Any]]]:
+    base = folder.resolve(spec.base.path)
+    ref = ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base)
+    tokenizer = load_tokenizer(ref)
+    model = load_model(ref, device=arguments.device)
+    model.requires_grad_(True)
+    trainer = _make_trainer(spec, run, table, model, tokenizer, arguments)
+    target = folder.run(run.name)
+    schedule = CheckpointSchedule(
+        target, run.n_checkpoints, load_tokenizer(ref), {"identity": identity}, keep_state=not arguments.save_only_model
+    )
+    report = ProgressReport(progress, f"train {run.name} ({run.method})")
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(schedule)
+    trainer.add_callback(report)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        report.close()
+    missing = [step for step in schedule.steps if not step_folder(target, step).is_dir()]
+    if missing:
+        raise SpecError(
+            f"run {run.name!r} ended at step {trainer.state.global_step} without its checkpoints {missing}; "
+            "training stopped early: remove the option that stops it."
+        )
+    return schedule, [_plain(entry) for entry in trainer.state.log_history]
+
+
+def _make_trainer(
+    spec: StudySpec, run: RunSpec, table: pd.DataFrame, model: Any, tokenizer: Any, arguments: Any
+) -> Any:
+    columns = table.rename(columns={"text": "prompt"})
+    adapter = adapter_config(run)
+    if run.method == "sft":
+        check_boundary(table, tokenizer)
+        data = datasets.Dataset.from_pandas(columns[["prompt", "completion"]], preserve_index=False)
+        return SFTTrainer(
+            model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=adapter
+        )
+    data = datasets.Dataset.from_pandas(columns[["prompt", "answer"]], preserve_index=False)
+    reward = FinalAnswerReward(make_grader(spec.grader), stop_ids(model, tokenizer))
+    return GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that JSON can hold, without this machine's paths."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in ("output_dir", "logging_dir") and json.loads(json.dumps(value, default=lambda _: None)) == value
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only errors from TRL, transformers and datasets; the toolkit's progress is the one that speaks."""
+    verbosity = transformers_logging.get_verbosity()
+    shown = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """Trainers seed the process's generators; leave them as they were."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  # saved for others, not used
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002

@@ -1,0 +1,1 @@
+"""The five claims, each assessed from results."""

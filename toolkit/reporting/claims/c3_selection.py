@@ -1,0 +1,210 @@
+"""C3: whether a compact, task-agnostic feature set separates RL from base."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+import xarray as xr
+
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.claims.scope import readout_caveat
+from rlgen_stats.toolkit.reporting.claims.verdicts import (
+    COMPACT_SHARE,
+    MIN_TASKS,
+    NOTHING,
+    Claim,
+    Verdict,
+    selection_verdict,
+)
+from rlgen_stats.toolkit.reporting.values import Results, attr_number, count, fixed, labels_of, listed, p_text
+
+_C3: Final = (
+    "A compact, task-agnostic feature set separates RL from base on prompts where base is wrong and RL is right"
+)
+_C3_PAPER: Final = (
+    "50 and 16 features of 32,768 in its two models, by scores of at least 20% of the maximum in every selection task."
+)
+ONE_MECHANISM: Final = 0.9
+"""Correlation of tasks' scores above which their intersection is nearly forced (METHOD.md 4c)."""
+_YES: Final = "yes"
+_UNUSED: Final = "no: not selected on"
+"""State of held-out and control tasks."""
+
+
+def estimable_tasks(selection: xr.Dataset) -> list[str]:
+    """Selection tasks with enough prompts that base got wrong and RL right to test features on."""
+    return [task for task, state in _selection_tasks(selection) if state == _YES]
+
+
+def scored_tasks(selection: xr.Dataset) -> list[str]:
+    """Selection tasks with any such prompt: those the paper's rule intersects."""
+    return [task for task, state in _selection_tasks(selection) if not state.startswith("no")]
+
+
+def _selection_tasks(selection: xr.Dataset) -> list[tuple[str, str]]:
+    rows = zip(selection["task"].values, selection["estimable"].values, selection["role"].values, strict=True)
+    return [(str(task), str(state)) for task, state, role in rows if str(role) not in ("held_out", "control")]
+
+
+def assess_selection(results: Results, spec: StudySpec) -> Claim:
+    """C3 from the selection: features confirmed on verification prompts, guarded by :func:`selection_verdict`.
+
+    The estimate is the number of CONFIRMED features; by Holm's bound at least that many separate the models, with
+    confidence 1 - alpha. p is the smallest Holm-adjusted verification p: that of "at least one feature separates".
+    """
+    data = results.get("selection")
+    if data is None:
+        return _unanswered("the selection has not been computed", {})
+    tasks = estimable_tasks(data)
+    confirmed = data["tier"].values == "CONFIRMED"
+    n_confirmed = int(confirmed.sum())
+    testable = np.isfinite(data["p_value"].values)
+    contrast = bool(np.isfinite(data["contrast_p"].values).any())
+    guarded = contrast or ("p_guard" in data and bool(np.isfinite(data["p_guard"].values).any()))
+    verdict = selection_verdict(
+        n_estimable=len(tasks), n_confirmed=n_confirmed, n_testable=int(testable.sum()), guarded=guarded
+    )
+    details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
+    if verdict is Verdict.NOT_ESTIMABLE:
+        why = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        return _unanswered(why, details)
+    q = data["verification_q"].values
+    return Claim(
+        "C3",
+        _C3,
+        float(n_confirmed),
+        float(n_confirmed),
+        NOTHING,
+        float(np.nanmin(q)) if np.isfinite(q).any() else NOTHING,
+        "features",
+        verdict,
+        _answer(verdict, details),
+        (*_caveats(data, details, spec), *_reappearance(results, spec, data), *readout_caveat(results, spec)),
+        _C3_PAPER,
+        details,
+    )
+
+
+def unusable_tasks(data: xr.Dataset) -> str:
+    """Why tasks meant for selection could not be used, tasks with the same reason together; empty if all could."""
+    by_reason: dict[str, list[str]] = {}
+    for task, state in zip(data["task"].values, data["estimable"].values, strict=True):
+        if str(state) not in (_YES, _UNUSED, ""):
+            by_reason.setdefault(str(state).removeprefix("no: "), []).append(str(task))
+    return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in by_reason.items())
+
+
+def _details(
+    data: xr.Dataset, tasks: list[str], testable: np.ndarray, *, contrast: bool, guarded: bool
+) -> dict[str, Any]:
+    tiers, counts = np.unique(data["tier"].values.astype(str), return_counts=True)
+    every = [str(t) for t in data["task"].values]
+    return {
+        "test": data.attrs.get("test", ""),
+        "null": data.attrs.get("null", ""),
+        "estimable_tasks": tasks,
+        "n_testable": int(testable.sum()),
+        "tiers": {str(tier): int(n) for tier, n in zip(tiers, counts, strict=True) if tier},
+        "n_confirmed": int((data["tier"].values == "CONFIRMED").sum()),
+        "n_selected": int(data["selected"].values.sum()),
+        "n_paper_rule": attr_number(data, "n_paper"),
+        "p_paper_rule_flip_null": attr_number(data, "p_n1"),
+        "p_paper_rule_permuted_ids": attr_number(data, "p_n2"),
+        "score_correlation": attr_number(data, "score_correlation"),
+        "shift_rank": attr_number(data, "shift_rank"),
+        "rl_specific_contrast": contrast,
+        "guarded": guarded,
+        "selected_by": str(data.attrs.get("rule", "")),
+        "n_gain": dict(zip(every, (int(n) for n in data["n_gain"].values), strict=True)),
+        "n_loss": dict(zip(every, (int(n) for n in data["n_loss"].values), strict=True)),
+    }
+
+
+def _unanswered(reason: str, details: dict[str, Any]) -> Claim:
+    return Claim(
+        "C3",
+        _C3,
+        NOTHING,
+        NOTHING,
+        NOTHING,
+        NOTHING,
+        "features",
+        Verdict.NOT_ESTIMABLE,
+        f"Not estimable: {reason}.",
+        (),
+        _C3_PAPER,
+        details | {"reason": reason},
+    )
+
+
+def _answer(verdict: Verdict, details: dict[str, Any]) -> str:
+    n, tasks = details["n_confirmed"], details["estimable_tasks"]
+    found = f"{count(n, 'feature')} of {details['n_testable']:,} testable ones {'is' if n == 1 else 'are'} confirmed"
+    where = f"on prompts not used to select them, over {count(len(tasks), 'task')}"
+    if verdict is Verdict.SUPPORTED:
+        return f"{found} {where}."
+    if verdict is Verdict.NOT_SUPPORTED:
+        if n == 0:
+            return f"No feature of {details['n_testable']:,} testable ones is confirmed {where}."
+        return f"{found} {where}, more than the {100 * COMPACT_SHARE:.0f}% that could still be called compact."
+    if not details["guarded"]:
+        return (
+            f"Undetermined: {found}, but RL got too few prompts wrong that base got right for the RL-specific "
+            "contrast, without which selecting prompts by outcome can make any feature separate."
+        )
+    return f"Undetermined: {found}, but only {count(len(tasks), 'task')} could be tested (at least {MIN_TASKS} needed)."
+
+
+def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[str, ...]:
+    """Whether the confirmed features are of the models or of one dictionary's initial weights."""
+    matching, name = results.get("matching"), spec.primary_crosscoder.name
+    confirmed = data["feature"].values[data["tier"].values == "CONFIRMED"]
+    if matching is None or name not in labels_of(matching, "crosscoder"):
+        return ("The dictionary was trained once: whether another seed brings these features back is not known.",)
+    if not len(confirmed):
+        return ()
+    share = matching["reappearance"].sel(crosscoder=name, feature=confirmed).values
+    n = len(labels_of(matching, "replicate"))
+    return (
+        f"{int((share == 1).sum())} of {count(len(confirmed), 'confirmed feature')} have a match in "
+        f"{'the other dictionary' if n == 1 else f'all {n} other dictionaries'} trained from other initial weights.",
+    )
+
+
+def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tuple[str, ...]:
+    caveats = []
+    correlation, rank = details["score_correlation"], details["shift_rank"]
+    if math.isfinite(correlation) and correlation > ONE_MECHANISM:
+        caveats.append(
+            f"Scores correlate {fixed(correlation, 2)} across tasks: one mechanism serves them all, so that a shared "
+            "set was nearly forced and its being task-agnostic is no finding of its own."
+        )
+    if math.isfinite(rank) and rank < MIN_TASKS:
+        caveats.append(
+            f"The RL shift has an effective rank of {fixed(rank)}; a single mean-shift direction may carry all of it."
+        )
+    if not math.isfinite(correlation):
+        caveats.append("The correlation of scores across tasks is not estimable, so one mechanism cannot be excluded.")
+    if not details["rl_specific_contrast"]:
+        losses = sum(details["n_loss"].values())
+        instead = "the guard is a test on all prompts instead" if details["guarded"] else "there is no guard"
+        caveats.append(
+            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind and RL lost {losses} "
+            f"in all; {instead}."
+        )
+    p_flip, p_ids, n_paper = (
+        details["p_paper_rule_flip_null"],
+        details["p_paper_rule_permuted_ids"],
+        details["n_paper_rule"],
+    )
+    if math.isfinite(n_paper):
+        caveats.append(
+            f"The paper's own rule keeps {count(n_paper, 'feature')} (p = {p_text(p_flip)} when labels are flipped and "
+            f"the rule re-run, {p_text(p_ids)} when feature ids are permuted)."
+        )
+    skipped = [str(t) for t in data["task"].values if str(t) in spec.selection.held_out_tasks]
+    if skipped:
+        caveats.append(f"Selection never saw {listed(skipped)}.")
+    return tuple(caveats)

@@ -1,0 +1,169 @@
+"""Tables of the report: written as CSV, shown in part."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Final
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.arm_rows import arms_of
+from rlgen_stats.toolkit.reporting.claims.verdicts import Claim
+from rlgen_stats.toolkit.reporting.facts import Fact, families
+from rlgen_stats.toolkit.reporting.headline import DomainAccuracy
+from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of
+
+TOP_DRIFT: Final = 200
+"""Features per model in drift.csv, smallest p first; all of them are in results.zarr/drift."""
+
+
+def build_tables(
+    results: Results,
+    spec: StudySpec,
+    *,
+    claims: tuple[Claim, ...],
+    domains: list[DomainAccuracy],
+    facts: list[Fact],
+) -> dict[str, pd.DataFrame]:
+    """Every table by file name without suffix; analyses that are missing have none."""
+    tables = {
+        "claims": claims_frame(claims),
+        "domains": pd.DataFrame([row.as_dict() for row in domains]),
+        "facts": pd.DataFrame([vars(fact) for fact in facts]),
+        "families": pd.DataFrame(families(results)),
+    }
+    simple = {"behaviour": ("model", "task"), "movement": ("model",), "attribution_contrast": ("tau",),
+              "control_balance": ("covariate",), "set_stability": ("model",)}  # fmt: skip
+    for name, dims in simple.items():
+        if name in results:
+            tables[name] = flat(results[name], dims)
+    if "stabilization" in results:
+        tables["stabilization"] = flat(results["stabilization"], ("model",))
+    if "health" in results:
+        tables["health"] = flat(results["health"], ("crosscoder",))
+        views = flat(results["health"], ("crosscoder", "view")).dropna(subset=["fve"])
+        tables["health_views"] = views if "fve_readout" in views else views.assign(fve_readout=math.nan)
+    if "latent_scaling" in results:
+        tables["feature_classes"] = class_counts(results["latent_scaling"])
+    if "matching" in results:
+        tables["matching"] = matching_summary(results["matching"])
+    if "drift" in results:
+        tables["drift_summary"] = drift_summary(results["drift"])
+        tables["drift"] = top_drift(results["drift"], spec)
+    if "selection" in results:
+        tables["selection"] = selection_frame(results["selection"])
+        tables["selection_tasks"] = flat(results["selection"], ("task",))
+    if "intervention" in results:
+        tables["intervention"] = intervention_frame(results["intervention"])
+        tables["intervention_tasks"] = flat(results["intervention"], ("direction", "condition", "task")).dropna(
+            subset=["task_accuracy"]
+        )
+    return {name: table for name, table in tables.items() if len(table.columns)}
+
+
+def claims_frame(claims: tuple[Claim, ...]) -> pd.DataFrame:
+    """Claims without their details; caveats in one cell."""
+    names = ("id", "statement", "estimate", "low", "high", "p_value", "unit")
+    return pd.DataFrame(
+        [
+            {name: getattr(claim, name) for name in names}
+            | {"verdict": claim.verdict.value, "answer": claim.answer, "caveats": " ".join(claim.caveats)}
+            | {"paper_figure": claim.paper_figure}
+            for claim in claims
+        ]
+    )
+
+
+def flat(data: xr.Dataset, dims: tuple[str, ...]) -> pd.DataFrame:
+    """Variables with exactly these dimensions and their labels, one row a combination."""
+    names = [str(name) for name, variable in data.data_vars.items() if set(variable.dims) == set(dims)]
+    labels = [
+        str(name)
+        for name, coord in data.coords.items()
+        if name not in dims and coord.ndim == 1 and coord.dims[0] in dims and name not in data.dims
+    ]
+    own = data[names].reset_coords(labels) if labels else data[names]
+    return own.to_dataframe(dim_order=list(dims)).reset_index()[[*dims, *labels, *names]]
+
+
+def class_counts(scaling: xr.Dataset) -> pd.DataFrame:
+    """Features of every crosscoder by class and owner."""
+    rows = []
+    for i, crosscoder in enumerate(labels_of(scaling, "crosscoder")):
+        kinds = zip(scaling["feature_class"].values[i], scaling["specific_to"].values[i], strict=True)
+        for (kind, owner), n in sorted(Counter((str(k), str(o)) for k, o in kinds if k).items()):
+            rows.append({"crosscoder": crosscoder, "class": kind, "view": owner, "n_features": n})
+    return pd.DataFrame(rows)
+
+
+def matching_summary(matching: xr.Dataset) -> pd.DataFrame:
+    """Per other dictionary: matched features, median similarity and correlation, overlap of subspaces."""
+    rows = []
+    for crosscoder in labels_of(matching, "crosscoder"):
+        for replicate in labels_of(matching, "replicate"):
+            one = matching.sel(crosscoder=crosscoder, replicate=replicate)
+            if not np.isfinite(one["similarity"].values).any():
+                continue
+            matched = one["matched"].values
+            rows.append(
+                {
+                    "crosscoder": crosscoder,
+                    "replicate": replicate,
+                    "n_compared": int(np.isfinite(one["q_value"].values).sum()),
+                    "n_matched": int(matched.sum()),
+                    "median_similarity": float(np.nanmedian(one["similarity"].values)),
+                    "median_correlation": float(one["correlation"].where(one["matched"]).median()),
+                    "subspace_overlap": float(one["subspace_overlap"]),
+                    "subspace_overlap_chance": float(one["subspace_overlap_chance"]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def drift_summary(drift: xr.Dataset) -> pd.DataFrame:
+    """Calls and untestable features per checkpoint."""
+    rows = []
+    for i, model in enumerate(labels_of(drift, "model")):
+        calls, p = drift["call"].values[i].astype(str), drift["p_value"].values[i]
+        rows.append(
+            {"model": model, "n_features": p.size, "n_testable": int(np.isfinite(p).sum())}
+            | {call: int((calls == call).sum()) for call in ("DRIFT", "NO_DRIFT", "UNDETERMINED")}
+        )
+    return pd.DataFrame(rows)
+
+
+def top_drift(drift: xr.Dataset, spec: StudySpec) -> pd.DataFrame:
+    """The most surely drifted features of every final model."""
+    names = ("effect", "effect_low", "effect_high", "d_z", "firing_change", "p_value", "q_value", "p_max_t", "call")
+    parts = []
+    for model in final_models(spec, drift).values():
+        one = drift.sel(model=model)
+        order = np.argsort(np.nan_to_num(one["p_value"].values, nan=2.0), kind="stable")[:TOP_DRIFT]
+        order = order[np.isfinite(one["p_value"].values[order])]
+        parts.append(
+            pd.DataFrame(
+                {"model": model, "feature": one["feature"].values[order]} | {n: one[n].values[order] for n in names}
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def selection_frame(selection: xr.Dataset) -> pd.DataFrame:
+    """Features that are selected, confirmed, candidates or kept by the paper's rule, by rank."""
+    table = flat(selection, ("feature",))
+    wanted = table["selected"] | table["paper_selected"] | table["tier"].isin(["CONFIRMED", "CANDIDATE"])
+    return table[wanted.to_numpy(bool)].sort_values(["rank", "feature"], ignore_index=True)
+
+
+def intervention_frame(data: xr.Dataset) -> pd.DataFrame:
+    """One row an arm, with the share of completions in every class."""
+    classes, rows = labels_of(data, "class"), []
+    for direction in labels_of(data, "direction"):
+        for arm in arms_of(data, direction):
+            values = {name: value for name, value in vars(arm).items() if name != "shares"}
+            rows.append(values | {f"share_{c}": float(s) for c, s in zip(classes, arm.shares, strict=True)})
+    return pd.DataFrame(rows)

@@ -1,0 +1,192 @@
+"""The selected features: their numbers, and the text on which each model fires most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from rlgen_stats.schemas.dims import BASE_MODEL
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder, read_contexts, read_logits
+from rlgen_stats.stores.dashboards import PEAK
+from rlgen_stats.toolkit.reporting.csv_tables import flat
+from rlgen_stats.toolkit.reporting.facts import StudyData
+from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of, number, text
+
+_T = TypeVar("_T")
+
+_ELSEWHERE: Final = "activation:"
+"""Prefix of the columns with other models' activation at the same token."""
+MAX_TOKENS: Final = 8
+"""Raised tokens shown per feature and model."""
+MAX_CONTEXTS: Final = 5
+"""Contexts shown per feature and model."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One place where a feature fires."""
+
+    before: str
+    peak: str
+    after: str
+    activation: float
+    prompt: str
+    source: str
+    position: int
+    elsewhere: dict[str, float]
+    """Activation at the same token, by model, where known."""
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    """Everything shown about one feature."""
+
+    feature: int
+    row: dict[str, Any]
+    """Its row of the selection table."""
+    means: dict[str, float]
+    """Mean activation over prompts, by model."""
+    scores: dict[str, float]
+    """Paper's score by task."""
+    contexts: dict[str, list[Context]]
+    """Top contexts by model."""
+    samples: dict[str, list[Context]]
+    """Quantiles of a random sample of the tokens on which it fires, by model, strongest first."""
+    tokens: dict[str, list[str]]
+    """Tokens its direction raises most, by model."""
+    origin: tuple[str, ...] = ()
+    """Whose it is by latent scaling and whether other seeds bring it back, in sentences; empty if not computed."""
+
+    @property
+    def anchor(self) -> str:
+        """Id of its section."""
+        return f"feature-{self.feature}"
+
+
+def feature_cards(
+    folder: StudyFolder,
+    spec: StudySpec,
+    results: Results,
+    data: StudyData,
+    features: Sequence[int] | None = None,
+) -> list[FeatureCard]:
+    """Cards of some features of the primary crosscoder; default the selected ones, by rank.
+
+    Raises
+    ------
+    InputError
+        If a feature does not exist.
+    """
+    selection = results.get("selection")
+    table = pd.DataFrame({"feature": []}) if selection is None else flat(selection, ("feature",))
+    if features is None and selection is not None:
+        table = table[table["selected"].to_numpy(bool)].sort_values(["rank", "feature"])
+    chosen = [int(feature) for feature in (table["feature"] if features is None else features)]
+    rows = table.set_index("feature", drop=False).reindex(chosen)
+    unknown = [k for k in chosen if not 0 <= k < spec.primary_crosscoder.n_features]
+    if unknown:
+        name, last = spec.primary_crosscoder.name, spec.primary_crosscoder.n_features - 1
+        raise InputError(f"features of {name!r} run from 0 to {last}, got {unknown[:5]}.")
+    contexts, tokens = _contexts(folder, spec, chosen), _tokens(folder, spec, chosen)
+    means = _means(data, spec, chosen)
+    tasks = labels_of(selection, "task")
+    scores = np.empty((0, len(chosen)))
+    if selection is not None:
+        scores = selection["score"].reindex(feature=chosen).transpose("task", "feature").values
+    return [
+        FeatureCard(
+            feature,
+            {str(key): value for key, value in row.items()},
+            {model: float(values[i]) for model, values in means.items()},
+            {task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
+            _in_order(contexts.get((feature, "top"), {}), list(means)),
+            _in_order(contexts.get((feature, "quantile"), {}), list(means)),
+            _in_order(tokens.get(feature, {}), list(means)),
+            _origin(results, spec.primary_crosscoder.name, feature),
+        )
+        for i, (feature, row) in enumerate(zip(chosen, rows.to_dict("records"), strict=True))
+    ]
+
+
+def _origin(results: Results, crosscoder: str, feature: int) -> tuple[str, ...]:
+    said = []
+    scaling, matching = results.get("latent_scaling"), results.get("matching")
+    if crosscoder in labels_of(scaling, "crosscoder"):
+        kind = text(scaling, "feature_class", crosscoder=crosscoder, feature=feature)
+        owner = text(scaling, "specific_to", crosscoder=crosscoder, feature=feature)
+        said.append(f"By decoder norms and latent scaling it is {kind}{f' ({owner})' if owner else ''}.")
+    if crosscoder in labels_of(matching, "crosscoder"):
+        share = number(matching, "reappearance", crosscoder=crosscoder, feature=feature)
+        n = len(labels_of(matching, "replicate"))
+        if math.isfinite(share):
+            said.append(f"{round(share * n)} of {n} dictionaries trained from other initial weights have it too.")
+    return tuple(said)
+
+
+def _in_order(by_model: dict[str, _T], models: list[str]) -> dict[str, _T]:
+    """Base first, then as the other tables have the models."""
+    return {model: by_model[model] for model in [*models, *by_model] if model in by_model}
+
+
+def _means(data: StudyData, spec: StudySpec, chosen: list[int]) -> dict[str, np.ndarray]:
+    if data.features is None or not chosen:
+        return {}
+    finals = final_models(spec, data.features)
+    models = [BASE_MODEL, *(finals[run.name] for run in spec.contrasted if run.name in finals)]
+    models = [model for model in models if model in labels_of(data.features, "model")]
+    mean = data.features["mean"].sel(model=models, feature=chosen).mean("prompt").compute().values
+    return {model: mean[i] for i, model in enumerate(models)}
+
+
+def _contexts(
+    folder: StudyFolder, spec: StudySpec, features: list[int]
+) -> dict[tuple[int, str], dict[str, list[Context]]]:
+    """``(feature, kind) -> model -> contexts`` of the primary crosscoder, strongest first; empty if none were kept."""
+    if not folder.contexts(spec.primary_crosscoder.name).exists() or not features:
+        return {}
+    table = read_contexts(folder, spec.primary_crosscoder.name, features)
+    found: dict[tuple[int, str], dict[str, list[Context]]] = {}
+    for row in table.to_dict("records"):
+        here = found.setdefault((int(row["feature"]), str(row["kind"])), {}).setdefault(str(row["model"]), [])
+        if len(here) < MAX_CONTEXTS:
+            here.append(_context({str(key): value for key, value in row.items()}))
+    return found
+
+
+def _context(row: dict[str, Any]) -> Context:
+    before, peak, after = split_peak(str(row["text"]))
+    elsewhere = {key.removeprefix(_ELSEWHERE): float(value) for key, value in row.items() if key.startswith(_ELSEWHERE)}
+    place = (str(row["prompt"]), str(row["source"]), int(row["position"]))
+    return Context(before, peak, after, float(row["activation"]), *place, elsewhere)
+
+
+def _tokens(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[str]]]:
+    """``feature -> model -> tokens`` that the feature's direction raises most, strongest first; may be empty."""
+    if not folder.logits(spec.primary_crosscoder.name).exists() or not features:
+        return {}
+    table = read_logits(folder, spec.primary_crosscoder.name, features)
+    table = table[(table["sign"] > 0) & (table["rank"] <= MAX_TOKENS)]
+    found: dict[int, dict[str, list[str]]] = {}
+    for row in table.to_dict("records"):
+        found.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), []).append(str(row["token"]))
+    return found
+
+
+def split_peak(text: str) -> tuple[str, str, str]:
+    """Text before, within and after the peak marks; all of it "before" if there are none.
+
+    Examples
+    --------
+    >>> split_peak("two ⟦plus⟧ three")
+    ('two ', 'plus', ' three')
+    """
+    before, opened, rest = text.partition(PEAK[0])
+    peak, closed, after = rest.partition(PEAK[1])
+    return (before, peak, after) if opened and closed else (text, "", "")

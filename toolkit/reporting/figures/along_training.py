@@ -1,0 +1,149 @@
+"""Figures along training: when features settle, and the top set against its noise ceiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rlgen_stats.schemas.errors import NotEstimableError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.claims.c2_timing import training_share
+from rlgen_stats.toolkit.reporting.claims.verdicts import SET_MARGIN
+from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed, run_colours, run_markers
+from rlgen_stats.toolkit.reporting.figures.plotting import (
+    INK,
+    MUTED,
+    NULL,
+    RULE,
+    Graphic,
+    canvas,
+    percent_axis,
+    quiet,
+    to_svg,
+)
+from rlgen_stats.toolkit.reporting.values import Results, fixed, of_run, percent
+
+
+def _runs(data: xr.Dataset, spec: StudySpec) -> list[tuple[str, xr.Dataset, np.ndarray]]:
+    """Run, its checkpoints by step, and their share of training, for the contrasted runs that the data has."""
+    found = [(run.name, of_run(data, run.name)) for run in spec.contrasted]
+    found = [(name, one) for name, one in found if one.sizes["model"]]
+    if not found:
+        raise NotEstimableError("no checkpoint of either contrasted run was analysed")
+    return [(name, one, training_share(one["step"].values)) for name, one in found]
+
+
+def stabilization(results: Results, spec: StudySpec) -> Graphic:
+    """Share of testable features that have settled, along training, with band."""
+    data = needed(results, "stabilization")
+    colours, markers, said = run_colours(spec), run_markers(spec), []
+    with canvas(7.4, 3.0) as (figure, grid):
+        axes = grid[0, 0]
+        for run, one, share in _runs(data, spec):
+            settled, low, high = (one[f"share{end}"].values.astype(float) for end in ("", "_low", "_high"))
+            axes.fill_between(share, low, high, color=colours[run], alpha=0.16, linewidth=0, step=None)
+            axes.plot(share, settled, color=colours[run], marker=markers[run], ms=4.5, label=run, clip_on=False)
+            said.append(
+                run
+                + ": "
+                + ", ".join(
+                    f"{percent(s, 0)} by {percent(x, 0)} of training" for s, x in zip(settled, share, strict=True)
+                )
+            )
+        axes.axvline(0.5, color=INK, lw=0.9, ls=":")
+        axes.annotate(
+            "half of training",
+            (0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -2),
+            textcoords="offset points",
+            va="top",
+            fontsize=8.5,
+            color=MUTED,
+        )
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of training", ylabel="testable features that have settled")
+        percent_axis(axes.xaxis)
+        percent_axis(axes.yaxis)
+        quiet(axes, grid="y")
+        axes.legend(loc="upper left", handlelength=1.4)
+        alt = "Share of features stabilised along training. " + "; ".join(said) + "."
+        svg = to_svg(figure, title="When features settle", alt=alt)
+    margin, persist = data.attrs.get("margin", "?"), data.attrs.get("persist", "?")
+    return Graphic(
+        "stabilization",
+        "When features settle",
+        svg,
+        alt,
+        f"A feature has settled once it is shown to stay within {margin} of its final activation, tested "
+        f"backwards from the last checkpoint; settling only within the last {persist} checkpoints does not "
+        "count. Bands are bootstrapped over prompts.",
+    )
+
+
+def _overlap_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
+    """Overlap across halves between the noise ceiling and chance; the plain overlap faint: it decides nothing."""
+    names = ("noise_ceiling", "final_ceiling", "cross", "overlap", "chance")
+    own, final, cross, plain, chance = (one[name].values.astype(float) for name in names)
+    axes.plot(share, (own + final) / 2, color=MUTED, lw=1.4, ls="--", label="noise ceiling")
+    axes.plot(share, cross, color=colour, marker="o", ms=4.5, clip_on=False, label="overlap across prompt halves")
+    axes.plot(share, plain, color=colour, lw=1.2, alpha=0.45, label="plain overlap (not used)")
+    axes.plot(share, chance, color=NULL, lw=1.2, ls=":", label="chance")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    quiet(axes, grid="y")
+    percent_axis(axes.yaxis)
+
+
+def _turnover_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
+    """Excess turnover with its interval over the zone that counts as the same set."""
+    axes.axhspan(-1, SET_MARGIN, color=RULE, alpha=0.25, linewidth=0)
+    axes.axhline(0, color=MUTED, lw=0.9)
+    axes.vlines(share, one["delta_low"].values, one["delta_high"].values, color=colour, lw=1.6)
+    axes.plot(share, one["delta"].values, "o", color=colour, ms=4.5, clip_on=False)
+    axes.set_xlabel("share of training")
+    quiet(axes, grid="y")
+    percent_axis(axes.xaxis)
+    percent_axis(axes.yaxis)
+
+
+def set_stability(results: Results, spec: StudySpec) -> Graphic:
+    """Top set: overlap with the final set between its noise ceiling and chance, and the excess turnover."""
+    data = needed(results, "set_stability")
+    runs, colours, said = _runs(data, spec), run_colours(spec), []
+    shape = {
+        "nrows": 2,
+        "ncols": len(runs),
+        "sharex": True,
+        "sharey": "row",
+        "gridspec_kw": {"height_ratios": [1.35, 1]},
+    }
+    with canvas(7.4, 4.9, **shape) as (figure, grid):
+        for column, (run, one, share) in enumerate(runs):
+            _overlap_panel(grid[0, column], one, share, colours[run])
+            _turnover_panel(grid[1, column], one, share, colours[run])
+            grid[0, column].set_title(run, pad=8, color=colours[run])
+            turnover = zip(one["delta"].values, share, strict=True)
+            said.append(
+                f"{run}: excess turnover " + ", ".join(f"{fixed(100 * d)}% at {percent(x, 0)}" for d, x in turnover)
+            )
+        lows = np.concatenate([one["delta_low"].values.astype(float) for _, one, _ in runs])
+        highs = np.concatenate([one["delta_high"].values.astype(float) for _, one, _ in runs])
+        finite = np.concatenate([lows[np.isfinite(lows)], highs[np.isfinite(highs)], [0.0, 1.6 * SET_MARGIN]])
+        grid[1, 0].set_ylim(min(finite.min() - 0.03, -0.05), finite.max() + 0.03)
+        grid[0, 0].set_ylabel("overlap with the final set")
+        grid[1, 0].set_ylabel("excess turnover Δ")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=1.8, columnspacing=1.4)
+        alt = "Change of the top set beyond sampling noise. " + "; ".join(said) + "."
+        svg = to_svg(figure, title="The top set through training", alt=alt)
+    return Graphic(
+        "set-stability",
+        "The top set through training",
+        svg,
+        alt,
+        f"Above: how much of the top-{data.attrs.get('top_k', 'k')} set is shared with the final one. Two "
+        "halves of the prompts do not even agree on one and the same model (noise ceiling), so only the gap "
+        "below the ceiling is change: that gap is Δ, below, with its interval; the shaded zone counts as "
+        "the same set.",
+    )

@@ -1,0 +1,340 @@
+"""The criteria V1 to V6 of a causal trial, one function each (METHOD.md 4d)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.isotonic import IsotonicRegression
+
+from rlgen_stats.toolkit.statistics.causal.outcome_table import (
+    OUTCOME_CLASSES,
+    REPLICATE,
+    Floats,
+    OutcomeTable,
+    PairedEffect,
+    class_shares,
+    paired_effect,
+)
+from rlgen_stats.toolkit.statistics.kernels import adjust
+
+MIN_EFFECT: Final = 0.02
+"""Accuracy change that the interval must exclude before an effect counts (METHOD.md 4d, V1)."""
+NEUTRAL_KL: Final = 0.1
+"""Nats per token on neutral text called harmless: perplexity changes by at most 10%."""
+RANDOM_QUANTILE: Final = 0.95
+"""A larger divergence on neutral text is still harmless below this quantile of the matched random sets."""
+NEW_FAILURE_SHARE: Final = 0.5
+"""If failures that neither model shows make up more than half of the effect, the edit broke the model."""
+NOOP_CHANGE: Final = 0.05
+"""Share of completions that a passthrough may change through rounding before the machinery is not trusted."""
+TIE: Final = 1e-9
+"""Slack for equal effects, in favour of the controls."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Declared before the trial."""
+
+    alpha: float
+    """Level of every test."""
+    margin: float
+    """Accuracy change called harmless: non-inferiority on unrelated tasks, equivalence for NO_EFFECT."""
+    n_resamples: int
+    """Sign flips where enumeration is too long."""
+    seed: int
+    """Of the sign flips."""
+    comparable: bool = True
+    """Whether the random sets match the set well enough to be its controls."""
+    control_flags: tuple[str, ...] = ()
+    """What the matching fell short of."""
+    noop_changed: float = 0.0
+    """Share of completions that the passthrough arm changed."""
+    n_planned: int = 0
+    """Random sets planned, where they were stopped once :func:`hopeless`; 0: all were run."""
+    replicates: tuple[str, ...] = ()
+    """How much of the set each dictionary of another seed has."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of V1 to V6."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+def interval(
+    table: OutcomeTable, settings: Settings, condition: int, mask: NDArray[np.bool_], alpha: float
+) -> tuple[float, float]:
+    """Interval at level 1 - alpha of one arm's effect on the masked prompts."""
+    column = table.change(mask)[:, [condition]]
+    found = paired_effect(
+        column, table.cluster[mask], alpha=alpha, seed=settings.seed, n_resamples=settings.n_resamples
+    )
+    return float(found.low[0]), float(found.high[0])
+
+
+# -- V1, V2
+
+
+def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Step:
+    """V1: the set's arm differs from the unedited one, in the predicted direction, by more than MIN_EFFECT."""
+    i = table.chosen
+    bound = effects.low[i] if table.sign > 0 else -effects.high[i]
+    passed = bool(effects.p_value[i] <= settings.alpha and bound > MIN_EFFECT)
+    text = f"{effects.mean[i]:+.3f} [{effects.low[i]:+.3f}, {effects.high[i]:+.3f}], p={effects.p_value[i]:.3g}"
+    reasons = [f"v1_effect: {text}"]
+    opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
+    if effects.p_value[i] <= settings.alpha and opposite < 0:
+        reasons.append(f"v1_opposite: accuracy changed against the prediction of '{table.direction}'")
+    return Step(passed, tuple(reasons))
+
+
+def hopeless(n_as_large: int, n_planned: int, alpha: float) -> bool:
+    """Whether the rank p-value must exceed alpha, however the random sets that are still to come turn out.
+
+    Examples
+    --------
+    >>> hopeless(4, 99, 0.05), hopeless(5, 99, 0.05)
+    (False, True)
+    """
+    return (1 + n_as_large) / (n_planned + 1) > alpha
+
+
+def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, float]:
+    """V2: rank of the set's effect among the random sets'.
+
+    p = (1 + as large) / (1 + all) (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585); where the sets were stopped at
+    the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact.
+    """
+    random = table.where("random")
+    flags = tuple(f"v2_controls: {flag}" for flag in settings.control_flags)
+    if not len(random):
+        return Step(False, (*flags, "v2_no_controls: no random sets")), float("nan")
+    signed = table.sign * effects.mean
+    n_as_large = int((signed[random] >= signed[table.chosen] - TIE).sum())
+    stopped = len(random) < settings.n_planned
+    rank_p = n_as_large / len(random) if stopped else (1 + n_as_large) / (len(random) + 1)
+    text = (
+        f"v2_specificity: rank p={rank_p:.3g} among {len(random)} random sets, whose effects are "
+        f"{effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
+    )
+    if stopped:
+        flags += (f"v2_stopped: {n_as_large} of the first {len(random)} of {settings.n_planned} sets did as much",)
+    return Step(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
+
+
+# -- V3
+
+
+def dose_order(table: OutcomeTable) -> tuple[list[int], list[int]]:
+    """Arms between no edit (dose 1) and the main dose in rising order of dose, and arms beyond the main dose."""
+    main = table.conditions[table.chosen].dose
+    doses = {i: table.conditions[i].dose for i in table.where("dose").tolist()}
+    low, high = min(main, 1.0), max(main, 1.0)
+    within = [i for i, dose in doses.items() if low < dose < high]
+    beyond = [i for i, dose in doses.items() if (dose - main) * (main - 1.0) > 0]
+    dose_of = {**doses, table.chosen: main, table.unedited: 1.0}
+    return sorted([*within, table.chosen, table.unedited], key=lambda i: dose_of[i]), sorted(
+        beyond, key=doses.__getitem__
+    )
+
+
+def isotonic_fit(table: OutcomeTable) -> Floats:
+    """[condition] accuracy on target prompts fitted to rise with the dose, from no edit to the main dose; else NaN."""
+    order, _ = dose_order(table)
+    doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
+    accuracy = table.accuracy(table.target)
+    fitted = np.full(len(accuracy), np.nan)
+    fitted[order] = IsotonicRegression(increasing=True).fit(doses, accuracy[order]).predict(doses)
+    return fitted
+
+
+def dose_response(table: OutcomeTable, settings: Settings) -> Step:
+    """V3: accuracy rises with the dose: centred-rank contrast per prompt, and no significant step down."""
+    order, _ = dose_order(table)
+    if len(order) < 3:
+        return Step(False, ("v3_not_estimable: no dose between no edit and the main dose",))
+    per_prompt = table.correct[order][:, table.target].mean(axis=2)
+    ranks = np.arange(len(order)) - (len(order) - 1) / 2
+    columns = np.column_stack([ranks @ per_prompt, *(per_prompt[1:] - per_prompt[:-1])])
+    found = paired_effect(
+        columns,
+        table.cluster[table.target],
+        alpha=settings.alpha,
+        seed=settings.seed,
+        n_resamples=settings.n_resamples,
+    )
+    down = np.where(found.mean[1:] < 0, found.p_value[1:], 1.0)
+    falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
+    doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
+    rows = zip(doses, per_prompt.mean(axis=1), isotonic_fit(table)[order], strict=True)
+    points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in rows)
+    reasons = [f"v3_dose: contrast p={found.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
+    if falls:
+        reasons.append("v3_not_monotone: accuracy falls between two rising doses")
+    return Step(bool(found.p_value[0] <= settings.alpha and found.mean[0] > 0 and not falls), tuple(reasons))
+
+
+def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> NDArray[np.bool_]:
+    """[condition] doses beyond the main one that do worse than it, or break the format."""
+    _, beyond = dose_order(table)
+    shares = table.broken(table.target)
+    found = np.zeros(len(shares), dtype=np.bool_)
+    for i in beyond:
+        worse = table.sign * (effects.mean[i] - effects.mean[table.chosen]) < -MIN_EFFECT
+        found[i] = worse or shares[i] - shares[table.unedited] > settings.margin
+    return found
+
+
+def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
+    """The same in words."""
+    shares = table.broken(table.target)
+    return tuple(
+        f"over_steering: dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} "
+        "broken completions"
+        for i in np.flatnonzero(over_steered(table, effects, settings))
+    )
+
+
+# -- V4
+
+
+def side_effects(table: OutcomeTable, settings: Settings) -> Step:
+    """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution."""
+    if not table.unrelated.any():
+        return Step(False, ("v4_not_estimable: no unrelated tasks; name some under selection.control_tasks",))
+    i, unedited = table.chosen, table.unedited
+    low, _ = interval(table, settings, i, table.unrelated, 2 * settings.alpha)  # one-sided at alpha
+    kept = low > -settings.margin
+    broken = table.broken(table.unrelated)
+    rise = float(broken[i] - broken[unedited])
+    length = table.n_tokens[:, table.unrelated].mean(axis=(1, 2))
+    kl = float(table.neutral_kl[i])
+    random = table.neutral_kl[table.where("random")]
+    random = random[np.isfinite(random)]
+    limit = max(NEUTRAL_KL, float(np.quantile(random, RANDOM_QUANTILE)) if len(random) else 0.0)
+    quiet = bool(kl <= limit)
+    n = int(table.unrelated.sum())
+    reasons = (
+        f"v4_{'kept' if kept else 'not_shown'}: accuracy on {n} unrelated prompts changes by no less than {low:+.3f} "
+        f"(margin {settings.margin})",
+        f"v4_format: broken completions on unrelated tasks {rise:+.1%}",
+        f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})"
+        if np.isfinite(kl)
+        else "v4_neutral_kl_not_estimable: the prompts have no text before their last token",
+        f"v4_length: completions on unrelated tasks {length[unedited]:.1f} -> {length[i]:.1f} tokens, not judged",
+    )
+    return Step(bool(kept and rise <= settings.margin and quiet), reasons)
+
+
+# -- V5, V6
+
+
+def replication(table: OutcomeTable, settings: Settings) -> str:
+    """V5: in how many target tasks, and in how many dictionaries of other seeds, the effect appears on its own.
+
+    Holm-adjusted over tasks, and over dictionaries.
+    """
+    tasks = sorted(set(table.task[table.target].tolist()))
+    alone = {str(task): (table.chosen, table.target & (table.task == task)) for task in tasks}
+    told = f"{_shown_in(table, settings, alone, 'tasks on their own (Holm)')}. "
+    seeds = {table.conditions[i].name.removeprefix(f"{REPLICATE}-"): (i, table.target) for i in table.where(REPLICATE)}
+    if seeds:
+        told += _shown_in(table, settings, seeds, "dictionaries of other seeds (Holm; no random sets there)")
+    else:
+        told += "No arm in a dictionary of another seed: not replicated there"
+    return told + "".join(f"; {words}" for words in settings.replicates)
+
+
+def _shown_in(
+    table: OutcomeTable, settings: Settings, places: dict[str, tuple[int, NDArray[np.bool_]]], what: str
+) -> str:
+    """In how many of the places, each an arm and a mask of prompts, the effect is significant and as predicted."""
+    means, p_values = [], []
+    for condition, mask in places.values():
+        found = paired_effect(
+            table.change(mask)[:, [condition]],
+            table.cluster[mask],
+            alpha=settings.alpha,
+            seed=settings.seed,
+            n_resamples=settings.n_resamples,
+        )
+        means.append(float(found.mean[0]))
+        p_values.append(float(found.p_value[0]))
+    adjusted = np.atleast_1d(np.asarray(adjust(np.array(p_values), method="holm")))
+    n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
+    every = ", ".join(f"{name} {m:+.3f}" for name, m in zip(places, means, strict=True))
+    return f"{n_shown} of {len(places)} {what}: {every}"
+
+
+def mode(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, bool]:
+    """V6: the edited model moves toward the other model, in distribution and in how it fails; and whether it broke."""
+    i, unedited, target = table.chosen, table.unedited, table.target
+    kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
+    paired = target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
+    reasons, nearer = [], False
+    if paired.any():
+        found = paired_effect(
+            (kl[i] - kl[unedited])[paired][:, None],
+            table.cluster[paired],
+            alpha=settings.alpha,
+            seed=settings.seed,
+            n_resamples=settings.n_resamples,
+        )
+        nearer = bool(found.mean[0] < 0 and found.p_value[0] <= settings.alpha)
+        reasons.append(
+            f"v6_kl: divergence from the other model {kl[unedited][paired].mean():.3f} -> {kl[i][paired].mean():.3f} "
+            f"nats, p={found.p_value[0]:.3g}"
+        )
+    else:
+        reasons.append("v6_kl_not_estimable: no divergences")
+    other = class_shares(table.other_ending[target])
+    before, after = (class_shares(table.ending[c][target]) for c in (unedited, i))
+    distance = [0.5 * float(np.abs(shares - other).sum()) for shares in (before, after)]
+    excess = np.maximum(after - np.maximum(before, other), 0.0)[1:]  # every ending but 'right'
+    new = float(excess.sum())
+    broke = new > NEW_FAILURE_SHARE * abs(float(effects.mean[i]))
+    worst = OUTCOME_CLASSES[1 + int(np.argmax(excess))] if new > 0 else "none"
+    reasons.append(
+        f"v6_endings: distance to the other model {distance[0]:.3f} -> {distance[1]:.3f}, "
+        f"{new:.1%} new failures (most: {worst})"
+    )
+    return Step(bool(nearer and distance[1] < distance[0] and not broke), tuple(reasons)), broke
+
+
+# -- notes
+
+
+def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
+    """A warning if other seeds alone already change accuracy."""
+    fresh = table.index("fresh")
+    if fresh is not None and effects.p_value[fresh] <= settings.alpha:
+        return (f"fresh_differs: other seeds alone change accuracy by {effects.mean[fresh]:+.3f}",)
+    return ()
+
+
+def baselines(table: OutcomeTable, settings: Settings) -> tuple[str, ...]:
+    """Whether the set beats one mean-shift vector and a random vector of equal norm, paired over prompts."""
+    notes = []
+    per_prompt = table.correct[:, table.target].mean(axis=2)
+    for kind in ("steering", "random_direction"):
+        i = table.index(kind)
+        if i is None:
+            continue
+        found = paired_effect(
+            table.sign * (per_prompt[table.chosen] - per_prompt[i])[:, None],
+            table.cluster[table.target],
+            alpha=settings.alpha,
+            seed=settings.seed,
+            n_resamples=settings.n_resamples,
+        )
+        beats = bool(found.mean[0] > 0 and found.p_value[0] <= settings.alpha)
+        notes.append(
+            f"{'beats' if beats else 'does_not_beat'}_{kind}: set minus {kind.replace('_', ' ')} "
+            f"{found.mean[0]:+.3f} [{found.low[0]:+.3f}, {found.high[0]:+.3f}], p={found.p_value[0]:.3g}"
+        )
+    return tuple(notes)

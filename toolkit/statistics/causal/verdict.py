@@ -1,0 +1,169 @@
+"""The verdict of a causal trial, from outcome tables alone (METHOD.md 4d)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlgen_stats.toolkit.statistics.causal.criteria import (
+    NOOP_CHANGE,
+    Settings,
+    Step,
+    baselines,
+    dose_response,
+    effect_shown,
+    fresh_seeds,
+    interval,
+    isotonic_fit,
+    mode,
+    over_steered,
+    over_steering,
+    replication,
+    side_effects,
+    specificity,
+)
+from rlgen_stats.toolkit.statistics.causal.outcome_table import Floats, OutcomeTable, PairedEffect, paired_effect
+
+VerdictName = Literal["CAUSAL_SPECIFIC", "DESTRUCTIVE", "CAUSAL_NONSPECIFIC", "NO_EFFECT", "INCONCLUSIVE"]
+
+NOT_HELD: Final = {
+    "v3": "accuracy is not shown to follow the dose",
+    "v4": "side effects are not shown to be small",
+}
+"""What the steps that leave a verdict open failed to show."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the trial shows.
+
+    Attributes
+    ----------
+    verdict
+        CAUSAL_SPECIFIC, DESTRUCTIVE, CAUSAL_NONSPECIFIC, NO_EFFECT or INCONCLUSIVE.
+    reasons
+        ``code: detail`` each; the code is for machines.
+    rank_p
+        Rank p-value against the random sets, NaN without any.
+    v1, v2, v3, v4, v6
+        Whether each requirement holds.
+    v5
+        Replication over tasks and dictionary seeds, in words.
+    effects
+        Per condition on the target prompts, arm minus unedited.
+    shares
+        [condition, class] endings on the target prompts.
+    dose_fit
+        [condition] isotonic fit of accuracy, NaN off the dose curve.
+    over_steered
+        [condition] doses beyond the main one that do worse or break the format.
+    """
+
+    verdict: VerdictName
+    reasons: tuple[str, ...]
+    rank_p: float
+    v1: bool
+    v2: bool
+    v3: bool
+    v4: bool
+    v5: str
+    v6: bool
+    effects: PairedEffect
+    shares: Floats
+    dose_fit: Floats
+    over_steered: NDArray[np.bool_]
+
+
+def judge(table: OutcomeTable, settings: Settings) -> Verdict:
+    """Decide what an edit of the set did, against its controls.
+
+    Parameters
+    ----------
+    table
+        Outcomes of all arms of one direction.
+    settings
+        Error rates and margins.
+
+    Returns
+    -------
+    Verdict
+
+    Notes
+    -----
+    V1 effect: sign-flip p <= alpha over prompt clusters and a cluster interval beyond ``MIN_EFFECT`` in the predicted
+    direction. V2 specificity: rank p among matched random sets <= alpha, the sets being comparable. V3 dose response
+    between no edit and the main dose. V4 no side effects on unrelated tasks. V5 replication, reported. V6 mode: the
+    edited model moves toward the other model rather than breaking. V1 fails: NO_EFFECT if equivalent to zero within the
+    margin, else INCONCLUSIVE. V1 without V2: CAUSAL_NONSPECIFIC. V1 and V2 with new failures making up most of the
+    effect, or V1 to V4 without V6: DESTRUCTIVE. V1 to V4 and V6: CAUSAL_SPECIFIC. Anything else is INCONCLUSIVE.
+    """
+    differences = table.change(table.target)
+    clusters = table.cluster[table.target]
+    effects = paired_effect(
+        differences, clusters, alpha=settings.alpha, seed=settings.seed, n_resamples=settings.n_resamples
+    )
+    v1 = effect_shown(table, effects, settings)
+    v2, rank_p = specificity(table, effects, settings)
+    v3 = dose_response(table, settings)
+    v4 = side_effects(table, settings)
+    v6, broke = mode(table, effects, settings)
+    notes = (
+        *fresh_seeds(table, effects, settings),
+        *baselines(table, settings),
+        *over_steering(table, effects, settings),
+    )
+    name, why = _combine(table, settings, v1, v2, v3, v4, v6, broke=broke, rank_p=rank_p)
+    return Verdict(
+        verdict=name,
+        reasons=(*why, *v1.reasons, *v2.reasons, *v3.reasons, *v4.reasons, *v6.reasons, *notes),
+        rank_p=rank_p,
+        v1=v1.passed,
+        v2=v2.passed,
+        v3=v3.passed,
+        v4=v4.passed,
+        v5=replication(table, settings),
+        v6=v6.passed,
+        effects=effects,
+        shares=table.shares(table.target),
+        dose_fit=isotonic_fit(table),
+        over_steered=over_steered(table, effects, settings),
+    )
+
+
+def _combine(
+    table: OutcomeTable,
+    settings: Settings,
+    v1: Step,
+    v2: Step,
+    v3: Step,
+    v4: Step,
+    v6: Step,
+    *,
+    broke: bool,
+    rank_p: float,
+) -> tuple[VerdictName, tuple[str, ...]]:
+    if settings.noop_changed > NOOP_CHANGE:
+        return "INCONCLUSIVE", (f"passthrough_not_noop: it changed {settings.noop_changed:.1%} of completions",)
+    if not v1.passed:
+        low, high = interval(table, settings, table.chosen, table.target, 2 * settings.alpha)  # two one-sided tests
+        if -settings.margin < low and high < settings.margin:
+            return "NO_EFFECT", (f"equivalent_to_zero: interval {low:+.3f} to {high:+.3f}, margin {settings.margin}",)
+        return "INCONCLUSIVE", ("v1_failed: neither an effect nor its absence is shown",)
+    if np.isnan(rank_p) or not settings.comparable:
+        return "INCONCLUSIVE", ("v2_not_estimable: no comparable random sets",)
+    if not v2.passed:
+        smallest = 1 / (max(len(table.where("random")), settings.n_planned) + 1)
+        if smallest > settings.alpha:
+            return "INCONCLUSIVE", (f"v2_not_estimable: smallest possible rank p is {smallest:.3f}",)
+        return "CAUSAL_NONSPECIFIC", ("v2_failed: matched random sets do as much",)
+    if broke:
+        return "DESTRUCTIVE", ("v6_destroyed: failures that neither model shows make up most of the effect",)
+    failed = [name for name, step in (("v3", v3), ("v4", v4)) if not step.passed]
+    if failed:
+        return "INCONCLUSIVE", tuple(f"{name}_failed: {NOT_HELD[name]}" for name in failed)
+    if not v6.passed:
+        return "DESTRUCTIVE", ("v6_failed: the edited model does not move toward the other model",)
+    return "CAUSAL_SPECIFIC", ()

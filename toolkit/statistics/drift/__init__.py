@@ -1,0 +1,1 @@
+"""What differs between two models on the same prompts: features and whole representations."""

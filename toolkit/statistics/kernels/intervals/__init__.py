@@ -1,0 +1,1 @@
+"""Intervals and standard errors: bootstrap, jackknife, proportions and clusters."""

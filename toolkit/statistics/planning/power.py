@@ -1,0 +1,320 @@
+"""Sample size: how many prompts a drift test needs, and what a number of prompts can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.toolkit.statistics.kernels.flips.resampling import SMALLEST_P
+
+FloatArray = NDArray[np.float64]
+Control = Literal["fdr", "fwer", "none"]
+
+CONTROLS: Final[tuple[Control, ...]] = ("fdr", "fwer", "none")
+QUANTILES: Final = 25
+"""Equally likely values that stand for a binomial number of firing prompts."""
+GRID: Final = 64
+"""Thresholds tried, evenly in log p, before the largest solution is refined."""
+_LEGENDRE: Final = np.polynomial.legendre.leggauss(32)
+_NODES: Final = (_LEGENDRE[0] + 1) / 2
+_WEIGHTS: Final = _LEGENDRE[1] / 2
+"""Quantiles of s / sigma averaged over, Gauss-Legendre: power is right to 2e-4."""
+MOST_PROMPTS: Final = 2**27
+"""Above 100 million prompts no answer is worth giving."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What is tested, how errors are controlled, and how the data depend on one another.
+
+    Raises
+    ------
+    InputError
+        If a setting is out of range, or the effect cannot occur at this density.
+    """
+
+    effect: float = 0.1
+    """d_z of a true effect: mean / standard deviation of the paired difference over all prompts, zeros included."""
+    n_features: int = 32_768
+    """Testable features in the family."""
+    true_share: float = 0.01
+    """Share of them with the effect; decides the threshold of ``fdr``."""
+    density: float = 0.25
+    """Share of prompts on which a feature fires; on the others the difference is 0."""
+    icc: float = 0.0
+    """Intraclass correlation of the differences within a cluster of prompts."""
+    cluster_size: int = 1
+    alpha: float = 0.05
+    control: Control = "fdr"
+    """``fdr``: BH. ``fwer``: max-T. ``none``: one feature named beforehand."""
+
+    def __post_init__(self) -> None:
+        if self.control not in CONTROLS:
+            raise InputError(f"control must be one of {', '.join(CONTROLS)}, got {self.control!r}.")
+        if self.n_features < 1 or self.cluster_size < 1 or self.effect <= 0:
+            raise InputError(
+                f"expected n_features >= 1, cluster_size >= 1 and effect > 0; got {self.n_features}, "
+                f"{self.cluster_size}, {self.effect}."
+            )
+        if not 0 < self.true_share <= 1 or not 0 < self.density <= 1 or not 0 <= self.icc <= 1:
+            raise InputError(
+                f"expected true_share and density in (0, 1] and icc in [0, 1]; got {self.true_share}, {self.density}, "
+                f"{self.icc}."
+            )
+        if not 0 < self.alpha < 1:
+            raise InputError(f"alpha must lie in (0, 1), got {self.alpha}.")
+        if self.effect >= self.largest_effect:
+            raise InputError(
+                f"effect d_z={self.effect} cannot occur at density {self.density}: with zeros on the other prompts d_z "
+                f"stays below {self.largest_effect:.2f}; lower the effect or raise the density."
+            )
+
+    @property
+    def design_effect(self) -> float:
+        """Variance of a mean over clustered prompts, relative to independent ones: 1 + (size - 1) icc (Kish 1965)."""
+        return 1 + (self.cluster_size - 1) * self.icc
+
+    @property
+    def largest_effect(self) -> float:
+        """Bound of d_z: a constant difference wherever the feature fires."""
+        per_unit = np.sqrt(self.density / (1 - self.density)) if self.density < 1 else np.inf
+        return float(per_unit * np.sqrt(self.design_effect / self.cluster_size))
+
+
+@dataclass(frozen=True)
+class Power:
+    """What a number of prompts can show."""
+
+    n_prompts: int
+    effect: float
+    power: float
+    """Chance that a true effect is found (with ``fdr`` and ``fwer`` the mean over true effects)."""
+    threshold: float
+    """P-value below which a feature is found."""
+    n_units: int
+    """Clusters, or prompts."""
+    n_nonzero: float
+    """Units on which a feature is expected to fire."""
+    smallest_p: float
+    """2^(1 - n_nonzero), at least the least double: no sign-flip p-value is smaller."""
+
+
+def power_at(design: Design, *, n_prompts: int) -> Power:
+    """Power of the sign-flip drift test at a number of prompts, with errors controlled over the family.
+
+    Parameters
+    ----------
+    design
+        Effect, family, control, and dependence.
+    n_prompts
+        Prompts of one task or of all tasks pooled, as the test sees them.
+
+    Returns
+    -------
+    Power
+
+    Raises
+    ------
+    InputError
+        If there are fewer prompts than two clusters.
+
+    Notes
+    -----
+    *One test.* The units are clusters of m prompts; d_unit = d_z sqrt(m / (1 + (m - 1) icc)). Units on which the
+    feature does not fire carry no information, so with n of them firing (binomial, prompts of a cluster firing
+    together) and p the density, the test is the t test of n values with noncentrality
+    sqrt(n) d_unit / sqrt(p - (1 - p) d_unit^2): a sign flip of normal differences has asymptotically the power of t.
+    It rejects nothing at thresholds under 2^(1-n).
+
+    *Threshold.* ``none``: alpha. ``fwer``: 1 - (1 - alpha)^(1/F), that of F independent features; max-T gains where
+    features depend on one another. ``fdr``: the p-value t at which BH stops when F is large, the largest solution of
+    t = alpha (pi0 t + pi1 B(t)), B the power at t (Genovese and Wasserman 2002; Jung 2005 and Liu and Hwang 2007 solve
+    the same equation for a given rate of false discoveries, where alpha is that rate, not pi0 times it); at least
+    alpha / F, the threshold of the smallest p-value. Where only a handful of effects is true, the threshold varies from
+    data to data and the power with it: check by simulation (``simulated_power``).
+
+    Not for skewed differences, nor for families whose features differ much in density or effect: take the rarest
+    feature and the smallest effect that matter.
+
+    References
+    ----------
+    Jung 2005, doi:10.1093/bioinformatics/bti456; Liu and Hwang 2007, doi:10.1093/bioinformatics/btl664; Genovese and
+    Wasserman 2002, doi:10.1111/1467-9868.00347; Kish 1965 (design effect).
+
+    Examples
+    --------
+    >>> found = power_at(Design(effect=0.1, density=1.0, control="none"), n_prompts=1053)
+    >>> round(found.power, 3)
+    0.9
+    """
+    n_units = n_prompts // design.cluster_size
+    if n_units < 2:
+        raise InputError(
+            f"{n_prompts} prompts in clusters of {design.cluster_size} make {n_units} unit; expected at least 2."
+        )
+    test = _sign_flip_power(design, n_units)
+    threshold = threshold_of(test, design)
+    nonzero = n_units * design.density
+    return Power(
+        n_prompts, design.effect, float(test(np.array([threshold]))[0]), threshold, n_units, nonzero,
+        max(float(np.exp2(1 - nonzero)), SMALLEST_P),
+    )  # fmt: skip
+
+
+def required_prompts(design: Design, *, power: float = 0.9) -> Power:
+    """Fewest prompts at which a true effect is found with at least this power.
+
+    Parameters
+    ----------
+    design, power
+        What is tested, and the chance wanted, in (0, 1).
+
+    Returns
+    -------
+    Power
+        At that number of prompts, a multiple of the cluster size.
+
+    Raises
+    ------
+    NotEstimableError
+        If more than 100 million prompts were needed.
+
+    Notes
+    -----
+    Formulas and limits are those of :func:`power_at`.
+
+    Examples
+    --------
+    >>> required_prompts(Design(effect=0.1, n_features=32_768, density=1.0), power=0.9).n_prompts
+    2288
+    """
+    _check_power(power)
+    m = design.cluster_size
+    high = 2
+    while power_at(design, n_prompts=high * m).power < power:
+        high *= 2
+        if high * m > MOST_PROMPTS:
+            raise NotEstimableError(
+                f"d_z={design.effect} at power {power} needs more than {MOST_PROMPTS:,} prompts; ask for a larger one."
+            )
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = power_at(design, n_prompts=middle * m).power >= power
+        low, high = (low, middle) if reached else (middle, high)
+    return power_at(design, n_prompts=high * m)
+
+
+def detectable_effect(design: Design, *, n_prompts: int, power: float = 0.9) -> Power:
+    """Smallest d_z that this many prompts show with at least this power; the design's own effect is not used.
+
+    Parameters
+    ----------
+    design, n_prompts, power
+        What is tested, with how many prompts, and the chance wanted, in (0, 1).
+
+    Returns
+    -------
+    Power
+        At that effect.
+
+    Raises
+    ------
+    NotEstimableError
+        If no effect is shown with this power at this density, however large.
+
+    Notes
+    -----
+    Formulas and limits are those of :func:`power_at`.
+
+    Examples
+    --------
+    >>> found = detectable_effect(Design(density=1.0, control="none"), n_prompts=1053)
+    >>> round(found.effect, 3)
+    0.1
+    """
+    _check_power(power)
+    largest = min(design.largest_effect, 10.0) * (1 - 1e-9)
+
+    def missing(effect: float) -> float:
+        return power_at(replace(design, effect=effect), n_prompts=n_prompts).power - power
+
+    if missing(largest) < 0:
+        raise NotEstimableError(
+            f"{n_prompts} prompts show no effect with power {power} at density {design.density} under "
+            f"control={design.control!r}: a feature then fires on about {n_prompts * design.density:.0f} of them, and "
+            "its p-value cannot be small enough; take more prompts."
+        )
+    effect = float(optimize.brentq(missing, 1e-6, largest, xtol=1e-6))
+    return power_at(replace(design, effect=effect), n_prompts=n_prompts)
+
+
+def threshold_of(power: Callable[[FloatArray], FloatArray], design: Design) -> float:
+    """P-value at which features are found, given the power of one test as a function of it."""
+    if design.control == "none":
+        return design.alpha
+    if design.control == "fwer":
+        return float(-np.expm1(np.log1p(-design.alpha) / design.n_features))
+    share = design.true_share
+    # alpha (pi0 t + pi1 B(t)) >= t  <=>  B(t) >= slope t
+    slope = (1 / design.alpha - (1 - share)) / share
+    least = design.alpha / design.n_features
+    grid = np.geomspace(least, design.alpha, GRID)
+    reached = np.flatnonzero(power(grid) >= slope * grid)
+    if not len(reached):
+        return least
+    last = int(reached[-1])
+    if last == GRID - 1:
+        return design.alpha
+
+    def excess(log_p: float) -> float:
+        t = np.exp(log_p)
+        return float(power(np.array([t]))[0] - slope * t)
+
+    return float(np.exp(optimize.brentq(excess, np.log(grid[last]), np.log(grid[last + 1]), xtol=1e-9)))
+
+
+def _sign_flip_power(design: Design, n_units: int) -> Callable[[FloatArray], FloatArray]:
+    """Power of one two-sided sign-flip test as a function of its level [threshold]."""
+    p = design.density
+    per_unit = design.effect * np.sqrt(design.cluster_size / design.design_effect)
+    ratio = per_unit / np.sqrt(p - (1 - p) * per_unit**2)
+    middle = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    firing = np.full(1, n_units) if p == 1 else np.asarray(stats.binom.ppf(middle, n_units, p))
+    firing = firing[:, None].astype(np.float64)
+    freedom, noncentrality = np.maximum(firing - 1, 1.0), np.sqrt(firing) * ratio
+    spread = root_mean_square(freedom)
+
+    def power(level: FloatArray) -> FloatArray:
+        possible = (np.exp2(1 - firing) <= level) & (firing > 1)
+        critical = stats.t.isf(level / 2, freedom)
+        found = two_sided(critical, noncentrality, spread)
+        return np.asarray(np.where(possible, found, 0.0).mean(axis=0))
+
+    return power
+
+
+def root_mean_square(freedom: FloatArray) -> FloatArray:
+    """Values of s / sigma at ``freedom`` degrees, at the nodes that :func:`two_sided` averages over, [..., node]."""
+    return np.asarray(np.sqrt(stats.chi2.ppf(_NODES, freedom[..., None]) / freedom[..., None]))
+
+
+def two_sided(critical: FloatArray, noncentrality: Any, spread: FloatArray) -> FloatArray:
+    """Chance that |t| reaches ``critical``: E over s of Phi(+-noncentrality - critical s / sigma).
+
+    Not scipy's noncentral t: it returns NaN at some of the thousands of degrees of freedom met here (1.17).
+    """
+    reach = critical[..., None] * spread
+    shift = np.asarray(noncentrality)[..., None]
+    return np.asarray((stats.norm.cdf(shift - reach) + stats.norm.cdf(-shift - reach)) @ _WEIGHTS)
+
+
+def _check_power(power: float) -> None:
+    if not 0 < power < 1:
+        raise InputError(f"power must lie in (0, 1), got {power}.")

@@ -1,0 +1,1 @@
+"""Which features separate the target model from base where it gained (claim C3)."""

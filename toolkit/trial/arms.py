@@ -1,0 +1,210 @@
+"""The plan of a causal trial: which prompts, which arms, in which direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, SPLITS, TASK
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, StudySpec
+from rlgen_stats.toolkit.edits.edit import EditSite, FeatureEdit, Positions
+from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition, Direction
+
+DIRECTIONS: Final[tuple[Direction, ...]] = ("disable", "amplify")
+CONTROL_SHARE: Final = 0.25
+"""Share of the prompts that unrelated tasks get at least, where they have as many: an accuracy loss beyond .05 is ruled
+out at level .05 only from 59 prompts without any loss on, and their even share is often less."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm: its label, and the edit in force while it runs (None: the model as it is)."""
+
+    condition: Condition
+    edit: FeatureEdit | None
+    fresh: bool = False
+    """Whether the sampling seeds are other than in all other arms."""
+    site: EditSite | None = None
+    """Where the edit reads and writes, if not where the trial's other edits do."""
+
+    @property
+    def name(self) -> str:
+        """Name, also of its file."""
+        return self.condition.name
+
+
+def choose_prompts(prompts: pd.DataFrame, spec: StudySpec) -> pd.DataFrame:
+    """Verification prompts of all tasks, evenly, by a hash of the prompt's id; outcomes play no part.
+
+    Parameters
+    ----------
+    prompts
+        Prompt table of the study.
+    spec
+        ``intervention.max_prompts`` and ``selection.control_tasks`` are used. Control tasks together get
+        ``CONTROL_SHARE`` at least; what a task cannot fill goes to the others.
+
+    Returns
+    -------
+    DataFrame
+        Rows of ``prompts`` in their order.
+    """
+    pool = prompts[prompts[SPLIT] == SPLITS[1]]
+    order = pool[PROMPT].map(lambda prompt: derive_seed(spec.seed, "intervention prompt", prompt))
+    queues = {
+        str(task): list(order.loc[group.index].sort_values().index) for task, group in pool.groupby(TASK, sort=True)
+    }
+    controls = [task for task in queues if task in spec.selection.control_tasks]
+    others = [task for task in queues if task not in controls]
+    limit = spec.intervention.max_prompts
+    even = round(limit * len(controls) / max(len(queues), 1))
+    reserved = max(even, round(CONTROL_SHARE * limit)) if controls else 0
+    available = sum(len(queues[task]) for task in controls)
+    taken = _deal([queues[task] for task in others], limit - min(reserved, available))
+    taken += _deal([queues[task] for task in controls], limit - len(taken))
+    return prompts.loc[sorted(taken)].reset_index(drop=True)
+
+
+def _deal(queues: Sequence[list[int]], limit: int) -> list[int]:
+    """Take one from each queue in turn until ``limit`` are taken or all are empty."""
+    taken: list[int] = []
+    depth = max((len(queue) for queue in queues), default=0)
+    for i in range(depth):
+        taken += [queue[i] for queue in queues if i < len(queue)]
+    return taken[: max(limit, 0)]
+
+
+def target_prompts(prompts: pd.DataFrame, spec: StudySpec) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """[prompt] masks of where the effect is measured and of where side effects are.
+
+    The effect is measured on out-of-domain tasks that are no controls (all tasks but controls where none is out of
+    domain), side effects on control tasks.
+    """
+    unrelated = prompts[TASK].isin(spec.selection.control_tasks).to_numpy(dtype=bool)
+    outside = (prompts[DOMAIN] == "out").to_numpy(dtype=bool) & ~unrelated
+    return (outside if outside.any() else ~unrelated), unrelated
+
+
+def dose_grid(direction: Direction, spec: InterventionSpec) -> tuple[float, ...]:
+    """Doses beside the main one: the spec's, and the midpoint of no edit (1) and the main dose if none is between."""
+    main = main_dose(direction, spec)
+    doses = {float(dose) for dose in spec.doses} - {main, 1.0}
+    if not any(min(main, 1.0) < dose < max(main, 1.0) for dose in doses):
+        doses.add((main + 1.0) / 2)
+    return tuple(sorted(doses))
+
+
+def main_dose(direction: Direction, spec: InterventionSpec) -> float:
+    """Multiplier of the set's own arm: 0 when disabling, ``intervention.amplify`` when amplifying."""
+    return 0.0 if direction == "disable" else float(spec.amplify)
+
+
+def edited_positions(spec: ExtractionSpec) -> Positions:
+    """Positions edited: those whose activations the crosscoder was trained on."""
+    if set(spec.segments) == {"prompt", "completion"}:
+        return "all"
+    return "prompt" if spec.segments == ("prompt",) else "completion"
+
+
+def _where(spec: StudySpec) -> dict[str, Any]:
+    return {"positions": edited_positions(spec.extraction), "skip_first": spec.extraction.skip_first}
+
+
+def scaled_edit(
+    features: Sequence[int], dose: float, spec: StudySpec, levels: NDArray[np.float64] | None = None
+) -> FeatureEdit:
+    """Features at a dose, where the study edits.
+
+    Parameters
+    ----------
+    features
+        Ids.
+    dose
+        0 disables, 1 is no edit.
+    spec
+        Edited positions.
+    levels
+        [feature] of the whole dictionary: what ``dose - 1`` multiplies instead of the features' own activations.
+    """
+    ids = tuple(int(k) for k in features)
+    if levels is not None:
+        return FeatureEdit(ids, "amplify", dose, level=tuple(levels[list(ids)].tolist()), **_where(spec))
+    if dose == 0.0:
+        return FeatureEdit(ids, "disable", **_where(spec))
+    return FeatureEdit(ids, "amplify", dose, **_where(spec))
+
+
+def plan_arms(
+    direction: Direction,
+    features: Sequence[int],
+    controls: NDArray[np.int64],
+    spec: StudySpec,
+    *,
+    steering: NDArray[np.float64],
+    random_direction: NDArray[np.float64],
+    levels: NDArray[np.float64] | None = None,
+    replicates: Sequence[Arm] = (),
+) -> tuple[Arm, ...]:
+    """All arms of a direction but the unedited one.
+
+    Parameters
+    ----------
+    direction
+        What is done to the set.
+    features
+        The set.
+    controls
+        [control, member] matched random sets.
+    spec
+        Doses, main dose, edited positions.
+    steering
+        [channel] mean residual of the RL model minus that of base, raw units; added to base, subtracted from the RL
+        model.
+    random_direction
+        [channel] vector of the same norm.
+    levels
+        As in :func:`scaled_edit`, for set, doses and random sets.
+    replicates
+        Arms of the set in other dictionaries.
+
+    Returns
+    -------
+    tuple of Arm
+        fresh, passthrough, set, dose-*, replicate-*, steering, random-direction, lift (amplify only), random-001...
+    """
+    main, where = main_dose(direction, spec.intervention), _where(spec)
+    chosen = tuple(int(k) for k in features)
+
+    def shift(vector: NDArray[np.float64]) -> FeatureEdit:
+        sign = 1.0 if direction == "amplify" else -1.0
+        return FeatureEdit((), "add_vector", sign, vector=tuple(map(float, vector)), **where)
+
+    arms = [
+        Arm(Condition("fresh", "fresh", 1.0), None, fresh=True),
+        Arm(Condition("passthrough", "passthrough", 1.0), FeatureEdit((), "passthrough", **where)),
+        Arm(Condition("set", "set", main), scaled_edit(chosen, main, spec, levels)),
+    ]
+    arms += [
+        Arm(Condition(f"dose-{d:g}", "dose", d), scaled_edit(chosen, d, spec, levels))
+        for d in dose_grid(direction, spec.intervention)
+    ]
+    arms += replicates
+    if np.linalg.norm(steering) > 0:
+        arms.append(Arm(Condition("steering", "steering", 1.0), shift(steering)))
+        arms.append(Arm(Condition("random-direction", "random_direction", 1.0), shift(random_direction)))
+    if direction == "amplify":
+        arms.append(Arm(Condition("lift", "lift", 1.0), FeatureEdit(chosen, "lift", **where)))
+    for number, row in enumerate(controls, start=1):
+        edit = scaled_edit(tuple(map(int, row)), main, spec, levels)
+        arms.append(Arm(Condition(f"random-{number:03d}", "random", main), edit))
+    return tuple(arms)
+
+
+UNEDITED: Final = Arm(Condition("unedited", "unedited", 1.0), None)
+"""The model as it is."""

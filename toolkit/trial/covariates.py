@@ -1,0 +1,133 @@
+"""What control features are matched on, from the crosscoder and the stored feature summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT, SPLIT, SPLITS
+from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.toolkit.crosscoder import Crosscoder
+from rlgen_stats.toolkit.statistics.causal.controls import NEAR_DUPLICATE, TINY
+
+BIN_EDGES: Final = (0.5, 0.8, 1.25, 2.0)
+"""Bins of a view's share of the decoder norms, in multiples of the even share 1/V: nearly absent, weaker, shared,
+stronger, mostly this view's."""
+_BLOCK: Final = 1024
+"""Features per block of cosines."""
+
+
+def feature_covariates(
+    crosscoder: Crosscoder, summaries: xr.Dataset, *, models: Sequence[str], view: str
+) -> xr.Dataset:
+    """Firing rate, decoder norm, contribution energy and attribution bin of every feature.
+
+    Parameters
+    ----------
+    crosscoder
+        Decoder geometry.
+    summaries
+        Layout ``features``: ``mean`` (contribution scale), ``firing`` and ``n_tokens`` per model and prompt.
+    models
+        Models over whose tokens firing and energy are pooled.
+    view
+        View whose share of the decoder norms makes the bin.
+
+    Returns
+    -------
+    Dataset over ``feature``
+        ``log_firing``: natural log of the share of tokens that fire (-inf: never). ``decoder_norm``: L2 over all views,
+        normalised units. ``contribution_energy``: natural log of the mean square, over prompts, of the prompt's mean
+        contribution f_k ||d_k|| (-inf: none). ``mas_bin``: 0 to 4, the view's share by ``BIN_EDGES``.
+
+    Raises
+    ------
+    InputError
+        If the summaries have other features or lack a model.
+    """
+    if summaries.sizes[FEATURE] != crosscoder.n_features:
+        raise InputError(
+            f"the feature summaries have {summaries.sizes[FEATURE]} features, the crosscoder {crosscoder.n_features}; "
+            "encode with this crosscoder."
+        )
+    _check_models(summaries, models)
+    chosen = summaries.sel({MODEL: list(models)})
+    tokens = chosen["n_tokens"].astype("float64")
+    firing = ((chosen["firing"] * tokens).sum([MODEL, PROMPT]) / tokens.sum()).compute()
+    energy = (chosen["mean"].astype("float64") ** 2).mean([MODEL, PROMPT]).compute()
+    norms = crosscoder.decoder_norm().detach().double().cpu().numpy()
+    share = norms[crosscoder.view_index(view)] / np.maximum(norms.sum(axis=0), TINY) * len(crosscoder.views)
+    with np.errstate(divide="ignore"):
+        return xr.Dataset(
+            {
+                "log_firing": (FEATURE, np.log(np.asarray(firing.values, dtype=np.float64))),
+                "decoder_norm": (FEATURE, crosscoder.contribution_norm().detach().double().cpu().numpy()),
+                "contribution_energy": (FEATURE, np.log(np.asarray(energy.values, dtype=np.float64))),
+                "mas_bin": (FEATURE, np.digitize(share, BIN_EDGES)),
+            },
+            coords={FEATURE: np.arange(crosscoder.n_features)},
+        )
+
+
+def mean_levels(crosscoder: Crosscoder, summaries: xr.Dataset, *, model: str) -> NDArray[np.float64]:
+    """[feature] mean activation f_k of a model over all tokens of the prompts that no trial uses.
+
+    Parameters
+    ----------
+    crosscoder
+        Whose decoder norms turn contributions f_k ||d_k|| back into activations.
+    summaries
+        Layout ``features``.
+    model
+        Model id.
+
+    Raises
+    ------
+    InputError
+        If the summaries lack the model.
+    NotEstimableError
+        If every prompt is kept for verification.
+    """
+    _check_models(summaries, [model])
+    unused = summaries.isel({PROMPT: np.flatnonzero(summaries[SPLIT].values != SPLITS[1])}).sel({MODEL: model})
+    tokens = unused["n_tokens"].astype("float64")
+    if not float(tokens.sum()):
+        raise NotEstimableError(
+            "levels of features are measured on prompts not kept for verification, and there are none; leave some in "
+            "the selection split, or set intervention.level to own."
+        )
+    total = (unused["mean"].astype("float64") * tokens).sum(PROMPT).compute()
+    norms = crosscoder.contribution_norm().detach().double().cpu().numpy()
+    return np.asarray(total.values / float(tokens.sum()) / np.maximum(norms, TINY), dtype=np.float64)
+
+
+def _check_models(summaries: xr.Dataset, models: Sequence[str]) -> None:
+    present = [str(model) for model in summaries[MODEL].values]
+    missing = [model for model in models if model not in present]
+    if missing:
+        raise InputError(f"the feature summaries lack {missing}; they have {present}: run the encode stage.")
+
+
+@torch.no_grad()
+def near_duplicates(
+    crosscoder: Crosscoder, features: Sequence[int], *, threshold: float = NEAR_DUPLICATE
+) -> NDArray[np.bool_]:
+    """[feature] True where the decoder cosine with a member of the set exceeds ``threshold``; members included.
+
+    The cosine is the largest over single views and over all views' rows taken together.
+    """
+    decoder = crosscoder.decoder_matrix.detach()
+    rows = [*crosscoder.split(decoder), decoder]
+    found = torch.zeros(crosscoder.n_features, dtype=torch.bool, device=decoder.device)
+    chosen = list(features)
+    for matrix in rows:
+        unit = matrix / matrix.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        for start in range(0, crosscoder.n_features, _BLOCK):
+            block = unit[start : start + _BLOCK] @ unit[chosen].T
+            found[start : start + _BLOCK] |= (block > threshold).any(dim=1)
+    return np.asarray(found.cpu().numpy(), dtype=np.bool_)
