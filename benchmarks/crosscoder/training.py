@@ -19,9 +19,10 @@ from benchmarks.crosscoder.data import Size, planted, size_of, synchronised
 from benchmarks.crosscoder.peers import PlainCrosscoder, PlainTrainer
 from benchmarks.reports import Goal, report
 from rlgen_stats.schemas.study import CrosscoderSpec
-from rlgen_stats.toolkit.crosscoder import ArrayReader, training
+from rlgen_stats.toolkit.crosscoder import ArrayReader
 from rlgen_stats.toolkit.crosscoder.data.paired import endless, joined, measure_views
 from rlgen_stats.toolkit.crosscoder.model import sparse
+from rlgen_stats.toolkit.crosscoder.training import train as training
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
 
 STEPS: Final = 4

@@ -66,7 +66,7 @@ def test_sources_are_base_and_the_contrasted_finals(study: Study) -> None:
     assert source_models(study_spec(contrast=["rl", "sft"]), folder) == ("base@0", "rl@8", "sft@6")
 
 
-def test_the_base_read_again_differs_by_rounding_only(
+def test_the_base_is_read_again_in_other_batches_and_differs_by_rounding_at_most(
     sampled: Study, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[tuple[Any, ...]] = []
@@ -81,7 +81,6 @@ def test_the_base_read_again_differs_by_rounding_only(
     stored = open_activations(sampled[1].activations).activation
     once, again = stored.sel(model="base@0").values, stored.sel(model="base.repeat@0").values
     np.testing.assert_allclose(once, again, rtol=1e-4, atol=2e-5)
-    assert (once != again).any()
     assert not np.allclose(once, stored.sel(model="sft@3").values, atol=0.1)
 
 
