@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-intervention wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-intervention same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -79,6 +79,17 @@ benchmark-intervention: install
 	mkdir -p .benchmarks
 	$(BIN)/python -P benchmarks/intervention/generation.py --json .benchmarks/generation.json $(BENCHMARK_OPTIONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/intervention/arms.py --json .benchmarks/arms.json
+
+# A refactoring changes no number: the mini study of an earlier revision (BASE) and today's, compared value by value.
+BASE ?= HEAD
+same-numbers: install-dev
+	rm -rf .same && mkdir -p .same/before/.namespace/rlgen_stats
+	git archive $(BASE) | tar -x -C .same/before
+	for package in schemas stores toolkit cli; do ln -sfn ../../$$package .same/before/.namespace/rlgen_stats/$$package; done
+	PYTHONPATH=$(CURDIR)/.same/before/.namespace OMP_NUM_THREADS=1 $(BIN)/python -P -m rlgen_stats.cli demo --size mini --quiet --folder .same/one
+	OMP_NUM_THREADS=1 $(BIN)/rlgen-stats demo --size mini --quiet --folder .same/two
+	$(BIN)/python -m tests.end_to_end.same_numbers .same/one .same/two
+	rm -rf .same
 
 wheel: install-dev
 	rm -rf build dist
