@@ -1,4 +1,4 @@
-"""Experiments on stopping early, few clusters, trends, shares of false discoveries, and stability of a selection."""
+"""Experiments on few clusters, trends, shares of false discoveries, and stability of a selection."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import numpy as np
 from scipy import stats
 
 from rlgen_stats.toolkit.statistics.kernels import (
-    anytime_p,
     cluster_se,
     fdp_bound,
-    flip_e_value,
     max_t,
-    sequential_flip_test,
     sign_flip_test,
     tost_chain,
     trend_test,
@@ -24,35 +21,6 @@ from tests.calibration.families import _dependent
 from tests.calibration.rows import Row, mean_row, rate_row
 
 ALPHA = 0.05
-
-
-def stopping(scale: int, seed: int) -> list[Row]:
-    """Stopping to draw flips, and stopping to collect prompts, both when the evidence looks best."""
-    n_features, n = 2000 * scale, 100
-    random = np.random.default_rng([seed, 20])
-    hits = {"draws": 0, "naive draws": 0, "prompts": 0, "naive prompts": 0}
-    for _ in range(0, n_features, 1000):
-        d = random.standard_t(3.0, (n, 1000)) * (random.random((n, 1000)) < 0.5)
-        p = sequential_flip_test(d, exceedances=5, max_resamples=499, seed=int(random.integers(2**32))).p_value
-        hits["draws"] += int((p <= ALPHA).sum())
-        signs = random.choice([-1.0, 1.0], (499, n))
-        reached = np.cumsum(np.abs(signs @ d) >= np.abs(d.sum(axis=0)), axis=0)
-        best = ((1 + reached) / (2 + np.arange(499)[:, None]))[19:].min(axis=0)
-        hits["naive draws"] += int((best <= ALPHA).sum())
-        hits["prompts"] += int((anytime_p(flip_e_value(d, running=True))[-1] <= ALPHA).sum())
-        z = np.abs(np.cumsum(d, axis=0)) / np.sqrt(np.maximum(np.cumsum(d * d, axis=0), 1e-300))
-        hits["naive prompts"] += int((z[19:].max(axis=0) >= stats.norm.isf(ALPHA / 2)).sum())
-    size = f"{n_features:,} features, {n} prompts"
-    return [
-        rate_row(
-            "sign flips stopped at the fifth exceedance", ALPHA, hits["draws"], n_features, f"{size}, 499 flips",
-            naive=hits["naive draws"] / n_features, naive_name="smallest p-value on the way (from 20 flips on)",
-        ),
-        rate_row(
-            "e-values, looked at after every prompt", ALPHA, hits["prompts"], n_features, size, at_most=True,
-            naive=hits["naive prompts"] / n_features, naive_name="a test after every prompt (from 20 on)",
-        ),
-    ]  # fmt: skip
 
 
 def few_clusters(scale: int, seed: int) -> list[Row]:

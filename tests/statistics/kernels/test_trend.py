@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels.flips import resampling
+from rlgen_stats.toolkit.statistics.kernels import unit_tables
 from rlgen_stats.toolkit.statistics.kernels.flips.signflip import sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.trend import trend_contrast, trend_test
 
@@ -63,7 +63,7 @@ def test_autocorrelated_checkpoints_do_not_make_trends() -> None:
 def test_neither_blocks_nor_order_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(4).normal(size=(30, 5, 300))
     whole = trend_test(x)
-    monkeypatch.setattr(resampling, "BLOCK_UNITS", 30 * 5 * 64)
+    monkeypatch.setattr(unit_tables, "BLOCK_UNITS", 30 * 5 * 64)
     for name in ("tau", "p_value", "n_nonzero"):
         np.testing.assert_array_equal(getattr(trend_test(x), name), getattr(whole, name))
         np.testing.assert_array_equal(getattr(trend_test(x[:, :, ::-1]), name)[::-1], getattr(whole, name))

@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.core.feature_blocks import check_comparable
+from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.kernels import adjust
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import METHODS
 

@@ -24,16 +24,6 @@ Sign flips and joint tests::
     permutation_contrast(plus, minus, *, alternative="two-sided", n_resamples=9999, seed=0, min_count=1)
         -> ContrastResult(statistic, p_value, n_plus, n_minus)
 
-Stopping early::
-
-    sequential_flip_test(differences, *, alternative="two-sided", max_resamples=9999, exceedances=10, seed=0,
-                         clusters=None)
-        -> SequentialResult(p_value, n_resamples, n_exceeded, stopped)
-    besag_clifford(exceeded, drawn, *, exceedances=10, max_resamples=9999) -> float or array
-    flip_e_value(differences, *, alternative="two-sided", clusters=None, running=False) -> float or array
-    anytime_p(e_running) -> array
-    e_bh(e, *, alpha) -> array of bool
-
 Families and combinations of p-values::
 
     adjust(p, *, method, alpha=0.05) -> array                 # bonferroni holm hommel bh by bky storey
@@ -62,16 +52,16 @@ Means, equivalence, counts, sets::
     set_overlap_pvalue(shared, n_features, size_a, size_b) -> float or array
 """
 
+from rlgen_stats.toolkit.statistics.kernels.draws import sign_flips
 from rlgen_stats.toolkit.statistics.kernels.effects import HurdleResult, hurdle, paired_wasserstein
 from rlgen_stats.toolkit.statistics.kernels.equivalence import TostChainResult, tost_chain, tost_paired
 from rlgen_stats.toolkit.statistics.kernels.flips.histogram import HistogramResult, histogram_flip_test
 from rlgen_stats.toolkit.statistics.kernels.flips.maxt import MaxTResult, max_t, max_t_p_value
 from rlgen_stats.toolkit.statistics.kernels.flips.permutation import ContrastResult, permutation_contrast
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import bootstrap_weights, sign_flips
 from rlgen_stats.toolkit.statistics.kernels.flips.saddlepoint import flip_tail, saddlepoint_tail
 from rlgen_stats.toolkit.statistics.kernels.flips.signflip import SignFlipResult, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_cluster_bootstrap
-from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t
+from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
 from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
 from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import (
     ClusterResult,
@@ -89,13 +79,7 @@ from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
     storey,
 )
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.combine import cpss_bound, partial_conjunction
-from rlgen_stats.toolkit.statistics.kernels.multiplicity.evalues import anytime_p, e_bh, flip_e_value
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import FdpResult, exceedance_counts, fdp_bound
-from rlgen_stats.toolkit.statistics.kernels.multiplicity.sequential import (
-    SequentialResult,
-    besag_clifford,
-    sequential_flip_test,
-)
 from rlgen_stats.toolkit.statistics.kernels.set_overlap import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.trend import TrendResult, trend_contrast, trend_test
 
@@ -112,25 +96,20 @@ __all__ = [
     "McNemarResult",
     "ModeratedResult",
     "RboResult",
-    "SequentialResult",
     "SignFlipResult",
     "StoreyResult",
     "TostChainResult",
     "TrendResult",
     "WildResult",
     "adjust",
-    "anytime_p",
-    "besag_clifford",
     "bootstrap_t",
     "bootstrap_weights",
     "cluster_se",
     "cpss_bound",
     "delete_group_jackknife",
-    "e_bh",
     "exceedance_counts",
     "family_size",
     "fdp_bound",
-    "flip_e_value",
     "flip_tail",
     "histogram_flip_test",
     "hurdle",
@@ -144,7 +123,6 @@ __all__ = [
     "permutation_contrast",
     "rbo",
     "saddlepoint_tail",
-    "sequential_flip_test",
     "set_overlap_pvalue",
     "sign_flip_test",
     "sign_flips",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 
 @dataclass(frozen=True)

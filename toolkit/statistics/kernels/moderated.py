@@ -9,7 +9,7 @@ import numpy as np
 from scipy import special, stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 LEAST_VARIANCE: Final = 1e-5
 """Floor of a variance, as a share of the median variance (the value limma uses)."""

@@ -9,14 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    ROUNDING,
-    FloatArray,
-    cluster_codes,
-    column_sums,
-    feature_blocks,
-)
 from rlgen_stats.toolkit.statistics.kernels.flips.signflip import Alternative, Method, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import cluster_codes, feature_blocks
 
 Kind = Literal["kendall", "page"]
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels import max_t, max_t_p_value, sign_flip_test, sign_flips
+from rlgen_stats.toolkit.statistics.kernels import max_t, max_t_p_value, sign_flip_test, sign_flips, unit_tables
 from rlgen_stats.toolkit.statistics.kernels.flips import maxt as maxt_module
-from rlgen_stats.toolkit.statistics.kernels.flips import resampling as resampling_module
 from rlgen_stats.toolkit.statistics.kernels.flips import signflip as signflip_module
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import flip_count, flip_table, walsh_hadamard
 from tests.oracles import slow
 
 
@@ -170,7 +170,7 @@ def test_features_do_not_depend_on_the_blocks_they_are_packed_in(monkeypatch: py
     rng = np.random.default_rng(1)
     d = np.where(rng.random((200, 70)) < rng.random(70), rng.normal(0.1, 1, (200, 70)), 0.0)
     whole = sign_flip_test(d)
-    monkeypatch.setattr(resampling_module, "BLOCK_UNITS", 1)
+    monkeypatch.setattr(unit_tables, "BLOCK_UNITS", 1)
     monkeypatch.setattr(signflip_module, "feature_blocks", lambda n, f: (slice(i, i + 1) for i in range(f)))
     single = sign_flip_test(d)
     np.testing.assert_array_equal(whole.p_value, single.p_value)
@@ -181,14 +181,15 @@ def test_features_do_not_depend_on_the_blocks_they_are_packed_in(monkeypatch: py
 # -- the random group of flips ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("n", "n_resamples"), [(13, 999), (40, 63), (200, 1000), (7, 10)])
 def test_flips_are_a_group_that_does_not_depend_on_other_units(n: int, n_resamples: int) -> None:
-    table = resampling_module.flip_table(n, n_resamples, seed=4)
-    patterns = np.concatenate([flips for _, flips in table.blocks()])
-    assert len(table) == len(patterns) == resampling_module.flip_count(n, n_resamples) > n_resamples
+    table = flip_table(n, n_resamples, seed=4)
+    index = np.arange(len(table))[:, None]
+    patterns = 1.0 - 2.0 * (np.bitwise_count(index & table.codes) & 1)
+    assert len(table) == len(patterns) == flip_count(n, n_resamples) > n_resamples
     assert (patterns[0] == 1).all()
     known = {row.tobytes() for row in patterns}
     for i in (1, 5, 11):
         assert {row.tobytes() for row in patterns * patterns[i]} == known
-    longer = resampling_module.flip_table(n + 50, n_resamples, seed=4, exact=False)
+    longer = flip_table(n + 50, n_resamples, seed=4, exact=False)
     if not table.exhaustive:
         np.testing.assert_array_equal(longer.codes[:n], table.codes)
         np.testing.assert_array_equal(patterns, slow.flip_group(sign_flips(n, 0, table.n_generators, seed=4)))
@@ -199,7 +200,7 @@ def test_transform_is_the_sum_over_signs(m: int) -> None:
     cells = np.random.default_rng(m).normal(size=(2**m, 3))
     index = np.arange(2**m)
     signs = (-1.0) ** np.array([[bin(a & b).count("1") for b in index] for a in index[:64]])
-    np.testing.assert_allclose(resampling_module.walsh_hadamard(cells.copy())[:64], signs @ cells, atol=1e-11)
+    np.testing.assert_allclose(walsh_hadamard(cells.copy())[:64], signs @ cells, atol=1e-11)
 
 
 def test_monte_carlo_error_is_that_of_independent_flips() -> None:

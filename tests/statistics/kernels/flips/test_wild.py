@@ -5,7 +5,7 @@ import pytest
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.statistics.kernels import cluster_se, sign_flip_test
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import WEBB, wild_cluster_bootstrap
 
 

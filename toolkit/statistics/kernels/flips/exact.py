@@ -7,13 +7,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    SMALLEST_P,
-    TIE_SLACK,
-    FloatArray,
-    all_flips,
-    column_sums,
-)
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import all_flips
+from rlgen_stats.toolkit.statistics.kernels.numerics import SMALLEST_P, TIE_SLACK, FloatArray, column_sums
 
 MAX_ENUMERATED: Final = 20
 """Nonzeros up to which all 2**nz flips are counted (two halves of 2**10 sums each)."""

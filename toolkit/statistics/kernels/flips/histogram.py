@@ -9,13 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    BLOCK_SUMS,
-    TIE_SLACK,
-    FlipTable,
-    FloatArray,
-    flip_table,
-)
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import BLOCK_SUMS, FlipTable, flip_table
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    BLOCK_SUMS,
-    ROUNDING,
-    SPARSE_DENSITY,
-    TIE_SLACK,
-    FlipTable,
-    FloatArray,
-    Workspace,
-    as_table,
-    cluster_codes,
-    column_sums,
-    feature_blocks,
-    flip_table,
-    flip_units,
-)
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import BLOCK_SUMS, FlipTable, Workspace, flip_table
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_units import flip_units
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import exceedance_counts
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, TIE_SLACK, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_table, cluster_codes, feature_blocks
 
+SPARSE_DENSITY: Final = 0.15
+"""Share of nonzeros below which a sparse product is faster than a dense one."""
 SAMPLED_ROWS: Final = 16
 """Rows looked at before all are counted."""
 

@@ -9,15 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    BLOCK_DRAWS,
-    BLOCK_FEATURES,
-    TIE_SLACK,
-    FloatArray,
-    column_sums,
-    stream,
-)
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, column_sums
 
+BLOCK_FEATURES: Final = 1024
+"""Features per matrix product: with 1,024 draws the block of statistics is 8 MB and stays near the cache."""
+BLOCK_DRAWS: Final = 1024
+"""Draws per matrix product, for the same reason; memory does not grow with the number of draws."""
 MIN_COUNT: Final = 20
 """Units of each kind below which the contrast is not estimable (METHOD.md 4c)."""
 

@@ -8,13 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    SMALLEST_P,
-    TIE_SLACK,
-    FloatArray,
-    all_flips,
-    column_sums,
-)
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import all_flips
+from rlgen_stats.toolkit.statistics.kernels.numerics import SMALLEST_P, TIE_SLACK, FloatArray, column_sums
 
 MAX_ITERATIONS: Final = 60
 """Newton steps; ten are usual."""

@@ -16,22 +16,12 @@ from rlgen_stats.toolkit.statistics.kernels.flips.exact import (
     lattice_step,
     lattice_tail,
 )
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import FlipTable, Workspace, flip_table
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_units import FlipUnits, flip_units, packed
 from rlgen_stats.toolkit.statistics.kernels.flips.maxt import max_t
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    TIE_SLACK,
-    FlipTable,
-    FlipUnits,
-    FloatArray,
-    Workspace,
-    as_table,
-    cluster_codes,
-    column_sums,
-    feature_blocks,
-    flip_table,
-    flip_units,
-    packed,
-)
 from rlgen_stats.toolkit.statistics.kernels.flips.saddlepoint import flip_tail
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_table, cluster_codes, feature_blocks
 
 Alternative = Literal["two-sided", "greater", "less"]
 Method = Literal["auto", "exact", "saddlepoint", "monte-carlo"]

@@ -8,16 +8,9 @@ from typing import Any, Final
 import numpy as np
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    MIN_CLUSTERS,
-    ROUNDING,
-    TIE_SLACK,
-    FloatArray,
-    as_units,
-    cluster_codes,
-    cluster_totals,
-    stream,
-)
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, TIE_SLACK, FloatArray
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS, as_units, cluster_codes, cluster_totals
 
 WEBB: Final = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
 """Six weights of mean 0 and variance 1, equally likely: 6^G draws differ, where two signs give only 2^G."""

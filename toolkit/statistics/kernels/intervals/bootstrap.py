@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    ROUNDING,
-    FloatArray,
-    as_units,
-    bootstrap_blocks,
-    cluster_totals,
-    column_sums,
-)
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_units, cluster_totals
 
+BLOCK_COUNTS: Final = 2**19
+"""Resample x unit counts turned into floats together (4 MB)."""
 MIN_NONZERO: Final = 10
 """Nonzero units below which no interval is given: coverage falls well under nominal (METHOD.md 4a)."""
 BLOCK_ELEMENTS: Final = 2**20
@@ -115,3 +115,26 @@ def _interval(
     upper, lower = np.quantile(t, [1 - alpha / 2, alpha / 2], axis=0, method="median_unbiased")
     upper, lower = (np.where(np.abs(q) > HUGE / 1e6, np.sign(q) * np.inf, q) for q in (upper, lower))
     return -error * upper, -error * lower
+
+
+def bootstrap_weights(n_units: int, n_resamples: int, *, seed: int) -> FloatArray:
+    """How often each unit enters each bootstrap sample, [n_resamples, n_units]; rows sum to n_units."""
+    return _bootstrap_counts(n_units, n_resamples, seed).astype(np.float64)
+
+
+def bootstrap_blocks(n_units: int, n_resamples: int, *, seed: int) -> Iterator[tuple[slice, FloatArray]]:
+    """``bootstrap_weights`` in consecutive blocks of draws of at most 4 MB, and where they stand."""
+    counts, step = _bootstrap_counts(n_units, n_resamples, seed), max(16, BLOCK_COUNTS // n_units)
+    for start in range(0, n_resamples, step):
+        here = slice(start, min(start + step, n_resamples))
+        yield here, counts[here].astype(np.float64)
+
+
+@lru_cache(maxsize=2)
+def _bootstrap_counts(n_units: int, n_resamples: int, seed: int) -> NDArray[np.uint8]:
+    """Kept between blocks of features, which all use the same draws; a unit drawn over 255 times does not occur."""
+    table = np.empty((n_resamples, n_units), dtype=np.uint8)
+    for draw in range(n_resamples):
+        table[draw] = np.bincount(stream(seed, draw).integers(0, n_units, n_units), minlength=n_units)
+    table.flags.writeable = False
+    return table

@@ -10,7 +10,8 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray, as_units, cluster_totals
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_units, cluster_totals
 
 
 @dataclass(frozen=True)

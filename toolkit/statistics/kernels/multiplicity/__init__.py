@@ -1,1 +1,1 @@
-"""Many hypotheses at once: corrections, partial conjunction, bounds of false discoveries, sequential tests."""
+"""Many hypotheses at once: corrections, partial conjunction, bounds of false discoveries."""

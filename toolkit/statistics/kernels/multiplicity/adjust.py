@@ -9,7 +9,7 @@ import numpy as np
 from statsmodels.stats.multitest import multipletests
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 AdjustMethod = Literal["bonferroni", "holm", "hommel", "bh", "by", "bky", "storey"]
 

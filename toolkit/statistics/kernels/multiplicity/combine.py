@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 
 def partial_conjunction(p: Any, *, u: int, combine: Literal["bonferroni", "simes", "fisher"] | str) -> FloatArray:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import TIE_SLACK, FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray
 
 
 @dataclass(frozen=True)
