@@ -260,7 +260,7 @@ def test_the_order_of_prompts_does_not_matter(world):
 def test_tokens_as_units_only_if_allowed_and_recorded(world):
     features = world()
     features = features.assign_coords(prompt=[f"p{i // 2}" for i in range(60)])
-    with pytest.raises(RefusedError, match="'p0' stands on several rows"):
+    with pytest.raises(RefusedError, match="'p0' has several rows"):
         run(features)
     out = run(features, unit="token", allow_token_unit=True)
     assert out.attrs["unit"] == "token"

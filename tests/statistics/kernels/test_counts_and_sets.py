@@ -152,7 +152,7 @@ def test_proportions() -> None:
     np.testing.assert_allclose([low[1], high[1]], [wanted.low, wanted.high])
     assert high[2] == pytest.approx(1)
     assert all(isinstance(bound, float) for bound in wilson_interval(3, 10))
-    with pytest.raises(InputError, match="between 0 and the tries, got 4 of 3"):
+    with pytest.raises(InputError, match="between 0 and the number of trials, got 4 of 3"):
         wilson_interval(4, 3)
 
 

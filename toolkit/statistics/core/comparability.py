@@ -10,7 +10,7 @@ import xarray as xr
 from rlgen_stats.schemas.errors import RefusedError
 
 SOURCE_ATTRS: Final = ("readout", "text_mode", "crosscoder", "scale")
-"""What a table of numbers must say about the features it was computed from, copied to every result."""
+"""Attributes of the features that are copied to every result computed from them."""
 
 _REMEDIES: Final = {
     "readout": "encode both with the same readout",
@@ -22,7 +22,7 @@ _REMEDIES: Final = {
 
 
 def check_comparable(*datasets: xr.Dataset | xr.DataArray, keys: Sequence[str] = tuple(_REMEDIES)) -> None:
-    """Refuse to combine datasets whose attributes say that their numbers mean different things.
+    """Refuse to combine datasets whose attributes say that their numbers are not comparable.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def check_comparable(*datasets: xr.Dataset | xr.DataArray, keys: Sequence[str] =
         if len(values) > 1:
             raise RefusedError(
                 f"datasets with {key} {values[0]!r} and {values[1]!r} cannot be combined: their numbers are not "
-                f"comparable; {_REMEDIES.get(key, 'compute each apart')}."
+                f"comparable; {_REMEDIES.get(key, 'compute each separately')}."
             )
 
 
@@ -62,5 +62,5 @@ def check_contribution_scale(features: xr.Dataset, what: str) -> None:
 
 
 def source_attrs(features: xr.Dataset) -> dict[str, Any]:
-    """Attributes of ``features`` that every number computed from them must carry."""
+    """Attributes of ``features`` (``SOURCE_ATTRS``) for a result computed from them."""
     return {name: features.attrs[name] for name in SOURCE_ATTRS if name in features.attrs}

@@ -15,17 +15,17 @@ from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 
 
 def check_models(features: xr.Dataset, models: Sequence[str]) -> None:
-    """Refuse model ids that are not there, and repeated ones.
+    """Refuse unknown and repeated model ids.
 
     Raises
     ------
     InputError
-        Naming the unknown or repeated model and what there is.
+        Naming the unknown or repeated model and the known ones.
     """
-    there = [str(model) for model in features[MODEL].values]
-    unknown = [model for model in models if model not in there]
+    known = [str(model) for model in features[MODEL].values]
+    unknown = [model for model in models if model not in known]
     if unknown:
-        raise InputError(f"model {unknown[0]!r} is not in the data; expected one of {there}.")
+        raise InputError(f"model {unknown[0]!r} is not in the data; expected one of {known}.")
     if len(set(models)) != len(models) or not models:
         raise InputError(f"name at least one model and each only once, got {list(models)}.")
 
@@ -39,16 +39,16 @@ def run_models(features: xr.Dataset, run: str) -> list[str]:
         If the run has no checkpoint in ``features``.
     """
     models = [str(model) for model in features[MODEL].values]
-    own = sorted((model for model in models if split_model_id(model)[0] == run), key=lambda m: split_model_id(m)[1])
-    if not own:
+    of_run = [model for model in models if split_model_id(model)[0] == run]
+    if not of_run:
         raise InputError(
             f"run {run!r} has no checkpoint in the data; the runs are {sorted({split_model_id(m)[0] for m in models})}."
         )
-    return own
+    return sorted(of_run, key=lambda model: split_model_id(model)[1])
 
 
 def model_coords(source: xr.Dataset, models: Sequence[str]) -> dict[str, tuple[str, NDArray[Any]]]:
-    """Coordinates model, run, step and arm of ``models``; where no arm is recorded each run is its own."""
+    """Coordinates model, run, step and arm of ``models``; a run without a recorded arm is an arm of its own."""
     parts = [split_model_id(model) for model in models]
     arms = (
         np.asarray(source[ARM].sel({MODEL: list(models)}).values).astype(np.str_)
@@ -64,14 +64,14 @@ def model_coords(source: xr.Dataset, models: Sequence[str]) -> dict[str, tuple[s
 
 
 def feature_coord(features: xr.Dataset) -> dict[str, tuple[str, NDArray[Any]]]:
-    """Coordinate feature: the one of ``features``, else 0..F-1."""
+    """Coordinate ``feature``: that of ``features``, or 0..F-1 where it has none."""
     size = features.sizes[FEATURE]
     values = np.asarray(features[FEATURE].values) if FEATURE in features.coords else np.arange(size)
     return {FEATURE: (FEATURE, values)}
 
 
 def feature_ranks(features: xr.Dataset) -> IntArray:
-    """Rank of each feature's label: breaks ties between features in the same way whatever their order."""
+    """Rank of each feature's label, to break ties between features independently of their order."""
     labels = feature_coord(features)[FEATURE][1]
     ranks: IntArray = np.argsort(np.argsort(labels, kind="stable"), kind="stable").astype(np.int64)
     return ranks

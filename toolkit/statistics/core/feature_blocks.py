@@ -1,7 +1,7 @@
-"""Feature blocks: every statistic sees all prompts of a few features at a time.
+"""Feature blocks: a statistic is computed from all prompts of a few features at a time.
 
 A statistic is a plain function of numpy blocks; :func:`map_features` runs it over the feature chunks of lazy arrays and
-puts the pieces together again, so that the numbers do not depend on the chunking and memory is set by the block.
+concatenates the results, so that the numbers do not depend on the chunking and memory is that of one block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FEATURE_BLOCK: Final = 512
 """Features per block when the input has no chunks of its own (the chunk size of features.zarr)."""
 
 DEFAULT_MIN_FIRING: Final = 10
-"""Prompts, pooled over the compared models, on which a testable feature fires (METHOD.md section 3, rule 4)."""
+"""Least number of prompts, pooled over the compared models, on which a testable feature fires (METHOD.md 3, rule 4)."""
 
 
 @dataclass(frozen=True)
@@ -108,33 +108,33 @@ def feature_arrays(
 
 
 def canonical(dataset: xr.Dataset, *, repeated: bool = False) -> xr.Dataset:
-    """``dataset`` with its prompts in order of their ids, lazily: what is random is keyed by prompt, not by position.
+    """``dataset`` with its prompts sorted by id, lazily, so that random draws belong to prompts and not to positions.
 
     Parameters
     ----------
     dataset
-        With dimension ``prompt``; returned as it is where prompts have no ids or are in order.
+        With dimension ``prompt``; returned unchanged where prompts have no ids or are sorted.
     repeated
-        Whether one id may stand on several rows (tokens as units); such rows keep their order.
+        Whether several rows may have one id (tokens as units); such rows keep their order.
 
     Raises
     ------
     RefusedError
-        If an id stands on several rows: rows of one prompt are not independent.
+        If several rows have one id: rows of one prompt are not independent.
     """
     if PROMPT not in dataset.coords:
         return dataset
     ids = np.asarray(dataset[PROMPT].values).astype(np.str_)
     order = np.argsort(ids, kind="stable")
-    twice = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(twice) and not repeated:
+    repeats = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+    if len(repeats) and not repeated:
         raise RefusedError(
-            f"prompt {str(ids[order][twice[0]])!r} stands on several rows, which would count as independent units; "
+            f"prompt {str(ids[order][repeats[0]])!r} has several rows, which would count as independent units; "
             "summarise each prompt into one row (or unit='token', allow_token_unit=True)."
         )
     if np.array_equal(order, np.arange(len(order))):
         return dataset
-    # Prompts are joined before they are re-ordered: else every new piece would be cut from every old one.
+    # One chunk over all prompts before sorting: otherwise every sorted chunk would take a piece of every old chunk.
     joined = {
         name: variable.chunk({PROMPT: -1})
         for name, variable in dataset.variables.items()
@@ -146,7 +146,7 @@ def canonical(dataset: xr.Dataset, *, repeated: bool = False) -> xr.Dataset:
 
 
 def finish(dataset: xr.Dataset, lazy: bool) -> xr.Dataset:
-    """Lazy in, lazy out, each variable one chunk (results are small, and stores chunk as they like)."""
+    """Computed, or where the input was lazy still lazy with one chunk a variable (results are small)."""
     if not lazy:
         return dataset.compute()
     whole = {name: array.variable.chunk(dict.fromkeys(array.dims, -1)) for name, array in dataset.data_vars.items()}

@@ -18,7 +18,7 @@ TOKEN_WARNING: Final = (
     "rows are tokens taken as independent: at ICC .05 and 64 tokens a prompt a nominal 5% test rejects 32% of true "
     "nulls"
 )
-"""Stands in the attributes of every result whose caller overrode the refusal of ``unit='token'``."""
+"""Attribute ``warning`` of every result computed with ``unit='token'``."""
 
 
 def check_unit(unit: str, allow_token_unit: bool = False) -> None:
@@ -49,18 +49,18 @@ def unit_attrs(unit: str, clusters: str | None, codes: IntArray | None) -> dict[
 
 
 def cluster_codes(dataset: xr.Dataset, clusters: str | None) -> IntArray | None:
-    """Integer code of each prompt's cluster; None when prompts are the units (no clusters, or each its own).
+    """Integer code of each prompt's cluster; None when prompts are the units (no clusters, or clusters of one prompt).
 
     Raises
     ------
     InputError
-        If the coordinate is not there.
+        If the dataset has no such coordinate of the prompts.
     """
     if clusters is None:
         return None
     if clusters not in dataset.coords or dataset[clusters].dims != (PROMPT,):
         raise InputError(
-            f"clusters={clusters!r} is no label of the prompts; expected one of "
+            f"clusters={clusters!r} is not a coordinate of the prompts; expected one of "
             f"{sorted(str(name) for name, c in dataset.coords.items() if c.dims == (PROMPT,))}."
         )
     codes: IntArray = np.unique(np.asarray(dataset[clusters].values).astype(np.str_), return_inverse=True)[1]
@@ -73,7 +73,7 @@ def check_clusters(codes: IntArray | None) -> None:
     Raises
     ------
     RefusedError
-        With the number there is.
+        Naming the number of clusters and the smallest attainable p-value.
     """
     n = None if codes is None else len(np.unique(codes))
     if n is not None and n < MIN_CLUSTERS:
@@ -94,7 +94,7 @@ def cluster_sums(values: FloatArray, codes: IntArray | None) -> FloatArray:
 
 
 def unit_means(values: FloatArray, codes: IntArray | None) -> FloatArray:
-    """Means over the prompts (axis 0) of each cluster: one row a unit, every unit with the same weight."""
+    """Means over the prompts (axis 0) of each cluster: one row per unit, all units with equal weight."""
     if codes is None:
         return values
     sizes = np.unique(codes, return_counts=True)[1].astype(np.float64)

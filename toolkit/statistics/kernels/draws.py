@@ -1,4 +1,4 @@
-"""Counter-based random numbers: functions of (seed, draw, unit), whatever the blocks or workers."""
+"""Counter-based random numbers: functions of (seed, draw, unit) alone, independent of blocks and workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 
 def stream(seed: int, draw: int) -> np.random.Generator:
-    """Philox stream of one draw; unit i takes its i-th value, so that fewer units see a prefix.
+    """Philox stream of one draw; unit i takes its i-th value, so that fewer units use a prefix of the same values.
 
     Raises
     ------
@@ -23,7 +23,7 @@ def stream(seed: int, draw: int) -> np.random.Generator:
 
 
 def sign_flips(n_units: int, start: int, stop: int, *, seed: int) -> FloatArray:
-    """Rows ``start`` to ``stop`` of the endless table of random signs, [stop - start, n_units] of +1 and -1.
+    """Rows ``start`` to ``stop`` of an unlimited table of random signs, [stop - start, n_units] of +1 and -1.
 
     The sign of unit i in flip b depends on (seed, b, i) alone: i is the unit's row, so the same prompts in the same
     order get the same signs in every block of features, on every worker.
@@ -33,7 +33,7 @@ def sign_flips(n_units: int, start: int, stop: int, *, seed: int) -> FloatArray:
 
 
 def random_bits(n_units: int, start: int, stop: int, *, seed: int) -> NDArray[np.uint8]:
-    """The same rows as packed bits, 1 for -1, [stop - start, bytes]."""
+    """Rows of ``sign_flips`` as packed bits, 1 for a sign of -1, [stop - start, bytes]."""
     n_bytes = -(-n_units // 8)
     raw = b"".join(stream(seed, draw).bytes(n_bytes) for draw in range(start, stop))
     return np.frombuffer(raw, dtype=np.uint8).reshape(stop - start, n_bytes)

@@ -1,4 +1,4 @@
-"""What all kernels share about numbers: array types, tolerances, and sums whose bits do not depend on the block."""
+"""Numerical conventions of all kernels: array types, tolerances, and sums independent of the block of features."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ IntArray = NDArray[np.int64]
 TIE_SLACK: Final = 1e-9
 """Statistics this close, relative to their scale, count as ties (METHOD.md section 3, rule 5)."""
 ROUNDING: Final = 1e-12
-"""Share of a feature's scale below which a value is what rounding left of a zero: .1 + .2 - .3 is 5.6e-17."""
+"""Values below this share of a feature's scale are taken as zeros that rounding missed: .1 + .2 - .3 is 5.6e-17."""
 SMALLEST_P: Final = float(np.finfo(np.float64).tiny)
-"""Stands for probabilities too small for a double (2**-1075 is 0): a p-value is never 0."""
+"""Reported for probabilities too small for a double (2**-1075 is 0), so that a p-value is never 0."""
 
 
 def column_sums(x: FloatArray) -> FloatArray:
-    """Sums over axis 0, row by row: the same bits whatever other features stand beside one, zero rows or not.
-
-    Numpy adds the rows of a wide array in order, but a single column pairwise; so a single column is doubled.
-    """
+    """Sums over axis 0, row by row: a feature's sum has the same bits in every block, with or without zero rows."""
+    # Numpy adds the rows of a wide array in order, but a single column pairwise; so a single column is doubled.
     wide = np.ascontiguousarray(x if x.shape[1] != 1 else np.repeat(x, 2, axis=1))
     return np.asarray(wide.sum(axis=0)[: x.shape[1]])

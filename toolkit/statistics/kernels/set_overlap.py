@@ -1,4 +1,4 @@
-"""Agreement of sets and rankings."""
+"""Agreement of sets and rankings: rank-biased overlap, Nogueira's stability, chance of an overlap."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class RboResult:
     """Rank-biased overlap of two finite rankings."""
 
     truncated: float
-    """Weighted overlap of the ranks seen, as if everything after them counted nothing."""
+    """Sum over the observed depths alone, as if later ranks shared nothing; below every attainable overlap."""
     minimum: float
-    """Overlap certain whatever follows: the items shared so far stay shared at every later depth."""
+    """Smallest overlap of any continuation (Webber's minimum): items shared so far stay shared at every later depth."""
     extrapolated: float
-    """Overlap if the agreement seen goes on."""
+    """Overlap if the observed agreement continues."""
 
 
 def rbo(first: Sequence[Any], second: Sequence[Any], persistence: float = 0.9) -> RboResult:

@@ -12,13 +12,13 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 BLOCK_UNITS: Final = 2**19
-"""Unit x feature elements cleaned and packed together (4 MB)."""
+"""Unit x feature elements per block (4 MB)."""
 MIN_CLUSTERS: Final = 6
-"""Fewest clusters: with five the smallest two-sided p-value is 1/16, so nothing can be found at .05."""
+"""Least number of clusters: with five the smallest two-sided sign-flip p-value is 1/16, above .05."""
 
 
 def as_table(values: Any) -> tuple[NDArray[Any], bool]:
-    """``values`` as [unit, feature] of the type they have, and whether they came as one feature [unit].
+    """``values`` as [unit, feature] in their own dtype, and whether they were given as one feature [unit].
 
     Raises
     ------
@@ -38,24 +38,24 @@ def as_units(values: Any) -> tuple[FloatArray, bool]:
 
 
 def feature_blocks(n_units: int, n_features: int) -> Iterator[slice]:
-    """Blocks of features that stay near the cache, [unit, block]."""
+    """Slices of features so small that [unit, slice] stays near the cache."""
     step = max(64, BLOCK_UNITS // max(1, n_units))
     for start in range(0, n_features, step):
         yield slice(start, start + step)
 
 
 def cluster_codes(clusters: Any, n_units: int) -> NDArray[np.int64]:
-    """Which cluster each unit is in, 0, 1, ... in sorted order of the labels.
+    """Cluster of each unit as 0, 1, ... in sorted order of the labels.
 
     Raises
     ------
     InputError
-        If there is not one label a unit.
+        If there is not one label per unit.
     """
-    given = np.asarray(clusters)
-    if given.shape != (n_units,):
-        raise InputError(f"clusters must name one label per unit ({n_units}), got shape {given.shape}.")
-    return np.asarray(np.unique(given, return_inverse=True)[1], dtype=np.int64)
+    labels = np.asarray(clusters)
+    if labels.shape != (n_units,):
+        raise InputError(f"clusters must name one label per unit ({n_units}), got shape {labels.shape}.")
+    return np.asarray(np.unique(labels, return_inverse=True)[1], dtype=np.int64)
 
 
 def cluster_totals(values: FloatArray, clusters: Any) -> FloatArray:
@@ -64,7 +64,7 @@ def cluster_totals(values: FloatArray, clusters: Any) -> FloatArray:
     Raises
     ------
     InputError
-        If there is not one label a unit.
+        If there is not one label per unit.
     """
     codes = cluster_codes(clusters, len(values))
     totals = np.zeros((int(codes.max()) + 1, *values.shape[1:]))

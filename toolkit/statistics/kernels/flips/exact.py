@@ -1,4 +1,4 @@
-"""Exact sign-flip tails: every flip counted, or a lattice distribution convolved."""
+"""Exact sign-flip tails: by counting every flip, or by convolution of a lattice distribution."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ FEATURES_AT_ONCE: Final = 256
 MAX_LATTICE: Final = 4096
 """Width in steps up to which a lattice distribution is convolved exactly."""
 MAX_DIVISOR: Final = 12
-"""The lattice's step is sought among the smallest |d| and its halves, thirds, ... twelfths."""
+"""Candidates for the lattice's step are the smallest |d| and its halves, thirds, ... twelfths."""
 LATTICE_SLACK: Final = 1e-6
-"""Relative error of a multiple of the step; covers differences that were rounded to float32."""
+"""Largest relative error of a multiple of the step; covers differences rounded to float32."""
 LATTICE_ELEMENTS: Final = 2**19
-"""Feature x step elements convolved together (4 MB, and as much again for the index)."""
+"""Feature x step elements per convolved block (4 MB, and as much again for the index)."""
 
 
 def enumerated_tail(d: FloatArray, total: FloatArray) -> FloatArray:
-    """P(S >= s) over all flips of at most 20 nonzeros, [feature]: all sums of two halves, matched by one search."""
+    """P(S >= s) over all flips of at most 20 nonzeros, [feature]: sums of two halves, matched by one search."""
     tail = np.empty(d.shape[1])
     order = np.argsort(np.count_nonzero(d, axis=0), kind="stable")
     for start in range(0, len(order), FEATURES_AT_ONCE):
@@ -39,7 +39,7 @@ def _counted(d: FloatArray, total: FloatArray) -> FloatArray:
     width = max(2, int(np.count_nonzero(ranked, axis=0).max(initial=0)))
     ranked = np.concatenate([ranked, np.zeros((max(0, width - len(ranked)), ranked.shape[1]))])[:width]
     limit = column_sums(ranked)
-    ranked, target = ranked / limit, total / limit  # sums lie in [-1, 1]: features are kept apart by an offset of 4
+    ranked, target = ranked / limit, total / limit  # sums lie in [-1, 1]: an offset of 4 separates features
     half = width // 2
     needed = (target - TIE_SLACK)[:, None] - (all_flips(half) @ ranked[:half]).T
     others = np.sort((all_flips(width - half) @ ranked[half:]).T, axis=1)
@@ -55,14 +55,15 @@ def lattice_step(d: FloatArray) -> FloatArray:
     smallest = np.where(magnitude > 0, magnitude, np.inf).min(axis=0, initial=np.inf)
     step = np.full(d.shape[1], np.nan)
     for divisor in range(1, MAX_DIVISOR + 1):
-        open_ = np.flatnonzero(np.isnan(step) & np.isfinite(smallest))
-        open_ = open_[divisor * column_sums(np.take(magnitude, open_, axis=1)) <= MAX_LATTICE * smallest[open_] * 1.001]
-        if not len(open_):
+        candidates = np.flatnonzero(np.isnan(step) & np.isfinite(smallest))
+        width = divisor * column_sums(np.take(magnitude, candidates, axis=1))
+        candidates = candidates[width <= MAX_LATTICE * smallest[candidates] * 1.001]
+        if not len(candidates):
             break
-        multiple = np.take(magnitude, open_, axis=1) / (smallest[open_] / divisor)
+        multiple = np.take(magnitude, candidates, axis=1) / (smallest[candidates] / divisor)
         on = (np.abs(multiple - np.round(multiple)) <= LATTICE_SLACK * multiple).all(axis=0)
         narrow = np.round(multiple).sum(axis=0) <= MAX_LATTICE
-        step[open_] = np.where(on & narrow, smallest[open_] / divisor, np.nan)
+        step[candidates] = np.where(on & narrow, smallest[candidates] / divisor, np.nan)
     return step
 
 
@@ -86,9 +87,9 @@ def lattice_tail(d: FloatArray, total: FloatArray, step: FloatArray) -> FloatArr
 
 
 def _convolved(moves: NDArray[np.int64], target: FloatArray) -> FloatArray:
-    """Tail of the sum of +-k: units flipped down that add up to j give S = width - 2 j, so S >= s iff 2 j <= width - s.
+    """Tail of the sum of +-k: where the units of negative sign sum to j, S = width - 2 j; S >= s iff 2 j <= width - s.
 
-    All features take one unit at a time, smallest move first, so that the occupied part of the table grows late.
+    One unit is added at a time, smallest move first, so that the occupied part of the table stays narrow for long.
     """
     moves = np.sort(moves, axis=0)
     moves = moves[(moves > 0).any(axis=1)]
@@ -101,10 +102,9 @@ def _convolved(moves: NDArray[np.int64], target: FloatArray) -> FloatArray:
     reach = np.zeros(n, dtype=np.int64)
     for move in moves:
         reach += move
-        here = np.arange(int(reach.max()) + 1)
-        shifted = mass.ravel()[row + here - move[:, None]]
-        mass[:, pad : pad + len(here)] = np.where(
-            move[:, None] > 0, 0.5 * (mass[:, pad : pad + len(here)] + shifted), mass[:, pad : pad + len(here)]
-        )
+        occupied = np.arange(int(reach.max()) + 1)
+        shifted = mass.ravel()[row + occupied - move[:, None]]
+        before = mass[:, pad : pad + len(occupied)]
+        mass[:, pad : pad + len(occupied)] = np.where(move[:, None] > 0, 0.5 * (before + shifted), before)
     kept = np.arange(size - pad) <= ((width - target) // 2)[:, None]
     return np.asarray(np.where(kept, mass[:, pad:], 0.0).sum(axis=1))

@@ -1,4 +1,4 @@
-"""Differences per unit or cluster, checked and cleaned, ready for their signs to be flipped."""
+"""Preparation of differences for sign flips: checks, sums within clusters, exact zeros, packing of nonzeros."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS, as_
 
 @dataclass(frozen=True)
 class FlipUnits:
-    """Differences ready to be flipped."""
+    """Checked differences, one row per unit or cluster."""
 
     values: FloatArray
-    """[unit, feature], rows contiguous; features without any value are all zero."""
+    """[unit, feature], rows contiguous; missing features are all zero."""
     missing: NDArray[np.bool_]
     """[feature]: NaN in every unit."""
-    single: bool
-    """Whether one feature came without its axis."""
 
 
 def flip_units(differences: Any, clusters: Any = None) -> FlipUnits:
-    """Differences per unit to be flipped, or their sums within clusters, checked; what rounding left of zeros is zero.
+    """Check differences [unit(, feature)], sum them within clusters, and set to 0 values that are rounding errors of 0.
 
-    Memory is a few times that of the differences: hand in a block of features at a time.
+    Memory is a few times that of the differences: pass one block of features at a time.
 
     Raises
     ------
@@ -37,35 +35,39 @@ def flip_units(differences: Any, clusters: Any = None) -> FlipUnits:
     RefusedError
         If there are fewer than six clusters.
     """
-    given, single = as_table(differences)
-    missing = np.isnan(given[0].astype(np.float64))
-    missing[missing] = np.isnan(given[:, missing]).all(axis=0)
-    codes = None if clusters is None else cluster_codes(clusters, len(given))
-    n_units = len(given) if codes is None else int(codes.max()) + 1
+    table, _ = as_table(differences)
+    missing = np.isnan(table[0].astype(np.float64))
+    missing[missing] = np.isnan(table[:, missing]).all(axis=0)
+    codes = None if clusters is None else cluster_codes(clusters, len(table))
+    n_units = len(table) if codes is None else int(codes.max()) + 1
     if codes is not None and n_units < MIN_CLUSTERS:
         raise RefusedError(
             f"a sign-flip test over clusters needs at least {MIN_CLUSTERS}, got {n_units}; flip a lower level, "
             "or use more clusters."
         )
-    d = given.astype(np.float64, order="C")
+    d = table.astype(np.float64, order="C")
     if missing.any():
         d[:, missing] = 0.0
     magnitude = np.abs(d)
     largest = magnitude.max(axis=0)
     if not np.isfinite(largest).all():
         raise InputError(
-            f"differences must be finite, got {int((~np.isfinite(given[:, ~missing])).sum())} NaN or infinite; "
+            f"differences must be finite, got {int((~np.isfinite(table[:, ~missing])).sum())} NaN or infinite; "
             "drop those units, or set the whole feature to NaN."
         )
     if codes is not None:
         d, magnitude = cluster_totals(d, codes), cluster_totals(magnitude, codes)
         largest, magnitude = magnitude.max(axis=0), np.abs(d)
+    # A difference of equal values may round to 1e-17; as a nonzero it would count as evidence of its sign.
     np.copyto(d, 0.0, where=magnitude <= ROUNDING * largest)
-    return FlipUnits(d, missing, single)
+    return FlipUnits(d, missing)
 
 
 def packed(d: FloatArray) -> FloatArray:
-    """The nonzeros of every feature in their order, zeros below, [most nonzeros, feature]; sums have the same bits."""
+    """The nonzeros of every feature in their order, then zeros, [largest number of nonzeros, feature].
+
+    Shorter columns make sums and tails faster, and ``column_sums`` of the result has the same bits.
+    """
     rows, columns = np.nonzero(d)
     n_nonzero = np.bincount(columns, minlength=d.shape[1])
     most = int(n_nonzero.max(initial=0))
