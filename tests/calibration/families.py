@@ -58,9 +58,15 @@ def false_discoveries(scale: int, seed: int) -> list[Row]:
         size = f"{worlds:,} families of {n_features} features, {n} prompts, 30% dead, groups of {group} correlating .5"
         for name in methods:
             row = mean_row(
-                f"FDR, {name.upper()}{label}", q, rates[name], size, at_most=True, naive=float(np.mean(rates["none"])),
-                naive_name="uncorrected p <= .1", known="dependence" if label and name == "storey" else "",
-            )  # fmt: skip
+                f"FDR, {name.upper()}{label}",
+                q,
+                rates[name],
+                size,
+                at_most=True,
+                naive=float(np.mean(rates["none"])),
+                naive_name="uncorrected p <= .1",
+                known="dependence" if label and name == "storey" else "",
+            )
             rows.append(row)
     return rows
 
@@ -90,17 +96,30 @@ def family_wise(scale: int, seed: int) -> list[Row]:
 def outcome_selection(scale: int, seed: int) -> list[Row]:
     """No model difference, activation and being right correlate .1: paper score, contrast, and the whole selection."""
     trap = Simulation(
-        n_prompts=1600, n_features=100, drifting=0, generalising=0, narrow=0, decoys=1, dead=0, gain=0, accuracy=0.5,
-        outcome_correlation=0.1, density=1.0, icc=0, cluster_size=1, correlation=0, runs=1, checkpoints=1, tasks_in=1,
+        n_prompts=1600,
+        n_features=100,
+        drifting=0,
+        generalising=0,
+        narrow=0,
+        decoys=1,
+        dead=0,
+        gain=0,
+        accuracy=0.5,
+        outcome_correlation=0.1,
+        density=1.0,
+        icc=0,
+        cluster_size=1,
+        correlation=0,
+        runs=1,
+        checkpoints=1,
+        tasks_in=1,
         tasks_out=0,
-    )  # fmt: skip
+    )
     worlds = 10 * scale
     paper, guarded, confirmed, gains = [], [], 0, []
     for w in range(worlds):
         study = simulate_features(replace(trap, seed=1000 * seed + w))
-        out = select_features(
-            study.features, study.outcomes, target="rl1@20", n_resamples=499, n_bootstrap=19, seed=w
-        )  # fmt: skip
+        out = select_features(study.features, study.outcomes, target="rl1@20", n_resamples=499, n_bootstrap=19, seed=w)
         paper.append((out.p_flip.values <= ALPHA).ravel())
         guarded.append((out.contrast_p.values <= ALPHA).ravel())
         confirmed += bool((out.tier == "CONFIRMED").any())
@@ -109,14 +128,25 @@ def outcome_selection(scale: int, seed: int) -> list[Row]:
     size = f"{n:,} features in {worlds} worlds, about {np.mean(gains):.0f} gains and as many losses"
     return [
         rate_row(
-            "outcome selection: RL-specific contrast", ALPHA, int(np.sum(guarded)), n, size, naive=naive,
+            "outcome selection: RL-specific contrast",
+            ALPHA,
+            int(np.sum(guarded)),
+            n,
+            size,
+            naive=naive,
             naive_name="paper score, labels flipped",
         ),
         rate_row(
-            "outcome selection: any CONFIRMED feature", ALPHA, confirmed, worlds, f"{worlds} worlds of 100 features",
-            at_most=True, naive=naive, naive_name="paper score, labels flipped (per feature)",
+            "outcome selection: any CONFIRMED feature",
+            ALPHA,
+            confirmed,
+            worlds,
+            f"{worlds} worlds of 100 features",
+            at_most=True,
+            naive=naive,
+            naive_name="paper score, labels flipped (per feature)",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def set_overlap(scale: int, seed: int) -> list[Row]:
@@ -135,11 +165,14 @@ def set_overlap(scale: int, seed: int) -> list[Row]:
             overlap.append(float(found.overlap[0]))
         rows.append(
             mean_row(
-                f"set change Delta, nothing moves, {name} effects", 0.0, delta,
-                f"{worlds} worlds, top {k} of {n_features}", naive=1 - float(np.mean(overlap)),
+                f"set change Delta, nothing moves, {name} effects",
+                0.0,
+                delta,
+                f"{worlds} worlds, top {k} of {n_features}",
+                naive=1 - float(np.mean(overlap)),
                 naive_name="1 - plain top-k overlap",
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -177,19 +210,27 @@ def random_sets(scale: int, seed: int) -> list[Row]:
 
         level = hurt(random)
         table = world(
-            right={"set": level, "dose": (level + 0.9) / 2}, kl={"set": 0.3, "random": 0.3}, random_right=hurt, seed=w,
+            right={"set": level, "dose": (level + 0.9) / 2},
+            kl={"set": 0.3, "random": 0.3},
+            random_right=hurt,
+            seed=w,
             n_random=19,
-        )  # fmt: skip
+        )
         found = judge(table, settings)
         specific += found.verdict == "CAUSAL_SPECIFIC"
         effects += found.v1
     return [
         rate_row(
-            "random set called CAUSAL_SPECIFIC", ALPHA, specific, worlds,
-            f"{worlds} trials, 19 random sets, 300 prompts", at_most=True, naive=effects / worlds,
+            "random set called CAUSAL_SPECIFIC",
+            ALPHA,
+            specific,
+            worlds,
+            f"{worlds} trials, 19 random sets, 300 prompts",
+            at_most=True,
+            naive=effects / worlds,
             naive_name="effect alone (V1)",
         )
-    ]  # fmt: skip
+    ]
 
 
 def planned_power(scale: int, seed: int) -> list[Row]:
@@ -207,9 +248,14 @@ def planned_power(scale: int, seed: int) -> list[Row]:
         half = found.power_high - found.power
         rows.append(
             Row(
-                f"power planned, {'BH' if control == 'fdr' else 'max-T'}", found.planned, found.power,
-                found.planned - half, found.planned + half, naive, naive_name,
+                f"power planned, {'BH' if control == 'fdr' else 'max-T'}",
+                found.planned,
+                found.power,
+                found.planned - half,
+                found.planned + half,
+                naive,
+                naive_name,
                 f"{10 * scale} worlds of 1,024 features, {planned:,} prompts ({wrong:,} naively)",
             )
-        )  # fmt: skip
+        )
     return rows

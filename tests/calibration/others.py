@@ -38,11 +38,16 @@ def few_clusters(scale: int, seed: int) -> list[Row]:
     attained = 12 / 256  # the largest level below .05 that 2^8 flips can have
     return [
         rate_row(
-            "wild bootstrap", ALPHA, int((np.asarray(wild) <= ALPHA).sum()), n_features, told,
-            naive=float((naive <= ALPHA).mean()), naive_name="clustered error, normal quantile",
+            "wild bootstrap",
+            ALPHA,
+            int((np.asarray(wild) <= ALPHA).sum()),
+            n_features,
+            told,
+            naive=float((naive <= ALPHA).mean()),
+            naive_name="clustered error, normal quantile",
         ),
         rate_row("sign flip", attained, int((flip <= ALPHA).sum()), n_features, told),
-    ]  # fmt: skip
+    ]
 
 
 def trends(scale: int, seed: int) -> list[Row]:
@@ -62,15 +67,24 @@ def trends(scale: int, seed: int) -> list[Row]:
     nearer = stats.t.sf((np.abs(d.mean(axis=0)) - 0.05) / stats.sem(d, axis=0), n - 1)
     return [
         rate_row(
-            "trend over autocorrelated checkpoints", ALPHA, hits, n_features, f"{n_features:,} features, {n} prompts",
-            naive=naive / n_features, naive_name="Mann-Kendall of the mean over prompts",
+            "trend over autocorrelated checkpoints",
+            ALPHA,
+            hits,
+            n_features,
+            f"{n_features:,} features, {n} prompts",
+            naive=naive / n_features,
+            naive_name="Mann-Kendall of the mean over prompts",
         ),
         rate_row(
-            "called evolving at the margin", ALPHA, int((beyond <= ALPHA).sum()), 4 * n_features,
+            "called evolving at the margin",
+            ALPHA,
+            int((beyond <= ALPHA).sum()),
+            4 * n_features,
             f"{4 * n_features:,} features, {n} prompts, margin a fifth of the error",
-            naive=float((nearer <= ALPHA).mean()), naive_name="one-sided test of the nearer bound",
+            naive=float((nearer <= ALPHA).mean()),
+            naive_name="one-sided test of the nearer bound",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def false_shares(scale: int, seed: int) -> list[Row]:
@@ -90,11 +104,16 @@ def false_shares(scale: int, seed: int) -> list[Row]:
         naive += bool((share > expected + 1e-9).any())
     return [
         rate_row(
-            "share of false discoveries above its bound", q, broken, worlds,
-            f"{worlds:,} families of 200 features, 60 prompts, 5 thresholds at once", at_most=True,
-            naive=naive / worlds, naive_name="expected share of a normal null",
+            "share of false discoveries above its bound",
+            q,
+            broken,
+            worlds,
+            f"{worlds:,} families of 200 features, 60 prompts, 5 thresholds at once",
+            at_most=True,
+            naive=naive / worlds,
+            naive_name="expected share of a normal null",
         )
-    ]  # fmt: skip
+    ]
 
 
 def stable_by_chance(scale: int, seed: int) -> list[Row]:
@@ -102,21 +121,43 @@ def stable_by_chance(scale: int, seed: int) -> list[Row]:
     stable, leading, bound = [], [], float("nan")
     for w in range(10 * scale):
         plan = Simulation(
-            n_prompts=240, n_features=200, drifting=0, generalising=0, narrow=0, decoys=0.2, runs=1, checkpoints=1,
-            correlation=0.5, cluster_size=1, icc=0, gain=0.1, seed=seed + w,
-        )  # fmt: skip
+            n_prompts=240,
+            n_features=200,
+            drifting=0,
+            generalising=0,
+            narrow=0,
+            decoys=0.2,
+            runs=1,
+            checkpoints=1,
+            correlation=0.5,
+            cluster_size=1,
+            icc=0,
+            gain=0.1,
+            seed=seed + w,
+        )
         world = simulate_features(plan)
         found = select_features(
-            world.features, world.outcomes, target="rl1@20", min_discordant=3, n_resamples=9, n_bootstrap=1,
-            n_per_half=8, stability_threshold=0.75,
-        )  # fmt: skip
+            world.features,
+            world.outcomes,
+            target="rl1@20",
+            min_discordant=3,
+            n_resamples=9,
+            n_bootstrap=1,
+            n_per_half=8,
+            stability_threshold=0.75,
+        )
         if found.attrs["stability_q"]:
             stable.append(float(found.attrs["n_stable"]))
             bound = float(found.attrs["stability_bound_mb"])
             leading.append(float(found.attrs["stability_q"]))
     return [
         mean_row(
-            "features stable by chance", bound, stable, f"{len(stable):,} worlds of 200 features, 240 prompts",
-            at_most=True, naive=float(np.mean(leading)), naive_name="the leading features, taken for a finding",
+            "features stable by chance",
+            bound,
+            stable,
+            f"{len(stable):,} worlds of 200 features, 240 prompts",
+            at_most=True,
+            naive=float(np.mean(leading)),
+            naive_name="the leading features, taken for a finding",
         )
-    ]  # fmt: skip
+    ]

@@ -62,11 +62,15 @@ def clusters(scale: int, seed: int) -> list[Row]:
     naive = np.asarray(sign_flip_test(d).p_value)
     return [
         rate_row(
-            "sign flip of whole clusters (ICC .3)", ALPHA, int((p <= ALPHA).sum()), n_features,
+            "sign flip of whole clusters (ICC .3)",
+            ALPHA,
+            int((p <= ALPHA).sum()),
+            n_features,
             f"{n_features:,} features, {n_clusters} clusters of {size}",
-            naive=float((naive <= ALPHA).mean()), naive_name="prompts flipped one by one",
+            naive=float((naive <= ALPHA).mean()),
+            naive_name="prompts flipped one by one",
         )
-    ]  # fmt: skip
+    ]
 
 
 def token_unit(scale: int, seed: int) -> list[Row]:
@@ -83,11 +87,15 @@ def token_unit(scale: int, seed: int) -> list[Row]:
         hits += [int((np.asarray(p) <= ALPHA).sum()) for p in (by_prompt, by_token)]
     return [
         rate_row(
-            "unit is the prompt", ALPHA, int(hits[0]), n_features,
+            "unit is the prompt",
+            ALPHA,
+            int(hits[0]),
+            n_features,
             f"{n_features:,} features, {n_prompts} prompts of {n_tokens} tokens, ICC .05",
-            naive=hits[1] / n_features, naive_name="token as unit",
+            naive=hits[1] / n_features,
+            naive_name="token as unit",
         )
-    ]  # fmt: skip
+    ]
 
 
 def coverage(scale: int, seed: int) -> list[Row]:
@@ -105,11 +113,15 @@ def coverage(scale: int, seed: int) -> list[Row]:
                 }
             rows.append(
                 rate_row(
-                    f"bootstrap-t interval, {shape}, {nonzero} of {n} prompts not zero", 0.95, round(rate * n_features),
-                    n_features, f"{n_features:,} features, 999 draws",
-                    known="few prompts that are not zero" if nonzero < 100 else "", **told,
+                    f"bootstrap-t interval, {shape}, {nonzero} of {n} prompts not zero",
+                    0.95,
+                    round(rate * n_features),
+                    n_features,
+                    f"{n_features:,} features, 999 draws",
+                    known="few prompts that are not zero" if nonzero < 100 else "",
+                    **told,
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -153,9 +165,13 @@ def stabilisation(scale: int, seed: int) -> list[Row]:
             naive_name = "stable while not significantly different"
         rows.append(
             rate_row(
-                f"stabilised one checkpoint too early, {name}", ALPHA, int((np.asarray(at) <= 1).sum()), n_features,
-                f"{n_features:,} features, {n} prompts", at_most=n < 100,
+                f"stabilised one checkpoint too early, {name}",
+                ALPHA,
+                int((np.asarray(at) <= 1).sum()),
+                n_features,
+                f"{n_features:,} features, {n} prompts",
+                at_most=n < 100,
                 **({} if n == 400 else {"naive": naive, "naive_name": naive_name}),
             )
-        )  # fmt: skip
+        )
     return rows

@@ -56,8 +56,16 @@ def _line(row: Row) -> str:
     low = "" if one_sided else _number(row.low, row.nominal)
     band = f"{low} to {_number(row.high, row.nominal)}" if low else f"at most {_number(row.high, row.nominal)}"
     naive = "" if np.isnan(row.naive) else _number(row.naive, row.nominal)
-    cells = (row.name, f"{row.nominal:g}" if row.nominal in (0.05, 0.002, 0.1, 0.95, 0) else f"{row.nominal:.3f}",
-             _number(row.observed, row.nominal), band, naive, row.naive_name, row.size, verdict)  # fmt: skip
+    cells = (
+        row.name,
+        f"{row.nominal:g}" if row.nominal in (0.05, 0.002, 0.1, 0.95, 0) else f"{row.nominal:.3f}",
+        _number(row.observed, row.nominal),
+        band,
+        naive,
+        row.naive_name,
+        row.size,
+        verdict,
+    )
     return f"| {' | '.join(cells)} |"
 
 
