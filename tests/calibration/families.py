@@ -53,8 +53,8 @@ def false_discoveries(scale: int, seed: int) -> list[Row]:
             d, true = _dependent(random, n, n_features, 0.1 if not label else 0.3, 0.8, group)
             p = np.asarray(sign_flip_test(d).p_value)
             for name in rates:
-                found = np.nan_to_num(p if name == "none" else adjust(p, method=name, alpha=q), nan=1.0) <= q
-                rates[name].append(float((found & ~true).sum() / max(1, found.sum())))
+                rejected = np.nan_to_num(p if name == "none" else adjust(p, method=name, alpha=q), nan=1.0) <= q
+                rates[name].append(float((rejected & ~true).sum() / max(1, rejected.sum())))
         size = f"{worlds:,} families of {n_features} features, {n} prompts, 30% dead, groups of {group} correlating .5"
         for name in methods:
             row = mean_row(
@@ -80,21 +80,23 @@ def family_wise(scale: int, seed: int) -> list[Row]:
         hits = np.zeros(3, dtype=np.int64)
         for w in range(worlds):
             d, true = _dependent(np.random.default_rng([seed, 11, w, int(100 * share)]), n, n_features, share, 0.9)
-            found = max_t(d, n_resamples=511, seed=w)
-            for i, p in enumerate((found.p_single_step, found.p_step_down, found.p_raw)):
+            result = max_t(d, n_resamples=511, seed=w)
+            for i, p in enumerate((result.p_single_step, result.p_step_down, result.p_raw)):
                 hits[i] += bool((p[~true] <= ALPHA).any())
-        told = {"naive": hits[2] / worlds, "naive_name": "uncorrected p <= .05"}
+        uncorrected = {"naive": hits[2] / worlds, "naive_name": "uncorrected p <= .05"}
         for i, step in enumerate(("single step", "step-down")):
-            # With true effects one step pays for them too, and so stays below alpha.
+            # With true effects a single step corrects for them too, and so stays below alpha.
             at_most = share > 0
             rows.append(
-                rate_row(f"FWER, max-T {step}, {name}", ALPHA, int(hits[i]), worlds, size, at_most=at_most, **told)
+                rate_row(
+                    f"FWER, max-T {step}, {name}", ALPHA, int(hits[i]), worlds, size, at_most=at_most, **uncorrected
+                )
             )
     return rows
 
 
 def outcome_selection(scale: int, seed: int) -> list[Row]:
-    """No model difference, activation and being right correlate .1: paper score, contrast, and the whole selection."""
+    """No model difference, activations correlate .1 with correctness: paper score, contrast, and the whole selection."""
     trap = Simulation(
         n_prompts=1600,
         n_features=100,
@@ -160,9 +162,9 @@ def set_overlap(scale: int, seed: int) -> list[Row]:
             truth = effect * np.abs(random.standard_normal(n_features))
             noise = random.standard_normal((3, n, n_features))
             mean = 20 + noise + np.array([0.0, 1.0, 1.0])[:, None, None] * truth
-            found = set_stability(_features(mean), runs=["rl"], k=k, n_halvings=20, n_groups=8, seed=w)
-            delta.append(float(found.delta[0]))
-            overlap.append(float(found.overlap[0]))
+            result = set_stability(_features(mean), runs=["rl"], k=k, n_halvings=20, n_groups=8, seed=w)
+            delta.append(float(result.delta[0]))
+            overlap.append(float(result.overlap[0]))
         rows.append(
             mean_row(
                 f"set change Delta, nothing moves, {name} effects",
@@ -198,7 +200,7 @@ def _features(mean: np.ndarray) -> xr.Dataset:
 
 
 def random_sets(scale: int, seed: int) -> list[Row]:
-    """The set is one more random set: everything hurts, nothing is specific. Never a specific cause above alpha."""
+    """The set is another random set and every edit hurts: CAUSAL_SPECIFIC at most alpha of the time."""
     worlds = 150 * scale
     settings = Settings(alpha=ALPHA, margin=0.05, n_resamples=199, seed=seed)
     specific, effects = 0, 0
@@ -216,9 +218,9 @@ def random_sets(scale: int, seed: int) -> list[Row]:
             seed=w,
             n_random=19,
         )
-        found = judge(table, settings)
-        specific += found.verdict == "CAUSAL_SPECIFIC"
-        effects += found.v1
+        result = judge(table, settings)
+        specific += result.verdict == "CAUSAL_SPECIFIC"
+        effects += result.v1
     return [
         rate_row(
             "random set called CAUSAL_SPECIFIC",
@@ -243,16 +245,16 @@ def planned_power(scale: int, seed: int) -> list[Row]:
     ):
         one = replace(design, control=control)
         planned, wrong = (required_prompts(d, power=0.9).n_prompts for d in (one, replace(one, **careless)))
-        found = simulated_power(one, n_prompts=planned, n_worlds=10 * scale, seed=seed)
+        result = simulated_power(one, n_prompts=planned, n_worlds=10 * scale, seed=seed)
         naive = simulated_power(one, n_prompts=wrong, n_worlds=10, seed=seed).power
-        half = found.power_high - found.power
+        half = result.power_high - result.power
         rows.append(
             Row(
                 f"power planned, {'BH' if control == 'fdr' else 'max-T'}",
-                found.planned,
-                found.power,
-                found.planned - half,
-                found.planned + half,
+                result.planned,
+                result.power,
+                result.planned - half,
+                result.planned + half,
                 naive,
                 naive_name,
                 f"{10 * scale} worlds of 1,024 features, {planned:,} prompts ({wrong:,} naively)",

@@ -24,7 +24,7 @@ ALPHA = 0.05
 
 
 def few_clusters(scale: int, seed: int) -> list[Row]:
-    """Eight clusters of five prompts that resemble one another: wild bootstrap and sign flips."""
+    """Eight clusters of five correlated prompts: wild bootstrap and sign flips."""
     n_features, n_clusters, size = 1000 * scale, 8, 5
     random = np.random.default_rng([seed, 21])
     code = np.repeat(np.arange(n_clusters), size)
@@ -34,7 +34,7 @@ def few_clusters(scale: int, seed: int) -> list[Row]:
     flip = np.asarray(sign_flip_test(x, clusters=code).p_value)
     error = cluster_se(x, code, kind="CR1").standard_error
     naive = 2 * stats.norm.sf(np.abs(x.mean(axis=0)) / error)
-    told = f"{n_features:,} features, {n_clusters} clusters of {size}, ICC .5"
+    setting = f"{n_features:,} features, {n_clusters} clusters of {size}, ICC .5"
     attained = 12 / 256  # the largest level below .05 that 2^8 flips can have
     return [
         rate_row(
@@ -42,16 +42,16 @@ def few_clusters(scale: int, seed: int) -> list[Row]:
             ALPHA,
             int((np.asarray(wild) <= ALPHA).sum()),
             n_features,
-            told,
+            setting,
             naive=float((naive <= ALPHA).mean()),
             naive_name="clustered error, normal quantile",
         ),
-        rate_row("sign flip", attained, int((flip <= ALPHA).sum()), n_features, told),
+        rate_row("sign flip", attained, int((flip <= ALPHA).sum()), n_features, setting),
     ]
 
 
 def trends(scale: int, seed: int) -> list[Row]:
-    """Prompts that wander, each by itself, over twelve checkpoints; and checkpoints that lie at the margin itself."""
+    """Independent random walks of prompts over twelve checkpoints, and checkpoints exactly at the margin."""
     n_features, n = 1500 * scale, 40
     random = np.random.default_rng([seed, 22])
     hits, naive = 0, 0
@@ -88,7 +88,7 @@ def trends(scale: int, seed: int) -> list[Row]:
 
 
 def false_shares(scale: int, seed: int) -> list[Row]:
-    """Whether the share of false discoveries exceeds its bound at any of eight thresholds, or its expected value."""
+    """Whether the share of false discoveries exceeds its bound at any of five thresholds, or its expected value."""
     worlds, levels, q = 80 * scale, (2.0, 2.5, 3.0, 3.5, 4.0), 0.05
     broken = naive = 0
     for w in range(worlds):
@@ -136,7 +136,7 @@ def stable_by_chance(scale: int, seed: int) -> list[Row]:
             seed=seed + w,
         )
         world = simulate_features(plan)
-        found = select_features(
+        result = select_features(
             world.features,
             world.outcomes,
             target="rl1@20",
@@ -146,10 +146,10 @@ def stable_by_chance(scale: int, seed: int) -> list[Row]:
             n_per_half=8,
             stability_threshold=0.75,
         )
-        if found.attrs["stability_q"]:
-            stable.append(float(found.attrs["n_stable"]))
-            bound = float(found.attrs["stability_bound_mb"])
-            leading.append(float(found.attrs["stability_q"]))
+        if result.attrs["stability_q"]:
+            stable.append(float(result.attrs["n_stable"]))
+            bound = float(result.attrs["stability_bound_mb"])
+            leading.append(float(result.attrs["stability_q"]))
     return [
         mean_row(
             "features stable by chance",

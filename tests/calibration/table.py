@@ -39,8 +39,8 @@ def main() -> None:
         off += [row for row in rows if not (row.passed or row.known) or not row.bites]
         sys.stderr.write(f"{experiment.name}: {time.monotonic() - start:.0f} s\n")
     seconds = time.monotonic() - began
-    told = f"Seed {given.seed}, {'quick' if given.quick else 'full'} sizes, {seconds / 60:.0f} minutes on one core."
-    table = "\n".join([told, *lines, ""])
+    summary = f"Seed {given.seed}, {'quick' if given.quick else 'full'} sizes, {seconds / 60:.0f} minutes on one core."
+    table = "\n".join([summary, *lines, ""])
     sys.stdout.write(table)
     if given.out is not None:
         text = given.out.read_text()
