@@ -96,7 +96,7 @@ def family_wise(scale: int, seed: int) -> list[Row]:
 
 
 def outcome_selection(scale: int, seed: int) -> list[Row]:
-    """No model difference, activations correlate .1 with correctness: paper score, contrast, and the whole selection."""
+    """No model difference, activations correlate .1 with correctness: paper score, contrast, whole selection."""
     trap = Simulation(
         n_prompts=1600,
         n_features=100,

@@ -26,11 +26,33 @@ class TostChainResult:
 
 
 def tost_paired(x: Any, y: Any = 0.0, *, low: float, high: float) -> FloatArray:
-    """P-value of two one-sided paired t tests that low < mean(x - y) < high, over axis 0.
+    """P-value of two one-sided paired t tests that low < mean(x - y) < high.
+
+    Parameters
+    ----------
+    x, y
+        [unit, ...], paired; ``y`` may be a number.
+    low, high
+        Equivalence margins, in units of x.
+
+    Returns
+    -------
+    array
+        [...]: the larger of the two one-sided p-values.
+
+    Raises
+    ------
+    InputError
+        If the lower margin is not below the upper one.
 
     References
     ----------
     Schuirmann 1987, doi:10.1007/BF01068419.
+
+    Examples
+    --------
+    >>> float(tost_paired([1.1, -0.4, 2.3, 0.7, -1.2, 3.1, 0.2, 1.9], low=-2.5, high=2.5).round(6))
+    0.009585
     """
     if not low < high:
         raise InputError(f"the lower margin must be below the upper one, got {low} and {high}.")

@@ -22,7 +22,7 @@ SAMPLED_ROWS: Final = 16
 """Rows whose nonzeros are counted first, to recognise a dense block without reading it all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaxTResult:
     """Family-wise sign-flip test."""
 
@@ -130,9 +130,15 @@ def max_t(
     maxima = np.maximum(maxima, running.max(axis=1, initial=-np.inf))
     if step_down:  # p-values must not fall as the statistic falls
         down[ranked[::-1]] = np.maximum.accumulate(down[ranked[::-1]])
-    single = max_t_p_value(observed, maxima)
-    signed = -observed if alternative == "less" else observed
-    return MaxTResult(signed, single, down, raw, maxima, table.exhaustive, beyond)
+    return MaxTResult(
+        statistic=-observed if alternative == "less" else observed,
+        p_single_step=max_t_p_value(observed, maxima),
+        p_step_down=down,
+        p_raw=raw,
+        maxima=maxima,
+        exact=table.exhaustive,
+        exceedances=beyond,
+    )
 
 
 @dataclass(frozen=True)

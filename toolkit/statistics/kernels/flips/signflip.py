@@ -39,7 +39,7 @@ class _Options:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SignFlipResult:
     """Sign-flip test of every feature; scalars in shape when one feature was given."""
 
@@ -120,9 +120,18 @@ def sign_flip_test(
     codes = None if clusters is None else cluster_codes(clusters, len(d))
     options = _Options(alternative, method, n_resamples, seed)
     parts = [_tested(flip_units(d[:, part], codes), options) for part in feature_blocks(*d.shape)]
-    columns: Any = 0 if single else slice(None)
-    statistic, p, n_nonzero, used, flag = (np.concatenate(found)[columns] for found in zip(*parts, strict=True))
-    return SignFlipResult(statistic, p, n_nonzero, used, flag, d, codes, options)
+    features: Any = 0 if single else slice(None)
+    statistic, p, n_nonzero, used, flag = (np.concatenate(blocks)[features] for blocks in zip(*parts, strict=True))
+    return SignFlipResult(
+        statistic=statistic,
+        p_value=p,
+        n_nonzero=n_nonzero,
+        method=used,
+        flag=flag,
+        _differences=d,
+        _clusters=codes,
+        _options=options,
+    )
 
 
 def _tested(units: FlipUnits, options: _Options) -> tuple[NDArray[Any], ...]:

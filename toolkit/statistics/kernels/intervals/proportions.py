@@ -23,11 +23,26 @@ class McNemarResult:
 
 
 def mcnemar(gained: Any, lost: Any) -> McNemarResult:
-    """Exact and mid-p McNemar test from the two discordant counts (numbers or arrays).
+    """Exact and mid-p McNemar test of paired right/wrong outcomes, from the counts of discordant pairs.
+
+    Parameters
+    ----------
+    gained, lost
+        Pairs wrong in the first and right in the second condition, and the reverse; numbers or arrays.
+
+    Raises
+    ------
+    InputError
+        If a count is negative.
 
     References
     ----------
     McNemar 1947; mid-p: Fagerland, Lydersen and Laake 2013, doi:10.1186/1471-2288-13-91.
+
+    Examples
+    --------
+    >>> round(float(mcnemar(33, 59).p_value), 6)
+    0.008781
     """
     b, c = np.asarray(gained), np.asarray(lost)
     if (b < 0).any() or (c < 0).any():
@@ -38,7 +53,19 @@ def mcnemar(gained: Any, lost: Any) -> McNemarResult:
 
 
 def wilson_interval(successes: Any, n: Any, *, alpha: float = 0.05) -> tuple[Any, Any]:
-    """Wilson score interval of a proportion (numbers or arrays); NaN where n is 0.
+    """Wilson score interval of a proportion.
+
+    Parameters
+    ----------
+    successes, n
+        Successes and trials; numbers or arrays.
+    alpha
+        1 - coverage.
+
+    Returns
+    -------
+    low, high
+        Numbers or arrays; NaN where n is 0.
 
     Raises
     ------
@@ -48,6 +75,12 @@ def wilson_interval(successes: Any, n: Any, *, alpha: float = 0.05) -> tuple[Any
     References
     ----------
     Wilson 1927, doi:10.1080/01621459.1927.10502953.
+
+    Examples
+    --------
+    >>> low, high = wilson_interval(7, 20)
+    >>> round(low, 4), round(high, 4)
+    (0.1812, 0.5671)
     """
     k, trials = np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64)
     if (k < 0).any() or (k > trials).any():

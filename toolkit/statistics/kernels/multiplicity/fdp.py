@@ -25,9 +25,24 @@ class FdpResult:
 
 
 def exceedance_counts(statistics: Any, thresholds: Any) -> NDArray[np.int64]:
-    """Features that reach each threshold under each flip, [threshold, flip], from statistics [flip, feature].
+    """Count the features that reach each threshold under each flip.
 
-    Counts of several blocks of features may be added.
+    Parameters
+    ----------
+    statistics
+        [flip, feature].
+    thresholds
+        [threshold].
+
+    Returns
+    -------
+    array of int
+        [threshold, flip]; counts of several blocks of features may be added.
+
+    Examples
+    --------
+    >>> exceedance_counts([[1.0, 3.0], [0.5, 2.0]], [2.0, 1.0]).tolist()
+    [[1, 1], [2, 1]]
     """
     table, limits = np.asarray(statistics), np.asarray(thresholds, dtype=np.float64)
     order = np.argsort(limits)
