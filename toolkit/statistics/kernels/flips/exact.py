@@ -40,6 +40,7 @@ def _counted(d: FloatArray, total: FloatArray) -> FloatArray:
     ranked = np.concatenate([ranked, np.zeros((max(0, width - len(ranked)), ranked.shape[1]))])[:width]
     limit = column_sums(ranked)
     ranked, target = ranked / limit, total / limit  # sums lie in [-1, 1]: an offset of 4 separates features
+    # S >= s where the sum of one half is at least s minus that of the other: 2 x 2^10 sums in place of 2^20.
     half = width // 2
     needed = (target - TIE_SLACK)[:, None] - (all_flips(half) @ ranked[:half]).T
     others = np.sort((all_flips(width - half) @ ranked[half:]).T, axis=1)
@@ -57,7 +58,7 @@ def lattice_step(d: FloatArray) -> FloatArray:
     for divisor in range(1, MAX_DIVISOR + 1):
         candidates = np.flatnonzero(np.isnan(step) & np.isfinite(smallest))
         width = divisor * column_sums(np.take(magnitude, candidates, axis=1))
-        candidates = candidates[width <= MAX_LATTICE * smallest[candidates] * 1.001]
+        candidates = candidates[width <= MAX_LATTICE * smallest[candidates] * 1.001]  # rounded widths decide below
         if not len(candidates):
             break
         multiple = np.take(magnitude, candidates, axis=1) / (smallest[candidates] / divisor)
@@ -94,6 +95,7 @@ def _convolved(moves: NDArray[np.int64], target: FloatArray) -> FloatArray:
     moves = np.sort(moves, axis=0)
     moves = moves[(moves > 0).any(axis=1)]
     width = moves.sum(axis=0)
+    # ``pad`` zeros before every row: the shift by a move then reads zeros instead of the end of the row before.
     n, pad = moves.shape[1], int(moves.max())
     size = pad + int(width.max()) + 1
     mass = np.zeros((n, size))

@@ -49,7 +49,7 @@ def flip_tail(magnitudes: FloatArray, total: FloatArray) -> FloatArray:
     ranked = -np.sort(-magnitudes, axis=0)
     ranked = ranked[: max(1, int(np.count_nonzero(ranked, axis=0).max(initial=0)))]
     unit = ranked[0]
-    ranked, target = ranked / unit, total / unit
+    ranked, target = ranked / unit, total / unit  # fourth powers then neither overflow nor underflow
     n_top = _dominant(ranked)
     tail = np.empty(len(target))
     for m in np.unique(n_top):

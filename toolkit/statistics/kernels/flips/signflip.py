@@ -163,6 +163,7 @@ def _tested(units: FlipUnits, options: _Options) -> tuple[NDArray[Any], ...]:
         p[part] = _monte_carlo(np.take(whole, part, axis=1), target[part], two_sided, table)
     mean = total / n
     with np.errstate(divide="ignore", invalid="ignore"):
+        # Zeros were packed away; each contributes the square of the mean.
         squares = column_sums(np.where(d != 0, np.square(d - mean), 0.0)) + (n - n_nonzero) * np.square(mean)
         statistic = mean / np.sqrt(squares / (n - 1) / n)
     statistic = np.where(n_nonzero > 0, -statistic if options.alternative == "less" else statistic, np.nan)
