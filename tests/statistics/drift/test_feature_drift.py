@@ -279,7 +279,7 @@ def test_refusals(world):
         run(world(), models=["rl@99"])
     with pytest.raises(RefusedError, match="4 clusters cannot carry a test"):
         run(world(per_cluster=15), clusters="cluster")
-    with pytest.raises(InputError, match="clusters='template' is no label"):
+    with pytest.raises(InputError, match="clusters='template' is not a coordinate of the prompts"):
         run(world(), clusters="template")
     with pytest.raises(InputError, match="no variable 'median'"):
         run(world(), variable="median")

@@ -107,7 +107,7 @@ def feature_arrays(
     return arrays, lazy
 
 
-def canonical(dataset: xr.Dataset, *, repeated: bool = False) -> xr.Dataset:
+def in_prompt_order(dataset: xr.Dataset, *, repeated: bool = False) -> xr.Dataset:
     """``dataset`` with its prompts sorted by id, lazily, so that random draws belong to prompts and not to positions.
 
     Parameters

@@ -17,9 +17,9 @@ from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, model
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
     Mapped,
-    canonical,
     feature_arrays,
     finish,
+    in_prompt_order,
     map_features,
 )
 from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs
@@ -144,7 +144,7 @@ def drift_test(
     """
     check_unit(unit, allow_token_unit)
     _check(family, correction, null, alpha, margin, n_min, reference, models)
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
     n_units = features.sizes[PROMPT] if codes is None else len(np.unique(codes))

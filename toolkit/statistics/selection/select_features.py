@@ -20,7 +20,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, FEATURE, SPLIT, SPLITS,
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable, check_contribution_scale, source_attrs
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, feature_ranks, in_split
-from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, canonical, feature_arrays
+from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, present_prompts, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import Sides, SplitTests, split_tests
@@ -156,7 +156,7 @@ def select_features(
     """
     check_unit(unit, allow_token_unit)
     check_comparable(features, outcomes, keys=("study_id",))
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     options = Options(
         score_fraction, u, combine, alpha, n_resamples, n_bootstrap, min_discordant, n_min, seed, n_pairs, n_per_half,
         stability_threshold,

@@ -23,8 +23,8 @@ from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks, model
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
     Block,
-    canonical,
     feature_arrays,
+    in_prompt_order,
     map_features,
 )
 from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, unit_attrs
@@ -128,7 +128,7 @@ def set_stability(
     """
     check_unit(unit, allow_token_unit)
     check_contribution_scale(features, "ranks")
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     if k < 1 or n_halvings < 1 or n_groups < 2 or not 0 < alpha < 1 or not runs:
         raise InputError(
             f"expected at least one run, k >= 1, n_halvings >= 1, n_groups >= 2 and 0 < alpha < 1; got "

@@ -18,9 +18,9 @@ from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, model_coords, run_models
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
-    canonical,
     feature_arrays,
     finish,
+    in_prompt_order,
     map_features,
 )
 from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs
@@ -137,7 +137,7 @@ def stabilization_test(
     check_unit(unit, allow_token_unit)
     margin = DEFAULT_MARGINS[relative] if margin is None else margin
     _check(runs, margin, relative, persist, alpha)
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
     chains = {run: _checkpoints(features, run, reference) for run in runs}
