@@ -28,7 +28,6 @@ EXPERIMENTS = (
     Experiment(single.clusters, 20, "Sign-flip p-values"),
     Experiment(others.few_clusters, 20, "Sign-flip p-values"),
     Experiment(single.token_unit, 20, "The unit"),
-    Experiment(others.stopping, 10, "Stopping early"),
     Experiment(families.false_discoveries, 16, "Families"),
     Experiment(families.family_wise, 16, "Families"),
     Experiment(others.false_shares, 20, "Families"),

@@ -53,14 +53,20 @@ def false_discoveries(scale: int, seed: int) -> list[Row]:
             d, true = _dependent(random, n, n_features, 0.1 if not label else 0.3, 0.8, group)
             p = np.asarray(sign_flip_test(d).p_value)
             for name in rates:
-                found = np.nan_to_num(p if name == "none" else adjust(p, method=name, alpha=q), nan=1.0) <= q
-                rates[name].append(float((found & ~true).sum() / max(1, found.sum())))
+                rejected = np.nan_to_num(p if name == "none" else adjust(p, method=name, alpha=q), nan=1.0) <= q
+                rates[name].append(float((rejected & ~true).sum() / max(1, rejected.sum())))
         size = f"{worlds:,} families of {n_features} features, {n} prompts, 30% dead, groups of {group} correlating .5"
         for name in methods:
             row = mean_row(
-                f"FDR, {name.upper()}{label}", q, rates[name], size, at_most=True, naive=float(np.mean(rates["none"])),
-                naive_name="uncorrected p <= .1", known="dependence" if label and name == "storey" else "",
-            )  # fmt: skip
+                f"FDR, {name.upper()}{label}",
+                q,
+                rates[name],
+                size,
+                at_most=True,
+                naive=float(np.mean(rates["none"])),
+                naive_name="uncorrected p <= .1",
+                known="dependence" if label and name == "storey" else "",
+            )
             rows.append(row)
     return rows
 
@@ -74,33 +80,48 @@ def family_wise(scale: int, seed: int) -> list[Row]:
         hits = np.zeros(3, dtype=np.int64)
         for w in range(worlds):
             d, true = _dependent(np.random.default_rng([seed, 11, w, int(100 * share)]), n, n_features, share, 0.9)
-            found = max_t(d, n_resamples=511, seed=w)
-            for i, p in enumerate((found.p_single_step, found.p_step_down, found.p_raw)):
+            result = max_t(d, n_resamples=511, seed=w)
+            for i, p in enumerate((result.p_single_step, result.p_step_down, result.p_raw)):
                 hits[i] += bool((p[~true] <= ALPHA).any())
-        told = {"naive": hits[2] / worlds, "naive_name": "uncorrected p <= .05"}
+        uncorrected = {"naive": hits[2] / worlds, "naive_name": "uncorrected p <= .05"}
         for i, step in enumerate(("single step", "step-down")):
-            # With true effects one step pays for them too, and so stays below alpha.
+            # With true effects a single step corrects for them too, and so stays below alpha.
             at_most = share > 0
             rows.append(
-                rate_row(f"FWER, max-T {step}, {name}", ALPHA, int(hits[i]), worlds, size, at_most=at_most, **told)
+                rate_row(
+                    f"FWER, max-T {step}, {name}", ALPHA, int(hits[i]), worlds, size, at_most=at_most, **uncorrected
+                )
             )
     return rows
 
 
 def outcome_selection(scale: int, seed: int) -> list[Row]:
-    """No model difference, activation and being right correlate .1: paper score, contrast, and the whole selection."""
+    """No model difference, activations correlate .1 with correctness: paper score, contrast, whole selection."""
     trap = Simulation(
-        n_prompts=1600, n_features=100, drifting=0, generalising=0, narrow=0, decoys=1, dead=0, gain=0, accuracy=0.5,
-        outcome_correlation=0.1, density=1.0, icc=0, cluster_size=1, correlation=0, runs=1, checkpoints=1, tasks_in=1,
+        n_prompts=1600,
+        n_features=100,
+        drifting=0,
+        generalising=0,
+        narrow=0,
+        decoys=1,
+        dead=0,
+        gain=0,
+        accuracy=0.5,
+        outcome_correlation=0.1,
+        density=1.0,
+        icc=0,
+        cluster_size=1,
+        correlation=0,
+        runs=1,
+        checkpoints=1,
+        tasks_in=1,
         tasks_out=0,
-    )  # fmt: skip
+    )
     worlds = 10 * scale
     paper, guarded, confirmed, gains = [], [], 0, []
     for w in range(worlds):
         study = simulate_features(replace(trap, seed=1000 * seed + w))
-        out = select_features(
-            study.features, study.outcomes, target="rl1@20", n_resamples=499, n_bootstrap=19, seed=w
-        )  # fmt: skip
+        out = select_features(study.features, study.outcomes, target="rl1@20", n_resamples=499, n_bootstrap=19, seed=w)
         paper.append((out.p_flip.values <= ALPHA).ravel())
         guarded.append((out.contrast_p.values <= ALPHA).ravel())
         confirmed += bool((out.tier == "CONFIRMED").any())
@@ -109,14 +130,25 @@ def outcome_selection(scale: int, seed: int) -> list[Row]:
     size = f"{n:,} features in {worlds} worlds, about {np.mean(gains):.0f} gains and as many losses"
     return [
         rate_row(
-            "outcome selection: RL-specific contrast", ALPHA, int(np.sum(guarded)), n, size, naive=naive,
+            "outcome selection: RL-specific contrast",
+            ALPHA,
+            int(np.sum(guarded)),
+            n,
+            size,
+            naive=naive,
             naive_name="paper score, labels flipped",
         ),
         rate_row(
-            "outcome selection: any CONFIRMED feature", ALPHA, confirmed, worlds, f"{worlds} worlds of 100 features",
-            at_most=True, naive=naive, naive_name="paper score, labels flipped (per feature)",
+            "outcome selection: any CONFIRMED feature",
+            ALPHA,
+            confirmed,
+            worlds,
+            f"{worlds} worlds of 100 features",
+            at_most=True,
+            naive=naive,
+            naive_name="paper score, labels flipped (per feature)",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def set_overlap(scale: int, seed: int) -> list[Row]:
@@ -130,16 +162,19 @@ def set_overlap(scale: int, seed: int) -> list[Row]:
             truth = effect * np.abs(random.standard_normal(n_features))
             noise = random.standard_normal((3, n, n_features))
             mean = 20 + noise + np.array([0.0, 1.0, 1.0])[:, None, None] * truth
-            found = set_stability(_features(mean), runs=["rl"], k=k, n_halvings=20, n_groups=8, seed=w)
-            delta.append(float(found.delta[0]))
-            overlap.append(float(found.overlap[0]))
+            result = set_stability(_features(mean), runs=["rl"], k=k, n_halvings=20, n_groups=8, seed=w)
+            delta.append(float(result.delta[0]))
+            overlap.append(float(result.overlap[0]))
         rows.append(
             mean_row(
-                f"set change Delta, nothing moves, {name} effects", 0.0, delta,
-                f"{worlds} worlds, top {k} of {n_features}", naive=1 - float(np.mean(overlap)),
+                f"set change Delta, nothing moves, {name} effects",
+                0.0,
+                delta,
+                f"{worlds} worlds, top {k} of {n_features}",
+                naive=1 - float(np.mean(overlap)),
                 naive_name="1 - plain top-k overlap",
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -165,7 +200,7 @@ def _features(mean: np.ndarray) -> xr.Dataset:
 
 
 def random_sets(scale: int, seed: int) -> list[Row]:
-    """The set is one more random set: everything hurts, nothing is specific. Never a specific cause above alpha."""
+    """The set is another random set and every edit hurts: CAUSAL_SPECIFIC at most alpha of the time."""
     worlds = 150 * scale
     settings = Settings(alpha=ALPHA, margin=0.05, n_resamples=199, seed=seed)
     specific, effects = 0, 0
@@ -177,19 +212,27 @@ def random_sets(scale: int, seed: int) -> list[Row]:
 
         level = hurt(random)
         table = world(
-            right={"set": level, "dose": (level + 0.9) / 2}, kl={"set": 0.3, "random": 0.3}, random_right=hurt, seed=w,
+            right={"set": level, "dose": (level + 0.9) / 2},
+            kl={"set": 0.3, "random": 0.3},
+            random_right=hurt,
+            seed=w,
             n_random=19,
-        )  # fmt: skip
-        found = judge(table, settings)
-        specific += found.verdict == "CAUSAL_SPECIFIC"
-        effects += found.v1
+        )
+        result = judge(table, settings)
+        specific += result.verdict == "CAUSAL_SPECIFIC"
+        effects += result.v1
     return [
         rate_row(
-            "random set called CAUSAL_SPECIFIC", ALPHA, specific, worlds,
-            f"{worlds} trials, 19 random sets, 300 prompts", at_most=True, naive=effects / worlds,
+            "random set called CAUSAL_SPECIFIC",
+            ALPHA,
+            specific,
+            worlds,
+            f"{worlds} trials, 19 random sets, 300 prompts",
+            at_most=True,
+            naive=effects / worlds,
             naive_name="effect alone (V1)",
         )
-    ]  # fmt: skip
+    ]
 
 
 def planned_power(scale: int, seed: int) -> list[Row]:
@@ -202,14 +245,19 @@ def planned_power(scale: int, seed: int) -> list[Row]:
     ):
         one = replace(design, control=control)
         planned, wrong = (required_prompts(d, power=0.9).n_prompts for d in (one, replace(one, **careless)))
-        found = simulated_power(one, n_prompts=planned, n_worlds=10 * scale, seed=seed)
+        result = simulated_power(one, n_prompts=planned, n_worlds=10 * scale, seed=seed)
         naive = simulated_power(one, n_prompts=wrong, n_worlds=10, seed=seed).power
-        half = found.power_high - found.power
+        half = result.power_high - result.power
         rows.append(
             Row(
-                f"power planned, {'BH' if control == 'fdr' else 'max-T'}", found.planned, found.power,
-                found.planned - half, found.planned + half, naive, naive_name,
+                f"power planned, {'BH' if control == 'fdr' else 'max-T'}",
+                result.planned,
+                result.power,
+                result.planned - half,
+                result.planned + half,
+                naive,
+                naive_name,
                 f"{10 * scale} worlds of 1,024 features, {planned:,} prompts ({wrong:,} naively)",
             )
-        )  # fmt: skip
+        )
     return rows

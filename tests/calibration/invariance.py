@@ -1,4 +1,4 @@
-"""Experiments whose nominal value is zero: cells of a result that depend on how it was computed."""
+"""Experiments whose nominal value is zero: cells of a result that depend on the order of computation."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def invariance(scale: int, seed: int) -> list[Row]:
     size = f"{simulation.n_features:,} features, {simulation.n_prompts} prompts, {len(NUMBERS) + len(COUNTS)} variables"
     expected = _drift(features, 512)
     naive = _flips_per_block(features, 64) != _flips_per_block(features, 512)
-    told: dict[str, Any] = {"naive": float(naive.sum()), "naive_name": "p-values, flips drawn block by block"}
+    naive_options: dict[str, Any] = {"naive": float(naive.sum()), "naive_name": "p-values, flips drawn block by block"}
     order = np.random.default_rng(seed).permutation(simulation.n_prompts)
     rows = [
-        _row("chunks of 64 features", expected, _drift(features, 64), size, **told),
+        _row("chunks of 64 features", expected, _drift(features, 64), size, **naive_options),
         _row("one chunk", expected, _drift(features, simulation.n_features), size),
         _row("4 threads", expected, _drift(features, 64, scheduler="threads", num_workers=4), size),
         _row("prompts in another order", expected, _drift(features.isel(prompt=order), 512), size),
@@ -63,7 +63,7 @@ def _row(what: str, a: xr.Dataset, b: xr.Dataset, size: str, naive: float = np.n
 
 
 def _flips_per_block(features: xr.Dataset, width: int) -> np.ndarray:
-    """Monte-Carlo p-values as a plain implementation has them: one generator, used up block after block."""
+    """Monte-Carlo p-values of a plain implementation: one generator that advances from block to block."""
     d = (features["mean"][1] - features["mean"][0]).values.astype(np.float64)
     random = np.random.default_rng(0)
     p = []

@@ -1,4 +1,4 @@
-"""Experiments on stopping early, few clusters, trends, shares of false discoveries, and stability of a selection."""
+"""Experiments on few clusters, trends, shares of false discoveries, and stability of a selection."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import numpy as np
 from scipy import stats
 
 from rlgen_stats.toolkit.statistics.kernels import (
-    anytime_p,
     cluster_se,
     fdp_bound,
-    flip_e_value,
     max_t,
-    sequential_flip_test,
     sign_flip_test,
     tost_chain,
     trend_test,
@@ -26,37 +23,8 @@ from tests.calibration.rows import Row, mean_row, rate_row
 ALPHA = 0.05
 
 
-def stopping(scale: int, seed: int) -> list[Row]:
-    """Stopping to draw flips, and stopping to collect prompts, both when the evidence looks best."""
-    n_features, n = 2000 * scale, 100
-    random = np.random.default_rng([seed, 20])
-    hits = {"draws": 0, "naive draws": 0, "prompts": 0, "naive prompts": 0}
-    for _ in range(0, n_features, 1000):
-        d = random.standard_t(3.0, (n, 1000)) * (random.random((n, 1000)) < 0.5)
-        p = sequential_flip_test(d, exceedances=5, max_resamples=499, seed=int(random.integers(2**32))).p_value
-        hits["draws"] += int((p <= ALPHA).sum())
-        signs = random.choice([-1.0, 1.0], (499, n))
-        reached = np.cumsum(np.abs(signs @ d) >= np.abs(d.sum(axis=0)), axis=0)
-        best = ((1 + reached) / (2 + np.arange(499)[:, None]))[19:].min(axis=0)
-        hits["naive draws"] += int((best <= ALPHA).sum())
-        hits["prompts"] += int((anytime_p(flip_e_value(d, running=True))[-1] <= ALPHA).sum())
-        z = np.abs(np.cumsum(d, axis=0)) / np.sqrt(np.maximum(np.cumsum(d * d, axis=0), 1e-300))
-        hits["naive prompts"] += int((z[19:].max(axis=0) >= stats.norm.isf(ALPHA / 2)).sum())
-    size = f"{n_features:,} features, {n} prompts"
-    return [
-        rate_row(
-            "sign flips stopped at the fifth exceedance", ALPHA, hits["draws"], n_features, f"{size}, 499 flips",
-            naive=hits["naive draws"] / n_features, naive_name="smallest p-value on the way (from 20 flips on)",
-        ),
-        rate_row(
-            "e-values, looked at after every prompt", ALPHA, hits["prompts"], n_features, size, at_most=True,
-            naive=hits["naive prompts"] / n_features, naive_name="a test after every prompt (from 20 on)",
-        ),
-    ]  # fmt: skip
-
-
 def few_clusters(scale: int, seed: int) -> list[Row]:
-    """Eight clusters of five prompts that resemble one another: wild bootstrap and sign flips."""
+    """Eight clusters of five correlated prompts: wild bootstrap and sign flips."""
     n_features, n_clusters, size = 1000 * scale, 8, 5
     random = np.random.default_rng([seed, 21])
     code = np.repeat(np.arange(n_clusters), size)
@@ -66,19 +34,24 @@ def few_clusters(scale: int, seed: int) -> list[Row]:
     flip = np.asarray(sign_flip_test(x, clusters=code).p_value)
     error = cluster_se(x, code, kind="CR1").standard_error
     naive = 2 * stats.norm.sf(np.abs(x.mean(axis=0)) / error)
-    told = f"{n_features:,} features, {n_clusters} clusters of {size}, ICC .5"
+    setting = f"{n_features:,} features, {n_clusters} clusters of {size}, ICC .5"
     attained = 12 / 256  # the largest level below .05 that 2^8 flips can have
     return [
         rate_row(
-            "wild bootstrap", ALPHA, int((np.asarray(wild) <= ALPHA).sum()), n_features, told,
-            naive=float((naive <= ALPHA).mean()), naive_name="clustered error, normal quantile",
+            "wild bootstrap",
+            ALPHA,
+            int((np.asarray(wild) <= ALPHA).sum()),
+            n_features,
+            setting,
+            naive=float((naive <= ALPHA).mean()),
+            naive_name="clustered error, normal quantile",
         ),
-        rate_row("sign flip", attained, int((flip <= ALPHA).sum()), n_features, told),
-    ]  # fmt: skip
+        rate_row("sign flip", attained, int((flip <= ALPHA).sum()), n_features, setting),
+    ]
 
 
 def trends(scale: int, seed: int) -> list[Row]:
-    """Prompts that wander, each by itself, over twelve checkpoints; and checkpoints that lie at the margin itself."""
+    """Independent random walks of prompts over twelve checkpoints, and checkpoints exactly at the margin."""
     n_features, n = 1500 * scale, 40
     random = np.random.default_rng([seed, 22])
     hits, naive = 0, 0
@@ -94,19 +67,28 @@ def trends(scale: int, seed: int) -> list[Row]:
     nearer = stats.t.sf((np.abs(d.mean(axis=0)) - 0.05) / stats.sem(d, axis=0), n - 1)
     return [
         rate_row(
-            "trend over autocorrelated checkpoints", ALPHA, hits, n_features, f"{n_features:,} features, {n} prompts",
-            naive=naive / n_features, naive_name="Mann-Kendall of the mean over prompts",
+            "trend over autocorrelated checkpoints",
+            ALPHA,
+            hits,
+            n_features,
+            f"{n_features:,} features, {n} prompts",
+            naive=naive / n_features,
+            naive_name="Mann-Kendall of the mean over prompts",
         ),
         rate_row(
-            "called evolving at the margin", ALPHA, int((beyond <= ALPHA).sum()), 4 * n_features,
+            "called evolving at the margin",
+            ALPHA,
+            int((beyond <= ALPHA).sum()),
+            4 * n_features,
             f"{4 * n_features:,} features, {n} prompts, margin a fifth of the error",
-            naive=float((nearer <= ALPHA).mean()), naive_name="one-sided test of the nearer bound",
+            naive=float((nearer <= ALPHA).mean()),
+            naive_name="one-sided test of the nearer bound",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def false_shares(scale: int, seed: int) -> list[Row]:
-    """Whether the share of false discoveries exceeds its bound at any of eight thresholds, or its expected value."""
+    """Whether the share of false discoveries exceeds its bound at any of five thresholds, or its expected value."""
     worlds, levels, q = 80 * scale, (2.0, 2.5, 3.0, 3.5, 4.0), 0.05
     broken = naive = 0
     for w in range(worlds):
@@ -122,11 +104,16 @@ def false_shares(scale: int, seed: int) -> list[Row]:
         naive += bool((share > expected + 1e-9).any())
     return [
         rate_row(
-            "share of false discoveries above its bound", q, broken, worlds,
-            f"{worlds:,} families of 200 features, 60 prompts, 5 thresholds at once", at_most=True,
-            naive=naive / worlds, naive_name="expected share of a normal null",
+            "share of false discoveries above its bound",
+            q,
+            broken,
+            worlds,
+            f"{worlds:,} families of 200 features, 60 prompts, 5 thresholds at once",
+            at_most=True,
+            naive=naive / worlds,
+            naive_name="expected share of a normal null",
         )
-    ]  # fmt: skip
+    ]
 
 
 def stable_by_chance(scale: int, seed: int) -> list[Row]:
@@ -134,21 +121,43 @@ def stable_by_chance(scale: int, seed: int) -> list[Row]:
     stable, leading, bound = [], [], float("nan")
     for w in range(10 * scale):
         plan = Simulation(
-            n_prompts=240, n_features=200, drifting=0, generalising=0, narrow=0, decoys=0.2, runs=1, checkpoints=1,
-            correlation=0.5, cluster_size=1, icc=0, gain=0.1, seed=seed + w,
-        )  # fmt: skip
+            n_prompts=240,
+            n_features=200,
+            drifting=0,
+            generalising=0,
+            narrow=0,
+            decoys=0.2,
+            runs=1,
+            checkpoints=1,
+            correlation=0.5,
+            cluster_size=1,
+            icc=0,
+            gain=0.1,
+            seed=seed + w,
+        )
         world = simulate_features(plan)
-        found = select_features(
-            world.features, world.outcomes, target="rl1@20", min_discordant=3, n_resamples=9, n_bootstrap=1,
-            n_per_half=8, stability_threshold=0.75,
-        )  # fmt: skip
-        if found.attrs["stability_q"]:
-            stable.append(float(found.attrs["n_stable"]))
-            bound = float(found.attrs["stability_bound_mb"])
-            leading.append(float(found.attrs["stability_q"]))
+        result = select_features(
+            world.features,
+            world.outcomes,
+            target="rl1@20",
+            min_discordant=3,
+            n_resamples=9,
+            n_bootstrap=1,
+            n_per_half=8,
+            stability_threshold=0.75,
+        )
+        if result.attrs["stability_q"]:
+            stable.append(float(result.attrs["n_stable"]))
+            bound = float(result.attrs["stability_bound_mb"])
+            leading.append(float(result.attrs["stability_q"]))
     return [
         mean_row(
-            "features stable by chance", bound, stable, f"{len(stable):,} worlds of 200 features, 240 prompts",
-            at_most=True, naive=float(np.mean(leading)), naive_name="the leading features, taken for a finding",
+            "features stable by chance",
+            bound,
+            stable,
+            f"{len(stable):,} worlds of 200 features, 240 prompts",
+            at_most=True,
+            naive=float(np.mean(leading)),
+            naive_name="the leading features, taken for a finding",
         )
-    ]  # fmt: skip
+    ]

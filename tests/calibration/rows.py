@@ -1,4 +1,4 @@
-"""What an experiment reports: an observed rate beside its nominal one, and what the naive estimator does."""
+"""Rows of the calibration table: an observed rate, its nominal value, and the rate of the naive estimator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_ERRORS = 3.0
-"""Standard errors of a band: a right estimator falls outside once in 370 experiments."""
+"""Half width of a band in standard errors: a calibrated estimator falls outside once in 370 experiments."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Row:
     naive_name: str
     size: str
     known: str = ""
-    """Why the estimator is known to fall outside the band, and stays in use; empty for all that must not."""
+    """Known reason why the estimator falls outside the band and stays in use; empty if it must stay inside."""
 
     @property
     def passed(self) -> bool:

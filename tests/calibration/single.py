@@ -16,7 +16,7 @@ ALPHA = 0.05
 
 
 def sign_flip_uniform(scale: int, seed: int) -> list[Row]:
-    """Type-I error of every way to a sign-flip p-value, on zero-inflated heavy-tailed symmetric differences."""
+    """Type-I error of every method of the sign-flip test, on zero-inflated heavy-tailed symmetric differences."""
     naive_name = "normal tail of the flips"
     rows = []
     for name, n, density, level, n_features, draw, options in (
@@ -35,9 +35,9 @@ def sign_flip_uniform(scale: int, seed: int) -> list[Row]:
             z = np.abs(d.sum(axis=0)) / np.sqrt(np.square(d).sum(axis=0))
             naive += int((2 * stats.norm.sf(z) <= level).sum())
         total = n_features * scale
-        told = {"naive": naive / total, "naive_name": naive_name} if draw is _heavy and level * n < 3.1 else {}
+        naive_options = {"naive": naive / total, "naive_name": naive_name} if draw is _heavy and level * n < 3.1 else {}
         size = f"{total:,} features, {n} prompts, {density:.0%} firing"
-        rows.append(rate_row(f"sign flip, {name}: p <= {level}", level, hits, total, size, **told))
+        rows.append(rate_row(f"sign flip, {name}: p <= {level}", level, hits, total, size, **naive_options))
     return rows
 
 
@@ -51,7 +51,7 @@ def _lattice(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def clusters(scale: int, seed: int) -> list[Row]:
-    """Prompts that share a template flip together."""
+    """Prompts that share a template are flipped together."""
     n_features, n_clusters, size = 1500 * scale, 40, 5
     random = np.random.default_rng([seed, 1])
     code = np.repeat(np.arange(n_clusters), size)
@@ -62,15 +62,19 @@ def clusters(scale: int, seed: int) -> list[Row]:
     naive = np.asarray(sign_flip_test(d).p_value)
     return [
         rate_row(
-            "sign flip of whole clusters (ICC .3)", ALPHA, int((p <= ALPHA).sum()), n_features,
+            "sign flip of whole clusters (ICC .3)",
+            ALPHA,
+            int((p <= ALPHA).sum()),
+            n_features,
             f"{n_features:,} features, {n_clusters} clusters of {size}",
-            naive=float((naive <= ALPHA).mean()), naive_name="prompts flipped one by one",
+            naive=float((naive <= ALPHA).mean()),
+            naive_name="prompts flipped one by one",
         )
-    ]  # fmt: skip
+    ]
 
 
 def token_unit(scale: int, seed: int) -> list[Row]:
-    """200 prompts of 64 tokens, intraclass correlation .05: the prompt against the token as unit."""
+    """200 prompts of 64 tokens, intraclass correlation .05: prompts against tokens as units."""
     n_prompts, n_tokens, icc, block = 200, 64, 0.05, 50
     n_features = 500 * scale
     hits = np.zeros(2, dtype=np.int64)
@@ -83,33 +87,41 @@ def token_unit(scale: int, seed: int) -> list[Row]:
         hits += [int((np.asarray(p) <= ALPHA).sum()) for p in (by_prompt, by_token)]
     return [
         rate_row(
-            "unit is the prompt", ALPHA, int(hits[0]), n_features,
+            "unit is the prompt",
+            ALPHA,
+            int(hits[0]),
+            n_features,
             f"{n_features:,} features, {n_prompts} prompts of {n_tokens} tokens, ICC .05",
-            naive=hits[1] / n_features, naive_name="token as unit",
+            naive=hits[1] / n_features,
+            naive_name="token as unit",
         )
-    ]  # fmt: skip
+    ]
 
 
 def coverage(scale: int, seed: int) -> list[Row]:
-    """Intervals of a zero-inflated mean: the prompts that are not zero are normal, or skewed."""
+    """Intervals of a zero-inflated mean: the nonzero prompts are normal, or skewed."""
     n_features, n = 1000 * scale, 200
     rows = []
     for shape in ("normal", "skewed"):
         for nonzero in (10, 25, 100):
             rate = _covered(shape, nonzero, n, n_features, seed)
-            told: dict[str, object] = {}
+            naive_options: dict[str, object] = {}
             if nonzero == MIN_NONZERO:
-                told = {
+                naive_options = {
                     "naive": _covered(shape, 5, n, n_features, seed, fewest=2),
                     "naive_name": "interval given although only 5 prompts are not zero",
                 }
             rows.append(
                 rate_row(
-                    f"bootstrap-t interval, {shape}, {nonzero} of {n} prompts not zero", 0.95, round(rate * n_features),
-                    n_features, f"{n_features:,} features, 999 draws",
-                    known="few prompts that are not zero" if nonzero < 100 else "", **told,
+                    f"bootstrap-t interval, {shape}, {nonzero} of {n} prompts not zero",
+                    0.95,
+                    round(rate * n_features),
+                    n_features,
+                    f"{n_features:,} features, 999 draws",
+                    known="few prompts that are not zero" if nonzero < 100 else "",
+                    **naive_options,
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
@@ -122,14 +134,14 @@ def _covered(shape: str, nonzero: int, n: int, n_features: int, seed: int, fewes
         x = np.zeros((n, block))
         x[:nonzero] = 0.3 + (random.standard_normal(size) if shape == "normal" else random.gamma(2.0, 1.0, size) - 2)
         with mock.patch.object(bootstrap, "MIN_NONZERO", fewest):
-            found = bootstrap_t(x, n_resamples=999, seed=seed + start)
+            result = bootstrap_t(x, n_resamples=999, seed=seed + start)
         truth = nonzero / n * 0.3
-        inside += int(((np.asarray(found.low) <= truth) & (truth <= np.asarray(found.high))).sum())
+        inside += int(((np.asarray(result.low) <= truth) & (truth <= np.asarray(result.high))).sum())
     return inside / n_features
 
 
 def stabilisation(scale: int, seed: int) -> list[Row]:
-    """A feature exactly one margin away from its end at checkpoint 1, and at its end from checkpoint 2 on."""
+    """A feature exactly one margin away from its final value at checkpoint 1, and equal to it from checkpoint 2 on."""
     n_features = 2000 * scale
     rows = []
     for name, n, relative in (
@@ -140,7 +152,7 @@ def stabilisation(scale: int, seed: int) -> list[Row]:
         random = np.random.default_rng([seed, 5, n])
         means = np.array([1.0, 0.5, 0.0, 0.0]) if relative else np.array([2.0, 0.5, 0.0, 0.0])
         x = random.standard_normal((n, len(means), n_features))
-        x[:, 0] *= 3.0 if relative else 1.0  # base varies more: its part of an estimated margin is not known well
+        x[:, 0] *= 3.0 if relative else 1.0  # base varies more, so the estimated margin is imprecise
         x += means[:, None]
         at = tost_chain(x, margin=0.5, alpha=ALPHA, relative=relative).stabilized_at
         d = x[:, 1] - x[:, -1]
@@ -153,9 +165,13 @@ def stabilisation(scale: int, seed: int) -> list[Row]:
             naive_name = "stable while not significantly different"
         rows.append(
             rate_row(
-                f"stabilised one checkpoint too early, {name}", ALPHA, int((np.asarray(at) <= 1).sum()), n_features,
-                f"{n_features:,} features, {n} prompts", at_most=n < 100,
+                f"stabilised one checkpoint too early, {name}",
+                ALPHA,
+                int((np.asarray(at) <= 1).sum()),
+                n_features,
+                f"{n_features:,} features, {n} prompts",
+                at_most=n < 100,
                 **({} if n == 400 else {"naive": naive, "naive_name": naive_name}),
             )
-        )  # fmt: skip
+        )
     return rows

@@ -39,8 +39,8 @@ def main() -> None:
         off += [row for row in rows if not (row.passed or row.known) or not row.bites]
         sys.stderr.write(f"{experiment.name}: {time.monotonic() - start:.0f} s\n")
     seconds = time.monotonic() - began
-    told = f"Seed {given.seed}, {'quick' if given.quick else 'full'} sizes, {seconds / 60:.0f} minutes on one core."
-    table = "\n".join([told, *lines, ""])
+    summary = f"Seed {given.seed}, {'quick' if given.quick else 'full'} sizes, {seconds / 60:.0f} minutes on one core."
+    table = "\n".join([summary, *lines, ""])
     sys.stdout.write(table)
     if given.out is not None:
         text = given.out.read_text()
@@ -56,8 +56,16 @@ def _line(row: Row) -> str:
     low = "" if one_sided else _number(row.low, row.nominal)
     band = f"{low} to {_number(row.high, row.nominal)}" if low else f"at most {_number(row.high, row.nominal)}"
     naive = "" if np.isnan(row.naive) else _number(row.naive, row.nominal)
-    cells = (row.name, f"{row.nominal:g}" if row.nominal in (0.05, 0.002, 0.1, 0.95, 0) else f"{row.nominal:.3f}",
-             _number(row.observed, row.nominal), band, naive, row.naive_name, row.size, verdict)  # fmt: skip
+    cells = (
+        row.name,
+        f"{row.nominal:g}" if row.nominal in (0.05, 0.002, 0.1, 0.95, 0) else f"{row.nominal:.3f}",
+        _number(row.observed, row.nominal),
+        band,
+        naive,
+        row.naive_name,
+        row.size,
+        verdict,
+    )
     return f"| {' | '.join(cells)} |"
 
 

@@ -7,7 +7,7 @@ from tests.calibration.experiments import EXPERIMENTS, SEED, Experiment
 from tests.calibration.rows import Row, mean_row, rate_row
 
 KNOWN_SLACK = 0.1
-"""What is known to be off is still held to this much: a change for the worse shows."""
+"""Largest deviation allowed for estimators known to be off, so that a change for the worse shows."""
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)

@@ -1,6 +1,6 @@
 """Slow, obvious algorithms: what each estimator means, in loops over units, flips and subsets.
 
-They share no code and no idea for speed with the package. Only small inputs.
+They share no code with the package, and are fit for small inputs only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def every_flip(n: int) -> Iterable[tuple[int, ...]]:
 
 
 def sign_flip_p(d: Sequence[float], alternative: str = "two-sided") -> float:
-    """Share of all 2^N flips (zeros included) whose sum is as extreme as the one seen."""
+    """Share of all 2^N flips (zeros included) whose sum is as extreme as the observed one."""
     d = [float(x) for x in d]
     slack = SLACK * max(1.0, sum(abs(x) for x in d))
 
@@ -30,8 +30,10 @@ def sign_flip_p(d: Sequence[float], alternative: str = "two-sided") -> float:
         s = math.fsum(values)
         return {"two-sided": abs(s), "greater": s, "less": -s}[alternative]
 
-    seen = extremity(d)
-    reached = [extremity(e * x for e, x in zip(flip, d, strict=True)) >= seen - slack for flip in every_flip(len(d))]
+    observed = extremity(d)
+    reached = [
+        extremity(e * x for e, x in zip(flip, d, strict=True)) >= observed - slack for flip in every_flip(len(d))
+    ]
     return sum(reached) / len(reached)
 
 
@@ -47,8 +49,8 @@ def half_sums_p(d: Floats) -> float:
         return np.sort(out)
 
     first, second = sums(nonzero[:half]), sums(nonzero[half:])
-    seen = abs(math.fsum(d)) - SLACK * sum(nonzero)
-    reached = len(first) * len(second) - np.searchsorted(first, seen - second, side="left").sum()
+    observed = abs(math.fsum(d)) - SLACK * sum(nonzero)
+    reached = len(first) * len(second) - np.searchsorted(first, observed - second, side="left").sum()
     return min(1.0, 2.0 * reached / 2.0 ** len(nonzero))
 
 
@@ -62,15 +64,15 @@ def max_t_p(d: Floats) -> tuple[list[float], list[float], list[float]]:
             for k in range(n_features)
         ]
 
-    seen = statistics([1] * n)
+    observed = statistics([1] * n)
     table = [statistics(flip) for flip in every_flip(n)]
-    single = [sum(max(row) >= seen[k] - SLACK for row in table) / len(table) for k in range(n_features)]
-    raw = [sum(row[k] >= seen[k] - SLACK for row in table) / len(table) for k in range(n_features)]
-    order = sorted(range(n_features), key=lambda k: -seen[k])
+    single = [sum(max(row) >= observed[k] - SLACK for row in table) / len(table) for k in range(n_features)]
+    raw = [sum(row[k] >= observed[k] - SLACK for row in table) / len(table) for k in range(n_features)]
+    order = sorted(range(n_features), key=lambda k: -observed[k])
     down, floor = [0.0] * n_features, 0.0
     for place, k in enumerate(order):
         left = order[place:]
-        floor = max(floor, sum(max(row[j] for j in left) >= seen[k] - SLACK for row in table) / len(table))
+        floor = max(floor, sum(max(row[j] for j in left) >= observed[k] - SLACK for row in table) / len(table))
         down[k] = floor
     return single, down, raw
 
@@ -174,9 +176,9 @@ def contrast_p(plus: Floats, minus: Floats, alternative: str) -> float:
         value = s / k - (total - s) / (len(pooled) - k)
         return {"two-sided": abs(value), "greater": value, "less": -value}[alternative]
 
-    seen = gap(range(k))
+    observed = gap(range(k))
     table = [gap(c) for c in itertools.combinations(range(len(pooled)), k)]
-    return sum(x >= seen - SLACK for x in table) / len(table)
+    return sum(x >= observed - SLACK for x in table) / len(table)
 
 
 def histogram_p(a: Floats, b: Floats, statistic: str) -> tuple[float, float]:
@@ -189,19 +191,19 @@ def histogram_p(a: Floats, b: Floats, statistic: str) -> tuple[float, float]:
         return max(gaps) if statistic == "ks" else sum(gaps)
 
     units = list(zip(a, b, strict=True))
-    seen = distance(units)
+    observed = distance(units)
     table = [
         distance((y, x) if swap < 0 else (x, y) for swap, (x, y) in zip(flip, units, strict=True))
         for flip in every_flip(len(units))
     ]
-    return seen, sum(x >= seen - SLACK for x in table) / len(table)
+    return observed, sum(x >= observed - SLACK for x in table) / len(table)
 
 
 def flip_group(generators: Floats) -> Floats:
     """All products of rows of signs [m, unit], [2**m, unit]; row b multiplies the generators at the set bits of b."""
-    found = np.ones((2 ** len(generators), generators.shape[1]))
-    for b in range(len(found)):
+    patterns = np.ones((2 ** len(generators), generators.shape[1]))
+    for b in range(len(patterns)):
         for j in range(len(generators)):
             if b >> j & 1:
-                found[b] *= generators[j]
-    return found
+                patterns[b] *= generators[j]
+    return patterns

@@ -260,7 +260,7 @@ def test_the_order_of_prompts_does_not_matter(world):
 def test_tokens_as_units_only_if_allowed_and_recorded(world):
     features = world()
     features = features.assign_coords(prompt=[f"p{i // 2}" for i in range(60)])
-    with pytest.raises(RefusedError, match="'p0' stands on several rows"):
+    with pytest.raises(RefusedError, match="'p0' has several rows"):
         run(features)
     out = run(features, unit="token", allow_token_unit=True)
     assert out.attrs["unit"] == "token"
@@ -279,7 +279,7 @@ def test_refusals(world):
         run(world(), models=["rl@99"])
     with pytest.raises(RefusedError, match="4 clusters cannot carry a test"):
         run(world(per_cluster=15), clusters="cluster")
-    with pytest.raises(InputError, match="clusters='template' is no label"):
+    with pytest.raises(InputError, match="clusters='template' is not a coordinate of the prompts"):
         run(world(), clusters="template")
     with pytest.raises(InputError, match="no variable 'median'"):
         run(world(), variable="median")

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels.flips import resampling
+from rlgen_stats.toolkit.statistics.kernels import unit_tables
 from rlgen_stats.toolkit.statistics.kernels.flips.signflip import sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.trend import trend_contrast, trend_test
 
@@ -36,16 +36,16 @@ def test_it_is_the_sign_flip_test_of_contrasts_and_finds_planted_rises(kind: str
     x = random.normal(size=(18, 6, 12))
     x[:, :, 4] += 0.6 * np.arange(6)
     x[:, :, 7] = np.nan
-    found = trend_test(x, kind=kind)
+    result = trend_test(x, kind=kind)
     contrast = trend_contrast(x, kind=kind)
     kept = np.arange(12) != 7
-    np.testing.assert_allclose(found.p_value[kept], sign_flip_test(contrast[:, kept]).p_value, rtol=1e-9)
-    np.testing.assert_allclose(found.tau[kept], contrast[:, kept].mean(axis=0), rtol=1e-12)
-    assert np.isnan([found.tau[7], found.p_value[7]]).all()
-    assert found.p_value[4] == np.nanmin(found.p_value) < 0.001
+    np.testing.assert_allclose(result.p_value[kept], sign_flip_test(contrast[:, kept]).p_value, rtol=1e-9)
+    np.testing.assert_allclose(result.tau[kept], contrast[:, kept].mean(axis=0), rtol=1e-12)
+    assert np.isnan([result.tau[7], result.p_value[7]]).all()
+    assert result.p_value[4] == np.nanmin(result.p_value) < 0.001
     falling = trend_test(-x, kind=kind, alternative="less")
     np.testing.assert_array_equal(falling.p_value, trend_test(x, kind=kind, alternative="greater").p_value)
-    assert (falling.tau[4], falling.n_nonzero[4]) == (-found.tau[4], found.n_nonzero[4])
+    assert (falling.tau[4], falling.n_nonzero[4]) == (-result.tau[4], result.n_nonzero[4])
 
 
 def test_autocorrelated_checkpoints_do_not_make_trends() -> None:
@@ -63,7 +63,7 @@ def test_autocorrelated_checkpoints_do_not_make_trends() -> None:
 def test_neither_blocks_nor_order_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(4).normal(size=(30, 5, 300))
     whole = trend_test(x)
-    monkeypatch.setattr(resampling, "BLOCK_UNITS", 30 * 5 * 64)
+    monkeypatch.setattr(unit_tables, "BLOCK_UNITS", 30 * 5 * 64)
     for name in ("tau", "p_value", "n_nonzero"):
         np.testing.assert_array_equal(getattr(trend_test(x), name), getattr(whole, name))
         np.testing.assert_array_equal(getattr(trend_test(x[:, :, ::-1]), name)[::-1], getattr(whole, name))
@@ -74,9 +74,9 @@ def test_neither_blocks_nor_order_matter(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_clusters_flip_as_wholes() -> None:
     x = np.random.default_rng(5).normal(size=(24, 4, 3)) + np.arange(4)[:, None] * 0.3
     clusters = np.repeat(np.arange(8), 3)
-    found = trend_test(x, clusters=clusters)
+    result = trend_test(x, clusters=clusters)
     sums = trend_contrast(x, kind="kendall").reshape(8, 3, 3).sum(axis=1)
-    np.testing.assert_allclose(found.p_value, sign_flip_test(sums).p_value, rtol=1e-9)
+    np.testing.assert_allclose(result.p_value, sign_flip_test(sums).p_value, rtol=1e-9)
     with pytest.raises(RefusedError, match="at least 6, got 3"):
         trend_test(x, clusters=np.repeat(np.arange(3), 8))
 

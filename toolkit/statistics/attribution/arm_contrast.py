@@ -16,8 +16,10 @@ from rlgen_stats.schemas.dims import MODEL, RUN, STEP, VIEW
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.attribution.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
-from rlgen_stats.toolkit.statistics.core.feature_blocks import FloatArray, IntArray, check_comparable, feature_ranks
+from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
 from rlgen_stats.toolkit.statistics.kernels import wilson_interval
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, IntArray
 
 TAUS: Final = (0.7, 0.9)
 """Thresholds of METHOD.md 4e: target norm more than 2.3 and 9 times the original's."""
@@ -39,9 +41,6 @@ DEAD_TOLERANCE: Final = 0.10
 
 AGREED: Final = "agreed_"
 """Prefix of the variables that count only features whose specificity latent scaling confirms."""
-
-TIE_SLACK: Final = 1e-9
-"""Statistics this close count as ties (METHOD.md section 3, rule 5)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 from rlgen_stats.schemas.dims import CHANNEL, FEATURE, VIEW
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.core.feature_blocks import IntArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 
 CROSSCODER: Final = "crosscoder"
 MAS_CROSSCODER: Final = "mas_crosscoder"

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from rlgen_stats.schemas.dims import CHANNEL, FEATURE, MODEL, PROMPT, VIEW
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.feature_blocks import FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 CANDIDATES: Final = 10
 """Most similar features of the other dictionary among which a match is looked for (METHOD.md section 2)."""

@@ -1,1 +1,1 @@
-"""What every statistic stands on: feature blocks, units and clusters, labels, checks, correction over a family."""
+"""What all statistics share: feature blocks, units and clusters, coordinates, comparability, family-wide correction."""

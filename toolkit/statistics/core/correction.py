@@ -11,14 +11,14 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.core.feature_blocks import check_comparable
+from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.kernels import adjust
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import METHODS
 
 Tables = Mapping[str, xr.DataArray | xr.Dataset]
 
 FAMILY_KEYS: Final = ("readout", "text_mode")
-"""Never mixed in one family (METHOD.md section 3, rule 2); studies and dictionaries may be."""
+"""Must agree within one family (METHOD.md section 3, rule 2); studies and dictionaries may differ."""
 
 
 @overload
@@ -55,8 +55,8 @@ def adjust_pvalues(
     Returns
     -------
     xr.DataArray, xr.Dataset, or dict of xr.DataArray
-        Adjusted values with the shape and labels of ``data`` (of every variable of a dataset, apart; of the p-values
-        of every entry of a mapping, together), lazy where ``data`` is lazy; attributes ``family``, ``family_size``
+        Adjusted values with the shape and labels of ``data`` (each variable of a dataset separately; the p-values of
+        all entries of a mapping together), lazy where ``data`` is lazy; attributes ``family``, ``family_size``
         (cells of one family, untestable ones included) and ``adjustment``.
 
     Raises
@@ -64,7 +64,7 @@ def adjust_pvalues(
     RefusedError
         If the family is not named (no dimension, or datasets without names), or mixes readouts or text modes.
     InputError
-        If a named dimension is not there, labels do not match, or the method is unknown.
+        If a named dimension is missing, labels do not match, or the method is unknown.
 
     Notes
     -----
@@ -136,18 +136,18 @@ def _adjust_last(p: NDArray[Any], *, n_dims: int, method: str, alpha: float) -> 
 
 
 def _adjust_together(tables: Tables, names: list[str], method: str, alpha: float) -> dict[str, xr.DataArray]:
-    """One family over all tables: every table becomes [other dims, cells], and the cells are joined."""
+    """One family over all tables: every table becomes [shared dims, cells], and the cells are concatenated."""
     if not tables:
         raise InputError("a family needs at least one dataset, got an empty mapping.")
     check_comparable(*tables.values(), keys=FAMILY_KEYS)
     arrays = {name: _p_values(name, table) for name, table in tables.items()}
     first, head = next(iter(arrays.items()))
     shared = [str(dim) for dim in head.dims if dim not in names]
+    family_dims = {name: [dim for dim in names if dim in array.dims] for name, array in arrays.items()}
     blocks, sizes, lazy = [], [], False
     for name, array in arrays.items():
-        own = [dim for dim in names if dim in array.dims]
-        others = [str(dim) for dim in array.dims if dim not in own]
-        if not own or set(others) != set(shared):
+        others = [str(dim) for dim in array.dims if dim not in family_dims[name]]
+        if not family_dims[name] or set(others) != set(shared):
             raise InputError(
                 f"{name!r} has dimensions {list(map(str, array.dims))}; expected some of the family's {names} and, "
                 f"like {first!r}, {shared}."
@@ -156,19 +156,17 @@ def _adjust_together(tables: Tables, names: list[str], method: str, alpha: float
             if not head[dim].equals(array[dim]):
                 raise InputError(f"{first!r} and {name!r} differ in their labels of {dim!r}; select the same ones.")
         lazy = lazy or array.chunks is not None
-        ordered = array.transpose(*shared, *own)
-        size = int(np.prod([array.sizes[dim] for dim in own]))
+        ordered = array.transpose(*shared, *family_dims[name])
+        size = int(np.prod([array.sizes[dim] for dim in family_dims[name]]))
         blocks.append(da.asarray(ordered.data).rechunk(-1).reshape(*(array.sizes[dim] for dim in shared), size))
         sizes.append(size)
     joined = da.concatenate(blocks, axis=-1)
-    adjusted = da.map_blocks(
-        _adjust_last, joined.rechunk({-1: -1}), dtype=np.float64, n_dims=1, method=method, alpha=alpha
-    )  # fmt: skip
+    options: dict[str, Any] = {"n_dims": 1, "method": method, "alpha": alpha}
+    adjusted = da.map_blocks(_adjust_last, joined.rechunk({-1: -1}), dtype=np.float64, **options)
     attrs = _attrs(f"({' + '.join(arrays)}) x {' x '.join(names)}", sum(sizes), method)
     out, start = {}, 0
     for (name, array), size in zip(arrays.items(), sizes, strict=True):
-        own = [dim for dim in names if dim in array.dims]
-        ordered = array.transpose(*shared, *own)
+        ordered = array.transpose(*shared, *family_dims[name])
         part = ordered.copy(data=adjusted[..., start : start + size].reshape(ordered.shape)).transpose(*array.dims)
         out[name] = (part if lazy else part.compute()).assign_attrs(attrs)
         start += size

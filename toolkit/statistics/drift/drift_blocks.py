@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, FloatArray, IntArray, unit_means
+from rlgen_stats.toolkit.statistics.core.feature_blocks import Block
+from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import bootstrap_t, max_t, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.effects import hurdle, paired_wasserstein
 from rlgen_stats.toolkit.statistics.kernels.flips.histogram import histogram_flip_test
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import feature_blocks
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import wild_cluster_bootstrap
-
-ROUNDING: Final = 1e-12
-"""Share of a feature's scale below which a difference of unit means is what rounding left of a zero."""
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import feature_blocks
 
 THRESHOLDS: Final = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 """Statistics beyond which false discoveries are bounded; fixed beforehand, about normal quantiles (p = .05 to 1e-9)."""

@@ -9,10 +9,10 @@ import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
-from rlgen_stats.toolkit.statistics.core.feature_blocks import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.drift.drift_blocks import THRESHOLDS
 from rlgen_stats.toolkit.statistics.kernels import adjust, max_t_p_value
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import fdp_bound
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 CALLS: Final = ("DRIFT", "NO_DRIFT", "UNDETERMINED", "UNTESTABLE")
 FLAGS: Final = ("ok", "untestable", "identical", "below_margin")

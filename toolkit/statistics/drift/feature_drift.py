@@ -12,21 +12,17 @@ import xarray as xr
 from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
     Mapped,
-    canonical,
-    check_clusters,
-    check_unit,
-    cluster_codes,
     feature_arrays,
-    feature_coord,
     finish,
+    in_prompt_order,
     map_features,
-    model_coords,
-    source_attrs,
-    unit_attrs,
 )
+from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs
 from rlgen_stats.toolkit.statistics.drift.drift_blocks import COUNTS, THRESHOLDS, WILD_RESAMPLES, Settings, drift_block
 from rlgen_stats.toolkit.statistics.drift.drift_family import (
     CALLS,
@@ -37,7 +33,7 @@ from rlgen_stats.toolkit.statistics.drift.drift_family import (
     decisions,
     false_discoveries,
 )
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import flip_count
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import flip_count
 
 __all__ = ["CALLS", "DEFAULT_MARGIN", "FLAGS", "drift_test"]
 
@@ -148,7 +144,7 @@ def drift_test(
     """
     check_unit(unit, allow_token_unit)
     _check(family, correction, null, alpha, margin, n_min, reference, models)
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
     n_units = features.sizes[PROMPT] if codes is None else len(np.unique(codes))

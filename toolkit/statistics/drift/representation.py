@@ -15,9 +15,10 @@ from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, MODEL, PROMPT, TOKEN
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.core.feature_blocks import FloatArray, check_models, model_coords
+from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
 from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 TOKEN_BLOCK: Final = 65536
 """Tokens per block when the activations have no chunks of their own."""

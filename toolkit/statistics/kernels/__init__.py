@@ -1,7 +1,7 @@
-"""Numpy-only estimators: units on axis 0, features on the last axis; arrays in, frozen dataclass or array out.
+"""Estimators on numpy arrays: units on axis 0, features on the last axis; a frozen dataclass or an array out.
 
-Everything after the star is keyword-only. Randomness comes from ``seed`` alone: draw b gives unit i a value that
-depends on (seed, b, i), so results do not change with the blocks of features, their order, or the number of workers.
+Arguments after the star are keyword-only. All randomness comes from ``seed``: draw b gives unit i a value that depends
+on (seed, b, i) alone, so results do not change with the blocks of features, their order, or the number of workers.
 
 Sign flips and joint tests::
 
@@ -10,12 +10,12 @@ Sign flips and joint tests::
     max_t(differences, *, n_resamples=999, seed=0, step_down=True, clusters=None, alternative="two-sided",
           thresholds=(), unadjusted=True)
         -> MaxTResult(statistic, p_single_step, p_step_down, p_raw, maxima, exact, exceedances)
-    max_t_p_value(statistic, maxima) -> array       # maxima combined over blocks of features
+    max_t_p_value(statistic, maxima) -> array       # maxima may be combined over blocks of features
     fdp_bound(exceedances, thresholds, *, alpha=0.05) -> FdpResult(n_beyond, false_upper, fdp_upper)
     exceedance_counts(statistics, thresholds) -> array [threshold, flip]
     wild_cluster_bootstrap(values, clusters=None, *, n_resamples=9999, seed=0)
         -> WildResult(statistic, p_value, n_clusters)
-    sign_flips(n_units, start, stop, *, seed) -> array        # rows of the endless table of signs
+    sign_flips(n_units, start, stop, *, seed) -> array        # rows of an unlimited table of signs
     flip_tail(magnitudes, total), saddlepoint_tail(magnitudes, total) -> array
     histogram_flip_test(hist_a, hist_b, *, statistic, n_resamples=9999, seed=0) -> HistogramResult(statistic, p_value)
     trend_contrast(x, *, kind) -> array                       # x [unit, checkpoint(, feature)]; kendall page
@@ -23,16 +23,6 @@ Sign flips and joint tests::
         -> TrendResult(tau, p_value, n_nonzero, flag)
     permutation_contrast(plus, minus, *, alternative="two-sided", n_resamples=9999, seed=0, min_count=1)
         -> ContrastResult(statistic, p_value, n_plus, n_minus)
-
-Stopping early::
-
-    sequential_flip_test(differences, *, alternative="two-sided", max_resamples=9999, exceedances=10, seed=0,
-                         clusters=None)
-        -> SequentialResult(p_value, n_resamples, n_exceeded, stopped)
-    besag_clifford(exceeded, drawn, *, exceedances=10, max_resamples=9999) -> float or array
-    flip_e_value(differences, *, alternative="two-sided", clusters=None, running=False) -> float or array
-    anytime_p(e_running) -> array
-    e_bh(e, *, alpha) -> array of bool
 
 Families and combinations of p-values::
 
@@ -62,24 +52,19 @@ Means, equivalence, counts, sets::
     set_overlap_pvalue(shared, n_features, size_a, size_b) -> float or array
 """
 
+from rlgen_stats.toolkit.statistics.kernels.draws import sign_flips
 from rlgen_stats.toolkit.statistics.kernels.effects import HurdleResult, hurdle, paired_wasserstein
 from rlgen_stats.toolkit.statistics.kernels.equivalence import TostChainResult, tost_chain, tost_paired
 from rlgen_stats.toolkit.statistics.kernels.flips.histogram import HistogramResult, histogram_flip_test
 from rlgen_stats.toolkit.statistics.kernels.flips.maxt import MaxTResult, max_t, max_t_p_value
 from rlgen_stats.toolkit.statistics.kernels.flips.permutation import ContrastResult, permutation_contrast
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import bootstrap_weights, sign_flips
 from rlgen_stats.toolkit.statistics.kernels.flips.saddlepoint import flip_tail, saddlepoint_tail
 from rlgen_stats.toolkit.statistics.kernels.flips.signflip import SignFlipResult, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_cluster_bootstrap
-from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t
+from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
+from rlgen_stats.toolkit.statistics.kernels.intervals.clustered import ClusterResult, cluster_se
 from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
-from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import (
-    ClusterResult,
-    McNemarResult,
-    cluster_se,
-    mcnemar,
-    wilson_interval,
-)
+from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import McNemarResult, mcnemar, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.moderated import ModeratedResult, moderated_t
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
     FamilySize,
@@ -88,14 +73,9 @@ from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
     family_size,
     storey,
 )
-from rlgen_stats.toolkit.statistics.kernels.multiplicity.combine import cpss_bound, partial_conjunction
-from rlgen_stats.toolkit.statistics.kernels.multiplicity.evalues import anytime_p, e_bh, flip_e_value
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import FdpResult, exceedance_counts, fdp_bound
-from rlgen_stats.toolkit.statistics.kernels.multiplicity.sequential import (
-    SequentialResult,
-    besag_clifford,
-    sequential_flip_test,
-)
+from rlgen_stats.toolkit.statistics.kernels.multiplicity.partial_conjunction import partial_conjunction
+from rlgen_stats.toolkit.statistics.kernels.multiplicity.stability_bound import cpss_bound
 from rlgen_stats.toolkit.statistics.kernels.set_overlap import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.trend import TrendResult, trend_contrast, trend_test
 
@@ -112,25 +92,20 @@ __all__ = [
     "McNemarResult",
     "ModeratedResult",
     "RboResult",
-    "SequentialResult",
     "SignFlipResult",
     "StoreyResult",
     "TostChainResult",
     "TrendResult",
     "WildResult",
     "adjust",
-    "anytime_p",
-    "besag_clifford",
     "bootstrap_t",
     "bootstrap_weights",
     "cluster_se",
     "cpss_bound",
     "delete_group_jackknife",
-    "e_bh",
     "exceedance_counts",
     "family_size",
     "fdp_bound",
-    "flip_e_value",
     "flip_tail",
     "histogram_flip_test",
     "hurdle",
@@ -144,7 +119,6 @@ __all__ = [
     "permutation_contrast",
     "rbo",
     "saddlepoint_tail",
-    "sequential_flip_test",
     "set_overlap_pvalue",
     "sign_flip_test",
     "sign_flips",

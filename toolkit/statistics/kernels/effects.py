@@ -1,4 +1,4 @@
-"""Sizes of a change: of a whole distribution, and of its parts (how often, and how much)."""
+"""Effect sizes: Wasserstein distance, and a change of mean split into firing rate and magnitude."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 
 @dataclass(frozen=True)
 class HurdleResult:
-    """A change of mean in two parts that add up to it, [feature]."""
+    """A change of mean as the sum of two parts, [feature]."""
 
     from_firing: FloatArray
-    """Part due to firing more or less often."""
+    """Part due to a change of firing rate."""
     from_magnitude: FloatArray
-    """Part due to firing more or less strongly."""
+    """Part due to a change of magnitude when firing."""
     magnitude_change: FloatArray
-    """Change of the mean where it fires; NaN where one of the two never fires."""
+    """Change of the mean over tokens on which the feature fires; NaN where it never fires on one side."""
 
 
 def paired_wasserstein(a: Any, b: Any) -> FloatArray:
@@ -28,8 +28,8 @@ def paired_wasserstein(a: Any, b: Any) -> FloatArray:
 
     Notes
     -----
-    The mean absolute difference of order statistics. Unlike a mean difference it sees changes that cancel in the mean;
-    it is never negative, so sampling noise alone makes it positive: a size, not a test.
+    The mean absolute difference of order statistics. Unlike a mean difference it shows changes that cancel in the mean;
+    it is never negative, so sampling noise alone makes it positive: an effect size, not a test.
 
     References
     ----------
@@ -47,7 +47,7 @@ def paired_wasserstein(a: Any, b: Any) -> FloatArray:
 
 
 def hurdle(mean_a: Any, mean_b: Any, firing_a: Any, firing_b: Any) -> HurdleResult:
-    """Split a change of mean into firing more often and firing more strongly.
+    """Split a change of mean into a change of firing rate and a change of magnitude (hurdle model).
 
     Parameters
     ----------
@@ -58,10 +58,10 @@ def hurdle(mean_a: Any, mean_b: Any, firing_a: Any, firing_b: Any) -> HurdleResu
 
     Notes
     -----
-    With m = mean / firing, the mean where it fires, mean = firing m on both sides, and exactly
-    change = (change of firing) x (average m) + (change of m) x (average firing). Where one side never fires it has no
-    m; the other's stands for it, so that all of the change is due to firing. NaN where a mean is not 0 although the
-    feature never fires: the two are not of the same tokens.
+    With m = mean / firing, the mean where the feature fires, mean = firing x m on both sides, and exactly
+    change = (change of firing) x (average m) + (change of m) x (average firing). A side that never fires has no m; the
+    other side's m replaces it, so that all of the change is due to firing. NaN where a mean is not 0 although the
+    feature never fires: mean and firing are then not of the same tokens.
 
     References
     ----------
@@ -72,6 +72,6 @@ def hurdle(mean_a: Any, mean_b: Any, firing_a: Any, firing_b: Any) -> HurdleResu
     after = np.divide(b, q, out=np.full_like(b, np.nan), where=q > 0)
     change = after - before
     m = np.where(np.isnan(before), after, before), np.where(np.isnan(after), before, after)
-    wrong = ((p == 0) & (a != 0)) | ((q == 0) & (b != 0))
-    firing = np.where(wrong, np.nan, np.nan_to_num((m[0] + m[1]) / 2) * (q - p))
-    return HurdleResult(firing, np.where(wrong, np.nan, np.nan_to_num(m[1] - m[0]) * (p + q) / 2), change)
+    inconsistent = ((p == 0) & (a != 0)) | ((q == 0) & (b != 0))
+    firing = np.where(inconsistent, np.nan, np.nan_to_num((m[0] + m[1]) / 2) * (q - p))
+    return HurdleResult(firing, np.where(inconsistent, np.nan, np.nan_to_num(m[1] - m[0]) * (p + q) / 2), change)

@@ -1,4 +1,4 @@
-"""Equivalence: showing that a difference is smaller than a margin."""
+"""Equivalence tests: is a difference smaller than a margin, and from which checkpoint on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,42 @@ class TostChainResult:
     """Equivalence of every checkpoint with the last."""
 
     p_value: FloatArray
-    """[checkpoint(, feature)]; 0 for the last, which equals itself; NaN for features with NaN."""
+    """[checkpoint(, feature)]; 0 for the last checkpoint, which is compared with itself; NaN for features with NaN."""
     stabilized_at: Any
-    """Index of the first checkpoint of the accepted chain (, feature); NaN where it does not reach back far enough."""
+    """Index of the first checkpoint of the accepted chain (, feature); NaN where it is too short (``persist``)."""
     p_beyond: FloatArray
-    """[checkpoint(, feature)]: minimal-effect test, that the checkpoint is farther than the margin from the last, which
-    is 1."""
+    """[checkpoint(, feature)]: minimal-effect test that the checkpoint differs from the last by more than the margin; 1
+    for the last."""
 
 
 def tost_paired(x: Any, y: Any = 0.0, *, low: float, high: float) -> FloatArray:
-    """P-value of two one-sided paired t tests that low < mean(x - y) < high, over axis 0.
+    """P-value of two one-sided paired t tests that low < mean(x - y) < high.
+
+    Parameters
+    ----------
+    x, y
+        [unit, ...], paired; ``y`` may be a number.
+    low, high
+        Equivalence margins, in units of x.
+
+    Returns
+    -------
+    array
+        [...]: the larger of the two one-sided p-values.
+
+    Raises
+    ------
+    InputError
+        If the lower margin is not below the upper one.
 
     References
     ----------
     Schuirmann 1987, doi:10.1007/BF01068419.
+
+    Examples
+    --------
+    >>> float(tost_paired([1.1, -0.4, 2.3, 0.7, -1.2, 3.1, 0.2, 1.9], low=-2.5, high=2.5).round(6))
+    0.009585
     """
     if not low < high:
         raise InputError(f"the lower margin must be below the upper one, got {low} and {high}.")
@@ -39,7 +61,7 @@ def tost_paired(x: Any, y: Any = 0.0, *, low: float, high: float) -> FloatArray:
 
 
 def _tost(mean: Any, error: Any, low: Any, high: Any, dof: int) -> FloatArray:
-    room = np.minimum(mean - low, high - mean)  # the nearer margin has the larger of the two p-values
+    room = np.minimum(mean - low, high - mean)  # the nearer margin has the larger of the two one-sided p-values
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error == 0, np.where(room > 0, np.inf, -np.inf), room / error)
     return np.asarray(stats.t.sf(t, dof))
@@ -48,19 +70,19 @@ def _tost(mean: Any, error: Any, low: Any, high: Any, dof: int) -> FloatArray:
 def tost_chain(
     x: Any, *, margin: Any, alpha: float = 0.05, relative: bool = False, persist: int = 0
 ) -> TostChainResult:
-    """Find from when on a series stays within a margin of its end.
+    """Find the checkpoint from which a series stays within a margin of its end.
 
     Parameters
     ----------
     x
         [unit, checkpoint(, feature)].
     margin
-        Largest difference called none, in units of x (a number or [feature]); with ``relative`` a share below 1 of the
-        total change |mean(first - last)|.
+        Largest difference that counts as equivalent, in units of x (a number or [feature]); with ``relative`` a share
+        below 1 of the total change |mean(first - last)|.
     alpha
         Level; no correction over checkpoints is needed, because they are tested in a fixed order from the end.
     persist
-        A chain that lies within the last ``persist`` checkpoints alone proves nothing: NaN.
+        A chain within the last ``persist`` checkpoints is too short to count: NaN.
 
     Returns
     -------
@@ -74,14 +96,14 @@ def tost_chain(
 
     Notes
     -----
-    A relative margin is estimated from the same units, so it is not put in as if it were known (which at a share of
-    one half rejects 12% of the time at a nominal 5%). With r the share, D_c = x_c - x_C and the sign of the mean of D_0
-    taken as up, both mean(r D_0 - D_c) > 0 and mean(r D_0 + D_c) > 0 are shown by paired t tests.
+    A relative margin is estimated from the same units, so it is not treated as known (at a share of one half that
+    rejects 12% of the time at a nominal 5%). With r the share, D_c = x_c - x_C and the sign of the mean of D_0 taken as
+    up, both mean(r D_0 - D_c) > 0 and mean(r D_0 + D_c) > 0 are tested by paired t tests.
 
     ``p_beyond`` is the other side of the same margin: the chance, at the margin, of a mean at least as far from zero,
     P(T >= (|mean| - margin) / error) + P(T >= (|mean| + margin) / error). It does not become one half where the margin
-    is small beside the error, as a one-sided test against the nearer bound would. Not both p-values can be below one
-    half.
+    is small compared with the error, as a one-sided test against the nearer bound would. At most one of the two
+    p-values is below one half.
 
     References
     ----------
@@ -99,12 +121,12 @@ def tost_chain(
         raise InputError(f"a relative margin is a share below 1 of the total change, got {np.max(margin)}.")
     d = x - x[:, -1:]
     p, beyond = _relative(d, margin) if relative else _absolute(d, margin)
-    there = np.isfinite(x).all(axis=(0, 1))
-    p[-1], beyond[-1] = np.where(there, 0.0, np.nan), np.where(there, 1.0, np.nan)
+    complete = np.isfinite(x).all(axis=(0, 1))
+    p[-1], beyond[-1] = np.where(complete, 0.0, np.nan), np.where(complete, 1.0, np.nan)
     accepted = np.logical_and.accumulate((p <= alpha)[::-1], axis=0)[::-1]
     first = (len(p) - accepted.sum(axis=0)).astype(np.float64)
-    at = np.where(first > len(p) - 1 - persist, np.nan, first)
-    return TostChainResult(p, at if x.ndim > 2 else float(at), beyond)
+    stabilized_at = np.where(first > len(p) - 1 - persist, np.nan, first)
+    return TostChainResult(p, stabilized_at if x.ndim > 2 else float(stabilized_at), beyond)
 
 
 def _absolute(d: FloatArray, margin: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -119,7 +141,7 @@ def _relative(d: FloatArray, share: FloatArray) -> tuple[FloatArray, FloatArray]
     root = np.sqrt(len(d))
     sides = [(y.mean(axis=0), y.std(axis=0, ddof=1) / root) for y in (up - d, up + d)]
     within = np.maximum(*(_tost(mean, error, 0.0, np.inf, len(d) - 1) for mean, error in sides))
-    above = d.mean(axis=0) >= 0  # then the first contrast is about the bound nearby, the second about the far one
+    above = d.mean(axis=0) >= 0  # then the first contrast belongs to the nearer bound, the second to the farther one
     (near, near_error), (far, far_error) = (
         tuple(np.where(above, a, b) for a, b in zip(one, other, strict=True)) for one, other in (sides, sides[::-1])
     )
@@ -128,7 +150,7 @@ def _relative(d: FloatArray, share: FloatArray) -> tuple[FloatArray, FloatArray]
 
 
 def _beyond(excess: FloatArray, error: FloatArray, dof: int) -> FloatArray:
-    """P-value that a mean is above zero; one half where it is zero exactly."""
+    """One-sided p-value that a mean is above zero; one half where mean and error are zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
         certain = np.where(excess == 0, 0.0, np.sign(excess) * np.inf)
         t = np.where(error == 0, certain, excess / error)

@@ -1,4 +1,4 @@
-"""Moderated t: few replicates, many features, one shared prior on the variance."""
+"""Moderated t: few replicates, many features, variances shrunk towards a common prior (limma)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from scipy import special, stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 LEAST_VARIANCE: Final = 1e-5
-"""Floor of a variance, as a share of the median variance (the value limma uses)."""
+"""Smallest variance, as a share of the median variance (limma's value)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ModeratedResult:
 
 
 def moderated_t(x: Any, y: Any = None) -> ModeratedResult:
-    """Test that means over units, or their differences between two groups, are zero, with variances shrunk together.
+    """Test that means over units, or differences of two groups' means, are zero, with empirical-Bayes variances.
 
     Parameters
     ----------
@@ -53,12 +53,12 @@ def moderated_t(x: Any, y: Any = None) -> ModeratedResult:
 
     Notes
     -----
-    Features that are all zero or hold a NaN are untestable: NaN, and no part of the prior. Where other features do not
-    vary at all, their variance counts as 1e-5 of the median, lest its logarithm decide the prior.
+    Features that are all zero or hold a NaN are untestable: NaN, and left out of the prior. A constant feature's
+    variance is raised to 1e-5 of the median, because the logarithm of 0 would dominate the prior.
 
-    Two groups: mean(x) - mean(y) over the pooled variance with n1 + n2 - 2 degrees of freedom, which assumes that the
-    groups vary alike: with unequal sizes and variances prefer ``permutation_contrast`` over runs. Not for pairs: pass
-    their differences as ``x``. Assumes normal replicates; three against three runs cannot check it.
+    Two groups: mean(x) - mean(y) over the pooled variance with n1 + n2 - 2 degrees of freedom, which assumes equal
+    variances: with unequal sizes and variances prefer ``permutation_contrast`` over runs. Not for pairs: pass their
+    differences as ``x``. Assumes normal replicates, which three against three runs cannot check.
 
     References
     ----------
@@ -67,19 +67,19 @@ def moderated_t(x: Any, y: Any = None) -> ModeratedResult:
     Examples
     --------
     >>> runs = np.random.default_rng(0).normal(size=(6, 50))
-    >>> found = moderated_t(runs[:3] + 4.0 * (np.arange(50) == 7), runs[3:])
-    >>> int(np.argmin(found.p_value)), bool(found.p_value[7] < 0.001)
+    >>> result = moderated_t(runs[:3] + 4.0 * (np.arange(50) == 7), runs[3:])
+    >>> int(np.argmin(result.p_value)), bool(result.p_value[7] < 0.001)
     (7, True)
     """
     x = np.asarray(x, dtype=np.float64)
     y = None if y is None else np.asarray(y, dtype=np.float64)
     _check(x, y)
     groups = (x,) if y is None else (x, y)
-    whole = np.concatenate(groups)
-    tested = np.isfinite(whole).all(axis=0) & (whole != 0).any(axis=0)
+    pooled = np.concatenate(groups)
+    tested = np.isfinite(pooled).all(axis=0) & (pooled != 0).any(axis=0)
     if tested.sum() < 2:
         raise InputError(f"a prior needs at least two testable features, got {int(tested.sum())} of {len(tested)}.")
-    dof, n_tested = len(whole) - len(groups), int(tested.sum())
+    dof, n_tested = len(pooled) - len(groups), int(tested.sum())
     variance = np.full(x.shape[1], np.nan)
     if y is None:
         variance[tested] = x[:, tested].var(axis=0, ddof=1)
@@ -99,6 +99,7 @@ def moderated_t(x: Any, y: Any = None) -> ModeratedResult:
         effect, error = x.mean(axis=0) - y.mean(axis=0), np.sqrt(posterior * (1 / len(x) + 1 / len(y)))
     effect = np.where(tested, effect, np.nan)
     statistic = effect / error
+    # The prior adds degrees of freedom, but no more than all features hold together (limma's cap).
     p = 2 * stats.t.sf(np.abs(statistic), min(prior_dof + dof, n_tested * dof))
     return ModeratedResult(statistic, p, prior_variance, prior_dof, effect)
 
@@ -116,7 +117,7 @@ def _check(x: FloatArray, y: FloatArray | None) -> None:
 
 
 def _fit_prior(variance: FloatArray, dof: int) -> tuple[float, float]:
-    """Moments of log variances: s0^2 and d0."""
+    """Prior variance s0^2 and degrees of freedom d0 from the moments of the log variances."""
     e = np.log(variance) - special.digamma(dof / 2) + np.log(dof / 2)
     excess = e.var(ddof=1) - special.polygamma(1, dof / 2)
     if excess <= 0:
@@ -126,7 +127,7 @@ def _fit_prior(variance: FloatArray, dof: int) -> tuple[float, float]:
 
 
 def _trigamma_inverse(value: float) -> float:
-    """Solve trigamma(y) = value by Newton on 1/trigamma, which is convex and nearly linear."""
+    """Solve trigamma(y) = value by Newton's method on 1/trigamma, which is convex and nearly linear."""
     y = 0.5 + 1 / value
     for _ in range(50):
         trigamma = float(special.polygamma(1, y))

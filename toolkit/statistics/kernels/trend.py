@@ -1,4 +1,4 @@
-"""Trends over checkpoints, one contrast per unit, tested by sign flips over units."""
+"""Trends over checkpoints: one contrast per unit, tested by sign flips over units."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    ROUNDING,
-    FloatArray,
-    cluster_codes,
-    column_sums,
-    feature_blocks,
-)
 from rlgen_stats.toolkit.statistics.kernels.flips.signflip import Alternative, Method, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import cluster_codes, feature_blocks
 
 Kind = Literal["kendall", "page"]
 
@@ -36,16 +31,16 @@ class TrendResult:
 
 
 def trend_contrast(x: Any, *, kind: Kind) -> Any:
-    """How steadily each unit rises over checkpoints: 1 if at every step, -1 if it falls, 0 if it does neither.
+    """Trend of each unit over checkpoints, from -1 (falls at every step) over 0 (no trend) to 1 (rises at every step).
 
     Parameters
     ----------
     x
         [unit, checkpoint] or [unit, checkpoint, feature], checkpoints in their order.
     kind
-        ``kendall``: pairs of checkpoints that rise less those that fall, over all pairs (tau-a; Mann-Kendall's S,
-        scaled). ``page``: the same with pairs weighted by how far apart they are, which is the product sum of midranks
-        and centred checkpoints (Page's L, centred and scaled; Spearman's rho where nothing ties).
+        ``kendall``: rising minus falling pairs of checkpoints, over all pairs (tau-a; Mann-Kendall's S, scaled).
+        ``page``: the same with pairs weighted by their distance in checkpoints, which is the product sum of midranks
+        and centred checkpoints (Page's L, centred and scaled; Spearman's rho without ties).
 
     Returns
     -------
@@ -59,9 +54,9 @@ def trend_contrast(x: Any, *, kind: Kind) -> Any:
 
     Notes
     -----
-    Ranks are taken within a unit, so units on other scales count alike. Values that differ by rounding of the unit's
-    largest tie. Ties count 0 and are not taken from the denominator. One difference of blocks per lag: memory is a
-    block of features, time C^2 / 2 subtractions a unit.
+    Ranks are taken within a unit, so units on different scales have equal weight. Values that differ by less than the
+    rounding error of the unit's largest value tie. Ties count 0 and stay in the denominator. Memory is one block of
+    features, time C^2 / 2 subtractions per unit.
 
     References
     ----------
@@ -73,11 +68,11 @@ def trend_contrast(x: Any, *, kind: Kind) -> Any:
     [1.0, 0.3333333333333333]
     """
     values, single = _as_paths(x, kind)
-    found = np.empty((values.shape[0], values.shape[2]))
+    contrast = np.empty((values.shape[0], values.shape[2]))
     for part in feature_blocks(values.shape[0] * values.shape[1], values.shape[2]):
-        found[:, part] = _pair_sums(values[:, :, part], kind)
-    found /= _largest(values.shape[1], kind)
-    return found[:, 0] if single else found
+        contrast[:, part] = _pair_sums(values[:, :, part], kind)
+    contrast /= _largest(values.shape[1], kind)
+    return contrast[:, 0] if single else contrast
 
 
 def trend_test(
@@ -90,14 +85,14 @@ def trend_test(
     method: Method = "auto",
     n_resamples: int = 9999,
 ) -> TrendResult:
-    """Test that units rise over checkpoints as often as they fall, feature by feature.
+    """Test, feature by feature, that units rise over checkpoints as often as they fall.
 
     Parameters
     ----------
     x
         [unit, checkpoint] or [unit, checkpoint, feature]. A feature that is NaN throughout is untestable.
     kind
-        ``kendall`` or ``page``, as in ``trend_contrast``; page weighs distant checkpoints more.
+        ``kendall`` or ``page``, as in ``trend_contrast``; ``page`` gives distant checkpoints more weight.
     alternative
         ``two-sided``, ``greater`` (rising) or ``less`` (falling).
     clusters
@@ -119,11 +114,11 @@ def trend_test(
 
     Notes
     -----
-    Null: given the unit, the checkpoints in reversed order are as likely, which turns the sign of its contrast. So the
-    sign flip over units is exact whatever the autocorrelation over checkpoints; checkpoints are never replicates, as
-    they are to a Mann-Kendall test of the mean over units. All units see the same run: what its checkpoints share is
-    part of the finding, which is about this run, not about training. A trend that rises in half of the units and falls
-    in the others is not found.
+    Null: given the unit, the reversed order of checkpoints is equally likely, which flips the sign of its contrast. So
+    the sign flip over units is exact under any autocorrelation over checkpoints; checkpoints are not treated as
+    replicates, as a Mann-Kendall test of the mean over units would. All units share one run: the conclusion is about
+    this run, not about training in general. A trend that rises in half of the units and falls in the other half is not
+    detected.
 
     References
     ----------
@@ -131,8 +126,8 @@ def trend_test(
 
     Examples
     --------
-    >>> found = trend_test(np.arange(5) + np.zeros((8, 1)))
-    >>> float(found.tau), float(found.p_value)
+    >>> result = trend_test(np.arange(5) + np.zeros((8, 1)))
+    >>> float(result.tau), float(result.p_value)
     (1.0, 0.0078125)
     """
     values, single = _as_paths(x, kind)
@@ -145,18 +140,18 @@ def trend_test(
         for inner in feature_blocks(n_units * n_checkpoints, block.shape[2]):
             sums[:, inner] = _pair_sums(block[:, :, inner], kind)  # whole numbers: a lattice, exact where it is narrow
         _check_missing(sums)
-        found = sign_flip_test(
+        tested = sign_flip_test(
             sums, alternative=alternative, method=method, n_resamples=n_resamples, seed=seed, clusters=codes
         )
         tau = column_sums(sums) / n_units / _largest(n_checkpoints, kind)
         nonzero = np.count_nonzero(np.nan_to_num(sums), axis=0)
-        parts.append((tau, found.p_value, nonzero, found.flag))
-    at: Any = 0 if single else slice(None)
-    return TrendResult(*(np.concatenate(column)[at] for column in zip(*parts, strict=True)))
+        parts.append((tau, tested.p_value, nonzero, tested.flag))
+    features: Any = 0 if single else slice(None)
+    return TrendResult(*(np.concatenate(column)[features] for column in zip(*parts, strict=True)))
 
 
 def _as_paths(x: Any, kind: str) -> tuple[NDArray[Any], bool]:
-    """``x`` as [unit, checkpoint, feature], and whether it came as one feature."""
+    """``x`` as [unit, checkpoint, feature], and whether it was given as one feature."""
     if kind not in ("kendall", "page"):
         raise InputError(f"kind must be kendall or page, got {kind!r}.")
     values = np.asarray(x)
@@ -179,7 +174,7 @@ def _check_missing(sums: FloatArray) -> None:
 
 
 def _largest(n_checkpoints: int, kind: Kind) -> float:
-    """``_pair_sums`` of a unit that rises at every step."""
+    """``_pair_sums`` of a unit that rises at every step: the denominator of the contrast."""
     pairs = n_checkpoints * (n_checkpoints - 1) / 2
     return pairs if kind == "kendall" else pairs * (n_checkpoints + 1) / 3
 
@@ -191,10 +186,10 @@ def _pair_sums(block: NDArray[Any], kind: Kind) -> FloatArray:
     """
     x = np.asarray(block, dtype=np.float64)
     slack = ROUNDING * np.abs(x).max(axis=1, keepdims=True)
-    found = np.zeros((x.shape[0], x.shape[2]))
+    sums = np.zeros((x.shape[0], x.shape[2]))
     with np.errstate(invalid="ignore"):
         for lag in range(1, x.shape[1]):
             step = x[:, lag:] - x[:, :-lag]
             rising = (step > slack).sum(axis=1) - (step < -slack).sum(axis=1)
-            found += rising * (1.0 if kind == "kendall" else float(lag))
-    return np.where(np.isfinite(slack[:, 0]), found, np.nan)
+            sums += rising * (1.0 if kind == "kendall" else float(lag))
+    return np.where(np.isfinite(slack[:, 0]), sums, np.nan)

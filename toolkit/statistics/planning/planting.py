@@ -27,7 +27,7 @@ from rlgen_stats.schemas.dims import (
 )
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
 
 FloatArray = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import SMALLEST_P
+from rlgen_stats.toolkit.statistics.kernels.numerics import SMALLEST_P
 
 FloatArray = NDArray[np.float64]
 Control = Literal["fdr", "fwer", "none"]

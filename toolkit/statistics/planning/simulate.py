@@ -19,7 +19,7 @@ from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.stores import Provenance, append_model, committed_models, place, result_groups, write_results
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.planning.planting import (
     ARMS,
     DIFFICULTY_SHARE,

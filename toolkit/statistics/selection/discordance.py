@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, FloatArray, IntArray, map_features, unit_means
+from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
+from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import bootstrap_t, permutation_contrast, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 MIN_FLIP_UNITS: Final = 6
 """Gain units below which a sign-flip p-value cannot fall under .05 with room for anything else (2^-6 = .016)."""

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, FloatArray, IntArray, map_features
+from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
 from rlgen_stats.toolkit.statistics.kernels import sign_flips
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 N_BINS: Final = 5
 """Quantile bins of firing frequency and of scale; 25 strata keep tens of features each in dictionaries of 1,000."""

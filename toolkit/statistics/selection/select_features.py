@@ -18,22 +18,11 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, FEATURE, SPLIT, SPLITS, TASK
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.core.feature_blocks import (
-    DEFAULT_MIN_FIRING,
-    IntArray,
-    canonical,
-    check_comparable,
-    check_gauge,
-    check_unit,
-    cluster_codes,
-    feature_arrays,
-    feature_coord,
-    feature_ranks,
-    in_split,
-    present_prompts,
-    source_attrs,
-    unit_attrs,
-)
+from rlgen_stats.toolkit.statistics.core.comparability import check_comparable, check_contribution_scale, source_attrs
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, feature_ranks, in_split
+from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, feature_arrays, in_prompt_order
+from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, present_prompts, unit_attrs
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import Sides, SplitTests, split_tests
 from rlgen_stats.toolkit.statistics.selection.paper_rule import PaperRule, paper_rule, score_correlation, shift_rank
 from rlgen_stats.toolkit.statistics.selection.stability_selection import (
@@ -167,7 +156,7 @@ def select_features(
     """
     check_unit(unit, allow_token_unit)
     check_comparable(features, outcomes, keys=("study_id",))
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     options = Options(
         score_fraction, u, combine, alpha, n_resamples, n_bootstrap, min_discordant, n_min, seed, n_pairs, n_per_half,
         stability_threshold,
@@ -222,7 +211,7 @@ def _prompts(
 
 
 def _check(features: xr.Dataset, rule: str, options: Options) -> None:
-    check_gauge(features, "scores")
+    check_contribution_scale(features, "scores")
     if rule not in get_args(Rule) or not 0 < options.score_fraction <= 1 or not 0 < options.alpha < 1:
         raise InputError(
             f"expected rule 'confirmed' or 'paper', 0 < score_fraction <= 1 and 0 < alpha < 1; got {rule!r}, "

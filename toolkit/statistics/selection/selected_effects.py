@@ -12,22 +12,17 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
+from rlgen_stats.toolkit.statistics.core.coordinates import model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     Block,
-    FloatArray,
-    IntArray,
-    canonical,
-    cluster_codes,
     feature_arrays,
     finish,
+    in_prompt_order,
     map_features,
-    model_coords,
-    present_prompts,
-    source_attrs,
-    unit_attrs,
-    unit_means,
 )
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import ROUNDING
+from rlgen_stats.toolkit.statistics.core.units import cluster_codes, present_prompts, unit_attrs, unit_means
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import interval
 from rlgen_stats.toolkit.statistics.selection.tasks import Members, chosen_by, selection_unit
 
@@ -102,7 +97,7 @@ def selected_effects(
     if not 0 < alpha < 1 or n_bootstrap < 1:
         raise InputError(f"expected 0 < alpha < 1 and n_bootstrap >= 1, got {alpha} and {n_bootstrap}.")
     unit, clusters = selection_unit(selection)
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     chosen = chosen_by(features, selection, split, members)
     compared = list(models) if models is not None else [str(m) for m in features[MODEL].values if m != reference]
     if not compared or reference in compared:

@@ -14,9 +14,11 @@ from scipy import special
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, FloatArray, IntArray, map_features, unit_means
+from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
+from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import cpss_bound
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import ROUNDING, stream
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import Sides, SplitTests, contrast_units
 
 DEFAULT_PAIRS: Final = 50

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE
-from rlgen_stats.toolkit.statistics.core.feature_blocks import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.kernels import adjust, partial_conjunction
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import SplitTests
 from rlgen_stats.toolkit.statistics.selection.paper_rule import PaperRule
 

@@ -18,23 +18,18 @@ from scipy import stats
 from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, TRAINED_RUN, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics.core.comparability import check_contribution_scale, source_attrs
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks, model_coords, run_models
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
     Block,
-    IntArray,
-    canonical,
-    check_gauge,
-    check_unit,
-    cluster_codes,
     feature_arrays,
-    feature_ranks,
+    in_prompt_order,
     map_features,
-    model_coords,
-    run_models,
-    source_attrs,
-    unit_attrs,
 )
+from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife, nogueira, rbo, set_overlap_pvalue
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.timing.top_sets import Design, TopSets, make_design, overlaps, top_sets
 
 DELTA_TOLERANCE: Final = 0.10
@@ -132,8 +127,8 @@ def set_stability(
     >>> set_stability(open_features(path), runs=["sft", "rl"], k=50)  # doctest: +SKIP
     """
     check_unit(unit, allow_token_unit)
-    check_gauge(features, "ranks")
-    features = canonical(features, repeated=unit == "token")
+    check_contribution_scale(features, "ranks")
+    features = in_prompt_order(features, repeated=unit == "token")
     if k < 1 or n_halvings < 1 or n_groups < 2 or not 0 < alpha < 1 or not runs:
         raise InputError(
             f"expected at least one run, k >= 1, n_halvings >= 1, n_groups >= 2 and 0 < alpha < 1; got "

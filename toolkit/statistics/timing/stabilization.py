@@ -14,21 +14,16 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, FEATURE, MODEL, TRAINED_RUN, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, model_coords, run_models
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
-    canonical,
-    check_clusters,
-    check_unit,
-    cluster_codes,
     feature_arrays,
-    feature_coord,
     finish,
+    in_prompt_order,
     map_features,
-    model_coords,
-    run_models,
-    source_attrs,
-    unit_attrs,
 )
+from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels import adjust
 from rlgen_stats.toolkit.statistics.timing.stabilization_bands import FRACTIONS, compared, curves
 from rlgen_stats.toolkit.statistics.timing.stabilization_blocks import (
@@ -142,7 +137,7 @@ def stabilization_test(
     check_unit(unit, allow_token_unit)
     margin = DEFAULT_MARGINS[relative] if margin is None else margin
     _check(runs, margin, relative, persist, alpha)
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
     chains = {run: _checkpoints(features, run, reference) for run in runs}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.toolkit.statistics.core.feature_blocks import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 from rlgen_stats.toolkit.statistics.timing.stabilization_blocks import STRATA
 
 FRACTIONS: Final = (0.25, 0.5, 0.75, 1.0)

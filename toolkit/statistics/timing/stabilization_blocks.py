@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, FloatArray, IntArray, unit_means
+from rlgen_stats.toolkit.statistics.core.feature_blocks import Block
+from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import tost_chain, trend_test
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import bootstrap_blocks, feature_blocks
+from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import bootstrap_blocks
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import feature_blocks
 
 FLAGS: Final = ("STABILISED", "UNCHANGED", "NOT_STABILISED", "UNTESTABLE", "NO_MARGIN", "EVOLVING")
 """Per feature and run: settled at ``stabilized_at``; base itself equivalent to the end; neither settled before the last

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, FloatArray, IntArray, map_features
+from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 DIGITS: Final = 9
 """Decimals of a score that count: what differs less is a tie, else rounding would decide between features."""

@@ -5,7 +5,7 @@ import pytest
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.statistics.kernels import cluster_se, sign_flip_test
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import WEBB, wild_cluster_bootstrap
 
 
@@ -13,8 +13,8 @@ def slow_p(x: np.ndarray, codes: np.ndarray, n_resamples: int, seed: int) -> flo
     """Draw by draw, with the errors of ``cluster_se``."""
 
     def t(values: np.ndarray) -> float:
-        found = cluster_se(values, codes)
-        return float(found.mean / found.standard_error)
+        result = cluster_se(values, codes)
+        return float(result.mean / result.standard_error)
 
     observed, reached = abs(t(x)), 0
     for draw in range(n_resamples):
@@ -27,13 +27,13 @@ def test_equals_the_definition() -> None:
     random = np.random.default_rng(1)
     codes = np.repeat(np.arange(7), [3, 1, 4, 2, 5, 3, 2])
     x = random.normal(0.4, 1, size=(20, 3)) + random.normal(size=(7, 1))[codes]
-    found = wild_cluster_bootstrap(x, np.array(list("gfedcba"))[codes][::1], n_resamples=199, seed=4)
+    result = wild_cluster_bootstrap(x, np.array(list("gfedcba"))[codes][::1], n_resamples=199, seed=4)
     labels = np.unique(np.array(list("gfedcba"))[codes], return_inverse=True)[1]
     for k in range(3):
-        assert found.p_value[k] == pytest.approx(slow_p(x[:, k], labels, 199, 4), abs=1e-12)
-        own = cluster_se(x[:, k], codes)
-        assert found.statistic[k] == pytest.approx(float(own.mean / own.standard_error), rel=1e-12)
-    assert found.n_clusters == 7
+        assert result.p_value[k] == pytest.approx(slow_p(x[:, k], labels, 199, 4), abs=1e-12)
+        quantile = cluster_se(x[:, k], codes)
+        assert result.statistic[k] == pytest.approx(float(quantile.mean / quantile.standard_error), rel=1e-12)
+    assert result.n_clusters == 7
 
 
 def test_weights_have_mean_zero_and_variance_one() -> None:
@@ -44,8 +44,8 @@ def test_weights_have_mean_zero_and_variance_one() -> None:
 
 def test_planted_effects_are_found_below_the_floor_of_flips() -> None:
     x = np.random.default_rng(2).normal(3, 0.3, size=(7, 20))
-    found = wild_cluster_bootstrap(x, n_resamples=1999)
-    assert np.median(found.p_value) < 2**-6  # two-sided flips of seven units end at 1/64
+    result = wild_cluster_bootstrap(x, n_resamples=1999)
+    assert np.median(result.p_value) < 2**-6  # two-sided flips of seven units end at 1/64
     assert sign_flip_test(x).p_value.min() == pytest.approx(2**-6)
 
 

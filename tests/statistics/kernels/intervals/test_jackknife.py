@@ -10,15 +10,15 @@ from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import delete_gr
 
 def test_of_a_mean_it_is_the_error_of_the_mean() -> None:
     x = np.random.default_rng(1).gamma(2, size=(17, 5))
-    found = delete_group_jackknife((x.sum(axis=0) - x) / 16, x.mean(axis=0), alpha=0.1)
-    np.testing.assert_allclose(found.standard_error, x.std(axis=0, ddof=1) / np.sqrt(17), rtol=1e-12)
+    result = delete_group_jackknife((x.sum(axis=0) - x) / 16, x.mean(axis=0), alpha=0.1)
+    np.testing.assert_allclose(result.standard_error, x.std(axis=0, ddof=1) / np.sqrt(17), rtol=1e-12)
     low, high = stats.ttest_1samp(x, 0).confidence_interval(0.9)
-    np.testing.assert_allclose([found.low, found.high], [low, high], rtol=1e-12)
+    np.testing.assert_allclose([result.low, result.high], [low, high], rtol=1e-12)
     np.testing.assert_allclose(
-        found.lower, stats.ttest_1samp(x, 0, alternative="greater").confidence_interval(0.9).low, rtol=1e-12
+        result.lower, stats.ttest_1samp(x, 0, alternative="greater").confidence_interval(0.9).low, rtol=1e-12
     )
     np.testing.assert_allclose(
-        found.upper, stats.ttest_1samp(x, 0, alternative="less").confidence_interval(0.9).high, rtol=1e-12
+        result.upper, stats.ttest_1samp(x, 0, alternative="less").confidence_interval(0.9).high, rtol=1e-12
     )
 
 
@@ -29,26 +29,26 @@ def test_intervals_of_a_ratio_cover_it() -> None:
     y = 3 * x + random.normal(size=x.shape)
     sums = np.stack([x.sum(axis=2), y.sum(axis=2)])
     without = sums.sum(axis=2, keepdims=True) - sums
-    found = delete_group_jackknife((without[1] / without[0]).T, sums[1].sum(axis=1) / sums[0].sum(axis=1))
+    result = delete_group_jackknife((without[1] / without[0]).T, sums[1].sum(axis=1) / sums[0].sum(axis=1))
     error = 3 * np.sqrt(0.05 * 0.95 / 2000)
-    assert ((found.low > 3) | (found.high < 3)).mean() == pytest.approx(0.05, abs=error)
-    assert (found.lower > 3).mean() == pytest.approx(0.05, abs=error)
-    assert (found.upper < 3).mean() == pytest.approx(0.05, abs=error)
+    assert ((result.low > 3) | (result.high < 3)).mean() == pytest.approx(0.05, abs=error)
+    assert (result.lower > 3).mean() == pytest.approx(0.05, abs=error)
+    assert (result.upper < 3).mean() == pytest.approx(0.05, abs=error)
     naive = 1.96 * (sums[1] / sums[0]).std(axis=1) / 10  # groups taken for units, and a normal quantile
-    assert (np.abs(found.estimate - 3) > naive).mean() > 0.2
+    assert (np.abs(result.estimate - 3) > naive).mean() > 0.2
 
 
 def test_shapes_order_and_missing() -> None:
     r = np.random.default_rng(3).normal(size=(6, 2, 3))
-    found = delete_group_jackknife(r)
-    assert found.low.shape == (2, 3)
-    np.testing.assert_allclose(found.estimate, r.mean(axis=0))
-    np.testing.assert_allclose(delete_group_jackknife(r[::-1]).high, found.high, rtol=1e-12)
-    assert delete_group_jackknife(r[:, 1, 2]).standard_error == pytest.approx(found.standard_error[1, 2])
+    result = delete_group_jackknife(r)
+    assert result.low.shape == (2, 3)
+    np.testing.assert_allclose(result.estimate, r.mean(axis=0))
+    np.testing.assert_allclose(delete_group_jackknife(r[::-1]).high, result.high, rtol=1e-12)
+    assert delete_group_jackknife(r[:, 1, 2]).standard_error == pytest.approx(result.standard_error[1, 2])
     r[2, 0, 0] = np.nan
-    found = delete_group_jackknife(r, np.zeros((2, 3)))
-    assert np.isnan([found.estimate[0, 0], found.standard_error[0, 0], found.lower[0, 0]]).all()
-    assert np.isfinite(found.upper.ravel()[1:]).all()
+    result = delete_group_jackknife(r, np.zeros((2, 3)))
+    assert np.isnan([result.estimate[0, 0], result.standard_error[0, 0], result.lower[0, 0]]).all()
+    assert np.isfinite(result.upper.ravel()[1:]).all()
 
 
 @pytest.mark.parametrize(

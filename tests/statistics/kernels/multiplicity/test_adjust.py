@@ -8,7 +8,11 @@ from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels import adjust, family_size, storey
+from rlgen_stats.toolkit.statistics.kernels import (
+    adjust,
+    family_size,
+    storey,
+)
 from tests.oracles import slow
 
 METHODS = ("bonferroni", "holm", "hommel", "bh", "by", "bky", "storey")
@@ -36,25 +40,25 @@ def test_hommel_equals_the_quadratic_algorithm_and_lies_between_holm_and_raw() -
             np.testing.assert_allclose(
                 adjust(p, method="hommel"), np.minimum(1, multipletests(p, method="hommel")[1]), rtol=1e-9
             )
-    found = adjust(p, method="hommel")
-    assert (found >= p).all()
-    assert (found <= adjust(p, method="holm") + 1e-12).all()
+    result = adjust(p, method="hommel")
+    assert (result >= p).all()
+    assert (result <= adjust(p, method="holm") + 1e-12).all()
 
 
 @QUICK
 @given(P_VALUES, st.sampled_from(METHODS), st.randoms(use_true_random=False))
 def test_order_shape_and_holes_do_not_matter(p: list[float], method: str, random: object) -> None:
-    found = adjust(p, method=method)
+    result = adjust(p, method=method)
     order = np.random.default_rng(len(p)).permutation(len(p))
-    np.testing.assert_allclose(adjust(np.array(p)[order], method=method), found[order], rtol=1e-12)
+    np.testing.assert_allclose(adjust(np.array(p)[order], method=method), result[order], rtol=1e-12)
     holed = np.array([*p, np.nan]).reshape(1, -1, 1)
     again = adjust(holed, method=method)
     assert again.shape == holed.shape
     assert np.isnan(again[0, -1, 0])
-    np.testing.assert_array_equal(again.ravel()[:-1], found)
-    assert ((found >= 0) & (found <= 1)).all()
+    np.testing.assert_array_equal(again.ravel()[:-1], result)
+    assert ((result >= 0) & (result <= 1)).all()
     ranked = np.argsort(p, kind="stable")
-    assert (np.diff(found[ranked]) >= -1e-15).all()
+    assert (np.diff(result[ranked]) >= -1e-15).all()
 
 
 def test_family_size_counts_what_is_left_out() -> None:
@@ -64,9 +68,9 @@ def test_family_size_counts_what_is_left_out() -> None:
 
 def test_storey_never_estimates_that_nothing_is_null() -> None:
     """Three p-values below the threshold say little about the share of nulls; q must not become 0."""
-    found = storey([0.1, 0.2, 0.3])
-    assert found.pi0 == pytest.approx(2 / 3)
-    np.testing.assert_allclose(found.q_value, [0.2, 0.2, 0.2])
+    result = storey([0.1, 0.2, 0.3])
+    assert result.pi0 == pytest.approx(2 / 3)
+    np.testing.assert_allclose(result.q_value, [0.2, 0.2, 0.2])
     assert np.isnan(storey([np.nan]).pi0)
     with pytest.raises(InputError, match=r"in \(0, 1\), got 1"):
         storey([0.5], threshold=1)
@@ -82,9 +86,17 @@ def test_rates_with_dead_features_and_dependent_blocks() -> None:
             z = np.sqrt(shared) * np.repeat(random.normal(size=10), 10) + np.sqrt(1 - shared) * random.normal(size=100)
             p = norm.sf(random.permutation(z) + 3.5 * true)
             p[random.random(100) < 0.3] = np.nan
-            for name, found in rates.items():
+            for name, result in rates.items():
                 called = np.nan_to_num(adjust(p, method=name, alpha=0.1), nan=1) <= 0.1
                 wrong = (called & ~true).sum()
-                found.append(float(wrong > 0) if name in ("holm", "hommel") else wrong / max(1, called.sum()))
-        for name, found in rates.items():
-            assert 0.01 < np.mean(found) < 0.1 + 3 * np.std(found) / np.sqrt(400), (name, shared)
+                result.append(float(wrong > 0) if name in ("holm", "hommel") else wrong / max(1, called.sum()))
+        for name, result in rates.items():
+            assert 0.01 < np.mean(result) < 0.1 + 3 * np.std(result) / np.sqrt(400), (name, shared)
+
+
+def test_corrections_explain_bad_input() -> None:
+    with pytest.raises(InputError, match=r"p-values lie in \[0, 1\]"):
+        adjust([0.5, 1.2], method="bh")
+    with pytest.raises(InputError, match="no correction is called 'fdr'"):
+        adjust([0.5], method="fdr")
+    assert np.isnan(adjust([np.nan], method="bh")).all()

@@ -23,14 +23,14 @@ def test_counts_and_bounds_equal_the_definition() -> None:
     d = random.normal(size=(30, 60))
     d[:, :8] += 0.9
     expected = counted(d, seed=5)
-    found = max_t(d, n_resamples=255, seed=5, step_down=False, thresholds=LEVELS)
-    np.testing.assert_array_equal(found.exceedances, expected)
-    bound = fdp_bound(found.exceedances, LEVELS, alpha=0.2)
+    result = max_t(d, n_resamples=255, seed=5, step_down=False, thresholds=LEVELS)
+    np.testing.assert_array_equal(result.exceedances, expected)
+    bound = fdp_bound(result.exceedances, LEVELS, alpha=0.2)
     for t in range(len(LEVELS)):
         least = expected[t, 0]
         for s in range(len(LEVELS)):
-            own = sorted(expected[s])[int(np.ceil(0.95 * 256)) - 1]  # alpha / 4 a level
-            least = min(least, own + max(0, expected[t, 0] - expected[s, 0]))
+            quantile = sorted(expected[s])[int(np.ceil(0.95 * 256)) - 1]  # alpha / 4 a level
+            least = min(least, quantile + max(0, expected[t, 0] - expected[s, 0]))
         assert bound.false_upper[t] == least
     assert bound.n_beyond.tolist() == expected[:, 0].tolist()
     assert bound.fdp_upper == pytest.approx(bound.false_upper / bound.n_beyond)
@@ -40,8 +40,8 @@ def test_planted_features_are_found_clean() -> None:
     random = np.random.default_rng(2)
     d = random.normal(size=(60, 400))
     d[:, :40] += 1.0
-    found = max_t(d, n_resamples=1000, step_down=False, thresholds=(2.0, 4.5, 9.0))
-    bound = fdp_bound(found.exceedances, (2.0, 4.5, 9.0))
+    result = max_t(d, n_resamples=1000, step_down=False, thresholds=(2.0, 4.5, 9.0))
+    bound = fdp_bound(result.exceedances, (2.0, 4.5, 9.0))
     assert bound.n_beyond[1] >= 38
     assert bound.fdp_upper[1] < 0.1
     assert bound.fdp_upper[0] > 0.2
@@ -56,10 +56,10 @@ def test_the_bounds_hold_at_every_level_at_once() -> None:
     for trial in range(300):
         d = 0.6 * random.normal(size=(40, 1)) + random.normal(size=(40, 80))
         d[:, :10] += 1.0
-        found = max_t(d, n_resamples=127, seed=trial, step_down=False, thresholds=LEVELS)
-        true = np.array([(found.statistic[10:] >= level).sum() for level in LEVELS])
-        wrong += bool((true > fdp_bound(found.exceedances, LEVELS, alpha=0.1).false_upper).any())
-        wrong_expected += bool((true > found.exceedances.mean(axis=1)).any())
+        result = max_t(d, n_resamples=127, seed=trial, step_down=False, thresholds=LEVELS)
+        true = np.array([(result.statistic[10:] >= level).sum() for level in LEVELS])
+        wrong += bool((true > fdp_bound(result.exceedances, LEVELS, alpha=0.1).false_upper).any())
+        wrong_expected += bool((true > result.exceedances.mean(axis=1)).any())
     assert wrong / 300 <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / 300)
     assert wrong_expected / 300 > 0.2
 

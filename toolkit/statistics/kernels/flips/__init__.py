@@ -1,1 +1,1 @@
-"""Sign flips and permutations: exact, saddlepoint, Monte-Carlo, joint maximum, wild bootstrap."""
+"""Sign flips and permutations: exact, saddlepoint, Monte-Carlo, joint maximum, histograms, wild bootstrap."""

@@ -1,4 +1,4 @@
-"""Differences of whole distributions, unit by unit."""
+"""Sign-flip tests of whole distributions: a histogram per unit and condition."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    BLOCK_SUMS,
-    TIE_SLACK,
-    FlipTable,
-    FloatArray,
-    flip_table,
-)
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import BLOCK_SUMS, FlipTable, flip_table
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray
 
 
 @dataclass(frozen=True)
 class HistogramResult:
-    """Sign-flip test of a distribution distance; numbers when one histogram a unit was given."""
+    """Sign-flip test of a distance between distributions; numbers if units have one histogram each."""
 
     statistic: Any
     """Observed distance [feature], in histogram units (bins for Wasserstein); NaN for untestable features."""
@@ -36,13 +31,13 @@ def histogram_flip_test(
     n_resamples: int = 9999,
     seed: int = 0,
 ) -> HistogramResult:
-    """Test whether units' histograms in two conditions are exchangeable; the two are swapped unit by unit.
+    """Test whether units' histograms in two conditions are exchangeable, by swapping the two of each unit.
 
     Parameters
     ----------
     hist_a, hist_b
-        Counts or masses [unit, bin] or [unit, feature, bin]; every unit is given weight one. With a feature axis, a
-        feature in which a histogram is empty is untestable.
+        Counts or masses [unit, bin] or [unit, feature, bin]; every unit has weight one. With a feature axis, a
+        feature with an empty histogram is untestable.
     statistic
         ``ks`` (largest) or ``wasserstein`` (summed) distance of the mean cumulative histograms.
     n_resamples, seed
@@ -56,19 +51,19 @@ def histogram_flip_test(
     Raises
     ------
     InputError
-        If shapes differ, a histogram is negative, the only one of a unit is empty, or the statistic is unknown.
+        If shapes differ, a count is negative or missing, a [unit, bin] histogram is empty, or the statistic is unknown.
 
     Notes
     -----
-    Swapping the two histograms of a unit turns the sign of its difference, so the cumulative gaps of a block of
-    features under all swaps are one Walsh-Hadamard transform (``FlipTable.sums``). Memory is that block: at least 16
-    bins, or one feature, x the number of flips.
+    Swapping the two histograms of a unit flips the sign of its difference, so the cumulative gaps of a block of
+    features under all swaps are one Walsh-Hadamard transform (``FlipTable.sums``). Memory is one block of at
+    least 16 bins, or one feature, x the number of flips.
 
     Examples
     --------
     >>> before, after = np.eye(4)[[0, 0, 1, 0, 1, 0, 0]], np.eye(4)[[2, 3, 2, 2, 3, 3, 2]]
-    >>> found = histogram_flip_test(before, after, statistic="wasserstein")
-    >>> round(found.statistic, 6), found.p_value
+    >>> result = histogram_flip_test(before, after, statistic="wasserstein")
+    >>> round(result.statistic, 6), result.p_value
     (2.142857, 0.015625)
     """
     a, b = np.asarray(hist_a), np.asarray(hist_b)
@@ -110,6 +105,6 @@ def _tested(gaps: FloatArray, table: FlipTable, statistic: str) -> tuple[FloatAr
     n_units, n_features, n_gaps = gaps.shape
     sums = np.abs(table.sums(np.ascontiguousarray(gaps).reshape(n_units, n_features * n_gaps)))
     sums = sums.reshape(len(table), n_features, n_gaps) / n_units
-    found = sums.max(axis=-1, initial=0.0) if statistic == "ks" else sums.sum(axis=-1)
-    observed = found[0]  # pattern 0 turns nothing
-    return observed, table.p_value(np.count_nonzero(found >= observed - TIE_SLACK * (1.0 + observed), axis=0))
+    distance = sums.max(axis=-1, initial=0.0) if statistic == "ks" else sums.sum(axis=-1)
+    observed = distance[0]  # pattern 0 is the identity
+    return observed, table.p_value(np.count_nonzero(distance >= observed - TIE_SLACK * (1.0 + observed), axis=0))

@@ -1,4 +1,4 @@
-"""Joint maximum tests over all features with the same flips (Westfall and Young)."""
+"""Joint maximum tests: family-wise p-values over all features from the same flips (Westfall and Young)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    BLOCK_SUMS,
-    ROUNDING,
-    SPARSE_DENSITY,
-    TIE_SLACK,
-    FlipTable,
-    FloatArray,
-    Workspace,
-    as_table,
-    cluster_codes,
-    column_sums,
-    feature_blocks,
-    flip_table,
-    flip_units,
-)
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import BLOCK_SUMS, FlipTable, Workspace, flip_table
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_units import flip_units
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import exceedance_counts
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, TIE_SLACK, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_table, cluster_codes, feature_blocks
 
+SPARSE_DENSITY: Final = 0.15
+"""Share of nonzeros below which a sparse product is faster than a dense one."""
 SAMPLED_ROWS: Final = 16
-"""Rows looked at before all are counted."""
+"""Rows whose nonzeros are counted first, to recognise a dense block without reading it all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaxTResult:
     """Family-wise sign-flip test."""
 
@@ -40,11 +31,11 @@ class MaxTResult:
     p_single_step: FloatArray
     """Single-step joint p-value [feature]."""
     p_step_down: FloatArray
-    """Step-down joint p-value [feature]; NaN everywhere if not asked for."""
+    """Step-down joint p-value [feature]; all NaN without ``step_down``."""
     p_raw: FloatArray
-    """Unadjusted p-value of the same flips [feature]; NaN everywhere if not asked for."""
+    """Unadjusted p-value from the same flips [feature]; all NaN without ``unadjusted``."""
     maxima: FloatArray
-    """Largest statistic of each flip over all features [flip]: combine blocks of features by their maximum."""
+    """Largest statistic of each flip over all features [flip]; several blocks of features combine by their maximum."""
     exact: bool
     """Whether every flip was used."""
     exceedances: NDArray[np.int64]
@@ -77,7 +68,7 @@ def max_t(
     alternative
         ``two-sided``, ``greater`` or ``less``.
     thresholds
-        Statistics at which to count features under every flip, for ``fdp_bound``.
+        Values of the statistic at which features are counted under every flip, for ``fdp_bound``.
     unadjusted
         Whether to compute the unadjusted p-values too.
 
@@ -91,13 +82,13 @@ def max_t(
     Notes
     -----
     The flips are a random group of 2^m patterns (``FlipTable``): the test is exact, its Monte-Carlo error that of
-    independent flips, and all sums of a feature are one Walsh-Hadamard transform. p is the share of patterns, the
-    identity among them, that reach the statistic. Untestable features get NaN and enter no maximum. Memory is one
-    block of sums: at least 16 features x 2^m.
+    independent flips, and all sums of a feature are one Walsh-Hadamard transform. p is the share of patterns, counting
+    the identity, that reach the statistic. Untestable features get NaN and enter no maximum. Memory is one block of
+    sums: at least 16 features x 2^m.
 
-    Features in several calls: call with the same units, seed and n_resamples (``step_down=False``), take the maximum of
-    ``maxima`` over the calls, and give it to ``max_t_p_value``. Step-down needs all features in one call, or that
-    procedure repeated on the features not rejected yet, which rejects the same.
+    Features may be split over several calls: call with the same units, seed and n_resamples (``step_down=False``), take
+    the maximum of ``maxima`` over the calls, and pass it to ``max_t_p_value``. Step-down needs all features in one
+    call, or single steps repeated on the features not rejected yet, which reject the same features.
 
     References
     ----------
@@ -122,25 +113,32 @@ def max_t(
     beyond = np.zeros((len(thresholds), len(maxima)), dtype=np.int64)
     running = np.full((len(maxima), 0 if step_down else BLOCK_SUMS // len(maxima) + 16), maxima[0])
     for part in parts:
-        observed[part], found = flips.statistics(part, with_sums=True)
+        observed[part], flipped = flips.statistics(part, with_sums=True)
         tested = features[part][np.isfinite(observed[part])]
         if len(thresholds):
-            beyond += exceedance_counts(found, thresholds)
+            beyond += exceedance_counts(flipped, thresholds)
         if unadjusted:
-            raw[tested] = table.p_value(np.count_nonzero(found >= _needed(observed[tested]), axis=0))
+            raw[tested] = table.p_value(np.count_nonzero(flipped >= _needed(observed[tested]), axis=0))
         if step_down:
-            np.maximum(found[:, 0], maxima, out=found[:, 0])
-            np.maximum.accumulate(found, axis=1, out=found)
-            down[tested] = table.p_value(np.count_nonzero(found >= _needed(observed[tested]), axis=0))
-            maxima = found[:, -1].copy()
-        elif len(tested):  # one column a place in the block: ten times faster than a maximum over each block's columns
-            np.maximum(running[:, : len(tested)], found, out=running[:, : len(tested)])
+            # Features come in rising order: the running maximum is the one over all features ranked no higher.
+            np.maximum(flipped[:, 0], maxima, out=flipped[:, 0])
+            np.maximum.accumulate(flipped, axis=1, out=flipped)
+            down[tested] = table.p_value(np.count_nonzero(flipped >= _needed(observed[tested]), axis=0))
+            maxima = flipped[:, -1].copy()
+        elif len(tested):  # a running maximum per column of the block is ten times faster than one over its columns
+            np.maximum(running[:, : len(tested)], flipped, out=running[:, : len(tested)])
     maxima = np.maximum(maxima, running.max(axis=1, initial=-np.inf))
-    if step_down:  # enforce monotonicity from the largest statistic down
+    if step_down:  # p-values must not fall as the statistic falls
         down[ranked[::-1]] = np.maximum.accumulate(down[ranked[::-1]])
-    single = max_t_p_value(observed, maxima)
-    signed = -observed if alternative == "less" else observed
-    return MaxTResult(signed, single, down, raw, maxima, table.exhaustive, beyond)
+    return MaxTResult(
+        statistic=-observed if alternative == "less" else observed,
+        p_single_step=max_t_p_value(observed, maxima),
+        p_step_down=down,
+        p_raw=raw,
+        maxima=maxima,
+        exact=table.exhaustive,
+        exceedances=beyond,
+    )
 
 
 @dataclass(frozen=True)
@@ -154,14 +152,14 @@ class _Flips:
     work: Workspace
 
     def statistics(self, part: Any, *, with_sums: bool = False) -> tuple[FloatArray, FloatArray]:
-        """Observed [feature], NaN where untestable; of the testable under every flip [flip, feature], if asked for."""
+        """Observed [feature], NaN where untestable; with ``with_sums`` also of the testable under every flip."""
         block = self.d[:, part]
-        found = _nonzeros(block) if self.codes is None else None
-        if found is None:
+        nonzeros = _nonzeros(block) if self.codes is None else None
+        if nonzeros is None:
             values = flip_units(block, self.codes).values
             total, norm = column_sums(values), np.sqrt(column_sums(np.square(values)))
         else:
-            unit, feature, values = found
+            unit, feature, values = nonzeros
             total = np.asarray(np.bincount(feature, values, block.shape[1]), dtype=np.float64)
             norm = np.sqrt(np.bincount(feature, np.square(values), block.shape[1]))
         if self.alternative == "less":
@@ -172,7 +170,7 @@ class _Flips:
         if not with_sums:
             return observed, observed[:0]
         scale = np.where(tested, -norm if self.alternative == "less" else norm, 1.0)
-        if found is None:
+        if nonzeros is None:
             sums = self.table.sums(values / scale, self.work)
         else:
             sums = self.table.sparse_sums(unit, feature, values / scale[feature], len(norm), self.work)
@@ -181,14 +179,14 @@ class _Flips:
 
 
 def _nonzeros(d: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], FloatArray] | None:
-    """Unit, feature and value of the nonzeros, as ``flip_units`` cleans them; None if too many, or some not finite."""
-    few = d[:: max(1, len(d) // SAMPLED_ROWS)]  # most dense blocks show it in a few rows
-    if np.count_nonzero(few) > 2 * SPARSE_DENSITY * few.size:
+    """Unit, feature and value of the nonzeros, cleaned as by ``flip_units``; None if too many or not finite."""
+    sampled = d[:: max(1, len(d) // SAMPLED_ROWS)]
+    if np.count_nonzero(sampled) > 2 * SPARSE_DENSITY * sampled.size:
         return None
-    there = d != 0
-    if np.count_nonzero(there) >= SPARSE_DENSITY * d.size:
+    is_nonzero = d != 0
+    if np.count_nonzero(is_nonzero) >= SPARSE_DENSITY * d.size:
         return None
-    place = np.flatnonzero(there)  # many times faster than the nonzeros of a table of numbers
+    place = np.flatnonzero(is_nonzero)  # on a Boolean array many times faster than np.nonzero(d)
     unit = place // d.shape[1]
     feature = place - unit * d.shape[1]
     values = d[unit, feature].astype(np.float64)
@@ -201,7 +199,7 @@ def _nonzeros(d: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64], Fl
 
 
 def _needed(observed: FloatArray) -> FloatArray:
-    """What a flip must reach; relative slack for large statistics, absolute where the sum cancels to zero."""
+    """Value a flip must reach: slack is relative for large statistics, absolute where the sum cancels to zero."""
     return observed - TIE_SLACK * (1.0 + np.abs(observed))
 
 

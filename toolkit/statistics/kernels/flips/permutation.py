@@ -1,4 +1,4 @@
-"""Two groups of units, labels permuted: the RL-specific contrast."""
+"""Permutation test of two groups of units: the RL-specific contrast."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    BLOCK_DRAWS,
-    BLOCK_FEATURES,
-    TIE_SLACK,
-    FloatArray,
-    column_sums,
-    stream,
-)
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, column_sums
 
+BLOCK_FEATURES: Final = 1024
+"""Features per matrix product: with 1,024 draws the block of statistics is 8 MB and stays near the cache."""
+BLOCK_DRAWS: Final = 1024
+"""Draws per matrix product, for the same reason; memory does not grow with the number of draws."""
 MIN_COUNT: Final = 20
-"""Units of each kind below which the contrast is not estimable (METHOD.md 4c)."""
+"""Units per group below which the contrast is not estimable (METHOD.md 4c)."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,11 @@ def permutation_contrast(
 
     Notes
     -----
-    Null: given the units, group membership is exchangeable. p = (1 + #{T_b >= T}) / (P + 1), never 0.
+    Null: given the units, group membership is exchangeable. p = (1 + #{T_b >= T}) / (P + 1), never 0. Unlike in
+    ``scipy.stats.permutation_test``, permutation b depends on (seed, b) alone, whatever the block of features.
 
-    For the RL-specific contrast of METHOD.md 4c a unit is a discordant prompt, its value D* = x(right model) - x(wrong
-    model), ``plus`` the prompts base got wrong and RL right, ``minus`` the reverse, ``min_count=MIN_COUNT``.
+    In the RL-specific contrast of METHOD.md 4c a unit is a discordant prompt, with value D* = x(right model) - x(wrong
+    model); ``plus`` are the prompts base got wrong and RL right, ``minus`` the reverse; ``min_count=MIN_COUNT``.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (plus, minus))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
@@ -97,7 +96,9 @@ def permutation_contrast(
 
 
 def _permuted(pooled: FloatArray, statistic: FloatArray, chosen: NDArray[np.bool_], alternative: str) -> FloatArray:
-    """P-values of one block; once centred, mean(plus) - mean(minus) is the sum over plus times 1/n+ + 1/n-."""
+    """P-values of one block of features."""
+    # Of centred values the sums over plus and minus are opposite, so one product gives the difference of means:
+    # mean(plus) - mean(minus) = (1/n+ + 1/n-) x the sum over plus.
     centred = pooled - column_sums(pooled) / len(pooled)
     n_plus = int(chosen[0].sum())
     scale = 1.0 / n_plus + 1.0 / (len(pooled) - n_plus)

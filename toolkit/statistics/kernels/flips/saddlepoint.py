@@ -1,4 +1,4 @@
-"""Tail of the sign-flip distribution by saddlepoint, for all features at once."""
+"""Saddlepoint approximation of sign-flip tails, for all features at once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    SMALLEST_P,
-    TIE_SLACK,
-    FloatArray,
-    all_flips,
-    column_sums,
-)
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import all_flips
+from rlgen_stats.toolkit.statistics.kernels.numerics import SMALLEST_P, TIE_SLACK, FloatArray, column_sums
 
 MAX_ITERATIONS: Final = 60
-"""Newton steps; ten are usual."""
+"""Newton steps at most; ten are usual."""
 TOLERANCE: Final = 1e-10
 """Relative error of K'(theta) = s at which iteration stops; the tail depends on it to second order."""
 SMALL_W: Final = 1e-3
@@ -27,11 +22,11 @@ MAX_KURTOSIS: Final = 0.2
 MAX_CONDITIONED: Final = 6
 """Largest |d| whose flips are enumerated (64 patterns); p then stays within 5% even on Cauchy data."""
 BLOCK_ELEMENTS: Final = 2**20
-"""Unit x feature x pattern elements worked on together (8 MB)."""
+"""Unit x feature x pattern elements per block (8 MB)."""
 
 
 def flip_tail(magnitudes: FloatArray, total: FloatArray) -> FloatArray:
-    """P(S >= s) for S = sum of +-|d_i| with fair signs, the few dominant |d_i| enumerated and the rest by saddlepoint.
+    """P(S >= s) for S = sum of +-|d_i| with fair signs: dominant |d_i| are enumerated, the rest by saddlepoint.
 
     Parameters
     ----------
@@ -47,14 +42,14 @@ def flip_tail(magnitudes: FloatArray, total: FloatArray) -> FloatArray:
 
     Notes
     -----
-    The saddlepoint needs S to be smooth. Where a few differences carry most of sum d^4, S has separate humps, one per
-    sign pattern of those few; conditional on the pattern the rest is smooth. Differences that are nearly, but not
-    exactly, on a common lattice remain: the error is then up to half of the probability of one lattice point.
+    The saddlepoint assumes a smooth distribution of S. Where a few differences carry most of sum d^4, S has separate
+    modes, one per sign pattern of those few; conditional on the pattern the rest is smooth. Not covered are differences
+    nearly, but not exactly, on a common lattice: the error is then up to half the probability of one lattice point.
     """
     ranked = -np.sort(-magnitudes, axis=0)
     ranked = ranked[: max(1, int(np.count_nonzero(ranked, axis=0).max(initial=0)))]
     unit = ranked[0]
-    ranked, target = ranked / unit, total / unit
+    ranked, target = ranked / unit, total / unit  # fourth powers then neither overflow nor underflow
     n_top = _dominant(ranked)
     tail = np.empty(len(target))
     for m in np.unique(n_top):
@@ -68,7 +63,7 @@ def flip_tail(magnitudes: FloatArray, total: FloatArray) -> FloatArray:
 
 
 def _dominant(ranked: FloatArray) -> NDArray[np.int64]:
-    """How many of the largest |d| must be enumerated for the rest to be smooth, [feature]."""
+    """Number of the largest |d| to enumerate so that the rest is smooth, [feature]."""
     square = np.square(ranked)
     second = np.cumsum(square[::-1], axis=0)[::-1][: MAX_CONDITIONED + 1]
     fourth = np.cumsum(np.square(square)[::-1], axis=0)[::-1][: MAX_CONDITIONED + 1]
@@ -78,16 +73,17 @@ def _dominant(ranked: FloatArray) -> NDArray[np.int64]:
 
 
 def _conditional(ranked: FloatArray, total: FloatArray, m: int) -> FloatArray:
-    """Mean over the 2**m patterns of the largest m of the tail of the rest beyond what the pattern leaves."""
-    left = np.tile(total, (2**m, 1))
-    for sign, top in zip(all_flips(m).T, ranked[:m], strict=True):  # term by term: a product's bits depend on its shape
-        left -= sign[:, None] * top
+    """Mean, over the 2**m sign patterns of the largest m, of the tail of the rest beyond the remaining total."""
+    remaining = np.tile(total, (2**m, 1))
+    # Term by term, not as a matrix product, whose last bits depend on its shape.
+    for sign, top in zip(all_flips(m).T, ranked[:m], strict=True):
+        remaining -= sign[:, None] * top
     rest = ranked[m:]
     limit = column_sums(rest)
-    inside = np.abs(left) <= limit * (1 + TIE_SLACK)
-    tail = np.where(left < 0, 1.0, 0.0)
+    inside = np.abs(remaining) <= limit * (1 + TIE_SLACK)
+    tail = np.where(remaining < 0, 1.0, 0.0)
     pattern, feature = np.nonzero(inside)
-    signed = left[pattern, feature]
+    signed = remaining[pattern, feature]
     beyond = saddlepoint_tail(np.take(rest, feature, axis=1), np.minimum(np.abs(signed), limit[feature]))
     tail[pattern, feature] = np.where(signed >= 0, beyond, 1.0 - beyond)
     return column_sums(tail) / len(tail)
@@ -130,19 +126,19 @@ def saddlepoint_tail(magnitudes: FloatArray, total: FloatArray) -> FloatArray:
 
 
 def _solve(magnitudes: FloatArray, total: FloatArray, spread: FloatArray) -> FloatArray:
-    """Theta with K'(theta) = total, by Newton from s / sum d^2.
+    """Theta with K'(theta) = total, by Newton's method from s / sum d^2.
 
-    tanh(x) <= x puts the start below the root, and K' is concave, so every step climbs and none overshoots.
+    The start lies below the root because tanh(x) <= x, and K' is concave, so steps rise monotonically to the root.
     """
     theta = total / np.square(spread)
-    open_ = np.flatnonzero(total > 0)
+    unsolved = np.flatnonzero(total > 0)
     for _ in range(MAX_ITERATIONS):
-        if not len(open_):
+        if not len(unsolved):
             break
-        d = np.take(magnitudes, open_, axis=1)
-        tanh = np.tanh(theta[open_] * d)
-        short = total[open_] - column_sums(d * tanh)
+        d = np.take(magnitudes, unsolved, axis=1)
+        tanh = np.tanh(theta[unsolved] * d)
+        short = total[unsolved] - column_sums(d * tanh)
         slope = column_sums(np.square(d) * (1 - np.square(tanh)))
-        theta[open_] += np.divide(short, slope, out=np.zeros_like(short), where=slope > 0)
-        open_ = open_[short > TOLERANCE * total[open_]]
+        theta[unsolved] += np.divide(short, slope, out=np.zeros_like(short), where=slope > 0)
+        unsolved = unsolved[short > TOLERANCE * total[unsolved]]
     return theta

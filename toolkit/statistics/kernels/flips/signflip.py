@@ -16,28 +16,18 @@ from rlgen_stats.toolkit.statistics.kernels.flips.exact import (
     lattice_step,
     lattice_tail,
 )
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import FlipTable, Workspace, flip_table
+from rlgen_stats.toolkit.statistics.kernels.flips.flip_units import FlipUnits, flip_units, packed
 from rlgen_stats.toolkit.statistics.kernels.flips.maxt import max_t
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    TIE_SLACK,
-    FlipTable,
-    FlipUnits,
-    FloatArray,
-    Workspace,
-    as_table,
-    cluster_codes,
-    column_sums,
-    feature_blocks,
-    flip_table,
-    flip_units,
-    packed,
-)
 from rlgen_stats.toolkit.statistics.kernels.flips.saddlepoint import flip_tail
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_table, cluster_codes, feature_blocks
 
 Alternative = Literal["two-sided", "greater", "less"]
 Method = Literal["auto", "exact", "saddlepoint", "monte-carlo"]
 
 SADDLEPOINT_FEATURES: Final = 256
-"""Features, sorted by their nonzeros, approximated together: sparse ones are packed tightly."""
+"""Features per saddlepoint block, in order of their nonzeros: sparse features share short columns."""
 TESTED, UNTESTABLE, MISSING = "", "untestable: no nonzero difference", "untestable: no value"
 
 
@@ -49,7 +39,7 @@ class _Options:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SignFlipResult:
     """Sign-flip test of every feature; scalars in shape when one feature was given."""
 
@@ -69,8 +59,8 @@ class SignFlipResult:
 
     @cached_property
     def p_max_t(self) -> Any:
-        """Joint (family-wise) p-value of each feature from the same flips for all, computed when asked for."""
-        found = max_t(
+        """Joint (family-wise) p-value of each feature from the same flips for all, computed on first access."""
+        joint = max_t(
             self._differences,
             n_resamples=self._options.n_resamples,
             seed=self._options.seed,
@@ -78,7 +68,7 @@ class SignFlipResult:
             clusters=self._clusters,
             alternative=self._options.alternative,
         ).p_single_step
-        return found if np.ndim(self.p_value) else found[0]
+        return joint if np.ndim(self.p_value) else joint[0]
 
 
 def sign_flip_test(
@@ -109,17 +99,16 @@ def sign_flip_test(
     Raises
     ------
     InputError
-        If differences are not finite, an option is unknown, or ``exact`` is asked for where neither exact method
-        applies.
+        If differences are not finite, an option is unknown, or ``method="exact"`` where no exact method applies.
     RefusedError
         If there are fewer than six clusters.
 
     Notes
     -----
     Null: given the unit, the two labels are exchangeable, so D is symmetric: exact for any N and sparsity. It is not
-    exact for E[D] = 0 with skewed D. Zeros do not enter: an all-zero feature is untestable (NaN and a flag) and
-    changes no other feature. Monte-Carlo p = (1 + #{T_b >= T}) / (P + 1). The saddlepoint enumerates the flips of up
-    to six dominant differences first, because it is wrong where a few of them carry the sum.
+    exact for E[D] = 0 with skewed D. Zeros carry no evidence: an all-zero feature is untestable (NaN and a flag) and
+    changes no other feature. Monte-Carlo p = (1 + #{T_b >= T}) / (P + 1). The saddlepoint enumerates the flips of up to
+    six dominant differences first, because it is wrong where a few of them carry the sum.
 
     Examples
     --------
@@ -131,9 +120,18 @@ def sign_flip_test(
     codes = None if clusters is None else cluster_codes(clusters, len(d))
     options = _Options(alternative, method, n_resamples, seed)
     parts = [_tested(flip_units(d[:, part], codes), options) for part in feature_blocks(*d.shape)]
-    at: Any = 0 if single else slice(None)
-    statistic, p, n_nonzero, used, flag = (np.concatenate(found)[at] for found in zip(*parts, strict=True))
-    return SignFlipResult(statistic, p, n_nonzero, used, flag, d, codes, options)
+    features: Any = 0 if single else slice(None)
+    statistic, p, n_nonzero, used, flag = (np.concatenate(blocks)[features] for blocks in zip(*parts, strict=True))
+    return SignFlipResult(
+        statistic=statistic,
+        p_value=p,
+        n_nonzero=n_nonzero,
+        method=used,
+        flag=flag,
+        _differences=d,
+        _clusters=codes,
+        _options=options,
+    )
 
 
 def _tested(units: FlipUnits, options: _Options) -> tuple[NDArray[Any], ...]:
@@ -151,13 +149,13 @@ def _tested(units: FlipUnits, options: _Options) -> tuple[NDArray[Any], ...]:
         part = np.flatnonzero(used == name)
         if not len(part):
             continue
-        here, goal = np.take(d, part, axis=1), target[part]
+        block, goal = np.take(d, part, axis=1), target[part]
         if name == "exact":
-            tail = enumerated_tail(here, goal)
+            tail = enumerated_tail(block, goal)
         elif name == "lattice":
-            tail = lattice_tail(here, goal, step[part])
+            tail = lattice_tail(block, goal, step[part])
         else:
-            tail = _saddlepoint(here, goal, n_nonzero[part])
+            tail = _saddlepoint(block, goal, n_nonzero[part])
         p[part] = np.minimum(1.0, 2 * tail) if two_sided else tail
     part = np.flatnonzero(used == "monte-carlo")
     if len(part):
@@ -165,6 +163,7 @@ def _tested(units: FlipUnits, options: _Options) -> tuple[NDArray[Any], ...]:
         p[part] = _monte_carlo(np.take(whole, part, axis=1), target[part], two_sided, table)
     mean = total / n
     with np.errstate(divide="ignore", invalid="ignore"):
+        # Zeros were packed away; each contributes the square of the mean.
         squares = column_sums(np.where(d != 0, np.square(d - mean), 0.0)) + (n - n_nonzero) * np.square(mean)
         statistic = mean / np.sqrt(squares / (n - 1) / n)
     statistic = np.where(n_nonzero > 0, -statistic if options.alternative == "less" else statistic, np.nan)
@@ -180,7 +179,7 @@ def _check(alternative: str, method: str) -> None:
 
 
 def _methods(d: FloatArray, n_nonzero: NDArray[np.int64], method: Method) -> tuple[NDArray[np.str_], FloatArray]:
-    """How each feature is tested, and its lattice step."""
+    """Method by which each feature is tested, and its lattice step (NaN where it has none)."""
     testable = n_nonzero > 0
     step = np.full(d.shape[1], np.nan)
     if method in ("saddlepoint", "monte-carlo"):

@@ -1,4 +1,4 @@
-"""The wild cluster bootstrap: a mean over few clusters."""
+"""Wild cluster bootstrap: test of a mean over few clusters."""
 
 from __future__ import annotations
 
@@ -8,26 +8,19 @@ from typing import Any, Final
 import numpy as np
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    MIN_CLUSTERS,
-    ROUNDING,
-    TIE_SLACK,
-    FloatArray,
-    as_units,
-    cluster_codes,
-    cluster_totals,
-    stream,
-)
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, TIE_SLACK, FloatArray
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS, as_units, cluster_codes, cluster_totals
 
 WEBB: Final = np.array([-np.sqrt(1.5), -1.0, -np.sqrt(0.5), np.sqrt(0.5), 1.0, np.sqrt(1.5)])
-"""Six weights of mean 0 and variance 1, equally likely: 6^G draws differ, where two signs give only 2^G."""
+"""Webb's weights, equally likely, mean 0 and variance 1: 6^G distinct draws over G clusters, against 2^G of signs."""
 BLOCK_ELEMENTS: Final = 2**20
-"""Draw x feature elements worked on together (8 MB)."""
+"""Draw x feature elements per block (8 MB)."""
 
 
 @dataclass(frozen=True)
 class WildResult:
-    """Test that a mean over clusters is zero."""
+    """Wild-bootstrap test that a mean is zero."""
 
     statistic: Any
     """Mean over its cluster-robust (CR1) standard error [feature]; NaN where nothing varies."""
@@ -44,7 +37,7 @@ def wild_cluster_bootstrap(values: Any, clusters: Any = None, *, n_resamples: in
     values
         [unit] or [unit, feature].
     clusters
-        Labels [unit]; None if every unit is its own.
+        Labels [unit]; None if every unit is a cluster of its own.
     n_resamples, seed
         Draws and their seed.
 
@@ -58,9 +51,9 @@ def wild_cluster_bootstrap(values: Any, clusters: Any = None, *, n_resamples: in
     Notes
     -----
     The null mean is imposed: a draw is w_g x_i with Webb's six-point weight w_g of the unit's cluster, and its mean is
-    held against its own CR1 error. Tests the weak null E[x] = 0, where the sign flip tests symmetry, and has no floor
-    of 2^(1-G), but is not exact: it is asymptotic in the number of clusters. From 12 clusters on the sign flip over
-    clusters has a floor below .0005 and is exact; prefer it.
+    divided by its own CR1 error. Tests the weak null E[x] = 0 (the sign flip tests symmetry) and has no smallest
+    p-value of 2^(1-G), but is not exact: it is asymptotic in the number of clusters. From 12 clusters on the sign flip
+    over clusters has a smallest p-value below .0005 and is exact; prefer it.
 
     References
     ----------
@@ -102,7 +95,8 @@ def wild_cluster_bootstrap(values: Any, clusters: Any = None, *, n_resamples: in
 
 
 def _t(weights: FloatArray, totals: FloatArray, size: FloatArray) -> FloatArray:
-    """Mean over CR1 error of weighted clusters, [draw, feature], from products of weights and cluster sums alone."""
+    """Mean over CR1 error of weighted clusters, [draw, feature], from products of weights and cluster sums."""
+    # sum_g (w_g T_g - mean n_g)^2, expanded so that no [draw, cluster, feature] array is needed.
     n, g = size.sum(), len(size)
     mean = weights @ totals / n
     squares = np.square(weights) @ np.square(totals)

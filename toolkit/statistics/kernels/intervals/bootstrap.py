@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import (
-    ROUNDING,
-    FloatArray,
-    as_units,
-    bootstrap_blocks,
-    cluster_totals,
-    column_sums,
-)
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, column_sums
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_units, cluster_totals
 
+BLOCK_COUNTS: Final = 2**19
+"""Resample x unit counts converted to floats per block (4 MB)."""
 MIN_NONZERO: Final = 10
-"""Nonzero units below which no interval is given: coverage falls well under nominal (METHOD.md 4a)."""
+"""Nonzero units below which no interval is given: coverage falls well below nominal (METHOD.md 4a)."""
 BLOCK_ELEMENTS: Final = 2**20
-"""Resample x feature elements worked on together (8 MB)."""
+"""Resample x feature elements per block (8 MB)."""
 HUGE: Final = 1e100
-"""Stands for infinity inside quantiles, which interpolate between neighbours and would give NaN."""
+"""Replaces infinity inside quantiles, whose interpolation between neighbours would give NaN."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BootstrapResult:
 def bootstrap_t(
     x: Any, *, alpha: float = 0.05, n_resamples: int = 999, seed: int = 0, clusters: Any = None
 ) -> BootstrapResult:
-    """Studentised bootstrap interval of the mean over units, all features at once.
+    """Studentised bootstrap interval of the mean over units, for all features at once.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def bootstrap_t(
         raise InputError(f"a bootstrap interval needs at least two units, got {n}.")
     error = np.sqrt(column_sums(np.square(centred)) / (n - 1) / n)
     low, high = np.full(x.shape[1], np.nan), np.full(x.shape[1], np.nan)
-    error[error <= ROUNDING * np.abs(x).max(axis=0)] = 0.0  # a constant feature's mean may round: no spread
+    error[error <= ROUNDING * np.abs(x).max(axis=0)] = 0.0  # rounding of a constant feature's mean is not spread
     tested = np.flatnonzero((n_nonzero >= MIN_NONZERO) & (error > 0))
     size = max(1, BLOCK_ELEMENTS // n_resamples)
     for start in range(0, len(tested), size):
@@ -103,15 +103,39 @@ def bootstrap_t(
 def _interval(
     centred: FloatArray, error: FloatArray, alpha: float, n_resamples: int, seed: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Bounds relative to the mean; centring first keeps the variance of a resample from cancelling."""
+    """Bounds relative to the mean; values are centred first, so that the variance of a resample does not cancel."""
     n, squares = len(centred), np.square(centred)
     shift, resampled = np.empty((n_resamples, len(error))), np.empty((n_resamples, len(error)))
-    for here, counts in bootstrap_blocks(n, n_resamples, seed=seed):
+    for rows, counts in bootstrap_blocks(n, n_resamples, seed=seed):
         weights = counts / n
-        shift[here] = weights @ centred
-        resampled[here] = np.sqrt(np.maximum(weights @ squares - np.square(shift[here]), 0.0) / (n - 1))
-    # A resample of one value repeated has no spread: its t is infinite, on the side of its shift.
+        shift[rows] = weights @ centred
+        resampled[rows] = np.sqrt(np.maximum(weights @ squares - np.square(shift[rows]), 0.0) / (n - 1))
+    # A resample of one repeated value has no spread: its t is infinite, with the sign of its shift.
     t = np.divide(shift, resampled, out=np.where(shift == 0, 0.0, np.sign(shift) * HUGE), where=resampled > 0)
     upper, lower = np.quantile(t, [1 - alpha / 2, alpha / 2], axis=0, method="median_unbiased")
     upper, lower = (np.where(np.abs(q) > HUGE / 1e6, np.sign(q) * np.inf, q) for q in (upper, lower))
     return -error * upper, -error * lower
+
+
+def bootstrap_weights(n_units: int, n_resamples: int, *, seed: int) -> FloatArray:
+    """How often each unit enters each bootstrap sample, [n_resamples, n_units]; rows sum to n_units."""
+    return _bootstrap_counts(n_units, n_resamples, seed).astype(np.float64)
+
+
+def bootstrap_blocks(n_units: int, n_resamples: int, *, seed: int) -> Iterator[tuple[slice, FloatArray]]:
+    """``bootstrap_weights`` in blocks of at most 4 MB, with the slice of draws of each block."""
+    counts, step = _bootstrap_counts(n_units, n_resamples, seed), max(16, BLOCK_COUNTS // n_units)
+    for start in range(0, n_resamples, step):
+        rows = slice(start, min(start + step, n_resamples))
+        yield rows, counts[rows].astype(np.float64)
+
+
+@lru_cache(maxsize=2)
+def _bootstrap_counts(n_units: int, n_resamples: int, seed: int) -> NDArray[np.uint8]:
+    """Counts of ``bootstrap_weights``, cached because all blocks of features use the same draws."""
+    # One byte per count: a unit is drawn once on average, and more than 255 times practically never.
+    table = np.empty((n_resamples, n_units), dtype=np.uint8)
+    for draw in range(n_resamples):
+        table[draw] = np.bincount(stream(seed, draw).integers(0, n_units, n_units), minlength=n_units)
+    table.flags.writeable = False
+    return table

@@ -1,4 +1,4 @@
-"""The delete-a-group jackknife: errors of statistics that have no formula, from one replicate a group."""
+"""Delete-a-group jackknife: standard errors of statistics without a formula, from one replicate per group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError
 
 MIN_GROUPS: Final = 2
-"""Fewest groups: one replicate has no spread. Ten or more keep the t quantile within 16% of the normal one."""
+"""Least number of groups: one replicate has no spread. From ten on the t quantile is within 16% of the normal one."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def delete_group_jackknife(replicates: Any, estimate: Any = None, *, alpha: floa
     -----
     Error = sqrt((g - 1) / g * sum (r - mean r)^2), t quantiles with g - 1 degrees of freedom. Groups must be random and
     of equal size (within one unit), and hold whole clusters. The error is conservative on average, and consistent for
-    smooth statistics (means, ratios, correlations, shares of a set); it is not for a median or a maximum of units. The
-    bias is not corrected: g - 1 times the mean replicate less the estimate is mostly noise.
+    smooth statistics (means, ratios, correlations, shares of a set), but not for a median or a maximum of units. The
+    bias is not corrected: its estimate, g - 1 times (mean replicate - estimate), is mostly noise.
 
     References
     ----------
@@ -84,5 +84,5 @@ def delete_group_jackknife(replicates: Any, estimate: Any = None, *, alpha: floa
         raise InputError(f"the estimate must have the shape of one replicate, {r.shape[1:]}, got {value.shape}.")
     error = np.sqrt((g - 1) / g * np.square(r - mean).sum(axis=0))
     value = np.where(np.isnan(error), np.nan, value)[()]
-    two, one = (float(stats.t.isf(level, g - 1)) * error for level in (alpha / 2, alpha))
-    return JackknifeResult(value, error, value - two, value + two, value - one, value + one)
+    two_sided, one_sided = (float(stats.t.isf(level, g - 1)) * error for level in (alpha / 2, alpha))
+    return JackknifeResult(value, error, value - two_sided, value + two_sided, value - one_sided, value + one_sided)

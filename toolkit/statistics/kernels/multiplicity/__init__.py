@@ -1,1 +1,1 @@
-"""Many hypotheses at once: corrections, partial conjunction, bounds of false discoveries, sequential tests."""
+"""Multiple testing: corrections, partial conjunction, bounds on false discoveries and on stability selection."""

@@ -9,7 +9,7 @@ import numpy as np
 from statsmodels.stats.multitest import multipletests
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 AdjustMethod = Literal["bonferroni", "holm", "hommel", "bh", "by", "bky", "storey"]
 
@@ -21,7 +21,7 @@ _STATSMODELS: Final = {
 }
 METHODS: Final = ("bonferroni", "holm", "hommel", "bh", "by", "bky", "storey")
 DEFAULT_LAMBDA: Final = 0.5
-"""P-values above it are taken as null by Storey's estimate; the middle trades bias for variance."""
+"""Storey's lambda: p-values above it estimate the null share; 1/2 balances bias and variance."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class StoreyResult:
 
 @dataclass(frozen=True)
 class FamilySize:
-    """What a correction over an array counts."""
+    """Number of p-values a correction over an array spans."""
 
     n_tested: int
     """Finite p-values: the family."""
     n_missing: int
-    """NaN: left out, and to be reported."""
+    """NaN: left out of the family."""
 
 
 def family_size(p: Any) -> FamilySize:
-    """Count the p-values a correction spans and the missing ones it leaves out."""
+    """Count the p-values a correction spans, and the missing ones it leaves out."""
     finite = np.isfinite(_checked(p))
     return FamilySize(int(finite.sum()), int((~finite).sum()))
 
@@ -85,9 +85,9 @@ def adjust(p: Any, *, method: AdjustMethod | str, alpha: float = 0.05) -> FloatA
     finite = np.isfinite(p)
     adjusted = np.full(p.shape, np.nan)
     if finite.any():
-        own = {"holm": _holm, "hommel": _hommel}.get(method)
+        fast = {"holm": _holm, "hommel": _hommel}.get(method)
         family = p[finite]
-        adjusted[finite] = own(family) if own else multipletests(family, alpha=alpha, method=_STATSMODELS[method])[1]
+        adjusted[finite] = fast(family) if fast else multipletests(family, alpha=alpha, method=_STATSMODELS[method])[1]
     return adjusted
 
 
@@ -104,7 +104,7 @@ def _hommel(p: FloatArray) -> FloatArray:
 
     H_i is rejected at level a iff h(a) p_i <= a, h(a) the largest m whose m largest p-values pass Simes at a. With s_m
     the Simes p-value of the m largest, which falls as m grows, the adjusted p is min_m max(s_{m+1}, m p_i): one falling
-    and one rising sequence, so a search finds where they cross.
+    and one rising sequence, so a binary search finds where they cross.
     """
     n = len(p)
     simes = np.append(_simes_of_largest(np.sort(p)), 0.0)  # simes[m] = s_{m+1}, m = 0..n
@@ -118,7 +118,7 @@ def _hommel(p: FloatArray) -> FloatArray:
 
 def _simes_of_largest(ordered: FloatArray) -> FloatArray:
     """Simes p-value min_j m p_(n-m+j) / j of the m largest, m = 1..n: the least slope from (n - m, 0) to the points
-    (k, p_(k)) to its right, which touches their lower convex hull. The hull grows by a point at its left each step.
+    (k, p_(k)) to its right, which touches their lower convex hull. Each step adds one point at the left of the hull.
     """
     values = ordered.tolist()
     n = len(values)
@@ -135,8 +135,8 @@ def _simes_of_largest(ordered: FloatArray) -> FloatArray:
         low, high = 0, len(hull) - 1  # slopes from (n - m, 0) fall, then rise along the hull
         while low < high:
             middle = (low + high) // 2
-            here, left = hull[middle], hull[middle + 1]
-            if values[here - 1] * (left - n + m) <= values[left - 1] * (here - n + m):
+            right, left = hull[middle], hull[middle + 1]
+            if values[right - 1] * (left - n + m) <= values[left - 1] * (right - n + m):
                 high = middle
             else:
                 low = middle + 1
@@ -154,8 +154,8 @@ def storey(p: Any, *, threshold: float = DEFAULT_LAMBDA) -> StoreyResult:
 
     Notes
     -----
-    Where no p-value lies above the threshold the estimate would be 0 and every q with it, whatever the p-values; one
-    is counted there instead (the finite-sample form of Storey, Taylor and Siegmund 2004). Valid for independent or
+    Where no p-value lies above the threshold the estimate and every q would be 0; one p-value is counted there instead
+    (the finite-sample form of Storey, Taylor and Siegmund 2004). Valid for independent or
     weakly dependent p-values; in families of 70 in blocks of 10 that correlate .5 the false discovery rate was .13 at a
     nominal .10, where ``bh`` kept it.
 

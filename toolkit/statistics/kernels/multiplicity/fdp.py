@@ -1,4 +1,4 @@
-"""How many of the features beyond a threshold may be false, for every threshold at once, from the same sign flips."""
+"""Simultaneous bounds on the false discovery proportion beyond every threshold, from the flips of ``max_t``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import TIE_SLACK, FloatArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,30 @@ class FdpResult:
     n_beyond: NDArray[np.int64]
     """Features whose statistic reaches the threshold."""
     false_upper: NDArray[np.int64]
-    """Upper bound of how many of them are true nulls."""
+    """Upper bound on the number of true nulls among them."""
     fdp_upper: FloatArray
-    """The same as a share of them; 0 where there is none."""
+    """``false_upper`` as a share of ``n_beyond``; 0 where that is 0."""
 
 
 def exceedance_counts(statistics: Any, thresholds: Any) -> NDArray[np.int64]:
-    """Features that reach each threshold under each flip, [threshold, flip], from statistics [flip, feature].
+    """Count the features that reach each threshold under each flip.
 
-    Counts of several blocks of features add up.
+    Parameters
+    ----------
+    statistics
+        [flip, feature].
+    thresholds
+        [threshold].
+
+    Returns
+    -------
+    array of int
+        [threshold, flip]; counts of several blocks of features may be added.
+
+    Examples
+    --------
+    >>> exceedance_counts([[1.0, 3.0], [0.5, 2.0]], [2.0, 1.0]).tolist()
+    [[1, 1], [2, 1]]
     """
     table, limits = np.asarray(statistics), np.asarray(thresholds, dtype=np.float64)
     order = np.argsort(limits)
@@ -51,7 +66,7 @@ def fdp_bound(exceedances: Any, thresholds: Any, *, alpha: float = 0.05) -> FdpR
         [threshold, flip]: features that reach each threshold under each flip (``exceedance_counts``); flip 0 is the
         identity, and all flips form a group (``max_t``).
     thresholds
-        [threshold], fixed before the data were seen.
+        [threshold], fixed before seeing the data.
     alpha
         1 - confidence.
 
@@ -63,11 +78,11 @@ def fdp_bound(exceedances: Any, thresholds: Any, *, alpha: float = 0.05) -> FdpR
     Notes
     -----
     At one threshold the bound is the (1 - a) quantile over flips of the number of features that reach it. The count of
-    true nulls alone is exchangeable over the group of flips, so it stays under its own quantile with probability 1 - a,
-    whatever the dependence, and counts of all features are larger still. The level is shared equally between the
-    thresholds (a = alpha / thresholds), so that the bounds hold for all at once and the threshold may be chosen after
-    looking. They are then made consistent, which costs nothing: nulls beyond t are no more than those beyond a lower
-    threshold, nor than those beyond a higher one plus all features between.
+    true nulls alone is exchangeable over the group of flips, so it stays below its own quantile with probability 1 - a
+    under any dependence, and counts over all features are at least as large. The level is shared equally between the
+    thresholds (a = alpha / number of thresholds), so that all bounds hold at once and the threshold may be chosen after
+    seeing the data. They are then tightened by logic alone: there are no more nulls beyond t than beyond a lower
+    threshold, nor than those beyond a higher one plus all features in between.
 
     Choosing one envelope for all thresholds from the flips themselves would be tighter, but false nulls among the
     features can make that choice too small.
@@ -92,10 +107,10 @@ def fdp_bound(exceedances: Any, thresholds: Any, *, alpha: float = 0.05) -> FdpR
     observed = counts[:, 0]
     order = np.argsort(limits)
     upper = np.minimum(ranked[:, kept - 1], observed)[order]
-    found = observed[order]
+    n_beyond = observed[order]
     upper = np.minimum.accumulate(upper)
-    between = upper - found  # nulls beyond t <= nulls beyond s > t, and everything between them
-    upper = found + np.minimum.accumulate(between[::-1])[::-1]
+    between = upper - n_beyond  # nulls beyond t <= nulls beyond s > t, plus all features in between
+    upper = n_beyond + np.minimum.accumulate(between[::-1])[::-1]
     out = np.empty_like(upper)
     out[order] = np.maximum(upper, 0)
     share = np.divide(out, observed, out=np.zeros(len(out)), where=observed > 0)

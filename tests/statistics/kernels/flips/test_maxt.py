@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels import max_t, max_t_p_value, sign_flip_test, sign_flips
+from rlgen_stats.toolkit.statistics.kernels import (
+    max_t,
+    max_t_p_value,
+    sign_flip_test,
+    sign_flips,
+)
 from rlgen_stats.toolkit.statistics.kernels.flips import maxt as maxt_module
-from rlgen_stats.toolkit.statistics.kernels.flips import resampling as resampling_module
-from rlgen_stats.toolkit.statistics.kernels.flips import signflip as signflip_module
 from tests.oracles import slow
 
 
@@ -24,34 +27,34 @@ def test_equals_the_definition(values: str) -> None:
         d[random.random(d.shape) < 0.6] = 0
         d[0] += 0.2
     single, down, raw = slow.max_t_p(d)
-    found = max_t(d)
-    np.testing.assert_allclose(found.p_single_step, single, rtol=1e-12)
-    np.testing.assert_allclose(found.p_step_down, down, rtol=1e-12)
-    np.testing.assert_allclose(found.p_raw, raw, rtol=1e-12)
-    np.testing.assert_allclose(found.p_raw, sign_flip_test(d).p_value, rtol=1e-12)
+    result = max_t(d)
+    np.testing.assert_allclose(result.p_single_step, single, rtol=1e-12)
+    np.testing.assert_allclose(result.p_step_down, down, rtol=1e-12)
+    np.testing.assert_allclose(result.p_raw, raw, rtol=1e-12)
+    np.testing.assert_allclose(result.p_raw, sign_flip_test(d).p_value, rtol=1e-12)
 
 
 def test_a_sum_that_cancels_is_reached_by_every_flip() -> None:
     """0.1 + 0.2 - 0.3 is 5e-17, and a slack relative to it would miss the flips that give 0."""
-    found = max_t(np.array([[0.1, 1.0], [0.2, 1.0], [-0.3, 1.0]]))
-    assert found.p_raw.tolist() == [1.0, 0.25]
-    assert found.p_single_step[0] == 1.0
+    result = max_t(np.array([[0.1, 1.0], [0.2, 1.0], [-0.3, 1.0]]))
+    assert result.p_raw.tolist() == [1.0, 0.25]
+    assert result.p_single_step[0] == 1.0
 
 
 def test_many_flips_equal_one_product() -> None:
     """2,500 flips are rounded up to 4,095 and 1,100 features are many blocks; the counts are those of all products."""
     d = np.random.default_rng(31).normal(size=(25, 1100))
-    found = max_t(d, n_resamples=2500, seed=6)
+    result = max_t(d, n_resamples=2500, seed=6)
     patterns = slow.flip_group(sign_flips(25, 0, 12, seed=6))
     table = np.abs(patterns @ d) / np.sqrt((d**2).sum(axis=0))
-    np.testing.assert_allclose(found.maxima, table.max(axis=1), rtol=1e-12)
-    np.testing.assert_array_equal(found.p_raw, (table >= found.statistic - 1e-9).mean(axis=0))
-    single = (table.max(axis=1)[:, None] >= found.statistic - 1e-9).mean(axis=0)
-    np.testing.assert_array_equal(found.p_single_step, single)
-    order = np.argsort(found.statistic)
+    np.testing.assert_allclose(result.maxima, table.max(axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(result.p_raw, (table >= result.statistic - 1e-9).mean(axis=0))
+    single = (table.max(axis=1)[:, None] >= result.statistic - 1e-9).mean(axis=0)
+    np.testing.assert_array_equal(result.p_single_step, single)
+    order = np.argsort(result.statistic)
     running = np.maximum.accumulate(table[:, order], axis=1)
-    down = (running >= found.statistic[order] - 1e-9).mean(axis=0)
-    np.testing.assert_array_equal(found.p_step_down[order], np.maximum.accumulate(down[::-1])[::-1])
+    down = (running >= result.statistic[order] - 1e-9).mean(axis=0)
+    np.testing.assert_array_equal(result.p_step_down[order], np.maximum.accumulate(down[::-1])[::-1])
 
 
 def test_blocks_of_features_combine_to_the_whole() -> None:
@@ -91,9 +94,9 @@ def test_one_sided_families() -> None:
     np.testing.assert_array_equal(sign_flip_test(d, alternative="greater").p_max_t, greater.p_single_step)
     assert (max_t(-np.abs(d), alternative="greater").p_single_step == 1).all()
     against = -d[:, [0]]  # alone, a feature that goes the other way has its own p, though the sum is negative
-    found = max_t(against, alternative="greater")
-    assert 0.5 < found.p_single_step[0] < 1
-    np.testing.assert_array_equal(found.p_single_step, found.p_raw)
+    result = max_t(against, alternative="greater")
+    assert 0.5 < result.p_single_step[0] < 1
+    np.testing.assert_array_equal(result.p_single_step, result.p_raw)
 
 
 def test_clusters_flip_whole_and_few_are_refused() -> None:
@@ -146,17 +149,17 @@ def test_sparse_and_dense_paths_agree(
     d[5, 13] = 1.0
     clusters = np.arange(300) // 3 if clustered else None
     how: Any = {"n_resamples": 199, "seed": 3, "alternative": alternative, "step_down": step_down, "clusters": clusters}
-    found = {}
+    result = {}
     for name, density in (("sparse", 1.1), ("dense", 0.0)):
         monkeypatch.setattr(maxt_module, "SPARSE_DENSITY", density)
-        found[name] = max_t(d, **how)
+        result[name] = max_t(d, **how)
     for name in ("p_single_step", "p_step_down", "p_raw"):
-        np.testing.assert_array_equal(getattr(found["sparse"], name), getattr(found["dense"], name))
-    np.testing.assert_allclose(found["sparse"].statistic, found["dense"].statistic, rtol=1e-12)
-    np.testing.assert_allclose(found["sparse"].maxima, found["dense"].maxima, rtol=1e-12)
-    assert np.isnan(found["sparse"].statistic[[7, 11]]).all()
+        np.testing.assert_array_equal(getattr(result["sparse"], name), getattr(result["dense"], name))
+    np.testing.assert_allclose(result["sparse"].statistic, result["dense"].statistic, rtol=1e-12)
+    np.testing.assert_allclose(result["sparse"].maxima, result["dense"].maxima, rtol=1e-12)
+    assert np.isnan(result["sparse"].statistic[[7, 11]]).all()
     alone = max_t(d[:, [13]], **how)
-    np.testing.assert_allclose(found["sparse"].p_raw[13], alone.p_raw[0])
+    np.testing.assert_allclose(result["sparse"].p_raw[13], alone.p_raw[0])
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
@@ -166,58 +169,42 @@ def test_float32_differences_are_tested_as_their_float64_values(dtype: str) -> N
     np.testing.assert_array_equal(sign_flip_test(d).p_value, sign_flip_test(d.astype("f8")).p_value)
 
 
-def test_features_do_not_depend_on_the_blocks_they_are_packed_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(1)
-    d = np.where(rng.random((200, 70)) < rng.random(70), rng.normal(0.1, 1, (200, 70)), 0.0)
-    whole = sign_flip_test(d)
-    monkeypatch.setattr(resampling_module, "BLOCK_UNITS", 1)
-    monkeypatch.setattr(signflip_module, "feature_blocks", lambda n, f: (slice(i, i + 1) for i in range(f)))
-    single = sign_flip_test(d)
-    np.testing.assert_array_equal(whole.p_value, single.p_value)
-    np.testing.assert_array_equal(whole.statistic, single.statistic)
-    np.testing.assert_array_equal(whole.method, single.method)
+def test_max_t_does_not_depend_on_order_or_blocks_or_density() -> None:
+    random = np.random.default_rng(8)
+    d = random.normal(size=(40, 2300)) * (random.random((40, 2300)) < 0.1)
+    d[:, :1500] += random.normal(size=(40, 1500))
+    whole = max_t(d, n_resamples=200, seed=3)
+    order = random.permutation(d.shape[1])
+    shuffled = max_t(d[:, order], n_resamples=200, seed=3)
+    for name in ("p_single_step", "p_step_down", "p_raw"):
+        np.testing.assert_allclose(getattr(shuffled, name), getattr(whole, name)[order], rtol=1e-12)
+    blocks = [max_t(d[:, part], n_resamples=200, seed=3).maxima for part in (slice(0, 700), slice(700, None))]
+    np.testing.assert_allclose(np.maximum(*blocks), whole.maxima, rtol=1e-12)
+    flips = slow.flip_group(sign_flips(40, 0, 8, seed=3))
+    alive = (d != 0).any(axis=0)
+    assert np.count_nonzero(d[:, 1500:]) < 0.15 * d[:, 1500:].size
+    direct = np.abs(flips @ d[:, alive]) / np.sqrt((d[:, alive] ** 2).sum(axis=0))
+    np.testing.assert_allclose(whole.maxima, direct.max(axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(whole.p_raw[alive], (direct >= whole.statistic[alive] - 1e-9).mean(axis=0))
 
 
-# -- the random group of flips ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("n", "n_resamples"), [(13, 999), (40, 63), (200, 1000), (7, 10)])
-def test_flips_are_a_group_that_does_not_depend_on_other_units(n: int, n_resamples: int) -> None:
-    table = resampling_module.flip_table(n, n_resamples, seed=4)
-    patterns = np.concatenate([flips for _, flips in table.blocks()])
-    assert len(table) == len(patterns) == resampling_module.flip_count(n, n_resamples) > n_resamples
-    assert (patterns[0] == 1).all()
-    known = {row.tobytes() for row in patterns}
-    for i in (1, 5, 11):
-        assert {row.tobytes() for row in patterns * patterns[i]} == known
-    longer = resampling_module.flip_table(n + 50, n_resamples, seed=4, exact=False)
-    if not table.exhaustive:
-        np.testing.assert_array_equal(longer.codes[:n], table.codes)
-        np.testing.assert_array_equal(patterns, slow.flip_group(sign_flips(n, 0, table.n_generators, seed=4)))
-
-
-@pytest.mark.parametrize("m", [1, 4, 5, 6, 10, 11])
-def test_transform_is_the_sum_over_signs(m: int) -> None:
-    cells = np.random.default_rng(m).normal(size=(2**m, 3))
-    index = np.arange(2**m)
-    signs = (-1.0) ** np.array([[bin(a & b).count("1") for b in index] for a in index[:64]])
-    np.testing.assert_allclose(resampling_module.walsh_hadamard(cells.copy())[:64], signs @ cells, atol=1e-11)
-
-
-def test_monte_carlo_error_is_that_of_independent_flips() -> None:
-    """The group's patterns are dependent, but pairwise independent: the variance of p over seeds is binomial."""
-    d = np.random.default_rng(8).normal(0.25, 1, 30)
-    truth = float(sign_flip_test(d, method="saddlepoint").p_value)
-    found = np.array([sign_flip_test(d, method="monte-carlo", n_resamples=255, seed=s).p_value for s in range(600)])
-    assert abs(found.mean() - (truth * 255 + 1) / 256) < 4 * np.sqrt(truth / 256 / 600)
-    assert 0.8 < found.var() / (truth * (1 - truth) / 256) < 1.25
-
-
-def test_a_random_group_keeps_the_level_with_few_flips() -> None:
-    """With 19 flips beside the identity the test is exact: a rejection at 1/32 happens with probability 1/32."""
+def test_max_t_controls_the_family_where_raw_p_does_not() -> None:
     random = np.random.default_rng(9)
-    d = random.standard_t(2, size=(25, 4000))
-    p = np.concatenate(
-        [sign_flip_test(d[:, i : i + 40], method="monte-carlo", n_resamples=31, seed=i).p_value
-         for i in range(0, 4000, 40)]
-    )  # fmt: skip
-    for level in (1 / 32, 2 / 32, 8 / 32):
-        assert abs((p <= level + 1e-12).mean() - level) < 4 * np.sqrt(level * (1 - level) / 4000)
+    wrong_joint = wrong_raw = 0
+    for trial in range(200):
+        shared = random.normal(size=(20, 1))
+        d = 0.7 * shared + random.normal(size=(20, 30))
+        result = max_t(d, n_resamples=99, seed=trial)
+        wrong_joint += bool((result.p_step_down <= 0.05).any())
+        wrong_raw += bool((result.p_raw <= 0.05).any())
+    assert wrong_joint / 200 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+    assert wrong_raw / 200 > 0.2
+
+
+def test_step_down_is_at_least_as_powerful_and_monotone() -> None:
+    d = np.random.default_rng(10).normal(size=(30, 20)) + np.linspace(0, 1.2, 20)
+    result = max_t(d, n_resamples=499)
+    assert (result.p_step_down <= result.p_single_step + 1e-12).all()
+    assert (result.p_step_down < result.p_single_step - 1e-12).any()
+    order = np.argsort(-result.statistic)
+    assert (np.diff(result.p_step_down[order]) >= 0).all()
