@@ -93,11 +93,16 @@ def behaviour(*, pooled: bool = True) -> xr.Dataset:
         accuracy = (total.gained + total.kept_right) / total.n_prompts
         half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / total.n_prompts)
         total = total.assign(
-            accuracy=accuracy, accuracy_low=accuracy - half, accuracy_high=accuracy + half,
-            sampled_accuracy=accuracy - 0.01, p_value=xr.full_like(accuracy, 0.002),
-            q_value=xr.full_like(accuracy, 0.004), difference=accuracy - accuracy[0],
-            difference_low=accuracy - accuracy[0] - 0.04, difference_high=accuracy - accuracy[0] + 0.04,
-        )  # fmt: skip
+            accuracy=accuracy,
+            accuracy_low=accuracy - half,
+            accuracy_high=accuracy + half,
+            sampled_accuracy=accuracy - 0.01,
+            p_value=xr.full_like(accuracy, 0.002),
+            q_value=xr.full_like(accuracy, 0.004),
+            difference=accuracy - accuracy[0],
+            difference_low=accuracy - accuracy[0] - 0.04,
+            difference_high=accuracy - accuracy[0] + 0.04,
+        )
         parts.append(
             total.expand_dims(task=[name], axis=1).assign_coords(domain=("task", [domain]), role=("task", [role]))
         )
@@ -131,21 +136,28 @@ def task_behaviour() -> xr.Dataset:
     accuracy = values["accuracy"]
     half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / N_PROMPTS)
     floats = {
-        "accuracy": accuracy, "accuracy_low": accuracy - half, "accuracy_high": np.minimum(accuracy + half, 1),
-        "sampled_accuracy": values["sampled_accuracy"], "p_value": np.where(accuracy > 0.5, 1e-6, 0.4),
-        "q_value": np.where(accuracy > 0.5, 2e-6, 0.6), "difference": accuracy - accuracy[0],
-        "difference_low": accuracy - accuracy[0] - 0.08, "difference_high": accuracy - accuracy[0] + 0.08,
-    }  # fmt: skip
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - half,
+        "accuracy_high": np.minimum(accuracy + half, 1),
+        "sampled_accuracy": values["sampled_accuracy"],
+        "p_value": np.where(accuracy > 0.5, 1e-6, 0.4),
+        "q_value": np.where(accuracy > 0.5, 2e-6, 0.6),
+        "difference": accuracy - accuracy[0],
+        "difference_low": accuracy - accuracy[0] - 0.08,
+        "difference_high": accuracy - accuracy[0] + 0.08,
+    }
     counts = {n: values[n].astype(int) for n in ("kept_right", "forgotten", "gained", "kept_wrong")}
     counts["n_prompts"] = np.full(accuracy.shape, N_PROMPTS)
     return xr.Dataset(
         {k: (dims, v) for k, v in (floats | counts).items()},
-        coords=coords | {
-            "task": list(TASKS), "domain": ("task", [d for d, _ in TASKS.values()]),
+        coords=coords
+        | {
+            "task": list(TASKS),
+            "domain": ("task", [d for d, _ in TASKS.values()]),
             "role": ("task", [r for _, r in TASKS.values()]),
         },
         attrs=TEST_ATTRS,
-    )  # fmt: skip
+    )
 
 
 def movement() -> xr.Dataset:
@@ -201,26 +213,40 @@ def attribution() -> xr.Dataset:
             "mas_l2": (("mas_crosscoder", "view", "feature"), mas),
         },
         coords={
-            "crosscoder": names, "mas_crosscoder": ["main"], "view": ["base@0", "sft@150", "rl@80"],
-            "feature": np.arange(N_FEATURES), "target": ("crosscoder", ["sft@150", "rl@80", "base.repeat@0"]),
+            "crosscoder": names,
+            "mas_crosscoder": ["main"],
+            "view": ["base@0", "sft@150", "rl@80"],
+            "feature": np.arange(N_FEATURES),
+            "target": ("crosscoder", ["sft@150", "rl@80", "base.repeat@0"]),
         },
-    )  # fmt: skip
+    )
 
 
 def attribution_contrast() -> xr.Dataset:
     return xr.Dataset(
         {
-            "tail_sft": ("tau", [0.131, 0.052]), "tail_rl": ("tau", [0.034, 0.011]), "tail_null": ("tau", [0.004, 0.0]),
-            "tail_sft_low": ("tau", [0.09, 0.03]), "tail_sft_high": ("tau", [0.17, 0.08]),
-            "tail_rl_low": ("tau", [0.01, 0.0]), "tail_rl_high": ("tau", [0.06, 0.03]),
-            "effect": ("tau", [0.097, 0.041]), "effect_low": ("tau", [0.052, 0.012]),
-            "effect_high": ("tau", [0.141, 0.069]), "p_value": ("tau", [0.002, 0.012]),
+            "tail_sft": ("tau", [0.131, 0.052]),
+            "tail_rl": ("tau", [0.034, 0.011]),
+            "tail_null": ("tau", [0.004, 0.0]),
+            "tail_sft_low": ("tau", [0.09, 0.03]),
+            "tail_sft_high": ("tau", [0.17, 0.08]),
+            "tail_rl_low": ("tau", [0.01, 0.0]),
+            "tail_rl_high": ("tau", [0.06, 0.03]),
+            "effect": ("tau", [0.097, 0.041]),
+            "effect_low": ("tau", [0.052, 0.012]),
+            "effect_high": ("tau", [0.141, 0.069]),
+            "p_value": ("tau", [0.002, 0.012]),
             "comparable": ("tau", ["COMPARABLE: parity of fit", "COMPARABLE: parity of fit"]),
         },
         coords={"tau": [0.7, 0.9]},
-        attrs={"test": "bootstrap over clusters", "null": "equal tail mass", "unit": "cluster of features", "seed": 3,
-               "alpha": 0.05},
-    )  # fmt: skip
+        attrs={
+            "test": "bootstrap over clusters",
+            "null": "equal tail mass",
+            "unit": "cluster of features",
+            "seed": 3,
+            "alpha": 0.05,
+        },
+    )
 
 
 def latent_scaling() -> xr.Dataset:
@@ -278,10 +304,16 @@ def drift() -> xr.Dataset:
     call = np.where(np.isnan(p), "UNTESTABLE", call)
     dims = ("model", "feature")
     floats = {
-        "statistic": d_z * 9, "effect": d_z * 0.2, "effect_low": d_z * 0.2 - 0.05, "effect_high": d_z * 0.2 + 0.05,
-        "p_value": p, "q_value": np.minimum(p * 3, 1), "p_max_t": np.minimum(p * 50, 1), "d_z": d_z,
+        "statistic": d_z * 9,
+        "effect": d_z * 0.2,
+        "effect_low": d_z * 0.2 - 0.05,
+        "effect_high": d_z * 0.2 + 0.05,
+        "p_value": p,
+        "q_value": np.minimum(p * 3, 1),
+        "p_max_t": np.minimum(p * 50, 1),
+        "d_z": d_z,
         "firing_change": d_z / 10,
-    }  # fmt: skip
+    }
     return xr.Dataset(
         {k: (dims, v) for k, v in floats.items()}
         | {"n": (dims, np.full(p.shape, 360)), "flag": (dims, flag), "call": (dims, call)},
@@ -302,14 +334,20 @@ def stabilization() -> xr.Dataset:
             "stabilized_at": (per_run, rng.choice([30.0, 60.0, np.nan], (2, N_FEATURES))),
             "flag": (per_run, rng.choice(["STABILISED", "NOT_STABILISED", "UNTESTABLE"], (2, N_FEATURES))),
             "total_effect": (per_run, rng.normal(size=(2, N_FEATURES))),
-            "share": ("model", curve), "share_low": ("model", curve - 0.04), "share_high": ("model", curve + 0.05),
+            "share": ("model", curve),
+            "share_low": ("model", curve - 0.04),
+            "share_high": ("model", curve + 0.05),
             "share_in_stratum": (("model", "stratum"), np.stack([curve, curve * 0.9], axis=1)),
         },
-        coords=coords | {"trained_run": ["sft", "rl"], "stratum": ["total < 0.5 sd", "total >= 0.5 sd"],
-                         "feature": np.arange(N_FEATURES)},
+        coords=coords
+        | {
+            "trained_run": ["sft", "rl"],
+            "stratum": ["total < 0.5 sd", "total >= 0.5 sd"],
+            "feature": np.arange(N_FEATURES),
+        },
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")}
         | {"margin": 0.2, "persist": 3, "margin_unit": "standard deviations of base@0"},
-    )  # fmt: skip
+    )
 
 
 def set_stability() -> xr.Dataset:
@@ -321,17 +359,24 @@ def set_stability() -> xr.Dataset:
     cross = (ceiling + final) / 2 - delta
     return xr.Dataset(
         {
-            "overlap": ("model", np.minimum(cross + 0.12, 1)), "cross": ("model", cross),
-            "noise_ceiling": ("model", ceiling), "final_ceiling": ("model", final), "delta": ("model", delta),
-            "delta_low": ("model", delta - half), "delta_high": ("model", delta + half),
-            "chance": ("model", np.full(10, 0.21)), "overlap_p": ("model", np.full(10, 1e-9)),
-            "rbo": ("model", cross), "verdict": ("trained_run", ["SET_STABLE", "EVOLVING"]),
-            "stable_from": ("trained_run", [60.0, np.nan]), "nogueira": ("trained_run", [0.83, 0.52]),
+            "overlap": ("model", np.minimum(cross + 0.12, 1)),
+            "cross": ("model", cross),
+            "noise_ceiling": ("model", ceiling),
+            "final_ceiling": ("model", final),
+            "delta": ("model", delta),
+            "delta_low": ("model", delta - half),
+            "delta_high": ("model", delta + half),
+            "chance": ("model", np.full(10, 0.21)),
+            "overlap_p": ("model", np.full(10, 1e-9)),
+            "rbo": ("model", cross),
+            "verdict": ("trained_run", ["SET_STABLE", "EVOLVING"]),
+            "stable_from": ("trained_run", [60.0, np.nan]),
+            "nogueira": ("trained_run", [0.83, 0.52]),
             "reason": ("trained_run", ["upper bound of delta below 0.1 at 60", "delta 0.19 at the last but one"]),
         },
         coords=coords | {"trained_run": ["sft", "rl"]},
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")} | {"top_k": 50},
-    )  # fmt: skip
+    )
 
 
 def selection() -> xr.Dataset:
@@ -357,25 +402,43 @@ def selection() -> xr.Dataset:
     effect = np.where(chosen, 0.62, 0.01)
     return xr.Dataset(
         {
-            "score": (both, score), "kept": (both, kept), "p_flip": (both, rng.uniform(size=score.shape)),
-            "contrast": (both, score), "contrast_p": (both, contrast_p), "p_guard": (both, contrast_p),
-            "n_selected_prompts": ("task", list(gain.values())), "n_gain": ("task", list(gain.values())),
-            "n_loss": ("task", [22, 21, 20, 24, 20, 21, 0]), "n_kept": ("task", kept.sum(axis=1)),
+            "score": (both, score),
+            "kept": (both, kept),
+            "p_flip": (both, rng.uniform(size=score.shape)),
+            "contrast": (both, score),
+            "contrast_p": (both, contrast_p),
+            "p_guard": (both, contrast_p),
+            "n_selected_prompts": ("task", list(gain.values())),
+            "n_gain": ("task", list(gain.values())),
+            "n_loss": ("task", [22, 21, 20, 24, 20, 21, 0]),
+            "n_kept": ("task", kept.sum(axis=1)),
             "estimable": ("task", ["yes"] * 4 + ["no: not selected on"] * 3),
             "role": ("task", [role for _, role in TASKS.values()]),
-            "paper_selected": ("feature", kept[used].all(axis=0)), "p_value": ("feature", p),
-            "q_value": ("feature", np.minimum(p * 20, 1)), "rank": ("feature", np.argsort(np.argsort(p)) + 1.0),
-            "tier": ("feature", tier), "verification_effect": ("feature", effect),
-            "verification_low": ("feature", effect - 0.1), "verification_high": ("feature", effect + 0.1),
-            "verification_p": ("feature", verification), "verification_q": ("feature", np.minimum(8 * verification, 1)),
+            "paper_selected": ("feature", kept[used].all(axis=0)),
+            "p_value": ("feature", p),
+            "q_value": ("feature", np.minimum(p * 20, 1)),
+            "rank": ("feature", np.argsort(np.argsort(p)) + 1.0),
+            "tier": ("feature", tier),
+            "verification_effect": ("feature", effect),
+            "verification_low": ("feature", effect - 0.1),
+            "verification_high": ("feature", effect + 0.1),
+            "verification_p": ("feature", verification),
+            "verification_q": ("feature", np.minimum(8 * verification, 1)),
             "selected": ("feature", chosen),
             "flag": ("feature", np.where(tier == "UNTESTED", "untestable", "ok")),
         },
         coords={"task": list(TASKS), "feature": np.arange(N_FEATURES)},
-        attrs=TEST_ATTRS | {"split_hash": "split-hash-89ab", "score_correlation": 0.61, "shift_rank": 3.4,
-                            "n_paper": int(kept[used].all(axis=0).sum()), "p_n1": 0.001, "p_n2": 0.001,
-                            "rule": "CONFIRMED"},
-    )  # fmt: skip
+        attrs=TEST_ATTRS
+        | {
+            "split_hash": "split-hash-89ab",
+            "score_correlation": 0.61,
+            "shift_rank": 3.4,
+            "n_paper": int(kept[used].all(axis=0).sum()),
+            "p_n1": 0.001,
+            "p_n2": 0.001,
+            "rule": "CONFIRMED",
+        },
+    )
 
 
 CLASSES = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
@@ -397,18 +460,23 @@ def intervention() -> xr.Dataset:
     kind = np.full(shape, "", dtype="U20")
     start = {"disable": 0.76, "amplify": 0.34}
     main = {"disable": 0.0, "amplify": 2.0}
-    by_dose = {"disable": {0.0: 0.41, 0.5: 0.60, 1.5: 0.77, 4.0: 0.55}, "amplify": {0.5: 0.30, 1.5: 0.46, 2.0: 0.55,
-                                                                                   4.0: 0.43}}  # fmt: skip
+    by_dose = {
+        "disable": {0.0: 0.41, 0.5: 0.60, 1.5: 0.77, 4.0: 0.55},
+        "amplify": {0.5: 0.30, 1.5: 0.46, 2.0: 0.55, 4.0: 0.43},
+    }
     for i, direction in enumerate(directions):
         sign = -1 if direction == "disable" else 1
         for j, (_, what, at) in enumerate(plan):
             dose[i, j] = main[direction] if np.isnan(at) else at
             kind[i, j] = what
             accuracy[i, j] = {
-                "unedited": start[direction], "fresh": start[direction] - 0.01, "passthrough": start[direction],
-                "steering": start[direction] + sign * 0.16, "random_direction": start[direction] + sign * 0.02,
+                "unedited": start[direction],
+                "fresh": start[direction] - 0.01,
+                "passthrough": start[direction],
+                "steering": start[direction] + sign * 0.16,
+                "random_direction": start[direction] + sign * 0.02,
                 "random": start[direction] + sign * abs(rng.normal(0, 0.03)),
-            }.get(what, by_dose[direction].get(dose[i, j], np.nan))  # fmt: skip
+            }.get(what, by_dose[direction].get(dose[i, j], np.nan))
             effect[i, j] = accuracy[i, j] - start[direction]
     shares = np.zeros((*shape, len(CLASSES)))
     rest = np.where(np.isnan(accuracy), np.nan, 1 - accuracy)
@@ -420,38 +488,60 @@ def intervention() -> xr.Dataset:
     task_effect = effect[..., None] + np.linspace(-0.05, 0.05, len(tasks))
     unrelated = np.full(shape, 0.75) - 0.001 * np.arange(len(plan))
     side = {
-        "unrelated_accuracy": unrelated, "unrelated_effect": unrelated - 0.75, "unrelated_low": unrelated - 0.79,
-        "unrelated_high": unrelated - 0.71, "unrelated_broken": np.full(shape, 0.0125),
-        "unrelated_length": np.full(shape, 6.25), "neutral_kl": np.full(shape, 0.0321),
-    }  # fmt: skip
+        "unrelated_accuracy": unrelated,
+        "unrelated_effect": unrelated - 0.75,
+        "unrelated_low": unrelated - 0.79,
+        "unrelated_high": unrelated - 0.71,
+        "unrelated_broken": np.full(shape, 0.0125),
+        "unrelated_length": np.full(shape, 6.25),
+        "neutral_kl": np.full(shape, 0.0321),
+    }
     return xr.Dataset(
         {name: (both, values) for name, values in side.items()}
         | {
-            "accuracy": (both, accuracy), "effect": (both, effect), "effect_low": (both, effect - 0.06),
-            "effect_high": (both, effect + 0.06), "p_value": (both, np.where(np.abs(effect) > 0.06, 0.0004, 0.6)),
-            "kind": (both, kind), "dose": (both, dose), "kl_to_base": (both, 0.5 + effect),
-            "kl_to_rl": (both, 0.5 - effect), "length": (both, np.full(shape, 12.5)),
+            "accuracy": (both, accuracy),
+            "effect": (both, effect),
+            "effect_low": (both, effect - 0.06),
+            "effect_high": (both, effect + 0.06),
+            "p_value": (both, np.where(np.abs(effect) > 0.06, 0.0004, 0.6)),
+            "kind": (both, kind),
+            "dose": (both, dose),
+            "kl_to_base": (both, 0.5 + effect),
+            "kl_to_rl": (both, 0.5 - effect),
+            "length": (both, np.full(shape, 12.5)),
             "task_accuracy": ((*both, "task"), accuracy[..., None] + np.zeros(len(tasks))),
-            "task_effect": ((*both, "task"), task_effect), "class_share": ((*both, "class"), shares),
+            "task_effect": ((*both, "task"), task_effect),
+            "class_share": ((*both, "class"), shares),
             "verdict": ("direction", ["CAUSAL_SPECIFIC", "CAUSAL_SPECIFIC"]),
-            "reasons": ("direction", [
-                "v1_effect: -0.350 [-0.41, -0.29], p=0.0004; v3_dose: contrast p=0.001; dose: accuracy 0: 0.41",
-                "v1_effect: +0.210; over_steering: dose 4 has effect +0.09 and 13% broken completions",
-            ]),
-            "rank_p": ("direction", [0.04, 0.04]), "v1": ("direction", [True, True]),
-            "v2": ("direction", [True, True]), "v3": ("direction", [True, True]), "v4": ("direction", [True, True]),
+            "reasons": (
+                "direction",
+                [
+                    "v1_effect: -0.350 [-0.41, -0.29], p=0.0004; v3_dose: contrast p=0.001; dose: accuracy 0: 0.41",
+                    "v1_effect: +0.210; over_steering: dose 4 has effect +0.09 and 13% broken completions",
+                ],
+            ),
+            "rank_p": ("direction", [0.04, 0.04]),
+            "v1": ("direction", [True, True]),
+            "v2": ("direction", [True, True]),
+            "v3": ("direction", [True, True]),
+            "v4": ("direction", [True, True]),
             "v5": ("direction", ["4 of 6 tasks on their own", "5 of 6 tasks on their own"]),
-            "v6": ("direction", [True, True]), "n_prompts": ("direction", [180, 180]),
+            "v6": ("direction", [True, True]),
+            "n_prompts": ("direction", [180, 180]),
         },
-        coords={"direction": list(directions), "condition": [name for name, _, _ in plan], "task": tasks,
-                "class": list(CLASSES)},
+        coords={
+            "direction": list(directions),
+            "condition": [name for name, _, _ in plan],
+            "task": tasks,
+            "class": list(CLASSES),
+        },
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")}
         | {
             "features": list(SELECTED),
             "target_tasks": [task for task, (domain, role) in TASKS.items() if domain == "out" and role != "control"],
             "unrelated_tasks": ["riddle"],
         },
-    )  # fmt: skip
+    )
 
 
 def other_trial() -> xr.Dataset:
@@ -501,9 +591,22 @@ def control_balance() -> xr.Dataset:
 
 BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
     f.__name__: f
-    for f in (behaviour, movement, health, attribution, attribution_contrast, latent_scaling, matching, drift,
-              stabilization, set_stability, selection, intervention, control_balance)
-}  # fmt: skip
+    for f in (
+        behaviour,
+        movement,
+        health,
+        attribution,
+        attribution_contrast,
+        latent_scaling,
+        matching,
+        drift,
+        stabilization,
+        set_stability,
+        selection,
+        intervention,
+        control_balance,
+    )
+}
 
 
 def prompt_table() -> pd.DataFrame:
@@ -556,17 +659,27 @@ def write_stores(folder: StudyFolder) -> None:
             folder.features,
             "features",
             xr.Dataset(
-                {name: (("model", "prompt", "feature"), rng.gamma(1, 0.2, shape).astype("f4")) for name in
-                 ("mean", "firing", "max")}
-                | {"n_tokens": (("model", "prompt"), np.full((1, n), 20)), "fve": ("model", [0.93]),
-                   "decoder_norm": (("view", "feature"), np.ones((3, N_FEATURES)))},
-                coords=one | prompt_coords(prompts) | {"feature": np.arange(N_FEATURES),
-                                                       "view": ["base@0", "sft@150", "rl@80"]},
-                attrs={"readout": "swap", "text_mode": "forced", "crosscoder": "crosscoder-hash-cdef",
-                       "scale": "contribution"},
+                {
+                    name: (("model", "prompt", "feature"), rng.gamma(1, 0.2, shape).astype("f4"))
+                    for name in ("mean", "firing", "max")
+                }
+                | {
+                    "n_tokens": (("model", "prompt"), np.full((1, n), 20)),
+                    "fve": ("model", [0.93]),
+                    "decoder_norm": (("view", "feature"), np.ones((3, N_FEATURES))),
+                },
+                coords=one
+                | prompt_coords(prompts)
+                | {"feature": np.arange(N_FEATURES), "view": ["base@0", "sft@150", "rl@80"]},
+                attrs={
+                    "readout": "swap",
+                    "text_mode": "forced",
+                    "crosscoder": "crosscoder-hash-cdef",
+                    "scale": "contribution",
+                },
             ),
             provenance=PROVENANCE,
-        )  # fmt: skip
+        )
         pd.DataFrame(
             {
                 "prompt": np.repeat(prompts["prompt_id"], 2),

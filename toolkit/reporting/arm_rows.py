@@ -8,30 +8,44 @@ from typing import Final
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.reporting.values import labels_of
+from rlgen_stats.toolkit.reporting.result_lookup import labels_of
 
-_WORDS: Final = {
+_KIND_LABELS: Final = {
     "set": "the set",
-    "dose": "the set, other doses",
-    "random": "matched random set",
     "passthrough": "passthrough (no-op)",
     "fresh": "fresh seeds",
     "unedited": "unedited",
     "steering": "mean-shift steering",
     "random_direction": "random direction",
-    "lift": "lift to RL's level",
+    "lift": "activation patching from RL",
 }
-
+"""Labels of the kinds of arm that occur once; the other kinds are labelled by their condition."""
 
 ARM_ORDER: Final = (
-    *("unedited", "fresh", "passthrough", "set", "dose", "replicate"),
-    *("steering", "random_direction", "lift", "random"),
+    "unedited",
+    "fresh",
+    "passthrough",
+    "set",
+    "dose",
+    "replicate",
+    "steering",
+    "random_direction",
+    "lift",
+    "random",
 )
 """Kinds of arm in reading order."""
 _NUMBERS: Final = (
-    *("dose", "accuracy", "effect", "effect_low", "effect_high"),
-    *("p_value", "kl_to_base", "kl_to_rl", "length"),
+    "dose",
+    "accuracy",
+    "effect",
+    "effect_low",
+    "effect_high",
+    "p_value",
+    "kl_to_base",
+    "kl_to_rl",
+    "length",
 )
+"""Variables of the dataset that an :class:`Arm` holds."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class Arm:
 
     @property
     def has_dose(self) -> bool:
-        """Whether the arm multiplies features at all."""
+        """Whether the arm multiplies activations of features."""
         return self.kind in ("set", "dose", "replicate", "random")
 
     @property
@@ -73,19 +87,14 @@ class Arm:
         """Name for a table or an axis."""
         if self.kind == "replicate":
             return f"set in {self.condition.removeprefix('replicate-')}"
-        return self.condition.replace("_", " ").replace("-", " ")
-
-
-def kind_words(kind: str) -> str:
-    """A kind of arm in words."""
-    return _WORDS.get(kind, kind.replace("_", " "))
+        return _KIND_LABELS.get(self.kind, self.condition.replace("_", " ").replace("-", " "))
 
 
 def arms_of(data: xr.Dataset, direction: str) -> list[Arm]:
     """Arms of a direction that were run, in the dataset's order."""
-    here = data.isel(direction=labels_of(data, "direction").index(direction))
-    values = {name: np.asarray(here[name].values, dtype=float) for name in _NUMBERS}
-    kinds, shares = here["kind"].values, np.asarray(here["class_share"].values, dtype=float)
+    arms = data.isel(direction=labels_of(data, "direction").index(direction))
+    values = {name: np.asarray(arms[name].values, dtype=float) for name in _NUMBERS}
+    kinds, shares = arms["kind"].values, np.asarray(arms["class_share"].values, dtype=float)
     return [
         Arm(
             direction,
@@ -111,4 +120,4 @@ def random_band(arms: list[Arm]) -> dict[float, tuple[float, float, float]]:
     for arm in arms:
         if arm.kind == "random":
             doses.setdefault(arm.dose, []).append(arm.accuracy)
-    return {dose: (min(found), float(np.median(found)), max(found)) for dose, found in doses.items()}
+    return {dose: (min(values), float(np.median(values)), max(values)) for dose, values in doses.items()}

@@ -15,32 +15,22 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order, kind_words
-from rlgen_stats.toolkit.reporting.claims.c1_specificity import assess_claims, estimate_text, interval_text
-from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECKS
+from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order
+from rlgen_stats.toolkit.reporting.claims.assess import assess_claims, estimate_text, interval_text
+from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
+from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, Claim, verdict_label
 from rlgen_stats.toolkit.reporting.claims.scope import replication_text
-from rlgen_stats.toolkit.reporting.claims.verdicts import Claim, Verdict
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables
 from rlgen_stats.toolkit.reporting.examples import Example, pick_examples
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
 from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
-from rlgen_stats.toolkit.reporting.headline import DOMAINS, DomainAccuracy, domain_accuracy, lede
+from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
+from rlgen_stats.toolkit.reporting.headline import DOMAINS, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.result_lookup import labels_of, text, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, side_effect_rows, trial_rows
-from rlgen_stats.toolkit.reporting.values import (
-    compact,
-    fixed,
-    interval,
-    labels_of,
-    nats,
-    p_text,
-    percent,
-    plain,
-    points,
-    text,
-    tidy,
-)
+from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
 
 REPORT_SCHEMA: Final = 1
 """Version of report.json."""
@@ -93,8 +83,8 @@ class Report:
 
 def load_results(folder: StudyFolder) -> dict[str, xr.Dataset]:
     """Every results group of a study in memory, in reading order; empty if there is no results store."""
-    there = result_groups(folder.results)
-    ordered = [*(group for group in GROUPS if group in there), *(group for group in there if group not in GROUPS)]
+    stored = result_groups(folder.results)
+    ordered = [*(group for group in GROUPS if group in stored), *(group for group in stored if group not in GROUPS)]
     return tidy({group: open_results(folder.results, group) for group in ordered})
 
 
@@ -145,7 +135,7 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
     results = load_results(folder)
     data: StudyData = read_study_data(folder, spec)
     claims = assess_claims(results, spec)
-    domains = domain_accuracy(results, spec)
+    domains = domain_accuracies(results, spec)
     facts = collect_facts(data, results, spec, provenance)
     return Report(
         spec=spec,
@@ -165,46 +155,47 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
 # -- pages -------------------------------------------------------------------------------------------------------------
 def environment(*, autoescape: bool = True) -> jinja2.Environment:
     """Templates with the report's number formats as filters; HTML is escaped, missing names are errors."""
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("rlgen_stats.toolkit.reporting", "templates"),
         autoescape=autoescape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "pct": percent,
         "pts": points,
         "num": fixed,
         "p": p_text,
         "compact": compact,
         "nats": nats,
+        "verdict_label": verdict_label,
         "estimate": estimate_text,
         "claim_interval": interval_text,
         "md": _markdown,
         "words": lambda value: str(value).replace("_", " "),
     }
-    made.globals |= {"interval": interval, "kind_words": kind_words}
-    return made
+    templates.globals |= {"interval": interval, "verdict_symbols": VERDICT_SYMBOLS}
+    return templates
 
 
 _MARKUP: Final = frozenset("\\`*_{}[]<>#|")
 
 
 def _markdown(value: object) -> str:
-    """Text that no Markdown or HTML in it can leave."""
+    """Text in which every Markdown and HTML character is escaped."""
     return "".join(f"\\{c}" if c in _MARKUP else c for c in str(value)).replace("\n", " ")
 
 
 def _write_pages(target: Path, report: Report) -> None:
     html, markdown = environment(), environment(autoescape=False)
     view = page_view(report)
-    for name, template, made in (
+    for name, template, templates in (
         ("index.html", "index.html.j2", html),
         ("features.html", "features.html.j2", html),
         ("report.md", "report.md.j2", markdown),
     ):
-        (target / name).write_text(made.get_template(template).render(view), encoding="utf-8")
+        (target / name).write_text(templates.get_template(template).render(view), encoding="utf-8")
 
 
 def page_view(report: Report) -> dict[str, Any]:
@@ -218,7 +209,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "domains": report.domains,
         "domain_names": DOMAINS,
         "claims": report.claims,
-        "verdicts": list(Verdict),
+        "verdict_meanings": VERDICT_MEANINGS,
         "glance": report.glance,
         "facts": report.facts,
         "topics": list(dict.fromkeys(fact.topic for fact in report.facts)),
@@ -289,11 +280,14 @@ def _summary(randoms: list[Arm]) -> dict[str, Any] | None:
     }
 
 
+_CHECK_LABELS: Final = {CHECK_KEYS[check]: label for check, label in CHECKS.items()}
+
+
 def _flat_details(details: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested details as rows of words."""
     rows: list[tuple[str, str]] = []
     for key, value in details.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        name = f"{prefix}{_CHECK_LABELS.get(key, key)}".replace("_", " ")
         if isinstance(value, dict):
             rows += _flat_details(value, f"{name}: ")
         elif isinstance(value, list | tuple):
@@ -321,7 +315,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "details": json.loads(str(report.provenance.attrs()["provenance"])),
         },
         "behaviour": {
-            "domains": [row.as_dict() for row in report.domains],
+            "domains": [asdict(row) for row in report.domains],
             "tasks": _records(report.tables, "behaviour"),
         },
         "claims": [claim.as_dict() for claim in report.claims],
@@ -356,7 +350,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _write_data(target: Path, report: Report) -> None:
-    content = json.dumps(plain(as_json(report)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    content = json.dumps(jsonable(as_json(report)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     (target / "report.json").write_text(content + "\n", encoding="utf-8")
     (target / "figures").mkdir()
     for name, graphic in report.figures.items():

@@ -12,7 +12,8 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting import CLAIM_COLUMNS, Claim, Verdict, assess_claims, claims_table
-from rlgen_stats.toolkit.reporting.values import plain
+from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, verdict_label
+from rlgen_stats.toolkit.reporting.formatting import jsonable
 
 Results = dict[str, xr.Dataset]
 
@@ -46,10 +47,12 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
         ("set_stability", {"C2"}),
         ("selection", {"C3"}),
         ("intervention", {"C4", "C5"}),
-        *((g, set()) for g in ("behaviour", "movement", "health", "attribution", "drift", "stabilization",
-                               "control_balance")),
+        *(
+            (g, set())
+            for g in ("behaviour", "movement", "health", "attribution", "drift", "stabilization", "control_balance")
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_missing_group_costs_only_its_own_claims(
     group: str, affected: set[str], results: Results, spec: StudySpec
 ) -> None:
@@ -60,7 +63,7 @@ def test_a_missing_group_costs_only_its_own_claims(
 
 def test_claims_are_json(results: Results, spec: StudySpec) -> None:
     for mapping in (results, {}):
-        text = json.dumps(plain([c.as_dict() for c in assess_claims(mapping, spec)]), allow_nan=False)
+        text = json.dumps(jsonable([c.as_dict() for c in assess_claims(mapping, spec)]), allow_nan=False)
         assert len(json.loads(text)) == 5
 
 
@@ -86,8 +89,15 @@ def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) ->
 
 def test_c1_counts_only_what_latent_scaling_confirms_where_it_was_done(results: Results, spec: StudySpec) -> None:
     data = results["attribution_contrast"]
-    agreed = {"tail_sft": 0.2, "tail_rl": 0.02, "tail_null": 0.0, "effect": 0.18, "effect_low": 0.1,
-              "effect_high": 0.25, "p_value": 0.001}  # fmt: skip
+    agreed = {
+        "tail_sft": 0.2,
+        "tail_rl": 0.02,
+        "tail_null": 0.0,
+        "effect": 0.18,
+        "effect_low": 0.1,
+        "effect_high": 0.25,
+        "p_value": 0.001,
+    }
     results["attribution_contrast"] = data.assign({f"agreed_{k}": ("tau", [v, v / 2]) for k, v in agreed.items()})
     found = claim(results, spec, "C1")
     assert found.estimate == pytest.approx(18)
@@ -100,8 +110,13 @@ def test_c1_counts_only_what_latent_scaling_confirms_where_it_was_done(results: 
 
 def test_c1_contradicted(results: Results, spec: StudySpec) -> None:
     data = results["attribution_contrast"]
-    swapped = {"tail_sft": data.tail_rl, "tail_rl": data.tail_sft, "effect": -data.effect,
-               "effect_low": -data.effect_high, "effect_high": -data.effect_low}  # fmt: skip
+    swapped = {
+        "tail_sft": data.tail_rl,
+        "tail_rl": data.tail_sft,
+        "effect": -data.effect,
+        "effect_low": -data.effect_high,
+        "effect_high": -data.effect_low,
+    }
     results["attribution_contrast"] = data.assign(swapped)
     assert claim(results, spec, "C1").verdict is Verdict.CONTRADICTED
 
@@ -277,7 +292,7 @@ def causal(results: Results, verdict: str, reasons: str = "") -> None:
     ("verdict", "expected", "words"),
     [
         ("DESTRUCTIVE", Verdict.NOT_SUPPORTED, "breaks the model"),
-        ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "matched random sets do as much"),
+        ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "matched random sets have at least as large an effect"),
         ("NO_EFFECT", Verdict.NOT_SUPPORTED, "equivalent to no effect"),
         ("INCONCLUSIVE", Verdict.UNDETERMINED, "do not allow a verdict"),
     ],
@@ -309,7 +324,7 @@ def test_c5_significant_but_too_close_to_zero_says_so(results: Results, spec: St
     data = results["intervention"]
     close = {"v1": ("direction", [False] * 2), "effect_low": data.effect_low * 0 + 0.014}
     results["intervention"] = data.assign(close)
-    assert "does not clear the 2 points" in claim(results, spec, "C5").answer
+    assert "may be smaller than the 2 points that V1 requires" in claim(results, spec, "C5").answer
 
 
 def test_c4_contradicted_when_disabling_helps(results: Results, spec: StudySpec) -> None:
@@ -372,8 +387,14 @@ def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: S
 def test_claims_table_rows(results: Results, spec: StudySpec) -> None:
     rows = claims_table(assess_claims(results, spec))
     assert {len(row) for row in rows} == {len(CLAIM_COLUMNS)}
-    assert rows[0] == ("C1", "SFT introduces more model-specific features than RL", "SUPPORTED", "+9.7 points",
-                       "[+5.2, +14.1]", "0.002")  # fmt: skip
+    assert rows[0] == (
+        "C1",
+        "SFT introduces more model-specific features than RL",
+        "SUPPORTED",
+        "+9.7 points",
+        "[+5.2, +14.1]",
+        "0.002",
+    )
     assert rows[2][3:] == ("5 features", "at least 5", "0.008")
     assert rows[3][3:] == ("−35.0 points", "[−41.0, −29.0]", "0.0004")
     assert claims_table(assess_claims({}, spec))[0][2:] == ("NOT_ESTIMABLE", "—", "—", "—")
@@ -406,3 +427,9 @@ def test_features_that_explain_little_of_a_model_read_alone_are_a_caveat(
     ]
     results["health"] = results["health"].drop_vars("fve_readout")
     assert not any("Read one model at a time" in c for c in claim(results, spec, name).caveats)
+
+
+def test_every_verdict_has_a_label_a_symbol_and_a_meaning() -> None:
+    assert set(VERDICT_SYMBOLS) == set(VERDICT_MEANINGS) == set(Verdict)
+    assert len(set(VERDICT_SYMBOLS.values())) == len({verdict_label(v) for v in Verdict}) == len(Verdict) == 5
+    assert all(meaning.endswith(".") for meaning in VERDICT_MEANINGS.values())

@@ -1,4 +1,4 @@
-"""One look for all figures: colours, canvas, and SVG that is the same bytes every time.
+"""Style of all figures: colours, canvas, and SVG that is the same bytes every time.
 
 Text stays text (searchable, read aloud, in the page's font); coordinates are computed with the font matplotlib
 ships, so a file does not depend on the fonts of the machine that made it.
@@ -116,12 +116,6 @@ class Graphic:
             svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: var({variable}, {colour})", svg)
         return svg.strip()
 
-    @property
-    def width(self) -> int:
-        """Natural width in CSS pixels."""
-        found = re.search(r'viewBox="0 0 ([\d.]+)', self.svg)
-        return round(float(found[1]) * 4 / 3) if found else 720
-
 
 @dataclass(frozen=True)
 class Missing:
@@ -133,7 +127,7 @@ class Missing:
 
 
 def _prefixed(ids: str, name: str) -> str:
-    return " ".join(f"svg-{name}-{one}" for one in ids.split())
+    return " ".join(f"svg-{name}-{element}" for element in ids.split())
 
 
 @contextmanager
