@@ -148,10 +148,10 @@ def test_side_effects_and_other_trials_are_told(page: Page, data: dict[str, Any]
     assert re.search(r"24 random sets median and range 7\d\.\d% −2\.\d \[−3\.3, −1\.0\]", text), "range over sets"
     (trial,) = data["trials"]
     assert (trial["name"], trial["direction"], trial["verdict"]) == ("features-3-9", "disable", "CAUSAL_NONSPECIFIC")
-    assert trial["reason"] == "matched random sets do as much"
+    assert trial["reason"] == "matched random sets have at least as large an effect"
     assert trial["effect"] == pytest.approx(-0.35)
     assert "features-3-9 disable 2 0" in text
-    assert "not corrected for their number" in text
+    assert "not corrected for the number of trials" in text
     strongest = text.index("9 −30.0 [−34.0, −26.0]")
     assert strongest < text.index("3 −5.0 [−9.0, −1.0]"), "in the order of the search"
     assert "1 of 2 features; on prompts that did not choose them: the smaller set −31.0" in text

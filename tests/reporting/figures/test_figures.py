@@ -84,7 +84,7 @@ def test_the_same_results_give_the_same_bytes(
         ("set-stability", "sft: excess turnover 21.0% at 20%, 3.0% at 40%"),
         ("intersection", "5 in all 4 tasks"),
         ("dose-response", "disable: 41% at dose 0, 60% at dose 0.5, 76% at dose 1, 77% at dose 1.5"),
-        ("failure-classes", "disable, set: right 41%, wrong 18%, no answer 32%"),
+        ("failure-classes", "disable, the set: right 41%, wrong 18%, no answer 32%"),
     ],
 )
 def test_alt_text_has_the_planted_numbers(name: str, said: str, drawn: dict[str, Graphic | Missing]) -> None:
@@ -152,4 +152,4 @@ def test_the_dose_axis_says_what_is_added(results: Results, spec: StudySpec) -> 
     results["intervention"].attrs["level"] = "rl"
     svg = dose_response(results, spec).svg
     assert svg.count("dose: multiplier of the set's activation") == 1, "disabling multiplies"
-    assert svg.count("dose: 1 + RL's mean levels added") == 1
+    assert svg.count("dose: 1 + RL's mean activations added") == 1
