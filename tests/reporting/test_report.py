@@ -154,7 +154,7 @@ def test_side_effects_and_other_trials_are_told(page: Page, data: dict[str, Any]
     assert "not corrected for the number of trials" in text
     strongest = text.index("9 −30.0 [−34.0, −26.0]")
     assert strongest < text.index("3 −5.0 [−9.0, −1.0]"), "in the order of the search"
-    assert "1 of 2 features; on prompts that did not choose them: the smaller set −31.0" in text
+    assert "1 of 2 features; on prompts not used to choose them: the smaller set −31.0" in text
 
 
 def test_json_is_strict_and_names_what_is_there(data: dict[str, Any], report: Path) -> None:
