@@ -84,8 +84,8 @@ def behaviour(*, pooled: bool = True) -> xr.Dataset:
         return data
     parts = [data]
     for name, (domain, role) in POOLED.items():
-        mine = data.isel(task=np.flatnonzero((data.domain == domain) & (data.role != "control")))
-        total = mine[["n_prompts", "gained", "forgotten", "kept_right", "kept_wrong"]].sum("task")
+        pooled_tasks = data.isel(task=np.flatnonzero((data.domain == domain) & (data.role != "control")))
+        total = pooled_tasks[["n_prompts", "gained", "forgotten", "kept_right", "kept_wrong"]].sum("task")
         accuracy = (total.gained + total.kept_right) / total.n_prompts
         half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / total.n_prompts)
         total = total.assign(
@@ -542,17 +542,17 @@ def intervention() -> xr.Dataset:
 
 def other_trial() -> xr.Dataset:
     """Two features disabled only."""
-    found = intervention().assign_attrs(features=[3, 9], level="own")
-    found["reasons"] = (
+    trial = intervention().assign_attrs(features=[3, 9], level="own")
+    trial["reasons"] = (
         "direction",
         ["v2_failed: matched random sets have at least as large an effect; v1_effect: -0.35", "not_asked: not run"],
     )
-    found["verdict"] = ("direction", ["CAUSAL_NONSPECIFIC", "INCONCLUSIVE"])
-    return found
+    trial["verdict"] = ("direction", ["CAUSAL_NONSPECIFIC", "INCONCLUSIVE"])
+    return trial
 
 
 def other_parts() -> xr.Dataset:
-    """Effects of those two, in the order in which they were not found."""
+    """Effects of the two features of :func:`other_trial` alone and left out; the search tried feature 9 first."""
     per_feature = {"alone": [-0.05, -0.3], "left_out": [-0.02, -0.27]}
     values: dict[str, Any] = {}
     for name, column in per_feature.items():
@@ -562,9 +562,9 @@ def other_parts() -> xr.Dataset:
     values |= {"order": np.array([[2, 1]]), "in_subset": np.array([[False, True]])}
     whole = {"subset_effect": -0.31, "set_effect": -0.35, "set_minus_subset": -0.04}
     single = {
-        f"{name}{end}": [at + off]
-        for name, at in whole.items()
-        for end, off in (("", 0), ("_low", -0.06), ("_high", 0.06))
+        f"{name}{end}": [estimate + offset]
+        for name, estimate in whole.items()
+        for end, offset in (("", 0), ("_low", -0.06), ("_high", 0.06))
     }
     return xr.Dataset(
         {name: (("direction", "feature"), array) for name, array in values.items()}

@@ -14,7 +14,7 @@ from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models
 
 PER_KIND: Final = 3
-"""Examples of each kind, from different tasks."""
+"""Examples of each kind (gained, forgotten), from different tasks."""
 MAX_CHARACTERS: Final = 600
 """Longest piece of text shown."""
 GREEDY: Final = -1

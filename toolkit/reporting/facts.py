@@ -37,9 +37,9 @@ class StudyData:
     """Labels and settings read from the stores around the results; None where a store is missing."""
 
     prompts: pd.DataFrame | None
-    """One row a prompt: prompt, task, domain, split, cluster."""
+    """One row per prompt: prompt, task, domain, split, cluster."""
     features: xr.Dataset | None
-    """features.zarr, lazy."""
+    """features.zarr, not loaded."""
     prompts_hash: str
     """SHA-256 of the prompt table."""
 

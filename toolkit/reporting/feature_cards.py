@@ -29,7 +29,7 @@ MAX_CONTEXTS: Final = 5
 """Contexts shown per feature and model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """One place where a feature fires."""
 
@@ -44,7 +44,7 @@ class Context:
     """Activation at the same token, by model, where known."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureCard:
     """Everything shown about one feature."""
 
@@ -102,14 +102,14 @@ def feature_cards(
         scores = selection["score"].reindex(feature=chosen).transpose("task", "feature").values
     return [
         FeatureCard(
-            feature,
-            {str(key): value for key, value in row.items()},
-            {model: float(values[i]) for model, values in means.items()},
-            {task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
-            _in_order(contexts.get((feature, "top"), {}), list(means)),
-            _in_order(contexts.get((feature, "quantile"), {}), list(means)),
-            _in_order(tokens.get(feature, {}), list(means)),
-            _origin(results, spec.primary_crosscoder.name, feature),
+            feature=feature,
+            row={str(key): value for key, value in row.items()},
+            means={model: float(values[i]) for model, values in means.items()},
+            scores={task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
+            contexts=_in_order(contexts.get((feature, "top"), {}), list(means)),
+            samples=_in_order(contexts.get((feature, "quantile"), {}), list(means)),
+            tokens=_in_order(tokens.get(feature, {}), list(means)),
+            origin=_origin(results, spec.primary_crosscoder.name, feature),
         )
         for i, (feature, row) in enumerate(zip(chosen, rows.to_dict("records"), strict=True))
     ]
@@ -167,8 +167,16 @@ def _context(row: dict[str, Any]) -> Context:
     other_models = {
         key.removeprefix(_OTHER_MODEL): float(value) for key, value in row.items() if key.startswith(_OTHER_MODEL)
     }
-    place = (str(row["prompt"]), str(row["source"]), int(row["position"]))
-    return Context(before, peak, after, float(row["activation"]), *place, other_models)
+    return Context(
+        before=before,
+        peak=peak,
+        after=after,
+        activation=float(row["activation"]),
+        prompt=str(row["prompt"]),
+        source=str(row["source"]),
+        position=int(row["position"]),
+        other_models=other_models,
+    )
 
 
 def _tokens(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[str]]]:

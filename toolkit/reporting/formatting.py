@@ -19,7 +19,7 @@ _NO_DIVERGENCE: Final = 1e-6
 
 
 def hundred(value: float) -> float:
-    """A fraction in percent, without the last bits that 100 x leaves."""
+    """A fraction in percent, without the rounding error of the multiplication."""
     return round(100 * float(value), 10)
 
 
@@ -51,7 +51,7 @@ def interval(low: float, high: float, digits: int = 1, *, scale: float = 1.0, si
 
 
 def p_text(p: float) -> str:
-    """A p-value with as many digits as it deserves."""
+    """A p-value with three or four decimals, or as a power of ten below 0.0001."""
     if p is None or not math.isfinite(p):
         return DASH
     if p < 1e-4:
@@ -61,7 +61,7 @@ def p_text(p: float) -> str:
 
 
 def compact(value: float) -> str:
-    """A number of unknown size: integers whole, others with three significant digits."""
+    """A number of unknown size: integers in full, others with three significant digits."""
     if value is None or not math.isfinite(value):
         return DASH
     whole = float(value).is_integer() and abs(value) < _WHOLE
@@ -72,7 +72,7 @@ def compact(value: float) -> str:
 
 
 def nats(value: float) -> str:
-    """A divergence: what rounding leaves of an exact zero, of either sign, is not a number to read."""
+    """A divergence; one that is only the rounding error of an exact zero is shown as below 10⁻⁶."""
     return f"<10{_superscript(-6)}" if 0 < abs(value) < _NO_DIVERGENCE else compact(value)
 
 

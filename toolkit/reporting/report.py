@@ -1,4 +1,4 @@
-"""Write the report: one page that answers the five claims, and the same numbers for machines."""
+"""Write the report: one page that answers the five claims, and the same numbers as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import jinja2
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order
+from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks
 from rlgen_stats.toolkit.reporting.claims.assess import assess_claims, estimate_text, interval_text
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
 from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, Claim, verdict_label
@@ -28,8 +27,8 @@ from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import DOMAINS, domain_accuracies, lede
-from rlgen_stats.toolkit.reporting.result_lookup import labels_of, text, tidy
-from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, side_effect_rows, trial_rows
+from rlgen_stats.toolkit.reporting.result_lookup import labels_of, tidy
+from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
 from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
 
 REPORT_SCHEMA: Final = 1
@@ -48,7 +47,7 @@ GROUPS: Final = (
     "intervention",
     "control_balance",
 )
-"""Analyses a whole study has, in reading order."""
+"""Analyses of a complete study, in reading order."""
 CLAIM_FIGURES: Final = {
     "C1": ("specificity", "matched-drift"),
     "C2": ("set-stability", "stabilization"),
@@ -131,7 +130,7 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
 
 
 def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Report:
-    """Read a study folder and compute everything the report shows."""
+    """Read a study folder and put together everything the report shows."""
     results = load_results(folder)
     data: StudyData = read_study_data(folder, spec)
     claims = assess_claims(results, spec)
@@ -226,7 +225,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "drift_summary": _records(report.tables, "drift_summary"),
         "movement": _records(report.tables, "movement"),
         "balance": _records(report.tables, "control_balance"),
-        "arms": _arm_rows(results.get("intervention")),
+        "arms": direction_blocks(results.get("intervention")),
         "classes": labels_of(results.get("intervention"), "class"),
         "trials": trial_rows(results),
         "parts": part_blocks(results),
@@ -242,49 +241,11 @@ def _records(tables: dict[str, pd.DataFrame], name: str) -> list[dict[str, Any]]
     return [{str(k): v for k, v in row.items()} for row in tables[name].to_dict("records")] if name in tables else []
 
 
-def _arm_rows(data: xr.Dataset | None) -> list[dict[str, Any]]:
-    """Per direction: verdict, checks, reasons, arms in order and the random sets summarised in one row."""
-    if data is None:
-        return []
-    rows = []
-    for direction in labels_of(data, "direction"):
-        arms = arms_of(data, direction)
-        single = [arm for arm in in_order(arms) if arm.kind != "random"]
-        rows.append(
-            {
-                "direction": direction,
-                "verdict": text(data, "verdict", direction=direction),
-                "checks": {label: text(data, check, direction=direction) for check, label in CHECKS.items()},
-                "arms": single,
-                "random": _summary([arm for arm in arms if arm.kind == "random"]),
-                "side_effects": side_effect_rows(data, direction),
-            }
-        )
-    return rows
-
-
-def _summary(randoms: list[Arm]) -> dict[str, Any] | None:
-    if not randoms:
-        return None
-    accuracy, effect = (np.array([getattr(arm, name) for arm in randoms]) for name in ("accuracy", "effect"))
-    return {
-        "n": len(randoms),
-        "accuracy": float(np.median(accuracy)),
-        "low": float(effect.min()),
-        "high": float(effect.max()),
-        "effect": float(np.median(effect)),
-        "kl_to_base": float(np.nanmean([arm.kl_to_base for arm in randoms])),
-        "kl_to_rl": float(np.nanmean([arm.kl_to_rl for arm in randoms])),
-        "length": float(np.nanmean([arm.length for arm in randoms])),
-        "shares": np.nanmean([arm.shares for arm in randoms], axis=0),
-    }
-
-
 _CHECK_LABELS: Final = {CHECK_KEYS[check]: label for check, label in CHECKS.items()}
 
 
 def _flat_details(details: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested details as rows of words."""
+    """Nested details as rows of name and value, both as text."""
     rows: list[tuple[str, str]] = []
     for key, value in details.items():
         name = f"{prefix}{_CHECK_LABELS.get(key, key)}".replace("_", " ")

@@ -18,7 +18,8 @@ from rlgen_stats.schemas.study import StudySpec
 Results = Mapping[str, xr.Dataset]
 """Results groups by name; a missing analysis is a missing key."""
 
-_OK_FLAGS: Final = frozenset({"", "ok", "tested", "none"})
+_TESTED_FLAGS: Final = frozenset({"", "ok", "tested", "none"})
+"""Flags of features that were tested without remark."""
 
 
 def tidy(results: Results) -> dict[str, xr.Dataset]:
@@ -137,6 +138,6 @@ def per_run(dataset: xr.Dataset | None, name: str, run: str) -> Any:
 
 
 def flag_counts(flags: xr.DataArray) -> dict[str, int]:
-    """How often each flag other than "nothing to say" occurs, most frequent first."""
+    """How often each flag occurs that marks a feature as not tested, most frequent first."""
     counts = Counter(str(value) for value in np.ravel(flags.values))
-    return {flag: n for flag, n in counts.most_common() if flag not in _OK_FLAGS}
+    return {flag: n for flag, n in counts.most_common() if flag not in _TESTED_FLAGS}

@@ -1,14 +1,12 @@
-"""Trials of other sets, effects of single features, and side effects of every arm, as plain rows."""
+"""Trials of other sets than the study's, and effects of single features, as plain rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import main_condition
 from rlgen_stats.toolkit.reporting.result_lookup import attr_list, labels_of, number, text
 
@@ -26,40 +24,6 @@ _FEATURE_COLUMNS: Final = (
     "left_out_q_value",
     "in_subset",
 )
-_SIDE_EFFECTS: Final = (
-    "unrelated_accuracy",
-    "unrelated_effect",
-    "unrelated_low",
-    "unrelated_high",
-    "unrelated_broken",
-    "unrelated_length",
-    "neutral_kl",
-)
-
-
-def side_effect_rows(data: xr.Dataset, direction: str) -> list[dict[str, Any]]:
-    """One row per arm, random sets together in one; empty where no task is unrelated."""
-    if any(name not in data for name in _SIDE_EFFECTS):
-        return []
-    arms = in_order(arms_of(data, direction))
-    rows = [_side_effects(data, [arm]) | {"label": arm.label, "kind": arm.kind} for arm in arms if arm.kind != "random"]
-    random = [arm for arm in arms if arm.kind == "random"]
-    if random:
-        rows.append(_side_effects(data, random) | {"label": f"{len(random)} random sets", "kind": "random"})
-    return rows if any(np.isfinite(row["unrelated_accuracy"]) for row in rows) else []
-
-
-def _side_effects(data: xr.Dataset, arms: list[Arm]) -> dict[str, Any]:
-    """Values of one arm; of several arms their medians, with the range of effects in place of an interval."""
-    values = {
-        name: np.array([number(data, name, direction=arm.direction, condition=arm.condition) for arm in arms])
-        for name in _SIDE_EFFECTS
-    }
-    row = {name: float(np.median(column)) for name, column in values.items()}
-    if len(arms) > 1:
-        effects = values["unrelated_effect"]
-        row |= {"unrelated_low": float(effects.min()), "unrelated_high": float(effects.max())}
-    return row
 
 
 def trial_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:

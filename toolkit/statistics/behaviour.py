@@ -42,7 +42,7 @@ POOLED: Final = {"all:in": "in", "all:out": "out"}
 COUNTS: Final = ("n_prompts", "n_clusters", "kept_right", "forgotten", "gained", "kept_wrong")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DomainAccuracy:
     """Greedy accuracy of one model on all tasks of one domain but the negative controls; fractions."""
 
@@ -349,16 +349,22 @@ def domain_accuracy(behaviour: xr.Dataset, model: str, domain: str) -> DomainAcc
 
     p_value = float(columns["p_value"][0]) if len(tasks) == 1 else float("nan")
     gained, forgotten = (int(columns[name].sum()) for name in ("gained", "forgotten"))
+    accuracy, low, high = pooled("accuracy")
+    difference, difference_low, difference_high = pooled("difference")
     return DomainAccuracy(
-        split_model_id(model)[0],
-        model,
-        domain,
-        *pooled("accuracy"),
-        int(n_prompts.sum()),
-        *pooled("difference"),
-        p_value,
-        gained,
-        forgotten,
+        run=split_model_id(model)[0],
+        model=model,
+        domain=domain,
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        n_prompts=int(n_prompts.sum()),
+        difference=difference,
+        difference_low=difference_low,
+        difference_high=difference_high,
+        p_value=p_value,
+        gained=gained,
+        forgotten=forgotten,
     )
 
 

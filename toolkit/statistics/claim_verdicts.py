@@ -140,7 +140,7 @@ def timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float) -> Ve
 
     SUPPORTED needs SFT early and stable, RL evolving or stable only late, and a difference in excess turnover (RL
     minus SFT, at half of training) above zero; CONTRADICTED the mirror image; NOT_SUPPORTED any other determined
-    pair; UNDETERMINED if either run is, or if the pattern is there and the difference is not.
+    pair; UNDETERMINED if either run is, or if the statuses are as described and the interval includes zero.
     """
     if SetStatus.UNDETERMINED in (sft, rl):
         return Verdict.UNDETERMINED

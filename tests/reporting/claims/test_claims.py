@@ -69,18 +69,18 @@ def test_claims_are_json(results: Results, spec: StudySpec) -> None:
 
 # -- C1 ------------------------------------------------------------------------------------------------------------
 def test_c1_one_run_per_arm_speaks_of_two_models(results: Results, spec: StudySpec) -> None:
-    found = claim(results, spec, "C1")
-    assert "these two models" in found.answer.lower()
-    assert any("One run per arm" in caveat for caveat in found.caveats)
+    assessed = claim(results, spec, "C1")
+    assert "these two models" in assessed.answer.lower()
+    assert any("One run per arm" in caveat for caveat in assessed.caveats)
 
 
 def test_c1_three_runs_per_arm_speak_of_runs(results: Results, spec_with: Callable[..., StudySpec]) -> None:
     runs = [
         {"name": f"{arm}{i or ''}", "arm": arm, "checkpoints": {10: "x"}} for arm in ("sft", "rl") for i in range(3)
     ]
-    found = claim(results, spec_with(runs=runs), "C1")
-    assert "two runs compared" in found.answer
-    assert "p = 0.1 at best" in found.caveats[0]
+    assessed = claim(results, spec_with(runs=runs), "C1")
+    assert "two runs compared" in assessed.answer
+    assert "p = 0.1 at best" in assessed.caveats[0]
 
 
 def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) -> None:
@@ -99,13 +99,13 @@ def test_c1_counts_only_what_latent_scaling_confirms_where_it_was_done(results: 
         "p_value": 0.001,
     }
     results["attribution_contrast"] = data.assign({f"agreed_{k}": ("tau", [v, v / 2]) for k, v in agreed.items()})
-    found = claim(results, spec, "C1")
-    assert found.estimate == pytest.approx(18)
-    assert found.details["tails_percent_norms_alone"]["sft"] == pytest.approx(13.1)
-    assert "20.0% of sft's and 2.0% of rl's alive features have NRN > 0.7 and are specific by latent" in found.answer
-    assert "by norms alone 13.1% and 3.4%" in found.answer
-    assert not any("Latent scaling" in caveat for caveat in found.caveats)
-    assert found.details["other_tau"]["0.9"]["estimate"] == pytest.approx(9)
+    assessed = claim(results, spec, "C1")
+    assert assessed.estimate == pytest.approx(18)
+    assert assessed.details["tails_percent_norms_alone"]["sft"] == pytest.approx(13.1)
+    assert "20.0% of sft's and 2.0% of rl's alive features have NRN > 0.7 and are specific by latent" in assessed.answer
+    assert "by norms alone 13.1% and 3.4%" in assessed.answer
+    assert not any("Latent scaling" in caveat for caveat in assessed.caveats)
+    assert assessed.details["other_tau"]["0.9"]["estimate"] == pytest.approx(9)
 
 
 def test_c1_contradicted(results: Results, spec: StudySpec) -> None:
@@ -124,22 +124,22 @@ def test_c1_contradicted(results: Results, spec: StudySpec) -> None:
 def test_c1_not_comparable_is_undetermined_and_says_why(results: Results, spec: StudySpec) -> None:
     data = results["attribution_contrast"]
     results["attribution_contrast"] = data.assign(comparable=("tau", ["NOT_COMPARABLE: L0 differs"] * 2))
-    found = claim(results, spec, "C1")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert "L0 differs" in found.answer
+    assessed = claim(results, spec, "C1")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "L0 differs" in assessed.answer
 
 
 def test_c1_below_the_floor_is_undetermined(results: Results, spec: StudySpec) -> None:
     results["attribution_contrast"] = results["attribution_contrast"].assign(tail_null=("tau", [0.2, 0.2]))
-    found = claim(results, spec, "C1")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert "null crosscoder" in found.answer
+    assessed = claim(results, spec, "C1")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "null crosscoder" in assessed.answer
 
 
 def test_c1_uses_the_tau_of_the_study(results: Results, spec_with: Callable[..., StudySpec]) -> None:
-    found = claim(results, spec_with(statistics={"tau": 0.9}), "C1")
-    assert found.estimate == pytest.approx(4.1)
-    assert found.details["other_tau"]["0.7"]["estimate"] == pytest.approx(9.7)
+    assessed = claim(results, spec_with(statistics={"tau": 0.9}), "C1")
+    assert assessed.estimate == pytest.approx(4.1)
+    assert assessed.details["other_tau"]["0.7"]["estimate"] == pytest.approx(9.7)
 
 
 def test_c1_empty_contrast_is_not_estimable(results: Results, spec: StudySpec) -> None:
@@ -149,11 +149,11 @@ def test_c1_empty_contrast_is_not_estimable(results: Results, spec: StudySpec) -
 
 
 def test_c1_sick_crosscoders_are_caveats(results: Results, spec: StudySpec) -> None:
-    said = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
-    assert said == ["Crosscoder null failed its health check: explained variance of base.repeat@0 below 0.9."]
+    caveats = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
+    assert caveats == ["Crosscoder null failed its health check: explained variance of base.repeat@0 below 0.9."]
     results["health"] = results["health"].assign(healthy=("crosscoder", [False, False, True, True]))
-    said = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
-    assert [c.split()[1] for c in said] == ["pair-sft"], "the primary crosscoder is not what C1 rests on"
+    caveats = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
+    assert [c.split()[1] for c in caveats] == ["pair-sft"], "the primary crosscoder is not what C1 rests on"
 
 
 def test_c1_unmatched_movement_is_a_caveat_and_matched_is_not(results: Results, spec: StudySpec) -> None:
@@ -188,9 +188,9 @@ def test_c2_overlap_gap_without_excess_turnover_is_not_supported(results: Result
 def test_c2_low_noise_ceiling_is_undetermined_and_says_so(results: Results, spec: StudySpec) -> None:
     data = results["set_stability"]
     results["set_stability"] = data.assign(final_ceiling=xr.where(data.run == "rl", 0.41, data.final_ceiling))
-    found = claim(results, spec, "C2")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert any("agree on only 41%" in caveat for caveat in found.caveats)
+    assessed = claim(results, spec, "C2")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert any("agree on only 41%" in caveat for caveat in assessed.caveats)
 
 
 def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec) -> None:
@@ -199,9 +199,9 @@ def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec
     mirrored = {k: ("model", data[k].values[order]) for k in ("delta", "delta_low", "delta_high")}
     results["set_stability"] = data.assign(mirrored)
     sets(results, verdict=["EVOLVING", "SET_STABLE"], stable_from=[np.nan, 32.0])
-    found = claim(results, spec, "C2")
-    assert found.verdict is Verdict.CONTRADICTED
-    assert found.estimate == pytest.approx(-28)
+    assessed = claim(results, spec, "C2")
+    assert assessed.verdict is Verdict.CONTRADICTED
+    assert assessed.estimate == pytest.approx(-28)
 
 
 def test_c2_runs_are_found_by_name_not_by_position(results: Results, spec: StudySpec) -> None:
@@ -212,9 +212,9 @@ def test_c2_runs_are_found_by_name_not_by_position(results: Results, spec: Study
 
 def test_c2_without_a_checkpoint_in_the_second_half(results: Results, spec: StudySpec) -> None:
     results["set_stability"] = results["set_stability"].isel(model=[0, 4, 5, 9])
-    found = claim(results, spec, "C2")
-    assert found.verdict is Verdict.NOT_ESTIMABLE
-    assert "second half" in found.answer
+    assessed = claim(results, spec, "C2")
+    assert assessed.verdict is Verdict.NOT_ESTIMABLE
+    assert "second half" in assessed.answer
 
 
 def test_c2_nan_turnover_is_not_estimable(results: Results, spec: StudySpec) -> None:
@@ -225,8 +225,8 @@ def test_c2_nan_turnover_is_not_estimable(results: Results, spec: StudySpec) -> 
 
 # -- C3 ------------------------------------------------------------------------------------------------------------
 def tiers(results: Results, confirmed: int) -> None:
-    found = np.where(np.arange(240) < confirmed, "CONFIRMED", "REJECTED")
-    results["selection"] = results["selection"].assign(tier=("feature", found))
+    tier = np.where(np.arange(240) < confirmed, "CONFIRMED", "REJECTED")
+    results["selection"] = results["selection"].assign(tier=("feature", tier))
 
 
 @pytest.mark.parametrize(
@@ -234,17 +234,17 @@ def tiers(results: Results, confirmed: int) -> None:
 )
 def test_c3_counts_confirmed_features(confirmed: int, expected: Verdict, results: Results, spec: StudySpec) -> None:
     tiers(results, confirmed)
-    found = claim(results, spec, "C3")
-    assert found.verdict is expected
-    assert found.estimate == confirmed
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is expected
+    assert assessed.estimate == confirmed
 
 
 def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
     why = ["no: 0 base-wrong/target-right prompts"] * 3 + ["score only: 4 units"] + ["no: not selected on"] * 3
     results["selection"] = results["selection"].assign(estimable=("task", why))
-    found = claim(results, spec, "C3")
-    assert found.verdict is Verdict.NOT_ESTIMABLE
-    assert found.answer == (
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is Verdict.NOT_ESTIMABLE
+    assert assessed.answer == (
         "Not estimable: 0 base-wrong/target-right prompts in addition, parity and maximum; "
         "score only: 4 units in counting."
     )
@@ -260,25 +260,25 @@ def test_c3_without_any_guard_is_undetermined(results: Results, spec: StudySpec)
     data = results["selection"]
     nothing = xr.full_like(data.contrast_p, np.nan)
     results["selection"] = data.assign(contrast_p=nothing, p_guard=nothing)
-    found = claim(results, spec, "C3")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert "selecting prompts by outcome" in found.answer
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "selecting prompts by outcome" in assessed.answer
 
 
 def test_c3_another_guard_is_a_caveat(results: Results, spec: StudySpec) -> None:
     data = results["selection"]
     results["selection"] = data.assign(contrast_p=xr.full_like(data.contrast_p, np.nan))
-    found = claim(results, spec, "C3")
-    assert found.verdict is Verdict.SUPPORTED
-    assert any("the guard is a test on all prompts instead" in caveat for caveat in found.caveats)
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is Verdict.SUPPORTED
+    assert any("the guard is a test on all prompts instead" in caveat for caveat in assessed.caveats)
 
 
 def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
     assert not any("one mechanism" in c for c in claim(results, spec, "C3").caveats)
     results["selection"] = results["selection"].assign_attrs(score_correlation=0.97, shift_rank=1.1)
-    said = " ".join(claim(results, spec, "C3").caveats)
-    assert "correlate 0.97 across tasks" in said
-    assert "effective rank of 1.1" in said
+    caveats = " ".join(claim(results, spec, "C3").caveats)
+    assert "correlate 0.97 across tasks" in caveats
+    assert "effective rank of 1.1" in caveats
 
 
 # -- C4, C5 --------------------------------------------------------------------------------------------------------
@@ -302,9 +302,9 @@ def test_c4_c5_follow_the_causal_verdict(
 ) -> None:
     causal(results, verdict)
     for name in ("C4", "C5"):
-        found = claim(results, spec, name)
-        assert found.verdict is expected
-        assert words in found.answer
+        assessed = claim(results, spec, name)
+        assert assessed.verdict is expected
+        assert words in assessed.answer
 
 
 @pytest.mark.parametrize(
@@ -340,19 +340,22 @@ def test_c4_without_features_says_so(results: Results, spec: StudySpec) -> None:
     absent = xr.full_like(data.kind, "absent")
     results["intervention"] = data.assign(kind=absent)
     causal(results, "INCONCLUSIVE", "no_features: no feature selected")
-    found = claim(results, spec, "C4")
-    assert found.verdict is Verdict.NOT_ESTIMABLE
-    assert found.answer == "Not estimable: no feature selected."
+    assessed = claim(results, spec, "C4")
+    assert assessed.verdict is Verdict.NOT_ESTIMABLE
+    assert assessed.answer == "Not estimable: no feature selected."
 
 
 def test_c4_limiting_reasons_become_caveats_and_semicolons_survive(results: Results, spec: StudySpec) -> None:
     causal(results, "CAUSAL_SPECIFIC", "v3_dose: p=0.01; dose: accuracy 0: 0.4; does_not_beat_steering: +0.01, p=0.7")
-    found = claim(results, spec, "C4")
-    assert found.details["reasons"] == [
+    assessed = claim(results, spec, "C4")
+    assert assessed.details["reasons"] == [
         "v3_dose: p=0.01; dose: accuracy 0: 0.4",
         "does_not_beat_steering: +0.01, p=0.7",
     ]
-    assert any(c.startswith("The set of features does not beat one mean-shift vector: +0.01") for c in found.caveats)
+    assert any(
+        c.startswith("The set of features has no larger effect than one mean-shift vector: +0.01")
+        for c in assessed.caveats
+    )
 
 
 def test_c4_in_domain_targets_are_a_caveat(results: Results, spec: StudySpec) -> None:
@@ -369,9 +372,9 @@ def test_c4_unconfirmed_features_are_a_caveat(results: Results, spec: StudySpec)
 def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> None:
     keep = [i for i, c in enumerate(results["intervention"].condition.values) if c < "random-010" or c > "random-9"]
     results["intervention"] = results["intervention"].isel(condition=keep)
-    found = claim(results, spec, "C4")
-    assert found.details["n_controls"] == 10
-    assert any("cannot fall below 0.0909" in c for c in found.caveats)
+    assessed = claim(results, spec, "C4")
+    assert assessed.details["n_controls"] == 10
+    assert any("cannot fall below 0.0909" in c for c in assessed.caveats)
 
 
 def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: StudySpec) -> None:
@@ -420,8 +423,8 @@ def test_features_that_explain_little_of_a_model_read_alone_are_a_caveat(
     assert not any("Read one model at a time" in c for c in claim(results, spec, name).caveats)
     alone = results["health"]["fve_readout"]
     alone.loc[{"crosscoder": "main", "view": "sft@150"}] = 0.24
-    said = [c for c in claim(results, spec, name).caveats if "Read one model at a time" in c]
-    assert said == [
+    caveats = [c for c in claim(results, spec, name).caveats if "Read one model at a time" in c]
+    assert caveats == [
         "Read one model at a time (swap), the features explain 88% of base@0, 24% of sft@150 and 88% of rl@80; "
         "together they explain 93% or more. They describe each model only in part."
     ]

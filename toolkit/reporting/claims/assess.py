@@ -65,7 +65,7 @@ def interval_text(claim: Claim) -> str:
 
 
 def claims_table(claims: tuple[Claim, ...]) -> list[tuple[str, ...]]:
-    """One row of text a claim, with the columns of ``CLAIM_COLUMNS``.
+    """One row of text per claim, with the columns of ``CLAIM_COLUMNS``.
 
     Examples
     --------

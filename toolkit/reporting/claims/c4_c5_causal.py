@@ -1,4 +1,4 @@
-"""C4 and C5: whether editing the set in a live model changes its accuracy, and only as the claim says."""
+"""C4 and C5: whether editing the set during generation changes accuracy in the claimed direction, and specifically."""
 
 from __future__ import annotations
 
@@ -138,15 +138,15 @@ def _balance_caveat(balance: xr.Dataset | None) -> list[str]:
     return [f"The random sets do not fully match the set in {listed(unbalanced)}."] if unbalanced else []
 
 
-_CODES: Final = {
-    "does_not_beat_steering": "The set of features does not beat one mean-shift vector",
-    "does_not_beat_random_direction": "The set of features does not beat a random direction of equal norm",
+_LIMITING_REASONS: Final = {
+    "does_not_beat_steering": "The set of features has no larger effect than one mean-shift vector",
+    "does_not_beat_random_direction": "The set of features has no larger effect than a random direction of equal norm",
     "fresh_differs": "Sampling with other seeds alone changes accuracy",
     "over_steering": "Stronger doses break the model",
     "v2_controls": "The random sets are not well matched",
     "passthrough_not_noop": "Hooks that edit nothing change completions",
 }
-"""Reasons of the causal verdict that limit it, in words."""
+"""Codes of the causal verdict's reasons that limit it -> start of the caveat."""
 
 
 def _coded(reason: str) -> tuple[str, str]:
@@ -189,8 +189,8 @@ def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction:
 def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], direction: str) -> tuple[str, ...]:
     data, selection = results["intervention"], results.get("selection")
     caveats = [
-        "The paper's figure is on prompts chosen by their outcome, where mere resampling moves base from 0 to 36% and "
-        "RL from 100 to 65%; ours is on verification prompts not chosen by outcome, so the two are not on one scale."
+        "The paper's figure is on prompts chosen by their outcome, where resampling alone moves base from 0 to 36% and "
+        "RL from 100 to 65%; ours is on verification prompts not chosen by outcome, so their sizes cannot be compared."
     ]
     in_domain = _in_domain(results) & set(details["measured_on"])
     if direction == "disable" and in_domain:
@@ -208,9 +208,9 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
             f"With {count(details['n_controls'], 'random set')} the rank p-value cannot fall below {floor:.3g}."
         )
     caveats += [
-        f"{_CODES[code]}: {explanation}."
+        f"{_LIMITING_REASONS[code]}: {explanation}."
         for code, explanation in map(_coded, details["reasons"])
-        if code in _CODES and not explanation.startswith("unbalanced")  # the balance caveat already says so
+        if code in _LIMITING_REASONS and not explanation.startswith("unbalanced")  # the balance caveat already says so
     ]
     health = results.get("health")
     name = spec.primary_crosscoder.name

@@ -15,7 +15,7 @@ VERDICT_SYMBOLS: Final = {
     Verdict.UNDETERMINED: "?",
     Verdict.NOT_ESTIMABLE: "○",
 }
-"""Sign beside the colour of a badge, so that the badge does not rely on colour."""
+"""Sign on a badge, so that the badge does not rely on colour."""
 VERDICT_MEANINGS: Final = {
     Verdict.SUPPORTED: (
         "The effect has the claimed direction at level alpha, and every guard named in the claim's rule held."
@@ -32,7 +32,7 @@ VERDICT_MEANINGS: Final = {
         "The number that would answer the claim could not be computed in this study; the reason is given."
     ),
 }
-"""One sentence a verdict for the glossary."""
+"""One sentence per verdict for the glossary."""
 
 
 def verdict_label(verdict: Verdict) -> str:
@@ -40,7 +40,7 @@ def verdict_label(verdict: Verdict) -> str:
     return verdict.value.replace("_", " ").lower()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """One claim of the paper and this study's answer; numbers are in ``unit``, NaN where not estimable."""
 
@@ -67,7 +67,7 @@ class Claim:
     paper_figure: str
     """What the paper reports for this claim (METHOD.md section 1)."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Everything the verdict was made from, JSON-able."""
+    """Everything the verdict rests on, in types that JSON knows."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -98,17 +98,20 @@ class PaperClaim:
         details: dict[str, Any],
     ) -> Claim:
         """The claim with this study's answer; ``interval`` is estimate, low and high in ``unit``."""
+        estimate, low, high = interval
         return Claim(
-            self.id,
-            self.statement,
-            *interval,
-            p_value,
-            self.unit,
-            verdict,
-            answer,
-            caveats,
-            self.paper_figure,
-            details,
+            id=self.id,
+            statement=self.statement,
+            estimate=estimate,
+            low=low,
+            high=high,
+            p_value=p_value,
+            unit=self.unit,
+            verdict=verdict,
+            answer=answer,
+            caveats=caveats,
+            paper_figure=self.paper_figure,
+            details=details,
         )
 
     def not_estimable(

@@ -64,7 +64,7 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
             fontsize=8.5,
             color=MUTED,
         )
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of training", ylabel="testable features that have settled")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of training", ylabel="testable features that are stable")
         percent_axis(axes.xaxis)
         percent_axis(axes.yaxis)
         quiet(axes, grid="y")

@@ -44,12 +44,12 @@ _CLASSES: Final = {
 BAND_WIDTH: Final = 0.18
 """Half-width, in doses, of the band of random sets that were run at one dose only."""
 MAX_ARMS: Final = 12
-"""Arms of one direction in the figure of classes; random sets are averaged into one."""
+"""Most arms of one direction in the figure of format classes; random sets are averaged into one."""
 
 
 _MULTIPLIED: Final = "dose: multiplier of the set's activation"
 _ADDED: Final = "dose: 1 + RL's mean activations added"
-"""Label of the dose axis, for the two ways to amplify."""
+"""Labels of the dose axis: the set's activations are multiplied, or RL's mean activations are added."""
 
 
 def _directions(data: xr.Dataset) -> list[str]:

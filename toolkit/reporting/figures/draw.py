@@ -1,4 +1,4 @@
-"""All figures of the report, drawn or explained."""
+"""All figures of the report; one that cannot be drawn is replaced by the reason."""
 
 from __future__ import annotations
 

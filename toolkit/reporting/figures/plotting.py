@@ -47,9 +47,9 @@ THEMED: Final = {
     VIOLET: "--fig-violet",
     GOLD: "--fig-gold",
 }
-"""Colour -> CSS variable that replaces it where a figure stands inside the page, so that it follows light and dark.
+"""Colour -> CSS variable that replaces it in figures inside the page, so that they follow its light or dark theme.
 
-Orange and blue keep their distance for every common colour vision deficiency, and models also differ by marker.
+Orange and blue are distinguishable under every common colour vision deficiency; models also differ by marker.
 """
 
 MARKERS: Final = {"base": "o", "sft": "s", "rl": "D"}
@@ -147,7 +147,7 @@ def to_svg(figure: Figure, *, title: str, alt: str) -> str:
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA, transparent=True)
     svg = buffer.getvalue()
     svg = svg.replace("font-family: 'DejaVu Sans'", f"font-family: {_FONTS}")
-    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>\s*", "", svg)  # a style here would reach the whole page
+    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>\s*", "", svg)  # inlined, it would style the whole page
     svg = re.sub(r"<!DOCTYPE[^>]*>\s*", "", svg)
     start = svg.index("<svg")
     head_end = svg.index(">", start)
