@@ -373,4 +373,6 @@ def _domain_rows(behaviour: xr.Dataset, domain: str) -> list[str]:
     tasks = [str(task) for task in behaviour[TASK].values]
     pooled = [name for name, pooled_domain in POOLED.items() if pooled_domain == domain and name in tasks]
     labels = zip(tasks, behaviour[DOMAIN].values, behaviour["role"].values, strict=True)
-    return pooled or [task for task, where, role in labels if str(where) == domain and str(role) != "control"]
+    return pooled or [
+        task for task, where, role in labels if str(where) == domain and str(role) not in ("control", "pooled")
+    ]
