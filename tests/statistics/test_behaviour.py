@@ -11,6 +11,7 @@ from statsmodels.stats.proportion import proportion_confint
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import behaviour
+from rlgen_stats.toolkit.statistics.behaviour import domain_accuracy
 
 MODELS = ["base@0", "sft@10", "rl@10"]
 TASKS = ["math", "quiz", "facts", "noise"]
@@ -146,3 +147,29 @@ def test_errors(world):
         run(world(), roles={"maths": "control"})
     with pytest.raises(InputError, match="role of task 'math' must be one of"):
         run(world(), roles={"math": "pooled"})
+
+
+@pytest.mark.parametrize(("model", "domain"), list(product(MODELS, ["in", "out"])))
+def test_domain_accuracy_is_the_pooled_row_or_pools_the_tasks(world, model, domain):
+    out = run(world())
+    row = out.sel(model=model, task=f"all:{domain}")
+    given = domain_accuracy(out, model, domain)
+    pooled = domain_accuracy(out.isel(task=slice(4)), model, domain)
+    assert given.run == model.split("@")[0]
+    assert (given.accuracy, given.low, given.high) == (row.accuracy, row.accuracy_low, row.accuracy_high)
+    for one in (given, pooled):
+        assert (one.n_prompts, one.gained, one.forgotten) == (row.n_prompts, row.gained, row.forgotten)
+        assert one.accuracy == pytest.approx(float(row.accuracy))
+    if model != "base@0":
+        assert given.p_value == row.p_value
+        assert pooled.difference == pytest.approx(float(row.difference))
+        assert np.isnan(pooled.p_value) == (domain == "out"), "one task keeps its p-value, pooled tasks have none"
+    # Wald-like: the half-widths of the tasks add in quadrature, weighted by prompts.
+    tasks = {"in": ["math"], "out": ["quiz", "facts"]}[domain]
+    halves = [float(out.accuracy_high.sel(model=model, task=t) - out.accuracy.sel(model=model, task=t)) for t in tasks]
+    assert pooled.high - pooled.accuracy == pytest.approx(np.linalg.norm(halves) / len(tasks))
+
+
+def test_domain_without_tasks_has_no_accuracy(world):
+    out = run(world())
+    assert domain_accuracy(out.sel(task=["math", "noise"]), "rl@10", "out") is None

@@ -1,40 +1,66 @@
-"""The arms of the causal verification as plain rows."""
+"""The arms of the causal verification, what they change and their side effects, as plain rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.reporting.values import labels_of
+from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECKS
+from rlgen_stats.toolkit.reporting.result_lookup import labels_of, number, text
 
-_WORDS: Final = {
+_KIND_LABELS: Final = {
     "set": "the set",
-    "dose": "the set, other doses",
-    "random": "matched random set",
-    "passthrough": "passthrough (no-op)",
+    "passthrough": "passthrough",
     "fresh": "fresh seeds",
     "unedited": "unedited",
     "steering": "mean-shift steering",
     "random_direction": "random direction",
-    "lift": "lift to RL's level",
+    "lift": "activation patching",
 }
-
+"""Labels of the kinds of arm that occur once; the other kinds are labelled by their condition."""
 
 ARM_ORDER: Final = (
-    *("unedited", "fresh", "passthrough", "set", "dose", "replicate"),
-    *("steering", "random_direction", "lift", "random"),
+    "unedited",
+    "fresh",
+    "passthrough",
+    "set",
+    "dose",
+    "replicate",
+    "steering",
+    "random_direction",
+    "lift",
+    "random",
 )
 """Kinds of arm in reading order."""
 _NUMBERS: Final = (
-    *("dose", "accuracy", "effect", "effect_low", "effect_high"),
-    *("p_value", "kl_to_base", "kl_to_rl", "length"),
+    "dose",
+    "accuracy",
+    "effect",
+    "effect_low",
+    "effect_high",
+    "p_value",
+    "kl_to_base",
+    "kl_to_rl",
+    "length",
 )
+"""Variables of the dataset that an :class:`Arm` holds."""
+
+_SIDE_EFFECTS: Final = (
+    "unrelated_accuracy",
+    "unrelated_effect",
+    "unrelated_low",
+    "unrelated_high",
+    "unrelated_broken",
+    "unrelated_length",
+    "neutral_kl",
+)
+"""Variables of an arm's side effects."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One condition of one direction."""
 
@@ -55,17 +81,17 @@ class Arm:
 
     @property
     def accuracy_low(self) -> float:
-        """Lower end of the effect's interval, on top of the unedited model's accuracy."""
+        """Lower end of the effect's interval, added to the unedited model's accuracy."""
         return self.accuracy - self.effect + self.effect_low
 
     @property
     def accuracy_high(self) -> float:
-        """Upper end of the effect's interval, on top of the unedited model's accuracy."""
+        """Upper end of the effect's interval, added to the unedited model's accuracy."""
         return self.accuracy - self.effect + self.effect_high
 
     @property
     def has_dose(self) -> bool:
-        """Whether the arm multiplies features at all."""
+        """Whether the arm multiplies activations of features."""
         return self.kind in ("set", "dose", "replicate", "random")
 
     @property
@@ -73,24 +99,19 @@ class Arm:
         """Name for a table or an axis."""
         if self.kind == "replicate":
             return f"set in {self.condition.removeprefix('replicate-')}"
-        return self.condition.replace("_", " ").replace("-", " ")
-
-
-def kind_words(kind: str) -> str:
-    """A kind of arm in words."""
-    return _WORDS.get(kind, kind.replace("_", " "))
+        return _KIND_LABELS.get(self.kind, self.condition.replace("_", " ").replace("-", " "))
 
 
 def arms_of(data: xr.Dataset, direction: str) -> list[Arm]:
     """Arms of a direction that were run, in the dataset's order."""
-    here = data.isel(direction=labels_of(data, "direction").index(direction))
-    values = {name: np.asarray(here[name].values, dtype=float) for name in _NUMBERS}
-    kinds, shares = here["kind"].values, np.asarray(here["class_share"].values, dtype=float)
+    arms = data.isel(direction=labels_of(data, "direction").index(direction))
+    values = {name: np.asarray(arms[name].values, dtype=float) for name in _NUMBERS}
+    kinds, shares = arms["kind"].values, np.asarray(arms["class_share"].values, dtype=float)
     return [
         Arm(
-            direction,
-            condition,
-            str(kinds[i]),
+            direction=direction,
+            condition=condition,
+            kind=str(kinds[i]),
             **{name: float(column[i]) for name, column in values.items()},
             shares=shares[i],
         )
@@ -111,4 +132,67 @@ def random_band(arms: list[Arm]) -> dict[float, tuple[float, float, float]]:
     for arm in arms:
         if arm.kind == "random":
             doses.setdefault(arm.dose, []).append(arm.accuracy)
-    return {dose: (min(found), float(np.median(found)), max(found)) for dose, found in doses.items()}
+    return {dose: (min(values), float(np.median(values)), max(values)) for dose, values in doses.items()}
+
+
+def direction_blocks(data: xr.Dataset | None) -> list[dict[str, Any]]:
+    """Per direction: verdict, checks, arms in reading order with the random sets summarised, side effects."""
+    if data is None:
+        return []
+    blocks = []
+    for direction in labels_of(data, "direction"):
+        arms = arms_of(data, direction)
+        blocks.append(
+            {
+                "direction": direction,
+                "verdict": text(data, "verdict", direction=direction),
+                "checks": {label: text(data, check, direction=direction) for check, label in CHECKS.items()},
+                "arms": [arm for arm in in_order(arms) if arm.kind != "random"],
+                "random": _random_summary([arm for arm in arms if arm.kind == "random"]),
+                "side_effects": side_effect_rows(data, direction),
+            }
+        )
+    return blocks
+
+
+def _random_summary(arms: list[Arm]) -> dict[str, Any] | None:
+    """Median and range of the random sets; means where only a rough size matters."""
+    if not arms:
+        return None
+    accuracy, effect = (np.array([getattr(arm, name) for arm in arms]) for name in ("accuracy", "effect"))
+    return {
+        "n": len(arms),
+        "accuracy": float(np.median(accuracy)),
+        "low": float(effect.min()),
+        "high": float(effect.max()),
+        "effect": float(np.median(effect)),
+        "kl_to_base": float(np.nanmean([arm.kl_to_base for arm in arms])),
+        "kl_to_rl": float(np.nanmean([arm.kl_to_rl for arm in arms])),
+        "length": float(np.nanmean([arm.length for arm in arms])),
+        "shares": np.nanmean([arm.shares for arm in arms], axis=0),
+    }
+
+
+def side_effect_rows(data: xr.Dataset, direction: str) -> list[dict[str, Any]]:
+    """One row per arm, random sets together in one; empty where no task is unrelated."""
+    if any(name not in data for name in _SIDE_EFFECTS):
+        return []
+    arms = in_order(arms_of(data, direction))
+    rows = [_side_effects(data, [arm]) | {"label": arm.label, "kind": arm.kind} for arm in arms if arm.kind != "random"]
+    random = [arm for arm in arms if arm.kind == "random"]
+    if random:
+        rows.append(_side_effects(data, random) | {"label": f"{len(random)} random sets", "kind": "random"})
+    return rows if any(np.isfinite(row["unrelated_accuracy"]) for row in rows) else []
+
+
+def _side_effects(data: xr.Dataset, arms: list[Arm]) -> dict[str, Any]:
+    """Values of one arm; of several arms their medians, with the range of effects in place of an interval."""
+    values = {
+        name: np.array([number(data, name, direction=arm.direction, condition=arm.condition) for arm in arms])
+        for name in _SIDE_EFFECTS
+    }
+    row = {name: float(np.median(column)) for name, column in values.items()}
+    if len(arms) > 1:
+        effects = values["unrelated_effect"]
+        row |= {"unrelated_low": float(effects.min()), "unrelated_high": float(effects.max())}
+    return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import Final
 
 import numpy as np
@@ -12,13 +13,22 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.arm_rows import arms_of
-from rlgen_stats.toolkit.reporting.claims.verdicts import Claim
+from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.facts import Fact, families
-from rlgen_stats.toolkit.reporting.headline import DomainAccuracy
-from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of
+from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
+from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
 
 TOP_DRIFT: Final = 200
 """Features per model in drift.csv, smallest p first; all of them are in results.zarr/drift."""
+_SIMPLE: Final = {
+    "behaviour": ("model", "task"),
+    "movement": ("model",),
+    "attribution_contrast": ("tau",),
+    "control_balance": ("covariate",),
+    "set_stability": ("model",),
+    "stabilization": ("model",),
+}
+"""Groups written as one table over these dimensions."""
 
 
 def build_tables(
@@ -32,17 +42,13 @@ def build_tables(
     """Every table by file name without suffix; analyses that are missing have none."""
     tables = {
         "claims": claims_frame(claims),
-        "domains": pd.DataFrame([row.as_dict() for row in domains]),
+        "domains": pd.DataFrame([asdict(row) for row in domains]),
         "facts": pd.DataFrame([vars(fact) for fact in facts]),
         "families": pd.DataFrame(families(results)),
     }
-    simple = {"behaviour": ("model", "task"), "movement": ("model",), "attribution_contrast": ("tau",),
-              "control_balance": ("covariate",), "set_stability": ("model",)}  # fmt: skip
-    for name, dims in simple.items():
+    for name, dims in _SIMPLE.items():
         if name in results:
             tables[name] = flat(results[name], dims)
-    if "stabilization" in results:
-        tables["stabilization"] = flat(results["stabilization"], ("model",))
     if "health" in results:
         tables["health"] = flat(results["health"], ("crosscoder",))
         views = flat(results["health"], ("crosscoder", "view")).dropna(subset=["fve"])
@@ -79,24 +85,24 @@ def claims_frame(claims: tuple[Claim, ...]) -> pd.DataFrame:
 
 
 def flat(data: xr.Dataset, dims: tuple[str, ...]) -> pd.DataFrame:
-    """Variables with exactly these dimensions and their labels, one row a combination."""
+    """Variables with exactly these dimensions, and their labels; one row per combination."""
     names = [str(name) for name, variable in data.data_vars.items() if set(variable.dims) == set(dims)]
     labels = [
         str(name)
         for name, coord in data.coords.items()
         if name not in dims and coord.ndim == 1 and coord.dims[0] in dims and name not in data.dims
     ]
-    own = data[names].reset_coords(labels) if labels else data[names]
-    return own.to_dataframe(dim_order=list(dims)).reset_index()[[*dims, *labels, *names]]
+    chosen = data[names].reset_coords(labels) if labels else data[names]
+    return chosen.to_dataframe(dim_order=list(dims)).reset_index()[[*dims, *labels, *names]]
 
 
 def class_counts(scaling: xr.Dataset) -> pd.DataFrame:
-    """Features of every crosscoder by class and owner."""
+    """Features of every crosscoder by class and by the view they are specific to."""
     rows = []
     for i, crosscoder in enumerate(labels_of(scaling, "crosscoder")):
-        kinds = zip(scaling["feature_class"].values[i], scaling["specific_to"].values[i], strict=True)
-        for (kind, owner), n in sorted(Counter((str(k), str(o)) for k, o in kinds if k).items()):
-            rows.append({"crosscoder": crosscoder, "class": kind, "view": owner, "n_features": n})
+        classes = zip(scaling["feature_class"].values[i], scaling["specific_to"].values[i], strict=True)
+        for (name, view), n in sorted(Counter((str(c), str(v)) for c, v in classes if c).items()):
+            rows.append({"crosscoder": crosscoder, "class": name, "view": view, "n_features": n})
     return pd.DataFrame(rows)
 
 
@@ -137,7 +143,7 @@ def drift_summary(drift: xr.Dataset) -> pd.DataFrame:
 
 
 def top_drift(drift: xr.Dataset, spec: StudySpec) -> pd.DataFrame:
-    """The most surely drifted features of every final model."""
+    """The features of every final model with the smallest p-values."""
     names = ("effect", "effect_low", "effect_high", "d_z", "firing_change", "p_value", "q_value", "p_max_t", "call")
     parts = []
     for model in final_models(spec, drift).values():
@@ -155,12 +161,12 @@ def top_drift(drift: xr.Dataset, spec: StudySpec) -> pd.DataFrame:
 def selection_frame(selection: xr.Dataset) -> pd.DataFrame:
     """Features that are selected, confirmed, candidates or kept by the paper's rule, by rank."""
     table = flat(selection, ("feature",))
-    wanted = table["selected"] | table["paper_selected"] | table["tier"].isin(["CONFIRMED", "CANDIDATE"])
-    return table[wanted.to_numpy(bool)].sort_values(["rank", "feature"], ignore_index=True)
+    kept = table["selected"] | table["paper_selected"] | table["tier"].isin(["CONFIRMED", "CANDIDATE"])
+    return table[kept.to_numpy(bool)].sort_values(["rank", "feature"], ignore_index=True)
 
 
 def intervention_frame(data: xr.Dataset) -> pd.DataFrame:
-    """One row an arm, with the share of completions in every class."""
+    """One row per arm, with the share of completions in every class."""
     classes, rows = labels_of(data, "class"), []
     for direction in labels_of(data, "direction"):
         for arm in arms_of(data, direction):

@@ -1,9 +1,9 @@
-"""A few prompts and what every model answered, so that the numbers can be pictured."""
+"""A few prompts with every model's completion, as illustrations of the numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import pandas as pd
 
@@ -11,10 +11,10 @@ from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.reporting.facts import StudyData
-from rlgen_stats.toolkit.reporting.values import Results, final_models
+from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models
 
 PER_KIND: Final = 3
-"""Examples of each kind, from different tasks."""
+"""Examples of each kind (gained, forgotten), from different tasks."""
 MAX_CHARACTERS: Final = 600
 """Longest piece of text shown."""
 GREEDY: Final = -1
@@ -54,17 +54,17 @@ def pick_examples(folder: StudyFolder, spec: StudySpec, results: Results, data: 
     if set(tables) != {BASE_RUN, sft, rl}:
         return []
     right = pd.DataFrame({run: table["correct"].astype(bool) for run, table in tables.items()}).dropna()
-    wanted = {
+    changed = {
         f"Gained by {rl}": ~right[BASE_RUN].astype(bool) & right[rl].astype(bool),
         f"Forgotten by {sft}": right[BASE_RUN].astype(bool) & ~right[sft].astype(bool),
     }
     texts = _texts(folder, spec)
     prompts = data.prompts.set_index("prompt")
-    found = []
-    for kind, chosen in wanted.items():
-        here = prompts[prompts.index.isin(chosen.index[chosen])]
-        here = here.sort_values("domain", ascending=False, kind="stable").groupby("task", sort=False).head(1)
-        for prompt, task in here["task"].head(PER_KIND).items():
+    examples = []
+    for kind, chosen in changed.items():
+        firsts = prompts[prompts.index.isin(chosen.index[chosen])]
+        firsts = firsts.sort_values("domain", ascending=False, kind="stable").groupby("task", sort=False).head(1)
+        for prompt, task in firsts["task"].head(PER_KIND).items():
             answers = tuple(
                 Answer(
                     run,
@@ -75,12 +75,8 @@ def pick_examples(folder: StudyFolder, spec: StudySpec, results: Results, data: 
                 for run, table in tables.items()
             )
             text, answer = texts.get(str(prompt), ("", ""))
-            found.append(Example(kind, str(prompt), str(task), _short(text), answer, answers))
-    return found
-
-
-def _answer(run: str, row: pd.Series[Any]) -> Answer:
-    return Answer(run, _short(row["text"]), bool(row["correct"]), str(row["format_class"]))
+            examples.append(Example(kind, str(prompt), str(task), _short(text), answer, answers))
+    return examples
 
 
 def _greedy(folder: StudyFolder, model: str) -> pd.DataFrame | None:
@@ -108,5 +104,5 @@ def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
 
 
 def _short(text: object) -> str:
-    whole = str(text)
-    return whole if len(whole) <= MAX_CHARACTERS else whole[:MAX_CHARACTERS].rstrip() + " …"
+    text = str(text)
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rstrip() + " …"

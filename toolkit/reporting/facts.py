@@ -1,4 +1,4 @@
-"""The facts a sceptic asks for before reading any claim."""
+"""Facts on sample, measurement, exclusions and origin, shown before any claim."""
 
 from __future__ import annotations
 
@@ -16,17 +16,9 @@ from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
 from rlgen_stats.toolkit.reporting.claims.c3_selection import unusable_tasks
-from rlgen_stats.toolkit.reporting.values import (
-    DASH,
-    Results,
-    count,
-    final_models,
-    flag_counts,
-    labels_of,
-    listed,
-    per_run,
-    runs_per_arm,
-)
+from rlgen_stats.toolkit.reporting.claims.scope import runs_per_arm
+from rlgen_stats.toolkit.reporting.formatting import DASH, count, listed
+from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, flag_counts, labels_of, per_run
 
 NOT_RECORDED: Final = "not recorded"
 
@@ -45,17 +37,19 @@ class StudyData:
     """Labels and settings read from the stores around the results; None where a store is missing."""
 
     prompts: pd.DataFrame | None
-    """One row a prompt: prompt, task, domain, split, cluster."""
+    """One row per prompt: prompt, task, domain, split, cluster."""
     features: xr.Dataset | None
-    """features.zarr, lazy."""
+    """features.zarr, not loaded."""
     prompts_hash: str
     """SHA-256 of the prompt table."""
 
 
 def read_study_data(folder: StudyFolder, spec: StudySpec) -> StudyData:
-    """Look at a study folder's stores; what is not there is None."""
-    features = open_features(folder.features) if _there(folder.features) else None
-    source = features if features is not None else open_outcomes(folder.outcomes) if _there(folder.outcomes) else None
+    """Labels and settings of a study folder's stores; a missing store gives None."""
+    features = open_features(folder.features) if _has_models(folder.features) else None
+    source = features
+    if source is None and _has_models(folder.outcomes):
+        source = open_outcomes(folder.outcomes)
     prompts = None
     if source is not None:
         names = ("prompt", "task", "domain", "split", "cluster")
@@ -65,7 +59,7 @@ def read_study_data(folder: StudyFolder, spec: StudySpec) -> StudyData:
     return StudyData(prompts, features, digest)
 
 
-def _there(path: Any) -> bool:
+def _has_models(path: Any) -> bool:
     try:
         return bool(committed_models(path))
     except StoreError:
@@ -73,7 +67,7 @@ def _there(path: Any) -> bool:
 
 
 def glance(data: StudyData, results: Results, spec: StudySpec) -> list[tuple[str, str]]:
-    """The few facts that stand in the header."""
+    """The few facts shown in the header."""
     attrs = data.features.attrs if data.features is not None else {}
     prompts = data.prompts
     return [
@@ -125,7 +119,7 @@ def _sample_facts(data: StudyData, results: Results, spec: StudySpec) -> list[Fa
         split = ", ".join(f"{n:,} {name}" for name, n in splits.items()) + "."
     sft, rl = spec.contrasted
     runs = listed(f"{n} {arm}" for arm, n in runs_per_arm(spec).items())
-    held, control = spec.selection.held_out_tasks, spec.selection.control_tasks
+    held_out, control = spec.selection.held_out_tasks, spec.selection.control_tasks
     return _facts(
         "Sample",
         {
@@ -137,7 +131,7 @@ def _sample_facts(data: StudyData, results: Results, spec: StudySpec) -> list[Fa
             else NOT_RECORDED,
             "How many runs per arm?": f"{runs}; compared are {sft.name} and {rl.name}.",
             "Which tasks were kept out of selection?": (
-                f"Held out: {listed(held) or 'none'}; negative controls: {listed(control) or 'none'}."
+                f"Held out: {listed(held_out) or 'none'}; negative controls: {listed(control) or 'none'}."
             ),
         },
     )
@@ -148,8 +142,8 @@ _TEXT_MODES: Final = {
     "onpolicy": "On-policy: each model reads its own completions.",
 }
 _READOUTS: Final = {
-    "swap": "Swap: a model's activation stands in every view's slot.",
-    "own": "Own: a model's activation stands in its own slot only, the others at their mean.",
+    "swap": "Swap: a model's activation is the input of every view.",
+    "own": "Own: a model's activation is the input of its own view, the other views are at their mean.",
 }
 
 
@@ -161,13 +155,13 @@ def _measurement_facts(data: StudyData, spec: StudySpec) -> list[Fact]:
     return _facts(
         "Measurement",
         {
-            "Whose text do models read?": _TEXT_MODES.get(mode, mode),
-            "How is one model's feature read from the shared code?": _READOUTS.get(readout, readout),
+            "Which text do the models read?": _TEXT_MODES.get(mode, mode),
+            "How is one model's activation of a feature computed?": _READOUTS.get(readout, readout),
             "Where in the model?": (
                 f"Residual stream after decoder block {spec.extraction.layer}; a prompt's summary averages over its "
                 f"{tokens} tokens."
             ),
-            "In which scale are features compared?": scale,
+            "On which scale are features compared?": scale,
             "Which dictionary?": (
                 f"{crosscoder.name}: {crosscoder.n_features:,} features, {crosscoder.sparsity}, views "
                 f"{listed(crosscoder.views)}."
@@ -182,20 +176,20 @@ def _measurement_facts(data: StudyData, spec: StudySpec) -> list[Fact]:
 
 def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:
     answers: dict[str, str] = {}
-    drift, curve, selection = (results.get(name) for name in ("drift", "stabilization", "selection"))
+    drift, stabilization, selection = (results.get(name) for name in ("drift", "stabilization", "selection"))
     for run, model in final_models(spec, drift).items():
         if drift is not None:
-            one = drift.sel(model=model)
-            p = one["p_value"].values
-            flags = ", ".join(f"{flag.replace('_', ' ')} {n:,}" for flag, n in flag_counts(one["flag"]).items())
-            answers[f"Drift of {run}"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features" + f" ({flags})." * bool(
-                flags
-            )
-    for run in [one.name for one in spec.runs]:
-        row = per_run(curve, "flag", run)
+            final = drift.sel(model=model)
+            p = final["p_value"].values
+            flags = ", ".join(f"{flag.replace('_', ' ')} {n:,}" for flag, n in flag_counts(final["flag"]).items())
+            untestable = f"{int(np.isnan(p).sum()):,} of {p.size:,} features"
+            answers[f"Drift of {run}"] = f"{untestable} ({flags})." if flags else untestable
+    for run in (trained.name for trained in spec.runs):
+        row = per_run(stabilization, "flag", run)
         if row is not None:
             counts = Counter(str(flag).lower().replace("_", " ") for flag in row)
-            answers[f"Stabilisation of {run}"] = ", ".join(f"{flag} {n:,}" for flag, n in counts.most_common()) + "."
+            flags = ", ".join(f"{flag} {n:,}" for flag, n in counts.most_common())
+            answers[f"Stabilisation of {run}"] = f"{flags}."
     if selection is not None:
         p = selection["p_value"].values
         answers["Selection"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features."
@@ -207,7 +201,7 @@ def _origin_facts(data: StudyData, results: Results, spec: StudySpec, provenance
     recorded = json.loads(str(provenance.attrs()["provenance"]))
     versions = ", ".join(f"{name} {version}" for name, version in sorted(recorded.get("packages", {}).items()))
     crosscoder = data.features.attrs.get("crosscoder", NOT_RECORDED) if data.features is not None else NOT_RECORDED
-    seeds = [f"{group} {found.attrs['seed']}" for group, found in results.items() if "seed" in found.attrs]
+    seeds = [f"{group} {result.attrs['seed']}" for group, result in results.items() if "seed" in result.attrs]
     return _facts(
         "Origin",
         {
@@ -223,7 +217,7 @@ def _origin_facts(data: StudyData, results: Results, spec: StudySpec, provenance
 
 
 def families(results: Results) -> list[dict[str, str]]:
-    """One row an analysis: test, null, unit, family and its size, level, seed, hash of what it was computed from."""
+    """One row per analysis: test, null, unit, family and its size, level, seed, hash of what it was computed from."""
     names = ("test", "null", "unit", "family", "family_size", "alpha", "seed", "spec_hash")
     return [
         {"analysis": group} | {name: str(data.attrs.get(name, DASH)) for name in names}

@@ -1,4 +1,4 @@
-"""The selected features: their numbers, and the text on which each model fires most."""
+"""The selected features: their numbers, and the texts on which they fire most in each model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from rlgen_stats.stores import StudyFolder, read_contexts, read_logits
 from rlgen_stats.stores.dashboards import PEAK
 from rlgen_stats.toolkit.reporting.csv_tables import flat
 from rlgen_stats.toolkit.reporting.facts import StudyData
-from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of, number, text
+from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, number, text
 
 _T = TypeVar("_T")
 
-_ELSEWHERE: Final = "activation:"
+_OTHER_MODEL: Final = "activation:"
 """Prefix of the columns with other models' activation at the same token."""
 MAX_TOKENS: Final = 8
-"""Raised tokens shown per feature and model."""
+"""Promoted tokens shown per feature and model."""
 MAX_CONTEXTS: Final = 5
 """Contexts shown per feature and model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Context:
     """One place where a feature fires."""
 
@@ -40,11 +40,11 @@ class Context:
     prompt: str
     source: str
     position: int
-    elsewhere: dict[str, float]
+    other_models: dict[str, float]
     """Activation at the same token, by model, where known."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureCard:
     """Everything shown about one feature."""
 
@@ -60,9 +60,9 @@ class FeatureCard:
     samples: dict[str, list[Context]]
     """Quantiles of a random sample of the tokens on which it fires, by model, strongest first."""
     tokens: dict[str, list[str]]
-    """Tokens its direction raises most, by model."""
+    """Promoted tokens (largest logits of its decoder direction through the unembedding), by model."""
     origin: tuple[str, ...] = ()
-    """Whose it is by latent scaling and whether other seeds bring it back, in sentences; empty if not computed."""
+    """Its model specificity and whether it reappears with other seeds, in sentences; empty if not computed."""
 
     @property
     def anchor(self) -> str:
@@ -102,36 +102,38 @@ def feature_cards(
         scores = selection["score"].reindex(feature=chosen).transpose("task", "feature").values
     return [
         FeatureCard(
-            feature,
-            {str(key): value for key, value in row.items()},
-            {model: float(values[i]) for model, values in means.items()},
-            {task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
-            _in_order(contexts.get((feature, "top"), {}), list(means)),
-            _in_order(contexts.get((feature, "quantile"), {}), list(means)),
-            _in_order(tokens.get(feature, {}), list(means)),
-            _origin(results, spec.primary_crosscoder.name, feature),
+            feature=feature,
+            row={str(key): value for key, value in row.items()},
+            means={model: float(values[i]) for model, values in means.items()},
+            scores={task: float(scores[t, i]) for t, task in enumerate(tasks) if np.isfinite(scores[t, i])},
+            contexts=_in_order(contexts.get((feature, "top"), {}), list(means)),
+            samples=_in_order(contexts.get((feature, "quantile"), {}), list(means)),
+            tokens=_in_order(tokens.get(feature, {}), list(means)),
+            origin=_origin(results, spec.primary_crosscoder.name, feature),
         )
         for i, (feature, row) in enumerate(zip(chosen, rows.to_dict("records"), strict=True))
     ]
 
 
 def _origin(results: Results, crosscoder: str, feature: int) -> tuple[str, ...]:
-    said = []
+    sentences = []
     scaling, matching = results.get("latent_scaling"), results.get("matching")
     if crosscoder in labels_of(scaling, "crosscoder"):
-        kind = text(scaling, "feature_class", crosscoder=crosscoder, feature=feature)
-        owner = text(scaling, "specific_to", crosscoder=crosscoder, feature=feature)
-        said.append(f"By decoder norms and latent scaling it is {kind}{f' ({owner})' if owner else ''}.")
+        feature_class = text(scaling, "feature_class", crosscoder=crosscoder, feature=feature)
+        view = text(scaling, "specific_to", crosscoder=crosscoder, feature=feature)
+        sentences.append(f"By decoder norms and latent scaling it is {feature_class}{f' ({view})' if view else ''}.")
     if crosscoder in labels_of(matching, "crosscoder"):
         share = number(matching, "reappearance", crosscoder=crosscoder, feature=feature)
         n = len(labels_of(matching, "replicate"))
         if math.isfinite(share):
-            said.append(f"{round(share * n)} of {n} dictionaries trained from other initial weights have it too.")
-    return tuple(said)
+            sentences.append(
+                f"It reappears in {round(share * n)} of {n} dictionaries trained from other initial weights."
+            )
+    return tuple(sentences)
 
 
 def _in_order(by_model: dict[str, _T], models: list[str]) -> dict[str, _T]:
-    """Base first, then as the other tables have the models."""
+    """Base first, then the models in the order of the other tables."""
     return {model: by_model[model] for model in [*models, *by_model] if model in by_model}
 
 
@@ -152,31 +154,41 @@ def _contexts(
     if not folder.contexts(spec.primary_crosscoder.name).exists() or not features:
         return {}
     table = read_contexts(folder, spec.primary_crosscoder.name, features)
-    found: dict[tuple[int, str], dict[str, list[Context]]] = {}
+    contexts: dict[tuple[int, str], dict[str, list[Context]]] = {}
     for row in table.to_dict("records"):
-        here = found.setdefault((int(row["feature"]), str(row["kind"])), {}).setdefault(str(row["model"]), [])
-        if len(here) < MAX_CONTEXTS:
-            here.append(_context({str(key): value for key, value in row.items()}))
-    return found
+        of_model = contexts.setdefault((int(row["feature"]), str(row["kind"])), {}).setdefault(str(row["model"]), [])
+        if len(of_model) < MAX_CONTEXTS:
+            of_model.append(_context({str(key): value for key, value in row.items()}))
+    return contexts
 
 
 def _context(row: dict[str, Any]) -> Context:
     before, peak, after = split_peak(str(row["text"]))
-    elsewhere = {key.removeprefix(_ELSEWHERE): float(value) for key, value in row.items() if key.startswith(_ELSEWHERE)}
-    place = (str(row["prompt"]), str(row["source"]), int(row["position"]))
-    return Context(before, peak, after, float(row["activation"]), *place, elsewhere)
+    other_models = {
+        key.removeprefix(_OTHER_MODEL): float(value) for key, value in row.items() if key.startswith(_OTHER_MODEL)
+    }
+    return Context(
+        before=before,
+        peak=peak,
+        after=after,
+        activation=float(row["activation"]),
+        prompt=str(row["prompt"]),
+        source=str(row["source"]),
+        position=int(row["position"]),
+        other_models=other_models,
+    )
 
 
 def _tokens(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[str]]]:
-    """``feature -> model -> tokens`` that the feature's direction raises most, strongest first; may be empty."""
+    """``feature -> model -> promoted tokens``, strongest first; may be empty."""
     if not folder.logits(spec.primary_crosscoder.name).exists() or not features:
         return {}
     table = read_logits(folder, spec.primary_crosscoder.name, features)
     table = table[(table["sign"] > 0) & (table["rank"] <= MAX_TOKENS)]
-    found: dict[int, dict[str, list[str]]] = {}
+    tokens: dict[int, dict[str, list[str]]] = {}
     for row in table.to_dict("records"):
-        found.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), []).append(str(row["token"]))
-    return found
+        tokens.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), []).append(str(row["token"]))
+    return tokens
 
 
 def split_peak(text: str) -> tuple[str, str, str]:

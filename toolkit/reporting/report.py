@@ -1,4 +1,4 @@
-"""Write the report: one page that answers the five claims, and the same numbers for machines."""
+"""Write the report: one page that answers the five claims, and the same numbers as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -8,39 +8,28 @@ from pathlib import Path
 from typing import Any, Final
 
 import jinja2
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order, kind_words
-from rlgen_stats.toolkit.reporting.claims.c1_specificity import assess_claims, estimate_text, interval_text
-from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECKS
+from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks
+from rlgen_stats.toolkit.reporting.claims.assess import assess_claims, estimate_text, interval_text
+from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
+from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, Claim, verdict_label
 from rlgen_stats.toolkit.reporting.claims.scope import replication_text
-from rlgen_stats.toolkit.reporting.claims.verdicts import Claim, Verdict
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables
 from rlgen_stats.toolkit.reporting.examples import Example, pick_examples
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
 from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
-from rlgen_stats.toolkit.reporting.headline import DOMAINS, DomainAccuracy, domain_accuracy, lede
-from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, side_effect_rows, trial_rows
-from rlgen_stats.toolkit.reporting.values import (
-    compact,
-    fixed,
-    interval,
-    labels_of,
-    nats,
-    p_text,
-    percent,
-    plain,
-    points,
-    text,
-    tidy,
-)
+from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
+from rlgen_stats.toolkit.reporting.headline import DOMAINS, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.result_lookup import labels_of, tidy
+from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
+from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
 
 REPORT_SCHEMA: Final = 1
 """Version of report.json."""
@@ -58,7 +47,7 @@ GROUPS: Final = (
     "intervention",
     "control_balance",
 )
-"""Analyses a whole study has, in reading order."""
+"""Analyses of a complete study, in reading order."""
 CLAIM_FIGURES: Final = {
     "C1": ("specificity", "matched-drift"),
     "C2": ("set-stability", "stabilization"),
@@ -93,8 +82,8 @@ class Report:
 
 def load_results(folder: StudyFolder) -> dict[str, xr.Dataset]:
     """Every results group of a study in memory, in reading order; empty if there is no results store."""
-    there = result_groups(folder.results)
-    ordered = [*(group for group in GROUPS if group in there), *(group for group in there if group not in GROUPS)]
+    stored = result_groups(folder.results)
+    ordered = [*(group for group in GROUPS if group in stored), *(group for group in stored if group not in GROUPS)]
     return tidy({group: open_results(folder.results, group) for group in ordered})
 
 
@@ -141,11 +130,11 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
 
 
 def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Report:
-    """Read a study folder and compute everything the report shows."""
+    """Read a study folder and put together everything the report shows."""
     results = load_results(folder)
     data: StudyData = read_study_data(folder, spec)
     claims = assess_claims(results, spec)
-    domains = domain_accuracy(results, spec)
+    domains = domain_accuracies(results, spec)
     facts = collect_facts(data, results, spec, provenance)
     return Report(
         spec=spec,
@@ -165,46 +154,47 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
 # -- pages -------------------------------------------------------------------------------------------------------------
 def environment(*, autoescape: bool = True) -> jinja2.Environment:
     """Templates with the report's number formats as filters; HTML is escaped, missing names are errors."""
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("rlgen_stats.toolkit.reporting", "templates"),
         autoescape=autoescape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
+    templates.filters |= {
         "pct": percent,
         "pts": points,
         "num": fixed,
         "p": p_text,
         "compact": compact,
         "nats": nats,
+        "verdict_label": verdict_label,
         "estimate": estimate_text,
         "claim_interval": interval_text,
         "md": _markdown,
         "words": lambda value: str(value).replace("_", " "),
     }
-    made.globals |= {"interval": interval, "kind_words": kind_words}
-    return made
+    templates.globals |= {"interval": interval, "verdict_symbols": VERDICT_SYMBOLS}
+    return templates
 
 
 _MARKUP: Final = frozenset("\\`*_{}[]<>#|")
 
 
 def _markdown(value: object) -> str:
-    """Text that no Markdown or HTML in it can leave."""
+    """Text in which every Markdown and HTML character is escaped."""
     return "".join(f"\\{c}" if c in _MARKUP else c for c in str(value)).replace("\n", " ")
 
 
 def _write_pages(target: Path, report: Report) -> None:
     html, markdown = environment(), environment(autoescape=False)
     view = page_view(report)
-    for name, template, made in (
+    for name, template, templates in (
         ("index.html", "index.html.j2", html),
         ("features.html", "features.html.j2", html),
         ("report.md", "report.md.j2", markdown),
     ):
-        (target / name).write_text(made.get_template(template).render(view), encoding="utf-8")
+        (target / name).write_text(templates.get_template(template).render(view), encoding="utf-8")
 
 
 def page_view(report: Report) -> dict[str, Any]:
@@ -218,7 +208,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "domains": report.domains,
         "domain_names": DOMAINS,
         "claims": report.claims,
-        "verdicts": list(Verdict),
+        "verdict_meanings": VERDICT_MEANINGS,
         "glance": report.glance,
         "facts": report.facts,
         "topics": list(dict.fromkeys(fact.topic for fact in report.facts)),
@@ -235,7 +225,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "drift_summary": _records(report.tables, "drift_summary"),
         "movement": _records(report.tables, "movement"),
         "balance": _records(report.tables, "control_balance"),
-        "arms": _arm_rows(results.get("intervention")),
+        "arms": direction_blocks(results.get("intervention")),
         "classes": labels_of(results.get("intervention"), "class"),
         "trials": trial_rows(results),
         "parts": part_blocks(results),
@@ -251,49 +241,14 @@ def _records(tables: dict[str, pd.DataFrame], name: str) -> list[dict[str, Any]]
     return [{str(k): v for k, v in row.items()} for row in tables[name].to_dict("records")] if name in tables else []
 
 
-def _arm_rows(data: xr.Dataset | None) -> list[dict[str, Any]]:
-    """Per direction: verdict, checks, reasons, arms in order and the random sets summarised in one row."""
-    if data is None:
-        return []
-    rows = []
-    for direction in labels_of(data, "direction"):
-        arms = arms_of(data, direction)
-        single = [arm for arm in in_order(arms) if arm.kind != "random"]
-        rows.append(
-            {
-                "direction": direction,
-                "verdict": text(data, "verdict", direction=direction),
-                "checks": {label: text(data, check, direction=direction) for check, label in CHECKS.items()},
-                "arms": single,
-                "random": _summary([arm for arm in arms if arm.kind == "random"]),
-                "side_effects": side_effect_rows(data, direction),
-            }
-        )
-    return rows
-
-
-def _summary(randoms: list[Arm]) -> dict[str, Any] | None:
-    if not randoms:
-        return None
-    accuracy, effect = (np.array([getattr(arm, name) for arm in randoms]) for name in ("accuracy", "effect"))
-    return {
-        "n": len(randoms),
-        "accuracy": float(np.median(accuracy)),
-        "low": float(effect.min()),
-        "high": float(effect.max()),
-        "effect": float(np.median(effect)),
-        "kl_to_base": float(np.nanmean([arm.kl_to_base for arm in randoms])),
-        "kl_to_rl": float(np.nanmean([arm.kl_to_rl for arm in randoms])),
-        "length": float(np.nanmean([arm.length for arm in randoms])),
-        "shares": np.nanmean([arm.shares for arm in randoms], axis=0),
-    }
+_CHECK_LABELS: Final = {CHECK_KEYS[check]: label for check, label in CHECKS.items()}
 
 
 def _flat_details(details: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested details as rows of words."""
+    """Nested details as rows of name and value, both as text."""
     rows: list[tuple[str, str]] = []
     for key, value in details.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        name = f"{prefix}{_CHECK_LABELS.get(key, key)}".replace("_", " ")
         if isinstance(value, dict):
             rows += _flat_details(value, f"{name}: ")
         elif isinstance(value, list | tuple):
@@ -321,7 +276,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "details": json.loads(str(report.provenance.attrs()["provenance"])),
         },
         "behaviour": {
-            "domains": [row.as_dict() for row in report.domains],
+            "domains": [asdict(row) for row in report.domains],
             "tasks": _records(report.tables, "behaviour"),
         },
         "claims": [claim.as_dict() for claim in report.claims],
@@ -356,7 +311,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _write_data(target: Path, report: Report) -> None:
-    content = json.dumps(plain(as_json(report)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    content = json.dumps(jsonable(as_json(report)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     (target / "report.json").write_text(content + "\n", encoding="utf-8")
     (target / "figures").mkdir()
     for name, graphic in report.figures.items():

@@ -1,55 +1,33 @@
-"""Trials beside the study's own, single features, and what every arm does where it should do nothing: as plain rows."""
+"""Trials of other sets than the study's, and effects of single features, as plain rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import main_condition
-from rlgen_stats.toolkit.reporting.values import attr_list, labels_of, number, text
+from rlgen_stats.toolkit.reporting.result_lookup import attr_list, labels_of, number, text
 
 PREFIX: Final = "trial-"
-_PARTS: Final = (
-    *("feature", "alone", "alone_low", "alone_high", "alone_q_value"),
-    *("left_out", "left_out_low", "left_out_high", "left_out_q_value", "in_subset"),
+"""Start of the name of a results group that holds a trial of another set."""
+_FEATURE_COLUMNS: Final = (
+    "feature",
+    "alone",
+    "alone_low",
+    "alone_high",
+    "alone_q_value",
+    "left_out",
+    "left_out_low",
+    "left_out_high",
+    "left_out_q_value",
+    "in_subset",
 )
-_SIDE: Final = (
-    *("unrelated_accuracy", "unrelated_effect", "unrelated_low", "unrelated_high"),
-    *("unrelated_broken", "unrelated_length", "neutral_kl"),
-)
-
-
-def side_effect_rows(data: xr.Dataset, direction: str) -> list[dict[str, Any]]:
-    """One row an arm, random sets in one; empty where no task is unrelated."""
-    if any(name not in data for name in _SIDE):
-        return []
-    arms = in_order(arms_of(data, direction))
-    rows = [_side(data, [arm]) | {"label": arm.label, "kind": arm.kind} for arm in arms if arm.kind != "random"]
-    random = [arm for arm in arms if arm.kind == "random"]
-    if random:
-        rows.append(_side(data, random) | {"label": f"{len(random)} random sets", "kind": "random"})
-    return rows if any(np.isfinite(row["unrelated_accuracy"]) for row in rows) else []
-
-
-def _side(data: xr.Dataset, arms: list[Arm]) -> dict[str, Any]:
-    """Values of one arm; of several, medians, and the range of the effect for an interval."""
-    values = {
-        name: np.array([number(data, name, direction=arm.direction, condition=arm.condition) for arm in arms])
-        for name in _SIDE
-    }
-    row = {name: float(np.median(column)) for name, column in values.items()}
-    if len(arms) > 1:
-        effects = values["unrelated_effect"]
-        row |= {"unrelated_low": float(effects.min()), "unrelated_high": float(effects.max())}
-    return row
 
 
 def trial_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
-    """One row a trial and direction."""
+    """One row per trial and direction."""
     rows = []
     for group, data in results.items():
         if not group.startswith(PREFIX) or "verdict" not in data:
@@ -59,9 +37,10 @@ def trial_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
             reasons = text(data, "reasons", direction=direction)
             if reasons.startswith("not_asked"):
                 continue
-            at = {"direction": direction, "condition": condition}
             effect = {
-                name: float("nan") if condition is None else number(data, name, **at)
+                name: float("nan")
+                if condition is None
+                else number(data, name, direction=direction, condition=condition)
                 for name in ("effect", "effect_low", "effect_high", "dose")
             }
             rows.append(
@@ -80,24 +59,24 @@ def trial_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
 
 
 def part_blocks(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
-    """Per trial and direction: its features in the order of the search, and the smaller set."""
+    """Per trial and direction: its features in the order of the search for a smaller set, and that set's effect."""
     blocks = []
     for group, data in results.items():
         if not group.startswith(PREFIX) or "left_out" not in data:
             continue
         for direction in labels_of(data, "direction"):
-            own = data.sel(direction=direction).sortby("order")
+            features = data.sel(direction=direction).sortby("order")
             blocks.append(
                 {
                     "name": group.removeprefix(PREFIX).removesuffix("-features"),
                     "direction": direction,
                     "rows": [
-                        dict(zip(_PARTS, values, strict=True))
-                        for values in zip(*(own[name].values.tolist() for name in _PARTS), strict=True)
+                        dict(zip(_FEATURE_COLUMNS, values, strict=True))
+                        for values in zip(*(features[name].values.tolist() for name in _FEATURE_COLUMNS), strict=True)
                     ],
-                    "size": int(own["subset_size"]),
+                    "size": int(features["subset_size"]),
                     "effects": [
-                        (label, *(float(own[f"{name}{end}"]) for end in ("", "_low", "_high")))
+                        (label, *(float(features[f"{name}{end}"]) for end in ("", "_low", "_high")))
                         for label, name in (
                             ("the smaller set", "subset_effect"),
                             ("the whole set", "set_effect"),

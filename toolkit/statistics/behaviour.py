@@ -11,15 +11,27 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, MODEL, PROMPT, SAMPLE, TASK
+from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, MODEL, PROMPT, SAMPLE, TASK, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
-from rlgen_stats.toolkit.statistics.core.feature_blocks import in_prompt_order
-from rlgen_stats.toolkit.statistics.core.units import cluster_codes, cluster_sums
-from rlgen_stats.toolkit.statistics.kernels import adjust, cluster_se, mcnemar, sign_flip_test, wilson_interval
-from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
-from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS
+from rlgen_stats.toolkit.statistics.core.feature_blocks import (
+    MIN_CLUSTERS,
+    FloatArray,
+    IntArray,
+    canonical,
+    check_models,
+    cluster_codes,
+    cluster_sums,
+    model_coords,
+)
+from rlgen_stats.toolkit.statistics.kernels import (
+    adjust,
+    cluster_se,
+    mcnemar,
+    mover_weighted_sum,
+    sign_flip_test,
+    wilson_interval,
+)
 
 ROLES: Final = ("in_domain", "out_of_domain", "held_out", "control", "pooled")
 
@@ -28,6 +40,28 @@ POOLED: Final = {"all:in": "in", "all:out": "out"}
 
 
 COUNTS: Final = ("n_prompts", "n_clusters", "kept_right", "forgotten", "gained", "kept_wrong")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainAccuracy:
+    """Greedy accuracy of one model on all tasks of one domain but the negative controls; fractions."""
+
+    run: str
+    model: str
+    domain: str
+    accuracy: float
+    low: float
+    high: float
+    n_prompts: int
+    difference: float
+    """Against the reference."""
+    difference_low: float
+    difference_high: float
+    p_value: float
+    gained: int
+    """Prompts the reference got wrong and this model right."""
+    forgotten: int
+    """Prompts the reference got right and this model wrong."""
 
 
 def behaviour(
@@ -149,21 +183,21 @@ class _Tasks:
         return {name: (TASK, np.array(values, dtype=np.str_)) for name, values in labels.items()}
 
 
-def _tasks(outcomes: xr.Dataset, there: list[str], roles: Mapping[str, str]) -> _Tasks:
-    """Prompts, domain and role of every task in the order of ``there``, then of the pooled rows."""
+def _tasks(outcomes: xr.Dataset, names: list[str], roles: Mapping[str, str]) -> _Tasks:
+    """Prompts, domain and role of every task in the order of ``names``, then of the pooled rows."""
     task = np.asarray(outcomes[TASK].values).astype(np.str_)
     domain = np.asarray(outcomes[DOMAIN].values).astype(np.str_)
     for name, role in roles.items():
-        if name not in there:
-            raise InputError(f"roles name the task {name!r}, which is not in the outcomes; expected one of {there}.")
+        if name not in names:
+            raise InputError(f"roles name the task {name!r}, which is not in the outcomes; expected one of {names}.")
         if role not in ROLES[:-1]:
             raise InputError(f"the role of task {name!r} must be one of {list(ROLES[:-1])}, got {role!r}.")
-    index = {name: np.flatnonzero(task == name) for name in there}
-    domains = [str(domain[index[name][0]]) for name in there]
+    index = {name: np.flatnonzero(task == name) for name in names}
+    domains = [str(domain[index[name][0]]) for name in names]
     named = [
-        roles.get(name, "in_domain" if d == "in" else "out_of_domain") for name, d in zip(there, domains, strict=True)
+        roles.get(name, "in_domain" if d == "in" else "out_of_domain") for name, d in zip(names, domains, strict=True)
     ]
-    control = np.isin(task, [name for name, role in zip(there, named, strict=True) if role == "control"])
+    control = np.isin(task, [name for name, role in zip(names, named, strict=True) if role == "control"])
     for name, d in POOLED.items():
         index[name] = np.flatnonzero((domain == d) & ~control)
     return _Tasks(index, [*domains, *POOLED.values()], [*named, *["pooled"] * len(POOLED)])
@@ -183,17 +217,17 @@ def _clustered(codes: IntArray | None) -> bool:
 
 
 def _accuracy(right: FloatArray, codes: IntArray | None, alpha: float) -> dict[str, float]:
-    there = np.isfinite(right)
-    n = int(there.sum())
-    groups = codes[there] if codes is not None else np.arange(n)
+    graded = np.isfinite(right)
+    n = int(graded.sum())
+    groups = codes[graded] if codes is not None else np.arange(n)
     n_clusters = len(np.unique(groups))
     counts = {"n_prompts": n, "n_clusters": n_clusters}
     if n == 0:
         return counts | dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), float("nan"))
-    share = float(right[there].mean())
+    share = float(right[graded].mean())
     low, high = _wilson(share, n_clusters, alpha)
     if n_clusters < n:
-        error = _error(right[there], groups)
+        error = _error(right[graded], groups)
         if error > 0:
             half = float(stats.t.ppf(1 - alpha / 2, n_clusters - 1)) * error
             low, high = max(0.0, share - half), min(1.0, share + half)
@@ -216,26 +250,26 @@ def _pass_rate(
     rate: FloatArray, codes: IntArray | None, alpha: float, n_bootstrap: int, rng: np.random.Generator
 ) -> dict[str, float]:
     """Mean over prompts of the share of samples that are right; percentile bootstrap over clusters."""
-    there = np.isfinite(rate)
-    if not there.any():
+    graded = np.isfinite(rate)
+    if not graded.any():
         return dict.fromkeys(("sampled_accuracy", "sampled_low", "sampled_high"), float("nan"))
-    groups = np.unique(codes[there] if codes is not None else np.arange(there.sum()), return_inverse=True)[1].reshape(
+    groups = np.unique(codes[graded] if codes is not None else np.arange(graded.sum()), return_inverse=True)[1].reshape(
         -1
     )
     sizes = np.bincount(groups).astype(np.float64)
-    sums = np.bincount(groups, weights=rate[there])
+    sums = np.bincount(groups, weights=rate[graded])
     n = len(sizes)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=n_bootstrap)
     low, high = np.quantile((weights @ sums) / (weights @ sizes), [alpha / 2, 1 - alpha / 2])
-    return {"sampled_accuracy": float(rate[there].mean()), "sampled_low": float(low), "sampled_high": float(high)}
+    return {"sampled_accuracy": float(rate[graded].mean()), "sampled_low": float(low), "sampled_high": float(high)}
 
 
 def _change(
     base: FloatArray, model: FloatArray, codes: IntArray | None, alpha: float, is_reference: bool
 ) -> dict[str, float]:
     """Transitions of prompts, the p-value of the difference, and its interval."""
-    there = np.isfinite(base) & np.isfinite(model)
-    a, b = base[there] == 1, model[there] == 1
+    graded = np.isfinite(base) & np.isfinite(model)
+    a, b = base[graded] == 1, model[graded] == 1
     row: dict[str, float] = {
         "kept_right": int((a & b).sum()),
         "forgotten": int((a & ~b).sum()),
@@ -243,10 +277,10 @@ def _change(
         "kept_wrong": int((~a & ~b).sum()),
     }
     nan = dict.fromkeys(("p_value", "difference", "difference_low", "difference_high"), float("nan"))
-    if is_reference or not there.any():
+    if is_reference or not graded.any():
         return row | nan
-    d = model[there] - base[there]
-    groups = codes[there] if codes is not None else np.arange(len(d))
+    d = model[graded] - base[graded]
+    groups = codes[graded] if codes is not None else np.arange(len(d))
     low, high = _difference_interval(d, groups, alpha)
     p = _change_p(d, groups, int(row["gained"]), int(row["forgotten"]))
     return row | {"p_value": p, "difference": float(d.mean()), "difference_low": low, "difference_high": high}
@@ -273,3 +307,72 @@ def _difference_interval(d: FloatArray, groups: IntArray, alpha: float) -> tuple
     # Every unit changed alike: another value has at most Wilson's upper share of units, and lies in [-1, 1].
     other = _wilson(0.0, n, alpha)[1]
     return mean - (mean + 1) * other, mean + (1 - mean) * other
+
+
+def domain_accuracy(behaviour: xr.Dataset, model: str, domain: str) -> DomainAccuracy | None:
+    """Accuracy of one model over a domain, negative controls left out.
+
+    Parameters
+    ----------
+    behaviour
+        Layout ``behaviour``.
+    model
+        Model id; must be in the dataset.
+    domain
+        ``in`` or ``out``.
+
+    Returns
+    -------
+    DomainAccuracy or None
+        The pooled row (``all:in``, ``all:out``) where the dataset has it. Otherwise the domain's tasks weighted by
+        their prompts, with the interval recovered from the tasks' own (MOVER) and no p-value; that interval is too
+        narrow if prompts of different tasks share a cluster. None if the domain has no tasks.
+
+    References
+    ----------
+    Zou & Donner (2008), doi:10.1002/sim.3095, eq. 6.
+    """
+    tasks = _domain_rows(behaviour, domain)
+    if not tasks:
+        return None
+    rows = behaviour.sel({MODEL: model, TASK: tasks})
+    numeric = [name for name, variable in rows.data_vars.items() if variable.dtype.kind in "fiu"]
+    columns = {str(name): np.asarray(rows[name].values, dtype=np.float64) for name in numeric}
+    n_prompts = columns["n_prompts"]
+    weights = n_prompts / n_prompts.sum() if n_prompts.sum() else np.full(len(tasks), np.nan)
+
+    def pooled(name: str) -> tuple[float, float, float]:
+        terms = [columns[name + end] for end in ("", "_low", "_high")]
+        if len(tasks) == 1:
+            return float(terms[0][0]), float(terms[1][0]), float(terms[2][0])
+        return mover_weighted_sum(*terms, weights=weights)
+
+    p_value = float(columns["p_value"][0]) if len(tasks) == 1 else float("nan")
+    gained, forgotten = (int(columns[name].sum()) for name in ("gained", "forgotten"))
+    accuracy, low, high = pooled("accuracy")
+    difference, difference_low, difference_high = pooled("difference")
+    return DomainAccuracy(
+        run=split_model_id(model)[0],
+        model=model,
+        domain=domain,
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        n_prompts=int(n_prompts.sum()),
+        difference=difference,
+        difference_low=difference_low,
+        difference_high=difference_high,
+        p_value=p_value,
+        gained=gained,
+        forgotten=forgotten,
+    )
+
+
+def _domain_rows(behaviour: xr.Dataset, domain: str) -> list[str]:
+    """The domain's pooled row where there is one, else its tasks without negative controls."""
+    tasks = [str(task) for task in behaviour[TASK].values]
+    pooled = [name for name, pooled_domain in POOLED.items() if pooled_domain == domain and name in tasks]
+    labels = zip(tasks, behaviour[DOMAIN].values, behaviour["role"].values, strict=True)
+    return pooled or [
+        task for task, where, role in labels if str(where) == domain and str(role) not in ("control", "pooled")
+    ]

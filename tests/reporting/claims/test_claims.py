@@ -12,7 +12,8 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting import CLAIM_COLUMNS, Claim, Verdict, assess_claims, claims_table
-from rlgen_stats.toolkit.reporting.values import plain
+from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, verdict_label
+from rlgen_stats.toolkit.reporting.formatting import jsonable
 
 Results = dict[str, xr.Dataset]
 
@@ -46,10 +47,12 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
         ("set_stability", {"C2"}),
         ("selection", {"C3"}),
         ("intervention", {"C4", "C5"}),
-        *((g, set()) for g in ("behaviour", "movement", "health", "attribution", "drift", "stabilization",
-                               "control_balance")),
+        *(
+            (g, set())
+            for g in ("behaviour", "movement", "health", "attribution", "drift", "stabilization", "control_balance")
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_missing_group_costs_only_its_own_claims(
     group: str, affected: set[str], results: Results, spec: StudySpec
 ) -> None:
@@ -60,24 +63,24 @@ def test_a_missing_group_costs_only_its_own_claims(
 
 def test_claims_are_json(results: Results, spec: StudySpec) -> None:
     for mapping in (results, {}):
-        text = json.dumps(plain([c.as_dict() for c in assess_claims(mapping, spec)]), allow_nan=False)
+        text = json.dumps(jsonable([c.as_dict() for c in assess_claims(mapping, spec)]), allow_nan=False)
         assert len(json.loads(text)) == 5
 
 
 # -- C1 ------------------------------------------------------------------------------------------------------------
 def test_c1_one_run_per_arm_speaks_of_two_models(results: Results, spec: StudySpec) -> None:
-    found = claim(results, spec, "C1")
-    assert "these two models" in found.answer.lower()
-    assert any("One run per arm" in caveat for caveat in found.caveats)
+    assessed = claim(results, spec, "C1")
+    assert "these two models" in assessed.answer.lower()
+    assert any("One run per arm" in caveat for caveat in assessed.caveats)
 
 
 def test_c1_three_runs_per_arm_speak_of_runs(results: Results, spec_with: Callable[..., StudySpec]) -> None:
     runs = [
         {"name": f"{arm}{i or ''}", "arm": arm, "checkpoints": {10: "x"}} for arm in ("sft", "rl") for i in range(3)
     ]
-    found = claim(results, spec_with(runs=runs), "C1")
-    assert "two runs compared" in found.answer
-    assert "p = 0.1 at best" in found.caveats[0]
+    assessed = claim(results, spec_with(runs=runs), "C1")
+    assert "two runs compared" in assessed.answer
+    assert "p = 0.1 at best" in assessed.caveats[0]
 
 
 def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) -> None:
@@ -86,22 +89,34 @@ def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) ->
 
 def test_c1_counts_only_what_latent_scaling_confirms_where_it_was_done(results: Results, spec: StudySpec) -> None:
     data = results["attribution_contrast"]
-    agreed = {"tail_sft": 0.2, "tail_rl": 0.02, "tail_null": 0.0, "effect": 0.18, "effect_low": 0.1,
-              "effect_high": 0.25, "p_value": 0.001}  # fmt: skip
+    agreed = {
+        "tail_sft": 0.2,
+        "tail_rl": 0.02,
+        "tail_null": 0.0,
+        "effect": 0.18,
+        "effect_low": 0.1,
+        "effect_high": 0.25,
+        "p_value": 0.001,
+    }
     results["attribution_contrast"] = data.assign({f"agreed_{k}": ("tau", [v, v / 2]) for k, v in agreed.items()})
-    found = claim(results, spec, "C1")
-    assert found.estimate == pytest.approx(18)
-    assert found.details["tails_percent_norms_alone"]["sft"] == pytest.approx(13.1)
-    assert "20.0% of sft's and 2.0% of rl's alive features have NRN > 0.7 and are specific by latent" in found.answer
-    assert "by norms alone 13.1% and 3.4%" in found.answer
-    assert not any("Latent scaling" in caveat for caveat in found.caveats)
-    assert found.details["other_tau"]["0.9"]["estimate"] == pytest.approx(9)
+    assessed = claim(results, spec, "C1")
+    assert assessed.estimate == pytest.approx(18)
+    assert assessed.details["tails_percent_norms_alone"]["sft"] == pytest.approx(13.1)
+    assert "20.0% of sft's and 2.0% of rl's alive features have NRN > 0.7 and are specific by latent" in assessed.answer
+    assert "by norms alone 13.1% and 3.4%" in assessed.answer
+    assert not any("Latent scaling" in caveat for caveat in assessed.caveats)
+    assert assessed.details["other_tau"]["0.9"]["estimate"] == pytest.approx(9)
 
 
 def test_c1_contradicted(results: Results, spec: StudySpec) -> None:
     data = results["attribution_contrast"]
-    swapped = {"tail_sft": data.tail_rl, "tail_rl": data.tail_sft, "effect": -data.effect,
-               "effect_low": -data.effect_high, "effect_high": -data.effect_low}  # fmt: skip
+    swapped = {
+        "tail_sft": data.tail_rl,
+        "tail_rl": data.tail_sft,
+        "effect": -data.effect,
+        "effect_low": -data.effect_high,
+        "effect_high": -data.effect_low,
+    }
     results["attribution_contrast"] = data.assign(swapped)
     assert claim(results, spec, "C1").verdict is Verdict.CONTRADICTED
 
@@ -109,22 +124,22 @@ def test_c1_contradicted(results: Results, spec: StudySpec) -> None:
 def test_c1_not_comparable_is_undetermined_and_says_why(results: Results, spec: StudySpec) -> None:
     data = results["attribution_contrast"]
     results["attribution_contrast"] = data.assign(comparable=("tau", ["NOT_COMPARABLE: L0 differs"] * 2))
-    found = claim(results, spec, "C1")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert "L0 differs" in found.answer
+    assessed = claim(results, spec, "C1")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "L0 differs" in assessed.answer
 
 
 def test_c1_below_the_floor_is_undetermined(results: Results, spec: StudySpec) -> None:
     results["attribution_contrast"] = results["attribution_contrast"].assign(tail_null=("tau", [0.2, 0.2]))
-    found = claim(results, spec, "C1")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert "null crosscoder" in found.answer
+    assessed = claim(results, spec, "C1")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "null crosscoder" in assessed.answer
 
 
 def test_c1_uses_the_tau_of_the_study(results: Results, spec_with: Callable[..., StudySpec]) -> None:
-    found = claim(results, spec_with(statistics={"tau": 0.9}), "C1")
-    assert found.estimate == pytest.approx(4.1)
-    assert found.details["other_tau"]["0.7"]["estimate"] == pytest.approx(9.7)
+    assessed = claim(results, spec_with(statistics={"tau": 0.9}), "C1")
+    assert assessed.estimate == pytest.approx(4.1)
+    assert assessed.details["other_tau"]["0.7"]["estimate"] == pytest.approx(9.7)
 
 
 def test_c1_empty_contrast_is_not_estimable(results: Results, spec: StudySpec) -> None:
@@ -134,11 +149,11 @@ def test_c1_empty_contrast_is_not_estimable(results: Results, spec: StudySpec) -
 
 
 def test_c1_sick_crosscoders_are_caveats(results: Results, spec: StudySpec) -> None:
-    said = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
-    assert said == ["Crosscoder null failed its health check: explained variance of base.repeat@0 below 0.9."]
+    caveats = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
+    assert caveats == ["Crosscoder null failed its health check: explained variance of base.repeat@0 below 0.9."]
     results["health"] = results["health"].assign(healthy=("crosscoder", [False, False, True, True]))
-    said = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
-    assert [c.split()[1] for c in said] == ["pair-sft"], "the primary crosscoder is not what C1 rests on"
+    caveats = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
+    assert [c.split()[1] for c in caveats] == ["pair-sft"], "the primary crosscoder is not what C1 rests on"
 
 
 def test_c1_unmatched_movement_is_a_caveat_and_matched_is_not(results: Results, spec: StudySpec) -> None:
@@ -173,9 +188,9 @@ def test_c2_overlap_gap_without_excess_turnover_is_not_supported(results: Result
 def test_c2_low_noise_ceiling_is_undetermined_and_says_so(results: Results, spec: StudySpec) -> None:
     data = results["set_stability"]
     results["set_stability"] = data.assign(final_ceiling=xr.where(data.run == "rl", 0.41, data.final_ceiling))
-    found = claim(results, spec, "C2")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert any("agree on only 41%" in caveat for caveat in found.caveats)
+    assessed = claim(results, spec, "C2")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert any("agree on only 41%" in caveat for caveat in assessed.caveats)
 
 
 def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec) -> None:
@@ -184,9 +199,9 @@ def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec
     mirrored = {k: ("model", data[k].values[order]) for k in ("delta", "delta_low", "delta_high")}
     results["set_stability"] = data.assign(mirrored)
     sets(results, verdict=["EVOLVING", "SET_STABLE"], stable_from=[np.nan, 32.0])
-    found = claim(results, spec, "C2")
-    assert found.verdict is Verdict.CONTRADICTED
-    assert found.estimate == pytest.approx(-28)
+    assessed = claim(results, spec, "C2")
+    assert assessed.verdict is Verdict.CONTRADICTED
+    assert assessed.estimate == pytest.approx(-28)
 
 
 def test_c2_runs_are_found_by_name_not_by_position(results: Results, spec: StudySpec) -> None:
@@ -197,9 +212,9 @@ def test_c2_runs_are_found_by_name_not_by_position(results: Results, spec: Study
 
 def test_c2_without_a_checkpoint_in_the_second_half(results: Results, spec: StudySpec) -> None:
     results["set_stability"] = results["set_stability"].isel(model=[0, 4, 5, 9])
-    found = claim(results, spec, "C2")
-    assert found.verdict is Verdict.NOT_ESTIMABLE
-    assert "second half" in found.answer
+    assessed = claim(results, spec, "C2")
+    assert assessed.verdict is Verdict.NOT_ESTIMABLE
+    assert "second half" in assessed.answer
 
 
 def test_c2_nan_turnover_is_not_estimable(results: Results, spec: StudySpec) -> None:
@@ -210,8 +225,8 @@ def test_c2_nan_turnover_is_not_estimable(results: Results, spec: StudySpec) -> 
 
 # -- C3 ------------------------------------------------------------------------------------------------------------
 def tiers(results: Results, confirmed: int) -> None:
-    found = np.where(np.arange(240) < confirmed, "CONFIRMED", "REJECTED")
-    results["selection"] = results["selection"].assign(tier=("feature", found))
+    tier = np.where(np.arange(240) < confirmed, "CONFIRMED", "REJECTED")
+    results["selection"] = results["selection"].assign(tier=("feature", tier))
 
 
 @pytest.mark.parametrize(
@@ -219,17 +234,17 @@ def tiers(results: Results, confirmed: int) -> None:
 )
 def test_c3_counts_confirmed_features(confirmed: int, expected: Verdict, results: Results, spec: StudySpec) -> None:
     tiers(results, confirmed)
-    found = claim(results, spec, "C3")
-    assert found.verdict is expected
-    assert found.estimate == confirmed
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is expected
+    assert assessed.estimate == confirmed
 
 
 def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
     why = ["no: 0 base-wrong/target-right prompts"] * 3 + ["score only: 4 units"] + ["no: not selected on"] * 3
     results["selection"] = results["selection"].assign(estimable=("task", why))
-    found = claim(results, spec, "C3")
-    assert found.verdict is Verdict.NOT_ESTIMABLE
-    assert found.answer == (
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is Verdict.NOT_ESTIMABLE
+    assert assessed.answer == (
         "Not estimable: 0 base-wrong/target-right prompts in addition, parity and maximum; "
         "score only: 4 units in counting."
     )
@@ -245,25 +260,25 @@ def test_c3_without_any_guard_is_undetermined(results: Results, spec: StudySpec)
     data = results["selection"]
     nothing = xr.full_like(data.contrast_p, np.nan)
     results["selection"] = data.assign(contrast_p=nothing, p_guard=nothing)
-    found = claim(results, spec, "C3")
-    assert found.verdict is Verdict.UNDETERMINED
-    assert "selecting prompts by outcome" in found.answer
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "selecting prompts by outcome" in assessed.answer
 
 
 def test_c3_another_guard_is_a_caveat(results: Results, spec: StudySpec) -> None:
     data = results["selection"]
     results["selection"] = data.assign(contrast_p=xr.full_like(data.contrast_p, np.nan))
-    found = claim(results, spec, "C3")
-    assert found.verdict is Verdict.SUPPORTED
-    assert any("the guard is a test on all prompts instead" in caveat for caveat in found.caveats)
+    assessed = claim(results, spec, "C3")
+    assert assessed.verdict is Verdict.SUPPORTED
+    assert any("the guard is a test on all prompts instead" in caveat for caveat in assessed.caveats)
 
 
 def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
     assert not any("one mechanism" in c for c in claim(results, spec, "C3").caveats)
     results["selection"] = results["selection"].assign_attrs(score_correlation=0.97, shift_rank=1.1)
-    said = " ".join(claim(results, spec, "C3").caveats)
-    assert "correlate 0.97 across tasks" in said
-    assert "effective rank of 1.1" in said
+    caveats = " ".join(claim(results, spec, "C3").caveats)
+    assert "correlate 0.97 across tasks" in caveats
+    assert "effective rank of 1.1" in caveats
 
 
 # -- C4, C5 --------------------------------------------------------------------------------------------------------
@@ -277,7 +292,7 @@ def causal(results: Results, verdict: str, reasons: str = "") -> None:
     ("verdict", "expected", "words"),
     [
         ("DESTRUCTIVE", Verdict.NOT_SUPPORTED, "breaks the model"),
-        ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "matched random sets do as much"),
+        ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "matched random sets have at least as large an effect"),
         ("NO_EFFECT", Verdict.NOT_SUPPORTED, "equivalent to no effect"),
         ("INCONCLUSIVE", Verdict.UNDETERMINED, "do not allow a verdict"),
     ],
@@ -287,9 +302,9 @@ def test_c4_c5_follow_the_causal_verdict(
 ) -> None:
     causal(results, verdict)
     for name in ("C4", "C5"):
-        found = claim(results, spec, name)
-        assert found.verdict is expected
-        assert words in found.answer
+        assessed = claim(results, spec, name)
+        assert assessed.verdict is expected
+        assert words in assessed.answer
 
 
 @pytest.mark.parametrize(
@@ -309,7 +324,7 @@ def test_c5_significant_but_too_close_to_zero_says_so(results: Results, spec: St
     data = results["intervention"]
     close = {"v1": ("direction", [False] * 2), "effect_low": data.effect_low * 0 + 0.014}
     results["intervention"] = data.assign(close)
-    assert "does not clear the 2 points" in claim(results, spec, "C5").answer
+    assert "may be smaller than the 2 points that V1 requires" in claim(results, spec, "C5").answer
 
 
 def test_c4_contradicted_when_disabling_helps(results: Results, spec: StudySpec) -> None:
@@ -325,19 +340,22 @@ def test_c4_without_features_says_so(results: Results, spec: StudySpec) -> None:
     absent = xr.full_like(data.kind, "absent")
     results["intervention"] = data.assign(kind=absent)
     causal(results, "INCONCLUSIVE", "no_features: no feature selected")
-    found = claim(results, spec, "C4")
-    assert found.verdict is Verdict.NOT_ESTIMABLE
-    assert found.answer == "Not estimable: no feature selected."
+    assessed = claim(results, spec, "C4")
+    assert assessed.verdict is Verdict.NOT_ESTIMABLE
+    assert assessed.answer == "Not estimable: no feature selected."
 
 
 def test_c4_limiting_reasons_become_caveats_and_semicolons_survive(results: Results, spec: StudySpec) -> None:
     causal(results, "CAUSAL_SPECIFIC", "v3_dose: p=0.01; dose: accuracy 0: 0.4; does_not_beat_steering: +0.01, p=0.7")
-    found = claim(results, spec, "C4")
-    assert found.details["reasons"] == [
+    assessed = claim(results, spec, "C4")
+    assert assessed.details["reasons"] == [
         "v3_dose: p=0.01; dose: accuracy 0: 0.4",
         "does_not_beat_steering: +0.01, p=0.7",
     ]
-    assert any(c.startswith("The set of features does not beat one mean-shift vector: +0.01") for c in found.caveats)
+    assert any(
+        c.startswith("The set of features has no larger effect than one mean-shift vector: +0.01")
+        for c in assessed.caveats
+    )
 
 
 def test_c4_in_domain_targets_are_a_caveat(results: Results, spec: StudySpec) -> None:
@@ -354,9 +372,9 @@ def test_c4_unconfirmed_features_are_a_caveat(results: Results, spec: StudySpec)
 def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> None:
     keep = [i for i, c in enumerate(results["intervention"].condition.values) if c < "random-010" or c > "random-9"]
     results["intervention"] = results["intervention"].isel(condition=keep)
-    found = claim(results, spec, "C4")
-    assert found.details["n_controls"] == 10
-    assert any("cannot fall below 0.0909" in c for c in found.caveats)
+    assessed = claim(results, spec, "C4")
+    assert assessed.details["n_controls"] == 10
+    assert any("cannot fall below 0.0909" in c for c in assessed.caveats)
 
 
 def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: StudySpec) -> None:
@@ -372,8 +390,14 @@ def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: S
 def test_claims_table_rows(results: Results, spec: StudySpec) -> None:
     rows = claims_table(assess_claims(results, spec))
     assert {len(row) for row in rows} == {len(CLAIM_COLUMNS)}
-    assert rows[0] == ("C1", "SFT introduces more model-specific features than RL", "SUPPORTED", "+9.7 points",
-                       "[+5.2, +14.1]", "0.002")  # fmt: skip
+    assert rows[0] == (
+        "C1",
+        "SFT introduces more model-specific features than RL",
+        "SUPPORTED",
+        "+9.7 points",
+        "[+5.2, +14.1]",
+        "0.002",
+    )
     assert rows[2][3:] == ("5 features", "at least 5", "0.008")
     assert rows[3][3:] == ("−35.0 points", "[−41.0, −29.0]", "0.0004")
     assert claims_table(assess_claims({}, spec))[0][2:] == ("NOT_ESTIMABLE", "—", "—", "—")
@@ -399,10 +423,16 @@ def test_features_that_explain_little_of_a_model_read_alone_are_a_caveat(
     assert not any("Read one model at a time" in c for c in claim(results, spec, name).caveats)
     alone = results["health"]["fve_readout"]
     alone.loc[{"crosscoder": "main", "view": "sft@150"}] = 0.24
-    said = [c for c in claim(results, spec, name).caveats if "Read one model at a time" in c]
-    assert said == [
+    caveats = [c for c in claim(results, spec, name).caveats if "Read one model at a time" in c]
+    assert caveats == [
         "Read one model at a time (swap), the features explain 88% of base@0, 24% of sft@150 and 88% of rl@80; "
         "together they explain 93% or more. They describe each model only in part."
     ]
     results["health"] = results["health"].drop_vars("fve_readout")
     assert not any("Read one model at a time" in c for c in claim(results, spec, name).caveats)
+
+
+def test_every_verdict_has_a_label_a_symbol_and_a_meaning() -> None:
+    assert set(VERDICT_SYMBOLS) == set(VERDICT_MEANINGS) == set(Verdict)
+    assert len(set(VERDICT_SYMBOLS.values())) == len({verdict_label(v) for v in Verdict}) == len(Verdict) == 5
+    assert all(meaning.endswith(".") for meaning in VERDICT_MEANINGS.values())

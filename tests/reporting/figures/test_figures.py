@@ -20,9 +20,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def graphic(drawn: dict[str, Graphic | Missing], name: str) -> Graphic:
-    found = drawn[name]
-    assert isinstance(found, Graphic), found
-    return found
+    shown = drawn[name]
+    assert isinstance(shown, Graphic), shown
+    return shown
 
 
 def test_every_figure_is_drawn_in_order(drawn: dict[str, Graphic | Missing]) -> None:
@@ -56,9 +56,9 @@ def test_inline_ids_are_unique_on_one_page_and_resolve(drawn: dict[str, Graphic 
     page = "".join(graphic(drawn, name).inline for name in drawn)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    wanted = set(re.findall(r"url\(#([^)]+)\)", page)) | set(re.findall(r'href="#([^"]+)"', page))
-    wanted |= {one for many in re.findall(r'aria-labelledby="([^"]+)"', page) for one in many.split()}
-    assert wanted <= set(ids)
+    referenced = set(re.findall(r"url\(#([^)]+)\)", page)) | set(re.findall(r'href="#([^"]+)"', page))
+    referenced |= {one for many in re.findall(r'aria-labelledby="([^"]+)"', page) for one in many.split()}
+    assert referenced <= set(ids)
 
 
 def test_inline_colours_follow_the_page(drawn: dict[str, Graphic | Missing]) -> None:
@@ -75,7 +75,7 @@ def test_the_same_results_give_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "numbers"),
     [
         ("accuracy", "addition: base 40%, sft 80%, rl 90%"),
         ("transitions", "sft on parity: 10% gained, 15% forgotten"),
@@ -84,11 +84,11 @@ def test_the_same_results_give_the_same_bytes(
         ("set-stability", "sft: excess turnover 21.0% at 20%, 3.0% at 40%"),
         ("intersection", "5 in all 4 tasks"),
         ("dose-response", "disable: 41% at dose 0, 60% at dose 0.5, 76% at dose 1, 77% at dose 1.5"),
-        ("failure-classes", "disable, set: right 41%, wrong 18%, no answer 32%"),
+        ("failure-classes", "disable, the set: right 41%, wrong 18%, no answer 32%"),
     ],
 )
-def test_alt_text_has_the_planted_numbers(name: str, said: str, drawn: dict[str, Graphic | Missing]) -> None:
-    assert said in graphic(drawn, name).alt
+def test_alt_text_has_the_planted_numbers(name: str, numbers: str, drawn: dict[str, Graphic | Missing]) -> None:
+    assert numbers in graphic(drawn, name).alt
 
 
 def test_drift_counts_calls(drawn: dict[str, Graphic | Missing], results: Results) -> None:
@@ -125,9 +125,9 @@ def test_without_its_analysis_a_figure_says_so(name: str, group: str, results: R
 def test_nothing_kept_is_no_crash(results: Results, spec: StudySpec) -> None:
     results["selection"] = results["selection"].assign(kept=xr.zeros_like(results["selection"].kept))
     only = {"selection": results["selection"]}
-    found = draw_figures(only, spec)["intersection"]
-    assert isinstance(found, Missing)
-    assert found.reason == "the paper's rule keeps no feature in any task"
+    shown = draw_figures(only, spec)["intersection"]
+    assert isinstance(shown, Missing)
+    assert shown.reason == "the paper's rule keeps no feature in any task"
 
 
 def test_all_nan_numbers_still_draw(results: Results, spec: StudySpec) -> None:
@@ -136,20 +136,20 @@ def test_all_nan_numbers_still_draw(results: Results, spec: StudySpec) -> None:
         group: data.map(lambda v: xr.full_like(v, np.nan) if v.dtype.kind == "f" else v)
         for group, data in results.items()
     }
-    found = draw_figures(hollow, spec)
-    assert set(found) == set(FIGURES)
+    shown = draw_figures(hollow, spec)
+    assert set(shown) == set(FIGURES)
 
 
 def test_many_features_are_thinned_and_counted(results: Results, spec: StudySpec) -> None:
     many = xr.concat([results["drift"]] * 20, "feature", data_vars="minimal")
-    found = draw_figures({"drift": many}, spec)["drift"]
-    assert isinstance(found, Graphic)
-    assert "points with larger p are not drawn" in found.caption
-    assert len(found.svg) < 1_500_000
+    shown = draw_figures({"drift": many}, spec)["drift"]
+    assert isinstance(shown, Graphic)
+    assert "points with larger p are not drawn" in shown.caption
+    assert len(shown.svg) < 1_500_000
 
 
 def test_the_dose_axis_says_what_is_added(results: Results, spec: StudySpec) -> None:
     results["intervention"].attrs["level"] = "rl"
     svg = dose_response(results, spec).svg
     assert svg.count("dose: multiplier of the set's activation") == 1, "disabling multiplies"
-    assert svg.count("dose: 1 + RL's mean levels added") == 1
+    assert svg.count("dose: 1 + RL's mean activations added") == 1

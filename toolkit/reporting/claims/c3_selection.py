@@ -9,25 +9,30 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.scope import readout_caveat
-from rlgen_stats.toolkit.reporting.claims.verdicts import (
+from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of
+from rlgen_stats.toolkit.statistics.claim_verdicts import (
     COMPACT_SHARE,
     MIN_TASKS,
-    NOTHING,
-    Claim,
     Verdict,
+    any_feature_p,
     selection_verdict,
 )
-from rlgen_stats.toolkit.reporting.values import Results, attr_number, count, fixed, labels_of, listed, p_text
+from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
 
-_C3: Final = (
-    "A compact, task-agnostic feature set separates RL from base on prompts where base is wrong and RL is right"
+C3: Final = PaperClaim(
+    id="C3",
+    statement=(
+        "A compact, task-agnostic feature set separates RL from base on prompts where base is wrong and RL is right"
+    ),
+    unit="features",
+    paper_figure=(
+        "50 and 16 features of 32,768 in its two models, by scores of at least 20% of the maximum in every selection "
+        "task."
+    ),
 )
-_C3_PAPER: Final = (
-    "50 and 16 features of 32,768 in its two models, by scores of at least 20% of the maximum in every selection task."
-)
-ONE_MECHANISM: Final = 0.9
-"""Correlation of tasks' scores above which their intersection is nearly forced (METHOD.md 4c)."""
 _YES: Final = "yes"
 _UNUSED: Final = "no: not selected on"
 """State of held-out and control tasks."""
@@ -49,14 +54,14 @@ def _selection_tasks(selection: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def assess_selection(results: Results, spec: StudySpec) -> Claim:
-    """C3 from the selection: features confirmed on verification prompts, guarded by :func:`selection_verdict`.
+    """C3 from the selection: features confirmed on verification prompts, with the rule ``selection_verdict``.
 
     The estimate is the number of CONFIRMED features; by Holm's bound at least that many separate the models, with
     confidence 1 - alpha. p is the smallest Holm-adjusted verification p: that of "at least one feature separates".
     """
     data = results.get("selection")
     if data is None:
-        return _unanswered("the selection has not been computed", {})
+        return C3.not_estimable("the selection has not been computed")
     tasks = estimable_tasks(data)
     confirmed = data["tier"].values == "CONFIRMED"
     n_confirmed = int(confirmed.sum())
@@ -68,22 +73,19 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     )
     details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
     if verdict is Verdict.NOT_ESTIMABLE:
-        why = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
-        return _unanswered(why, details)
-    q = data["verification_q"].values
-    return Claim(
-        "C3",
-        _C3,
-        float(n_confirmed),
-        float(n_confirmed),
-        NOTHING,
-        float(np.nanmin(q)) if np.isfinite(q).any() else NOTHING,
-        "features",
+        reason = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        return C3.not_estimable(reason, details=details)
+    return C3.answered(
+        (float(n_confirmed), float(n_confirmed), math.nan),
+        any_feature_p(data["verification_q"].values),
         verdict,
         _answer(verdict, details),
-        (*_caveats(data, details, spec), *_reappearance(results, spec, data), *readout_caveat(results, spec)),
-        _C3_PAPER,
-        details,
+        caveats=(
+            *_caveats(data, details, spec),
+            *_reappearance(results, spec, data),
+            *readout_caveat(results, spec),
+        ),
+        details=details,
     )
 
 
@@ -100,7 +102,7 @@ def _details(
     data: xr.Dataset, tasks: list[str], testable: np.ndarray, *, contrast: bool, guarded: bool
 ) -> dict[str, Any]:
     tiers, counts = np.unique(data["tier"].values.astype(str), return_counts=True)
-    every = [str(t) for t in data["task"].values]
+    task_names = [str(task) for task in data["task"].values]
     return {
         "test": data.attrs.get("test", ""),
         "null": data.attrs.get("null", ""),
@@ -117,52 +119,37 @@ def _details(
         "rl_specific_contrast": contrast,
         "guarded": guarded,
         "selected_by": str(data.attrs.get("rule", "")),
-        "n_gain": dict(zip(every, (int(n) for n in data["n_gain"].values), strict=True)),
-        "n_loss": dict(zip(every, (int(n) for n in data["n_loss"].values), strict=True)),
+        "n_gain": dict(zip(task_names, (int(n) for n in data["n_gain"].values), strict=True)),
+        "n_loss": dict(zip(task_names, (int(n) for n in data["n_loss"].values), strict=True)),
     }
-
-
-def _unanswered(reason: str, details: dict[str, Any]) -> Claim:
-    return Claim(
-        "C3",
-        _C3,
-        NOTHING,
-        NOTHING,
-        NOTHING,
-        NOTHING,
-        "features",
-        Verdict.NOT_ESTIMABLE,
-        f"Not estimable: {reason}.",
-        (),
-        _C3_PAPER,
-        details | {"reason": reason},
-    )
 
 
 def _answer(verdict: Verdict, details: dict[str, Any]) -> str:
     n, tasks = details["n_confirmed"], details["estimable_tasks"]
-    found = f"{count(n, 'feature')} of {details['n_testable']:,} testable ones {'is' if n == 1 else 'are'} confirmed"
+    n_testable = f"{details['n_testable']:,}"
+    confirmed = f"{count(n, 'feature')} of {n_testable} testable ones {'is' if n == 1 else 'are'} confirmed"
     where = f"on prompts not used to select them, over {count(len(tasks), 'task')}"
     if verdict is Verdict.SUPPORTED:
-        return f"{found} {where}."
+        return f"{confirmed} {where}."
     if verdict is Verdict.NOT_SUPPORTED:
         if n == 0:
-            return f"No feature of {details['n_testable']:,} testable ones is confirmed {where}."
-        return f"{found} {where}, more than the {100 * COMPACT_SHARE:.0f}% that could still be called compact."
+            return f"No feature of {n_testable} testable ones is confirmed {where}."
+        return f"{confirmed} {where}, more than the {100 * COMPACT_SHARE:.0f}% that could still be called compact."
     if not details["guarded"]:
         return (
-            f"Undetermined: {found}, but RL got too few prompts wrong that base got right for the RL-specific "
+            f"Undetermined: {confirmed}, but RL got too few prompts wrong that base got right for the RL-specific "
             "contrast, without which selecting prompts by outcome can make any feature separate."
         )
-    return f"Undetermined: {found}, but only {count(len(tasks), 'task')} could be tested (at least {MIN_TASKS} needed)."
+    n_tasks = count(len(tasks), "task")
+    return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
 
 
 def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[str, ...]:
-    """Whether the confirmed features are of the models or of one dictionary's initial weights."""
+    """Whether the confirmed features depend on one dictionary's initial weights."""
     matching, name = results.get("matching"), spec.primary_crosscoder.name
     confirmed = data["feature"].values[data["tier"].values == "CONFIRMED"]
     if matching is None or name not in labels_of(matching, "crosscoder"):
-        return ("The dictionary was trained once: whether another seed brings these features back is not known.",)
+        return ("The dictionary was trained once: whether these features reappear with another seed is not known.",)
     if not len(confirmed):
         return ()
     share = matching["reappearance"].sel(crosscoder=name, feature=confirmed).values
@@ -178,12 +165,12 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
     correlation, rank = details["score_correlation"], details["shift_rank"]
     if math.isfinite(correlation) and correlation > ONE_MECHANISM:
         caveats.append(
-            f"Scores correlate {fixed(correlation, 2)} across tasks: one mechanism serves them all, so that a shared "
-            "set was nearly forced and its being task-agnostic is no finding of its own."
+            f"Scores correlate {fixed(correlation, 2)} across tasks: one mechanism serves all tasks, so that a "
+            "shared set was nearly forced and being task-agnostic is not a separate finding."
         )
     if math.isfinite(rank) and rank < MIN_TASKS:
         caveats.append(
-            f"The RL shift has an effective rank of {fixed(rank)}; a single mean-shift direction may carry all of it."
+            f"The RL shift has an effective rank of {fixed(rank)}; one mean-shift direction may account for all of it."
         )
     if not math.isfinite(correlation):
         caveats.append("The correlation of scores across tasks is not estimable, so one mechanism cannot be excluded.")
@@ -204,7 +191,7 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
             f"The paper's own rule keeps {count(n_paper, 'feature')} (p = {p_text(p_flip)} when labels are flipped and "
             f"the rule re-run, {p_text(p_ids)} when feature ids are permuted)."
         )
-    skipped = [str(t) for t in data["task"].values if str(t) in spec.selection.held_out_tasks]
-    if skipped:
-        caveats.append(f"Selection never saw {listed(skipped)}.")
+    held_out = [str(task) for task in data["task"].values if str(task) in spec.selection.held_out_tasks]
+    if held_out:
+        caveats.append(f"Held out from selection: {listed(held_out)}.")
     return tuple(caveats)

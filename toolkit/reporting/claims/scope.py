@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.values import Results, attr_number, fixed, labels_of, listed, number, runs_per_arm
+from rlgen_stats.toolkit.reporting.formatting import fixed, listed
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of, number
+from rlgen_stats.toolkit.statistics.claim_verdicts import smallest_permutation_p
+
+
+def runs_per_arm(spec: StudySpec) -> dict[str, int]:
+    """Number of runs of each arm, in the spec's order."""
+    return dict(Counter(run.arm for run in spec.runs))
 
 
 def fewest_runs(spec: StudySpec) -> int:
     """The smaller number of runs of the two contrasted arms."""
     counts = runs_per_arm(spec)
     return min(counts[run.arm] for run in spec.contrasted)
-
-
-def smallest_p(n_first: int, n_second: int) -> float:
-    """Smallest two-sided p-value an exact permutation of run labels can give.
-
-    Examples
-    --------
-    >>> smallest_p(3, 3)
-    0.1
-    """
-    arrangements = math.comb(n_first + n_second, n_first)
-    both_sides = 2 if n_first == n_second else 1  # only equal groups have a mirror image as extreme as itself
-    return min(1.0, both_sides / arrangements)
 
 
 def these_models(spec: StudySpec, *, start: bool = True) -> str:
@@ -45,7 +40,7 @@ def run_caveat(spec: StudySpec) -> str:
         )
     return (
         f"The contrast is between two runs ({first.name}, {second.name}) of {n_first} and {n_second} trained; exact "
-        f"permutation of run labels could reach p = {smallest_p(n_first, n_second):.3g} at best."
+        f"permutation of run labels could reach p = {smallest_permutation_p(n_first, n_second):.3g} at best."
     )
 
 
@@ -65,7 +60,7 @@ def replication_text(spec: StudySpec) -> str:
     return (
         f"This study has {shown}. The claims compare the runs {first.name} and {second.name}; claims about the arms "
         f"have the training run as their unit, and with these numbers an exact permutation of run labels can reach "
-        f"p = {smallest_p(n_first, n_second):.3g} at best."
+        f"p = {smallest_permutation_p(n_first, n_second):.3g} at best."
     )
 
 
@@ -78,12 +73,12 @@ def readout_caveat(results: Results, spec: StudySpec) -> tuple[str, ...]:
     views = labels_of(health, "view")
     alone = {view: number(health, "fve_readout", crosscoder=name, view=view) for view in views}
     alone = {view: fve for view, fve in alone.items() if math.isfinite(fve)}
-    least = attr_number(health, "fve_min")
-    if not alone or not math.isfinite(least) or min(alone.values()) >= least:
+    required = attr_number(health, "fve_min")
+    if not alone or not math.isfinite(required) or min(alone.values()) >= required:
         return ()
-    told = listed([f"{fixed(100 * fve, 0)}% of {view}" for view, fve in alone.items()])
+    explained = listed([f"{fixed(100 * fve, 0)}% of {view}" for view, fve in alone.items()])
     joint = [number(health, "fve", crosscoder=name, view=view) for view in alone]
     return (
-        f"Read one model at a time ({spec.primary_crosscoder.readout}), the features explain {told}; together they "
-        f"explain {fixed(100 * min(joint), 0)}% or more. They describe each model only in part.",
+        f"Read one model at a time ({spec.primary_crosscoder.readout}), the features explain {explained}; together "
+        f"they explain {fixed(100 * min(joint), 0)}% or more. They describe each model only in part.",
     )

@@ -1,4 +1,4 @@
-"""Figures along training: when features settle, and the top set against its noise ceiling."""
+"""Figures along training: when features stabilise, and the top set against its noise ceiling."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.claims.c2_timing import training_share
-from rlgen_stats.toolkit.reporting.claims.verdicts import SET_MARGIN
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed, run_colours, run_markers
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     INK,
@@ -23,33 +21,36 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
     quiet,
     to_svg,
 )
-from rlgen_stats.toolkit.reporting.values import Results, fixed, of_run, percent
+from rlgen_stats.toolkit.reporting.formatting import fixed, percent
+from rlgen_stats.toolkit.reporting.result_lookup import Results
+from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, training_share
+from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE
 
 
 def _runs(data: xr.Dataset, spec: StudySpec) -> list[tuple[str, xr.Dataset, np.ndarray]]:
     """Run, its checkpoints by step, and their share of training, for the contrasted runs that the data has."""
-    found = [(run.name, of_run(data, run.name)) for run in spec.contrasted]
-    found = [(name, one) for name, one in found if one.sizes["model"]]
-    if not found:
+    checkpoints = {run.name: checkpoints_of(data, run.name) for run in spec.contrasted}
+    checkpoints = {name: one for name, one in checkpoints.items() if one.sizes["model"]}
+    if not checkpoints:
         raise NotEstimableError("no checkpoint of either contrasted run was analysed")
-    return [(name, one, training_share(one["step"].values)) for name, one in found]
+    return [(name, one, training_share(one["step"].values)) for name, one in checkpoints.items()]
 
 
 def stabilization(results: Results, spec: StudySpec) -> Graphic:
-    """Share of testable features that have settled, along training, with band."""
+    """Share of testable features that have stabilised, along training, with band."""
     data = needed(results, "stabilization")
-    colours, markers, said = run_colours(spec), run_markers(spec), []
+    colours, markers, descriptions = run_colours(spec), run_markers(spec), []
     with canvas(7.4, 3.0) as (figure, grid):
         axes = grid[0, 0]
         for run, one, share in _runs(data, spec):
-            settled, low, high = (one[f"share{end}"].values.astype(float) for end in ("", "_low", "_high"))
+            stabilised, low, high = (one[f"share{end}"].values.astype(float) for end in ("", "_low", "_high"))
             axes.fill_between(share, low, high, color=colours[run], alpha=0.16, linewidth=0, step=None)
-            axes.plot(share, settled, color=colours[run], marker=markers[run], ms=4.5, label=run, clip_on=False)
-            said.append(
+            axes.plot(share, stabilised, color=colours[run], marker=markers[run], ms=4.5, label=run, clip_on=False)
+            descriptions.append(
                 run
                 + ": "
                 + ", ".join(
-                    f"{percent(s, 0)} by {percent(x, 0)} of training" for s, x in zip(settled, share, strict=True)
+                    f"{percent(s, 0)} by {percent(x, 0)} of training" for s, x in zip(stabilised, share, strict=True)
                 )
             )
         axes.axvline(0.5, color=INK, lw=0.9, ls=":")
@@ -63,32 +64,32 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
             fontsize=8.5,
             color=MUTED,
         )
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of training", ylabel="testable features that have settled")
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of training", ylabel="testable features that are stable")
         percent_axis(axes.xaxis)
         percent_axis(axes.yaxis)
         quiet(axes, grid="y")
         axes.legend(loc="upper left", handlelength=1.4)
-        alt = "Share of features stabilised along training. " + "; ".join(said) + "."
-        svg = to_svg(figure, title="When features settle", alt=alt)
+        alt = "Share of features stabilised along training. " + "; ".join(descriptions) + "."
+        svg = to_svg(figure, title="When features stabilise", alt=alt)
     margin, persist = data.attrs.get("margin", "?"), data.attrs.get("persist", "?")
     return Graphic(
         "stabilization",
-        "When features settle",
+        "When features stabilise",
         svg,
         alt,
-        f"A feature has settled once it is shown to stay within {margin} of its final activation, tested "
-        f"backwards from the last checkpoint; settling only within the last {persist} checkpoints does not "
-        "count. Bands are bootstrapped over prompts.",
+        f"A feature is stable from the checkpoint on from which it is shown to stay within {margin} of its final "
+        f"activation, tested backwards from the last checkpoint; being stable only over the last {persist} checkpoints "
+        "does not count. Bands are bootstrapped over prompts.",
     )
 
 
 def _overlap_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
-    """Overlap across halves between the noise ceiling and chance; the plain overlap faint: it decides nothing."""
+    """Overlap across halves between the noise ceiling and chance; the plain overlap, reported only, faint."""
     names = ("noise_ceiling", "final_ceiling", "cross", "overlap", "chance")
-    own, final, cross, plain, chance = (one[name].values.astype(float) for name in names)
-    axes.plot(share, (own + final) / 2, color=MUTED, lw=1.4, ls="--", label="noise ceiling")
+    ceiling, final_ceiling, cross, plain, chance = (one[name].values.astype(float) for name in names)
+    axes.plot(share, (ceiling + final_ceiling) / 2, color=MUTED, lw=1.4, ls="--", label="noise ceiling")
     axes.plot(share, cross, color=colour, marker="o", ms=4.5, clip_on=False, label="overlap across prompt halves")
-    axes.plot(share, plain, color=colour, lw=1.2, alpha=0.45, label="plain overlap (not used)")
+    axes.plot(share, plain, color=colour, lw=1.2, alpha=0.45, label="plain overlap (reported only)")
     axes.plot(share, chance, color=NULL, lw=1.2, ls=":", label="chance")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     quiet(axes, grid="y")
@@ -97,7 +98,7 @@ def _overlap_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -
 
 def _turnover_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
     """Excess turnover with its interval over the zone that counts as the same set."""
-    axes.axhspan(-1, SET_MARGIN, color=RULE, alpha=0.25, linewidth=0)
+    axes.axhspan(-1, DELTA_TOLERANCE, color=RULE, alpha=0.25, linewidth=0)
     axes.axhline(0, color=MUTED, lw=0.9)
     axes.vlines(share, one["delta_low"].values, one["delta_high"].values, color=colour, lw=1.6)
     axes.plot(share, one["delta"].values, "o", color=colour, ms=4.5, clip_on=False)
@@ -110,7 +111,7 @@ def _turnover_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) 
 def set_stability(results: Results, spec: StudySpec) -> Graphic:
     """Top set: overlap with the final set between its noise ceiling and chance, and the excess turnover."""
     data = needed(results, "set_stability")
-    runs, colours, said = _runs(data, spec), run_colours(spec), []
+    runs, colours, descriptions = _runs(data, spec), run_colours(spec), []
     shape = {
         "nrows": 2,
         "ncols": len(runs),
@@ -124,18 +125,18 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
             _turnover_panel(grid[1, column], one, share, colours[run])
             grid[0, column].set_title(run, pad=8, color=colours[run])
             turnover = zip(one["delta"].values, share, strict=True)
-            said.append(
+            descriptions.append(
                 f"{run}: excess turnover " + ", ".join(f"{fixed(100 * d)}% at {percent(x, 0)}" for d, x in turnover)
             )
         lows = np.concatenate([one["delta_low"].values.astype(float) for _, one, _ in runs])
         highs = np.concatenate([one["delta_high"].values.astype(float) for _, one, _ in runs])
-        finite = np.concatenate([lows[np.isfinite(lows)], highs[np.isfinite(highs)], [0.0, 1.6 * SET_MARGIN]])
+        finite = np.concatenate([lows[np.isfinite(lows)], highs[np.isfinite(highs)], [0.0, 1.6 * DELTA_TOLERANCE]])
         grid[1, 0].set_ylim(min(finite.min() - 0.03, -0.05), finite.max() + 0.03)
         grid[0, 0].set_ylabel("overlap with the final set")
         grid[1, 0].set_ylabel("excess turnover Δ")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=1.8, columnspacing=1.4)
-        alt = "Change of the top set beyond sampling noise. " + "; ".join(said) + "."
+        alt = "Change of the top set beyond sampling noise. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="The top set through training", alt=alt)
     return Graphic(
         "set-stability",
@@ -144,6 +145,6 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
         alt,
         f"Above: how much of the top-{data.attrs.get('top_k', 'k')} set is shared with the final one. Two "
         "halves of the prompts do not even agree on one and the same model (noise ceiling), so only the gap "
-        "below the ceiling is change: that gap is Δ, below, with its interval; the shaded zone counts as "
-        "the same set.",
+        "below the ceiling is change. Below: that gap, the excess turnover Δ, with its interval; values in the shaded "
+        "zone count as the same set.",
     )

@@ -28,10 +28,11 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
     quiet,
     to_svg,
 )
-from rlgen_stats.toolkit.reporting.values import Results, number, percent
+from rlgen_stats.toolkit.reporting.formatting import percent
+from rlgen_stats.toolkit.reporting.result_lookup import Results, number
 
 MAX_POINTS: Final = 1500
-"""Points of one kind a volcano panel draws; the smallest p-values are kept, the rest is counted in the caption."""
+"""Most points of one kind in a volcano panel; the smallest p-values are kept, the caption counts the others."""
 
 
 def accuracy(results: Results, spec: StudySpec) -> Graphic:
@@ -42,7 +43,7 @@ def accuracy(results: Results, spec: StudySpec) -> Graphic:
     groups = task_groups(data)
     n_rows = sum(len(tasks) + 0.9 for _, tasks in groups)
     with canvas(7.4, 0.7 + 0.40 * n_rows) as (figure, grid):
-        axes, y, said, ticks = grid[0, 0], 0.0, [], []
+        axes, y, descriptions, ticks = grid[0, 0], 0.0, [], []
         for kind, tasks in groups:
             axes.text(
                 -0.02, y, kind, transform=axes.get_yaxis_transform(), ha="right", va="center", weight="bold", fontsize=9
@@ -69,15 +70,15 @@ def accuracy(results: Results, spec: StudySpec) -> Graphic:
                         zorder=3,
                     )
                     values.append(f"{run} {percent(mean, 0)}")
-                said.append(f"{task}: {', '.join(values)}")
+                descriptions.append(f"{task}: {', '.join(values)}")
                 y += 1.0
             y += 0.05
         axes.set(xlim=(0, 1), ylim=(y - 0.3, -0.6), xlabel="greedy accuracy")
-        axes.set_yticks([at for at, _ in ticks], [task for _, task in ticks])
+        axes.set_yticks([position for position, _ in ticks], [task for _, task in ticks])
         percent_axis(axes.xaxis)
         quiet(axes)
         axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, handletextpad=0.3)
-        alt = "Accuracy per task. " + "; ".join(said) + "."
+        alt = "Accuracy per task. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="Accuracy by task and model", alt=alt)
     return Graphic(
         "accuracy",
@@ -89,11 +90,11 @@ def accuracy(results: Results, spec: StudySpec) -> Graphic:
 
 
 def transitions(results: Results, spec: StudySpec) -> Graphic:
-    """Per-prompt transitions from base: gained to the right, forgotten to the left, a panel a run."""
+    """Per-prompt transitions from base: gained to the right, forgotten to the left, one panel per run."""
     data = needed(results, "behaviour")
     finals = contrasted_finals(results, spec, "behaviour")
     tasks = [task for _, group in task_groups(data) for task in group]
-    said, widest = [], 0.05
+    descriptions, widest = [], 0.05
     with canvas(7.4, 0.9 + 0.34 * len(tasks), ncols=len(finals), sharey=True, sharex=True) as (figure, grid):
         for axes, (run, model) in zip(grid[0], finals.items(), strict=True):
             axes.axvline(0, color=MUTED, lw=0.9)
@@ -115,7 +116,7 @@ def transitions(results: Results, spec: StudySpec) -> Graphic:
                             color=MUTED,
                         )
                         widest = max(widest, value)
-                said.append(f"{run} on {task}: {percent(gained, 0)} gained, {percent(lost, 0)} forgotten")
+                descriptions.append(f"{run} on {task}: {percent(gained, 0)} gained, {percent(lost, 0)} forgotten")
             axes.set_title(f"base → {run}", pad=8)
             axes.set_xlabel("← forgotten  |  gained →")
             quiet(axes)
@@ -125,7 +126,7 @@ def transitions(results: Results, spec: StudySpec) -> Graphic:
         grid[0, 0].set_xlim(-edge, edge)
         for axes in grid[0]:
             axes.xaxis.set_major_formatter(lambda value, _: f"{100 * abs(value):.0f}%")
-        alt = "Share of prompts whose answer changed. " + "; ".join(said) + "."
+        alt = "Share of prompts whose answer changed. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="Transitions from base", alt=alt)
     return Graphic(
         "transitions",
@@ -138,10 +139,10 @@ def transitions(results: Results, spec: StudySpec) -> Graphic:
 
 
 def drift_volcano(results: Results, spec: StudySpec) -> Graphic:
-    """Standardised effect against p-value of every testable feature, a panel a run."""
+    """Standardised effect against p-value of every testable feature, one panel per run."""
     data = needed(results, "drift")
     finals = contrasted_finals(results, spec, "drift")
-    colours, said, hidden = run_colours(spec), [], 0
+    colours, descriptions, hidden = run_colours(spec), [], 0
     with canvas(7.4, 3.3, ncols=len(finals), sharey=True, sharex=True) as (figure, grid):
         for axes, (run, model) in zip(grid[0], finals.items(), strict=True):
             one = data.sel(model=model)
@@ -170,18 +171,18 @@ def drift_volcano(results: Results, spec: StudySpec) -> Graphic:
             )
             axes.set_xlabel("standardised effect d_z")
             quiet(axes, grid="y")
-            said.append(f"{run}: {n_drift} of {n_ok} testable features drifted")
+            descriptions.append(f"{run}: {n_drift} of {n_ok} testable features drifted")
         grid[0, 0].set_ylabel("−log₁₀ p")
         grid[0, 0].set_ylim(bottom=0)
-        alt = "Volcano plot of feature drift from base. " + "; ".join(said) + "."
+        alt = "Volcano plot of feature drift from base. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="Feature drift", alt=alt)
     more = f" {hidden:,} points with larger p are not drawn." if hidden else ""
     return Graphic(
         "drift",
-        "Which features moved",
+        "Which features drifted",
         svg,
         alt,
-        "Each point is a feature: its change against base over prompts in units of its own spread (free of "
-        "the dictionary's gauge), and the sign-flip p-value. Coloured: called DRIFT after correction over "
-        f"the family.{more}",
+        "Each point is a feature: its change against base over prompts in standard deviations of that change "
+        "(invariant to the scale of activations), and the sign-flip p-value. Coloured: called DRIFT after correction "
+        f"over the family.{more}",
     )

@@ -1,4 +1,4 @@
-"""Figures of the causal arms: dose response against matched random sets, and what the edited models say."""
+"""Figures of the causal arms: dose response against matched random sets, and how completions end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order, kind_words, random_band
+from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order, random_band
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     GOLD,
@@ -26,7 +26,8 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
     quiet,
     to_svg,
 )
-from rlgen_stats.toolkit.reporting.values import Results, labels_of, percent
+from rlgen_stats.toolkit.reporting.formatting import percent
+from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of
 
 TITLES: Final = {"disable": "Disabling in the RL model", "amplify": "Amplifying in base"}
 """Title of a direction."""
@@ -39,22 +40,25 @@ _CLASSES: Final = {
     "empty": (NULL, "empty"),
     "degenerate": (SFT, "degenerate"),
 }
-"""Colour and words of a completion's ending; PALE for an unknown one."""
+"""Colour and label of a format class; PALE for an unknown one."""
 BAND_WIDTH: Final = 0.18
 """Half-width, in doses, of the band of random sets that were run at one dose only."""
 MAX_ARMS: Final = 12
-"""Arms of one direction in the figure of classes; random sets are averaged into one."""
+"""Most arms of one direction in the figure of format classes; random sets are averaged into one."""
 
 
 _MULTIPLIED: Final = "dose: multiplier of the set's activation"
-_ADDED: Final = "dose: 1 + RL's mean levels added"
+_ADDED: Final = "dose: 1 + RL's mean activations added"
+"""Labels of the dose axis: the set's activations are multiplied, or RL's mean activations are added."""
 
 
 def _directions(data: xr.Dataset) -> list[str]:
-    found: list[str] = [direction for direction in ("disable", "amplify") if direction in labels_of(data, "direction")]
-    if not found:
-        raise NotEstimableError("no direction of editing was run")
-    return found
+    directions: list[str] = [
+        direction for direction in ("disable", "amplify") if direction in labels_of(data, "direction")
+    ]
+    if not directions:
+        raise NotEstimableError("no arm edits the set in either direction")
+    return directions
 
 
 def _class(name: str) -> tuple[str, str]:
@@ -64,7 +68,7 @@ def _class(name: str) -> tuple[str, str]:
 def dose_response(results: Results, spec: StudySpec) -> Graphic:
     """Accuracy against dose for the set, with the range of matched random sets and the unedited models."""
     data = needed(results, "intervention")
-    directions, said = _directions(data), []
+    directions, descriptions = _directions(data), []
     with canvas(7.4, 3.3, ncols=len(directions), sharey=True) as (figure, grid):
         for axes, direction in zip(grid[0], directions, strict=True):
             arms = arms_of(data, direction)
@@ -85,22 +89,24 @@ def dose_response(results: Results, spec: StudySpec) -> Graphic:
             )
             main = next((arm.dose for arm in arms if arm.kind == "set"), 1.0)
             for arm in (arm for arm in arms if arm.kind in ("set", "steering")):
-                at = main if arm.kind == "set" else main + BAND_WIDTH / 2  # steering has no dose: shown beside the set
-                axes.vlines(at, arm.accuracy_low, arm.accuracy_high, color=colour if arm.kind == "set" else GOLD)
+                x = main if arm.kind == "set" else main + BAND_WIDTH / 2  # steering has no dose: shown beside the set
+                axes.vlines(x, arm.accuracy_low, arm.accuracy_high, color=colour if arm.kind == "set" else GOLD)
                 if arm.kind == "steering":
-                    axes.plot(at, arm.accuracy, "^", color=GOLD, ms=6.5, label=kind_words(arm.kind))
+                    axes.plot(x, arm.accuracy, "^", color=GOLD, ms=6.5, label=arm.label)
             axes.axvline(1, color=INK, lw=0.8, ls=":")
             axes.set_title(TITLES[direction], pad=8)
             added = direction == "amplify" and data.attrs.get("level") == "rl"
             axes.set(xlabel=_ADDED if added else _MULTIPLIED, ylim=(0, 1.02))
             percent_axis(axes.yaxis)
             quiet(axes, grid="y")
-            said.append(f"{direction}: " + ", ".join(f"{percent(a.accuracy, 0)} at dose {a.dose:g}" for a in doses))
+            descriptions.append(
+                f"{direction}: " + ", ".join(f"{percent(a.accuracy, 0)} at dose {a.dose:g}" for a in doses)
+            )
             axes.margins(x=0.08)
         grid[0, 0].set_ylabel("accuracy on verification prompts")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1.8)
-        alt = "Accuracy against dose. " + "; ".join(said) + "."
+        alt = "Accuracy against dose. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="Dose response of the set", alt=alt)
     return Graphic(
         "dose-response",
@@ -108,7 +114,7 @@ def dose_response(results: Results, spec: StudySpec) -> Graphic:
         svg,
         alt,
         "Accuracy when the set's activations are multiplied by the dose (0 disables, 1 is no edit). Band: smallest to "
-        "largest of the matched random feature sets; the set matters only where it leaves the band.",
+        "largest of the matched random feature sets; the set has a specific effect only outside the band.",
     )
 
 
@@ -135,7 +141,7 @@ def _band(axes: Any, arms: list[Arm]) -> None:
 
 
 def failure_classes(results: Results, spec: StudySpec) -> Graphic:
-    """Share of completions in every format class, an arm a bar."""
+    """Share of completions in every format class, one bar per arm."""
     data = needed(results, "intervention")
     directions, classes = _directions(data), labels_of(data, "class")
     rows: list[tuple[str, str, np.ndarray]] = []
@@ -153,8 +159,8 @@ def failure_classes(results: Results, spec: StudySpec) -> Graphic:
         7.4, 1.1 + 0.29 * len(rows), nrows=len(directions), sharex=True, gridspec_kw={"height_ratios": heights}
     ) as (figure, grid):
         for axes, direction in zip(grid[:, 0], directions, strict=True):
-            mine = [row for row in rows if row[0] == direction]
-            for y, (_, _, shares) in enumerate(mine):
+            panel = [row for row in rows if row[0] == direction]
+            for y, (_, _, shares) in enumerate(panel):
                 left = 0.0
                 for name, share in zip(classes, np.nan_to_num(shares), strict=True):
                     axes.barh(
@@ -167,7 +173,7 @@ def failure_classes(results: Results, spec: StudySpec) -> Graphic:
                         label=_class(name)[1] if y == 0 else None,
                     )
                     left += float(share)
-            axes.set_yticks(range(len(mine)), [label for _, label, _ in mine])
+            axes.set_yticks(range(len(panel)), [label for _, label, _ in panel])
             axes.invert_yaxis()
             axes.set_title(TITLES[direction], pad=6)
             axes.set_xlim(0, 1)
@@ -185,12 +191,13 @@ def failure_classes(results: Results, spec: StudySpec) -> Graphic:
             )
             + "."
         )
-        svg = to_svg(figure, title="What the edited models say", alt=alt)
+        svg = to_svg(figure, title="How completions of the edited models end", alt=alt)
     return Graphic(
         "failure-classes",
-        "What the edited models say",
+        "How completions of the edited models end",
         svg,
         alt,
-        "A fall in accuracy is no explanation: an edit that moves a model toward the other one brings back "
-        "that one's endings (the unedited row of the other panel); an edit that breaks it brings new ones.",
+        "A fall in accuracy alone does not tell what an edit did: one that moves a model toward the other one makes "
+        "its completions end as that one's do (the unedited row of the other panel); one that breaks the model "
+        "causes kinds of failure that neither model shows.",
     )

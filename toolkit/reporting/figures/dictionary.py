@@ -25,19 +25,19 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
     quiet,
     to_svg,
 )
-from rlgen_stats.toolkit.reporting.values import (
+from rlgen_stats.toolkit.reporting.formatting import compact, percent
+from rlgen_stats.toolkit.reporting.result_lookup import (
     Results,
-    compact,
     crosscoder_label,
     final_models,
     labels_of,
+    nearest_label,
     number,
-    of_run,
-    percent,
 )
+from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, training_share
 
 MAX_PATTERNS: Final = 14
-"""Task patterns drawn; the rarest are dropped and counted."""
+"""Most combinations of tasks drawn; the rarest are left out and counted in the caption."""
 
 
 def specificity(results: Results, spec: StudySpec) -> Graphic:
@@ -52,13 +52,15 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
         raise NotEstimableError("there is no pairwise crosscoder of either run")
     with canvas(7.4, 3.2, ncols=2, sharey=False) as (figure, grid):
         left, right = grid[0]
-        said = []
+        descriptions = []
         for run, label, colour, style in curves:
             one = data.sel(crosscoder=label)
             nrn = one["nrn_l1"].values[one["alive"].values.astype(bool)]
             nrn = nrn[np.isfinite(nrn)]
             _exceeding(left, nrn, colour, style, run)
-            said.append(f"{run}: {percent(float(np.mean(nrn > tau)) if nrn.size else np.nan)} of {nrn.size} alive")
+            descriptions.append(
+                f"{run}: {percent(float(np.mean(nrn > tau)) if nrn.size else np.nan)} of {nrn.size} alive"
+            )
         left.axvline(tau, color=INK, lw=0.9, ls=":")
         left.annotate(
             f"τ = {tau:g}",
@@ -80,7 +82,7 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
             quiet(axes, grid="y")
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(loc="lower left", handlelength=1.6)
-        alt = f"Share of features with NRN above {tau:g}. " + "; ".join(said) + "."
+        alt = f"Share of features with NRN above {tau:g}. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="Model-specific features", alt=alt)
     return Graphic(
         "specificity",
@@ -122,16 +124,16 @@ def _mas(axes: Any, data: xr.Dataset, spec: StudySpec) -> None:
 def matched_drift(results: Results, spec: StudySpec) -> Graphic:
     """Specific features against how far each model moved, beside the movement of all checkpoints."""
     contrast, movement = results.get("attribution_contrast"), needed(results, "movement")
-    finals = final_models(spec, movement)
-    colours, markers, said = run_colours(spec), run_markers(spec), []
+    finals, tau = final_models(spec, movement), nearest_label(contrast, "tau", spec.statistics.tau)
+    colours, markers, descriptions = run_colours(spec), run_markers(spec), []
     with canvas(7.4, 3.1, ncols=2) as (figure, grid):
         left, right = grid[0]
         for run, arm in zip(spec.contrasted, ("sft", "rl"), strict=True):
-            one = of_run(movement, run.name)
+            one = checkpoints_of(movement, run.name)
             if not one.sizes["model"]:
                 continue
             shift = one["activation_shift"].values.astype(float)
-            share = one["step"].values / max(float(one["step"].values.max()), 1.0)
+            share = training_share(one["step"].values)
             left.plot(
                 [0, *share],
                 [0, *shift],
@@ -142,15 +144,13 @@ def matched_drift(results: Results, spec: StudySpec) -> Graphic:
                 clip_on=False,
             )
             last = number(movement, "activation_shift", model=finals[run.name])
-            tau = _closest(contrast, spec.statistics.tau)
             tail = number(contrast, f"tail_{arm}", tau=tau)
-            ends = (number(contrast, f"tail_{arm}_{end}", tau=tau) for end in ("low", "high"))
-            low, high = ends
+            low, high = (number(contrast, f"tail_{arm}_{end}", tau=tau) for end in ("low", "high"))
             if np.isfinite(low) and np.isfinite(high):
                 right.plot([last] * 2, [low, high], color=colours[run.name], lw=1.6, solid_capstyle="butt")
             right.plot(last, tail, markers[run.name], color=colours[run.name], ms=7, label=run.name, clip_on=False)
-            said.append(f"{run.name}: shift {compact(last)}, {percent(tail)} specific")
-        null = number(contrast, "tail_null", tau=_closest(contrast, spec.statistics.tau))
+            descriptions.append(f"{run.name}: shift {compact(last)}, {percent(tail)} specific")
+        null = number(contrast, "tail_null", tau=tau)
         if np.isfinite(null):
             right.axhline(null, color=NULL, ls="--", lw=1.3, label="base–base null")
         left.set_title("How far each run moved", pad=8)
@@ -165,7 +165,7 @@ def matched_drift(results: Results, spec: StudySpec) -> Graphic:
         for axes in (left, right):
             quiet(axes, grid="y")
             axes.legend(loc="best", handlelength=1.4)
-        alt = "Specific features against activation shift. " + "; ".join(said) + "."
+        alt = "Specific features against activation shift. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="Specific features against movement", alt=alt)
     return Graphic(
         "matched-drift",
@@ -173,14 +173,9 @@ def matched_drift(results: Results, spec: StudySpec) -> Graphic:
         svg,
         alt,
         "Counts of specific features grow with how far a model moved. Only points at about the same shift "
-        "compare the kind of training rather than its amount; horizontal distance on the right is the "
-        "mismatch, the left panel shows where the runs' ranges overlap.",
+        "compare the kind of training rather than its amount. Right: the horizontal distance of the points is the "
+        "mismatch. Left: the range of shifts that both runs cover.",
     )
-
-
-def _closest(contrast: xr.Dataset | None, tau: float) -> float:
-    taus = [] if contrast is None else [float(t) for t in contrast["tau"].values]
-    return min(taus, key=lambda t: abs(t - tau), default=tau)
 
 
 def _pattern(bars: Any, dots: Any, x: int, pattern: tuple[bool, ...], n: int, n_confirmed: int) -> None:

@@ -1,4 +1,4 @@
-"""All figures of the report, drawn or explained."""
+"""All figures of the report; one that cannot be drawn is replaced by the reason."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rlgen_stats.toolkit.reporting.figures.behaviour_and_drift import accuracy, 
 from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response, failure_classes
 from rlgen_stats.toolkit.reporting.figures.dictionary import matched_drift, specificity, task_intersection
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
-from rlgen_stats.toolkit.reporting.values import Results, tidy
+from rlgen_stats.toolkit.reporting.result_lookup import Results, tidy
 
 FIGURES: Final[dict[str, tuple[str, Callable[[Results, StudySpec], Graphic]]]] = {
     "accuracy": ("Accuracy by task and model", accuracy),
     "transitions": ("What changed prompt by prompt", transitions),
     "specificity": ("Model-specific features", specificity),
     "matched-drift": ("Specific features against movement", matched_drift),
-    "stabilization": ("When features settle", stabilization),
+    "stabilization": ("When features stabilise", stabilization),
     "set-stability": ("The top set through training", set_stability),
     "intersection": ("Which tasks share the selected features", task_intersection),
     "dose-response": ("Dose response of the set", dose_response),
-    "failure-classes": ("What the edited models say", failure_classes),
-    "drift": ("Which features moved", drift_volcano),
+    "failure-classes": ("How completions of the edited models end", failure_classes),
+    "drift": ("Which features drifted", drift_volcano),
 }
 """Title and function of every figure."""
 

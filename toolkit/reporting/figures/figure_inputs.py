@@ -1,4 +1,4 @@
-"""What figures take from results: the group they need, the models they show, and the colours these keep everywhere."""
+"""What figures take from results: the group they need, the models they show, and the colours of these."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import xarray as xr
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.figures.plotting import BASE, MARKERS, RL, SFT
-from rlgen_stats.toolkit.reporting.values import Results, final_models, labels_of
+from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
 
 
 def needed(results: Results, group: str) -> xr.Dataset:
@@ -32,12 +32,12 @@ def contrasted_finals(results: Results, spec: StudySpec, group: str) -> dict[str
         If the group has neither.
     """
     finals = final_models(spec, needed(results, group))
-    found = {run.name: finals[run.name] for run in spec.contrasted if run.name in finals}
-    if not found:
+    contrasted = {run.name: finals[run.name] for run in spec.contrasted if run.name in finals}
+    if not contrasted:
         raise NotEstimableError(
             f"the analysis '{group}' has no checkpoint of {spec.contrasted[0].name} or {spec.contrasted[1].name}"
         )
-    return found
+    return contrasted
 
 
 def run_colours(spec: StudySpec) -> dict[str, str]:

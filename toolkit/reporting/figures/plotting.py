@@ -1,4 +1,4 @@
-"""One look for all figures: colours, canvas, and SVG that is the same bytes every time.
+"""Style of all figures: colours, canvas, and SVG that is the same bytes every time.
 
 Text stays text (searchable, read aloud, in the page's font); coordinates are computed with the font matplotlib
 ships, so a file does not depend on the fonts of the machine that made it.
@@ -47,9 +47,9 @@ THEMED: Final = {
     VIOLET: "--fig-violet",
     GOLD: "--fig-gold",
 }
-"""Colour -> CSS variable that replaces it where a figure stands inside the page, so that it follows light and dark.
+"""Colour -> CSS variable that replaces it in figures inside the page, so that they follow its light or dark theme.
 
-Orange and blue keep their distance for every common colour vision deficiency, and models also differ by marker.
+Orange and blue are distinguishable under every common colour vision deficiency; models also differ by marker.
 """
 
 MARKERS: Final = {"base": "o", "sft": "s", "rl": "D"}
@@ -116,12 +116,6 @@ class Graphic:
             svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: var({variable}, {colour})", svg)
         return svg.strip()
 
-    @property
-    def width(self) -> int:
-        """Natural width in CSS pixels."""
-        found = re.search(r'viewBox="0 0 ([\d.]+)', self.svg)
-        return round(float(found[1]) * 4 / 3) if found else 720
-
 
 @dataclass(frozen=True)
 class Missing:
@@ -133,7 +127,7 @@ class Missing:
 
 
 def _prefixed(ids: str, name: str) -> str:
-    return " ".join(f"svg-{name}-{one}" for one in ids.split())
+    return " ".join(f"svg-{name}-{element}" for element in ids.split())
 
 
 @contextmanager
@@ -153,7 +147,7 @@ def to_svg(figure: Figure, *, title: str, alt: str) -> str:
     figure.savefig(buffer, format="svg", metadata=_NO_METADATA, transparent=True)
     svg = buffer.getvalue()
     svg = svg.replace("font-family: 'DejaVu Sans'", f"font-family: {_FONTS}")
-    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>\s*", "", svg)  # a style here would reach the whole page
+    svg = re.sub(r"<defs>\s*<style[^>]*>[^<]*</style>\s*</defs>\s*", "", svg)  # inlined, it would style the whole page
     svg = re.sub(r"<!DOCTYPE[^>]*>\s*", "", svg)
     start = svg.index("<svg")
     head_end = svg.index(">", start)

@@ -41,6 +41,9 @@ Means, equivalence, counts, sets::
     moderated_t(x, y=None) -> ModeratedResult(statistic, p_value, prior_variance, prior_dof, effect)
     delete_group_jackknife(replicates, estimate=None, *, alpha=0.05)
         -> JackknifeResult(estimate, standard_error, low, high, lower, upper)
+    mover_difference(first, second) -> (difference, low, high)            # of two (estimate, low, high)
+    mover_weighted_sum(estimates, lows, highs, *, weights) -> (sum, low, high)
+    p_from_interval(estimate, low, high, *, alpha) -> float
     tost_paired(x, y=0.0, *, low, high) -> array
     tost_chain(x, *, margin, alpha=0.05, relative=False, persist=0) -> TostChainResult(p_value, stabilized_at, p_beyond)
     mcnemar(gained, lost) -> McNemarResult(p_value, mid_p)
@@ -64,7 +67,18 @@ from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_c
 from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
 from rlgen_stats.toolkit.statistics.kernels.intervals.clustered import ClusterResult, cluster_se
 from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
-from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import McNemarResult, mcnemar, wilson_interval
+from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import (
+    ClusterResult,
+    McNemarResult,
+    cluster_se,
+    mcnemar,
+    wilson_interval,
+)
+from rlgen_stats.toolkit.statistics.kernels.intervals.recovered import (
+    mover_difference,
+    mover_weighted_sum,
+    p_from_interval,
+)
 from rlgen_stats.toolkit.statistics.kernels.moderated import ModeratedResult, moderated_t
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
     FamilySize,
@@ -113,7 +127,10 @@ __all__ = [
     "max_t_p_value",
     "mcnemar",
     "moderated_t",
+    "mover_difference",
+    "mover_weighted_sum",
     "nogueira",
+    "p_from_interval",
     "paired_wasserstein",
     "partial_conjunction",
     "permutation_contrast",

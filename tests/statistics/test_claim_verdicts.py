@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 
 import pytest
-from scipy import stats
 
-from rlgen_stats.toolkit.reporting.claims.scope import smallest_p
-from rlgen_stats.toolkit.reporting.claims.verdicts import (
-    SetStatus,
+from rlgen_stats.toolkit.statistics.claim_verdicts import (
+    BELOW_NULL,
+    NOT_COMPARABLE,
     Verdict,
+    any_feature_p,
     causal_verdict,
     interval_verdict,
-    mover_difference,
-    p_from_interval,
     selection_verdict,
-    set_status,
+    shifts_match,
+    smallest_permutation_p,
+    smallest_rank_p,
+    specificity_verdict,
     timing_verdict,
+    within_minimum,
 )
+from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
 NAN = math.nan
 EARLY, LATE, EVOLVING, OPEN = (
@@ -58,48 +61,41 @@ def test_the_level_is_the_one_given() -> None:
     assert interval_verdict(0.02, 0.08, 0.03, alpha=0.01, negligible=0.01) is Verdict.UNDETERMINED
 
 
-def test_mover_is_the_usual_interval_for_symmetric_ends() -> None:
-    difference, low, high = mover_difference((0.5, 0.2, 0.8), (0.1, -0.3, 0.5))
-    assert difference == pytest.approx(0.4)
-    assert (low, high) == (pytest.approx(0.4 - 0.5), pytest.approx(0.4 + 0.5))  # sqrt(.3^2 + .4^2) = .5
-
-
-def test_mover_takes_the_ends_that_face_each_other() -> None:
-    _, low, high = mover_difference((0.9, 0.6, 1.0), (0.2, 0.0, 0.6))
-    assert low == pytest.approx(0.7 - math.hypot(0.3, 0.4))
-    assert high == pytest.approx(0.7 + math.hypot(0.1, 0.2))
-
-
-@pytest.mark.parametrize(("z", "alpha"), [(0.3, 0.05), (1.9, 0.05), (-3.2, 0.01)])
-def test_p_from_interval_inverts_a_normal_interval(z: float, alpha: float) -> None:
-    half = stats.norm.ppf(1 - alpha / 2)
-    assert p_from_interval(z, z - half, z + half, alpha=alpha) == pytest.approx(2 * stats.norm.sf(abs(z)))
-
-
-def test_p_from_interval_agrees_with_its_interval_when_asymmetric() -> None:
-    assert p_from_interval(0.3, 0.0, 2.0, alpha=0.05) == pytest.approx(0.05)
-    assert p_from_interval(0.3, 0.01, 2.0, alpha=0.05) < 0.05
-    assert p_from_interval(-0.3, -2.0, 0.01, alpha=0.05) > 0.05
-    assert math.isnan(p_from_interval(NAN, 0.0, 1.0, alpha=0.05))
-    assert math.isnan(p_from_interval(0.3, 0.3, 0.3, alpha=0.05))
-    assert p_from_interval(0.0, 0.0, 0.0, alpha=0.05) == 1.0
+SHARES = (0.13, 0.03, 0.01)
 
 
 @pytest.mark.parametrize(
-    ("verdict", "fraction", "ceiling", "expected"),
+    ("effect", "p", "shares", "comparable", "expected", "guards"),
     [
-        ("SET_STABLE", 0.4, 0.8, EARLY),
-        ("SET_STABLE", 0.5, 0.8, EARLY),
-        ("SET_STABLE", 0.6, 0.8, LATE),
-        ("SET_STABLE", NAN, 0.8, OPEN),
-        ("EVOLVING", NAN, 0.8, EVOLVING),
-        ("UNDETERMINED", NAN, 0.8, OPEN),
-        ("SET_STABLE", 0.4, 0.49, OPEN),
-        ("EVOLVING", NAN, NAN, OPEN),
+        (0.10, 0.001, SHARES, True, Verdict.SUPPORTED, ()),
+        (-0.10, 0.001, (0.03, 0.13, 0.01), True, Verdict.CONTRADICTED, ()),
+        (0.10, 0.001, (0.13, 0.03, 0.13), True, Verdict.UNDETERMINED, (BELOW_NULL,)),  # equal to the null is not above
+        (-0.10, 0.001, (0.03, 0.13, 0.2), True, Verdict.UNDETERMINED, (BELOW_NULL,)),
+        (0.10, 0.001, (0.13, 0.03, NAN), True, Verdict.SUPPORTED, ()),  # no null crosscoder: a caveat, not a guard
+        (0.10, 0.001, SHARES, False, Verdict.UNDETERMINED, (NOT_COMPARABLE,)),
+        (0.10, 0.001, (0.13, 0.03, 0.2), False, Verdict.UNDETERMINED, (NOT_COMPARABLE, BELOW_NULL)),
+        (-0.06, 0.9, (0.0, 0.0, 0.2), True, Verdict.NOT_SUPPORTED, ()),  # the null matters only to a difference
+        (NAN, 0.001, SHARES, True, Verdict.NOT_ESTIMABLE, ()),
     ],
 )
-def test_set_status(verdict: str, fraction: float, ceiling: float, expected: SetStatus) -> None:
-    assert set_status(verdict, fraction, ceiling) is expected
+def test_specificity_verdict(
+    effect: float,
+    p: float,
+    shares: tuple[float, float, float],
+    comparable: bool,
+    expected: Verdict,
+    guards: tuple[str, ...],
+) -> None:
+    interval = (effect, -0.05 + (0.1 if effect > 0 else -0.1), 0.05 + (0.1 if effect > 0 else -0.1))
+    assert specificity_verdict(interval, p, shares, alpha=0.05, comparable=comparable) == (expected, guards)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "expected"),
+    [((0.4, 0.5), True), ((0.4, 0.51), False), ((0.0, 0.4), False), ((0.4, NAN), None), ((), None)],
+)
+def test_matched_shifts_differ_by_at_most_a_quarter(shifts: tuple[float, ...], expected: bool | None) -> None:
+    assert shifts_match(shifts) is expected
 
 
 @pytest.mark.parametrize(
@@ -136,8 +132,8 @@ def test_timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float, 
     ],
 )
 def test_selection_verdict(tasks: int, confirmed: int, testable: int, guarded: bool, expected: Verdict) -> None:
-    found = selection_verdict(n_estimable=tasks, n_confirmed=confirmed, n_testable=testable, guarded=guarded)
-    assert found is expected
+    verdict = selection_verdict(n_estimable=tasks, n_confirmed=confirmed, n_testable=testable, guarded=guarded)
+    assert verdict is expected
 
 
 @pytest.mark.parametrize(
@@ -158,15 +154,27 @@ def test_selection_verdict(tasks: int, confirmed: int, testable: int, guarded: b
     ],
 )
 def test_causal_verdict(causal: str, effect: float, p: float, claimed: int, expected: Verdict) -> None:
-    found = causal_verdict(causal, effect, effect - 0.1, effect + 0.1, p, alpha=0.05, claimed=claimed)
-    assert found is expected
+    verdict = causal_verdict(causal, effect, effect - 0.1, effect + 0.1, p, alpha=0.05, claimed=claimed)
+    assert verdict is expected
 
 
 @pytest.mark.parametrize(("first", "second", "expected"), [(1, 1, 1.0), (3, 3, 0.10), (4, 4, 2 / 70), (3, 4, 1 / 35)])
 def test_smallest_p_of_permuted_runs(first: int, second: int, expected: float) -> None:
-    assert smallest_p(first, second) == pytest.approx(expected)
+    assert smallest_permutation_p(first, second) == pytest.approx(expected)
 
 
-def test_every_verdict_has_words_a_sign_and_a_meaning() -> None:
-    assert len({v.symbol for v in Verdict}) == len({v.label for v in Verdict}) == len(Verdict) == 5
-    assert all(v.meaning.endswith(".") for v in Verdict)
+def test_smallest_p_of_a_rank_among_random_sets() -> None:
+    assert [smallest_rank_p(n) for n in (0, 1, 19)] == [1.0, 0.5, 0.05]
+
+
+def test_any_feature_has_the_smallest_adjusted_p() -> None:
+    assert any_feature_p([0.2, NAN, 0.03]) == 0.03
+    assert math.isnan(any_feature_p([NAN, NAN]))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0.01, 0.3, True), (0.02, 0.3, True), (0.03, 0.3, False), (-0.3, -0.01, True), (-0.01, 0.3, False)],
+)
+def test_within_minimum_is_for_intervals_off_zero(low: float, high: float, expected: bool) -> None:
+    assert within_minimum(low, high) is expected
