@@ -1,8 +1,8 @@
 """Whether two folders of one study hold the same numbers: every array of every store, and every number of the report.
 
-Words may differ: texts are compared by the numbers that stand in them. ``python -m tests.end_to_end.same_numbers ONE TWO``
-lists what differs and exits with 1 if anything does; ``make same-numbers BASE=<revision>`` runs the mini study before
-and after a change and compares.
+Words may differ: texts are compared by the numbers that stand in them.
+``python -m tests.end_to_end.same_numbers ONE TWO`` lists what differs and exits with 1 if anything does;
+``make same-numbers BASE=<revision>`` runs the mini study before and after a change and compares.
 """
 
 from __future__ import annotations

@@ -14,16 +14,9 @@ from scipy import stats
 from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, MODEL, PROMPT, SAMPLE, TASK, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.feature_blocks import (
-    MIN_CLUSTERS,
-    FloatArray,
-    IntArray,
-    canonical,
-    check_models,
-    cluster_codes,
-    cluster_sums,
-    model_coords,
-)
+from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
+from rlgen_stats.toolkit.statistics.core.feature_blocks import in_prompt_order
+from rlgen_stats.toolkit.statistics.core.units import cluster_codes, cluster_sums
 from rlgen_stats.toolkit.statistics.kernels import (
     adjust,
     cluster_se,
@@ -32,6 +25,8 @@ from rlgen_stats.toolkit.statistics.kernels import (
     sign_flip_test,
     wilson_interval,
 )
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS
 
 ROLES: Final = ("in_domain", "out_of_domain", "held_out", "control", "pooled")
 

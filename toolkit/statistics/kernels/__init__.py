@@ -67,13 +67,7 @@ from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_c
 from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
 from rlgen_stats.toolkit.statistics.kernels.intervals.clustered import ClusterResult, cluster_se
 from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
-from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import (
-    ClusterResult,
-    McNemarResult,
-    cluster_se,
-    mcnemar,
-    wilson_interval,
-)
+from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import McNemarResult, mcnemar, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.intervals.recovered import (
     mover_difference,
     mover_weighted_sum,
