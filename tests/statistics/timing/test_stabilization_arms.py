@@ -12,7 +12,7 @@ from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import stabilization_test
 from rlgen_stats.toolkit.statistics.kernels import bootstrap_weights, trend_test
 from rlgen_stats.toolkit.statistics.timing.stabilization import derive_seed
-from rlgen_stats.toolkit.statistics.timing.stabilization_bands import FRACTIONS
+from rlgen_stats.toolkit.statistics.timing.stabilization import FRACTIONS
 
 STEPS = [10, 20, 30, 40]
 EARLY, LATE = np.array([1.0, 1, 1, 1]), np.array([0.25, 0.5, 0.75, 1])
