@@ -9,7 +9,7 @@ from scipy.stats import hypergeom
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import set_stability
-from rlgen_stats.toolkit.statistics.timing.top_sets import half_scores, make_design, top_sets
+from rlgen_stats.toolkit.statistics.timing.set_stability import half_scores, make_design, top_sets
 
 STEPS = [10, 20, 30, 40]
 MODELS = ["base@0", *(f"rl@{s}" for s in STEPS)]
@@ -193,3 +193,7 @@ def test_errors(make_features):
         run(features, k=0)
     with pytest.raises(InputError, match="run 'sft' has no checkpoint"):
         run(features, runs=["sft"])
+    lacking = make_features(static(np.random.default_rng(9), 60, 40, 1.0), MODELS)
+    lacking["mean"][2, 7] = np.nan
+    with pytest.raises(InputError, match=r"some prompts have no 'mean' .* run 'rl'; .* select the complete prompts"):
+        run(lacking, k=10)

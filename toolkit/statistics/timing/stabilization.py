@@ -60,13 +60,13 @@ STRATA_EDGES: Final = (0.2, 0.5)
 """Edges of ``STRATA`` in standard deviations of the reference."""
 
 FRACTIONS: Final = (0.25, 0.5, 0.75, 1.0)
-"""Shares of a run's steps at which arms are compared, so that runs of other lengths and checkpoints can be."""
+"""Shares of a run's steps at which arms are compared, so that their lengths and checkpoints may differ."""
 
 MIN_RUNS: Final = 4
 """Runs per arm from which a permutation of runs can fall below .05 (2 / 70)."""
 
 PERMUTATIONS: Final = 9999
-"""Every way to share out up to eight against seven runs, random ones above."""
+"""Permutations of runs at most: all 6,435 of eight against seven runs, random ones beyond that."""
 
 BY_CHECKPOINT: Final = ("p_value", "effect", "effect_sd")
 BY_FEATURE: Final = (
@@ -158,12 +158,12 @@ def stabilization_test(
     checkpoints are not replicates; ``trend_q`` by BH over the run's features. It describes this run, not its arm.
 
     *Shares.* ``share`` at c is the share of testable features with ``stabilized_at`` <= c; a feature that never
-    stabilises never counts, so it does not reach 1 by construction. Bands come from resampling units, all features,
-    checkpoints and runs together, with reference spread and strata held fixed, re-centred on the estimate because
-    resampled differences carry their sampling noise twice; pointwise, not simultaneous. ``difference_in_stratum`` is
-    the mean over runs of the first arm less that of the second, at a fraction of each run's steps and among features of
-    similar total change: weaker changes settle earlier whatever the training method. With one run per arm its interval
-    is about these two runs, not about training methods (attribute ``comparison``).
+    stabilises never counts, so the curve need not reach 1. Bands come from resampling units, all features, checkpoints
+    and runs together, with reference spread and strata held fixed, re-centred on the estimate because resampled
+    differences carry their sampling noise twice; pointwise, not simultaneous. ``difference_in_stratum`` is the mean
+    over runs of the first arm less that of the second, at a fraction of each run's steps and among features of similar
+    total change: weaker changes settle earlier whatever the training method. With one run per arm its interval is about
+    these two runs, not about training methods (attribute ``comparison``).
 
     References
     ----------
