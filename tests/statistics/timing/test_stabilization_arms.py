@@ -9,9 +9,9 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics import stabilization_test
 from rlgen_stats.toolkit.statistics.kernels import bootstrap_weights, trend_test
-from rlgen_stats.toolkit.statistics.timing.stabilization import derive_seed
 from rlgen_stats.toolkit.statistics.timing.stabilization import FRACTIONS
 
 STEPS = [10, 20, 30, 40]
