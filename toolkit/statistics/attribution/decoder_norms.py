@@ -59,8 +59,8 @@ def attribution(
     log||d_O,k||_2, the scale for inference. MAS_k,m = share of ||d_m,k||/sqrt(d_m) among views, sums to 1. Where widths
     differ, the L2 norm is taken per sqrt(d_m) and the L1 norm per d_m throughout (one width cancels). The cosine of two
     views' decoder rows says whether a feature writes the same direction in both; NaN where one of them is zero or their
-    widths differ. All are scale-invariant: (f_k, d_k) -> (c f_k, d_k / c) changes none of them. A decoder that is zero in
-    every compared view gives NaN. A norm share alone does not make a feature specific; latent scaling must agree
+    widths differ. All are scale-invariant: (f_k, d_k) -> (c f_k, d_k / c) changes none. A decoder that is zero in every
+    compared view gives NaN. A norm share alone does not make a feature specific; latent scaling must agree
     (arXiv:2504.02922).
 
     References
@@ -200,16 +200,19 @@ def attribution_table(
 
 def _joined(tables: Mapping[str, xr.Dataset], dim: str, names: list[str]) -> xr.Dataset:
     """Variables of several crosscoders along ``dim``; NaN, or not alive, where one lacks a view or a feature."""
-    joined = xr.concat(
+    joined: xr.Dataset = xr.concat(
         [table[names].assign_coords({FEATURE: np.arange(table.sizes[FEATURE])}) for table in tables.values()],
-        xr.IndexVariable(dim, np.array(list(tables), dtype=np.str_)),
+        dim,
         join="outer",
         fill_value={"alive": False},
         combine_attrs="drop",
     )
     # The outer join sorts views; the order in which crosscoders name them is base first.
     views = list(dict.fromkeys(str(view) for table in tables.values() for view in table[VIEW].values))
-    return joined.reindex({name: np.array(views, dtype=np.str_) for name in (VIEW, OTHER_VIEW) if name in joined.dims})
+    joined = joined.reindex(
+        {name: np.array(views, dtype=np.str_) for name in (VIEW, OTHER_VIEW) if name in joined.dims}
+    )
+    return joined.assign_coords({dim: np.array(list(tables), dtype=np.str_)})
 
 
 def decoder_clusters(

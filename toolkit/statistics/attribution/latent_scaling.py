@@ -226,14 +226,15 @@ def scaling_table(tables: Mapping[str, xr.Dataset], classes: Mapping[str, xr.Dat
         table.drop_vars("strongest").assign(classes[name]).assign_coords({FEATURE: np.arange(table.sizes[FEATURE])})
         for name, table in tables.items()
     ]
-    table = xr.concat(
+    table: xr.Dataset = xr.concat(
         joined,
-        xr.IndexVariable(CROSSCODER, np.array(list(tables), dtype=np.str_)),
+        CROSSCODER,
         join="outer",
         fill_value={"n_active": 0, "n_groups": 0, "feature_class": "", "specific_to": ""},
     )
     # The outer join sorts views; the order in which crosscoders name them is base first.
     table = table.reindex({VIEW: np.array(views, dtype=np.str_)}).transpose(CROSSCODER, VIEW, FEATURE)
+    table = table.assign_coords({CROSSCODER: np.array(list(tables), dtype=np.str_)})
     for name in ("feature_class", "specific_to"):
         table[name] = table[name].astype("<U64")
     return table.assign_attrs(next(iter(tables.values())).attrs | next(iter(classes.values())).attrs)
