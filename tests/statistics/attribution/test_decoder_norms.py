@@ -37,10 +37,10 @@ def test_against_the_definitions():
     np.testing.assert_allclose(out.nrn_l1, out.mas_l1.sel(view="rl@5"))
 
 
-def test_gauge_does_not_matter():
+def test_the_scale_of_a_feature_does_not_matter():
     d = decoders(["base@0", "sft@5", "rl@5"])
-    gauge = xr.DataArray(np.random.default_rng(1).gamma(1, 1, 30), dims="feature")
-    a, b = (attribution(x, original="base@0", target="rl@5") for x in (d, d.assign(decoder=d.decoder * gauge)))
+    scale = xr.DataArray(np.random.default_rng(1).gamma(1, 1, 30), dims="feature")
+    a, b = (attribution(x, original="base@0", target="rl@5") for x in (d, d.assign(decoder=d.decoder * scale)))
     xr.testing.assert_allclose(a, b)
     assert float(abs(a.mas_l1.sum("view") - 1).max()) < 1e-12
 
@@ -84,9 +84,9 @@ def test_table_follows_the_layout_and_pads():
     assert table.target.values.tolist() == ["sft@9", "base.repeat@0"]
     assert not table.alive.sel(crosscoder="null").values[20:].any()
     assert np.isnan(table.nrn_l1.sel(crosscoder="null").values[20:]).all()
-    own = attribution(decoders(["base@0", "sft@9", "rl@9"]))
-    np.testing.assert_allclose(table.mas_l1.sel(mas_crosscoder="main", view="rl@9"), own.mas_l1.sel(view="rl@9"))
-    np.testing.assert_allclose(table.view_cosine.values[0], own.view_cosine.values)
+    main = attribution(decoders(["base@0", "sft@9", "rl@9"]))
+    np.testing.assert_allclose(table.mas_l1.sel(mas_crosscoder="main", view="rl@9"), main.mas_l1.sel(view="rl@9"))
+    np.testing.assert_allclose(table.view_cosine.values[0], main.view_cosine.values)
     assert table.cosine.sel(crosscoder="sft").notnull().all()
     validate(attribution_table({"sft": decoders(["base@0", "sft@9"])}), "attribution")
 

@@ -60,11 +60,11 @@ def test_overlaps_against_python_sets(make_features):
         both = len(top(d[c]) & top(d[3]))
         assert out.overlap.values[c] == both / 10
         assert out.overlap_p.values[c] == pytest.approx(hypergeom.sf(both - 1, 80, 10, 10))
-        own, cross = [], []
+        within, cross = [], []
         for half in design.halves == 1:
-            own.append(len(top(d[c][half]) & top(d[c][~half])) / 10)
+            within.append(len(top(d[c][half]) & top(d[c][~half])) / 10)
             cross.append(len(top(d[c][half]) & top(d[3][~half])) / 20 + len(top(d[c][~half]) & top(d[3][half])) / 20)
-        assert out.noise_ceiling.values[c] == pytest.approx(np.mean(own))
+        assert out.noise_ceiling.values[c] == pytest.approx(np.mean(within))
         assert out.cross.values[c] == pytest.approx(np.mean(cross))
     assert out.chance.values == pytest.approx(10 / 80)
     assert out.delta.values == pytest.approx((out.noise_ceiling + out.final_ceiling).values / 2 - out.cross.values)
