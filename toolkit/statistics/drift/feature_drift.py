@@ -193,27 +193,15 @@ def drift_test(
         split_change=variable == "mean",
         histograms=histograms,
     )
-    arrays, lazy = feature_arrays(features, [variable, "firing"], [reference, *models])
-    if histograms:
-        arrays.append(_histogram_array(features, [reference, *models], arrays[0]))
-    n_models, n_flips = len(models), flip_count(n_units, n_resamples)
-    mapped = map_features(
-        drift_block,
-        arrays,
-        outputs=dict.fromkeys(settings.outputs, (n_models,)),
-        states={
-            "maxima": ((n_models, n_flips), da.max),
-            "exceedances": ((n_models, len(THRESHOLDS), n_flips), da.sum),
-        },
-        settings=settings,
-    )
+    n_flips = flip_count(n_units, n_resamples)
+    mapped, lazy = _map_blocks(features, [reference, *models], variable, n_flips, settings)
     rule = FamilyRule(MODEL in family, correction, alpha, n_min)
     out = xr.Dataset(
         _variables(mapped, rule),
         coords=model_coords(features, models)
         | feature_coord(features)
         | {"threshold": ("threshold", np.array(THRESHOLDS))},
-        attrs=_attrs(rule, (n_models, features.sizes[FEATURE]), reference, variable, null, n_units)
+        attrs=_attrs(rule, (len(models), features.sizes[FEATURE]), reference, variable, null, n_units)
         | source_attrs(features)
         | unit_attrs(unit, clusters, codes)
         | {"alpha": alpha, "margin": margin, "n_min": n_min, "n_resamples": n_flips - 1, "n_bootstrap": n_bootstrap}
@@ -276,6 +264,27 @@ def _attrs(
         "margin_unit": f"standard deviations of {reference} over units",
         "max_t": "single step, joint over features" + (", Bonferroni over models" if rule.by_model else ""),
     }
+
+
+def _map_blocks(
+    features: xr.Dataset, models: list[str], variable: str, n_flips: int, settings: DriftSettings
+) -> tuple[Mapped, bool]:
+    """Results of all blocks, lazily, and whether ``features`` were lazy; the first model is the reference."""
+    arrays, lazy = feature_arrays(features, [variable, "firing"], models)
+    if settings.histograms:
+        arrays.append(_histogram_array(features, models, arrays[0]))
+    n_compared = len(models) - 1
+    mapped = map_features(
+        drift_block,
+        arrays,
+        outputs=dict.fromkeys(settings.outputs, (n_compared,)),
+        states={
+            "maxima": ((n_compared, n_flips), da.max),
+            "exceedances": ((n_compared, len(THRESHOLDS), n_flips), da.sum),
+        },
+        settings=settings,
+    )
+    return mapped, lazy
 
 
 def _variables(mapped: Mapped, rule: FamilyRule) -> dict[str, tuple[tuple[str, ...], da.Array]]:
