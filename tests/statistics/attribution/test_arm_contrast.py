@@ -148,7 +148,7 @@ def test_three_runs_an_arm_are_permuted():
 
 
 @pytest.mark.parametrize(
-    ("shifts", "says"),
+    ("shifts", "message"),
     [
         ({"sft@10": 1.0, "rl@10": 0.9}, "COMPARABLE: "),
         ({"sft@5": 0.2, "sft@10": 1.0, "rl@10": 0.6}, "NOT_COMPARABLE: .*passes 0.6 near step 8"),
@@ -156,21 +156,21 @@ def test_three_runs_an_arm_are_permuted():
         ({"sft@10": 1.0}, "NOT_COMPARABLE: .*no activation shift is recorded for rl@10"),
     ],
 )
-def test_matched_drift(shifts, says):
+def test_matched_drift(shifts, message):
     t = table({"sft": 0.3, "rl": 0.1, "null": 0.0})
     out = contrast(t, movement=movement(shifts), health=health(["sft", "rl", "null"]))
-    assert re.match(says, str(out.comparable.values[0])), out.comparable.values[0]
+    assert re.match(message, str(out.comparable.values[0])), out.comparable.values[0]
 
 
 @pytest.mark.parametrize(
-    ("other", "says"),
+    ("other", "message"),
     [({"rl": (0.8, 10, 0.1)}, "FVE differs"), ({"rl": (0.9, 20, 0.1)}, "L0"), ({"rl": (0.9, 10, 0.4)}, "dead")],
 )
-def test_parity_of_fit(other, says):
+def test_parity_of_fit(other, message):
     t = table({"sft": 0.3, "rl": 0.1, "null": 0.0})
     out = contrast(t, movement=movement({"sft@10": 1.0, "rl@10": 1.0}), health=health(["sft", "rl"], **other))
     assert str(out.comparable.values[0]).startswith("NOT_COMPARABLE")
-    assert says in str(out.comparable.values[0])
+    assert message in str(out.comparable.values[0])
 
 
 def test_without_movement_or_health_nothing_is_called_comparable():

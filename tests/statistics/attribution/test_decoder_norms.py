@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -37,10 +39,10 @@ def test_against_the_definitions():
     np.testing.assert_allclose(out.nrn_l1, out.mas_l1.sel(view="rl@5"))
 
 
-def test_gauge_does_not_matter():
+def test_the_scale_of_a_feature_does_not_matter():
     d = decoders(["base@0", "sft@5", "rl@5"])
-    gauge = xr.DataArray(np.random.default_rng(1).gamma(1, 1, 30), dims="feature")
-    a, b = (attribution(x, original="base@0", target="rl@5") for x in (d, d.assign(decoder=d.decoder * gauge)))
+    scale = xr.DataArray(np.random.default_rng(1).gamma(1, 1, 30), dims="feature")
+    a, b = (attribution(x, original="base@0", target="rl@5") for x in (d, d.assign(decoder=d.decoder * scale)))
     xr.testing.assert_allclose(a, b)
     assert float(abs(a.mas_l1.sum("view") - 1).max()) < 1e-12
 
@@ -84,9 +86,9 @@ def test_table_follows_the_layout_and_pads():
     assert table.target.values.tolist() == ["sft@9", "base.repeat@0"]
     assert not table.alive.sel(crosscoder="null").values[20:].any()
     assert np.isnan(table.nrn_l1.sel(crosscoder="null").values[20:]).all()
-    own = attribution(decoders(["base@0", "sft@9", "rl@9"]))
-    np.testing.assert_allclose(table.mas_l1.sel(mas_crosscoder="main", view="rl@9"), own.mas_l1.sel(view="rl@9"))
-    np.testing.assert_allclose(table.view_cosine.values[0], own.view_cosine.values)
+    main = attribution(decoders(["base@0", "sft@9", "rl@9"]))
+    np.testing.assert_allclose(table.mas_l1.sel(mas_crosscoder="main", view="rl@9"), main.mas_l1.sel(view="rl@9"))
+    np.testing.assert_allclose(table.view_cosine.values[0], main.view_cosine.values)
     assert table.cosine.sel(crosscoder="sft").notnull().all()
     validate(attribution_table({"sft": decoders(["base@0", "sft@9"])}), "attribution")
 
@@ -110,7 +112,8 @@ def test_clusters_against_a_slow_flood_fill(monkeypatch):
                 for j in np.flatnonzero(near[stack.pop()] & (labels < 0)):
                     labels[j] = k
                     stack.append(j)
-    monkeypatch.setattr("rlgen_stats.toolkit.statistics.attribution.decoder_norms.COSINE_BLOCK", 7)
+    # By module, not by its dotted name: ``statistics.attribution`` is the function of that name.
+    monkeypatch.setattr(sys.modules[decoder_clusters.__module__], "COSINE_BLOCK", 7)
     got = decoder_clusters(d)
     assert len(np.unique(got)) == len(np.unique(labels)) < 60
     assert np.array_equal(got[:, None] == got, labels[:, None] == labels)

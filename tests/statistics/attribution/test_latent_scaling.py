@@ -20,8 +20,8 @@ def sums_of(nu: np.ndarray, *, n_groups: int = 200, noise: float = 0.0, seed: in
     squares = random.gamma(2.0, size=(n_groups, n_features)) * (random.random((n_groups, n_features)) < 0.7)
     cross = squares[:, None] * nu
     shared = noise * random.normal(size=(n_groups, 1, n_features))  # prompts move both together
-    own = noise * random.normal(size=cross.shape)
-    both = {name: cross + np.sqrt(squares)[:, None] * (own + shared) for name in ("error", "reconstruction")}
+    separate = noise * random.normal(size=cross.shape)
+    both = {name: cross + np.sqrt(squares)[:, None] * (separate + shared) for name in ("error", "reconstruction")}
     return xr.Dataset(
         {name: (("group", "view", "feature"), values) for name, values in both.items()}
         | {
@@ -36,14 +36,14 @@ def sums_of(nu: np.ndarray, *, n_groups: int = 200, noise: float = 0.0, seed: in
 def test_ratios_are_the_planted_ones_and_lazy_results_the_same() -> None:
     nu = np.array([[0.0, 0.1, 0.9, 0.5], [0.02, 0.3, 1.0, 0.5], [1.0, 1.0, 1.0, 1.0]])
     sums = sums_of(nu)
-    found = latent_scaling(sums)
-    np.testing.assert_allclose(found.nu_error.values, nu, atol=1e-12)
-    np.testing.assert_allclose(found.beta_reconstruction.values, nu, atol=1e-12)
+    scaling = latent_scaling(sums)
+    np.testing.assert_allclose(scaling.nu_error.values, nu, atol=1e-12)
+    np.testing.assert_allclose(scaling.beta_reconstruction.values, nu, atol=1e-12)
     with raise_if_dask_computes():
         lazy = latent_scaling(sums.chunk(feature=3, group=17))
-    xr.testing.assert_allclose(lazy.compute(), found, rtol=1e-12)
-    xr.testing.assert_allclose(latent_scaling(sums.isel(group=slice(None, None, -1))), found, rtol=1e-12)
-    xr.testing.assert_allclose(latent_scaling(sums.isel(feature=[2, 0])), found.isel(feature=[2, 0]), rtol=1e-12)
+    xr.testing.assert_allclose(lazy.compute(), scaling, rtol=1e-12)
+    xr.testing.assert_allclose(latent_scaling(sums.isel(group=slice(None, None, -1))), scaling, rtol=1e-12)
+    xr.testing.assert_allclose(latent_scaling(sums.isel(feature=[2, 0])), scaling.isel(feature=[2, 0]), rtol=1e-12)
 
 
 def test_bounds_of_ratios_have_their_level() -> None:
@@ -54,9 +54,9 @@ def test_bounds_of_ratios_have_their_level() -> None:
     share = xr.DataArray(
         np.stack([np.zeros(4000), np.ones(4000)]), dims=("view", "feature"), coords={"view": VIEWS[1:]}
     )
-    said = classify_features(share, scaling, tau=0.7, alpha=0.05).feature_class.values
-    assert (said == "specific").mean() == pytest.approx(0.05, abs=0.02)
-    assert (said == "contradicted").mean() == pytest.approx(0.025, abs=0.015)
+    classes = classify_features(share, scaling, tau=0.7, alpha=0.05).feature_class.values
+    assert (classes == "specific").mean() == pytest.approx(0.05, abs=0.02)
+    assert (classes == "contradicted").mean() == pytest.approx(0.025, abs=0.015)
     error = (scaling.nu_error[0] - 0.2) / scaling.nu_error_se[0]
     assert float(error.std()) == pytest.approx(1.0, abs=0.06)
 
@@ -66,11 +66,11 @@ def test_too_few_groups_and_silent_features_have_no_standard_error() -> None:
     sums["squares"][MIN_GROUPS - 1 :, 0] = 0.0
     sums["squares"][:, 0] += np.where(np.arange(40) < MIN_GROUPS - 1, 1.0, 0.0)
     sums["squares"][:, 1] = 0.0
-    found = latent_scaling(sums)
-    assert found.n_groups.values.tolist() == [MIN_GROUPS - 1, 0]
-    assert np.isfinite(found.beta_error.values[:, 0]).all()
-    assert np.isnan(found.beta_error_se.values).all()
-    assert np.isnan(found.nu_error.values[:, 1]).all()
+    scaling = latent_scaling(sums)
+    assert scaling.n_groups.values.tolist() == [MIN_GROUPS - 1, 0]
+    assert np.isfinite(scaling.beta_error.values[:, 0]).all()
+    assert np.isnan(scaling.beta_error_se.values).all()
+    assert np.isnan(scaling.nu_error.values[:, 1]).all()
 
 
 def test_classes() -> None:
@@ -79,9 +79,9 @@ def test_classes() -> None:
     scaling["n_active"][3] = 4
     share = xr.DataArray([[0.1, 0.1, 0.45, 0.0], [0.9, 0.9, 0.55, 1.0]], dims=("view", "feature"))
     share = share.assign_coords(view=VIEWS[1:])
-    found = validate_classes(share, scaling)
-    assert found.feature_class.values.tolist() == ["specific", "contradicted", "shared", "dead"]
-    assert found.specific_to.values.tolist() == ["rl@9", "rl@9", "", ""]
+    classes = validate_classes(share, scaling)
+    assert classes.feature_class.values.tolist() == ["specific", "contradicted", "shared", "dead"]
+    assert classes.specific_to.values.tolist() == ["rl@9", "rl@9", "", ""]
     blurred = scaling.assign(nu_error_se=scaling.nu_error_se + 1.0, nu_reconstruction_se=scaling.nu_error_se + 1.0)
     assert validate_classes(share, blurred).feature_class.values[:2].tolist() == ["undetermined", "undetermined"]
 

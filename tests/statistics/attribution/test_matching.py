@@ -40,25 +40,25 @@ def test_common_features_are_found_and_others_left_alone() -> None:
         [common * random.uniform(0.5, 2, (60, 1)) + 0.02 * random.normal(size=common.shape), random_rows(50, 3)]
     )
     order = random.permutation(len(b))
-    found = match_features(dictionary(a), dictionary(b[order]), seed=0)
+    matches = match_features(dictionary(a), dictionary(b[order]), seed=0)
     place = np.argsort(order)
-    assert (found["match"].values[:60] == place[:60]).mean() > 0.95
-    assert found.matched.values[:60].mean() > 0.95
-    assert found.matched.values[60:].mean() < 0.1
-    assert found.attrs["n_compared"] == [100, 110]
-    partners = found["match"].values[found["match"].values >= 0]
+    assert (matches["match"].values[:60] == place[:60]).mean() > 0.95
+    assert matches.matched.values[:60].mean() > 0.95
+    assert matches.matched.values[60:].mean() < 0.1
+    assert matches.attrs["n_compared"] == [100, 110]
+    partners = matches["match"].values[matches["match"].values >= 0]
     assert len(np.unique(partners)) == len(partners)
 
 
 def test_assignment_is_the_best_one_to_one() -> None:
     """Against the dense assignment, whose optimum lies among the candidates when dictionaries are small."""
     a, b = random_rows(9, 4), random_rows(10, 5)
-    found = match_features(dictionary(a), dictionary(b))
+    matches = match_features(dictionary(a), dictionary(b))
     cosine = (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T
     rows, columns = linear_sum_assignment(-(cosine + 2.0))
-    np.testing.assert_array_equal(found["match"].values[rows], columns)
-    np.testing.assert_allclose(found.similarity.values, cosine[rows, columns], rtol=1e-5)
-    np.testing.assert_allclose(found.best_similarity.values, cosine.max(axis=1), rtol=1e-5)
+    np.testing.assert_array_equal(matches["match"].values[rows], columns)
+    np.testing.assert_allclose(matches.similarity.values, cosine[rows, columns], rtol=1e-5)
+    np.testing.assert_allclose(matches.best_similarity.values, cosine.max(axis=1), rtol=1e-5)
 
 
 def test_unrelated_dictionaries_are_rarely_matched() -> None:
@@ -117,16 +117,19 @@ def test_activations_match_what_decoders_cannot() -> None:
     noisy = activity[:, ::-1] * 3 + 0.1 * random.normal(size=activity.shape)
     shallow = dictionary(random_rows(40, 1))
     deep = dictionary(np.random.default_rng(9).normal(size=(40, 2 * WIDTH)))
-    how = {
+    activations = {
         "activations_a": xr.DataArray(activity, dims=("prompt", "feature"), coords={"prompt": np.arange(300)}),
         "activations_b": xr.DataArray(noisy, dims=("prompt", "feature"), coords={"prompt": np.arange(300)}),
     }
-    found = match_features(shallow, deep, by="activation", **how)
-    assert (found["match"].values == np.arange(40)[::-1]).all()
-    assert found.matched.all()
-    assert (found.correlation > 0.9).all()
+    matches = match_features(shallow, deep, by="activation", **activations)
+    assert (matches["match"].values == np.arange(40)[::-1]).all()
+    assert matches.matched.all()
+    assert (matches.correlation > 0.9).all()
     unrelated = match_features(
-        shallow, deep, by="activation", **(how | {"activations_b": how["activations_b"].roll(prompt=57)})
+        shallow,
+        deep,
+        by="activation",
+        **(activations | {"activations_b": activations["activations_b"].roll(prompt=57)}),
     )
     assert unrelated.matched.mean() < 0.1
     with pytest.raises(InputError, match=r"views .*match them by='activation'"):
@@ -138,11 +141,11 @@ def test_activations_match_what_decoders_cannot() -> None:
 def test_silent_features_take_no_part() -> None:
     rows = random_rows(30, 3)
     firing = np.where(np.arange(30) < 5, 0.0, 0.1)
-    found = match_features(dictionary(rows, firing), dictionary(rows))
-    assert (found.flag.values[:5] == "DEAD").all()
-    assert (found["match"].values[:5] == -1).all()
-    assert not found.matched.values[:5].any()
-    assert (found["match"].values[5:] == np.arange(5, 30)).all()
+    matches = match_features(dictionary(rows, firing), dictionary(rows))
+    assert (matches.flag.values[:5] == "DEAD").all()
+    assert (matches["match"].values[:5] == -1).all()
+    assert not matches.matched.values[:5].any()
+    assert (matches["match"].values[5:] == np.arange(5, 30)).all()
 
 
 def test_reappearance_is_the_share_of_replicates() -> None:

@@ -253,8 +253,8 @@ def test_the_order_of_prompts_does_not_matter(world):
     features = world(per_cluster=4)
     order = np.random.default_rng(9).permutation(60)
     for clusters in (None, "cluster"):
-        expected, found = (run(f, clusters=clusters) for f in (features, features.isel(prompt=order)))
-        xr.testing.assert_identical(found, expected)
+        expected, shuffled = (run(f, clusters=clusters) for f in (features, features.isel(prompt=order)))
+        xr.testing.assert_identical(shuffled, expected)
 
 
 def test_tokens_as_units_only_if_allowed_and_recorded(world):

@@ -9,7 +9,7 @@ from scipy.stats import hypergeom
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import set_stability
-from rlgen_stats.toolkit.statistics.timing.top_sets import half_scores, make_design, top_sets
+from rlgen_stats.toolkit.statistics.timing.set_stability import half_scores, make_design, top_sets
 
 STEPS = [10, 20, 30, 40]
 MODELS = ["base@0", *(f"rl@{s}" for s in STEPS)]
@@ -60,11 +60,11 @@ def test_overlaps_against_python_sets(make_features):
         both = len(top(d[c]) & top(d[3]))
         assert out.overlap.values[c] == both / 10
         assert out.overlap_p.values[c] == pytest.approx(hypergeom.sf(both - 1, 80, 10, 10))
-        own, cross = [], []
+        within, cross = [], []
         for half in design.halves == 1:
-            own.append(len(top(d[c][half]) & top(d[c][~half])) / 10)
+            within.append(len(top(d[c][half]) & top(d[c][~half])) / 10)
             cross.append(len(top(d[c][half]) & top(d[3][~half])) / 20 + len(top(d[c][~half]) & top(d[3][half])) / 20)
-        assert out.noise_ceiling.values[c] == pytest.approx(np.mean(own))
+        assert out.noise_ceiling.values[c] == pytest.approx(np.mean(within))
         assert out.cross.values[c] == pytest.approx(np.mean(cross))
     assert out.chance.values == pytest.approx(10 / 80)
     assert out.delta.values == pytest.approx((out.noise_ceiling + out.final_ceiling).values / 2 - out.cross.values)
@@ -193,3 +193,7 @@ def test_errors(make_features):
         run(features, k=0)
     with pytest.raises(InputError, match="run 'sft' has no checkpoint"):
         run(features, runs=["sft"])
+    lacking = make_features(static(np.random.default_rng(9), 60, 40, 1.0), MODELS)
+    lacking["mean"][2, 7] = np.nan
+    with pytest.raises(InputError, match=r"some prompts have no 'mean' .* run 'rl'; .* select the complete prompts"):
+        run(lacking, k=10)

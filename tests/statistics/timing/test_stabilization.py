@@ -65,8 +65,8 @@ def test_p_values_and_chain_against_statsmodels(world):
         first = 6
         while first > 0 and p[first - 1] <= 0.05:
             first -= 1
-        wanted = [0, *STEPS][first] if first <= 4 else np.nan
-        assert out.stabilized_at.values[0, k] == pytest.approx(wanted, nan_ok=True)
+        expected = [0, *STEPS][first] if first <= 4 else np.nan
+        assert out.stabilized_at.values[0, k] == pytest.approx(expected, nan_ok=True)
     assert np.isnan(out.p_value.values[5]).all()
 
 
@@ -75,8 +75,8 @@ def test_share_counts_features(world):
     for r in range(2):
         settled, tested = out.stabilized_at.values[r], ~np.isin(out.flag.values[r], ["UNTESTABLE", "NO_MARGIN"])
         for c, step in enumerate(STEPS):
-            wanted = np.sum(settled[tested] <= step) / tested.sum()
-            assert out.share.values[6 * r + c] == pytest.approx(wanted)
+            expected = np.sum(settled[tested] <= step) / tested.sum()
+            assert out.share.values[6 * r + c] == pytest.approx(expected)
             size = np.abs(out.total_effect_sd.values[r])
             large = tested & (size >= 0.5)
             assert out.n_in_stratum.values[r, 2] == large.sum()
@@ -110,10 +110,10 @@ def test_bootstrap_band_against_a_slow_loop(world):
     shares = np.array(shares)
     q = np.quantile(shares, [0.025, 0.975], axis=0) - shares.mean(axis=0)
     q = np.stack([np.minimum(q[0], 0), np.maximum(q[1], 0)])
-    wanted = np.clip(out.share.values + q, 0, 1)
+    expected = np.clip(out.share.values + q, 0, 1)
     assert np.max(out.share_high - out.share_low) > 0.15
-    assert out.share_low.values == pytest.approx(wanted[0], abs=0.051)
-    assert out.share_high.values == pytest.approx(wanted[1], abs=0.051)
+    assert out.share_low.values == pytest.approx(expected[0], abs=0.051)
+    assert out.share_high.values == pytest.approx(expected[1], abs=0.051)
 
 
 def test_error_of_early_stabilisation_is_alpha(make_features):

@@ -12,7 +12,7 @@ from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics import stabilization_test
 from rlgen_stats.toolkit.statistics.kernels import bootstrap_weights, trend_test
-from rlgen_stats.toolkit.statistics.timing.stabilization_bands import FRACTIONS
+from rlgen_stats.toolkit.statistics.timing.stabilization import FRACTIONS
 
 STEPS = [10, 20, 30, 40]
 EARLY, LATE = np.array([1.0, 1, 1, 1]), np.array([0.25, 0.5, 0.75, 1])
@@ -69,8 +69,8 @@ def test_evolving_keeps_its_level_at_the_margin_and_excludes_stabilised(make_fea
     n, f = 50, 4000
     base = rng.normal(5, 1, (n, f))
     end = base + 0.5
-    at = [end + 0.2 * base.std(axis=0, ddof=1) + rng.normal(0, 0.5, (n, f)) for _ in range(3)]
-    features = make_features(np.stack([base, *at, end]), ["base@0", *(f"rl@{s}" for s in STEPS)])
+    at_margin = [end + 0.2 * base.std(axis=0, ddof=1) + rng.normal(0, 0.5, (n, f)) for _ in range(3)]
+    features = make_features(np.stack([base, *at_margin, end]), ["base@0", *(f"rl@{s}" for s in STEPS)])
     out = run(features, ["rl"], persist=2, n_bootstrap=9)
     share = (out.flag == "EVOLVING").mean()
     assert 0.03 < share <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / f)
@@ -133,21 +133,21 @@ def test_the_difference_of_arms_is_that_of_their_shares_on_the_same_draws(make_f
     units = [np.arange(40), *(np.repeat(np.arange(40), row) for row in weights)]
     table = np.array(
         [
-            [slow_shares(x[:, index][own], 0.2 * sd, 4, 1) for own in ([0, 1, 2, 3, 4], [0, 5, 6, 7, 8])]
+            [slow_shares(x[:, index][models], 0.2 * sd, 4, 1) for models in ([0, 1, 2, 3, 4], [0, 5, 6, 7, 8])]
             for index in units
         ]
     )
     np.testing.assert_allclose(out.share.values, table[0][:, 1:].ravel())
     places = [1, 2, 3, 4]
-    wanted = table[:, 0][:, places] - table[:, 1][:, places]
-    np.testing.assert_allclose(out.difference_in_stratum.values[:, 2], wanted[0], atol=1e-12)
-    draws = wanted[1:]
+    expected = table[:, 0][:, places] - table[:, 1][:, places]
+    np.testing.assert_allclose(out.difference_in_stratum.values[:, 2], expected[0], atol=1e-12)
+    draws = expected[1:]
     low, high = np.quantile(draws, [0.025, 0.975], axis=0) - draws.mean(axis=0)
     np.testing.assert_allclose(
-        out.difference_in_stratum_low.values[:, 2], np.clip(wanted[0] + np.minimum(low, 0), -1, 1)
+        out.difference_in_stratum_low.values[:, 2], np.clip(expected[0] + np.minimum(low, 0), -1, 1)
     )
     np.testing.assert_allclose(
-        out.difference_in_stratum_high.values[:, 2], np.clip(wanted[0] + np.maximum(high, 0), -1, 1)
+        out.difference_in_stratum_high.values[:, 2], np.clip(expected[0] + np.maximum(high, 0), -1, 1)
     )
     assert (draws.std(axis=0) > 0).any()
     assert out.fraction.values.tolist() == list(FRACTIONS)
@@ -174,9 +174,9 @@ def test_arms_are_runs_averaged_and_tested_over_runs(make_features) -> None:
     features = world(make_features, paths)
     out = run(features, list(paths))
     shares = out.share_in_stratum.values.reshape(8, 4, 3)[:, :, 2]
-    wanted = shares[:4].mean(axis=0) - shares[4:].mean(axis=0)
-    np.testing.assert_allclose(out.difference_in_stratum.values[:, 2], wanted)
-    assert wanted[0] > 0.5
+    expected = shares[:4].mean(axis=0) - shares[4:].mean(axis=0)
+    np.testing.assert_allclose(out.difference_in_stratum.values[:, 2], expected)
+    assert expected[0] > 0.5
     assert out.difference_in_stratum_p.values[0, 2] == pytest.approx(2 / 70)
     assert "4 and 4 runs" in out.attrs["comparison"]
     three = run(features, list(paths)[:7])
@@ -204,12 +204,12 @@ def test_runs_that_lack_prompts_share_the_draws_of_the_others(make_features) -> 
 
 def test_the_interval_of_the_difference_covers_it(make_features) -> None:
     """Truth: the mean difference over worlds. 60 worlds, of which 5% should miss."""
-    found = []
+    estimates = []
     for seed in range(60):
         features = world(make_features, {"sft": LATE, "rl": EARLY * 0.9}, n=40, f=60, noise=0.45, seed=seed)
         out = run(features, ["sft", "rl"], margin=0.3, n_bootstrap=199)
-        found.append([out[f"difference_in_stratum{end}"].values[2, 2] for end in ("", "_low", "_high")])
-    value, low, high = np.array(found).T
+        estimates.append([out[f"difference_in_stratum{end}"].values[2, 2] for end in ("", "_low", "_high")])
+    value, low, high = np.array(estimates).T
     missed = ((value.mean() < low) | (value.mean() > high)).mean()
     assert missed <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 60)
     assert (high - low).mean() < 8 * value.std()

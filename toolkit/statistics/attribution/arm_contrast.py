@@ -1,4 +1,4 @@
-"""Contrast of arms: which one introduces more model-specific features (claim C1)."""
+"""Contrast of training arms: which one introduces more model-specific features (claim C1)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from rlgen_stats.schemas.dims import MODEL, RUN, STEP, VIEW
 from rlgen_stats.schemas.errors import InputError
@@ -18,7 +19,6 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.attribution.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
-from rlgen_stats.toolkit.statistics.kernels import wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, IntArray
 
 TAUS: Final = (0.7, 0.9)
@@ -45,11 +45,14 @@ AGREED: Final = "agreed_"
 
 @dataclass(frozen=True)
 class _Tail:
-    """Tail mass of one crosscoder: indicator and cluster of every alive feature."""
+    """Tail mass of one crosscoder, by clusters of its alive features."""
 
     hits: FloatArray
+    """[cluster]: features beyond the threshold."""
     sizes: FloatArray
+    """[cluster]: features."""
     mass: float
+    """Share of alive features beyond the threshold."""
 
 
 def attribution_contrast(
@@ -67,7 +70,7 @@ def attribution_contrast(
     seed: int = 0,
     n_bootstrap: int = 999,
 ) -> xr.Dataset:
-    """Tail mass of model-specific features, SFT minus RL, beside the base-base floor.
+    """Tail mass of model-specific features, SFT minus RL, and the floor of a crosscoder of base with itself.
 
     Parameters
     ----------
@@ -79,7 +82,7 @@ def attribution_contrast(
     sft, rl
         Crosscoder names of the two arms; three or more on both sides make runs the unit.
     null
-        Crosscoder of base against base read again; None if there is none.
+        Crosscoder of base against base read again (activations of base extracted twice); None if there is none.
     taus, norm
         Thresholds on NRN and the norm it uses (the paper's is l1).
     movement
@@ -105,10 +108,10 @@ def attribution_contrast(
     Notes
     -----
     T = share of alive features with NRN > tau. effect = (T_sft - floor) - (T_rl - floor), in which the floor cancels;
-    it matters for ``excess_*``. With fewer than three runs an arm: percentile bootstrap over decoder-cosine clusters,
+    it matters for ``excess_*``. With fewer than three runs per arm: percentile bootstrap over decoder-cosine clusters,
     p = twice the smaller tail share with the +1 rule, and the statement is about *these* models. Where a bootstrap
     distribution is a point (mass 0 or 1 on one side) the interval is Newcombe's with clusters counted as units.
-    Otherwise: exact permutation of runs between arms and Welch's interval.
+    With three or more: exact permutation of runs between arms and Welch's interval.
 
     References
     ----------
@@ -136,19 +139,12 @@ def attribution_contrast(
     return xr.Dataset(
         variables | {"comparable": ("tau", np.array([comparable] * len(taus), dtype=np.str_))},
         coords={"tau": np.array(list(taus), dtype=np.float64)},
-        attrs=_attrs(arms, null, norm, by_run, alpha, seed, n_bootstrap, table),
+        attrs=_attrs(table, arms, null, norm, by_run) | {"seed": seed, "alpha": alpha, "n_bootstrap": n_bootstrap},
     )
 
 
 def _attrs(
-    arms: dict[str, list[str]],
-    null: str | None,
-    norm: str,
-    by_run: bool,
-    alpha: float,
-    seed: int,
-    n_bootstrap: int,
-    table: xr.Dataset,
+    table: xr.Dataset, arms: dict[str, list[str]], null: str | None, norm: str, by_run: bool
 ) -> dict[str, object]:
     n = {arm: len(names) for arm, names in arms.items()}
     return {
@@ -161,17 +157,14 @@ def _attrs(
         "floor_mass_subtracted": "from each arm (excess_*); cancels in the contrast",
         "norm": norm,
         "models": [str(table["target"].sel({CROSSCODER: name}).item()) for name in (*arms["sft"], *arms["rl"])],
-        "seed": seed,
-        "alpha": alpha,
-        "n_bootstrap": n_bootstrap,
     }
 
 
 def _check_names(table: xr.Dataset, clusters: Mapping[str, object], names: list[str]) -> None:
-    there = [str(name) for name in table[CROSSCODER].values]
+    known = [str(name) for name in table[CROSSCODER].values]
     for name in names:
-        if name not in there:
-            raise InputError(f"crosscoder {name!r} is not in the attribution table; it has {there}.")
+        if name not in known:
+            raise InputError(f"crosscoder {name!r} is not in the attribution table; it has {known}.")
         if name not in clusters:
             raise InputError(f"crosscoder {name!r} has no clusters; give its decoders or integer labels by name.")
 
@@ -180,14 +173,13 @@ def _labels(table: xr.Dataset, source: xr.Dataset | IntArray, name: str) -> IntA
     """Cluster per feature of the table; -1 where not alive."""
     alive = np.asarray(table["alive"].sel({CROSSCODER: name}).values, dtype=bool)
     if isinstance(source, xr.Dataset):
-        n = source.sizes["feature"]
-        found = decoder_clusters(source, alive=alive[:n])
+        given = decoder_clusters(source, alive=alive[: source.sizes["feature"]])
     else:
-        found = np.asarray(source, dtype=np.int64).reshape(-1)
-    if len(found) > len(alive) or alive[len(found) :].any():
-        raise InputError(f"crosscoder {name!r} has {len(alive)} features in the table but {len(found)} cluster labels.")
+        given = np.asarray(source, dtype=np.int64).reshape(-1)
+    if len(given) > len(alive) or alive[len(given) :].any():
+        raise InputError(f"crosscoder {name!r} has {len(alive)} features in the table but {len(given)} cluster labels.")
     labels = np.full(len(alive), -1, dtype=np.int64)
-    labels[: len(found)] = found
+    labels[: len(given)] = given
     return np.where(alive, labels, -1)
 
 
@@ -256,23 +248,13 @@ def _bootstrap_contrast(
     above = (1 + np.count_nonzero(difference >= -TIE_SLACK)) / (n + 1)
     low, high = _interval(difference, alpha)
     if any(mass in (0.0, 1.0) for mass in masses.values()):
-        n_units = {arm: sum(len(tails[name].sizes) for name in names) for arm, names in arms.items()}
-        low, high = _newcombe(masses, n_units, alpha)
-    return {"effect": effect, "effect_low": low, "effect_high": high, "p_value": min(1.0, 2 * min(below, above))}
-
-
-def _newcombe(masses: dict[str, float], n: dict[str, int], alpha: float) -> tuple[float, float]:
-    """Newcombe's hybrid score interval for a difference of shares."""
-    bounds = {arm: _wilson(masses[arm], n[arm], alpha) for arm in masses}
-    effect = masses["sft"] - masses["rl"]
-    down = np.hypot(masses["sft"] - bounds["sft"][0], bounds["rl"][1] - masses["rl"])
-    up = np.hypot(bounds["sft"][1] - masses["sft"], masses["rl"] - bounds["rl"][0])
-    return float(effect - down), float(effect + up)
-
-
-def _wilson(share: float, n: int, alpha: float) -> tuple[float, float]:
-    low, high = wilson_interval(share * n, n, alpha=alpha)
-    return float(low), float(high)
+        # Draws of all zeros or all ones have no width, which says nothing about the shares.
+        n_sft, n_rl = (sum(len(tails[name].sizes) for name in names) for names in (arms["sft"], arms["rl"]))
+        low, high = confint_proportions_2indep(
+            masses["sft"] * n_sft, n_sft, masses["rl"] * n_rl, n_rl, method="newcomb", compare="diff", alpha=alpha
+        )
+    p = min(1.0, 2 * min(below, above))
+    return {"effect": effect, "effect_low": float(low), "effect_high": float(high), "p_value": p}
 
 
 def _runs_contrast(tails: dict[str, _Tail], arms: dict[str, list[str]], alpha: float) -> dict[str, float]:
@@ -282,8 +264,8 @@ def _runs_contrast(tails: dict[str, _Tail], arms: dict[str, list[str]], alpha: f
     sft, rl = masses[:n], masses[n:]
     effect = float(sft.mean() - rl.mean())
     total = masses.sum()
-    means = [(masses[list(c)].sum(), n) for c in combinations(range(len(masses)), n)]
-    permuted = np.array([s / n - (total - s) / (len(masses) - n) for s, n in means])
+    sft_sums = [masses[list(chosen)].sum() for chosen in combinations(range(len(masses)), n)]
+    permuted = np.array([sft_sum / n - (total - sft_sum) / (len(masses) - n) for sft_sum in sft_sums])
     p = float(np.mean(np.abs(permuted) >= abs(effect) - TIE_SLACK))
     interval = stats.ttest_ind(sft, rl, equal_var=False).confidence_interval(1 - alpha)
     return {"effect": effect, "effect_low": float(interval.low), "effect_high": float(interval.high), "p_value": p}
@@ -296,13 +278,14 @@ def comparability(
     movement: xr.Dataset | None,
     health: xr.Dataset | None,
 ) -> str:
-    """``COMPARABLE`` or ``NOT_COMPARABLE``, a colon, and why: matched drift and parity of fit.
+    """``COMPARABLE`` or ``NOT_COMPARABLE``, a colon, and the reasons: matched drift and parity of fit.
 
     Notes
     -----
     Counts of specific features track how far a model moved, so two finals are compared only at activation shifts
-    within a factor 1.25. Otherwise the text says at which checkpoint of the larger mover the shift would be equal
-    (interpolated), or that the ranges of the two runs do not overlap; train a crosscoder there and contrast that one.
+    within a factor 1.25. Otherwise the text says at which step of the arm that moved farther the shift would be
+    equal (interpolated), or that the ranges of the two runs do not overlap; train a crosscoder on that checkpoint and
+    contrast that one.
     """
     problems, notes = _parity(table, sft, rl, health)
     drift_ok, note = _matched_drift(table, sft, rl, movement)
@@ -320,19 +303,19 @@ def _matched_drift(
     missing = [model for model in targets.values() if not np.isfinite(shift.get(model, np.nan))]
     if missing:
         return False, f"no activation shift is recorded for {missing[0]}"
-    a = float(np.mean([shift[targets[name]] for name in sft]))
-    b = float(np.mean([shift[targets[name]] for name in rl]))
-    facts = f"activation shift from base {a:.3g} (SFT) and {b:.3g} (RL)"
-    if max(a, b) <= MATCHED_SHIFT_RATIO * min(a, b):
+    shift_sft = float(np.mean([shift[targets[name]] for name in sft]))
+    shift_rl = float(np.mean([shift[targets[name]] for name in rl]))
+    facts = f"activation shift from base {shift_sft:.3g} (SFT) and {shift_rl:.3g} (RL)"
+    if max(shift_sft, shift_rl) <= MATCHED_SHIFT_RATIO * min(shift_sft, shift_rl):
         return True, f"{facts}, within a factor {MATCHED_SHIFT_RATIO}"
-    larger, smaller, label = (sft, b, "SFT") if a > b else (rl, a, "RL")
-    step = _step_at(movement, [targets[name] for name in larger], smaller)
-    where = (
+    farther, smaller, label = (sft, shift_rl, "SFT") if shift_sft > shift_rl else (rl, shift_sft, "RL")
+    step = _step_at(movement, [targets[name] for name in farther], smaller)
+    remedy = (
         f"{label} passes {smaller:.3g} near step {step:.0f}: contrast a crosscoder of that checkpoint"
         if step is not None
         else f"every checkpoint of {label} is farther, so the ranges do not overlap"
     )
-    return False, f"{facts} differ by more than a factor {MATCHED_SHIFT_RATIO}; {where}"
+    return False, f"{facts} differ by more than a factor {MATCHED_SHIFT_RATIO}; {remedy}"
 
 
 def _step_at(movement: xr.Dataset, models: Sequence[str], level: float) -> float | None:
@@ -340,9 +323,9 @@ def _step_at(movement: xr.Dataset, models: Sequence[str], level: float) -> float
     steps = []
     for model in models:
         run = str(movement[RUN].sel({MODEL: model}).item())
-        own = movement.isel({MODEL: np.flatnonzero(np.asarray(movement[RUN].values).astype(np.str_) == run)})
-        order = np.argsort(own[STEP].values)
-        step, shift = own[STEP].values[order], np.asarray(own["activation_shift"].values, dtype=np.float64)[order]
+        of_run = movement.isel({MODEL: np.flatnonzero(np.asarray(movement[RUN].values).astype(np.str_) == run)})
+        order = np.argsort(of_run[STEP].values)
+        step, shift = of_run[STEP].values[order], np.asarray(of_run["activation_shift"].values, dtype=np.float64)[order]
         beyond = np.flatnonzero(shift >= level)
         if not len(beyond) or beyond[0] == 0:
             return None
@@ -356,20 +339,20 @@ def _parity(
 ) -> tuple[list[str], list[str]]:
     if health is None:
         return ["fit of the crosscoders (FVE, L0, dead fraction) is not known"], []
-    there = [str(name) for name in health[CROSSCODER].values]
-    missing = [name for name in (*sft, *rl) if name not in there]
+    known = [str(name) for name in health[CROSSCODER].values]
+    missing = [name for name in (*sft, *rl) if name not in known]
     if missing:
         return [f"crosscoder {missing[0]!r} has no health record"], []
-    facts = {arm: _fit(table, names, health) for arm, names in (("SFT", sft), ("RL", rl))}
-    a, b = facts["SFT"], facts["RL"]
+    fits = [_fit(table, names, health) for names in (sft, rl)]
+    fve, l0, dead = np.transpose(fits).tolist()
     problems = []
-    if abs(a[0] - b[0]) > FVE_TOLERANCE:
-        problems.append(f"FVE differs ({a[0]:.3f} and {b[0]:.3f}, tolerance {FVE_TOLERANCE})")
-    if max(a[1], b[1]) > L0_RATIO * min(a[1], b[1]):
-        problems.append(f"L0 differs ({a[1]:.1f} and {b[1]:.1f}, factor {L0_RATIO} allowed)")
-    if abs(a[2] - b[2]) > DEAD_TOLERANCE:
-        problems.append(f"dead fractions differ ({a[2]:.2f} and {b[2]:.2f}, tolerance {DEAD_TOLERANCE})")
-    if not np.isfinite([*a, *b]).all():
+    if abs(fve[0] - fve[1]) > FVE_TOLERANCE:
+        problems.append(f"FVE differs ({fve[0]:.3f} and {fve[1]:.3f}, tolerance {FVE_TOLERANCE})")
+    if max(l0) > L0_RATIO * min(l0):
+        problems.append(f"L0 differs ({l0[0]:.1f} and {l0[1]:.1f}, factor {L0_RATIO} allowed)")
+    if abs(dead[0] - dead[1]) > DEAD_TOLERANCE:
+        problems.append(f"dead fractions differ ({dead[0]:.2f} and {dead[1]:.2f}, tolerance {DEAD_TOLERANCE})")
+    if not np.isfinite(fits).all():
         problems.append("a health value is missing")
     return problems, ["FVE, L0 and dead fraction at parity"]
 

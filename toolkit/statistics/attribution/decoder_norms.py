@@ -1,4 +1,4 @@
-"""Whose feature is it: shares of decoder norms between the views of a crosscoder."""
+"""Model specificity by decoder norm: NRN and MAS, shares of norms among the views of a crosscoder; decoder clusters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLUSTER_COSINE: Final = 0.7
 """Decoder cosine above which two features count as one piece of evidence (METHOD.md 4d uses the same neighbourhood)."""
 
 COSINE_BLOCK: Final = 2048
-"""Features per block of the cosine matrix; two blocks and their product are in memory."""
+"""Features per block of the cosine matrix; memory holds two blocks and their product."""
 
 
 def attribution(
@@ -59,7 +59,7 @@ def attribution(
     log||d_O,k||_2, the scale for inference. MAS_k,m = share of ||d_m,k||/sqrt(d_m) among views, sums to 1. Where widths
     differ, the L2 norm is taken per sqrt(d_m) and the L1 norm per d_m throughout (one width cancels). The cosine of two
     views' decoder rows says whether a feature writes the same direction in both; NaN where one of them is zero or their
-    widths differ. All are invariant to the gauge (f_k, d_k) -> (c f_k, d_k / c). A decoder that is zero in every
+    widths differ. All are scale-invariant: (f_k, d_k) -> (c f_k, d_k / c) changes none. A decoder that is zero in every
     compared view gives NaN. A norm share alone does not make a feature specific; latent scaling must agree
     (arXiv:2504.02922).
 
@@ -107,8 +107,8 @@ def attribution(
 
 
 def _check_decoders(decoders: xr.Dataset) -> None:
-    wanted = {"decoder": {VIEW, FEATURE, CHANNEL}, "firing": {FEATURE}}
-    for name, dims in wanted.items():
+    required = {"decoder": {VIEW, FEATURE, CHANNEL}, "firing": {FEATURE}}
+    for name, dims in required.items():
         if name not in decoders or set(map(str, decoders[name].dims)) != dims:
             raise InputError(
                 f"decoders need the variable {name!r} with dimensions {sorted(dims)}, "
@@ -185,45 +185,34 @@ def attribution_table(
             raise InputError(f"crosscoder {name!r} has {decoders.sizes[VIEW]} views; a pairwise one has two.")
     pairs = {name: attribution(d, min_firing=min_firing).compute() for name, d in pairwise.items()}
     many = {name: attribution(d, min_firing=min_firing).compute() for name, d in multiview.items()}
-    width = max(table.sizes[FEATURE] for table in [*pairs.values(), *many.values()])
-    views = list(dict.fromkeys(str(view) for table in many.values() for view in table[VIEW].values))
-    floats = ("nrn_l1", "nrn_l2", "log_ratio", "cosine", "firing")
-    variables: dict[str, Any] = {
-        name: ((CROSSCODER, FEATURE), np.stack([_padded(t[name].values, width) for t in pairs.values()]))
-        for name in floats
-    }
-    alive = [_padded(table["alive"].values.astype(np.float64), width) == 1 for table in pairs.values()]
-    variables["alive"] = ((CROSSCODER, FEATURE), np.stack(alive))
-    for name in ("mas_l1", "mas_l2"):
-        values = np.full((len(many), len(views), width), np.nan)
-        for i, table in enumerate(many.values()):
-            rows = [views.index(str(view)) for view in table[VIEW].values]
-            values[i, rows, : table.sizes[FEATURE]] = table[name].values
-        variables[name] = ((MAS_CROSSCODER, VIEW, FEATURE), values)
-    values = np.full((len(many), len(views), len(views), width), np.nan)
-    for i, table in enumerate(many.values()):
-        rows = [views.index(str(view)) for view in table[VIEW].values]
-        values[np.ix_([i], rows, rows, range(table.sizes[FEATURE]))] = table["view_cosine"].values
-    variables["view_cosine"] = ((MAS_CROSSCODER, VIEW, OTHER_VIEW, FEATURE), values)
-    return xr.Dataset(
-        variables,
-        coords={
-            CROSSCODER: np.array(list(pairs), dtype=np.str_),
-            MAS_CROSSCODER: np.array(list(many), dtype=np.str_),
-            VIEW: np.array(views, dtype=np.str_),
-            OTHER_VIEW: np.array(views, dtype=np.str_),
-            FEATURE: np.arange(width),
-            "original": (CROSSCODER, np.array([t.attrs["original"] for t in pairs.values()], dtype=np.str_)),
-            "target": (CROSSCODER, np.array([t.attrs["target"] for t in pairs.values()], dtype=np.str_)),
-        },
-        attrs={"unit": "feature", "min_firing": min_firing, "norms": "decoder rows in normalised units"},
+    specificity = _joined(pairs, CROSSCODER, ["nrn_l1", "nrn_l2", "log_ratio", "cosine", "firing", "alive"])
+    mas = _joined(many or pairs, MAS_CROSSCODER, ["mas_l1", "mas_l2", "view_cosine"])
+    if not many:  # the layout wants the variables, empty
+        mas = mas.isel({dim: slice(0) for dim in (MAS_CROSSCODER, VIEW, OTHER_VIEW)})
+    width = max(table.sizes[FEATURE] for table in (specificity, mas))
+    every = {FEATURE: np.arange(width)}
+    table = xr.merge([specificity.reindex(every, fill_value={"alive": False}), mas.reindex(every)])
+    for role in ("original", "target"):
+        views = np.array([pair.attrs[role] for pair in pairs.values()], dtype=np.str_)
+        table = table.assign_coords({role: (CROSSCODER, views)})
+    return table.assign_attrs(unit="feature", min_firing=min_firing, norms="decoder rows in normalised units")
+
+
+def _joined(tables: Mapping[str, xr.Dataset], dim: str, names: list[str]) -> xr.Dataset:
+    """Variables of several crosscoders along ``dim``; NaN, or not alive, where one lacks a view or a feature."""
+    joined: xr.Dataset = xr.concat(
+        [table[names].assign_coords({FEATURE: np.arange(table.sizes[FEATURE])}) for table in tables.values()],
+        dim,
+        join="outer",
+        fill_value={"alive": False},
+        combine_attrs="drop",
     )
-
-
-def _padded(values: NDArray[Any], width: int) -> NDArray[np.float64]:
-    out = np.full(width, np.nan)
-    out[: len(values)] = values
-    return out
+    # The outer join sorts views; the order in which crosscoders name them is base first.
+    views = list(dict.fromkeys(str(view) for table in tables.values() for view in table[VIEW].values))
+    joined = joined.reindex(
+        {name: np.array(views, dtype=np.str_) for name in (VIEW, OTHER_VIEW) if name in joined.dims}
+    )
+    return joined.assign_coords({dim: np.array(list(tables), dtype=np.str_)})
 
 
 def decoder_clusters(

@@ -1,9 +1,9 @@
-"""Latent scaling: whether a feature's direction is at work in a model whose decoder row is short."""
+"""Latent scaling: whether a model uses a feature's direction although its decoder row for the feature is short."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import xarray as xr
@@ -23,7 +23,7 @@ MIN_GROUPS: Final = 12
 """Groups in which a feature must fire for a standard error; with fewer, cluster-robust ones are too small."""
 
 CLASSES: Final = ("shared", "specific", "contradicted", "undetermined", "dead")
-"""Whose a feature is; see :func:`classify_features`."""
+"""Model specificity of a feature; see :func:`classify_features`."""
 
 
 def latent_scaling(sums: xr.Dataset) -> xr.Dataset:
@@ -53,11 +53,11 @@ def latent_scaling(sums: xr.Dataset) -> xr.Dataset:
     beta = argmin_b sum_t ||y_t - b f_t d*||^2 = sum_t f_t <d*, y_t> / (||d*||^2 sum_t f_t^2), with d* the feature's
     decoder row in its strongest view, in normalised units. y = error: a view's residual plus the feature's own
     contribution f_t d_m, so beta_error is what f d* explains of what the dictionary does not assign to others.
-    y = reconstruction: what all features together, without bias, put into the view, so beta_reconstruction also finds
-    twins that say the same in another view. A direction that a model lacks has nu near 0 in both.
+    y = reconstruction: the sum of all features, without bias, in the view, so beta_reconstruction also finds other
+    features that write the same direction there. A direction that a model lacks has nu near 0 in both.
 
     Standard errors are cluster robust over groups of prompts (CR0 times G / (G - 1)); those of nu follow from the same
-    group sums by the delta method, so they know that numerator and denominator share their prompts.
+    group sums by the delta method, which accounts for numerator and denominator sharing their prompts.
 
     References
     ----------
@@ -87,20 +87,21 @@ def latent_scaling(sums: xr.Dataset) -> xr.Dataset:
     n_groups = (squares > 0).sum(GROUP)
     factor = n_groups / (n_groups - 1).where(n_groups >= MIN_GROUPS)
     strongest = sums["strongest"].astype(np.int64)
-    own = strongest == xr.DataArray(np.arange(sums.sizes[VIEW]), dims=VIEW)
+    is_strongest = strongest == xr.DataArray(np.arange(sums.sizes[VIEW]), dims=VIEW)
     out: dict[str, xr.DataArray] = {}
     for name in ("error", "reconstruction"):
         cross = sums[name].transpose(GROUP, VIEW, FEATURE)
         beta = (cross.sum(GROUP) / total).where(usable)
         deviation = (cross - beta * squares) / total  # influence of each group on beta
-        reference = beta.where(own).sum(VIEW).where(usable)
+        reference = beta.where(is_strongest).sum(VIEW).where(usable)
         nu = beta / reference
-        ratio = (deviation - nu * deviation.where(own).sum(VIEW)) / reference
+        nu_deviation = (deviation - nu * deviation.where(is_strongest).sum(VIEW)) / reference
+        nu_se = (factor * (nu_deviation**2).sum(GROUP)) ** 0.5
         out |= {
             f"beta_{name}": beta,
             f"beta_{name}_se": (factor * (deviation**2).sum(GROUP)) ** 0.5,
-            f"nu_{name}": nu.where(~own, 1.0).where(usable),
-            f"nu_{name}_se": ((factor * (ratio**2).sum(GROUP)) ** 0.5).where(~own, 0.0).where(usable & (factor > 0)),
+            f"nu_{name}": nu.where(~is_strongest, 1.0).where(usable),
+            f"nu_{name}_se": nu_se.where(~is_strongest, 0.0).where(usable & (factor > 0)),
         }
     out = {name: array.transpose(VIEW, FEATURE) for name, array in out.items()}
     attrs = {"unit": "group of prompt clusters", "direction": "decoder row of the strongest view, normalised units"}
@@ -117,7 +118,7 @@ def classify_features(
     nu_reconstruction_max: float = NU_RECONSTRUCTION_MAX,
     min_active: int = 1,
 ) -> xr.Dataset:
-    """Whose is each feature: a norm share names a model, latent scaling must agree.
+    """Model specificity of each feature: the norm share names a model, and latent scaling must agree.
 
     Parameters
     ----------
@@ -162,25 +163,28 @@ def classify_features(
             f"shares of views {[str(v) for v in share[VIEW].values]} and {share.sizes[FEATURE]} features were given "
             f"with latent scaling of {views} and {scaling.sizes[FEATURE]}; use one crosscoder's."
         )
-    part = np.asarray(share.transpose(VIEW, FEATURE).values, dtype=np.float64)
-    filled = np.nan_to_num(part, nan=-1.0)
+    shares = np.asarray(share.transpose(VIEW, FEATURE).values, dtype=np.float64)
+    filled = np.nan_to_num(shares, nan=-1.0)
     best = filled.argmax(axis=0)
     candidate = filled.max(axis=0) > tau
     lower, upper = _bounds(scaling, best, alpha, max(1, 2 * (len(views) - 1)))
     limits = {"error": nu_error_max, "reconstruction": nu_reconstruction_max}
     below = np.all([(upper[name] < limit).all(axis=0) for name, limit in limits.items()], axis=0)
     above = np.any([(lower[name] > limit).any(axis=0) for name, limit in limits.items()], axis=0)
-    found = np.select([~candidate, below, above], ["shared", "specific", "contradicted"], "undetermined")
-    found = np.where(np.asarray(scaling["n_active"].values) < min_active, "dead", found)
-    owner = np.where(candidate & (found != "dead"), np.array(views, dtype=np.str_)[best], "")
+    classes = np.select([~candidate, below, above], ["shared", "specific", "contradicted"], "undetermined")
+    classes = np.where(np.asarray(scaling["n_active"].values) < min_active, "dead", classes)
+    specific_to = np.where(candidate & (classes != "dead"), np.array(views, dtype=np.str_)[best], "")
     return xr.Dataset(
-        {"feature_class": (FEATURE, found), "specific_to": (FEATURE, owner)},
+        {"feature_class": (FEATURE, classes), "specific_to": (FEATURE, specific_to)},
         coords={FEATURE: scaling[FEATURE].values} if FEATURE in scaling.coords else {},
         attrs={
-            "tau": tau, "alpha": alpha, "nu_error_max": nu_error_max,
-            "nu_reconstruction_max": nu_reconstruction_max, "min_active": min_active,
+            "tau": tau,
+            "alpha": alpha,
+            "nu_error_max": nu_error_max,
+            "nu_reconstruction_max": nu_reconstruction_max,
+            "min_active": min_active,
         },
-    )  # fmt: skip
+    )
 
 
 def _bounds(
@@ -188,15 +192,16 @@ def _bounds(
 ) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
     """One-sided bounds of the ratios of all views but the candidate's: lower at alpha / n_tests, upper at alpha."""
     n_views = scaling.sizes[VIEW]
-    own = np.arange(n_views)[:, None] == best
+    is_best = np.arange(n_views)[:, None] == best
     df = np.maximum(np.asarray(scaling["n_groups"].values) - 1, 1)
+    # A ratio without standard error has bounds that decide nothing; the candidate's own view takes part in no decision.
     lower: dict[str, FloatArray] = {}
     upper: dict[str, FloatArray] = {}
     for name in ("error", "reconstruction"):
-        beta = np.asarray(scaling[f"nu_{name}"].transpose(VIEW, FEATURE).values)
+        nu = np.asarray(scaling[f"nu_{name}"].transpose(VIEW, FEATURE).values)
         se = np.asarray(scaling[f"nu_{name}_se"].transpose(VIEW, FEATURE).values)
-        lower[name] = np.where(own, -np.inf, np.nan_to_num(beta - stats.t.isf(alpha / n_tests, df) * se, nan=-np.inf))
-        upper[name] = np.where(own, -np.inf, np.nan_to_num(beta + stats.t.isf(alpha, df) * se, nan=np.inf))
+        lower[name] = np.where(is_best, -np.inf, np.nan_to_num(nu - stats.t.isf(alpha / n_tests, df) * se, nan=-np.inf))
+        upper[name] = np.where(is_best, -np.inf, np.nan_to_num(nu + stats.t.isf(alpha, df) * se, nan=np.inf))
     return lower, upper
 
 
@@ -217,28 +222,19 @@ def scaling_table(tables: Mapping[str, xr.Dataset], classes: Mapping[str, xr.Dat
         largest are padded with NaN and class "", views that a crosscoder lacks are NaN.
     """
     views = list(dict.fromkeys(str(view) for table in tables.values() for view in table[VIEW].values))
-    width = max(table.sizes[FEATURE] for table in tables.values())
-    by_view = [str(name) for name, values in next(iter(tables.values())).items() if VIEW in values.dims]
-    found: dict[str, tuple[tuple[str, ...], NDArray[Any]]] = {}
-    for name in by_view:
-        values = np.full((len(tables), len(views), width), np.nan)
-        for row, table in zip(values, tables.values(), strict=True):
-            at = [views.index(str(view)) for view in table[VIEW].values]
-            row[at, : table.sizes[FEATURE]] = table[name].transpose(VIEW, FEATURE).values
-        found[name] = ((CROSSCODER, VIEW, FEATURE), values)
-    for name in ("n_active", "n_groups"):
-        counts = [np.asarray(table[name].values) for table in tables.values()]
-        padded = np.stack([np.pad(row, (0, width - len(row))) for row in counts]).astype(np.int64)
-        found[name] = ((CROSSCODER, FEATURE), padded)
+    joined = [
+        table.drop_vars("strongest").assign(classes[name]).assign_coords({FEATURE: np.arange(table.sizes[FEATURE])})
+        for name, table in tables.items()
+    ]
+    table: xr.Dataset = xr.concat(
+        joined,
+        CROSSCODER,
+        join="outer",
+        fill_value={"n_active": 0, "n_groups": 0, "feature_class": "", "specific_to": ""},
+    )
+    # The outer join sorts views; the order in which crosscoders name them is base first.
+    table = table.reindex({VIEW: np.array(views, dtype=np.str_)}).transpose(CROSSCODER, VIEW, FEATURE)
+    table = table.assign_coords({CROSSCODER: np.array(list(tables), dtype=np.str_)})
     for name in ("feature_class", "specific_to"):
-        texts = np.full((len(tables), width), "", dtype="<U64")
-        for row, key in zip(texts, tables, strict=True):
-            row[: classes[key].sizes[FEATURE]] = classes[key][name].values
-        found[name] = ((CROSSCODER, FEATURE), texts)
-    coords = {
-        CROSSCODER: np.array(list(tables), dtype=np.str_),
-        VIEW: np.array(views, dtype=np.str_),
-        FEATURE: np.arange(width),
-    }
-    attrs = next(iter(tables.values())).attrs | next(iter(classes.values())).attrs
-    return xr.Dataset(found, coords=coords, attrs=attrs)
+        table[name] = table[name].astype("<U64")
+    return table.assign_attrs(next(iter(tables.values())).attrs | next(iter(classes.values())).attrs)

@@ -1,4 +1,4 @@
-"""The same features in two dictionaries: one-to-one matches with error rates, and what comes back over seeds."""
+"""The same features in two dictionaries: one-to-one matches with error rates, and reappearance over seeds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 CANDIDATES: Final = 10
-"""Most similar features of the other dictionary among which a match is looked for (METHOD.md section 2)."""
+"""Most similar features of the other dictionary that are candidates for a match (METHOD.md section 2)."""
 
 MATCH_BLOCK: Final = 2048
-"""Features per block of the similarity matrix; two blocks and their product are in memory."""
+"""Features per block of the similarity matrix; memory holds two blocks and their product."""
 
 REPLICATE: Final = "replicate"
+
 RANK_VARIANCE: Final = 0.9
 """Share of a dictionary's squared decoder norm that its compared subspace holds."""
 
@@ -52,9 +53,9 @@ def match_features(
         ``"decoder"``: cosine of the decoder rows of all views together; needs a common space, so not for layers.
         ``"activation"``: correlation of ``activations_a`` and ``activations_b``; for any two dictionaries.
     activations_a, activations_b
-        [prompt, feature] (or [model, prompt, feature], whose models and prompts are then taken together), mean
-        activations of the same prompts, best ones that neither dictionary was trained on. With ``by="decoder"`` they
-        are the second evidence, ``correlation``.
+        [prompt, feature] (or [model, prompt, feature], whose models and prompts are then flattened), mean
+        activations of the same prompts, preferably prompts that neither dictionary was trained on. With
+        ``by="decoder"`` they give independent evidence, ``correlation``.
     alpha
         Level at which ``matched`` is declared.
     seed
@@ -64,10 +65,10 @@ def match_features(
     -------
     xr.Dataset
         Over the features of ``a``: ``match`` (feature of ``b``, -1 for none), ``similarity`` (NaN without a match),
-        ``best_similarity`` (of any feature of ``b``: a twin in ``a`` may have taken it), ``q_value``, ``matched``
-        (q <= alpha), ``correlation`` (NaN where not given or constant), ``flag`` ("" or
-        ``DEAD``). Attributes: ``n_compared`` features of a and b, ``expected_false`` among the matched,
-        ``subspace_overlap`` and its chance level.
+        ``best_similarity`` (of any feature of ``b``, also of one assigned to another feature of ``a``), ``q_value``,
+        ``matched`` (q <= alpha), ``correlation`` (NaN where not given or constant), ``flag`` ("" or ``DEAD``).
+        Attributes: ``n_compared`` features of a and b, ``expected_false`` among the matched, ``subspace_overlap`` and
+        its chance level.
 
     Raises
     ------
@@ -77,7 +78,7 @@ def match_features(
     Notes
     -----
     Candidates are each feature's ten most similar; among them the one-to-one assignment of largest total similarity.
-    q-values compare with decoys that went through the same search: a dictionary of as many vectors drawn from
+    q-values compare with decoys that pass through the same search: a dictionary of as many vectors drawn from
     N(0, Sigma), Sigma the second moment of b's unit decoder rows, or (``by="activation"``) b's own activations with
     their prompts permuted. q(s) = (1 + decoys with similarity >= s) / (matches with similarity >= s), made monotone.
     A match says that the other dictionary has this direction or this activity, not that both mean the same concept.
@@ -110,49 +111,64 @@ def match_features(
     else:
         rows_a, rows_b = _unit(_decoder_rows(a)[first]), _unit(_decoder_rows(b)[second])
         decoys = _gaussian_decoys(rows_b, rng)
-    found, similarity, best = _assign(rows_a, rows_b)
-    decoy_similarity = _assign(rows_a, decoys)[1]
-    q = decoy_q_values(similarity, decoy_similarity)
-    correlation = None if activity is None else (activity[0][first], activity[1][second])
-    return _matches(a, b, first, second, _Found(found, similarity, best, q, correlation), by=by, alpha=alpha, seed=seed)
+    assigned, similarity, best = _assign(rows_a, rows_b)
+    assignment = _Assignment(
+        first=first,
+        second=second,
+        match=assigned,
+        similarity=similarity,
+        best=best,
+        q_value=decoy_q_values(similarity, _assign(rows_a, decoys)[1]),
+        activity=None if activity is None else (activity[0][first], activity[1][second]),
+    )
+    return _match_table(a, b, assignment, by=by, alpha=alpha, seed=seed)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Matches of the compared features of a: index into the compared of b or -1, similarity, q-value."""
+@dataclass(frozen=True, kw_only=True)
+class _Assignment:
+    """Matches of the compared features of a."""
 
+    first: IntArray
+    """Positions of the compared features in a."""
+    second: IntArray
+    """Positions of the compared features in b."""
     match: IntArray
+    """[compared feature of a]: index into ``second``, -1 for none."""
     similarity: FloatArray
     best: FloatArray
     q_value: FloatArray
     activity: tuple[NDArray[np.float32], NDArray[np.float32]] | None
+    """Standardised activations of the compared features of a and of b, [feature, unit], if given."""
 
 
-def _matches(
-    a: xr.Dataset, b: xr.Dataset, first: IntArray, second: IntArray, found: _Found, *, by: str, alpha: float, seed: int
+def _match_table(
+    a: xr.Dataset, b: xr.Dataset, assignment: _Assignment, *, by: str, alpha: float, seed: int
 ) -> xr.Dataset:
-    n = a.sizes[FEATURE]
-    has = found.match >= 0
-    match, columns = np.full(n, -1, dtype=np.int64), {name: np.full(n, np.nan) for name in ("s", "best", "q", "r")}
-    partner = second[found.match[has]]
-    match[first[has]] = _labels(b)[partner]
-    columns["s"][first], columns["best"][first], columns["q"][first] = found.similarity, found.best, found.q_value
-    if found.activity is not None:
-        own, other = found.activity
-        columns["r"][first[has]] = np.einsum("kp,kp->k", own[has], other[found.match[has]], dtype=np.float64)
-        columns["r"][first[~own.any(axis=1)]] = np.nan
-    matched = columns["q"] <= alpha
+    n, first, second = a.sizes[FEATURE], assignment.first, assignment.second
+    assigned = assignment.match >= 0
+    partner = assignment.match[assigned]
+    match = np.full(n, -1, dtype=np.int64)
+    match[first[assigned]] = _labels(b)[second[partner]]
+    similarity, best, q_value, correlation = np.full((4, n), np.nan)
+    similarity[first], best[first], q_value[first] = assignment.similarity, assignment.best, assignment.q_value
+    if assignment.activity is not None:
+        activity_a, activity_b = assignment.activity
+        correlation[first[assigned]] = np.einsum(
+            "kp,kp->k", activity_a[assigned], activity_b[partner], dtype=np.float64
+        )
+        correlation[first[~activity_a.any(axis=1)]] = np.nan
+    matched = q_value <= alpha
     overlap, chance = subspace_overlap(a, b) if by == "decoder" else (float("nan"), float("nan"))
     flag = np.full(n, "DEAD", dtype="<U4")
     flag[first] = ""
     return xr.Dataset(
         {
             "match": (FEATURE, match),
-            "similarity": (FEATURE, columns["s"]),
-            "best_similarity": (FEATURE, columns["best"]),
-            "q_value": (FEATURE, columns["q"]),
+            "similarity": (FEATURE, similarity),
+            "best_similarity": (FEATURE, best),
+            "q_value": (FEATURE, q_value),
             "matched": (FEATURE, matched),
-            "correlation": (FEATURE, columns["r"]),
+            "correlation": (FEATURE, correlation),
             "flag": (FEATURE, flag),
         },
         coords={FEATURE: _labels(a)},
@@ -166,7 +182,7 @@ def _matches(
             "seed": seed,
             "alpha": alpha,
             "n_compared": [len(first), len(second)],
-            "expected_false": float(np.nanmax(columns["q"][matched]) * matched.sum()) if matched.any() else 0.0,
+            "expected_false": float(np.nanmax(q_value[matched]) * matched.sum()) if matched.any() else 0.0,
             "subspace_overlap": overlap,
             "subspace_overlap_chance": chance,
         },
@@ -176,12 +192,12 @@ def _matches(
 def _check_pair(a: xr.Dataset, b: xr.Dataset, by: str) -> None:
     if by not in ("decoder", "activation"):
         raise InputError(f"features are matched by 'decoder' or 'activation', got {by!r}.")
-    for which in (a, b):
-        if "decoder" not in which or "firing" not in which:
+    for dictionary in (a, b):
+        if "decoder" not in dictionary or "firing" not in dictionary:
             raise InputError("match_features needs decoder[view, feature, channel] and firing[feature] of both.")
     if by == "activation":
         return
-    views = [[str(view) for view in which[VIEW].values] for which in (a, b)]
+    views = [[str(view) for view in dictionary[VIEW].values] for dictionary in (a, b)]
     if views[0] != views[1] or a.sizes[CHANNEL] != b.sizes[CHANNEL]:
         raise InputError(
             f"decoders are compared in one space, but the dictionaries have views {views[0]} of width "
@@ -189,20 +205,22 @@ def _check_pair(a: xr.Dataset, b: xr.Dataset, by: str) -> None:
         )
 
 
-def _labels(which: xr.Dataset) -> IntArray:
-    if FEATURE in which.coords:
-        return np.asarray(which[FEATURE].values, dtype=np.int64)
-    return np.arange(which.sizes[FEATURE])
+def _labels(dictionary: xr.Dataset) -> IntArray:
+    if FEATURE in dictionary.coords:
+        return np.asarray(dictionary[FEATURE].values, dtype=np.int64)
+    return np.arange(dictionary.sizes[FEATURE])
 
 
-def _alive(which: xr.Dataset) -> IntArray:
-    norms = np.nan_to_num(which["decoder"].values).any(axis=which["decoder"].get_axis_num((VIEW, CHANNEL)))
-    return np.flatnonzero((np.asarray(which["firing"].values) > 0) & norms)
+def _alive(dictionary: xr.Dataset) -> IntArray:
+    """Positions of the features that fire and have a decoder."""
+    decoder = dictionary["decoder"]
+    has_decoder = np.nan_to_num(decoder.values).any(axis=decoder.get_axis_num((VIEW, CHANNEL)))
+    return np.flatnonzero((np.asarray(dictionary["firing"].values) > 0) & has_decoder)
 
 
-def _decoder_rows(which: xr.Dataset) -> NDArray[np.float32]:
+def _decoder_rows(dictionary: xr.Dataset) -> NDArray[np.float32]:
     """[feature, view * channel]."""
-    values = np.asarray(which["decoder"].transpose(FEATURE, VIEW, CHANNEL).values, dtype=np.float32)
+    values = np.asarray(dictionary["decoder"].transpose(FEATURE, VIEW, CHANNEL).values, dtype=np.float32)
     return np.nan_to_num(values.reshape(len(values), -1))
 
 
@@ -221,32 +239,40 @@ def _activities(
         sides = [list(map(str, x[dim].values)) if dim in x.dims else [] for x in (activations_a, activations_b)]
         if sides[0] != sides[1]:
             raise InputError(f"activations_a and activations_b must have the same {dim}s in the same order.")
-    found = []
-    for which, values in ((a, activations_a), (b, activations_b)):
+    activities = []
+    for dictionary, values in ((a, activations_a), (b, activations_b)):
         units = [dim for dim in (MODEL, PROMPT) if dim in values.dims]
         rows = np.asarray(values.transpose(FEATURE, *units).values, dtype=np.float64).reshape(values.sizes[FEATURE], -1)
-        if len(rows) != which.sizes[FEATURE]:
-            raise InputError(f"activations of {len(rows)} features were given with {which.sizes[FEATURE]} decoders.")
+        if len(rows) != dictionary.sizes[FEATURE]:
+            raise InputError(
+                f"activations of {len(rows)} features were given with {dictionary.sizes[FEATURE]} decoders."
+            )
         rows = rows[:, np.isfinite(rows).all(axis=0)] if len(units) else rows
-        found.append(_unit((rows - rows.mean(axis=1, keepdims=True)).astype(np.float32)))
-    if found[0].shape[1] != found[1].shape[1]:
+        activities.append(_unit((rows - rows.mean(axis=1, keepdims=True)).astype(np.float32)))
+    if activities[0].shape[1] != activities[1].shape[1]:
         raise InputError("activations_a and activations_b are not finite on the same prompts; select those first.")
-    return found[0], found[1]
+    return activities[0], activities[1]
 
 
 def _gaussian_decoys(rows: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """As many unit vectors as ``rows``, Gaussian with their second moment."""
     moment = rows.T @ rows / max(1, len(rows))
+    # With fewer features than channels the moment is singular, and has no Cholesky factor without this.
     jitter = 1e-6 * np.trace(moment) / len(moment)
     factor = np.linalg.cholesky(moment.astype(np.float64) + jitter * np.eye(len(moment))).astype(np.float32)
     return _unit(rng.standard_normal(rows.shape, dtype=np.float32) @ factor.T)
 
 
 def _assign(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[IntArray, FloatArray, FloatArray]:
-    """One-to-one assignment of largest total similarity, -1 and NaN where none is left; and the best of any."""
+    """One-to-one assignment of largest total similarity.
+
+    Returns, for each row of ``a``: its row of ``b`` (-1: none is left), their similarity (NaN), and the largest
+    similarity with any row of ``b``.
+    """
     row, column, value = _candidates(a, b)
     n, m = len(a), len(b)
-    # Every feature may stay alone, at a price below any candidate's; weights are shifted to be positive.
+    # The solver needs a full matching: column m + i stands for "feature i stays alone". Its weight is below that of any
+    # candidate, whose similarity (at least -1) is shifted to be positive.
     weights = np.concatenate([value + 2.0, np.full(n, 1e-3)])
     rows, columns = np.concatenate([row, np.arange(n)]), np.concatenate([column, m + np.arange(n)])
     graph = csr_array(coo_array((weights, (rows, columns)), shape=(n, m + n)))
@@ -267,19 +293,15 @@ def _candidates(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[IntArra
     best_value = np.full((len(a), top), -np.inf, dtype=np.float32)
     best_index = np.zeros((len(a), top), dtype=np.int64)
     for start in range(0, len(a), MATCH_BLOCK):
-        for at in range(0, len(b), MATCH_BLOCK):
-            block = a[start : start + MATCH_BLOCK] @ b[at : at + MATCH_BLOCK].T
-            value = np.concatenate([best_value[start : start + MATCH_BLOCK], block], axis=1)
-            index = np.concatenate(
-                [
-                    best_index[start : start + MATCH_BLOCK],
-                    np.broadcast_to(np.arange(at, at + block.shape[1]), block.shape),
-                ],
-                axis=1,
-            )
+        rows = slice(start, start + MATCH_BLOCK)
+        for first in range(0, len(b), MATCH_BLOCK):
+            block = a[rows] @ b[first : first + MATCH_BLOCK].T
+            columns = np.broadcast_to(np.arange(first, first + block.shape[1]), block.shape)
+            value = np.concatenate([best_value[rows], block], axis=1)
+            index = np.concatenate([best_index[rows], columns], axis=1)
             keep = np.argpartition(-value, top - 1, axis=1)[:, :top]
-            best_value[start : start + MATCH_BLOCK] = np.take_along_axis(value, keep, axis=1)
-            best_index[start : start + MATCH_BLOCK] = np.take_along_axis(index, keep, axis=1)
+            best_value[rows] = np.take_along_axis(value, keep, axis=1)
+            best_index[rows] = np.take_along_axis(index, keep, axis=1)
     row = np.repeat(np.arange(len(a)), top)
     return row, best_index.ravel(), best_value.ravel().astype(np.float64)
 
@@ -287,8 +309,8 @@ def _candidates(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[IntArra
 def decoy_q_values(similarity: FloatArray, decoy: FloatArray) -> FloatArray:
     """q(s) = (1 + decoys >= s) / (targets >= s), made monotone in s and at most 1; NaN where there is no match."""
     q = np.full(len(similarity), np.nan)
-    has = np.flatnonzero(np.isfinite(similarity))
-    order = has[np.argsort(-similarity[has], kind="stable")]
+    assigned = np.flatnonzero(np.isfinite(similarity))
+    order = assigned[np.argsort(-similarity[assigned], kind="stable")]
     values, decoys = similarity[order], np.sort(decoy[np.isfinite(decoy)])
     n_decoys = len(decoys) - np.searchsorted(decoys, values, side="left")
     n_targets = np.searchsorted(-values, -values, side="right")
@@ -298,7 +320,7 @@ def decoy_q_values(similarity: FloatArray, decoy: FloatArray) -> FloatArray:
 
 
 def reappearance(matches: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    """How often each feature comes back in dictionaries trained from other seeds.
+    """How often each feature reappears in dictionaries trained from other seeds.
 
     Parameters
     ----------
@@ -337,7 +359,7 @@ def reappearance(matches: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
 
 def subspace_overlap(a: xr.Dataset, b: xr.Dataset, *, rank: int | None = None) -> tuple[float, float]:
-    """Overlap ||U_a' U_b||_F^2 / r of the leading r directions of two dictionaries, and what chance gives.
+    """Overlap ||U_a' U_b||_F^2 / r of the leading r directions of two dictionaries, and its chance level.
 
     Parameters
     ----------
@@ -352,8 +374,8 @@ def subspace_overlap(a: xr.Dataset, b: xr.Dataset, *, rank: int | None = None) -
         Overlap in [0, 1], and r / D, its expectation for random subspaces of the D joint channels.
     """
     spectra = []
-    for which in (a, b):
-        rows = _decoder_rows(which)[_alive(which)].astype(np.float64)
+    for dictionary in (a, b):
+        rows = _decoder_rows(dictionary)[_alive(dictionary)].astype(np.float64)
         values, vectors = np.linalg.eigh(rows.T @ rows)
         spectra.append((values[::-1].clip(min=0), vectors[:, ::-1]))
     if rank is None:

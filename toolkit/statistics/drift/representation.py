@@ -1,11 +1,11 @@
-"""How far a whole representation moved between two models: CKA, Procrustes, subspaces, relative shift."""
+"""Representation drift: how far all activations moved between two models (CKA, Procrustes, subspaces, shift)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import xarray as xr
@@ -32,41 +32,57 @@ DEFAULT_RANK: Final = 10
 MEASURES: Final = ("cka", "procrustes", "subspace_overlap", "activation_shift")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Sums:
-    """Additive sums over tokens from which every measure follows; x is the reference, y the model (both shifted)."""
+    """Additive sums over tokens from which every measure follows: d x d matrices, d vectors and numbers.
 
-    n: FloatArray
+    x is the reference, y the model (less a common origin); x2 = |x|^2 and y2 = |y|^2 of each token.
+    """
+
+    n: float
     x: FloatArray
     y: FloatArray
     xx: FloatArray
     yy: FloatArray
     xy: FloatArray
-    x2: FloatArray
-    y2: FloatArray
-    x2x2: FloatArray
-    y2y2: FloatArray
-    x2y2: FloatArray
+    x2: float
+    y2: float
+    x2x2: float
+    y2y2: float
+    x2y2: float
     x2x: FloatArray
     x2y: FloatArray
     y2x: FloatArray
     y2y: FloatArray
-    moved: FloatArray
+    moved: float
+    """Of |y - x|^2."""
 
     def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return _Sums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def __sub__(self, other: _Sums) -> _Sums:
-        return _Sums(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+        return _Sums(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
 
 
 def _sums(x: FloatArray, y: FloatArray) -> _Sums:
     x2, y2 = np.einsum("ij,ij->i", x, x), np.einsum("ij,ij->i", y, y)
-    moved = np.square(y - x).sum()
     return _Sums(
-        *(np.asarray(v, dtype=np.float64) for v in (len(x), x.sum(0), y.sum(0), x.T @ x, y.T @ y, x.T @ y)),
-        *(np.asarray(v, dtype=np.float64) for v in (x2.sum(), y2.sum(), x2 @ x2, y2 @ y2, x2 @ y2)),
-        *(np.asarray(v, dtype=np.float64) for v in (x2 @ x, x2 @ y, y2 @ x, y2 @ y, moved)),
+        n=float(len(x)),
+        x=x.sum(0),
+        y=y.sum(0),
+        xx=x.T @ x,
+        yy=y.T @ y,
+        xy=x.T @ y,
+        x2=x2.sum(),
+        y2=y2.sum(),
+        x2x2=x2 @ x2,
+        y2y2=y2 @ y2,
+        x2y2=x2 @ y2,
+        x2x=x2 @ x,
+        x2y=x2 @ y,
+        y2x=y2 @ x,
+        y2y=y2 @ y,
+        moved=np.square(y - x).sum(),
     )
 
 
@@ -179,9 +195,9 @@ def _mask(activations: xr.Dataset, mask: xr.DataArray | NDArray[np.bool_] | None
 
 
 def _groups(activations: xr.Dataset, label: str, n_groups: int, seed: int) -> NDArray[np.int64]:
-    """Group of every token: whole prompts (or clusters) dealt out at random, whatever order they stand in.
+    """Group of every token: whole prompts (or clusters) assigned at random, whatever their order in the store.
 
-    In the order they stand in, tasks that take turns would end up in groups of their own.
+    Assigned in order, prompts of tasks that alternate would end up in groups of one task each.
     """
     n = activations.sizes[TOKEN]
     if n_groups == 0:
@@ -214,11 +230,10 @@ def _stream(
             # A shift common to all tokens changes no measure, but keeps sums of squares from cancelling.
             origin = block.mean(axis=1)[0]
         block = block - origin
-        which = groups[start:stop][rows]
-        for g in np.unique(which):
-            part = _sums(block[0, which == g], block[1, which == g])
-            there = sums[g]
-            sums[g] = part if there is None else there + part
+        group_of = groups[start:stop][rows]
+        for g in np.unique(group_of):
+            block_sums, so_far = _sums(block[0, group_of == g], block[1, group_of == g]), sums[g]
+            sums[g] = block_sums if so_far is None else so_far + block_sums
     return sums
 
 
@@ -241,13 +256,13 @@ def _measure_with_intervals(per_group: list[_Sums | None], rank: int, alpha: flo
         return out
     left_out = [_measures(total - sums, rank) for sums in present]
     for name, v in value.items():
-        found = delete_group_jackknife(np.array([m[name] for m in left_out]), v, alpha=alpha)
-        out[name] = np.array([v, found.low, found.high])
+        interval = delete_group_jackknife(np.array([m[name] for m in left_out]), v, alpha=alpha)
+        out[name] = np.array([v, interval.low, interval.high])
     return out
 
 
 def _measures(s: _Sums, rank: int) -> dict[str, float]:
-    n = float(s.n)
+    n = s.n
     cxx = s.xx - np.outer(s.x, s.x) / n
     cyy = s.yy - np.outer(s.y, s.y) / n
     cxy = s.xy - np.outer(s.x, s.y) / n
@@ -260,7 +275,7 @@ def _measures(s: _Sums, rank: int) -> dict[str, float]:
         "cka": _cka(s),
         "procrustes": float(np.sqrt(max(0.0, 2 - 2 * nuclear / scale))) if scale > 0 else float("nan"),
         "subspace_overlap": float(np.square(top_x.T @ top_y).sum() / rank),
-        "activation_shift": float(np.sqrt(float(s.moved) / spread_x)) if spread_x > 0 else float("nan"),
+        "activation_shift": float(np.sqrt(s.moved / spread_x)) if spread_x > 0 else float("nan"),
     }
 
 
@@ -271,13 +286,22 @@ def _cka(s: _Sums) -> float:
     return float(xy / np.sqrt(xx * yy)) if xx > 0 and yy > 0 else float("nan")
 
 
-def _hsic(n_tokens: Any, xy: Any, x: Any, y: Any, x2: Any, y2: Any, x2y2: Any, x2y: Any, y2x: Any) -> float:
+def _hsic(
+    n: float,
+    xy: FloatArray,
+    x: FloatArray,
+    y: FloatArray,
+    x2: float,
+    y2: float,
+    x2y2: float,
+    x2y: FloatArray,
+    y2x: FloatArray,
+) -> float:
     """Unbiased HSIC of linear kernels (Song et al. 2012 eq. 5) from sums over tokens.
 
     With zero-diagonal kernels K, L: tr(KL) = ||X'Y||^2 - sum |x|^2|y|^2; 1'K1 = |sum x|^2 - sum |x|^2;
     1'KL1 = sum_i (x_i'x. - |x_i|^2)(y_i'y. - |y_i|^2).
     """
-    n = float(n_tokens)
     trace = np.square(xy).sum() - x2y2
     ones = (x @ x - x2) * (y @ y - y2)
     cross = x @ xy @ y - x2y @ y - y2x @ x + x2y2

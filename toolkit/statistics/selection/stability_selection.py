@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import dask.array as da
@@ -15,6 +14,7 @@ from scipy import special
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
+from rlgen_stats.toolkit.statistics.core.top_features import fold_leading, leading_features
 from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import cpss_bound
 from rlgen_stats.toolkit.statistics.kernels.draws import stream
@@ -155,7 +155,7 @@ def stability_selection(
         _block,
         [values, *(da.from_array(x, chunks=widths) for x in (np.arange(len(testable)), testable, ranks))],
         outputs={},
-        states={"top": ((3, len(halves), q), _merge)},
+        states={"top": ((3, len(halves), q), fold_leading)},
         plans=plans,
         u=u,
         combine=combine,
@@ -283,7 +283,8 @@ def _block(
     d = values[1].astype(np.float64) - values[0]
     z = np.stack([_task_z(d, plan) for plan in plans], axis=-1)
     keys = np.where(testable, np.round(conjunction_order(z, u, combine), DIGITS), np.inf)
-    return {"top": _leading(keys, _ties(ranks, len(keys), seed), np.broadcast_to(ids, keys.shape), q)}
+    columns = np.stack([keys, _ties(ranks, len(keys), seed), np.broadcast_to(ids, keys.shape)])
+    return {"top": leading_features(columns, q)}
 
 
 def _task_z(d: FloatArray, plan: _Plan) -> FloatArray:
@@ -348,24 +349,3 @@ def _ties(ranks: IntArray, n_rows: int, seed: int) -> FloatArray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray((x ^ (x >> np.uint64(31))) >> np.uint64(11), dtype=np.float64)
-
-
-def _leading(keys: FloatArray, ties: FloatArray, ids: NDArray[Any], q: int) -> FloatArray:
-    """The q smallest keys of each row, ties and ids, [3, row, q]; id -1 where there is none."""
-    order = np.lexsort((ties, keys), axis=-1)[:, :q]
-    top = np.stack([np.take_along_axis(np.asarray(x, dtype=np.float64), order, axis=1) for x in (keys, ties, ids)])
-    top[2] = np.where(np.isfinite(top[0]), top[2], -1.0)
-    pad = partial(np.full, (len(keys), max(0, q - top.shape[2])))
-    return np.concatenate([top, np.stack([pad(np.inf), pad(0.0), pad(-1.0)])], axis=2)
-
-
-def _merge(stacked: da.Array, axis: int) -> da.Array:
-    """Fold the leading features of all blocks, [block, 3, row, q] -> [3, row, q]."""
-    whole = stacked.rechunk({0: -1})
-    return da.map_blocks(_merge_stack, whole, drop_axis=axis, dtype=np.float64)
-
-
-def _merge_stack(stacked: FloatArray) -> FloatArray:
-    n_blocks, _, n_rows, q = stacked.shape
-    keys, ties, ids = stacked.transpose(1, 2, 0, 3).reshape(3, n_rows, n_blocks * q)
-    return _leading(keys, ties, ids, q)

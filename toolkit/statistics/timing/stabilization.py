@@ -1,15 +1,21 @@
-"""Stabilisation: the checkpoint from which each feature stops changing (claim C2, feature by feature)."""
+"""Stabilisation: the checkpoint from which each feature stops changing (claim C2, feature by feature).
+
+In reading order: the public test, its checks, one run, the tests of one block of features (everything that needs no
+other feature), and what is counted over all features: shares settled, their bands, and the comparison of two arms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
+from scipy import stats
 
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, FEATURE, MODEL, TRAINED_RUN, split_model_id
 from rlgen_stats.schemas.errors import InputError
@@ -18,27 +24,55 @@ from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, model_coords, run_models
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
+    Block,
     feature_arrays,
     finish,
     in_prompt_order,
     map_features,
 )
-from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs
-from rlgen_stats.toolkit.statistics.kernels import adjust
-from rlgen_stats.toolkit.statistics.timing.stabilization_bands import FRACTIONS, compared, curves
-from rlgen_stats.toolkit.statistics.timing.stabilization_blocks import (
-    BY_CHECKPOINT,
-    BY_FEATURE,
-    FLAGS,
-    STRATA,
-    Settings,
-    stabilization_block,
-)
+from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs, unit_means
+from rlgen_stats.toolkit.statistics.kernels import adjust, tost_chain, trend_test
+from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import bootstrap_blocks
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.kernels.unit_tables import feature_blocks
 
 __all__ = ["FLAGS", "STRATA", "stabilization_test"]
 
 DEFAULT_MARGINS: Final = {False: 0.2, True: 0.25}
-"""Standard deviations of the reference, or, if relative, share of the total change (METHOD.md 4b)."""
+"""By whether the margin is relative: standard deviations of the reference, or share of the total change (METHOD.md 4b).
+"""
+
+FLAGS: Final = ("STABILISED", "UNCHANGED", "NOT_STABILISED", "UNTESTABLE", "NO_MARGIN", "EVOLVING")
+"""Per feature and run: settled at ``stabilized_at``; base itself equivalent to the end; neither settled before the last
+``persist`` checkpoints nor evolving; fires on too few prompts; no margin (base without spread, or no total change);
+shown to differ from the end by more than the margin within the last ``persist`` checkpoints."""
+
+STRATA: Final = ("total < 0.2 sd", "0.2 to 0.5 sd", "total >= 0.5 sd")
+"""Features by absolute total change: below the default margin, moderate, large. Arms are compared within a stratum."""
+
+STRATA_EDGES: Final = (0.2, 0.5)
+"""Edges of ``STRATA`` in standard deviations of the reference."""
+
+FRACTIONS: Final = (0.25, 0.5, 0.75, 1.0)
+"""Shares of a run's steps at which arms are compared, so that their lengths and checkpoints may differ."""
+
+MIN_RUNS: Final = 4
+"""Runs per arm from which a permutation of runs can fall below .05 (2 / 70)."""
+
+PERMUTATIONS: Final = 9999
+"""Permutations of runs at most: all 6,435 of eight against seven runs, random ones beyond that."""
+
+BY_CHECKPOINT: Final = ("p_value", "effect", "effect_sd")
+BY_FEATURE: Final = (
+    *("stabilized_at", "flag", "total_effect", "total_effect_sd"),
+    *("p_reference", "p_evolving", "trend_tau", "trend_p"),
+)
+
+TEST_ATTRS: Final = {
+    "test": "paired two one-sided t tests, fixed sequence from the last checkpoint backwards",
+    "null": "the mean differs from the final checkpoint's by at least the margin",
+    "family": "checkpoints of one feature (fixed sequence); trend_q: features of one run",
+}
 
 
 def stabilization_test(
@@ -73,7 +107,7 @@ def stabilization_test(
         Equivalence margin in standard deviations of ``reference`` over units (default .2), or, if ``relative``, as a
         share of the feature's total change (default .25).
     persist
-        Stabilising only within the last ``persist`` checkpoints is NOT_STABILISED.
+        A feature that stabilises only within the last ``persist`` checkpoints is NOT_STABILISED.
     variable
         Summary compared: mean, firing or max.
     clusters
@@ -112,18 +146,18 @@ def stabilization_test(
     *Evolving.* ``p_evolving`` is the smallest Holm-adjusted p-value of the minimal-effect tests (farther than the
     margin from the end) at the last ``persist`` checkpoints before the end. EVOLVING where it is at most ``alpha``; no
     feature can be both that and STABILISED, because the two need opposite tests of one checkpoint to reject.
-    NOT_STABILISED is neither shown. Not corrected over features: use ``adjust_pvalues`` for a list of them.
+    NOT_STABILISED where neither is shown. Not corrected over features: use ``adjust_pvalues`` for a list of them.
 
-    *Trend.* Kendall's tau of each unit over reference and checkpoints, averaged; sign flips over units, so checkpoints
-    are no replicates; ``trend_q`` by BH over the run's features. It is of this run.
+    *Trend.* Kendall's tau of each unit over reference and checkpoints, averaged; sign flips over units, because
+    checkpoints are not replicates; ``trend_q`` by BH over the run's features. It describes this run, not its arm.
 
-    *Shares.* ``share`` at c is the share of testable features with ``stabilized_at`` <= c; other features never count,
-    so it does not reach 1 by construction. Bands come from resampling units, all features, checkpoints and runs
-    together, with reference spread and strata held fixed, re-centred on the estimate because resampled differences
-    carry their sampling noise twice; pointwise, not simultaneous. ``difference_in_stratum`` is the mean over runs of
-    the first arm less that of the second, at a fraction of each run's steps and among features of like total change:
-    weaker changes settle earlier whoever made them. With one run an arm its interval is about these two runs, not
-    about training methods (attribute ``comparison``).
+    *Shares.* ``share`` at c is the share of testable features with ``stabilized_at`` <= c; a feature that never
+    stabilises never counts, so the curve need not reach 1. Bands come from resampling units, all features, checkpoints
+    and runs together, with reference spread and strata held fixed, re-centred on the estimate because resampled
+    differences carry their sampling noise twice; pointwise, not simultaneous. ``difference_in_stratum`` is the mean
+    over runs of the first arm less that of the second, at a fraction of each run's steps and among features of similar
+    total change: weaker changes settle earlier whatever the training method. With one run per arm its interval is about
+    these two runs, not about training methods (attribute ``comparison``).
 
     References
     ----------
@@ -136,42 +170,39 @@ def stabilization_test(
     """
     check_unit(unit, allow_token_unit)
     margin = DEFAULT_MARGINS[relative] if margin is None else margin
-    _check(runs, margin, relative, persist, alpha)
+    _check_settings(runs, margin, relative, persist, alpha)
     features = in_prompt_order(features, repeated=unit == "token")
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
-    chains = {run: _checkpoints(features, run, reference) for run in runs}
-    models = [model for own in chains.values() for model in own]
-    settings = Settings(
-        margin, relative, persist, alpha, n_min, codes, derive_seed(seed, "stabilization_test"), n_bootstrap
-    )  # fmt: skip
-    lazy, found = False, {}
-    for run, own in chains.items():
-        arrays, is_lazy = feature_arrays(features, [variable, "firing"], [reference, *own])
+    checkpoints = {run: _checkpoints(features, run, reference) for run in runs}
+    settings = StabilizationSettings(
+        margin=margin,
+        relative=relative,
+        persist=persist,
+        alpha=alpha,
+        n_min=n_min,
+        codes=codes,
+        seed=derive_seed(seed, "stabilization_test"),
+        n_bootstrap=n_bootstrap,
+    )
+    lazy, results = False, {}
+    for run, models in checkpoints.items():
+        arrays, is_lazy = feature_arrays(features, [variable, "firing"], [reference, *models])
         lazy = lazy or is_lazy
-        found[run] = _one_run(arrays, own, settings)
-    labels = model_coords(features, models)
-    variables, comparison = _collect(found, _arms(labels, chains), alpha)
+        results[run] = _one_run(arrays, models, settings)
+    labels = model_coords(features, [model for models in checkpoints.values() for model in models])
+    variables, comparison = _collect(results, _arms(labels, checkpoints), alpha)
     coords: dict[str, Any] = labels | feature_coord(features)
-    coords |= {name: (name, np.array(values)) for name, values in _COORDS.items()}
-    coords |= {TRAINED_RUN: (TRAINED_RUN, np.array(list(chains), dtype=np.str_))}
+    coords |= {"stratum": ("stratum", np.array(STRATA)), "fraction": ("fraction", np.array(FRACTIONS))}
+    coords |= {TRAINED_RUN: (TRAINED_RUN, np.array(list(checkpoints), dtype=np.str_))}
     attrs = {"margin": margin, "margin_unit": "share of the total change" if relative else f"sd of {reference}"}
     attrs |= {"persist": persist, "reference": reference, "variable": variable, "n_min": n_min, "alpha": alpha}
-    attrs |= {"seed": seed, "n_bootstrap": n_bootstrap} | comparison | _ATTRS
+    attrs |= {"seed": seed, "n_bootstrap": n_bootstrap} | comparison | TEST_ATTRS
     attrs |= source_attrs(features) | unit_attrs(unit, clusters, codes)
     return finish(xr.Dataset(variables, coords=coords, attrs=attrs), lazy)
 
 
-_COORDS: Final = {"stratum": STRATA, "fraction": FRACTIONS}
-
-_ATTRS: Final = {
-    "test": "paired two one-sided t tests, fixed sequence from the last checkpoint backwards",
-    "null": "the mean differs from the final checkpoint's by at least the margin",
-    "family": "checkpoints of one feature (fixed sequence); trend_q: features of one run",
-}
-
-
-def _check(runs: Sequence[str], margin: float, relative: bool, persist: int, alpha: float) -> None:
+def _check_settings(runs: Sequence[str], margin: float, relative: bool, persist: int, alpha: float) -> None:
     if margin <= 0 or (relative and margin >= 1) or persist < 0 or not 0 < alpha < 1 or not runs:
         raise InputError(
             f"expected at least one run, margin > 0 (below 1 if relative), persist >= 0 and 0 < alpha < 1; got "
@@ -186,8 +217,17 @@ def _checkpoints(features: xr.Dataset, run: str, reference: str) -> list[str]:
     return models
 
 
-@dataclass(frozen=True)
-class _Run:
+def _arms(labels: dict[str, Any], checkpoints: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Runs of each arm, arms in order of their first run."""
+    arm_of = dict(zip(labels[MODEL][1].tolist(), labels[ARM][1].tolist(), strict=True))
+    arms: dict[str, list[str]] = {}
+    for run, models in checkpoints.items():
+        arms.setdefault(arm_of[models[0]], []).append(run)
+    return arms
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunResults:
     """Lazy results of one run."""
 
     steps: list[int]
@@ -195,11 +235,12 @@ class _Run:
     by_checkpoint: dict[str, da.Array]
     by_feature: dict[str, da.Array]
     settled: da.Array
-    """[1 + draw, reference + checkpoint, stratum]: how many features are settled, the estimate first."""
+    """[1 + draw, reference + checkpoint, stratum]: number of features settled, the estimate first."""
     in_stratum: da.Array
+    """[stratum]: number of testable features."""
 
 
-def _one_run(arrays: list[da.Array], models: list[str], settings: Settings) -> _Run:
+def _one_run(arrays: list[da.Array], models: list[str], settings: StabilizationSettings) -> _RunResults:
     steps = [0, *(split_model_id(model)[1] for model in models)]
     mapped = map_features(
         stabilization_block,
@@ -214,12 +255,12 @@ def _one_run(arrays: list[da.Array], models: list[str], settings: Settings) -> _
     )
     by_feature = {name: mapped.features[name] for name in BY_FEATURE}
     by_feature["trend_q"] = da.map_blocks(_bh, by_feature["trend_p"].rechunk(-1), dtype=np.float64)
-    return _Run(
-        steps,
-        {name: mapped.features[name] for name in BY_CHECKPOINT},
-        by_feature,
-        mapped.states["settled"],
-        mapped.states["in_stratum"],
+    return _RunResults(
+        steps=steps,
+        by_checkpoint={name: mapped.features[name] for name in BY_CHECKPOINT},
+        by_feature=by_feature,
+        settled=mapped.states["settled"],
+        in_stratum=mapped.states["in_stratum"],
     )
 
 
@@ -227,46 +268,265 @@ def _bh(p: NDArray[Any]) -> NDArray[Any]:
     return adjust(p, method="bh")
 
 
-def _arms(labels: dict[str, Any], chains: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Runs of each arm, arms in order of their first run."""
-    arm_of = dict(zip(labels[MODEL][1].tolist(), labels[ARM][1].tolist(), strict=True))
-    arms: dict[str, list[str]] = {}
-    for run, models in chains.items():
-        arms.setdefault(arm_of[models[0]], []).append(run)
-    return arms
-
-
 def _collect(
-    found: dict[str, _Run], arms: dict[str, list[str]], alpha: float
+    results: dict[str, _RunResults], arms: dict[str, list[str]], alpha: float
 ) -> tuple[dict[str, tuple[Any, da.Array]], dict[str, Any]]:
     """Variables of the layout (``trained_run`` is the dimension of runs, ``run`` labels the models), and attributes."""
-    runs = list(found.values())
-    bands = [curves(run.settled, run.in_stratum, alpha) for run in runs]
-    everyone, strata = (da.concatenate(column, axis=1) for column in zip(*bands, strict=True))
+    runs = list(results.values())
+    bands = [share_curves(run.settled, run.in_stratum, alpha) for run in runs]
+    pooled, stratified = (da.concatenate(column, axis=1) for column in zip(*bands, strict=True))
     sizes = da.stack([run.in_stratum for run in runs]).astype(np.int64)
     out: dict[str, tuple[Any, da.Array]] = {
         name: ((MODEL, FEATURE), da.concatenate([run.by_checkpoint[name] for run in runs])) for name in BY_CHECKPOINT
     }
     for name in (*BY_FEATURE, "trend_q"):
         out[name] = ((TRAINED_RUN, FEATURE), da.stack([run.by_feature[name] for run in runs]))
-    out["flag"] = ((TRAINED_RUN, FEATURE), da.map_blocks(_name_flags, out["flag"][1], dtype=_FLAG_TYPE))
+    flags = da.map_blocks(_flag_names, out["flag"][1], dtype=np.array(FLAGS).dtype)
+    out["flag"] = ((TRAINED_RUN, FEATURE), flags)
     out |= {"n_testable": (TRAINED_RUN, sizes.sum(axis=1)), "n_in_stratum": ((TRAINED_RUN, "stratum"), sizes)}
-    for i, end in enumerate(("", "_low", "_high")):
-        out[f"share{end}"] = (MODEL, everyone[i])
-        out[f"share_in_stratum{end}"] = ((MODEL, "stratum"), strata[i])
+    for i, suffix in enumerate(("", "_low", "_high")):
+        out[f"share{suffix}"] = (MODEL, pooled[i])
+        out[f"share_in_stratum{suffix}"] = ((MODEL, "stratum"), stratified[i])
     if len(arms) != 2:
         return out, {}
-    sides = [[(found[run].settled, found[run].in_stratum, found[run].steps) for run in own] for own in arms.values()]
-    difference = compared(sides, alpha)
-    for i, end in enumerate(("", "_low", "_high", "_p")):
-        out[f"difference_in_stratum{end}"] = (("fraction", "stratum"), difference[i])
+    difference = arm_difference([[results[run] for run in names] for names in arms.values()], alpha)
+    for i, suffix in enumerate(("", "_low", "_high", "_p")):
+        out[f"difference_in_stratum{suffix}"] = (("fraction", "stratum"), difference[i])
     first, second = arms
-    what = "these two runs" if len(found) == 2 else f"{len(arms[first])} and {len(arms[second])} runs"
-    return out, {"comparison": f"{first} less {second}, {what}; interval over units, p-value over runs"}
+    scope = "these two runs" if len(results) == 2 else f"{len(arms[first])} and {len(arms[second])} runs"
+    return out, {"comparison": f"{first} less {second}, {scope}; interval over units, p-value over runs"}
 
 
-_FLAG_TYPE: Final = np.array(FLAGS).dtype
-
-
-def _name_flags(codes: NDArray[Any]) -> NDArray[np.str_]:
+def _flag_names(codes: NDArray[Any]) -> NDArray[np.str_]:
     return np.array(FLAGS)[codes.astype(np.int64)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilizationSettings:
+    """Settings of one stabilisation test, as every block needs them."""
+
+    margin: float
+    relative: bool
+    persist: int
+    alpha: float
+    n_min: int
+    codes: IntArray | None
+    """[prompt]: cluster of each prompt; None if prompts are the units."""
+    seed: int
+    n_bootstrap: int
+
+
+def stabilization_block(
+    values: NDArray[Any], firing: NDArray[Any], *, settings: StabilizationSettings, steps: list[int]
+) -> Block:
+    """All results of a block, a few features at a time; ``values`` [reference + checkpoints, prompt, feature]."""
+    most_rows = max(values.shape[0] * values.shape[1], settings.n_bootstrap)
+    parts = [
+        _few_features(values[..., few].astype(np.float64), firing[..., few], settings, steps)
+        for few in feature_blocks(most_rows, values.shape[2])
+    ]
+    joined = {name: np.concatenate([p[name] for p in parts], axis=-1) for name in (*BY_CHECKPOINT, *BY_FEATURE)}
+    return joined | {name: np.sum([p[name] for p in parts], axis=0) for name in ("settled", "in_stratum")}
+
+
+def _few_features(values: FloatArray, firing: NDArray[Any], settings: StabilizationSettings, steps: list[int]) -> Block:
+    """Results of ``stabilization_block`` for features few enough to be worked on at once."""
+    last = len(steps) - 1
+    fired = (firing > 0).sum(axis=(0, 1))
+    x, present = _units(values, settings.codes)
+    spread = x[0].std(axis=0, ddof=1)
+    total = x[-1].mean(axis=0) - x[0].mean(axis=0)
+    margin_unit = np.abs(total) if settings.relative else spread
+    tested = (fired >= settings.n_min) & (margin_unit > 0)
+    p, p_beyond = _chain(x, np.where(tested, 1.0 if settings.relative else spread, np.nan), settings)
+    p_evolving = _evolving(p_beyond, settings)
+    first = _first_accepted(p[:-1] <= settings.alpha)
+    late = first > last - settings.persist
+    evolving = late & (p_evolving <= settings.alpha)
+    flag = np.select([fired < settings.n_min, ~tested, evolving, late, first == 0], [3, 4, 5, 2, 1], 0)
+    settled = np.where(tested & ~late, first, last + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total_sd = total / spread
+        effect = x[1:].mean(axis=1) - x[-1].mean(axis=0)
+        effect_sd = effect / spread
+    stratum = np.where(tested, np.digitize(np.abs(total_sd), STRATA_EDGES), len(STRATA))
+    counts = [_settled_counts(settled, stratum, last)]
+    for first_drawn in _resampled(x, present, settings.margin * spread, settings):
+        settled_drawn = np.where(first_drawn > last - settings.persist, last + 1, first_drawn)
+        counts.append(_settled_counts(settled_drawn, stratum, last))
+    p = np.where(tested, p, np.nan)
+    p[-1] = np.nan  # the final checkpoint equals itself: there is nothing to test
+    trend = trend_test(np.where(tested, np.moveaxis(x, 0, 1), np.nan), seed=settings.seed)
+    return {
+        "p_value": p[1:],
+        "effect": effect,
+        "effect_sd": effect_sd,
+        "stabilized_at": np.where(settled <= last, np.array([*steps, np.nan])[settled], np.nan),
+        "flag": flag.astype(np.float64),
+        "total_effect": total,
+        "total_effect_sd": total_sd,
+        "p_reference": p[0],
+        "p_evolving": np.where(tested, p_evolving, np.nan),
+        "trend_tau": trend.tau,
+        "trend_p": trend.p_value,
+        "settled": np.array(counts, dtype=np.float64),
+        "in_stratum": np.bincount(stratum, minlength=len(STRATA) + 1)[:-1].astype(np.float64),
+    }
+
+
+def _units(x: FloatArray, codes: IntArray | None) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Values [model, unit, feature] of the units with summaries in every model, and which of all units these are.
+
+    A unit is a prompt, or the mean over the summarised prompts of a cluster.
+    """
+    summarised = np.asarray(np.isfinite(x).all(axis=(0, 2)))
+    unit_of = np.arange(len(summarised)) if codes is None else codes
+    kept = None if codes is None else codes[summarised]
+    present = np.isin(np.arange(unit_of.max() + 1), unit_of[summarised])
+    return np.stack([unit_means(model, kept) for model in x[:, summarised]]), present
+
+
+def _chain(x: FloatArray, scale: FloatArray, settings: StabilizationSettings) -> tuple[FloatArray, FloatArray]:
+    """P-values of equivalence with the end and of lying beyond the margin, [reference + checkpoints, feature]."""
+    chain = tost_chain(
+        np.moveaxis(x, 0, 1) / scale, margin=settings.margin, alpha=settings.alpha, relative=settings.relative
+    )
+    return np.asarray(chain.p_value), np.asarray(chain.p_beyond)
+
+
+def _evolving(p_beyond: FloatArray, settings: StabilizationSettings) -> FloatArray:
+    """Smallest Holm-adjusted p-value over the last ``persist`` checkpoints before the end, the reference excluded."""
+    window = p_beyond[max(1, len(p_beyond) - 1 - max(1, settings.persist)) : -1]
+    return np.asarray(np.minimum(len(window) * window.min(axis=0), 1.0))
+
+
+def _first_accepted(accepted: NDArray[np.bool_]) -> IntArray:
+    """Index of the earliest checkpoint from which all later ones are accepted; the last index + 1 is the final itself.
+
+    ``accepted`` is [checkpoint 0..C-1, feature]; the final checkpoint C equals itself.
+    """
+    # Reversed, the cumulative product is 1 up to the first checkpoint that fails.
+    n_accepted = np.cumprod(accepted[::-1], axis=0).sum(axis=0)
+    return np.asarray(len(accepted) - n_accepted, dtype=np.int64)
+
+
+def _settled_counts(settled: IntArray, stratum: IntArray, last: int) -> FloatArray:
+    """Number of features of each stratum settled by the reference or checkpoint c, [0..last, stratum]."""
+    width = len(STRATA) + 1  # the last column holds features that are not tested
+    cells = np.bincount(settled * width + stratum, minlength=(last + 2) * width).reshape(last + 2, width)
+    return np.cumsum(cells[:-1, :-1], axis=0).astype(np.float64)
+
+
+def _resampled(
+    x: FloatArray, present: NDArray[np.bool_], margin: FloatArray, settings: StabilizationSettings
+) -> Iterator[IntArray]:
+    """First accepted index per feature in each bootstrap draw of units; absolute margins fixed, moments by products.
+
+    Accepted is where both m +- mean(D_c) are t errors above 0, m the margin or, if relative, r |D_0|. Units are drawn
+    among all, so that runs that lack some share the draws of the others.
+    """
+    n, last = x.shape[1], len(x) - 1
+    # A draw's variance below divides by n: the usual n - 1 is moved into the critical value.
+    critical = float(stats.t.ppf(1 - settings.alpha, n - 1)) / np.sqrt(n - 1)
+    bound = x[0] - x[-1]
+    bound = settings.margin * bound * np.sign(bound.mean(axis=0)) if settings.relative else margin[None]
+    sides = [[_centred(bound + sign * (x[c] - x[-1])) for sign in (-1.0, 1.0)] for c in range(last)]
+    for _, weights in bootstrap_blocks(len(present), settings.n_bootstrap, seed=settings.seed):
+        weights = weights[:, present]
+        weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        accepted_so_far = np.ones((len(weights), x.shape[2]), dtype=bool)
+        first = np.full(accepted_so_far.shape, last)
+        for both_sides in reversed(sides):
+            for centre, deviations, squares in both_sides:
+                shift = weights @ deviations
+                mean = centre + shift
+                variance = weights @ squares - np.square(shift)
+                accepted_so_far &= (mean > 0) & (np.square(mean) >= critical**2 * variance)
+            first -= accepted_so_far
+        yield from first
+
+
+def _centred(y: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Mean over units, deviations from it and their squares: resampled variances then do not cancel."""
+    centre = y.mean(axis=0)
+    return centre, y - centre, np.square(y - centre)
+
+
+def share_curves(settled: da.Array, in_stratum: da.Array, alpha: float) -> tuple[da.Array, da.Array]:
+    """Shares with bands: of all testable features [3, checkpoint], and of each stratum [3, checkpoint, stratum].
+
+    ``settled`` [1 + draw, reference + checkpoint, stratum] counts features, the estimate in row 0.
+    """
+    n = settled.shape[1] - 1
+    counts, sizes = _whole(settled), _whole(in_stratum)
+    pooled = _delayed(_share_band, (3, n), counts, sizes, alpha=alpha, pooled=True)
+    stratified = _delayed(_share_band, (3, n, len(STRATA)), counts, sizes, alpha=alpha, pooled=False)
+    return pooled, stratified
+
+
+def arm_difference(arms: list[list[_RunResults]], alpha: float) -> da.Array:
+    """First of two arms less the second: share settled by each fraction of the steps.
+
+    Returns
+    -------
+    dask array [estimate low high p, fraction, stratum]
+    """
+    counts = [[(_whole(run.settled), _whole(run.in_stratum)) for run in arm] for arm in arms]
+    places = [[_places(run.steps) for run in arm] for arm in arms]
+    return _delayed(_difference, (4, len(FRACTIONS), len(STRATA)), counts, places, alpha=alpha)
+
+
+def _delayed(function: Any, shape: tuple[int, ...], *args: Any, **options: Any) -> da.Array:
+    return da.from_delayed(dask.delayed(function, pure=True)(*args, **options), shape, dtype=np.float64)
+
+
+def _whole(array: da.Array) -> Any:
+    """The array as one delayed value; an array handed to a delayed call would be computed once more, apart."""
+    return array.rechunk(-1).to_delayed(optimize_graph=False).reshape(-1)[0]
+
+
+def _places(steps: list[int]) -> list[int]:
+    """Last checkpoint (0: the reference) within each fraction of the steps."""
+    # The slack keeps a step that equals the fraction within it when their product is rounded down.
+    return [int(np.searchsorted(steps, fraction * steps[-1] * (1 + 1e-9), side="right")) - 1 for fraction in FRACTIONS]
+
+
+def _share(settled: NDArray[Any], size: NDArray[Any]) -> FloatArray:
+    """Quotient; NaN for a stratum without features."""
+    return np.asarray(settled / np.where(size > 0, size, np.nan))
+
+
+def _share_band(settled: NDArray[Any], size: NDArray[Any], *, alpha: float, pooled: bool) -> FloatArray:
+    """Shares at the checkpoints (without the reference) and their band, strata together or apart."""
+    if pooled:
+        settled, size = settled.sum(axis=2), size.sum()
+    return _interval(_share(settled[:, 1:], size), alpha, lowest=0.0)
+
+
+def _interval(shares: FloatArray, alpha: float, *, lowest: float) -> FloatArray:
+    """Estimate and re-centred percentile band, [3, ...]; row 0 of ``shares`` is the estimate, the others are draws."""
+    estimate, draws = shares[0], shares[1:]
+    low, high = np.quantile(draws, [alpha / 2, 1 - alpha / 2], axis=0) - draws.mean(axis=0)
+    band = [estimate, estimate + np.minimum(low, 0.0), estimate + np.maximum(high, 0.0)]
+    return np.asarray(np.clip(np.stack(band), lowest, 1.0))
+
+
+def _difference(
+    counts: list[list[tuple[NDArray[Any], NDArray[Any]]]], places: list[list[list[int]]], *, alpha: float
+) -> FloatArray:
+    """Runs of an arm have equal weight; the draws of units are the same for both arms."""
+    arms = [
+        np.stack([_share(settled[:, where], size) for (settled, size), where in zip(runs, run_places, strict=True)])
+        for runs, run_places in zip(counts, places, strict=True)
+    ]
+    first, second = (runs.mean(axis=0) for runs in arms)
+    band = _interval(first - second, alpha, lowest=-1.0)
+    p = np.full(band.shape[1:], np.nan)
+    if min(map(len, arms)) >= MIN_RUNS:
+        test = stats.permutation_test([runs[:, 0] for runs in arms], _mean_difference, n_resamples=PERMUTATIONS, rng=0)
+        p = np.where(np.isfinite(band[0]), test.pvalue, np.nan)
+    return np.concatenate([band, p[None]])
+
+
+def _mean_difference(first: FloatArray, second: FloatArray, axis: int) -> FloatArray:
+    return np.asarray(first.mean(axis=axis) - second.mean(axis=axis))
