@@ -1,4 +1,4 @@
-"""Planned power against other formulas, printed values, and the tests themselves on simulated data."""
+"""Planned power against other formulas, published values, and the tests themselves on simulated data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from rlgen_stats.toolkit.statistics.planning.power import (
     detectable_effect,
     power_at,
     required_prompts,
-    root_mean_square,
-    two_sided,
+    required_runs,
+    run_power,
+    sd_ratio_quantiles,
+    two_sided_power,
 )
 from rlgen_stats.toolkit.statistics.planning.power_check import arm_contrast, simulated_power, simulated_run_power
-from rlgen_stats.toolkit.statistics.planning.run_power import required_runs, run_power
 
 ONE = Design(effect=0.3, control="none", density=1.0)
 
@@ -28,9 +29,10 @@ ONE = Design(effect=0.3, control="none", density=1.0)
 @pytest.mark.parametrize("noncentrality", [0.0, 0.5, 3.0])
 def test_t_power_is_the_noncentral_t(freedom, noncentrality):
     critical = stats.t.isf(np.array([0.0005, 0.005, 0.025]), freedom)
-    found = two_sided(critical[None], np.array([[noncentrality]]), root_mean_square(np.array([[float(freedom)]])))
+    sd_ratio = sd_ratio_quantiles(np.array([[float(freedom)]]))
+    power = two_sided_power(critical[None], np.array([[noncentrality]]), sd_ratio)
     expected = stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality)
-    assert found[0] == pytest.approx(expected, abs=2e-4)
+    assert power[0] == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize(("effect", "n"), [(0.1, 1000), (0.3, 80), (0.6, 20)])

@@ -88,9 +88,14 @@ def test_answers_that_no_feature_follows_are_not_predicted(gain_world) -> None:
     for k in range(8):
         inside = np.isin(np.arange(30), [2 * k, 2 * k + 1])
         p = correctness_probe(
-            features, outcomes, selection.assign(paper_selected=("feature", inside)), members="paper",
-            n_random=9, n_outer=2, n_inner=2,
-        )  # fmt: skip
+            features,
+            outcomes,
+            selection.assign(paper_selected=("feature", inside)),
+            members="paper",
+            n_random=9,
+            n_outer=2,
+            n_inner=2,
+        )
         ranks.append(float(p.p_auc))
         assert float(p.auc) < 0.65
     assert np.mean(ranks) == pytest.approx(0.55, abs=3 * 0.29 / np.sqrt(8))

@@ -11,16 +11,37 @@ from rlgen_stats.toolkit.statistics import select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
 
 SELECTION_SCORES = (
-    "score", "kept", "p_flip", "p_guard", "contrast", "contrast_p", "paper_selected", "p_value", "q_value", "rank",
-    "stability", "stable", "score_correlations",
-)  # fmt: skip
+    "score",
+    "kept",
+    "p_flip",
+    "p_guard",
+    "contrast",
+    "contrast_p",
+    "paper_selected",
+    "p_value",
+    "q_value",
+    "rank",
+    "stability",
+    "stable",
+    "score_correlations",
+)
 """What is computed of selection prompts alone."""
 DECISIONS = ("tier", "selected")
 """What both halves decide."""
 COUNTS = (
-    "n_selected_prompts", "n_gain", "n_loss", "n_kept", "estimable", "contrast_estimable", "guard", "used", "role",
-    "flag", "verification_estimable", "verification_guard",
-)  # fmt: skip
+    "n_selected_prompts",
+    "n_gain",
+    "n_loss",
+    "n_kept",
+    "estimable",
+    "contrast_estimable",
+    "guard",
+    "used",
+    "role",
+    "flag",
+    "verification_estimable",
+    "verification_guard",
+)
 """Counts, labels and reasons: no statement about a feature's size."""
 
 
@@ -72,8 +93,13 @@ def test_every_variable_of_a_selection_comes_from_the_half_it_says(chosen, gain_
     assert set(map(str, first.data_vars)) == verification | {*SELECTION_SCORES, *DECISIONS, *COUNTS}
     assert not changed["verification"] & {*SELECTION_SCORES, *COUNTS}
     # who is confirmed depends on who was a candidate; sizes of effects do not depend on the selection half at all
-    assert not changed["selection"] & {"verification_effect", "verification_low", "verification_high",
-                                       "verification_score", "verification_task_effect"}  # fmt: skip
+    assert not changed["selection"] & {
+        "verification_effect",
+        "verification_low",
+        "verification_high",
+        "verification_score",
+        "verification_task_effect",
+    }
     assert {"score", "p_value", "tier"} <= changed["selection"]
     assert {"verification_effect", "tier"} <= changed["verification"]
 
