@@ -19,6 +19,7 @@ from rlgen_stats.toolkit.statistics.kernels import (
 )
 from rlgen_stats.toolkit.statistics.planning.planting import Simulation
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
+from rlgen_stats.toolkit.statistics.selection.options import SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from tests.calibration.families import _dependent
 from tests.calibration.rows import Row, mean_row, rate_row
@@ -139,9 +140,12 @@ def stable_by_chance(scale: int, seed: int) -> list[Row]:
         )  # fmt: skip
         world = simulate_features(plan)
         found = select_features(
-            world.features, world.outcomes, target="rl1@20", min_discordant=3, n_resamples=9, n_bootstrap=1,
-            n_per_half=8, stability_threshold=0.75,
-        )  # fmt: skip
+            world.features,
+            world.outcomes,
+            target="rl1@20",
+            tests=SelectionTests(min_discordant=3, n_resamples=9, n_bootstrap=1),
+            stability=StabilityOptions(n_per_half=8, threshold=0.75),
+        )
         if found.attrs["stability_q"]:
             stable.append(float(found.attrs["n_stable"]))
             bound = float(found.attrs["stability_bound_mb"])

@@ -14,7 +14,13 @@ import xarray as xr
 from distributed import Client
 
 from rlgen_stats.stores import open_features, open_outcomes
-from rlgen_stats.toolkit.statistics import drift_test, select_features, set_stability, stabilization_test
+from rlgen_stats.toolkit.statistics import (
+    SelectionTests,
+    drift_test,
+    select_features,
+    set_stability,
+    stabilization_test,
+)
 from rlgen_stats.toolkit.statistics.planning.planting import Simulation
 from rlgen_stats.toolkit.statistics.planning.simulate import WrittenStudy, write_simulation
 
@@ -70,7 +76,10 @@ def analyses(study: WrittenStudy) -> dict[str, Callable[[], xr.Dataset]]:
         "stabilization": lambda: stabilization_test(features, runs=["sft1", "rl1"], n_bootstrap=49),
         "sets": lambda: set_stability(features, runs=["sft1", "rl1"], k=20, n_halvings=5, n_groups=5),
         "selection": lambda: select_features(
-            features, outcomes, target="rl1@60", n_resamples=99, n_bootstrap=49, min_discordant=4
+            features,
+            outcomes,
+            target="rl1@60",
+            tests=SelectionTests(n_resamples=99, n_bootstrap=49, min_discordant=4),
         ),
     }
 

@@ -18,6 +18,7 @@ from rlgen_stats.toolkit.statistics.planning.power import (
     run_power,
 )
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
+from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
@@ -26,7 +27,10 @@ from rlgen_stats.toolkit.statistics.timing.stabilization import stabilization_te
 
 __all__ = [
     "Design",
+    "SelectionRule",
+    "SelectionTests",
     "Simulation",
+    "StabilityOptions",
     "adjust_pvalues",
     "attribution",
     "attribution_contrast",

@@ -13,7 +13,7 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores import open_features, open_outcomes, open_results, verify
-from rlgen_stats.toolkit.statistics import drift_test, select_features, stabilization_test
+from rlgen_stats.toolkit.statistics import SelectionTests, drift_test, select_features, stabilization_test
 from rlgen_stats.toolkit.statistics.planning import simulate as module
 from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, d_z_of, plant_truth, shift_of
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
@@ -209,7 +209,8 @@ def test_analyses_find_the_planted_truth():
     with dask.config.set(scheduler="synchronous"):
         drift = drift_test(study.features, models=["rl1@100"], n_resamples=49, n_bootstrap=9).compute()
         # Holm over some 50 candidates needs permutation p-values below .001.
-        chosen = select_features(study.features, study.outcomes, target="rl1@100", n_resamples=2999, n_bootstrap=9)
+        tests = SelectionTests(n_resamples=2999, n_bootstrap=9)
+        chosen = select_features(study.features, study.outcomes, target="rl1@100", tests=tests)
         settled = stabilization_test(
             study.features, runs=["sft1"], relative=True, margin=0.4, persist=1, n_bootstrap=5
         ).compute()

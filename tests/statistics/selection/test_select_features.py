@@ -9,7 +9,7 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.toolkit.statistics import select_features
+from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
 
 MODELS = ["base@0", "rl@10"]
 TASKS = ["math", "quiz", "facts", "noise"]
@@ -20,8 +20,9 @@ def world(gain_world):
     return gain_world
 
 
-def run(features, outcomes, **options):
-    defaults = {"target": "rl@10", "controls": ["noise"], "n_resamples": 199, "n_bootstrap": 199, "seed": 2}
+def run(features, outcomes, *, n_resamples=199, n_bootstrap=199, **options):
+    tests = SelectionTests(n_resamples=n_resamples, n_bootstrap=n_bootstrap)
+    defaults = {"target": "rl@10", "controls": ["noise"], "tests": tests, "seed": 2}
     return select_features(features, outcomes, **(defaults | options))
 
 
@@ -193,10 +194,10 @@ def test_what_is_selected_when_nothing_is_confirmed(world):
     out = run(features, outcomes)
     assert out.attrs["rule"].startswith("CANDIDATE")
     assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
-    paper = run(features, outcomes, rule="paper")
+    paper = run(features, outcomes, rule=SelectionRule(kind="paper"))
     assert paper.attrs["rule"].startswith("paper")
     np.testing.assert_array_equal(paper.selected.values, paper.paper_selected.values)
-    capped = run(features, outcomes, rule="paper", max_features=3)
+    capped = run(features, outcomes, rule=SelectionRule(kind="paper", max_features=3))
     least = np.where(capped.paper_selected, capped.score.min("task"), -np.inf)
     assert set(np.flatnonzero(capped.selected)) == set(np.argsort(-least)[:3])
 
@@ -273,5 +274,10 @@ def test_errors(world):
         run(features, outcomes, target="rl@99")
     with pytest.raises(InputError, match=r"40 prompt\(s\) of the features have no outcome"):
         run(features, outcomes.isel(prompt=slice(40)))
+    for options in ({"kind": "best"}, {"score_fraction": 0.0}):
+        with pytest.raises(InputError, match="expected rule 'confirmed' or 'paper' and 0 < score_fraction <= 1"):
+            SelectionRule(**options)
+    with pytest.raises(InputError, match="expected 0 < alpha < 1, got 1"):
+        SelectionTests(alpha=1)
     with pytest.raises(InputError, match="split into"):
         run(features.assign_coords(split=("prompt", np.full(80, "train"))), outcomes)

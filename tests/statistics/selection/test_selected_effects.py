@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics import select_features
+from rlgen_stats.toolkit.statistics import SelectionTests, select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
 
 SELECTION_SCORES = (
@@ -48,7 +48,12 @@ COUNTS = (
 @pytest.fixture
 def chosen(gain_world):
     features, outcomes = gain_world()
-    options = {"target": "rl@10", "controls": ["noise"], "n_resamples": 199, "n_bootstrap": 99, "seed": 2}
+    options = {
+        "target": "rl@10",
+        "controls": ["noise"],
+        "tests": SelectionTests(n_resamples=199, n_bootstrap=99),
+        "seed": 2,
+    }
     return features, outcomes, select_features(features, outcomes, **options)
 
 
@@ -81,7 +86,12 @@ def test_numbers_against_loops(chosen) -> None:
 def test_every_variable_of_a_selection_comes_from_the_half_it_says(chosen, gain_world) -> None:
     """Turning the activations of one half into others must leave alone what is said to come from the other half."""
     features, outcomes, first = chosen
-    options = {"target": "rl@10", "controls": ["noise"], "n_resamples": 199, "n_bootstrap": 99, "seed": 2}
+    options = {
+        "target": "rl@10",
+        "controls": ["noise"],
+        "tests": SelectionTests(n_resamples=199, n_bootstrap=99),
+        "seed": 2,
+    }
     noise = gain_world(seed=9, planted=False)[0]
     changed = {}
     for split in ("selection", "verification"):
@@ -126,9 +136,8 @@ def test_neither_chunks_nor_order_matter_and_lazy_stays_lazy(chosen, no_compute)
 
 def test_clusters_of_the_selection_are_the_units(gain_world) -> None:
     features, outcomes = gain_world(n=1600, per_cluster=8)
-    selection = select_features(
-        features, outcomes, target="rl@10", controls=["noise"], clusters="cluster", n_resamples=99, n_bootstrap=1
-    )
+    tests = SelectionTests(n_resamples=99, n_bootstrap=1)
+    selection = select_features(features, outcomes, target="rl@10", controls=["noise"], clusters="cluster", tests=tests)
     out = selected_effects(features, selection)
     assert out.attrs["unit"] == "cluster"
     fresh = (features.split.values == "verification") & (features.task.values != "noise")
