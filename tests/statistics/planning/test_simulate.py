@@ -54,16 +54,16 @@ def test_planted_effects_have_their_size():
     study = simulate_features(replace(SMALL, n_prompts=2000, n_features=1024, run_sd=0.1))
     d = difference(study)
     kind = study.truth.kind.values
-    found = np.divide(d.mean(axis=0), d.std(axis=0), out=np.zeros(len(kind)), where=d.std(axis=0) > 0)
+    observed = np.divide(d.mean(axis=0), d.std(axis=0), out=np.zeros(len(kind)), where=d.std(axis=0) > 0)
     truth = study.truth.d_z.sel(model="rl1@40").values
     for name in ("drifting", "generalising"):
-        here = kind == name
-        assert 0.2 < np.abs(truth[here]).mean() < 0.4
+        of_kind = kind == name
+        assert 0.2 < np.abs(truth[of_kind]).mean() < 0.4
         # ICC .1 in clusters of 4 that fire together: a standard error of about sqrt(1.3 / 2000)
-        assert np.abs(found - truth)[here].max() < 5 * np.sqrt(1.3 / 2000)
-        assert np.std(found[here] - truth[here]) < 1.5 * np.sqrt(1.3 / 2000)
-        change = study.truth.mean_change.sel(model="rl1@40").values[here]
-        assert d.mean(axis=0)[here] == pytest.approx(change, abs=0.25)
+        assert np.abs(observed - truth)[of_kind].max() < 5 * np.sqrt(1.3 / 2000)
+        assert np.std(observed[of_kind] - truth[of_kind]) < 1.5 * np.sqrt(1.3 / 2000)
+        change = study.truth.mean_change.sel(model="rl1@40").values[of_kind]
+        assert d.mean(axis=0)[of_kind] == pytest.approx(change, abs=0.25)
     assert (truth[kind == "generalising"] > 0).all()
     assert (study.truth.d_z.sel(model="sft1@40").values[kind == "generalising"] == 0).all()
     narrow = np.flatnonzero(kind == "narrow")
@@ -86,8 +86,8 @@ def test_changes_settle_when_the_truth_says():
         for c, step in enumerate(range(20, 101, 20)):
             planted = truth.mean_change.sel(model=f"{arm}1@{step}").values
             assert planted == pytest.approx(final * np.minimum(step / settles, 1.0), rel=1e-5)
-            found = (np.sign(final) * d[c].mean(axis=0) / truth.scale.values).mean()
-            assert found == pytest.approx((np.abs(planted) / truth.scale.values).mean(), abs=0.02)
+            observed = (np.sign(final) * d[c].mean(axis=0) / truth.scale.values).mean()
+            assert observed == pytest.approx((np.abs(planted) / truth.scale.values).mean(), abs=0.02)
 
 
 def test_dependence_is_as_declared():
@@ -167,8 +167,8 @@ def test_decoys_correlate_with_correctness_and_do_not_change():
     right = study.outcomes.greedy_correct.values
     for m in (0, 4):
         x = study.features["mean"].values[m]
-        found = [np.corrcoef(right[m], x[:, k])[0, 1] for k in range(16)]
-        assert np.mean(found) == pytest.approx(0.2, abs=0.02)
+        correlations = [np.corrcoef(right[m], x[:, k])[0, 1] for k in range(16)]
+        assert np.mean(correlations) == pytest.approx(0.2, abs=0.02)
     d = difference(study)
     assert np.abs(d.mean(axis=0) / d.std(axis=0)).max() < 0.06
     gain = (right[0] == 0) & (right[4] == 1)
@@ -214,10 +214,10 @@ def test_analyses_find_the_planted_truth():
         settled = stabilization_test(
             study.features, runs=["sft1"], relative=True, margin=0.4, persist=1, n_bootstrap=5
         ).compute()
-    found = drift.call.values[0] == "DRIFT"
-    assert found[np.isin(kind, ("drifting", "generalising"))].mean() > 0.99
-    assert not found[kind == "dead"].any()
-    assert (found & (kind == "null")).sum() < 0.12 * found.sum(), "BH at .05 in one world"
+    drifting = drift.call.values[0] == "DRIFT"
+    assert drifting[np.isin(kind, ("drifting", "generalising"))].mean() > 0.99
+    assert not drifting[kind == "dead"].any()
+    assert (drifting & (kind == "null")).sum() < 0.12 * drifting.sum(), "BH at .05 in one world"
     confirmed = chosen.tier.values == "CONFIRMED"
     # Rising in every task is what the selection asks for; drifting features that rise do so in rl as in sft.
     rises = (kind == "generalising") | ((kind == "drifting") & (study.truth.d_z.sel(model="rl1@100").values > 0))
@@ -226,10 +226,10 @@ def test_analyses_find_the_planted_truth():
     planted = kind == "drifting"
     early = study.truth.settles_at.sel(arm="sft").values[planted]
     assert set(early) == {20.0, 40.0}
-    at = settled.stabilized_at.values[0][planted]
-    assert np.isfinite(at).mean() > 0.7
+    settled_at = settled.stabilized_at.values[0][planted]
+    assert np.isfinite(settled_at).mean() > 0.7
     # Shown to be settled before it was: an equivalence error, at most alpha each.
-    assert (at < early - 20).mean() <= 0.05
+    assert (settled_at < early - 20).mean() <= 0.05
 
 
 def test_lazy_and_the_same_whatever_is_computed(no_compute, monkeypatch):

@@ -29,13 +29,13 @@ def chosen(gain_world):
 def test_scores_equal_scikit_learn_written_out(chosen) -> None:
     features, outcomes, selection = chosen
     out = correctness_probe(features, outcomes, selection, members="paper", **FEW)
-    here = np.flatnonzero((features.split == "verification") & (features.task != "noise"))
-    y = outcomes.greedy_correct.values[1, here]
-    own = selection.feature.values[np.argsort(selection["rank"].values)]
-    own = own[np.isin(own, np.arange(10, 15))]
-    x = features["mean"].values[1][np.ix_(here, own)]
-    auc, loss = [], np.empty(len(here))
-    for train, score, inner in _nested_folds(y, here, 3, 2, seed=_fold_seed()):
+    prompts = np.flatnonzero((features.split == "verification") & (features.task != "noise"))
+    y = outcomes.greedy_correct.values[1, prompts]
+    members = selection.feature.values[np.argsort(selection["rank"].values)]
+    members = members[np.isin(members, np.arange(10, 15))]
+    x = features["mean"].values[1][np.ix_(prompts, members)]
+    auc, loss = [], np.empty(len(prompts))
+    for train, score, inner in _nested_folds(y, prompts, 3, 2, seed=_fold_seed()):
         losses = []
         for c in STRENGTHS:
             total = []
@@ -65,16 +65,16 @@ def _fold_seed() -> int:
 
 def test_features_that_correlate_with_correctness_beat_random_sets_and_noise_does_not(chosen) -> None:
     features, outcomes, selection = chosen
-    found = correctness_probe(features, outcomes, selection, members="paper", **FEW)
-    assert float(found.p_auc) == float(found.p_log_loss) == 1 / 20
-    assert float(found.auc) > 0.7
-    assert float(found.log_loss) < float(found.log_loss_chance) < 0.7
-    assert np.all(found.coefficient > 0)
+    probe = correctness_probe(features, outcomes, selection, members="paper", **FEW)
+    assert float(probe.p_auc) == float(probe.p_log_loss) == 1 / 20
+    assert float(probe.auc) > 0.7
+    assert float(probe.log_loss) < float(probe.log_loss_chance) < 0.7
+    assert np.all(probe.coefficient > 0)
     noise = selection.assign(paper_selected=("feature", np.isin(np.arange(30), [20, 24, 28])))
-    found = correctness_probe(features, outcomes, noise, members="paper", **FEW)
-    assert float(found.auc) < 0.6
-    assert float(found.log_loss) > float(found.log_loss_chance) - 0.01
-    assert found.attrs["role"] == "descriptive"
+    probe = correctness_probe(features, outcomes, noise, members="paper", **FEW)
+    assert float(probe.auc) < 0.6
+    assert float(probe.log_loss) > float(probe.log_loss_chance) - 0.01
+    assert probe.attrs["role"] == "descriptive"
 
 
 def test_answers_unrelated_to_features_are_not_predicted(gain_world) -> None:

@@ -50,10 +50,10 @@ def test_numbers_against_loops(world):
     out = run(features, outcomes)
     d = (features["mean"][1] - features["mean"][0]).values
     base, rl = outcomes.greedy_correct.values
-    here = (features.task.values == "quiz") & (features.split.values == "selection")
-    gain, loss = here & (base == 0) & (rl == 1), here & (base == 1) & (rl == 0)
+    in_task = (features.task.values == "quiz") & (features.split.values == "selection")
+    gain, loss = in_task & (base == 0) & (rl == 1), in_task & (base == 1) & (rl == 0)
     got = out.sel(task="quiz")
-    assert (int(got.n_gain), int(got.n_loss), int(got.n_selected_prompts)) == (gain.sum(), loss.sum(), here.sum())
+    assert (int(got.n_gain), int(got.n_loss), int(got.n_selected_prompts)) == (gain.sum(), loss.sum(), in_task.sum())
     assert got.score.values == pytest.approx(d[gain].mean(axis=0))
     assert np.array_equal(got.kept.values, got.score.values >= 0.2 * got.score.values.max())
     signed = np.concatenate([d[gain], -d[loss]])
@@ -90,7 +90,7 @@ def test_families_are_all_features_and_then_all_candidates(world):
 def test_effects_never_come_from_selection_prompts(world):
     features, outcomes = world()
     chosen = np.flatnonzero(features.split.values == "selection")
-    fresh = np.flatnonzero(features.split.values == "verification")
+    verification = np.flatnonzero(features.split.values == "verification")
     poisoned = features.copy(deep=True)
     poisoned["mean"][1, chosen] += 50
     a, b = run(features, outcomes), run(poisoned, outcomes)
@@ -99,7 +99,7 @@ def test_effects_never_come_from_selection_prompts(world):
     np.testing.assert_array_equal(a.verification_task_effect.values, b.verification_task_effect.values)
     assert np.nanmax(np.abs(b.verification_effect)) < 2 < np.nanmax(b.score)
     other = features.copy(deep=True)
-    other["mean"][1, fresh] -= 50
+    other["mean"][1, verification] -= 50
     c = run(other, outcomes)
     for name in ("score", "kept", "p_flip", "contrast_p", "p_value", "q_value"):
         np.testing.assert_array_equal(a[name].values, c[name].values)
@@ -148,8 +148,8 @@ def test_the_fallback_guard_holds_without_a_model_difference(make_features, make
 
 def test_null_calibration_of_the_whole_selection(world):
     """Nothing planted: any candidate is false; at BH level .05 few studies have one."""
-    found = [bool((run(*world(planted=False, n=320, seed=s)).tier != "REJECTED").any()) for s in range(12)]
-    assert sum(found) <= 3
+    any_candidate = [bool((run(*world(planted=False, n=320, seed=s)).tier != "REJECTED").any()) for s in range(12)]
+    assert sum(any_candidate) <= 3
 
 
 def test_a_task_without_gains_is_not_estimable_and_the_rest_goes_on(world):
@@ -189,8 +189,8 @@ def test_nothing_estimable_is_a_result(world):
 
 def test_what_is_selected_when_nothing_is_confirmed(world):
     features, outcomes = world()
-    fresh = np.flatnonzero(features.split.values == "verification")
-    features["mean"][1, fresh, :5] -= 0.6
+    verification = np.flatnonzero(features.split.values == "verification")
+    features["mean"][1, verification, :5] -= 0.6
     out = run(features, outcomes)
     assert out.attrs["rule"].startswith("CANDIDATE")
     assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]

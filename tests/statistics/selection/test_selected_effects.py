@@ -61,12 +61,12 @@ def test_numbers_against_loops(chosen) -> None:
     features, _, selection = chosen
     out = selected_effects(features, selection)
     assert out.feature.values.tolist() == selection.feature.values[np.argsort(selection["rank"].values)][:5].tolist()
-    fresh = features.split.values == "verification"
+    verification = features.split.values == "verification"
     d = (features["mean"][1] - features["mean"][0]).values
     fires = (features["firing"][1] - features["firing"][0]).values
     for k in out.feature.values:
         got = out.sel(feature=k, model="rl@10")
-        for index, part in ((fresh & (features.task.values != "noise"), got), (fresh, None)):
+        for index, part in ((verification & (features.task.values != "noise"), got), (verification, None)):
             if part is not None:
                 assert float(part.effect) == pytest.approx(d[index, k].mean())
                 assert float(part.d_z) == pytest.approx(d[index, k].mean() / d[index, k].std(ddof=1))
@@ -74,7 +74,7 @@ def test_numbers_against_loops(chosen) -> None:
                 assert float(part.effect_low) < 0.6 < float(part.effect_high)
                 assert int(part.n) == index.sum()
         for task in selection.task.values:
-            index = fresh & (features.task.values == task)
+            index = verification & (features.task.values == task)
             assert float(got.task_effect.sel(task=task)) == pytest.approx(d[index, k].mean())
             assert int(got.n_task.sel(task=task)) == index.sum()
     assert out.attrs["conditioned"].startswith("these features also passed a test")
@@ -140,10 +140,10 @@ def test_clusters_of_the_selection_are_the_units(gain_world) -> None:
     selection = select_features(features, outcomes, target="rl@10", controls=["noise"], clusters="cluster", tests=tests)
     out = selected_effects(features, selection)
     assert out.attrs["unit"] == "cluster"
-    fresh = (features.split.values == "verification") & (features.task.values != "noise")
-    names, codes = np.unique(features.cluster.values[fresh], return_inverse=True)
+    verification = (features.split.values == "verification") & (features.task.values != "noise")
+    names, codes = np.unique(features.cluster.values[verification], return_inverse=True)
     assert int(out.n[0]) == len(names)
-    d = (features["mean"][1] - features["mean"][0]).values[fresh][:, out.feature.values]
+    d = (features["mean"][1] - features["mean"][0]).values[verification][:, out.feature.values]
     means = np.array([d[codes == c].mean(axis=0) for c in range(len(names))])
     np.testing.assert_allclose(out.d_z.values[0], means.mean(axis=0) / means.std(axis=0, ddof=1))
 

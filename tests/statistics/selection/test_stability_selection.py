@@ -76,13 +76,13 @@ def test_shares_equal_loops_over_half_samples(gain_world) -> None:
     d = (features["mean"][1] - features["mean"][0]).values
     base, rl = outcomes.greedy_correct.values
     sides = {"gain": (base == 0) & (rl == 1), "loss": (base == 1) & (rl == 0)}
-    task, fresh = features.task.values, features.split.values == "selection"
+    task, selection = features.task.values, features.split.values == "selection"
     strata = np.full(240, -1)
     used = ["math", "quiz", "facts"]
     for number, name in enumerate(used):
-        strata[fresh & (task == name)] = 3 * number + 1
+        strata[selection & (task == name)] = 3 * number + 1
         for side, sign in (("gain", 1), ("loss", -1)):
-            strata[fresh & (task == name) & sides[side]] += sign
+            strata[selection & (task == name) & sides[side]] += sign
     halves = complementary_halves(strata, 3, seed=module.derive_seed(2, "selection", "halves"))
     count = np.zeros(30)
     for half in halves:
@@ -117,15 +117,15 @@ def test_planted_features_are_stable_and_confounded_ones_are_not(gain_world) -> 
 
 def test_noise_is_stable_less_often_than_bounded(gain_world) -> None:
     """Beside it the naive set, the leading features of one half, which is all noise every time."""
-    found, bound, naive = [], [], []
+    n_stable, bound, naive = [], [], []
     for seed in range(12):
         out = run(*gain_world(n=320, planted=False, seed=seed), min_discordant=5, n_per_half=8, threshold=0.6)
-        found.append(out.attrs["n_stable"])
+        n_stable.append(out.attrs["n_stable"])
         bound.append(out.attrs["stability_bound_mb"])
         naive.append(8)
         assert np.nanmean(out.stability) == pytest.approx(8 / 30)
-    assert np.mean(found) <= bound[0] == pytest.approx(64 / (0.2 * 30))
-    assert np.mean(found) < 0.5 * np.mean(naive)
+    assert np.mean(n_stable) <= bound[0] == pytest.approx(64 / (0.2 * 30))
+    assert np.mean(n_stable) < 0.5 * np.mean(naive)
 
 
 def test_neither_chunks_nor_order_matter(gain_world) -> None:

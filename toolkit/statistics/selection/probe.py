@@ -239,7 +239,7 @@ def _matched_sets(
             f"{DEFAULT_MIN_FIRING} verification prompts, got {n}; choose fewer features (max_features)."
         )
     members = selected[np.argsort(ranks[selected], kind="stable")]
-    insertion = np.searchsorted(counts[free], counts[members])  # where each would stand in the order of the free ones
+    insertion = np.searchsorted(counts[free], counts[members])  # position among the others by count
     distance = np.abs(np.arange(n) - insertion[:, None])
     window = max(int(WINDOW * n), MIN_WINDOW)
     # Up to m - 1 of the nearest are taken when the last member is drawn, so that the window must reach past them.

@@ -35,7 +35,12 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import (
 )
 from rlgen_stats.toolkit.statistics.selection.discordance import SplitTests, discordance_tests
 from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
-from rlgen_stats.toolkit.statistics.selection.paper_rule import PaperRule, paper_rule, score_correlation, shift_rank
+from rlgen_stats.toolkit.statistics.selection.paper_rule import (
+    PaperSelection,
+    paper_rule,
+    score_correlation,
+    shift_rank,
+)
 from rlgen_stats.toolkit.statistics.selection.stability_selection import stability_selection
 from rlgen_stats.toolkit.statistics.selection.tasks import (
     TaskPrompts,
@@ -225,7 +230,7 @@ def _tests(values: da.Array, prompts: _Prompts, split: str, tests: SelectionTest
 
 def _paper_rule(
     values: da.Array, firing: da.Array, prompts: _Prompts, rule: SelectionRule, tests: SelectionTests, seed: int
-) -> PaperRule | None:
+) -> PaperSelection | None:
     """The paper's rule on the selection half; None where no task has gains."""
     if not prompts.gain:
         return None
@@ -272,7 +277,7 @@ def _stability(
 
 
 def _task_variables(
-    prompts: _Prompts, results: dict[str, SplitTests], paper: PaperRule | None
+    prompts: _Prompts, results: dict[str, SplitTests], paper: PaperSelection | None
 ) -> dict[str, tuple[Any, NDArray[Any]]]:
     """Variables over task, NaN for tasks not selected on."""
     tasks, by_task = prompts.roles.tasks, prompts.by_task["selection"]
@@ -313,7 +318,7 @@ def _task_variables(
     )
 
 
-def _attrs(results: dict[str, SplitTests], paper: PaperRule | None, decision: Decision) -> dict[str, Any]:
+def _attrs(results: dict[str, SplitTests], paper: PaperSelection | None, decision: Decision) -> dict[str, Any]:
     """Attributes of the layout: test, null and family, the paper's rule, and which results carry a guard."""
     nan = float("nan")
     correlation = nan

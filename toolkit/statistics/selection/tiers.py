@@ -13,7 +13,7 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import FloatArray, IntAr
 from rlgen_stats.toolkit.statistics.kernels import adjust, partial_conjunction
 from rlgen_stats.toolkit.statistics.selection.discordance import SplitTests
 from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests
-from rlgen_stats.toolkit.statistics.selection.paper_rule import PaperRule
+from rlgen_stats.toolkit.statistics.selection.paper_rule import PaperSelection
 
 CONFIRMED, CANDIDATE, REJECTED, UNTESTED = "CONFIRMED", "CANDIDATE", "REJECTED", "UNTESTED"
 
@@ -65,7 +65,7 @@ class Decision:
 def decide(
     tests: dict[str, SplitTests],
     testable: NDArray[np.bool_],
-    paper: PaperRule | None,
+    paper: PaperSelection | None,
     rule: SelectionRule,
     options: SelectionTests,
     ranks: IntArray,
