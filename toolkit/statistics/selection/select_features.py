@@ -202,8 +202,8 @@ class _Prompts:
     @property
     def gain(self) -> dict[str, IntArray]:
         """Gain prompts of the selection half, by task selected on that has any."""
-        by_task = self.by_task["selection"]
-        return {task: own.gain for task, own in by_task.items() if self.roles.used[task] and len(own.gain)}
+        gains = {task: of_task.gain for task, of_task in self.by_task["selection"].items() if self.roles.used[task]}
+        return {task: gain for task, gain in gains.items() if len(gain)}
 
 
 def _prompts(
