@@ -1,7 +1,8 @@
-"""simulate and power."""
+"""Commands simulate (studies whose truth is known) and power (sample size)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,22 +20,23 @@ from rlgen_stats.cli.console import (
 if TYPE_CHECKING:
     from rlgen_stats.toolkit.progress import Progress
     from rlgen_stats.toolkit.statistics.planning.power import Control, Design, Power
+    from rlgen_stats.toolkit.statistics.planning.power_check import SimulatedPower
 
 _SIMULATION: Final = (
-    ("--prompts", "n_prompts", 400, "Prompts."),
-    ("--features", "n_features", 2048, "Features."),
+    ("--prompts", "n_prompts", 400, "Number of prompts."),
+    ("--features", "n_features", 2048, "Number of features."),
     ("--drifting", "drifting", 0.1, "Share of features that change in both arms."),
     ("--generalising", "generalising", 0.02, "Share that rise in rl only, in every task."),
     ("--narrow", "narrow", 0.01, "Share that rise in rl only, in domain."),
-    ("--decoys", "decoys", 0.02, "Share that merely follow being right."),
+    ("--decoys", "decoys", 0.02, "Share that correlate with correctness and do not differ between models."),
     ("--dead", "dead", 0.1, "Share that never fire."),
     ("--effect", "effect", 0.3, "d_z of every planted change."),
-    ("--outcome-correlation", "outcome_correlation", 0.2, "Correlation of decoys with being right."),
+    ("--outcome-correlation", "outcome_correlation", 0.2, "Correlation of decoys with correctness."),
     ("--density", "density", 0.25, "Share of prompts on which a feature fires."),
     ("--icc", "icc", 0.1, "Correlation of noise within a cluster of prompts."),
-    ("--cluster-size", "cluster_size", 4, "Prompts of a cluster."),
+    ("--cluster-size", "cluster_size", 4, "Prompts per cluster."),
     ("--correlation", "correlation", 0.3, "Correlation between features of a group."),
-    ("--group", "group", 32, "Features of a group."),
+    ("--group", "group", 32, "Features per group."),
     ("--runs", "runs", 2, "Runs per arm."),
     ("--run-sd", "run_sd", 0.05, "Standard deviation of a planted d_z between runs."),
     ("--checkpoints", "checkpoints", 5, "Checkpoints per run."),
@@ -43,11 +45,11 @@ _SIMULATION: Final = (
     ("--accuracy", "accuracy", 0.4, "Accuracy of base."),
     ("--gain", "gain", 0.2, "Accuracy gained: sft in domain, rl everywhere."),
     ("--samples", "samples", 4, "Graded completions per prompt."),
-    ("--seed", "seed", 0, "Seed of everything."),
+    ("--seed", "seed", 0, "Seed of all random numbers."),
 )
 
 RUNS_SHOWN: Final = (3, 4, 5)
-"""Numbers of runs per arm that a study might afford."""
+"""Numbers of runs per arm shown unless ``--runs`` names one."""
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,8 +68,8 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def simulate(folder: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Write feature and outcome stores in which every change is known, to check analyses against the truth.
 
-    FOLDER gets features.zarr, outcomes.zarr and the group 'truth' of results.zarr. Interrupted, it goes on where it
-    stopped when run again with the same settings.
+    FOLDER gets features.zarr, outcomes.zarr and the group 'truth' of results.zarr. Run again with the same settings, an
+    interrupted call is resumed.
 
     \b
     Examples:  rlgen-stats simulate planted --prompts 400 --features 2048 --drifting 0.1 --effect 0.3 --seed 1
@@ -76,50 +78,50 @@ def simulate(folder: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     Then, in Python:
       features = open_features("planted/features.zarr")
       truth = open_results("planted/results.zarr", "truth").load()
-      found = drift_test(features, models=["rl1@100"], clusters="cluster")
-      (found.call == "DRIFT").groupby(truth.kind).mean("feature").compute()
+      drift = drift_test(features, models=["rl1@100"], clusters="cluster")
+      (drift.call == "DRIFT").groupby(truth.kind).mean("feature").compute()
     """  # noqa: D301 - click needs the backspace itself
     from dataclasses import asdict
 
-    from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, plant
+    from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, plant_truth
     from rlgen_stats.toolkit.statistics.planning.simulate import write_simulation
 
     simulation = Simulation(**settings)
     with progress_for(quiet=quiet) as progress:
         written = write_simulation(folder, simulation, progress=progress)
-    kind = plant(simulation).kind
+    kind = plant_truth(simulation).kind
     counts = {name: int((kind == name).sum()) for name in KINDS}
     if as_json:
         print_json(asdict(written) | {"simulation": asdict(simulation), "planted": counts})
         return
-    before = f" ({written.n_resumed} of them were there before)" if written.n_resumed else ""
+    resumed = f" ({written.n_resumed} of them written before)" if written.n_resumed else ""
     click.echo(
-        f"{folder}: {written.n_models} models{before}, {simulation.n_prompts:,} prompts, "
+        f"{folder}: {written.n_models} models{resumed}, {simulation.n_prompts:,} prompts, "
         f"{simulation.n_features:,} features, seed {simulation.seed}."
     )
-    planted = f"d_z {simulation.effect:g}"
-    what = {
+    effect = f"d_z {simulation.effect:g}"
+    descriptions = {
         "null": "nothing",
         "dead": "never fires",
-        "drifting": f"{planted}, up or down, in sft and rl",
-        "generalising": f"{planted}, up, in rl, every task",
-        "narrow": f"{planted}, up, in rl, in domain",
-        "decoy": f"follows being right, correlation {simulation.outcome_correlation:g}",
+        "drifting": f"{effect}, up or down, in sft and rl",
+        "generalising": f"{effect}, up, in rl, every task",
+        "narrow": f"{effect}, up, in rl, in domain",
+        "decoy": f"correlates with correctness, {simulation.outcome_correlation:g}",
     }
-    print_table(["kind", "features", "planted"], [[name, f"{n:,}", what[name]] for name, n in counts.items()])
+    print_table(["kind", "features", "planted"], [[name, f"{n:,}", descriptions[name]] for name, n in counts.items()])
     click.echo(f"  truth: open_results({written.results!r}, 'truth')")
 
 
 @click.command()
 @click.option("--effect", type=float, default=0.1, show_default=True, help="Smallest d_z that matters.")
-@click.option("--power", "wanted", type=float, default=0.9, show_default=True, help="Chance to find it.")
+@click.option("--power", "target_power", type=float, default=0.9, show_default=True, help="Chance to find it.")
 @click.option("--features", type=int, default=32_768, show_default=True, help="Testable features in the family.")
 @click.option("--true-share", type=float, default=0.01, show_default=True, help="Share of them with the effect.")
 @click.option("--density", type=float, default=0.25, show_default=True, help="Share of prompts a feature fires on.")
 @click.option("--icc", type=float, default=0.0, show_default=True, help="Correlation of differences in a cluster.")
-@click.option("--cluster-size", type=int, default=1, show_default=True, help="Prompts of a cluster.")
+@click.option("--cluster-size", type=int, default=1, show_default=True, help="Prompts per cluster.")
 @click.option("--alpha", type=float, default=0.05, show_default=True, help="Error rate.")
-@click.option("--prompts", type=int, help="The reverse: what this many prompts can show.")
+@click.option("--prompts", type=int, help="Instead: the smallest effect this many prompts can show.")
 @click.option("--runs", type=int, help="Runs per arm of the comparison of arms; default: 3, 4, 5 and what is needed.")
 @click.option("--run-sd", type=float, default=0.05, show_default=True, help="Sd of a feature's d_z between runs.")
 @click.option("--simulate", "n_worlds", type=int, metavar="N", help="Check the answer in N simulated data sets.")
@@ -129,7 +131,7 @@ def simulate(folder: str, as_json: bool, quiet: bool, **settings: Any) -> None:
 @handle_errors
 def power(
     effect: float,
-    wanted: float,
+    target_power: float,
     features: int,
     true_share: float,
     density: float,
@@ -155,84 +157,98 @@ def power(
     from rlgen_stats.toolkit.statistics.planning.power import Design
 
     design = Design(
-        effect=effect, n_features=features, true_share=true_share, density=density, icc=icc, cluster_size=cluster_size,
+        effect=effect,
+        n_features=features,
+        true_share=true_share,
+        density=density,
+        icc=icc,
+        cluster_size=cluster_size,
         alpha=alpha,
-    )  # fmt: skip
+    )
     with progress_for(quiet=quiet or as_json) as progress:
-        answers = _prompt_answers(design, wanted, prompts)
+        answers = _prompt_answers(design, target_power, prompts)
         checks = _checks(design, answers, n_worlds, seed, progress) if n_worlds else {}
-    n = prompts or answers["fdr"].n_prompts
-    arms = _run_answers(design, n, wanted, runs, run_sd)
+    n_prompts = prompts or answers["fdr"].n_prompts
+    arms = _run_answers(design, n_prompts, target_power, runs, run_sd)
     if as_json:
         from dataclasses import asdict
 
         print_json(
             {
-                "design": asdict(design), "power_wanted": wanted, "run_sd": run_sd,
-                "drift": {control: asdict(found) for control, found in answers.items()},
-                "simulated": {control: asdict(found) for control, found in checks.items()},
+                "design": asdict(design),
+                "power_wanted": target_power,
+                "run_sd": run_sd,
+                "drift": {control: asdict(answer) for control, answer in answers.items()},
+                "simulated": {control: asdict(check) for control, check in checks.items()},
                 "arms": arms,
             }
-        )  # fmt: skip
+        )
         return
-    _say_prompts(design, answers, checks, wanted, prompts)
-    _say_runs(design, arms, n, wanted, run_sd)
+    _print_prompts(design, answers, checks, target_power, prompts)
+    _print_runs(design, arms, n_prompts, target_power, run_sd)
 
 
 _CONTROLS: Final[dict[Control, str]] = {"fdr": "BH (FDR)", "fwer": "max-T (FWER)", "none": "one named feature"}
 
 
-def _prompt_answers(design: Design, wanted: float, prompts: int | None) -> dict[Control, Power]:
+def _prompt_answers(design: Design, target_power: float, prompts: int | None) -> dict[Control, Power]:
+    """Prompts needed for the design's effect, or the effect that ``prompts`` can show, under every control."""
     from dataclasses import replace
 
     from rlgen_stats.toolkit.statistics.planning.power import CONTROLS, detectable_effect, required_prompts
 
     designs = {control: replace(design, control=control) for control in CONTROLS}
     if prompts is None:
-        return {control: required_prompts(one, power=wanted) for control, one in designs.items()}
-    return {control: detectable_effect(one, n_prompts=prompts, power=wanted) for control, one in designs.items()}
+        return {control: required_prompts(one, power=target_power) for control, one in designs.items()}
+    return {control: detectable_effect(one, n_prompts=prompts, power=target_power) for control, one in designs.items()}
 
 
 def _checks(
     design: Design, answers: dict[Control, Power], n_worlds: int, seed: int, progress: Progress
-) -> dict[Control, Any]:
+) -> dict[Control, SimulatedPower]:
+    """Every answer checked by simulation."""
     from dataclasses import replace
 
     from rlgen_stats.toolkit.statistics.planning.power_check import simulated_power
 
-    return {
-        control: simulated_power(
-            replace(design, control=control, effect=found.effect), n_prompts=found.n_prompts, n_worlds=n_worlds,
-            seed=seed, progress=progress,
+    checks = {}
+    for control, answer in answers.items():
+        planned = replace(design, control=control, effect=answer.effect)
+        checks[control] = simulated_power(
+            planned, n_prompts=answer.n_prompts, n_worlds=n_worlds, seed=seed, progress=progress
         )
-        for control, found in answers.items()
-    }  # fmt: skip
+    return checks
 
 
-def _run_answers(design: Design, n: int, wanted: float, runs: int | None, run_sd: float) -> list[dict[str, Any]]:
+def _run_answers(
+    design: Design, n_prompts: int, target_power: float, runs: int | None, run_sd: float
+) -> list[dict[str, Any]]:
     """Comparison of arms at several numbers of runs, under BH and for one named feature."""
     from dataclasses import asdict, replace
 
     from rlgen_stats.schemas.errors import NotEstimableError
-    from rlgen_stats.toolkit.statistics.planning.run_power import required_runs, run_power
+    from rlgen_stats.toolkit.statistics.planning.power import required_runs, run_power
 
     rows = []
     for control in ("fdr", "none"):
         one = replace(design, control=control)
         for r in (runs,) if runs else RUNS_SHOWN:
-            rows.append(
-                {"control": control, "needed": False} | asdict(run_power(one, runs=r, n_prompts=n, run_sd=run_sd))
-            )
+            reached = run_power(one, runs=r, n_prompts=n_prompts, run_sd=run_sd)
+            rows.append({"control": control, "needed": False} | asdict(reached))
         try:
-            found = asdict(required_runs(one, n_prompts=n, power=wanted, run_sd=run_sd))
-        except NotEstimableError:
+            needed = required_runs(one, n_prompts=n_prompts, power=target_power, run_sd=run_sd)
+        except NotEstimableError:  # no affordable number of runs reaches it, which _print_runs says
             continue
-        rows.append({"control": control, "needed": True} | found)
+        rows.append({"control": control, "needed": True} | asdict(needed))
     return rows
 
 
-def _say_prompts(
-    design: Design, answers: dict[Control, Power], checks: dict[Control, Any], wanted: float, prompts: int | None
+def _print_prompts(
+    design: Design,
+    answers: dict[Control, Power],
+    checks: dict[Control, SimulatedPower],
+    target_power: float,
+    prompts: int | None,
 ) -> None:
     from rlgen_stats.toolkit.statistics.planning.power import power_at
 
@@ -241,53 +257,56 @@ def _say_prompts(
         f"{design.n_features:,} features, {design.true_share:.2%} of them changed, firing on {design.density:.0%} "
     )
     if prompts is None:
-        click.echo(f"Prompts needed to see d_z = {design.effect:g} with {wanted:.0%} power:")
+        click.echo(f"Prompts needed to see d_z = {design.effect:g} with {target_power:.0%} power:")
     else:
-        click.echo(f"d_z that {prompts:,} prompts show with {wanted:.0%} power:")
+        click.echo(f"d_z that {prompts:,} prompts show with {target_power:.0%} power:")
     click.echo(f"  {setting}of prompts{dependence}, alpha {design.alpha:g}")
     header = ["errors controlled by", "prompts", "d_z", "power", "p below"]
-    rows = [
-        [
+    rows = {
+        control: [
             _CONTROLS[control],
-            f"{found.n_prompts:,}",
-            f"{found.effect:.3f}",
-            f"{found.power:.2f}",
-            f"{found.threshold:.2g}",
+            f"{answer.n_prompts:,}",
+            f"{answer.effect:.3f}",
+            f"{answer.power:.2f}",
+            f"{answer.threshold:.2g}",
         ]
-        for control, found in answers.items()
-    ]
+        for control, answer in answers.items()
+    }
     if prompts is not None:
         from dataclasses import replace
 
         header.append(f"power at {design.effect:g}")
-        for row, control in zip(rows, answers, strict=True):
+        for control, row in rows.items():
             row.append(f"{power_at(replace(design, control=control), n_prompts=prompts).power:.2f}")
     if checks:
         header += ["planned at", "simulated", "errors"]
-        for row, control in zip(rows, answers, strict=True):
-            found = checks[control]
-            row += [
-                f"{found.planned:.3f}, {found.n_features:,} features",
-                f"{found.power:.3f} ({found.power_low:.3f} to {found.power_high:.3f})",
-                f"{found.error_rate:.3f}",
+        for control, check in checks.items():
+            rows[control] += [
+                f"{check.planned:.3f}, {check.n_features:,} features",
+                f"{check.power:.3f} ({check.power_low:.3f} to {check.power_high:.3f})",
+                f"{check.error_rate:.3f}",
             ]
-    print_table(header, rows)
+    print_table(header, list(rows.values()))
 
 
-def _say_runs(design: Design, arms: list[dict[str, Any]], n: int, wanted: float, run_sd: float) -> None:
+def _print_runs(design: Design, arms: list[dict[str, Any]], n_prompts: int, target_power: float, run_sd: float) -> None:
     click.echo(
-        f"\nRuns per arm to see a difference of {design.effect:g} between arms ({n:,} prompts, sd between runs "
+        f"\nRuns per arm to see a difference of {design.effect:g} between arms ({n_prompts:,} prompts, sd between runs "
         f"{run_sd:g}; the unit is the run):"
     )
     rows = [
-        [_CONTROLS[arm["control"]], f"{arm['runs']}{' (needed)' if arm['needed'] else ''}",
-         "-" if arm["power_moderated"] != arm["power_moderated"] else f"{arm['power_moderated']:.2f}",
-         f"{arm['power_permutation']:.2f}" if not arm["verdict"] else "impossible", f"{arm['floor']:.2g}"]
+        [
+            _CONTROLS[arm["control"]],
+            f"{arm['runs']}{' (needed)' if arm['needed'] else ''}",
+            "-" if math.isnan(arm["power_moderated"]) else f"{arm['power_moderated']:.2f}",
+            f"{arm['power_permutation']:.2f}" if not arm["verdict"] else "impossible",
+            f"{arm['floor']:.2g}",
+        ]
         for arm in arms
-    ]  # fmt: skip
+    ]
     print_table(["errors controlled by", "runs", "moderated t", "permutation", "smallest p"], rows)
     if not any(arm["needed"] for arm in arms):
-        click.echo(f"  No number of runs up to 200 reaches {wanted:.0%} power.")
+        click.echo(f"  No number of runs up to 200 reaches {target_power:.0%} power.")
     for verdict in dict.fromkeys(arm["verdict"] for arm in arms if arm["verdict"]):
         click.echo(f"  {verdict}.")
 

@@ -13,6 +13,7 @@ from rlgen_stats.toolkit.statistics.planning.planting import Simulation
 from rlgen_stats.toolkit.statistics.planning.power import Design, required_prompts
 from rlgen_stats.toolkit.statistics.planning.power_check import simulated_power
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
+from rlgen_stats.toolkit.statistics.selection.options import SelectionTests
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from rlgen_stats.toolkit.statistics.timing.set_stability import set_stability
 from tests.calibration.rows import Row, mean_row, rate_row
@@ -121,7 +122,13 @@ def outcome_selection(scale: int, seed: int) -> list[Row]:
     paper, guarded, confirmed, gains = [], [], 0, []
     for w in range(worlds):
         study = simulate_features(replace(trap, seed=1000 * seed + w))
-        out = select_features(study.features, study.outcomes, target="rl1@20", n_resamples=499, n_bootstrap=19, seed=w)
+        out = select_features(
+            study.features,
+            study.outcomes,
+            target="rl1@20",
+            tests=SelectionTests(n_resamples=499, n_bootstrap=19),
+            seed=w,
+        )
         paper.append((out.p_flip.values <= ALPHA).ravel())
         guarded.append((out.contrast_p.values <= ALPHA).ravel())
         confirmed += bool((out.tier == "CONFIRMED").any())

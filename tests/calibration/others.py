@@ -16,6 +16,7 @@ from rlgen_stats.toolkit.statistics.kernels import (
 )
 from rlgen_stats.toolkit.statistics.planning.planting import Simulation
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
+from rlgen_stats.toolkit.statistics.selection.options import SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from tests.calibration.families import _dependent
 from tests.calibration.rows import Row, mean_row, rate_row
@@ -136,20 +137,17 @@ def stable_by_chance(scale: int, seed: int) -> list[Row]:
             seed=seed + w,
         )
         world = simulate_features(plan)
-        result = select_features(
+        found = select_features(
             world.features,
             world.outcomes,
             target="rl1@20",
-            min_discordant=3,
-            n_resamples=9,
-            n_bootstrap=1,
-            n_per_half=8,
-            stability_threshold=0.75,
+            tests=SelectionTests(min_discordant=3, n_resamples=9, n_bootstrap=1),
+            stability=StabilityOptions(n_per_half=8, threshold=0.75),
         )
-        if result.attrs["stability_q"]:
-            stable.append(float(result.attrs["n_stable"]))
-            bound = float(result.attrs["stability_bound_mb"])
-            leading.append(float(result.attrs["stability_q"]))
+        if found.attrs["stability_q"]:
+            stable.append(float(found.attrs["n_stable"]))
+            bound = float(found.attrs["stability_bound_mb"])
+            leading.append(float(found.attrs["stability_q"]))
     return [
         mean_row(
             "features stable by chance",

@@ -30,10 +30,10 @@ def test_simulate_writes_stores_and_says_what_is_planted(tmp_path: Path) -> None
     assert int((open_results(f"{folder}/results.zarr", "truth").kind == "drifting").sum()) == 20
     code, out, _ = run("simulate", folder, *SMALL, "--drifting", "0.2", "--json")
     assert code == 0
-    told = json.loads(out)
-    assert told["n_resumed"] == 3
-    assert told["planted"]["drifting"] == 20
-    assert told["simulation"]["seed"] == 1
+    printed = json.loads(out)
+    assert printed["n_resumed"] == 3
+    assert printed["planted"]["drifting"] == 20
+    assert printed["simulation"]["seed"] == 1
     code, _, err = run("simulate", folder, *SMALL)
     assert code == 2
     assert "was written for another study or settings" in err
@@ -65,18 +65,17 @@ def test_power_answers_the_question() -> None:
     assert "permutation of 3 against 3 runs is impossible: its smallest p is 0.1, 0.05 needed." in out
 
 
-def test_power_in_reverse_with_a_check() -> None:
-    code, out, err = run(
-        "power", "--prompts", "200", "--features", "200", "--effect", "0.2", "--simulate", "3", "--json", "--runs", "4",
-    )  # fmt: skip
+def test_power_of_given_prompts_with_a_simulated_check() -> None:
+    design = ("--prompts", "200", "--features", "200", "--effect", "0.2")
+    code, out, err = run("power", *design, "--simulate", "3", "--json", "--runs", "4")
     assert code == 0, err
-    told = json.loads(out)
-    assert told["drift"]["none"]["n_prompts"] == 200
-    assert 0.2 < told["drift"]["none"]["effect"] < told["drift"]["fwer"]["effect"] < 0.4
-    assert told["simulated"]["fdr"]["n_worlds"] == 3
-    assert abs(told["simulated"]["none"]["power"] - 0.9) < 0.35
-    assert {arm["runs"] for arm in told["arms"] if not arm["needed"]} == {4}
-    code, out, _ = run("power", "--prompts", "200", "--features", "200", "--effect", "0.2")
+    printed = json.loads(out)
+    assert printed["drift"]["none"]["n_prompts"] == 200
+    assert 0.2 < printed["drift"]["none"]["effect"] < printed["drift"]["fwer"]["effect"] < 0.4
+    assert printed["simulated"]["fdr"]["n_worlds"] == 3
+    assert abs(printed["simulated"]["none"]["power"] - 0.9) < 0.35
+    assert {arm["runs"] for arm in printed["arms"] if not arm["needed"]} == {4}
+    code, out, _ = run("power", *design)
     assert code == 0
     assert "d_z that 200 prompts show with 90% power:" in out
     assert "power at 0.2" in out

@@ -10,6 +10,7 @@ from rlgen_stats.schemas.layout import LAYOUTS, validate
 from rlgen_stats.stores import Provenance, open_results, write_results
 from rlgen_stats.toolkit import statistics
 from rlgen_stats.toolkit.statistics import (
+    SelectionTests,
     attribution_contrast,
     attribution_table,
     behaviour,
@@ -48,7 +49,9 @@ def results(make_features, make_outcomes):
         "set_stability": set_stability(features, runs=["sft", "rl"], k=5, n_halvings=5, n_groups=4),
         "attribution": table,
         "attribution_contrast": attribution_contrast(table, pairs, sft="sft", rl="rl", **few),
-        "selection": select_features(features, outcomes, target="rl@20", n_resamples=19, **few),
+        "selection": select_features(
+            features, outcomes, target="rl@20", tests=SelectionTests(n_resamples=19, n_bootstrap=19), seed=1
+        ),
     }
 
 

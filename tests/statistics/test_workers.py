@@ -14,15 +14,21 @@ import xarray as xr
 from distributed import Client
 
 from rlgen_stats.stores import open_features, open_outcomes
-from rlgen_stats.toolkit.statistics import drift_test, select_features, set_stability, stabilization_test
+from rlgen_stats.toolkit.statistics import (
+    SelectionTests,
+    drift_test,
+    select_features,
+    set_stability,
+    stabilization_test,
+)
 from rlgen_stats.toolkit.statistics.planning.planting import Simulation
-from rlgen_stats.toolkit.statistics.planning.simulate import Written, write_simulation
+from rlgen_stats.toolkit.statistics.planning.simulate import WrittenStudy, write_simulation
 
 SECONDS_TO_START = 60
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def study(tmp_path_factory: pytest.TempPathFactory) -> WrittenStudy:
     """Four features blocks of 512 on disk."""
     folder = tmp_path_factory.mktemp("workers") / "planted"
     return write_simulation(
@@ -62,7 +68,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait(timeout=30)
 
 
-def analyses(study: Written) -> dict[str, Callable[[], xr.Dataset]]:
+def analyses(study: WrittenStudy) -> dict[str, Callable[[], xr.Dataset]]:
     features, outcomes = open_features(study.features), open_outcomes(study.outcomes)
     last = ["sft1@60", "rl1@60"]
     return {
@@ -70,13 +76,16 @@ def analyses(study: Written) -> dict[str, Callable[[], xr.Dataset]]:
         "stabilization": lambda: stabilization_test(features, runs=["sft1", "rl1"], n_bootstrap=49),
         "sets": lambda: set_stability(features, runs=["sft1", "rl1"], k=20, n_halvings=5, n_groups=5),
         "selection": lambda: select_features(
-            features, outcomes, target="rl1@60", n_resamples=99, n_bootstrap=49, min_discordant=4
+            features,
+            outcomes,
+            target="rl1@60",
+            tests=SelectionTests(n_resamples=99, n_bootstrap=49, min_discordant=4),
         ),
     }
 
 
 @pytest.fixture(scope="module")
-def expected(study: Written) -> dict[str, xr.Dataset]:
+def expected(study: WrittenStudy) -> dict[str, xr.Dataset]:
     with dask.config.set(scheduler="synchronous"):
         return {name: one().compute() for name, one in analyses(study).items()}
 
@@ -92,7 +101,9 @@ def same(found: xr.Dataset, expected: xr.Dataset) -> None:
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-def test_a_dask_cluster_gives_the_same_numbers(study: Written, cluster: str, expected: dict[str, xr.Dataset]) -> None:
+def test_a_dask_cluster_gives_the_same_numbers(
+    study: WrittenStudy, cluster: str, expected: dict[str, xr.Dataset]
+) -> None:
     with Client(scheduler_file=cluster, timeout=SECONDS_TO_START) as client:
         client.wait_for_workers(2, timeout=SECONDS_TO_START)
         for name, one in analyses(study).items():
@@ -108,7 +119,7 @@ def test_a_dask_cluster_gives_the_same_numbers(study: Written, cluster: str, exp
     ids=["threads", "processes"],
 )  # fmt: skip
 def test_threads_and_processes_give_the_same_numbers(
-    study: Written, expected: dict[str, xr.Dataset], scheduler: dict[str, object]
+    study: WrittenStudy, expected: dict[str, xr.Dataset], scheduler: dict[str, object]
 ) -> None:
     names = ("drift", "stabilization") if scheduler["scheduler"] == "processes" else tuple(expected)
     for name in names:

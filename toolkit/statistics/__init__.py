@@ -9,9 +9,16 @@ from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
 from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
 from rlgen_stats.toolkit.statistics.drift.representation import representation_drift
 from rlgen_stats.toolkit.statistics.planning.planting import Simulation
-from rlgen_stats.toolkit.statistics.planning.power import Design, detectable_effect, power_at, required_prompts
-from rlgen_stats.toolkit.statistics.planning.run_power import required_runs, run_power
+from rlgen_stats.toolkit.statistics.planning.power import (
+    Design,
+    detectable_effect,
+    power_at,
+    required_prompts,
+    required_runs,
+    run_power,
+)
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
+from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
@@ -20,7 +27,10 @@ from rlgen_stats.toolkit.statistics.timing.stabilization import stabilization_te
 
 __all__ = [
     "Design",
+    "SelectionRule",
+    "SelectionTests",
     "Simulation",
+    "StabilityOptions",
     "adjust_pvalues",
     "attribution",
     "attribution_contrast",

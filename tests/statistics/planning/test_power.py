@@ -1,4 +1,4 @@
-"""Planned power against other formulas, printed values, and the tests themselves on simulated data."""
+"""Planned power against other formulas, published values, and the tests themselves on simulated data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from rlgen_stats.toolkit.statistics.planning.power import (
     detectable_effect,
     power_at,
     required_prompts,
-    root_mean_square,
-    two_sided,
+    required_runs,
+    run_power,
+    sd_ratio_quantiles,
+    two_sided_power,
 )
 from rlgen_stats.toolkit.statistics.planning.power_check import arm_contrast, simulated_power, simulated_run_power
-from rlgen_stats.toolkit.statistics.planning.run_power import required_runs, run_power
 
 ONE = Design(effect=0.3, control="none", density=1.0)
 
@@ -28,9 +29,10 @@ ONE = Design(effect=0.3, control="none", density=1.0)
 @pytest.mark.parametrize("noncentrality", [0.0, 0.5, 3.0])
 def test_t_power_is_the_noncentral_t(freedom, noncentrality):
     critical = stats.t.isf(np.array([0.0005, 0.005, 0.025]), freedom)
-    found = two_sided(critical[None], np.array([[noncentrality]]), root_mean_square(np.array([[float(freedom)]])))
+    sd_ratio = sd_ratio_quantiles(np.array([[float(freedom)]]))
+    power = two_sided_power(critical[None], np.array([[noncentrality]]), sd_ratio)
     expected = stats.nct.sf(critical, freedom, noncentrality) + stats.nct.cdf(-critical, freedom, noncentrality)
-    assert found[0] == pytest.approx(expected, abs=2e-4)
+    assert power[0] == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize(("effect", "n"), [(0.1, 1000), (0.3, 80), (0.6, 20)])
@@ -43,9 +45,9 @@ def test_one_dense_feature_is_the_t_test(effect, n):
 
 def test_the_bh_threshold_solves_its_equation():
     design = Design(effect=0.2, density=1.0, true_share=0.05)
-    found = power_at(design, n_prompts=400)
-    t = found.threshold
-    assert t == pytest.approx(0.05 * (0.95 * t + 0.05 * found.power), rel=1e-6)
+    planned = power_at(design, n_prompts=400)
+    t = planned.threshold
+    assert t == pytest.approx(0.05 * (0.95 * t + 0.05 * planned.power), rel=1e-6)
     # A different way: the largest of many candidates, with the normal instead of the t distribution.
     grid = np.geomspace(1e-7, 0.05, 200_001)
     power = stats.norm.sf(stats.norm.isf(grid / 2) - 0.2 * np.sqrt(400))
@@ -109,19 +111,19 @@ def test_the_reverse_is_the_inverse(control):
     ],
 )
 def test_the_tests_have_the_planned_power(settings, n):
-    found = simulated_power(Design(n_features=1024, **settings), n_prompts=n, n_worlds=10, seed=2)
-    assert 0.3 < found.planned < 0.99
-    assert found.power_low <= found.planned <= found.power_high
-    assert found.power_high - found.power_low < 0.25
-    assert found.error_rate <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 10)
+    check = simulated_power(Design(n_features=1024, **settings), n_prompts=n, n_worlds=10, seed=2)
+    assert 0.3 < check.planned < 0.99
+    assert check.power_low <= check.planned <= check.power_high
+    assert check.power_high - check.power_low < 0.25
+    assert check.error_rate <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 10)
 
 
 @pytest.mark.parametrize(("effect", "runs", "control"), [(0.3, 3, "fdr"), (0.15, 3, "none"), (0.4, 5, "fwer")])
 def test_the_run_level_test_has_the_planned_power(effect, runs, control):
     design = Design(effect=effect, control=control, n_features=2048, true_share=0.05)
-    found = simulated_run_power(design, runs=runs, n_prompts=1000, n_worlds=60, seed=3)
-    assert found.power_low <= found.planned <= found.power_high
-    assert found.power_high - found.power_low < 0.1
+    check = simulated_run_power(design, runs=runs, n_prompts=1000, n_worlds=60, seed=3)
+    assert check.power_low <= check.planned <= check.power_high
+    assert check.power_high - check.power_low < 0.1
 
 
 def test_the_arms_become_one_sample():
@@ -133,15 +135,15 @@ def test_the_arms_become_one_sample():
 
 
 def test_exact_floors_of_the_permutation():
-    at = {runs: run_power(replace(ONE, effect=2.0), runs=runs, n_prompts=1000) for runs in (1, 3, 4)}
-    assert at[3].floor == pytest.approx(0.1)
-    assert at[4].floor == pytest.approx(2 / 70)
-    assert at[3].power_permutation == 0
-    assert at[3].verdict == "permutation of 3 against 3 runs is impossible: its smallest p is 0.1, 0.05 needed"
-    assert at[4].verdict == ""
-    assert at[4].power_permutation > 0.99
-    assert np.isnan(at[1].power_moderated)
-    assert at[1].verdict.startswith("one run per arm: any difference may be that of two runs")
+    by_runs = {runs: run_power(replace(ONE, effect=2.0), runs=runs, n_prompts=1000) for runs in (1, 3, 4)}
+    assert by_runs[3].floor == pytest.approx(0.1)
+    assert by_runs[4].floor == pytest.approx(2 / 70)
+    assert by_runs[3].power_permutation == 0
+    assert by_runs[3].verdict == "permutation of 3 against 3 runs is impossible: its smallest p is 0.1, 0.05 needed"
+    assert by_runs[4].verdict == ""
+    assert by_runs[4].power_permutation > 0.99
+    assert np.isnan(by_runs[1].power_moderated)
+    assert by_runs[1].verdict.startswith("one run per arm: any difference may be that of two runs")
 
 
 def test_more_prompts_do_not_replace_runs():

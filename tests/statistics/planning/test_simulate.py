@@ -13,9 +13,9 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores import open_features, open_outcomes, open_results, verify
-from rlgen_stats.toolkit.statistics import drift_test, select_features, stabilization_test
+from rlgen_stats.toolkit.statistics import SelectionTests, drift_test, select_features, stabilization_test
 from rlgen_stats.toolkit.statistics.planning import simulate as module
-from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, d_z_of, plant, shift_of
+from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, d_z_of, plant_truth, shift_of
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
 
 SMALL = Simulation(n_prompts=120, n_features=640, runs=1, checkpoints=2, seed=3)
@@ -35,12 +35,12 @@ def test_layouts_and_sizes():
     kinds = {name: int((study.truth.kind == name).sum()) for name in KINDS}
     assert kinds == {"null": 480, "dead": 64, "drifting": 64, "generalising": 13, "narrow": 6, "decoy": 13}
     labels = zip(*(study.features[name].values for name in ("cluster", "task", "split")), strict=True)
-    found = set(labels)
-    assert len(found) == len(set(study.features.cluster.values)) == 30, "a cluster has one task and one split"
+    clusters = set(labels)
+    assert len(clusters) == len(set(study.features.cluster.values)) == 30, "a cluster has one task and one split"
     assert set(study.features.task.values) == {"in1", "out1", "out2", "out3"}
 
 
-def test_shift_and_d_z_are_inverse_and_right():
+def test_shift_and_d_z_are_inverse_and_simulated():
     d_z = np.array([-0.4, 0.0, 0.1, 0.3])
     for density in (0.2, 1.0):
         shift = shift_of(d_z, density)
@@ -54,16 +54,16 @@ def test_planted_effects_have_their_size():
     study = simulate_features(replace(SMALL, n_prompts=2000, n_features=1024, run_sd=0.1))
     d = difference(study)
     kind = study.truth.kind.values
-    found = np.divide(d.mean(axis=0), d.std(axis=0), out=np.zeros(len(kind)), where=d.std(axis=0) > 0)
+    observed = np.divide(d.mean(axis=0), d.std(axis=0), out=np.zeros(len(kind)), where=d.std(axis=0) > 0)
     truth = study.truth.d_z.sel(model="rl1@40").values
     for name in ("drifting", "generalising"):
-        here = kind == name
-        assert 0.2 < np.abs(truth[here]).mean() < 0.4
+        of_kind = kind == name
+        assert 0.2 < np.abs(truth[of_kind]).mean() < 0.4
         # ICC .1 in clusters of 4 that fire together: a standard error of about sqrt(1.3 / 2000)
-        assert np.abs(found - truth)[here].max() < 5 * np.sqrt(1.3 / 2000)
-        assert np.std(found[here] - truth[here]) < 1.5 * np.sqrt(1.3 / 2000)
-        change = study.truth.mean_change.sel(model="rl1@40").values[here]
-        assert d.mean(axis=0)[here] == pytest.approx(change, abs=0.25)
+        assert np.abs(observed - truth)[of_kind].max() < 5 * np.sqrt(1.3 / 2000)
+        assert np.std(observed[of_kind] - truth[of_kind]) < 1.5 * np.sqrt(1.3 / 2000)
+        change = study.truth.mean_change.sel(model="rl1@40").values[of_kind]
+        assert d.mean(axis=0)[of_kind] == pytest.approx(change, abs=0.25)
     assert (truth[kind == "generalising"] > 0).all()
     assert (study.truth.d_z.sel(model="sft1@40").values[kind == "generalising"] == 0).all()
     narrow = np.flatnonzero(kind == "narrow")
@@ -86,17 +86,29 @@ def test_changes_settle_when_the_truth_says():
         for c, step in enumerate(range(20, 101, 20)):
             planted = truth.mean_change.sel(model=f"{arm}1@{step}").values
             assert planted == pytest.approx(final * np.minimum(step / settles, 1.0), rel=1e-5)
-            found = (np.sign(final) * d[c].mean(axis=0) / truth.scale.values).mean()
-            assert found == pytest.approx((np.abs(planted) / truth.scale.values).mean(), abs=0.02)
+            observed = (np.sign(final) * d[c].mean(axis=0) / truth.scale.values).mean()
+            assert observed == pytest.approx((np.abs(planted) / truth.scale.values).mean(), abs=0.02)
 
 
 def test_dependence_is_as_declared():
     study = simulate_features(
         Simulation(
-            n_prompts=4000, n_features=64, drifting=0, generalising=0, narrow=0, decoys=0, dead=0.25, density=0.5,
-            icc=0.4, correlation=0.5, group=8, runs=1, checkpoints=1, seed=1,
+            n_prompts=4000,
+            n_features=64,
+            drifting=0,
+            generalising=0,
+            narrow=0,
+            decoys=0,
+            dead=0.25,
+            density=0.5,
+            icc=0.4,
+            correlation=0.5,
+            group=8,
+            runs=1,
+            checkpoints=1,
+            seed=1,
         )
-    )  # fmt: skip
+    )
     d = difference(study, "rl1@20")
     alive = study.truth.kind.values != "dead"
     assert (d[:, ~alive] == 0).all()
@@ -117,9 +129,17 @@ def test_dependence_is_as_declared():
 
 def test_the_null_is_symmetric_and_uniform():
     world = replace(
-        SMALL, n_prompts=200, n_features=1024, drifting=0, generalising=0, narrow=0, decoys=0, correlation=0.0, icc=0.3,
+        SMALL,
+        n_prompts=200,
+        n_features=1024,
+        drifting=0,
+        generalising=0,
+        narrow=0,
+        decoys=0,
+        correlation=0.0,
+        icc=0.3,
         density=0.8,
-    )  # fmt: skip
+    )
     features = simulate_features(world).features
     with dask.config.set(scheduler="synchronous"):
         p = drift_test(features, models=["rl1@40"], clusters="cluster", n_resamples=9, n_bootstrap=9).p_value.values[0]
@@ -129,17 +149,26 @@ def test_the_null_is_symmetric_and_uniform():
     assert stats.kstest(p, "uniform").pvalue > 0.001
 
 
-def test_decoys_follow_being_right_and_no_more():
+def test_decoys_correlate_with_correctness_and_do_not_change():
     trap = replace(
-        SMALL, n_prompts=6000, n_features=16, drifting=0, generalising=0, narrow=0, decoys=1, dead=0, gain=0,
-        density=1.0, outcome_correlation=0.2,
-    )  # fmt: skip
+        SMALL,
+        n_prompts=6000,
+        n_features=16,
+        drifting=0,
+        generalising=0,
+        narrow=0,
+        decoys=1,
+        dead=0,
+        gain=0,
+        density=1.0,
+        outcome_correlation=0.2,
+    )
     study = simulate_features(trap)
     right = study.outcomes.greedy_correct.values
     for m in (0, 4):
         x = study.features["mean"].values[m]
-        found = [np.corrcoef(right[m], x[:, k])[0, 1] for k in range(16)]
-        assert np.mean(found) == pytest.approx(0.2, abs=0.02)
+        correlations = [np.corrcoef(right[m], x[:, k])[0, 1] for k in range(16)]
+        assert np.mean(correlations) == pytest.approx(0.2, abs=0.02)
     d = difference(study)
     assert np.abs(d.mean(axis=0) / d.std(axis=0)).max() < 0.06
     gain = (right[0] == 0) & (right[4] == 1)
@@ -157,23 +186,38 @@ def test_accuracy_is_as_declared():
 
 def test_analyses_find_the_planted_truth():
     world = Simulation(
-        n_prompts=1600, n_features=256, density=1.0, effect=0.6, icc=0.0, cluster_size=1, decoys=0.1,
-        outcome_correlation=0.25, drifting=0.2, generalising=0.1, gain=0.2, runs=1, checkpoints=5, tasks_out=1,
-        samples=1, run_sd=0.0, seed=5,
-    )  # fmt: skip
+        n_prompts=1600,
+        n_features=256,
+        density=1.0,
+        effect=0.6,
+        icc=0.0,
+        cluster_size=1,
+        decoys=0.1,
+        outcome_correlation=0.25,
+        drifting=0.2,
+        generalising=0.1,
+        gain=0.2,
+        runs=1,
+        checkpoints=5,
+        tasks_out=1,
+        samples=1,
+        run_sd=0.0,
+        seed=5,
+    )
     study = simulate_features(world)
     kind = study.truth.kind.values
     with dask.config.set(scheduler="synchronous"):
         drift = drift_test(study.features, models=["rl1@100"], n_resamples=49, n_bootstrap=9).compute()
         # Holm over some 50 candidates needs permutation p-values below .001.
-        chosen = select_features(study.features, study.outcomes, target="rl1@100", n_resamples=2999, n_bootstrap=9)
+        tests = SelectionTests(n_resamples=2999, n_bootstrap=9)
+        chosen = select_features(study.features, study.outcomes, target="rl1@100", tests=tests)
         settled = stabilization_test(
             study.features, runs=["sft1"], relative=True, margin=0.4, persist=1, n_bootstrap=5
-        ).compute()  # fmt: skip
-    found = drift.call.values[0] == "DRIFT"
-    assert found[np.isin(kind, ("drifting", "generalising"))].mean() > 0.99
-    assert not found[kind == "dead"].any()
-    assert (found & (kind == "null")).sum() < 0.12 * found.sum(), "BH at .05 in one world"
+        ).compute()
+    drifting = drift.call.values[0] == "DRIFT"
+    assert drifting[np.isin(kind, ("drifting", "generalising"))].mean() > 0.99
+    assert not drifting[kind == "dead"].any()
+    assert (drifting & (kind == "null")).sum() < 0.12 * drifting.sum(), "BH at .05 in one world"
     confirmed = chosen.tier.values == "CONFIRMED"
     # Rising in every task is what the selection asks for; drifting features that rise do so in rl as in sft.
     rises = (kind == "generalising") | ((kind == "drifting") & (study.truth.d_z.sel(model="rl1@100").values > 0))
@@ -182,10 +226,10 @@ def test_analyses_find_the_planted_truth():
     planted = kind == "drifting"
     early = study.truth.settles_at.sel(arm="sft").values[planted]
     assert set(early) == {20.0, 40.0}
-    at = settled.stabilized_at.values[0][planted]
-    assert np.isfinite(at).mean() > 0.7
+    settled_at = settled.stabilized_at.values[0][planted]
+    assert np.isfinite(settled_at).mean() > 0.7
     # Shown to be settled before it was: an equivalence error, at most alpha each.
-    assert (at < early - 20).mean() <= 0.05
+    assert (settled_at < early - 20).mean() <= 0.05
 
 
 def test_lazy_and_the_same_whatever_is_computed(no_compute, monkeypatch):
@@ -238,7 +282,7 @@ def test_written_and_resumed(tmp_path: Path, monkeypatch):
         outcomes = open_outcomes(tmp_path / folder / "outcomes.zarr")
         assert np.array_equal(outcomes.correct.values, study.outcomes.correct.values)
         truth = open_results(tmp_path / folder / "results.zarr", "truth")
-        assert truth.kind.values.tolist() == plant(SMALL).kind.tolist()
+        assert truth.kind.values.tolist() == plant_truth(SMALL).kind.tolist()
         assert truth.attrs["effect"] == 0.3
         assert verify(tmp_path / folder / "features.zarr").ok
     with pytest.raises(StoreError, match="was written for another study"):

@@ -10,19 +10,18 @@ from sklearn.metrics import roc_auc_score
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics import select_features
-from rlgen_stats.toolkit.statistics.selection.probe import STRENGTHS, _nested, _sets, correctness_probe
+from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
+from rlgen_stats.toolkit.statistics.selection.probe import STRENGTHS, _matched_sets, _nested_folds, correctness_probe
 
 FEW = {"n_random": 19, "n_outer": 3, "n_inner": 2, "seed": 4}
 
 
 @pytest.fixture
 def chosen(gain_world):
-    """Features 10 to 14 follow right answers; the paper's rule keeps them, and they are what a probe should find."""
+    """Features 10 to 14 correlate with correctness; the paper's rule keeps them, and a probe should find them."""
     features, outcomes = gain_world()
-    selection = select_features(
-        features, outcomes, target="rl@10", controls=["noise"], n_resamples=99, n_bootstrap=1, seed=2
-    )
+    tests = SelectionTests(n_resamples=99, n_bootstrap=1)
+    selection = select_features(features, outcomes, target="rl@10", controls=["noise"], tests=tests, seed=2)
     inside = np.isin(np.arange(30), np.arange(10, 15))
     return features, outcomes, selection.assign(paper_selected=("feature", inside))
 
@@ -30,13 +29,13 @@ def chosen(gain_world):
 def test_scores_equal_scikit_learn_written_out(chosen) -> None:
     features, outcomes, selection = chosen
     out = correctness_probe(features, outcomes, selection, members="paper", **FEW)
-    here = np.flatnonzero((features.split == "verification") & (features.task != "noise"))
-    y = outcomes.greedy_correct.values[1, here]
-    own = selection.feature.values[np.argsort(selection["rank"].values)]
-    own = own[np.isin(own, np.arange(10, 15))]
-    x = features["mean"].values[1][np.ix_(here, own)]
-    auc, loss = [], np.empty(len(here))
-    for train, score, inner in _nested(y, here, 3, 2, seed=_fold_seed()):
+    prompts = np.flatnonzero((features.split == "verification") & (features.task != "noise"))
+    y = outcomes.greedy_correct.values[1, prompts]
+    members = selection.feature.values[np.argsort(selection["rank"].values)]
+    members = members[np.isin(members, np.arange(10, 15))]
+    x = features["mean"].values[1][np.ix_(prompts, members)]
+    auc, loss = [], np.empty(len(prompts))
+    for train, score, inner in _nested_folds(y, prompts, 3, 2, seed=_fold_seed()):
         losses = []
         for c in STRENGTHS:
             total = []
@@ -64,33 +63,44 @@ def _fold_seed() -> int:
     return derive_seed(4, "probe", "folds") % 2**32
 
 
-def test_features_that_follow_answers_beat_random_sets_and_noise_does_not(chosen) -> None:
+def test_features_that_correlate_with_correctness_beat_random_sets_and_noise_does_not(chosen) -> None:
     features, outcomes, selection = chosen
-    found = correctness_probe(features, outcomes, selection, members="paper", **FEW)
-    assert float(found.p_auc) == float(found.p_log_loss) == 1 / 20
-    assert float(found.auc) > 0.7
-    assert float(found.log_loss) < float(found.log_loss_chance) < 0.7
-    assert np.all(found.coefficient > 0)
+    probe = correctness_probe(features, outcomes, selection, members="paper", **FEW)
+    assert float(probe.p_auc) == float(probe.p_log_loss) == 1 / 20
+    assert float(probe.auc) > 0.7
+    assert float(probe.log_loss) < float(probe.log_loss_chance) < 0.7
+    assert np.all(probe.coefficient > 0)
     noise = selection.assign(paper_selected=("feature", np.isin(np.arange(30), [20, 24, 28])))
-    found = correctness_probe(features, outcomes, noise, members="paper", **FEW)
-    assert float(found.auc) < 0.6
-    assert float(found.log_loss) > float(found.log_loss_chance) - 0.01
-    assert found.attrs["role"] == "descriptive"
+    probe = correctness_probe(features, outcomes, noise, members="paper", **FEW)
+    assert float(probe.auc) < 0.6
+    assert float(probe.log_loss) > float(probe.log_loss_chance) - 0.01
+    assert probe.attrs["role"] == "descriptive"
 
 
-def test_answers_that_no_feature_follows_are_not_predicted(gain_world) -> None:
-    """Ranks of a null set among random ones are even: the mean of 8 is near a half."""
+def test_answers_unrelated_to_features_are_not_predicted(gain_world) -> None:
+    """Ranks of a null set among random ones are uniform: the mean of 8 is near a half."""
     features, outcomes = gain_world(n=400, planted=False)
     selection = select_features(
-        features, outcomes, target="rl@10", controls=["noise"], rule="paper", n_resamples=9, n_bootstrap=1, n_pairs=0
+        features,
+        outcomes,
+        target="rl@10",
+        controls=["noise"],
+        rule=SelectionRule(kind="paper"),
+        tests=SelectionTests(n_resamples=9, n_bootstrap=1),
+        stability=None,
     )
     ranks = []
     for k in range(8):
         inside = np.isin(np.arange(30), [2 * k, 2 * k + 1])
         p = correctness_probe(
-            features, outcomes, selection.assign(paper_selected=("feature", inside)), members="paper",
-            n_random=9, n_outer=2, n_inner=2,
-        )  # fmt: skip
+            features,
+            outcomes,
+            selection.assign(paper_selected=("feature", inside)),
+            members="paper",
+            n_random=9,
+            n_outer=2,
+            n_inner=2,
+        )
         ranks.append(float(p.p_auc))
         assert float(p.auc) < 0.65
     assert np.mean(ranks) == pytest.approx(0.55, abs=3 * 0.29 / np.sqrt(8))
@@ -109,22 +119,22 @@ def test_neither_chunks_nor_order_nor_processes_matter(chosen) -> None:
 
 def test_random_sets_fire_as_often_and_leave_out_the_selected() -> None:
     rates = np.random.default_rng(5).integers(0, 400, 3000)
-    own = np.flatnonzero(rates > 380)[:20]
-    sets, worst = _sets(rates, own, np.arange(3000), 30, seed=6)
-    assert sets[0] is own
+    selected = np.flatnonzero(rates > 380)[:20]
+    sets, worst = _matched_sets(rates, selected, np.arange(3000), 30, seed=6)
+    assert sets[0] is selected
     assert worst <= 0.12
     for drawn in sets[1:]:
         assert len(set(drawn)) == 20
-        assert not set(drawn) & set(own)
+        assert not set(drawn) & set(selected)
         assert rates[drawn].min() > 300
     assert len({tuple(drawn) for drawn in sets}) == 31
-    turned, _ = _sets(rates[::-1], 2999 - own, np.arange(3000)[::-1], 30, seed=6)
-    np.testing.assert_array_equal(np.sort(2999 - turned[7]), np.sort(sets[7]))
+    reversed_sets, _ = _matched_sets(rates[::-1], 2999 - selected, np.arange(3000)[::-1], 30, seed=6)
+    np.testing.assert_array_equal(np.sort(2999 - reversed_sets[7]), np.sort(sets[7]))
 
 
 def test_whole_clusters_stay_in_one_fold(gain_world) -> None:
     groups, right = np.repeat(np.arange(60), 4), np.tile([0, 1, 1, 0], 60)
-    for train, score, inner in _nested(right, groups, 4, 3, seed=1):
+    for train, score, inner in _nested_folds(right, groups, 4, 3, seed=1):
         assert not set(groups[train]) & set(groups[score])
         for a, b in inner:
             assert not set(groups[train][a]) & set(groups[train][b])

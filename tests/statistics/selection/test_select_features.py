@@ -9,7 +9,7 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.toolkit.statistics import select_features
+from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
 
 MODELS = ["base@0", "rl@10"]
 TASKS = ["math", "quiz", "facts", "noise"]
@@ -20,8 +20,9 @@ def world(gain_world):
     return gain_world
 
 
-def run(features, outcomes, **options):
-    defaults = {"target": "rl@10", "controls": ["noise"], "n_resamples": 199, "n_bootstrap": 199, "seed": 2}
+def run(features, outcomes, *, n_resamples=199, n_bootstrap=199, **options):
+    tests = SelectionTests(n_resamples=n_resamples, n_bootstrap=n_bootstrap)
+    defaults = {"target": "rl@10", "controls": ["noise"], "tests": tests, "seed": 2}
     return select_features(features, outcomes, **(defaults | options))
 
 
@@ -49,10 +50,10 @@ def test_numbers_against_loops(world):
     out = run(features, outcomes)
     d = (features["mean"][1] - features["mean"][0]).values
     base, rl = outcomes.greedy_correct.values
-    here = (features.task.values == "quiz") & (features.split.values == "selection")
-    gain, loss = here & (base == 0) & (rl == 1), here & (base == 1) & (rl == 0)
+    in_task = (features.task.values == "quiz") & (features.split.values == "selection")
+    gain, loss = in_task & (base == 0) & (rl == 1), in_task & (base == 1) & (rl == 0)
     got = out.sel(task="quiz")
-    assert (int(got.n_gain), int(got.n_loss), int(got.n_selected_prompts)) == (gain.sum(), loss.sum(), here.sum())
+    assert (int(got.n_gain), int(got.n_loss), int(got.n_selected_prompts)) == (gain.sum(), loss.sum(), in_task.sum())
     assert got.score.values == pytest.approx(d[gain].mean(axis=0))
     assert np.array_equal(got.kept.values, got.score.values >= 0.2 * got.score.values.max())
     signed = np.concatenate([d[gain], -d[loss]])
@@ -89,7 +90,7 @@ def test_families_are_all_features_and_then_all_candidates(world):
 def test_effects_never_come_from_selection_prompts(world):
     features, outcomes = world()
     chosen = np.flatnonzero(features.split.values == "selection")
-    fresh = np.flatnonzero(features.split.values == "verification")
+    verification = np.flatnonzero(features.split.values == "verification")
     poisoned = features.copy(deep=True)
     poisoned["mean"][1, chosen] += 50
     a, b = run(features, outcomes), run(poisoned, outcomes)
@@ -98,7 +99,7 @@ def test_effects_never_come_from_selection_prompts(world):
     np.testing.assert_array_equal(a.verification_task_effect.values, b.verification_task_effect.values)
     assert np.nanmax(np.abs(b.verification_effect)) < 2 < np.nanmax(b.score)
     other = features.copy(deep=True)
-    other["mean"][1, fresh] -= 50
+    other["mean"][1, verification] -= 50
     c = run(other, outcomes)
     for name in ("score", "kept", "p_flip", "contrast_p", "p_value", "q_value"):
         np.testing.assert_array_equal(a[name].values, c[name].values)
@@ -147,8 +148,8 @@ def test_the_fallback_guard_holds_without_a_model_difference(make_features, make
 
 def test_null_calibration_of_the_whole_selection(world):
     """Nothing planted: any candidate is false; at BH level .05 few studies have one."""
-    found = [bool((run(*world(planted=False, n=320, seed=s)).tier != "REJECTED").any()) for s in range(12)]
-    assert sum(found) <= 3
+    any_candidate = [bool((run(*world(planted=False, n=320, seed=s)).tier != "REJECTED").any()) for s in range(12)]
+    assert sum(any_candidate) <= 3
 
 
 def test_a_task_without_gains_is_not_estimable_and_the_rest_goes_on(world):
@@ -188,15 +189,15 @@ def test_nothing_estimable_is_a_result(world):
 
 def test_what_is_selected_when_nothing_is_confirmed(world):
     features, outcomes = world()
-    fresh = np.flatnonzero(features.split.values == "verification")
-    features["mean"][1, fresh, :5] -= 0.6
+    verification = np.flatnonzero(features.split.values == "verification")
+    features["mean"][1, verification, :5] -= 0.6
     out = run(features, outcomes)
     assert out.attrs["rule"].startswith("CANDIDATE")
     assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
-    paper = run(features, outcomes, rule="paper")
+    paper = run(features, outcomes, rule=SelectionRule(kind="paper"))
     assert paper.attrs["rule"].startswith("paper")
     np.testing.assert_array_equal(paper.selected.values, paper.paper_selected.values)
-    capped = run(features, outcomes, rule="paper", max_features=3)
+    capped = run(features, outcomes, rule=SelectionRule(kind="paper", max_features=3))
     least = np.where(capped.paper_selected, capped.score.min("task"), -np.inf)
     assert set(np.flatnonzero(capped.selected)) == set(np.argsort(-least)[:3])
 
@@ -273,5 +274,10 @@ def test_errors(world):
         run(features, outcomes, target="rl@99")
     with pytest.raises(InputError, match=r"40 prompt\(s\) of the features have no outcome"):
         run(features, outcomes.isel(prompt=slice(40)))
+    for options in ({"kind": "best"}, {"score_fraction": 0.0}):
+        with pytest.raises(InputError, match="expected rule 'confirmed' or 'paper' and 0 < score_fraction <= 1"):
+            SelectionRule(**options)
+    with pytest.raises(InputError, match="expected 0 < alpha < 1, got 1"):
+        SelectionTests(alpha=1)
     with pytest.raises(InputError, match="split into"):
         run(features.assign_coords(split=("prompt", np.full(80, "train"))), outcomes)

@@ -7,27 +7,53 @@ import pytest
 import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics import select_features
+from rlgen_stats.toolkit.statistics import SelectionTests, select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
 
 SELECTION_SCORES = (
-    "score", "kept", "p_flip", "p_guard", "contrast", "contrast_p", "paper_selected", "p_value", "q_value", "rank",
-    "stability", "stable", "score_correlations",
-)  # fmt: skip
+    "score",
+    "kept",
+    "p_flip",
+    "p_guard",
+    "contrast",
+    "contrast_p",
+    "paper_selected",
+    "p_value",
+    "q_value",
+    "rank",
+    "stability",
+    "stable",
+    "score_correlations",
+)
 """What is computed of selection prompts alone."""
 DECISIONS = ("tier", "selected")
 """What both halves decide."""
 COUNTS = (
-    "n_selected_prompts", "n_gain", "n_loss", "n_kept", "estimable", "contrast_estimable", "guard", "used", "role",
-    "flag", "verification_estimable", "verification_guard",
-)  # fmt: skip
+    "n_selected_prompts",
+    "n_gain",
+    "n_loss",
+    "n_kept",
+    "estimable",
+    "contrast_estimable",
+    "guard",
+    "used",
+    "role",
+    "flag",
+    "verification_estimable",
+    "verification_guard",
+)
 """Counts, labels and reasons: no statement about a feature's size."""
 
 
 @pytest.fixture
 def chosen(gain_world):
     features, outcomes = gain_world()
-    options = {"target": "rl@10", "controls": ["noise"], "n_resamples": 199, "n_bootstrap": 99, "seed": 2}
+    options = {
+        "target": "rl@10",
+        "controls": ["noise"],
+        "tests": SelectionTests(n_resamples=199, n_bootstrap=99),
+        "seed": 2,
+    }
     return features, outcomes, select_features(features, outcomes, **options)
 
 
@@ -35,12 +61,12 @@ def test_numbers_against_loops(chosen) -> None:
     features, _, selection = chosen
     out = selected_effects(features, selection)
     assert out.feature.values.tolist() == selection.feature.values[np.argsort(selection["rank"].values)][:5].tolist()
-    fresh = features.split.values == "verification"
+    verification = features.split.values == "verification"
     d = (features["mean"][1] - features["mean"][0]).values
     fires = (features["firing"][1] - features["firing"][0]).values
     for k in out.feature.values:
         got = out.sel(feature=k, model="rl@10")
-        for index, part in ((fresh & (features.task.values != "noise"), got), (fresh, None)):
+        for index, part in ((verification & (features.task.values != "noise"), got), (verification, None)):
             if part is not None:
                 assert float(part.effect) == pytest.approx(d[index, k].mean())
                 assert float(part.d_z) == pytest.approx(d[index, k].mean() / d[index, k].std(ddof=1))
@@ -48,7 +74,7 @@ def test_numbers_against_loops(chosen) -> None:
                 assert float(part.effect_low) < 0.6 < float(part.effect_high)
                 assert int(part.n) == index.sum()
         for task in selection.task.values:
-            index = fresh & (features.task.values == task)
+            index = verification & (features.task.values == task)
             assert float(got.task_effect.sel(task=task)) == pytest.approx(d[index, k].mean())
             assert int(got.n_task.sel(task=task)) == index.sum()
     assert out.attrs["conditioned"].startswith("these features also passed a test")
@@ -60,7 +86,12 @@ def test_numbers_against_loops(chosen) -> None:
 def test_every_variable_of_a_selection_comes_from_the_half_it_says(chosen, gain_world) -> None:
     """Turning the activations of one half into others must leave alone what is said to come from the other half."""
     features, outcomes, first = chosen
-    options = {"target": "rl@10", "controls": ["noise"], "n_resamples": 199, "n_bootstrap": 99, "seed": 2}
+    options = {
+        "target": "rl@10",
+        "controls": ["noise"],
+        "tests": SelectionTests(n_resamples=199, n_bootstrap=99),
+        "seed": 2,
+    }
     noise = gain_world(seed=9, planted=False)[0]
     changed = {}
     for split in ("selection", "verification"):
@@ -72,8 +103,13 @@ def test_every_variable_of_a_selection_comes_from_the_half_it_says(chosen, gain_
     assert set(map(str, first.data_vars)) == verification | {*SELECTION_SCORES, *DECISIONS, *COUNTS}
     assert not changed["verification"] & {*SELECTION_SCORES, *COUNTS}
     # who is confirmed depends on who was a candidate; sizes of effects do not depend on the selection half at all
-    assert not changed["selection"] & {"verification_effect", "verification_low", "verification_high",
-                                       "verification_score", "verification_task_effect"}  # fmt: skip
+    assert not changed["selection"] & {
+        "verification_effect",
+        "verification_low",
+        "verification_high",
+        "verification_score",
+        "verification_task_effect",
+    }
     assert {"score", "p_value", "tier"} <= changed["selection"]
     assert {"verification_effect", "tier"} <= changed["verification"]
 
@@ -100,15 +136,14 @@ def test_neither_chunks_nor_order_matter_and_lazy_stays_lazy(chosen, no_compute)
 
 def test_clusters_of_the_selection_are_the_units(gain_world) -> None:
     features, outcomes = gain_world(n=1600, per_cluster=8)
-    selection = select_features(
-        features, outcomes, target="rl@10", controls=["noise"], clusters="cluster", n_resamples=99, n_bootstrap=1
-    )
+    tests = SelectionTests(n_resamples=99, n_bootstrap=1)
+    selection = select_features(features, outcomes, target="rl@10", controls=["noise"], clusters="cluster", tests=tests)
     out = selected_effects(features, selection)
     assert out.attrs["unit"] == "cluster"
-    fresh = (features.split.values == "verification") & (features.task.values != "noise")
-    names, codes = np.unique(features.cluster.values[fresh], return_inverse=True)
+    verification = (features.split.values == "verification") & (features.task.values != "noise")
+    names, codes = np.unique(features.cluster.values[verification], return_inverse=True)
     assert int(out.n[0]) == len(names)
-    d = (features["mean"][1] - features["mean"][0]).values[fresh][:, out.feature.values]
+    d = (features["mean"][1] - features["mean"][0]).values[verification][:, out.feature.values]
     means = np.array([d[codes == c].mean(axis=0) for c in range(len(names))])
     np.testing.assert_allclose(out.d_z.values[0], means.mean(axis=0) / means.std(axis=0, ddof=1))
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics import select_features
+from rlgen_stats.toolkit.statistics import SelectionTests, StabilityOptions, select_features
 from rlgen_stats.toolkit.statistics.kernels import cpss_bound, partial_conjunction
 from rlgen_stats.toolkit.statistics.selection import stability_selection as module
 from rlgen_stats.toolkit.statistics.selection.stability_selection import (
@@ -19,9 +19,17 @@ from rlgen_stats.toolkit.statistics.selection.stability_selection import (
 )
 
 
-def run(features, outcomes, **options):
-    defaults = {"target": "rl@10", "controls": ["noise"], "n_resamples": 99, "n_bootstrap": 1, "seed": 2}
-    return select_features(features, outcomes, **(defaults | options))
+def run(features, outcomes, *, clusters=None, min_discordant=20, **stability):
+    return select_features(
+        features,
+        outcomes,
+        target="rl@10",
+        controls=["noise"],
+        clusters=clusters,
+        tests=SelectionTests(n_resamples=99, n_bootstrap=1, min_discordant=min_discordant),
+        stability=StabilityOptions(**stability),
+        seed=2,
+    )
 
 
 def test_halves_split_every_stratum() -> None:
@@ -68,13 +76,13 @@ def test_shares_equal_loops_over_half_samples(gain_world) -> None:
     d = (features["mean"][1] - features["mean"][0]).values
     base, rl = outcomes.greedy_correct.values
     sides = {"gain": (base == 0) & (rl == 1), "loss": (base == 1) & (rl == 0)}
-    task, fresh = features.task.values, features.split.values == "selection"
+    task, selection = features.task.values, features.split.values == "selection"
     strata = np.full(240, -1)
     used = ["math", "quiz", "facts"]
     for number, name in enumerate(used):
-        strata[fresh & (task == name)] = 3 * number + 1
+        strata[selection & (task == name)] = 3 * number + 1
         for side, sign in (("gain", 1), ("loss", -1)):
-            strata[fresh & (task == name) & sides[side]] += sign
+            strata[selection & (task == name) & sides[side]] += sign
     halves = complementary_halves(strata, 3, seed=module.derive_seed(2, "selection", "halves"))
     count = np.zeros(30)
     for half in halves:
@@ -101,22 +109,23 @@ def test_planted_features_are_stable_and_confounded_ones_are_not(gain_world) -> 
     assert (facts["n_stable"], facts["stability_q"], facts["stability_pairs"]) == (5, 6, 50)
     assert facts["stability_bound_mb"] == pytest.approx(36 / (0.8 * 30))
     assert facts["stability_bound_ss"] == pytest.approx(cpss_bound(6, 30, 50, 0.9, "unimodal"))
-    without = run(*gain_world(), n_pairs=0)
+    tests = SelectionTests(n_resamples=99, n_bootstrap=1)
+    without = select_features(*gain_world(), target="rl@10", controls=["noise"], tests=tests, stability=None, seed=2)
     assert "stability" not in without
     np.testing.assert_array_equal(without.tier, out.tier)
 
 
 def test_noise_is_stable_less_often_than_bounded(gain_world) -> None:
     """Beside it the naive set, the leading features of one half, which is all noise every time."""
-    found, bound, naive = [], [], []
+    n_stable, bound, naive = [], [], []
     for seed in range(12):
-        out = run(*gain_world(n=320, planted=False, seed=seed), min_discordant=5, n_per_half=8, stability_threshold=0.6)
-        found.append(out.attrs["n_stable"])
+        out = run(*gain_world(n=320, planted=False, seed=seed), min_discordant=5, n_per_half=8, threshold=0.6)
+        n_stable.append(out.attrs["n_stable"])
         bound.append(out.attrs["stability_bound_mb"])
         naive.append(8)
         assert np.nanmean(out.stability) == pytest.approx(8 / 30)
-    assert np.mean(found) <= bound[0] == pytest.approx(64 / (0.2 * 30))
-    assert np.mean(found) < 0.5 * np.mean(naive)
+    assert np.mean(n_stable) <= bound[0] == pytest.approx(64 / (0.2 * 30))
+    assert np.mean(n_stable) < 0.5 * np.mean(naive)
 
 
 def test_neither_chunks_nor_order_matter(gain_world) -> None:
@@ -152,7 +161,7 @@ def test_nothing_to_rank_is_a_result(gain_world) -> None:
     assert out.attrs["stability_q"] == 0
 
 
-@pytest.mark.parametrize("options", [{"n_pairs": -1}, {"n_per_half": 0}, {"stability_threshold": 0.5}])
-def test_settings_out_of_range_are_refused(gain_world, options) -> None:
-    with pytest.raises(InputError, match=r"n_pairs >= 1, n_per_half >= 1 and 1/2 < stability_threshold <= 1"):
-        run(*gain_world(n=80), **options)
+@pytest.mark.parametrize("options", [{"n_pairs": 0}, {"n_per_half": 0}, {"threshold": 0.5}])
+def test_settings_out_of_range_are_refused(options) -> None:
+    with pytest.raises(InputError, match="n_pairs >= 1, n_per_half >= 1 and 1/2 < threshold <= 1"):
+        StabilityOptions(**options)

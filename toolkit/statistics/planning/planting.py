@@ -1,4 +1,4 @@
-"""What a simulated study is: its size, what is planted in it, and which features carry it."""
+"""The design of a simulated study and its planted truth: which features change, by how much, from which step on."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ FloatArray = NDArray[np.float64]
 
 ARMS: Final = ("sft", "rl")
 KINDS: Final = ("null", "dead", "drifting", "generalising", "narrow", "decoy")
-"""No change; never fires; changes in both arms; rises in rl in every task, or in domain; follows being right."""
+"""No change; never fires; changes in both arms; rises in rl in every task, or in domain; follows correctness."""
 
 LEVEL: Final = 4.0
-"""Mean of a firing feature in its own standard deviations: less than 1 in 10,000 values is cut at zero."""
+"""Mean of a firing feature in its standard deviations: less than 1 in 10,000 values is cut at zero."""
 
 MODEL_SHARE: Final = 0.3
-"""Share of a firing feature's variance that is drawn anew for every model; the rest is the prompt's in all models."""
+"""Share of a firing feature's variance that differs between models; the rest is the prompt's, the same in all."""
 
 MAX_SHIFT: Final = 2.0
 """Largest planted change of a firing feature, in its standard deviations: beyond it values would be cut at zero."""
 
 DIFFICULTY_SHARE: Final = 0.6
-"""Share of the variance of being right that is the prompt's difficulty, common to all models."""
+"""Share of the variance of (latent) correctness that is the prompt's difficulty, common to all models."""
 
 STEPS: Final = 20
 """Training steps between checkpoints."""
 
 SETTLED: Final = {"sft": 0.4, "rl": 1.0}
-"""Share of training within which features of an arm settle: the paper's claim C2, planted."""
+"""Share of training within which planted changes of an arm are complete: the paper's claim C2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,13 @@ class Simulation:
     narrow: float = 0.01
     """Share of features that rise in ``rl`` only, in domain only."""
     decoys: float = 0.02
-    """Share of features that follow being right, in every model alike: no model difference of their own."""
+    """Share of features that correlate with correctness, in every model alike: no model difference of their own."""
     dead: float = 0.1
     """Share of features that never fire."""
     effect: float = 0.3
     """d_z (mean / sd of the paired difference over prompts) of every planted change at the last checkpoint."""
     outcome_correlation: float = 0.2
-    """Correlation of a firing decoy with being right, within one model."""
+    """Correlation of a firing decoy with correctness, within one model."""
     density: float = 0.25
     """Share of prompts (of clusters) on which a feature that is not dead fires."""
     icc: float = 0.1
@@ -97,7 +97,7 @@ class Simulation:
     tasks_in: int = 1
     tasks_out: int = 3
     accuracy: float = 0.4
-    """Of base."""
+    """Accuracy of base."""
     gain: float = 0.2
     """Accuracy gained at the last checkpoint: ``sft`` in domain, ``rl`` everywhere."""
     samples: int = 4
@@ -158,8 +158,8 @@ def shift_of(d_z: FloatArray, density: float) -> FloatArray:
     On the share p of prompts where the feature fires the difference is N(s, v), v = 2 ``MODEL_SHARE``; elsewhere it is
     0. So d_z = p s / sqrt(p (v + s^2) - p^2 s^2), and s^2 = v d^2 / (p - (1 - p) d^2).
     """
-    room = density - (1 - density) * np.square(d_z)
-    return np.asarray(d_z * np.sqrt(2 * MODEL_SHARE / np.maximum(room, 1e-300)))
+    denominator = density - (1 - density) * np.square(d_z)
+    return np.asarray(d_z * np.sqrt(2 * MODEL_SHARE / np.maximum(denominator, 1e-300)))
 
 
 def d_z_of(shift: FloatArray, density: float) -> FloatArray:
@@ -168,17 +168,18 @@ def d_z_of(shift: FloatArray, density: float) -> FloatArray:
     return np.asarray(np.sqrt(density) * shift / np.sqrt(2 * MODEL_SHARE + (1 - density) * squared))
 
 
-@dataclass(frozen=True)
-class Plant:
+@dataclass(frozen=True, kw_only=True)
+class PlantedTruth:
     """What is planted in every feature and model; [feature], [model, feature] or [prompt] arrays."""
 
     kind: NDArray[np.str_]
+    """One of ``KINDS``, [feature]."""
     scale: NDArray[np.float32]
-    """Standard deviation of a firing feature, in contribution units."""
+    """Standard deviation of a firing feature, in contribution units, [feature]."""
     shift: NDArray[np.float32]
     """Planted change against base, in standard deviations of a firing feature, [model, feature]."""
-    follow: NDArray[np.float32]
-    """Rise on right prompts over wrong ones, in the same unit."""
+    correct_shift: NDArray[np.float32]
+    """Mean on correctly answered prompts less mean on others, in the same unit, [feature]; zero but for decoys."""
     settles_at: FloatArray
     """Step from which a planted change is complete, [arm, feature]; NaN where nothing is planted."""
     labels: dict[str, NDArray[Any]]
@@ -190,47 +191,48 @@ class Plant:
         return np.asarray(self.labels[DOMAIN] == "in")
 
 
-def plant(simulation: Simulation) -> Plant:
+def plant_truth(simulation: Simulation) -> PlantedTruth:
     """Choose the features that carry each effect, and their course over runs and checkpoints."""
     kind = _kinds(simulation)
-    random = _random(simulation, "effects")
+    random = generator(simulation, "effects")
     n = simulation.n_features
     scale = np.exp(0.5 * random.standard_normal(n))
     sign = random.choice(np.array([-1.0, 1.0]), n)
     settles = np.stack([random.integers(1, _last_settling(simulation, arm), n, endpoint=True) for arm in ARMS])
+    limit = simulation.largest_effect
+    changes = {"sft": kind == "drifting", "rl": np.isin(kind, ("drifting", "generalising", "narrow"))}
     shift = [np.zeros(n)]
-    for a, arm in enumerate(ARMS):
-        planted = np.isin(kind, ("drifting",) if arm == "sft" else ("drifting", "generalising", "narrow"))
+    for arm, checkpoint_settled in zip(ARMS, settles, strict=True):
         for run in range(1, simulation.runs + 1):
-            own = _random(simulation, "run", arm, run).standard_normal(n)
-            d_z = np.where(kind == "drifting", sign, 1.0) * simulation.effect + simulation.run_sd * own
-            limit = simulation.largest_effect
-            full = np.where(planted, shift_of(np.clip(d_z, -limit, limit), simulation.density), 0.0)
-            shift += [full * np.minimum(c / settles[a], 1.0) for c in range(1, simulation.checkpoints + 1)]
+            run_deviation = generator(simulation, "run", arm, run).standard_normal(n)
+            d_z = np.where(kind == "drifting", sign, 1.0) * simulation.effect + simulation.run_sd * run_deviation
+            final = np.where(changes[arm], shift_of(np.clip(d_z, -limit, limit), simulation.density), 0.0)
+            shift += [final * np.minimum(c / checkpoint_settled, 1.0) for c in range(1, simulation.checkpoints + 1)]
+    # A point-biserial correlation r needs group means apart by r / (sd of correctness * sqrt(1 - r^2)).
     spread = np.sqrt(simulation.accuracy * (1 - simulation.accuracy))
     r = simulation.outcome_correlation
-    changes = np.stack([kind == "drifting", np.isin(kind, ("drifting", "generalising", "narrow"))])
-    return Plant(
-        kind,
-        scale.astype(np.float32),
-        np.stack(shift).astype(np.float32),
-        np.where(kind == "decoy", r / (spread * np.sqrt(1 - r * r)), 0.0).astype(np.float32),
-        np.where(changes, STEPS * settles.astype(np.float64), np.nan),
-        _prompt_labels(simulation),
+    return PlantedTruth(
+        kind=kind,
+        scale=scale.astype(np.float32),
+        shift=np.stack(shift).astype(np.float32),
+        correct_shift=np.where(kind == "decoy", r / (spread * np.sqrt(1 - r * r)), 0.0).astype(np.float32),
+        settles_at=np.where(np.stack([changes[arm] for arm in ARMS]), STEPS * settles.astype(np.float64), np.nan),
+        labels=_prompt_labels(simulation),
     )
+
+
+def generator(simulation: Simulation, *names: object, block: int = 0) -> np.random.Generator:
+    """The generator of one named quantity and feature block; no draw depends on what else is drawn, or when."""
+    return stream(derive_seed(simulation.seed, "simulate", *names), block)
 
 
 def _last_settling(simulation: Simulation, arm: str) -> int:
     return max(1, round(SETTLED[arm] * simulation.checkpoints))
 
 
-def _random(simulation: Simulation, *names: object) -> np.random.Generator:
-    return stream(derive_seed(simulation.seed, "simulate", *names), 0)
-
-
 def _kinds(simulation: Simulation) -> NDArray[np.str_]:
     n = simulation.n_features
-    order = _random(simulation, "kinds").permutation(n)
+    order = generator(simulation, "kinds").permutation(n)
     shares = {
         "dead": simulation.dead,
         "drifting": simulation.drifting,
@@ -248,7 +250,7 @@ def _kinds(simulation: Simulation) -> NDArray[np.str_]:
 
 
 def _prompt_labels(simulation: Simulation) -> dict[str, NDArray[Any]]:
-    """Clusters are neighbours of one task and one split; tasks take turns."""
+    """Labels of the prompts: a cluster is consecutive prompts of one task and one split; tasks alternate by cluster."""
     i = np.arange(simulation.n_prompts)
     cluster = i // simulation.cluster_size
     tasks = np.array(simulation.tasks)
@@ -274,8 +276,8 @@ def model_labels(simulation: Simulation) -> dict[str, tuple[str, NDArray[Any]]]:
     }
 
 
-def truth_table(simulation: Simulation, planted: Plant) -> xr.Dataset:
-    """What is true of every feature: ``kind``, ``d_z`` and ``mean_change`` per model, ``settles_at`` per arm.
+def truth_table(simulation: Simulation, planted: PlantedTruth) -> xr.Dataset:
+    """The planted truth of every feature: ``kind``, ``d_z`` and ``mean_change`` per model, ``settles_at`` per arm.
 
     ``d_z`` and ``mean_change`` hold for the prompts a change is planted on: all, or those in domain for ``narrow``.
     """
@@ -289,7 +291,7 @@ def truth_table(simulation: Simulation, planted: Plant) -> xr.Dataset:
             "settles_at": ((ARM, FEATURE), planted.settles_at),
             "density": (FEATURE, np.where(alive, simulation.density, 0.0)),
             "scale": (FEATURE, planted.scale.astype(np.float64)),
-            "outcome_correlation": (FEATURE, np.where(planted.follow > 0, simulation.outcome_correlation, 0.0)),
+            "outcome_correlation": (FEATURE, np.where(planted.correct_shift > 0, simulation.outcome_correlation, 0.0)),
         },
         coords={
             MODEL: (MODEL, np.array(simulation.models)),

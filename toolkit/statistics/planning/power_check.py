@@ -1,4 +1,4 @@
-"""Planned power held against simulated data and the tests themselves."""
+"""A check of planned power: the tests themselves, run on simulated data sets with the planned effect."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.kernels import adjust, max_t, max_t_p_value, moderated_t, sign_flip_test
-from rlgen_stats.toolkit.statistics.kernels.draws import stream
-from rlgen_stats.toolkit.statistics.planning.power import Design, power_at
-from rlgen_stats.toolkit.statistics.planning.run_power import DEFAULT_PRIOR_DOF, run_power
+from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.planning.power import DEFAULT_PRIOR_DOF, Design, power_at, run_power
 
 FloatArray = NDArray[np.float64]
 
 BLOCK: Final = 512
 """Features generated and tested together."""
 MOST_FEATURES: Final = 4096
-"""Features simulated at most; the plan is worked out for as many, so that the two can be compared."""
-MOST_ERRORS: Final = 3.0
+"""Largest family simulated; planned power is computed for a family of the same size, so that the two compare."""
+N_FLIPS: Final = 4095
+"""Sign flips of a simulated max-T test: with the observed labelling a group of 2^12."""
+BAND_ERRORS: Final = 3.0
 """Standard errors of the band: 1 in 370 checks of a right formula falls outside."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimulatedPower:
-    """Power in simulated data beside the planned one, for the same number of features."""
+    """Power in simulated data sets (worlds) beside the planned power, for the same number of features."""
 
     n_prompts: int
     n_features: int
@@ -40,9 +41,9 @@ class SimulatedPower:
     """Share of true effects found, averaged over worlds."""
     power_low: float
     power_high: float
-    """Three standard errors over worlds."""
+    """``power`` less and plus three standard errors over worlds."""
     error_rate: float
-    """Share of false findings (fdr), of worlds with any (fwer), or of nulls found (none)."""
+    """False discovery rate (fdr), share of worlds with a false positive (fwer), or false positive rate (none)."""
 
 
 def simulated_power(
@@ -54,16 +55,18 @@ def simulated_power(
     most_features: int = MOST_FEATURES,
     progress: Progress = SILENT,
 ) -> SimulatedPower:
-    """Draw worlds with the design's effect, run the tests that ``drift_test`` runs, and count what they find.
+    """Power of the tests that ``drift_test`` runs, by simulating data sets (worlds) with the design's effect.
 
     Parameters
     ----------
     design, n_prompts
         What is planned.
     n_worlds, seed
-        Worlds and their seed.
+        Number of simulated data sets, and their seed.
     most_features
-        Features of a world at most.
+        Largest family simulated.
+    progress
+        Where progress is reported.
 
     Returns
     -------
@@ -84,77 +87,84 @@ def simulated_power(
 
     Examples
     --------
-    >>> found = simulated_power(Design(effect=0.5, n_features=64, true_share=0.5), n_prompts=100, n_worlds=4)
-    >>> found.power_low <= found.planned <= found.power_high
+    >>> check = simulated_power(Design(effect=0.5, n_features=64, true_share=0.5), n_prompts=100, n_worlds=4)
+    >>> check.power_low <= check.planned <= check.power_high
     True
     """
     if n_worlds < 2:
         raise InputError(f"a standard error needs at least two worlds, got {n_worlds}.")
-    small = replace(design, n_features=min(design.n_features, most_features))
-    n_true = max(1, round(small.true_share * small.n_features))
-    found, errors = np.empty(n_worlds), np.empty(n_worlds)
+    design, n_true = _simulated_family(design, most_features)
+    power, errors = np.empty(n_worlds), np.empty(n_worlds)
     with progress.task("simulate power", total=n_worlds, unit="world") as task:
         for world in range(n_worlds):
-            p = _world(small, n_prompts, n_true, derive_seed(seed, "simulated_power", world))
-            hit = p <= small.alpha
-            found[world] = hit[:n_true].mean()
-            errors[world] = _error(hit, n_true, small)
-            task.advance(1, power=float(found[: world + 1].mean()))
-    planned = power_at(replace(small, true_share=n_true / small.n_features), n_prompts=n_prompts).power
-    return _summary(n_prompts, small, planned, n_true, found, errors)
+            p = _corrected_p_values(design, n_prompts, n_true, derive_seed(seed, "simulated_power", world))
+            rejected = p <= design.alpha
+            power[world] = rejected[:n_true].mean()
+            errors[world] = _error(rejected, n_true, design)
+            task.advance(1, power=float(power[: world + 1].mean()))
+    planned = power_at(replace(design, true_share=n_true / design.n_features), n_prompts=n_prompts).power
+    return _summary(n_prompts, design, planned, n_true, power, errors)
 
 
-def _error(hit: NDArray[np.bool_], n_true: int, design: Design) -> float:
-    """What the control bounds, in one world."""
-    false = int(hit[n_true:].sum())
+def _simulated_family(design: Design, most_features: int) -> tuple[Design, int]:
+    """The design with at most ``most_features`` features, and how many of them have the effect (the first ones)."""
+    design = replace(design, n_features=min(design.n_features, most_features))
+    return design, max(1, round(design.true_share * design.n_features))
+
+
+def _error(rejected: NDArray[np.bool_], n_true: int, design: Design) -> float:
+    """The error that the design's control bounds, in one world."""
+    n_false = int(rejected[n_true:].sum())
     rates = {
-        "fdr": false / max(1, int(hit.sum())),
-        "fwer": float(false > 0),
-        "none": false / max(1, len(hit) - n_true),
+        "fdr": n_false / max(1, int(rejected.sum())),
+        "fwer": float(n_false > 0),
+        "none": n_false / max(1, len(rejected) - n_true),
     }
     return rates[design.control]
 
 
 def _summary(
-    n_prompts: int, design: Design, planned: float, n_true: int, found: FloatArray, errors: FloatArray
+    n_prompts: int, design: Design, planned: float, n_true: int, power: FloatArray, errors: FloatArray
 ) -> SimulatedPower:
-    share, n = float(found.mean()), len(found)
-    # With everything found the spread over worlds is 0: the band is never narrower than a binomial one.
-    binomial = np.sqrt(max(share * (1 - share), 1 / (n * n_true)) / (n * n_true))
-    half = MOST_ERRORS * max(float(found.std(ddof=1)) / np.sqrt(n), float(binomial))
+    """Mean over worlds with its band; ``power`` and ``errors`` [world]."""
+    mean, n = float(power.mean()), len(power)
+    # Where every effect is found the spread over worlds is 0: the band is never narrower than a binomial one.
+    binomial = np.sqrt(max(mean * (1 - mean), 1 / (n * n_true)) / (n * n_true))
+    half = BAND_ERRORS * max(float(power.std(ddof=1)) / np.sqrt(n), float(binomial))
     return SimulatedPower(
         n_prompts=n_prompts,
         n_features=design.n_features,
         n_worlds=n,
         planned=planned,
-        power=share,
-        power_low=max(0.0, share - half),
-        power_high=min(1.0, share + half),
+        power=mean,
+        power_low=max(0.0, mean - half),
+        power_high=min(1.0, mean + half),
         error_rate=float(errors.mean()),
     )
 
 
-def _world(design: Design, n_prompts: int, n_true: int, seed: int) -> FloatArray:
-    """Corrected p-values of one world; the first ``n_true`` features have the effect."""
+def _corrected_p_values(design: Design, n_prompts: int, n_true: int, seed: int) -> FloatArray:
+    """P-values of one world, corrected as the design says [feature]; the first ``n_true`` features have the effect."""
     p, maxima, observed = [], [], []
     clusters = None
     if design.cluster_size > 1:
         clusters = np.arange(n_prompts - n_prompts % design.cluster_size) // design.cluster_size
     for d in _differences(design, n_prompts, n_true, seed):
         if design.control == "fwer":
-            joint = max_t(d, n_resamples=4095, seed=seed, step_down=False, clusters=clusters)
+            # The same flips in every block, so that the maximum over blocks is that over the whole family.
+            joint = max_t(d, n_resamples=N_FLIPS, seed=seed, step_down=False, clusters=clusters)
             maxima.append(joint.maxima)
             observed.append(joint.statistic)
         else:
             p.append(np.asarray(sign_flip_test(d, clusters=clusters).p_value))
     if design.control == "fwer":
         return max_t_p_value(np.concatenate(observed), np.max(maxima, axis=0))
-    values = np.concatenate(p)
-    return adjust(values, method="bh") if design.control == "fdr" else values
+    raw = np.concatenate(p)
+    return adjust(raw, method="bh") if design.control == "fdr" else raw
 
 
 def _differences(design: Design, n_prompts: int, n_true: int, seed: int) -> Iterator[FloatArray]:
-    """Paired differences [prompt, feature] in blocks."""
+    """Paired differences [prompt, feature] in blocks of features, each from a stream of its own."""
     m, p = design.cluster_size, design.density
     n_clusters = n_prompts // m
     rows = np.arange(n_clusters * m) // m
@@ -183,12 +193,12 @@ def simulated_run_power(
     seed: int = 0,
     most_features: int = MOST_FEATURES,
 ) -> SimulatedPower:
-    """Draw the mean differences of every run, test the arms' contrast with ``moderated_t``, and count what is found.
+    """Power of the moderated t test between arms, by simulating the mean difference of every run.
 
     Parameters
     ----------
     design, runs, n_prompts, run_sd, prior_dof
-        As in :func:`~rlgen_stats.toolkit.statistics.planning.run_power.run_power`.
+        As in :func:`~rlgen_stats.toolkit.statistics.planning.power.run_power`.
     n_worlds, seed, most_features
         As in :func:`simulated_power`.
 
@@ -203,31 +213,27 @@ def simulated_run_power(
 
     Examples
     --------
-    >>> found = simulated_run_power(Design(effect=0.5, n_features=64, true_share=0.5), runs=4, n_prompts=100)
-    >>> found.n_worlds
+    >>> simulated_run_power(Design(effect=0.5, n_features=64, true_share=0.5), runs=4, n_prompts=100).n_worlds
     20
     """
     if n_worlds < 2 or runs < 2:
         raise InputError(f"expected at least two worlds and two runs per arm, got {n_worlds} and {runs}.")
-    small = replace(design, n_features=min(design.n_features, most_features))
-    n_true = max(1, round(small.true_share * small.n_features))
-    variance = run_sd**2 + small.design_effect / (2 * n_prompts)
+    design, n_true = _simulated_family(design, most_features)
+    variance = run_sd**2 + design.design_effect / (2 * n_prompts)
     methods: dict[str, Literal["bh", "holm"]] = {"fdr": "bh", "fwer": "holm"}
-    method = methods.get(small.control)
-    found, errors = np.empty(n_worlds), np.empty(n_worlds)
+    method = methods.get(design.control)
+    power, errors = np.empty(n_worlds), np.empty(n_worlds)
     for world in range(n_worlds):
         random = stream(derive_seed(seed, "simulated_run_power", world), 0)
-        own = np.sqrt(variance * prior_dof / random.chisquare(prior_dof, small.n_features))
-        means = own * random.standard_normal((2 * runs, small.n_features))
-        means[:runs, :n_true] += small.effect
+        sd = np.sqrt(variance * prior_dof / random.chisquare(prior_dof, design.n_features))
+        means = sd * random.standard_normal((2 * runs, design.n_features))
+        means[:runs, :n_true] += design.effect
         p = moderated_t(arm_contrast(means[:runs], means[runs:])).p_value
-        hit = (p if method is None else adjust(p, method=method)) <= small.alpha
-        found[world], errors[world] = hit[:n_true].mean(), _error(hit, n_true, small)
-    planned = run_power(
-        replace(small, true_share=n_true / small.n_features), runs=runs, n_prompts=n_prompts, run_sd=run_sd,
-        prior_dof=prior_dof,
-    ).power_moderated  # fmt: skip
-    return _summary(n_prompts, small, planned, n_true, found, errors)
+        rejected = (p if method is None else adjust(p, method=method)) <= design.alpha
+        power[world], errors[world] = rejected[:n_true].mean(), _error(rejected, n_true, design)
+    family = replace(design, true_share=n_true / design.n_features)
+    planned = run_power(family, runs=runs, n_prompts=n_prompts, run_sd=run_sd, prior_dof=prior_dof).power_moderated
+    return _summary(n_prompts, design, planned, n_true, power, errors)
 
 
 def arm_contrast(first: FloatArray, second: FloatArray) -> FloatArray:
@@ -235,8 +241,8 @@ def arm_contrast(first: FloatArray, second: FloatArray) -> FloatArray:
 
     Notes
     -----
-    An orthogonal turn: the contrast of the arms becomes the mean, the residuals within arms (2 R - 2 of them) the
-    spread about it, so that ``moderated_t``, which knows one sample, tests two with their degrees of freedom.
+    An orthogonal transform: the contrast of the arms becomes the mean, the residuals within arms (2 R - 2 of them) the
+    spread about it, so that the one-sample ``moderated_t`` tests two samples with their degrees of freedom.
     """
     if first.shape != second.shape or len(first) < 2:
         raise InputError(

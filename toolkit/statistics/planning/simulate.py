@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, PROMPT, SAMPLE, VIEW, model_id
-from rlgen_stats.schemas.seeds import content_hash, derive_seed
+from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.stores import Provenance, append_model, committed_models, place, result_groups, write_results
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.planning.planting import (
     ARMS,
     DIFFICULTY_SHARE,
     LEVEL,
     MODEL_SHARE,
     STEPS,
-    Plant,
+    PlantedTruth,
     Simulation,
+    generator,
     model_labels,
-    plant,
+    plant_truth,
     truth_table,
 )
 
@@ -43,8 +43,8 @@ VARIABLES: Final = ("mean", "firing", "max")
 
 
 @dataclass(frozen=True)
-class Simulated:
-    """A simulated study."""
+class SimulatedStudy:
+    """A simulated study and its planted truth."""
 
     features: xr.Dataset
     """Layout ``features``, lazy."""
@@ -55,8 +55,8 @@ class Simulated:
 
 
 @dataclass(frozen=True)
-class Written:
-    """Where a simulated study lies."""
+class WrittenStudy:
+    """Stores of a simulated study."""
 
     features: str
     outcomes: str
@@ -64,11 +64,11 @@ class Written:
     """Holds the group ``truth``."""
     n_models: int
     n_resumed: int
-    """Models that were there before."""
+    """Models that an earlier call had written."""
 
 
-def simulate_features(simulation: Simulation) -> Simulated:
-    """Generate features and outcomes in which everything that changed, and nothing else, is known.
+def simulate_features(simulation: Simulation) -> SimulatedStudy:
+    """Generate features and outcomes of a study whose true changes are known.
 
     Parameters
     ----------
@@ -77,22 +77,23 @@ def simulate_features(simulation: Simulation) -> Simulated:
 
     Returns
     -------
-    Simulated
-        Features (float32, lazy, one chunk a model and 512 features), outcomes, and the truth.
+    SimulatedStudy
+        Features (float32, lazy, one chunk per model and 512 features), outcomes, and the planted truth.
 
     Notes
     -----
     A feature fires on a share ``density`` of the clusters of prompts. Where it fires its prompt mean is
-    scale (4 + z + e + shift + follow (right - accuracy)), cut at zero: z is the prompt's, the same in every model; e is
-    the model's, drawn anew for each; ``shift`` is the planted change against base; ``follow`` is zero but for decoys.
+    scale (4 + z + e + shift + correct_shift (correct - accuracy)), cut at zero: z is the prompt's, the same in every
+    model; e differs between models; ``shift`` is the planted change against base; ``correct_shift`` is zero but for
+    decoys.
     Both z and e are normal with correlation ``icc`` within clusters and ``correlation`` within groups of features.
     Given the prompt, the values of two models without planted change are exchangeable, so every paired difference is
-    symmetric about zero: the sign-flip null holds exactly. A greedy completion is right where difficulty and the
-    model's own luck are below the model's threshold. Every value depends on the seed, the model and the block of 512
-    features alone: neither on what is computed, in which order, nor on how many workers do it.
+    symmetric about zero: the sign-flip null holds exactly. A greedy completion is correct where the prompt's difficulty
+    plus noise of model and prompt is below the model's threshold. Every value depends on the seed, the model and the
+    block of 512 features alone, not on what is computed, in which order, or by how many workers.
 
-    Decoys without planted changes (``generalising=narrow=drifting=0``) are the trap of METHOD.md 4c: no model
-    difference at all, and yet a difference on prompts chosen because base failed where the other model did not.
+    Decoys without planted changes (``generalising=narrow=drifting=0``) show the confounding of METHOD.md 4c: the models
+    do not differ, and yet decoys differ between them on prompts selected because base is wrong and the target right.
 
     Not a model of real activations: normal where a feature fires, one density and one effect size for all features.
 
@@ -102,10 +103,10 @@ def simulate_features(simulation: Simulation) -> Simulated:
     >>> dict(study.features.sizes)["model"], int((study.truth.kind == "drifting").sum())
     (3, 6)
     """
-    planted = plant(simulation)
+    planted = plant_truth(simulation)
     labels = model_labels(simulation) | {name: (PROMPT, values) for name, values in planted.labels.items()}
-    right, samples = _outcomes(simulation, planted)
-    stacks = [_model_array(simulation, planted, right[m], m) for m in range(len(simulation.models))]
+    correct, samples = _outcomes(simulation, planted)
+    stacks = [_model_array(simulation, planted, correct[m], m) for m in range(len(simulation.models))]
     dims = (MODEL, PROMPT, FEATURE)
     values = {name: (dims, da.stack([stack[v] for stack in stacks])) for v, name in enumerate(VARIABLES)}
     last = STEPS * simulation.checkpoints
@@ -113,8 +114,8 @@ def simulate_features(simulation: Simulation) -> Simulated:
     features = xr.Dataset(
         values
         | {
-            "n_tokens": ((MODEL, PROMPT), np.full(right.shape, TOKENS)),
-            "fve": (MODEL, np.full(len(right), 0.9)),
+            "n_tokens": ((MODEL, PROMPT), np.full(correct.shape, TOKENS)),
+            "fve": (MODEL, np.full(len(correct), 0.9)),
             "decoder_norm": ((VIEW, FEATURE), np.ones((len(views), simulation.n_features))),
         },
         coords=labels | {FEATURE: (FEATURE, np.arange(simulation.n_features)), VIEW: (VIEW, np.array(views))},
@@ -126,29 +127,36 @@ def simulate_features(simulation: Simulation) -> Simulated:
             "correct": ((MODEL, PROMPT, SAMPLE), samples.astype(np.int64)),
             "completion_tokens": ((MODEL, PROMPT, SAMPLE), tokens),
             "format_class": ((MODEL, PROMPT, SAMPLE), np.full(samples.shape, "answer")),
-            "greedy_correct": ((MODEL, PROMPT), right.astype(np.int64)),
+            "greedy_correct": ((MODEL, PROMPT), correct.astype(np.int64)),
             "greedy_tokens": ((MODEL, PROMPT), tokens[..., 0]),
-            "greedy_class": ((MODEL, PROMPT), np.full(right.shape, "answer")),
+            "greedy_class": ((MODEL, PROMPT), np.full(correct.shape, "answer")),
         },
         coords=labels,
     )
     provenance = _provenance(simulation).attrs()
-    return Simulated(
+    return SimulatedStudy(
         features.assign_attrs(provenance),
         outcomes.assign_attrs(provenance),
         truth_table(simulation, planted).assign_attrs(asdict(simulation)),
     )
 
 
-def write_simulation(folder: Path | str, simulation: Simulation, *, progress: Progress = SILENT) -> Written:
+def write_simulation(folder: Path | str, simulation: Simulation, *, progress: Progress = SILENT) -> WrittenStudy:
     """Write a simulated study to ``features.zarr``, ``outcomes.zarr`` and the group ``truth`` of ``results.zarr``.
 
     Parameters
     ----------
     folder
-        Folder or URL; made if it is not there. Models committed by an interrupted call are kept.
+        Folder or URL; made if it does not exist. Models committed by an interrupted call are kept.
     simulation
-        What to write.
+        Sizes, effects, dependence and seed.
+    progress
+        Where progress is reported.
+
+    Returns
+    -------
+    WrittenStudy
+        Paths of the stores, and how many models were written before.
 
     Raises
     ------
@@ -178,7 +186,7 @@ def write_simulation(folder: Path | str, simulation: Simulation, *, progress: Pr
             task.advance(1, model=model)
     if "truth" not in result_groups(paths["results"]):
         write_results(paths["results"], "truth", study.truth, provenance=provenance)
-    return Written(
+    return WrittenStudy(
         features=str(paths["features"]),
         outcomes=str(paths["outcomes"]),
         results=str(paths["results"]),
@@ -192,54 +200,50 @@ def _provenance(simulation: Simulation) -> Provenance:
     return Provenance(key, key, {"simulation": asdict(simulation)})
 
 
-def _outcomes(simulation: Simulation, planted: Plant) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _outcomes(simulation: Simulation, planted: PlantedTruth) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Greedy [model, prompt] and sampled [model, prompt, sample] correctness."""
     n, k = simulation.n_prompts, simulation.samples
-    difficulty = _clustered(_generator(simulation, "difficulty"), simulation, 1, 1)[:, 0]
+    difficulty = _clustered(generator(simulation, "difficulty"), simulation, 1, 1)[:, 0]
     greedy, sampled = [], []
     for m, model in enumerate(simulation.models):
-        random = _generator(simulation, "luck", model)
-        luck, fresh = random.standard_normal(n), random.standard_normal((n, k))
+        random = generator(simulation, "luck", model)
+        model_noise, sample_noise = random.standard_normal(n), random.standard_normal((n, k))
         threshold = stats.norm.ppf(_accuracy(simulation, planted, m))
         common = np.sqrt(DIFFICULTY_SHARE) * difficulty
-        greedy.append(common + np.sqrt(1 - DIFFICULTY_SHARE) * luck < threshold)
-        again = np.sqrt((1 - DIFFICULTY_SHARE) / 2) * (luck[:, None] + fresh)
-        sampled.append(common[:, None] + again < threshold[:, None])
+        greedy.append(common + np.sqrt(1 - DIFFICULTY_SHARE) * model_noise < threshold)
+        noise = np.sqrt((1 - DIFFICULTY_SHARE) / 2) * (model_noise[:, None] + sample_noise)
+        sampled.append(common[:, None] + noise < threshold[:, None])
     return np.stack(greedy), np.stack(sampled)
 
 
-def _accuracy(simulation: Simulation, planted: Plant, m: int) -> NDArray[np.float64]:
-    """[prompt] chance of being right: rl gains everywhere, sft in domain, in proportion to training."""
+def _accuracy(simulation: Simulation, planted: PlantedTruth, m: int) -> NDArray[np.float64]:
+    """[prompt] chance of a correct answer: rl gains everywhere, sft in domain, in proportion to training."""
     if m == 0:
         return np.full(simulation.n_prompts, simulation.accuracy)
     run, checkpoint = divmod(m - 1, simulation.checkpoints)
     gained = simulation.gain * (checkpoint + 1) / simulation.checkpoints
-    everywhere = run >= simulation.runs
-    return np.asarray(simulation.accuracy + gained * (planted.in_domain | everywhere), dtype=np.float64)
+    is_rl = run >= simulation.runs  # runs are in order of arm, sft first
+    return np.asarray(simulation.accuracy + gained * (planted.in_domain | is_rl), dtype=np.float64)
 
 
-def _generator(simulation: Simulation, *names: object, block: int = 0) -> np.random.Generator:
-    return stream(derive_seed(simulation.seed, "simulate", *names), block)
-
-
-def _model_array(simulation: Simulation, planted: Plant, right: NDArray[np.bool_], m: int) -> da.Array:
+def _model_array(simulation: Simulation, planted: PlantedTruth, correct: NDArray[np.bool_], m: int) -> da.Array:
     """[variable, prompt, feature] of one model, lazily."""
     blocks = []
     for start in range(0, simulation.n_features, BLOCK):
         part = slice(start, min(start + BLOCK, simulation.n_features))
-        # A partial, so that dask neither looks into the arguments nor hashes them.
-        call = dask.delayed(partial(_block, simulation, planted, right, m, part), pure=False)
+        # A partial, so that dask neither searches the arguments for graphs nor hashes them.
+        call = dask.delayed(partial(_block, simulation, planted, correct, m, part), pure=False)
         shape = (len(VARIABLES), simulation.n_prompts, part.stop - part.start)
         blocks.append(da.from_delayed(call(), shape, dtype=np.float32))
     return da.concatenate(blocks, axis=2)
 
 
 def _block(
-    simulation: Simulation, planted: Plant, right: NDArray[np.bool_], m: int, part: slice
+    simulation: Simulation, planted: PlantedTruth, correct: NDArray[np.bool_], m: int, part: slice
 ) -> NDArray[np.float32]:
     """Mean, firing share and maximum of a block of features, [variable, prompt, feature]."""
     block, width = part.start // BLOCK, part.stop - part.start
-    prompts = _generator(simulation, "prompts", block=block)
+    prompts = generator(simulation, "prompts", block=block)
     n_clusters = -(-simulation.n_prompts // simulation.cluster_size)
     chance = prompts.random((n_clusters, width), dtype=np.float32)
     cluster = np.arange(simulation.n_prompts) // simulation.cluster_size
@@ -248,23 +252,22 @@ def _block(
     firing = np.maximum(share, 0.0)[cluster]
     x = _clustered(prompts, simulation, width, simulation.group)
     x *= np.float32(np.sqrt(1 - MODEL_SHARE))
-    own = _clustered(
-        _generator(simulation, "model", simulation.models[m], block=block), simulation, width, simulation.group
-    )
-    own *= np.float32(np.sqrt(MODEL_SHARE))
-    x += own
+    model_random = generator(simulation, "model", simulation.models[m], block=block)
+    model_noise = _clustered(model_random, simulation, width, simulation.group)
+    model_noise *= np.float32(np.sqrt(MODEL_SHARE))
+    x += model_noise
     x += np.float32(LEVEL)
     x += _planted_change(planted, m, part)
-    if planted.follow[part].any():
-        x += (right - np.float32(simulation.accuracy))[:, None].astype(np.float32) * planted.follow[part]
+    if planted.correct_shift[part].any():
+        x += (correct - np.float32(simulation.accuracy))[:, None].astype(np.float32) * planted.correct_shift[part]
     x *= planted.scale[part] * (firing > 0)
     np.maximum(x, 0.0, out=x)
     largest = np.divide(1.5 * x, firing, out=np.zeros_like(x), where=firing > 0)
     return np.stack([x, firing, largest])
 
 
-def _planted_change(planted: Plant, m: int, part: slice) -> NDArray[np.float32]:
-    """[prompt, feature], or [feature] where every prompt has the same."""
+def _planted_change(planted: PlantedTruth, m: int, part: slice) -> NDArray[np.float32]:
+    """Planted shift [prompt, feature], or [feature] where it is the same on every prompt."""
     shift = planted.shift[m, part]
     narrow = planted.kind[part] == "narrow"
     if not narrow.any():

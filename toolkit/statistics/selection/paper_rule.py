@@ -22,17 +22,17 @@ N_BINS: Final = 5
 """Quantile bins of firing frequency and of scale; 25 strata keep tens of features each in dictionaries of 1,000."""
 
 MAX_GRAM_PROMPTS: Final = 1000
-"""Prompts in the Gram matrix that gives the rank of the shift; more change nothing but memory."""
+"""Most prompts in the Gram matrix that gives the rank of the shift; its memory grows with their square."""
 
 
-@dataclass(frozen=True)
-class PaperRule:
-    """Outcome of the rule on the selection prompts of the estimable tasks."""
+@dataclass(frozen=True, kw_only=True)
+class PaperSelection:
+    """What the rule selects on the selection prompts of the estimable tasks, and both nulls of its size."""
 
     scores: FloatArray
-    """[task, feature]"""
+    """[task, feature]: mean difference on base-wrong/target-right prompts."""
     kept: NDArray[np.bool_]
-    """[task, feature]"""
+    """[task, feature]: score at or above the task's threshold."""
     selected: NDArray[np.bool_]
     """[feature]: kept in every task."""
     p_n1: float
@@ -54,7 +54,7 @@ def paper_rule(
     n_resamples: int,
     seed: int,
     clusters: IntArray | None = None,
-) -> PaperRule:
+) -> PaperSelection:
     """Apply the rule to the base-wrong/target-right prompts of each task, and again under both nulls.
 
     Parameters
@@ -66,54 +66,60 @@ def paper_rule(
     score_fraction
         Share of the task's largest score a kept feature needs.
     n_resamples, seed
-        Draws of each null.
+        Draws of each null, and their seed.
     clusters
         Code per prompt; labels are flipped by cluster.
 
     Notes
     -----
     N1 tests "no model difference on these prompts". It carries no guard against the selection of prompts by outcome:
-    where activation and correctness correlate it is too small. N2 draws from the sequential hypergeometric, which
-    is what permuting ids within strata gives.
+    where activation and correctness correlate, its sizes and its p-value are too small. N2 draws from the sequential
+    hypergeometric, which is the distribution that permuting ids within strata gives.
     """
-    flips = _flips(prompts, values.shape[1], n_resamples, seed, clusters)
+    weights = _flipped_weights(prompts, values.shape[1], n_resamples, seed, clusters)
     tasks = list(prompts)
     shape = (n_resamples + 1, len(tasks))
-    first = map_features(
+    # Two passes: thresholds depend on the largest score over all features, so no block can decide what is kept.
+    scores_pass = map_features(
         _scores_and_maxima,
         [values, firing],
         outputs={"score": (len(tasks),), "frequency": (), "scale": ()},
         states={"maxima": (shape, da.max)},
         prompts=prompts,
-        flips=flips,
+        weights=weights,
     )
-    score, frequency, scale, maxima = da.compute(*first.features.values(), first.states["maxima"])
-    second = map_features(
+    score, frequency, scale, maxima = da.compute(*scores_pass.features.values(), scores_pass.states["maxima"])
+    kept_pass = map_features(
         _kept_everywhere,
         [values],
         outputs={"kept": (len(tasks),)},
         states={"sizes": ((n_resamples + 1,), da.sum)},
         prompts=prompts,
-        flips=flips,
-        least=np.where(maxima > 0, score_fraction * maxima, np.inf),
+        weights=weights,
+        thresholds=np.where(maxima > 0, score_fraction * maxima, np.inf),
     )
-    kept, sizes = da.compute(second.features["kept"], second.states["sizes"])
+    kept, sizes = da.compute(kept_pass.features["kept"], kept_pass.states["sizes"])
     kept = np.asarray(kept) == 1
-    n1 = np.asarray(sizes, dtype=np.int64)
+    n1 = np.asarray(sizes, dtype=np.int64)[1:]  # row 0 is the observed labelling
     n2 = n2_sizes(kept, strata(frequency, scale), n_resamples, derive_seed(seed, "selection", "n2"))
-    observed = int(kept.all(axis=0).sum())
-    return PaperRule(
-        np.asarray(score, dtype=np.float64),
-        kept,
-        kept.all(axis=0),
-        (1 + int((n1[1:] >= observed).sum())) / (n_resamples + 1),
-        (1 + int((n2 >= observed).sum())) / (n_resamples + 1),
-        n1[1:],
-        n2,
+    selected = kept.all(axis=0)
+    return PaperSelection(
+        scores=np.asarray(score, dtype=np.float64),
+        kept=kept,
+        selected=selected,
+        p_n1=_p_value(n1, selected),
+        p_n2=_p_value(n2, selected),
+        n1=n1,
+        n2=n2,
     )
 
 
-def _flips(
+def _p_value(null_sizes: IntArray, selected: NDArray[np.bool_]) -> float:
+    """Chance of a set at least as large under a null, the observed one among the draws."""
+    return (1 + int((null_sizes >= int(selected.sum())).sum())) / (len(null_sizes) + 1)
+
+
+def _flipped_weights(
     prompts: dict[str, IntArray], n_prompts: int, n_resamples: int, seed: int, clusters: IntArray | None
 ) -> dict[str, FloatArray]:
     """Task -> weights [1 + resample, prompt] whose product with D is the score; row 0 is the observed labelling."""
@@ -124,33 +130,34 @@ def _flips(
 
 
 def _scores_and_maxima(
-    values: NDArray[Any], firing: NDArray[Any], *, prompts: dict[str, IntArray], flips: dict[str, FloatArray]
+    values: NDArray[Any], firing: NDArray[Any], *, prompts: dict[str, IntArray], weights: dict[str, FloatArray]
 ) -> Block:
     d = values[1].astype(np.float64) - values[0]
-    flipped = np.stack([flips[task] @ d[index] for task, index in prompts.items()], axis=1)
+    scores = np.stack([weights[task] @ d[index] for task, index in prompts.items()], axis=1)
     return {
-        "score": flipped[0],
-        "maxima": flipped.max(axis=2),
+        "score": scores[0],
+        "maxima": scores.max(axis=2),
         "frequency": (firing > 0).mean(axis=(0, 1)),
         "scale": np.sqrt(np.square(values.astype(np.float64)).mean(axis=(0, 1))),
     }
 
 
 def _kept_everywhere(
-    values: NDArray[Any], *, prompts: dict[str, IntArray], flips: dict[str, FloatArray], least: FloatArray
+    values: NDArray[Any], *, prompts: dict[str, IntArray], weights: dict[str, FloatArray], thresholds: FloatArray
 ) -> Block:
+    """Features kept in each task, and the size of the intersection under every labelling; thresholds [draw, task]."""
     d = values[1].astype(np.float64) - values[0]
-    everywhere = np.ones((len(least), d.shape[1]), dtype=bool)
+    everywhere = np.ones((len(thresholds), d.shape[1]), dtype=bool)
     kept = np.empty((len(prompts), d.shape[1]))
     for t, (task, index) in enumerate(prompts.items()):
-        above = flips[task] @ d[index] >= least[:, t, None]
+        above = weights[task] @ d[index] >= thresholds[:, t, None]
         kept[t] = above[0]
         everywhere &= above
     return {"kept": kept, "sizes": everywhere.sum(axis=1).astype(np.float64)}
 
 
 def strata(frequency: FloatArray, scale: FloatArray) -> IntArray:
-    """Stratum of every feature: quantile bins of frequency times quantile bins of scale; silent features are one."""
+    """Stratum of every feature: quantile bins of frequency times quantile bins of scale; silent features apart."""
     codes = np.zeros(len(frequency), dtype=np.int64)
     alive = frequency > 0
     if alive.any():
@@ -171,11 +178,11 @@ def n2_sizes(kept: NDArray[np.bool_], codes: IntArray, n_resamples: int, seed: i
     Hypergeometric(m_1, n - m_1, m_2), and so on.
     """
     rng = np.random.default_rng(seed)
-    n = np.bincount(codes)
-    counts = np.stack([np.bincount(codes, weights=row, minlength=len(n)) for row in kept]).astype(np.int64)
-    common = np.broadcast_to(counts[0], (n_resamples, len(n))).copy()
-    for m in counts[1:]:
-        common = rng.hypergeometric(common, n - common, m)
+    size = np.bincount(codes)
+    n_kept = np.stack([np.bincount(codes, weights=row, minlength=len(size)) for row in kept]).astype(np.int64)
+    common = np.broadcast_to(n_kept[0], (n_resamples, len(size))).copy()
+    for m in n_kept[1:]:
+        common = rng.hypergeometric(common, size - common, m)
     return np.asarray(common.sum(axis=1), dtype=np.int64)
 
 
@@ -189,12 +196,12 @@ def shift_rank(values: da.Array, seed: int) -> tuple[float, float]:
     """Effective rank of the shift target - base over prompts x features, and the share of its first direction.
 
     Participation ratio (sum l)^2 / sum l^2 of the squared singular values l of the uncentred shift: 1 means that one
-    direction explains everything, so that scores of all tasks must agree.
+    direction explains all of it, so that scores of all tasks must agree.
     """
     n = values.shape[1]
     if n > MAX_GRAM_PROMPTS:
-        chosen = np.random.default_rng(derive_seed(seed, "selection", "gram")).permutation(n)[:MAX_GRAM_PROMPTS]
-        values = values[:, np.sort(chosen)]
+        sample = np.random.default_rng(derive_seed(seed, "selection", "gram")).permutation(n)[:MAX_GRAM_PROMPTS]
+        values = values[:, np.sort(sample)]
         n = MAX_GRAM_PROMPTS
     gram = map_features(_gram, [values], outputs={}, states={"gram": ((n, n), da.sum)}).states["gram"].compute()
     spectrum = np.clip(np.linalg.eigvalsh(gram), 0.0, None)

@@ -1,14 +1,13 @@
-"""A linear probe beside the tests: how well selected features tell right answers from wrong ones."""
+"""A linear probe beside the tests: how well selected features predict correct answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -20,21 +19,35 @@ from rlgen_stats.schemas.dims import FEATURE, MODEL, TASK
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
-from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, feature_arrays, in_prompt_order
-from rlgen_stats.toolkit.statistics.core.units import cluster_codes, present_prompts, unit_attrs
-from rlgen_stats.toolkit.statistics.kernels.draws import stream
-from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
-from rlgen_stats.toolkit.statistics.selection.tasks import Chosen, Members, chosen_by, greedy_right, selection_unit
+from rlgen_stats.toolkit.statistics.core.feature_blocks import (
+    DEFAULT_MIN_FIRING,
+    FloatArray,
+    IntArray,
+    canonical,
+    cluster_codes,
+    feature_arrays,
+    feature_ranks,
+    present_prompts,
+    source_attrs,
+    unit_attrs,
+)
+from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
+from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.selection.members import (
+    Members,
+    SelectedMembers,
+    selected_members,
+    selection_unit,
+)
+from rlgen_stats.toolkit.statistics.selection.tasks import greedy_correctness
 
 STRENGTHS: Final = (0.01, 0.1, 1.0)
-"""Inverse penalties C the inner folds choose from, of standardised features: from almost none to scikit-learn's own."""
+"""Inverse penalties C of standardised features, from strong to scikit-learn's default; inner folds choose one."""
 
 WINDOW: Final = 0.1
-"""Share of the features free to be drawn among which a selected feature's match is: those nearest in firing rate."""
-FEWEST_NEAR: Final = 10
-"""Features among which a match is drawn at least: fewer would make the random sets much the same."""
+"""Share of the other features, those nearest in firing rate, among which a match of a selected feature is drawn."""
+MIN_WINDOW: Final = 10
+"""Fewest features among which a match is drawn: with fewer the random sets would hardly differ."""
 
 Folds = list[tuple[IntArray, IntArray]]
 
@@ -55,7 +68,7 @@ def correctness_probe(
     n_jobs: int = 1,
     progress: Progress = SILENT,
 ) -> xr.Dataset:
-    """Describe how well selected features predict whether a model answers right, beside random features as frequent.
+    """Describe how well selected features predict a model's correctness, beside random features matched on firing rate.
 
     Parameters
     ----------
@@ -72,13 +85,13 @@ def correctness_probe(
     variable
         Summary that predicts: mean, firing or max.
     n_random
-        Random sets of the same size, matched feature by feature on how often they fire, none of them selected.
+        Random sets of the same size, matched feature by feature on firing rate, none of them selected.
     n_outer, n_inner
-        Folds that are predicted, and folds within the others that choose the penalty; whole clusters stay in one fold.
+        Outer folds, each predicted by the others, and inner folds that choose the penalty; a cluster is in one fold.
     seed
         Seed of folds and sets; results depend neither on chunks nor on the order of prompts or features.
     n_jobs
-        Processes that fit sets side by side (joblib).
+        Processes that fit sets in parallel (joblib).
     progress
         Where progress is reported.
 
@@ -86,26 +99,26 @@ def correctness_probe(
     -------
     xr.Dataset
         ``auc`` (mean over the outer folds), ``log_loss`` (nats per prompt, out of fold), ``log_loss_chance`` (of the
-        training folds' share of right answers), ``random_auc``, ``random_log_loss`` [random_set], ``p_auc``,
+        training folds' share of correct answers), ``random_auc``, ``random_log_loss`` [random_set], ``p_auc``,
         ``p_log_loss`` (rank among the random sets), ``coefficient`` [feature] (log-odds per standard deviation, mean
         over outer folds). Computed at once.
 
     Raises
     ------
     RefusedError
-        If the selection is of another split, study or crosscoder, chose nothing, or the prompts cannot carry the folds.
+        If the selection is of another split, study or crosscoder, is empty, or there are too few prompts for the folds.
     InputError
         If a name is unknown, a number of folds is below two, or too few features are left to draw random sets from.
 
     Notes
     -----
-    Descriptive: a probe finds what goes along with right answers (task, topic, length), not what brings them about;
-    ``p_auc`` asks whether these features tell more than random ones as frequent, not whether they cause anything. The
-    set was chosen by tests, not by the probe, on other prompts, so nothing here is fitted to the prompts it is scored
-    on. Firing rates are those of ``model`` on the same verification prompts; answers play no part in the matching.
-    Random sets are drawn from features that fire on at least ten of these prompts; where the features as frequent run
-    out, the next frequent ones are taken (``worst_match``: largest gap, in ranks of the firing rate over all features
-    alive).
+    Descriptive: a probe finds what correlates with correct answers (task, topic, length), not what causes them;
+    ``p_auc`` asks whether these features predict better than random ones as frequent, not whether they cause anything.
+    The set was chosen by tests, not by the probe, on other prompts, so nothing here is fitted to the prompts it is
+    scored on. Firing rates are those of ``model`` on the same verification prompts; answers play no part in the
+    matching. Random sets are drawn without replacement from features that fire on at least ten of these prompts; where
+    the nearest in firing rate are taken, the next nearest are drawn (``worst_match``: largest gap, in ranks of the
+    firing rate over the features that may be drawn, as a share of their number).
 
     References
     ----------
@@ -120,37 +133,32 @@ def correctness_probe(
     if min(n_outer, n_inner) < 2 or n_random < 1:
         raise InputError(f"expected n_outer >= 2, n_inner >= 2, n_random >= 1; got {n_outer}, {n_inner}, {n_random}.")
     unit, clusters = selection_unit(selection)
-    features = in_prompt_order(features, repeated=unit == "token")
-    chosen = chosen_by(features, selection, "verification", members)
+    features = canonical(features, repeated=unit == "token")
+    chosen = selected_members(features, selection, "verification", members)
     name = model if model is not None else str(selection.attrs.get("target"))
-    here, right = _answers(features, outcomes, selection, name, tasks, chosen)
+    prompts, correct = _answers(features, outcomes, selection, name, tasks, chosen)
     codes = cluster_codes(features, clusters)
-    groups = here if codes is None else codes[here]
+    groups = prompts if codes is None else codes[prompts]
     (values, firing), _ = feature_arrays(features, [variable, "firing"], [name])
-    rates = (firing[0, here] > 0).sum(axis=0).compute()
-    sets, gap = _sets(rates, chosen.features, feature_ranks(features), n_random, derive_seed(seed, "probe", "sets"))
+    counts = (firing[0, prompts] > 0).sum(axis=0).compute()
+    sets_seed = derive_seed(seed, "probe", "sets")
+    sets, worst_match = _matched_sets(counts, chosen.features, feature_ranks(features), n_random, sets_seed)
     needed = np.unique(sets)
-    x = values[0, here][:, needed].compute().astype(np.float64)
-    folds = _nested(right, groups, n_outer, n_inner, derive_seed(seed, "probe", "folds") % 2**32)
+    x = values[0, prompts][:, needed].compute().astype(np.float64)
+    folds = _nested_folds(correct, groups, n_outer, n_inner, derive_seed(seed, "probe", "folds") % 2**32)
     with progress.task("probes", total=len(sets), unit="set") as task:
-        found = []
-        work = (delayed(_probe)(x[:, np.searchsorted(needed, index)], right, folds) for index in sets)
-        for one in Parallel(n_jobs=n_jobs, return_as="generator")(work):
-            found.append(one)
+        probes = []
+        work = (delayed(_fit_probe)(x[:, np.searchsorted(needed, index)], correct, folds) for index in sets)
+        for probe in Parallel(n_jobs=n_jobs, return_as="generator")(work):
+            probes.append(probe)
             task.advance()
     attrs = source_attrs(features) | unit_attrs(unit, clusters, codes)
     attrs |= {"test": "linear probe against random sets of the same size and firing rates", "role": "descriptive"}
-    attrs |= {"null": "the set tells right from wrong answers no better than random sets matched on firing rate"}
+    attrs |= {"null": "the set predicts correct answers no better than random sets matched on firing rate"}
     attrs |= {"model": name, "variable": variable, "members": members, "split_hash": selection.attrs["split_hash"]}
-    attrs |= {"n": len(right), "n_right": int(right.sum()), "n_features": len(chosen.features), "worst_match": gap}
-    attrs |= {
-        "n_outer": n_outer,
-        "n_inner": n_inner,
-        "n_random": n_random,
-        "seed": seed,
-        "conditioned": chosen.conditioned,
-    }
-    return _labelled(found, chosen).assign_attrs(attrs)
+    attrs |= {"n": len(correct), "n_right": int(correct.sum()), "n_features": len(chosen.features)}
+    attrs |= {"worst_match": worst_match, "n_outer": n_outer, "n_inner": n_inner, "n_random": n_random, "seed": seed}
+    return _labelled(probes, chosen).assign_attrs(attrs | {"conditioned": chosen.conditioned})
 
 
 @dataclass(frozen=True)
@@ -163,19 +171,25 @@ class _Fitted:
     coefficient: FloatArray
 
 
-def _labelled(found: list[_Fitted], chosen: Chosen) -> xr.Dataset:
-    own, random = found[0], found[1:]
-    auc, loss = (np.array([getattr(one, name) for one in random]) for name in ("auc", "log_loss"))
-    better = [np.count_nonzero(auc >= own.auc), np.count_nonzero(loss <= own.log_loss)]
-    p_auc, p_loss = ((1 + count) / (len(random) + 1) for count in better)
+def _labelled(probes: list[_Fitted], chosen: SelectedMembers) -> xr.Dataset:
+    """Results of the selected set (the first) beside those of the random sets."""
+    selected, random = probes[0], probes[1:]
+    auc, loss = (np.array([getattr(probe, name) for probe in random]) for name in ("auc", "log_loss"))
+    n_as_good = [np.count_nonzero(auc >= selected.auc), np.count_nonzero(loss <= selected.log_loss)]
+    p_auc, p_loss = ((1 + count) / (len(random) + 1) for count in n_as_good)
     return xr.Dataset(
         {
-            "auc": own.auc, "log_loss": own.log_loss, "log_loss_chance": own.chance, "p_auc": p_auc,
-            "p_log_loss": p_loss, "random_auc": ("random_set", auc), "random_log_loss": ("random_set", loss),
-            "coefficient": (FEATURE, own.coefficient),
+            "auc": selected.auc,
+            "log_loss": selected.log_loss,
+            "log_loss_chance": selected.chance,
+            "p_auc": p_auc,
+            "p_log_loss": p_loss,
+            "random_auc": ("random_set", auc),
+            "random_log_loss": ("random_set", loss),
+            "coefficient": (FEATURE, selected.coefficient),
         },
         coords={FEATURE: (FEATURE, chosen.labels)},
-    )  # fmt: skip
+    )
 
 
 def _answers(
@@ -184,85 +198,90 @@ def _answers(
     selection: xr.Dataset,
     model: str,
     tasks: Sequence[str] | None,
-    chosen: Chosen,
+    chosen: SelectedMembers,
 ) -> tuple[IntArray, IntArray]:
-    """Verification prompts with a graded answer and a summary, and whether the answer is right."""
+    """Verification prompts with a graded answer and a summary, and whether the answer is correct."""
     known = selection[TASK].values.astype(np.str_)
-    wanted = known[np.asarray(selection["used"].values, dtype=bool)] if tasks is None else np.array(list(tasks), str)
-    unknown = np.setdiff1d(wanted, known)
+    used = known[np.asarray(selection["used"].values, dtype=bool)] if tasks is None else np.array(list(tasks), str)
+    unknown = np.setdiff1d(used, known)
     if len(unknown):
         raise InputError(f"task {str(unknown[0])!r} is not in the selection; expected some of {known.tolist()}.")
     if model not in features[MODEL].values:
         raise InputError(f"model {model!r} is not in the features; they have {features[MODEL].values.tolist()}.")
-    right = greedy_right(features, outcomes, [model])[0]
+    correct = greedy_correctness(features, outcomes, [model])[0]
     of_prompt = np.asarray(features[TASK].values).astype(np.str_)
-    usable = chosen.prompts & present_prompts(features, [model]) & np.isin(of_prompt, wanted) & (right >= 0)
-    here = np.flatnonzero(usable)
-    if len(np.unique(right[here])) < 2:
+    usable = chosen.prompts & present_prompts(features, [model]) & np.isin(of_prompt, used) & (correct >= 0)
+    prompts = np.flatnonzero(usable)
+    if len(np.unique(correct[prompts])) < 2:
         raise RefusedError(
-            f"{model} answers all of the {len(here)} verification prompts alike, so there is nothing to predict; "
+            f"{model} answers all of the {len(prompts)} verification prompts alike, so there is nothing to predict; "
             "choose another model or other tasks."
         )
-    return here, right[here]
+    return prompts, correct[prompts]
 
 
-def _sets(rates: IntArray, own: IntArray, ranks: IntArray, n_random: int, seed: int) -> tuple[list[IntArray], float]:
-    """The selected features and ``n_random`` sets matched to them, as positions; and the worst match.
+def _matched_sets(
+    counts: IntArray, selected: IntArray, ranks: IntArray, n_random: int, seed: int
+) -> tuple[list[IntArray], float]:
+    """The selected features and ``n_random`` sets matched to them on firing counts, as positions; the worst match.
 
-    Features are taken in order of their labels, so that draws do not depend on where they stand.
+    Members are drawn in order of their labels, so that draws do not depend on the order of the features. The match is
+    on one covariate, in ranks; the trial's controls (``causal.controls``) are matched on four and then balanced, by
+    the same draw.
     """
-    alive = np.flatnonzero(rates >= DEFAULT_MIN_FIRING)
-    alive = alive[np.lexsort((ranks[alive], rates[alive]))]
-    free = alive[~np.isin(alive, own)]
-    if len(free) < 2 * len(own):
+    alive = np.flatnonzero(counts >= DEFAULT_MIN_FIRING)
+    alive = alive[np.lexsort((ranks[alive], counts[alive]))]
+    free = alive[~np.isin(alive, selected)]
+    n, m = len(free), len(selected)
+    if n < 2 * m:
         raise InputError(
-            f"random sets of {len(own)} need at least {2 * len(own)} other features that fire on "
-            f"{DEFAULT_MIN_FIRING} verification prompts, got {len(free)}; choose fewer features (max_features)."
+            f"random sets of {m} need at least {2 * m} other features that fire on "
+            f"{DEFAULT_MIN_FIRING} verification prompts, got {n}; choose fewer features (max_features)."
         )
-    place = np.searchsorted(rates[free], rates[own])  # where each selected feature would stand among the free ones
-    width = max(int(WINDOW * len(free)), FEWEST_NEAR)
-    sets, worst = [own], 0
-    for b in range(n_random):
-        rng, left, drawn = stream(seed, b), np.ones(len(free), dtype=bool), []
-        for at in place[np.argsort(ranks[own], kind="stable")]:
-            near = np.flatnonzero(left)
-            near = near[np.argsort(np.abs(near - at), kind="stable")[:width]]
-            pick = near[rng.integers(len(near))]
-            left[pick] = False
-            drawn.append(free[pick])
-            worst = max(worst, int(abs(pick - at)))
-        sets.append(np.array(drawn, dtype=np.int64))
-    return sets, worst / len(free)
+    members = selected[np.argsort(ranks[selected], kind="stable")]
+    insertion = np.searchsorted(counts[free], counts[members])  # position among the others by count
+    distance = np.abs(np.arange(n) - insertion[:, None])
+    window = max(int(WINDOW * n), MIN_WINDOW)
+    # Up to m - 1 of the nearest are taken when the last member is drawn, so that the window must reach past them.
+    nearest = np.argsort(distance, axis=1, kind="stable")[:, : window + m - 1]
+    n_choices = np.minimum(window, n - np.arange(m))
+    places = np.stack([stream(seed, b).integers(n_choices) for b in range(n_random)])
+    drawn = nearest_free(nearest, places, n)
+    worst = int(distance[np.arange(m), drawn].max())
+    return [selected, *free[drawn]], worst / n
 
 
-def _nested(right: IntArray, groups: IntArray, n_outer: int, n_inner: int, seed: int) -> list[tuple[Any, Any, Folds]]:
-    """Training and scored prompts of each outer fold, and the inner folds of the former (positions in it)."""
-    fewest = min(len(np.unique(groups[right == answer])) for answer in (0, 1))
+def _nested_folds(
+    correct: IntArray, groups: IntArray, n_outer: int, n_inner: int, seed: int
+) -> list[tuple[IntArray, IntArray, Folds]]:
+    """Training and scored prompts of each outer fold, and the inner folds of the training ones (positions in them)."""
+    fewest = min(len(np.unique(groups[correct == answer])) for answer in (0, 1))
     if fewest < n_outer * 2:
         raise RefusedError(
             f"{n_outer} outer folds need at least {2 * n_outer} units with right and with wrong answers each, got "
             f"{fewest}; use fewer folds, more prompts or more tasks."
         )
     folds = []
-    for train, score in StratifiedGroupKFold(n_outer, shuffle=True, random_state=seed).split(groups, right, groups):
+    outer = StratifiedGroupKFold(n_outer, shuffle=True, random_state=seed)
+    for train, score in outer.split(groups, correct, groups):
         inner = StratifiedGroupKFold(n_inner, shuffle=True, random_state=seed)
-        folds.append((train, score, list(inner.split(train, right[train], groups[train]))))
+        folds.append((train, score, list(inner.split(train, correct[train], groups[train]))))
     return folds
 
 
-def _probe(x: FloatArray, right: NDArray[Any], folds: list[tuple[Any, Any, Folds]]) -> _Fitted:
-    guess, chance = np.empty(len(right)), np.empty(len(right))
+def _fit_probe(x: FloatArray, correct: IntArray, folds: list[tuple[IntArray, IntArray, Folds]]) -> _Fitted:
+    predicted, chance = np.empty(len(correct)), np.empty(len(correct))
     auc, coefficients = [], []
     for train, score, inner in folds:
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, cv=inner, scoring="neg_log_loss")
-        search.fit(x[train], right[train])
-        guess[score], chance[score] = search.predict_proba(x[score])[:, 1], right[train].mean()
-        auc.append(roc_auc_score(right[score], guess[score]))
+        search.fit(x[train], correct[train])
+        predicted[score], chance[score] = search.predict_proba(x[score])[:, 1], correct[train].mean()
+        auc.append(roc_auc_score(correct[score], predicted[score]))
         coefficients.append(search.best_estimator_[-1].coef_[0])
     return _Fitted(
-        float(np.mean(auc)),
-        float(log_loss(right, guess)),
-        float(log_loss(right, chance)),
-        np.mean(coefficients, axis=0),
+        auc=float(np.mean(auc)),
+        log_loss=float(log_loss(correct, predicted)),
+        chance=float(log_loss(correct, chance)),
+        coefficient=np.mean(coefficients, axis=0),
     )

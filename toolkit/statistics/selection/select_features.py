@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 import dask.array as da
 import numpy as np
@@ -18,55 +18,61 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, FEATURE, SPLIT, SPLITS, TASK
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.core.comparability import check_comparable, check_contribution_scale, source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, feature_ranks, in_split
-from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, feature_arrays, in_prompt_order
-from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, present_prompts, unit_attrs
-from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
-from rlgen_stats.toolkit.statistics.selection.discordance import Sides, SplitTests, split_tests
-from rlgen_stats.toolkit.statistics.selection.paper_rule import PaperRule, paper_rule, score_correlation, shift_rank
-from rlgen_stats.toolkit.statistics.selection.stability_selection import (
-    DEFAULT_PAIRS,
-    DEFAULT_THRESHOLD,
-    check_stability,
-    stability_selection,
+from rlgen_stats.toolkit.statistics.core.feature_blocks import (
+    IntArray,
+    canonical,
+    check_comparable,
+    check_gauge,
+    check_unit,
+    cluster_codes,
+    feature_arrays,
+    feature_coord,
+    feature_ranks,
+    in_split,
+    present_prompts,
+    source_attrs,
+    unit_attrs,
 )
+from rlgen_stats.toolkit.statistics.selection.discordance import SplitTests, discordance_tests
+from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
+from rlgen_stats.toolkit.statistics.selection.paper_rule import (
+    PaperSelection,
+    paper_rule,
+    score_correlation,
+    shift_rank,
+)
+from rlgen_stats.toolkit.statistics.selection.stability_selection import stability_selection
 from rlgen_stats.toolkit.statistics.selection.tasks import (
-    Labels,
-    greedy_right,
+    TaskPrompts,
+    TaskRoles,
+    assign_roles,
+    greedy_correctness,
+    prompts_by_task,
     shared_clusters,
     split_hash,
-    task_labels,
-    task_sides,
 )
-from rlgen_stats.toolkit.statistics.selection.tiers import Found, Options, Rule, decide, tasks_needed
+from rlgen_stats.toolkit.statistics.selection.tiers import Decision, decide, tasks_needed
 
 ONE_MECHANISM: Final = 0.9
 """Correlation of scores between tasks above which the intersection over tasks is nearly forced (METHOD.md 4c)."""
+
+DEFAULT_RULE: Final = SelectionRule()
+DEFAULT_TESTS: Final = SelectionTests()
+DEFAULT_STABILITY: Final = StabilityOptions()
 
 
 def select_features(
     features: xr.Dataset,
     outcomes: xr.Dataset,
     *,
-    base: str = BASE_MODEL,
     target: str,
+    base: str = BASE_MODEL,
     tasks: Sequence[str] | None = None,
     held_out: Sequence[str] = (),
     controls: Sequence[str] = (),
-    rule: Rule = "confirmed",
-    score_fraction: float = 0.2,
-    u: int | None = None,
-    combine: str = "simes",
-    alpha: float = 0.05,
-    n_resamples: int = 999,
-    n_bootstrap: int = 999,
-    min_discordant: int = 20,
-    n_min: int = DEFAULT_MIN_FIRING,
-    max_features: int = 50,
-    n_pairs: int = DEFAULT_PAIRS,
-    n_per_half: int | None = None,
-    stability_threshold: float = DEFAULT_THRESHOLD,
+    rule: SelectionRule = DEFAULT_RULE,
+    tests: SelectionTests = DEFAULT_TESTS,
+    stability: StabilityOptions | None = DEFAULT_STABILITY,
     variable: str = "mean",
     clusters: str | None = None,
     seed: int = 0,
@@ -81,32 +87,23 @@ def select_features(
         Layout ``features`` in contribution scale, with label ``split`` on prompts; read in feature blocks.
     outcomes
         Layout ``outcomes``; ``greedy_correct`` decides base-wrong/target-right (gain) and the reverse (loss).
-    base, target
+    target, base
         Model ids.
     tasks
         Tasks to select on; default all but ``held_out`` and ``controls``.
     held_out, controls
         Tasks never selected on; reported with their role.
     rule
-        ``"confirmed"``: selected are the CONFIRMED features, else the CANDIDATEs, else the paper's set.
-        ``"paper"``: the paper's set.
-    score_fraction
-        Paper's rule: share of the task's largest score that a feature needs.
-    u, combine
-        Tasks in which a feature must show the effect (default all estimable ones) and how p-values are combined.
-    alpha, n_resamples, n_bootstrap, seed
-        Level (BH on the selection half, Holm on the verification half) and 1 - coverage; draws; seed.
-    min_discordant
-        Gains and losses that the contrast needs, each.
-    n_min
-        Selection prompts, pooled over both models, on which a testable feature fires.
-    max_features
-        Largest set selected; the highest ranked are kept.
-    n_pairs, n_per_half, stability_threshold
-        Stability selection: complementary pairs (0: none), features kept per half-sample (default
-        ``stability_selection.default_per_half``) and the share from which a feature is stable.
+        Which features form the selected set: ``kind``, ``score_fraction``, ``max_features``.
+    tests
+        Level and draws (``alpha``, ``n_resamples``, ``n_bootstrap``); what the contrast of a task needs
+        (``min_discordant``) and a testable feature (``n_min``); how tasks are combined (``u``, ``combine``).
+    stability
+        Stability selection: ``n_pairs``, ``n_per_half``, ``threshold``; None: not run.
     variable, clusters
         Summary tested, and label of dependent prompts (flipped and halved together).
+    seed
+        Of all random draws.
     unit, allow_token_unit
         ``"prompt"``; ``"token"`` only if explicitly allowed, and then recorded as a warning.
 
@@ -134,17 +131,17 @@ def select_features(
     all it is biased wherever activation and correctness correlate. ``score``, ``kept``, ``p_flip``, ``n_paper``,
     ``p_n1`` and ``p_n2`` carry no guard. ``contrast_p`` does (gains against losses, both signed right minus wrong,
     labels permuted) but needs losses; where there are fewer than ``min_discordant``, ``p_guard`` falls back to the sign
-    flip over *all* prompts of the task, chosen without looking at outcomes. That rules out selection, but not that a
-    feature merely follows being right, which the contrast cancels; ``guard`` says which one a task has. A task's
-    p-value is max(p_flip, p_guard): it rejects only if both do. ``p_value`` is the partial conjunction of these over
-    tasks. All are one-sided: target above base.
+    flip over *all* prompts of the task, chosen without looking at outcomes. That rules out selection by outcome, but
+    not that a feature merely correlates with correctness, which the contrast cancels; ``guard`` says which one a task
+    has. A task's p-value is max(p_flip, p_guard): it rejects only if both do. ``p_value`` is the partial conjunction of
+    these over tasks. All are one-sided: target above base.
 
-    *Stability.* Information beside the tiers, which it does not change. It asks whether the ranking would have been
-    much the same on other prompts; the bounds in the attributes are on expected numbers (``stability_selection``).
+    *Stability.* Reported beside the tiers, which it does not change: whether other prompts would have given nearly the
+    same ranking. The bounds in the attributes are on expected numbers of features (``stability_selection``).
 
     *Effects.* ``selected_effects`` gives those of any model. Over all candidates the verification effects are free of
     selection; those of the CONFIRMED among them passed a test on the same prompts and are a little optimistic.
-    ``n_shared_clusters`` counts clusters with prompts on both sides of the split; it should be 0.
+    ``n_shared_clusters`` counts clusters with prompts in both halves of the split; it should be 0.
 
     References
     ----------
@@ -156,69 +153,32 @@ def select_features(
     """
     check_unit(unit, allow_token_unit)
     check_comparable(features, outcomes, keys=("study_id",))
-    features = in_prompt_order(features, repeated=unit == "token")
-    options = Options(
-        score_fraction, u, combine, alpha, n_resamples, n_bootstrap, min_discordant, n_min, seed, n_pairs, n_per_half,
-        stability_threshold,
-    )  # fmt: skip
-    _check(features, rule, options)
-    prompts = _prompts(features, outcomes, [base, target], task_labels(features, tasks, held_out, controls), clusters)
+    features = canonical(features, repeated=unit == "token")
+    _check(features)
+    prompts = _prompts(features, outcomes, [base, target], assign_roles(features, tasks, held_out, controls), clusters)
     (values, firing), _ = feature_arrays(features, [variable, "firing"], [base, target])
-    paper = _paper(values, firing, prompts, options)
-    testable = (firing[:, prompts.chosen] > 0).sum(axis=(0, 1)).compute() >= n_min
-    tests = {split: _tests(values, prompts, split, options) for split in SPLITS}
+    paper = _paper_rule(values, firing, prompts, rule, tests, seed)
+    testable = (firing[:, prompts.selection] > 0).sum(axis=(0, 1)).compute() >= tests.n_min
+    results = {split: _tests(values, prompts, split, tests, seed) for split in SPLITS}
     ranks = feature_ranks(features)
-    found = decide(tests, testable, paper, rule, max_features, options, ranks)
-    stable, told = _stability(values, prompts, tests["selection"], testable, ranks, options)
-    attrs = _attrs(features, tests, paper, found, values[:, prompts.chosen], options)
-    attrs |= told | source_attrs(features) | unit_attrs(unit, clusters, prompts.codes)
-    attrs |= {"base": base, "target": target, "variable": variable, "max_features": max_features}
-    attrs |= {"requested_rule": rule, "n_shared_clusters": shared_clusters(features, prompts.codes)}
-    names = np.array(prompts.labels.tasks, dtype=np.str_)
+    decision = decide(results, testable, paper, rule, tests, ranks)
+    shares, stability_attrs = _stability(values, prompts, results["selection"], testable, ranks, stability, tests, seed)
+    attrs = _attrs(results, paper, decision) | _shift_attrs(values[:, prompts.selection], seed)
+    attrs |= asdict(tests) | {"u": list(decision.u), "score_fraction": rule.score_fraction, "seed": seed}
+    attrs |= stability_attrs | source_attrs(features) | unit_attrs(unit, clusters, prompts.codes)
+    attrs |= {"base": base, "target": target, "variable": variable, "max_features": rule.max_features}
+    attrs |= {"requested_rule": rule.kind, "n_shared_clusters": shared_clusters(features, prompts.codes)}
+    attrs |= {"split_hash": split_hash(features)}
+    names = np.array(prompts.roles.tasks, dtype=np.str_)
     return xr.Dataset(
-        _task_variables(prompts, tests, paper) | found.variables(tests["verification"]) | stable,
+        _task_variables(prompts, results, paper) | decision.variables(results["verification"]) | shares,
         coords={TASK: names, "other_task": names} | feature_coord(features),
         attrs=attrs,
     )
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """Which prompts of which task stand on which side, in both halves."""
-
-    labels: Labels
-    sides: dict[str, dict[str, Sides]]
-    """[split][task]"""
-    codes: IntArray | None
-    chosen: IntArray
-    """Selection prompts."""
-
-    @property
-    def gain(self) -> dict[str, IntArray]:
-        """Gain prompts of the selection half, by task selected on that has any."""
-        own = self.sides["selection"].items()
-        return {task: side.gain for task, side in own if self.labels.used[task] and len(side.gain)}
-
-
-def _prompts(
-    features: xr.Dataset, outcomes: xr.Dataset, models: list[str], labels: Labels, clusters: str | None
-) -> _Prompts:
-    right = greedy_right(features, outcomes, models)
-    there = present_prompts(features, models)
-    sides = {split: task_sides(labels, right, there & in_split(features, split)) for split in SPLITS}
-    chosen = np.flatnonzero(there & in_split(features, "selection"))
-    return _Prompts(labels, sides, cluster_codes(features, clusters), chosen)
-
-
-def _check(features: xr.Dataset, rule: str, options: Options) -> None:
-    check_contribution_scale(features, "scores")
-    if rule not in get_args(Rule) or not 0 < options.score_fraction <= 1 or not 0 < options.alpha < 1:
-        raise InputError(
-            f"expected rule 'confirmed' or 'paper', 0 < score_fraction <= 1 and 0 < alpha < 1; got {rule!r}, "
-            f"{options.score_fraction}, {options.alpha}."
-        )
-    if options.n_pairs:
-        check_stability(options.n_pairs, options.n_per_half, options.stability_threshold)
+def _check(features: xr.Dataset) -> None:
+    check_gauge(features, "scores")
     missing = [name for name in (TASK, DOMAIN, SPLIT) if name not in features.coords]
     if missing:
         raise InputError(f"the features lack the prompt label {missing[0]!r}; it is written by the encode stage.")
@@ -227,147 +187,169 @@ def _check(features: xr.Dataset, rule: str, options: Options) -> None:
         raise InputError(f"prompts are split into {list(SPLITS)}, got {sorted(unknown)}; label every prompt.")
 
 
-def _tests(values: da.Array, prompts: _Prompts, split: str, options: Options) -> SplitTests:
-    """Tests of one split; intervals only where effects may be reported."""
-    return split_tests(
+@dataclass(frozen=True)
+class _Prompts:
+    """Roles of tasks, and the prompts of each task in both halves of the split."""
+
+    roles: TaskRoles
+    by_task: dict[str, dict[str, TaskPrompts]]
+    """[split][task]"""
+    codes: IntArray | None
+    """Cluster per prompt, None if prompts are the units."""
+    selection: IntArray
+    """Prompts of the selection half."""
+
+    @property
+    def gain(self) -> dict[str, IntArray]:
+        """Gain prompts of the selection half, by task selected on that has any."""
+        gains = {task: of_task.gain for task, of_task in self.by_task["selection"].items() if self.roles.used[task]}
+        return {task: gain for task, gain in gains.items() if len(gain)}
+
+
+def _prompts(
+    features: xr.Dataset, outcomes: xr.Dataset, models: list[str], roles: TaskRoles, clusters: str | None
+) -> _Prompts:
+    correct = greedy_correctness(features, outcomes, models)
+    present = present_prompts(features, models)
+    by_task = {split: prompts_by_task(roles, correct, present & in_split(features, split)) for split in SPLITS}
+    selection = np.flatnonzero(present & in_split(features, "selection"))
+    return _Prompts(roles, by_task, cluster_codes(features, clusters), selection)
+
+
+def _tests(values: da.Array, prompts: _Prompts, split: str, tests: SelectionTests, seed: int) -> SplitTests:
+    return discordance_tests(
         values,
-        prompts.sides[split],
-        used=prompts.labels.used,
+        prompts.by_task[split],
+        used=prompts.roles.used,
         split=split,
         codes=prompts.codes,
-        min_discordant=options.min_discordant,
-        n_resamples=options.n_resamples,
-        n_bootstrap=options.n_bootstrap if split == "verification" else 0,
-        alpha=options.alpha,
-        seed=options.seed,
+        options=tests,
+        seed=seed,
     )
 
 
-def _paper(values: da.Array, firing: da.Array, prompts: _Prompts, options: Options) -> PaperRule | None:
+def _paper_rule(
+    values: da.Array, firing: da.Array, prompts: _Prompts, rule: SelectionRule, tests: SelectionTests, seed: int
+) -> PaperSelection | None:
+    """The paper's rule on the selection half; None where no task has gains."""
     if not prompts.gain:
         return None
-    chosen, codes = prompts.chosen, prompts.codes
-    place = np.full(values.shape[1], -1, dtype=np.int64)
-    place[chosen] = np.arange(len(chosen))
+    selection, codes = prompts.selection, prompts.codes
+    position = np.full(values.shape[1], -1, dtype=np.int64)  # of every prompt among those of the selection half
+    position[selection] = np.arange(len(selection))
     return paper_rule(
-        values[:, chosen],
-        firing[:, chosen],
-        {task: place[index] for task, index in prompts.gain.items()},
-        score_fraction=options.score_fraction,
-        n_resamples=options.n_resamples,
-        seed=options.seed,
-        clusters=None if codes is None else codes[chosen],
+        values[:, selection],
+        firing[:, selection],
+        {task: position[index] for task, index in prompts.gain.items()},
+        score_fraction=rule.score_fraction,
+        n_resamples=tests.n_resamples,
+        seed=seed,
+        clusters=None if codes is None else codes[selection],
     )
 
 
 def _stability(
     values: da.Array,
     prompts: _Prompts,
-    tests: SplitTests,
+    results: SplitTests,
     testable: NDArray[np.bool_],
     ranks: IntArray,
-    options: Options,
+    stability: StabilityOptions | None,
+    tests: SelectionTests,
+    seed: int,
 ) -> tuple[dict[str, tuple[str, NDArray[Any]]], dict[str, Any]]:
     """Variables and attributes of stability selection on the selection half; none if it was not asked for."""
-    if not options.n_pairs:
+    if stability is None:
         return {}, {}
-    found = stability_selection(
+    outcome = stability_selection(
         values,
-        prompts.sides["selection"],
-        tests,
+        prompts.by_task["selection"],
+        results,
         testable,
         ranks,
+        stability,
         codes=prompts.codes,
-        u=tasks_needed(tests, options),
-        combine=options.combine,
-        n_pairs=options.n_pairs,
-        n_per_half=options.n_per_half,
-        threshold=options.stability_threshold,
-        seed=options.seed,
+        u=tasks_needed(results, tests),
+        combine=tests.combine,
+        seed=seed,
     )
-    return {"stability": (FEATURE, found.share), "stable": (FEATURE, found.stable)}, found.attrs()
+    return {"stability": (FEATURE, outcome.share), "stable": (FEATURE, outcome.stable)}, outcome.attrs()
 
 
 def _task_variables(
-    prompts: _Prompts, tests: dict[str, SplitTests], paper: PaperRule | None
+    prompts: _Prompts, results: dict[str, SplitTests], paper: PaperSelection | None
 ) -> dict[str, tuple[Any, NDArray[Any]]]:
     """Variables over task, NaN for tasks not selected on."""
-    labels, sides = prompts.labels, prompts.sides["selection"]
-    first, second = tests["selection"], tests["verification"]
-    shape = first.p_flip.shape
-    rows = [labels.tasks.index(task) for task in prompts.gain]
+    tasks, by_task = prompts.roles.tasks, prompts.by_task["selection"]
+    selection, verification = results["selection"], results["verification"]
+    shape = selection.p_flip.shape
     score, kept = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
     correlation = np.full((shape[0], shape[0]), np.nan)
     if paper is not None:
-        score[rows], kept[rows] = paper.scores, paper.kept
-        correlation[np.ix_(rows, rows)] = score_correlation(paper.scores)
+        scored = [tasks.index(task) for task in prompts.gain]
+        score[scored], kept[scored] = paper.scores, paper.kept
+        correlation[np.ix_(scored, scored)] = score_correlation(paper.scores)
     by_feature = {
-        "score": score, "kept": kept, "p_flip": first.p_flip, "contrast": first.contrast,
-        "contrast_p": first.contrast_p, "p_guard": first.p_guard, "verification_task_effect": second.task_effect,
-    }  # fmt: skip
-    texts = {
-        "estimable": first.estimable, "contrast_estimable": first.contrast_estimable, "guard": first.guard,
-        "verification_estimable": second.estimable, "verification_guard": second.guard, "role": labels.roles,
-    }  # fmt: skip
-    counts = {
-        "n_selected_prompts": [len(sides[task].everyone) for task in labels.tasks],
-        "n_gain": [len(sides[task].gain) for task in labels.tasks],
-        "n_loss": [len(sides[task].loss) for task in labels.tasks],
+        "score": score,
+        "kept": kept,
+        "p_flip": selection.p_flip,
+        "contrast": selection.contrast,
+        "contrast_p": selection.contrast_p,
+        "p_guard": selection.p_guard,
+        "verification_task_effect": verification.task_effect,
+    }
+    columns = {
+        "estimable": selection.estimable,
+        "contrast_estimable": selection.contrast_estimable,
+        "guard": selection.guard,
+        "verification_estimable": verification.estimable,
+        "verification_guard": verification.guard,
+        "role": prompts.roles.roles,
+        "n_selected_prompts": [len(by_task[task].every) for task in tasks],
+        "n_gain": [len(by_task[task].gain) for task in tasks],
+        "n_loss": [len(by_task[task].loss) for task in tasks],
         "n_kept": kept.sum(axis=1),
-        "used": [labels.used[task] for task in labels.tasks],
+        "used": [prompts.roles.used[task] for task in tasks],
     }
     return (
         {name: ((TASK, FEATURE), array) for name, array in by_feature.items()}
-        | {name: (TASK, np.array(column)) for name, column in (texts | counts).items()}
+        | {name: (TASK, np.array(column)) for name, column in columns.items()}
         | {"score_correlations": ((TASK, "other_task"), correlation)}
     )
 
 
-def _attrs(
-    features: xr.Dataset,
-    tests: dict[str, SplitTests],
-    paper: PaperRule | None,
-    found: Found,
-    values: da.Array,
-    options: Options,
-) -> dict[str, Any]:
-    """Attributes of the layout and the statements a reader needs beside the numbers."""
+def _attrs(results: dict[str, SplitTests], paper: PaperSelection | None, decision: Decision) -> dict[str, Any]:
+    """Attributes of the layout: test, null and family, the paper's rule, and which results carry a guard."""
     nan = float("nan")
-    rank, top_share = shift_rank(values, options.seed) if values.shape[1] else (nan, nan)
     correlation = nan
     if paper is not None and len(paper.scores) > 1:
         matrix = score_correlation(paper.scores)
         correlation = float(np.nanmean(matrix[np.triu_indices(len(matrix), 1)]))
-    used = [i for i, text in enumerate(tests["selection"].estimable) if text == "yes"]
-    guards = {tests["selection"].tasks[i]: tests["selection"].guard[i] for i in used}
+    tests = results["selection"]
+    rows = zip(tests.tasks, tests.estimable, tests.guard, strict=True)
+    guards = {task: guard for task, estimable, guard in rows if estimable == "yes"}
     return {
         "test": "max(sign flip on gain prompts, guard) per task; partial conjunction over tasks; BH, then Holm",
         "null": "in fewer than u tasks does the target exceed base on gain prompts beyond selection by outcome",
         "family": "features (BH on the selection half); candidates (Holm on the verification half)",
-        "family_size": found.n_tested,
-        "split_hash": split_hash(features),
+        "family_size": decision.n_tested,
         "score_correlation": correlation,
         "one_mechanism": bool(correlation > ONE_MECHANISM),
-        "shift_rank": rank,
-        "shift_top_share": top_share,
-        "n_paper": int(found.paper_selected.sum()),
+        "n_paper": int(decision.paper_selected.sum()),
         "p_n1": paper.p_n1 if paper is not None else nan,
         "p_n2": paper.p_n2 if paper is not None else nan,
         "n1_median": float(np.median(paper.n1)) if paper is not None else nan,
         "n2_median": float(np.median(paper.n2)) if paper is not None else nan,
-        "rule": found.rule if guards or paper is not None else "nothing selected: no task is estimable",
+        "rule": decision.rule if guards or paper is not None else "nothing selected: no task is estimable",
         "guard": json.dumps(guards, sort_keys=True),
         "without_guard": "score, kept, p_flip, n_paper, p_n1, p_n2",
         "with_guard": "contrast_p, p_guard, p_value, q_value, verification_p, verification_effect",
-        "guard_contrast": "cancels selection by outcome and features that merely follow being right",
+        "guard_contrast": "cancels selection by outcome and features that merely correlate with correctness",
         "guard_all_prompts": "cancels selection by outcome only",
-        "u": list(found.u),
-        "combine": options.combine,
-        "score_fraction": options.score_fraction,
-        "min_discordant": options.min_discordant,
-        "n_min": options.n_min,
-        "n_resamples": options.n_resamples,
-        "n_bootstrap": options.n_bootstrap,
-        "seed": options.seed,
-        "alpha": options.alpha,
     }
+
+
+def _shift_attrs(values: da.Array, seed: int) -> dict[str, float]:
+    """Effective rank of the shift on the selection prompts: whether one direction may explain everything."""
+    rank, top_share = shift_rank(values, seed) if values.shape[1] else (float("nan"), float("nan"))
+    return {"shift_rank": rank, "shift_top_share": top_share}

@@ -21,13 +21,12 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     in_prompt_order,
     map_features,
 )
-from rlgen_stats.toolkit.statistics.core.units import cluster_codes, present_prompts, unit_attrs, unit_means
-from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
-from rlgen_stats.toolkit.statistics.selection.discordance import interval
-from rlgen_stats.toolkit.statistics.selection.tasks import Members, chosen_by, selection_unit
+from rlgen_stats.toolkit.statistics.kernels.flips.resampling import ROUNDING
+from rlgen_stats.toolkit.statistics.selection.discordance import mean_interval, n_units
+from rlgen_stats.toolkit.statistics.selection.members import Members, selected_members, selection_unit
 
 MEASURES: Final = ("effect", "effect_low", "effect_high", "d_z", "firing_change")
-"""What is computed of every group of prompts, in this order."""
+"""What is computed for every group of prompts, in this order."""
 
 
 def selected_effects(
@@ -97,8 +96,8 @@ def selected_effects(
     if not 0 < alpha < 1 or n_bootstrap < 1:
         raise InputError(f"expected 0 < alpha < 1 and n_bootstrap >= 1, got {alpha} and {n_bootstrap}.")
     unit, clusters = selection_unit(selection)
-    features = in_prompt_order(features, repeated=unit == "token")
-    chosen = chosen_by(features, selection, split, members)
+    features = canonical(features, repeated=unit == "token")
+    chosen = selected_members(features, selection, split, members)
     compared = list(models) if models is not None else [str(m) for m in features[MODEL].values if m != reference]
     if not compared or reference in compared:
         raise InputError(f"name at least one model beside the reference {reference!r}, got {compared}.")
@@ -109,7 +108,7 @@ def selected_effects(
     groups = [
         _groups(features, selection, chosen.prompts & present_prompts(features, [reference, m])) for m in compared
     ]
-    found = map_features(
+    measures = map_features(
         _block,
         [values.rechunk(-1), firing.rechunk(-1)],  # a few features: one block
         outputs={"measures": (len(MEASURES), len(compared), 1 + selection.sizes[TASK])},
@@ -119,10 +118,10 @@ def selected_effects(
         n_bootstrap=n_bootstrap,
         seed=derive_seed(seed, "selected_effects"),
     ).features["measures"]
-    n = np.array([[_n_units(index, codes) for index in row] for row in groups], dtype=np.int64)
+    n = np.array([[n_units(index, codes) for index in row] for row in groups], dtype=np.int64)
     out = xr.Dataset(
-        {name: ((MODEL, FEATURE), found[i, :, 0]) for i, name in enumerate(MEASURES)}
-        | {f"task_{name}": ((MODEL, TASK, FEATURE), found[i, :, 1:]) for i, name in enumerate(MEASURES)}
+        {name: ((MODEL, FEATURE), measures[i, :, 0]) for i, name in enumerate(MEASURES)}
+        | {f"task_{name}": ((MODEL, TASK, FEATURE), measures[i, :, 1:]) for i, name in enumerate(MEASURES)}
         | {"n": (MODEL, n[:, 0]), "n_task": ((MODEL, TASK), n[:, 1:])}
         | {name: (FEATURE, selection[name].values[chosen.rows]) for name in ("tier", "rank")},
         coords=model_coords(features, compared)
@@ -136,16 +135,12 @@ def selected_effects(
     return finish(out, lazy)
 
 
-def _groups(features: xr.Dataset, selection: xr.Dataset, there: NDArray[np.bool_]) -> list[IntArray]:
-    """Prompts of the tasks selected on together, then of each task of the selection."""
+def _groups(features: xr.Dataset, selection: xr.Dataset, inside: NDArray[np.bool_]) -> list[IntArray]:
+    """Prompts of the tasks selected on together, then of each task of the selection, among those ``inside``."""
     of_prompt = np.asarray(features[TASK].values).astype(np.str_)
     tasks = selection[TASK].values.astype(np.str_)
     pooled = np.isin(of_prompt, tasks[np.asarray(selection["used"].values, dtype=bool)])
-    return [np.flatnonzero(there & pooled), *(np.flatnonzero(there & (of_prompt == task)) for task in tasks)]
-
-
-def _n_units(index: IntArray, codes: IntArray | None) -> int:
-    return len(index) if codes is None else len(np.unique(codes[index]))
+    return [np.flatnonzero(inside & pooled), *(np.flatnonzero(inside & (of_prompt == task)) for task in tasks)]
 
 
 def _block(
@@ -160,27 +155,33 @@ def _block(
 ) -> Block:
     """[measure, model, group, feature]; ``values`` and ``firing`` [reference + models, prompt, feature]."""
     rows = []
-    for model, own in enumerate(groups, start=1):
+    for model, groups_of_model in enumerate(groups, start=1):
         d = values[model].astype(np.float64) - values[0]
-        fires = 100.0 * (firing[model].astype(np.float64) - firing[0])
-        rows.append([_measures(d, fires, index, codes, alpha, n_bootstrap, seed) for index in own])
+        firing_change = 100.0 * (firing[model].astype(np.float64) - firing[0])
+        rows.append([_measures(d, firing_change, i, codes, alpha, n_bootstrap, seed) for i in groups_of_model])
     return {"measures": np.moveaxis(np.array(rows), 2, 0)}
 
 
 def _measures(
-    d: FloatArray, fires: FloatArray, index: IntArray, codes: IntArray | None, alpha: float, n_bootstrap: int, seed: int
+    d: FloatArray,
+    firing_change: FloatArray,
+    index: IntArray,
+    codes: IntArray | None,
+    alpha: float,
+    n_bootstrap: int,
+    seed: int,
 ) -> FloatArray:
     """The measures of one model and group, [measure, feature]; NaN where there are too few units."""
     out = np.full((len(MEASURES), d.shape[1]), np.nan)
     if not len(index):
         return out
-    own = None if codes is None else codes[index]
-    x = unit_means(d[index], own)
+    group_codes = None if codes is None else codes[index]
+    x = unit_means(d[index], group_codes)
     out[0] = x.mean(axis=0)
-    out[1:3] = interval(d[index], own, alpha, n_bootstrap, seed)
+    out[1:3] = mean_interval(d[index], group_codes, alpha, n_bootstrap, seed)
     if len(x) > 1:
-        spread = x.std(axis=0, ddof=1)
-        varies = spread > ROUNDING * np.abs(x).max(axis=0)
-        out[3] = np.divide(out[0], spread, out=out[3], where=varies)
-    out[4] = unit_means(fires[index], own).mean(axis=0)
+        sd = x.std(axis=0, ddof=1)
+        varies = sd > ROUNDING * np.abs(x).max(axis=0)  # a constant difference has a spread of rounding errors
+        out[3] = np.divide(out[0], sd, out=out[3], where=varies)
+    out[4] = unit_means(firing_change[index], group_codes).mean(axis=0)
     return out
