@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rlgen_stats.toolkit.statistics.core.feature_blocks import IntArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 
 
 def nearest_free(nearest: IntArray, places: IntArray, n_candidates: int) -> IntArray:

@@ -18,6 +18,7 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
 from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import bootstrap_t, permutation_contrast, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.options import SelectionTests
 from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
 

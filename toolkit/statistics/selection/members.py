@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE, SPLIT
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.core.feature_blocks import IntArray, check_comparable, feature_coord, in_split
+from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, in_split
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.selection.tasks import split_hash
 
 Members = Literal["selected", "candidate", "paper", "stable"]

@@ -19,20 +19,13 @@ from rlgen_stats.schemas.dims import FEATURE, MODEL, TASK
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.core.feature_blocks import (
-    DEFAULT_MIN_FIRING,
-    FloatArray,
-    IntArray,
-    canonical,
-    cluster_codes,
-    feature_arrays,
-    feature_ranks,
-    present_prompts,
-    source_attrs,
-    unit_attrs,
-)
+from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
+from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import stream
+from rlgen_stats.toolkit.statistics.core.units import cluster_codes, present_prompts, unit_attrs
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.members import (
     Members,
     SelectedMembers,
@@ -133,7 +126,7 @@ def correctness_probe(
     if min(n_outer, n_inner) < 2 or n_random < 1:
         raise InputError(f"expected n_outer >= 2, n_inner >= 2, n_random >= 1; got {n_outer}, {n_inner}, {n_random}.")
     unit, clusters = selection_unit(selection)
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     chosen = selected_members(features, selection, "verification", members)
     name = model if model is not None else str(selection.attrs.get("target"))
     prompts, correct = _answers(features, outcomes, selection, name, tasks, chosen)

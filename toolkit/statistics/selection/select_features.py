@@ -18,21 +18,11 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, FEATURE, SPLIT, SPLITS, TASK
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.core.feature_blocks import (
-    IntArray,
-    canonical,
-    check_comparable,
-    check_gauge,
-    check_unit,
-    cluster_codes,
-    feature_arrays,
-    feature_coord,
-    feature_ranks,
-    in_split,
-    present_prompts,
-    source_attrs,
-    unit_attrs,
-)
+from rlgen_stats.toolkit.statistics.core.comparability import check_comparable, check_contribution_scale, source_attrs
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, feature_ranks, in_split
+from rlgen_stats.toolkit.statistics.core.feature_blocks import feature_arrays, in_prompt_order
+from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, present_prompts, unit_attrs
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import SplitTests, discordance_tests
 from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.paper_rule import (
@@ -153,7 +143,7 @@ def select_features(
     """
     check_unit(unit, allow_token_unit)
     check_comparable(features, outcomes, keys=("study_id",))
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     _check(features)
     prompts = _prompts(features, outcomes, [base, target], assign_roles(features, tasks, held_out, controls), clusters)
     (values, firing), _ = feature_arrays(features, [variable, "firing"], [base, target])
@@ -178,7 +168,7 @@ def select_features(
 
 
 def _check(features: xr.Dataset) -> None:
-    check_gauge(features, "scores")
+    check_contribution_scale(features, "scores")
     missing = [name for name in (TASK, DOMAIN, SPLIT) if name not in features.coords]
     if missing:
         raise InputError(f"the features lack the prompt label {missing[0]!r}; it is written by the encode stage.")

@@ -21,7 +21,8 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     in_prompt_order,
     map_features,
 )
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import ROUNDING
+from rlgen_stats.toolkit.statistics.core.units import cluster_codes, present_prompts, unit_attrs, unit_means
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import mean_interval, n_units
 from rlgen_stats.toolkit.statistics.selection.members import Members, selected_members, selection_unit
 
@@ -96,7 +97,7 @@ def selected_effects(
     if not 0 < alpha < 1 or n_bootstrap < 1:
         raise InputError(f"expected 0 < alpha < 1 and n_bootstrap >= 1, got {alpha} and {n_bootstrap}.")
     unit, clusters = selection_unit(selection)
-    features = canonical(features, repeated=unit == "token")
+    features = in_prompt_order(features, repeated=unit == "token")
     chosen = selected_members(features, selection, split, members)
     compared = list(models) if models is not None else [str(m) for m in features[MODEL].values if m != reference]
     if not compared or reference in compared:

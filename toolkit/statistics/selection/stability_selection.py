@@ -17,7 +17,8 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_featur
 from rlgen_stats.toolkit.statistics.core.top_features import fold_leading, leading_features
 from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import cpss_bound
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import ROUNDING, stream
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST, SplitTests, discordant_units
 from rlgen_stats.toolkit.statistics.selection.options import DEFAULT_THRESHOLD, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SPLIT, SPLITS, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.toolkit.statistics.core.feature_blocks import IntArray, in_split
+from rlgen_stats.toolkit.statistics.core.coordinates import in_split
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 
 _DOMAIN_ROLES: Final = {"in": "in_domain", "out": "out_of_domain"}
 
