@@ -47,7 +47,7 @@ def demo(
     # Threads that wait by spinning make so small a model several times slower on a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from rlgen_stats.cli.study import finish
+    from rlgen_stats.cli.stages import run_and_print
     from rlgen_stats.stores import StudyFolder
     from rlgen_stats.toolkit.demo import prepare_demo
     from rlgen_stats.toolkit.study import write_spec
@@ -56,7 +56,7 @@ def demo(
     with progress_for(quiet=quiet) as progress:
         spec = prepare_demo(study, seed=seed, n_seeds=n_seeds, size=size, progress=progress)
         write_spec(study, spec)
-    finish(folder, None, (), scheduler, quiet, as_json)
+    run_and_print(folder, None, (), scheduler, quiet, as_json)
 
 
 COMMANDS = {"demo": demo}

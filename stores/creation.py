@@ -143,13 +143,12 @@ def write_table(path: Path, layout: str, dataset: xr.Dataset) -> None:
 
 def _write_tokens(path: Path, blocks: Iterable[dict[str, NDArray[Any]]]) -> None:
     group = zarr.open_group(path, mode="w")
+    empty = {"shape": (0,), "chunks": (LABEL_BLOCK,), "compressors": COMPRESSORS, "dimension_names": (TOKEN,)}
+    # Readers take a missing chunk for a lost one (see ``locations``), so chunks of zeros are written too.
+    everything = {"write_empty_chunks": True}
     arrays = {
-        name: group.create_array(
-            name, shape=(0,), chunks=(LABEL_BLOCK,), dtype=dtype, compressors=COMPRESSORS, dimension_names=(TOKEN,),
-            config={"write_empty_chunks": True},
-        )
-        for name, dtype in TOKEN_DTYPES.items()
-    }  # fmt: skip
+        name: group.create_array(name, dtype=dtype, config=everything, **empty) for name, dtype in TOKEN_DTYPES.items()
+    }
     for block in blocks:
         for name, array in arrays.items():
             array.append(block[name])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
-from rlgen_stats.stores.activations import ARRAY, root_attributes, stored_groups, stored_models
+from rlgen_stats.stores.activation_store import ARRAY, root_attributes, stored_groups, stored_models
 from rlgen_stats.stores.atomic import ROOT
 from rlgen_stats.stores.digests import COMMITTED_MODELS, arrays_of, read_document
 from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
@@ -99,10 +99,8 @@ def _activation_facts(store: Path) -> dict[str, Any]:
         done = committed[model, site]
         size = done * array.shape[1] * array.dtype.itemsize
         uncompressed += size
-        models.append(
-            {"model": model, "run": run, "step": step, "site": site, "width": array.shape[1], "dtype": array.kept,
-             "tokens": done, "complete": done == n_tokens, "uncompressed_bytes": size}
-        )  # fmt: skip
+        facts = {"model": model, "run": run, "step": step, "site": site, "width": array.shape[1], "dtype": array.kept}
+        models.append(facts | {"tokens": done, "complete": done == n_tokens, "uncompressed_bytes": size})
     length = np.diff(np.append(labels.spans["start"].values, n_tokens))
     segments = labels.spans[SEGMENT].values
     return {

@@ -15,7 +15,7 @@ import zarr
 from rlgen_stats.schemas.dims import CHANNEL, PROMPT, PROMPT_LABELS, TOKEN
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION
-from rlgen_stats.stores.activations import ARRAY, COMMITTED, stored_groups
+from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, stored_groups
 from rlgen_stats.stores.atomic import ROOT, write_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder, write_table
 from rlgen_stats.stores.digests import read_document, seal, seal_tree

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError, StoreError
-from rlgen_stats.stores.activations import shard_arrays
+from rlgen_stats.stores.activation_store import shard_arrays
 from rlgen_stats.stores.labels import TokenLabels, positions_in
 from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.shards import ShardArray, to_float32
@@ -108,6 +108,11 @@ class PairedReader:
         if len(set(self.widths)) > 1:
             raise StoreError(f"the views have the widths {self.widths}; use widths.")
         return self.widths[0]
+
+    @property
+    def _batch_format(self) -> tuple[object, ...]:
+        """What must agree for rows of two readers to share a batch."""
+        return self.widths, self.batch_size, self._kind, self._convert
 
     @property
     def n_batches(self) -> int:
@@ -305,9 +310,7 @@ class MixedReader:
         self._sources, self._seed = dict(sources), int(seed)
         first = next(iter(self._sources.values()))
         for name, reader in self._sources.items():
-            if (reader.widths, reader.batch_size, reader._kind, reader._convert) != (
-                first.widths, first.batch_size, first._kind, first._convert
-            ):  # fmt: skip
+            if reader._batch_format != first._batch_format:
                 raise InputError(f"source {name!r} differs from the first in widths, type or batch size.")
         total = sum(weights.values())
         self._shares = np.array([weights[name] / total for name in self._sources])

@@ -7,7 +7,7 @@ from pathlib import Path
 import xarray as xr
 
 from rlgen_stats.schemas.errors import StoreError
-from rlgen_stats.stores.activations import complete_models, open_activations
+from rlgen_stats.stores.activation_store import complete_models, open_activations
 from rlgen_stats.stores.folder import StudyFolder
 from rlgen_stats.stores.locations import place, reaching
 from rlgen_stats.stores.results import open_results, result_groups

@@ -16,7 +16,7 @@ import zarr
 
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError
-from rlgen_stats.stores.activations import ARRAY, COMMITTED, root_attributes, stored_groups
+from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
 from rlgen_stats.stores.atomic import ROOT
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
 from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, digest, read_document

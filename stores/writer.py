@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import CHANNEL, POSITION, PROMPT, SEGMENT, SOURCE, TOKEN, TOKEN_ID
 from rlgen_stats.schemas.errors import InputError, StoreError
-from rlgen_stats.stores.activations import ARRAY, COMMITTED, activation_group
+from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, activation_group
 from rlgen_stats.stores.atomic import ROOT, explain_full_disk
 from rlgen_stats.stores.digests import read_document, seal
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels

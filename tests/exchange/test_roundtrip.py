@@ -22,7 +22,7 @@ from rlgen_stats.stores import (
     open_tokens,
     verify,
 )
-from rlgen_stats.stores.activations import stored_models
+from rlgen_stats.stores.activation_store import stored_models
 from rlgen_stats.toolkit.exchange import Cache, export_activations, import_activations, open_cache, read_labels
 from tests.exchange.conftest import FORMATS, WIDTH, N, bits_of, label_table, tensor_of, write_cache
 

@@ -30,7 +30,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores import tables as tables_module
 from rlgen_stats.stores import writer as writer_module
-from rlgen_stats.stores.activations import stored_models
+from rlgen_stats.stores.activation_store import stored_models
 from rlgen_stats.stores.labels import positions_in
 from tests.stores.conftest import feature_table, token_table
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import TOKEN
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import open_tokens, place, replacing, select_tokens
-from rlgen_stats.stores.activations import shard_arrays
+from rlgen_stats.stores.activation_store import shard_arrays
 from rlgen_stats.stores.atomic import sync
 from rlgen_stats.stores.labels import positions_in
 from rlgen_stats.stores.locations import is_remote

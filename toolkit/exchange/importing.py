@@ -12,7 +12,7 @@ import pandas as pd
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS, TOKEN
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores import ActivationWriter, Provenance, create_activations, open_tokens, place
-from rlgen_stats.stores.activations import ARRAY, activation_group
+from rlgen_stats.stores.activation_store import ARRAY, activation_group
 from rlgen_stats.stores.creation import TokenCoder
 from rlgen_stats.stores.locations import reaching
 from rlgen_stats.stores.shards import open_shards
@@ -21,7 +21,7 @@ from rlgen_stats.toolkit.exchange.label_table import COLUMNS, LABEL_ROWS, read_l
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Imported:
     """What an import did."""
 
@@ -117,9 +117,16 @@ def import_activations(
             writer.append(block)
             task.advance(len(block))
     return Imported(
-        model, site, opened.n_tokens, n_resumed, len(prompts), opened.width, opened.dtype, opened.format,
-        len(opened.files),
-    )  # fmt: skip
+        model=model,
+        site=site,
+        n_tokens=opened.n_tokens,
+        n_resumed=n_resumed,
+        n_prompts=len(prompts),
+        width=opened.width,
+        dtype=opened.dtype,
+        format=opened.format,
+        n_files=len(opened.files),
+    )
 
 
 def _check_rows(cache: Cache, n_labels: int) -> None:
