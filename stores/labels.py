@@ -35,8 +35,8 @@ from rlgen_stats.schemas.dims import (
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores.digests import read_document
-from rlgen_stats.stores.locations import store_of
-from rlgen_stats.stores.prompt_index import among, plain
+from rlgen_stats.stores.locations import zarr_store
+from rlgen_stats.stores.prompt_index import label_values, selected_labels
 from rlgen_stats.stores.tables import open_lazily
 
 TOKENS_GROUP: Final = "tokens"
@@ -62,7 +62,7 @@ class TokenLabels:
     @cached_property
     def spans(self) -> xr.Dataset:
         """``start``, ``prompt``, ``source``, ``segment`` [span], in memory."""
-        dataset = xr.open_zarr(store_of(self.path / SPANS_GROUP, strict=True), consolidated=False, chunks=None)
+        dataset = xr.open_zarr(zarr_store(self.path / SPANS_GROUP, strict=True), consolidated=False, chunks=None)
         return validate(dataset, SPANS_GROUP).load()
 
     @cached_property
@@ -73,7 +73,7 @@ class TokenLabels:
     @cached_property
     def codes(self) -> dict[str, Any]:
         """The arrays of the tokens group, on disk."""
-        group = zarr.open_group(store_of(self.path / TOKENS_GROUP, strict=True), mode="r")
+        group = zarr.open_group(zarr_store(self.path / TOKENS_GROUP, strict=True), mode="r")
         return {str(name): array for name, array in group.arrays()}
 
     def legend(self, name: str) -> NDArray[Any] | None:
@@ -87,7 +87,7 @@ class TokenLabels:
 
     def coordinate(self, name: str) -> xr.Variable:
         """Label ``name`` of every token, read and decoded when touched."""
-        coded = _Coded(self.codes[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name], self.legend(name))
+        coded = _DecodedLabels(self.codes[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name], self.legend(name))
         return xr.Variable((TOKEN,), indexing.LazilyIndexedArray(coded))
 
     def coordinates(self) -> xr.Coordinates:
@@ -111,7 +111,7 @@ class TokenLabels:
             legend = self.legend(name)
             assert legend is not None  # noqa: S101 - selectable labels are coded
             code = self.spans[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name].values
-            keep &= among(legend, wanted, name)[code]
+            keep &= selected_labels(legend, wanted, name)[code]
         start = self.spans["start"].values
         stop = np.append(start[1:], self.n_tokens)
         return merge_ranges(np.stack([start[keep], stop[keep]], axis=1).astype(np.int64))
@@ -154,7 +154,7 @@ def positions_in(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-class _Coded(BackendArray):
+class _DecodedLabels(BackendArray):
     """Codes on disk that read as what they stand for."""
 
     def __init__(self, codes: Any, legend: NDArray[Any] | None) -> None:
@@ -180,7 +180,7 @@ class TokenIndex(xr.Index):
 
     def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
         """Rows whose labels are among those wanted."""
-        where = {name: plain(value) for name, value in labels.items()}
+        where = {name: label_values(value) for name, value in labels.items()}
         ranges = self._labels.ranges(where)
         if isinstance(self._rows, slice):
             inside = np.clip(ranges, self._rows.start, self._rows.stop) - self._rows.start

@@ -15,7 +15,7 @@ from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import InputError
 
 
-def among(legend: NDArray[Any], wanted: object, name: str) -> NDArray[np.bool_]:
+def selected_labels(legend: NDArray[Any], wanted: object, name: str) -> NDArray[np.bool_]:
     """[code] whether the label is one of those wanted."""
     values = [wanted] if isinstance(wanted, str) else list(np.atleast_1d(np.asarray(wanted)).astype(np.str_))
     unknown = sorted(set(values) - set(legend.tolist()))
@@ -26,7 +26,7 @@ def among(legend: NDArray[Any], wanted: object, name: str) -> NDArray[np.bool_]:
     return np.isin(legend, np.array(values, dtype=legend.dtype if values else np.str_))
 
 
-def plain(value: object) -> Sequence[str] | str:
+def label_values(value: object) -> Sequence[str] | str:
     """A label or a list of labels, from whatever ``sel`` was given."""
     if isinstance(value, str):
         return value
@@ -49,7 +49,7 @@ class PromptIndex(xr.Index):
         """Prompts whose labels are among those wanted."""
         keep = np.ones(len(self._prompts), dtype=bool)
         for name, value in labels.items():
-            keep &= among(self._labels[name], plain(value), str(name))
+            keep &= selected_labels(self._labels[name], label_values(value), str(name))
         return IndexSelResult({PROMPT: np.flatnonzero(keep)})
 
     def isel(self, indexers: Mapping[Any, Any]) -> PromptIndex | None:

@@ -80,7 +80,7 @@ class PairedReader:
         self._arrays: list[ShardArray] = [arrays[model] for model in models]
         if dtype not in ("float32", "stored"):
             raise InputError(f"batches come as 'float32' or 'stored', got {dtype!r}.")
-        kinds = {array.kept for array in self._arrays}
+        kinds = {array.stored_type for array in self._arrays}
         if dtype == "stored" and len(kinds) > 1:
             raise StoreError(f"the views are kept as {sorted(kinds)}; read them as float32.")
         self._convert = dtype == "float32"
@@ -199,7 +199,7 @@ class PairedReader:
             array = self._arrays[view]
             rows = array.shard(shards[i])[self._rows[shards[i]]]
             target = out[starts[i] : starts[i + 1], columns[view] : columns[view + 1]]
-            target[:] = rows if array.dtype == out.dtype else to_float32(rows, array.kept)
+            target[:] = rows if array.dtype == out.dtype else to_float32(rows, array.stored_type)
 
         tasks = [(i, view) for i in range(len(shards)) for view in range(len(self._arrays))]
         if len(tasks) == 1:
@@ -211,7 +211,7 @@ class PairedReader:
 
     def _batch(self, rows: NDArray[Any]) -> Any:
         if self._convert:
-            rows = to_float32(rows, self._arrays[0].kept if rows.dtype == self._arrays[0].dtype else "float32")
+            rows = to_float32(rows, self._arrays[0].stored_type if rows.dtype == self._arrays[0].dtype else "float32")
         if len(set(self.widths)) == 1:
             return rows.reshape(len(rows), len(self.widths), self.widths[0])
         return tuple(np.split(rows, np.cumsum(self.widths)[:-1], axis=1))

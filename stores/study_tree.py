@@ -9,7 +9,7 @@ import xarray as xr
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.stores.activation_store import complete_models, open_activations
 from rlgen_stats.stores.folder import StudyFolder
-from rlgen_stats.stores.locations import place, reaching
+from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.results import open_results, result_groups
 from rlgen_stats.stores.tables import committed_models, open_features, open_outcomes
 
@@ -28,7 +28,7 @@ def open_study(path: Path | str) -> xr.DataTree:
     >>> study["results/drift"].to_dataset().q_value.sel(model="rl@80")  # doctest: +SKIP
     """
     folder = StudyFolder(place(path))
-    with reaching(folder.root):
+    with explain_access_errors(folder.root):
         there = folder.spec.exists()
     if not there:
         raise StoreError(

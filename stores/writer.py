@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import CHANNEL, POSITION, PROMPT, SEGMENT, SOURCE, TOKEN, TOKEN_ID
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, activation_group
-from rlgen_stats.stores.atomic import ROOT, explain_full_disk
-from rlgen_stats.stores.digests import read_document, seal
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk
+from rlgen_stats.stores.digests import read_document, write_digest
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
-from rlgen_stats.stores.locations import place, reaching
+from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.shards import (
     BFLOAT16,
@@ -37,7 +37,7 @@ from rlgen_stats.stores.tables import check_is_store, check_store_version
 
 QUEUE: Final = 2
 """Shards on their way to the disk at once, so that one is copied while another is synced; one more is being filled."""
-SEAL_SECONDS: Final = 60.0
+METADATA_LOCK_SECONDS: Final = 60.0
 """How long to wait for another writer's metadata; it takes milliseconds, on an object store a second."""
 
 
@@ -110,7 +110,7 @@ class ActivationWriter:
         self._shard = min(int(attrs["shard_tokens"]), self._n_tokens)
         self._shards = _checked_range(shards, -(-self._n_tokens // self._shard))
         self._stop = min(self._shards.stop * self._shard, self._n_tokens)
-        self._labels = _LabelCheck(TokenLabels(self._path))
+        self._labels = _LabelComparison(TokenLabels(self._path))
 
     def __enter__(self) -> ActivationWriter:
         with ExitStack() as stack:
@@ -138,7 +138,7 @@ class ActivationWriter:
         n_shards = -(-self._n_tokens // self._shard)
         shape, chunk = (self._n_tokens, self._width), (self._shard, self._width)
         wanted = array_document(shape, chunk, self._dtype, (TOKEN, CHANNEL), {})
-        if (self._group / ROOT).exists():
+        if (self._group / ZARR_JSON).exists():
             there = read_document(self._group / ARRAY)
             if there != json.loads(wanted):
                 bits = there["attributes"].get("bits_of", there["data_type"])
@@ -148,19 +148,22 @@ class ActivationWriter:
                 )
             return
         record = array_document((n_shards, 2), (1, 2), "int64", ("shard", "record"), {})
-        with self._sealing():
+        with self._metadata_lock():
             for name, text in ((ARRAY, wanted), (COMMITTED, record)):
                 (self._group / name).mkdir(parents=True, exist_ok=True)
-                (self._group / name / ROOT).write_text(text, encoding="utf-8")
-            seal(self._group.parent)
-            seal(self._group, {"model": self._model, "site": self._site, "complete": False})
+                (self._group / name / ZARR_JSON).write_text(text, encoding="utf-8")
+            write_digest(self._group.parent)
+            write_digest(self._group, {"model": self._model, "site": self._site, "complete": False})
 
     @contextmanager
-    def _sealing(self) -> Iterator[None]:
+    def _metadata_lock(self) -> Iterator[None]:
         """Writers of other shards wait their turn to touch metadata; what a dead one left half-written goes."""
-        with exclusive(self._path.with_name(f"{self._path.name}.seal"), patience=SEAL_SECONDS), reaching(self._path):
+        with (
+            exclusive(self._path.with_name(f"{self._path.name}.seal"), patience=METADATA_LOCK_SECONDS),
+            explain_access_errors(self._path),
+        ):
             for folder in (self._group.parent, self._group):
-                for partial in folder.glob(f".{ROOT}.*.partial") if folder.exists() else ():
+                for partial in folder.glob(f".{ZARR_JSON}.*.partial") if folder.exists() else ():
                     partial.unlink()
             with explain_full_disk(self._path):
                 yield
@@ -259,9 +262,9 @@ class ActivationWriter:
         n_shards = -(-self._n_tokens // self._shard)
         if not self._done.issuperset(self._shards) or len(written_chunks(self._group / COMMITTED)) < n_shards:
             return
-        with self._sealing():
+        with self._metadata_lock():
             if not read_document(self._group)["attributes"].get("complete"):
-                seal(self._group, {"complete": True})
+                write_digest(self._group, {"complete": True})
 
 
 def _checked_range(shards: range | None, n_shards: int) -> range:
@@ -272,7 +275,7 @@ def _checked_range(shards: range | None, n_shards: int) -> range:
     return shards
 
 
-class _LabelCheck:
+class _LabelComparison:
     """Compares given labels with the store's."""
 
     def __init__(self, labels: TokenLabels) -> None:

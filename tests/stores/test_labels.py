@@ -75,8 +75,8 @@ def test_selecting_grouping_and_masking_by_labels_stays_lazy(filled: Path) -> No
 
 def test_labels_are_read_when_touched_and_not_before(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[object] = []
-    real = labels_module._Coded._read
-    monkeypatch.setattr(labels_module._Coded, "_read", lambda self, key: reads.append(key) or real(self, key))
+    real = labels_module._DecodedLabels._read
+    monkeypatch.setattr(labels_module._DecodedLabels, "_read", lambda self, key: reads.append(key) or real(self, key))
     tokens = open_tokens(filled)
     acts = open_activations(filled).sel(task="sciq", segment="completion").isel(token=slice(0, 700))
     repr(tokens)

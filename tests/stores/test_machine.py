@@ -208,7 +208,7 @@ class TableMachine(RuleBasedStateMachine):
         model = f"rl@{step}"
         if model in self.held:
             return
-        where = "_grow" if self.held else "seal"
+        where = "_grow" if self.held else "write_digest"
         real, whole = getattr(tables_module, where), tables_module.arrays_of
 
         def dying(*args: object) -> None:

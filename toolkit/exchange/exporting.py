@@ -173,13 +173,13 @@ def _write_array(
         handles = [(stack.enter_context(file.open("wb")), name) for file, name in files]
         for handle, name in handles:
             if name == "npy":
-                _npy_header(handle, _npy_dtype(array.kept), shape)
+                _npy_header(handle, _npy_dtype(array.stored_type), shape)
             else:
-                _safetensors_header(handle, array.kept, shape, metadata)
+                _safetensors_header(handle, array.stored_type, shape, metadata)
         for shard, rows in _pieces(ranges, array.shape[0], array.rows):
             kept = array.shard(shard)[rows]
             for handle, name in handles:
-                values = to_float32(kept, BFLOAT16) if name == "npy" and array.kept == BFLOAT16 else kept
+                values = to_float32(kept, BFLOAT16) if name == "npy" and array.stored_type == BFLOAT16 else kept
                 little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
                 handle.write(little.reshape(-1).view(np.uint8).data)
             yield len(kept)

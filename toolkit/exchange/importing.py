@@ -14,7 +14,7 @@ from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores import ActivationWriter, Provenance, create_activations, open_tokens, place
 from rlgen_stats.stores.activation_store import ARRAY, activation_group
 from rlgen_stats.stores.creation import TokenCoder
-from rlgen_stats.stores.locations import reaching
+from rlgen_stats.stores.locations import explain_access_errors
 from rlgen_stats.stores.shards import open_shards
 from rlgen_stats.toolkit.exchange.caches import BLOCK_ROWS, Cache, open_cache
 from rlgen_stats.toolkit.exchange.label_table import COLUMNS, LABEL_ROWS, read_labels
@@ -99,7 +99,7 @@ def import_activations(
     tokens, prompts = read_labels(labels, ignore=ignore)
     _check_rows(opened, len(tokens))
     store = place(into)
-    with reaching(store):
+    with explain_access_errors(store):
         there = store.exists()
     if there:
         _check_store(store, tokens, prompts, study_id)
