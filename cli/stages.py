@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -17,11 +17,15 @@ from rlgen_stats.cli.console import (
     study_argument,
 )
 
+if TYPE_CHECKING:
+    from rlgen_stats.stores import StudyFolder
+    from rlgen_stats.toolkit.study import Study
+
 _HELP: Final = {
     "posttrain": "Train the study's runs with TRL from the base, keeping evenly spaced checkpoints.",
     "extract": "Sample and grade completions of every model, then store activations of the same tokens in all of them.",
     "crosscoder": "Train every crosscoder of the study from the activation store and measure its health.",
-    "encode": "Encode every checkpoint through the declared readout and summarise features per prompt.",
+    "encode": "Encode every checkpoint with the declared readout and summarise features per prompt.",
     "align": "Attribute features to models: NRN and MAS with the base-base null floor.",
     "drift": "Test which features' activation differs from base, per checkpoint: sign-flip p, max-T, BH, intervals.",
     "stabilize": "Find when features (equivalence chain) and top sets (with noise ceiling) stop changing.",
@@ -86,28 +90,25 @@ def run_and_print(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Run stages, then print where the study stands (and the verdicts once there is a report)."""
+    """Run stages, then print their states as JSON, or the verdicts if there is a report."""
     from rlgen_stats.toolkit.study import run_study
 
     with connect(scheduler), progress_for(quiet=quiet) as progress:
-        done = run_study(study, stages=stages, force=force, progress=progress)
-    report = done.folder.report / "index.html"
+        opened = run_study(study, stages=stages, force=force, progress=progress)
+    report = opened.folder.report / "index.html"
     if as_json:
-        print_json({"stages": _states(done), "report": str(report) if report.exists() else None})
+        print_json({"stages": _states(opened), "report": str(report) if report.exists() else None})
     elif (stages is None or "report" in stages) and report.exists():
-        print_verdicts(str(done.folder.root))
+        print_verdicts(opened.folder)
 
 
-def print_verdicts(study: str) -> None:
-    """The five claims and where the report is."""
-    from pathlib import Path
-
+def print_verdicts(folder: StudyFolder) -> None:
+    """Print the five claims with their verdicts, and the path of the report."""
     from rich.console import Console
     from rich.table import Table
 
-    from rlgen_stats.stores import StudyFolder, read_json
+    from rlgen_stats.stores import read_json
 
-    folder = StudyFolder(Path(study))
     claims = read_json(folder.report / "report.json")["claims"]
     table = Table(title="Verdicts", title_justify="left", show_lines=False)
     for column in ("", "claim", "verdict", "answer"):
@@ -123,7 +124,7 @@ def print_verdicts(study: str) -> None:
 @json_option
 @handle_errors
 def status(study: str, as_json: bool) -> None:
-    """Show which stages are done, stale, interrupted or waiting, and what each took.
+    """Show which stages are done, stale, interrupted or waiting, and how long each took.
 
     \b
     Example:  rlgen-stats status runs/demo
@@ -140,7 +141,7 @@ def status(study: str, as_json: bool) -> None:
         click.echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
 
 
-def _states(study: Any) -> list[dict[str, Any]]:
+def _states(study: Study) -> list[dict[str, Any]]:
     return [
         {"name": stage.name, "state": stage.state, "key": stage.key, "seconds": stage.seconds}
         for stage in study.status()

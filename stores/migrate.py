@@ -1,4 +1,4 @@
-"""Raising a store's layout version in place, one version at a time."""
+"""Migration: a store's layout version is raised in place, one version at a time."""
 
 from __future__ import annotations
 
@@ -68,17 +68,17 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
 
 
 def _version(store: Path) -> int:
-    """The lowest version below ``store``: results groups carry their own."""
-    found = [read_document(store).get("attributes", {}).get("schema_version")]
-    found += [
+    """The lowest layout version in ``store``: groups of a results store carry their own."""
+    versions = [read_document(store).get("attributes", {}).get("schema_version")]
+    versions += [
         read_document(child).get("attributes", {}).get("schema_version")
         for child in store.iterdir()
         if (child / ZARR_JSON).exists()
     ]
-    versions = [int(version) for version in found if version is not None]
-    if not versions:
+    known = [int(version) for version in versions if version is not None]
+    if not known:
         raise StoreError(f"{store} is not a store of this toolkit: attribute 'schema_version' is missing.")
-    return min(versions)
+    return min(known)
 
 
 def _from_1(store: Path) -> None:
@@ -98,7 +98,7 @@ def _from_1(store: Path) -> None:
         if array.parent.name not in (ARRAY, COMMITTED) and read_document(array.parent)["node_type"] == "array":
             _fill_missing(array.parent)
     write_digests(store)
-    write_digest(store, attributes)
+    write_digest(store, attributes)  # the version comes last, so that an interrupted migration is run again
 
 
 def _spans_from_1(store: Path) -> dict[str, Any]:
@@ -165,4 +165,4 @@ def _fill_missing(path: Path) -> None:
 
 
 _STEPS: Final[dict[int, Callable[[Path], None]]] = {1: _from_1}
-"""Version -> what raises a store from it to the next."""
+"""Version -> function that raises a store from it to the next."""

@@ -1,4 +1,4 @@
-"""A whole study as one lazy tree."""
+"""A whole study as one lazy ``xarray.DataTree``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def open_study(path: Path | str) -> xr.DataTree:
     """
     folder = StudyFolder(place(path))
     with explain_access_errors(folder.root):
-        there = folder.spec.exists()
-    if not there:
+        is_study = folder.spec.exists()
+    if not is_study:
         raise StoreError(
             f"{path} is not a study folder: expected a study.yaml in it; start one with 'rlgen-stats init'."
         )

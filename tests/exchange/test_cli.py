@@ -77,7 +77,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world: Path) -> None:
         (arguments(world, "--dtype", "float32"), "rl@200/block12 holds shape (1200, 6) float16, expected"),
         (arguments(world, "--model", "rl"), "a model id looks like 'rl@200'"),
         (["export", world / "nowhere", "--to", world / "out"], "is not a Zarr v3 store (no such folder)"),
-        (["export", store, "--to", world], "is there already and is not empty"),
+        (["export", store, "--to", world], "exists and is not empty"),
         (["export", store, "--to", world / "out", "--where", "segment"], "--where takes label=value or label=value,va"),
         (["export", store, "--to", world / "out", "--where", "segment=x"], "'x'"),
         (

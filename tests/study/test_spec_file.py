@@ -116,5 +116,5 @@ def test_template_is_a_valid_study(tmp_path: Path) -> None:
     assert read_spec(tmp_path).name == "mine"
     assert len(read_spec(tmp_path).crosscoders) == 5
     assert yaml.safe_load(file.read_text())["generation"]["n_samples"] == 4
-    with pytest.raises(SpecError, match="already there"):
+    with pytest.raises(SpecError, match="exists already"):
         write_template(tmp_path, "mine")
