@@ -203,8 +203,10 @@ def test_aligning_different_prompts_works_as_without_the_index(features: Path) -
         with xr.set_options(arithmetic_join=how):
             ours = (few["mean"] - other["mean"]).compute()
             theirs = (plain.isel(prompt=[2, 0])["mean"] - plain.isel(prompt=[0, 1, 2])["mean"]).compute()
-        xr.testing.assert_equal(ours.drop_vars(["task", "domain", "split", "cluster"]),
-                                theirs.drop_vars(["task", "domain", "split", "cluster"], errors="ignore"))  # fmt: skip
+        xr.testing.assert_equal(
+            ours.drop_vars(["task", "domain", "split", "cluster"]),
+            theirs.drop_vars(["task", "domain", "split", "cluster"], errors="ignore"),
+        )
         expected = dict(zip(dataset.prompt.values, dataset.task.values, strict=True))
         assert ours.task.values.tolist() == [expected[p] for p in ours.prompt.values]
     mixed = few["mean"] - plain["mean"]

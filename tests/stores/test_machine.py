@@ -41,9 +41,12 @@ SITES = ("block1", "block2")
 EXAMPLES = int(os.environ.get("RLGEN_STATS_EXAMPLES", "6"))
 """Histories tried by one test; ``make faults`` asks for more."""
 SETTINGS = settings(
-    max_examples=EXAMPLES, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=EXAMPLES,
+    stateful_step_count=14,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
     phases=[Phase.generate] if EXAMPLES < 10 else list(Phase),
-)  # fmt: skip
+)
 
 
 class Crash(Exception):
