@@ -219,8 +219,8 @@ class TokenCoder:
     def _check_positions(self, block: dict[str, NDArray[Any]]) -> None:
         """Refuse positions that do not ascend within a text.
 
-        Consecutive tokens of one prompt and source may be several texts (samples): positions may drop back to the first
-        position of the run, where the next text begins.
+        Consecutive tokens of one prompt and source may be several texts (samples): where the next text begins,
+        positions drop back to the first position of the run, or below it.
         """
         position = block[POSITION]
         if (position < 0).any():
