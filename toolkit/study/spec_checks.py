@@ -1,4 +1,4 @@
-"""What a stage must refuse, seen from the spec alone: told before the first stage runs, not hours later."""
+"""Settings that a stage must refuse, found in the spec before the first stage runs instead of hours later."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlgen_stats.toolkit.study.stage_graph import Stage
 
 
 def check_stages(spec: StudySpec, stages: Iterable[Stage]) -> None:
-    """Refuse a spec with which one of these stages must fail.
+    """Refuse a spec for which one of these stages must fail.
 
-    These are no checks of the spec itself, because a study may stop before such a stage: one checkpoint a run is enough
-    for drift.
+    The spec alone does not refuse these settings, because a study may stop before such a stage: one checkpoint per run
+    is enough for drift.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def check_stages(spec: StudySpec, stages: Iterable[Stage]) -> None:
                 raise SpecError(f"the {stage.name} stage {problem}")
 
 
-def _one_scale(spec: StudySpec) -> str:
+def _check_scale(spec: StudySpec) -> str:
     primary = spec.primary_crosscoder
     if primary.readout != "joint":
         return ""
@@ -38,19 +38,19 @@ def _one_scale(spec: StudySpec) -> str:
     )
 
 
-def _two_checkpoints(spec: StudySpec) -> str:
+def _check_checkpoints(spec: StudySpec) -> str:
     for run in spec.runs:
-        here = run.method != "checkpoints"
-        n_checkpoints = run.n_checkpoints if here else len(run.checkpoints)
+        trained_here = run.method != "checkpoints"
+        n_checkpoints = run.n_checkpoints if trained_here else len(run.checkpoints)
         if n_checkpoints < 2:
             return (
                 f"follows runs over their checkpoints and expects at least two, got {n_checkpoints} of run "
-                f"{run.name!r}; {'raise its n_checkpoints' if here else 'list more of its checkpoints'}."
+                f"{run.name!r}; {'raise its n_checkpoints' if trained_here else 'list more of its checkpoints'}."
             )
     return ""
 
 
-def _pair(spec: StudySpec) -> str:
+def _check_pair(spec: StudySpec) -> str:
     if any(len(crosscoder.views) == 2 for crosscoder in spec.crosscoders):
         return ""
     return (
@@ -61,8 +61,8 @@ def _pair(spec: StudySpec) -> str:
 
 
 _CHECKS: Final[dict[str, tuple[Callable[[StudySpec], str], ...]]] = {
-    "align": (_pair,),
-    "stabilize": (_one_scale, _two_checkpoints),
-    "select": (_one_scale,),
+    "align": (_check_pair,),
+    "stabilize": (_check_scale, _check_checkpoints),
+    "select": (_check_scale,),
 }
 """Stage -> checks; each returns the end of a sentence, or nothing where the stage can run."""
