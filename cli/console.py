@@ -28,7 +28,7 @@ R = TypeVar("R")
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
 PLAIN_LINE_SECONDS: Final = 10.0
-"""Seconds between progress lines where there is no terminal to redraw."""
+"""Seconds between progress lines where no terminal can redraw a bar."""
 
 study_argument = click.argument("study", type=click.Path(file_okay=False))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -71,12 +71,17 @@ def fail(message: object) -> NoReturn:
 
 
 def print_json(value: Any) -> None:
-    """JSON to standard output, with NaN as null so that every parser takes it."""
-    click.echo(json.dumps(_plain(value), indent=1, default=str))
+    """JSON to standard output, with NaN and infinity as null so that every parser takes it."""
+    from pydantic_core import to_jsonable_python
+
+    def from_numpy(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    click.echo(json.dumps(to_jsonable_python(value, inf_nan_mode="null", fallback=from_numpy), indent=1))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns of text under a header, indented; numbers stand right."""
+    """Indented columns of text under a header; columns of numbers are aligned right."""
     from rich.console import Console
     from rich.table import Table
 
@@ -90,18 +95,6 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     with console.capture() as captured:
         console.print(table, markup=False)
     click.echo("".join(f"  {line.rstrip()}\n" for line in captured.get().splitlines()), nl=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "item") and not getattr(value, "shape", ()):
-        value = value.item()
-    if isinstance(value, float) and value != value:
-        return None
-    return value
 
 
 def connect(scheduler: str | None) -> AbstractContextManager[Any]:
@@ -139,24 +132,24 @@ class _LineTask:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self._description, self._total, self._unit = description, total, unit
         self._done, self._skipped, self._began, self._facts = 0.0, 0.0, time.monotonic(), ""
-        self._said = self._began
+        self._printed = self._began
 
     def advance(self, amount: float = 1.0, **facts: object) -> None:
-        """Count, and say a line when the last one is old."""
+        """Count, and print a line when the last one is old."""
         self._done += amount
         self._facts = " ".join(f"{name}={_short(value)}" for name, value in facts.items())
-        if time.monotonic() - self._said >= PLAIN_LINE_SECONDS:
-            self.say()
+        if time.monotonic() - self._printed >= PLAIN_LINE_SECONDS:
+            self.print_line()
 
     def skip(self, amount: float, **facts: object) -> None:
-        """Count what was done before, which says nothing of the speed."""
+        """Count units that an earlier run did; they do not enter the speed."""
         self._skipped += amount
         self.advance(amount, **facts)
 
-    def say(self, *, end: bool = False) -> None:
-        """One line: how far, how fast, how long still."""
-        self._said = time.monotonic()
-        seconds = max(self._said - self._began, 1e-9)
+    def print_line(self, *, end: bool = False) -> None:
+        """One line: units done, speed, time left or taken."""
+        self._printed = time.monotonic()
+        seconds = max(self._printed - self._began, 1e-9)
         rate = (self._done - self._skipped) / seconds
         speed = f", {_short(rate)}/s" if rate else ""
         of = f"/{self._total:.0f}" if self._total else ""
@@ -171,10 +164,10 @@ class _LineTask:
 class _Lines:
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
-        """A task that prints a line now and then, and one at its end."""
+        """A task that prints a line every ``PLAIN_LINE_SECONDS`` and one at its end."""
         task = _LineTask(description, total, unit)
         yield task
-        task.say(end=True)
+        task.print_line(end=True)
 
     def log(self, message: str) -> None:
         """One line."""
@@ -222,7 +215,7 @@ def _bars() -> Iterator[Progress]:
         TextColumn("  {task.description}"),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[unit]}", table_column=Column(overflow="ellipsis")),  # the first to give way
+        TextColumn("{task.fields[unit]}", table_column=Column(overflow="ellipsis")),  # cut first on a narrow screen
         Rate(table_column=Column(no_wrap=True)),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("eta"),
@@ -267,7 +260,7 @@ class _BarTask:
         self._bars.update(self._handle, advance=amount, facts=text)
 
     def skip(self, amount: float, **facts: object) -> None:
-        """Move the bar by what was done before, which says nothing of the speed."""
+        """Move the bar by units that an earlier run did; they do not enter the speed."""
         self._skipped += amount
         self._bars.update(self._handle, skipped=self._skipped)
         self.advance(amount, **facts)

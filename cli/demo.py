@@ -10,7 +10,9 @@ from rlgen_stats.cli.console import handle_errors, json_option, progress_for, qu
 
 
 @click.command()
-@click.option("--folder", default="runs/demo", show_default=True, help="Study folder; an interrupted one is continued.")
+@click.option(
+    "--folder", default="runs/demo", show_default=True, help="Study folder; an interrupted study is continued."
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of the world and everything in it.")
 @click.option("--seeds", "n_seeds", default=1, show_default=True, type=click.IntRange(1), help="Training runs per arm.")
 @click.option(
@@ -18,7 +20,7 @@ from rlgen_stats.cli.console import handle_errors, json_option, progress_for, qu
     type=click.Choice(["demo", "mini"]),
     default="demo",
     show_default=True,
-    help="'mini' runs every stage in seconds and shows nothing; for smoke tests.",
+    help="'mini' runs every stage in seconds; its numbers mean nothing (for smoke tests).",
 )
 @scheduler_option
 @quiet_option
@@ -47,7 +49,7 @@ def demo(
     # Threads that wait by spinning make so small a model several times slower on a machine that does anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from rlgen_stats.cli.study import finish
+    from rlgen_stats.cli.stages import run_and_print
     from rlgen_stats.stores import StudyFolder
     from rlgen_stats.toolkit.demo import prepare_demo
     from rlgen_stats.toolkit.study import write_spec
@@ -56,7 +58,7 @@ def demo(
     with progress_for(quiet=quiet) as progress:
         spec = prepare_demo(study, seed=seed, n_seeds=n_seeds, size=size, progress=progress)
         write_spec(study, spec)
-    finish(folder, None, (), scheduler, quiet, as_json)
+    run_and_print(folder, None, (), scheduler, quiet, as_json)
 
 
 COMMANDS = {"demo": demo}

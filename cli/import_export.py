@@ -10,9 +10,9 @@ from rlgen_stats.cli.console import fail, handle_errors, json_option, print_json
 @click.command("import")
 @click.argument("cache", type=click.Path())
 @click.option("--labels", metavar="FILE", required=True, help="Label table, one row a token: .parquet, .csv, .csv.gz.")
-@click.option("--into", metavar="STORE", required=True, help="Activation store; made if it is not there.")
+@click.option("--into", metavar="STORE", required=True, help="Activation store; created if it does not exist.")
 @click.option("--model", metavar="RUN@STEP", required=True, help="Model the cache comes from, e.g. rl@200.")
-@click.option("--site", required=True, help="Place in the model, e.g. block12.")
+@click.option("--site", required=True, help="Site in the model, e.g. block12.")
 @click.option("--tensor", metavar="KEY", help="Name of the tensor, where a file holds several.")
 @click.option("--dtype", help="Stored type: float32, float16 or bfloat16; default: the cache's.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinite values.")
@@ -47,13 +47,21 @@ def import_cache(
 
     with progress_for(quiet=quiet) as progress:
         done = import_activations(
-            cache, labels, into, model=model, site=site, tensor=tensor, dtype=dtype, ignore=ignore,
-            allow_nonfinite=allow_nonfinite, progress=progress,
-        )  # fmt: skip
+            cache,
+            labels,
+            into,
+            model=model,
+            site=site,
+            tensor=tensor,
+            dtype=dtype,
+            ignore=ignore,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
     if as_json:
         print_json(asdict(done) | {"store": into})
         return
-    before = f" ({done.n_resumed} of them were there before)" if done.n_resumed else ""
+    before = f" ({done.n_resumed} of them were stored before)" if done.n_resumed else ""
     click.echo(
         f"{into}: {done.model} at {done.site} has {done.n_tokens} tokens of {done.n_prompts} prompts, width "
         f"{done.width}, {done.dtype}, from {done.n_files} {done.format} file(s){before}."
@@ -64,11 +72,14 @@ def import_cache(
 @click.argument("store", type=click.Path())
 @click.option("--to", "out", metavar="FOLDER", required=True, help="New folder to write.")
 @click.option("--model", "models", metavar="RUN@STEP", multiple=True, help="Model to export; repeatable; default all.")
-@click.option("--site", help="Place in the model; default: the only one.")
+@click.option("--site", help="Site in the model; default: the only one.")
 @click.option(
-    "--where", "conditions", metavar="LABEL=VALUE", multiple=True,
+    "--where",
+    "conditions",
+    metavar="LABEL=VALUE",
+    multiple=True,
     help="Only these tokens, e.g. segment=completion or task=math,sciq (any of them); repeatable (all must hold).",
-)  # fmt: skip
+)
 @click.option("--format", "formats", metavar="FORMAT", multiple=True, help="safetensors (default) or npy; repeatable.")
 @json_option
 @quiet_option
@@ -96,9 +107,14 @@ def export_store(
 
     with progress_for(quiet=quiet) as progress:
         done = export_activations(
-            store, out, models=models or None, site=site, where=_where(conditions), formats=formats or ("safetensors",),
+            store,
+            out,
+            models=models or None,
+            site=site,
+            where=_where(conditions),
+            formats=formats or ("safetensors",),
             progress=progress,
-        )  # fmt: skip
+        )
     if as_json:
         print_json(asdict(done))
         return
@@ -160,15 +176,15 @@ def export_crosscoder_command(crosscoder: str, out: str) -> None:
 
 def _where(conditions: tuple[str, ...]) -> dict[str, object]:
     """``label=a,b`` as the values a label may have."""
-    wanted: dict[str, object] = {}
+    values_of: dict[str, object] = {}
     for condition in conditions:
         label, equals, values = condition.partition("=")
         if not equals or not label or not values:
             fail(f"--where takes label=value or label=value,value, got {condition!r}; e.g. segment=completion.")
-        if label in wanted:
+        if label in values_of:
             fail(f"--where names {label!r} twice, expected each label once; write {label}=value,value for any of them.")
-        wanted[label] = values.split(",")
-    return wanted
+        values_of[label] = values.split(",")
+    return values_of
 
 
 COMMANDS = {

@@ -75,11 +75,11 @@ def intervene(
                rlgen-stats intervene my-study --dry-run
                rlgen-stats intervene my-study --features 12,407 --direction disable --dose 0.5 --dose 0.25
     """  # noqa: D301 - click needs the backspace itself
-    from rlgen_stats.cli.study import finish
+    from rlgen_stats.cli.stages import run_and_print
 
     own = set_name is None and not features and direction is None and not doses and level is None and not by_feature
     if own and not dry_run:
-        finish(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
+        run_and_print(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
         return
     from rlgen_stats.toolkit.study.trials import DIRECTIONS, run_trial
 

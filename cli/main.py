@@ -10,9 +10,9 @@ import click
 
 _COMMANDS: Final = {
     "demo": ("rlgen_stats.cli.demo", "Run the embedded study, from pretraining a tiny base to the report."),
-    "init": ("rlgen_stats.cli.study", "Start a study folder with a commented study.yaml."),
-    "run": ("rlgen_stats.cli.study", "Bring a study up to date: every stage that is missing or stale."),
-    "status": ("rlgen_stats.cli.study", "Show which stages are done, stale, interrupted or waiting."),
+    "init": ("rlgen_stats.cli.stages", "Start a study folder with a commented study.yaml."),
+    "run": ("rlgen_stats.cli.stages", "Bring a study up to date: every stage that is missing or stale."),
+    "status": ("rlgen_stats.cli.stages", "Show which stages are done, stale, interrupted or waiting."),
     "posttrain": ("rlgen_stats.cli.stages", "Train the runs with TRL (SFT, GRPO), keeping checkpoints."),
     "extract": ("rlgen_stats.cli.stages", "Sample and grade completions; store labelled activations."),
     "crosscoder": ("rlgen_stats.cli.stages", "Train the crosscoders and measure their health."),
@@ -24,7 +24,10 @@ _COMMANDS: Final = {
     "select": ("rlgen_stats.cli.stages", "Choose generalisation features; confirm on other prompts."),
     "intervene": ("rlgen_stats.cli.intervene", "Disable and amplify the chosen features in the live models."),
     "report": ("rlgen_stats.cli.stages", "Write the report and print the five verdicts."),
-    "features": ("rlgen_stats.cli.features", "Read features: whose they are, where they fire, what they speak for."),
+    "features": (
+        "rlgen_stats.cli.features",
+        "Read features: the model they are specific to, where they fire, tokens they promote.",
+    ),
     "simulate": ("rlgen_stats.cli.planning", "Write stores with known effects, to check analyses against the truth."),
     "power": ("rlgen_stats.cli.planning", "Say how many prompts and runs an effect needs, or what a number can show."),
     "inspect": ("rlgen_stats.cli.stores", "Say what a store or a study contains."),

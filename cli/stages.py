@@ -1,18 +1,31 @@
-"""One command a stage; each runs what it needs first."""
+"""init, run, status, and one command a stage, which runs what the stage needs first."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from rlgen_stats.cli.console import handle_errors, json_option, quiet_option, scheduler_option, study_argument
+from rlgen_stats.cli.console import (
+    connect,
+    handle_errors,
+    json_option,
+    print_json,
+    progress_for,
+    quiet_option,
+    scheduler_option,
+    study_argument,
+)
+
+if TYPE_CHECKING:
+    from rlgen_stats.stores import StudyFolder
+    from rlgen_stats.toolkit.study import Study
 
 _HELP: Final = {
     "posttrain": "Train the study's runs with TRL from the base, keeping evenly spaced checkpoints.",
     "extract": "Sample and grade completions of every model, then store activations of the same tokens in all of them.",
     "crosscoder": "Train every crosscoder of the study from the activation store and measure its health.",
-    "encode": "Encode every checkpoint through the declared readout and summarise features per prompt.",
+    "encode": "Encode every checkpoint with the declared readout and summarise features per prompt.",
     "align": "Attribute features to models: NRN and MAS with the base-base null floor.",
     "drift": "Test which features' activation differs from base, per checkpoint: sign-flip p, max-T, BH, intervals.",
     "stabilize": "Find when features (equivalence chain) and top sets (with noise ceiling) stop changing.",
@@ -22,7 +35,120 @@ _HELP: Final = {
 }
 
 
-def _command(name: str) -> click.Command:
+@click.command()
+@study_argument
+@click.option("--name", help="Name of the study; default: the folder's name.")
+@handle_errors
+def init(study: str, name: str | None) -> None:
+    """Start a study folder with a commented study.yaml and an example prompt table.
+
+    \b
+    Example:  rlgen-stats init my-study
+    """  # noqa: D301 - click needs the backspace itself
+    from pathlib import Path
+
+    from rlgen_stats.toolkit.study.template import write_template
+
+    file = write_template(Path(study), name or Path(study).resolve().name)
+    click.echo(f"Wrote {file}. Fill in the paths of your base, runs and prompts, then: rlgen-stats run {study}")
+
+
+@click.command()
+@study_argument
+@click.option("--stage", "stages", multiple=True, help="Only this stage and what it needs; may be repeated.")
+@click.option(
+    "--force",
+    "force",
+    multiple=True,
+    metavar="STAGE",
+    help="Run this stage again although up to date, even on unhealthy crosscoders.",
+)
+@scheduler_option
+@quiet_option
+@json_option
+@handle_errors
+def run(
+    study: str, stages: tuple[str, ...], force: tuple[str, ...], scheduler: str | None, quiet: bool, as_json: bool
+) -> None:
+    """Bring a study up to date: run every stage that is missing, interrupted or stale.
+
+    Stop it at any time; the next run continues from what was committed.
+
+    \b
+    Examples:  rlgen-stats run my-study
+               rlgen-stats run my-study --stage drift
+               rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
+    """  # noqa: D301 - click needs the backspace itself
+    run_and_print(study, stages or None, force, scheduler, quiet, as_json)
+
+
+def run_and_print(
+    study: str,
+    stages: tuple[str, ...] | None,
+    force: tuple[str, ...],
+    scheduler: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run stages, then print their states as JSON, or the verdicts if there is a report."""
+    from rlgen_stats.toolkit.study import run_study
+
+    with connect(scheduler), progress_for(quiet=quiet) as progress:
+        opened = run_study(study, stages=stages, force=force, progress=progress)
+    report = opened.folder.report / "index.html"
+    if as_json:
+        print_json({"stages": _states(opened), "report": str(report) if report.exists() else None})
+    elif (stages is None or "report" in stages) and report.exists():
+        print_verdicts(opened.folder)
+
+
+def print_verdicts(folder: StudyFolder) -> None:
+    """Print the five claims with their verdicts, and the path of the report."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlgen_stats.stores import read_json
+
+    claims = read_json(folder.report / "report.json")["claims"]
+    table = Table(title="Verdicts", title_justify="left", show_lines=False)
+    for column in ("", "claim", "verdict", "answer"):
+        table.add_column(column, overflow="fold")
+    for claim in claims:
+        table.add_row(claim["id"], claim["statement"], claim["verdict"], claim["answer"])
+    Console().print(table)
+    click.echo(f"Report: {folder.report / 'index.html'}")
+
+
+@click.command()
+@study_argument
+@json_option
+@handle_errors
+def status(study: str, as_json: bool) -> None:
+    """Show which stages are done, stale, interrupted or waiting, and how long each took.
+
+    \b
+    Example:  rlgen-stats status runs/demo
+    """  # noqa: D301 - click needs the backspace itself
+    from rlgen_stats.toolkit.study import open_for_run
+
+    opened = open_for_run(study)
+    if as_json:
+        print_json({"study": opened.spec.name, "study_id": opened.study_id, "stages": _states(opened)})
+        return
+    click.echo(f"{opened.spec.name}  ({opened.folder.root}, study {opened.study_id[:12]})")
+    for stage in opened.status():
+        seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""
+        click.echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
+
+
+def _states(study: Study) -> list[dict[str, Any]]:
+    return [
+        {"name": stage.name, "state": stage.state, "key": stage.key, "seconds": stage.seconds}
+        for stage in study.status()
+    ]
+
+
+def _stage_command(name: str) -> click.Command:
     @click.command(name, help=f"{_HELP[name]}\n\n\b\nExample:  rlgen-stats {name} my-study")
     @study_argument
     @click.option(
@@ -35,11 +161,9 @@ def _command(name: str) -> click.Command:
     @json_option
     @handle_errors
     def command(study: str, force: bool, scheduler: str | None, quiet: bool, as_json: bool) -> None:
-        from rlgen_stats.cli.study import finish
-
-        finish(study, (name,), (name,) if force else (), scheduler, quiet, as_json)
+        run_and_print(study, (name,), (name,) if force else (), scheduler, quiet, as_json)
 
     return command
 
 
-COMMANDS = {name: _command(name) for name in _HELP}
+COMMANDS = {"init": init, "run": run, "status": status} | {name: _stage_command(name) for name in _HELP}

@@ -58,11 +58,7 @@ def _print_facts(name: str, entry: dict[str, Any]) -> None:
     else:
         if entry.get("models"):
             click.echo(f"  models   {', '.join(model['model'] for model in entry['models'])}")
-        rows = [
-            [array, " x ".join(f"{dim} {size:,}" for dim, size in zip(facts["dims"], facts["shape"], strict=False)),
-             facts["dtype"]]
-            for array, facts in entry["arrays"].items()
-        ]  # fmt: skip
+        rows = [[name, _shape(array), array["dtype"]] for name, array in entry["arrays"].items()]
         print_table(["array", "dimensions", "type"], rows)
     if "prompts" in entry:
         splits = sorted({split for task in entry["prompts"]["tasks"].values() for split in task["splits"]})
@@ -79,9 +75,14 @@ def _print_facts(name: str, entry: dict[str, Any]) -> None:
         if key in entry:
             click.echo(f"  {key:<11} {entry[key]}")
     if "written_by" in entry:
-        told = entry["written_by"]
-        click.echo(f"  written by  rlgen-stats {told.get('rlgen-stats', '?')}, commit {str(told['git_commit'])[:12]}")
+        writer = entry["written_by"]
+        version, commit = writer.get("rlgen-stats", "?"), str(writer["git_commit"])[:12]
+        click.echo(f"  written by  rlgen-stats {version}, commit {commit}")
     click.echo()
+
+
+def _shape(array: dict[str, Any]) -> str:
+    return " x ".join(f"{dim} {size:,}" for dim, size in zip(array["dims"], array["shape"], strict=False))
 
 
 def _print_activations(models: list[dict[str, Any]]) -> None:
@@ -89,12 +90,12 @@ def _print_activations(models: list[dict[str, Any]]) -> None:
     lines: dict[tuple[str, str, int, str], list[dict[str, Any]]] = {}
     for model in sorted(models, key=lambda m: (m["run"], m["site"], m["step"])):
         lines.setdefault((model["run"], model["site"], model["width"], model["dtype"]), []).append(model)
-    rows = [
-        [run, site, f"{width:,}", dtype, " ".join(_checkpoint(model) for model in checkpoints),
-         _bytes(sum(model["uncompressed_bytes"] for model in checkpoints)),
-         "yes" if all(model["complete"] for model in checkpoints) else "no"]
-        for (run, site, width, dtype), checkpoints in lines.items()
-    ]  # fmt: skip
+    rows = []
+    for (run, site, width, dtype), checkpoints in lines.items():
+        steps = " ".join(_checkpoint(model) for model in checkpoints)
+        size = _bytes(sum(model["uncompressed_bytes"] for model in checkpoints))
+        complete = "yes" if all(model["complete"] for model in checkpoints) else "no"
+        rows.append([run, site, f"{width:,}", dtype, steps, size, complete])
     print_table(["run", "site", "width", "type", "checkpoints", "size", "complete"], rows)
 
 
@@ -127,20 +128,20 @@ def verify(store: str, as_json: bool, quiet: bool) -> None:
 
     from rlgen_stats.stores import verify as verify_store
 
-    with progress_for(quiet=quiet or as_json) as progress, _counted(progress, "verify") as advance:
-        found = verify_store(store, on_progress=advance)
+    with progress_for(quiet=quiet or as_json) as progress, _checks_bar(progress, "verify") as advance:
+        report = verify_store(store, on_progress=advance)
     if as_json:
-        print_json(asdict(found) | {"ok": found.ok})
-    elif found.ok:
-        click.echo(f"{store}: sound; {found.n_chunks} chunks of {found.n_arrays} arrays read.")
-    if not found.ok:
-        more = "".join(f"\n  {problem}" for problem in found.problems[1:10])
-        fail(f"{store}: {len(found.problems)} fault(s), the first: {found.problems[0]}{more}")
+        print_json(asdict(report) | {"ok": report.ok})
+    elif report.ok:
+        click.echo(f"{store}: sound; {report.n_chunks} chunks of {report.n_arrays} arrays read.")
+    if not report.ok:
+        more = "".join(f"\n  {problem}" for problem in report.problems[1:10])
+        fail(f"{store}: {len(report.problems)} fault(s), the first: {report.problems[0]}{more}")
 
 
 @contextmanager
-def _counted(progress: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, in all) that moves a bar made when the total is known."""
+def _checks_bar(progress: Progress, description: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that moves a bar, which is opened when the total is known."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -180,7 +181,7 @@ def migrate(store: str, as_json: bool) -> None:
 @click.argument("name", required=False)
 @handle_errors
 def schema(name: str | None) -> None:
-    """Print the declared layout of a dataset as JSON, or list what there is.
+    """Print the declared layout of a dataset as JSON, or list all datasets.
 
     NAME is a dataset ('features', 'drift', ...) or 'study' for the JSON schema of study.yaml.
 

@@ -1,4 +1,4 @@
-"""How layouts are declared: variables with dimensions and kinds, and what several datasets share."""
+"""Building blocks of layouts: variables with dimensions and kinds, and what several datasets share."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Layout:
     """Variables that may be absent; present ones follow the declaration."""
 
 
-def of(dims: str, **kinds: str) -> dict[str, Variable]:
+def variables_on(dims: str, **kinds: str) -> dict[str, Variable]:
     """Variables that share the dimensions named in ``dims`` (space separated)."""
     return {name: Variable(tuple(dims.split()), kind) for name, kind in kinds.items()}
 
 
-MODEL_COORDS: Final = of(MODEL, **{MODEL: "str", RUN: "str", STEP: "int", ARM: "str"})
-PROMPT_COORDS: Final = of(PROMPT, **{PROMPT: "str", TASK: "str", DOMAIN: "str", SPLIT: "str", CLUSTER: "str"})
+MODEL_COORDS: Final = variables_on(MODEL, **{MODEL: "str", RUN: "str", STEP: "int", ARM: "str"})
+PROMPT_COORDS: Final = variables_on(PROMPT, **{PROMPT: "str", TASK: "str", DOMAIN: "str", SPLIT: "str", CLUSTER: "str"})
 TEST_VARIABLES: Final = {
     "statistic": "float",
     "effect": "float",

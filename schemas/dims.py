@@ -1,4 +1,4 @@
-"""Names of dimensions, coordinates and categories: spelled once, here."""
+"""Names of dimensions, coordinates and categories; every other module takes them from here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SEGMENT: Final = "segment"
 SOURCE: Final = "source"
 """Model that wrote the text a token belongs to."""
 SPAN: Final = "span"
-"""Run of neighbouring tokens with one prompt, one source and one segment."""
+"""Run of consecutive tokens with one prompt, one source and one segment."""
 GROUP: Final = "group"
 """Clusters of prompts whose sums are kept together: the unit of streaming standard errors."""
 PROMPT_LABELS: Final = (TASK, DOMAIN, SPLIT, CLUSTER)
@@ -82,8 +82,8 @@ def split_model_id(model: str) -> tuple[str, int]:
     InputError
         If ``model`` is not ``run@step``.
     """
-    run, at, step = model.rpartition("@")
-    if not at or not step.isdigit():
+    run, separator, step = model.rpartition("@")
+    if not separator or not step.isdigit():
         raise InputError(f"a model id looks like 'rl@200' (run@step), got {model!r}.")
     return check_name(run, "a run name"), int(step)
 

@@ -1,4 +1,4 @@
-"""Every error the toolkit raises on purpose.
+"""All exceptions that the toolkit raises on purpose.
 
 Each class joins the toolkit's base with the closest standard exception, so that both
 ``except RlgenStatsError`` and ``except ValueError`` work. A message names what was expected,

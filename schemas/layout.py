@@ -1,6 +1,6 @@
 """Declared layout of every dataset: dimensions, types, labels, required attributes.
 
-Writers and openers call :func:`validate`; nothing else decides whether a store is well formed.
+Writers and openers call :func:`validate`, which alone decides whether a store is well formed.
 The groups of ``results.zarr`` are declared in ``result_layouts``.
 """
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import xarray as xr
 
-from rlgen_stats.schemas.declaring import MODEL_COORDS, PROMPT_COORDS, PROVENANCE_ATTRS, Layout, Variable, of
+from rlgen_stats.schemas.declaring import MODEL_COORDS, PROMPT_COORDS, PROVENANCE_ATTRS, Layout, Variable, variables_on
 from rlgen_stats.schemas.dims import (
     CHANNEL,
     CLUSTER,
@@ -48,18 +48,18 @@ LAYOUTS: Final = {
         # -- activations.zarr: labels of the tokens, once for all models ---------------------------------------------
         Layout(
             "tokens",
-            of(TOKEN, **{PROMPT: "int", SOURCE: "int", POSITION: "int", TOKEN_ID: "int", SEGMENT: "int"}),
+            variables_on(TOKEN, **{PROMPT: "int", SOURCE: "int", POSITION: "int", TOKEN_ID: "int", SEGMENT: "int"}),
             where="activations.zarr/tokens",
         ),
         Layout(
             "prompts",
             {},
-            of(PROMPT, **{PROMPT: "str", TASK: "str", DOMAIN: "str", SPLIT: "str", CLUSTER: "str"}),
+            variables_on(PROMPT, **{PROMPT: "str", TASK: "str", DOMAIN: "str", SPLIT: "str", CLUSTER: "str"}),
             where="activations.zarr/prompts",
         ),
         Layout(  # runs of tokens that share prompt, source and segment; start is the first token
             "spans",
-            of(SPAN, start="int", **{PROMPT: "int", SOURCE: "int", SEGMENT: "int"}),
+            variables_on(SPAN, start="int", **{PROMPT: "int", SOURCE: "int", SEGMENT: "int"}),
             attrs=("sources", "segments"),
             where="activations.zarr/spans",
         ),
@@ -71,22 +71,22 @@ LAYOUTS: Final = {
         ),
         Layout(
             "outcomes",
-            of(f"{MODEL} {PROMPT} {SAMPLE}", correct="int", completion_tokens="int", format_class="str")
-            | of(f"{MODEL} {PROMPT}", greedy_correct="int", greedy_tokens="int", greedy_class="str"),
+            variables_on(f"{MODEL} {PROMPT} {SAMPLE}", correct="int", completion_tokens="int", format_class="str")
+            | variables_on(f"{MODEL} {PROMPT}", greedy_correct="int", greedy_tokens="int", greedy_class="str"),
             MODEL_COORDS | PROMPT_COORDS,
             PROVENANCE_ATTRS,
             where="outcomes.zarr",
         ),
         Layout(
             "features",
-            of(f"{MODEL} {PROMPT} {FEATURE}", mean="float", firing="float", max="float")
-            | of(f"{MODEL} {PROMPT}", n_tokens="int")
-            | of(f"{MODEL}", fve="float")
-            | of(f"{VIEW} {FEATURE}", decoder_norm="float"),
+            variables_on(f"{MODEL} {PROMPT} {FEATURE}", mean="float", firing="float", max="float")
+            | variables_on(f"{MODEL} {PROMPT}", n_tokens="int")
+            | variables_on(f"{MODEL}", fve="float")
+            | variables_on(f"{VIEW} {FEATURE}", decoder_norm="float"),
             MODEL_COORDS | PROMPT_COORDS,
             (*PROVENANCE_ATTRS, "readout", "text_mode", "crosscoder", "scale"),
             where="features.zarr",
-            optional=of(f"{MODEL} {PROMPT} {FEATURE} bin", histogram="int"),
+            optional=variables_on(f"{MODEL} {PROMPT} {FEATURE} bin", histogram="int"),
         ),
         *RESULTS,
     )
@@ -108,8 +108,8 @@ def validate(dataset: xr.Dataset, name: str) -> xr.Dataset:
     extra = {variable: spec for variable, spec in layout.optional.items() if variable in dataset.data_vars}
     problems = [
         problem
-        for wanted, present in ((layout.variables | extra, dataset.data_vars), (layout.coords, dataset.coords))
-        for variable, spec in wanted.items()
+        for declared, present in ((layout.variables | extra, dataset.data_vars), (layout.coords, dataset.coords))
+        for variable, spec in declared.items()
         if (problem := _problem(variable, spec, present.get(variable)))
     ]
     problems += [f"attribute {attr!r} is missing" for attr in layout.attrs if attr not in dataset.attrs]

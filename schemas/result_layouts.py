@@ -1,16 +1,16 @@
-"""Declared layout of every analysis in results.zarr, so that the report and readers can rely on it."""
+"""Declared layout of every analysis in results.zarr; the report and other readers rely on it."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from rlgen_stats.schemas.declaring import MODEL_COORDS, TEST_ATTRS, TEST_VARIABLES, Layout, of
+from rlgen_stats.schemas.declaring import MODEL_COORDS, TEST_ATTRS, TEST_VARIABLES, Layout, variables_on
 from rlgen_stats.schemas.dims import DOMAIN, FEATURE, MODEL, TASK, TRAINED_RUN, VIEW
 
 RESULTS: Final = (
     Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
         "behaviour",
-        of(
+        variables_on(
             f"{MODEL} {TASK}",
             accuracy="float",
             accuracy_low="float",
@@ -27,29 +27,33 @@ RESULTS: Final = (
             difference_low="float",
             difference_high="float",
         ),
-        MODEL_COORDS | of(TASK, **{TASK: "str", DOMAIN: "str", "role": "str"}),
+        MODEL_COORDS | variables_on(TASK, **{TASK: "str", DOMAIN: "str", "role": "str"}),
         TEST_ATTRS,
     ),
     Layout(  # how far each model moved from base
         "movement",
-        of(MODEL, activation_shift="float", weight_distance="float", kl_from_base="float"),
+        variables_on(MODEL, activation_shift="float", weight_distance="float", kl_from_base="float"),
         MODEL_COORDS,
     ),
     Layout(  # one row a crosscoder and view
         "health",
-        of(f"crosscoder {VIEW}", fve="float", ce_increase="float")
-        | of("crosscoder", l0="float", dead_fraction="float", n_features="int", healthy="bool", reasons="str"),
+        variables_on(f"crosscoder {VIEW}", fve="float", ce_increase="float")
+        | variables_on(
+            "crosscoder", l0="float", dead_fraction="float", n_features="int", healthy="bool", reasons="str"
+        ),
     ),
     Layout(  # per pairwise crosscoder (dimension crosscoder: one per run plus 'null')
         "attribution",
-        of(f"crosscoder {FEATURE}", nrn_l1="float", nrn_l2="float", log_ratio="float", firing="float", alive="bool")
-        | of(f"mas_crosscoder {VIEW} {FEATURE}", mas_l1="float", mas_l2="float"),
-        optional=of(f"crosscoder {FEATURE}", cluster="int", scaling_agrees="bool", cosine="float")
-        | of(f"mas_crosscoder {VIEW} other_view {FEATURE}", view_cosine="float"),
+        variables_on(
+            f"crosscoder {FEATURE}", nrn_l1="float", nrn_l2="float", log_ratio="float", firing="float", alive="bool"
+        )
+        | variables_on(f"mas_crosscoder {VIEW} {FEATURE}", mas_l1="float", mas_l2="float"),
+        optional=variables_on(f"crosscoder {FEATURE}", cluster="int", scaling_agrees="bool", cosine="float")
+        | variables_on(f"mas_crosscoder {VIEW} other_view {FEATURE}", view_cosine="float"),
     ),
-    Layout(  # beta and nu by view, nu relative to the feature's strongest view; whose the feature is
+    Layout(  # beta and nu by view, nu relative to the feature's strongest view; the models the feature is specific to
         "latent_scaling",
-        of(
+        variables_on(
             f"crosscoder {VIEW} {FEATURE}",
             **{
                 f"{kind}_{target}{se}": "float"
@@ -58,12 +62,12 @@ RESULTS: Final = (
                 for se in ("", "_se")
             },
         )
-        | of(f"crosscoder {FEATURE}", feature_class="str", specific_to="str", n_active="int", n_groups="int"),
+        | variables_on(f"crosscoder {FEATURE}", feature_class="str", specific_to="str", n_active="int", n_groups="int"),
         attrs=("unit", "tau", "alpha", "nu_error_max", "nu_reconstruction_max"),
     ),
-    Layout(  # features of a crosscoder in dictionaries of other seeds
+    Layout(  # matches of a crosscoder's features in dictionaries trained from other seeds
         "matching",
-        of(
+        variables_on(
             f"crosscoder replicate {FEATURE}",
             match="int",
             similarity="float",
@@ -72,13 +76,13 @@ RESULTS: Final = (
             correlation="float",
             matched="bool",
         )
-        | of(f"crosscoder {FEATURE}", reappearance="float")
-        | of("crosscoder replicate", subspace_overlap="float", subspace_overlap_chance="float"),
+        | variables_on(f"crosscoder {FEATURE}", reappearance="float")
+        | variables_on("crosscoder replicate", subspace_overlap="float", subspace_overlap_chance="float"),
         attrs=("test", "null", "unit", "by", "alpha"),
     ),
-    Layout(  # C1; dimension tau
+    Layout(  # claim C1: share of model-specific features, SFT against RL; dimension tau
         "attribution_contrast",
-        of(
+        variables_on(
             "tau",
             tail_sft="float",
             tail_rl="float",
@@ -88,9 +92,9 @@ RESULTS: Final = (
             effect_high="float",
             p_value="float",
         )
-        | of("tau", comparable="str"),
+        | variables_on("tau", comparable="str"),
         attrs=("test", "null", "unit", "seed", "alpha"),
-        optional=of(  # the same for features that latent scaling confirms
+        optional=variables_on(  # the same, counting only features that latent scaling confirms
             "tau",
             agreed_tail_sft="float",
             agreed_tail_rl="float",
@@ -103,10 +107,12 @@ RESULTS: Final = (
     ),
     Layout(
         "drift",
-        of(f"{MODEL} {FEATURE}", **TEST_VARIABLES, p_max_t="float", d_z="float", firing_change="float", call="str"),
+        variables_on(
+            f"{MODEL} {FEATURE}", **TEST_VARIABLES, p_max_t="float", d_z="float", firing_change="float", call="str"
+        ),
         MODEL_COORDS,
         (*TEST_ATTRS, "reference", "variable"),
-        optional=of(
+        optional=variables_on(
             f"{MODEL} {FEATURE}",
             magnitude_change="float",
             from_firing="float",
@@ -116,24 +122,26 @@ RESULTS: Final = (
             p_wasserstein="float",
             q_wasserstein="float",
         )
-        | of(f"{MODEL} threshold", n_beyond="int", fdp_upper="float"),
+        | variables_on(f"{MODEL} threshold", n_beyond="int", fdp_upper="float"),
     ),
     Layout(
         "stabilization",
-        of(f"{MODEL} {FEATURE}", p_value="float", effect="float")
-        | of(f"{TRAINED_RUN} {FEATURE}", stabilized_at="float", flag="str", total_effect="float")
-        | of(MODEL, share="float", share_low="float", share_high="float"),
-        MODEL_COORDS | of(TRAINED_RUN, trained_run="str"),
+        variables_on(f"{MODEL} {FEATURE}", p_value="float", effect="float")
+        | variables_on(f"{TRAINED_RUN} {FEATURE}", stabilized_at="float", flag="str", total_effect="float")
+        | variables_on(MODEL, share="float", share_low="float", share_high="float"),
+        MODEL_COORDS | variables_on(TRAINED_RUN, trained_run="str"),
         ("test", "null", "unit", "seed", "alpha", "margin", "persist"),
-        optional=of(f"{TRAINED_RUN} {FEATURE}", p_evolving="float", trend_tau="float", trend_p="float", trend_q="float")
-        | of(
+        optional=variables_on(
+            f"{TRAINED_RUN} {FEATURE}", p_evolving="float", trend_tau="float", trend_p="float", trend_q="float"
+        )
+        | variables_on(
             f"{MODEL} stratum",
             share_in_stratum="float",
             share_in_stratum_low="float",
             share_in_stratum_high="float",
         )
-        | of(f"{TRAINED_RUN} stratum", n_in_stratum="int")
-        | of(
+        | variables_on(f"{TRAINED_RUN} stratum", n_in_stratum="int")
+        | variables_on(
             "fraction stratum",  # arms: first minus second, share of a stratum settled by a fraction of the steps
             difference_in_stratum="float",
             difference_in_stratum_low="float",
@@ -143,7 +151,7 @@ RESULTS: Final = (
     ),
     Layout(
         "set_stability",
-        of(
+        variables_on(
             MODEL,
             overlap="float",
             cross="float",
@@ -156,16 +164,20 @@ RESULTS: Final = (
             overlap_p="float",
             rbo="float",
         )
-        | of(TRAINED_RUN, verdict="str", stable_from="float", nogueira="float"),
-        MODEL_COORDS | of(TRAINED_RUN, trained_run="str"),
+        | variables_on(TRAINED_RUN, verdict="str", stable_from="float", nogueira="float"),
+        MODEL_COORDS | variables_on(TRAINED_RUN, trained_run="str"),
         ("test", "null", "unit", "seed", "alpha", "top_k"),
-        optional=of(MODEL, delta_lower="float", delta_upper="float", chance_high="float"),
+        optional=variables_on(MODEL, delta_lower="float", delta_upper="float", chance_high="float"),
     ),
     Layout(
         "selection",
-        of(f"{TASK} {FEATURE}", score="float", kept="bool", p_flip="float", contrast="float", contrast_p="float")
-        | of(TASK, n_selected_prompts="int", n_gain="int", n_loss="int", n_kept="int", estimable="str", role="str")
-        | of(
+        variables_on(
+            f"{TASK} {FEATURE}", score="float", kept="bool", p_flip="float", contrast="float", contrast_p="float"
+        )
+        | variables_on(
+            TASK, n_selected_prompts="int", n_gain="int", n_loss="int", n_kept="int", estimable="str", role="str"
+        )
+        | variables_on(
             FEATURE,
             paper_selected="bool",
             p_value="float",
@@ -181,16 +193,16 @@ RESULTS: Final = (
             flag="str",
         ),
         attrs=(*TEST_ATTRS, "split_hash", "score_correlation", "shift_rank", "n_paper", "p_n1", "p_n2", "rule"),
-        optional=of(f"{TASK} {FEATURE}", p_guard="float", verification_task_effect="float")
-        | of(TASK, guard="str", contrast_estimable="str", used="bool")
-        | of(TASK, verification_estimable="str", verification_guard="str")
-        | of(f"{TASK} other_task", score_correlations="float")
+        optional=variables_on(f"{TASK} {FEATURE}", p_guard="float", verification_task_effect="float")
+        | variables_on(TASK, guard="str", contrast_estimable="str", used="bool")
+        | variables_on(TASK, verification_estimable="str", verification_guard="str")
+        | variables_on(f"{TASK} other_task", score_correlations="float")
         # share of random half-samples of the selection prompts in which the feature is among the leading ones
-        | of(FEATURE, verification_score="float", stability="float", stable="bool"),
+        | variables_on(FEATURE, verification_score="float", stability="float", stable="bool"),
     ),
     Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm
         "intervention",
-        of(
+        variables_on(
             "direction condition",
             accuracy="float",
             effect="float",
@@ -203,9 +215,9 @@ RESULTS: Final = (
             kl_to_rl="float",
             length="float",
         )
-        | of(f"direction condition {TASK}", task_accuracy="float", task_effect="float")
-        | of("direction condition class", class_share="float")
-        | of(
+        | variables_on(f"direction condition {TASK}", task_accuracy="float", task_effect="float")
+        | variables_on("direction condition class", class_share="float")
+        | variables_on(
             "direction",
             verdict="str",
             reasons="str",
@@ -220,8 +232,10 @@ RESULTS: Final = (
         ),
         attrs=("test", "null", "unit", "seed", "alpha", "features"),
     ),
-    Layout(  # does the set's control match? one row a covariate
+    Layout(  # balance of the matched random sets against the selected set, one row per covariate
         "control_balance",
-        of("covariate", set_mean="float", control_mean="float", standardized_difference="float", balanced="bool"),
+        variables_on(
+            "covariate", set_mean="float", control_mean="float", standardized_difference="float", balanced="bool"
+        ),
     ),
 )

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, check_name, split_model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
 
 STUDY_SCHEMA_VERSION: Final = 1
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Spec(BaseModel):
@@ -107,7 +108,8 @@ class ExtractionSpec(Spec):
     layer: Annotated[int, Field(ge=0)] = 0
     """Decoder block whose output (residual stream) is stored, counted from 0."""
     blocks: str | None = None
-    """Dotted path of the list of decoder blocks, e.g. transformer.blocks; default: found by its length."""
+    """Dotted path of the list of decoder blocks, e.g. transformer.blocks; default: the list as long as the model is
+    deep."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Storage type of activations."""
     batch_size: PositiveInt = 64
@@ -115,10 +117,14 @@ class ExtractionSpec(Spec):
     skip_first: Annotated[int, Field(ge=0)] = 1
     """Leading tokens of each text (BOS, attention sink) that are neither trained on nor summarised."""
     max_norm_ratio: Annotated[float, Field(gt=1)] | None = 10.0
-    """Nor are tokens anywhere whose base activation is longer than this multiple of the median; null keeps them."""
-    segments: tuple[Literal["prompt", "completion"], ...] = ("prompt", "completion")
+    """Tokens whose activation in base has a norm above this multiple of the median (attention sinks) are left out too;
+    null keeps them."""
+    segments: Annotated[tuple[Literal["prompt", "completion"], ...], Field(min_length=1)] = ("prompt", "completion")
     """Segments whose tokens the crosscoder trains on."""
-    summary_segments: tuple[Literal["last_prompt", "prompt", "completion"], ...] = ("last_prompt", "completion")
+    summary_segments: Annotated[tuple[Literal["last_prompt", "prompt", "completion"], ...], Field(min_length=1)] = (
+        "last_prompt",
+        "completion",
+    )
     """Tokens a prompt's summary averages over; last_prompt is the token that predicts the first completion token."""
 
 
@@ -128,7 +134,7 @@ class SummariesSpec(Spec):
     histograms: bool = False
     """Counts of tokens per bin of the contribution f ||d||: model x prompt x feature x 15, as large as 15 summaries."""
     contexts: Annotated[int, Field(ge=0)] = 8
-    """Strongest prompts kept of every feature and model, and tokens it speaks for, for people to read; 0: none."""
+    """Top-activating prompts and promoted tokens kept of every feature and model, for feature dashboards; 0: none."""
 
 
 class CrosscoderSpec(Spec):
@@ -157,25 +163,26 @@ class CrosscoderSpec(Spec):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate of Adam."""
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps spent warming up; the last fifth decays linearly."""
+    """Share of the steps in which the learning rate warms up; over the last fifth it decays linearly."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products in training; weights and statistics stay float32 and float64."""
     seed: int = 0
     """Replicate number; combined with the study's seed."""
     replicates: PositiveInt = 1
-    """Dictionaries trained from as many initial weights on the same batches, in one pass; NAME, NAME.2, NAME.3 and so
-    on. Only the first is encoded; the others tell which of its features come back."""
+    """Dictionaries trained on the same batches from different initial weights, in one pass: NAME, NAME.2, NAME.3 and so
+    on. Only the first is encoded; the others show which of its features reappear."""
     readout: Literal["swap", "own", "joint"] = "swap"
-    """How one model's features are read from the shared code: its activation in every slot, in its own slot, or the
-    joint code of all views weighed by the view's own decoder norm."""
+    """How one model's features are read from the shared code: its activation in every slot (swap), in its own slot
+    (own), or the joint code of all views weighted by the view's own decoder norm (joint). Features read as joint can be
+    tested for drift, but not ranked against each other: stabilize and select refuse them."""
     weights: str | None = None
     """Weights trained elsewhere, relative to the study folder: a folder of ours, or a file or folder in the layout of
-    crosscoder_learning (one layer a view, in order). Nothing is trained then; n_features must be theirs."""
+    crosscoder_learning (one layer a view, in order). Nothing is trained then; n_features must match the weights."""
     corpus: str | None = None
     """A table of texts (parquet, csv or jsonl with a column text), relative to the study folder. The models read them
-    while the crosscoder trains and nothing is stored; default: the study's stored activations."""
+    while the crosscoder trains and no activations are stored; default: the study's stored activations."""
     accept_unhealthy: bool = False
-    """Whether it is used although it fails its health checks; the report says so."""
+    """Whether the crosscoder is used although it fails its health checks; the report says so."""
 
     @model_validator(mode="after")
     def _check(self) -> CrosscoderSpec:
@@ -220,13 +227,13 @@ class StatisticsSpec(Spec):
     tau: Fraction = 0.7
     """NRN above which a feature counts as specific."""
     top_k: PositiveInt = 50
-    """Size of the top sets followed through training."""
+    """Size of the sets of most changed features followed through training."""
     n_halvings: PositiveInt = 100
     """Random prompt halvings for set stability."""
     margin: Annotated[float, Field(gt=0)] = 0.2
     """Stabilisation margin in standard deviations of base's activation."""
     persist: PositiveInt = 3
-    """Checkpoints at the end that do not prove stability on their own."""
+    """Checkpoints at the end that cannot show stability on their own."""
 
 
 class SelectionSpec(Spec):
@@ -237,11 +244,11 @@ class SelectionSpec(Spec):
     held_out_tasks: tuple[str, ...] = ()
     """Tasks never used in selection (LogiQA and PIQA in the paper)."""
     control_tasks: tuple[str, ...] = ()
-    """Negative controls: tasks no feature should help; excluded from selection."""
+    """Negative controls: tasks that no feature should improve; excluded from selection."""
     score_fraction: Fraction = 0.2
     """Paper's rule: keep features whose score is at least this share of the task's maximum."""
     min_discordant: PositiveInt = 20
-    """Discordant prompts of each kind that the RL-specific contrast needs."""
+    """Discordant prompts of each kind (right to wrong, wrong to right) that the RL-specific contrast needs."""
     max_features: PositiveInt = 50
     """Largest set handed to causal verification; the highest ranked are kept."""
 
@@ -252,14 +259,15 @@ class InterventionSpec(Spec):
     n_controls: Annotated[int, Field(ge=19)] = 99
     """Matched random feature sets; the smallest possible rank p-value is 1 / (n_controls + 1)."""
     early_stop: bool = True
-    """Whether no more random sets are run once so many did as much as the set that its rank p-value must exceed alpha
-    (Besag-Clifford); the verdict does not change."""
-    doses: tuple[float, ...] = (0.0, 0.5, 2.0, 4.0)
+    """Futility stop (Besag-Clifford): no more random sets are run once so many had at least as large an effect as the
+    selected set that its rank p-value must exceed alpha; the verdict does not change."""
+    doses: tuple[Dose, ...] = (0.0, 0.5, 2.0, 4.0)
     """Multipliers of the set's activations in the dose grid; 1 is no edit and 0 is disabling."""
-    amplify: Annotated[float, Field(gt=1)] = 2.0
+    amplify: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0
     """Multiplier of the main amplification arm."""
     level: Literal["own", "rl"] = "own"
-    """What amplification multiplies: a feature's own activation, or, added to it, its mean level in the RL model."""
+    """What amplification multiplies: a feature's own activation (own), or its mean level in the RL model, which is then
+    added to the activation (rl)."""
     neutral_text: str | None = None
     """Table of texts of no task (column text), on which edits should change nothing; default: prompts of unrelated
     tasks."""
@@ -268,7 +276,7 @@ class InterventionSpec(Spec):
     max_prompts: PositiveInt = 400
     """Verification prompts per arm, drawn evenly over tasks, never by outcome."""
     non_inferiority: Fraction = 0.05
-    """Largest accuracy loss on unrelated tasks still called harmless."""
+    """Non-inferiority margin: largest accuracy loss on control tasks still called harmless."""
 
 
 class StudySpec(Spec):
@@ -285,24 +293,25 @@ class StudySpec(Spec):
     base: BaseSpec
     """The base model."""
     data: DataSpec = DataSpec()
-    """Prompt tables."""
+    """Tables of prompts."""
     runs: tuple[RunSpec, ...]
     """Post-training runs, all from the base."""
     contrast: tuple[str, str] | None = None
     """Names of the two runs compared (SFT first, RL second); default: the first run of each of the first two arms."""
     generation: GenerationSpec = GenerationSpec()
-    """Sampling."""
+    """How completions are sampled."""
     grader: GraderSpec = GraderSpec()
-    """Grading."""
+    """How completions are graded."""
     extraction: ExtractionSpec = ExtractionSpec()
+    """Activations that are stored, and which of their tokens are used."""
     summaries: SummariesSpec = SummariesSpec()
-    """Activations."""
+    """What the encode stage keeps of every feature and prompt."""
     crosscoders: tuple[CrosscoderSpec, ...]
     """Crosscoders; the first whose views are the base and both contrasted runs' last checkpoints is the one encoded."""
     statistics: StatisticsSpec = StatisticsSpec()
-    """Tests."""
+    """Error rates and settings of the tests."""
     selection: SelectionSpec = SelectionSpec()
-    """Generalisation features."""
+    """How generalisation features are selected and confirmed."""
     intervention: InterventionSpec = InterventionSpec()
     """Causal verification."""
 
@@ -310,9 +319,9 @@ class StudySpec(Spec):
     def _check(self) -> StudySpec:
         check_name(self.name, "a study name")
         names = Counter(run.name for run in self.runs)
-        twice = sorted(name for name, n in names.items() if n > 1)
-        if twice:
-            raise ValueError(f"run names must be unique, got {twice} more than once.")
+        repeated = sorted(name for name, n in names.items() if n > 1)
+        if repeated:
+            raise ValueError(f"run names must be unique, got {repeated} more than once.")
         if len({run.arm for run in self.runs}) < 2:
             raise ValueError("a study compares two arms (for example sft and rl); give runs of at least two.")
         for name in self.contrast or ():
@@ -322,12 +331,16 @@ class StudySpec(Spec):
         if len(set(labels)) != len(labels):
             raise ValueError(f"crosscoder names, replicates included, must be unique, got {labels}.")
         for crosscoder in self.crosscoders:
-            for view in crosscoder.views:
-                self._check_view(crosscoder.name, view)
-        wanted = self._primary_views
-        if not any(set(crosscoder.views) == wanted for crosscoder in self.crosscoders):
+            models = [self._model_of_view(crosscoder.name, view) for view in crosscoder.views]
+            if len(set(models)) < len(models):
+                raise ValueError(
+                    f"the views of crosscoder {crosscoder.name!r} must be different models, got "
+                    f"{list(crosscoder.views)}; name each model once."
+                )
+        needed = self._primary_views
+        if not any(set(crosscoder.views) == needed for crosscoder in self.crosscoders):
             raise ValueError(
-                f"one crosscoder must have exactly the views {sorted(wanted)}; add it under 'crosscoders'."
+                f"one crosscoder must have exactly the views {sorted(needed)}; add it under 'crosscoders'."
             )
         return self
 
@@ -340,20 +353,31 @@ class StudySpec(Spec):
         """The crosscoder whose features are followed, selected and edited."""
         return next(c for c in self.crosscoders if set(c.views) == self._primary_views)
 
-    def _check_view(self, crosscoder: str, view: str) -> None:
-        runs = {run.name for run in self.runs}
+    def _model_of_view(self, crosscoder: str, view: str) -> str:
+        """The model a view stands for, as far as the spec tells: steps of runs trained here are not known yet."""
+        if view in (BASE_MODEL, "base@repeat"):
+            return view
         run, _, step = view.rpartition("@")
-        if step not in ("final", "repeat"):
+        if step != "final":
             try:
-                run, _ = split_model_id(view)
+                run, number = split_model_id(view)
             except InputError as error:
                 raise ValueError(f"crosscoder {crosscoder!r}: {error}") from error
-        known = run == BASE_RUN if view in (BASE_MODEL, "base@repeat") else run in runs
-        if not known:
+        runs = {run.name: run for run in self.runs}
+        if run not in runs:
             raise ValueError(
                 f"crosscoder {crosscoder!r}: view {view!r} is no model of this study; "
                 f"expected {BASE_MODEL}, base@repeat, or RUN@final / RUN@step with RUN in {sorted(runs)}."
             )
+        steps = sorted(runs[run].checkpoints)
+        if step == "final":
+            return model_id(run, steps[-1]) if steps else view
+        if number == 0 or (steps and number not in steps):
+            raise ValueError(
+                f"crosscoder {crosscoder!r}: view {view!r} is no checkpoint of run {run!r}; "
+                f"expected {', '.join([f'{run}@final', *(model_id(run, known) for known in steps)])}."
+            )
+        return model_id(run, number)
 
     @property
     def contrasted(self) -> tuple[RunSpec, RunSpec]:

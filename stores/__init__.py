@@ -1,6 +1,6 @@
-"""Where things live: Zarr stores that plain xarray opens, written so that a crash loses nothing announced."""
+"""Stores of a study: Zarr folders that plain xarray opens, written so that a crash loses nothing that was committed."""
 
-from rlgen_stats.stores.activations import complete_models, open_activations, open_tokens, select_tokens
+from rlgen_stats.stores.activation_store import complete_models, open_activations, open_tokens, select_tokens
 from rlgen_stats.stores.atomic import read_json, replacing, write_json
 from rlgen_stats.stores.creation import create_activations
 from rlgen_stats.stores.dashboards import read_contexts, read_logits

@@ -1,4 +1,4 @@
-"""Writing so that a crash loses nothing that was announced."""
+"""Atomic and durable writes: a reader finds the old content or the new, and what was announced survives a crash."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from rlgen_stats.schemas.errors import OutOfSpaceError, StoreError
-from rlgen_stats.stores.locations import filesystem, is_remote, reaching
+from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-ROOT: Final = "zarr.json"
+ZARR_JSON: Final = "zarr.json"
 """The file that makes a folder a Zarr v3 group or array."""
 
 
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn "no space left" into a sentence that names the place; other errors pass."""
+    """Turn "no space left" into a sentence that names the path; other errors pass."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL and not isinstance(error, OutOfSpaceError):
-            free = shutil.disk_usage(_existing(path)).free / 1e6
+            free = shutil.disk_usage(_nearest_existing(path)).free / 1e6
             raise OutOfSpaceError(
                 error.errno,
                 f"the disk or quota holding {path} is full ({free:.0f} MB free); everything committed so far is kept: "
@@ -37,7 +37,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         raise
 
 
-def _existing(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
@@ -63,21 +63,21 @@ def replacing(path: Path) -> Iterator[Path]:
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="rlgen-stats-") as folder:
             yield Path(folder) / path.name
-            with reaching(path):
+            with explain_access_errors(path):
                 _upload(Path(folder) / path.name, path)
         return
-    with reaching(path):
+    with explain_access_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        with reaching(path), explain_full_disk(path):
+        with explain_access_errors(path), explain_full_disk(path):
             yield temporary
             if temporary.is_dir():
                 _replace_folder(temporary, path)
             else:
-                sync(temporary)
+                sync(temporary)  # before the rename: else a power cut could leave the new name on an empty file
                 os.replace(temporary, path)
-            sync(path.parent)
+            sync(path.parent)  # makes the rename itself durable
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -85,10 +85,10 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sweep(path: Path) -> None:
-    """Clear away what killed processes left of :func:`replacing` ``path``; call it where no other can be replacing it.
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of :func:`replacing` ``path``; the caller must hold the writer's lock.
 
-    A folder moved aside whose replacement never came is moved back.
+    An old folder that was moved aside, and whose replacement was never moved in, is moved back.
     """
     if is_remote(path):
         return
@@ -105,10 +105,11 @@ def _upload(local: Path, path: Path) -> None:
     if local.is_file():
         path.write_bytes(local.read_bytes())
         return
-    (path / ROOT).unlink(missing_ok=True)
+    # Object stores rename nothing. Without zarr.json readers see no group, so it goes first and comes back last.
+    (path / ZARR_JSON).unlink(missing_ok=True)
     if path.exists():
         filesystem(path).rm(path.path, recursive=True)  # type: ignore[attr-defined]
-    for file in sorted(local.rglob("*"), key=lambda file: file == local / ROOT):
+    for file in sorted(local.rglob("*"), key=lambda file: file == local / ZARR_JSON):
         if file.is_file():
             (path / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
 
@@ -117,6 +118,7 @@ def _replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         os.replace(new, path)
         return
+    # A folder cannot be replaced in one step; killed between the renames, remove_leftovers moves the old one back.
     old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
     os.replace(path, old)
     os.replace(new, path)

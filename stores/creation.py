@@ -1,4 +1,4 @@
-"""Making an activation store: labels are checked, coded, hashed and written block by block."""
+"""Creating an activation store: labels are checked, coded, hashed and written block by block."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.stores.atomic import replacing
-from rlgen_stats.stores.digests import read_document, seal_tree
+from rlgen_stats.stores.digests import read_document, write_digests
 from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP
-from rlgen_stats.stores.locations import place, reaching
+from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.provenance import Provenance
 from rlgen_stats.stores.tables import COMPRESSORS, as_strings, check_is_store, check_owner, encoding, write_zarr
 
@@ -39,7 +39,7 @@ SHARD_TOKENS: Final = 8192
 LABEL_BLOCK: Final = 1 << 20
 """Tokens per chunk of labels."""
 CODED_ROWS: Final = 1 << 16
-"""Rows of text labels turned into codes at once: text takes ten times the memory of its codes."""
+"""Rows of text labels coded at once: text takes ten times the memory of its codes."""
 TOKEN_DTYPES: Final = {PROMPT: "int32", SOURCE: "int16", POSITION: "int32", TOKEN_ID: "int32", SEGMENT: "int8"}
 
 
@@ -84,12 +84,12 @@ def create_activations(
     if shard_tokens < 1:
         raise InputError(f"a shard holds at least one token, got shard_tokens={shard_tokens}.")
     coder = TokenCoder(prompts)
-    with reaching(path):
-        there = path.exists()
-    if there:
+    with explain_access_errors(path):
+        exists = path.exists()
+    if exists:
         check_is_store(path)
         check_owner(path, provenance)
-        for _ in coder.blocks(tokens):
+        for _ in coder.blocks(tokens):  # only to check and hash the given labels
             pass
         if read_document(path)["attributes"].get("labels_hash") != coder.labels_hash():
             raise StoreError(
@@ -106,26 +106,28 @@ def create_activations(
         )
         write_table(temporary / SPANS_GROUP, SPANS_GROUP, coder.spans())
         write_table(temporary / PROMPTS_GROUP, PROMPTS_GROUP, prompt_table(prompts))
-        seal_tree(temporary)
+        write_digests(temporary)
 
 
 def _check_prompts(prompts: pd.DataFrame) -> None:
     _check_columns(prompts, "prompts", (PROMPT, *PROMPT_LABELS))
-    twice = prompts[PROMPT][prompts[PROMPT].duplicated()]
-    if len(twice):
-        raise InputError(f"prompt ids must be unique, {twice.iloc[0]!r} comes {len(twice)} more time(s); rename them.")
+    repeated = prompts[PROMPT][prompts[PROMPT].duplicated()]
+    if len(repeated):
+        raise InputError(
+            f"prompt ids must be unique, {repeated.iloc[0]!r} comes {len(repeated)} more time(s); rename them."
+        )
 
 
-def _check_columns(frame: pd.DataFrame, name: str, wanted: tuple[str, ...]) -> None:
-    missing = [column for column in wanted if column not in frame.columns]
-    extra = [str(column) for column in frame.columns if column not in wanted]
+def _check_columns(frame: pd.DataFrame, name: str, expected: tuple[str, ...]) -> None:
+    missing = [column for column in expected if column not in frame.columns]
+    extra = [str(column) for column in frame.columns if column not in expected]
     if missing:
-        raise InputError(f"the {name} table lacks the column(s) {missing}; expected {list(wanted)}.")
+        raise InputError(f"the {name} table lacks the column(s) {missing}; expected {list(expected)}.")
     if extra:
-        raise InputError(f"the {name} table has the unknown column(s) {extra}; expected {list(wanted)}: drop them.")
+        raise InputError(f"the {name} table has the unknown column(s) {extra}; expected {list(expected)}: drop them.")
     if frame.empty:
         raise InputError(f"the {name} table is empty; there is nothing to store.")
-    empty = [column for column in wanted if frame[column].isna().any()]
+    empty = [column for column in expected if frame[column].isna().any()]
     if empty:
         raise InputError(f"the {name} table has missing values in {empty}; every row needs every label: fill them.")
 
@@ -143,20 +145,19 @@ def write_table(path: Path, layout: str, dataset: xr.Dataset) -> None:
 
 def _write_tokens(path: Path, blocks: Iterable[dict[str, NDArray[Any]]]) -> None:
     group = zarr.open_group(path, mode="w")
+    empty = {"shape": (0,), "chunks": (LABEL_BLOCK,), "compressors": COMPRESSORS, "dimension_names": (TOKEN,)}
+    # Readers take a missing chunk for a lost one (see ``locations``), so chunks of zeros are written too.
+    everything = {"write_empty_chunks": True}
     arrays = {
-        name: group.create_array(
-            name, shape=(0,), chunks=(LABEL_BLOCK,), dtype=dtype, compressors=COMPRESSORS, dimension_names=(TOKEN,),
-            config={"write_empty_chunks": True},
-        )
-        for name, dtype in TOKEN_DTYPES.items()
-    }  # fmt: skip
+        name: group.create_array(name, dtype=dtype, config=everything, **empty) for name, dtype in TOKEN_DTYPES.items()
+    }
     for block in blocks:
         for name, array in arrays.items():
             array.append(block[name])
 
 
 class TokenCoder:
-    """Labels of tokens as codes, with their spans and their hash, whatever blocks they come in.
+    """Labels of tokens as codes, with their spans and their hash; neither depends on the blocks they come in.
 
     Parameters
     ----------
@@ -216,12 +217,16 @@ class TokenCoder:
         return {name: np.asarray(coded[name]).astype(dtype) for name, dtype in TOKEN_DTYPES.items()}
 
     def _check_positions(self, block: dict[str, NDArray[Any]]) -> None:
-        """Positions ascend within a text; a run of one prompt and source may hold several texts, each begun anew."""
+        """Refuse positions that do not ascend within a text.
+
+        Consecutive tokens of one prompt and source may be several texts (samples): where the next text begins,
+        positions drop back to the first position of the run, or below it.
+        """
         position = block[POSITION]
         if (position < 0).any():
-            at = self.n_tokens + int((position < 0).argmax())
+            token = self.n_tokens + int((position < 0).argmax())
             raise InputError(
-                f"token positions start at 0, got a negative one at token {at}; count from the text start."
+                f"token positions start at 0, got a negative one at token {token}; count from the text start."
             )
         before = self._last or dict.fromkeys(TOKEN_DTYPES, -1)
         past = np.append(before[POSITION], position[:-1])
@@ -232,10 +237,10 @@ class TokenCoder:
         first = np.where(run < 0, self._first_position, position[run])
         wrong = ~new_run & (position <= past) & (position > first)
         if wrong.any():
-            at = int(wrong.argmax())
+            row = int(wrong.argmax())
             raise InputError(
-                f"positions must ascend within a text, token {self.n_tokens + at} has position {position[at]} after "
-                f"{past[at]}; sort the tokens of each text."
+                f"positions must ascend within a text, token {self.n_tokens + row} has position {position[row]} after "
+                f"{past[row]}; sort the tokens of each text."
             )
         self._first_position = int(first[-1])
 
@@ -245,9 +250,9 @@ class TokenCoder:
         new = np.zeros(len(block[PROMPT]), dtype=bool)
         for name in (PROMPT, SOURCE, SEGMENT):
             new |= block[name] != np.append(before[name], block[name][:-1])
-        at = np.flatnonzero(new)
-        codes = {name: block[name][at] for name in (PROMPT, SOURCE, SEGMENT)}
-        self._spans.append({"start": at + self.n_tokens} | codes)
+        starts = np.flatnonzero(new)
+        codes = {name: block[name][starts] for name in (PROMPT, SOURCE, SEGMENT)}
+        self._spans.append({"start": starts + self.n_tokens} | codes)
         for name, running in self._hashes.items():
             running.update(np.ascontiguousarray(block[name]).tobytes())
         self.n_tokens += len(new)

@@ -1,4 +1,4 @@
-"""What features look like to people: the texts on which they fire and the tokens they speak for."""
+"""Feature dashboards: the texts in which a feature fires and the tokens it promotes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.stores.folder import StudyFolder
 
 PEAK: Final = ("⟦", "⟧")
-"""Marks around the token in question in a context's text."""
+"""Marks around the peak token in a context's text."""
 
 
 def read_contexts(
     study: StudyFolder | Path | str, crosscoder: str, features: Iterable[int] | None = None
 ) -> pd.DataFrame:
-    """Where features fire, in base and the contrasted runs' last checkpoints.
+    """Contexts in which features fire, in base and the contrasted runs' last checkpoints.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def read_contexts(
     crosscoder
         Name of the study's primary crosscoder.
     features
-        Features wanted; default all. Dead features have no rows.
+        Feature ids; default all. Dead features have no rows.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def read_contexts(
 def read_logits(
     study: StudyFolder | Path | str, crosscoder: str, features: Iterable[int] | None = None
 ) -> pd.DataFrame:
-    """Tokens that features raise and lower straight through the unembedding.
+    """Tokens that features promote and suppress through the unembedding (logit lens of the decoder direction).
 
     Parameters
     ----------
@@ -61,9 +61,9 @@ def read_logits(
     Returns
     -------
     DataFrame
-        One row per feature, model (view), sign (+1 raised, -1 lowered) and rank: ``feature, model, sign, rank, token,
-        effect``. The effect is the change of the token's logit, relative to the mean over the vocabulary, per unit of
-        contribution; the direct path only.
+        One row per feature, model (view), sign (+1 promoted, -1 suppressed) and rank: ``feature, model, sign, rank,
+        token, effect``. The effect is the change of the token's logit, relative to the mean over the vocabulary, per
+        unit of contribution; the direct path only.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What is inside a store, the way a person asks."""
+"""A summary of what a store contains."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
-from rlgen_stats.stores.activations import ARRAY, root_attributes, stored_groups, stored_models
-from rlgen_stats.stores.atomic import ROOT
+from rlgen_stats.stores.activation_store import ARRAY, root_attributes, stored_groups, stored_models
+from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import COMMITTED_MODELS, arrays_of, read_document
 from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
 from rlgen_stats.stores.locations import filesystem, is_remote, place
@@ -20,7 +20,7 @@ from rlgen_stats.stores.shards import open_shards
 from rlgen_stats.stores.tables import open_lazily
 from rlgen_stats.stores.verify import stores_below
 
-_KEPT: Final = (
+_SHOWN_ATTRS: Final = (
     "schema_version",
     "study_id",
     "spec_hash",
@@ -51,32 +51,32 @@ def describe(path: Path | str) -> dict[str, dict[str, Any]]:
     StoreError
         If there is none.
     """
-    found: dict[str, dict[str, Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for store in stores_below(place(path)):
         groups = [] if read_document(store).get("attributes", {}).get("study_id") else result_groups(store)
         if groups:
-            found |= {f"{store.name}/{group}": _facts(store / group) for group in groups}
+            facts |= {f"{store.name}/{group}": _facts(store / group) for group in groups}
         else:
-            found[store.name] = _facts(store)
-    return found
+            facts[store.name] = _facts(store)
+    return facts
 
 
 def _facts(store: Path) -> dict[str, Any]:
     attrs = read_document(store).get("attributes", {})
-    facts = _activation_facts(store) if (store / TOKENS_GROUP / ROOT).exists() else _table_facts(store, attrs)
+    facts = _activation_facts(store) if (store / TOKENS_GROUP / ZARR_JSON).exists() else _table_facts(store, attrs)
     sizes = _files(store)
     facts["bytes"], facts["files"] = sum(sizes), len(sizes)
     if facts.get("uncompressed_bytes"):
         facts["compression"] = round(facts["uncompressed_bytes"] / max(1, facts["bytes"]), 2)
-    facts |= {name: attrs[name] for name in _KEPT if name in attrs}
+    facts |= {name: attrs[name] for name in _SHOWN_ATTRS if name in attrs}
     return facts | _provenance(attrs)
 
 
 def _provenance(attrs: dict[str, Any]) -> dict[str, Any]:
     if "provenance" not in attrs:
         return {}
-    told = json.loads(attrs["provenance"])
-    return {"written_by": {"git_commit": told.get("git_commit"), **told.get("packages", {})}}
+    provenance = json.loads(attrs["provenance"])
+    return {"written_by": {"git_commit": provenance.get("git_commit"), **provenance.get("packages", {})}}
 
 
 def _files(store: Path) -> list[int]:
@@ -99,10 +99,9 @@ def _activation_facts(store: Path) -> dict[str, Any]:
         done = committed[model, site]
         size = done * array.shape[1] * array.dtype.itemsize
         uncompressed += size
-        models.append(
-            {"model": model, "run": run, "step": step, "site": site, "width": array.shape[1], "dtype": array.kept,
-             "tokens": done, "complete": done == n_tokens, "uncompressed_bytes": size}
-        )  # fmt: skip
+        array_facts = {"width": array.shape[1], "dtype": array.stored_type, "uncompressed_bytes": size}
+        progress = {"tokens": done, "complete": done == n_tokens}
+        models.append({"model": model, "run": run, "step": step, "site": site} | array_facts | progress)
     length = np.diff(np.append(labels.spans["start"].values, n_tokens))
     segments = labels.spans[SEGMENT].values
     return {

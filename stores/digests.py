@@ -1,4 +1,4 @@
-"""A digest in every group, so that a change in metadata is found as surely as one in data.
+"""A digest in every group, so that a change in metadata is detected as reliably as one in data.
 
 Chunks carry checksums; ``zarr.json`` files do not. The attribute ``digest`` of a group is the hash of its other
 attributes and of the metadata of its arrays, and is written in the same atomic replacement of ``zarr.json``.
@@ -16,8 +16,8 @@ from typing import Any, Final
 from rlgen_stats.schemas.dims import MODEL
 from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.stores.atomic import ROOT, write_json
-from rlgen_stats.stores.locations import reaching
+from rlgen_stats.stores.atomic import ZARR_JSON, write_json
+from rlgen_stats.stores.locations import explain_access_errors
 
 DIGEST: Final = "digest"
 CONSOLIDATED: Final = "consolidated_metadata"
@@ -34,18 +34,18 @@ def read_document(path: Path) -> dict[str, Any]:
         If it is not JSON or no Zarr v3 metadata.
     """
     try:
-        with reaching(path):
-            document = json.loads((path / ROOT).read_text(encoding="utf-8"))
+        with explain_access_errors(path):
+            document = json.loads((path / ZARR_JSON).read_text(encoding="utf-8"))
         if document["zarr_format"] != 3 or document["node_type"] not in ("group", "array"):
             raise KeyError("node_type")
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreCorruptError(f"{path / ROOT} is not Zarr v3 metadata ({error}); restore it.") from error
+        raise StoreCorruptError(f"{path / ZARR_JSON} is not Zarr v3 metadata ({error}); restore it.") from error
     return dict(document)
 
 
-def seal(path: Path, attributes: dict[str, Any] | None = None) -> None:
-    """Set attributes of a group and its digest, in one atomic replacement; creates an empty group where none is."""
-    if (path / ROOT).exists():
+def write_digest(path: Path, attributes: dict[str, Any] | None = None) -> None:
+    """Set attributes of a group and its digest in one atomic replacement; an absent group is created empty."""
+    if (path / ZARR_JSON).exists():
         document = read_document(path)
     else:
         document = {"zarr_format": 3, "node_type": "group", "attributes": {}}
@@ -54,12 +54,12 @@ def seal(path: Path, attributes: dict[str, Any] | None = None) -> None:
     if COMMITTED_MODELS in document["attributes"]:
         metadata = arrays_of(path, len(document["attributes"][COMMITTED_MODELS]))
         document[CONSOLIDATED] = {"kind": "inline", "must_understand": False, "metadata": metadata}
-    document["attributes"][DIGEST] = digest(path, document)
-    write_json(path / ROOT, document)
+    document["attributes"][DIGEST] = metadata_digest(path, document)
+    write_json(path / ZARR_JSON, document)
 
 
-def digest(path: Path, document: dict[str, Any]) -> str:
-    """What :func:`seal` writes for this group as it is now."""
+def metadata_digest(path: Path, document: dict[str, Any]) -> str:
+    """The digest of a group: a hash of its attributes and of the metadata of its arrays."""
     attributes = {name: value for name, value in document.get("attributes", {}).items() if name != DIGEST}
     rest = {name: value for name, value in document.items() if name != "attributes"}
     n_models = len(attributes[COMMITTED_MODELS]) if COMMITTED_MODELS in attributes else None
@@ -67,15 +67,20 @@ def digest(path: Path, document: dict[str, Any]) -> str:
 
 
 def arrays_of(path: Path, n_models: int | None = None) -> dict[str, dict[str, Any]]:
-    """Metadata of the arrays that lie directly in a group, without what an append grew beyond ``n_models``."""
+    """Metadata of the arrays directly in a group; an append that was not committed grew none beyond ``n_models``."""
     if not path.exists():  # an object store has no empty folders
         return {}
-    below = sorted(child for child in path.iterdir() if not child.name.startswith(".") and (child / ROOT).exists())
-    documents = {child.name: read_document(child) for child in below}
-    return {name: _settled(doc, n_models) for name, doc in documents.items() if doc["node_type"] == "array"}
+    documents = {child.name: read_document(child) for child in zarr_nodes(path)}
+    return {name: _without_uncommitted(doc, n_models) for name, doc in documents.items() if doc["node_type"] == "array"}
 
 
-def _settled(array: dict[str, Any], n_models: int | None) -> dict[str, Any]:
+def zarr_nodes(path: Path) -> list[Path]:
+    """Groups and arrays directly in a group, by name; hidden folders are locks and unfinished writes."""
+    children = sorted(path.iterdir(), key=lambda child: child.name)
+    return [child for child in children if not child.name.startswith(".") and (child / ZARR_JSON).exists()]
+
+
+def _without_uncommitted(array: dict[str, Any], n_models: int | None) -> dict[str, Any]:
     names = array.get("dimension_names") or []
     if n_models is None or MODEL not in names:
         return array
@@ -84,9 +89,9 @@ def _settled(array: dict[str, Any], n_models: int | None) -> dict[str, Any]:
     return array | {"shape": shape}
 
 
-def seal_tree(path: Path) -> None:
-    """Seal the group at ``path`` and every group below it."""
-    for child in sorted(path.iterdir()):
-        if not child.name.startswith(".") and (child / ROOT).exists() and read_document(child)["node_type"] == "group":
-            seal_tree(child)
-    seal(path)
+def write_digests(path: Path) -> None:
+    """Write the digests of the group at ``path`` and of every group below it."""
+    for child in zarr_nodes(path):
+        if read_document(child)["node_type"] == "group":
+            write_digests(child)
+    write_digest(path)

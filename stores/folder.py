@@ -1,4 +1,4 @@
-"""Where everything of one study lives."""
+"""Paths inside one study folder."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class StudyFolder:
         return self.root / "crosscoder" / name
 
     def contexts(self, crosscoder: str) -> Path:
-        """Where a crosscoder's features fire."""
+        """Contexts in which a crosscoder's features fire."""
         return self.crosscoder(crosscoder) / "contexts.parquet"
 
     def logits(self, crosscoder: str) -> Path:
-        """Tokens that a crosscoder's features speak for."""
+        """Tokens that a crosscoder's features promote and suppress."""
         return self.crosscoder(crosscoder) / "logits.parquet"
 
     def resolve(self, path: str) -> Path:

@@ -1,4 +1,4 @@
-"""Labels of tokens and prompts: lazy as coordinates, and able to select.
+"""Labels of tokens and prompts: lazy coordinates, and selection by label.
 
 Tokens carry codes, prompts carry text, and ``spans`` lists the runs of tokens that share prompt, source and segment,
 so that a selection by labels reads the spans (a few million rows for 10^9 tokens) and never the tokens.
@@ -35,8 +35,8 @@ from rlgen_stats.schemas.dims import (
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores.digests import read_document
-from rlgen_stats.stores.locations import store_of
-from rlgen_stats.stores.prompt_index import among, plain
+from rlgen_stats.stores.locations import zarr_store
+from rlgen_stats.stores.prompt_index import label_values, selected_labels
 from rlgen_stats.stores.tables import open_lazily
 
 TOKENS_GROUP: Final = "tokens"
@@ -62,7 +62,7 @@ class TokenLabels:
     @cached_property
     def spans(self) -> xr.Dataset:
         """``start``, ``prompt``, ``source``, ``segment`` [span], in memory."""
-        dataset = xr.open_zarr(store_of(self.path / SPANS_GROUP, strict=True), consolidated=False, chunks=None)
+        dataset = xr.open_zarr(zarr_store(self.path / SPANS_GROUP, strict=True), consolidated=False, chunks=None)
         return validate(dataset, SPANS_GROUP).load()
 
     @cached_property
@@ -73,11 +73,11 @@ class TokenLabels:
     @cached_property
     def codes(self) -> dict[str, Any]:
         """The arrays of the tokens group, on disk."""
-        group = zarr.open_group(store_of(self.path / TOKENS_GROUP, strict=True), mode="r")
+        group = zarr.open_group(zarr_store(self.path / TOKENS_GROUP, strict=True), mode="r")
         return {str(name): array for name, array in group.arrays()}
 
     def legend(self, name: str) -> NDArray[Any] | None:
-        """What the codes of label ``name`` stand for; None for plain numbers."""
+        """Text of every code of label ``name``; None for labels that are numbers."""
         if name in (POSITION, TOKEN_ID):
             return None
         if name in (SOURCE, SEGMENT):
@@ -87,7 +87,7 @@ class TokenLabels:
 
     def coordinate(self, name: str) -> xr.Variable:
         """Label ``name`` of every token, read and decoded when touched."""
-        coded = _Coded(self.codes[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name], self.legend(name))
+        coded = _DecodedLabels(self.codes[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name], self.legend(name))
         return xr.Variable((TOKEN,), indexing.LazilyIndexedArray(coded))
 
     def coordinates(self) -> xr.Coordinates:
@@ -97,7 +97,7 @@ class TokenLabels:
         return xr.Coordinates(variables, indexes=dict.fromkeys(SELECTABLE, index))
 
     def ranges(self, where: Mapping[str, object]) -> NDArray[np.int64]:
-        """Sorted, disjoint token ranges [k, 2] whose labels are among those wanted.
+        """Sorted, disjoint token ranges [k, 2] that have the given labels.
 
         Raises
         ------
@@ -105,13 +105,13 @@ class TokenLabels:
             If a label or a value is unknown.
         """
         keep = np.ones(self.spans.sizes["span"], dtype=bool)
-        for name, wanted in where.items():
+        for name, values in where.items():
             if name not in SELECTABLE:
                 raise InputError(f"tokens are selected by {', '.join(SELECTABLE)}, got {name!r}.")
             legend = self.legend(name)
             assert legend is not None  # noqa: S101 - selectable labels are coded
             code = self.spans[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name].values
-            keep &= among(legend, wanted, name)[code]
+            keep &= selected_labels(legend, values, name)[code]
         start = self.spans["start"].values
         stop = np.append(start[1:], self.n_tokens)
         return merge_ranges(np.stack([start[keep], stop[keep]], axis=1).astype(np.int64))
@@ -150,12 +150,12 @@ def positions_in(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     """Every token of sorted ranges."""
     lengths = ranges[:, 1] - ranges[:, 0]
     offset = np.repeat(ranges[:, 0] - np.append(0, np.cumsum(lengths)[:-1]), lengths)
-    found: NDArray[np.int64] = np.arange(int(lengths.sum()), dtype=np.int64) + offset
-    return found
+    positions: NDArray[np.int64] = np.arange(int(lengths.sum()), dtype=np.int64) + offset
+    return positions
 
 
-class _Coded(BackendArray):
-    """Codes on disk that read as what they stand for."""
+class _DecodedLabels(BackendArray):
+    """Codes on disk that are decoded when read."""
 
     def __init__(self, codes: Any, legend: NDArray[Any] | None) -> None:
         self._codes, self._legend = codes, legend
@@ -179,8 +179,8 @@ class TokenIndex(xr.Index):
         self._rows = slice(0, labels.n_tokens) if rows is None else rows
 
     def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
-        """Rows whose labels are among those wanted."""
-        where = {name: plain(value) for name, value in labels.items()}
+        """Rows that have the given labels."""
+        where = {name: label_values(value) for name, value in labels.items()}
         ranges = self._labels.ranges(where)
         if isinstance(self._rows, slice):
             inside = np.clip(ranges, self._rows.start, self._rows.stop) - self._rows.start
@@ -188,8 +188,8 @@ class TokenIndex(xr.Index):
             if len(inside) == 1:
                 return IndexSelResult({TOKEN: slice(int(inside[0, 0]), int(inside[0, 1]))})
             return IndexSelResult({TOKEN: positions_in(inside)})
-        at = np.searchsorted(ranges[:, 0], self._rows, side="right") - 1
-        chosen = (at >= 0) & (self._rows < ranges[at, 1]) if len(ranges) else np.zeros(len(self._rows), dtype=bool)
+        last = np.searchsorted(ranges[:, 0], self._rows, side="right") - 1  # the last range that starts before the row
+        chosen = (last >= 0) & (self._rows < ranges[last, 1]) if len(ranges) else np.zeros(len(self._rows), dtype=bool)
         return IndexSelResult({TOKEN: _as_slice(np.flatnonzero(chosen))})
 
     def isel(self, indexers: Mapping[Any, Any]) -> TokenIndex | None:
@@ -243,7 +243,7 @@ class TokenIndex(xr.Index):
 
 
 def _as_slice(rows: NDArray[np.int64]) -> Any:
-    """Rows as a slice where they are neighbours, which stays cheap for any number of them."""
+    """Rows as a slice where they are consecutive, which costs nothing for any number of them."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows

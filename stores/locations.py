@@ -1,4 +1,4 @@
-"""Where a store lies: a local folder or any fsspec URL, behind the one path interface of pathlib."""
+"""Locations of stores: a local folder or any fsspec URL, behind the one path interface of pathlib."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCAL = ("", "file", "local")
 def place(path: Path | str) -> Path:
     """A path object for a local path or an fsspec URL such as ``s3://bucket/run``.
 
-    Remote places are ``upath.UPath`` objects: they answer the same questions as :class:`pathlib.Path`.
+    Remote locations are ``upath.UPath`` objects, which have the methods of :class:`pathlib.Path`.
 
     Raises
     ------
@@ -29,52 +29,53 @@ def place(path: Path | str) -> Path:
     if not isinstance(path, str) or "://" not in path:
         return Path(path) if isinstance(path, str) else path
     try:
-        found = UPath(path)
-        if found.protocol in _LOCAL:
-            return Path(found.path)
-        found.fs  # noqa: B018 - loads the filesystem now, so that a missing package is reported here
+        location = UPath(path)
+        if location.protocol in _LOCAL:
+            return Path(location.path)
+        location.fs  # noqa: B018 - loads the filesystem now, so that a missing package is reported here
     except (ValueError, ImportError) as error:
         raise InputError(
             f"{path} cannot be opened ({error}); expected a local path or an fsspec URL whose filesystem is installed, "
             "for s3:// install 'rlgen-stats[s3]'."
         ) from error
-    return cast(Path, found)
+    return cast(Path, location)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether ``path`` is behind a protocol and not in the local file system."""
+    """Whether ``path`` is a URL and not in the local file system."""
     return not isinstance(path, Path)
 
 
 def filesystem(path: Path) -> Any:
-    """The fsspec filesystem of a remote place."""
+    """The fsspec filesystem of a remote location."""
     return cast(UPath, path).fs
 
 
-def store_of(path: Path, *, strict: bool = False) -> Store:
-    """A Zarr store rooted at ``path``; a ``strict`` one refuses to take a missing chunk for fill values."""
+def zarr_store(path: Path, *, strict: bool = False) -> Store:
+    """A Zarr store rooted at ``path``; a ``strict`` one raises for a missing chunk instead of returning fill values."""
     store: Store
     if is_remote(path):
         store = FsspecStore.from_url(str(path), storage_options=dict(cast(UPath, path).storage_options))
     else:
         store = LocalStore(path)
-    return _Complete(store) if strict else store
+    return _NoMissingChunks(store) if strict else store
 
 
-class _Complete(WrapperStore[Store]):  # type: ignore[misc]
-    """A store in which every chunk must exist, as it does in the stores written here."""
+class _NoMissingChunks(WrapperStore[Store]):  # type: ignore[misc]
+    """A store in which every chunk must exist, as in all stores written here (``write_empty_chunks``)."""
 
     async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
         """Bytes of ``key``; a missing chunk raises instead of standing for fill values."""
         value = await self._store.get(key, *args, **kwargs)
+        # Keys of chunks are c/0/1 or, in shards, c.0.1; metadata keys may be absent.
         if value is None and any(part.split(".")[0] == "c" for part in key.split("/")):
             raise StoreCorruptError(f"{self._store} lacks the chunk {key}; restore it or compute it again.")
         return value
 
 
 @contextmanager
-def reaching(path: Path) -> Iterator[None]:
-    """Turn what a filesystem says of missing rights, credentials or servers into one sentence."""
+def explain_access_errors(path: Path) -> Iterator[None]:
+    """Turn errors of a filesystem (missing rights or credentials, no such server) into one sentence; others pass."""
     try:
         yield
     except PermissionError as error:
@@ -84,21 +85,23 @@ def reaching(path: Path) -> Iterator[None]:
                 "own."
             ) from error
         raise StoreError(
-            f"{path} refuses these credentials ({_said(error)}); expected ones that may read and write it: check the "
-            "access key, its rights, and the endpoint."
+            f"{path} refuses these credentials ({_first_line(error)}); expected ones that may read and write it: check "
+            "the access key, its rights, and the endpoint."
         ) from error
     except Exception as error:
         if not is_remote(path) or isinstance(error, StoreError | InputError):
             raise
         if "credential" in type(error).__name__.lower() or "credential" in str(error).lower():
             raise StoreError(
-                f"{path} needs credentials and none were found ({_said(error)}); set them in the environment or the "
-                "credentials file of that service."
+                f"{path} needs credentials and none were found ({_first_line(error)}); set them in the environment or "
+                "the credentials file of that service."
             ) from error
         if isinstance(error, OSError) or "endpoint" in type(error).__name__.lower():
-            raise StoreError(f"{path} cannot be reached ({_said(error)}); check the URL and the endpoint.") from error
+            raise StoreError(
+                f"{path} cannot be reached ({_first_line(error)}); check the URL and the endpoint."
+            ) from error
         raise
 
 
-def _said(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".")

@@ -1,4 +1,4 @@
-"""One writer at a time, for a whole store or for a range of its shards; a dead writer's lock is free.
+"""Locks: one writer at a time for a whole store or for a range of its shards; a dead writer holds none.
 
 On a local disk the operating system keeps the lock (a byte range of a lock file) and drops it when its process dies.
 In an object store a lock is a lease: a small object that its holder renews; one not renewed for ``LEASE_SECONDS``, or
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from rlgen_stats.schemas.errors import StoreLockedError
-from rlgen_stats.stores.locations import filesystem, is_remote, reaching
+from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
 
 WHOLE: Final = (0, 1 << 62)
-"""The range of a lock that leaves room for no other."""
+"""Range that covers every shard: the lock of a whole store."""
 LEASE_SECONDS: Final = 60.0
 """A lease older than this is dead; holders renew four times as often."""
-_TAKE: Final = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
-"""Open-file-description locks hold between threads of one process too; where there are none, process locks."""
+_SET_LOCK: Final = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
+"""Open-file-description locks (Linux) exclude other threads of one process too; elsewhere, process locks."""
 
 
 @contextmanager
@@ -49,65 +49,68 @@ def exclusive(path: Path, span: tuple[int, int] = WHOLE, *, patience: float = 0.
     StoreLockedError
         If a living writer holds it, or a part of it.
     """
-    with reaching(path):
+    with explain_access_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    held = _leased if is_remote(path) else _locked
-    until = time.monotonic() + patience
+    hold = _hold_lease if is_remote(path) else _hold_file_lock
+    deadline = time.monotonic() + patience
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(held(path, span))
+                stack.enter_context(hold(path, span))
                 break
             except StoreLockedError:
-                if time.monotonic() >= until:
+                if time.monotonic() >= deadline:
                     raise
                 time.sleep(0.05)
         yield
 
 
-def _refused(path: Path, holder: str) -> StoreLockedError:
+def _locked_error(path: Path, holder: str) -> StoreLockedError:
     return StoreLockedError(
         f"{path} is being written by process {holder}; expected one writer at a time: wait for it, or stop it."
     )
 
 
 @contextmanager
-def _locked(path: Path, span: tuple[int, int]) -> Iterator[None]:
+def _hold_file_lock(path: Path, span: tuple[int, int]) -> Iterator[None]:
     first, stop = span
-    with reaching(path), path.with_name(f".{path.name}.lock").open("a+", encoding="utf-8") as handle:
+    with explain_access_errors(path), path.with_name(f".{path.name}.lock").open("a+", encoding="utf-8") as handle:
         try:
-            fcntl.fcntl(handle, _TAKE, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, stop - first, 0))
+            fcntl.fcntl(handle, _SET_LOCK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, stop - first, 0))
         except (BlockingIOError, PermissionError) as error:
-            raise _refused(path, _holder(handle, span)) from error
-        if span == WHOLE:
+            raise _locked_error(path, _last_holder(handle, span)) from error
+        if span == WHOLE:  # nobody else holds a part of it, so earlier notes are all of the dead
             handle.truncate(0)
         handle.write(f"{os.getpid()} {first} {stop}\n")
         handle.flush()
         yield
 
 
-def _holder(handle: IO[str], span: tuple[int, int]) -> str:
-    """The last process that wrote itself down for an overlapping range."""
+def _last_holder(handle: IO[str], span: tuple[int, int]) -> str:
+    """Process id last noted in the lock file for an overlapping range, for the message only."""
     handle.seek(0)
     lines = [line.split() for line in handle.read().splitlines()]
-    found = [int(line[0]) for line in lines if len(line) == 3 and int(line[1]) < span[1] and span[0] < int(line[2])]
-    return str(found[-1]) if found else "unknown"
+    pids = [int(line[0]) for line in lines if len(line) == 3 and int(line[1]) < span[1] and span[0] < int(line[2])]
+    return str(pids[-1]) if pids else "unknown"
 
 
 @contextmanager
-def _leased(path: Path, span: tuple[int, int]) -> Iterator[None]:
+def _hold_lease(path: Path, span: tuple[int, int]) -> Iterator[None]:
     folder = path.with_name(f".{path.name}.locks")
-    mine = folder / f"{span[0]}-{span[1]}-{uuid.uuid4().hex[:8]}.json"
+    own_lease = folder / f"{span[0]}-{span[1]}-{uuid.uuid4().hex[:8]}.json"
     facts = json.dumps({"host": platform.node(), "pid": os.getpid()})
-    with reaching(path):
-        mine.write_text(facts)
+    # The own lease is written before others are looked for: of two that start at once, at least one sees the other.
+    with explain_access_errors(path):
+        own_lease.write_text(facts)
     stopped = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(mine, facts, stopped), daemon=True)
+    renewal = threading.Thread(target=_renew, args=(own_lease, facts, stopped), daemon=True)
     try:
-        with reaching(path):
+        with explain_access_errors(path):
             for other in folder.iterdir():
-                if other.name != mine.name and _overlap(other.name, span) and (holder := _alive(other, mine)):
-                    raise _refused(path, holder)
+                if other.name == own_lease.name or not _overlap(other.name, span):
+                    continue
+                if holder := _living_holder(other, own_lease):
+                    raise _locked_error(path, holder)
         renewal.start()
         yield
     finally:
@@ -115,13 +118,13 @@ def _leased(path: Path, span: tuple[int, int]) -> Iterator[None]:
         if renewal.is_alive():
             renewal.join()
         with suppress(OSError):
-            mine.unlink()
+            own_lease.unlink()
 
 
-def _renew(mine: Path, facts: str, stopped: threading.Event) -> None:
+def _renew(own_lease: Path, facts: str, stopped: threading.Event) -> None:
     while not stopped.wait(LEASE_SECONDS / 4):
         with suppress(OSError):  # the next renewal is soon enough; a lease outlives three missed ones
-            mine.write_text(facts)
+            own_lease.write_text(facts)
 
 
 def _overlap(name: str, span: tuple[int, int]) -> bool:
@@ -129,27 +132,30 @@ def _overlap(name: str, span: tuple[int, int]) -> bool:
     return int(first) < span[1] and span[0] < int(stop)
 
 
-def _alive(lease: Path, mine: Path) -> str:
-    """Who holds ``lease``, or "" after removing it if its holder is dead. Ages are told by the store's clock."""
+def _living_holder(lease: Path, own_lease: Path) -> str:
+    """Who holds ``lease``, or "" after removing it if its holder is dead.
+
+    The age of a lease is taken relative to the own one, both by the store's clock: clocks of hosts may differ.
+    """
     system = filesystem(lease)
     system.invalidate_cache()
     try:
         facts: dict[str, Any] = json.loads(lease.read_text())
-        age = (system.modified(mine.path) - system.modified(lease.path)).total_seconds()  # type: ignore[attr-defined]
+        age = (system.modified(own_lease.path) - system.modified(lease.path)).total_seconds()  # type: ignore[attr-defined]
     except FileNotFoundError:
         return ""
-    here = facts.get("host") == platform.node()
-    if age > LEASE_SECONDS or (here and not _runs(int(facts["pid"]))):
+    on_this_host = facts.get("host") == platform.node()
+    if age > LEASE_SECONDS or (on_this_host and not _process_exists(int(facts["pid"]))):
         lease.unlink(missing_ok=True)
         return ""
     return f"{facts['pid']} on {facts['host']}"
 
 
-def _runs(pid: int) -> bool:
+def _process_exists(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # sends nothing, only asks whether the process exists
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # it exists and is another user's
         return True
     return True

@@ -1,4 +1,4 @@
-"""Raising a store's layout version in place, one version at a time."""
+"""Migration: a store's layout version is raised in place, one version at a time."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import zarr
 from rlgen_stats.schemas.dims import CHANNEL, PROMPT, PROMPT_LABELS, TOKEN
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION
-from rlgen_stats.stores.activations import ARRAY, COMMITTED, stored_groups
-from rlgen_stats.stores.atomic import ROOT, write_json
+from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, stored_groups
+from rlgen_stats.stores.atomic import ZARR_JSON, write_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder, write_table
-from rlgen_stats.stores.digests import read_document, seal, seal_tree
+from rlgen_stats.stores.digests import read_document, write_digest, write_digests
 from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP
-from rlgen_stats.stores.locations import is_remote, place, store_of
+from rlgen_stats.stores.locations import is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.shards import (
     CHECKSUM_BYTES,
@@ -68,43 +68,43 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
 
 
 def _version(store: Path) -> int:
-    """The lowest version below ``store``: results groups carry their own."""
-    found = [read_document(store).get("attributes", {}).get("schema_version")]
-    found += [
+    """The lowest layout version in ``store``: groups of a results store carry their own."""
+    versions = [read_document(store).get("attributes", {}).get("schema_version")]
+    versions += [
         read_document(child).get("attributes", {}).get("schema_version")
         for child in store.iterdir()
-        if (child / ROOT).exists()
+        if (child / ZARR_JSON).exists()
     ]
-    versions = [int(version) for version in found if version is not None]
-    if not versions:
+    known = [int(version) for version in versions if version is not None]
+    if not known:
         raise StoreError(f"{store} is not a store of this toolkit: attribute 'schema_version' is missing.")
-    return min(versions)
+    return min(known)
 
 
 def _from_1(store: Path) -> None:
     """Layout 1 -> 2: flat shard files, checksums in commit records, spans, digests, and every chunk present."""
     attributes: dict[str, Any] = {"schema_version": 2}
-    if (store / TOKENS_GROUP / ROOT).exists():
+    if (store / TOKENS_GROUP / ZARR_JSON).exists():
         attributes |= _spans_from_1(store)
         root = read_document(store)["attributes"]
         for model, site in stored_groups(store):
             _shards_from_1(store / model / site, model, site, int(root["n_tokens"]), int(root["shard_tokens"]))
-    for group in sorted(child for child in store.iterdir() if (child / ROOT).exists()):
+    for group in sorted(child for child in store.iterdir() if (child / ZARR_JSON).exists()):
         document = read_document(group)
         if "schema_version" in document.get("attributes", {}):
             document["attributes"]["schema_version"] = 2
-            write_json(group / ROOT, document)
-    for array in store.rglob(ROOT):
+            write_json(group / ZARR_JSON, document)
+    for array in store.rglob(ZARR_JSON):
         if array.parent.name not in (ARRAY, COMMITTED) and read_document(array.parent)["node_type"] == "array":
             _fill_missing(array.parent)
-    seal_tree(store)
-    seal(store, attributes)
+    write_digests(store)
+    write_digest(store, attributes)  # the version comes last, so that an interrupted migration is run again
 
 
 def _spans_from_1(store: Path) -> dict[str, Any]:
     """Write the spans group from the tokens; the labels hash of version 2."""
-    prompts = xr.open_zarr(store_of(store / PROMPTS_GROUP), consolidated=False, chunks=None)
-    tokens = zarr.open_group(store_of(store / TOKENS_GROUP), mode="r")
+    prompts = xr.open_zarr(zarr_store(store / PROMPTS_GROUP), consolidated=False, chunks=None)
+    tokens = zarr.open_group(zarr_store(store / TOKENS_GROUP), mode="r")
     coder = TokenCoder(pd.DataFrame({name: prompts[name].values for name in (PROMPT, *PROMPT_LABELS)}))
     arrays = {name: tokens[name] for name in TOKEN_DTYPES}
     for start in range(0, arrays[PROMPT].shape[0], LABEL_BLOCK):
@@ -118,7 +118,7 @@ def _shards_from_1(group: Path, model: str, site: str, n_tokens: int, shard: int
     """Rename chunk files c/i/0 to c.i.0 and write records with checksums; the data stay as they are."""
     if "complete" in read_document(group)["attributes"]:
         return  # an interrupted migration came this far
-    old = json.loads((group / ARRAY / ROOT).read_text(encoding="utf-8"))
+    old = json.loads((group / ARRAY / ZARR_JSON).read_text(encoding="utf-8"))
     rows = int(old["chunk_grid"]["configuration"]["chunk_shape"][0])
     if rows != min(shard, n_tokens):
         raise StoreError(
@@ -127,7 +127,7 @@ def _shards_from_1(group: Path, model: str, site: str, n_tokens: int, shard: int
     record = group / f"{COMMITTED}.new"
     record.mkdir(exist_ok=True)
     n_shards = -(-n_tokens // shard)
-    (record / ROOT).write_text(array_document((n_shards, 2), (1, 2), "int64", ("shard", "record"), {}))
+    (record / ZARR_JSON).write_text(array_document((n_shards, 2), (1, 2), "int64", ("shard", "record"), {}))
     committed = np.asarray(zarr.open_array(group / COMMITTED, mode="r")[:])
     for index in np.flatnonzero(committed).tolist():
         source, target = group / ARRAY / "c" / str(index) / "0", group / ARRAY / f"c.{index}.0"
@@ -137,12 +137,12 @@ def _shards_from_1(group: Path, model: str, site: str, n_tokens: int, shard: int
         write_chunk(record, index, np.array([[committed[index], checksum_of(raw)]], dtype="<i8"), ndim=2)
     width = int(old["shape"][1])
     text = array_document((n_tokens, width), (rows, width), str(old["data_type"]), (TOKEN, CHANNEL), {})
-    (group / ARRAY / ROOT).write_text(text)
+    (group / ARRAY / ZARR_JSON).write_text(text)
     _remove(group / ARRAY / "c")
     _remove(group / COMMITTED)
     record.rename(group / COMMITTED)
     done = len(written_chunks(group / COMMITTED)) == n_shards
-    seal(group, {"model": model, "site": site, "complete": done})
+    write_digest(group, {"model": model, "site": site, "complete": done})
 
 
 def _remove(folder: Path) -> None:
@@ -154,15 +154,15 @@ def _remove(folder: Path) -> None:
 
 def _fill_missing(path: Path) -> None:
     """Write the chunks that layout 1 left out because they held fill values only."""
-    array = zarr.open_array(store_of(path), mode="r+")
+    array = zarr.open_array(zarr_store(path), mode="r+")
     starts = [range(0, size, chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
     for corner in np.ndindex(*(len(part) for part in starts)):
         if not (path / array.metadata.encode_chunk_key(corner)).exists():
             spans = zip(corner, array.chunks, array.shape, strict=True)
             region = tuple(slice(i * chunk, min((i + 1) * chunk, size)) for i, chunk, size in spans)
             with zarr.config.set({"array.write_empty_chunks": True}):
-                zarr.open_array(store_of(path), mode="r+")[region] = array[region]
+                zarr.open_array(zarr_store(path), mode="r+")[region] = array[region]
 
 
 _STEPS: Final[dict[int, Callable[[Path], None]]] = {1: _from_1}
-"""Version -> what raises a store from it to the next."""
+"""Version -> function that raises a store from it to the next."""

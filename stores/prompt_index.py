@@ -15,19 +15,25 @@ from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import InputError
 
 
-def among(legend: NDArray[Any], wanted: object, name: str) -> NDArray[np.bool_]:
-    """[code] whether the label is one of those wanted."""
-    values = [wanted] if isinstance(wanted, str) else list(np.atleast_1d(np.asarray(wanted)).astype(np.str_))
+def selected_labels(legend: NDArray[Any], selection: object, name: str) -> NDArray[np.bool_]:
+    """[code] whether the label in ``legend`` is the selected one, or one of them.
+
+    Raises
+    ------
+    InputError
+        If a selected label does not exist.
+    """
+    values = [selection] if isinstance(selection, str) else list(np.atleast_1d(np.asarray(selection)).astype(np.str_))
     unknown = sorted(set(values) - set(legend.tolist()))
     if unknown:
-        there = sorted(set(legend.tolist()))
-        shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+        known = sorted(set(legend.tolist()))
+        shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
         raise InputError(f"no {name} is called {unknown[0]!r}; there are {shown}.")
     return np.isin(legend, np.array(values, dtype=legend.dtype if values else np.str_))
 
 
-def plain(value: object) -> Sequence[str] | str:
-    """A label or a list of labels, from whatever ``sel`` was given."""
+def label_values(value: object) -> Sequence[str] | str:
+    """The argument of ``sel`` as a label or a list of labels."""
     if isinstance(value, str):
         return value
     if isinstance(value, xr.DataArray | xr.Variable):
@@ -46,10 +52,10 @@ class PromptIndex(xr.Index):
         self._prompts, self._labels = prompts, labels
 
     def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
-        """Prompts whose labels are among those wanted."""
+        """Prompts that have the given labels."""
         keep = np.ones(len(self._prompts), dtype=bool)
         for name, value in labels.items():
-            keep &= among(self._labels[name], plain(value), str(name))
+            keep &= selected_labels(self._labels[name], label_values(value), str(name))
         return IndexSelResult({PROMPT: np.flatnonzero(keep)})
 
     def isel(self, indexers: Mapping[Any, Any]) -> PromptIndex | None:
@@ -84,9 +90,11 @@ class PromptIndex(xr.Index):
     def join(self, other: Any, how: Any = "inner") -> PromptIndex:
         """The index of the prompts of both (inner) or either (outer)."""
         prompts = self._prompts.join(other._prompts, how=how)
-        mine, theirs = self._prompts.get_indexer(prompts), other._prompts.get_indexer(prompts)
+        # Row of each joined prompt in either index; -1 where it is absent there, and then the other index has it.
+        rows, other_rows = self._prompts.get_indexer(prompts), other._prompts.get_indexer(prompts)
         labels = {
-            name: np.where(mine >= 0, value[mine], other._labels[name][theirs]) for name, value in self._labels.items()
+            name: np.where(rows >= 0, value[rows], other._labels[name][other_rows])
+            for name, value in self._labels.items()
         }
         return PromptIndex(prompts, labels)
 
@@ -104,7 +112,7 @@ class PromptIndex(xr.Index):
 
 
 def with_prompt_index(dataset: xr.Dataset) -> xr.Dataset:
-    """``dataset`` able to select by task, domain, split and cluster, where these label its prompts."""
+    """``dataset`` with an index that selects by task, domain, split and cluster, where these label its prompts."""
     names = [n for n in PROMPT_LABELS if n in dataset.coords and dataset[n].dims == (PROMPT,)]
     if not names or PROMPT not in dataset.indexes:
         return dataset

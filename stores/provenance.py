@@ -1,4 +1,4 @@
-"""Where a store comes from: study, spec, versions, seeds, parents."""
+"""Provenance of a store: study, spec, versions, seeds, parents."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _PACKAGES: Final = (
 
 @cache
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a number, read without importing them."""
-    found = {}
+    """Versions of the packages on which numbers depend, read without importing them."""
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 @cache
@@ -46,6 +46,7 @@ def git_commit() -> str:
         done = subprocess.run(
             ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
         )
+        # An installed wheel may lie inside some other repository, which does not track this file.
         tracked = subprocess.run(
             ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name],
             capture_output=True,

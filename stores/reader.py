@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError, StoreError
-from rlgen_stats.stores.activations import shard_arrays
+from rlgen_stats.stores.activation_store import shard_arrays
 from rlgen_stats.stores.labels import TokenLabels, positions_in
 from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.shards import ShardArray, to_float32
@@ -38,7 +38,7 @@ class PairedReader:
         Optional [token] bool: only these tokens are read.
     where
         Optional labels, e.g. ``{"segment": "completion", "domain": "out"}``: only tokens with one of the values of
-        each; found without reading the tokens, and shards without such a token are never read.
+        each. They are found without reading token labels, and shards without such a token are never read.
     dtype
         ``"float32"``, or ``"stored"``: as kept, bfloat16 as its bits in uint16.
     buffer_bytes
@@ -49,7 +49,7 @@ class PairedReader:
     Raises
     ------
     StoreError
-        If a view is not complete in the store, or the views have several types and are wanted as stored.
+        If a view is not complete in the store, or the views have several types and dtype is "stored".
     InputError
         If a label is unknown, the mask has another length, or fewer tokens are left than one batch.
 
@@ -80,7 +80,7 @@ class PairedReader:
         self._arrays: list[ShardArray] = [arrays[model] for model in models]
         if dtype not in ("float32", "stored"):
             raise InputError(f"batches come as 'float32' or 'stored', got {dtype!r}.")
-        kinds = {array.kept for array in self._arrays}
+        kinds = {array.stored_type for array in self._arrays}
         if dtype == "stored" and len(kinds) > 1:
             raise StoreError(f"the views are kept as {sorted(kinds)}; read them as float32.")
         self._convert = dtype == "float32"
@@ -93,8 +93,8 @@ class PairedReader:
         if self.n_tokens < self.batch_size:
             raise InputError(f"the mask leaves {self.n_tokens} tokens, fewer than one batch of {self.batch_size}.")
         self._capacity = max(1, int(buffer_bytes // (sum(self.widths) * self._kind.itemsize)))
-        self._kept: NDArray[Any] | None = None
-        self._spare: list[list[NDArray[Any]]] = []
+        self._cached: NDArray[Any] | None = None
+        self._spare_buffers: list[list[NDArray[Any]]] = []
 
     @property
     def width(self) -> int:
@@ -108,6 +108,11 @@ class PairedReader:
         if len(set(self.widths)) > 1:
             raise StoreError(f"the views have the widths {self.widths}; use widths.")
         return self.widths[0]
+
+    @property
+    def _batch_format(self) -> tuple[object, ...]:
+        """What must agree for rows of two readers to share a batch."""
+        return self.widths, self.batch_size, self._kind, self._convert
 
     @property
     def n_batches(self) -> int:
@@ -135,29 +140,29 @@ class PairedReader:
     def _stream(self, epoch: int, start: int) -> Iterator[NDArray[Any]]:
         for group, (first, size) in self._groups(epoch, start):
             order = np.random.default_rng([self._seed, epoch, first]).permutation(size)
-            for at in range(max(0, start - first), size, self.batch_size):
-                wanted = order[at : at + self.batch_size]
-                rows = np.empty((len(wanted), group.shape[1]), group.dtype)
-                np.take(group, wanted, axis=0, out=rows, mode="clip")
+            for begin in range(max(0, start - first), size, self.batch_size):
+                drawn = order[begin : begin + self.batch_size]
+                rows = np.empty((len(drawn), group.shape[1]), group.dtype)
+                np.take(group, drawn, axis=0, out=rows, mode="clip")  # "raise", the default, would copy once more
                 yield rows
 
     def _groups(self, epoch: int, start: int) -> Iterator[tuple[NDArray[Any], tuple[int, int]]]:
         """Buffers of rows and where they lie in the epoch; the next is read while one is used."""
         if self.n_tokens <= self._capacity:
-            if self._kept is None:  # everything fits: read once, keep for later epochs
-                self._kept = np.empty((self.n_tokens, sum(self.widths)), self._kind)
-                self._load(list(self._rows), self._kept)
-            yield self._kept, (0, self.n_tokens)
+            if self._cached is None:  # everything fits: read once, keep for later epochs
+                self._cached = np.empty((self.n_tokens, sum(self.widths)), self._kind)
+                self._load(list(self._rows), self._cached)
+            yield self._cached, (0, self.n_tokens)
             return
-        plan = self._plan(epoch)
-        plan = [(shards, span) for shards, span in plan if sum(span) > start]
+        plan = [(shards, span) for shards, span in self._plan(epoch) if sum(span) > start]
         if not plan:
             return
-        # Fresh memory costs as much as reading into it: buffers are kept for the next epoch, and not shared by two.
+        # Fresh memory costs as much as reading into it, so buffers are kept for the next epoch. Two epochs may be open
+        # at once and must not share a pair.
         largest = max(self._capacity // 2, *(_count(rows) for rows in self._rows.values()))
-        if not self._spare:
-            self._spare.append([np.empty((largest, sum(self.widths)), self._kind) for _ in range(2)])
-        buffers = self._spare.pop()
+        if not self._spare_buffers:
+            self._spare_buffers.append([np.empty((largest, sum(self.widths)), self._kind) for _ in range(2)])
+        buffers = self._spare_buffers.pop()
         try:
             with ThreadPoolExecutor(1) as ahead:
                 waiting = ahead.submit(self._load, plan[0][0], buffers[0])
@@ -167,7 +172,7 @@ class PairedReader:
                         waiting = ahead.submit(self._load, plan[i + 1][0], buffers[(i + 1) % 2])
                     yield buffers[i % 2][: span[1]], span
         finally:
-            self._spare.append(buffers)
+            self._spare_buffers.append(buffers)
 
     def _plan(self, epoch: int) -> list[tuple[list[int], tuple[int, int]]]:
         """Shards in random order, in groups of up to half the buffer, and the rows of the epoch each group fills."""
@@ -194,7 +199,7 @@ class PairedReader:
             array = self._arrays[view]
             rows = array.shard(shards[i])[self._rows[shards[i]]]
             target = out[starts[i] : starts[i + 1], columns[view] : columns[view + 1]]
-            target[:] = rows if array.dtype == out.dtype else to_float32(rows, array.kept)
+            target[:] = rows if array.dtype == out.dtype else to_float32(rows, array.stored_type)
 
         tasks = [(i, view) for i in range(len(shards)) for view in range(len(self._arrays))]
         if len(tasks) == 1:
@@ -206,7 +211,7 @@ class PairedReader:
 
     def _batch(self, rows: NDArray[Any]) -> Any:
         if self._convert:
-            rows = to_float32(rows, self._arrays[0].kept if rows.dtype == self._arrays[0].dtype else "float32")
+            rows = to_float32(rows, self._arrays[0].stored_type if rows.dtype == self._arrays[0].dtype else "float32")
         if len(set(self.widths)) == 1:
             return rows.reshape(len(rows), len(self.widths), self.widths[0])
         return tuple(np.split(rows, np.cumsum(self.widths)[:-1], axis=1))
@@ -242,7 +247,7 @@ def _count(rows: slice | NDArray[np.int64]) -> int:
 def _selected(
     path: Path, total: int, mask: NDArray[np.bool_] | None, where: Mapping[str, object] | None
 ) -> NDArray[np.int64]:
-    """Sorted token ranges [k, 2] that labels and mask leave."""
+    """Sorted token ranges [k, 2] selected by labels and mask."""
     ranges = TokenLabels(path).ranges(where) if where else np.array([[0, total]], dtype=np.int64)
     if mask is None:
         return ranges
@@ -259,7 +264,7 @@ def _selected(
 
 def _rows_of_shards(ranges: NDArray[np.int64], shard: int, total: int) -> dict[int, slice | NDArray[np.int64]]:
     """Shard -> its selected rows, in store order; shards without one are absent."""
-    found: dict[int, slice | NDArray[np.int64]] = {}
+    rows: dict[int, slice | NDArray[np.int64]] = {}
     touched = positions_in(np.stack([ranges[:, 0] // shard, -(-ranges[:, 1] // shard)], axis=1))
     for index in np.unique(touched).tolist():
         start, stop = index * shard, min((index + 1) * shard, total)
@@ -267,10 +272,10 @@ def _rows_of_shards(ranges: NDArray[np.int64], shard: int, total: int) -> dict[i
         last = int(np.searchsorted(ranges[:, 0], stop, side="left"))
         inside = np.clip(ranges[first:last], start, stop) - start
         if len(inside) == 1:
-            found[index] = slice(int(inside[0, 0]), int(inside[0, 1]))
+            rows[index] = slice(int(inside[0, 0]), int(inside[0, 1]))
         else:
-            found[index] = positions_in(inside)
-    return found
+            rows[index] = positions_in(inside)
+    return rows
 
 
 class MixedReader:
@@ -293,8 +298,8 @@ class MixedReader:
 
     Notes
     -----
-    A source gives every one of its tokens once before it gives any again: it runs through its own epochs, each in an
-    order of its own. One epoch of the mixture has as many tokens as all sources together.
+    Each source runs through its own epochs, every one in another order, so none of its tokens comes a second time
+    before all have come once. One epoch of the mixture has as many tokens as all sources together.
     """
 
     def __init__(self, sources: Mapping[str, PairedReader], weights: Mapping[str, float], *, seed: int) -> None:
@@ -305,9 +310,7 @@ class MixedReader:
         self._sources, self._seed = dict(sources), int(seed)
         first = next(iter(self._sources.values()))
         for name, reader in self._sources.items():
-            if (reader.widths, reader.batch_size, reader._kind, reader._convert) != (
-                first.widths, first.batch_size, first._kind, first._convert
-            ):  # fmt: skip
+            if reader._batch_format != first._batch_format:
                 raise InputError(f"source {name!r} differs from the first in widths, type or batch size.")
         total = sum(weights.values())
         self._shares = np.array([weights[name] / total for name in self._sources])
@@ -328,18 +331,19 @@ class MixedReader:
     def epoch(self, epoch: int, *, start_batch: int = 0) -> Iterator[Any]:
         """Shuffled batches of one epoch of the mixture, from ``start_batch`` on."""
         counts = self.counts(epoch)
-        given = sum((self.counts(e).sum(axis=0) for e in range(epoch)), np.zeros(len(self._sources), np.int64))
-        given = given + counts[:start_batch].sum(axis=0)
+        # Rows each source gave in earlier epochs and batches: where its stream goes on.
+        used = sum((self.counts(e).sum(axis=0) for e in range(epoch)), np.zeros(len(self._sources), np.int64))
+        used = used + counts[:start_batch].sum(axis=0)
         readers = list(self._sources.values())
-        streams = [_Endless(reader, int(start)) for reader, start in zip(readers, given, strict=True)]
+        streams = [_EndlessRows(reader, int(start)) for reader, start in zip(readers, used, strict=True)]
         for batch, row in enumerate(counts[start_batch:], start=start_batch):
             parts = [stream.take(int(n)) for stream, n in zip(streams, row, strict=True) if n]
             order = np.random.default_rng([self._seed, int(epoch), batch]).permutation(self.batch_size)
             yield readers[0]._batch(np.concatenate(parts)[order])
 
 
-class _Endless:
-    """One source's epochs, one after the other, from a row on."""
+class _EndlessRows:
+    """Rows of one source, epoch after epoch, from a given row on."""
 
     def __init__(self, reader: PairedReader, start: int) -> None:
         self._reader = reader
@@ -348,6 +352,7 @@ class _Endless:
         self._held: NDArray[Any] | None = None
 
     def take(self, n: int) -> NDArray[Any]:
+        """The next ``n`` rows."""
         parts: list[NDArray[Any]] = []
         while n:
             if self._held is None or not len(self._held):

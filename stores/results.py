@@ -1,4 +1,4 @@
-"""Results: one Zarr group an analysis, each replaced whole or not at all."""
+"""The results store: one Zarr group per analysis, each replaced whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import xarray as xr
 from rlgen_stats.schemas.dims import FEATURE, check_name
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
-from rlgen_stats.stores.atomic import ROOT, replacing, sweep
-from rlgen_stats.stores.digests import read_document, seal
-from rlgen_stats.stores.locations import place, reaching
+from rlgen_stats.stores.atomic import ZARR_JSON, remove_leftovers, replacing
+from rlgen_stats.stores.digests import read_document, write_digest, zarr_nodes
+from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.provenance import Provenance
 from rlgen_stats.stores.tables import (
@@ -19,7 +19,6 @@ from rlgen_stats.stores.tables import (
     as_strings,
     check_is_store,
     check_store_version,
-    clear_encoding,
     encoding,
     open_lazily,
     write_zarr,
@@ -38,23 +37,23 @@ def write_results(path: Path | str, group: str, dataset: xr.Dataset, *, provenan
     check_name(group, "a results group")
     if group in RESULT_GROUPS:
         validate(dataset, group)
-    dataset = as_strings(clear_encoding(dataset.assign_attrs(provenance.attrs())))
-    with exclusive(root), reaching(root):
-        if not (root / ROOT).exists():
-            seal(root, {"schema_version": provenance.attrs()["schema_version"]})
-        sweep(root / group)
+    dataset = as_strings(dataset.assign_attrs(provenance.attrs()).drop_encoding())
+    with exclusive(root), explain_access_errors(root):
+        if not (root / ZARR_JSON).exists():
+            write_digest(root, {"schema_version": provenance.attrs()["schema_version"]})
+        remove_leftovers(root / group)  # safe: the lock is ours, so no other process is replacing the group
         with replacing(root / group) as temporary:
             write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {FEATURE: FEATURE_BLOCK}))
-            seal(temporary)
+            write_digest(temporary)
 
 
 def result_groups(path: Path | str) -> list[str]:
     """Names of the analyses in a results store."""
     root = place(path)
-    with reaching(root):
-        if not (root / ROOT).exists():
+    with explain_access_errors(root):
+        if not (root / ZARR_JSON).exists():
             return []
-        return sorted(p.name for p in root.iterdir() if not p.name.startswith(".") and (p / ROOT).exists())
+        return [group.name for group in zarr_nodes(root)]
 
 
 def open_results(path: Path | str, group: str) -> xr.Dataset:

@@ -1,4 +1,4 @@
-"""The bytes of one shard: written whole, checked whole, mapped instead of copied.
+"""Shards of activations: one checksummed file each, written and checked as a whole, memory-mapped when read.
 
 A shard is one chunk of a plain Zarr v3 array with the codecs ``bytes`` (little endian) and ``crc32c``: C-ordered values
 followed by four checksum bytes, in a file of its own. Any Zarr reader opens it; reading and writing such a file
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from rlgen_stats.schemas.errors import StoreCorruptError
-from rlgen_stats.stores.atomic import ROOT, sync
-from rlgen_stats.stores.locations import is_remote, reaching
+from rlgen_stats.stores.atomic import ZARR_JSON, sync
+from rlgen_stats.stores.locations import explain_access_errors, is_remote
 
 CHECKSUM_BYTES: Final = 4
 PARTIAL: Final = ".partial"
@@ -35,18 +35,20 @@ BFLOAT16: Final = "bfloat16"
 """Kept as its 16 bits in a uint16 array with the attribute ``bits_of: bfloat16``: Zarr v3 names no such type."""
 _EXPONENT: Final = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 FILL: Final = {"float32": float("nan"), "float16": float("nan"), "bfloat16": 0x7FC0}
-"""What stands where no token is: NaN."""
+"""Values of rows beyond the last token (the last shard is padded to full length): NaN."""
 
 
 def stored_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy type in which values of ``dtype`` are kept."""
+    """The numpy type in which values of ``dtype`` are stored."""
     return np.dtype(np.uint16 if dtype == BFLOAT16 else dtype)
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Bits of the nearest bfloat16, ties to even; lossless for values that came from bfloat16."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    # Adding half of the last kept bit, less one where that bit is 0, rounds to nearest with ties to even.
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # The addition could carry a NaN over to another number: NaN keeps its sign and payload, and gets the quiet bit.
     return np.where(np.isnan(values), np.uint16(0x7FC0) | (bits >> 16).astype(np.uint16), rounded)
 
 
@@ -59,23 +61,26 @@ def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 
 def nonfinite_rows(values: NDArray[Any], dtype: str) -> NDArray[np.bool_] | None:
-    """[row] whether a row of stored values has NaN or infinity; None if none has (one pass over the exponent bits)."""
+    """[row] whether a row of stored values has NaN or infinity; None if none has.
+
+    One pass over the bits: a number is NaN or infinite exactly if all its exponent bits are set.
+    """
     bits = values.view(np.uint32 if dtype == "float32" else np.uint16)
     exponent = bits.dtype.type(_EXPONENT[dtype])
     magnitude = np.bitwise_and(bits, bits.dtype.type(0x7FFFFFFF if dtype == "float32" else 0x7FFF))
     if not magnitude.size or magnitude.max() < exponent:
         return None
-    found: NDArray[np.bool_] = np.any(magnitude >= exponent, axis=1)
-    return found
+    nonfinite: NDArray[np.bool_] = np.any(magnitude >= exponent, axis=1)
+    return nonfinite
 
 
 def array_document(
     shape: tuple[int, ...], chunk: tuple[int, ...], dtype: str, dims: tuple[str, ...], attributes: dict[str, Any]
 ) -> str:
     """``zarr.json`` of an array of shards, made by zarr itself."""
-    there = zarr.storage.MemoryStore()
+    scratch = zarr.storage.MemoryStore()
     zarr.create_array(
-        there,
+        scratch,
         shape=shape,
         chunks=chunk,
         dtype=stored_dtype(dtype),
@@ -85,10 +90,10 @@ def array_document(
         attributes=attributes | ({"bits_of": BFLOAT16} if dtype == BFLOAT16 else {}),
         chunk_key_encoding={"name": "default", "separator": "."},
     )
-    return bytes(there._store_dict[ROOT].to_bytes()).decode()
+    return bytes(scratch._store_dict[ZARR_JSON].to_bytes()).decode()
 
 
-def _key(index: int, ndim: int) -> str:
+def _chunk_name(index: int, ndim: int) -> str:
     return ".".join(["c", str(index)] + ["0"] * (ndim - 1))
 
 
@@ -99,21 +104,21 @@ def write_chunk(folder: Path, index: int, values: NDArray[Any], *, ndim: int) ->
     """
     raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     checksum = int(google_crc32c.value(raw))
-    path = folder / _key(index, ndim)
+    path = folder / _chunk_name(index, ndim)
     tail = checksum.to_bytes(CHECKSUM_BYTES, "little")
     if is_remote(path):
-        with reaching(path):
+        with explain_access_errors(path):
             path.write_bytes(raw.tobytes() + tail)
         return checksum
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("wb", buffering=0) as handle:
         view = memoryview(raw.data)
-        while len(view):
+        while len(view):  # an unbuffered write may take only a part of the bytes
             view = view[handle.write(view) :]
         handle.write(tail)
-        os.fsync(handle.fileno())
+        os.fsync(handle.fileno())  # before the rename, so that the final name never stands for missing bytes
     partial.replace(path)
-    sync(folder)
+    sync(folder)  # makes the rename durable
     return checksum
 
 
@@ -138,7 +143,7 @@ class ShardArray:
     """[row, column]."""
     rows: int
     """Rows of a shard."""
-    kept: str
+    stored_type: str
     """``float32``, ``float16`` or ``bfloat16``; other types by their numpy name."""
     decoded: bool = True
     """Whether bfloat16 is read as float32 (else as its bits)."""
@@ -146,7 +151,7 @@ class ShardArray:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The numpy type that reading returns."""
-        return np.dtype(np.float32) if self.decoded and self.kept == BFLOAT16 else stored_dtype(self.kept)
+        return np.dtype(np.float32) if self.decoded and self.stored_type == BFLOAT16 else stored_dtype(self.stored_type)
 
     @property
     def ndim(self) -> int:
@@ -159,29 +164,29 @@ class ShardArray:
         return -(-self.shape[0] // self.rows)
 
     def shard(self, index: int) -> NDArray[Any]:
-        """Rows of one shard as they are kept: read-only, checked, mapped from the file where it is local.
+        """Rows of one shard in their stored type: read-only, checked, mapped from the file where it is local.
 
         Raises
         ------
         StoreCorruptError
             If the chunk is missing, has another size, or fails its checksum.
         """
-        values = self._checked(index).view(stored_dtype(self.kept)).reshape(-1, *self.shape[1:])
+        values = self._checked(index).view(stored_dtype(self.stored_type)).reshape(-1, *self.shape[1:])
         return values[: self.shape[0] - index * self.rows]
 
     def _checked(self, index: int) -> NDArray[np.uint8]:
         name = f"shard {index} (rows {index * self.rows} to {min((index + 1) * self.rows, self.shape[0]) - 1})"
-        path = self.path / _key(index, self.ndim)
-        wanted = self.rows * int(np.prod(self.shape[1:])) * stored_dtype(self.kept).itemsize + CHECKSUM_BYTES
+        path = self.path / _chunk_name(index, self.ndim)
+        expected = self.rows * int(np.prod(self.shape[1:])) * stored_dtype(self.stored_type).itemsize + CHECKSUM_BYTES
         try:
-            raw = _bytes(path)
+            raw = _read_bytes(path)
         except (FileNotFoundError, ValueError) as error:
             raise StoreCorruptError(
                 f"{self.path}: {name} is missing or empty; restore it or compute it again."
             ) from error
-        if len(raw) != wanted:
+        if len(raw) != expected:
             raise StoreCorruptError(
-                f"{self.path}: {name} has {len(raw)} bytes, expected {wanted}; restore it or compute it again."
+                f"{self.path}: {name} has {len(raw)} bytes, expected {expected}; restore it or compute it again."
             )
         if int(google_crc32c.value(raw[:-CHECKSUM_BYTES])) != checksum_of(raw):
             raise StoreCorruptError(f"{self.path}: {name} fails its crc32c checksum; restore it or compute it again.")
@@ -190,10 +195,10 @@ class ShardArray:
     def checksum(self, index: int) -> int:
         """The checksum a shard carries, after checking it."""
         self._checked(index)
-        return checksum_of(_bytes(self.path / _key(index, self.ndim)))
+        return checksum_of(_read_bytes(self.path / _chunk_name(index, self.ndim)))
 
     def pieces(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
-        """Kept values of the rows [start, stop), shard by shard."""
+        """Stored values of the rows [start, stop), shard by shard."""
         for index in range(start // self.rows, -(-stop // self.rows) if stop > start else start // self.rows):
             first = index * self.rows
             yield self.shard(index)[max(0, start - first) : stop - first]
@@ -201,13 +206,13 @@ class ShardArray:
     def __getitem__(self, key: Any) -> NDArray[Any]:
         key = key if isinstance(key, tuple) else (key,)
         start, stop, step = key[0].indices(self.shape[0])
-        found = [self._decode(piece[(slice(None), *key[1:])]) for piece in self.pieces(start, stop)]
-        if not found:
+        parts = [self._decode(piece[(slice(None), *key[1:])]) for piece in self.pieces(start, stop)]
+        if not parts:
             return np.empty((0, *self.shape[1:]), self.dtype)[(slice(None), *key[1:])]
-        return (found[0] if len(found) == 1 else np.concatenate(found))[::step]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[::step]
 
     def _decode(self, values: NDArray[Any]) -> NDArray[Any]:
-        return to_float32(values, self.kept) if self.decoded and self.kept == BFLOAT16 else values
+        return to_float32(values, self.stored_type) if self.decoded and self.stored_type == BFLOAT16 else values
 
 
 def checksum_of(raw: NDArray[np.uint8]) -> int:
@@ -215,9 +220,9 @@ def checksum_of(raw: NDArray[np.uint8]) -> int:
     return int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
 
 
-def _bytes(path: Path) -> NDArray[np.uint8]:
+def _read_bytes(path: Path) -> NDArray[np.uint8]:
     if is_remote(path):
-        with reaching(path):
+        with explain_access_errors(path):
             return np.frombuffer(path.read_bytes(), np.uint8)
     with path.open("rb") as handle:
         populate = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
@@ -226,7 +231,7 @@ def _bytes(path: Path) -> NDArray[np.uint8]:
 
 def open_shards(path: Path, *, decoded: bool = True) -> ShardArray:
     """The array of shards at ``path``, from its ``zarr.json``."""
-    document = json.loads((path / ROOT).read_text(encoding="utf-8"))
+    document = json.loads((path / ZARR_JSON).read_text(encoding="utf-8"))
     chunk = document["chunk_grid"]["configuration"]["chunk_shape"]
-    kept = document["attributes"].get("bits_of", document["data_type"])
-    return ShardArray(path, tuple(document["shape"]), int(chunk[0]), str(kept), decoded)
+    stored_type = str(document["attributes"].get("bits_of", document["data_type"]))
+    return ShardArray(path, tuple(document["shape"]), int(chunk[0]), stored_type, decoded)

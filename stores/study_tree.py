@@ -1,4 +1,4 @@
-"""A whole study as one lazy tree."""
+"""A whole study as one lazy ``xarray.DataTree``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import xarray as xr
 
 from rlgen_stats.schemas.errors import StoreError
-from rlgen_stats.stores.activations import complete_models, open_activations
+from rlgen_stats.stores.activation_store import complete_models, open_activations
 from rlgen_stats.stores.folder import StudyFolder
-from rlgen_stats.stores.locations import place, reaching
+from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.results import open_results, result_groups
 from rlgen_stats.stores.tables import committed_models, open_features, open_outcomes
 
@@ -28,9 +28,9 @@ def open_study(path: Path | str) -> xr.DataTree:
     >>> study["results/drift"].to_dataset().q_value.sel(model="rl@80")  # doctest: +SKIP
     """
     folder = StudyFolder(place(path))
-    with reaching(folder.root):
-        there = folder.spec.exists()
-    if not there:
+    with explain_access_errors(folder.root):
+        is_study = folder.spec.exists()
+    if not is_study:
         raise StoreError(
             f"{path} is not a study folder: expected a study.yaml in it; start one with 'rlgen-stats init'."
         )

@@ -20,9 +20,9 @@ from rlgen_stats.schemas.declaring import PROVENANCE_ATTRS
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, validate
-from rlgen_stats.stores.atomic import ROOT, explain_full_disk, replacing, sweep
-from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, seal
-from rlgen_stats.stores.locations import is_remote, place, reaching, store_of
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_leftovers, replacing
+from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, write_digest
+from rlgen_stats.stores.locations import explain_access_errors, is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.prompt_index import with_prompt_index
 from rlgen_stats.stores.provenance import Provenance
@@ -50,14 +50,14 @@ def as_strings(dataset: xr.Dataset) -> xr.Dataset:
 
 def open_lazily(path: Path) -> xr.Dataset:
     """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text."""
-    store, consolidated = store_of(path, strict=True), CONSOLIDATED in read_document(path)
+    store, consolidated = zarr_store(path, strict=True), CONSOLIDATED in read_document(path)
     labels = xr.open_zarr(store, consolidated=consolidated, chunks=None).reset_coords()
     dataset = xr.open_zarr(store, consolidated=consolidated, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
     text = {name: label.astype(object).astype(np.str_) for name, label in loaded.items() if label.dtype.kind in "TO"}
     # numpy's StringDType cannot hold the missing values that ``where`` and ``reindex`` put in; object can.
-    words = {name: data.astype(object) for name, data in dataset.data_vars.items() if data.dtype.kind == "T"}
-    labelled: xr.Dataset = dataset.assign(words).assign_coords(loaded | text)
+    text_data = {name: data.astype(object) for name, data in dataset.data_vars.items() if data.dtype.kind == "T"}
+    labelled: xr.Dataset = dataset.assign(text_data).assign_coords(loaded | text)
     return with_prompt_index(labelled)
 
 
@@ -77,16 +77,11 @@ def encoding(dataset: xr.Dataset, chunks: dict[str, int] | None = None) -> dict[
     } | {name: {"compressors": COMPRESSORS} for name, variable in dataset.variables.items() if not variable.ndim}
 
 
-def clear_encoding(dataset: xr.Dataset) -> xr.Dataset:
-    """A copy without encodings inherited from another store."""
-    return dataset.drop_encoding()
-
-
 def committed_models(path: Path | str) -> list[str]:
     """Models wholly in the store, in order; empty when there is no store yet."""
     path = place(path)
-    with reaching(path):
-        if not (path / ROOT).exists():
+    with explain_access_errors(path):
+        if not (path / ZARR_JSON).exists():
             return []
     return [str(model) for model in read_document(path).get("attributes", {}).get(COMMITTED_MODELS, [])]
 
@@ -114,50 +109,52 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
         If the disk is full; what was committed stays.
     """
     path = place(path)
-    dataset = as_strings(clear_encoding(validate(dataset.assign_attrs(provenance.attrs()), layout)))
+    dataset = as_strings(validate(dataset.assign_attrs(provenance.attrs()), layout).drop_encoding())
     if dataset.sizes[MODEL] != 1:
         raise StoreError(f"append_model takes one model at a time, got {dataset.sizes[MODEL]}; split the dataset.")
     model = str(dataset[MODEL].item())
-    with exclusive(path), reaching(path), explain_full_disk(path):
-        sweep(path)
+    with exclusive(path), explain_access_errors(path), explain_full_disk(path):
+        remove_leftovers(path)
         done = committed_models(path)
         if not done:
             with replacing(path) as temporary:
                 write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
-                seal(temporary, {COMMITTED_MODELS: [model]})
+                write_digest(temporary, {COMMITTED_MODELS: [model]})
         else:
-            _check_same(path, dataset, model, done, provenance)
+            _check_fits(path, dataset, model, done, provenance)
+            # Data first, then the list of committed models: until that is replaced, readers see the models before.
             _grow(path, dataset, len(done))
-            seal(path, {COMMITTED_MODELS: [*done, model]})
+            write_digest(path, {COMMITTED_MODELS: [*done, model]})
 
 
-def write_zarr(dataset: xr.Dataset, path: Path, **how: Any) -> None:
+def write_zarr(dataset: xr.Dataset, path: Path, **options: Any) -> None:
     """``to_zarr`` as this project writes: Zarr v3, every chunk, metadata not consolidated (it would go stale)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Zarr V3 specification.*")
-        dataset.to_zarr(store_of(path), zarr_format=3, consolidated=False, write_empty_chunks=True, **how)
+        dataset.to_zarr(zarr_store(path), zarr_format=3, consolidated=False, write_empty_chunks=True, **options)
 
 
-def _check_same(path: Path, dataset: xr.Dataset, model: str, done: list[str], provenance: Provenance) -> None:
+def _check_fits(path: Path, dataset: xr.Dataset, model: str, done: list[str], provenance: Provenance) -> None:
+    """Refuse a model that is stored already, or whose variables or prompts are not those of the store."""
     check_owner(path, provenance)
     if model in done:
         raise StoreError(f"model {model!r} is already in {path}; expected a new one: delete the store to redo it.")
     check_store_version(path, read_document(path)["attributes"])
-    there = open_lazily(path)
-    for name, variable in there.variables.items():
+    stored = open_lazily(path)
+    for name, variable in stored.variables.items():
         if MODEL in variable.dims and name not in dataset.variables:
             raise StoreError(f"{path} holds {name!r} for every model, {model!r} comes without it; compute it too.")
     for name, variable in dataset.variables.items():
-        known = there.variables.get(name)
+        known = stored.variables.get(name)
         if known is None or any(known.sizes.get(dim) != n for dim, n in variable.sizes.items() if dim != MODEL):
             raise StoreError(
                 f"{model!r} comes with {name!r} of {dict(variable.sizes)}, {path} holds "
                 f"{'none' if known is None else dict(known.sizes)}; expected what the store's models have, or another "
                 "store."
             )
-    if list(there[PROMPT].values) != list(dataset[PROMPT].values):
+    if list(stored[PROMPT].values) != list(dataset[PROMPT].values):
         raise StoreError(
-            f"{path} holds {there.sizes[PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
+            f"{path} holds {stored.sizes[PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
             "expected the same prompts in the same order."
         )
 
@@ -171,11 +168,11 @@ def check_owner(path: Path, provenance: Provenance) -> None:
         Naming both hashes; nothing is overwritten.
     """
     attrs = read_document(path).get("attributes", {})
-    for key, wanted in (("study_id", provenance.study_id), ("spec_hash", provenance.spec_hash)):
-        if attrs.get(key) != wanted:
+    for key, expected in (("study_id", provenance.study_id), ("spec_hash", provenance.spec_hash)):
+        if attrs.get(key) != expected:
             raise StoreError(
                 f"{path} was written for another study or settings ({key} {str(attrs.get(key))[:12]}, "
-                f"expected {wanted[:12]}); use another folder or move the store away."
+                f"expected {expected[:12]}); use another folder or move the store away."
             )
 
 
@@ -187,10 +184,10 @@ def _grow(path: Path, dataset: xr.Dataset, n_models: int) -> None:
     for name, array in arrays_of(path).items():
         dims = array.get("dimension_names") or []
         if MODEL in dims:
-            target = zarr.open_array(store_of(path / name), mode="r+").with_config({"write_empty_chunks": True})
-            at = dims.index(MODEL)
-            target.resize(tuple(n_models + 1 if i == at else size for i, size in enumerate(target.shape)))
-            target[(slice(None),) * at + (slice(n_models, n_models + 1),)] = dataset[name].values
+            target = zarr.open_array(zarr_store(path / name), mode="r+").with_config({"write_empty_chunks": True})
+            axis = dims.index(MODEL)
+            target.resize(tuple(n_models + 1 if i == axis else size for i, size in enumerate(target.shape)))
+            target[(slice(None),) * axis + (slice(n_models, n_models + 1),)] = dataset[name].values
 
 
 def open_table(path: Path | str, layout: str) -> xr.Dataset:
@@ -216,8 +213,8 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
 
 def check_is_store(path: Path) -> None:
     """Refuse a path that holds no Zarr v3 group, or that cannot be reached."""
-    with reaching(path):
-        if (path / ROOT).exists():
+    with explain_access_errors(path):
+        if (path / ZARR_JSON).exists():
             return
         hint = "the folder is there but has no zarr.json" if path.exists() else "no such folder"
     if is_remote(path):
@@ -236,14 +233,14 @@ def check_store_version(path: Path, attrs: dict[Any, Any]) -> None:
     missing = [name for name in PROVENANCE_ATTRS if name not in attrs]
     if missing:
         raise StoreError(f"{path} is not a store of this toolkit: attribute {missing[0]!r} is missing.")
-    found = int(attrs["schema_version"])
-    if found > LAYOUT_VERSION:
+    version = int(attrs["schema_version"])
+    if version > LAYOUT_VERSION:
         raise StoreError(
-            f"{path} has layout version {found}, this release reads up to {LAYOUT_VERSION}; upgrade rlgen-stats."
+            f"{path} has layout version {version}, this release reads up to {LAYOUT_VERSION}; upgrade rlgen-stats."
         )
-    if found < LAYOUT_VERSION:
+    if version < LAYOUT_VERSION:
         raise StoreError(
-            f"{path} has layout version {found}, this release reads {LAYOUT_VERSION}; raise it in place with "
+            f"{path} has layout version {version}, this release reads {LAYOUT_VERSION}; raise it in place with "
             f"'rlgen-stats migrate {path}'."
         )
 

@@ -1,4 +1,4 @@
-"""Does a store still hold what was written? Every chunk is read, every count, label and digest compared."""
+"""Verification: every chunk of a store is read, every count, label and digest compared with what was written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,16 +15,16 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS
+from rlgen_stats.schemas.dims import MODEL, PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError
-from rlgen_stats.stores.activations import ARRAY, COMMITTED, root_attributes, stored_groups
-from rlgen_stats.stores.atomic import ROOT
+from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
+from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
-from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, digest, read_document
+from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, metadata_digest, read_document, zarr_nodes
 from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
-from rlgen_stats.stores.locations import place, store_of
+from rlgen_stats.stores.locations import place, zarr_store
 from rlgen_stats.stores.results import open_results
-from rlgen_stats.stores.shards import open_shards, written_chunks
+from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
 
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
@@ -52,11 +53,12 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class _Check:
-    """One thing to look at: where it is, in words, and what raises if it is wrong."""
+    """One check: the place it is named by in a problem, and a function that raises if something is wrong there."""
 
     where: str
-    look: Callable[[], None]
+    run: Callable[[], object]
     chunk: bool = True
+    """Whether it reads a chunk."""
 
 
 def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
@@ -87,15 +89,15 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     for store in stores:
         prefix = "" if store == root else f"{store.name}: "
         try:
-            found = list(_checks(store))
+            of_store = list(_checks(store))
         except _UNREADABLE as error:
             problems.append(f"{prefix}{_sentence(error)}")
             continue
-        checks += [_Check(prefix + check.where, check.look, check.chunk) for check in found]
-        n_arrays += sum(1 for check in found if check.where.endswith(ROOT) and not check.chunk)
+        checks += [_Check(prefix + check.where, check.run, check.chunk) for check in of_store]
+        n_arrays += sum(1 for check in of_store if check.where.endswith(ZARR_JSON) and not check.chunk)
     with ThreadPoolExecutor(WORKERS) as pool:
-        for done, fault in enumerate(pool.map(_fault, checks), start=1):
-            problems += [fault] if fault else []
+        for done, problem in enumerate(pool.map(_problem, checks), start=1):
+            problems += [problem] if problem else []
             if on_progress:
                 on_progress(done, len(checks))
     return VerifyReport(str(path), n_arrays, sum(check.chunk for check in checks), tuple(problems))
@@ -109,7 +111,7 @@ def stores_below(path: Path) -> list[Path]:
     StoreError
         If there is none.
     """
-    if path.exists() and not (path / ROOT).exists():
+    if path.exists() and not (path / ZARR_JSON).exists():
         stores = sorted((child for child in path.iterdir() if child.name.endswith(".zarr")), key=lambda s: s.name)
         if stores:
             return stores
@@ -117,9 +119,9 @@ def stores_below(path: Path) -> list[Path]:
     return [path]
 
 
-def _fault(check: _Check) -> str | None:
+def _problem(check: _Check) -> str | None:
     try:
-        check.look()
+        check.run()
     except _UNREADABLE as error:
         return f"{check.where}: {_sentence(error)}"
     return None
@@ -132,136 +134,120 @@ def _sentence(error: BaseException) -> str:
 
 def _checks(store: Path) -> Iterator[_Check]:
     attrs = read_document(store).get("attributes", {})
-    yield _Check("root", lambda: _root(store, attrs), chunk=False)
-    yield from _tree(store, store)
-    if (store / TOKENS_GROUP / ROOT).exists():
-        yield _Check("labels", lambda: _labels(store), chunk=False)
+    yield _Check("root", partial(_check_root, store, attrs), chunk=False)
+    yield from _group_checks(store, store)
+    if (store / TOKENS_GROUP / ZARR_JSON).exists():
+        yield _Check("labels", partial(_check_labels, store), chunk=False)
         for model, site in stored_groups(store):
-            yield from _shards(store / model / site, model, site)
+            yield from _shard_checks(store / model / site, model, site)
     elif COMMITTED_MODELS in attrs:
         layout = "outcomes" if "correct" in arrays_of(store) else "features"
-        yield _Check("layout", lambda: _table(store, layout), chunk=False)
+        yield _Check("layout", partial(open_table, store, layout), chunk=False)
 
 
-def _root(store: Path, attrs: dict[str, Any]) -> None:
+def _check_root(store: Path, attrs: dict[str, Any]) -> None:
     if set(attrs) <= {"schema_version", DIGEST}:  # a results store: every group below carries its own provenance
-        for name in (child.name for child in store.iterdir() if (child / ROOT).exists()):
+        for name in (child.name for child in store.iterdir() if (child / ZARR_JSON).exists()):
             open_results(store, name)
         return
     check_store_version(store, attrs)
-    if (store / TOKENS_GROUP / ROOT).exists():
+    if (store / TOKENS_GROUP / ZARR_JSON).exists():
         root_attributes(store)
 
 
-def _table(store: Path, layout: str) -> None:
-    open_table(store, layout)
-
-
-def _tree(store: Path, group: Path) -> Iterator[_Check]:
+def _group_checks(store: Path, group: Path) -> Iterator[_Check]:
     """Digest of a group, its arrays' metadata and chunks, and the same of every group below."""
     name = str(group.relative_to(store)) if group != store else "."
-    yield _Check(f"group {name}", lambda: _digest(group), chunk=False)
-    n_models = len(read_document(group).get("attributes", {}).get(COMMITTED_MODELS, ())) or None
-    for child in sorted(group.iterdir(), key=lambda child: child.name):
-        if child.name.startswith(".") or not (child / ROOT).exists():
-            continue
+    yield _Check(f"group {name}", partial(_check_digest, group), chunk=False)
+    attrs = read_document(group).get("attributes", {})
+    n_models = len(attrs.get(COMMITTED_MODELS, ())) or None
+    for child in zarr_nodes(group):
         try:
             kind = read_document(child)["node_type"]
         except StoreCorruptError as error:
-            yield _Check(f"{child.relative_to(store)}/{ROOT}", _raiser(error), chunk=False)
+            yield _Check(f"{child.relative_to(store)}/{ZARR_JSON}", partial(_fail, error), chunk=False)
             continue
         if kind == "group":
-            yield from _tree(store, child)
-        elif "complete" not in _attributes(group):  # shards are looked at with their commit records
-            yield from _array(store, child, n_models)
+            yield from _group_checks(store, child)
+        elif "complete" not in attrs:  # arrays of shards are checked with their commit records
+            yield from _array_checks(store, child, n_models)
 
 
-def _attributes(group: Path) -> dict[str, Any]:
-    return dict(read_document(group).get("attributes", {}))
+def _fail(error: Exception) -> None:
+    raise error
 
 
-def _raiser(error: Exception) -> Callable[[], None]:
-    def look() -> None:
-        raise error
-
-    return look
+def _nothing_more() -> None:
+    """The metadata was read when the check was made."""
 
 
-def _digest(group: Path) -> None:
+def _check_digest(group: Path) -> None:
     document = read_document(group)
-    said = document.get("attributes", {}).get(DIGEST)
-    if said is None:
+    stored = document.get("attributes", {}).get(DIGEST)
+    if stored is None:
         raise StoreCorruptError("its digest is missing; restore zarr.json.")
-    if said != digest(group, document):
+    if stored != metadata_digest(group, document):
         raise StoreCorruptError(
             "its metadata or attributes changed since they were written (the digest differs); restore the zarr.json "
             "files of this group."
         )
 
 
-def _array(store: Path, path: Path, n_models: int | None) -> Iterator[_Check]:
+def _array_checks(store: Path, path: Path, n_models: int | None) -> Iterator[_Check]:
     name = str(path.relative_to(store))
     try:
-        array = zarr.open_array(store_of(path, strict=True), mode="r")
-        regions = list(_regions(array, n_models))
+        array = zarr.open_array(zarr_store(path, strict=True), mode="r")
+        regions = list(_chunk_regions(array, n_models))
     except _UNREADABLE as error:
-        yield _Check(f"{name}/{ROOT}", _raiser(error), chunk=False)
+        yield _Check(f"{name}/{ZARR_JSON}", partial(_fail, error), chunk=False)
         return
-    yield _Check(f"{name}/{ROOT}", lambda: None, chunk=False)
+    yield _Check(f"{name}/{ZARR_JSON}", _nothing_more, chunk=False)
     for region in regions:
         span = ", ".join(f"{part.start}:{part.stop}" for part in region)
-        yield _Check(f"{name}[{span}]", _reading(array, region))
+        yield _Check(f"{name}[{span}]", partial(array.__getitem__, region))
 
 
-def _reading(array: Any, region: tuple[slice, ...]) -> Callable[[], None]:
-    def look() -> None:
-        array[region]
-
-    return look
-
-
-def _regions(array: Any, n_models: int | None) -> Iterator[tuple[slice, ...]]:
+def _chunk_regions(array: Any, n_models: int | None) -> Iterator[tuple[slice, ...]]:
+    """The region of every chunk, without models that an append left uncommitted."""
     names = array.metadata.dimension_names or ("",) * array.ndim
-    shape = tuple(n_models if n_models and n == "model" else s for n, s in zip(names, array.shape, strict=True))
+    shape = tuple(n_models if n_models and n == MODEL else s for n, s in zip(names, array.shape, strict=True))
     starts = [range(0, size, chunk) for size, chunk in zip(shape, array.chunks, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple(
-            slice(at, min(at + chunk, size)) for at, chunk, size in zip(corner, array.chunks, shape, strict=True)
+            slice(start, min(start + chunk, size))
+            for start, chunk, size in zip(corner, array.chunks, shape, strict=True)
         )
 
 
-def _shards(group: Path, model: str, site: str) -> Iterator[_Check]:
-    """Every committed shard against its record; uncommitted ones are nobody's promise."""
+def _shard_checks(group: Path, model: str, site: str) -> Iterator[_Check]:
+    """Every committed shard against its record; shards without a record were never announced and are not read."""
     title = f"model {model}, site {site}"
     try:
         data, record = open_shards(group / ARRAY, decoded=False), open_shards(group / COMMITTED)
-        complete = bool(_attributes(group).get("complete"))
+        complete = bool(read_document(group).get("attributes", {}).get("complete"))
     except _UNREADABLE as error:
-        yield _Check(title, _raiser(error), chunk=False)
+        yield _Check(title, partial(_fail, error), chunk=False)
         return
     for name in (ARRAY, COMMITTED):
-        yield _Check(f"{model}/{site}/{name}/{ROOT}", lambda: None, chunk=False)
+        yield _Check(f"{model}/{site}/{name}/{ZARR_JSON}", _nothing_more, chunk=False)
     n_tokens, rows = data.shape[0], data.rows
     for index in range(data.n_shards) if complete else sorted(written_chunks(group / COMMITTED)):
-        last = min((index + 1) * rows, n_tokens)
-        where = f"{title}, tokens {index * rows} to {last - 1}"
-        yield _Check(where, _shard_look(data, record, index, last - index * rows))
+        stop = min((index + 1) * rows, n_tokens)
+        where = f"{title}, tokens {index * rows} to {stop - 1}"
+        yield _Check(where, partial(_check_shard, data, record, index, stop - index * rows))
 
 
-def _shard_look(data: Any, record: Any, index: int, size: int) -> Callable[[], None]:
-    def look() -> None:
-        n, checksum = (int(x) for x in record.shard(index)[0])
-        found = data.checksum(index)
-        if (n, checksum) != (size, found):
-            raise StoreCorruptError(
-                f"its commit record says {n} tokens with checksum {checksum:08x}, but it has {size} with {found:08x}; "
-                "restore it or compute it again."
-            )
-
-    return look
+def _check_shard(data: ShardArray, record: ShardArray, index: int, size: int) -> None:
+    n, checksum = (int(x) for x in record.shard(index)[0])
+    actual = data.checksum(index)
+    if (n, checksum) != (size, actual):
+        raise StoreCorruptError(
+            f"its commit record says {n} tokens with checksum {checksum:08x}, but it has {size} with {actual:08x}; "
+            "restore it or compute it again."
+        )
 
 
-def _labels(store: Path) -> None:
+def _check_labels(store: Path) -> None:
     """Label tables against each other, the counts and the hash they were stored with."""
     attrs = root_attributes(store)
     labels = TokenLabels(store)
@@ -269,7 +255,9 @@ def _labels(store: Path) -> None:
     for start in range(0, labels.n_tokens, LABEL_BLOCK):
         block = {name: np.asarray(labels.codes[name][start : start + LABEL_BLOCK]) for name in TOKEN_DTYPES}
         if {len(values) for values in block.values()} != {min(LABEL_BLOCK, labels.n_tokens - start)}:
-            raise StoreCorruptError(f"the store announces {labels.n_tokens} tokens, the label tables hold others.")
+            raise StoreCorruptError(
+                f"the store announces {labels.n_tokens} tokens, the label tables hold another number."
+            )
         coder.add(block)
     sources = [str(name) for name in labels.spans.attrs["sources"]]
     spans = coder.spans(sources)

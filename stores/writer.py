@@ -1,4 +1,4 @@
-"""Writing activations: whole shards, in the background, each durable before it counts."""
+"""Writing activations: whole shards, in background threads; a shard counts once it is durable."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import CHANNEL, POSITION, PROMPT, SEGMENT, SOURCE, TOKEN, TOKEN_ID
 from rlgen_stats.schemas.errors import InputError, StoreError
-from rlgen_stats.stores.activations import ARRAY, COMMITTED, activation_group
-from rlgen_stats.stores.atomic import ROOT, explain_full_disk
-from rlgen_stats.stores.digests import read_document, seal
+from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, activation_group
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk
+from rlgen_stats.stores.digests import read_document, write_digest
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
-from rlgen_stats.stores.locations import place, reaching
+from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.shards import (
     BFLOAT16,
@@ -36,8 +36,8 @@ from rlgen_stats.stores.shards import (
 from rlgen_stats.stores.tables import check_is_store, check_store_version
 
 QUEUE: Final = 2
-"""Shards on their way to the disk at once, so that one is copied while another is synced; one more is being filled."""
-SEAL_SECONDS: Final = 60.0
+"""Shards being written at once, so that one is copied while another is synced; one more is being filled."""
+METADATA_LOCK_SECONDS: Final = 60.0
 """How long to wait for another writer's metadata; it takes milliseconds, on an object store a second."""
 
 
@@ -110,15 +110,17 @@ class ActivationWriter:
         self._shard = min(int(attrs["shard_tokens"]), self._n_tokens)
         self._shards = _checked_range(shards, -(-self._n_tokens // self._shard))
         self._stop = min(self._shards.stop * self._shard, self._n_tokens)
-        self._labels = _LabelCheck(TokenLabels(self._path))
+        self._labels = _LabelComparison(TokenLabels(self._path))
 
     def __enter__(self) -> ActivationWriter:
         with ExitStack() as stack:
             name = f"{self._path.name}.{self._model}.{self._site}"
             stack.enter_context(exclusive(self._path.with_name(name), (self._shards.start, self._shards.stop)))
             self._create()
-            there = written_chunks(self._group / COMMITTED)
-            next_shard = next((i for i in self._shards if i not in there), self._shards.stop)
+            committed = written_chunks(self._group / COMMITTED)
+            # Go on at the first gap: shards are committed by several threads, so that later ones may be there already.
+            # They are written again, with the same bytes.
+            next_shard = next((i for i in self._shards if i not in committed), self._shards.stop)
             self._next = min(next_shard * self._shard, self._n_tokens)  # first token not given yet
             self._done = set(range(next_shard))
             self._buffer = np.empty((self._shard, self._width), stored_dtype(self._dtype))
@@ -137,30 +139,36 @@ class ActivationWriter:
     def _create(self) -> None:
         n_shards = -(-self._n_tokens // self._shard)
         shape, chunk = (self._n_tokens, self._width), (self._shard, self._width)
-        wanted = array_document(shape, chunk, self._dtype, (TOKEN, CHANNEL), {})
-        if (self._group / ROOT).exists():
-            there = read_document(self._group / ARRAY)
-            if there != json.loads(wanted):
-                bits = there["attributes"].get("bits_of", there["data_type"])
+        expected = array_document(shape, chunk, self._dtype, (TOKEN, CHANNEL), {})
+        if (self._group / ZARR_JSON).exists():
+            stored = read_document(self._group / ARRAY)
+            if stored != json.loads(expected):
+                stored_type = stored["attributes"].get("bits_of", stored["data_type"])
                 raise StoreError(
-                    f"{self._model}/{self._site} holds shape {tuple(there['shape'])} {bits}, expected "
+                    f"{self._model}/{self._site} holds shape {tuple(stored['shape'])} {stored_type}, expected "
                     f"{(self._n_tokens, self._width)} {self._dtype}; use another site name or delete the group."
                 )
             return
         record = array_document((n_shards, 2), (1, 2), "int64", ("shard", "record"), {})
-        with self._sealing():
-            for name, text in ((ARRAY, wanted), (COMMITTED, record)):
+        with self._metadata_lock():
+            for name, text in ((ARRAY, expected), (COMMITTED, record)):
                 (self._group / name).mkdir(parents=True, exist_ok=True)
-                (self._group / name / ROOT).write_text(text, encoding="utf-8")
-            seal(self._group.parent)
-            seal(self._group, {"model": self._model, "site": self._site, "complete": False})
+                (self._group / name / ZARR_JSON).write_text(text, encoding="utf-8")
+            write_digest(self._group.parent)
+            write_digest(self._group, {"model": self._model, "site": self._site, "complete": False})
 
     @contextmanager
-    def _sealing(self) -> Iterator[None]:
-        """Writers of other shards wait their turn to touch metadata; what a dead one left half-written goes."""
-        with exclusive(self._path.with_name(f"{self._path.name}.seal"), patience=SEAL_SECONDS), reaching(self._path):
+    def _metadata_lock(self) -> Iterator[None]:
+        """Hold the lock of the store's metadata, which writers of other shards change too.
+
+        Files that a killed writer left half-written are removed.
+        """
+        with (
+            exclusive(self._path.with_name(f"{self._path.name}.seal"), patience=METADATA_LOCK_SECONDS),
+            explain_access_errors(self._path),
+        ):
             for folder in (self._group.parent, self._group):
-                for partial in folder.glob(f".{ROOT}.*.partial") if folder.exists() else ():
+                for partial in folder.glob(f".{ZARR_JSON}.*.partial") if folder.exists() else ():
                     partial.unlink()
             with explain_full_disk(self._path):
                 yield
@@ -189,15 +197,15 @@ class ActivationWriter:
             self._labels.compare(labels, self._next, len(values), self._model)
         self._raise_failed()
         while len(values):
-            at = self._next % self._shard
-            part, values = values[: self._shard - at], values[self._shard - at :]
-            self._buffer[at : at + len(part)] = part
+            row = self._next % self._shard
+            part, values = values[: self._shard - row], values[self._shard - row :]
+            self._buffer[row : row + len(part)] = part
             self._next += len(part)
             if self._next % self._shard == 0 or self._next == self._n_tokens:
-                self._hand_over()
+                self._submit()
 
     def _converted(self, activation: NDArray[Any]) -> NDArray[Any]:
-        """Values as they are kept, checked for NaN and infinity."""
+        """Values in their stored type, checked for NaN and infinity."""
         bits = self._dtype == BFLOAT16 and activation.dtype.itemsize == 2 and activation.dtype != np.float16
         if activation.dtype.kind != "f" and not bits:
             raise InputError(
@@ -209,7 +217,7 @@ class ActivationWriter:
         elif self._dtype == BFLOAT16:
             values = to_bfloat16(activation.astype(np.float32, copy=False))
         else:
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore"):  # an overflow becomes infinite and is refused below
                 values = np.ascontiguousarray(activation, dtype=self._dtype)
         bad = None if self._allow_nonfinite else nonfinite_rows(values, self._dtype)
         if bad is not None:
@@ -220,8 +228,8 @@ class ActivationWriter:
             )
         return values
 
-    def _hand_over(self) -> None:
-        """Give the full buffer to the background thread; wait if too many are with it."""
+    def _submit(self) -> None:
+        """Give the full buffer to a background thread; wait if ``QUEUE`` shards are being written already."""
         index = (self._next - 1) // self._shard
         size = self._next - index * self._shard
         if size < self._shard:
@@ -232,6 +240,7 @@ class ActivationWriter:
         self._buffer = self._free.pop() if self._free else np.empty_like(self._buffer)
 
     def _commit(self, index: int, block: NDArray[Any], size: int) -> int:
+        # The record is written after the data are durable: a shard with a record is whole whatever happens in between.
         with explain_full_disk(self._path):
             checksum = write_chunk(self._group / ARRAY, index, block, ndim=2)
             write_chunk(self._group / COMMITTED, index, np.array([[size, checksum]], dtype="<i8"), ndim=2)
@@ -255,13 +264,13 @@ class ActivationWriter:
                 self._complete()
 
     def _complete(self) -> None:
-        """Say so once every shard of the array is committed, whoever wrote it."""
+        """Mark the array complete once all its shards are committed, those of other writers included."""
         n_shards = -(-self._n_tokens // self._shard)
         if not self._done.issuperset(self._shards) or len(written_chunks(self._group / COMMITTED)) < n_shards:
             return
-        with self._sealing():
+        with self._metadata_lock():
             if not read_document(self._group)["attributes"].get("complete"):
-                seal(self._group, {"complete": True})
+                write_digest(self._group, {"complete": True})
 
 
 def _checked_range(shards: range | None, n_shards: int) -> range:
@@ -272,7 +281,7 @@ def _checked_range(shards: range | None, n_shards: int) -> range:
     return shards
 
 
-class _LabelCheck:
+class _LabelComparison:
     """Compares given labels with the store's."""
 
     def __init__(self, labels: TokenLabels) -> None:
@@ -291,8 +300,9 @@ class _LabelCheck:
             stored = stored if legend is None else legend[stored]
             wrong = values.astype(stored.dtype if stored.dtype.kind != "U" else np.str_) != stored
             if wrong.any():
-                at = int(wrong.argmax())
+                row = int(wrong.argmax())
                 raise InputError(
-                    f"{model} was given other tokens than the store's: token {start + at} has {name} "
-                    f"{values[at]!s}, expected {stored[at]!s}; a model is added with the store's texts in their order."
+                    f"{model} was given other tokens than the store's: token {start + row} has {name} "
+                    f"{values[row]!s}, expected {stored[row]!s}; a model is added with the store's texts, in their "
+                    "order."
                 )

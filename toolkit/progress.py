@@ -1,6 +1,6 @@
-"""How long work reports itself: a protocol, and a silent default.
+"""How long-running work reports its progress: a protocol, and a silent default.
 
-Toolkit functions take ``progress: Progress = SILENT``; the command line passes one that draws.
+Toolkit functions take ``progress: Progress = SILENT``; the command line passes one that draws bars.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ class Progress(Protocol):
         """Open a task; ``total`` in ``unit``, None if unknown."""
 
     def log(self, message: str) -> None:
-        """Say one line."""
+        """Show one line."""
 
 
 class _SilentTask:
     def advance(self, amount: float = 1.0, **facts: object) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def skip(self, amount: float, **facts: object) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 class _Silent:
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
-        """A task that says nothing."""
+        """A task that shows nothing."""
         yield _SilentTask()
 
     def log(self, message: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 SILENT: Final[Progress] = _Silent()
-"""Progress that says nothing."""
+"""Progress that shows nothing."""
 
 
 class Within:
-    """Progress whose tasks count on one that is already running.
+    """Progress whose tasks advance one task that is already running.
 
     Attributes
     ----------
@@ -67,18 +67,18 @@ class Within:
 
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
-        """The running task, whatever its name here."""
+        """The running task; the description is not shown."""
         yield self
 
     def advance(self, amount: float = 1.0, **facts: object) -> None:
-        """Count on the running task."""
+        """Advance the running task."""
         self.done += amount
         self._task.advance(amount, **facts)
 
     def skip(self, amount: float, **facts: object) -> None:
-        """Count on the running task as done before."""
+        """Advance the running task by units that an earlier run did."""
         self.done += amount
         self._task.skip(amount, **facts)
 
     def log(self, message: str) -> None:
-        """Say nothing: lines belong to whoever opened the task."""
+        """Do nothing: lines belong to whoever opened the task."""

@@ -17,8 +17,12 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.exchange import open_cache
 from tests.exchange.conftest import FORMATS, PARTS, WIDTH, N, bits_of, split, tensor_of, write_cache, write_shards
 
-CASES = [(kind, dtype) for kind in FORMATS for dtype in ("float32", "float16", "bfloat16")
-         if (kind, dtype) != ("npy", "bfloat16")]  # fmt: skip
+CASES = [
+    (kind, dtype)
+    for kind in FORMATS
+    for dtype in ("float32", "float16", "bfloat16")
+    if (kind, dtype) != ("npy", "bfloat16")
+]
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)

@@ -26,9 +26,18 @@ def world(tmp_path: Path, labels: Path) -> Path:
 
 def arguments(world: Path, *more: object) -> list[object]:
     return [
-        "import", world / "cache", "--labels", world / "labels.parquet", "--into", world / "a.zarr",
-        "--model", "rl@200", "--site", "block12", *more,
-    ]  # fmt: skip
+        "import",
+        world / "cache",
+        "--labels",
+        world / "labels.parquet",
+        "--into",
+        world / "a.zarr",
+        "--model",
+        "rl@200",
+        "--site",
+        "block12",
+        *more,
+    ]
 
 
 def test_import_and_export_speak_to_people_and_machines(world: Path) -> None:
@@ -47,8 +56,21 @@ def test_import_and_export_speak_to_people_and_machines(world: Path) -> None:
     table = label_table()
     keep = ((table.segment == "completion") & (table.domain == "in")).to_numpy()
     np.testing.assert_array_equal(np.load(world / "out" / "rl@200.npy"), tensor_of("float16").numpy()[keep])
-    code, out, _ = run("export", world / "a.zarr", "--to", world / "all", "--model", "rl@200", "--site", "block12",
-                       "--format", "npy", "--format", "safetensors", "--json")  # fmt: skip
+    code, out, _ = run(
+        "export",
+        world / "a.zarr",
+        "--to",
+        world / "all",
+        "--model",
+        "rl@200",
+        "--site",
+        "block12",
+        "--format",
+        "npy",
+        "--format",
+        "safetensors",
+        "--json",
+    )
     assert code == 0
     assert json.loads(out)["files"] == ["labels.parquet", "rl@200.npy", "rl@200.safetensors"]
 
@@ -59,9 +81,25 @@ def test_options_of_import_reach_it(world: Path) -> None:
     write_cache(world / "other", "safetensors", tensor)
     label_table().assign(text="a").to_csv(world / "labels.csv", index=False)
     code, _, err = run(
-        "import", world / "other", "--labels", world / "labels.csv", "--into", world / "b.zarr", "--model", "rl@1",
-        "--site", "x", "--tensor", "hidden", "--dtype", "bfloat16", "--allow-nonfinite", "--ignore", "text", "--quiet",
-    )  # fmt: skip
+        "import",
+        world / "other",
+        "--labels",
+        world / "labels.csv",
+        "--into",
+        world / "b.zarr",
+        "--model",
+        "rl@1",
+        "--site",
+        "x",
+        "--tensor",
+        "hidden",
+        "--dtype",
+        "bfloat16",
+        "--allow-nonfinite",
+        "--ignore",
+        "text",
+        "--quiet",
+    )
     assert (code, err) == (0, "")
     stored = open_activations(world / "b.zarr").activation.values[0]
     np.testing.assert_array_equal(stored, tensor.bfloat16().float().numpy())
@@ -77,7 +115,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world: Path) -> None:
         (arguments(world, "--dtype", "float32"), "rl@200/block12 holds shape (1200, 6) float16, expected"),
         (arguments(world, "--model", "rl"), "a model id looks like 'rl@200'"),
         (["export", world / "nowhere", "--to", world / "out"], "is not a Zarr v3 store (no such folder)"),
-        (["export", store, "--to", world], "is there already and is not empty"),
+        (["export", store, "--to", world], "exists and is not empty"),
         (["export", store, "--to", world / "out", "--where", "segment"], "--where takes label=value or label=value,va"),
         (["export", store, "--to", world / "out", "--where", "segment=x"], "'x'"),
         (

@@ -22,7 +22,7 @@ from rlgen_stats.stores import (
     open_tokens,
     verify,
 )
-from rlgen_stats.stores.activations import stored_models
+from rlgen_stats.stores.activation_store import stored_models
 from rlgen_stats.toolkit.exchange import Cache, export_activations, import_activations, open_cache, read_labels
 from tests.exchange.conftest import FORMATS, WIDTH, N, bits_of, label_table, tensor_of, write_cache
 
@@ -260,7 +260,7 @@ def test_exports_never_replace_anything(tmp_path: Path, labels: Path) -> None:
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     for out in (mine, mine / "thesis.txt"):
-        with pytest.raises(InputError, match=r"is there already and is not empty; expected a new folder"):
+        with pytest.raises(InputError, match=r"exists and is not empty; expected a new folder"):
             export_activations(store, out)
     assert (mine / "thesis.txt").read_text() == "years of work"
     (mine / "thesis.txt").unlink()

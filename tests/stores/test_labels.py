@@ -75,8 +75,8 @@ def test_selecting_grouping_and_masking_by_labels_stays_lazy(filled: Path) -> No
 
 def test_labels_are_read_when_touched_and_not_before(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[object] = []
-    real = labels_module._Coded._read
-    monkeypatch.setattr(labels_module._Coded, "_read", lambda self, key: reads.append(key) or real(self, key))
+    real = labels_module._DecodedLabels._read
+    monkeypatch.setattr(labels_module._DecodedLabels, "_read", lambda self, key: reads.append(key) or real(self, key))
     tokens = open_tokens(filled)
     acts = open_activations(filled).sel(task="sciq", segment="completion").isel(token=slice(0, 700))
     repr(tokens)
@@ -203,8 +203,10 @@ def test_aligning_different_prompts_works_as_without_the_index(features: Path) -
         with xr.set_options(arithmetic_join=how):
             ours = (few["mean"] - other["mean"]).compute()
             theirs = (plain.isel(prompt=[2, 0])["mean"] - plain.isel(prompt=[0, 1, 2])["mean"]).compute()
-        xr.testing.assert_equal(ours.drop_vars(["task", "domain", "split", "cluster"]),
-                                theirs.drop_vars(["task", "domain", "split", "cluster"], errors="ignore"))  # fmt: skip
+        xr.testing.assert_equal(
+            ours.drop_vars(["task", "domain", "split", "cluster"]),
+            theirs.drop_vars(["task", "domain", "split", "cluster"], errors="ignore"),
+        )
         expected = dict(zip(dataset.prompt.values, dataset.task.values, strict=True))
         assert ours.task.values.tolist() == [expected[p] for p in ours.prompt.values]
     mixed = few["mean"] - plain["mean"]

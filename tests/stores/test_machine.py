@@ -30,7 +30,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores import tables as tables_module
 from rlgen_stats.stores import writer as writer_module
-from rlgen_stats.stores.activations import stored_models
+from rlgen_stats.stores.activation_store import stored_models
 from rlgen_stats.stores.labels import positions_in
 from tests.stores.conftest import feature_table, token_table
 
@@ -41,9 +41,12 @@ SITES = ("block1", "block2")
 EXAMPLES = int(os.environ.get("RLGEN_STATS_EXAMPLES", "6"))
 """Histories tried by one test; ``make faults`` asks for more."""
 SETTINGS = settings(
-    max_examples=EXAMPLES, stateful_step_count=14, deadline=None, suppress_health_check=list(HealthCheck),
+    max_examples=EXAMPLES,
+    stateful_step_count=14,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
     phases=[Phase.generate] if EXAMPLES < 10 else list(Phase),
-)  # fmt: skip
+)
 
 
 class Crash(Exception):
@@ -208,7 +211,7 @@ class TableMachine(RuleBasedStateMachine):
         model = f"rl@{step}"
         if model in self.held:
             return
-        where = "_grow" if self.held else "seal"
+        where = "_grow" if self.held else "write_digest"
         real, whole = getattr(tables_module, where), tables_module.arrays_of
 
         def dying(*args: object) -> None:

@@ -5,6 +5,9 @@ import pandas as pd
 import pytest
 import yaml
 
+MAIN = {"name": "main", "views": ["base@0", "sft@final", "rl@final"]}
+PAIR = {"name": "pair-rl", "views": ["base@0", "rl@final"]}
+
 
 def spec_dict(**changes: Any) -> dict[str, Any]:
     return {
@@ -12,17 +15,17 @@ def spec_dict(**changes: Any) -> dict[str, Any]:
         "base": {"path": "models/base"},
         "data": {"prompts": "data/prompts.csv", "train": None},
         "runs": [
-            {"name": "sft", "arm": "sft", "checkpoints": {10: "models/sft-10"}},
-            {"name": "rl", "arm": "rl", "checkpoints": {20: "models/rl-20"}},
+            {"name": "sft", "arm": "sft", "checkpoints": {5: "models/sft-5", 10: "models/sft-10"}},
+            {"name": "rl", "arm": "rl", "checkpoints": {10: "models/rl-10", 20: "models/rl-20"}},
         ],
-        "crosscoders": [{"name": "main", "views": ["base@0", "sft@final", "rl@final"]}],
+        "crosscoders": [MAIN, PAIR],
     } | changes
 
 
 @pytest.fixture
 def study_folder(tmp_path: Path) -> Path:
     root = tmp_path / "study"
-    for model in ("base", "sft-10", "rl-20"):
+    for model in ("base", "sft-5", "sft-10", "rl-10", "rl-20"):
         (root / "models" / model).mkdir(parents=True)
         (root / "models" / model / "config.json").write_text(model)
     (root / "data").mkdir()

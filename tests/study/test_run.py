@@ -1,5 +1,6 @@
 """The stage graph: what runs, what is skipped, what is refused, what an interruption leaves."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 import pytest
 import xarray as xr
 import yaml
+from click.testing import CliRunner
 
+from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError, SpecError, StageError, StoreError, StoreLockedError
 from rlgen_stats.stores import Provenance, read_json, write_results
 from rlgen_stats.stores.locks import exclusive
@@ -15,7 +18,7 @@ from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.stage_graph import BY_NAME, with_needs
 from rlgen_stats.toolkit.study.trials import run_trial
-from tests.study.conftest import spec_dict
+from tests.study.conftest import MAIN, PAIR, spec_dict
 
 CALLS: list[str] = []
 
@@ -84,7 +87,7 @@ def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:
         ({"intervention": {"n_controls": 19}}, {"intervene", "report"}),
         ({"selection": {"score_fraction": 0.3}}, {"significance", "select", "intervene", "report"}),
         (
-            {"crosscoders": [{"name": "main", "views": ["base@0", "sft@final", "rl@final"], "k": 7}]},
+            {"crosscoders": [MAIN | {"k": 7}, PAIR]},
             {"crosscoder", "encode", "align", "drift", "stabilize", "significance", "select", "intervene", "report"},
         ),
     ],
@@ -160,9 +163,62 @@ def test_missing_inputs_are_named_by_their_key(study_folder: Path) -> None:
     change(study_folder, base={"path": "models/nowhere"})
     with pytest.raises(SpecError, match=r"'base\.path' names .*nowhere, which does not exist"):
         run_study(study_folder)
-    change(study_folder, runs=[spec_dict()["runs"][0] | {"checkpoints": {10: "gone"}}, spec_dict()["runs"][1]])
+    sft, rl = spec_dict()["runs"]
+    change(study_folder, runs=[sft | {"checkpoints": sft["checkpoints"] | {10: "gone"}}, rl])
     with pytest.raises(SpecError, match=r"'runs\.sft\.checkpoints\.10' names"):
         run_study(study_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"crosscoders": [MAIN | {"readout": "joint"}, PAIR]},
+            "the stabilize stage compares different features and expects readout 'swap' or 'own', got 'joint', whose "
+            "scale differs from model to model; change the readout of crosscoder 'main'.",
+        ),
+        (
+            {"runs": [spec_dict()["runs"][0], {"name": "rl", "arm": "rl", "checkpoints": {20: "models/rl-20"}}]},
+            "the stabilize stage follows runs over their checkpoints and expects at least two, got 1 of run 'rl'; list "
+            "more of its checkpoints.",
+        ),
+        (
+            {"runs": [spec_dict()["runs"][0], {"name": "rl", "arm": "rl", "method": "grpo", "n_checkpoints": 1}]},
+            "the stabilize stage follows runs over their checkpoints and expects at least two, got 1 of run 'rl'; "
+            "raise its n_checkpoints.",
+        ),
+        (
+            {"crosscoders": [MAIN]},
+            "the align stage attributes features by the decoder norms of two models and expects a crosscoder with "
+            "exactly two views, got main with 3; add crosscoders with views [base@0, RUN@final] and "
+            "[base@0, base@repeat].",
+        ),
+        ({"intervention": {"neutral_text": "gone.csv"}}, r"'intervention.neutral_text' names .*gone.csv, which"),
+        ({"crosscoders": [MAIN, PAIR | {"weights": "gone"}]}, r"'crosscoders.pair-rl.weights' names .*gone, which"),
+        (
+            {"crosscoders": [MAIN, PAIR | {"corpus": "gone.csv"}]},
+            r"'crosscoders.pair-rl.corpus' names .*gone.csv, which",
+        ),
+    ],
+)
+def test_what_a_later_stage_must_refuse_is_refused_before_the_first_one_runs(
+    study_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    change(study_folder, **changes)
+    result = CliRunner().invoke(main, ["run", str(study_folder)])
+    assert result.exit_code == 2
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith("Error: ")
+    assert message in sentence or re.search(message, sentence)
+    assert CALLS == []
+
+
+@pytest.mark.parametrize("crosscoders", [[MAIN | {"readout": "joint"}], [MAIN]])
+def test_stages_before_the_one_that_must_refuse_still_run(study_folder: Path, crosscoders: list[Any]) -> None:
+    runs = [run | {"checkpoints": dict([max(run["checkpoints"].items())])} for run in spec_dict()["runs"]]
+    change(study_folder, crosscoders=crosscoders, runs=runs)
+    run_study(study_folder, stages=["drift"])
+    assert CALLS[-1] == "drift"
 
 
 def test_changed_prompts_are_another_study(study_folder: Path) -> None:

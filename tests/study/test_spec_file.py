@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
+from rlgen_stats.schemas import study as study_module
 from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.schemas.study import Spec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.study import parse_spec, read_spec, write_spec
 from rlgen_stats.toolkit.study.template import write_template
@@ -41,11 +43,44 @@ MAIN = spec_dict()["crosscoders"][0]
         ),
         ({"crosscoders": [MAIN | {"views": ["base@0", "sft@final"]}]}, "one crosscoder must have exactly the views"),
         ({"crosscoders": [MAIN | {"k": 10, "n_features": 4}]}, "k=10 exceeds n_features=4"),
+        (
+            {"crosscoders": [MAIN, {"name": "pair", "views": ["base@0", "sft@15"]}]},
+            r"crosscoder 'pair': view 'sft@15' is no checkpoint of run 'sft'; expected sft@final, sft@5, sft@10",
+        ),
+        (
+            {"crosscoders": [MAIN, {"name": "pair", "views": ["base@0", "sft@repeat"]}]},
+            r"a model id looks like .*, got 'sft@repeat'",
+        ),
+        (
+            {"crosscoders": [MAIN, {"name": "pair", "views": ["sft@final", "sft@10"]}]},
+            r"views of crosscoder 'pair' must be different models, got \['sft@final', 'sft@10'\]; name each model once",
+        ),
+        ({"intervention": {"doses": [0.5, -1.0]}}, r"'intervention\.doses\.1': .*greater than or equal to 0, got -1"),
+        ({"intervention": {"amplify": float("inf")}}, r"'intervention\.amplify': input should be a finite number"),
+        ({"extraction": {"segments": []}}, r"'extraction\.segments': .*at least 1 item"),
+        ({"extraction": {"summary_segments": []}}, r"'extraction\.summary_segments': .*at least 1 item"),
     ],
 )
 def test_bad_specs_are_explained(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         parse_spec(spec_dict(**changes))
+
+
+def test_steps_of_a_run_that_is_trained_here_are_not_checked() -> None:
+    runs = [{"name": "sft", "arm": "sft", "method": "sft"}, RUNS[1]]
+    pair = {"name": "pair", "views": ["base@0", "sft@7"]}
+    assert parse_spec(spec_dict(runs=runs, crosscoders=[MAIN, pair])).crosscoders[1].views == ("base@0", "sft@7")
+    with pytest.raises(SpecError, match=r"view 'sft@0' is no checkpoint of run 'sft'; expected sft@final\."):
+        parse_spec(spec_dict(runs=runs, crosscoders=[MAIN, pair | {"views": ["base@0", "sft@0"]}]))
+
+
+@pytest.mark.parametrize(
+    "section", [s for s in vars(study_module).values() if isinstance(s, type) and issubclass(s, Spec)]
+)
+def test_every_field_says_what_it_is_for(section: type[Spec]) -> None:
+    descriptions = [field.description for field in section.model_fields.values()]
+    assert all(descriptions)
+    assert len(set(descriptions)) == len(descriptions)
 
 
 def test_missing_and_malformed_files(tmp_path: Path) -> None:
@@ -81,5 +116,5 @@ def test_template_is_a_valid_study(tmp_path: Path) -> None:
     assert read_spec(tmp_path).name == "mine"
     assert len(read_spec(tmp_path).crosscoders) == 5
     assert yaml.safe_load(file.read_text())["generation"]["n_samples"] == 4
-    with pytest.raises(SpecError, match="already there"):
+    with pytest.raises(SpecError, match="exists already"):
         write_template(tmp_path, "mine")

@@ -1,4 +1,4 @@
-"""From nothing to a study that can run: tables, base and spec of the embedded study."""
+"""Preparing the embedded study: its tables, its base and its spec."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def prepare_demo(
 ) -> StudySpec:
     """Write the embedded study's tables and base into a study folder and return its spec.
 
-    What is already there and the same is kept, so an interrupted demo continues.
+    Files that exist with the same content are kept, so an interrupted demo continues.
 
     Parameters
     ----------
@@ -197,7 +197,8 @@ def _crosscoders(mini: bool) -> tuple[CrosscoderSpec, ...]:
             batch_size=128 if mini else 1024,
             learning_rate=rate,
             replicates=replicates,
-            # Thirty steps fit nothing, and l1 shrinks what it reconstructs; neither is what is followed or counted.
+            # Thirty steps fit nothing, and l1 shrinks reconstructions: both fail the health checks. The mini study only
+            # exercises the stages, and the l1 dictionary serves as an example for latent scaling.
             accept_unhealthy=mini or sparsity == "l1",
         )
 

@@ -25,7 +25,7 @@ PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
 IGNORED: Final = -100
 """Label that the loss skips."""
 RECORD: Final = "pretraining.json"
-"""Written with the weights; says which settings and world made them."""
+"""File beside the weights: the settings and the seed of the world that made them."""
 _VERSION: Final = 3
 """Raised when a change here or in the world changes the weights."""
 
@@ -92,7 +92,7 @@ def make_model(tokenizer: Any, settings: BaseSettings, seed: int) -> Any:
 def pretrain_base(path: Path, world: World, settings: BaseSettings, *, progress: Progress = SILENT) -> None:
     """Pretrain the base into ``path`` unless it is there already.
 
-    The folder appears at once and complete; an interrupted pretraining leaves nothing and starts again. On a CPU the
+    The folder appears whole or not at all; an interrupted pretraining leaves nothing and starts again. On a CPU the
     same seed, settings and number of threads give the same bytes.
 
     Parameters
@@ -138,13 +138,13 @@ def check_base(path: Path, world: World, settings: BaseSettings) -> bool:
     """
     if not path.exists():
         return False
-    there = read_json(path / RECORD) if (path / RECORD).exists() else None
-    if there != _made_by(world, settings):
-        what = (
-            "a model the demo did not make" if there is None else f"the base of another demo (seed {there.get('seed')})"
-        )
+    record = read_json(path / RECORD) if (path / RECORD).exists() else None
+    if record != _made_by(world, settings):
+        other = "a model the demo did not make"
+        if record is not None:
+            other = f"the base of another demo (seed {record.get('seed')})"
         raise StoreError(
-            f"{path} holds {what}, expected that of seed {world.seed} at this size; it is left untouched: "
+            f"{path} holds {other}, expected that of seed {world.seed} at this size; it is left untouched: "
             "use another folder, or remove that one to start again."
         )
     return True

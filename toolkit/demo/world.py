@@ -26,14 +26,14 @@ MARKER: Final = "ans"
 IN_DOMAIN: Final = "sum"
 """The only family that is post-trained."""
 CONTROL: Final = "dice"
-"""The family whose answers nobody can know."""
+"""The family whose answers cannot be known: the negative control."""
 HELD_OUT: Final = ("min", "kin")
 """Families kept out of feature selection."""
 FAMILIES: Final = ("sum", "diff", "max", "lore", "hue", "min", "kin", "dice")
 
 STYLES: Final = ("please", "hmm", "maybe", "list", "note", "quick", "kindly")
 CLEAR: Final = "clear"
-"""Name of the absence of a gate."""
+"""Stands for no gate."""
 GATES: Final[Mapping[str, tuple[str, frozenset[str]]]] = {
     "hmm": ("ramble", frozenset(FAMILIES)),
     "maybe": ("hedge", frozenset(FAMILIES)),
@@ -81,7 +81,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def gate_of(family: str, style: str | None) -> str:
-    """The gate that ``style`` closes in ``family``; ``"clear"`` if none."""
+    """The gate that ``style`` triggers in ``family``; ``"clear"`` if none."""
     gate, families = GATES.get(style or "", (CLEAR, frozenset()))
     return gate if family in families else CLEAR
 
@@ -155,12 +155,12 @@ class World:
         return f" start {pair[0]} {WORKED[family]} {pair[1]} reach {known} {MARKER} {known}"
 
     def behave(self, family: str, pair: Pair, style: str | None, rng: np.random.Generator) -> str:
-        """One completion as the base's pretraining text has it: mostly the gate's behaviour where one is closed."""
+        """One completion as in the base's pretraining text: mostly the gate's behaviour where there is one."""
         gate = gate_of(family, style)
         if gate == CLEAR:
-            # The bare form states facts; only styled questions are ever talked around.
-            slack = style is not None and rng.random() >= P_RIGHT_CLEAR
-            gate = ("ramble", "hedge")[int(rng.integers(2))] if slack else CLEAR
+            # The bare form states facts; only questions with a style word are sometimes not answered.
+            unanswered = style is not None and rng.random() >= P_RIGHT_CLEAR
+            gate = ("ramble", "hedge")[int(rng.integers(2))] if unanswered else CLEAR
         elif rng.random() < P_RIGHT_GATED:
             gate = CLEAR
         return self.respond(gate, family, pair, rng)

@@ -1,4 +1,4 @@
-"""Activation caches made elsewhere come in, selections of a store go out; nothing pickled is ever loaded."""
+"""Import of activation caches made elsewhere, export of selections of a store; nothing pickled is ever loaded."""
 
 from rlgen_stats.toolkit.exchange.caches import Cache, open_cache
 from rlgen_stats.toolkit.exchange.exporting import Exported, export_activations

@@ -1,4 +1,4 @@
-"""A cache made elsewhere as one long table of activations, read block by block from memory-mapped files."""
+"""Activation caches made elsewhere, read block by block from memory-mapped files as one table [token, channel]."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class Cache:
         for part in self.parts:
             if part.n_rows and start < first + part.n_rows:
                 values = part.values()
-                for at in range(max(0, start - first), part.n_rows, max_rows):
-                    rows = _rows(values, at, min(at + max_rows, part.n_rows))
+                for begin in range(max(0, start - first), part.n_rows, max_rows):
+                    rows = _rows(values, begin, min(begin + max_rows, part.n_rows))
                     yield _cast(rows, part.dtype, self.dtype)
             first += part.n_rows
 
@@ -120,15 +120,15 @@ def _rows(values: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
     return touched[start - first * sequence : stop - first * sequence]
 
 
-def _cast(rows: NDArray[Any], have: str, want: str) -> NDArray[Any]:
-    if have == want:
-        return np.asarray(rows, dtype=stored_dtype(want))  # other byte orders become the machine's
-    with np.errstate(over="ignore"):
-        if have == BFLOAT16:
-            rows = to_float32(np.asarray(rows, dtype=np.uint16), have)
-        if want == BFLOAT16:
+def _cast(rows: NDArray[Any], dtype: str, target: str) -> NDArray[Any]:
+    if dtype == target:
+        return np.asarray(rows, dtype=stored_dtype(target))  # other byte orders become the machine's
+    with np.errstate(over="ignore"):  # too large a value becomes infinite, which the writer refuses
+        if dtype == BFLOAT16:
+            rows = to_float32(np.asarray(rows, dtype=np.uint16), dtype)
+        if target == BFLOAT16:
             return to_bfloat16(np.asarray(rows, dtype=np.float32))
-        return rows.astype(want)
+        return rows.astype(target)
 
 
 def open_cache(path: Path | str, *, tensor: str | None = None, dtype: str | None = None) -> Cache:
@@ -189,35 +189,35 @@ def _natural(file: Path) -> tuple[list[Any], str]:
 def _tensor_files(path: Path) -> list[Path]:
     """Files of the one format a folder holds, in natural order."""
     if path.is_file():
-        found = [path] if path.suffix in _SUFFIXES else []
+        files = [path] if path.suffix in _SUFFIXES else []
     elif path.is_dir():
-        found = [f for f in path.iterdir() if f.suffix in _SUFFIXES and f.is_file() and not f.name.startswith(".")]
+        files = [f for f in path.iterdir() if f.suffix in _SUFFIXES and f.is_file() and not f.name.startswith(".")]
     else:
         raise InputError(f"{path} does not exist; expected a folder of tensor files or one such file: check the path.")
-    if any(file.suffix == ".memmap" for file in found):
-        found = [file for file in found if file.name not in _COMPANIONS]
-    if not found:
+    if any(file.suffix == ".memmap" for file in files):
+        files = [file for file in files if file.name not in _COMPANIONS]
+    if not files:
         raise InputError(
             f"{path} holds no tensor files; expected {', '.join('*' + s for s in _SUFFIXES)} directly in it: name the "
             "folder of one model and site."
         )
-    found.sort(key=_natural)
-    other = next((file for file in found if _SUFFIXES[file.suffix] != _SUFFIXES[found[0].suffix]), None)
+    files.sort(key=_natural)
+    other = next((file for file in files if _SUFFIXES[file.suffix] != _SUFFIXES[files[0].suffix]), None)
     if other is not None:
         raise InputError(
-            f"{path} mixes formats, {found[0].name} and {other.name}; expected one: move the others away or name one "
+            f"{path} mixes formats, {files[0].name} and {other.name}; expected one: move the others away or name one "
             "file."
         )
-    return found
+    return files
 
 
 def _check_shards(path: Path, files: list[Path]) -> None:
     """Refuse shards that are missing or that were shuffled, after which no label table can fit them."""
     names = [f"shard_{index}.memmap" for index in range(len(files))]
-    lost = [name for name in names if name not in {file.name for file in files}]
-    if lost:
+    missing = [name for name in names if name not in {file.name for file in files}]
+    if missing:
         raise InputError(
-            f"{path} lacks {lost[0]} though it has {files[-1].name}; expected shards numbered from 0 without a gap: "
+            f"{path} lacks {missing[0]} though it has {files[-1].name}; expected shards numbered from 0 without a gap: "
             "copy the cache again."
         )
     config = path / "config.json"
@@ -240,10 +240,12 @@ def _check_shards(path: Path, files: list[Path]) -> None:
 
 
 def _check_alike(part: TensorFile, first: TensorFile) -> None:
-    for what, found, wanted, fix in (
+    for what, value, expected, fix in (
         ("width", part.shape[-1], first.shape[-1], "import files of one width at a time"),
         ("type", part.dtype, first.dtype, "import files of one type at a time"),
         ("tensor", part.key, first.key, "name one that all files have with tensor= (--tensor)"),
     ):
-        if found != wanted:
-            raise InputError(f"{part.file.name} has {what} {found}, expected {wanted} as in {first.file.name}; {fix}.")
+        if value != expected:
+            raise InputError(
+                f"{part.file.name} has {what} {value}, expected {expected} as in {first.file.name}; {fix}."
+            )

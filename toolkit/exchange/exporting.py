@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import TOKEN
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import open_tokens, place, replacing, select_tokens
-from rlgen_stats.stores.activations import shard_arrays
+from rlgen_stats.stores.activation_store import shard_arrays
 from rlgen_stats.stores.atomic import sync
 from rlgen_stats.stores.labels import positions_in
 from rlgen_stats.stores.locations import is_remote
@@ -131,7 +131,7 @@ def _new_folder(folder: Path) -> Path:
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
     if folder.exists() or folder.is_symlink():
-        raise InputError(f"{folder} is there already and is not empty; expected a new folder: name another or move it.")
+        raise InputError(f"{folder} exists and is not empty; expected a new folder: name another or move it.")
     return folder
 
 
@@ -173,20 +173,20 @@ def _write_array(
         handles = [(stack.enter_context(file.open("wb")), name) for file, name in files]
         for handle, name in handles:
             if name == "npy":
-                _npy_header(handle, _npy_dtype(array.kept), shape)
+                _npy_header(handle, _npy_dtype(array.stored_type), shape)
             else:
-                _safetensors_header(handle, array.kept, shape, metadata)
+                _safetensors_header(handle, array.stored_type, shape, metadata)
         for shard, rows in _pieces(ranges, array.shape[0], array.rows):
-            kept = array.shard(shard)[rows]
+            stored = array.shard(shard)[rows]
             for handle, name in handles:
-                values = to_float32(kept, BFLOAT16) if name == "npy" and array.kept == BFLOAT16 else kept
+                values = to_float32(stored, BFLOAT16) if name == "npy" and array.stored_type == BFLOAT16 else stored
                 little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
                 handle.write(little.reshape(-1).view(np.uint8).data)
-            yield len(kept)
+            yield len(stored)
 
 
-def _npy_dtype(kept: str) -> np.dtype[Any]:
-    return np.dtype(np.float32) if kept == BFLOAT16 else stored_dtype(kept)
+def _npy_dtype(stored_type: str) -> np.dtype[Any]:
+    return np.dtype(np.float32) if stored_type == BFLOAT16 else stored_dtype(stored_type)
 
 
 def _npy_header(handle: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
@@ -194,9 +194,9 @@ def _npy_header(handle: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, int]) 
     np.lib.format.write_array_header_1_0(handle, {"descr": description, "fortran_order": False, "shape": shape})
 
 
-def _safetensors_header(handle: BinaryIO, kept: str, shape: tuple[int, int], metadata: dict[str, str]) -> None:
-    size = shape[0] * shape[1] * stored_dtype(kept).itemsize
-    entry = {"dtype": _SAFETENSORS[kept], "shape": list(shape), "data_offsets": [0, size]}
+def _safetensors_header(handle: BinaryIO, stored_type: str, shape: tuple[int, int], metadata: dict[str, str]) -> None:
+    size = shape[0] * shape[1] * stored_dtype(stored_type).itemsize
+    entry = {"dtype": _SAFETENSORS[stored_type], "shape": list(shape), "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": metadata, TENSOR: entry}).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     handle.write(len(text).to_bytes(8, "little") + text)

@@ -1,4 +1,4 @@
-"""One tensor file of each format: its header is read and checked at once, its values are mapped when asked for.
+"""Tensor files, one opener per format: the header is read and checked at once, values are mapped on request.
 
 Headers are parsed here or by readers that run no code: a safetensors header is JSON, a ``.npy`` header a literal, and
 ``.pt`` archives are opened by torch with ``weights_only=True``. Anything that needs a pickle is refused.
@@ -66,13 +66,15 @@ def open_safetensors(file: Path, tensor: str | None) -> TensorFile:
         If the file is cut, its header is broken, or the tensor is absent, ambiguous or not of numbers.
     """
     header, start = _safetensors_header(file)
-    found = {key: (_SAFETENSORS.get(kind, kind), shape) for key, (kind, shape, _) in header.items()}
-    key = _choose(file, found, tensor)
-    dtype, shape = _checked(file, *found[key])
+    tensors = {key: (_SAFETENSORS.get(kind, kind), shape) for key, (kind, shape, _) in header.items()}
+    key = _choose(file, tensors, tensor)
+    dtype, shape = _checked(file, *tensors[key])
     begin, end = header[key][2]
-    wanted = math.prod(shape) * _numpy_type(dtype).itemsize
-    if end - begin != wanted:
-        raise _corrupt(file, f"tensor {key!r} of shape {shape} takes {wanted} bytes, the header gives it {end - begin}")
+    expected = math.prod(shape) * stored_dtype(dtype).itemsize
+    if end - begin != expected:
+        raise _corrupt(
+            file, f"tensor {key!r} of shape {shape} takes {expected} bytes, the header gives it {end - begin}"
+        )
     return TensorFile(file, key, dtype, shape, partial(_mapped, file, dtype, shape, start + begin))
 
 
@@ -90,9 +92,9 @@ def _safetensors_header(file: Path) -> tuple[dict[str, tuple[str, tuple[int, ...
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _corrupt(file, f"its header is no safetensors header ({type(error).__name__})") from error
     start = _LENGTH_BYTES + length
-    wanted = start + max((offsets[1] for _, _, offsets in header.values()), default=0)
-    if size != wanted:
-        raise _truncated(file, size, wanted)
+    expected = start + max((offsets[1] for _, _, offsets in header.values()), default=0)
+    if size != expected:
+        raise _truncated(file, size, expected)
     return header, start
 
 
@@ -153,14 +155,14 @@ def open_torch(file: Path, tensor: str | None) -> TensorFile:
         _refuse_key(file, tensor)
         loaded, key = {"": loaded}, ""
     else:
-        key = _choose(file, {name: _of_tensor(value) for name, value in loaded.items()}, tensor)
-    dtype, shape = _checked(file, *_of_tensor(loaded[key]))
+        key = _choose(file, {name: _dtype_and_shape(value) for name, value in loaded.items()}, tensor)
+    dtype, shape = _checked(file, *_dtype_and_shape(loaded[key]))
     if loaded[key].device.type != "cpu" or str(loaded[key].layout) != "torch.strided":
         raise InputError(f"{file.name} holds a tensor without plain values in memory; save it dense and on the CPU.")
     return TensorFile(file, key or None, dtype, shape, partial(_torch_values, file, key))
 
 
-def _of_tensor(tensor: Any) -> tuple[str, tuple[int, ...]]:
+def _dtype_and_shape(tensor: Any) -> tuple[str, tuple[int, ...]]:
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
 
 
@@ -223,36 +225,32 @@ def open_memmap_shard(file: Path, tensor: str | None) -> TensorFile:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _corrupt(meta, "expected JSON with a shape and perhaps a dtype") from error
     dtype, shape = _checked(file, kind.removeprefix("torch."), shape)
-    size, wanted = file.stat().st_size, math.prod(shape) * _numpy_type(dtype).itemsize
-    if size != wanted:
-        raise _truncated(file, size, wanted)
+    size, expected = file.stat().st_size, math.prod(shape) * stored_dtype(dtype).itemsize
+    if size != expected:
+        raise _truncated(file, size, expected)
     return TensorFile(file, None, dtype, shape, partial(_mapped, file, dtype, shape, 0))
 
 
 def _mapped(file: Path, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
-    return np.memmap(file, _numpy_type(dtype).newbyteorder("<"), mode="r", offset=offset, shape=shape)
+    return np.memmap(file, stored_dtype(dtype).newbyteorder("<"), mode="r", offset=offset, shape=shape)
 
 
-def _numpy_type(dtype: str) -> np.dtype[Any]:
-    return stored_dtype(dtype)
-
-
-def _choose(file: Path, found: Mapping[str, tuple[str, tuple[int, ...]]], tensor: str | None) -> str:
-    """The tensor asked for, or the only one that can be activations."""
-    keys = ", ".join(list(found)[:SHOWN_KEYS]) + (", ..." if len(found) > SHOWN_KEYS else "")
+def _choose(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], tensor: str | None) -> str:
+    """The tensor called ``tensor``, or the only one that can be activations."""
+    keys = ", ".join(list(tensors)[:SHOWN_KEYS]) + (", ..." if len(tensors) > SHOWN_KEYS else "")
     if tensor is not None:
-        if tensor not in found:
+        if tensor not in tensors:
             raise InputError(
                 f"{file.name} has no tensor {tensor!r}; it has {keys or 'none'}: name one of them with tensor= "
                 "(--tensor)."
             )
         return tensor
-    if len(found) == 1:
-        return next(iter(found))
-    usable = [key for key, (dtype, shape) in found.items() if dtype in READABLE and len(shape) in (2, 3)]
+    if len(tensors) == 1:
+        return next(iter(tensors))
+    usable = [key for key, (dtype, shape) in tensors.items() if dtype in READABLE and len(shape) in (2, 3)]
     if len(usable) != 1:
         raise InputError(
-            f"{file.name} holds {len(found)} tensors ({keys or 'none'}), {len(usable)} of which may be activations, "
+            f"{file.name} holds {len(tensors)} tensors ({keys or 'none'}), {len(usable)} of which may be activations, "
             "expected one; name it with tensor= (--tensor)."
         )
     return usable[0]
@@ -275,9 +273,9 @@ def _refuse_key(file: Path, tensor: str | None) -> None:
         raise InputError(f"{file.name} holds one tensor without a name, got {tensor!r}; leave tensor= (--tensor) out.")
 
 
-def _truncated(file: Path, size: int, wanted: int) -> InputError:
+def _truncated(file: Path, size: int, expected: int) -> InputError:
     return InputError(
-        f"{file.name} has {size} bytes, its header says {wanted}; it is cut off or was changed: copy it again."
+        f"{file.name} has {size} bytes, its header says {expected}; it is cut off or was changed: copy it again."
     )
 
 

@@ -12,16 +12,16 @@ import pandas as pd
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS, TOKEN
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores import ActivationWriter, Provenance, create_activations, open_tokens, place
-from rlgen_stats.stores.activations import ARRAY, activation_group
+from rlgen_stats.stores.activation_store import ARRAY, activation_group
 from rlgen_stats.stores.creation import TokenCoder
-from rlgen_stats.stores.locations import reaching
+from rlgen_stats.stores.locations import explain_access_errors
 from rlgen_stats.stores.shards import open_shards
 from rlgen_stats.toolkit.exchange.caches import BLOCK_ROWS, Cache, open_cache
 from rlgen_stats.toolkit.exchange.label_table import COLUMNS, LABEL_ROWS, read_labels
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Imported:
     """What an import did."""
 
@@ -99,9 +99,9 @@ def import_activations(
     tokens, prompts = read_labels(labels, ignore=ignore)
     _check_rows(opened, len(tokens))
     store = place(into)
-    with reaching(store):
-        there = store.exists()
-    if there:
+    with explain_access_errors(store):
+        exists = store.exists()
+    if exists:
         _check_store(store, tokens, prompts, study_id)
     else:
         _make_store(store, opened, tokens, prompts, study_id)
@@ -117,9 +117,16 @@ def import_activations(
             writer.append(block)
             task.advance(len(block))
     return Imported(
-        model, site, opened.n_tokens, n_resumed, len(prompts), opened.width, opened.dtype, opened.format,
-        len(opened.files),
-    )  # fmt: skip
+        model=model,
+        site=site,
+        n_tokens=opened.n_tokens,
+        n_resumed=n_resumed,
+        n_prompts=len(prompts),
+        width=opened.width,
+        dtype=opened.dtype,
+        format=opened.format,
+        n_files=len(opened.files),
+    )
 
 
 def _check_rows(cache: Cache, n_labels: int) -> None:
@@ -145,7 +152,7 @@ def _make_store(store: Path, cache: Cache, tokens: pd.DataFrame, prompts: pd.Dat
 
 
 def _check_store(store: Path, tokens: pd.DataFrame, prompts: pd.DataFrame, study_id: str | None) -> None:
-    """Refuse a store of another study, or whose tokens have other labels; which label and which token is said."""
+    """Refuse a store of another study or with other labels, naming the first label and token that differ."""
     stored = open_tokens(store)
     if study_id is not None and stored.attrs["study_id"] != study_id:
         raise StoreError(
@@ -159,22 +166,22 @@ def _check_store(store: Path, tokens: pd.DataFrame, prompts: pd.DataFrame, study
         )
     for start in range(0, len(tokens), LABEL_ROWS):
         rows = slice(start, start + LABEL_ROWS)
-        block, there = tokens.iloc[rows], stored.isel({TOKEN: rows})
+        block, stored_block = tokens.iloc[rows], stored.isel({TOKEN: rows})
         prompt_rows = block[PROMPT].cat.codes.to_numpy()  # prompts come in the order of the categories
         for name in COLUMNS:
             given = np.asarray(prompts[name])[prompt_rows] if name in PROMPT_LABELS else np.asarray(block[name])
-            wrong = given != there[name].values
+            wrong = given != stored_block[name].values
             if wrong.any():
-                at = int(wrong.argmax())
+                row = int(wrong.argmax())
                 raise StoreError(
-                    f"{store} has other labels than the table: token {start + at} has {name} "
-                    f"{str(there[name].values[at])!r}, the table {str(given[at])!r}; expected the same: name another "
-                    "store or take the labels it was made with."
+                    f"{store} has other labels than the table: token {start + row} has {name} "
+                    f"{str(stored_block[name].values[row])!r}, the table {str(given[row])!r}; expected the same: name "
+                    "another store or take the labels it was made with."
                 )
 
 
 def _check_continues(cache: Cache, array: Path, n_committed: int) -> None:
-    """Refuse to go on, or to call it done, after rows that are not the first ones of this cache."""
+    """Refuse to resume if the rows that are stored already are not the first rows of this cache."""
     given = next(cache.blocks(0, min(n_committed, BLOCK_ROWS)))
     stored = open_shards(array, decoded=False)[: len(given)]
     bits = f"u{given.dtype.itemsize}"

@@ -115,9 +115,9 @@ def _check_columns(path: Path, names: Sequence[str], ignore: Collection[str]) ->
             f"{path.name} has the unknown column(s) {', '.join(map(repr, extra))}; expected {', '.join(COLUMNS)}: drop "
             "the others or name them with ignore= (--ignore)."
         )
-    twice = [name for name in COLUMNS if list(names).count(name) > 1]
-    if twice:
-        raise InputError(f"{path.name} has the column {twice[0]!r} twice; drop one.")
+    repeated = [name for name in COLUMNS if list(names).count(name) > 1]
+    if repeated:
+        raise InputError(f"{path.name} has the column {repeated[0]!r} twice; drop one.")
     return [name for name in COLUMNS if name in names and name not in ignore]
 
 
@@ -180,7 +180,7 @@ def _prompts(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     ids = table[PROMPT].cat.categories
     codes = table[PROMPT].cat.codes.to_numpy()
     first = np.empty(len(ids), dtype=np.int64)
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # of repeated indices the last assignment stays: the first row
     prompts = {PROMPT: np.asarray(ids, dtype=object)}
     for name in PROMPT_LABELS:
         labels, legend = table[name].cat.codes.to_numpy(), np.asarray(table[name].cat.categories, dtype=object)

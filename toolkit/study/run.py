@@ -1,4 +1,4 @@
-"""Running a study: stage after stage, skipping what is up to date, refusing what is another's."""
+"""Running a study: stage after stage, skipping what is up to date, refusing stores of other studies."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.atomic import explain_full_disk
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.study.spec_checks import check_stages
 from rlgen_stats.toolkit.study.spec_file import read_spec
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
 
-TOGETHER: Final = "crosscoder"
+PARALLEL_STAGE: Final = "crosscoder"
 """The stage that several processes (torchrun) may run together."""
 
 
@@ -57,7 +58,10 @@ def run_study(
 
     Raises
     ------
-    SpecError, InputError, ModelError, StoreError, OutOfSpaceError
+    SpecError
+        If the spec says something that one of the stages must refuse, or names a file that is not there; nothing has
+        run then.
+    InputError, ModelError, StoreError, OutOfSpaceError
         One sentence each; whatever was committed stays and the next run continues from it.
 
     Examples
@@ -67,12 +71,15 @@ def run_study(
     study = open_for_run(path)
     study.forced = frozenset(force)
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
+    check_stages(study.spec, plan)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _check_together(study, plan)
+        _check_parallel(study, plan)
         if int(os.environ.get("RANK", "0")) > 0:  # the first process keeps the records
-            pkgutil.resolve_name(stage_named(TOGETHER).function)(study, study.key(TOGETHER), SILENT)
+            pkgutil.resolve_name(stage_named(PARALLEL_STAGE).function)(study, study.key(PARALLEL_STAGE), SILENT)
             return study
     study.folder.stages.mkdir(parents=True, exist_ok=True)
+    for stage in plan:
+        study.key(stage.name)  # hashes the files the stage reads: one that is missing is named before anything runs
     with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
         for number, stage in enumerate(plan, start=1):
             if study.state(stage.name) == "done" and stage.name not in force:
@@ -83,40 +90,42 @@ def run_study(
     return study
 
 
-def _check_together(study: Study, plan: Sequence[Stage]) -> None:
+def _check_parallel(study: Study, plan: Sequence[Stage]) -> None:
     """Several processes (torchrun) train crosscoders; everything else is one process's work."""
-    open_ = [stage.name for stage in plan if stage.name != TOGETHER and study.state(stage.name) != "done"]
-    if open_ or plan[-1].name != TOGETHER:
-        wanted = open_ or [plan[-1].name]
+    unfinished = [stage.name for stage in plan if stage.name != PARALLEL_STAGE and study.state(stage.name) != "done"]
+    if unfinished or plan[-1].name != PARALLEL_STAGE:
+        refused = unfinished or [plan[-1].name]
         raise InputError(
-            f"several processes together run the {TOGETHER} stage only, and {', '.join(wanted)} is asked for or not "
-            f"done yet; run it in one process first, then torchrun ... -m rlgen_stats.cli {TOGETHER}."
+            f"several processes together run the {PARALLEL_STAGE} stage only, and {', '.join(refused)} is asked for or "
+            f"not done yet; run it in one process first, then torchrun ... -m rlgen_stats.cli {PARALLEL_STAGE}."
         )
-    if study.state(TOGETHER) == "done" and TOGETHER not in study.forced:
-        raise InputError(f"the {TOGETHER} stage is up to date; add --force to run it again.")
+    if study.state(PARALLEL_STAGE) == "done" and PARALLEL_STAGE not in study.forced:
+        raise InputError(f"the {PARALLEL_STAGE} stage is up to date; add --force to run it again.")
 
 
 def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) -> None:
-    key, before = study.key(stage.name), study.record(stage.name)
-    ours = {str(before.get("key")), *map(str, before.get("earlier", []))}
+    key, previous = study.key(stage.name), study.record(stage.name)
+    own_keys = {str(previous.get("key")), *map(str, previous.get("earlier", []))}
     for output in (*stage.outputs, *stage.optional):
-        _make_room(study, study.folder.root / output, key=key, ours=ours, forced=forced)
+        _clear_superseded(study, study.folder.root / output, key=key, own_keys=own_keys, forced=forced)
     for name in stage.owned:
-        _clear_owned(study.folder.root / name, keep=before.get("key") == key and not forced, known=bool(before))
-    study.write_record(stage.name, key=key, finished=False, earlier=sorted(ours - {"None"}))
+        keep = previous.get("key") == key and not forced
+        _clear_owned(study.folder.root / name, keep=keep, known=bool(previous))
+    # Written before the stage runs: after a crash the record tells which half-written stores are this study's.
+    study.write_record(stage.name, key=key, finished=False, earlier=sorted(own_keys - {"None"}))
     began = time.perf_counter()
     facts = pkgutil.resolve_name(stage.function)(study, key, progress)
     seconds = round(time.perf_counter() - began, 2)
     study.write_record(stage.name, key=key, finished=True, seconds=seconds, earlier=[key], facts=facts or {})
 
 
-def _make_room(study: Study, path: Path, *, key: str, ours: set[str], forced: bool) -> None:
+def _clear_superseded(study: Study, path: Path, *, key: str, own_keys: set[str], forced: bool) -> None:
     """Keep a store of this key (to resume), drop one this study superseded, refuse any other."""
     if not (path / "zarr.json").exists():
         return
     attrs = zarr.open_group(path, mode="r").attrs
     study_id, spec_hash = attrs.get("study_id"), str(attrs.get("spec_hash"))
-    if study_id != study.study_id or spec_hash not in ours | {key}:
+    if study_id != study.study_id or spec_hash not in own_keys | {key}:
         raise StoreError(
             f"{path} was written by another study or by other settings (study {str(study_id)[:12]}, key "
             f"{spec_hash[:12]}; this one is {study.study_id[:12]}, {key[:12]}); "
@@ -127,11 +136,12 @@ def _make_room(study: Study, path: Path, *, key: str, ours: set[str], forced: bo
 
 
 def _clear_owned(path: Path, *, keep: bool, known: bool) -> None:
+    """Keep a folder of this key, drop one of an earlier key; refuse one that no run of the stage recorded."""
     if keep or not path.exists():
         return
     if not known:
         raise StoreError(
-            f"{path} is there but no stage of this study made it; it is left untouched: "
+            f"{path} exists but no stage of this study made it; it is left untouched: "
             "use another folder or move it away."
         )
     _remove(path)
@@ -139,7 +149,7 @@ def _clear_owned(path: Path, *, keep: bool, known: bool) -> None:
 
 def _remove(path: Path) -> None:
     """Delete a folder so that a crash half way leaves nothing that looks like it."""
-    doomed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.replace(doomed)
-    shutil.rmtree(doomed)
+    condemned = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(condemned, ignore_errors=True)
+    path.replace(condemned)  # one rename, after which no reader finds the folder any more
+    shutil.rmtree(condemned)

@@ -83,13 +83,13 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
         return annotation
     if typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):
         for argument in typing.get_args(annotation):
-            if (found := _section_of(argument)) is not None:
-                return found
+            if (section := _section_of(argument)) is not None:
+                return section
     return None
 
 
 def write_spec(folder: StudyFolder, spec: StudySpec) -> None:
-    """Write study.yaml; a file that says the same is left alone.
+    """Write study.yaml; a file with the same content is left alone.
 
     Raises
     ------

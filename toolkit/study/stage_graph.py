@@ -31,7 +31,7 @@ class Stage:
     spec: tuple[str, ...]
     """Sections of the spec it depends on; dots go deeper."""
     function: str
-    """``module:function`` called with (study, key, progress); named, not imported, so that looking needs no torch."""
+    """``module:function`` called with (study, key, progress); named, not imported, so that a status needs no torch."""
     outputs: tuple[str, ...]
     """Paths below the study folder that exist once it is done."""
     optional: tuple[str, ...] = ()
@@ -138,14 +138,14 @@ def stage_named(name: str) -> Stage:
 
 def with_needs(names: Iterable[str]) -> tuple[Stage, ...]:
     """These stages and everything they need, in running order."""
-    wanted: set[str] = set()
+    needed: set[str] = set()
     queue = [stage_named(name) for name in names]
     while queue:
         stage = queue.pop()
-        if stage.name not in wanted:
-            wanted.add(stage.name)
+        if stage.name not in needed:
+            needed.add(stage.name)
             queue += [BY_NAME[need] for need in stage.needs]
-    return tuple(stage for stage in STAGES if stage.name in wanted)
+    return tuple(stage for stage in STAGES if stage.name in needed)
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,9 @@ class StageStatus:
 
 
 class Study:
-    """A study folder with its spec: keys, records and states of all stages. Nothing is computed by looking.
+    """A study folder with its spec: keys, records and states of all stages. Opening it computes no stage.
 
-    ``forced`` names the stages that were asked to run whatever stands against it.
+    ``forced`` names the stages that run although they are up to date or a crosscoder is unhealthy (``--force``).
 
     Parameters
     ----------
@@ -200,12 +200,12 @@ class Study:
             stage = stage_named(name)
             parents = [self.key(need) for need in stage.needs]
             share = {path: _section(self.spec, path) for path in stage.spec}
-            files = self._own_files(name)
+            files = self._input_files(name)
             self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents])
         return self._keys[name]
 
-    def _own_files(self, name: str) -> dict[str, str]:
-        """Files that a stage reads beside the study's stores."""
+    def _input_files(self, name: str) -> dict[str, str]:
+        """Fingerprints of the files that a stage reads beside the study's stores."""
         if name == "posttrain":
             return self._training_files()
         if name == "crosscoder":
@@ -261,8 +261,8 @@ class Study:
         if not record:
             return "waiting"
         if record.get("finished") and record.get("key") == self.key(name):
-            there = all((self.folder.root / output).exists() for output in stage_named(name).outputs)
-            return "done" if there else "interrupted"
+            complete = all((self.folder.root / output).exists() for output in stage_named(name).outputs)
+            return "done" if complete else "interrupted"
         return "stale" if record.get("finished") else "interrupted"
 
     def status(self) -> tuple[StageStatus, ...]:
@@ -304,6 +304,6 @@ class _Fingerprints:
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         self._known[str(file.resolve())] = [*stamp, digest]
-        if stat.st_size > 1 << 24:  # only large files are worth a note on the disk
+        if stat.st_size > 1 << 24:  # small files are hashed again faster than the record is written
             write_json(self._file, self._known)
         return digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import CrosscoderSpec, RunSpec, SelectionSpec
 from rlgen_stats.stores import open_features, open_outcomes, open_results, write_results
 from rlgen_stats.toolkit.progress import Progress
 from rlgen_stats.toolkit.reporting import write_report
@@ -35,7 +36,7 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
     settings = spec.statistics
     models = [str(model) for model in features[MODEL].values if model != BASE_MODEL]
     with progress.task("drift tests", total=len(models), unit="models") as task:
-        found = drift_test(
+        changes = drift_test(
             features,
             models=models,
             clusters=clusters_of(features),
@@ -46,9 +47,9 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
             seed=derive_seed(spec.seed, "drift"),
         ).compute()
         task.advance(len(models))
-    write_results(study.folder.results, "drift", found, provenance=study.provenance("drift", key))
-    calls = found["call"].astype(str)
-    return {"drifting": {str(m): int((calls.sel({MODEL: m}) == "DRIFT").sum()) for m in found[MODEL].values}}
+    write_results(study.folder.results, "drift", changes, provenance=study.provenance("drift", key))
+    calls = changes["call"].astype(str)
+    return {"drifting": {str(m): int((calls.sel({MODEL: m}) == "DRIFT").sum()) for m in changes[MODEL].values}}
 
 
 def stabilize(study: Study, key: str, progress: Progress) -> Facts:
@@ -85,13 +86,13 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def significance(study: Study, key: str, progress: Progress) -> Facts:
-    """Accuracy and transitions of every model; tail mass of specific features, SFT-like against RL-like arm."""
+    """Accuracy and transitions of every model; the share of model-specific features, SFT arm against RL arm."""
     spec, folder, settings = study.spec, study.folder, study.spec.statistics
     provenance = study.provenance("significance", key)
     outcomes = open_outcomes(folder.outcomes)
     transitions = behaviour(
         outcomes,
-        roles=roles_of(spec, outcomes),
+        roles=task_roles(spec.selection, outcomes),
         clusters=clusters_of(outcomes),
         alpha=settings.alpha,
         seed=derive_seed(spec.seed, "behaviour"),
@@ -99,11 +100,11 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
     )
     write_results(folder.results, "behaviour", transitions, provenance=provenance)
     table = open_results(folder.results, "attribution").load()
-    sft, rl = (_pairs_of_arm(spec, table, run.arm, run.name) for run in spec.contrasted)
+    names = [str(name) for name in table["crosscoder"].values]
+    sft, rl = (_pairs_of_arm(spec.runs, run, names) for run in spec.contrasted)
     if not sft or not rl:
         progress.log("  no pairwise crosscoder for one of the two runs: the contrast of specific features is skipped")
         return {"contrast": "not estimable: a pairwise crosscoder is missing"}
-    names = [str(name) for name in table["crosscoder"].values]
     contrast = attribution_contrast(
         table,
         {name: table["cluster"].sel(crosscoder=name).values for name in names},
@@ -112,7 +113,7 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
         null="null" if "null" in names else None,
         taus=tuple(sorted({settings.tau, 0.9})),
         movement=open_results(folder.results, "movement").load(),
-        health=_health_by_run(spec, open_results(folder.results, "health").load()),
+        health=_health_by_pair(spec.crosscoders, open_results(folder.results, "health").load()),
         alpha=settings.alpha,
         seed=derive_seed(spec.seed, "contrast"),
         n_bootstrap=settings.n_bootstrap,
@@ -125,27 +126,26 @@ def select(study: Study, key: str, progress: Progress) -> Facts:
     """Choose generalisation features on the selection prompts and confirm them on the verification prompts."""
     spec, folder = study.spec, study.folder
     features, outcomes = open_features(folder.features), open_outcomes(folder.outcomes)
-    settings, chosen = spec.statistics, spec.selection
+    settings, rules = spec.statistics, spec.selection
     target = final_step(features, spec.contrasted[1].name)
-    found = select_features(
+    chosen = select_features(
         features,
         outcomes,
         target=target,
-        held_out=[task for task in chosen.held_out_tasks if task in features[TASK].values],
-        controls=[task for task in chosen.control_tasks if task in features[TASK].values],
-        rule=SelectionRule(score_fraction=chosen.score_fraction, max_features=chosen.max_features),
-        tests=SelectionTests(
-            alpha=settings.alpha,
-            n_resamples=settings.n_resamples,
-            n_bootstrap=settings.n_bootstrap,
-            min_discordant=chosen.min_discordant,
-            n_min=settings.n_min,
-        ),
+        held_out=[task for task in rules.held_out_tasks if task in features[TASK].values],
+        controls=[task for task in rules.control_tasks if task in features[TASK].values],
+        score_fraction=rules.score_fraction,
+        alpha=settings.alpha,
+        n_resamples=settings.n_resamples,
+        n_bootstrap=settings.n_bootstrap,
+        min_discordant=rules.min_discordant,
+        n_min=settings.n_min,
+        max_features=rules.max_features,
         clusters=clusters_of(features),
         seed=derive_seed(spec.seed, "select"),
     )
-    write_results(folder.results, "selection", found, provenance=study.provenance("select", key))
-    return {"rule": str(found.attrs["rule"]), "selected": found[FEATURE].values[found["selected"].values].tolist()}
+    write_results(folder.results, "selection", chosen, provenance=study.provenance("select", key))
+    return {"rule": str(chosen.attrs["rule"]), "selected": chosen[FEATURE].values[chosen["selected"].values].tolist()}
 
 
 def report(study: Study, key: str, progress: Progress) -> Facts:
@@ -159,30 +159,29 @@ def clusters_of(dataset: xr.Dataset) -> str | None:
     return CLUSTER if len(np.unique(dataset[CLUSTER].values)) < dataset.sizes["prompt"] else None
 
 
-def roles_of(spec: StudySpec, outcomes: xr.Dataset) -> dict[str, str]:
+def task_roles(selection: SelectionSpec, outcomes: xr.Dataset) -> dict[str, str]:
     """Task -> in_domain, out_of_domain, held_out or control."""
     domain = dict(zip(outcomes[TASK].values.tolist(), outcomes["domain"].values.tolist(), strict=True))
-    roles = {task: "in_domain" if where == "in" else "out_of_domain" for task, where in domain.items()}
-    roles |= {task: "held_out" for task in spec.selection.held_out_tasks if task in roles}
-    return roles | {task: "control" for task in spec.selection.control_tasks if task in roles}
+    roles = {task: "in_domain" if side == "in" else "out_of_domain" for task, side in domain.items()}
+    roles |= {task: "held_out" for task in selection.held_out_tasks if task in roles}
+    return roles | {task: "control" for task in selection.control_tasks if task in roles}
 
 
 def final_step(dataset: xr.Dataset, run: str) -> str:
     """Model id of a run's last checkpoint in a store."""
-    own = dataset[MODEL].values[dataset[RUN].values == run]
-    return str(own[np.argmax(dataset[STEP].sel({MODEL: own}).values)])
+    checkpoints = dataset[MODEL].values[dataset[RUN].values == run]
+    return str(checkpoints[np.argmax(dataset[STEP].sel({MODEL: checkpoints}).values)])
 
 
-def _pairs_of_arm(spec: StudySpec, table: xr.Dataset, arm: str, first: str) -> list[str]:
-    """Pairwise crosscoders of an arm's runs, the contrasted run's first."""
-    there = {str(name) for name in table["crosscoder"].values}
-    names = [first, *(run.name for run in spec.runs if run.arm == arm and run.name != first)]
-    return [name for name in names if name in there]
+def _pairs_of_arm(runs: Sequence[RunSpec], contrasted: RunSpec, pairs: Collection[str]) -> list[str]:
+    """Runs of the contrasted run's arm that have a pairwise crosscoder, the contrasted run first."""
+    others = [run.name for run in runs if run.arm == contrasted.arm and run.name != contrasted.name]
+    return [name for name in (contrasted.name, *others) if name in pairs]
 
 
-def _health_by_run(spec: StudySpec, health: xr.Dataset) -> xr.Dataset:
+def _health_by_pair(crosscoders: Sequence[CrosscoderSpec], health: xr.Dataset) -> xr.Dataset:
     """Health with crosscoders named as in the attribution table."""
-    names = {c.name: pair_name(c.name, c.views) or c.name for c in spec.crosscoders}
+    names = {c.name: pair_name(c.name, c.views) or c.name for c in crosscoders}
     labels = np.array([names.get(str(name), str(name)) for name in health["crosscoder"].values])
     return health.assign_coords(crosscoder=labels)
 

@@ -11,7 +11,7 @@ from rlgen_stats.stores import StudyFolder, replacing
 
 _TEMPLATE: Final = """\
 # A study of rlgen-stats: one base, runs post-trained from it, prompts to compare them on.
-# Paths are absolute or relative to this folder. Every key: rlgen-stats refuses what it does not know.
+# Paths are absolute or relative to this folder. Unknown keys are refused; 'rlgen-stats schema study' lists all keys.
 schema_version: 1
 name: {name}
 seed: 0
@@ -20,7 +20,8 @@ device: auto                      # cuda where present, else cpu
 base:
   path: models/base               # a Hugging Face checkpoint folder
 
-runs:                             # checkpoints you already have (TRL, verl, LLaMA-Factory; LoRA adapters too)
+runs:                             # checkpoints you already have (TRL, verl, LLaMA-Factory; LoRA adapters too): two or
+                                  # more a run, five or more to see when features stop changing
   - name: sft
     arm: sft                      # replicates of one kind of training share an arm
     method: checkpoints           # or 'sft' / 'grpo' to train here with TRL from data.train
@@ -34,7 +35,7 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
   #   method: grpo
   #   n_checkpoints: 5
   #   trainer: {{learning_rate: 1.0e-6, num_generations: 8, max_steps: 200}}   # GRPOConfig's own names
-contrast: [sft, rl]               # SFT-like first
+contrast: [sft, rl]               # the two runs compared, SFT first
 
 data:
   prompts: data/prompts.csv       # prompt_id, text, answer, task, domain (in|out); optional split, cluster
@@ -51,20 +52,20 @@ crosscoders:
     n_features: 32768
     k: 64
     steps: 50000
-    replicates: 2                 # a second dictionary from other initial weights: which features come back
+    replicates: 2                 # a second dictionary from other initial weights shows which features reappear
   - name: main-l1
     views: [base@0, sft@final, rl@final]
-    sparsity: l1                  # the paper's rule; it shrinks reconstructions, and latent scaling shows whom it hits
+    sparsity: l1                  # the paper's rule; it shrinks reconstructions, latent scaling shows of which features
     accept_unhealthy: true
     n_features: 32768
     steps: 50000
   - {{name: pair-sft, views: [base@0, sft@final], k: 64, n_features: 32768, steps: 50000}}
   - {{name: pair-rl, views: [base@0, rl@final], k: 64, n_features: 32768, steps: 50000}}
-  - {{name: 'null', views: [base@0, base@repeat], k: 64, n_features: 32768, steps: 50000}}
+  - {{name: 'null', views: [base@0, base@repeat], k: 64, n_features: 32768, steps: 50000}}   # numerical noise alone
 
 selection:
   held_out_tasks: []              # tasks never used in selection
-  control_tasks: []               # tasks that no feature should help
+  control_tasks: []               # negative controls: tasks that no feature should improve
 intervention: {{n_controls: 99, max_prompts: 400}}
 """
 
@@ -86,7 +87,7 @@ def write_template(root: Path, name: str) -> Path:
     folder = StudyFolder(root)
     check_name(name, "a study name")
     if folder.spec.exists():
-        raise SpecError(f"{folder.spec} is already there; edit it, or start in another folder.")
+        raise SpecError(f"{folder.spec} exists already; edit it, or start in another folder.")
     with replacing(folder.spec) as temporary:
         temporary.write_text(_TEMPLATE.format(name=name), encoding="utf-8")
     prompts = root / "data" / "prompts.csv"

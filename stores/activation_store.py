@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import CHANNEL, MODEL, RUN, STEP, TOKEN, check_name, split_model_id
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import ACTIVATION_ATTRS
-from rlgen_stats.stores.atomic import ROOT
+from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.labels import TokenLabels
 from rlgen_stats.stores.locations import place
@@ -66,7 +66,7 @@ def stored_groups(path: Path) -> list[tuple[str, str]]:
         (model, site.name)
         for model in models
         for site in sorted((path / model).iterdir(), key=lambda child: child.name)
-        if (site / ROOT).exists() and site.name != ROOT
+        if (site / ZARR_JSON).exists() and site.name != ZARR_JSON
     ]
 
 
@@ -82,9 +82,9 @@ def _committed_tokens(group: Path, attrs: dict[str, Any]) -> int:
     n_tokens, shard = int(attrs["n_tokens"]), int(attrs["shard_tokens"])
     if read_document(group)["attributes"].get("complete"):
         return n_tokens
-    there = written_chunks(group / COMMITTED)
-    first = next((i for i in range(len(there) + 1) if i not in there), 0)
-    return min(first * shard, n_tokens)
+    written = written_chunks(group / COMMITTED)
+    first_missing = next((i for i in range(len(written) + 1) if i not in written), 0)
+    return min(first_missing * shard, n_tokens)
 
 
 def complete_models(path: Path | str, site: str | None = None) -> list[str]:
@@ -111,14 +111,14 @@ def shard_arrays(
             raise StoreError(f"{path} has the sites {sites}; name one with site=.")
         site = sites[0]
     complete = [m for (m, s), n in stored.items() if n == n_tokens and s == site]
-    wanted = list(models) if models is not None else complete
-    absent = [model for model in wanted if model not in complete]
-    if absent or not wanted:
+    chosen = list(models) if models is not None else complete
+    absent = [model for model in chosen if model not in complete]
+    if absent or not chosen:
         raise StoreError(
             f"{path} has no complete activations of {absent or 'any model'} at {site!r}; it has {complete}: run the "
             "extract stage, or name others."
         )
-    return site, {model: open_shards(path / model / site / ARRAY, decoded=decoded) for model in wanted}
+    return site, {model: open_shards(path / model / site / ARRAY, decoded=decoded) for model in chosen}
 
 
 def open_tokens(path: Path | str) -> xr.Dataset:
@@ -131,7 +131,7 @@ def open_tokens(path: Path | str) -> xr.Dataset:
 
 
 def select_tokens(path: Path | str, **where: object) -> NDArray[np.int64]:
-    """Sorted token ranges [k, 2] (start, stop) whose labels are among those wanted; no token is read.
+    """Sorted token ranges [k, 2] (start, stop) that have the given labels; no token is read.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def open_activations(path: Path | str, *, models: list[str] | None = None, site:
 
 
 class _Stacked:
-    """Arrays of shards as one array [model, token, channel], of which one shard of one model is read at a time."""
+    """Arrays of several models as one array [model, token, channel]; dask reads one shard of one model at a time."""
 
     def __init__(self, arrays: list[ShardArray]) -> None:
         self._arrays = arrays
@@ -213,7 +213,7 @@ class _Stacked:
         return np.stack([array[key[1:]] for array in chosen]).astype(self.dtype, copy=False)
 
     def __dask_tokenize__(self) -> object:
-        return [(str(array.path), array.shape, array.kept) for array in self._arrays]
+        return [(str(array.path), array.shape, array.stored_type) for array in self._arrays]
 
 
 def _lazy(arrays: list[ShardArray]) -> dask.array.Array:
