@@ -15,8 +15,6 @@ from rlgen_stats.stores import open_features, open_outcomes, open_results, write
 from rlgen_stats.toolkit.progress import Progress
 from rlgen_stats.toolkit.reporting import write_report
 from rlgen_stats.toolkit.statistics import (
-    SelectionRule,
-    SelectionTests,
     attribution_contrast,
     behaviour,
     drift_test,
@@ -24,6 +22,7 @@ from rlgen_stats.toolkit.statistics import (
     set_stability,
     stabilization_test,
 )
+from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests
 from rlgen_stats.toolkit.study.stage_graph import Study
 
 Facts = dict[str, Any]
@@ -134,13 +133,14 @@ def select(study: Study, key: str, progress: Progress) -> Facts:
         target=target,
         held_out=[task for task in rules.held_out_tasks if task in features[TASK].values],
         controls=[task for task in rules.control_tasks if task in features[TASK].values],
-        score_fraction=rules.score_fraction,
-        alpha=settings.alpha,
-        n_resamples=settings.n_resamples,
-        n_bootstrap=settings.n_bootstrap,
-        min_discordant=rules.min_discordant,
-        n_min=settings.n_min,
-        max_features=rules.max_features,
+        rule=SelectionRule(score_fraction=rules.score_fraction, max_features=rules.max_features),
+        tests=SelectionTests(
+            alpha=settings.alpha,
+            n_resamples=settings.n_resamples,
+            n_bootstrap=settings.n_bootstrap,
+            min_discordant=rules.min_discordant,
+            n_min=settings.n_min,
+        ),
         clusters=clusters_of(features),
         seed=derive_seed(spec.seed, "select"),
     )
