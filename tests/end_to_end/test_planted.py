@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 from transformers import LlamaForCausalLM
 
+from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.stores import (
     Provenance,
     StudyFolder,
@@ -24,14 +25,14 @@ from rlgen_stats.stores import (
     open_results,
     read_json,
 )
-from rlgen_stats.toolkit.crosscoder import Crosscoder, encode_features, load_crosscoder
+from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, encode_features, load_crosscoder, train_replicates
 from rlgen_stats.toolkit.statistics import select_features
 from rlgen_stats.toolkit.study import read_spec, run_study
 from tests.end_to_end.planted import gate_direction, planted_dictionary, write_study
 
 PLANTED_SCALE = 0.5
 SMALL = {"n_features": 96, "steps": 700, "batch_size": 512, "learning_rate": 3e-3}
-REPLICATES = 3
+VIEWS = ("base@0", "sft@2", "rl@2")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root,
         scale=PLANTED_SCALE,
         crosscoders=[
-            {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "k": 6, "replicates": REPLICATES, **SMALL},
+            {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "k": 6, **SMALL},
             {"name": "pair-sft", "views": ["base@0", "sft@final"], "k": 6, **SMALL},
             {"name": "pair-rl", "views": ["base@0", "rl@final"], "k": 6, **SMALL},
         ],
@@ -56,6 +57,17 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def direction(planted: Path) -> torch.Tensor:
     return gate_direction(LlamaForCausalLM.from_pretrained(planted / "models/base"))
+
+
+@pytest.fixture(scope="module")
+def dictionaries(planted: Path) -> list[Crosscoder]:
+    """The study's own, and two trained from other initial weights on the same activations."""
+    main = load_crosscoder(planted / "crosscoder/main")
+    stored = open_activations(planted / "activations.zarr")["activation"].sel(model=list(VIEWS))
+    rows = stored.transpose("token", "model", "channel").values[stored["position"].values >= 1]
+    spec = CrosscoderSpec.model_validate(main.facts["spec"])
+    reader = ArrayReader(rows, batch_size=spec.batch_size, seed=0)
+    return [main, *train_replicates(reader, spec, views=VIEWS, seeds=[1, 2])]
 
 
 def features_and_selection(
@@ -99,7 +111,7 @@ def test_selection_finds_the_planted_feature_of_a_planted_dictionary(
 ) -> None:
     stored = open_activations(planted / "activations.zarr")["activation"]
     centre = torch.from_numpy(stored.sel(model="base@0").values.mean(axis=0))
-    crosscoder = planted_dictionary(direction, centre, ("base@0", "sft@2", "rl@2"))
+    crosscoder = planted_dictionary(direction, centre, VIEWS)
     learned = crosscoder.feature_direction("rl@2")
     cosine = torch.nn.functional.cosine_similarity(learned, direction[None], dim=-1).numpy()
     assert cosine[0] > 0.99
@@ -110,30 +122,30 @@ def test_selection_finds_the_planted_feature_of_a_planted_dictionary(
     assert float(selection["rank"][0]) == 1
     assert selection.tier.values[0] == "CONFIRMED"
     effect = selection.verification_effect.values
-    assert effect[0] == pytest.approx(PLANTED_SCALE * float(direction.norm()), rel=0.2)
+    along = (effect[0] - effect[len(direction)]) / float(crosscoder.contribution_norm()[0])  # both ends of its axis
+    assert along == pytest.approx(PLANTED_SCALE * float(direction.norm()), rel=1e-3)
     assert np.delete(effect, [0, len(direction)]) == pytest.approx(0.0, abs=1e-4), "nothing else was planted"
 
 
 def test_selected_features_carry_more_of_the_planted_direction_than_random_sets(
-    planted: Path, direction: torch.Tensor, tmp_path: Path
+    planted: Path, direction: torch.Tensor, dictionaries: list[Crosscoder], tmp_path: Path
 ) -> None:
-    """Over dictionaries: what the set adds to the RL model's activations, along the planted direction."""
+    """How much of the planted shift the set adds to the RL model's activations: the median of three dictionaries."""
     random, ratios = np.random.default_rng(0), []
-    for name in read_spec(planted).crosscoders[0].names:
-        crosscoder = load_crosscoder(planted / "crosscoder" / name)
-        features, selection = features_and_selection(planted, crosscoder, tmp_path / name, max_features=4)
+    shift = PLANTED_SCALE * direction.numpy()
+    for number, crosscoder in enumerate(dictionaries):
+        features, selection = features_and_selection(planted, crosscoder, tmp_path / str(number), max_features=4)
         mean = features["mean"].where(features["split"] == "verification").mean("prompt")
         change = (mean.sel(model="rl@2") - mean.sel(model="base@0")).values / crosscoder.contribution_norm().numpy()
         decoded = change[:, None] * crosscoder.feature_direction("rl@2").numpy()  # [feature, channel]
-        wanted = PLANTED_SCALE * direction.numpy()
         whole = decoded.sum(axis=0)
-        assert whole @ wanted > 0.8 * np.linalg.norm(whole) * np.linalg.norm(wanted)
-        share = decoded @ wanted / (wanted @ wanted)
+        assert whole @ shift > 0.8 * np.linalg.norm(whole) * np.linalg.norm(shift)
+        share = decoded @ shift / (shift @ shift)
         chosen = np.flatnonzero(selection.selected)
         others = np.setdiff1d(np.flatnonzero(features["firing"].sel(model="rl@2").sum("prompt")), chosen)
         sets = [share[random.choice(others, len(chosen), replace=False)].sum() for _ in range(999)]
         ratios.append(share[chosen].sum() / np.quantile(sets, 0.95))
-    assert np.median(ratios) > 1.0, "the set carries more than 95% of random sets in the median dictionary"
+    assert np.median(ratios) > 1.0, "the set carries more than 95% of random sets do"
 
 
 def test_disabling_them_moves_the_live_copy_back_to_base_and_random_sets_do_not(planted: Path) -> None:
