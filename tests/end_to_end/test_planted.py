@@ -103,7 +103,7 @@ def test_drift_finds_the_planted_run_and_not_the_copy(planted: Path) -> None:
     called = (drift.call == "DRIFT").sum("feature")
     assert int(called.sel(model="sft@2")) == 0
     assert int(called.sel(model="rl@2")) > 0
-    assert int(called.sel(model="rl@2")) >= int(called.sel(model="rl@1")) - 3
+    assert int(called.sel(model="rl@2")) > 0.5 * int(called.sel(model="rl@1"))
 
 
 def test_selection_finds_the_planted_feature_of_a_planted_dictionary(
