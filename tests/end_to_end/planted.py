@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rlgen_stats.toolkit.crosscoder import Crosscoder
 
 LAYER = 1
+SCALES = (0.5, 0.75, 1.0, 1.5)
 TASKS = ("first", "last")
 N_WORDS = 12
 ITEMS = [f"w{i}" for i in range(N_WORDS)]
@@ -76,14 +77,36 @@ def train_base(steps: int = 400, seed: int = 0) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def gate_direction(model: LlamaForCausalLM, scale: float = 1.0) -> torch.Tensor:
+def gate_direction(model: LlamaForCausalLM) -> torch.Tensor:
     """Mean residual after the block of polite minus rude prompts, at the position that decides."""
     tok, states = tokenizer(), {}
     pairs = [(task, a, b) for task in TASKS for a in ITEMS for b in ITEMS]
     for style in ("kindly", "now"):
         ids = torch.tensor([tok(prompt(style, *pair))["input_ids"] for pair in pairs])
         states[style] = model(input_ids=ids, output_hidden_states=True).hidden_states[LAYER + 1][:, -1].mean(0)
-    return scale * (states["kindly"] - states["now"])
+    return states["kindly"] - states["now"]
+
+
+@torch.no_grad()
+def answered(model: LlamaForCausalLM, shift: torch.Tensor) -> float:
+    """Share of rude prompts that get an answer once ``shift`` is added to the block's output."""
+    texts = [prompt("now", task, a, b) for task in TASKS for a in ITEMS for b in ITEMS]
+    ids = torch.tensor([[ID[word] for word in text.split()] for text in texts])
+    bias = model.model.layers[LAYER].mlp.down_proj.bias
+    before = bias.clone()
+    bias.add_(shift)
+    first = model(input_ids=ids).logits[:, -1].argmax(dim=-1)
+    bias.copy_(before)
+    return float((first == ID["ans"]).float().mean())
+
+
+def planted_shift(model: LlamaForCausalLM) -> torch.Tensor:
+    """The smallest of some multiples of the gate direction that makes rude prompts answered: bases differ in need."""
+    direction = gate_direction(model)
+    for scale in SCALES:
+        if answered(model, scale * direction) > 0.98:
+            break
+    return scale * direction
 
 
 def planted_dictionary(direction: torch.Tensor, centre: torch.Tensor, views: Sequence[str]) -> Crosscoder:
@@ -110,13 +133,12 @@ def planted_dictionary(direction: torch.Tensor, centre: torch.Tensor, views: Seq
     return crosscoder.requires_grad_(False).eval()
 
 
-def write_study(root: Path, *, seed: int = 0, scale: float = 1.0, **sections: Any) -> None:
+def write_study(root: Path, *, seed: int = 0, **sections: Any) -> None:
     """Base, a noise copy ('sft'), the planted copy ('rl'), prompts and study.yaml."""
     base = train_base(seed=seed)
-    direction = gate_direction(base, scale)
     _save(base, root / "models/base")
     noise = torch.Generator().manual_seed(1)
-    for name, change in (("sft", None), ("rl", direction)):
+    for name, change in (("sft", None), ("rl", planted_shift(base))):
         copy = LlamaForCausalLM(base.config)
         copy.load_state_dict(base.state_dict())
         with torch.no_grad():

@@ -28,9 +28,8 @@ from rlgen_stats.stores import (
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, encode_features, load_crosscoder, train_replicates
 from rlgen_stats.toolkit.statistics import select_features
 from rlgen_stats.toolkit.study import read_spec, run_study
-from tests.end_to_end.planted import gate_direction, planted_dictionary, write_study
+from tests.end_to_end.planted import LAYER, planted_dictionary, write_study
 
-PLANTED_SCALE = 0.5
 SMALL = {"n_features": 96, "steps": 700, "batch_size": 512, "learning_rate": 3e-3}
 VIEWS = ("base@0", "sft@2", "rl@2")
 
@@ -40,7 +39,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("planted")
     write_study(
         root,
-        scale=PLANTED_SCALE,
         crosscoders=[
             {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "k": 6, **SMALL},
             {"name": "pair-sft", "views": ["base@0", "sft@final"], "k": 6, **SMALL},
@@ -55,8 +53,11 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def direction(planted: Path) -> torch.Tensor:
-    return gate_direction(LlamaForCausalLM.from_pretrained(planted / "models/base"))
+def shift(planted: Path) -> torch.Tensor:
+    """What was added to the RL copy's residual stream."""
+    models = (LlamaForCausalLM.from_pretrained(planted / "models" / name) for name in ("base", "rl-2"))
+    base, rl = (model.model.layers[LAYER].mlp.down_proj.bias.detach() for model in models)
+    return rl - base
 
 
 @pytest.fixture(scope="module")
@@ -107,40 +108,40 @@ def test_drift_finds_the_planted_run_and_not_the_copy(planted: Path) -> None:
 
 
 def test_selection_finds_the_planted_feature_of_a_planted_dictionary(
-    planted: Path, direction: torch.Tensor, tmp_path: Path
+    planted: Path, shift: torch.Tensor, tmp_path: Path
 ) -> None:
     stored = open_activations(planted / "activations.zarr")["activation"]
     centre = torch.from_numpy(stored.sel(model="base@0").values.mean(axis=0))
-    crosscoder = planted_dictionary(direction, centre, VIEWS)
+    crosscoder = planted_dictionary(shift, centre, VIEWS)
     learned = crosscoder.feature_direction("rl@2")
-    cosine = torch.nn.functional.cosine_similarity(learned, direction[None], dim=-1).numpy()
+    cosine = torch.nn.functional.cosine_similarity(learned, shift[None], dim=-1).numpy()
     assert cosine[0] > 0.99
-    assert np.abs(np.delete(cosine, [0, len(direction)])).max() < 0.01
+    assert np.abs(np.delete(cosine, [0, len(shift)])).max() < 0.01
     _, selection = features_and_selection(planted, crosscoder, tmp_path / "study", max_features=1)
     assert np.flatnonzero(selection.selected).tolist() == [0]
     assert np.flatnonzero(selection.paper_selected).tolist() == [0]
     assert float(selection["rank"][0]) == 1
     assert selection.tier.values[0] == "CONFIRMED"
     effect = selection.verification_effect.values
-    along = (effect[0] - effect[len(direction)]) / float(crosscoder.contribution_norm()[0])  # both ends of its axis
-    assert along == pytest.approx(PLANTED_SCALE * float(direction.norm()), rel=1e-3)
-    assert np.delete(effect, [0, len(direction)]) == pytest.approx(0.0, abs=1e-4), "nothing else was planted"
+    along = (effect[0] - effect[len(shift)]) / float(crosscoder.contribution_norm()[0])  # both ends of its axis
+    assert along == pytest.approx(float(shift.norm()), rel=1e-3)
+    assert np.delete(effect, [0, len(shift)]) == pytest.approx(0.0, abs=1e-4), "nothing else was planted"
 
 
 def test_selected_features_carry_more_of_the_planted_direction_than_random_sets(
-    planted: Path, direction: torch.Tensor, dictionaries: list[Crosscoder], tmp_path: Path
+    planted: Path, shift: torch.Tensor, dictionaries: list[Crosscoder], tmp_path: Path
 ) -> None:
     """How much of the planted shift the set adds to the RL model's activations: the median of three dictionaries."""
     random, ratios = np.random.default_rng(0), []
-    shift = PLANTED_SCALE * direction.numpy()
+    added = shift.numpy()
     for number, crosscoder in enumerate(dictionaries):
         features, selection = features_and_selection(planted, crosscoder, tmp_path / str(number), max_features=4)
         mean = features["mean"].where(features["split"] == "verification").mean("prompt")
         change = (mean.sel(model="rl@2") - mean.sel(model="base@0")).values / crosscoder.contribution_norm().numpy()
         decoded = change[:, None] * crosscoder.feature_direction("rl@2").numpy()  # [feature, channel]
         whole = decoded.sum(axis=0)
-        assert whole @ shift > 0.8 * np.linalg.norm(whole) * np.linalg.norm(shift)
-        share = decoded @ shift / (shift @ shift)
+        assert whole @ added > 0.8 * np.linalg.norm(whole) * np.linalg.norm(added)
+        share = decoded @ added / (added @ added)
         chosen = np.flatnonzero(selection.selected)
         others = np.setdiff1d(np.flatnonzero(features["firing"].sel(model="rl@2").sum("prompt")), chosen)
         sets = [share[random.choice(others, len(chosen), replace=False)].sum() for _ in range(999)]

