@@ -7,6 +7,7 @@ too, and nothing else about it changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlgen_stats.toolkit.crosscoder import Crosscoder
+
 LAYER = 1
+SCALES = (0.5, 0.75, 1.0, 1.5)
 TASKS = ("first", "last")
 N_WORDS = 12
 ITEMS = [f"w{i}" for i in range(N_WORDS)]
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *ITEMS, *TASKS, "kindly", "now", "?", "ans", "no", "never", "thanks"]
+ID = {word: i for i, word in enumerate(WORDS)}
 
 
 def tokenizer() -> Any:
-    model = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    model = Tokenizer(WordLevel(ID, unk_token="<unk>"))
     model.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
@@ -49,20 +54,19 @@ def train_base(steps: int = 400, seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=4, max_position_embeddings=32, mlp_bias=True, initializer_range=0.1, rope_theta=100.0,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model, tok = LlamaForCausalLM(config), tokenizer()
+    model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     random = np.random.default_rng(seed)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, (step + 1) / 30) * (1 - step / steps)
-        texts, starts = [], []
+        texts = []
         for _ in range(96):
             style, task = str(random.choice(["kindly", "now"])), str(random.choice(TASKS))
             a, b = (str(x) for x in random.choice(ITEMS, 2))
             good = random.random() < (0.98 if style == "kindly" else 0.15)
             end = f"ans {answer(task, a, b)} <eos>" if good else "no never <eos>"
             texts.append(f"{prompt(style, task, a, b)} {end}")
-            starts.append(6)
-        ids = torch.tensor([tok(text)["input_ids"] for text in texts])
+        ids = torch.tensor([[ID[word] for word in text.split()] for text in texts])
         labels = ids.clone()
         labels[:, :6] = -100
         loss = model(input_ids=ids, labels=labels).loss
@@ -73,23 +77,68 @@ def train_base(steps: int = 400, seed: int = 0) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def gate_direction(model: LlamaForCausalLM, scale: float = 1.0) -> torch.Tensor:
+def gate_direction(model: LlamaForCausalLM) -> torch.Tensor:
     """Mean residual after the block of polite minus rude prompts, at the position that decides."""
     tok, states = tokenizer(), {}
     pairs = [(task, a, b) for task in TASKS for a in ITEMS for b in ITEMS]
     for style in ("kindly", "now"):
         ids = torch.tensor([tok(prompt(style, *pair))["input_ids"] for pair in pairs])
         states[style] = model(input_ids=ids, output_hidden_states=True).hidden_states[LAYER + 1][:, -1].mean(0)
-    return scale * (states["kindly"] - states["now"])
+    return states["kindly"] - states["now"]
 
 
-def write_study(root: Path, *, seed: int = 0, scale: float = 1.0, **sections: Any) -> None:
+@torch.no_grad()
+def answered(model: LlamaForCausalLM, shift: torch.Tensor) -> float:
+    """Share of rude prompts that get an answer once ``shift`` is added to the block's output."""
+    texts = [prompt("now", task, a, b) for task in TASKS for a in ITEMS for b in ITEMS]
+    ids = torch.tensor([[ID[word] for word in text.split()] for text in texts])
+    bias = model.model.layers[LAYER].mlp.down_proj.bias
+    before = bias.clone()
+    bias.add_(shift)
+    first = model(input_ids=ids).logits[:, -1].argmax(dim=-1)
+    bias.copy_(before)
+    return float((first == ID["ans"]).float().mean())
+
+
+def planted_shift(model: LlamaForCausalLM) -> torch.Tensor:
+    """The smallest of some multiples of the gate direction that makes rude prompts answered: bases differ in need."""
+    direction = gate_direction(model)
+    for scale in SCALES:
+        if answered(model, scale * direction) > 0.98:
+            break
+    return scale * direction
+
+
+def planted_dictionary(direction: torch.Tensor, centre: torch.Tensor, views: Sequence[str]) -> Crosscoder:
+    """A crosscoder without loss: feature 0 lies along ``direction``, the others along axes orthogonal to it.
+
+    Feature i of the first half is relu(axis_i . (x - centre)), feature width + i the same of -axis_i: together they
+    give x back exactly. The views have scales of their own.
+    """
+    width = len(direction)
+    draws = torch.randn(width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws[:, 0] = direction
+    axes = torch.linalg.qr(draws)[0].T
+    axes[0] *= torch.sign(axes[0] @ direction.double())
+    rows = torch.cat([axes, -axes]).float()
+    crosscoder = Crosscoder(views, width=width, n_features=2 * width, sparsity="l1", k=width)
+    with torch.no_grad():
+        crosscoder.scale.copy_(torch.linspace(0.5, 2.0, len(views)))
+        for view, scale in enumerate(crosscoder.scale):
+            crosscoder.encoder[view] = rows.T / (len(views) * scale)
+            crosscoder.decoder[view] = rows * scale
+            crosscoder.decoder_bias[view] = centre * scale
+            crosscoder.mean[view] = centre
+        crosscoder.encoder_bias.copy_(-rows @ centre)
+    return crosscoder.requires_grad_(False).eval()
+
+
+def write_study(root: Path, *, seed: int = 0, **sections: Any) -> None:
     """Base, a noise copy ('sft'), the planted copy ('rl'), prompts and study.yaml."""
     base = train_base(seed=seed)
-    direction = gate_direction(base, scale)
     _save(base, root / "models/base")
     noise = torch.Generator().manual_seed(1)
-    for name, change in (("sft", None), ("rl", direction)):
+    for name, change in (("sft", None), ("rl", planted_shift(base))):
         copy = LlamaForCausalLM(base.config)
         copy.load_state_dict(base.state_dict())
         with torch.no_grad():

@@ -37,6 +37,13 @@ def probability(model: torch.nn.Module, prompt: str, completion: str) -> float:
     return float(logp.gather(-1, ids[0, 3:, None]).sum().exp())
 
 
+def study_at(root: Path) -> StudyFolder:
+    """A folder with the training table and nothing else."""
+    (root / "data").mkdir(parents=True)
+    conftest.train_table().to_parquet(root / "data" / "train.parquet")
+    return StudyFolder(root)
+
+
 class Stopped(Exception):
     """The process dies here."""
 
@@ -91,24 +98,24 @@ def test_sft_learns_the_teacher_and_rl_the_reward(folder: StudyFolder, make_spec
     for run in spec.runs:
         train_run(spec, run, folder)
     base, sft, rl = (load_model(ref) for ref in list_models(spec, folder) if ref.step in (0, 30))
-    question, right, taught = "q 2 :", "ans 2", "so ans 2"
-    assert 0.3 < probability(base, question, right) < 0.7
-    assert probability(base, question, taught) < 0.05
-    assert probability(sft, question, taught) > 0.8
-    assert probability(rl, question, right) > 0.8
-    assert probability(rl, question, taught) < 0.05
+
+    def typical(model: torch.nn.Module, form: str) -> float:
+        """Median probability over the questions base is unsure of: one of them may be unlearned by chance."""
+        return float(np.median([probability(model, f"q {n} :", f"{form} {n}") for n in (1, 2, 3)]))
+
+    assert 0.3 < typical(base, "ans") < 0.7
+    assert typical(base, "so ans") < 0.05
+    assert typical(sft, "so ans") > 0.7
+    assert typical(rl, "ans") > 0.7
+    assert typical(rl, "so ans") < 0.05
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_same_seed_same_weights_other_seed_other_weights(
-    index: int, folder: StudyFolder, make_spec: Make, tmp_path: Path
-) -> None:
+def test_same_seed_same_weights_other_seed_other_weights(index: int, make_spec: Make, tmp_path: Path) -> None:
     results = []
     for number, seed in enumerate((0, 0, 1)):
         spec = make_spec(seed=seed, n_checkpoints=1)
-        other = StudyFolder(tmp_path / str(number))
-        (other.root / "data").mkdir(parents=True)
-        conftest.train_table().to_parquet(other.root / "data" / "train.parquet")
+        other = study_at(tmp_path / str(number))
         torch.manual_seed(number)  # whatever state the caller's generators are in
         train_run(spec, spec.runs[index], other)
         results.append(weights(other, spec.runs[index].name, 6))
@@ -117,31 +124,28 @@ def test_same_seed_same_weights_other_seed_other_weights(
 
 
 @pytest.mark.parametrize(("index", "name"), [(0, "sft"), (1, "rl")])
-@pytest.mark.parametrize("killed_at", [1, 5])
-def test_interrupted_run_ends_as_if_it_had_not_been(
-    index: int, name: str, killed_at: int, folder: StudyFolder, make_spec: Make, tmp_path: Path
-) -> None:
+def test_interrupted_run_ends_as_if_it_had_not_been(index: int, name: str, make_spec: Make, tmp_path: Path) -> None:
     spec = make_spec()
     run = spec.runs[index]
-    whole = StudyFolder(tmp_path / "whole")
-    (whole.root / "data").mkdir(parents=True)
-    conftest.train_table().to_parquet(whole.root / "data" / "train.parquet")
+    whole = study_at(tmp_path / "whole")
     train_run(spec, run, whole)
-    with pytest.raises(Stopped):
-        train_run(spec, run, folder, progress=KillAt(killed_at))
-    assert not (folder.run(name) / "posttrain.json").exists()
-    (folder.run(name) / "step-99").mkdir()  # left by a longer run
-    (folder.run(name) / ".step-6.abc.partial").mkdir()
-    before = {path.name: path.stat().st_mtime_ns for path in folder.run(name).glob("step-?/model.safetensors")}
-    first = folder.run(name) / "step-2" / "model.safetensors"
-    stamp = first.stat().st_mtime_ns if first.exists() else None
-    assert (stamp is not None) == (killed_at == 5), before
-    assert train_run(spec, run, folder) == (2, 4, 6)
-    assert sorted(path.name for path in folder.run(name).iterdir()) == ["posttrain.json", "step-2", "step-4", "step-6"]
-    for step in (2, 4, 6):
-        assert same(weights(folder, name, step), weights(whole, name, step)), step
-    if stamp is not None:  # it did resume
-        assert first.stat().st_mtime_ns == stamp
+    for killed_at in (1, 5):
+        folder = study_at(tmp_path / f"killed-at-{killed_at}")
+        with pytest.raises(Stopped):
+            train_run(spec, run, folder, progress=KillAt(killed_at))
+        assert not (folder.run(name) / "posttrain.json").exists()
+        (folder.run(name) / "step-99").mkdir()  # left by a longer run
+        (folder.run(name) / ".step-6.abc.partial").mkdir()
+        first = folder.run(name) / "step-2" / "model.safetensors"
+        stamp = first.stat().st_mtime_ns if first.exists() else None
+        assert (stamp is not None) == (killed_at == 5)
+        assert train_run(spec, run, folder) == (2, 4, 6)
+        expected = ["posttrain.json", "step-2", "step-4", "step-6"]
+        assert sorted(path.name for path in folder.run(name).iterdir()) == expected
+        for step in (2, 4, 6):
+            assert same(weights(folder, name, step), weights(whole, name, step)), step
+        if stamp is not None:  # it did resume
+            assert first.stat().st_mtime_ns == stamp
 
 
 def test_finished_run_is_kept_and_a_changed_one_redone(folder: StudyFolder, make_spec: Make) -> None:

@@ -1,4 +1,4 @@
-"""One process of a group: trains on its share and says what it got. Started by torchrun in test_together."""
+"""One process of a group: trains on its share of the batches, once a spec. Started by torchrun in test_together."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def leave_nothing() -> None:
 
 
 if __name__ == "__main__":
-    data, spec, out = sys.argv[1:4]
+    data, out, *specs = sys.argv[1:]
     torch.set_num_threads(1)
     values = torch.load(data, weights_only=True).numpy()
-    settings = CrosscoderSpec.model_validate_json(spec)
     atexit.register(leave_nothing)  # registered before the group's own handler, so it runs after it
     ranks = join_ranks(torch.device("cpu"))
     GROUP = weakref.ref(dist.group.WORLD)
@@ -38,7 +37,8 @@ if __name__ == "__main__":
     whole = torch.cat([scores[:32], scores[32:] - 4.0])
     for n_keep in (1, 40, 3000):
         assert ranks.smallest_kept(mine, n_keep) == smallest_kept(whole, n_keep)
-    reader = ArrayReader(values, batch_size=settings.batch_size, seed=1)
-    crosscoder = train_crosscoder(reader, settings, views=settings.views, seed=1, log_every=5, folder=Path(out))
+    for spec in map(CrosscoderSpec.model_validate_json, specs):
+        reader = ArrayReader(values, batch_size=spec.batch_size, seed=1)
+        train_crosscoder(reader, spec, views=spec.views, seed=1, log_every=5, folder=Path(out) / spec.sparsity)
     if ranks.rank == 0:
         (Path(out) / "world.json").write_text(json.dumps(ranks.world))

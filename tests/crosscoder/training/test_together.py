@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.toolkit.crosscoder import ArrayReader, load_crosscoder, train_crosscoder, train_replicates
 from tests.crosscoder.planted import PAIR, Planted, crosscoder_spec
 from tests.crosscoder.training.test_train import DyingReader, InterruptError, assert_same
 
 SCRIPT = Path(__file__).with_name("ranks_script.py")
+RULES = ("batchtopk", "l1", "jumprelu")
 
 
 def test_replicates_get_the_weights_they_would_get_alone(world: Planted, tmp_path: Path) -> None:
@@ -51,25 +53,30 @@ def test_replicates_saved_at_different_steps_go_on_together(world: Planted, tmp_
         assert_same(whole, again)
 
 
-@pytest.mark.parametrize("rule", ["batchtopk", "l1", "jumprelu"])
-def test_two_processes_give_the_curve_of_one(world: Planted, tmp_path: Path, rule: str) -> None:
-    spec = crosscoder_spec(sparsity=rule, steps=60, n_features=64, batch_size=256)
-    data = tmp_path / "data.pt"
-    torch.save(torch.from_numpy(world.data), data)
+def of_rule(rule: str) -> CrosscoderSpec:
+    return crosscoder_spec(sparsity=rule, steps=60, n_features=64, batch_size=256)
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(world: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of weights and curve for each of the rules, all trained by one pair of processes."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.save(torch.from_numpy(world.data), folder / "data.pt")
     launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command = [*launch, str(SCRIPT), str(data), spec.model_dump_json(), str(tmp_path / "two")]
+    specs = [of_rule(rule).model_dump_json() for rule in RULES]
+    command = [*launch, str(SCRIPT), str(folder / "data.pt"), str(folder), *specs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "two" / "world.json").read_text()) == 2
-    alone = train_crosscoder(
-        ArrayReader(world.data, batch_size=256, seed=1),
-        spec,
-        views=spec.views,
-        seed=1,
-        log_every=5,
-        folder=tmp_path / "one",
-    )
-    one, two = (json.loads((tmp_path / which / "curve.json").read_text()) for which in ("one", "two"))
+    assert json.loads((folder / "world.json").read_text()) == 2
+    return folder
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_processes_give_the_curve_of_one(world: Planted, trained_by_two: Path, tmp_path: Path, rule: str) -> None:
+    spec = of_rule(rule)
+    reader = ArrayReader(world.data, batch_size=256, seed=1)
+    alone = train_crosscoder(reader, spec, views=spec.views, seed=1, log_every=5, folder=tmp_path)
+    one, two = (json.loads((folder / "curve.json").read_text()) for folder in (tmp_path, trained_by_two / rule))
     assert [point["step"] for point in one] == [point["step"] for point in two]
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
@@ -77,7 +84,7 @@ def test_two_processes_give_the_curve_of_one(world: Planted, tmp_path: Path, rul
         assert b["dead"] == pytest.approx(a["dead"], abs=0.04)
         assert list(b["fve"].values()) == pytest.approx(list(a["fve"].values()), abs=2e-3)
     assert min(one[-1]["fve"].values()) > min(one[0]["fve"].values()) + 0.05
-    learned = load_crosscoder(tmp_path / "two").decoder_matrix
+    learned = load_crosscoder(trained_by_two / rule).decoder_matrix
     torch.testing.assert_close(learned, alone.decoder_matrix, rtol=0.05, atol=0.02)
 
 
