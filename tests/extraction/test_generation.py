@@ -8,7 +8,8 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction import generate
-from rlgen_stats.toolkit.extraction.generation import Completion, counter_uniforms, draw_tokens
+from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
+from rlgen_stats.toolkit.extraction.generation import Completion, draw_tokens
 from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
 
 

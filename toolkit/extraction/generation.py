@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
-_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2: Final = np.uint64(0x94D049BB133111EB)
 SHRINK_BELOW: Final = 0.75
 """Finished rows leave the batch once fewer than this share still write: copying the cache must pay for itself."""
 
@@ -36,38 +34,6 @@ class Completion:
     """Decoded text without special tokens."""
     terminated: bool
     """Whether the model ended by itself, within the length limit."""
-
-
-def counter_uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one a seed, that are a pure function of (seed, step).
-
-    Parameters
-    ----------
-    seeds
-        Row seeds [row].
-    step
-        Counter, 0 or more.
-
-    Returns
-    -------
-    ndarray [row] float64
-        Multiples of 2**-53.
-
-    References
-    ----------
-    SplitMix64's finaliser, applied to the seed and then to the seed's stream plus the counter: Steele, Lea and Flood,
-    "Fast splittable pseudorandom number generators", OOPSLA 2014, doi:10.1145/2660193.2660195, figure 16.
-    """
-    with np.errstate(over="ignore"):
-        stream = _mix(np.asarray(seeds, dtype=np.uint64) + _GAMMA)
-        bits = _mix(stream + np.uint64(step + 1) * _GAMMA)
-    return np.asarray((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return z ^ (z >> np.uint64(31))
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:

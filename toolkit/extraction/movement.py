@@ -16,6 +16,7 @@ from rlgen_stats.toolkit.extraction.activations import Text, load_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import list_models, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.prompts import load_prompts
+from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 LOGIT_BYTES: Final = 1 << 28
@@ -107,8 +108,7 @@ def token_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> 
     divergence = []
     for p, q in zip(reference.split(_CHUNK), other.split(_CHUNK), strict=True):
         log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
-        term = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))  # 0 log 0 = 0
-        divergence.append(term.sum(-1).clamp_min(0.0))
+        divergence.append(kl_divergence(log_p, log_q).clamp_min(0.0))
     return torch.cat(divergence).cpu() if divergence else torch.empty(0, dtype=torch.float64)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
 from rlgen_stats.toolkit.extraction.residual_stream import block_output, locate_layer
+from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _batch_losses(
             lambda hidden, vector=vector: torch.where(mask[..., None], vector.to(hidden.dtype), hidden)  # type: ignore[misc]
         )
         losses.append(-log_p.gather(1, target)[:, 0])
-        divergences.append((clean.exp() * (clean - log_p)).sum(dim=-1))
+        divergences.append(kl_divergence(clean, log_p))
     return np.asarray(torch.stack([*losses, *divergences]).cpu().numpy(), dtype=np.float64)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rlgen_stats.toolkit.extraction.counter_random import GOLDEN_GAMMA, splitmix64, unit_interval
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -92,13 +94,6 @@ def random_keys(entries: Entries, seed: int) -> NDArray[np.float64]:
     The n smallest are a simple random sample without replacement (splitmix64 of the pair and the seed).
     """
     with np.errstate(over="ignore"):
-        mixed = entries.token.astype(np.uint64) + np.uint64(seed % (1 << 63)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = _splitmix64(mixed) ^ (entries.feature.astype(np.uint64) + np.uint64(1))
-        return (_splitmix64(mixed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+        token = entries.token.astype(np.uint64) + np.uint64(seed % (1 << 63)) * GOLDEN_GAMMA
+    feature = entries.feature.astype(np.uint64) + np.uint64(1)
+    return unit_interval(splitmix64(splitmix64(token) ^ feature))
