@@ -1,7 +1,7 @@
-"""Completions whose every draw depends on the row's own seed, not on its batch.
+"""Completions in which every draw depends on the row's seed, not on its batch.
 
 Each sampled token is an inverse-CDF draw with a uniform number that is a hash of (row seed, step). Batch size, order
-and which rows share a batch change nothing but the last bits of the logits.
+and batch composition change nothing but the last bits of the logits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 SHRINK_BELOW: Final = 0.75
-"""Finished rows leave the batch once fewer than this share still write: copying the cache must pay for itself."""
+"""Finished rows leave the batch once fewer than this share is unfinished: copying the cache must pay for itself."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: fl
     Tensor [row] int64
         Token ids; a token of probability zero is never drawn.
     """
+    # float64: a float32 cumulative sum over 150,000 tokens is off by more than the probability of a rare one
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -62,6 +63,7 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: fl
         probabilities = torch.where(torch.zeros_like(keep).scatter(-1, order, keep), probabilities, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[:, -1]
+    # strictly below the total, or a uniform number near 1 would fall behind the last token of positive probability
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
 
@@ -135,7 +137,7 @@ def generate(
             task.advance(len(rows))
     texts = tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
     ended = [bool(ids) and ids[-1] in sampling.stops for ids in written]
-    return [Completion(tuple(i), t, e) for i, t, e in zip(written, texts, ended, strict=True)]
+    return [Completion(tuple(ids), text, end) for ids, text, end in zip(written, texts, ended, strict=True)]
 
 
 def _check(
@@ -180,10 +182,10 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def _write(
     model: Any, encoded: Sequence[Sequence[int]], seeds: NDArray[np.uint64], sampling: _Sampling
 ) -> list[list[int]]:
-    """Complete one batch; rows that have ended leave it from time to time."""
+    """Complete one batch; finished rows are dropped from it where that saves time."""
     ids, mask, positions = left_pad(encoded, sampling.pad, model.device)
-    rows = np.arange(len(encoded))  # which prompt each row of the shrinking batch is
-    live = np.ones(len(encoded), dtype=bool)  # of those rows, which still write
+    rows = np.arange(len(encoded))  # prompt of each row of the shrinking batch
+    live = np.ones(len(encoded), dtype=bool)  # rows that are not finished
     written: list[list[int]] = [[] for _ in encoded]
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = None
@@ -199,9 +201,9 @@ def _write(
             break
         cache, positions = output.past_key_values, positions[:, -1:] + 1
         if live.mean() < SHRINK_BELOW:
-            kept = torch.as_tensor(np.flatnonzero(live), device=mask.device)
-            cache.batch_select_indices(kept)
-            mask, positions = mask[kept], positions[kept]
+            unfinished = torch.as_tensor(np.flatnonzero(live), device=mask.device)
+            cache.batch_select_indices(unfinished)
+            mask, positions = mask[unfinished], positions[unfinished]
             rows, tokens, live = rows[live], tokens[live], live[live]
         ids = torch.as_tensor(np.where(live, tokens, sampling.pad), device=mask.device).unsqueeze(-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)

@@ -1,4 +1,4 @@
-"""From a completion to right or wrong, and to the kind of text it is."""
+"""Graders: whether a completion is correct, and its format class."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def normalize(text: str) -> str:
 
 
 def final_answer(text: str, marker: str) -> str | None:
-    """What stands after the last ``marker``, whitespace normalised; None without a marker or with nothing after it.
+    """The text after the last ``marker``, whitespace normalised; None without a marker or with nothing after it.
 
     A marker that starts or ends with a letter or digit must stand as a word there: ``ans`` is not found in ``answer``.
     """

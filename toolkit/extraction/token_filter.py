@@ -1,4 +1,4 @@
-"""Which stored tokens are used: by their labels, and without attention sinks."""
+"""Which stored tokens are used: those with the declared labels, without attention sinks."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def usable_tokens(
     Returns
     -------
     ndarray [token] bool
-        Those of :func:`token_mask` that are no attention sinks: the residual stream of a few tokens that all others
-        attend to is many times longer than the rest (arXiv:2402.17762), and would be most of what a mean or a squared
-        error is made of. A token is one where base's activation is longer than ``extraction.max_norm_ratio`` times
-        base's median over the tokens trained on; the same tokens for all models, so that they stay comparable.
+        Those of :func:`token_mask` that are no attention sinks: the residual norm of a few tokens that all others
+        attend to is many times larger than the rest (arXiv:2402.17762), so they would dominate means and squared
+        errors. A token is a sink where base's activation norm exceeds ``extraction.max_norm_ratio`` times base's median
+        over the tokens trained on; the same tokens for all models, so that they stay comparable.
 
     Raises
     ------

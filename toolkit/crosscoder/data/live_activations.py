@@ -1,4 +1,4 @@
-"""Activations read from the models as training asks for them, and never stored."""
+"""Paired activations computed by the models while a crosscoder trains, and never stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, p
 BUFFER_TOKENS: Final = 1 << 16
 """Tokens of all views in memory at once, from which batches are drawn at random."""
 TEXT_TOKENS: Final = 512
-"""Longer texts of a corpus are cut into pieces of as many tokens."""
+"""Longer texts of a corpus are cut into pieces of this many tokens."""
 
 
 class LiveActivations:
@@ -51,8 +51,8 @@ class LiveActivations:
     skip_first
         Leading tokens of each text that are not used.
     text_batch
-        Texts per forward pass of each view, one number or one a view. Another number for one view shows what differs
-        by numerical noise alone.
+        Texts per forward pass of each view, one number or one a view. Two views of one model with different numbers
+        differ by numerical noise alone.
     buffer_tokens
         Tokens in memory at once.
 
@@ -64,7 +64,7 @@ class LiveActivations:
     Notes
     -----
     An epoch reads every text once: texts in random order, in groups that fill the buffer; the tokens of a group in
-    random order. What comes before ``start_batch`` is not computed, up to its group.
+    random order. Groups that end before ``start_batch`` are not computed.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class LiveActivations:
         rng = np.random.default_rng([self._seed, epoch])
         groups = self._groups(rng.permutation(len(self._texts)))
         orders = [rng.permutation(int(self._lengths[group].sum())) for group in groups]
-        first = start_batch * self.batch_size
-        rest: tuple[NDArray[np.float32], ...] | None = None
+        skip = start_batch * self.batch_size  # tokens of the groups ahead that earlier batches used
+        rest: tuple[NDArray[np.float32], ...] | None = None  # less than a batch, left over from the last group
         for group, order in zip(groups, orders, strict=True):
-            if first >= len(order):
-                first -= len(order)
+            if skip >= len(order):
+                skip -= len(order)
                 continue
-            rows = tuple(part[order[first:]] for part in self._read(group))
-            first = 0
+            rows = tuple(part[order[skip:]] for part in self._read(group))
+            skip = 0
             if rest is not None:
                 rows = tuple(np.concatenate(pair) for pair in zip(rest, rows, strict=True))
             whole = len(rows[0]) // self.batch_size * self.batch_size

@@ -1,4 +1,4 @@
-"""What training and health read from, and the statistics that normalise it."""
+"""Paired activations: the same tokens in every view, read in batches, and the moments that normalise them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class ArrayReader:
 
 @dataclass(frozen=True)
 class ViewMoments:
-    """What normalisation needs to know of each view, raw units, float64."""
+    """The moments of each view that normalisation uses, raw units, float64."""
 
     mean: NDArray[np.float64]
     """[sum of channels], the views side by side."""

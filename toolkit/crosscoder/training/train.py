@@ -176,8 +176,9 @@ def train_replicates(
     moments = measure_views(reader)
     _check_views(moments, views)
     ranks = join_ranks(device)
+    run_folders = [None] * len(seeds) if folders is None else list(folders)
     runs = []
-    for seed, folder in zip(seeds, folders or [None] * len(seeds), strict=True):
+    for seed, folder in zip(seeds, run_folders, strict=True):
         key = training_key(spec, views, seed=seed, data_hash=data_hash or f"{reader.n_tokens} tokens")
         runs.append(start_run(spec, views, moments, seed=seed, key=key, folder=folder, device=device, ranks=ranks))
         _resume(runs[-1])
