@@ -28,7 +28,7 @@ from rlgen_stats.toolkit.extraction import (
     read_completions,
     token_mask,
 )
-from rlgen_stats.toolkit.extraction.activations import load_texts, plan_windows, source_models, token_table
+from rlgen_stats.toolkit.extraction.activations import forced_texts, plan_windows, source_models, token_table
 from rlgen_stats.toolkit.extraction.checkpoints import list_models
 from tests.extraction.conftest import study_spec
 
@@ -140,8 +140,9 @@ def test_a_prompt_without_a_completion_is_named(sampled: Study) -> None:
     file = folder.completions / "sft@6.parquet"
     table = pd.read_parquet(file)
     table[table.prompt != "p3"].to_parquet(file)
+    tokenizer = load_tokenizer(list_models(spec, folder)[0])
     with pytest.raises(InputError, match=r"sft@6 has no sampled completion of 1 prompt\(s\), e\.g\. 'p3'"):
-        load_texts(spec, folder, load_prompts(spec, folder), load_tokenizer(list_models(spec, folder)[0]))
+        forced_texts(folder, source_models(spec, folder), load_prompts(spec, folder), tokenizer)
 
 
 @pytest.mark.parametrize("seed", [None, 3])

@@ -12,7 +12,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, MODEL, RUN, STEP
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.toolkit.extraction.activations import Text, load_texts
+from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import list_models, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.prompts import load_prompts
@@ -54,8 +54,7 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
     """
     refs = list_models(spec, folder)
     device, tokenizer = resolve_device(spec.device), load_tokenizer(refs[0])
-    prompts = load_prompts(spec, folder)
-    texts = [text for text in load_texts(spec, folder, prompts, tokenizer) if text.source == BASE_MODEL]
+    texts = forced_texts(folder, [BASE_MODEL], load_prompts(spec, folder), tokenizer)
     base = load_model(refs[0], device=device)
     distances, divergences = [], []
     with progress.task("distance from base", total=len(refs), unit="models") as task:

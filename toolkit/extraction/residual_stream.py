@@ -65,9 +65,9 @@ def locate_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
             candidates[name] = module
     if len(candidates) != 1:
         raise ModelError(
-            f"{type(model).__name__} has {len(candidates)} lists of {n_layers} blocks ({sorted(candidates) or 'none'}), "
-            "expected exactly one; name it by its dotted path: extraction.blocks in study.yaml, or "
-            "name_layers(model, path)."
+            f"{type(model).__name__} has {len(candidates)} lists of {n_layers} blocks "
+            f"({sorted(candidates) or 'none'}), expected exactly one; name it by its dotted path: extraction.blocks in "
+            "study.yaml, or name_layers(model, path)."
         )
     return next(iter(candidates.values()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
@@ -48,7 +49,7 @@ def usable_tokens(
     mask = token_mask(tokens, spec.extraction, purpose)
     if ratio is None:
         return mask
-    norms = _norms(spec, folder)
+    norms = _base_norms(folder.activations, spec.extraction.layer)
     trained = mask if purpose == "train" else token_mask(tokens, spec.extraction, "train")
     mask &= norms <= ratio * np.median(norms[trained])
     if not mask.any():
@@ -59,9 +60,9 @@ def usable_tokens(
     return mask
 
 
-def _norms(spec: StudySpec, folder: StudyFolder) -> NDArray[np.float32]:
+def _base_norms(store: Path, layer: int) -> NDArray[np.float32]:
     """Euclidean norm of base's activation of every token."""
-    stored = open_activations(folder.activations, models=[BASE_MODEL], site=site_name(spec.extraction.layer))
+    stored = open_activations(store, models=[BASE_MODEL], site=site_name(layer))
     activation = stored["activation"][0]
     norms = np.empty(len(activation), dtype=np.float32)
     for start in range(0, len(norms), BLOCK):

@@ -1,4 +1,4 @@
-"""The reward of reinforcement learning: the study's own grader, nothing else."""
+"""The reward of reinforcement learning: the study's grader, nothing else."""
 
 from __future__ import annotations
 

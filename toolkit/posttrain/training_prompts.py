@@ -91,7 +91,9 @@ def table_hash(table: pd.DataFrame) -> str:
 
 
 def check_boundary(table: pd.DataFrame, tokenizer: Any) -> None:
-    """Refuse completions that melt into the prompt: its last tokens would change when the completion is appended.
+    """Refuse completions that change the prompt's last tokens when they are appended to it.
+
+    SFT masks the prompt by its number of tokens, so a token across the boundary would be learned or masked wrongly.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +33,7 @@ from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import text_bounds
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
+from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.uses.encode import BlockFeatures, contribution_scale, partner_activations, view_of
 from rlgen_stats.toolkit.crosscoder.uses.top_entries import Entries, TopEntries, random_keys
@@ -85,7 +87,14 @@ def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress
     primary = spec.primary_crosscoder
     crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=resolve_device(spec.device))
     models = contrasted_models(spec, folder)
-    collected = _collect(spec, folder, crosscoder, models, n=n, progress=progress)
+    site, readout = site_name(spec.extraction.layer), primary.readout
+    collected = _collect(
+        [_ModelBlocks(crosscoder, folder.activations, site, model=model, readout=readout) for model in models],
+        LabelBlocks(TokenLabels(folder.activations)),
+        usable_tokens(spec, folder),
+        _Collected(len(models), crosscoder.n_features, n=n, seed=derive_seed(spec.seed, "contexts")),
+        progress,
+    )
     tokenizer = load_tokenizer(find_model(BASE_MODEL, spec, folder))
     rows = _Rows(models, open_tokens(folder.activations), tokenizer)
     with (
@@ -110,7 +119,7 @@ class _Collected:
     def __init__(self, n_models: int, n_features: int, *, n: int, seed: int) -> None:
         self.top = [TopEntries(n_features, n, n_models) for _ in range(n_models)]
         self.sample = [TopEntries(n_features, SAMPLE, n_models) for _ in range(n_models)]
-        self._seed = seed
+        self.n_features, self._seed = n_features, seed
 
     def update(self, contributions: Tensor, prompt: NDArray[np.int64], mask: NDArray[np.bool_], offset: int) -> None:
         """Take in a block [model, token, feature], whose first token is ``offset``; ``prompt`` and ``mask`` [token]."""
@@ -131,24 +140,18 @@ class _Collected:
 
 @torch.no_grad()
 def _collect(
-    spec: StudySpec,
-    folder: StudyFolder,
-    crosscoder: Crosscoder,
-    models: Sequence[str],
-    *,
-    n: int,
+    models: Sequence[_ModelBlocks],
+    labels: LabelBlocks,
+    mask: NDArray[np.bool_],
+    collected: _Collected,
     progress: Progress,
 ) -> _Collected:
-    blocks = [_ModelBlocks(crosscoder, spec, folder, model) for model in models]
-    mask = usable_tokens(spec, folder)
-    labels = LabelBlocks(TokenLabels(folder.activations))
-    seed = derive_seed(spec.seed, "contexts")
-    collected = _Collected(len(models), crosscoder.n_features, n=n, seed=seed)
-    block_tokens = max(1, BLOCK_BYTES // (4 * len(models) * crosscoder.n_features))
+    """``collected`` after all tokens, read once for all models together."""
+    block_tokens = max(1, BLOCK_BYTES // (4 * len(models) * collected.n_features))
     with progress.task("contexts", total=len(mask), unit="tokens") as task:
         for start in range(0, len(mask), block_tokens):
             stop = min(start + block_tokens, len(mask))
-            contributions = torch.stack([block.contributions(start, stop) for block in blocks])
+            contributions = torch.stack([model.contributions(start, stop) for model in models])
             collected.update(contributions, labels.read(PROMPT, start, stop), mask[start:stop], start)
             task.advance(stop - start)
     collected.flush()
@@ -158,15 +161,14 @@ def _collect(
 class _ModelBlocks:
     """Contributions of all features in one model."""
 
-    def __init__(self, crosscoder: Crosscoder, spec: StudySpec, folder: StudyFolder, model: str) -> None:
-        site, readout = site_name(spec.extraction.layer), spec.primary_crosscoder.readout
+    def __init__(self, crosscoder: Crosscoder, store: Path, site: str, *, model: str, readout: Readout) -> None:
         view = view_of(model, crosscoder.views)
         self._features = BlockFeatures(
             crosscoder,
-            open_activations(folder.activations, models=[model], site=site)["activation"][0],
+            open_activations(store, models=[model], site=site)["activation"][0],
             view=view,
             readout=readout,
-            partners=partner_activations(crosscoder, folder.activations, site, readout),
+            partners=partner_activations(crosscoder, store, site, readout),
         )
         self._scale = contribution_scale(crosscoder, view, readout)
 
