@@ -111,7 +111,7 @@ def forced_texts(folder: StudyFolder, sources: Sequence[str], prompts: pd.DataFr
 
 
 def token_table(texts: Sequence[Text]) -> pd.DataFrame:
-    """One row a token in store order: prompt, source, position in its text, token_id, segment."""
+    """One row per token in store order: prompt, source, position in its text, token_id, segment."""
     lengths = np.array([len(text.ids) for text in texts])
     starts = np.repeat(lengths.cumsum() - lengths, lengths)
     positions = np.arange(lengths.sum()) - starts

@@ -34,7 +34,7 @@ def unit_interval(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def counter_uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one a seed, that are a pure function of (seed, step).
+    """Uniform numbers in [0, 1), one per seed, that are a pure function of (seed, step).
 
     Parameters
     ----------

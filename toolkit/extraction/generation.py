@@ -92,14 +92,14 @@ def generate(
     progress: Progress = SILENT,
     description: str = "generate",
 ) -> list[Completion]:
-    """Complete prompts, greedily or by sampling with one seed a row.
+    """Complete prompts, greedily or by sampling with one seed per row.
 
     Parameters
     ----------
     model, tokenizer
         Causal language model and its tokenizer. The model may carry hooks: only its ordinary forward pass is used.
     prompts
-        Texts, one a row; a prompt sampled K times comes K times with K seeds.
+        Texts, one per row; a prompt sampled K times comes K times with K seeds.
     max_new_tokens
         Length limit.
     temperature, top_p
@@ -107,7 +107,7 @@ def generate(
     greedy
         Take the most likely token at each step.
     seeds
-        One a row, 0 to 2**64 - 1; required unless greedy.
+        One per row, 0 to 2**64 - 1; required unless greedy.
     batch_size
         Rows per forward pass.
     progress, description
@@ -121,7 +121,7 @@ def generate(
     Raises
     ------
     InputError
-        If seeds are missing or not one a row, a setting is out of range, a prompt is empty, or prompt and completion
+        If seeds are missing or not one per row, a setting is out of range, a prompt is empty, or prompt and completion
         do not fit the model's context.
     """
     _check(prompts, seeds, max_new_tokens, temperature, greedy, top_p, batch_size)
@@ -150,9 +150,9 @@ def _check(
     batch_size: int,
 ) -> None:
     if not greedy and seeds is None:
-        raise InputError("sampling needs one seed a row; pass seeds= or greedy=True.")
+        raise InputError("sampling needs one seed per row; pass seeds= or greedy=True.")
     if seeds is not None and len(seeds) != len(prompts):
-        raise InputError(f"one seed a row is needed: {len(prompts)} prompts, {len(seeds)} seeds.")
+        raise InputError(f"one seed per row is needed: {len(prompts)} prompts, {len(seeds)} seeds.")
     if seeds is not None and any(not 0 <= int(seed) < 2**64 for seed in seeds):
         raise InputError("seeds must be between 0 and 2**64 - 1.")
     if max_new_tokens < 1 or batch_size < 1:

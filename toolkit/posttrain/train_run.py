@@ -161,7 +161,8 @@ def _prepare_folder(target: Path, identity: str) -> Path | None:
     step = int(note.get("step", 0)) if note.get("identity") == identity and state.is_dir() else 0
     (target / POSTTRAIN_RECORD).unlink(missing_ok=True)
     for leftover in (*target.glob("step-*"), *target.glob(PARTIAL)):
-        if leftover.is_dir() and not (leftover.name[5:].isdigit() and int(leftover.name[5:]) <= step):
+        leftover_step = leftover.name.removeprefix("step-")
+        if leftover.is_dir() and not (leftover_step.isdigit() and int(leftover_step) <= step):
             shutil.rmtree(leftover)
     if not step:
         shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)

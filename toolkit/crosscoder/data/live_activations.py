@@ -37,7 +37,7 @@ class LiveActivations:
     Parameters
     ----------
     models
-        One Hugging Face causal language model a view; the same model may stand for several.
+        One Hugging Face causal language model per view; the same model may stand for several.
     texts
         Token ids of each text, the same for all models.
     layer
@@ -51,7 +51,7 @@ class LiveActivations:
     skip_first
         Leading tokens of each text that are not used.
     text_batch
-        Texts per forward pass of each view, one number or one a view. Two views of one model with different numbers
+        Texts per forward pass of each view, one number or one per view. Two views of one model with different numbers
         differ by numerical noise alone.
     buffer_tokens
         Tokens in memory at once.
@@ -59,7 +59,7 @@ class LiveActivations:
     Raises
     ------
     InputError
-        If the texts leave fewer tokens than one batch, or there is not one ``text_batch`` a view.
+        If the texts leave fewer tokens than one batch, or there is not one ``text_batch`` per view.
 
     Notes
     -----
@@ -82,7 +82,7 @@ class LiveActivations:
     ) -> None:
         sizes = [text_batch] * len(models) if isinstance(text_batch, int) else list(text_batch)
         if len(sizes) != len(models):
-            raise InputError(f"text_batch needs one number a view, {len(models)}, got {len(sizes)}.")
+            raise InputError(f"text_batch needs one number per view, {len(models)}, got {len(sizes)}.")
         self._views = list(zip(models, sizes, strict=True))
         self._texts = [tuple(text) for text in texts if len(text) > skip_first]
         self._lengths = np.array([len(text) - skip_first for text in self._texts], dtype=np.int64)

@@ -45,13 +45,13 @@ def import_crosscoder(path: Path | str, views: Sequence[str], *, name: str = "im
     -------
     Crosscoder
         ``sparsity`` is ``"l1"`` without a threshold, ``"batchtopk"`` with one on contributions, ``"jumprelu"`` (one
-        threshold a feature) where the file's threshold is on another scale. Save it with ``save``.
+        threshold per feature) where the file's threshold is on another scale. Save it with ``save``.
 
     Raises
     ------
     InputError
         If the file is missing, holds anything but tensors, lacks one of them, was trained with a code per layer or
-        with a normalisation that one scalar a view cannot express, has no learned threshold, or has another number of
+        with a normalisation that one scalar per view cannot express, has no learned threshold, or has another number of
         layers than ``views``.
 
     Notes
@@ -203,13 +203,13 @@ def _normaliser(tensors: dict[str, Tensor], file: Path) -> tuple[Tensor, Tensor]
     if bool(mean.isnan().any() or std.isnan().any()):
         return torch.ones(layers), unknown
     scale = tensors.get("activation_global_scale")
-    # normalised as one scalar a view where the scale follows from the total variance; 1e-8 as in crosscoder_learning
+    # normalised as one scalar per view where the scale follows from the total variance; 1e-8 as in crosscoder_learning
     expected = float(tensors.get("target_rms", torch.tensor(1.0))) / (std.double().square().sum(dim=1) + 1e-8).sqrt()
     if scale is None:
         return expected.float(), mean.float()
     if not torch.allclose(scale.double(), expected, rtol=1e-3):
         raise InputError(
-            f"{file} was trained on activations normalised neuron by neuron, which one scalar a view cannot express; "
+            f"{file} was trained on activations normalised neuron by neuron, which one scalar per view cannot express; "
             "train it with keep_relative_variance."
         )
     return scale.float(), mean.float()

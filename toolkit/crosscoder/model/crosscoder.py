@@ -41,17 +41,17 @@ class Crosscoder(nn.Module, JointViews):
     Parameters
     ----------
     views
-        Model ids, one a slot.
+        Model ids, one per slot.
     width
-        Channels d_m: one number, or one a view.
+        Channels d_m: one number, or one per view.
     n_features
         Dictionary size F.
     sparsity
         What act does after a ReLU. ``"l1"``: nothing. ``"batchtopk"``, ``"dfc"``: f_k stays active where its
-        contribution f_k sum_m ||d_mk|| exceeds ``threshold``. ``"jumprelu"``: the same with one threshold a feature.
+        contribution f_k sum_m ||d_mk|| exceeds ``threshold``. ``"jumprelu"``: the same with one threshold per feature.
         ``"topk"``: a token's ``k`` largest contributions stay active.
     k
-        Mean number of active features a token was trained for (not used by l1).
+        Mean number of active features per token in training (not used by l1).
     exclusive
         View -> number of features that only this view may use (dfc); the shared ones come first, then these, view by
         view. Their encoder and decoder weights of all other views are zero.
@@ -118,7 +118,7 @@ class Crosscoder(nn.Module, JointViews):
         self.views, self.name = tuple(views), name
         self.widths = (int(width),) * len(views) if isinstance(width, int) else tuple(int(d) for d in width)
         if len(self.widths) != len(self.views):
-            raise InputError(f"give one width, or one a view: got {list(self.widths)} for {len(self.views)} views.")
+            raise InputError(f"give one width, or one per view: got {list(self.widths)} for {len(self.views)} views.")
         self.n_features, self.k = int(n_features), int(k)
         self.sparsity: Sparsity = sparsity
         self.default_readout: Readout = readout

@@ -113,6 +113,6 @@ def _starts(sorted_: Tensor, n: int) -> Tensor:
 
 
 def _bags(indices: Tensor, weights: Tensor, starts: Tensor, matrix: Tensor) -> Tensor:
-    """Weighted sums of rows of ``matrix``, one a bag: the fastest sparse-times-dense product PyTorch has on a CPU."""
+    """Weighted sums of rows of ``matrix``, one per bag: the fastest sparse-times-dense product PyTorch has on a CPU."""
     summed: Tensor = embedding_bag(indices, matrix, starts, mode="sum", per_sample_weights=weights)
     return summed

@@ -68,7 +68,7 @@ class JointViews:
         Parameters
         ----------
         activations
-            [batch, view, channel], one [batch, channel] a view, or flat already.
+            [batch, view, channel], one [batch, channel] per view, or flat already.
 
         Raises
         ------

@@ -19,8 +19,8 @@ DEAD_TOKENS: Final = 10_000_000
 """... but never for more than this many (Gao et al. 2024, arXiv:2406.04093, section 2.4)."""
 
 AUX_WEIGHT: Final = 1.0
-"""Weight of the AuxK loss. Gao et al. take 1/32 and d/2 features a token, over billions of tokens; in 1,500 steps on a
-planted dictionary, weight 1 and k features a token recovered 91% of it, their setting 83%, no such loss 60%."""
+"""Weight of the AuxK loss. Gao et al. take 1/32 and d/2 features per token, over billions of tokens; in 1,500 steps on
+a planted dictionary, weight 1 and k features per token recovered 91% of it, their setting 83%, no such loss 60%."""
 
 AUX_SHARE: Final = 0.5
 """Largest share of the dictionary in the AuxK loss at once: bounds the cost of a step when most features are dead."""

@@ -1,4 +1,4 @@
-"""Training losses and their gradients, one class a sparsity rule.
+"""Training losses and their gradients, one class per sparsity rule.
 
 A new rule is a new class with the methods of :class:`Objective`, and a line in :func:`make_objective`; the loop in
 ``train.py`` does not change.

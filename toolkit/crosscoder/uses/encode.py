@@ -70,7 +70,7 @@ class Prompts:
     Attributes
     ----------
     labels
-        One row a prompt: prompt, task, domain, split, cluster.
+        One row per prompt: prompt, task, domain, split, cluster.
     """
 
     def __init__(self, path: Path, mask: NDArray[np.bool_]) -> None:

@@ -75,7 +75,7 @@ class Health:
     fve_readout: NDArray[np.float64]
     """[view] under the declared readout of that view alone, which features.zarr and edits use."""
     l0: float
-    """Mean active features a token, joint code."""
+    """Mean active features per token, joint code."""
     l0_readout: NDArray[np.float64]
     """[view] the same under the readout."""
     firing: NDArray[np.float64]
