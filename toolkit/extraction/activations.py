@@ -15,14 +15,11 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import (
     BASE_MODEL,
-    CLUSTER,
-    DOMAIN,
     POSITION,
     PROMPT,
+    PROMPT_LABELS,
     SEGMENT,
     SOURCE,
-    SPLIT,
-    TASK,
     TOKEN_ID,
 )
 from rlgen_stats.schemas.errors import InputError
@@ -76,8 +73,8 @@ def site_name(layer: int) -> str:
     return f"block{layer}"
 
 
-def source_models(spec: StudySpec, folder: StudyFolder) -> tuple[str, ...]:
-    """Models whose completions are the texts: base and the last checkpoints of the two contrasted runs."""
+def contrasted_models(spec: StudySpec, folder: StudyFolder) -> tuple[str, ...]:
+    """Base and the last checkpoints of the two contrasted runs; their completions are the texts."""
     finals = (final_model(spec, folder, run.name).model for run in spec.contrasted)
     return (BASE_MODEL, *finals)
 
@@ -164,8 +161,8 @@ def extract_activations(
         check_weights(ref)
     check_tokenizers(refs)
     tokenizer = load_tokenizer(refs[0])
-    texts = forced_texts(folder, source_models(spec, folder), prompts, tokenizer)
-    labels = prompts[[PROMPT, TASK, DOMAIN, SPLIT, CLUSTER]]
+    texts = forced_texts(folder, contrasted_models(spec, folder), prompts, tokenizer)
+    labels = prompts[[PROMPT, *PROMPT_LABELS]]
     create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
     site = site_name(spec.extraction.layer)
     done = set(complete_models(folder.activations, site))

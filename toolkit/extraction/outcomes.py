@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 import xarray as xr
 
-from rlgen_stats.schemas.dims import ARM, CLUSTER, DOMAIN, MODEL, PROMPT, RUN, SAMPLE, SPLIT, STEP, TASK
+from rlgen_stats.schemas.dims import ARM, MODEL, PROMPT, PROMPT_LABELS, RUN, SAMPLE, STEP
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, StudySpec
@@ -185,7 +185,7 @@ def _outcomes(
     tokens = np.array([[len(c.token_ids) for c in row] for row in zip(*completions, strict=True)], dtype=np.int32)
     classes = np.array([[grade.format_class for grade in row] for row in zip(*grades, strict=True)], dtype=np.str_)
     sampled, greedy = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
-    labels = {name: (PROMPT, prompts[name].to_numpy(dtype=np.str_)) for name in (PROMPT, TASK, DOMAIN, SPLIT, CLUSTER)}
+    labels = {name: (PROMPT, prompts[name].to_numpy(dtype=np.str_)) for name in (PROMPT, *PROMPT_LABELS)}
     return xr.Dataset(
         {
             "correct": (sampled, correct[None, :, 1:]),

@@ -38,13 +38,13 @@ from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.uses.encode import BlockFeatures, contribution_scale, partner_activations, view_of
 from rlgen_stats.toolkit.crosscoder.uses.top_entries import Entries, TopEntries, random_keys
 from rlgen_stats.toolkit.extraction import (
-    final_model,
     find_model,
     load_tokenizer,
     resolve_device,
     site_name,
     usable_tokens,
 )
+from rlgen_stats.toolkit.extraction.activations import contrasted_models
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 QUANTILES: Final = (0.9, 0.7, 0.5, 0.3, 0.1)
@@ -88,13 +88,10 @@ def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress
     crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=resolve_device(spec.device))
     models = contrasted_models(spec, folder)
     site, readout = site_name(spec.extraction.layer), primary.readout
-    collected = _collect(
-        [_ModelBlocks(crosscoder, folder.activations, site, model=model, readout=readout) for model in models],
-        LabelBlocks(TokenLabels(folder.activations)),
-        usable_tokens(spec, folder),
-        _Collected(len(models), crosscoder.n_features, n=n, seed=derive_seed(spec.seed, "contexts")),
-        progress,
-    )
+    blocks = [_ModelBlocks(crosscoder, folder.activations, site, model=model, readout=readout) for model in models]
+    collected = _Collected(len(models), crosscoder.n_features, n=n, seed=derive_seed(spec.seed, "contexts"))
+    labels = LabelBlocks(TokenLabels(folder.activations))
+    _collect(collected, blocks, labels, usable_tokens(spec, folder), progress)
     tokenizer = load_tokenizer(find_model(BASE_MODEL, spec, folder))
     rows = _Rows(models, open_tokens(folder.activations), tokenizer)
     with (
@@ -106,11 +103,6 @@ def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress
             group = slice(start, min(start + GROUP_FEATURES, crosscoder.n_features))
             writer.write_table(pa.Table.from_pandas(rows.of(collected, group), rows.schema, preserve_index=False))
             task.advance(group.stop - group.start)
-
-
-def contrasted_models(spec: StudySpec, folder: StudyFolder) -> list[str]:
-    """Base and the last checkpoint of each contrasted run."""
-    return [BASE_MODEL, *(final_model(spec, folder, run.name).model for run in spec.contrasted)]
 
 
 class _Collected:
@@ -140,13 +132,13 @@ class _Collected:
 
 @torch.no_grad()
 def _collect(
+    collected: _Collected,
     models: Sequence[_ModelBlocks],
     labels: LabelBlocks,
     mask: NDArray[np.bool_],
-    collected: _Collected,
     progress: Progress,
-) -> _Collected:
-    """``collected`` after all tokens, read once for all models together."""
+) -> None:
+    """Read all tokens once, for all models together, into ``collected``."""
     block_tokens = max(1, BLOCK_BYTES // (4 * len(models) * collected.n_features))
     with progress.task("contexts", total=len(mask), unit="tokens") as task:
         for start in range(0, len(mask), block_tokens):
@@ -155,7 +147,6 @@ def _collect(
             collected.update(contributions, labels.read(PROMPT, start, stop), mask[start:stop], start)
             task.advance(stop - start)
     collected.flush()
-    return collected
 
 
 class _ModelBlocks:
