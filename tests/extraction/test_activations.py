@@ -80,8 +80,7 @@ def test_the_base_read_again_differs_by_rounding_only(
     assert plans == [(4,)] * 5 + [(2, derive_seed(7, "repeat"))]  # half the batch, shuffled
     stored = open_activations(sampled[1].activations).activation
     once, again = stored.sel(model="base@0").values, stored.sel(model="base.repeat@0").values
-    np.testing.assert_allclose(once, again, rtol=1e-4, atol=2e-5)
-    assert (once != again).any()
+    np.testing.assert_allclose(once, again, rtol=1e-4, atol=2e-5)  # equal to the bit on some machines, not on others
     assert not np.allclose(once, stored.sel(model="sft@3").values, atol=0.1)
 
 

@@ -1,4 +1,4 @@
-"""What a feature is: where it fires and which tokens it speaks for, against slow recomputation."""
+"""Contexts and promoted tokens of features, against slow recomputation."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_some_features_and_none(encoded: Study, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("groups", [3, 12, 100_000])
-def test_kept_are_the_smallest_whatever_the_blocks(groups: int) -> None:
+def test_top_entries_are_the_smallest_whatever_the_blocks(groups: int) -> None:
     rng = np.random.default_rng(0)
     feature, key = rng.integers(0, 7, 400), rng.integers(0, 50, 400).astype(np.float64)
     token = np.arange(400)
@@ -179,7 +179,7 @@ def test_logit_effects_are_derivatives_of_the_logits_at_the_final_norm(encoded: 
             assert list(own["token"]) == [WORDS[i] for i in best]
 
 
-def test_a_view_without_a_decoder_says_nothing(encoded: Study) -> None:
+def test_a_view_without_a_decoder_promotes_no_tokens(encoded: Study) -> None:
     silent = load_crosscoder(encoded[1].crosscoder("main"))
     with torch.no_grad():
         silent.decoder_matrix[3] = 0
