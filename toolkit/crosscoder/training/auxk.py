@@ -52,7 +52,7 @@ class AuxK:
         self._smallest = math.nan
 
     def select_dead(self, work: Workspace, norms: Tensor, step: int) -> DeadActivations | None:
-        """The dead features' largest k contributions a token, from the pre-activations in ``work.features``."""
+        """The dead features' largest contributions, k per token on average; reads pre-activations from ``work``."""
         dead = self._dead(step)
         if not len(dead):
             return None
@@ -109,9 +109,9 @@ def add_auxk_gradient(work: Workspace, activations: Tensor, dead: Tensor) -> Non
     """
     rows = work.decoder[dead]
     scale = 2.0 * AUX_WEIGHT / work.batch_size
+    # work.error is minus the residual, so adding the dead features' reconstruction to it gives the error of the latter
     code = SparseCode.of(activations)
     if code is not None:
-        # work.error is reconstruction - data, minus the residual: adding the dead features' part leaves their error
         error = code.times(rows).add_(work.error)
         grad(work.decoder).index_add_(0, dead, code.transposed_times(error), alpha=scale)
         slopes = code.with_values(code.sampled(error, rows).mul_(scale))

@@ -19,7 +19,7 @@ from rlgen_stats.toolkit.crosscoder.training.auxk import AuxK
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace, grad, just_below, keep_where
 
 SPARSITY_WARMUP: Final = 0.1
-"""Share of the steps over which sparsity is imposed; imposed at once it kills features before they mean anything."""
+"""Share of the steps over which sparsity rises to full strength: at once, it kills features before they are learned."""
 
 WARMUP_K: Final = 2
 """Rules with a target L0 of k start at this multiple of it."""
@@ -176,7 +176,7 @@ class TopKObjective:
         self._threshold += (self._smallest - self._threshold) / memory
 
     def loss(self, work: Workspace, step: int) -> float:
-        """Squared error; the AuxK loss is left out, so that curves compare across rules."""
+        """Squared error; the AuxK loss is left out, as it says nothing about the fit."""
         return float(work.squared_error())
 
     def weights(self) -> dict[str, Tensor]:
