@@ -1,4 +1,4 @@
-"""features: what the features of a study are, for people."""
+"""features: model specificity, contexts and promoted tokens of a study's features, for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_TEXT: Final = 110
 @json_option
 @handle_errors
 def features(study: str, features: tuple[int, ...], n: int, as_json: bool) -> None:
-    """Say of features whose they are, where each model fires them and which tokens they raise.
+    """Show features: their model specificity, the texts on which each model activates them, their promoted tokens.
 
     Without a number: the selected features, best first.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
@@ -91,15 +91,29 @@ class GenerationSpec(Spec):
     """Prompts per generation batch."""
 
 
+GRADERS: Final = {
+    "final_answer": "rlgen_stats.toolkit.extraction.grading:FinalAnswerGrader",
+    "math": "rlgen_stats.toolkit.extraction.grading:MathGrader",
+}
+"""Grader -> ``module:class``; named, not imported, so that reading a study file needs no torch."""
+
+
 class GraderSpec(Spec):
     """How a completion is turned into right or wrong."""
 
-    name: Literal["final_answer", "math"] = "final_answer"
+    name: str = "final_answer"
     """final_answer: text after the last marker equals the answer; math: equality by math-verify."""
     marker: str = "ans"
     """Word after which the final answer stands (grader final_answer)."""
     require_termination: bool = True
     """Whether a completion cut off by the length limit counts as wrong."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in GRADERS:
+            raise ValueError(f"the graders are {', '.join(map(repr, GRADERS))}, got {name!r}; name one of them.")
+        return name
 
 
 class ExtractionSpec(Spec):

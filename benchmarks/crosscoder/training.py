@@ -24,6 +24,7 @@ from rlgen_stats.toolkit.crosscoder.data.paired import endless, joined, measure_
 from rlgen_stats.toolkit.crosscoder.model import sparse
 from rlgen_stats.toolkit.crosscoder.training import train as training
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
+from rlgen_stats.toolkit.crosscoder.training.train import start_run, train_step
 
 STEPS: Final = 4
 """Steps a measurement."""
@@ -53,7 +54,7 @@ class Ours:
             batch_size=size.batch, precision="bfloat16" if size.low else "float32",
         )  # fmt: skip
         self.spec = spec
-        self.run = training._start(
+        self.run = start_run(
             spec, views, measure_views(self.reader), seed=1, key="", folder=None, device=self.device, ranks=Ranks()
         )
         self.run.step = LATE
@@ -71,7 +72,7 @@ class Ours:
     def steps(self) -> None:
         for _ in range(STEPS):
             batch = torch.from_numpy(joined(next(self.batches))).to(self.device)
-            training._train_step(self.run, self.spec, batch, log=False)
+            train_step(self.run, self.spec, batch, log=False)
 
 
 def plain(size: Size, reader: ArrayReader, device: torch.device) -> Callable[[], None]:

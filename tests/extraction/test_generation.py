@@ -8,7 +8,8 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction import generate
-from rlgen_stats.toolkit.extraction.generation import Completion, counter_uniforms, draw_tokens
+from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
+from rlgen_stats.toolkit.extraction.generation import Completion, draw_tokens
 from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
 
 
@@ -131,7 +132,7 @@ def test_uniforms_are_pinned() -> None:
 
 
 def test_bad_settings_are_refused(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(InputError, match="one seed a row"):
+    with pytest.raises(InputError, match="one seed per row"):
         generate(model, tokenizer, ["what"], max_new_tokens=2)
     with pytest.raises(InputError, match="1 prompts, 2 seeds"):
         generate(model, tokenizer, ["what"], max_new_tokens=2, seeds=[1, 2])

@@ -75,14 +75,14 @@ def test_missing_and_broken_files(folder: StudyFolder, make_spec: Make) -> None:
     with pytest.raises(SpecError, match="does not exist"):
         load("data/none.parquet")
     (folder.root / "data" / "broken.parquet").write_bytes(b"not a table")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not a readable parquet table"):
         load("data/broken.parquet")
     (folder.root / "data" / "train.xlsx").write_bytes(b"")
-    with pytest.raises(InputError, match=r"must end in \.parquet, \.csv or \.jsonl, got '\.xlsx'"):
+    with pytest.raises(InputError, match=r"tables are \.parquet, \.csv, \.jsonl files, got '\.xlsx'"):
         load("data/train.xlsx")
 
 
-def test_completions_that_melt_into_the_prompt_are_refused() -> None:
+def test_completions_that_change_the_prompts_tokens_are_refused() -> None:
     table = conftest.train_table()
     check_boundary(table, conftest.tokenizer())
     glued = table.assign(completion=table["completion"].str.lstrip())

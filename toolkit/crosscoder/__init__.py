@@ -1,4 +1,4 @@
-"""Sparse codes shared by several models: training, health, readout to prompt summaries, and what features look like."""
+"""Sparse codes shared by several models: training, health, readouts, prompt summaries, contexts and promoted tokens."""
 
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations
 from rlgen_stats.toolkit.crosscoder.data.paired import ArrayReader, PairedActivations

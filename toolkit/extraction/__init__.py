@@ -1,5 +1,6 @@
 """From models to stores: completions, grades, forced-text activations, distances from base."""
 
+from rlgen_stats.schemas.dims import FORMAT_CLASSES
 from rlgen_stats.toolkit.extraction.activations import extract_activations, site_name, token_mask
 from rlgen_stats.toolkit.extraction.checkpoints import (
     REPEAT_MODEL,
@@ -14,7 +15,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     resolve_view,
 )
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
-from rlgen_stats.toolkit.extraction.grading import FORMAT_CLASSES, Grade, Grader, make_grader
+from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
 from rlgen_stats.toolkit.extraction.movement import measure_movement
 from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
 from rlgen_stats.toolkit.extraction.prompts import load_prompts, load_texts, read_table

@@ -1,9 +1,10 @@
-"""Forced-text activations: every model reads the same texts, and one block's residual stream is stored."""
+"""Forced-text activations: every model reads the same texts, and the residual stream after one block is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -14,14 +15,11 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import (
     BASE_MODEL,
-    CLUSTER,
-    DOMAIN,
     POSITION,
     PROMPT,
+    PROMPT_LABELS,
     SEGMENT,
     SOURCE,
-    SPLIT,
-    TASK,
     TOKEN_ID,
 )
 from rlgen_stats.schemas.errors import InputError
@@ -46,11 +44,12 @@ from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_re
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 WINDOW_BATCHES: Final = 16
-"""Batches whose texts are sorted by length together and put back in store order: bounds memory, saves padding."""
+"""Batches per window: its texts are sorted by length together, which saves padding, and put back in store order, which
+takes the memory of one window."""
 MASK_BLOCK: Final = 1 << 20
-"""Tokens whose labels are looked at together when a mask is made."""
+"""Tokens whose labels are in memory at once when a mask is made."""
 TEXT_SAMPLE: Final = 0
-"""The sampled completion that becomes a text; a greedy one would show each model at its most certain only."""
+"""Index of the sampled completion that becomes a text; greedy ones would show only each model's most likely tokens."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,14 @@ def site_name(layer: int) -> str:
     return f"block{layer}"
 
 
-def source_models(spec: StudySpec, folder: StudyFolder) -> tuple[str, ...]:
-    """Models whose completions are the texts: base and the last checkpoints of the two contrasted runs."""
+def contrasted_models(spec: StudySpec, folder: StudyFolder) -> tuple[str, ...]:
+    """Base and the last checkpoints of the two contrasted runs; their completions are the texts."""
     finals = (final_model(spec, folder, run.name).model for run in spec.contrasted)
     return (BASE_MODEL, *finals)
 
 
-def load_texts(spec: StudySpec, folder: StudyFolder, prompts: pd.DataFrame, tokenizer: Any) -> list[Text]:
-    """Texts in store order: for each source, each prompt with that model's first sampled completion.
+def forced_texts(folder: StudyFolder, sources: Sequence[str], prompts: pd.DataFrame, tokenizer: Any) -> list[Text]:
+    """Texts in store order: for each source model, each prompt with that model's first sampled completion.
 
     Raises
     ------
@@ -92,24 +91,24 @@ def load_texts(spec: StudySpec, folder: StudyFolder, prompts: pd.DataFrame, toke
     """
     prompt_ids = [tuple(ids) for ids in encode_prompts(tokenizer, list(prompts[TEXT]))]
     texts = []
-    for source in source_models(spec, folder):
+    for source in sources:
         completions = read_completions(folder, source)
-        drawn = completions[completions["sample"] == TEXT_SAMPLE].set_index(PROMPT)["token_ids"]
-        missing = [prompt for prompt in prompts[PROMPT] if prompt not in drawn.index]
+        token_ids = completions[completions["sample"] == TEXT_SAMPLE].set_index(PROMPT)["token_ids"]
+        missing = [prompt for prompt in prompts[PROMPT] if prompt not in token_ids.index]
         if missing:
             raise InputError(
                 f"{source} has no sampled completion of {len(missing)} prompt(s), e.g. {missing[0]!r}; "
                 "run the outcomes stage again."
             )
         texts += [
-            Text(prompt, source, ids, tuple(int(token) for token in drawn[prompt]))
+            Text(prompt, source, ids, tuple(int(token) for token in token_ids[prompt]))
             for prompt, ids in zip(prompts[PROMPT], prompt_ids, strict=True)
         ]
     return texts
 
 
 def token_table(texts: Sequence[Text]) -> pd.DataFrame:
-    """One row a token in store order: prompt, source, position in its text, token_id, segment."""
+    """One row per token in store order: prompt, source, position in its text, token_id, segment."""
     lengths = np.array([len(text.ids) for text in texts])
     starts = np.repeat(lengths.cumsum() - lengths, lengths)
     positions = np.arange(lengths.sum()) - starts
@@ -152,8 +151,8 @@ def extract_activations(
     -----
     Texts are the first sampled completions of base and of the two contrasted runs' last checkpoints, so all models
     are compared on the same tokens (text mode ``forced``). The base is read a second time in other batches and order
-    as ``base.repeat@0``: what differs between the two is numerical noise, the floor of any attribution.
-    Batches are a function of the texts alone; an interrupted model goes on at its first uncommitted token and ends
+    as ``base.repeat@0``: the two differ by numerical noise alone, the floor of any attribution.
+    Batches are a function of the texts alone; an interrupted model resumes at its first uncommitted token and ends
     with the bytes an uninterrupted run would have written on the same machine.
     """
     prompts = load_prompts(spec, folder)
@@ -162,12 +161,20 @@ def extract_activations(
         check_weights(ref)
     check_tokenizers(refs)
     tokenizer = load_tokenizer(refs[0])
-    texts = load_texts(spec, folder, prompts, tokenizer)
-    labels = prompts[[PROMPT, TASK, DOMAIN, SPLIT, CLUSTER]]
+    texts = forced_texts(folder, contrasted_models(spec, folder), prompts, tokenizer)
+    labels = prompts[[PROMPT, *PROMPT_LABELS]]
     create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
     site = site_name(spec.extraction.layer)
     done = set(complete_models(folder.activations, site))
-    reader = _Reader(spec, folder, texts, pad_id(tokenizer), progress)
+    reader = _Reader(
+        store=folder.activations,
+        extraction=spec.extraction,
+        device=resolve_device(spec.device),
+        repeat_seed=derive_seed(spec.seed, "repeat"),
+        texts=texts,
+        pad=pad_id(tokenizer),
+        progress=progress,
+    )
     for ref in refs:
         if ref.model not in done:
             reader.read(ref, ref.model)
@@ -186,7 +193,7 @@ class Window:
 
 
 def plan_windows(lengths: Sequence[int], batch_size: int, shuffle_seed: int | None = None) -> Iterator[Window]:
-    """Split texts into windows of consecutive texts, each in batches of like length, or shuffled by a seed."""
+    """Split texts into windows of consecutive texts, each in batches of similar length, or shuffled by a seed."""
     size = batch_size * WINDOW_BATCHES
     first_token = 0
     for start in range(0, len(lengths), size):
@@ -200,28 +207,32 @@ def plan_windows(lengths: Sequence[int], batch_size: int, shuffle_seed: int | No
         first_token += sum(lengths[i] for i in texts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Reader:
-    spec: StudySpec
-    folder: StudyFolder
+    """Lets one model after the other read the same texts into one store."""
+
+    store: Path
+    extraction: ExtractionSpec
+    device: torch.device
+    repeat_seed: int
     texts: Sequence[Text]
     pad: int
     progress: Progress
 
     def read(self, ref: ModelRef, label: str) -> None:
-        """Store one model's activations under ``label``, going on where an earlier attempt stopped."""
-        how = self.spec.extraction
-        model = load_model(ref, device=resolve_device(self.spec.device))
-        locate_layer(model, how.layer)
+        """Store one model's activations under ``label``, resuming where an earlier attempt stopped."""
+        layer, batch_size = self.extraction.layer, self.extraction.batch_size
+        model = load_model(ref, device=self.device)
+        locate_layer(model, layer)
         lengths = [len(text.ids) for text in self.texts]
-        if label == REPEAT_MODEL:
-            size = max(1, how.batch_size // 2) if how.batch_size > 1 else 2
-            windows = plan_windows(lengths, size, derive_seed(self.spec.seed, "repeat"))
+        if label == REPEAT_MODEL:  # other batches and order than base's first reading
+            size = max(1, batch_size // 2) if batch_size > 1 else 2
+            windows = plan_windows(lengths, size, self.repeat_seed)
         else:
-            windows = plan_windows(lengths, how.batch_size)
+            windows = plan_windows(lengths, batch_size)
         width = int(model.config.get_text_config().hidden_size)
         writer = ActivationWriter(
-            self.folder.activations, model=label, site=site_name(how.layer), width=width, dtype=how.dtype
+            self.store, model=label, site=site_name(layer), width=width, dtype=self.extraction.dtype
         )
         with writer, self.progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
             committed = writer.n_committed
@@ -239,7 +250,7 @@ class _Reader:
         offsets = dict(zip(window.texts, lengths.cumsum() - lengths, strict=True))
         values = np.empty((int(lengths.sum()), width), dtype=np.float32)
         for batch in window.batches:
-            residual = read_texts(model, [self.texts[i].ids for i in batch], self.spec.extraction.layer, self.pad)
+            residual = read_texts(model, [self.texts[i].ids for i in batch], self.extraction.layer, self.pad)
             for index, text in zip(batch, residual, strict=True):
                 values[offsets[index] : offsets[index] + len(text)] = text
         return values
@@ -278,28 +289,30 @@ def token_mask(
         If nothing is left, or ``purpose`` is neither.
     """
     if purpose == "train":
-        wanted: tuple[str, ...] = extraction.segments
+        segments: tuple[str, ...] = extraction.segments
     elif purpose == "summary":
-        wanted = extraction.summary_segments
+        segments = extraction.summary_segments
     else:
         raise InputError(f"purpose must be 'train' or 'summary', got {purpose!r}.")
     n = len(tokens[POSITION])
     mask = np.empty(n, dtype=bool)
-    for start in range(0, n, MASK_BLOCK):  # the labels of a block at a time, with the token after it
+    for start in range(0, n, MASK_BLOCK):  # one token more than a block: it tells whether the last one ends a prompt
         block = slice(start, start + MASK_BLOCK + 1)
         position, segment = np.asarray(tokens[POSITION][block]), np.asarray(tokens[SEGMENT][block]).astype(np.str_)
-        mask[block] = _wanted(position, segment, wanted) & (position >= extraction.skip_first)
+        mask[block] = _in_segments(position, segment, segments) & (position >= extraction.skip_first)
     if not mask.any():
         raise InputError(
-            f"no token of the {len(mask)} is left with segments {list(wanted)} and skip_first "
+            f"no token of the {len(mask)} is left with segments {list(segments)} and skip_first "
             f"{extraction.skip_first}; lower extraction.skip_first or name more segments."
         )
     return mask
 
 
-def _wanted(position: NDArray[np.integer], segment: NDArray[np.str_], wanted: tuple[str, ...]) -> NDArray[np.bool_]:
-    mask = np.isin(segment, [name for name in wanted if name != "last_prompt"])
-    if "last_prompt" in wanted:
+def _in_segments(
+    position: NDArray[np.integer], segment: NDArray[np.str_], segments: tuple[str, ...]
+) -> NDArray[np.bool_]:
+    mask = np.isin(segment, [name for name in segments if name != "last_prompt"])
+    if "last_prompt" in segments:
         ends = np.ones(len(segment), dtype=bool)  # the next token is no prompt token of the same text
         ends[:-1] = (segment[1:] != "prompt") | (position[1:] == 0)
         mask |= (segment == "prompt") & ends

@@ -1,4 +1,4 @@
-"""Padding and batching of token sequences, in one place."""
+"""Tokenising, padding and batching of texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlgen_stats.schemas.errors import InputError
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Id put into pad positions: the pad token, else the end token, else 0; it is masked and never read."""
+    """Id put into pad positions: the pad token, else the end token, else 0; it is masked out."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)
@@ -55,7 +55,7 @@ def left_pad(
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like length, so that little is padded; ties keep their order."""
+    """Indices in batches of similar length, so that little is padded; ties keep their order."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

@@ -1,7 +1,7 @@
-"""Completions whose every draw depends on the row's own seed, not on its batch.
+"""Completions in which every draw depends on the row's seed, not on its batch.
 
 Each sampled token is an inverse-CDF draw with a uniform number that is a hash of (row seed, step). Batch size, order
-and which rows share a batch change nothing but the last bits of the logits.
+and batch composition change nothing but the last bits of the logits.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
-_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2: Final = np.uint64(0x94D049BB133111EB)
 SHRINK_BELOW: Final = 0.75
-"""Finished rows leave the batch once fewer than this share still write: copying the cache must pay for itself."""
+"""Finished rows leave the batch once fewer than this share is unfinished: copying the cache must pay for itself."""
 
 
 @dataclass(frozen=True)
@@ -36,38 +34,6 @@ class Completion:
     """Decoded text without special tokens."""
     terminated: bool
     """Whether the model ended by itself, within the length limit."""
-
-
-def counter_uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one a seed, that are a pure function of (seed, step).
-
-    Parameters
-    ----------
-    seeds
-        Row seeds [row].
-    step
-        Counter, 0 or more.
-
-    Returns
-    -------
-    ndarray [row] float64
-        Multiples of 2**-53.
-
-    References
-    ----------
-    SplitMix64's finaliser, applied to the seed and then to the seed's stream plus the counter: Steele, Lea and Flood,
-    "Fast splittable pseudorandom number generators", OOPSLA 2014, doi:10.1145/2660193.2660195, figure 16.
-    """
-    with np.errstate(over="ignore"):
-        stream = _mix(np.asarray(seeds, dtype=np.uint64) + _GAMMA)
-        bits = _mix(stream + np.uint64(step + 1) * _GAMMA)
-    return np.asarray((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return z ^ (z >> np.uint64(31))
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
@@ -89,6 +55,7 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: fl
     Tensor [row] int64
         Token ids; a token of probability zero is never drawn.
     """
+    # float64: a float32 cumulative sum over 150,000 tokens is off by more than the probability of a rare one
     probabilities = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1.0:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -96,6 +63,7 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: fl
         probabilities = torch.where(torch.zeros_like(keep).scatter(-1, order, keep), probabilities, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[:, -1]
+    # strictly below the total, or a uniform number near 1 would fall behind the last token of positive probability
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
 
@@ -124,14 +92,14 @@ def generate(
     progress: Progress = SILENT,
     description: str = "generate",
 ) -> list[Completion]:
-    """Complete prompts, greedily or by sampling with one seed a row.
+    """Complete prompts, greedily or by sampling with one seed per row.
 
     Parameters
     ----------
     model, tokenizer
         Causal language model and its tokenizer. The model may carry hooks: only its ordinary forward pass is used.
     prompts
-        Texts, one a row; a prompt sampled K times comes K times with K seeds.
+        Texts, one per row; a prompt sampled K times comes K times with K seeds.
     max_new_tokens
         Length limit.
     temperature, top_p
@@ -139,7 +107,7 @@ def generate(
     greedy
         Take the most likely token at each step.
     seeds
-        One a row, 0 to 2**64 - 1; required unless greedy.
+        One per row, 0 to 2**64 - 1; required unless greedy.
     batch_size
         Rows per forward pass.
     progress, description
@@ -153,7 +121,7 @@ def generate(
     Raises
     ------
     InputError
-        If seeds are missing or not one a row, a setting is out of range, a prompt is empty, or prompt and completion
+        If seeds are missing or not one per row, a setting is out of range, a prompt is empty, or prompt and completion
         do not fit the model's context.
     """
     _check(prompts, seeds, max_new_tokens, temperature, greedy, top_p, batch_size)
@@ -169,7 +137,7 @@ def generate(
             task.advance(len(rows))
     texts = tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
     ended = [bool(ids) and ids[-1] in sampling.stops for ids in written]
-    return [Completion(tuple(i), t, e) for i, t, e in zip(written, texts, ended, strict=True)]
+    return [Completion(tuple(ids), text, end) for ids, text, end in zip(written, texts, ended, strict=True)]
 
 
 def _check(
@@ -182,9 +150,9 @@ def _check(
     batch_size: int,
 ) -> None:
     if not greedy and seeds is None:
-        raise InputError("sampling needs one seed a row; pass seeds= or greedy=True.")
+        raise InputError("sampling needs one seed per row; pass seeds= or greedy=True.")
     if seeds is not None and len(seeds) != len(prompts):
-        raise InputError(f"one seed a row is needed: {len(prompts)} prompts, {len(seeds)} seeds.")
+        raise InputError(f"one seed per row is needed: {len(prompts)} prompts, {len(seeds)} seeds.")
     if seeds is not None and any(not 0 <= int(seed) < 2**64 for seed in seeds):
         raise InputError("seeds must be between 0 and 2**64 - 1.")
     if max_new_tokens < 1 or batch_size < 1:
@@ -214,10 +182,10 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def _write(
     model: Any, encoded: Sequence[Sequence[int]], seeds: NDArray[np.uint64], sampling: _Sampling
 ) -> list[list[int]]:
-    """Complete one batch; rows that have ended leave it from time to time."""
+    """Complete one batch; finished rows are dropped from it where that saves time."""
     ids, mask, positions = left_pad(encoded, sampling.pad, model.device)
-    rows = np.arange(len(encoded))  # which prompt each row of the shrinking batch is
-    live = np.ones(len(encoded), dtype=bool)  # of those rows, which still write
+    rows = np.arange(len(encoded))  # prompt of each row of the shrinking batch
+    live = np.ones(len(encoded), dtype=bool)  # rows that are not finished
     written: list[list[int]] = [[] for _ in encoded]
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = None
@@ -233,9 +201,9 @@ def _write(
             break
         cache, positions = output.past_key_values, positions[:, -1:] + 1
         if live.mean() < SHRINK_BELOW:
-            kept = torch.as_tensor(np.flatnonzero(live), device=mask.device)
-            cache.batch_select_indices(kept)
-            mask, positions = mask[kept], positions[kept]
+            unfinished = torch.as_tensor(np.flatnonzero(live), device=mask.device)
+            cache.batch_select_indices(unfinished)
+            mask, positions = mask[unfinished], positions[unfinished]
             rows, tokens, live = rows[live], tokens[live], live[live]
         ids = torch.as_tensor(np.where(live, tokens, sampling.pad), device=mask.device).unsqueeze(-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)

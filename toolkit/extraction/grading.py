@@ -1,7 +1,8 @@
-"""From a completion to right or wrong, and to the kind of text it is."""
+"""Graders: whether a completion is correct, and its format class."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import threading
 from dataclasses import dataclass
@@ -10,12 +11,9 @@ from typing import Any, Final, Protocol
 
 from math_verify import parse, verify
 
-from rlgen_stats.schemas.study import GraderSpec
+from rlgen_stats.schemas.study import GRADERS, GraderSpec
 from rlgen_stats.toolkit.extraction.generation import Completion
 
-FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
-"""answer: a final answer can be read; no_answer: ended without one; empty: no text; degenerate: ends in one n-gram over
-and over; truncated: cut off by the length limit without an answer."""
 MAX_NGRAM: Final = 8
 """Longest repeated unit looked for, in words; loops of language models are short or a clause."""
 MIN_REPEATS: Final = 4
@@ -30,18 +28,22 @@ class Grade:
 
     correct: bool
     format_class: str
-    """One of FORMAT_CLASSES."""
+    """One of ``schemas.dims.FORMAT_CLASSES``."""
 
 
 class Grader(Protocol):
-    """Turns completions into grades."""
+    """Turns completions into grades; a new one is a class and a line in ``schemas.study.GRADERS``."""
+
+    @classmethod
+    def from_spec(cls, spec: GraderSpec) -> Grader:
+        """The grader with the study's settings, of which it takes what it knows."""
 
     def grade(self, completion: Completion, answer: str) -> Grade:
         """Grade one completion against the expected answer."""
 
 
 def make_grader(spec: GraderSpec) -> Grader:
-    """The grader a study asks for.
+    """The grader a study asks for, one of ``schemas.study.GRADERS``.
 
     Examples
     --------
@@ -50,9 +52,9 @@ def make_grader(spec: GraderSpec) -> Grader:
     >>> grader.grade(Completion((1, 2), "3 plus 4 ans 7", True), "7")
     Grade(correct=True, format_class='answer')
     """
-    if spec.name == "math":
-        return MathGrader(spec.require_termination)
-    return FinalAnswerGrader(spec.marker, spec.require_termination)
+    module, _, name = GRADERS[spec.name].partition(":")
+    grader: type[Grader] = getattr(importlib.import_module(module), name)
+    return grader.from_spec(spec)
 
 
 def normalize(text: str) -> str:
@@ -61,7 +63,7 @@ def normalize(text: str) -> str:
 
 
 def final_answer(text: str, marker: str) -> str | None:
-    """What stands after the last ``marker``, whitespace normalised; None without a marker or with nothing after it.
+    """The text after the last ``marker``, whitespace normalised; None without a marker or with nothing after it.
 
     A marker that starts or ends with a letter or digit must stand as a word there: ``ans`` is not found in ``answer``.
     """
@@ -86,7 +88,7 @@ def is_degenerate(text: str) -> bool:
 
 
 def _format_class(completion: Completion, *, answered: bool, correct: bool) -> str:
-    if correct:
+    if correct:  # first: a right answer may itself repeat words, and so look degenerate
         return "answer"
     if not completion.text.strip():
         return "empty"
@@ -104,12 +106,17 @@ class FinalAnswerGrader:
     marker: str
     require_termination: bool = True
 
+    @classmethod
+    def from_spec(cls, spec: GraderSpec) -> FinalAnswerGrader:
+        """Uses ``marker`` and ``require_termination``."""
+        return cls(spec.marker, spec.require_termination)
+
     def grade(self, completion: Completion, answer: str) -> Grade:
         """Grade one completion; cut off ones are wrong where termination is required."""
-        found = final_answer(completion.text, self.marker)
-        equal = found is not None and found == normalize(answer)
+        given = final_answer(completion.text, self.marker)
+        equal = given is not None and given == normalize(answer)
         correct = equal and (completion.terminated or not self.require_termination)
-        return Grade(correct, _format_class(completion, answered=found is not None, correct=equal))
+        return Grade(correct, _format_class(completion, answered=given is not None, correct=equal))
 
 
 @dataclass(frozen=True)
@@ -118,13 +125,18 @@ class MathGrader:
 
     require_termination: bool = True
 
+    @classmethod
+    def from_spec(cls, spec: GraderSpec) -> MathGrader:
+        """Uses ``require_termination``."""
+        return cls(spec.require_termination)
+
     def grade(self, completion: Completion, answer: str) -> Grade:
         """Grade one completion; cut off ones are wrong where termination is required."""
         timeout = math_timeout()
-        found = parse(completion.text, parsing_timeout=timeout)
-        equal = bool(found) and bool(verify(list(parse_gold(answer)), found, timeout_seconds=timeout))
+        formulas = parse(completion.text, parsing_timeout=timeout)
+        equal = bool(formulas) and bool(verify(list(parse_gold(answer)), formulas, timeout_seconds=timeout))
         correct = equal and (completion.terminated or not self.require_termination)
-        return Grade(correct, _format_class(completion, answered=bool(found), correct=equal))
+        return Grade(correct, _format_class(completion, answered=bool(formulas), correct=equal))
 
 
 def math_timeout() -> int | None:

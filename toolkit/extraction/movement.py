@@ -12,16 +12,17 @@ import xarray as xr
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, MODEL, RUN, STEP
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.toolkit.extraction.activations import Text, load_texts
+from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import list_models, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.prompts import load_prompts
+from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 LOGIT_BYTES: Final = 1 << 28
-"""Bound of one batch's float32 logits (256 MB); a vocabulary of 150,000 then takes 447 tokens at a time."""
+"""Memory of one batch's float32 logits (256 MB): 447 tokens at a time for a vocabulary of 150,000."""
 _CHUNK: Final = 256
-"""Positions whose distributions are held in float64 at once."""
+"""Positions whose distributions are held in float64 at once: small divergences are lost in float32."""
 
 
 def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress = SILENT) -> xr.Dataset:
@@ -48,12 +49,12 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
 
     Notes
     -----
-    The divergence is exact over the vocabulary at each position, not estimated from the drawn token. Positions are
-    those base visits, so it is the divergence rate of the two models as sources of text started from base.
+    The divergence is exact over the vocabulary at each position, not estimated from the sampled token. Positions are
+    those of base's texts, so it is the KL rate per token of the two models as sources of text, from base to model.
     """
     refs = list_models(spec, folder)
     device, tokenizer = resolve_device(spec.device), load_tokenizer(refs[0])
-    texts = [t for t in load_texts(spec, folder, load_prompts(spec, folder), tokenizer) if t.source == BASE_MODEL]
+    texts = forced_texts(folder, [BASE_MODEL], load_prompts(spec, folder), tokenizer)
     base = load_model(refs[0], device=device)
     distances, divergences = [], []
     with progress.task("distance from base", total=len(refs), unit="models") as task:
@@ -75,10 +76,10 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
 
 def weight_distance(base: torch.nn.Module, model: torch.nn.Module) -> float:
     """L2 norm of the weight difference relative to base, over floating parameters of the same name and shape."""
-    theirs = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     change = norm = 0.0
     for name, reference in base.named_parameters():
-        other = theirs.get(name)
+        other = parameters.get(name)
         if other is not None and other.shape == reference.shape and reference.is_floating_point():
             change += float((other.detach() - reference.detach()).double().square().sum())
             norm += float(reference.detach().double().square().sum())
@@ -107,8 +108,7 @@ def token_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> 
     divergence = []
     for p, q in zip(reference.split(_CHUNK), other.split(_CHUNK), strict=True):
         log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
-        term = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))  # 0 log 0 = 0
-        divergence.append(term.sum(-1).clamp_min(0.0))
+        divergence.append(kl_divergence(log_p, log_q).clamp_min(0.0))  # rounding may give a tiny negative sum
     return torch.cat(divergence).cpu() if divergence else torch.empty(0, dtype=torch.float64)
 
 
@@ -117,7 +117,7 @@ def _tokens_at_once(model: Any) -> int:
 
 
 def _batches(texts: Sequence[Text], tokens_at_once: int) -> Iterator[list[Text]]:
-    """Texts of like length in batches of at most so many padded tokens (one text at least)."""
+    """Texts of similar length in batches of at most ``tokens_at_once`` padded tokens (one text at least)."""
     batch: list[Text] = []
     for (index,) in by_length([len(text.ids) for text in texts], 1):
         text = texts[index]

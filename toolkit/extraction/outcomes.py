@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import xarray as xr
 
-from rlgen_stats.schemas.dims import ARM, CLUSTER, DOMAIN, MODEL, PROMPT, RUN, SAMPLE, SPLIT, STEP, TASK
+from rlgen_stats.schemas.dims import ARM, MODEL, PROMPT, PROMPT_LABELS, RUN, SAMPLE, STEP
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import GenerationSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.extraction.checkpoints import (
@@ -28,7 +29,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     resolve_device,
 )
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
-from rlgen_stats.toolkit.extraction.grading import Grade, make_grader
+from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
 from rlgen_stats.toolkit.extraction.prompts import ANSWER, TEXT, load_prompts
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -102,42 +103,54 @@ def sample_outcomes(
     done = set(committed_models(folder.outcomes))
     if done:  # refuse another study's store before hours of sampling, not after
         check_owner(folder.outcomes, provenance)
+    grader, device = make_grader(spec.grader), resolve_device(spec.device)
     for ref in refs:
         if ref.model not in done:
-            completions = _complete(spec, ref, prompts, progress)
-            grades = _grade(spec, completions, prompts)
+            completions = _complete(ref, prompts, spec.generation, seed=spec.seed, device=device, progress=progress)
+            grades = _grade(grader, completions, prompts)
             _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
             outcomes = _outcomes(ref, completions, grades, prompts)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
 
 
 def sample_seeds(seed: int, prompts: Sequence[str], n_samples: int) -> list[int]:
-    """Seeds of all samples, sample after sample, each a function of (study seed, prompt id, sample) alone."""
+    """Seeds of all completions, ordered by sample, each a function of (study seed, prompt id, sample) alone."""
     return [derive_seed(seed, "sample", prompt, sample) for sample in range(n_samples) for prompt in prompts]
 
 
-def _complete(spec: StudySpec, ref: ModelRef, prompts: pd.DataFrame, progress: Progress) -> list[list[Completion]]:
+def _complete(
+    ref: ModelRef,
+    prompts: pd.DataFrame,
+    generation: GenerationSpec,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> list[list[Completion]]:
     """Completions [1 + K][prompt]: greedy first, then the samples."""
-    how = spec.generation
-    model, tokenizer = load_model(ref, device=resolve_device(spec.device)), load_tokenizer(ref)
-    texts, n = list(prompts[TEXT]), len(prompts)
-    common: dict[str, Any] = {"max_new_tokens": how.max_new_tokens, "batch_size": how.batch_size, "progress": progress}
+    model, tokenizer = load_model(ref, device=device), load_tokenizer(ref)
+    texts, n, n_samples = list(prompts[TEXT]), len(prompts), generation.n_samples
+    common: dict[str, Any] = {
+        "max_new_tokens": generation.max_new_tokens,
+        "batch_size": generation.batch_size,
+        "progress": progress,
+    }
     greedy = generate(model, tokenizer, texts, greedy=True, description=f"{ref.model} greedy", **common)
     sampled = generate(
         model,
         tokenizer,
-        texts * how.n_samples,
-        seeds=sample_seeds(spec.seed, list(prompts[PROMPT]), how.n_samples),
-        temperature=how.temperature,
-        top_p=how.top_p,
+        texts * n_samples,
+        seeds=sample_seeds(seed, list(prompts[PROMPT]), n_samples),
+        temperature=generation.temperature,
+        top_p=generation.top_p,
         description=f"{ref.model} sampled",
         **common,
     )
-    return [greedy, *(sampled[sample * n : (sample + 1) * n] for sample in range(how.n_samples))]
+    return [greedy, *(sampled[sample * n : (sample + 1) * n] for sample in range(n_samples))]
 
 
-def _grade(spec: StudySpec, completions: list[list[Completion]], prompts: pd.DataFrame) -> list[list[Grade]]:
-    grader, answers = make_grader(spec.grader), list(prompts[ANSWER])
+def _grade(grader: Grader, completions: list[list[Completion]], prompts: pd.DataFrame) -> list[list[Grade]]:
+    answers = list(prompts[ANSWER])
     return [[grader.grade(c, a) for c, a in zip(row, answers, strict=True)] for row in completions]
 
 
@@ -172,7 +185,7 @@ def _outcomes(
     tokens = np.array([[len(c.token_ids) for c in row] for row in zip(*completions, strict=True)], dtype=np.int32)
     classes = np.array([[grade.format_class for grade in row] for row in zip(*grades, strict=True)], dtype=np.str_)
     sampled, greedy = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
-    labels = {name: (PROMPT, prompts[name].to_numpy(dtype=np.str_)) for name in (PROMPT, TASK, DOMAIN, SPLIT, CLUSTER)}
+    labels = {name: (PROMPT, prompts[name].to_numpy(dtype=np.str_)) for name in (PROMPT, *PROMPT_LABELS)}
     return xr.Dataset(
         {
             "correct": (sampled, correct[None, :, 1:]),

@@ -11,15 +11,15 @@ import torch
 from rlgen_stats.schemas.errors import InputError, ModelError
 
 _NAMED: Final = "rlgen_stats_blocks"
-"""Attribute that :func:`name_layers` leaves on a model."""
+"""Attribute in which :func:`name_layers` stores the path on a model."""
 
 
 class StopReadingError(Exception):
-    """Raised inside a forward pass once the wanted block has spoken; never leaves this package."""
+    """Target layer reached: raised inside a forward pass to skip the layers after it; never leaves this module."""
 
 
 class Capture:
-    """What the last forward pass left at one block."""
+    """The output of one block in the latest forward pass."""
 
     def __init__(self) -> None:
         self._value: torch.Tensor | None = None
@@ -42,8 +42,8 @@ def locate_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The decoder blocks of a causal language model, in order.
 
     Found by shape, not by name: the outermost ``ModuleList`` with as many entries as the config has hidden layers,
-    which holds for Llama, Qwen2/3, Mistral, Gemma, GPT-NeoX, GPT-2, OPT, Phi and their wrappers; or where
-    :func:`name_layers` said.
+    which holds for Llama, Qwen2/3, Mistral, Gemma, GPT-NeoX, GPT-2, OPT, Phi and their wrappers; or the list named by
+    :func:`name_layers`.
 
     Raises
     ------
@@ -58,21 +58,22 @@ def locate_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     n_layers = getattr(config, "num_hidden_layers", None)
     if n_layers is None:
         raise ModelError(f"{type(model).__name__} has no config.num_hidden_layers; expected a causal language model.")
-    found: dict[str, torch.nn.ModuleList] = {}
+    candidates: dict[str, torch.nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in candidates)
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers and not inside:
-            found[name] = module
-    if len(found) != 1:
+            candidates[name] = module
+    if len(candidates) != 1:
         raise ModelError(
-            f"{type(model).__name__} has {len(found)} lists of {n_layers} blocks ({sorted(found) or 'none'}), expected "
-            "exactly one; name it by its dotted path: extraction.blocks in study.yaml, or name_layers(model, path)."
+            f"{type(model).__name__} has {len(candidates)} lists of {n_layers} blocks "
+            f"({sorted(candidates) or 'none'}), expected exactly one; name it by its dotted path: extraction.blocks in "
+            "study.yaml, or name_layers(model, path)."
         )
-    return next(iter(found.values()))
+    return next(iter(candidates.values()))
 
 
 def name_layers(model: torch.nn.Module, path: str) -> None:
-    """Say where a model's decoder blocks are, for architectures in which they are not found.
+    """Name the list of a model's decoder blocks, for architectures in which :func:`locate_layers` does not find it.
 
     Parameters
     ----------
@@ -91,13 +92,13 @@ def name_layers(model: torch.nn.Module, path: str) -> None:
 
 
 def _list_at(model: torch.nn.Module, path: str) -> torch.nn.ModuleList:
-    found = dict(model.named_modules()).get(path)
-    if not isinstance(found, torch.nn.ModuleList) or not len(found):
+    blocks = dict(model.named_modules()).get(path)
+    if not isinstance(blocks, torch.nn.ModuleList) or not len(blocks):
         lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
         raise ModelError(
             f"{type(model).__name__} has no list of blocks at {path!r}; its lists are {', '.join(lists) or 'none'}."
         )
-    return found
+    return blocks
 
 
 def locate_layer(model: torch.nn.Module, layer: int) -> torch.nn.Module:

@@ -1,7 +1,8 @@
-"""Which stored tokens are used: by their labels, and without attention sinks."""
+"""Which stored tokens are used: those with the declared labels, without attention sinks."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
@@ -32,10 +33,10 @@ def usable_tokens(
     Returns
     -------
     ndarray [token] bool
-        Those of :func:`token_mask` that are no attention sinks: the residual stream of a few tokens that all others
-        attend to is many times longer than the rest (arXiv:2402.17762), and would be most of what a mean or a squared
-        error is made of. A token is one where base's activation is longer than ``extraction.max_norm_ratio`` times
-        base's median over the tokens trained on; the same tokens for all models, so that they stay comparable.
+        Those of :func:`token_mask` that are no attention sinks: the residual norm of a few tokens that all others
+        attend to is many times larger than the rest (arXiv:2402.17762), so they would dominate means and squared
+        errors. A token is a sink where base's activation norm exceeds ``extraction.max_norm_ratio`` times base's median
+        over the tokens trained on; the same tokens for all models, so that they stay comparable.
 
     Raises
     ------
@@ -48,7 +49,7 @@ def usable_tokens(
     mask = token_mask(tokens, spec.extraction, purpose)
     if ratio is None:
         return mask
-    norms = _norms(spec, folder)
+    norms = _base_norms(folder.activations, spec.extraction.layer)
     trained = mask if purpose == "train" else token_mask(tokens, spec.extraction, "train")
     mask &= norms <= ratio * np.median(norms[trained])
     if not mask.any():
@@ -59,9 +60,9 @@ def usable_tokens(
     return mask
 
 
-def _norms(spec: StudySpec, folder: StudyFolder) -> NDArray[np.float32]:
+def _base_norms(store: Path, layer: int) -> NDArray[np.float32]:
     """Euclidean norm of base's activation of every token."""
-    stored = open_activations(folder.activations, models=[BASE_MODEL], site=site_name(spec.extraction.layer))
+    stored = open_activations(store, models=[BASE_MODEL], site=site_name(layer))
     activation = stored["activation"][0]
     norms = np.empty(len(activation), dtype=np.float32)
     for start in range(0, len(norms), BLOCK):

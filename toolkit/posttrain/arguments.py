@@ -1,4 +1,4 @@
-"""From the study file's ``trainer`` section to TRL's configs, by TRL's own names."""
+"""From the study file's ``trainer`` section to TRL's configs, with TRL's argument names."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def trainer_arguments(run: RunSpec, *, output: Path, seed: int, device: torch.de
     given = {name: value for name, value in run.trainer.items() if name != PEFT}
     _check_names(run, given, [field.name for field in dataclasses.fields(config) if field.init])
     _check_numbers(run, given, config)
-    ours: dict[str, Any] = {
+    decided: dict[str, Any] = {
         "output_dir": str(output),
         "seed": seed,
         "save_strategy": "no",  # CheckpointSchedule asks for every save
@@ -88,12 +88,12 @@ def trainer_arguments(run: RunSpec, *, output: Path, seed: int, device: torch.de
         "use_cpu": device.type == "cpu",
     }
     if run.method == "grpo":
-        ours["remove_unused_columns"] = False
+        decided["remove_unused_columns"] = False
     defaults: dict[str, Any] = {"report_to": "none"}
     if device.type == "cpu":
         defaults |= {"bf16": False, "dataloader_pin_memory": False}
     try:
-        built = config(**{**defaults, **given, **ours})
+        built = config(**{**defaults, **given, **decided})
     except (ValueError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"run {run.name!r}: {config.__name__} refuses these 'trainer' arguments: {reason}") from error
@@ -136,12 +136,12 @@ def _check_names(run: RunSpec, given: Mapping[str, Any], known: list[str]) -> No
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else "see its documentation for the names it takes."
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {closest[0]!r}?" if closest else "see its documentation for the names it takes."
 
 
 def _check_numbers(run: RunSpec, given: Mapping[str, Any], config: Any) -> None:
-    """YAML reads 5e-4 as text; TRL would fail on it much later."""
+    """Refuse numbers given as text: YAML reads 5e-4 as text, on which TRL would fail much later."""
     kinds = {field.name: str(field.type) for field in dataclasses.fields(config)}
     for name, value in given.items():
         if isinstance(value, str) and "str" not in kinds[name] and ("float" in kinds[name] or "int" in kinds[name]):

@@ -1,4 +1,4 @@
-"""The reward of reinforcement learning: the study's own grader, nothing else."""
+"""The reward of reinforcement learning: the study's grader, nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FinalAnswerReward:
         answer: Sequence[str],
         **columns: Any,
     ) -> list[float]:
-        """Rewards, one a completion."""
+        """Rewards, one per completion."""
         return [
             float(self._grader.grade(self._completion(text, ids), expected).correct)
             for text, ids, expected in zip(completions, completion_ids, answer, strict=True)

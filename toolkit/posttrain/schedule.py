@@ -14,11 +14,11 @@ from rlgen_stats.stores import replacing, write_json
 from rlgen_stats.toolkit.progress import Progress, Task
 
 RESUME_FOLDER: Final = ".trainer"
-"""Trainer state (optimiser, schedule, generators) of the last checkpoint; gone once the run is finished."""
+"""Trainer state (optimiser, schedule, generators) of the last checkpoint; removed once the run is finished."""
 RESUME_NOTE: Final = "resume.json"
 """Names the newest trainer state that is complete."""
 _SHOWN: Final = ("loss", "reward")
-"""Logged values shown while training."""
+"""Logged values shown in the progress."""
 
 
 def checkpoint_steps(total: int, n: int) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]  # transformers
     tokenizer
         Saved beside each checkpoint.
     note
-        What the resume note says about the run, so that only the same run resumes from it.
+        Facts that identify the run in the resume note, so that only the same run resumes from it.
     keep_state
         Whether to keep the trainer's state at each checkpoint.
     """

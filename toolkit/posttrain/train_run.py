@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from trl import GRPOTrainer, SFTTrainer
 from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.study import GraderSpec, RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
 from rlgen_stats.toolkit.extraction.checkpoints import (
     POSTTRAIN_RECORD,
@@ -47,6 +48,21 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 
 PARTIAL: Final = ".*.partial"
 """Checkpoints that were being written when the process died."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """One run that is to be trained: what decides its weights, and where they go."""
+
+    run: RunSpec
+    grader: GraderSpec
+    base: ModelRef
+    table: pd.DataFrame
+    arguments: Any
+    """trl.SFTConfig or trl.GRPOConfig."""
+    identity: str
+    """Hash of everything that decides the run's weights, the base's bytes aside."""
+    target: Path
 
 
 def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: Progress = SILENT) -> tuple[int, ...]:
@@ -100,14 +116,24 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     if record.exists() and (done := read_json(record)).get("identity") == identity:
         return tuple(int(step) for step in done["steps"])
     resume = _prepare_folder(target, identity)
-    with _quiet(), _own_generators():
-        schedule, log = _train(spec, run, folder, table, arguments, identity, resume, progress)
+    base = folder.resolve(spec.base.path)
+    training = _Training(
+        run=run,
+        grader=spec.grader,
+        base=ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base),
+        table=table,
+        arguments=arguments,
+        identity=identity,
+        target=target,
+    )
+    with _quiet(), _preserved_generators():
+        schedule, log = _train(training, resume, progress)
     content = {
         "run": run.name,
         "method": run.method,
         "steps": list(schedule.steps),
         "log": log,
-        "trainer": _plain(arguments.to_dict()),
+        "trainer": _json_safe(arguments.to_dict()),
         "peft": run.trainer.get("peft"),
         "data_hash": table_hash(table),
         "n_prompts": len(table),
@@ -122,12 +148,12 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
 
 def _identity(spec: StudySpec, run: RunSpec, table: pd.DataFrame, seed: int) -> str:
     """Hash of everything that decides the run's weights, the base's bytes aside."""
-    share = [run.model_dump(mode="json"), spec.grader.model_dump(mode="json"), spec.base.path, spec.device, seed]
-    return content_hash([*share, table_hash(table)])
+    parts = [run.model_dump(mode="json"), spec.grader.model_dump(mode="json"), spec.base.path, spec.device, seed]
+    return content_hash([*parts, table_hash(table)])
 
 
 def _prepare_folder(target: Path, identity: str) -> Path | None:
-    """Clear what an earlier run left; the trainer state to resume from, if it is this run's and complete."""
+    """Remove files of an earlier run; return the trainer state to resume from, if it is this run's and complete."""
     target.mkdir(parents=True, exist_ok=True)
     note_file = target / RESUME_FOLDER / RESUME_NOTE
     note: Mapping[str, Any] = read_json(note_file) if note_file.exists() else {}
@@ -135,7 +161,8 @@ def _prepare_folder(target: Path, identity: str) -> Path | None:
     step = int(note.get("step", 0)) if note.get("identity") == identity and state.is_dir() else 0
     (target / POSTTRAIN_RECORD).unlink(missing_ok=True)
     for leftover in (*target.glob("step-*"), *target.glob(PARTIAL)):
-        if leftover.is_dir() and not (leftover.name[5:].isdigit() and int(leftover.name[5:]) <= step):
+        leftover_step = leftover.name.removeprefix("step-")
+        if leftover.is_dir() and not (leftover_step.isdigit() and int(leftover_step) <= step):
             shutil.rmtree(leftover)
     if not step:
         shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)
@@ -144,24 +171,19 @@ def _prepare_folder(target: Path, identity: str) -> Path | None:
 
 
 def _train(
-    spec: StudySpec,
-    run: RunSpec,
-    folder: StudyFolder,
-    table: pd.DataFrame,
-    arguments: Any,
-    identity: str,
-    resume: Path | None,
-    progress: Progress,
+    training: _Training, resume: Path | None, progress: Progress
 ) -> tuple[CheckpointSchedule, list[dict[str, Any]]]:
-    base = folder.resolve(spec.base.path)
-    ref = ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base)
-    tokenizer = load_tokenizer(ref)
-    model = load_model(ref, device=arguments.device)
+    """Train to the end; the schedule whose checkpoints were written, and the trainer's log."""
+    run, target = training.run, training.target
+    model = load_model(training.base, device=training.arguments.device)
     model.requires_grad_(True)
-    trainer = _make_trainer(spec, run, table, model, tokenizer, arguments)
-    target = folder.run(run.name)
+    trainer = _make_trainer(training, model)
     schedule = CheckpointSchedule(
-        target, run.n_checkpoints, load_tokenizer(ref), {"identity": identity}, keep_state=not arguments.save_only_model
+        target,
+        run.n_checkpoints,
+        load_tokenizer(training.base),  # not the trainer's, to which TRL may add a pad token
+        {"identity": training.identity},
+        keep_state=not training.arguments.save_only_model,
     )
     report = ProgressReport(progress, f"train {run.name} ({run.method})")
     trainer.remove_callback(PrinterCallback)
@@ -177,33 +199,28 @@ def _train(
             f"run {run.name!r} ended at step {trainer.state.global_step} without its checkpoints {missing}; "
             "training stopped early: remove the option that stops it."
         )
-    return schedule, [_plain(entry) for entry in trainer.state.log_history]
+    return schedule, [_json_safe(entry) for entry in trainer.state.log_history]
 
 
-def _make_trainer(
-    spec: StudySpec, run: RunSpec, table: pd.DataFrame, model: Any, tokenizer: Any, arguments: Any
-) -> Any:
-    columns = table.rename(columns={"text": "prompt"})
-    adapter = adapter_config(run)
-    if run.method == "sft":
-        check_boundary(table, tokenizer)
+def _make_trainer(training: _Training, model: Any) -> Any:
+    tokenizer = load_tokenizer(training.base)
+    columns = training.table.rename(columns={"text": "prompt"})
+    common: dict[str, Any] = {
+        "model": model,
+        "args": training.arguments,
+        "processing_class": tokenizer,
+        "peft_config": adapter_config(training.run),
+    }
+    if training.run.method == "sft":
+        check_boundary(training.table, tokenizer)
         data = datasets.Dataset.from_pandas(columns[["prompt", "completion"]], preserve_index=False)
-        return SFTTrainer(
-            model=model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=adapter
-        )
+        return SFTTrainer(train_dataset=data, **common)
     data = datasets.Dataset.from_pandas(columns[["prompt", "answer"]], preserve_index=False)
-    reward = FinalAnswerReward(make_grader(spec.grader), stop_ids(model, tokenizer))
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
+    reward = FinalAnswerReward(make_grader(training.grader), stop_ids(model, tokenizer))
+    return GRPOTrainer(reward_funcs=reward, train_dataset=data, **common)
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that JSON can hold, without this machine's paths."""
     return {
         name: value
@@ -214,7 +231,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only errors from TRL, transformers and datasets; the toolkit's progress is the one that speaks."""
+    """Silence TRL, transformers and datasets but for errors; progress is shown by the toolkit alone."""
     verbosity = transformers_logging.get_verbosity()
     shown = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -233,9 +250,9 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _own_generators() -> Iterator[None]:
-    """Trainers seed the process's generators; leave them as they were."""
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  # saved for others, not used
+def _preserved_generators() -> Iterator[None]:
+    """Restore the process's random generators, which trainers seed, when they are done."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  # not used here, only restored
     with torch.random.fork_rng():
         try:
             yield

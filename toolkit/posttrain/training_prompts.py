@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
@@ -11,6 +10,7 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.extraction import read_table
 
 NEEDED: Final = {"sft": ("text", "answer", "completion"), "grpo": ("text", "answer")}
 """Columns each method needs: prompt, expected answer and, to imitate, the teacher's completion."""
@@ -49,7 +49,7 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
     path = folder.resolve(spec.data.train)
     if not path.exists():
         raise SpecError(f"'data.train' names {path}, which does not exist; correct the path.")
-    table = _read(path)
+    table = read_table(path)
     needed = NEEDED[run.method]
     missing = [column for column in needed if column not in table.columns]
     if missing:
@@ -70,28 +70,15 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
     return table[list(needed)].astype(str).reset_index(drop=True)
 
 
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        if path.suffix == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        if path.suffix == ".jsonl":
-            return pd.read_json(path, lines=True, dtype=False)
-    except (ValueError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); expected a {path.suffix} table."
-        ) from error
-    raise InputError(f"{path} must end in .parquet, .csv or .jsonl, got {path.suffix!r}.")
-
-
 def table_hash(table: pd.DataFrame) -> str:
     """Content hash of a training table."""
     return content_hash(table.to_dict(orient="list"))
 
 
 def check_boundary(table: pd.DataFrame, tokenizer: Any) -> None:
-    """Refuse completions that melt into the prompt: its last tokens would change when the completion is appended.
+    """Refuse completions that change the prompt's last tokens when they are appended to it.
+
+    SFT masks the prompt by its number of tokens, so a token across the boundary would be learned or masked wrongly.
 
     Raises
     ------

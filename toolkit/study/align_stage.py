@@ -1,4 +1,4 @@
-"""The align stage: whose each feature is, by decoder norms and latent scaling, and which features come back."""
+"""The align stage: model specificity of features by decoder norms and latent scaling, and which features reappear."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from rlgen_stats.toolkit.study.stage_graph import Study
 from rlgen_stats.toolkit.study.statistics_stages import pair_name
 
 LOWEST_TAU: Final = 0.5
-"""Whether latent scaling agrees is asked for whichever view holds most of a feature's norm, whatever tau is."""
+"""Norm share above which ``scaling_agrees`` is judged, whatever tau is: the view with most of a feature's norm."""
 
 
 def align(study: Study, key: str, progress: Progress) -> dict[str, Any]:
-    """Attribute features to models: NRN and MAS, latent scaling, clusters of decoders; match replicates."""
+    """Attribute features to models by NRN, MAS and latent scaling; cluster decoders; match replicates."""
     spec, folder = study.spec, study.folder
     provenance = study.provenance("align", key)
     require_healthy(
@@ -81,6 +81,7 @@ def align(study: Study, key: str, progress: Progress) -> dict[str, Any]:
 
 
 def _padded(rows: dict[str, Any], width: int, fill: Any) -> NDArray[Any]:
+    """One row a crosscoder, filled up to ``width`` features."""
     table = np.full((len(rows), width), fill)
     for row, values in zip(table, rows.values(), strict=True):
         row[: len(values)] = values
@@ -90,14 +91,14 @@ def _padded(rows: dict[str, Any], width: int, fill: Any) -> NDArray[Any]:
 def _scaling(
     study: Study, decoders: dict[str, xr.Dataset], progress: Progress
 ) -> tuple[xr.Dataset, dict[str, NDArray[np.bool_]]]:
-    """Latent scaling and classes of every crosscoder; whether it agrees with the largest norm share."""
+    """Latent scaling and feature classes of every crosscoder; whether scaling agrees with the largest norm share."""
     spec, folder = study.spec, study.folder
     mask = usable_tokens(spec, folder)
     tables, classes, agrees = {}, {}, {}
     for crosscoder in spec.crosscoders:
         name = pair_name(crosscoder.name, crosscoder.views) or crosscoder.name
         sums = stored_scaling_sums(
-            _loaded(study, crosscoder.name),
+            _load(study, crosscoder.name),
             folder.activations,
             site_name(spec.extraction.layer),
             mask,
@@ -114,20 +115,20 @@ def _scaling(
     return scaling_table(tables, classes), agrees
 
 
-def _loaded(study: Study, name: str) -> Crosscoder:
+def _load(study: Study, name: str) -> Crosscoder:
     return load_crosscoder(study.folder.crosscoder(name), device=resolve_device(study.spec.device))
 
 
 def _matching(study: Study, replicated: list[CrosscoderSpec], progress: Progress) -> xr.Dataset:
-    """Each replicated dictionary against its other seeds; activations of unused prompts as second evidence."""
-    found = []
+    """Each replicated dictionary against its other seeds; activations on held-out prompts as independent evidence."""
+    by_crosscoder = []
     with progress.task("matching", total=sum(c.replicates - 1 for c in replicated), unit="pairs") as task:
         for crosscoder in replicated:
             first, *others = crosscoder.names
-            decoders, activity = _both(study, crosscoder, first)
+            decoders, activity = _decoders_and_activity(study, crosscoder, first)
             matches = {}
             for name in others:
-                other, other_activity = _both(study, crosscoder, name)
+                other, other_activity = _decoders_and_activity(study, crosscoder, name)
                 matches[name] = match_features(
                     decoders,
                     other,
@@ -137,24 +138,24 @@ def _matching(study: Study, replicated: list[CrosscoderSpec], progress: Progress
                     seed=derive_seed(study.spec.seed, "match", name),
                 )
                 task.advance(1, matched=int(matches[name]["matched"].sum()))
-            found.append(
+            by_crosscoder.append(
                 reappearance(matches).expand_dims({"crosscoder": [pair_name(first, crosscoder.views) or first]})
             )
-    merged = xr.concat(found, "crosscoder", join="outer", combine_attrs="drop_conflicts")
+    merged = xr.concat(by_crosscoder, "crosscoder", join="outer", combine_attrs="drop_conflicts")
     merged["matched"] = merged["matched"].fillna(False).astype(bool)
     merged["match"] = merged["match"].fillna(-1).astype(np.int64)
     return merged.transpose("crosscoder", "replicate", FEATURE)
 
 
-def _both(study: Study, crosscoder: CrosscoderSpec, name: str) -> tuple[xr.Dataset, xr.DataArray]:
+def _decoders_and_activity(study: Study, crosscoder: CrosscoderSpec, name: str) -> tuple[xr.Dataset, xr.DataArray]:
     """Decoders of one dictionary, and its mean activations [prompt, feature] on verification prompts."""
     spec, folder = study.spec, study.folder
-    loaded = _loaded(study, name)
+    dictionary = _load(study, name)
     run = spec.contrasted[1].name
-    model = next((view for view in loaded.views if view.startswith(f"{run}@")), loaded.views[-1])
+    model = next((view for view in dictionary.views if view.startswith(f"{run}@")), dictionary.views[-1])
     tokens = open_tokens(folder.activations)
     mask = usable_tokens(spec, folder, "summary") & (tokens[SPLIT].values == "verification")
     means = summarise_prompts(
-        loaded, folder.activations, site_name(spec.extraction.layer), mask, model=model, readout=crosscoder.readout
+        dictionary, folder.activations, site_name(spec.extraction.layer), mask, model=model, readout=crosscoder.readout
     )["mean"]
-    return decoder_dataset(loaded), means
+    return decoder_dataset(dictionary), means

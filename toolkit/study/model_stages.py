@@ -1,4 +1,4 @@
-"""Stages that need models: each calls the toolkit and says what it made."""
+"""Stages that need models: each calls the toolkit and returns facts for the stage's record."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from rlgen_stats.toolkit.statistics import representation_drift
 from rlgen_stats.toolkit.study.stage_graph import Study
 
 Facts = dict[str, Any]
-"""What a stage's record says about its output."""
+"""Facts about a stage's output, kept in its record."""
 
 
 def posttrain(study: Study, key: str, progress: Progress) -> Facts:
-    """Train every run that is trained here; a run whose own settings did not change is kept."""
+    """Train every run that is trained here; a run whose settings did not change is kept."""
     steps = {}
     study.folder.run("base").parent.mkdir(parents=True, exist_ok=True)
     for run in study.spec.runs:
@@ -47,15 +47,15 @@ def posttrain(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def _claim_run(study: Study, run: RunSpec) -> None:
-    """Make the run's folder this run's: keep it if its key matches, clear it if an older key of ours, else refuse."""
+    """Reserve the run's folder: keep it if its key matches, clear it if this study made it under another key."""
     folder = study.folder.run(run.name)
     note = folder / "key.json"
     key = study.training_key(run)
     if folder.exists() and any(folder.iterdir()):
-        there = read_json(note) if note.exists() else {}
-        if there.get("key") == key:
+        owner = read_json(note) if note.exists() else {}
+        if owner.get("key") == key:
             return
-        if there.get("study_id") != study.study_id:
+        if owner.get("study_id") != study.study_id:
             raise StageError(
                 f"{folder} holds checkpoints that this study did not train; they are left untouched: "
                 f"rename run {run.name!r}, use another folder, or move them away."
@@ -89,11 +89,12 @@ def crosscoder(study: Study, key: str, progress: Progress) -> Facts:
         return {}
     health = health_dataset(study.folder, [name for c in study.spec.crosscoders for name in c.names])
     write_results(study.folder.results, "health", health, provenance=provenance)
-    return {"healthy": {str(c): bool(h) for c, h in zip(health.crosscoder.values, health.healthy.values, strict=True)}}
+    verdicts = zip(health["crosscoder"].values, health["healthy"].values, strict=True)
+    return {"healthy": {str(name): bool(healthy) for name, healthy in verdicts}}
 
 
 def encode(study: Study, key: str, progress: Progress) -> Facts:
-    """Summarise every checkpoint's features per prompt, and note where each fires and what it speaks for."""
+    """Summarise every checkpoint's features per prompt, and collect their contexts and promoted tokens."""
     primary = study.spec.primary_crosscoder
     require_healthy(
         study.folder,
@@ -111,7 +112,7 @@ def encode(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def movement(study: Study, key: str, progress: Progress) -> Facts:
-    """How far each model moved from base: weights, next-token distribution, activations."""
+    """Measure how far each model moved from base: weights, next-token distribution, activations."""
     spec, folder = study.spec, study.folder
     weights = measure_movement(spec, folder, progress=progress)
     activations = open_activations(folder.activations)

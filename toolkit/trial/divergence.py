@@ -16,6 +16,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
 from rlgen_stats.toolkit.extraction.residual_stream import read_residual
+from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 
 MAX_NUMBERS: Final = 2**26
 """Log-probabilities kept of one reference model on one probe (256 MB): limits how many positions are compared."""
@@ -124,8 +125,7 @@ def divergences(p: Sequence[Tensor], q: Sequence[Tensor], probe: Probe, n_prompt
     """[prompt] KL(p || q) in nats, averaged over a prompt's compared positions; NaN for prompts without any."""
     total, weight = np.zeros(n_prompts), np.zeros(n_prompts)
     for batch, log_p, log_q in zip(probe.batches, p, q, strict=True):
-        mass = log_p.exp()
-        kl = torch.where(mass > 0, mass * (log_p - log_q), torch.zeros_like(mass)).sum(dim=-1)
+        kl = kl_divergence(log_p, log_q)
         kl = torch.where(torch.isfinite(log_p).all(dim=-1), kl, torch.full_like(kl, torch.nan))
         summed = torch.where(batch.weight > 0, kl, torch.zeros_like(kl)).sum(dim=1)
         owner = probe.owner[batch.rows]

@@ -121,7 +121,7 @@ def test_views_of_other_widths_and_other_batches(models: list[Any], tmp_path: Pa
     assert (first.shape, second.shape) == ((16, 16), (16, 24))
     noise = np.concatenate(list(reader([models[0]] * 2, text_batch=[8, 3]).sequential(50)))
     np.testing.assert_allclose(noise[:, 0], noise[:, 1], rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match=r"one number a view, 2, got 1"):
+    with pytest.raises(InputError, match=r"one number per view, 2, got 1"):
         reader(models, text_batch=[8])
     with pytest.raises(InputError, match=r"the texts leave 2 tokens, fewer than one batch of 16; give more texts"):
         reader(models, [[3, 4, 5], [6]])

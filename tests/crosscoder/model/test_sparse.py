@@ -1,4 +1,4 @@
-"""Sparse products against dense ones, alone and inside training, encoding and revival."""
+"""Sparse products against dense ones, alone and inside training, encoding and the AuxK loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, summarise_pr
 from rlgen_stats.toolkit.crosscoder.model import sparse as sparse_module
 from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode, matmul
-from rlgen_stats.toolkit.crosscoder.training.revival import add_revival
+from rlgen_stats.toolkit.crosscoder.training.auxk import add_auxk_gradient
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace, grad
 from rlgen_stats.toolkit.crosscoder.uses import encode as encode_module
 from rlgen_stats.toolkit.extraction import site_name, token_mask
@@ -61,8 +61,8 @@ def gradients(*, sparse: bool, penalty: bool, monkeypatch: pytest.MonkeyPatch) -
         work.features.sub_(0.6).relu_()
         work.decode()
         work.backward(torch.linspace(0.1, 1.0, 40) if penalty else None)
-        revived = code(20, 9, 0.3, seed=2).relu()
-        add_revival(work, revived, torch.tensor([1, 4, 5, 8, 11, 20, 21, 30, 39]))
+        dead = code(20, 9, 0.3, seed=2).relu()
+        add_auxk_gradient(work, dead, torch.tensor([1, 4, 5, 8, 11, 20, 21, 30, 39]))
         assert int((work.features > 0).sum()) > 30
         found = {name: grad(weight).clone() for name, weight in work.weights().items()}
         return found | {"error": work.error.clone(), "active": work.active.clone()}

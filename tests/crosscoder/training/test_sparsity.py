@@ -15,7 +15,7 @@ from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, load_crosscoder, measure_health, train_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.paired import measure_views
 from rlgen_stats.toolkit.crosscoder.model.files import sha256
-from rlgen_stats.toolkit.crosscoder.training.objective import JUMP_BANDWIDTH, make_objective
+from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import JUMP_BANDWIDTH, make_objective
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace
 from tests.crosscoder.planted import BASE_ONLY, PAIR, SFT_ONLY, SHARED, Planted, crosscoder_spec, planted
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, measure_health, train_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.paired import Batch, endless, joined, measure_views
-from rlgen_stats.toolkit.crosscoder.training.objective import make_objective
+from rlgen_stats.toolkit.crosscoder.training.auxk import AUX_WEIGHT
 from rlgen_stats.toolkit.crosscoder.training.ranks import smallest_kept
-from rlgen_stats.toolkit.crosscoder.training.revival import AUX_WEIGHT
+from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import make_objective
 from rlgen_stats.toolkit.crosscoder.training.train import learning_rate
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace
 from tests.crosscoder.planted import BASE_ONLY, PAIR, SFT_ONLY, SHARED, Planted, crosscoder_spec, planted

@@ -271,7 +271,7 @@ def test_decoder_table_is_what_the_statistics_read(
     assert table.firing.values.tolist() == read_json(encoded[1].crosscoder("main") / "health.json")["firing"]
     given = decoder_dataset(crosscoder, np.linspace(0, 1, 48))
     assert given.firing.values[-1] == 1.0
-    with pytest.raises(InputError, match=r"one rate a feature, 48, got shape \(47,\)"):
+    with pytest.raises(InputError, match=r"one rate per feature, 48, got shape \(47,\)"):
         decoder_dataset(crosscoder, np.zeros(47))
     with pytest.raises(InputError, match=r"never saved; pass firing="):
         decoder_dataset(Crosscoder(PAIR, width=3, n_features=5, sparsity="l1", k=1))

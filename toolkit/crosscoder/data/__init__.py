@@ -1,1 +1,1 @@
-"""What a crosscoder is trained and measured on."""
+"""The activations a crosscoder is trained and measured on."""

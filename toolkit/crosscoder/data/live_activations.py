@@ -1,4 +1,4 @@
-"""Activations read from the models as training asks for them, and never stored."""
+"""Paired activations computed by the models while a crosscoder trains, and never stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, p
 BUFFER_TOKENS: Final = 1 << 16
 """Tokens of all views in memory at once, from which batches are drawn at random."""
 TEXT_TOKENS: Final = 512
-"""Longer texts of a corpus are cut into pieces of as many tokens."""
+"""Longer texts of a corpus are cut into pieces of this many tokens."""
 
 
 class LiveActivations:
@@ -37,7 +37,7 @@ class LiveActivations:
     Parameters
     ----------
     models
-        One Hugging Face causal language model a view; the same model may stand for several.
+        One Hugging Face causal language model per view; the same model may stand for several.
     texts
         Token ids of each text, the same for all models.
     layer
@@ -51,20 +51,20 @@ class LiveActivations:
     skip_first
         Leading tokens of each text that are not used.
     text_batch
-        Texts per forward pass of each view, one number or one a view. Another number for one view shows what differs
-        by numerical noise alone.
+        Texts per forward pass of each view, one number or one per view. Two views of one model with different numbers
+        differ by numerical noise alone.
     buffer_tokens
         Tokens in memory at once.
 
     Raises
     ------
     InputError
-        If the texts leave fewer tokens than one batch, or there is not one ``text_batch`` a view.
+        If the texts leave fewer tokens than one batch, or there is not one ``text_batch`` per view.
 
     Notes
     -----
     An epoch reads every text once: texts in random order, in groups that fill the buffer; the tokens of a group in
-    random order. What comes before ``start_batch`` is not computed, up to its group.
+    random order. Groups that end before ``start_batch`` are not computed.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class LiveActivations:
     ) -> None:
         sizes = [text_batch] * len(models) if isinstance(text_batch, int) else list(text_batch)
         if len(sizes) != len(models):
-            raise InputError(f"text_batch needs one number a view, {len(models)}, got {len(sizes)}.")
+            raise InputError(f"text_batch needs one number per view, {len(models)}, got {len(sizes)}.")
         self._views = list(zip(models, sizes, strict=True))
         self._texts = [tuple(text) for text in texts if len(text) > skip_first]
         self._lengths = np.array([len(text) - skip_first for text in self._texts], dtype=np.int64)
@@ -108,14 +108,14 @@ class LiveActivations:
         rng = np.random.default_rng([self._seed, epoch])
         groups = self._groups(rng.permutation(len(self._texts)))
         orders = [rng.permutation(int(self._lengths[group].sum())) for group in groups]
-        first = start_batch * self.batch_size
-        rest: tuple[NDArray[np.float32], ...] | None = None
+        skip = start_batch * self.batch_size  # tokens of the groups ahead that earlier batches used
+        rest: tuple[NDArray[np.float32], ...] | None = None  # less than a batch, left over from the last group
         for group, order in zip(groups, orders, strict=True):
-            if first >= len(order):
-                first -= len(order)
+            if skip >= len(order):
+                skip -= len(order)
                 continue
-            rows = tuple(part[order[first:]] for part in self._read(group))
-            first = 0
+            rows = tuple(part[order[skip:]] for part in self._read(group))
+            skip = 0
             if rest is not None:
                 rows = tuple(np.concatenate(pair) for pair in zip(rest, rows, strict=True))
             whole = len(rows[0]) // self.batch_size * self.batch_size

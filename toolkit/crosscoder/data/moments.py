@@ -17,8 +17,8 @@ class Moments:
     Notes
     -----
     Blocks are merged with the pairwise update of Chan, Golub & LeVeque (1983), doi:10.1080/00031305.1983.10483115,
-    in float64 whatever the type of the data, so the result neither cancels nor depends on how the stream is cut
-    (beyond float64 rounding).
+    in float64 whatever the type of the data: no cancellation, as E[x^2] - E[x]^2 would have, and no dependence on how
+    the stream is cut (beyond float64 rounding).
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -65,9 +65,9 @@ class ExplainedVariance:
 
     def value(self) -> NDArray[np.float64]:
         """FVE of each slot (a 0-d array if there are no slot axes)."""
-        rest = self._residuals
-        residual = (rest.m2 + rest.n * np.square(rest.mean)).sum(axis=-1)
-        return np.asarray(1.0 - _ratio(residual, self.moments.m2.sum(axis=-1)))
+        residuals = self._residuals
+        squares = (residuals.m2 + residuals.n * np.square(residuals.mean)).sum(axis=-1)  # about 0: a bias is an error
+        return np.asarray(1.0 - _ratio(squares, self.moments.m2.sum(axis=-1)))
 
     def bias(self) -> NDArray[np.float64]:
         """Relative reconstruction bias of each slot, about the means: below 1 where predictions are shrunk.
@@ -75,12 +75,13 @@ class ExplainedVariance:
         The gamma that minimises ||prediction / gamma - data||^2 (arXiv:2404.16014, eq. 10), that is
         var(prediction) / cov(prediction, data).
         """
-        own, rest = self._predicted.m2.sum(axis=-1), self._residuals.m2.sum(axis=-1)
-        return _ratio(own, (own + self.moments.m2.sum(axis=-1) - rest) / 2)
+        predicted, residual = self._predicted.m2.sum(axis=-1), self._residuals.m2.sum(axis=-1)
+        # cov(p, d) from var(p - d) = var(p) + var(d) - 2 cov(p, d)
+        return _ratio(predicted, (predicted + self.moments.m2.sum(axis=-1) - residual) / 2)
 
 
 def _ratio(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[np.float64]:
     """NaN where the denominator is not positive."""
-    found = np.full(np.shape(under), np.nan)
-    np.divide(over, under, out=found, where=np.asarray(under) > 0)
-    return np.asarray(found)
+    ratio = np.full(np.shape(under), np.nan)
+    np.divide(over, under, out=ratio, where=np.asarray(under) > 0)
+    return np.asarray(ratio)

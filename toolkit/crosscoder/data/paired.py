@@ -1,4 +1,4 @@
-"""What training and health read from, and the statistics that normalise it."""
+"""Paired activations: the same tokens in every view, read in batches, and the moments that normalise them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOMENT_TOKENS: Final = 1 << 20
 """Tokens behind the normalisation: the standard error of a mean norm is then below .1% of its spread."""
 
 Batch = NDArray[np.float32] | tuple[NDArray[np.float32], ...]
-"""The same tokens in every view: [batch, view, channel], or one [batch, channel] a view where widths differ."""
+"""The same tokens in every view: [batch, view, channel], or one [batch, channel] per view where widths differ."""
 
 
 class PairedActivations(Protocol):
@@ -39,7 +39,7 @@ class PairedActivations(Protocol):
 
 
 def views_of(batch: Batch) -> Sequence[NDArray[np.float32]]:
-    """One [batch, channel] array a view."""
+    """One [batch, channel] array per view."""
     return batch if isinstance(batch, tuple) else [batch[:, view] for view in range(batch.shape[1])]
 
 
@@ -54,7 +54,7 @@ class ArrayReader:
     Parameters
     ----------
     data
-        [token, view, channel], or one [token, channel] a view.
+        [token, view, channel], or one [token, channel] per view.
     batch_size
         Tokens per shuffled batch.
     seed
@@ -74,7 +74,7 @@ class ArrayReader:
             raise InputError(f"paired activations are [token, view, channel], got shape {data.shape}.")
         if any(part.ndim != 2 or len(part) != len(parts[0]) for part in parts):
             raise InputError(
-                f"give one [token, channel] array a view, equally long, got {[part.shape for part in parts]}."
+                f"give one [token, channel] array per view, equally long, got {[part.shape for part in parts]}."
             )
         self._stacked = isinstance(data, np.ndarray)
         self._data = [np.ascontiguousarray(data, dtype=np.float32)] if isinstance(data, np.ndarray) else parts
@@ -110,7 +110,7 @@ class ArrayReader:
 
 @dataclass(frozen=True)
 class ViewMoments:
-    """What normalisation needs to know of each view, raw units, float64."""
+    """The moments of each view that normalisation uses, raw units, float64."""
 
     mean: NDArray[np.float64]
     """[sum of channels], the views side by side."""

@@ -1,4 +1,4 @@
-"""Where texts begin and end in the activation store, and what is written there."""
+"""Where texts begin and end in the activation store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text_bounds(tokens: xr.Dataset) -> NDArray[np.int64]:
     """
     n = len(tokens[POSITION])
     starts = [np.zeros(1, dtype=np.int64)]
-    for start in range(0, n, LABEL_BLOCK):  # the labels of a block at a time, with the token after it
+    for start in range(0, n, LABEL_BLOCK):  # one token more than a block: a change is seen between two tokens
         block = slice(start, start + LABEL_BLOCK + 1)
         prompt, source, position = (np.asarray(tokens[name][block]) for name in (PROMPT, SOURCE, POSITION))
         new = (prompt[1:] != prompt[:-1]) | (source[1:] != source[:-1]) | (position[1:] <= position[:-1])

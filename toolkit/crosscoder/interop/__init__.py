@@ -1,1 +1,1 @@
-"""Crosscoders of other tools, and crosscoders as labelled arrays."""
+"""Crosscoder weights in the formats of other tools, and decoders as labelled arrays."""

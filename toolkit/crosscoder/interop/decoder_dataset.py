@@ -1,4 +1,4 @@
-"""Crosscoders as labelled arrays for the statistics, which know no torch."""
+"""Crosscoder decoders as labelled arrays, for the statistics, which are torch-free."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
             )
         firing = np.asarray(read_health(crosscoder.folder)["firing"])
     if firing.shape != (crosscoder.n_features,):
-        raise InputError(f"firing must have one rate a feature, {crosscoder.n_features}, got shape {firing.shape}.")
+        raise InputError(f"firing must have one rate per feature, {crosscoder.n_features}, got shape {firing.shape}.")
     rows = [part.cpu() for part in crosscoder.split(crosscoder.decoder_matrix.detach())]
     decoder = np.full((len(rows), crosscoder.n_features, max(crosscoder.widths)), np.nan, dtype=np.float32)
-    for own, part in zip(decoder, rows, strict=True):
-        own[:, : part.shape[1]] = part.numpy()
+    for padded, part in zip(decoder, rows, strict=True):
+        padded[:, : part.shape[1]] = part.numpy()
     return xr.Dataset(
         {
             "decoder": ((VIEW, FEATURE, CHANNEL), decoder),

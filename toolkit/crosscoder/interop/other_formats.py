@@ -20,12 +20,12 @@ from rlgen_stats.toolkit.crosscoder.model.files import sha256
 from rlgen_stats.toolkit.crosscoder.model.readout import Sparsity
 
 WEIGHT_FILES: Final = ("model.safetensors", "model.pt", "ae.pt")
-"""Names looked for in a folder, first found first taken."""
+"""Names looked for in a folder; the first that exists is read."""
 CONFIG: Final = "config.json"
 _COMPILED: Final = "_orig_mod."
 """Prefix of tensors saved from a compiled module."""
 _NORMALISATIONS: Final = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
-"""What a feature is multiplied with before it meets the threshold."""
+"""Number in the file -> which decoder norm scales a feature before it is compared with the threshold."""
 _NEEDED: Final = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
@@ -45,19 +45,20 @@ def import_crosscoder(path: Path | str, views: Sequence[str], *, name: str = "im
     -------
     Crosscoder
         ``sparsity`` is ``"l1"`` without a threshold, ``"batchtopk"`` with one on contributions, ``"jumprelu"`` (one
-        threshold a feature) where the threshold was on another scale. Save it with ``save``.
+        threshold per feature) where the file's threshold is on another scale. Save it with ``save``.
 
     Raises
     ------
     InputError
-        If the file is missing, not tensors alone, lacks one, was trained with a normalisation that one scalar a view
-        cannot express or a code per layer, has no learned threshold, or has another number of layers than ``views``.
+        If the file is missing, holds anything but tensors, lacks one of them, was trained with a code per layer or
+        with a normalisation that one scalar per view cannot express, has no learned threshold, or has another number of
+        layers than ``views``.
 
     Notes
     -----
-    There: x = (a - mean_m) g_m, f = relu(x W + b), a_hat = (f D + c) / g_m + mean_m. Here: x = a s_m. The same function
-    with s_m = g_m, b - sum_m mean_m g_m W_m and c + mean_m g_m; decoder norms and contributions are unchanged. Files
-    without a normaliser have g = 1 and unknown means, so readout ``own`` is refused.
+    In those files: x = (a - mean_m) g_m, f = relu(x W + b), a_hat = (f D + c) / g_m + mean_m. Here: x = a s_m. The
+    function is the same with s_m = g_m, b - sum_m mean_m g_m W_m and c + mean_m g_m; decoder norms and contributions
+    do not change. Files without a normaliser have g = 1 and unknown means, so readout ``own`` is refused.
     """
     file = weights_file(Path(path))
     tensors = _read(file)
@@ -67,20 +68,22 @@ def import_crosscoder(path: Path | str, views: Sequence[str], *, name: str = "im
     scale, mean = _normaliser(tensors, file)
     sparsity, threshold = _threshold(tensors, file)
     k = int(tensors["k"]) if "k" in tensors else 0
-    made = Crosscoder(views, width=width, n_features=n_features, sparsity=sparsity, k=max(k, 1), name=name)
+    crosscoder = Crosscoder(views, width=width, n_features=n_features, sparsity=sparsity, k=max(k, 1), name=name)
     encoder = tensors["encoder.weight"].double()
-    at_mean = (torch.nan_to_num(mean) * scale[:, None]).double()
+    normalised_mean = (torch.nan_to_num(mean) * scale[:, None]).double()
     with torch.no_grad():
-        made.scale.copy_(scale)
-        made.means.copy_(mean.flatten())
-        made.encoder_matrix.copy_(encoder.flatten(0, 1))
-        made.encoder_bias.copy_(tensors["encoder.bias"].double() - torch.einsum("vc,vcf->f", at_mean, encoder))
-        made.decoder_matrix.copy_(tensors["decoder.weight"].transpose(0, 1).flatten(1))
-        made.decoder_offset.copy_((tensors["decoder.bias"].double() + at_mean).flatten())
+        crosscoder.scale.copy_(scale)
+        crosscoder.means.copy_(mean.flatten())
+        crosscoder.encoder_matrix.copy_(encoder.flatten(0, 1))
+        # float64 until the end: the bias absorbs the mean, and both may be much larger than their difference
+        mean_code = torch.einsum("vc,vcf->f", normalised_mean, encoder)
+        crosscoder.encoder_bias.copy_(tensors["encoder.bias"].double() - mean_code)
+        crosscoder.decoder_matrix.copy_(tensors["decoder.weight"].transpose(0, 1).flatten(1))
+        crosscoder.decoder_offset.copy_((tensors["decoder.bias"].double() + normalised_mean).flatten())
         if threshold is not None:
-            made.threshold.copy_(threshold)
-    made.facts = {"imported_from": file.name, "imported_sha256": sha256(file)}
-    return made.requires_grad_(False).eval()
+            crosscoder.threshold.copy_(threshold)
+    crosscoder.facts = {"imported_from": file.name, "imported_sha256": sha256(file)}
+    return crosscoder.requires_grad_(False).eval()
 
 
 def export_crosscoder(crosscoder: Crosscoder, folder: Path | str) -> Path:
@@ -115,14 +118,15 @@ def export_crosscoder(crosscoder: Crosscoder, folder: Path | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     scale = crosscoder.scale.detach().float().cpu()
     mean = torch.nan_to_num(crosscoder.mean.detach().cpu())
-    at_mean = (mean * scale[:, None]).double()
+    normalised_mean = (mean * scale[:, None]).double()
     encoder = crosscoder.encoder.detach().cpu()
-    bias = crosscoder.encoder_bias.detach().cpu().double() + torch.einsum("vc,vcf->f", at_mean, encoder.double())
+    mean_code = torch.einsum("vc,vcf->f", normalised_mean, encoder.double())
+    bias = crosscoder.encoder_bias.detach().cpu().double() + mean_code
     tensors = {
         "encoder.weight": encoder,
         "encoder.bias": bias.float(),
         "decoder.weight": crosscoder.decoder,
-        "decoder.bias": (crosscoder.decoder_bias.detach().cpu().double() - at_mean).float(),
+        "decoder.bias": (crosscoder.decoder_bias.detach().cpu().double() - normalised_mean).float(),
         "code_normalization_id": torch.tensor(1),
         "target_rms": torch.tensor(1.0),
         "activation_mean": mean,
@@ -150,12 +154,12 @@ def weights_file(path: Path) -> Path:
     """The weights at a path: the file itself, or the one in the folder."""
     if path.is_file():
         return path
-    found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-    if not found:
+    files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+    if not files:
         raise InputError(
             f"{path} is no weights file and no folder with one of {', '.join(WEIGHT_FILES)}; fix the path."
         )
-    return found[0]
+    return files[0]
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -165,7 +169,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{file} holds not tensors alone ({str(error)[:100]}); nothing pickled is opened.") from error
+        raise InputError(f"{file} holds more than tensors ({str(error)[:100]}); nothing pickled is opened.") from error
     if not isinstance(tensors, dict):
         raise InputError(f"{file} holds {type(tensors).__name__}, expected named tensors.")
     named: dict[str, Tensor] = {name.removeprefix(_COMPILED): tensor for name, tensor in tensors.items()}
@@ -181,10 +185,12 @@ def _check(tensors: dict[str, Tensor], file: Path) -> None:
             f"feature], got {sorted(tensors)[:8]}."
         )
     layers, width, n_features = tensors["encoder.weight"].shape
-    wanted = {
-        "encoder.bias": (n_features,), "decoder.weight": (layers, n_features, width), "decoder.bias": (layers, width),
-    }  # fmt: skip
-    for name, shape in wanted.items():
+    shapes = {
+        "encoder.bias": (n_features,),
+        "decoder.weight": (layers, n_features, width),
+        "decoder.bias": (layers, width),
+    }
+    for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise InputError(f"{file}: {name} must have shape {shape}, got {tuple(tensors[name].shape)}.")
 
@@ -197,12 +203,13 @@ def _normaliser(tensors: dict[str, Tensor], file: Path) -> tuple[Tensor, Tensor]
     if bool(mean.isnan().any() or std.isnan().any()):
         return torch.ones(layers), unknown
     scale = tensors.get("activation_global_scale")
+    # normalised as one scalar per view where the scale follows from the total variance; 1e-8 as in crosscoder_learning
     expected = float(tensors.get("target_rms", torch.tensor(1.0))) / (std.double().square().sum(dim=1) + 1e-8).sqrt()
     if scale is None:
         return expected.float(), mean.float()
     if not torch.allclose(scale.double(), expected, rtol=1e-3):
         raise InputError(
-            f"{file} was trained on activations normalised neuron by neuron, which one scalar a view cannot express; "
+            f"{file} was trained on activations normalised neuron by neuron, which one scalar per view cannot express; "
             "train it with keep_relative_variance."
         )
     return scale.float(), mean.float()

@@ -1,1 +1,1 @@
-"""The crosscoder itself: weights, readouts, files."""
+"""The crosscoder itself: weights, sparsity rules at inference, readouts, files."""

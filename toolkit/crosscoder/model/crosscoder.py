@@ -31,8 +31,8 @@ THRESHOLDED: Final = ("batchtopk", "dfc", "jumprelu")
 """Sparsity rules with a fixed threshold on contributions at inference."""
 
 INITIAL_NORM: Final = 0.4
-"""Initial decoder norm of a feature over all views: below 1, so that features grow into the data instead of
-shrinking out of it, and large enough that the first reconstructions are not negligible."""
+"""Initial decoder norm of a feature over all views: below 1, so that norms grow towards the data instead of shrinking,
+and large enough that the first reconstructions are not negligible."""
 
 
 class Crosscoder(nn.Module, JointViews):
@@ -41,17 +41,17 @@ class Crosscoder(nn.Module, JointViews):
     Parameters
     ----------
     views
-        Model ids, one a slot.
+        Model ids, one per slot.
     width
-        Channels d_m: one number, or one a view.
+        Channels d_m: one number, or one per view.
     n_features
         Dictionary size F.
     sparsity
-        What act is, beside a ReLU. ``"l1"``: nothing. ``"batchtopk"``, ``"dfc"``: f_k stays where its contribution
-        f_k sum_m ||d_mk|| exceeds ``threshold``. ``"jumprelu"``: the same with one threshold a feature. ``"topk"``: a
-        token's ``k`` largest contributions stay.
+        What act does after a ReLU. ``"l1"``: nothing. ``"batchtopk"``, ``"dfc"``: f_k stays active where its
+        contribution f_k sum_m ||d_mk|| exceeds ``threshold``. ``"jumprelu"``: the same with one threshold per feature.
+        ``"topk"``: a token's ``k`` largest contributions stay active.
     k
-        Mean number of active features a token was trained for (not used by l1).
+        Mean number of active features per token in training (not used by l1).
     exclusive
         View -> number of features that only this view may use (dfc); the shared ones come first, then these, view by
         view. Their encoder and decoder weights of all other views are zero.
@@ -118,7 +118,7 @@ class Crosscoder(nn.Module, JointViews):
         self.views, self.name = tuple(views), name
         self.widths = (int(width),) * len(views) if isinstance(width, int) else tuple(int(d) for d in width)
         if len(self.widths) != len(self.views):
-            raise InputError(f"give one width, or one a view: got {list(self.widths)} for {len(self.views)} views.")
+            raise InputError(f"give one width, or one per view: got {list(self.widths)} for {len(self.views)} views.")
         self.n_features, self.k = int(n_features), int(k)
         self.sparsity: Sparsity = sparsity
         self.default_readout: Readout = readout
@@ -136,28 +136,34 @@ class Crosscoder(nn.Module, JointViews):
         """View -> its exclusive features, after the shared ones."""
         if bool(exclusive) != (self.sparsity == "dfc"):
             raise InputError(f"sparsity 'dfc', and it alone, declares exclusive features; got {dict(exclusive)}.")
-        wanted = {self.views[self.view_index(view)]: int(n) for view, n in exclusive.items()}
-        start = self.n_features - sum(wanted.values())
-        if start < 0 or min(wanted.values(), default=0) < 0:
+        n_exclusive = {self.views[self.view_index(view)]: int(n) for view, n in exclusive.items()}
+        start = self.n_features - sum(n_exclusive.values())
+        if start < 0 or min(n_exclusive.values(), default=0) < 0:
             raise InputError(f"{dict(exclusive)} exclusive features do not fit in {self.n_features}.")
         parts = {}
         for view in self.views:
-            n = wanted.get(view, 0)
+            n = n_exclusive.get(view, 0)
             if n:
                 parts[view] = slice(start, start + n)
             start += n
         return parts
 
     def _initialise(self, seed: int) -> None:
+        """Decoder rows with the same random direction in every view, the encoder their transpose, biases zero.
+
+        Views agree at the start, so that a difference between them is learned, not drawn. Narrower views take the
+        first channels of a direction.
+        """
         n_views, slots = len(self.views), self.slots()
         draws = torch.randn(self.n_features, max(self.widths), generator=torch.Generator().manual_seed(seed))
         rows = torch.empty(self.n_features, sum(self.widths))
-        for at in slots:
-            own = draws[:, : at.stop - at.start]
-            rows[:, at] = own * (INITIAL_NORM / math.sqrt(n_views) / own.norm(dim=1, keepdim=True))
+        for channels in slots:
+            directions = draws[:, : channels.stop - channels.start]
+            rows[:, channels] = directions * (INITIAL_NORM / math.sqrt(n_views) / directions.norm(dim=1, keepdim=True))
         for view, features in self.exclusive.items():
-            for at in slots[: self.views.index(view)] + slots[self.views.index(view) + 1 :]:
-                rows[features, at] = 0.0
+            for other, channels in zip(self.views, slots, strict=True):
+                if other != view:
+                    rows[features, channels] = 0.0
         self.decoder_matrix = nn.Parameter(rows)
         self.encoder_matrix = nn.Parameter(rows.T.contiguous())
         self.encoder_bias = nn.Parameter(torch.zeros(self.n_features))
@@ -235,9 +241,8 @@ class Crosscoder(nn.Module, JointViews):
             return Gate(k=min(self.k, self.n_features), norm=norm.to(dtype))
         if not bool(torch.isfinite(self.threshold).all()):
             raise InputError(f"crosscoder {self.name!r} has no inference threshold yet; finish its training first.")
-        limit = (self.threshold / norm).clamp_min(
-            0.0
-        )  # f_k * norm_k > threshold; a feature without decoder is never active
+        # f_k norm_k > threshold as a limit on f_k; a feature without decoder gets an infinite one and is never active
+        limit = (self.threshold / norm).clamp_min(0.0)
         return Gate((limit if columns is None else limit[columns]).to(dtype))
 
     def decode(self, f: Tensor | SparseCode) -> Tensor:
@@ -246,9 +251,9 @@ class Crosscoder(nn.Module, JointViews):
 
     def reconstruct(self, f: Tensor | SparseCode, view: str) -> Tensor:
         """Reconstruction [batch, channel] of one view in RAW units."""
-        at = self.slot_of(view)
-        joint = matmul(f, self.decoder_matrix[:, at]) + self.decoder_offset[at]
-        return joint / self.scale[self.view_index(view)]
+        channels = self.slot_of(view)
+        normalised = matmul(f, self.decoder_matrix[:, channels]) + self.decoder_offset[channels]
+        return normalised / self.scale[self.view_index(view)]
 
     def readout(
         self, raw: Tensor, *, view: str | None = None, kind: Readout = "swap", features: Tensor | None = None
@@ -280,7 +285,7 @@ class Crosscoder(nn.Module, JointViews):
             ``"swap"``: the activation goes into every slot, each with its own scale. ``"own"``: into ``view``'s slot,
             all other slots at their means.
         features
-            Indices of the features wanted; default all.
+            Indices of the features to read; default all.
         dtype
             Type of the map.
 
@@ -292,39 +297,40 @@ class Crosscoder(nn.Module, JointViews):
 
         Notes
         -----
-        f is one code for all views, so a model's own features exist only after such a declaration; numbers from
+        f is one code for all views, so features of a single model are defined only by such a rule; numbers from
         different readouts are not comparable.
         """
-        whole = self.sparsity == "topk"  # a token's largest are known only when all are
-        columns = None if features is None or whole else features
+        needs_all = self.sparsity == "topk"  # a token's k largest are known only from all features
+        columns = None if features is None or needs_all else features
         matrix = self.encoder_matrix.to(dtype) if columns is None else self.encoder_matrix[:, columns].to(dtype)
         bias = self.encoder_bias.to(dtype) if columns is None else self.encoder_bias[columns].to(dtype)
         scale = self.scale.to(dtype)
-        parts = list(zip(self.slots(), scale, strict=True))
+        slots = self.slots()
         if kind == "swap":
             if len(set(self.widths)) > 1:
                 raise InputError(
                     f"readout 'swap' puts one activation into every slot, but the views have the widths {self.widths}; "
                     "use readout 'own'."
                 )
-            weight = torch.stack([matrix[at] * factor for at, factor in parts]).sum(dim=0)
+            parts = [matrix[channels] * factor for channels, factor in zip(slots, scale, strict=True)]
+            weight = torch.stack(parts).sum(dim=0)
         elif kind == "own":
             if view is None:
                 raise InputError("readout 'own' needs the view whose slot the activations take; pass view=.")
-            own = self.view_index(view)
-            weight = matrix[parts[own][0]] * scale[own]
+            model_slot = self.view_index(view)
+            weight = matrix[slots[model_slot]] * scale[model_slot]
             means = self.means.to(dtype)
             if not bool(torch.isfinite(means).all()):
                 raise InputError(
                     f"the means of the activations behind crosscoder {self.name!r} are not known (imported weights "
                     "without a normaliser), so the other slots cannot be put there; use readout 'swap'."
                 )
-            for slot, (at, factor) in enumerate(parts):
-                if slot != own:
-                    bias = bias + (means[at] * factor) @ matrix[at]
+            for slot, channels in enumerate(slots):
+                if slot != model_slot:
+                    bias = bias + (means[channels] * scale[slot]) @ matrix[channels]
         else:
             raise InputError(f"the readout of one model is 'swap' or 'own', got {kind!r}.")
-        return FeatureReadout(weight, bias, self.gate(dtype, columns), features if whole else None)
+        return FeatureReadout(weight, bias, self.gate(dtype, columns), features if needs_all else None)
 
     # -- decoder geometry -------------------------------------------------------------------------------------------
 
@@ -337,7 +343,7 @@ class Crosscoder(nn.Module, JointViews):
         return self.decoder_norm().sum(dim=0)
 
     def contribution_norm(self) -> Tensor:
-        """||d_k|| over all views' rows together (L2, normalised units); f_k ||d_k|| is gauge free: [feature]."""
+        """||d_k|| over all views' rows together (L2, normalised units); f_k ||d_k|| is scale-invariant: [feature]."""
         norm: Tensor = torch.linalg.vector_norm(self.decoder_matrix, dim=1)
         return norm
 

@@ -14,9 +14,18 @@ from rlgen_stats.toolkit.crosscoder.model.crosscoder import FORMAT_VERSION, SPEC
 from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, sha256
 
 _FIELDS: Final = (
-    "format_version", "name", "views", "widths", "n_features", "sparsity", "k", "exclusive", "readout",
+    "format_version",
+    "name",
+    "views",
+    "widths",
+    "n_features",
+    "sparsity",
+    "k",
+    "exclusive",
+    "readout",
     "weights_sha256",
-)  # fmt: skip
+)
+"""What spec.json must say."""
 
 
 def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -> Crosscoder:
@@ -57,11 +66,11 @@ def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -
     crosscoder.facts = dict(described.get("facts", {}))
     crosscoder.weights_sha256, crosscoder.folder = described["weights_sha256"], folder
     tensors = _read_weights(folder / WEIGHTS, described)
-    for name, wanted in crosscoder.state_dict().items():
-        if name not in tensors or tensors[name].shape != wanted.shape:
+    for name, expected in crosscoder.state_dict().items():
+        if name not in tensors or tensors[name].shape != expected.shape:
             got = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise StoreError(
-                f"{folder / WEIGHTS}: tensor {name!r} must have shape {tuple(wanted.shape)} for "
+                f"{folder / WEIGHTS}: tensor {name!r} must have shape {tuple(expected.shape)} for "
                 f"views of width {list(crosscoder.widths)} and {crosscoder.n_features} features, "
                 f"got {got}; the weights and {SPEC} do not belong together: train the crosscoder again."
             )
@@ -117,10 +126,10 @@ def _from_version_1(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_exclusive(crosscoder: Crosscoder, file: Path) -> None:
     for view, features in crosscoder.exclusive.items():
-        others = [at for other, at in zip(crosscoder.views, crosscoder.slots(), strict=True) if other != view]
+        others = [slot for other, slot in zip(crosscoder.views, crosscoder.slots(), strict=True) if other != view]
         leaks = any(
-            bool(crosscoder.decoder_matrix[features, at].any() or crosscoder.encoder_matrix[at, features].any())
-            for at in others
+            bool(crosscoder.decoder_matrix[features, slot].any() or crosscoder.encoder_matrix[slot, features].any())
+            for slot in others
         )
         if leaks:
             raise StoreError(

@@ -1,4 +1,4 @@
-"""From pre-activations to features: the sparsity rules at inference, and one model's own features."""
+"""From pre-activations to features: the sparsity rules at inference, and the readout of a single model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 Sparsity = Literal["l1", "batchtopk", "topk", "jumprelu", "dfc"]
 Readout = Literal["swap", "own", "joint"]
 """How one model's features are read from the shared code: its activation in every slot, in its own slot with the others
-at their means, or the joint code of all views, whose contribution is the view's own share f_k ||d_mk||."""
+at their means, or the joint code of all views, whose contribution counts the view's decoder norm only: f_k ||d_mk||."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Gate:
     def __call__(self, pre: Tensor) -> Tensor:
         """Features [..., feature] of pre-activations of all features."""
         if self.limit is not None:
-            return torch.where(pre <= self.limit, 0.0, pre)  # in one pass; what is not a number stays visible
+            return torch.where(pre <= self.limit, 0.0, pre)  # one pass, no mask to multiply; NaN stays visible
         active = torch.relu(pre)
         if self.k is not None and self.norm is not None:
             contribution = active * self.norm

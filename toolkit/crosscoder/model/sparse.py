@@ -1,4 +1,4 @@
-"""Products with codes of which few entries are not zero, where these are faster than dense ones."""
+"""Products with sparse codes, used where they are faster than dense ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 SPARSE_SHARE: Final = 0.02
-"""Share of entries that are not zero up to which a code counts as sparse. On a CPU with 2 cores, products at .4% take a
-tenth of the time of dense ones and about as long at 4%."""
+"""Largest share of nonzero entries at which a code counts as sparse. On a CPU with 2 cores, sparse products take a
+tenth of the time of dense ones at .4% nonzero, and about as long at 4%."""
 
 
 @dataclass(frozen=True)
 class SparseCode:
-    """The entries of a code [row, feature] that are not zero, in row-major order.
+    """The nonzero entries of a code [row, feature], in row-major order.
 
     Parameters
     ----------
@@ -35,12 +35,12 @@ class SparseCode:
 
     @classmethod
     def of(cls, f: Tensor) -> SparseCode | None:
-        """The entries of ``f`` [row, feature]; None where dense products are as fast, always so on a GPU."""
+        """The nonzero entries of ``f`` [row, feature]; None where dense products are as fast, always so on a GPU."""
         return None if f.device.type != "cpu" else cls._where(f != 0, f)
 
     @classmethod
     def above(cls, values: Tensor, limit: Tensor | float) -> SparseCode | None:
-        """The entries of ``values`` [row, feature] that are not at or below ``limit``, the others counting as zero."""
+        """The entries of ``values`` [row, feature] above ``limit``, the others counting as zero; NaN is kept."""
         return None if values.device.type != "cpu" else cls._where((values <= limit).logical_not_(), values)
 
     @classmethod
@@ -51,7 +51,7 @@ class SparseCode:
             if int(torch.count_nonzero(mask)) > most:
                 return None
             rows, columns = mask.nonzero(as_tuple=True)
-        else:  # eight at a time: nearly all are zero together
+        else:  # test eight booleans as one int64: in a sparse code nearly all such words are zero
             rows, words = mask.view(torch.int64).nonzero(as_tuple=True)
             if len(rows) > most:
                 return None
@@ -86,8 +86,8 @@ class SparseCode:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             entries = torch.sparse_csr_tensor(starts, self.columns, self.values, self.shape, check_invariants=False)
-        found: Tensor = torch.sparse.sampled_addmm(entries, left, right.T, beta=0.0).values()
-        return found
+        products: Tensor = torch.sparse.sampled_addmm(entries, left, right.T, beta=0.0).values()
+        return products
 
     def column_sums(self) -> Tensor:
         """Sum of the values of every feature: [feature]."""
@@ -108,9 +108,11 @@ def matmul(f: Tensor | SparseCode, matrix: Tensor) -> Tensor:
 
 
 def _starts(sorted_: Tensor, n: int) -> Tensor:
+    """Where each of 0 to n - 1 begins in a sorted tensor."""
     return torch.searchsorted(sorted_, torch.arange(n))
 
 
 def _bags(indices: Tensor, weights: Tensor, starts: Tensor, matrix: Tensor) -> Tensor:
+    """Weighted sums of rows of ``matrix``, one per bag: the fastest sparse-times-dense product PyTorch has on a CPU."""
     summed: Tensor = embedding_bag(indices, matrix, starts, mode="sum", per_sample_weights=weights)
     return summed

@@ -17,7 +17,7 @@ class JointViews:
     Attributes
     ----------
     name : str
-        Whose views they are, for messages.
+        Name of the crosscoder, for messages.
     views : tuple of str
         Model ids.
     widths : tuple of int
@@ -68,7 +68,7 @@ class JointViews:
         Parameters
         ----------
         activations
-            [batch, view, channel], one [batch, channel] a view, or flat already.
+            [batch, view, channel], one [batch, channel] per view, or flat already.
 
         Raises
         ------
@@ -76,12 +76,12 @@ class JointViews:
             If the shape is none of these.
         """
         if isinstance(activations, Tensor):
-            flat = activations.ndim == 2 and activations.shape[1] == sum(self.widths)
+            is_flat = activations.ndim == 2 and activations.shape[1] == sum(self.widths)
             got: object = tuple(activations.shape)
             parts = activations.unbind(dim=1) if activations.ndim == 3 else ()
         else:
-            flat, got, parts = False, [tuple(part.shape) for part in activations], tuple(activations)
-        if flat:
+            is_flat, got, parts = False, [tuple(part.shape) for part in activations], tuple(activations)
+        if is_flat:
             return activations  # type: ignore[return-value]
         if [tuple(part.shape[1:]) for part in parts] != [(width,) for width in self.widths]:
             raise InputError(

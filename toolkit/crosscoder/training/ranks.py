@@ -18,19 +18,19 @@ WINDOW: Final = 0.1
 """A batch's threshold is first looked for within this share of the last batch's; it seldom moves by more."""
 
 SPARE: Final = 1.25
-"""A rank sends this multiple of its even share of the entries kept; more are asked for if that was too few."""
+"""A rank sends this multiple of its even share of the entries kept, and twice as many again while that is too few."""
 
 
 class Ranks:
-    """The process among those that train together; alone unless a process group exists."""
+    """Rank of this process among those that train together; 0 of 1 unless a process group exists."""
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.world = dist.get_world_size() if together else 1
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world = dist.get_world_size() if distributed else 1
 
     def share(self, rows: Tensor) -> Tensor:
-        """The rows of a whole batch that are this process's."""
+        """Rows of a whole batch that belong to this process."""
         return rows[self.rank :: self.world]
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -44,19 +44,20 @@ class Ranks:
         if self.world == 1:
             return smallest_kept(contribution, n_keep, hint=hint)
         flat = contribution.reshape(-1)
-        wanted = math.ceil(SPARE * n_keep / self.world)
+        n_sent = math.ceil(SPARE * n_keep / self.world)
         while True:
-            top, complete = self._gather_top(flat, min(wanted, n_keep))
-            found = float(torch.topk(top.flatten(), min(n_keep, top.numel()), sorted=False).values.min())
-            if complete or wanted >= n_keep or bool((top.amin(dim=1) <= found).all()):
-                return max(found, torch.finfo(flat.dtype).tiny)
-            wanted *= 2
+            top, complete = self._gather_top(flat, min(n_sent, n_keep))
+            smallest = float(torch.topk(top.flatten(), min(n_keep, top.numel()), sorted=False).values.min())
+            # right once no rank can still hold an entry above it: each sent entries down to it or below, or all it has
+            if complete or n_sent >= n_keep or bool((top.amin(dim=1) <= smallest).all()):
+                return max(smallest, torch.finfo(flat.dtype).tiny)
+            n_sent *= 2
 
     def _gather_top(self, flat: Tensor, n: int) -> tuple[Tensor, bool]:
         """The n largest of every process [rank, n], padded with -inf; whether every process sent all it has."""
         sent = torch.full((n,), -math.inf, dtype=flat.dtype, device=flat.device)
-        here = min(n, flat.numel())
-        sent[:here] = torch.topk(flat, here, sorted=False).values
+        n_here = min(n, flat.numel())
+        sent[:n_here] = torch.topk(flat, n_here, sorted=False).values
         gathered = [torch.empty_like(sent) for _ in range(self.world)]
         dist.all_gather(gathered, sent)
         sizes = self.sum_(torch.tensor([float(flat.numel() <= n)], device=flat.device))
@@ -83,17 +84,17 @@ def smallest_kept(contribution: Tensor, n_keep: int, *, hint: float = math.nan) 
     n_keep
         Entries to keep.
     hint
-        A guess, NaN for none. On a CPU, entries near it are counted first, which finds the same number some twenty
-        times faster than sorting everything when the guess is good.
+        A guess, NaN for none. On a CPU only entries near a good guess are sorted, which gives the same number some
+        twenty times faster than sorting all.
     """
     flat = contribution.reshape(-1)
-    found = _near(flat.numpy(), n_keep, hint) if flat.device.type == "cpu" and hint > 0 else None
-    if found is None:
-        found = float(torch.topk(flat, n_keep, sorted=False).values.min())
-    return max(found, torch.finfo(flat.dtype).tiny)
+    smallest = _smallest_near_hint(flat.numpy(), n_keep, hint) if flat.device.type == "cpu" and hint > 0 else None
+    if smallest is None:
+        smallest = float(torch.topk(flat, n_keep, sorted=False).values.min())
+    return max(smallest, torch.finfo(flat.dtype).tiny)
 
 
-def _near(values: NDArray[np.float32], n_keep: int, hint: float) -> float | None:
+def _smallest_near_hint(values: NDArray[np.float32], n_keep: int, hint: float) -> float | None:
     """The ``n_keep``-th largest of ``values`` if it lies within ``WINDOW`` of ``hint``, else None."""
     above = np.count_nonzero(values > hint * (1 + WINDOW))
     if above >= n_keep:

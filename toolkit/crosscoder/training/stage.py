@@ -1,4 +1,4 @@
-"""The crosscoder stage of a study: train what is not trained, then measure health."""
+"""The crosscoder stage of a study: train the crosscoders that are not finished, then measure their health."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from rlgen_stats.toolkit.extraction import (
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 SPLICED_TEXTS: Final = 128
-"""Texts on which reconstructions are put back: a mean loss over some thousand tokens is steady to a few percent."""
+"""Texts on which activations are replaced by reconstructions: enough tokens to know a mean loss to a few percent."""
 
 
 def train_crosscoders(
@@ -59,7 +59,7 @@ def train_crosscoders(
     provenance
         Origin, noted in each spec.json.
     progress
-        Receiver of progress, in steps.
+        Receiver of progress, in tokens.
 
     Raises
     ------
@@ -70,8 +70,8 @@ def train_crosscoders(
 
     Notes
     -----
-    A crosscoder is finished when its recorded key, the hash of its spec, views, seed and data, is the present one.
-    An interrupted one goes on from its last saved state. Under torchrun every process trains on its share of each batch
+    A crosscoder is finished when its recorded key, the hash of its spec, views, seed and data, equals the current one.
+    An interrupted one resumes from its last saved state. Under torchrun every process trains on its share of each batch
     and the first one measures.
     """
     if not folder.activations.exists():
@@ -79,7 +79,15 @@ def train_crosscoders(
     tokens = open_tokens(folder.activations)
     mask = usable_tokens(spec, folder)
     for crosscoder in spec.crosscoders:
-        _CrosscoderJob(spec, folder, crosscoder, tokens, mask, provenance, progress).run()
+        _StudyCrosscoder(
+            study=spec,
+            folder=folder,
+            spec=crosscoder,
+            tokens=tokens,
+            mask=mask,
+            provenance=provenance,
+            progress=progress,
+        ).train_and_measure()
 
 
 def forget_crosscoders(spec: StudySpec, folder: StudyFolder) -> None:
@@ -96,11 +104,12 @@ def forget_crosscoders(spec: StudySpec, folder: StudyFolder) -> None:
                 (folder.crosscoder(name) / file).unlink(missing_ok=True)
 
 
-class _CrosscoderJob:
-    """One crosscoder of one study."""
+class _StudyCrosscoder:
+    """One crosscoder of a study: its replicates, what identifies their data, and what is on the disk of them."""
 
     def __init__(
         self,
+        *,
         study: StudySpec,
         folder: StudyFolder,
         spec: CrosscoderSpec,
@@ -117,64 +126,68 @@ class _CrosscoderJob:
         first = derive_seed(study.seed, "crosscoder", spec.name, spec.seed)
         others = [derive_seed(first, "replicate", number) for number in range(2, spec.replicates + 1)]
         self.seeds = [first, *others]
-        identity = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
+        self.folders = [folder.crosscoder(name) for name in spec.names]
+        self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches
         self.corpus = None if spec.corpus is None else folder.resolve(spec.corpus)
         if self.corpus is not None and not self.corpus.is_file():
             raise InputError(f"no corpus at {self.corpus}; correct crosscoders.{spec.name}.corpus in study.yaml.")
+        labels = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
         data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else sha256(self.corpus)
-        self.data_hash = content_hash([*identity, self.site, data])
+        self.data_hash = content_hash([*labels, self.site, data])
 
-    def run(self) -> None:
-        """Train the dictionaries that are not finished, together, and measure those that are not measured."""
-        reader = PairedReader(
+    def train_and_measure(self) -> None:
+        """Train the replicates that are not finished, together, and measure those that are not measured."""
+        if self.spec.weights is not None and rank_of_process():
+            return  # importing and measuring is one process's work
+        stored = PairedReader(
             self.folder.activations,
             self.views,
             self.site,
             batch_size=self.spec.batch_size,
-            seed=derive_seed(self.seeds[0], "order"),
+            seed=self.order_seed,
             mask=self.mask,
         )
-        places = [self.folder.crosscoder(name) for name in self.spec.names]
-        if self.spec.weights is not None and rank_of_process():
-            return
-        if self.spec.weights is not None:
-            self._measure(self.spec.name, places[0], self._taken(places[0], reader.n_tokens), reader)
-            return
-        finished = [
-            self._finished(place, training_key(self.spec, self.views, seed=seed, data_hash=self.data_hash))
-            for place, seed in zip(places, self.seeds, strict=True)
-        ]
-        open_ = [number for number, crosscoder in enumerate(finished) if crosscoder is None]
-        if open_:
+        crosscoders = [self._imported(stored.n_tokens)] if self.spec.weights is not None else self._trained(stored)
+        if rank_of_process():
+            return  # so is measuring after training together
+        for name, folder, crosscoder in zip(self.spec.names, self.folders, crosscoders, strict=True):
+            self._measure(name, folder, crosscoder, stored)
+
+    def _trained(self, stored: PairedReader) -> list[Crosscoder]:
+        """All replicates; those that are not finished are trained in one pass over the data."""
+        crosscoders: dict[int, Crosscoder] = {}
+        for number, (folder, seed) in enumerate(zip(self.folders, self.seeds, strict=True)):
+            key = training_key(self.spec, self.views, seed=seed, data_hash=self.data_hash)
+            finished = self._load_finished(folder, key)
+            if finished is not None:
+                crosscoders[number] = finished
+        missing = [number for number in range(len(self.seeds)) if number not in crosscoders]
+        if missing:
             trained = train_replicates(
-                reader if self.corpus is None else self._live(self.corpus),
+                stored if self.corpus is None else self._live(self.corpus),
                 self.spec,
                 views=self.views,
-                seeds=[self.seeds[number] for number in open_],
+                seeds=[self.seeds[number] for number in missing],
                 device=self.device,
-                folders=[places[number] for number in open_],
+                folders=[self.folders[number] for number in missing],
                 progress=self.progress,
                 data_hash=self.data_hash,
                 facts=self._origin(),
             )
-            for number, crosscoder in zip(open_, trained, strict=True):
-                finished[number] = crosscoder
-        if rank_of_process():
-            return  # what follows is one process's work
-        for name, place, done in zip(self.spec.names, places, finished, strict=True):
-            assert done is not None  # noqa: S101 - trained above
-            self._measure(name, place, done, reader)
+            crosscoders |= dict(zip(missing, trained, strict=True))
+        return [crosscoders[number] for number in range(len(self.seeds))]
 
-    def _taken(self, place: Path, n_tokens: int) -> Crosscoder:
-        """The crosscoder of weights trained elsewhere, with its inference rule as it came."""
+    def _imported(self, n_tokens: int) -> Crosscoder:
+        """The crosscoder with weights trained elsewhere, its inference rule unchanged."""
+        folder = self.folders[0]
         source = self.folder.resolve(str(self.spec.weights))
-        ours = (source / SPEC).exists()
-        file = source / WEIGHTS if ours else weights_file(source)
+        is_ours = (source / SPEC).exists()
+        file = source / WEIGHTS if is_ours else weights_file(source)
         key = content_hash(["weights", sha256(file), list(self.views)])
-        finished = self._finished(place, key)
+        finished = self._load_finished(folder, key)
         if finished is not None:
             return finished
-        if ours:
+        if is_ours:
             crosscoder = load_crosscoder(source)
             if crosscoder.views != self.views:
                 raise StoreError(
@@ -190,8 +203,8 @@ class _CrosscoderJob:
             )
         crosscoder.name, crosscoder.default_readout = self.spec.name, self.spec.readout
         crosscoder.facts |= {"key": key, "data_tokens": n_tokens, **self._origin()}
-        crosscoder.save(place)
-        write_json(place / CURVE, [])
+        crosscoder.save(folder)
+        write_json(folder / CURVE, [])
         return crosscoder.to(self.device)
 
     def _origin(self) -> dict[str, str]:
@@ -204,50 +217,51 @@ class _CrosscoderJob:
             self.views,
             corpus,
             batch_size=self.spec.batch_size,
-            seed=derive_seed(self.seeds[0], "order"),
+            seed=self.order_seed,
         )
 
-    def _measure(self, name: str, place: Path, crosscoder: Crosscoder, reader: PairedReader) -> None:
-        if self._measured(place, crosscoder):
+    def _measure(self, name: str, folder: Path, crosscoder: Crosscoder, reader: PairedReader) -> None:
+        if self._is_measured(folder, crosscoder):
             self.progress.log(f"crosscoder {name}: up to date")
             return
-        losses = self._splice(crosscoder)
-        health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=place)
+        losses = self._splice_losses(crosscoder)
+        health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=folder)
         self.progress.log(f"crosscoder {name}: {'healthy' if health.healthy else health.reasons}")
 
-    def _finished(self, place: Path, key: str) -> Crosscoder | None:
-        """The trained crosscoder if it is the one asked for; None if there is none or it was superseded."""
-        if not (place / SPEC).exists() or not (place / WEIGHTS).exists():
+    def _load_finished(self, folder: Path, key: str) -> Crosscoder | None:
+        """The crosscoder in ``folder`` if it was trained under this key; None if there is none or another key's."""
+        if not (folder / SPEC).exists() or not (folder / WEIGHTS).exists():
             return None
-        facts = read_json(place / SPEC).get("facts", {})
+        facts = read_json(folder / SPEC).get("facts", {})
         if facts.get("study_id") != self.provenance.study_id:
             raise StoreError(
-                f"{place} holds a crosscoder of another study ({str(facts.get('study_id'))[:12]}, this one is "
+                f"{folder} holds a crosscoder of another study ({str(facts.get('study_id'))[:12]}, this one is "
                 f"{self.provenance.study_id[:12]}); it is left untouched: use another folder or move it away."
             )
         if facts.get("key") != key:
             return None
-        crosscoder = load_crosscoder(place, device=self.device)
-        if crosscoder.default_readout != self.spec.readout:  # a readout is declared, not trained
+        crosscoder = load_crosscoder(folder, device=self.device)
+        if crosscoder.default_readout != self.spec.readout:  # no part of the key: a readout is declared, not trained
             crosscoder.default_readout = self.spec.readout
-            crosscoder.save(place)
+            crosscoder.save(folder)
         return crosscoder
 
-    def _measured(self, place: Path, crosscoder: Crosscoder) -> bool:
-        if not (place / HEALTH).exists():
+    def _is_measured(self, folder: Path, crosscoder: Crosscoder) -> bool:
+        if not (folder / HEALTH).exists():
             return False
-        record = read_json(place / HEALTH)
+        record = read_json(folder / HEALTH)
         same = record.get("weights_sha256") == crosscoder.weights_sha256
         return bool(same and record.get("readout") == self.spec.readout)
 
-    def _splice(self, crosscoder: Crosscoder) -> dict[str, SpliceCE]:
-        """Cross-entropy of every view with its reconstruction from the joint code put back."""
+    def _splice_losses(self, crosscoder: Crosscoder) -> dict[str, SpliceCE]:
+        """Losses of every view's model with its activations replaced by reconstructions from the joint code."""
         bounds = text_bounds(self.tokens)
+        # the last token of a text has no successor to be scored on, so a text needs a masked token before it
         bounds = bounds[[bool(self.mask[start : end - 1].any()) for start, end in bounds]]
         bounds = bounds[spread(len(bounds), SPLICED_TEXTS)]
-        where = np.concatenate([np.arange(start, end) for start, end in bounds])
-        raw = [self._rows(view, where) for view in self.views]
-        ids = self.tokens[TOKEN_ID].values[where]
+        rows = np.concatenate([np.arange(start, end) for start, end in bounds])
+        raw = [self._activations(view, rows) for view in self.views]
+        ids = self.tokens[TOKEN_ID].values[rows]
         cuts = np.cumsum(bounds[:, 1] - bounds[:, 0])[:-1]
         losses = {}
         with torch.no_grad():
@@ -255,19 +269,20 @@ class _CrosscoderJob:
         with self.progress.task(f"splice {self.spec.name}", total=len(self.views), unit="models") as task:
             for slot, view in enumerate(self.views):
                 with torch.no_grad():
-                    back = crosscoder.reconstruct(f, view).cpu().numpy()
-                parts = zip(np.split(ids, cuts), np.split(back, cuts), np.split(self.mask[where], cuts), strict=True)
+                    reconstruction = crosscoder.reconstruct(f, view).cpu().numpy()
+                by_text = (np.split(whole, cuts) for whole in (ids, reconstruction, self.mask[rows]))
+                texts = [SplicedText(*parts) for parts in zip(*by_text, strict=True)]
                 model = load_model(find_model(view, self.study, self.folder), device=self.device)
                 losses[view] = splice_ce(
                     model,
                     self.study.extraction.layer,
-                    [SplicedText(*part) for part in parts],
+                    texts,
                     constant=crosscoder.split(crosscoder.means[None])[slot][0].cpu().numpy(),
                 )
                 task.advance(1, model=view, ce_increase=losses[view].increase)
         return losses
 
-    def _rows(self, view: str, where: NDArray[np.int64]) -> torch.Tensor:
+    def _activations(self, view: str, rows: NDArray[np.int64]) -> torch.Tensor:
         """Raw activations of one view at some tokens: [token, channel]."""
         stored = open_activations(self.folder.activations, models=[view], site=self.site)["activation"][0]
-        return torch.from_numpy(stored.isel({TOKEN: where}).values.astype(np.float32)).to(self.device)
+        return torch.from_numpy(stored.isel({TOKEN: rows}).values.astype(np.float32)).to(self.device)

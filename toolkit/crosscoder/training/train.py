@@ -1,4 +1,4 @@
-"""Training a crosscoder from paired activations: one loop for every sparsity rule."""
+"""The training loop of a crosscoder: paired activations in, weights out, the same for every sparsity rule."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, endless, joined, measure_views
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tensors
-from rlgen_stats.toolkit.crosscoder.training.objective import Objective, make_objective
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, join_ranks
+from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import Objective, make_objective
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -28,8 +28,8 @@ DECAY_SHARE: Final = 0.2
 """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
 
 MAX_GRADIENT_NORM: Final = 1.0
-"""Gradients are clipped to this norm. Losses are sums over channels, so most steps are clipped; Adam does not mind the
-scale, and the direction stays a batch's own."""
+"""Gradients are clipped to this norm. Losses are sums over channels, so most steps are clipped: Adam does not depend on
+the scale, and the direction stays."""
 
 LOG_EVERY: Final = 50
 """Steps between two points of the curve."""
@@ -48,9 +48,9 @@ def learning_rate(step: int, spec: CrosscoderSpec) -> float:
     return spec.learning_rate * min(1.0, (step + 1) / warmup, (spec.steps - step) / decay)
 
 
-@dataclass
-class _Run:
-    """Everything a step changes."""
+@dataclass(kw_only=True)
+class TrainingRun:
+    """One crosscoder in training: everything a step changes."""
 
     crosscoder: Crosscoder
     work: Workspace
@@ -66,7 +66,7 @@ class _Run:
     curve: list[dict[str, Any]]
 
     def weights(self) -> dict[str, Tensor]:
-        """All trained tensors."""
+        """All trained tensors by name."""
         return self.work.weights() | self.objective.weights()
 
 
@@ -175,12 +175,12 @@ def train_replicates(
     device = torch.device(device)
     moments = measure_views(reader)
     _check_views(moments, views)
-    places = [None] * len(seeds) if folders is None else list(folders)
     ranks = join_ranks(device)
+    run_folders = [None] * len(seeds) if folders is None else list(folders)
     runs = []
-    for seed, place in zip(seeds, places, strict=True):
+    for seed, folder in zip(seeds, run_folders, strict=True):
         key = training_key(spec, views, seed=seed, data_hash=data_hash or f"{reader.n_tokens} tokens")
-        runs.append(_start(spec, views, moments, seed=seed, key=key, folder=place, device=device, ranks=ranks))
+        runs.append(start_run(spec, views, moments, seed=seed, key=key, folder=folder, device=device, ranks=ranks))
         _resume(runs[-1])
     step = min(run.step for run in runs)
     with (
@@ -194,19 +194,19 @@ def train_replicates(
             batch = torch.from_numpy(joined(next(batches))).to(device, non_blocking=True)
             log = (step + 1) % log_every == 0 or step + 1 == spec.steps
             for run in runs:
-                if run.step == step:  # one that was saved later than the others waits for them
-                    _train_step(run, spec, batch, log=log)
+                if run.step == step:  # a run resumed from a later state waits until the others reach it
+                    train_step(run, spec, batch, log=log)
             step += 1
             if log:
-                task.advance(spec.batch_size * ((step - 1) % log_every + 1), **_shown(runs[0]))
+                task.advance(spec.batch_size * ((step - 1) % log_every + 1), **_progress_facts(runs[0]))
             if step % save_every == 0 and step < spec.steps and ranks.rank == 0:
                 for run in runs:
                     _save_state(run)
-    told = {"data_tokens": reader.n_tokens, **(facts or {})}
-    return [_finish(run, spec, facts={"key": run.key, "seed": run.seed, **told}) for run in runs]
+    common = {"data_tokens": reader.n_tokens, **(facts or {})}
+    return [_finish(run, spec, facts={"key": run.key, "seed": run.seed, **common}) for run in runs]
 
 
-def _shown(run: _Run) -> dict[str, float | str]:
+def _progress_facts(run: TrainingRun) -> dict[str, float | str]:
     """What the progress line says; the fractions of variance explained in the order of the views."""
     last = run.curve[-1]
     fve = "/".join(f"{value:.3f}" for value in last["fve"].values())
@@ -214,7 +214,7 @@ def _shown(run: _Run) -> dict[str, float | str]:
 
 
 def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:
-    """Hash of everything a crosscoder's weights depend on; its name and what is done with it are not among it."""
+    """Hash of everything a crosscoder's weights depend on, which its name and its use do not."""
     left_out = {"name", "views", "readout", "replicates", "accept_unhealthy", "corpus"}
     settings = spec.model_dump(mode="json", exclude=left_out)
     return content_hash([settings, list(views), int(seed), data_hash])
@@ -225,7 +225,7 @@ def _check_views(moments: ViewMoments, views: Sequence[str]) -> None:
         raise InputError(f"the reader has {len(moments.widths)} views, but {len(views)} were named: {list(views)}.")
 
 
-def _start(
+def start_run(
     spec: CrosscoderSpec,
     views: Sequence[str],
     moments: ViewMoments,
@@ -235,7 +235,8 @@ def _start(
     folder: Path | None,
     device: torch.device,
     ranks: Ranks,
-) -> _Run:
+) -> TrainingRun:
+    """A crosscoder with its initial weights, normalisation, objective and optimiser, before the first step."""
     crosscoder = Crosscoder(
         views,
         width=moments.widths,
@@ -255,11 +256,22 @@ def _start(
     objective = make_objective(spec, device, variance=float(variance.sum()))
     trained = [*work.weights().values(), *objective.weights().values()]
     optimiser = torch.optim.Adam(trained, lr=spec.learning_rate, fused=True)
-    return _Run(crosscoder, work, objective, optimiser, variance, seed, key, folder, step=0, curve=[])
+    return TrainingRun(
+        crosscoder=crosscoder,
+        work=work,
+        objective=objective,
+        optimiser=optimiser,
+        variance=variance,
+        seed=seed,
+        key=key,
+        folder=folder,
+        step=0,
+        curve=[],
+    )
 
 
 @torch.no_grad()
-def _train_step(run: _Run, spec: CrosscoderSpec, batch: Tensor, *, log: bool) -> None:
+def train_step(run: TrainingRun, spec: CrosscoderSpec, batch: Tensor, *, log: bool) -> None:
     """One step; ``log`` adds a point to the curve, read from the batch just seen before the weights move."""
     for group in run.optimiser.param_groups:
         group["lr"] = learning_rate(run.step, spec)
@@ -273,7 +285,7 @@ def _train_step(run: _Run, spec: CrosscoderSpec, batch: Tensor, *, log: bool) ->
     run.step += 1
 
 
-def _curve_point(run: _Run) -> dict[str, Any]:
+def _curve_point(run: TrainingRun) -> dict[str, Any]:
     loss = run.objective.loss(run.work, run.step)
     if not np.isfinite(loss):
         raise InputError(
@@ -293,7 +305,7 @@ def _curve_point(run: _Run) -> dict[str, Any]:
     }
 
 
-def _save_state(run: _Run) -> None:
+def _save_state(run: TrainingRun) -> None:
     if run.folder is None:
         return
     tensors = {f"model.{name}": tensor for name, tensor in run.crosscoder.state_dict().items()}
@@ -303,8 +315,8 @@ def _save_state(run: _Run) -> None:
     write_tensors(run.folder / STATE, tensors, {"key": run.key, "step": run.step, "curve": run.curve})
 
 
-def _resume(run: _Run) -> None:
-    """Continue from a saved state if there is one of this very spec and data."""
+def _resume(run: TrainingRun) -> None:
+    """Continue from a saved state if there is one with the same key, that is spec, views, seed and data."""
     if run.folder is None or not (run.folder / STATE).exists():
         return
     try:
@@ -313,19 +325,20 @@ def _resume(run: _Run) -> None:
         return  # a state is a convenience: an unreadable one only costs the steps it would have saved
     if facts.get("key") != run.key:
         return
-    run.crosscoder.load_state_dict(_below(tensors, "model."))
-    run.objective.load_state(_below(tensors, "objective."))
+    run.crosscoder.load_state_dict(_with_prefix(tensors, "model."))
+    run.objective.load_state(_with_prefix(tensors, "objective."))
     for name, weight in run.weights().items():
-        parts = _below(tensors, f"adam.{name}.")
+        parts = _with_prefix(tensors, f"adam.{name}.")
         run.optimiser.state[weight] = {part: value.to(weight.device) for part, value in parts.items()}
     run.step, run.curve = int(facts["step"]), list(facts["curve"])
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _finish(run: _Run, spec: CrosscoderSpec, *, facts: dict[str, Any]) -> Crosscoder:
+def _finish(run: TrainingRun, spec: CrosscoderSpec, *, facts: dict[str, Any]) -> Crosscoder:
     crosscoder = run.crosscoder
     run.objective.finish(crosscoder)
     crosscoder.facts = {

@@ -1,7 +1,7 @@
-"""One batch through a crosscoder and back: the matrix products of a training step, in buffers allocated once.
+"""Forward and backward pass of one batch: the matrix products of a training step, in buffers allocated once.
 
-Gradients are written out instead of taped: two matrix products forward, three back. (Taped, a third of a step on a CPU
-went into fresh temporaries.) On a CPU all but the first are done on the entries that are not zero where these are few.
+Gradients are written by hand instead of by autograd, which spent a third of a step on a CPU on fresh temporaries: two
+matrix products forward, three backward. On a CPU all but the first use only the nonzero entries where these are few.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Workspace:
     precision
         Type of the matrix products; weights, gradients and sums are float32 whatever it is.
     ranks
-        Processes that share a batch; default alone.
+        Processes that share a batch; default this one alone.
 
     Attributes
     ----------
@@ -42,9 +42,9 @@ class Workspace:
     x : Tensor [row, D]
         Normalised activations of this process's rows.
     features : Tensor [row, feature]
-        Pre-activations, then the features kept.
+        Pre-activations, then the features that the sparsity rule keeps.
     back : Tensor [row, feature]
-        Gradient of the loss with respect to the pre-activations; scratch before.
+        Gradient of the loss with respect to the pre-activations; scratch memory before it is computed.
     error : Tensor [row, D]
         Reconstruction minus data.
     active : Tensor [feature]
@@ -67,10 +67,10 @@ class Workspace:
             weight.grad = torch.zeros_like(weight)
         self.ranks, self.batch_size = ranks or Ranks(), batch_size
         self._widths = list(crosscoder.widths)
-        self._closed = [
-            (features, at)
+        self._zero_blocks = [
+            (features, channels)
             for view, features in crosscoder.exclusive.items()
-            for other, at in zip(crosscoder.views, crosscoder.slots(), strict=True)
+            for other, channels in zip(crosscoder.views, crosscoder.slots(), strict=True)
             if other != view
         ]
         self.scale = crosscoder.channel_scale()
@@ -138,7 +138,7 @@ class Workspace:
     def backward(self, penalty: Tensor | None = None) -> None:
         """Gradients of :meth:`squared_error` plus sum_bk ``penalty``_k f_bk, in ``.grad`` of every weight.
 
-        Of ``back`` only the entries of features that fire count; where the code is sparse ``back`` is not written.
+        Only entries of features that fire have a gradient; where the code is sparse ``back`` is not written.
         """
         if self._code is not None:
             self._sparse_backward(self._code, penalty)
@@ -150,7 +150,7 @@ class Workspace:
         self.encoder_backward()
 
     def _sparse_backward(self, code: SparseCode, penalty: Tensor | None) -> None:
-        scale = 2.0 / self.batch_size
+        scale = 2.0 / self.batch_size  # of the mean squared error; slopes are its derivatives by the active features
         self.decoder.grad = code.with_values(code.values * scale).transposed_times(self.error)
         torch.sum(self.error, dim=0, out=grad(self.decoder_bias)).mul_(scale)
         slopes = code.sampled(self.error, self.decoder).mul_(scale)
@@ -171,19 +171,22 @@ class Workspace:
         torch.sum(self.back, dim=0, out=grad(self.encoder_bias))
 
     def finish_gradients(self) -> None:
-        """Close what exclusive features may not use, and sum over processes.
+        """Zero the gradients of exclusive features in all other views, and sum over processes.
 
         A weight whose gradient is always zero keeps Adam's moments, and itself, at exactly zero.
         """
-        for features, at in self._closed:
-            grad(self.decoder)[features, at] = 0.0
-            grad(self.encoder)[at, features] = 0.0
+        for features, channels in self._zero_blocks:
+            grad(self.decoder)[features, channels] = 0.0
+            grad(self.encoder)[channels, features] = 0.0
         for weight in self.weights().values():
             self.ranks.sum_(grad(weight))
 
 
 def keep_where(values: Tensor, criterion: Tensor, limit: float, *, out: Tensor) -> Tensor:
-    """``values`` where ``criterion`` > ``limit``, else 0, in one pass and without a temporary."""
+    """``values`` where ``criterion`` > ``limit``, else 0, in one pass and without a temporary.
+
+    PyTorch has no such public operation with ``out``; ReLU's backward pass computes exactly this.
+    """
     kept: Tensor = torch.ops.aten.threshold_backward.grad_input(values, criterion, limit, grad_input=out)
     return kept
 

@@ -1,1 +1,1 @@
-"""What a trained crosscoder is used for: health, summaries of prompts, what features look like."""
+"""Uses of a trained crosscoder: health, prompt summaries, contexts and promoted tokens of features."""

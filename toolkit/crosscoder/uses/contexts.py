@@ -1,8 +1,9 @@
-"""Where a feature fires: for every feature and model the texts that drive it most, and a sample of all its tokens."""
+"""Contexts of features: per feature and model the prompts on which it is strongest, and a sample of all its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -32,17 +33,18 @@ from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import text_bounds
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
+from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.uses.encode import BlockFeatures, contribution_scale, partner_activations, view_of
-from rlgen_stats.toolkit.crosscoder.uses.top_entries import Entries, Kept, random_keys
+from rlgen_stats.toolkit.crosscoder.uses.top_entries import Entries, TopEntries, random_keys
 from rlgen_stats.toolkit.extraction import (
-    final_model,
     find_model,
     load_tokenizer,
     resolve_device,
     site_name,
     usable_tokens,
 )
+from rlgen_stats.toolkit.extraction.activations import contrasted_models
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 QUANTILES: Final = (0.9, 0.7, 0.5, 0.3, 0.1)
@@ -85,7 +87,11 @@ def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress
     primary = spec.primary_crosscoder
     crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=resolve_device(spec.device))
     models = contrasted_models(spec, folder)
-    collected = _collect(spec, folder, crosscoder, models, n=n, progress=progress)
+    site, readout = site_name(spec.extraction.layer), primary.readout
+    blocks = [_ModelBlocks(crosscoder, folder.activations, site, model=model, readout=readout) for model in models]
+    collected = _Collected(len(models), crosscoder.n_features, n=n, seed=derive_seed(spec.seed, "contexts"))
+    labels = LabelBlocks(TokenLabels(folder.activations))
+    _collect(collected, blocks, labels, usable_tokens(spec, folder), progress)
     tokenizer = load_tokenizer(find_model(BASE_MODEL, spec, folder))
     rows = _Rows(models, open_tokens(folder.activations), tokenizer)
     with (
@@ -99,74 +105,61 @@ def write_contexts(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress
             task.advance(group.stop - group.start)
 
 
-def contrasted_models(spec: StudySpec, folder: StudyFolder) -> list[str]:
-    """Base and the last checkpoint of each contrasted run."""
-    return [BASE_MODEL, *(final_model(spec, folder, run.name).model for run in spec.contrasted)]
-
-
 class _Collected:
     """Of every model and feature: the strongest prompts, and a random sample of the tokens on which it fires."""
 
     def __init__(self, n_models: int, n_features: int, *, n: int, seed: int) -> None:
-        self.top = [Kept(n_features, n, n_models) for _ in range(n_models)]
-        self.sample = [Kept(n_features, SAMPLE, n_models) for _ in range(n_models)]
-        self._seed = seed
+        self.top = [TopEntries(n_features, n, n_models) for _ in range(n_models)]
+        self.sample = [TopEntries(n_features, SAMPLE, n_models) for _ in range(n_models)]
+        self.n_features, self._seed = n_features, seed
 
     def update(self, contributions: Tensor, prompt: NDArray[np.int64], mask: NDArray[np.bool_], offset: int) -> None:
         """Take in a block [model, token, feature], whose first token is ``offset``; ``prompt`` and ``mask`` [token]."""
-        kept = torch.from_numpy(mask).to(contributions.device)
-        for model, own in enumerate(contributions):
-            at, feature = ((own > 0) & kept[:, None]).nonzero(as_tuple=True)
-            values = contributions[:, at, feature].T.cpu().numpy()
-            where = at.cpu().numpy()
-            entries = Entries(feature.cpu().numpy(), where + offset, values)
+        usable = torch.from_numpy(mask).to(contributions.device)
+        for model, contribution in enumerate(contributions):
+            row, feature = ((contribution > 0) & usable[:, None]).nonzero(as_tuple=True)
+            values = contributions[:, row, feature].T.cpu().numpy()
+            rows = row.cpu().numpy()
+            entries = Entries(feature.cpu().numpy(), rows + offset, values)
             self.sample[model].update(entries, random_keys(entries, self._seed), entries.token)
-            self.top[model].update(entries, -values[:, model].astype(np.float64), prompt[where])
+            self.top[model].update(entries, -values[:, model].astype(np.float64), prompt[rows])
 
-    def settle(self) -> None:
-        """To be called after the last block."""
-        for kept in (*self.top, *self.sample):
-            kept.settle()
+    def flush(self) -> None:
+        """Finish; to be called after the last block."""
+        for entries in (*self.top, *self.sample):
+            entries.flush()
 
 
 @torch.no_grad()
 def _collect(
-    spec: StudySpec,
-    folder: StudyFolder,
-    crosscoder: Crosscoder,
-    models: Sequence[str],
-    *,
-    n: int,
+    collected: _Collected,
+    models: Sequence[_ModelBlocks],
+    labels: LabelBlocks,
+    mask: NDArray[np.bool_],
     progress: Progress,
-) -> _Collected:
-    blocks = [_ModelBlocks(crosscoder, spec, folder, model) for model in models]
-    mask = usable_tokens(spec, folder)
-    labels = LabelBlocks(TokenLabels(folder.activations))
-    seed = derive_seed(spec.seed, "contexts")
-    collected = _Collected(len(models), crosscoder.n_features, n=n, seed=seed)
-    block_tokens = max(1, BLOCK_BYTES // (4 * len(models) * crosscoder.n_features))
+) -> None:
+    """Read all tokens once, for all models together, into ``collected``."""
+    block_tokens = max(1, BLOCK_BYTES // (4 * len(models) * collected.n_features))
     with progress.task("contexts", total=len(mask), unit="tokens") as task:
         for start in range(0, len(mask), block_tokens):
             stop = min(start + block_tokens, len(mask))
-            contributions = torch.stack([own.contributions(start, stop) for own in blocks])
+            contributions = torch.stack([model.contributions(start, stop) for model in models])
             collected.update(contributions, labels.read(PROMPT, start, stop), mask[start:stop], start)
             task.advance(stop - start)
-    collected.settle()
-    return collected
+    collected.flush()
 
 
 class _ModelBlocks:
     """Contributions of all features in one model."""
 
-    def __init__(self, crosscoder: Crosscoder, spec: StudySpec, folder: StudyFolder, model: str) -> None:
-        site, readout = site_name(spec.extraction.layer), spec.primary_crosscoder.readout
+    def __init__(self, crosscoder: Crosscoder, store: Path, site: str, *, model: str, readout: Readout) -> None:
         view = view_of(model, crosscoder.views)
         self._features = BlockFeatures(
             crosscoder,
-            open_activations(folder.activations, models=[model], site=site)["activation"][0],
+            open_activations(store, models=[model], site=site)["activation"][0],
             view=view,
             readout=readout,
-            partners=partner_activations(crosscoder, folder.activations, site, readout),
+            partners=partner_activations(crosscoder, store, site, readout),
         )
         self._scale = contribution_scale(crosscoder, view, readout)
 
@@ -177,7 +170,7 @@ class _ModelBlocks:
 
 
 class _Rows:
-    """Turns what was kept into the rows of contexts.parquet."""
+    """Turns collected entries into the rows of contexts.parquet."""
 
     def __init__(self, models: Sequence[str], tokens: xr.Dataset, tokenizer: Any) -> None:
         self._models, self._tokens = models, tokens
@@ -193,8 +186,8 @@ class _Rows:
         """Rows of a range of features."""
         parts = []
         for slot, model in enumerate(self._models):
-            for kind, kept in (("top", collected.top[slot]), ("quantile", collected.sample[slot])):
-                token, values = kept.token[group], kept.values[group]
+            for kind, entries in (("top", collected.top[slot]), ("quantile", collected.sample[slot])):
+                token, values = entries.token[group], entries.values[group]
                 if kind == "quantile":
                     token, values = _quantiles(token, values, slot)
                 feature, place = np.nonzero(token >= 0)
@@ -208,15 +201,15 @@ class _Rows:
         return self._described(table).reindex(columns=self.schema.names)
 
     def _described(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table with what its tokens are called and the text around them, in place of their numbers."""
-        places, row = np.unique(table.pop(TOKEN).to_numpy(np.int64), return_inverse=True)
-        told = self._tokens.isel({TOKEN: places})
+        """The table with labels and surrounding text in place of token numbers, each token decoded once."""
+        tokens, row = np.unique(table.pop(TOKEN).to_numpy(np.int64), return_inverse=True)
+        labels = self._tokens.isel({TOKEN: tokens})
         for name in (*_LABELS, POSITION):
-            table[name] = told[name].values[row]
-        text = np.searchsorted(self._starts, places, side="right") - 1
+            table[name] = labels[name].values[row]
+        text = np.searchsorted(self._starts, tokens, side="right") - 1
         windows = [
-            window(self._tokenizer, self._ids[start:end], int(place - start))
-            for place, start, end in zip(places, self._starts[text], self._ends[text], strict=True)
+            window(self._tokenizer, self._ids[start:end], int(token - start))
+            for token, start, end in zip(tokens, self._starts[text], self._ends[text], strict=True)
         ]
         shown = np.array([f"{before}{PEAK[0]}{peak}{PEAK[1]}{after}" for before, peak, after in windows], dtype=object)
         table["token"] = np.array([peak for _, peak, _ in windows], dtype=object)[row]
@@ -227,9 +220,9 @@ class _Rows:
 def _quantiles(
     token: NDArray[np.int64], values: NDArray[np.float32], slot: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The sampled tokens nearest to each of QUANTILES: [feature, quantile]; -1 where one was given already."""
-    own = np.where(token >= 0, values[:, :, slot], -np.inf)
-    order = np.argsort(-own, axis=1, kind="stable")
+    """The sampled tokens nearest to each of QUANTILES: [feature, quantile]; -1 where a token would be repeated."""
+    activation = np.where(token >= 0, values[:, :, slot], -np.inf)
+    order = np.argsort(-activation, axis=1, kind="stable")
     n = (token >= 0).sum(axis=1)
     place = np.rint((1 - np.asarray(QUANTILES)) * np.maximum(n - 1, 0)[:, None]).astype(np.int64)
     repeated = np.zeros_like(place, dtype=bool)
@@ -254,6 +247,6 @@ def window(tokenizer: Any, ids: NDArray[np.integer], peak: int) -> tuple[str, st
     if not (through.startswith(before) and whole.startswith(through)):  # a character split over tokens
         before, through = "", str(tokenizer.decode([int(ids[peak])], skip_special_tokens=False))
         return before, through, ""
-    at = through[len(before) :]
-    bare = at.lstrip()
-    return before + at[: len(at) - len(bare)], bare, whole[len(through) :]
+    token = through[len(before) :]
+    bare = token.lstrip()
+    return before + token[: len(token) - len(bare)], bare, whole[len(through) :]

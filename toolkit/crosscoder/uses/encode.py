@@ -1,4 +1,4 @@
-"""Every model's stored activations through the declared readout of one crosscoder, to prompt summaries."""
+"""Encode the stored activations of every model with one crosscoder's readout, and summarise them per prompt."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from torch import Tensor
 from rlgen_stats.schemas.dims import (
     ARM,
     BASE_MODEL,
-    CLUSTER,
-    DOMAIN,
     FEATURE,
     MODEL,
     PROMPT,
+    PROMPT_LABELS,
     RUN,
-    SPLIT,
     STEP,
-    TASK,
     VIEW,
     split_model_id,
 )
@@ -56,7 +53,6 @@ PIECE_BYTES: Final = 1 << 25
 """Memory of the features of the tokens encoded at once on a CPU: passes over what its cache holds cost little."""
 PIECE_BYTES_GPU: Final = 1 << 30
 """The same on a GPU, which wants large products."""
-PROMPT_LABELS: Final = (TASK, DOMAIN, SPLIT, CLUSTER)
 SCALE: Final = "contribution"
 """features.zarr holds f_k ||d_k||, which does not change when a feature's scale moves between code and decoder."""
 
@@ -74,7 +70,7 @@ class Prompts:
     Attributes
     ----------
     labels
-        One row a prompt: prompt, task, domain, split, cluster.
+        One row per prompt: prompt, task, domain, split, cluster.
     """
 
     def __init__(self, path: Path, mask: NDArray[np.bool_]) -> None:
@@ -96,7 +92,7 @@ class Prompts:
 
 
 def view_of(model: str, views: tuple[str, ...]) -> str:
-    """The slot a model's reconstruction is compared in: its own, else that of its run, else base's, else the first."""
+    """The view that stands for a model: the model itself, else one of its run, else base, else the first view."""
     if model in views:
         return model
     run = split_model_id(model)[0]
@@ -105,21 +101,21 @@ def view_of(model: str, views: tuple[str, ...]) -> str:
 
 
 def contribution_scale(crosscoder: Crosscoder, view: str, readout: Readout) -> Tensor:
-    """What turns f_k into the stored, gauge-free scale: [feature]."""
+    """Factor from f_k to the stored, scale-invariant contribution: [feature]."""
     if readout == "joint":
         return crosscoder.decoder_norm()[crosscoder.view_index(view)]
     return crosscoder.contribution_norm()
 
 
 class BlockFeatures:
-    """Features of one model, block of stored tokens by block.
+    """Features of one model, read block by block from stored tokens.
 
     Parameters
     ----------
     crosscoder, activation, view, readout, partners
         As in :func:`summarise`.
     columns
-        Features wanted; default all.
+        Features to read; default all.
     """
 
     def __init__(
@@ -148,16 +144,16 @@ class BlockFeatures:
     def read(
         self, start: int, stop: int, kept: NDArray[np.bool_] | slice = slice(None)
     ) -> Iterator[tuple[Tensor, Tensor | SparseCode]]:
-        """Raw activations [token, channel] of the model and its features [token, feature], a piece after the other.
+        """Raw activations [token, channel] of the model and its features [token, feature], piece by piece.
 
-        Of tokens start to stop those ``kept``; pieces are small enough that features stay in the processor's cache.
-        What a piece holds is overwritten by the next one.
+        Of tokens start to stop only those ``kept`` are read. Pieces are small enough that features stay in the
+        processor's cache; the next piece overwrites the features of the last.
         """
         raw = {slot: self._tensor(part, start, stop, kept) for slot, part in self._parts.items()}
         pieces = zip(*(torch.split(part, self._piece) for part in raw.values()), strict=True)
         for piece in pieces:
-            own = piece[list(raw).index(self._view)]
-            yield own, self._shared(piece) if self._map is None else self._mapped(self._map, own)
+            of_model = piece[list(raw).index(self._view)]
+            yield of_model, self._joint(piece) if self._map is None else self._mapped(self._map, of_model)
 
     def _mapped(self, readout: FeatureReadout, raw: Tensor) -> Tensor | SparseCode:
         if self._buffer is None:
@@ -169,7 +165,7 @@ class BlockFeatures:
         f = readout.gate(pre)
         return f if readout.columns is None else f[:, readout.columns]
 
-    def _shared(self, piece: tuple[Tensor, ...]) -> Tensor | SparseCode:
+    def _joint(self, piece: tuple[Tensor, ...]) -> Tensor | SparseCode:
         f = self._crosscoder.encode(self._crosscoder.normalise(piece))
         f = f if self._columns is None else f[:, self._columns]
         code = SparseCode.of(f)
@@ -203,7 +199,7 @@ def summarise(
 ) -> xr.Dataset:
     """One model's features per prompt, in contribution scale.
 
-    x = f_k ||d_k|| over all views' rows; under the ``joint`` readout the view's own share f_k ||d_mk||.
+    x = f_k ||d_k|| over all views' rows; under the ``joint`` readout f_k ||d_mk|| of the view alone.
 
     Parameters
     ----------
@@ -228,7 +224,7 @@ def summarise(
     -------
     Dataset
         ``mean``, ``firing`` (share of tokens with f > 0), ``max`` [prompt, feature]; ``n_tokens`` [prompt]; ``fve`` [],
-        about the mean of this model's own summarised tokens. NaN for prompts without tokens. If asked for,
+        about the mean of this model's summarised tokens. NaN for prompts without tokens. If asked for,
         ``histogram`` [prompt, feature, bin] with coordinate ``bin``: each bin's lower edge, the silent tokens at -1.
     """
     device = crosscoder.encoder_matrix.device
@@ -321,10 +317,10 @@ def encode_features(
     crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=device)
     site = site_name(spec.extraction.layer)
     refs = list_models(spec, folder)
-    there = complete_models(folder.activations, site)
-    absent = [ref.model for ref in refs if ref.model not in there]
-    if absent:
-        raise StageError(f"{folder.activations} lacks the activations of {absent}; run the extract stage.")
+    complete = complete_models(folder.activations, site)
+    missing = [ref.model for ref in refs if ref.model not in complete]
+    if missing:
+        raise StageError(f"{folder.activations} lacks the activations of {missing}; run the extract stage.")
     done = committed_models(folder.features)
     if done:
         _check_crosscoder(folder, crosscoder)

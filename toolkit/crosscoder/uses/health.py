@@ -1,4 +1,4 @@
-"""Is a crosscoder fit to draw conclusions from? Fit, sparsity, dead features and cost to the models, with verdicts."""
+"""Health of a crosscoder: reconstruction, sparsity, dead features and model loss, each with a limit and a verdict."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CROSSCODER: Final = "crosscoder"
 HEALTH_TOKENS: Final = 1 << 20
 """Tokens health is measured on: a feature that fires on one token in 100,000 is then seen ten times on average."""
 FVE_MIN: Final = 0.8
-"""Below it, more than a fifth of what a model varies in is invisible to every later test."""
+"""Below it, every later test misses more than a fifth of a model's variance."""
 DEAD_MAX: Final = 0.25
 """Above it the dictionary is effectively smaller than declared, and shares of features compare badly."""
 L0_TOLERANCE: Final = 0.1
@@ -39,15 +39,15 @@ L0_TOLERANCE: Final = 0.1
 DENSE_SHARE: Final = 0.5
 """An l1 code with more active features than this share of the channels is no sparse code."""
 DENSE_RATE: Final = 0.2
-"""A feature that fires on more than a fifth of all tokens says little about any of them."""
+"""A feature that fires on more than a fifth of all tokens distinguishes few of them."""
 DENSE_MAX: Final = 0.1
 """Largest share of such features among those that fire."""
 BIAS_TOLERANCE: Final = 0.1
-"""Relative reconstruction bias further from 1 means that activations, and every effect in their units, are shrunk."""
+"""Relative reconstruction bias further from 1 means that activations, and all effects in their units, are shrunk."""
 RATE_EDGES: Final = tuple(10.0**power for power in range(-6, 1))
 """Bins of the firing-rate histogram: never, below 1e-6, six decades up to always."""
 CE_RECOVERED_MIN: Final = 0.9
-"""Share of the mean-ablation loss that splicing must keep; below it the model computes with what the code drops."""
+"""Share of the mean-ablation loss that splicing must avoid; below it the model relies on what the code drops."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Health:
     fve: NDArray[np.float64]
     """[view] under the joint code of all views."""
     fve_readout: NDArray[np.float64]
-    """[view] under the declared readout of that view alone: what features and edits see."""
+    """[view] under the declared readout of that view alone, which features.zarr and edits use."""
     l0: float
-    """Mean active features a token, joint code."""
+    """Mean active features per token, joint code."""
     l0_readout: NDArray[np.float64]
     """[view] the same under the readout."""
     firing: NDArray[np.float64]
@@ -176,7 +176,7 @@ def measure_health(
     kind = readout or crosscoder.default_readout
     device = crosscoder.encoder_matrix.device
     joint = [ExplainedVariance((width,)) for width in crosscoder.widths]
-    alone = [ExplainedVariance((width,)) for width in crosscoder.widths]
+    readout_alone = [ExplainedVariance((width,)) for width in crosscoder.widths]
     readouts = [None if kind == "joint" else crosscoder.readout_map(view=view, kind=kind) for view in crosscoder.views]
     firing = torch.zeros(crosscoder.n_features, dtype=torch.float64, device=device)
     active = np.zeros(len(crosscoder.views))
@@ -187,15 +187,15 @@ def measure_health(
         firing += (f > 0).sum(dim=0)
         for slot, (view, part) in enumerate(zip(crosscoder.views, crosscoder.split(raw), strict=True)):
             read = readouts[slot]
-            own = f if read is None else read(part)
+            f_readout = f if read is None else read(part)
             data = part.cpu().numpy()
             joint[slot].update(data, crosscoder.reconstruct(f, view).cpu().numpy())
-            alone[slot].update(data, crosscoder.reconstruct(own, view).cpu().numpy())
-            active[slot] += float((own > 0).sum())
+            readout_alone[slot].update(data, crosscoder.reconstruct(f_readout, view).cpu().numpy())
+            active[slot] += float((f_readout > 0).sum())
         n_tokens += len(raw)
     rate = (firing / n_tokens).cpu().numpy()
     fve, l0 = np.array([float(each.value()) for each in joint]), float(rate.sum())
-    fve_readout = np.array([float(each.value()) for each in alone])
+    fve_readout = np.array([float(each.value()) for each in readout_alone])
     bias = np.array([float(each.bias()) for each in joint])
     health = Health(crosscoder.views, fve, fve_readout, l0, active / n_tokens, rate, bias, n_tokens, dict(ce or {}), ())
     health = replace(health, checks=tuple(_judge(crosscoder, health)))
@@ -260,11 +260,11 @@ def require_healthy(
     crosscoders
         Name -> whether study.yaml accepts it unhealthy.
     stage
-        The stage that wants to use them, for the message.
+        The stage that uses them, for the message.
     force
         Accept them now; noted beside the weights, for these weights only.
     progress
-        Told what is used although it failed.
+        Receives a line for each crosscoder that is used although it failed.
 
     Raises
     ------
@@ -351,7 +351,11 @@ def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
         },
         coords={CROSSCODER: list(records), VIEW: views, "rate_bin": [0.0, np.finfo(float).tiny, *RATE_EDGES[:-1]]},
         attrs={
-            "fve_min": FVE_MIN, "dead_max": DEAD_MAX, "l0_tolerance": L0_TOLERANCE, "dense_max": DENSE_MAX,
-            "bias_tolerance": BIAS_TOLERANCE, "ce_recovered_min": CE_RECOVERED_MIN,
+            "fve_min": FVE_MIN,
+            "dead_max": DEAD_MAX,
+            "l0_tolerance": L0_TOLERANCE,
+            "dense_max": DENSE_MAX,
+            "bias_tolerance": BIAS_TOLERANCE,
+            "ce_recovered_min": CE_RECOVERED_MIN,
         },
-    )  # fmt: skip
+    )

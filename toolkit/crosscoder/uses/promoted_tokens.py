@@ -1,4 +1,4 @@
-"""What a feature says: the tokens that its direction raises and lowers, straight through the unembedding."""
+"""Promoted tokens: whose logits a feature's direction raises and lowers, directly through the unembedding."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def write_logits(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress: 
 
 
 def _strongest(effect: Tensor, features: Tensor, view: str, n: int, tokenizer: Any, words: dict[int, str]) -> pa.Table:
-    effect, features = _speaking(effect, features)
+    """The n most raised and n most lowered tokens of each feature; ``words`` keeps decoded tokens between calls."""
+    has_decoder = (effect != 0).any(dim=1)
+    effect, features = effect[has_decoder], features[has_decoder.cpu()]
     n = min(n, effect.shape[1])
     best = [torch.topk(sign * effect, n, dim=1) for sign in (1.0, -1.0)]
     value = torch.stack([best[0].values, -best[1].values], dim=1).cpu().numpy()
@@ -99,11 +101,6 @@ def _strongest(effect: Tensor, features: Tensor, view: str, n: int, tokenizer: A
     return pa.table(columns, schema=_SCHEMA)
 
 
-def _speaking(effect: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    speaks = (effect != 0).any(dim=1)
-    return effect[speaks], features[speaks.cpu()]
-
-
 @torch.no_grad()
 def logit_effects(model: Any, crosscoder: Crosscoder, view: str, features: Sequence[int]) -> Tensor:
     """Change of each logit, centred over the vocabulary, per unit of contribution: [feature, vocabulary].
@@ -120,7 +117,7 @@ def logit_effects(model: Any, crosscoder: Crosscoder, view: str, features: Seque
     Notes
     -----
     The direct path only: later blocks are skipped, and the final normalisation enters with its gain but not with its
-    data-dependent scale. A first look at what a feature says, not a measure of its effect.
+    data-dependent scale. A first look at a feature, not a measure of its effect.
     """
     chosen = list(features)
     norm = crosscoder.contribution_norm()[chosen].clamp_min(torch.finfo(torch.float32).tiny)

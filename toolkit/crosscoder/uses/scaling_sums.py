@@ -1,7 +1,7 @@
-"""Sums behind latent scaling: how strongly each feature's direction is present in what a model really does.
+"""Sums behind latent scaling: how strongly each feature's direction is present in a model's activations.
 
-Streams tokens once; only the active features of a token are touched, so nothing of the size features x tokens or
-features x tokens x channels exists.
+Tokens are read once and only their active features are used, so no array of the size features x tokens or features x
+tokens x channels exists.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUP_BYTES: Final = 1 << 28
 """Memory of the sums by group; where there are more clusters of prompts than fit, clusters share groups."""
 
 LEAST_GROUPS: Final = 100
-"""Groups kept whatever they take: a standard error from 100 groups is itself known to 7%."""
+"""Fewest groups, whatever memory they take: a standard error from 100 groups is itself known to 7%."""
 
 
 @torch.no_grad()
@@ -79,8 +79,9 @@ def scaling_sums(
             raise InputError(f"groups run from 0 to {n_groups - 1}, got {codes.min()} to {codes.max()}.")
         x = crosscoder.normalise(raw.to(device))
         f = crosscoder.encode(x)
-        back = f @ crosscoder.decoder_matrix
-        sums.add(f, x - back - crosscoder.decoder_offset, back, torch.as_tensor(codes.astype(np.int64), device=device))
+        reconstruction = f @ crosscoder.decoder_matrix
+        error = x - reconstruction - crosscoder.decoder_offset
+        sums.add(f, error, reconstruction, torch.as_tensor(codes.astype(np.int64), device=device))
     shape = (n_groups, n_views, crosscoder.n_features)
     return xr.Dataset(
         {
@@ -111,15 +112,15 @@ class _Sums:
         stacked = torch.stack(self._rows)
         self._direction = stacked[strongest, torch.arange(n_features, device=device)]
         square = self._direction.double().square().sum(dim=1)
-        own = torch.stack([(self._direction.double() * rows.double()).sum(dim=1) for rows in self._rows])
+        overlap = torch.stack([(self._direction.double() * rows.double()).sum(dim=1) for rows in self._rows])
         self._inverse = torch.where(square > 0, 1.0 / square, 0.0)
-        self._own = own * self._inverse
+        self._overlap = overlap * self._inverse
         self.squares = torch.zeros(n_groups * n_features, dtype=torch.float64, device=device)
         self.error = torch.zeros(n_groups * n_views * n_features, dtype=torch.float64, device=device)
         self.reconstruction = torch.zeros_like(self.error)
         self.n_active = torch.zeros(n_features, dtype=torch.int64, device=device)
 
-    def add(self, f: Tensor, error: Tensor, back: Tensor, group: Tensor) -> None:
+    def add(self, f: Tensor, error: Tensor, reconstruction: Tensor, group: Tensor) -> None:
         """One block: features [token, feature], residuals and reconstructions [token, D], groups [token]."""
         token, feature = torch.nonzero(f, as_tuple=True)
         self.n_active += torch.bincount(feature, minlength=self._n_features)
@@ -130,12 +131,14 @@ class _Sums:
             value = f[t, k].double()
             direction = self._direction[k]
             self.squares.index_add_(0, group[t] * self._n_features + k, value.square())
-            for view, at in enumerate(self._slots):
+            for view, channels in enumerate(self._slots):
                 cell = (group[t] * self._n_views + view) * self._n_features + k
-                toward = (error[t, at] * direction).sum(dim=1).double() * self._inverse[k] + value * self._own[view, k]
-                self.error.index_add_(0, cell, value * toward)
-                toward = (back[t, at] * direction).sum(dim=1).double() * self._inverse[k]
-                self.reconstruction.index_add_(0, cell, value * toward)
+                residual = (error[t, channels] * direction).sum(dim=1).double() * self._inverse[k]
+                # the error without this feature: the residual plus the feature's own contribution f d_m
+                without_feature = residual + value * self._overlap[view, k]
+                self.error.index_add_(0, cell, value * without_feature)
+                projection = (reconstruction[t, channels] * direction).sum(dim=1).double() * self._inverse[k]
+                self.reconstruction.index_add_(0, cell, value * projection)
 
 
 def stored_scaling_sums(
@@ -165,9 +168,9 @@ def stored_scaling_sums(
     stored = TokenLabels(path)
     blocks = LabelBlocks(stored)
     _, cluster = np.unique(np.asarray(stored.legend(CLUSTER)), return_inverse=True)
-    fit = GROUP_BYTES // (8 * crosscoder.n_features * (2 * len(crosscoder.views) + 1))
+    n_fitting = GROUP_BYTES // (8 * crosscoder.n_features * (2 * len(crosscoder.views) + 1))
     n_clusters = int(cluster.max()) + 1
-    n_groups = min(n_clusters, max(LEAST_GROUPS, int(fit)))
+    n_groups = min(n_clusters, max(LEAST_GROUPS, int(n_fitting)))
     group_of = np.random.default_rng(seed).permutation(n_clusters) % n_groups
     parts = [open_activations(path, models=[view], site=site)["activation"][0] for view in crosscoder.views]
 

@@ -1,4 +1,4 @@
-"""What a reconstruction costs the model: next-token loss with reconstructed activations put back."""
+"""Splicing: a model's next-token loss when reconstructions replace its activations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
 from rlgen_stats.toolkit.extraction.residual_stream import block_output, locate_layer
+from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SplicedText:
     replacement: NDArray[np.float32]
     """[token, channel], raw units of the model."""
     mask: NDArray[np.bool_]
-    """[token]: where the replacement goes in; elsewhere the model keeps its own."""
+    """[token]: where the activation is replaced."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SpliceCE:
     spliced: float
     """With the replacements."""
     ablated: float
-    """With one constant vector in their place, the worst a reconstruction that knows the mean can do."""
+    """With one constant vector in their place: mean ablation, the reference for ``recovered``."""
     n_tokens: int
     """Tokens averaged over."""
     kl: float = float("nan")
@@ -58,7 +59,7 @@ class SpliceCE:
 
     @property
     def recovered(self) -> float:
-        """Share of what the constant loses that the replacement keeps: 1 is perfect, 0 as bad as the mean.
+        """Share of the loss of mean ablation that the replacement avoids: 1 is perfect, 0 as bad as the mean.
 
         NaN where the constant loses nothing.
         """
@@ -116,17 +117,17 @@ def _batch_losses(
 ) -> NDArray[np.float64]:
     """[clean | spliced | ablated | KL spliced | KL ablated, token] of one left-padded batch."""
     ids, attention, positions = left_pad([text.token_ids.tolist() for text in texts], 0, model.device)
-    width = ids.shape[1]
+    length = ids.shape[1]
     replacement = torch.zeros(*ids.shape, len(constant))
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for row, text in enumerate(texts):
-        start = width - len(text.token_ids)
+        start = length - len(text.token_ids)
         replacement[row, start:] = torch.from_numpy(text.replacement)
         mask[row, start:] = torch.from_numpy(text.mask)
     replacement, mask = replacement.to(model.device), mask.to(model.device)
     mean = torch.as_tensor(constant, dtype=torch.float32, device=model.device)
     scored = mask.clone()
-    scored[:, -1] = False  # the last token predicts nothing that is known
+    scored[:, -1] = False  # the last token has no successor to be scored on
 
     def log_probabilities(replace: Callable[[Tensor], Tensor]) -> Tensor:
         with replaced_residual(model, layer, replace):
@@ -142,7 +143,7 @@ def _batch_losses(
             lambda hidden, vector=vector: torch.where(mask[..., None], vector.to(hidden.dtype), hidden)  # type: ignore[misc]
         )
         losses.append(-log_p.gather(1, target)[:, 0])
-        divergences.append((clean.exp() * (clean - log_p)).sum(dim=-1))
+        divergences.append(kl_divergence(clean, log_p))
     return np.asarray(torch.stack([*losses, *divergences]).cpu().numpy(), dtype=np.float64)
 
 

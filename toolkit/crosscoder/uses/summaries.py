@@ -1,4 +1,4 @@
-"""Tokens to prompts: what of a feature is kept for every prompt."""
+"""From tokens to prompts: mean, firing rate, maximum and histogram of every feature on every prompt."""
 
 from __future__ import annotations
 
@@ -101,12 +101,14 @@ class PromptSummaries:
         empty = self._n == 0
         factor = scale.double()
         table = (self._sum / n * factor, self._fired / n, self._max.double() * factor)
-        found = [values.masked_fill(empty[:, None], float("nan")).float().cpu().numpy() for values in table]
-        return found[0], found[1], found[2]
+        mean, firing, largest = (
+            values.masked_fill(empty[:, None], float("nan")).float().cpu().numpy() for values in table
+        )
+        return mean, firing, largest
 
 
 def _dense(place: Tensor, n: int, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum (float64), firing tokens and maximum of the rows of ``f`` that go to each of n places: [place, feature]."""
+    """Sum (float64), number firing and maximum of the rows of ``f`` by place, 0 to n - 1: [place, feature]."""
     shape = (n, f.shape[1])
     total = torch.zeros(shape, dtype=torch.float64, device=f.device).index_add_(0, place, f.double())
     fired = torch.zeros(shape, dtype=torch.float32, device=f.device).index_add_(0, place, (f > 0).float())
@@ -115,7 +117,7 @@ def _dense(place: Tensor, n: int, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sparse(place: Tensor, n: int, code: SparseCode) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the entries that are not zero."""
+    """The same from the nonzero entries."""
     n_features = code.shape[1]
     cell = place[code.rows] * n_features + code.columns
     total = torch.zeros(n * n_features, dtype=torch.float64).index_add_(0, cell, code.values.double())

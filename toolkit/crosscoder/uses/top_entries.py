@@ -1,4 +1,4 @@
-"""For every feature the few entries that stand first in some order, whatever the order in which they come."""
+"""Streaming top-n of every feature: the result does not depend on the order in which entries arrive."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rlgen_stats.toolkit.extraction.counter_random import GOLDEN_GAMMA, splitmix64, unit_interval
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class Entries:
         return Entries(self.feature[which], self.token[which], self.values[which])
 
 
-class Kept:
-    """The ``n`` entries of smallest key of every feature, one of each group; ties go to the earlier token.
+class TopEntries:
+    """The ``n`` entries with the smallest key of every feature, at most one per group; ties go to the earlier token.
 
-    New entries wait until there are enough to make a merge worth its sort; :meth:`settle` merges those still waiting.
+    New entries are buffered until there are enough for a merge to be worth its sort; :meth:`flush` merges the rest.
 
     Parameters
     ----------
@@ -41,9 +43,9 @@ class Kept:
     Attributes
     ----------
     key
-        Ascending, infinite where there is none: [feature, n].
+        Ascending, infinite in empty places: [feature, n].
     token
-        -1 where there is none: [feature, n].
+        -1 in empty places: [feature, n].
     values
         [feature, n, model].
     """
@@ -52,34 +54,36 @@ class Kept:
         self.key = np.full((n_features, n), np.inf)
         self.token = np.full((n_features, n), -1, dtype=np.int64)
         self.values = np.zeros((n_features, n, n_models), dtype=np.float32)
-        self._group = np.tile(-1 - np.arange(n), (n_features, 1))  # empty places are no group's
-        self._waiting: list[tuple[Entries, NDArray[np.float64], NDArray[np.int64]]] = []
+        self._group = np.tile(-1 - np.arange(n), (n_features, 1))  # each empty place has a group of its own
+        self._buffer: list[tuple[Entries, NDArray[np.float64], NDArray[np.int64]]] = []
 
     def update(self, entries: Entries, key: NDArray[np.float64], group: NDArray[np.int64]) -> None:
         """Take in entries whose tokens come after all earlier ones'; groups are numbers from 0 on."""
-        near = key < self.key[entries.feature, -1]
-        self._waiting.append((entries[near], key[near], group[near]))
-        if sum(len(waiting) for _, waiting, _ in self._waiting) > self.key.size // 4:
-            self.settle()
+        # "<", not "<=": among equal keys the earlier token stays, so a later one with the n-th key cannot enter
+        enters = key < self.key[entries.feature, -1]
+        self._buffer.append((entries[enters], key[enters], group[enters]))
+        if sum(len(buffered) for _, buffered, _ in self._buffer) > self.key.size // 4:
+            self.flush()
 
-    def settle(self) -> None:
-        """Merge the entries that wait."""
-        if not self._waiting:
+    def flush(self) -> None:
+        """Merge the buffered entries; call it after the last block."""
+        if not self._buffer:
             return
-        new, new_key, new_group = zip(*self._waiting, strict=True)
-        self._waiting = []
+        new, new_key, new_group = zip(*self._buffer, strict=True)
+        self._buffer = []
         touched, row = np.unique(np.concatenate([entries.feature for entries in new]), return_inverse=True)
         n = self.key.shape[1]
         rows = np.concatenate([np.repeat(np.arange(len(touched)), n), row])
         key = np.concatenate([self.key[touched].ravel(), *new_key])
         token = np.concatenate([self.token[touched].ravel(), *(entries.token for entries in new)])
         group = np.concatenate([self._group[touched].ravel(), *new_group])
+        # first sort: the best entry of each group of each feature; second: the n best of these, feature by feature
         order = np.lexsort((token, key, group, rows))
         first = np.append(True, (np.diff(group[order]) != 0) | (np.diff(rows[order]) != 0))
         order = order[first]
         order = order[np.lexsort((token[order], key[order], rows[order]))]
         start = np.searchsorted(rows[order], np.arange(len(touched)))
-        best = order[start[:, None] + np.arange(n)]  # a row has at least the n groups, or empty places, that it had
+        best = order[start[:, None] + np.arange(n)]  # a row keeps at least the n groups it had, empty places included
         before = self.values[touched].reshape(-1, self.values.shape[2])
         values = np.concatenate([before, *(entries.values for entries in new)])
         self.key[touched], self.token[touched], self._group[touched] = key[best], token[best], group[best]
@@ -89,16 +93,9 @@ class Kept:
 def random_keys(entries: Entries, seed: int) -> NDArray[np.float64]:
     """A number in [0, 1) of each feature and token, the same whatever the order: [entry].
 
-    The n smallest are a simple random sample without replacement (splitmix64 of the pair and the seed).
+    The n smallest are a simple random sample without replacement (SplitMix64 of the pair and the seed).
     """
     with np.errstate(over="ignore"):
-        mixed = entries.token.astype(np.uint64) + np.uint64(seed % (1 << 63)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed = _splitmix64(mixed) ^ (entries.feature.astype(np.uint64) + np.uint64(1))
-        return (_splitmix64(mixed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+        token = entries.token.astype(np.uint64) + np.uint64(seed % (1 << 63)) * GOLDEN_GAMMA
+    feature = entries.feature.astype(np.uint64) + np.uint64(1)
+    return unit_interval(splitmix64(splitmix64(token) ^ feature))

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from rlgen_stats.schemas.dims import FORMAT_CLASSES
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.statistics.kernels import cluster_se, sign_flip_test
 
 Direction = Literal["disable", "amplify"]
 Floats = NDArray[np.float64]
 
-FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
-"""Format classes of the grader."""
 OUTCOME_CLASSES: Final = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
 """How a completion ended: right; an answer, but a wrong one; or a format class without an answer."""
 BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")

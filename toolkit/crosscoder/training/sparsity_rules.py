@@ -1,6 +1,7 @@
-"""Training losses and their gradients, one class a sparsity rule.
+"""Training losses and their gradients, one class per sparsity rule.
 
-A new rule is a new class with the same methods; the loop in ``training`` does not change.
+A new rule is a new class with the methods of :class:`Objective`, and a line in :func:`make_objective`; the loop in
+``train.py`` does not change.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor
 from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.readout import smallest_of_each
-from rlgen_stats.toolkit.crosscoder.training.revival import Revival
+from rlgen_stats.toolkit.crosscoder.training.auxk import AuxK
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace, grad, just_below, keep_where
 
 SPARSITY_WARMUP: Final = 0.1
-"""Share of the steps over which sparsity is brought in; imposed at once it kills features before they mean anything."""
+"""Share of the steps over which sparsity rises to full strength: at once, it kills features before they are learned."""
 
 WARMUP_K: Final = 2
-"""Rules that aim at k start with this multiple of it."""
+"""Rules with a target L0 of k start at this multiple of it."""
 
 THRESHOLD_MEMORY: Final = 0.04
 """Share of the steps that the running mean behind the inference threshold remembers: a fifth of the final decay, during
@@ -30,33 +31,33 @@ THRESHOLD_STEPS: Final = 100
 """Longest memory in steps; averaging over more batches gains nothing."""
 
 JUMP_START: Final = 0.3
-"""Share of the steps during which jumprelu's thresholds are one, the batch's: contributions grow severalfold there,
-faster than trained thresholds follow."""
+"""Share of the steps during which all jumprelu thresholds equal the batch's: contributions grow severalfold meanwhile,
+faster than trained thresholds can."""
 
 JUMP_BANDWIDTH: Final = 0.5
-"""Width of the window around a jumprelu threshold, relative to it, whose tokens tell which way to move it."""
+"""Width of the window around a jumprelu threshold, relative to it; tokens inside estimate the threshold's gradient."""
 
 
 class Objective(Protocol):
-    """A loss with whatever it must remember between steps."""
+    """A training loss and the state it keeps between steps."""
 
     def step(self, work: Workspace, step: int) -> None:
         """From pre-activations in ``work.features`` to gradients of every weight; steps count from 0."""
 
     def loss(self, work: Workspace, step: int) -> float:
-        """Loss of the batch whose step was just computed, before the weights move."""
+        """Loss of the batch whose gradients were just computed, before the optimiser's step."""
 
     def weights(self) -> dict[str, Tensor]:
         """Trained tensors that only the objective has."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
+        """Tensors that a resumed run needs."""
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state`."""
 
     def finish(self, crosscoder: Crosscoder) -> None:
-        """Put what was learned beside the gradient into the crosscoder."""
+        """Store inference thresholds in the crosscoder."""
 
 
 def make_objective(spec: CrosscoderSpec, device: torch.device, *, variance: float = 1.0) -> Objective:
@@ -75,7 +76,7 @@ def warmed(step: int, total: int, share: float = SPARSITY_WARMUP) -> float:
 
 
 def k_at(step: int, spec: CrosscoderSpec) -> float:
-    """The k aimed at: falls from ``WARMUP_K`` times the declared one."""
+    """Target L0 at a step: falls from ``WARMUP_K`` times the declared k to k."""
     start = min(WARMUP_K * spec.k, spec.n_features)
     return start + (spec.k - start) * warmed(step, spec.steps)
 
@@ -94,14 +95,15 @@ class L1Objective:
 
     def step(self, work: Workspace, step: int) -> None:
         """Gradients with the coefficient as warmed up at this step."""
-        weight = self._coefficient * warmed(step, self._steps) / work.batch_size
+        coefficient = self._coefficient * warmed(step, self._steps) / work.batch_size
         work.features.relu_()
         work.decode()
         norms = work.decoder_norms()
-        work.backward(weight * norms.sum(dim=1))
-        pull = (weight * work.active)[:, None] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        parts = zip(work.by_view(grad(work.decoder)), work.by_view(work.decoder), pull.T, strict=True)
-        for gradient, rows, factor in parts:
+        work.backward(coefficient * norms.sum(dim=1))
+        # the penalty moves decoder rows too: d||d_mk|| / d d_mk = d_mk / ||d_mk||, weighted by the summed activations
+        shrinkage = (coefficient * work.active)[:, None] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        views = zip(work.by_view(grad(work.decoder)), work.by_view(work.decoder), shrinkage.T, strict=True)
+        for gradient, rows, factor in views:
             gradient.addcmul_(factor[:, None], rows)
 
     def loss(self, work: Workspace, step: int) -> float:
@@ -125,12 +127,12 @@ class L1Objective:
 
 
 class TopKObjective:
-    """Squared error under the largest contributions f_k sum_m ||d_mk||, plus a loss that revives the dead.
+    """Squared error with only the largest contributions f_k sum_m ||d_mk|| active, plus AuxK loss for dead features.
 
     Parameters
     ----------
     spec
-        Kept are a batch's B * k largest (``batchtopk``, ``dfc``) or each token's k largest (``topk``).
+        Active are a batch's B * k largest (``batchtopk``, ``dfc``) or each token's k largest (``topk``).
     device
         Where the state lives.
 
@@ -144,36 +146,37 @@ class TopKObjective:
     """
 
     def __init__(self, spec: CrosscoderSpec, device: torch.device) -> None:
-        self._spec, self._revival = spec, Revival(spec, device)
+        self._spec, self._auxk = spec, AuxK(spec, device)
         self._threshold = self._smallest = math.nan
 
     def step(self, work: Workspace, step: int) -> None:
         """Gradients with k as warmed up at this step."""
         norms = work.decoder_norms().sum(dim=1)
         contribution = torch.mul(work.features, norms, out=work.back)
-        revived = self._revival.candidates(work, norms, step)
+        dead = self._auxk.select_dead(work, norms, step)  # before the sparsity rule overwrites the pre-activations
         if self._spec.sparsity == "topk":
             kept = contribution >= smallest_of_each(contribution, round(k_at(step, self._spec)))
             work.features.mul_(kept)
         else:
             n_keep = round(k_at(step, self._spec) * work.batch_size)
             self._smallest = work.ranks.smallest_kept(contribution, n_keep, hint=self._smallest)
-            self._follow(step)
+            self._update_threshold(step)
             keep_where(work.features, contribution, just_below(self._smallest), out=work.features)
         work.decode()
         work.backward()
-        self._revival.after(work, step, revived)
+        self._auxk.finish_step(work, step, dead)
 
-    def _follow(self, step: int) -> None:
+    def _update_threshold(self, step: int) -> None:
+        """Running mean of the batches' smallest contribution kept."""
         if warmed(step, self._spec.steps) < 1.0:
-            return  # batches that keep more than k teach nothing about the threshold
+            return  # during warm-up batches keep more than k, and their threshold is lower than the one at inference
         if math.isnan(self._threshold):
             self._threshold = self._smallest
         memory = min(THRESHOLD_STEPS, max(1.0, THRESHOLD_MEMORY * self._spec.steps))
         self._threshold += (self._smallest - self._threshold) / memory
 
     def loss(self, work: Workspace, step: int) -> float:
-        """Squared error; the auxiliary loss is a means, not a measure."""
+        """Squared error; the AuxK loss is left out, as it says nothing about the fit."""
         return float(work.squared_error())
 
     def weights(self) -> dict[str, Tensor]:
@@ -181,12 +184,12 @@ class TopKObjective:
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Steps at which features last fired and the running threshold; the last batch's are only hints."""
-        return self._revival.state() | {"running": torch.tensor(self._threshold, dtype=torch.float64)}
+        """Steps at which features last fired and the running threshold; the last batch's threshold is only a hint."""
+        return self._auxk.state() | {"running": torch.tensor(self._threshold, dtype=torch.float64)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state`."""
-        self._revival.load_state(state)
+        self._auxk.load_state(state)
         self._threshold = float(state["running"])
 
     def finish(self, crosscoder: Crosscoder) -> None:
@@ -196,12 +199,12 @@ class TopKObjective:
 
 
 class JumpReLUObjective:
-    """Squared error + weight * (L0 / k - 1)^2, f_k staying where its contribution exceeds a threshold of its own.
+    """Squared error + weight * (L0 / k - 1)^2; f_k is active where its contribution exceeds its own threshold.
 
     Parameters
     ----------
     spec
-        ``k`` is the L0 aimed at, ``l0_coefficient`` the weight relative to ``variance``.
+        ``k`` is the target L0, ``l0_coefficient`` the weight relative to ``variance``.
     device
         Where the state lives.
     variance
@@ -209,19 +212,19 @@ class JumpReLUObjective:
 
     Notes
     -----
-    Thresholds theta_k (on f_k sum_m ||d_mk||, so that they are gauge free) are trained as logarithms. A step has no
-    slope, so their gradient is a straight-through estimate: tokens whose contribution lies within ``JUMP_BANDWIDTH``
-    theta_k around theta_k say what moving it would cost (rectangular kernel, arXiv:2407.14435 eq. 11 in log theta).
-    For the first ``JUMP_START`` of the steps all thresholds are the one at which the batch keeps what is aimed at. The
-    dead are revived as under batchtopk.
+    Thresholds theta_k (on f_k sum_m ||d_mk||, hence scale-invariant) are trained as logarithms. A step function has no
+    slope, so their gradient is a straight-through estimate from the tokens whose contribution lies in a window of
+    width ``JUMP_BANDWIDTH`` theta_k around theta_k (rectangular kernel, arXiv:2407.14435 eq. 11 in log theta). For the
+    first ``JUMP_START`` of the steps all thresholds are the one at which the batch has the target L0. Dead features
+    have the AuxK loss of batchtopk.
 
     References
     ----------
-    Rajamanoharan et al. (2024), arXiv:2407.14435, eqs. 9-12 and appendix G (aiming at an L0).
+    Rajamanoharan et al. (2024), arXiv:2407.14435, eqs. 9-12 and appendix G (target L0).
     """
 
     def __init__(self, spec: CrosscoderSpec, device: torch.device, *, variance: float) -> None:
-        self._spec, self._revival = spec, Revival(spec, device)
+        self._spec, self._auxk = spec, AuxK(spec, device)
         self._weight = spec.l0_coefficient * variance
         self._log_threshold = torch.full((spec.n_features,), math.nan, device=device)
         self._l0 = self._smallest = math.nan
@@ -231,28 +234,31 @@ class JumpReLUObjective:
         norms = work.decoder_norms().sum(dim=1)
         contribution = torch.mul(work.features, norms, out=work.back)
         k = k_at(step, self._spec)
-        free = step >= JUMP_START * self._spec.steps and step > 0
-        if not free:
+        trained = step >= JUMP_START * self._spec.steps and step > 0  # whether thresholds have gradients yet
+        if not trained:
             self._smallest = work.ranks.smallest_kept(contribution, round(k * work.batch_size), hint=self._smallest)
             self._log_threshold.fill_(math.log(just_below(self._smallest)))
-        revived = self._revival.candidates(work, norms, step)
+        dead = self._auxk.select_dead(work, norms, step)
         theta = self._log_threshold.exp()
-        near = contribution.sub(theta).abs_() < (JUMP_BANDWIDTH / 2) * theta
+        in_window = contribution.sub(theta).abs_() < (JUMP_BANDWIDTH / 2) * theta
         work.features.mul_(contribution > theta)
         work.decode()
         self._l0 = float(work.mean_over_tokens((work.features > 0).sum()))
-        work.decoder_backward()
-        toll = 2.0 * self._weight * (self._l0 / k - 1.0) / (k * work.batch_size)
-        price = (near * work.back).sum(dim=0) * (theta / norms.clamp_min(torch.finfo(norms.dtype).tiny))
-        if free:
-            grad(self._log_threshold).copy_((price + toll * near.sum(dim=0)) / -JUMP_BANDWIDTH)
+        work.decoder_backward()  # overwrites `contribution`: both live in work.back
+        # what one more active entry would change: the L0 term the same for all, the squared error entry by entry
+        l0_gradient = 2.0 * self._weight * (self._l0 / k - 1.0) / (k * work.batch_size)
+        theta_per_norm = theta / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        reconstruction_gradient = (in_window * work.back).sum(dim=0) * theta_per_norm
+        if trained:
+            gradient = (reconstruction_gradient + l0_gradient * in_window.sum(dim=0)) / -JUMP_BANDWIDTH
+            grad(self._log_threshold).copy_(gradient)
         work.ranks.sum_(grad(self._log_threshold))
         keep_where(work.back, work.features, 0.0, out=work.back)
         work.encoder_backward()
-        self._revival.after(work, step, revived)
+        self._auxk.finish_step(work, step, dead)
 
     def loss(self, work: Workspace, step: int) -> float:
-        """Squared error plus what missing the L0 costs."""
+        """Squared error plus the penalty on the L0."""
         return float(work.squared_error() + self._weight * (self._l0 / k_at(step, self._spec) - 1.0) ** 2)
 
     def weights(self) -> dict[str, Tensor]:
@@ -261,11 +267,11 @@ class JumpReLUObjective:
 
     def state(self) -> dict[str, Tensor]:
         """Thresholds and steps at which features last fired."""
-        return self._revival.state() | self.weights()
+        return self._auxk.state() | self.weights()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state`."""
-        self._revival.load_state(state)
+        self._auxk.load_state(state)
         self._log_threshold.copy_(state["log_threshold"])
 
     def finish(self, crosscoder: Crosscoder) -> None:

@@ -1,4 +1,4 @@
-"""What a feature is: where it fires and which tokens it speaks for, against slow recomputation."""
+"""Contexts and promoted tokens of features, against slow recomputation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, open_tokens, read_contexts, read_logits
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder, logit_effects, write_contexts
 from rlgen_stats.toolkit.crosscoder.uses.contexts import QUANTILES, SAMPLE, window
-from rlgen_stats.toolkit.crosscoder.uses.top_entries import Entries, Kept, random_keys
+from rlgen_stats.toolkit.crosscoder.uses.top_entries import Entries, TopEntries, random_keys
 from rlgen_stats.toolkit.extraction import find_model, load_model, load_tokenizer, token_mask
 from tests.crosscoder.planted import WORDS, slow_contribution
 
@@ -116,15 +116,15 @@ def test_some_features_and_none(encoded: Study, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("groups", [3, 12, 100_000])
-def test_kept_are_the_smallest_whatever_the_blocks(groups: int) -> None:
+def test_top_entries_are_the_smallest_whatever_the_blocks(groups: int) -> None:
     rng = np.random.default_rng(0)
     feature, key = rng.integers(0, 7, 400), rng.integers(0, 50, 400).astype(np.float64)
     token = np.arange(400)
     values, group = rng.random((400, 2)).astype(np.float32), rng.integers(0, groups, 400)
-    kept = Kept(8, 5, 2)
+    kept = TopEntries(8, 5, 2)
     for block in np.split(np.arange(400), [1, 90, 91, 300]):
         kept.update(Entries(feature[block], token[block], values[block]), key[block], group[block])
-    kept.settle()
+    kept.flush()
     for k in range(7):
         own = np.flatnonzero(feature == k)
         best = pd.DataFrame({"key": key[own], "group": group[own]}, own).sort_values("key", kind="stable")
@@ -179,7 +179,7 @@ def test_logit_effects_are_derivatives_of_the_logits_at_the_final_norm(encoded: 
             assert list(own["token"]) == [WORDS[i] for i in best]
 
 
-def test_a_view_without_a_decoder_says_nothing(encoded: Study) -> None:
+def test_a_view_without_a_decoder_promotes_no_tokens(encoded: Study) -> None:
     silent = load_crosscoder(encoded[1].crosscoder("main"))
     with torch.no_grad():
         silent.decoder_matrix[3] = 0

@@ -1,4 +1,4 @@
-"""Features that stopped firing, brought back by letting them reconstruct what the living miss."""
+"""AuxK loss for dead features: those that stopped firing are trained to reconstruct the residual of the others."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace, grad, just_below, keep_where
 
 DEAD_SHARE: Final = 0.01
-"""A feature is dead for the auxiliary loss when silent for this share of the training tokens ..."""
+"""A feature counts as dead when it has not fired for this share of the training tokens ..."""
 
 DEAD_TOKENS: Final = 10_000_000
 """... but never for more than this many (Gao et al. 2024, arXiv:2406.04093, section 2.4)."""
 
 AUX_WEIGHT: Final = 1.0
-"""Weight of the auxiliary loss. Gao et al. take 1/32 and d/2 features a token, over billions of tokens; in 1,500 steps
-on a planted dictionary, weight 1 and k features a token recovered 91% of it, theirs 83%, no such loss 60%."""
+"""Weight of the AuxK loss. Gao et al. take 1/32 and d/2 features per token, over billions of tokens; in 1,500 steps on
+a planted dictionary, weight 1 and k features per token recovered 91% of it, their setting 83%, no such loss 60%."""
 
-REVIVED_SHARE: Final = 0.5
-"""Features revived at once, as a share of the dictionary: bounds the cost of a step when most features are dead."""
+AUX_SHARE: Final = 0.5
+"""Largest share of the dictionary in the AuxK loss at once: bounds the cost of a step when most features are dead."""
 
-Candidates = tuple[Tensor, Tensor]
-"""Dead features that take part [row, dead], and their indices."""
+DeadActivations = tuple[Tensor, Tensor]
+"""Activations of dead features for the AuxK loss [row, dead], and these features' indices [dead]."""
 
 
-class Revival:
-    """Auxiliary loss: features silent for long reconstruct the residual, with as many contributions as the living have.
+class AuxK:
+    """Dead features and their loss: the squared error of reconstructing the residual with the k largest of them.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ class Revival:
         self._last_fired = torch.zeros(spec.n_features, dtype=torch.int64, device=device)
         self._smallest = math.nan
 
-    def candidates(self, work: Workspace, norms: Tensor, step: int) -> Candidates | None:
-        """The dead features' largest k contributions a token, from the pre-activations in ``work.features``."""
+    def select_dead(self, work: Workspace, norms: Tensor, step: int) -> DeadActivations | None:
+        """The dead features' largest contributions, k per token on average; reads pre-activations from ``work``."""
         dead = self._dead(step)
         if not len(dead):
             return None
@@ -66,17 +66,17 @@ class Revival:
         if step < self._patience:
             return self._last_fired[:0]
         dead = torch.nonzero(step - self._last_fired >= self._patience).flatten()
-        most = max(1, int(REVIVED_SHARE * self._n_features))
-        if len(dead) > most:  # in turns of one patience each
+        most = max(1, int(AUX_SHARE * self._n_features))
+        if len(dead) > most:  # take turns, one patience each, so that every dead feature gets a gradient
             dead = dead.roll(-(step // self._patience) * most % len(dead))[:most]
         return dead
 
-    def after(self, work: Workspace, step: int, candidates: Candidates | None) -> None:
-        """Note who fired, and add the auxiliary loss's gradient to the step's."""
+    def finish_step(self, work: Workspace, step: int, dead: DeadActivations | None) -> None:
+        """Note which features fired, and add the AuxK loss's gradient to the step's."""
         fired = work.active if work.ranks.world == 1 else work.ranks.sum_(work.active.clone())
         self._last_fired.masked_fill_(fired > 0, step)
-        if candidates is not None:
-            add_revival(work, *candidates)
+        if dead is not None:
+            add_auxk_gradient(work, *dead)
 
     def state(self) -> dict[str, Tensor]:
         """Steps at which features last fired."""
@@ -87,21 +87,21 @@ class Revival:
         self._last_fired = state["last_fired"].to(self._last_fired.device)
 
 
-def add_revival(work: Workspace, revived: Tensor, dead: Tensor) -> None:
+def add_auxk_gradient(work: Workspace, activations: Tensor, dead: Tensor) -> None:
     """Add the gradient of AUX_WEIGHT * ||residual - reconstruction of it by dead features||^2, mean over tokens.
 
     Parameters
     ----------
     work
         After :meth:`Workspace.backward`.
-    revived
-        Dead features that take part [row, dead].
+    activations
+        Of dead features, zero where not among the largest: [row, dead].
     dead
-        Their indices.
+        Indices of these features: [dead].
 
     Notes
     -----
-    The residual counts as data: no gradient reaches the living features.
+    The residual counts as data: no gradient reaches the other features.
 
     References
     ----------
@@ -109,17 +109,18 @@ def add_revival(work: Workspace, revived: Tensor, dead: Tensor) -> None:
     """
     rows = work.decoder[dead]
     scale = 2.0 * AUX_WEIGHT / work.batch_size
-    code = SparseCode.of(revived)
+    # work.error is minus the residual, so adding the dead features' reconstruction to it gives the error of the latter
+    code = SparseCode.of(activations)
     if code is not None:
-        left = code.times(rows).add_(work.error)
-        grad(work.decoder).index_add_(0, dead, code.transposed_times(left), alpha=scale)
-        slopes = code.with_values(code.sampled(left, rows).mul_(scale))
+        error = code.times(rows).add_(work.error)
+        grad(work.decoder).index_add_(0, dead, code.transposed_times(error), alpha=scale)
+        slopes = code.with_values(code.sampled(error, rows).mul_(scale))
         grad(work.encoder).index_add_(1, dead, slopes.transposed_times(work.x).T)
         grad(work.encoder_bias).index_add_(0, dead, slopes.column_sums())
         return
-    left = torch.addmm(work.error, revived, rows)
-    grad(work.decoder).index_add_(0, dead, revived.T @ left, alpha=scale)
-    back = (left @ rows.T).mul_(scale)
-    keep_where(back, revived, 0.0, out=back)
+    error = torch.addmm(work.error, activations, rows)
+    grad(work.decoder).index_add_(0, dead, activations.T @ error, alpha=scale)
+    back = (error @ rows.T).mul_(scale)
+    keep_where(back, activations, 0.0, out=back)
     grad(work.encoder).index_add_(1, dead, work.x.T @ back)
     grad(work.encoder_bias).index_add_(0, dead, back.sum(dim=0))
