@@ -22,7 +22,6 @@ from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.toolkit.crosscoder import ArrayReader
 from rlgen_stats.toolkit.crosscoder.data.paired import endless, joined, measure_views
 from rlgen_stats.toolkit.crosscoder.model import sparse
-from rlgen_stats.toolkit.crosscoder.training import train as training
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
 from rlgen_stats.toolkit.crosscoder.training.train import start_run, train_step
 
