@@ -1,9 +1,5 @@
 """What is computed from stored activations: labelled statistics over numpy kernels."""
 
-from rlgen_stats.toolkit.statistics.attribution.arm_contrast import attribution_contrast
-from rlgen_stats.toolkit.statistics.attribution.decoder_norms import attribution, attribution_table, decoder_clusters
-from rlgen_stats.toolkit.statistics.attribution.latent_scaling import classify_features, latent_scaling, scaling_table
-from rlgen_stats.toolkit.statistics.attribution.matching import match_features, reappearance, subspace_overlap
 from rlgen_stats.toolkit.statistics.behaviour import behaviour
 from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
 from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
@@ -22,6 +18,10 @@ from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, Sele
 from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
+from rlgen_stats.toolkit.statistics.specificity.arm_contrast import attribution_contrast
+from rlgen_stats.toolkit.statistics.specificity.decoder_norms import attribution, attribution_table, decoder_clusters
+from rlgen_stats.toolkit.statistics.specificity.latent_scaling import classify_features, latent_scaling, scaling_table
+from rlgen_stats.toolkit.statistics.specificity.matching import match_features, reappearance, subspace_overlap
 from rlgen_stats.toolkit.statistics.timing.set_stability import set_stability
 from rlgen_stats.toolkit.statistics.timing.stabilization import stabilization_test
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from rlgen_stats.toolkit.statistics.attribution.arm_contrast import MATCHED_SHIFT_RATIO
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
+from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
 from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
 

@@ -13,13 +13,13 @@ from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.scope import run_caveat, these_models
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, nearest_label, number, text
-from rlgen_stats.toolkit.statistics.attribution.arm_contrast import AGREED
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     NOT_COMPARABLE,
     Verdict,
     shifts_match,
     specificity_verdict,
 )
+from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
 
 C1: Final = PaperClaim(
     id="C1",

@@ -16,10 +16,10 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from rlgen_stats.schemas.dims import MODEL, RUN, STEP, VIEW
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.attribution.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.specificity.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
 
 TAUS: Final = (0.7, 0.9)
 """Thresholds of METHOD.md 4e: target norm more than 2.3 and 9 times the original's."""

@@ -12,8 +12,8 @@ from scipy import stats
 
 from rlgen_stats.schemas.dims import FEATURE, GROUP, VIEW
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.attribution.decoder_norms import CROSSCODER
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
+from rlgen_stats.toolkit.statistics.specificity.decoder_norms import CROSSCODER
 
 NU_ERROR_MAX: Final = 0.2
 NU_RECONSTRUCTION_MAX: Final = 0.5

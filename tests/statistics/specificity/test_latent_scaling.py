@@ -8,7 +8,7 @@ from xarray.tests import raise_if_dask_computes
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import classify_features, latent_scaling, scaling_table
-from rlgen_stats.toolkit.statistics.attribution.latent_scaling import MIN_GROUPS
+from rlgen_stats.toolkit.statistics.specificity.latent_scaling import MIN_GROUPS
 
 VIEWS = ["base@0", "sft@9", "rl@9"]
 
