@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,13 @@ def test_no_name_of_a_package_hides_a_package_inside_it() -> None:
         package = importlib.import_module("rlgen_stats." + ".".join(folder.relative_to(ROOT).parts))
         inside = [f.parent.name for f in folder.glob("*/__init__.py")]
         assert [name for name in inside if not isinstance(getattr(package, name, package), ModuleType)] == []
+
+
+def test_every_path_that_contributing_names_is_there() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| where is ... | |")[1].split("\n\n")[0]
+    paths = re.findall(r"`([\w/.]+)`", table)
+    assert len(paths) > 25
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_no_absolute_import_skips_the_namespace() -> None:
