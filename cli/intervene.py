@@ -81,10 +81,10 @@ def intervene(
     if own and not dry_run:
         finish(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
         return
-    from rlgen_stats.toolkit.study.trials import DIRECTIONS, run_trial
+    from rlgen_stats.toolkit.study.trials import DIRECTIONS, verify_set
 
     with progress_for(quiet=quiet) as progress:
-        found = run_trial(
+        found = verify_set(
             study,
             features=features,
             set_name=set_name if set_name or features else "selected",

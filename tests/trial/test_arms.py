@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec
-from rlgen_stats.toolkit.edits.edit import EditSite, FeatureEdit
+from rlgen_stats.toolkit.edits.edit import FeatureEdit
 from rlgen_stats.toolkit.edits.hooks import editing
+from rlgen_stats.toolkit.edits.site import EditSite
 from rlgen_stats.toolkit.extraction.residual_stream import capture_residual
 from rlgen_stats.toolkit.trial.arms import (
     choose_prompts,

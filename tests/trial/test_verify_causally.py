@@ -23,8 +23,8 @@ from rlgen_stats.toolkit.crosscoder import decoder_dataset
 from rlgen_stats.toolkit.intervention import feature_covariates, feature_effects, plan_trial, verify_causally
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics import match_features, reappearance
-from rlgen_stats.toolkit.trial import run_arm as trial
-from rlgen_stats.toolkit.trial.covariates import mean_levels
+from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
+from rlgen_stats.toolkit.trial import run as trial
 from tests.trial.planted import (
     F_BRAKE,
     F_DECOY,

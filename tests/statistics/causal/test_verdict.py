@@ -12,7 +12,7 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
-from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, hopeless
+from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, is_futile
 from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, ending_of, paired_effect
 from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, WRONG, causal, world
 
@@ -282,11 +282,11 @@ def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> Non
 
 
 def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable, Settings]:
-    """The table with only the random sets that are run when hopeless ones are not."""
+    """The table with only the random sets that are run when is_futile ones are not."""
     random = table.where("random")
     accuracy = table.sign * table.accuracy(table.target)
     as_large = np.cumsum(accuracy[random] >= accuracy[table.chosen] - 1e-9)
-    enough = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), len(random), settings.alpha)]
+    enough = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), len(random), settings.alpha)]
     kept = [i for i in range(len(table.conditions)) if i not in set(random[enough[0] :] if enough else ())]
     names = ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl")
     shorter = replace(
@@ -322,7 +322,7 @@ def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
     for _ in range(4000):
         effects = draw.random(n_planned + 1)
         as_large = np.cumsum(effects[1:] >= effects[0])
-        stop = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), n_planned, 0.05)]
+        stop = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), n_planned, 0.05)]
         p_values.append(as_large[stop[0] - 1] / stop[0] if stop else (1 + as_large[-1]) / (n_planned + 1))
     for level in (0.01, 0.05, 0.1, 0.3, 0.6):
         share = np.mean(np.array(p_values) <= level)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlgen_stats.toolkit.trial.subset import lazy_greedy
+from rlgen_stats.toolkit.statistics.causal.subset_search import lazy_greedy
 
 N = 12
 
@@ -39,7 +39,7 @@ def eager(value: Coverage, wanted: float) -> list[int]:
 @pytest.mark.parametrize("seed", range(8))
 def test_lazy_choices_are_the_eager_ones_for_fewer_measurements(seed: int) -> None:
     lazy, plain = Coverage(seed), Coverage(seed)
-    found = lazy_greedy(lazy.alone, lazy, wanted=0.7, budget=10_000)
+    found = lazy_greedy(lazy.alone, lazy, threshold=0.7, budget=10_000)
     assert list(found.order) == eager(plain, 0.7)
     assert len(lazy.asked) < 0.6 * len(plain.asked)
     assert found.values == pytest.approx([lazy(found.order[:n]) for n in range(1, len(found.order) + 1)])
@@ -50,11 +50,11 @@ def test_lazy_choices_are_the_eager_ones_for_fewer_measurements(seed: int) -> No
 
 def test_a_spent_budget_leaves_the_best_known_gains() -> None:
     value = Coverage(3)
-    found = lazy_greedy(value.alone, value, wanted=2.0, budget=0)
+    found = lazy_greedy(value.alone, value, threshold=2.0, budget=0)
     assert list(found.order) == sorted(value.alone, key=lambda k: -value.alone[k])
     assert len(value.asked) == N - 1, "one measurement a member added, the first being known"
     value = Coverage(3)
-    lazy_greedy(value.alone, value, wanted=2.0, budget=5)
+    lazy_greedy(value.alone, value, threshold=2.0, budget=5)
     assert len(value.asked) <= 5 + N - 1
 
 
@@ -65,6 +65,6 @@ def test_members_that_repeat_another_come_last() -> None:
     def value(members: tuple[int, ...]) -> float:
         return len(set.union(*(covers[k] for k in members)))
 
-    found = lazy_greedy({k: value((k,)) for k in covers}, value, wanted=7, budget=9)
+    found = lazy_greedy({k: value((k,)) for k in covers}, value, threshold=7, budget=9)
     assert found.order == (1, 3)
     assert found.left == (2,)
