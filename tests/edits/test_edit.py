@@ -89,9 +89,11 @@ def test_edits_equal_a_forward_pass_by_hand(
     plain = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     for row, length in enumerate(lengths):
         text = ids[row, -length:]
-        wanted = reference_logits(model, text, lambda a: reference_edit(a, crosscoder, view, SET, multiplier))
-        torch.testing.assert_close(got[row, -length:], wanted, **CLOSE)
-        assert (plain[row, -length:] - wanted).abs().max() > 0.01, "the edit must do something for this test to say so"
+        expected = reference_logits(model, text, lambda a: reference_edit(a, crosscoder, view, SET, multiplier))
+        torch.testing.assert_close(got[row, -length:], expected, **CLOSE)
+        assert (plain[row, -length:] - expected).abs().max() > 0.01, (
+            "the edit must do something for this test to say so"
+        )
 
 
 def test_skip_first_leaves_leading_tokens_alone(model: Any, crosscoder: Crosscoder) -> None:
@@ -235,8 +237,8 @@ def test_every_architecture_cached_and_padded_equals_whole_texts_without_hooks(
     kind: str, dtype: torch.dtype, close: Any
 ) -> None:
     crosscoder = tiny_crosscoder(sparsity="l1")  # without a jump at the threshold, which rounding could cross
-    model, wanted = tiny_model(kind).to(dtype), tiny_model(kind).to(dtype)
-    blocks = locate_layers(wanted)
+    model, expected = tiny_model(kind).to(dtype), tiny_model(kind).to(dtype)
+    blocks = locate_layers(expected)
     blocks[LAYER] = EditedBlock(
         blocks[LAYER], lambda a: torch.stack([reference_edit(row.float(), crosscoder, RL, SET, 2.5) for row in a]).to(a)
     )
@@ -257,7 +259,7 @@ def test_every_architecture_cached_and_padded_equals_whole_texts_without_hooks(
             cache = out.past_key_values
     got = torch.cat(steps, dim=1)
     for row, length in enumerate(lengths):
-        alone = wanted(input_ids=ids[row : row + 1, -length:], use_cache=False).logits[0]
+        alone = expected(input_ids=ids[row : row + 1, -length:], use_cache=False).logits[0]
         torch.testing.assert_close(got[row, -length:], alone, **close)
         assert (plain[row, -length:] - alone).abs().max() > 0.2, "the edit must be larger than the tolerance"
 
@@ -271,7 +273,7 @@ def test_an_offloaded_model_is_edited_where_it_computes(
     """Weights on disk until their turn, as a device map leaves them that does not fit."""
     ids, mask, place = batch_of(8, 5)
     with editing(model, edit, site(crosscoder)):
-        wanted = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
     model.save_pretrained(tmp_path / "saved")
     where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     where |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "cpu"}
@@ -280,7 +282,7 @@ def test_an_offloaded_model_is_edited_where_it_computes(
     )
     assert next(loaded.model.layers[LAYER].parameters()).device.type == "meta"
     with torch.no_grad(), editing(loaded, edit, site(crosscoder)):
-        torch.testing.assert_close(loaded(input_ids=ids, attention_mask=mask, position_ids=place).logits, wanted)
+        torch.testing.assert_close(loaded(input_ids=ids, attention_mask=mask, position_ids=place).logits, expected)
 
 
 # -- declared levels
@@ -387,9 +389,9 @@ def test_columns_equal_the_crosscoders_readout(crosscoder: Crosscoder) -> None:
     raw = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(3))
     for kind in ("swap", "own"):
         columns = FeatureColumns(EditSite(crosscoder, RL, LAYER, kind), SET)
-        wanted = crosscoder.readout(raw, view=RL, kind=kind)[:, list(SET)]
-        assert 0.1 < float((wanted > 0).float().mean()) < 0.9
-        torch.testing.assert_close(columns.read(raw), wanted, **CLOSE)
+        expected = crosscoder.readout(raw, view=RL, kind=kind)[:, list(SET)]
+        assert 0.1 < float((expected > 0).float().mean()) < 0.9
+        torch.testing.assert_close(columns.read(raw), expected, **CLOSE)
         torch.testing.assert_close(columns.directions, crosscoder.feature_direction(RL)[list(SET)], **CLOSE)
 
 
@@ -398,13 +400,13 @@ def test_columns_equal_the_crosscoders_readout(crosscoder: Crosscoder) -> None:
 
 def test_lift_sets_features_to_the_source_models_level_on_the_same_text(model: Any, crosscoder: Crosscoder) -> None:
     source, text = tiny_model(seed=5), batch_of(7)[0]
-    theirs: list[Tensor] = []
-    reference_logits(source, text[0], lambda a: theirs.append(a) or a)
+    residuals: list[Tensor] = []
+    reference_logits(source, text[0], lambda a: residuals.append(a) or a)
     with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), source=SourceModel(source, RL)):
         got = model(input_ids=text).logits[0]
 
     def lift(a: Tensor) -> Tensor:
-        change = crosscoder.readout(theirs[0], kind="swap") - crosscoder.readout(a, kind="swap")
+        change = crosscoder.readout(residuals[0], kind="swap") - crosscoder.readout(a, kind="swap")
         return a + change[:, list(SET)] @ crosscoder.feature_direction(BASE)[list(SET)]
 
     torch.testing.assert_close(got, reference_logits(model, text[0], lift), **CLOSE)
@@ -434,8 +436,8 @@ SEEDS = list(range(len(PROMPTS)))
 
 
 def completions(model: Any, batch_size: int) -> list[tuple[int, ...]]:
-    found = generate(model, Tokens(), PROMPTS, max_new_tokens=12, seeds=SEEDS, batch_size=batch_size)
-    return [completion.token_ids for completion in found]
+    completions = generate(model, Tokens(), PROMPTS, max_new_tokens=12, seeds=SEEDS, batch_size=batch_size)
+    return [completion.token_ids for completion in completions]
 
 
 @pytest.mark.parametrize("kind", ["disable", "amplify", "lift", "add_vector"])

@@ -208,15 +208,17 @@ def check_tokenizers(refs: Sequence[ModelRef]) -> None:
 
 
 def _difference(reference: Any, vocabulary: dict[str, int], other: Any) -> str | None:
-    theirs = other.get_vocab()
-    if theirs != vocabulary:
+    other_vocabulary = other.get_vocab()
+    if other_vocabulary != vocabulary:
         changed = sorted(
-            token for token in vocabulary.keys() | theirs.keys() if vocabulary.get(token) != theirs.get(token)
+            token
+            for token in vocabulary.keys() | other_vocabulary.keys()
+            if vocabulary.get(token) != other_vocabulary.get(token)
         )
         first = changed[0]
         return (
-            f"the vocabularies of {len(vocabulary)} and {len(theirs)} tokens differ in {len(changed)}, "
-            f"e.g. {first!r} is {vocabulary.get(first)} there and {theirs.get(first)} here"
+            f"the vocabularies of {len(vocabulary)} and {len(other_vocabulary)} tokens differ in {len(changed)}, "
+            f"e.g. {first!r} is {vocabulary.get(first)} there and {other_vocabulary.get(first)} here"
         )
     for name in _SPECIAL_IDS:
         if getattr(reference, name) != getattr(other, name):

@@ -5,6 +5,7 @@ Planning one needs no torch; running it does.
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
 NEEDS: Final = ("posttrain", "outcomes", "extract", "encode", "align", "select")
 """Stages that a trial reads."""
+_RUN_STEP: Final = "rlgen_stats.toolkit.trial.run"
+"""The step of a trial that imports torch; loaded only when something is run."""
 SPELLED_OUT: Final = 6
 """Features that a trial's name spells out; more are hashed."""
 
@@ -131,14 +134,13 @@ def _run(
     study: Study, name: str, plan: TrialPlan, provenance: Provenance, *, by_feature: bool, progress: Progress
 ) -> tuple[xr.Dataset, xr.Dataset | None]:
     """Run and judge a plan, store what it shows."""
-    from rlgen_stats.toolkit.trial.run import LiveTrial, run_trial  # loads torch, which a dry run does without
-
     def write(group: str, dataset: xr.Dataset) -> None:
         write_results(study.folder.results, group, dataset, provenance=provenance)
 
-    live = LiveTrial(plan)
+    step = pkgutil.resolve_name(_RUN_STEP)
+    live = step.LiveTrial(plan)
     with exclusive(study.folder.stages / "run"):
-        result, balance = judge_trial(run_trial(plan, live=live, progress=progress), plan.declared)
+        result, balance = judge_trial(step.run_trial(plan, live=live, progress=progress), plan.declared)
         validate(result, "intervention")
         write(f"trial-{name}", result)
         write(f"trial-{name}-balance", balance)

@@ -21,10 +21,9 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition, Direc
 CONTROL_SHARE: Final = 0.25
 """Share of the prompts that unrelated tasks get at least, where they have as many: an accuracy loss beyond .05 is ruled
 out at level .05 only from 59 prompts without any loss on, and their even share is often less."""
-VECTOR_KINDS: Final = ("steering", "random_direction")
-"""Arms that add a vector which only the models can tell: they are planned without it and get it in the run."""
 UNKNOWN_VECTOR: Final = (nan,)
-"""Stands in an edit for the vector that the run will fill in; no model has one channel, so it cannot be run."""
+"""Stands for a vector that only the models can tell (kinds ``steering`` and ``random_direction``) until the run fills
+it in; hooks refuse it, because no model has one channel."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def plan_arms(
         Doses, main dose, edited positions.
     steering
         [channel] mean residual of the RL model minus that of base, raw units; added to base, subtracted from the RL
-        model. None if not known yet: the arm is planned without it (see ``VECTOR_KINDS``). A zero vector has no arms.
+        model. None if not known yet (``UNKNOWN_VECTOR``). A zero vector has no arms.
     random_direction
         [channel] vector of the same norm, or None.
     levels
