@@ -35,10 +35,13 @@ class Batch:
     """Left-padded texts and, counted from the end, the positions compared."""
 
     rows: NDArray[np.int64]
+    """Which of the probe's texts these are."""
     ids: Tensor
     mask: Tensor
     positions: Tensor
+    """[row, token] token ids, 1 where real, and position ids."""
     prompt_lengths: Tensor
+    """[row] tokens of the prompt."""
     weight: Tensor
     """[row, kept position] 1 where compared; the kept positions are the last ones."""
 
@@ -61,8 +64,11 @@ class Probes:
     """Fixed texts, and both unedited models' distributions on them."""
 
     first: Probe
+    """Where the first completion token is predicted."""
     forced: Probe
+    """Whole completions of the unedited models."""
     neutral: Probe
+    """Text that neither model wrote."""
     references: dict[str, dict[str, list[Tensor]]]
     """probe name -> view -> log-probabilities."""
 
@@ -106,7 +112,7 @@ def log_probabilities(model: Any, probe: Probe, active: ActiveEdit | None = None
     probe
         Texts and positions.
     active
-        Handle of the edit in force; it is told where prompts end.
+        Handle of the edit in force, which needs to know where prompts end.
     """
     log_p = []
     has_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -173,6 +179,7 @@ class EncodedTexts:
     neutral: list[list[int]]
     """Texts of no task, if the study has some."""
     pad: int
+    """Id put into pad positions."""
 
 
 def make_probes(

@@ -277,34 +277,20 @@ def plan_trial(
     chosen = tuple(dict.fromkeys(int(k) for k in features))
     table = choose_prompts(load_prompts(spec, folder), spec)
     prompts = TrialPrompts(table, *target_prompts(table, spec))
-    matched = _match(spec, folder, chosen, prompts, covariates)
-    plan = _empty_plan(spec, folder, chosen, prompts, matched if isinstance(matched, str) else "", provenance, name)
-    if isinstance(matched, str):
-        return plan
+    plan = _plan_without_arms(spec, folder, chosen, prompts, provenance, name)
+    try:
+        matched = _match(spec, folder, chosen, prompts, covariates)
+    except NotEstimableError as error:
+        return replace(plan, declared=replace(plan.declared, not_held=str(error)))
     neutral = spec.intervention.neutral_text
     texts = () if neutral is None else tuple(load_texts(folder.resolve(neutral)))
-    crosscoder = spec.primary_crosscoder
-    site = Site(
-        folder.crosscoder(crosscoder.name),
-        matched.decoder.weights_sha256,
-        matched.rl.model,
-        spec.extraction.layer,
-        crosscoder.readout,
-    )
-    sites: dict[Direction, Site] = {"disable": site, "amplify": replace(site, view=BASE_MODEL)}
+    sites = _sites(spec, folder, matched)
     replicates = _find_replicates(spec, folder, chosen)
     plan = replace(
         plan,
         prompts=replace(prompts, neutral_texts=texts),
         directions=tuple(
-            _plan_direction(
-                spec,
-                direction,
-                chosen,
-                matched,
-                _replicate_arms(replicates, direction, spec, sites[direction]),
-                by_feature=by_feature,
-            )
+            _plan_direction(spec, sites[direction], direction, chosen, matched, replicates, by_feature=by_feature)
             for direction in DIRECTIONS
             if direction in directions
         ),
@@ -325,16 +311,15 @@ def _stored(plan: TrialPlan, one: DirectionPlan) -> frozenset[str]:
     return frozenset(arm.name for arm in (*one.arms, *one.parts) if plan.is_stored(one.direction, arm))
 
 
-def _empty_plan(
+def _plan_without_arms(
     spec: StudySpec,
     folder: StudyFolder,
     features: tuple[int, ...],
     prompts: TrialPrompts,
-    not_held: str,
     provenance: Provenance,
     name: str,
 ) -> TrialPlan:
-    """What is known of a trial before its set is: prompts, settings, places; no arms."""
+    """What holds whether or not the set can be tried: prompts, settings, where arms are kept."""
     return TrialPlan(
         features=features,
         prompts=prompts,
@@ -351,7 +336,7 @@ def _empty_plan(
             margin=spec.intervention.non_inferiority,
             seeds={direction: derive_seed(spec.seed, "intervention", "verdict", direction) for direction in DIRECTIONS},
             controls=None,
-            not_held=not_held,
+            not_held="",
             no_controls="",
             replicates=(),
             tasks=tuple(sorted(set(prompts.table[TASK]))),
@@ -395,7 +380,7 @@ class _Matched:
 
     decoder: Decoder
     rl: ModelRef
-    """The model of the second contrasted run that is disabled in."""
+    """The last checkpoint of the second contrasted run: the set is disabled there."""
     levels: NDArray[np.float64] | None
     """[feature] what amplifying adds, where that is not the features' own activation."""
     controls: MatchedControls | None
@@ -409,19 +394,25 @@ def _match(
     features: tuple[int, ...],
     prompts: TrialPrompts,
     covariates: xr.Dataset | None,
-) -> _Matched | str:
-    """The set with its controls, or why no trial can be held."""
+) -> _Matched:
+    """The set with its controls.
+
+    Raises
+    ------
+    NotEstimableError
+        If no trial can be held, as ``code: reason``.
+    """
     if not features:
-        return "no_features: no feature selected"
+        raise NotEstimableError("no_features: no feature selected")
     if prompts.table.empty:
-        return "no_prompts: no verification prompts"
+        raise NotEstimableError("no_prompts: no verification prompts")
     decoder = read_decoder(folder.crosscoder(spec.primary_crosscoder.name))
     unknown = [k for k in features if not 0 <= k < decoder.n_features]
     if unknown:
         raise InputError(f"feature ids run from 0 to {decoder.n_features - 1}, got {unknown[0]}.")
     rl = final_model(spec, folder, spec.contrasted[1].name)
     if not prompts.target.any():
-        return "no_target_prompts: all verification prompts are of control tasks"
+        raise NotEstimableError("no_target_prompts: all verification prompts are of control tasks")
     summaries = open_features(folder.features)
     if covariates is None:
         covariates = feature_covariates(decoder, summaries, models=[BASE_MODEL, rl.model], view=rl.model)
@@ -434,7 +425,7 @@ def _match(
     try:
         levels = mean_levels(decoder, summaries, model=rl.model) if spec.intervention.level == "rl" else None
     except NotEstimableError as error:
-        return f"no_levels: {error}"
+        raise NotEstimableError(f"no_levels: {error}") from error
     try:
         controls = match_controls(
             covariates,
@@ -448,12 +439,25 @@ def _match(
     return _Matched(decoder, rl, levels, controls, "")
 
 
+def _sites(spec: StudySpec, folder: StudyFolder, matched: _Matched) -> dict[Direction, Site]:
+    crosscoder = spec.primary_crosscoder
+    disabled = Site(
+        crosscoder=folder.crosscoder(crosscoder.name),
+        weights_sha256=matched.decoder.weights_sha256,
+        view=matched.rl.model,
+        layer=spec.extraction.layer,
+        readout=crosscoder.readout,
+    )
+    return {"disable": disabled, "amplify": replace(disabled, view=BASE_MODEL)}
+
+
 def _plan_direction(
     spec: StudySpec,
+    site: Site,
     direction: Direction,
     features: tuple[int, ...],
     matched: _Matched,
-    replicates: Sequence[Arm],
+    replicates: Sequence[_Replicate],
     *,
     by_feature: bool,
 ) -> DirectionPlan:
@@ -465,7 +469,7 @@ def _plan_direction(
         no_sets if matched.controls is None else matched.controls.sets,
         spec,
         levels=levels,
-        replicates=replicates,
+        replicates=_replicate_arms(replicates, direction, spec, site),
     )
     plan = DirectionPlan(direction, (UNEDITED, *arms))
     if not by_feature:
