@@ -66,6 +66,13 @@ class Criterion:
     reasons: tuple[str, ...]
 
 
+def _paired(differences: Floats, clusters: NDArray[np.str_], settings: Settings) -> PairedEffect:
+    """Paired effects at the declared level, with the declared sign flips."""
+    return paired_effect(
+        differences, clusters, alpha=settings.alpha, seed=settings.seed, n_resamples=settings.n_resamples
+    )
+
+
 def interval(
     table: OutcomeTable, settings: Settings, condition: int, mask: NDArray[np.bool_], alpha: float
 ) -> tuple[float, float]:
@@ -208,13 +215,7 @@ def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
     per_prompt = table.correct[order][:, table.target].mean(axis=2)
     ranks = np.arange(len(order)) - (len(order) - 1) / 2
     columns = np.column_stack([ranks @ per_prompt, *(per_prompt[1:] - per_prompt[:-1])])
-    effect = paired_effect(
-        columns,
-        table.cluster[table.target],
-        alpha=settings.alpha,
-        seed=settings.seed,
-        n_resamples=settings.n_resamples,
-    )
+    effect = _paired(columns, table.cluster[table.target], settings)
     down = np.where(effect.mean[1:] < 0, effect.p_value[1:], 1.0)
     falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
     doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
@@ -303,13 +304,7 @@ def _shown_in(
     """In how many places, each an arm and a mask of prompts, the effect is significant and as predicted."""
     means, p_values = [], []
     for condition, mask in places.values():
-        effect = paired_effect(
-            table.change(mask)[:, [condition]],
-            table.cluster[mask],
-            alpha=settings.alpha,
-            seed=settings.seed,
-            n_resamples=settings.n_resamples,
-        )
+        effect = _paired(table.change(mask)[:, [condition]], table.cluster[mask], settings)
         means.append(float(effect.mean[0]))
         p_values.append(float(effect.p_value[0]))
     adjusted = np.atleast_1d(np.asarray(adjust(np.array(p_values), method="holm")))
@@ -325,13 +320,7 @@ def failure_mode_match(table: OutcomeTable, effects: PairedEffect, settings: Set
     paired = target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
     reasons, nearer = [], False
     if paired.any():
-        effect = paired_effect(
-            (kl[i] - kl[unedited])[paired][:, None],
-            table.cluster[paired],
-            alpha=settings.alpha,
-            seed=settings.seed,
-            n_resamples=settings.n_resamples,
-        )
+        effect = _paired((kl[i] - kl[unedited])[paired][:, None], table.cluster[paired], settings)
         nearer = bool(effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha)
         reasons.append(
             f"v6_kl: divergence from the other model {kl[unedited][paired].mean():.3f} -> {kl[i][paired].mean():.3f} "
@@ -372,12 +361,8 @@ def baselines(table: OutcomeTable, settings: Settings) -> tuple[str, ...]:
         i = table.index(kind)
         if i is None:
             continue
-        effect = paired_effect(
-            table.sign * (per_prompt[table.chosen] - per_prompt[i])[:, None],
-            table.cluster[table.target],
-            alpha=settings.alpha,
-            seed=settings.seed,
-            n_resamples=settings.n_resamples,
+        effect = _paired(
+            table.sign * (per_prompt[table.chosen] - per_prompt[i])[:, None], table.cluster[table.target], settings
         )
         beats = bool(effect.mean[0] > 0 and effect.p_value[0] <= settings.alpha)
         notes.append(
