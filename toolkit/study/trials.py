@@ -134,6 +134,7 @@ def _run(
     study: Study, name: str, plan: TrialPlan, provenance: Provenance, *, by_feature: bool, progress: Progress
 ) -> tuple[xr.Dataset, xr.Dataset | None]:
     """Run and judge a plan, store what it shows."""
+
     def write(group: str, dataset: xr.Dataset) -> None:
         write_results(study.folder.results, group, dataset, provenance=provenance)
 
