@@ -77,14 +77,15 @@ def intervene(
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.cli.stages import run_and_print
 
-    own = set_name is None and not features and direction is None and not doses and level is None and not by_feature
-    if own and not dry_run:
-        run_and_print(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
+    stage = set_name is None and not features and direction is None and not doses and level is None and not by_feature
+    if stage and not dry_run:
+        finish(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
         return
-    from rlgen_stats.toolkit.study.trials import DIRECTIONS, run_trial
+    from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
+    from rlgen_stats.toolkit.study.trials import verify_set
 
     with progress_for(quiet=quiet) as progress:
-        found = run_trial(
+        trial = verify_set(
             study,
             features=features,
             set_name=set_name if set_name or features else "selected",
@@ -96,22 +97,29 @@ def intervene(
             progress=progress,
         )
     if as_json:
-        print_json(_told(found))
+        print_json(_as_json(trial))
     else:
-        _print(found)
+        _print(trial)
 
 
-def _told(found: TrialRun) -> dict[str, Any]:
-    plan = found.plan
-    told: dict[str, Any] = {
-        "name": found.name, "features": list(plan.features), "prompts": plan.n_prompts, "samples": plan.n_samples,
-        "controls": plan.n_controls, "arms": plan.arms, "stored": plan.stored, "completions": plan.completions,
-        "seconds": found.seconds, "why_not": plan.why_not,
-    }  # fmt: skip
-    if found.result is not None:
-        told["results"] = f"trial-{found.name}"
-        rows = {str(d): found.result.sel(direction=d) for d in found.result["direction"].values}
-        told["verdicts"] = {
+def _as_json(trial: TrialRun) -> dict[str, Any]:
+    plan = trial.plan
+    content: dict[str, Any] = {
+        "name": trial.name,
+        "features": list(plan.features),
+        "prompts": plan.n_prompts,
+        "samples": plan.n_samples,
+        "controls": plan.n_controls,
+        "arms": plan.arms,
+        "stored": plan.stored,
+        "completions": plan.completions,
+        "seconds": trial.seconds,
+        "why_not": plan.why_not,
+    }
+    if trial.result is not None:
+        content["results"] = f"trial-{trial.name}"
+        rows = {str(d): trial.result.sel(direction=d) for d in trial.result["direction"].values}
+        content["verdicts"] = {
             direction: {
                 "verdict": str(row["verdict"].item()),
                 "effect": float(row["effect"].sel(condition="set")) if "set" in row["condition"] else None,
@@ -122,35 +130,35 @@ def _told(found: TrialRun) -> dict[str, Any]:
             for direction, row in rows.items()
             if direction in plan.arms
         }
-    return told
+    return content
 
 
-def _print(found: TrialRun) -> None:
-    plan = found.plan
+def _print(trial: TrialRun) -> None:
+    plan = trial.plan
     arms = ", ".join(
         f"{n} arms {direction}" + (f" ({plan.stored[direction]} done)" if plan.stored[direction] else "")
         for direction, n in plan.arms.items()
     )
-    click.echo(f"{found.name}: {len(plan.features)} feature(s); {arms or 'nothing to run'}")
+    click.echo(f"{trial.name}: {len(plan.features)} feature(s); {arms or 'nothing to run'}")
     if plan.why_not:
         click.echo(f"  {plan.why_not}")
-    if found.result is None:
-        time = "" if found.seconds is None else f", roughly {_time(found.seconds)} at the speed of the outcomes stage"
+    if trial.result is None:
+        time = "" if trial.seconds is None else f", roughly {_time(trial.seconds)} at the speed of the outcomes stage"
         size = f"{plan.n_prompts} prompts, {plan.n_samples} sample(s) an arm"
         most = f"{plan.completions:,} completions of up to {plan.max_new_tokens} tokens"
         click.echo(f"  at most {most} ({size}){time}")
         return
-    for direction in found.result["direction"].values:
-        row = found.result.sel(direction=direction)
+    for direction in trial.result["direction"].values:
+        row = trial.result.sel(direction=direction)
         if str(row["reasons"].item()).startswith("not_asked"):
             continue
         click.secho(f"  {direction}: {row['verdict'].item()}", bold=True)
         for reason in str(row["reasons"].item()).split("; "):
             click.echo(f"    {reason}")
         click.echo(f"    v5_replication: {row['v5'].item()}")
-        if found.parts is not None:
-            _print_parts(found.parts.sel(direction=direction))
-    click.echo(f"  results.zarr/trial-{found.name}; rlgen-stats report STUDY --force puts it into the report")
+        if trial.parts is not None:
+            _print_parts(trial.parts.sel(direction=direction))
+    click.echo(f"  results.zarr/trial-{trial.name}; rlgen-stats report STUDY --force puts it into the report")
 
 
 def _print_parts(parts: xr.Dataset) -> None:

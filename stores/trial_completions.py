@@ -1,17 +1,22 @@
-"""Completions and grades of a causal trial's arms."""
+"""Completions and grades of a causal trial's arms: one file an arm, so that a trial that was stopped goes on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xarray as xr
 
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS, SAMPLE
 from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.stores.atomic import replacing
 from rlgen_stats.stores.folder import StudyFolder
 
 CONDITION: Final = b"rlgen_stats_condition"
@@ -19,7 +24,46 @@ CONDITION: Final = b"rlgen_stats_condition"
 SHARED_KINDS: Final = ("unedited", "fresh", "passthrough", "steering", "random_direction")
 """Arms that are the same whatever the set, and so shared by all trials."""
 _VARIABLES: Final = {"correct": bool, "n_tokens": np.int64, "format_class": np.str_, "text": np.str_}
-_DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl")
+PROMPT_DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl")
+"""Columns that hold one number a prompt: KL at the first completion position, and over whole forced completions."""
+DIVERGENCES: Final = (*PROMPT_DIVERGENCES, "neutral_kl")
+"""All divergence columns, NaN where not computed; the one on neutral text is the same in every row of an arm."""
+_HASH: Final = b"rlgen_stats_arm"
+"""Key of the hash of everything that decides an arm's outcome."""
+
+
+@dataclass(frozen=True)
+class ArmFiles:
+    """Where a trial keeps its arms."""
+
+    root: Path
+    """intervention/ in the study folder."""
+    trial: str = ""
+    """Name of a trial beside the study's own; arms that do not depend on the set are shared with it."""
+
+    def path(self, direction: str, name: str, kind: str) -> Path:
+        """File of an arm."""
+        folder = self.root if kind in SHARED_KINDS or not self.trial else self.root / self.trial
+        return folder / direction / f"{name}.parquet"
+
+
+def has_arm(path: Path, arm_hash: str) -> bool:
+    """Whether a file holds the arm of this hash; another hash means that something about the arm has changed."""
+    return path.exists() and (pq.read_schema(path).metadata or {}).get(_HASH) == arm_hash.encode()
+
+
+def read_arm(path: Path, arm_hash: str) -> pd.DataFrame | None:
+    """Rows of a stored arm, sample after sample; None if the file is missing or holds another arm."""
+    return pq.read_table(path).to_pandas() if has_arm(path, arm_hash) else None
+
+
+def write_arm(frame: pd.DataFrame, path: Path, arm_hash: str, condition: Mapping[str, Any]) -> None:
+    """Write an arm's rows with its hash and its condition (name, kind, dose), atomically."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    labels = {_HASH: arm_hash.encode(), CONDITION: json.dumps(dict(condition)).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **labels})
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "") -> xr.Dataset:
@@ -62,10 +106,10 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     conditions = {name: _condition(file) for name, file in files.items()}
     if trial:
         files = {name: file for name, file in files.items() if conditions[name]["kind"] in SHARED_KINDS}
-        own = {file.stem: file for file in sorted((root / trial / direction).glob("*.parquet"))}
-        files |= own
-        conditions |= {name: _condition(file) for name, file in own.items()}
-    if not files or (trial and not own):
+        of_trial = {file.stem: file for file in sorted((root / trial / direction).glob("*.parquet"))}
+        files |= of_trial
+        conditions |= {name: _condition(file) for name, file in of_trial.items()}
+    if not files or (trial and not of_trial):
         raise StoreError(f"{root / trial / direction} has no arms; run rlgen-stats intervene.")
     tables = {name: pq.read_table(file).to_pandas() for name, file in files.items()}
     first = next(iter(tables.values()))
@@ -86,12 +130,12 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     }
     coords |= {name: (PROMPT, first[name].to_numpy(np.str_)[: len(prompts)]) for name in PROMPT_LABELS}
     dims = ("condition", PROMPT, SAMPLE)
-    found = xr.Dataset({name: (dims, values) for name, values in data.items()}, coords=coords)
+    arms = xr.Dataset({name: (dims, values) for name, values in data.items()}, coords=coords)
     unmeasured = np.full(len(prompts), np.nan)
-    for name in _DIVERGENCES:  # of a prompt: the same beside each of its samples
+    for name in PROMPT_DIVERGENCES:  # of a prompt: the same beside each of its samples
         rows = [table[name].to_numpy()[: len(prompts)] if name in table else unmeasured for table in tables.values()]
-        found[name] = (("condition", PROMPT), np.stack(rows))
-    return found
+        arms[name] = (("condition", PROMPT), np.stack(rows))
+    return arms
 
 
 def _condition(file: Path) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -12,18 +14,15 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import torch
 
-from benchmarks.common import REPETITIONS, Case, interleaved, spread
+from benchmarks.common import PROVENANCE, REPETITIONS, Case, interleaved, spread
 from benchmarks.reports import Goal, report
-from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import Provenance, StudyFolder, open_features
-from rlgen_stats.toolkit.extraction import find_model, generate, load_model, load_tokenizer
-from rlgen_stats.toolkit.intervention import Condition, FeatureEdit, editing
+from rlgen_stats.stores import StudyFolder, open_features
+from rlgen_stats.stores.trial_completions import ArmFiles
+from rlgen_stats.toolkit.extraction import generate
+from rlgen_stats.toolkit.intervention import Condition, FeatureEdit, LiveTrial, editing, plan_trial
 from rlgen_stats.toolkit.study import read_spec
 from rlgen_stats.toolkit.trial.arms import Arm
-from rlgen_stats.toolkit.trial.run_arm import Subject, run_arm
-from rlgen_stats.toolkit.trial.verify_causally import edit_site, make_bench, prepare
 
 SIZE: Final = 17
 """Features of every arm."""
@@ -42,71 +41,84 @@ def main() -> None:
         options.arms, options.repetitions = 5, 1
     ways = Ways(options.study, options.arms)
     with tempfile.TemporaryDirectory() as scratch:
-        fresh = iter(range(10**6))
+        numbers = itertools.count()
         cases = [
-            Case("arms of one trial, graded and stored", ways.together, lambda: f"{scratch}/{next(fresh)}"),
-            Case("as many trials of one arm", ways.apart, lambda: f"{scratch}/{next(fresh)}"),
+            Case("arms of one trial, graded and stored", ways.together, lambda: f"{scratch}/{next(numbers)}"),
+            Case("as many trials of one arm", ways.apart, lambda: f"{scratch}/{next(numbers)}"),
             Case("generate under an edit, as often", lambda _: ways.bare()),
         ]
-        found = {name: spread(s) for name, s in interleaved(cases, options.repetitions).items()}
-        trial_seconds, plain, _ = (found[case.name]["median"] for case in cases)
+        seconds = {name: spread(s) for name, s in interleaved(cases, options.repetitions).items()}
+        together, apart, _ = (seconds[case.name]["median"] for case in cases)
         completions = len(ways.prompts) * options.arms
         rows = [
-            {"what": name, "s": times["median"], "low": times["low"], "high": times["high"],
-             "completions/s": completions / times["median"]}
-            for name, times in found.items()
-        ]  # fmt: skip
+            {
+                "what": name,
+                "s": times["median"],
+                "low": times["low"],
+                "high": times["high"],
+                "completions/s": completions / times["median"],
+            }
+            for name, times in seconds.items()
+        ]
         report(
-            options, Path(scratch), "Arms of a trial",
-            settings={"arms": options.arms, "prompts": len(ways.prompts)}, rows=rows,
-            goals=[Goal("arms, times as long as single ones", trial_seconds / plain, 1.1, at_least=False)],
-        )  # fmt: skip
+            options,
+            Path(scratch),
+            "Arms of a trial",
+            settings={"arms": options.arms, "prompts": len(ways.prompts)},
+            rows=rows,
+            goals=[Goal("arms, times as long as single ones", together / apart, 1.1, at_least=False)],
+        )
 
 
 class Ways:
     """The same arms run in three ways."""
 
     def __init__(self, study: Path, n_arms: int) -> None:
-        self.spec: StudySpec = read_spec(study)
         folder = StudyFolder(study)
         fires = open_features(folder.features)["firing"].max(["model", "prompt"]).values > 0
-        trial = prepare(self.spec, folder, np.flatnonzero(fires)[:SIZE])
-        if isinstance(trial, str):
-            raise SystemExit(f"{study}: {trial}")
-        reference = find_model(trial.rl_view, self.spec, folder)
-        self.model, self.tokenizer = load_model(reference), load_tokenizer(reference)
-        self.subject = Subject("disable", self.model, edit_site(trial, "disable"), None)
+        features = np.flatnonzero(fires)[:SIZE].tolist()
+        self.plan = plan_trial(read_spec(study), folder, features, provenance=PROVENANCE)
+        if not self.plan.directions:
+            raise SystemExit(f"{study}: {self.plan.why_not}")
         draw = np.random.default_rng(0)
         self.arms = [
             Arm(Condition(f"random-{i:03d}", "random", 0.0), FeatureEdit(tuple(chosen), "disable", skip_first=1))
             for i, chosen in enumerate(draw.choice(fires.size, SIZE, replace=False).tolist() for _ in range(n_arms))
         ]
-        self.bench = make_bench(trial, folder, Provenance("benchmark", "0" * 64), self.tokenizer, "")
-        self.prompts = list(trial.prompts["text"]) * self.spec.intervention.n_samples
+        self.live = LiveTrial(self.plan)
+        self.model, self.site = self.live.model("rl"), self.live.edit_site("disable")
+        self.prompts = list(self.plan.prompts.table["text"]) * self.plan.n_samples
 
-    @torch.no_grad()
-    def together(self, where: str) -> None:
+    def together(self, folder: str) -> None:
         """One trial of all arms."""
-        for arm in self.arms:
-            run_arm(replace(self.bench, folder=Path(where)), self.subject, arm, None)
+        self._run(self.arms, Path(folder))
 
-    @torch.no_grad()
-    def apart(self, where: str) -> None:
+    def apart(self, folder: str) -> None:
         """One trial an arm."""
         for number, arm in enumerate(self.arms):
-            run_arm(replace(self.bench, folder=Path(where) / str(number)), self.subject, arm, None)
+            self._run([arm], Path(folder) / str(number))
+
+    def _run(self, arms: Sequence[Arm], folder: Path) -> None:
+        self.live.plan = replace(self.plan, files=ArmFiles(folder))
+        for arm in arms:
+            self.live.run_arm("disable", arm)
 
     def bare(self) -> None:
         """Generation alone."""
-        how = self.spec.generation
+        sampling = self.plan.sampling
         for arm in self.arms:
             assert arm.edit is not None
-            with editing(self.model, arm.edit, self.subject.site):
+            with editing(self.model, arm.edit, self.site):
                 generate(
-                    self.model, self.tokenizer, self.prompts, max_new_tokens=how.max_new_tokens,
-                    temperature=how.temperature, top_p=how.top_p, seeds=self.bench.seeds(fresh=False),
-                    batch_size=how.batch_size,
-                )  # fmt: skip
+                    self.model,
+                    self.live.tokenizer,
+                    self.prompts,
+                    max_new_tokens=sampling.generation.max_new_tokens,
+                    temperature=sampling.generation.temperature,
+                    top_p=sampling.generation.top_p,
+                    seeds=sampling.seeds(self.plan.prompts.ids, fresh=False),
+                    batch_size=sampling.generation.batch_size,
+                )
 
 
 if __name__ == "__main__":

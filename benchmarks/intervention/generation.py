@@ -34,10 +34,17 @@ def model_of(*, quick: bool, device: torch.device) -> Any:
     """A Qwen3 of random weights that never stops by itself."""
     width = 64 if quick else 512
     config = Qwen3Config(
-        vocab_size=8192, hidden_size=width, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-        head_dim=width // 8, intermediate_size=3 * width, max_position_embeddings=512, eos_token_id=None,
+        vocab_size=8192,
+        hidden_size=width,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=width // 8,
+        intermediate_size=3 * width,
+        max_position_embeddings=512,
+        eos_token_id=None,
         bos_token_id=None,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
     return AutoModelForCausalLM.from_config(config).to(device, kind).eval().requires_grad_(False)
@@ -83,25 +90,38 @@ def main() -> None:
 
         return synchronised(run, device)
 
-    found = interleaved([Case(name, writing(edit)) for name, edit in edits.items()], options.repetitions)
-    seconds = {name: spread(values) for name, values in found.items()}
+    measured = interleaved([Case(name, writing(edit)) for name, edit in edits.items()], options.repetitions)
+    seconds = {name: spread(values) for name, values in measured.items()}
     tokens = BATCH * NEW_TOKENS
     rows = [
         {
-            "what": name, "tokens/s": tokens / times["median"], "low": tokens / times["high"],
-            "high": tokens / times["low"], "of unedited": seconds[UNEDITED]["median"] / times["median"],
+            "what": name,
+            "tokens/s": tokens / times["median"],
+            "low": tokens / times["high"],
+            "high": tokens / times["low"],
+            "of unedited": seconds[UNEDITED]["median"] / times["median"],
         }
         for name, times in seconds.items()
-    ]  # fmt: skip
-    wanted = [row for row in rows if str(row["what"]).endswith("features")]
-    goals = [Goal(f"tokens/s of {row['what']}, of unedited", row["of unedited"], GOAL) for row in wanted]
+    ]
+    edited = [row for row in rows if str(row["what"]).endswith("features")]
+    goals = [Goal(f"tokens/s of {row['what']}, of unedited", row["of unedited"], GOAL) for row in edited]
     with tempfile.TemporaryDirectory() as folder:
         report(
-            options, Path(folder), "Writing under an edit",
-            settings={"batch": BATCH, "prompt": PROMPT_TOKENS, "new tokens": NEW_TOKENS, "blocks": 8,
-                      "width": model.config.hidden_size, "features": crosscoder.n_features, "on": str(device)},
-            rows=rows, goals=goals,
-        )  # fmt: skip
+            options,
+            Path(folder),
+            "Writing under an edit",
+            settings={
+                "batch": BATCH,
+                "prompt": PROMPT_TOKENS,
+                "new tokens": NEW_TOKENS,
+                "blocks": 8,
+                "width": model.config.hidden_size,
+                "features": crosscoder.n_features,
+                "on": str(device),
+            },
+            rows=rows,
+            goals=goals,
+        )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.crosscoder import Crosscoder
-from rlgen_stats.toolkit.edits.edit import EditSite, FeatureColumns, FeatureEdit
-from rlgen_stats.toolkit.edits.hooks import Donor, amplify, disable, editing
+from rlgen_stats.toolkit.edits.edit import FeatureEdit
+from rlgen_stats.toolkit.edits.hooks import SourceModel, amplify, disable, editing
+from rlgen_stats.toolkit.edits.site import EditSite, FeatureColumns
 from rlgen_stats.toolkit.extraction.generation import generate
 from rlgen_stats.toolkit.extraction.residual_stream import locate_layers
 from tests.edits.tiny import (
@@ -88,9 +89,11 @@ def test_edits_equal_a_forward_pass_by_hand(
     plain = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     for row, length in enumerate(lengths):
         text = ids[row, -length:]
-        wanted = reference_logits(model, text, lambda a: reference_edit(a, crosscoder, view, SET, multiplier))
-        torch.testing.assert_close(got[row, -length:], wanted, **CLOSE)
-        assert (plain[row, -length:] - wanted).abs().max() > 0.01, "the edit must do something for this test to say so"
+        expected = reference_logits(model, text, lambda a: reference_edit(a, crosscoder, view, SET, multiplier))
+        torch.testing.assert_close(got[row, -length:], expected, **CLOSE)
+        assert (plain[row, -length:] - expected).abs().max() > 0.01, (
+            "the edit must do something for this test to say so"
+        )
 
 
 def test_skip_first_leaves_leading_tokens_alone(model: Any, crosscoder: Crosscoder) -> None:
@@ -103,6 +106,36 @@ def test_skip_first_leaves_leading_tokens_alone(model: Any, crosscoder: Crosscod
             return torch.cat([a[:2], reference_edit(a[2:], crosscoder, RL, SET, 0.0)])
 
         torch.testing.assert_close(got[row, -length:], reference_logits(model, ids[row, -length:], edit), **CLOSE)
+
+
+def test_plain_feature_ids_are_edited_at_every_token(model: Any, crosscoder: Crosscoder) -> None:
+    ids, mask, positions = batch_of(8, 5)
+    for short, edit in (
+        (disable(model, SET, site(crosscoder)), FeatureEdit(SET, "disable")),
+        (amplify(model, SET, site(crosscoder), dose=2.5), FeatureEdit(SET, "amplify", 2.5)),
+    ):
+        with short:
+            got = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        with editing(model, edit, site(crosscoder)):
+            expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        assert torch.equal(got, expected)
+    with pytest.raises(InputError, match="needs a dose"), amplify(model, SET, site(crosscoder)):
+        pass
+    whole = FeatureEdit(SET, "amplify", 2.0)
+    with pytest.raises(InputError, match="has its own dose, 2"), amplify(model, whole, site(crosscoder), dose=3.0):
+        pass
+
+
+def test_the_old_name_of_the_source_model_still_works(model: Any, crosscoder: Crosscoder) -> None:
+    with pytest.warns(DeprecationWarning, match="SourceModel"):
+        from rlgen_stats.toolkit.intervention import Donor
+    assert Donor is SourceModel
+    lift = FeatureEdit(SET, "lift")
+    with (
+        pytest.warns(DeprecationWarning, match="source="),
+        editing(model, lift, site(crosscoder, BASE), donor=Donor(tiny_model(seed=5), RL)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("positions", ["prompt", "last_prompt", "completion", "all"])
@@ -204,8 +237,8 @@ def test_every_architecture_cached_and_padded_equals_whole_texts_without_hooks(
     kind: str, dtype: torch.dtype, close: Any
 ) -> None:
     crosscoder = tiny_crosscoder(sparsity="l1")  # without a jump at the threshold, which rounding could cross
-    model, wanted = tiny_model(kind).to(dtype), tiny_model(kind).to(dtype)
-    blocks = locate_layers(wanted)
+    model, expected = tiny_model(kind).to(dtype), tiny_model(kind).to(dtype)
+    blocks = locate_layers(expected)
     blocks[LAYER] = EditedBlock(
         blocks[LAYER], lambda a: torch.stack([reference_edit(row.float(), crosscoder, RL, SET, 2.5) for row in a]).to(a)
     )
@@ -226,7 +259,7 @@ def test_every_architecture_cached_and_padded_equals_whole_texts_without_hooks(
             cache = out.past_key_values
     got = torch.cat(steps, dim=1)
     for row, length in enumerate(lengths):
-        alone = wanted(input_ids=ids[row : row + 1, -length:], use_cache=False).logits[0]
+        alone = expected(input_ids=ids[row : row + 1, -length:], use_cache=False).logits[0]
         torch.testing.assert_close(got[row, -length:], alone, **close)
         assert (plain[row, -length:] - alone).abs().max() > 0.2, "the edit must be larger than the tolerance"
 
@@ -240,7 +273,7 @@ def test_an_offloaded_model_is_edited_where_it_computes(
     """Weights on disk until their turn, as a device map leaves them that does not fit."""
     ids, mask, place = batch_of(8, 5)
     with editing(model, edit, site(crosscoder)):
-        wanted = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
+        expected = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
     model.save_pretrained(tmp_path / "saved")
     where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     where |= {"model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "cpu"}
@@ -249,7 +282,7 @@ def test_an_offloaded_model_is_edited_where_it_computes(
     )
     assert next(loaded.model.layers[LAYER].parameters()).device.type == "meta"
     with torch.no_grad(), editing(loaded, edit, site(crosscoder)):
-        torch.testing.assert_close(loaded(input_ids=ids, attention_mask=mask, position_ids=place).logits, wanted)
+        torch.testing.assert_close(loaded(input_ids=ids, attention_mask=mask, position_ids=place).logits, expected)
 
 
 # -- declared levels
@@ -277,8 +310,8 @@ def test_an_empty_edit_changes_no_bit_and_installs_nothing(model: Any, crosscode
     ids, mask, place = batch_of(6, 4)
     plain = model(input_ids=ids, attention_mask=mask, position_ids=place).logits
     before = n_hooks(model)
-    donor = Donor(tiny_model(seed=5), RL) if kind == "lift" else None
-    with editing(model, FeatureEdit((), kind, 2.0 if kind == "amplify" else None), site(crosscoder), donor=donor):
+    source = SourceModel(tiny_model(seed=5), RL) if kind == "lift" else None
+    with editing(model, FeatureEdit((), kind, 2.0 if kind == "amplify" else None), site(crosscoder), source=source):
         assert n_hooks(model) == before
         assert torch.equal(model(input_ids=ids, attention_mask=mask, position_ids=place).logits, plain)
 
@@ -304,12 +337,12 @@ def test_amplify_by_one_is_a_no_op(model: Any, crosscoder: Crosscoder) -> None:
 def test_the_model_is_restored_after_an_exception(model: Any, crosscoder: Crosscoder) -> None:
     ids, _, _ = batch_of(6)
     plain, before = model(input_ids=ids).logits, n_hooks(model)
-    donor = tiny_model(seed=5)
-    donor_before = n_hooks(donor)
+    source = tiny_model(seed=5)
+    source_before = n_hooks(source)
     seen = []
 
     def fail_inside() -> None:
-        with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), donor=Donor(donor, RL)):
+        with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), source=SourceModel(source, RL)):
             seen.extend([n_hooks(model) > before, not torch.equal(model(input_ids=ids).logits, plain)])
             raise RuntimeError("inside")
 
@@ -317,7 +350,7 @@ def test_the_model_is_restored_after_an_exception(model: Any, crosscoder: Crossc
         fail_inside()
     assert seen == [True, True]
     assert n_hooks(model) == before
-    assert n_hooks(donor) == donor_before
+    assert n_hooks(source) == source_before
     assert torch.equal(model(input_ids=ids).logits, plain)
 
 
@@ -356,24 +389,24 @@ def test_columns_equal_the_crosscoders_readout(crosscoder: Crosscoder) -> None:
     raw = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(3))
     for kind in ("swap", "own"):
         columns = FeatureColumns(EditSite(crosscoder, RL, LAYER, kind), SET)
-        wanted = crosscoder.readout(raw, view=RL, kind=kind)[:, list(SET)]
-        assert 0.1 < float((wanted > 0).float().mean()) < 0.9
-        torch.testing.assert_close(columns.read(raw), wanted, **CLOSE)
+        expected = crosscoder.readout(raw, view=RL, kind=kind)[:, list(SET)]
+        assert 0.1 < float((expected > 0).float().mean()) < 0.9
+        torch.testing.assert_close(columns.read(raw), expected, **CLOSE)
         torch.testing.assert_close(columns.directions, crosscoder.feature_direction(RL)[list(SET)], **CLOSE)
 
 
 # -- lift, vectors, generation
 
 
-def test_lift_sets_features_to_the_donors_level_on_the_same_text(model: Any, crosscoder: Crosscoder) -> None:
-    donor, text = tiny_model(seed=5), batch_of(7)[0]
-    theirs: list[Tensor] = []
-    reference_logits(donor, text[0], lambda a: theirs.append(a) or a)
-    with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), donor=Donor(donor, RL)):
+def test_lift_sets_features_to_the_source_models_level_on_the_same_text(model: Any, crosscoder: Crosscoder) -> None:
+    source, text = tiny_model(seed=5), batch_of(7)[0]
+    residuals: list[Tensor] = []
+    reference_logits(source, text[0], lambda a: residuals.append(a) or a)
+    with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), source=SourceModel(source, RL)):
         got = model(input_ids=text).logits[0]
 
     def lift(a: Tensor) -> Tensor:
-        change = crosscoder.readout(theirs[0], kind="swap") - crosscoder.readout(a, kind="swap")
+        change = crosscoder.readout(residuals[0], kind="swap") - crosscoder.readout(a, kind="swap")
         return a + change[:, list(SET)] @ crosscoder.feature_direction(BASE)[list(SET)]
 
     torch.testing.assert_close(got, reference_logits(model, text[0], lift), **CLOSE)
@@ -381,7 +414,7 @@ def test_lift_sets_features_to_the_donors_level_on_the_same_text(model: Any, cro
 
 def test_lift_from_itself_is_a_no_op(model: Any, crosscoder: Crosscoder) -> None:
     text = batch_of(7)[0]
-    with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), donor=Donor(tiny_model(), RL)):
+    with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), source=SourceModel(tiny_model(), RL)):
         got = model(input_ids=text).logits
     torch.testing.assert_close(got, model(input_ids=text).logits, **CLOSE)
 
@@ -403,13 +436,13 @@ SEEDS = list(range(len(PROMPTS)))
 
 
 def completions(model: Any, batch_size: int) -> list[tuple[int, ...]]:
-    found = generate(model, Tokens(), PROMPTS, max_new_tokens=12, seeds=SEEDS, batch_size=batch_size)
-    return [completion.token_ids for completion in found]
+    completions = generate(model, Tokens(), PROMPTS, max_new_tokens=12, seeds=SEEDS, batch_size=batch_size)
+    return [completion.token_ids for completion in completions]
 
 
 @pytest.mark.parametrize("kind", ["disable", "amplify", "lift", "add_vector"])
 def test_completions_do_not_depend_on_the_batch(model: Any, crosscoder: Crosscoder, kind: Any) -> None:
-    donor = Donor(tiny_model(seed=5), RL) if kind == "lift" else None
+    source = SourceModel(tiny_model(seed=5), RL) if kind == "lift" else None
     edit = {
         "disable": FeatureEdit(SET, "disable", skip_first=1),
         "amplify": FeatureEdit(SET, "amplify", 3.0, positions="completion"),
@@ -418,7 +451,7 @@ def test_completions_do_not_depend_on_the_batch(model: Any, crosscoder: Crosscod
     }[kind]
     plain = completions(model, 16)
     assert len({len(ids) for ids in plain}) > 2, "rows must end at different steps, so that the batch shrinks"
-    with editing(model, edit, site(crosscoder, BASE), donor=donor):
+    with editing(model, edit, site(crosscoder, BASE), source=source):
         one_by_one, small, large = (completions(model, size) for size in (1, 5, 16))
     assert one_by_one == small == large
     assert large != plain
@@ -426,9 +459,9 @@ def test_completions_do_not_depend_on_the_batch(model: Any, crosscoder: Crosscod
 
 
 def test_lift_while_generating_equals_reading_the_finished_texts(model: Any, crosscoder: Crosscoder) -> None:
-    donor = Donor(tiny_model(seed=5), RL)
+    source = SourceModel(tiny_model(seed=5), RL)
     edit, where = FeatureEdit(SET, "lift", positions="completion"), site(crosscoder, BASE)
-    with editing(model, edit, where, donor=donor) as active:
+    with editing(model, edit, where, source=source) as active:
         written = [
             c.token_ids for c in generate(model, Tokens(), PROMPTS, max_new_tokens=8, greedy=True, batch_size=16)
         ]
@@ -473,7 +506,7 @@ def test_misfits_are_refused(model: Any, crosscoder: Crosscoder) -> None:
         (edit, site(crosscoder, layer=9), "blocks 0 to 2"),
         (edit, site(crosscoder, view="rl@9"), "no view"),
         (edit, site(tiny_crosscoder(width=8)), "width 8"),
-        (FeatureEdit(SET, "lift"), site(crosscoder), "donor"),
+        (FeatureEdit(SET, "lift"), site(crosscoder), "source model"),
         (FeatureEdit((), "add_vector", vector=(1.0, 2.0)), site(crosscoder), "16 channels"),
     ]
     for bad, where, message in cases:

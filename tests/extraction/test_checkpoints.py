@@ -11,18 +11,9 @@ from tokenizers import normalizers
 from rlgen_stats.schemas.errors import ModelError, StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, write_json
+from rlgen_stats.stores.study_models import ModelRef, final_model, find_model, list_models, resolve_view
 from rlgen_stats.toolkit.extraction import locate_layers
-from rlgen_stats.toolkit.extraction.checkpoints import (
-    ModelRef,
-    check_tokenizers,
-    final_model,
-    find_model,
-    list_models,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_view,
-)
+from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, load_model, load_tokenizer, resolve_device
 from tests.extraction.conftest import WORDS, save_model, tiny_model, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]

@@ -8,8 +8,8 @@ from rlgen_stats.schemas.errors import ModelError, StageError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_outcomes
+from rlgen_stats.stores.study_models import list_models
 from rlgen_stats.toolkit.extraction import load_model, load_tokenizer, outcomes, read_completions, sample_outcomes
-from rlgen_stats.toolkit.extraction.checkpoints import list_models
 from tests.extraction.conftest import prompt_table, save_model, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, read_json, write_json
-from rlgen_stats.toolkit.extraction.checkpoints import list_models, load_model, load_tokenizer
+from rlgen_stats.stores.study_models import list_models
+from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer
 from rlgen_stats.toolkit.posttrain import train_run
 from tests.posttrain import conftest
 

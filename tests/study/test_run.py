@@ -17,8 +17,8 @@ from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.stage_graph import BY_NAME, with_needs
-from rlgen_stats.toolkit.study.trials import run_trial
-from tests.study.conftest import MAIN, PAIR, spec_dict
+from rlgen_stats.toolkit.study.trials import verify_set
+from tests.study.conftest import spec_dict
 
 CALLS: list[str] = []
 
@@ -74,11 +74,11 @@ def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:
     with pytest.raises(
         StageError, match=f"run: rlgen-stats align {study_folder} and rlgen-stats select {study_folder}"
     ):
-        run_trial(study_folder, features=[1])
+        verify_set(study_folder, features=[1])
     run_study(study_folder)
     shutil.rmtree(study_folder / "results.zarr" / "attribution")
     with pytest.raises(StageError, match=rf"needs the stage\(s\) align done; run: rlgen-stats align {study_folder}$"):
-        run_trial(study_folder, features=[1])
+        verify_set(study_folder, features=[1])
 
 
 @pytest.mark.parametrize(

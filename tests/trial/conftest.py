@@ -1,3 +1,50 @@
-from tests.edits.conftest import _one_thread, crosscoder, model
+"""One planted study, its trial of the gate and of three features, run once for all tests of this folder."""
 
-__all__ = ["_one_thread", "crosscoder", "model"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import xarray as xr
+
+from rlgen_stats.toolkit.intervention import feature_effects
+from tests.edits.conftest import crosscoder, model
+from tests.trial.planted import (
+    F_BRAKE,
+    F_DECOY,
+    F_GATE,
+    PROVENANCE,
+    planted_study,
+)
+from tests.trial.trials import (
+    run,
+)
+
+__all__ = ["crosscoder", "model"]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def study(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return planted_study(tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture(scope="package")
+def gate(study: Any) -> tuple[xr.Dataset, xr.Dataset]:
+    return run(study, [F_GATE], F_BRAKE)
+
+
+@pytest.fixture(scope="package")
+def parts(study: Any) -> xr.Dataset:
+    spec, folder = study
+    chosen = [F_DECOY, F_GATE, F_DECOY + 1]
+    return feature_effects(spec, folder, chosen, provenance=PROVENANCE, name="three")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.edits.edit import EditSite, FeatureColumns, FeatureEdit, Kind
+from rlgen_stats.toolkit.edits.edit import FeatureEdit, Kind
+from rlgen_stats.toolkit.edits.site import EditSite, FeatureColumns
 from rlgen_stats.toolkit.extraction.activations import site_name
 from rlgen_stats.toolkit.extraction.residual_stream import capture_residual, locate_layers
 
@@ -21,8 +23,8 @@ SAFE_SKIP: Final = 1
 
 
 @dataclass(frozen=True)
-class Donor:
-    """The model whose feature levels ``lift`` copies."""
+class SourceModel:
+    """The model whose feature levels activation patching (``lift``) copies."""
 
     model: PreTrainedModel
     view: str
@@ -60,33 +62,33 @@ class ActiveEdit:
 
 
 class PairedCache(DynamicCache):  # type: ignore[misc]
-    """A cache that takes its donor's cache along when rows of the batch leave or change places."""
+    """A cache that takes the source model's cache along when rows of the batch leave or change places."""
 
-    def __init__(self, config: Any, donor_config: Any) -> None:
+    def __init__(self, config: Any, source_config: Any) -> None:
         super().__init__(config=config)
-        self.donor = DynamicCache(config=donor_config)
+        self.source = DynamicCache(config=source_config)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows, in both caches."""
         super().batch_select_indices(indices)
-        self.donor.batch_select_indices(indices)
+        self.source.batch_select_indices(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows, in both caches."""
         super().reorder_cache(beam_idx)
-        self.donor.reorder_cache(beam_idx)
+        self.source.reorder_cache(beam_idx)
 
 
 @contextmanager
-def disable(model: PreTrainedModel, edit: FeatureEdit, site: EditSite) -> Iterator[ActiveEdit]:
-    """Within the block, the edit's features are 0 in the model's residual stream; everything else is as it was.
+def disable(model: PreTrainedModel, edit: FeatureEdit | Sequence[int], site: EditSite) -> Iterator[ActiveEdit]:
+    """Within the block, these features are 0 in the model's residual stream; everything else is as it was.
 
     Parameters
     ----------
     model
         Hugging Face causal LM.
     edit
-        Of kind ``disable``.
+        Feature ids, disabled at every real token; or an edit of kind ``disable`` that says where.
     site
         Crosscoder, view and block.
 
@@ -97,26 +99,45 @@ def disable(model: PreTrainedModel, edit: FeatureEdit, site: EditSite) -> Iterat
 
     Examples
     --------
-    >>> with disable(model, FeatureEdit((3, 17), "disable"), EditSite(crosscoder, "rl@80", 2)):  # doctest: +SKIP
+    >>> with disable(model, (3, 17), EditSite(crosscoder, "rl@80", 2)):  # doctest: +SKIP
     ...     model.generate(**batch)
     """
+    if not isinstance(edit, FeatureEdit):
+        edit = FeatureEdit(tuple(edit), "disable")
     _check_kind(edit, "disable")
     with editing(model, edit, site) as active:
         yield active
 
 
 @contextmanager
-def amplify(model: PreTrainedModel, edit: FeatureEdit, site: EditSite) -> Iterator[ActiveEdit]:
-    """Within the block, the edit's features are multiplied by its dose; everything else is as it was.
+def amplify(
+    model: PreTrainedModel, edit: FeatureEdit | Sequence[int], site: EditSite, *, dose: float | None = None
+) -> Iterator[ActiveEdit]:
+    """Within the block, these features are multiplied by the dose; everything else is as it was.
 
-    Parameters and errors as in :func:`disable`, the edit being of kind ``amplify``.
+    Parameters
+    ----------
+    model, site
+        As in :func:`disable`.
+    edit
+        Feature ids, amplified at every real token; or an edit of kind ``amplify`` that says where.
+    dose
+        Multiplier, with feature ids; an edit has its own.
+
+    Raises
+    ------
+    InputError
+        As in :func:`disable`; also if ids come without a dose or an edit with one.
 
     Examples
     --------
-    >>> edit = FeatureEdit((3, 17), "amplify", dose=2.0)
-    >>> with amplify(model, edit, EditSite(crosscoder, "base@0", 2)):  # doctest: +SKIP
+    >>> with amplify(model, (3, 17), EditSite(crosscoder, "base@0", 2), dose=2.0):  # doctest: +SKIP
     ...     model.generate(**batch)
     """
+    if not isinstance(edit, FeatureEdit):
+        edit = FeatureEdit(tuple(edit), "amplify", dose)
+    elif dose is not None:
+        raise InputError(f"the edit has its own dose, {edit.strength:g}; leave dose={dose:g} out.")
     _check_kind(edit, "amplify")
     with editing(model, edit, site) as active:
         yield active
@@ -124,7 +145,12 @@ def amplify(model: PreTrainedModel, edit: FeatureEdit, site: EditSite) -> Iterat
 
 @contextmanager
 def editing(
-    model: PreTrainedModel, edit: FeatureEdit, site: EditSite, *, donor: Donor | None = None
+    model: PreTrainedModel,
+    edit: FeatureEdit,
+    site: EditSite,
+    *,
+    source: SourceModel | None = None,
+    donor: SourceModel | None = None,
 ) -> Iterator[ActiveEdit]:
     """Put any edit in force within the block; the model is restored on leaving, whatever happens inside.
 
@@ -136,8 +162,10 @@ def editing(
         What to do.
     site
         Crosscoder, view and block.
-    donor
+    source
         Model that ``lift`` copies levels from; it reads the same tokens in parallel with its own cache.
+    donor
+        Deprecated name of ``source``.
 
     Yields
     ------
@@ -147,7 +175,7 @@ def editing(
     Raises
     ------
     InputError
-        If edit, site, donor and model do not fit together.
+        If edit, site, source model and model do not fit together.
     RefusedError
         If the model is compiled, or is called in a way whose positions cannot be told.
 
@@ -155,17 +183,20 @@ def editing(
     -----
     Features are read from the block's own output in the same pass. Nested edits of one site compose outside in: the
     inner edit reads what the outer one left. An empty edit installs no hook. Under ``lift`` the cache is created here
-    so that the donor's follows it; with a cache of the caller's, rows must keep their places (no beam search).
+    so that the source model's follows it; with a cache of the caller's, rows must keep their places (no beam search).
     """
-    layers = _check_fits(model, edit, site, donor)
+    if donor is not None:
+        warnings.warn("editing(donor=...) is now called source=...", DeprecationWarning, stacklevel=3)
+        source = donor
+    layers = _check_fits(model, edit, site, source)
     active = ActiveEdit()
     if edit.is_empty:
         yield active
         return
     with ExitStack() as stack:
-        hook = _Hook(model, edit, site, donor, active)
-        if donor is not None:
-            hook.donor_capture = stack.enter_context(capture_residual(donor.model, site.layer))
+        hook = _Hook(model, edit, site, source, active)
+        if source is not None:
+            hook.source_capture = stack.enter_context(capture_residual(source.model, site.layer))
         for handle in (
             model.register_forward_pre_hook(hook.before_model, with_kwargs=True),
             layers[site.layer].register_forward_hook(hook.after_block),
@@ -179,17 +210,17 @@ def _check_kind(edit: FeatureEdit, kind: Kind) -> None:
         raise InputError(f"{kind} expects an edit of kind {kind!r}, got {edit.kind!r}; use editing() for any kind.")
 
 
-def _check_fits(model: PreTrainedModel, edit: FeatureEdit, site: EditSite, donor: Donor | None) -> nn.ModuleList:
+def _check_fits(model: PreTrainedModel, edit: FeatureEdit, site: EditSite, source: SourceModel | None) -> nn.ModuleList:
     if hasattr(model, "_orig_mod"):
         raise RefusedError("a compiled model does not run hooks added later; pass the model before torch.compile.")
     layers = locate_layers(model)
     if not 0 <= site.layer < len(layers):
         raise InputError(f"the model has decoder blocks 0 to {len(layers) - 1}, the edit's site is block {site.layer}.")
     width = int(model.config.get_text_config().hidden_size)
-    reads = site.crosscoder.widths[site.crosscoder.view_index(site.view)]
-    if reads != width:
+    expected = site.crosscoder.widths[site.crosscoder.view_index(site.view)]
+    if expected != width:
         raise InputError(
-            f"the crosscoder reads activations of width {reads}, the model's residual stream has "
+            f"the crosscoder reads activations of width {expected}, the model's residual stream has "
             f"{width}; use the crosscoder trained on this model and site."
         )
     trained = site.crosscoder.facts.get("site")
@@ -200,8 +231,8 @@ def _check_fits(model: PreTrainedModel, edit: FeatureEdit, site: EditSite, donor
         )
     if edit.vector and len(edit.vector) != width:
         raise InputError(f"the vector to add must have {width} channels, got {len(edit.vector)}.")
-    if (edit.kind == "lift") != (donor is not None):
-        raise InputError("kind 'lift' needs a donor model, and no other kind takes one.")
+    if (edit.kind == "lift") != (source is not None):
+        raise InputError("kind 'lift' needs a source model, and no other kind takes one.")
     return layers
 
 
@@ -209,22 +240,22 @@ class _Hook:
     """State of one edit across forward passes."""
 
     def __init__(
-        self, model: PreTrainedModel, edit: FeatureEdit, site: EditSite, donor: Donor | None, active: ActiveEdit
+        self, model: PreTrainedModel, edit: FeatureEdit, site: EditSite, source: SourceModel | None, active: ActiveEdit
     ) -> None:
-        self.edit, self.active, self.donor = edit, active, donor
+        self.edit, self.active, self.source = edit, active, source
         device = next(locate_layers(model)[site.layer].parameters()).device
         device = torch.device("cpu") if device.type == "meta" else device  # offloaded; after_block sees the real one
-        whole = edit.kind == "passthrough" and not edit.features
-        self.columns = FeatureColumns(site, None if whole else edit.features, device=device)
+        whole_dictionary = edit.kind == "passthrough" and not edit.features
+        self.columns = FeatureColumns(site, None if whole_dictionary else edit.features, device=device)
         self.vector = torch.tensor(edit.vector, device=device, dtype=torch.float32) * edit.strength
         self.level = torch.tensor(edit.level, device=device, dtype=torch.float32)
-        self.donor_capture: Any = None
-        self.donor_columns: FeatureColumns | None = None
-        if donor is not None:
-            donor_site = EditSite(site.crosscoder, donor.view, site.layer, site.readout)
-            self.donor_columns = FeatureColumns(donor_site, edit.features, device=device)
-        self.donor_cache: DynamicCache | None = None
-        self.donor_levels: Tensor | None = None
+        self.source_capture: Any = None
+        self.source_columns: FeatureColumns | None = None
+        if source is not None:
+            source_site = EditSite(site.crosscoder, source.view, site.layer, site.readout)
+            self.source_columns = FeatureColumns(source_site, edit.features, device=device)
+        self.source_cache: DynamicCache | None = None
+        self.source_levels: Tensor | None = None
         self.mask: Tensor | None = None
         self.skip = False
 
@@ -245,11 +276,11 @@ class _Hook:
                 "pass the tokenizer's attention_mask and a dynamic cache."
             )
         self._locate(tokens, attention, past_length)
-        if self.donor is None:
+        if self.source is None:
             return None
         if past is None and kwargs.get("use_cache", getattr(module.config, "use_cache", False)):
-            past = kwargs["past_key_values"] = PairedCache(module.config, self.donor.model.config)
-        self._read_donor(self.donor, tokens, attention, kwargs.get("position_ids"), past, past_length)
+            past = kwargs["past_key_values"] = PairedCache(module.config, self.source.model.config)
+        self._read_source(self.source, tokens, attention, kwargs.get("position_ids"), past, past_length)
         return args, kwargs
 
     def _locate(self, tokens: Tensor, attention: Tensor | None, past_length: int) -> None:
@@ -286,9 +317,9 @@ class _Hook:
             chosen &= position >= end - 1
         self.mask = chosen
 
-    def _read_donor(
+    def _read_source(
         self,
-        donor: Donor,
+        source: SourceModel,
         tokens: Tensor,
         attention: Tensor | None,
         position_ids: Tensor | None,
@@ -296,27 +327,27 @@ class _Hook:
         past_length: int,
     ) -> None:
         if isinstance(past, PairedCache):
-            self.donor_cache = past.donor
+            self.source_cache = past.source
         elif not past_length:
-            self.donor_cache = DynamicCache(config=donor.model.config) if past is not None else None
-        held = int(self.donor_cache.get_seq_length()) if self.donor_cache is not None else 0
-        if held != past_length:
+            self.source_cache = DynamicCache(config=source.model.config) if past is not None else None
+        n_read = int(self.source_cache.get_seq_length()) if self.source_cache is not None else 0
+        if n_read != past_length:
             raise RefusedError(
-                f"the donor has read {held} tokens and the edited model {past_length}; start a new pass."
+                f"the source model has read {n_read} tokens and the edited model {past_length}; start a new pass."
             )
         more = {} if position_ids is None else {"position_ids": position_ids}
         with torch.no_grad():
-            donor.model(
+            source.model(
                 input_ids=tokens,
                 attention_mask=attention,
-                past_key_values=self.donor_cache,
+                past_key_values=self.source_cache,
                 use_cache=past is not None,
                 logits_to_keep=1,
                 **more,
             )
-        if self.donor_columns is not None:
-            theirs: Tensor = self.donor_capture.value
-            self.donor_levels = self.donor_columns.to(theirs.device).read(theirs)
+        if self.source_columns is not None:
+            residual: Tensor = self.source_capture.value
+            self.source_levels = self.source_columns.to(residual.device).read(residual)
 
     # -- after the block: the change --------------------------------------------------------------------------------
 
@@ -324,7 +355,7 @@ class _Hook:
         if self.skip:
             return output
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        self._follow(hidden.device)
+        self._move_to(hidden.device)
         edited = self._edited(hidden.to(torch.float32)).to(hidden.dtype)
         if self.mask is not None:
             self.mask = self.mask.to(hidden.device)
@@ -333,13 +364,13 @@ class _Hook:
             self.active.add(hidden, edited, self.mask)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    def _follow(self, device: torch.device) -> None:
-        """Be where the block's output is: a device map may compute elsewhere than the weights lie."""
+    def _move_to(self, device: torch.device) -> None:
+        """Follow the block's output: a device map may compute elsewhere than the weights lie."""
         if self.vector.device != device:
             self.columns.to(device)
             self.vector, self.level = self.vector.to(device), self.level.to(device)
-        if self.donor_levels is not None:
-            self.donor_levels = self.donor_levels.to(device)
+        if self.source_levels is not None:
+            self.source_levels = self.source_levels.to(device)
 
     def _edited(self, hidden: Tensor) -> Tensor:
         kind, columns = self.edit.kind, self.columns
@@ -353,7 +384,7 @@ class _Hook:
             return hidden + columns.write(raised - levels)
         if kind == "amplify":
             return hidden + columns.write((self.edit.strength - 1.0) * levels)
-        if kind == "lift" and self.donor_levels is not None:
-            return hidden + columns.write(self.edit.strength * (self.donor_levels - levels))
-        decoded = columns.write(levels) + columns.offset  # passthrough
+        if kind == "lift" and self.source_levels is not None:
+            return hidden + columns.write(self.edit.strength * (self.source_levels - levels))
+        decoded = columns.write(levels) + columns.offset  # passthrough: what is read, plus what was not explained
         return decoded + (hidden - decoded)

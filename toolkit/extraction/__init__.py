@@ -1,24 +1,20 @@
 """From models to stores: completions, grades, forced-text activations, distances from base."""
 
-from rlgen_stats.schemas.dims import FORMAT_CLASSES
-from rlgen_stats.toolkit.extraction.activations import extract_activations, site_name, token_mask
-from rlgen_stats.toolkit.extraction.checkpoints import (
+from rlgen_stats.stores.prompts import load_prompts, load_texts, read_table
+from rlgen_stats.stores.study_models import (
     REPEAT_MODEL,
     ModelRef,
-    check_tokenizers,
     final_model,
     find_model,
     list_models,
-    load_model,
-    load_tokenizer,
-    resolve_device,
     resolve_view,
 )
+from rlgen_stats.toolkit.extraction.activations import extract_activations, site_name, token_mask
+from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
 from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
 from rlgen_stats.toolkit.extraction.movement import measure_movement
 from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
-from rlgen_stats.toolkit.extraction.prompts import load_prompts, load_texts, read_table
 from rlgen_stats.toolkit.extraction.residual_stream import (
     block_output,
     capture_residual,

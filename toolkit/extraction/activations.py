@@ -26,20 +26,17 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, StudySpec
 from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, complete_models, create_activations
+from rlgen_stats.stores.prompts import TEXT, load_prompts
+from rlgen_stats.stores.study_models import REPEAT_MODEL, ModelRef, final_model, list_models
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import (
-    REPEAT_MODEL,
-    ModelRef,
     check_tokenizers,
     check_weights,
-    final_model,
-    list_models,
     load_model,
     load_tokenizer,
     resolve_device,
 )
 from rlgen_stats.toolkit.extraction.outcomes import read_completions
-from rlgen_stats.toolkit.extraction.prompts import TEXT, load_prompts
 from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residual
 from rlgen_stats.toolkit.progress import SILENT, Progress
 

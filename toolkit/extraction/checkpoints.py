@@ -1,10 +1,9 @@
-"""Which models a study has, and how they are loaded: whole checkpoints, sharded ones and LoRA adapters."""
+"""How checkpoints and tokenizers are loaded: whole checkpoints, sharded ones and LoRA adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, model_id, split_model_id
 from rlgen_stats.schemas.errors import ModelError
-from rlgen_stats.schemas.study import RunSpec, StudySpec
-from rlgen_stats.stores import StudyFolder, read_json
+from rlgen_stats.stores.study_models import ModelRef
 from rlgen_stats.toolkit.extraction.residual_stream import name_layers
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -30,110 +27,10 @@ WEIGHT_FILES: Final = (
 """Files of which at least one makes a folder a checkpoint."""
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Files of which at least one makes a folder's tokenizer its own; otherwise the base's is used."""
-POSTTRAIN_RECORD: Final = "posttrain.json"
-"""Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
-REPEAT_MODEL: Final = model_id(f"{BASE_RUN}.repeat", 0)
-"""Label of the base read a second time in other batches: the null floor of attribution."""
 _SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "unk_token_id")
 """Special ids that change what is read or when a text ends. The pad id is not one: pads are masked everywhere."""
 _PROBE: Final = "What is 12 + 30? The answer: x_1 = 4.5\n\nSo  it's  42."
 """Text with digits, spaces, punctuation and newlines; equal vocabularies with other merges encode it differently."""
-
-
-@dataclass(frozen=True)
-class ModelRef:
-    """One checkpoint of a study: its label and where its weights are."""
-
-    model: str
-    """``run@step``."""
-    run: str
-    step: int
-    arm: str
-    path: Path
-    base: Path | None = None
-    """Folder of the base model; LoRA adapters are loaded on it, and its tokenizer stands in where there is none."""
-    blocks: str | None = None
-    """Dotted path of the decoder blocks, where they are not found."""
-
-
-def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
-    """All models of a study: base first, then every run's checkpoints by step, runs in the order of the spec.
-
-    Raises
-    ------
-    ModelError
-        If a run that is trained here has not been trained yet.
-    """
-    base = folder.resolve(spec.base.path)
-    blocks = spec.extraction.blocks
-    refs = [ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base, blocks)]
-    for run in spec.runs:
-        for step, path in _checkpoints(run, folder):
-            refs.append(ModelRef(model_id(run.name, step), run.name, step, run.arm, path, base, blocks))
-    return tuple(refs)
-
-
-def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
-    if run.method == "checkpoints":
-        return [(step, folder.resolve(path)) for step, path in sorted(run.checkpoints.items())]
-    record = folder.run(run.name) / POSTTRAIN_RECORD
-    if not record.exists():
-        raise ModelError(
-            f"run {run.name!r} has no {record}; expected one written by training: run the posttrain stage."
-        )
-    content = read_json(record)
-    steps = content.get("steps") if isinstance(content, dict) else None
-    if not isinstance(steps, list) or not steps or not all(isinstance(step, int) and step > 0 for step in steps):
-        raise ModelError(f"{record} must list the checkpoint 'steps', got {steps!r}; run the posttrain stage again.")
-    return [(step, folder.run(run.name) / f"step-{step}") for step in sorted(steps)]
-
-
-def final_model(spec: StudySpec, folder: StudyFolder, run_name: str) -> ModelRef:
-    """The last checkpoint of a run, or the base for ``"base"``.
-
-    Raises
-    ------
-    ModelError
-        If the study has no such run.
-    """
-    refs = [ref for ref in list_models(spec, folder) if ref.run == run_name]
-    if not refs:
-        raise ModelError(f"no run is called {run_name!r}; the runs are {[run.name for run in spec.runs]}.")
-    return refs[-1]
-
-
-def resolve_view(view: str, spec: StudySpec, folder: StudyFolder) -> str:
-    """Model id of a view: ``rl@final`` becomes ``rl@80``, ``base@repeat`` becomes ``base.repeat@0``.
-
-    Raises
-    ------
-    ModelError
-        If there is no such run or checkpoint.
-    """
-    run, _, step = view.rpartition("@")
-    if step == "repeat" and run == BASE_RUN:
-        return REPEAT_MODEL
-    if step == "final":
-        return final_model(spec, folder, run).model
-    return find_model(view, spec, folder).model
-
-
-def find_model(model: str, spec: StudySpec, folder: StudyFolder) -> ModelRef:
-    """The model labelled ``run@step``; ``base.repeat@0`` is the base's own checkpoint.
-
-    Raises
-    ------
-    ModelError
-        If the study has no such model; the message lists the run's steps.
-    """
-    run, step = split_model_id(model)
-    if model == REPEAT_MODEL:
-        run = BASE_RUN
-    refs = list_models(spec, folder)
-    for ref in refs:
-        if (ref.run, ref.step) == (run, step):
-            return ref
-    raise ModelError(f"no model is called {model!r}; the models are {[ref.model for ref in refs]}.")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -311,15 +208,17 @@ def check_tokenizers(refs: Sequence[ModelRef]) -> None:
 
 
 def _difference(reference: Any, vocabulary: dict[str, int], other: Any) -> str | None:
-    theirs = other.get_vocab()
-    if theirs != vocabulary:
+    other_vocabulary = other.get_vocab()
+    if other_vocabulary != vocabulary:
         changed = sorted(
-            token for token in vocabulary.keys() | theirs.keys() if vocabulary.get(token) != theirs.get(token)
+            token
+            for token in vocabulary.keys() | other_vocabulary.keys()
+            if vocabulary.get(token) != other_vocabulary.get(token)
         )
         first = changed[0]
         return (
-            f"the vocabularies of {len(vocabulary)} and {len(theirs)} tokens differ in {len(changed)}, "
-            f"e.g. {first!r} is {vocabulary.get(first)} there and {theirs.get(first)} here"
+            f"the vocabularies of {len(vocabulary)} and {len(other_vocabulary)} tokens differ in {len(changed)}, "
+            f"e.g. {first!r} is {vocabulary.get(first)} there and {other_vocabulary.get(first)} here"
         )
     for name in _SPECIAL_IDS:
         if getattr(reference, name) != getattr(other, name):

@@ -18,19 +18,18 @@ from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
+from rlgen_stats.stores.prompts import ANSWER, TEXT, load_prompts
+from rlgen_stats.stores.study_models import ModelRef, list_models
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.extraction.checkpoints import (
-    ModelRef,
     check_tokenizers,
     check_weights,
-    list_models,
     load_model,
     load_tokenizer,
     resolve_device,
 )
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
-from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
-from rlgen_stats.toolkit.extraction.prompts import ANSWER, TEXT, load_prompts
+from rlgen_stats.toolkit.extraction.grading import Grade, make_grader
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 GREEDY: Final = -1

@@ -25,13 +25,8 @@ from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import GraderSpec, RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
-from rlgen_stats.toolkit.extraction.checkpoints import (
-    POSTTRAIN_RECORD,
-    ModelRef,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef
+from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import stop_ids
 from rlgen_stats.toolkit.extraction.grading import make_grader
 from rlgen_stats.toolkit.posttrain.arguments import adapter_config, trainer_arguments

@@ -1,7 +1,11 @@
-"""Causal trials of other feature sets than the one a study selected, beside its own."""
+"""Causal trials of other feature sets than the one a study selected, beside its own.
+
+Planning one needs no torch; running it does.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +19,24 @@ from rlgen_stats.schemas.errors import InputError, StageError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import open_outcomes, open_results, write_results
+from rlgen_stats.stores import Provenance, open_outcomes, open_results, write_results
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.toolkit.intervention import TrialPlan, feature_effects, plan_trial, verify_causally
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
+from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
 from rlgen_stats.toolkit.study.run import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
+from rlgen_stats.toolkit.trial.parts import measure_parts
+from rlgen_stats.toolkit.trial.plan import TrialPlan, plan_trial
 
 SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
-DIRECTIONS: Final = ("disable", "amplify")
 NEEDS: Final = ("posttrain", "outcomes", "extract", "encode", "align", "select")
 """Stages that a trial reads."""
+_RUN_STEP: Final = "rlgen_stats.toolkit.trial.run"
+"""The step of a trial that imports torch; loaded only when something is run."""
 SPELLED_OUT: Final = 6
 """Features that a trial's name spells out; more are hashed."""
-
-Direction = Literal["disable", "amplify"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class TrialRun:
     """Effects of single features, if asked for."""
 
 
-def run_trial(
+def verify_set(
     path: Path | str,
     *,
     features: Sequence[int] = (),
@@ -98,35 +104,55 @@ def run_trial(
         without amplification.
     """
     study = open_for_run(path)
-    open_ = [name for name in NEEDS if study.state(name) != "done"]
-    if open_:
-        todo = " and ".join(f"rlgen-stats {name} {path}" for name in ("align", "select") if name in open_)
-        raise StageError(f"a trial needs the stage(s) {', '.join(open_)} done; run: {todo}")
+    missing = [name for name in NEEDS if study.state(name) != "done"]
+    if missing:
+        todo = " and ".join(f"rlgen-stats {name} {path}" for name in ("align", "select") if name in missing)
+        raise StageError(f"a trial needs the stage(s) {', '.join(missing)} done; run: {todo}")
     if bool(features) == (set_name is not None):
         raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 12,407.")
     chosen = _named(study, set_name) if set_name is not None else tuple(dict.fromkeys(int(k) for k in features))
-    spec, label = _asked(study.spec, directions, doses, level)
+    spec, label = _changed(study.spec, directions, doses, level)
     name = (set_name or _name(chosen)) + label
     provenance = study.provenance("intervene", study.key("intervene"))
-    own = "" if name == "selected" else name  # the study's own set has its arms where the stage puts them
-    how: dict[str, Any] = {"provenance": provenance, "directions": directions, "name": own}
-    plan = plan_trial(spec, study.folder, chosen, by_feature=by_feature, **how)
+    plan = plan_trial(
+        spec,
+        study.folder,
+        chosen,
+        provenance=provenance,
+        directions=directions,
+        name="" if name == "selected" else name,  # the study's own set has its arms where the stage puts them
+        by_feature=by_feature,
+    )
     seconds = _seconds(study, spec, plan)
     if dry_run:
         return TrialRun(name, plan, seconds, None)
-    with exclusive(study.folder.stages / "run"):
-        result, balance = verify_causally(spec, study.folder, chosen, progress=progress, **how)
-        validate(result, "intervention")
-        write_results(study.folder.results, f"trial-{name}", result, provenance=provenance)
-        write_results(study.folder.results, f"trial-{name}-balance", balance, provenance=provenance)
-        parts = None
-        if by_feature:
-            parts = feature_effects(spec, study.folder, chosen, progress=progress, **how)
-            write_results(study.folder.results, f"trial-{name}-features", parts, provenance=provenance)
+    result, parts = _run(study, name, plan, provenance, by_feature=by_feature, progress=progress)
     return TrialRun(name, plan, seconds, result, parts)
 
 
-def _asked(
+def _run(
+    study: Study, name: str, plan: TrialPlan, provenance: Provenance, *, by_feature: bool, progress: Progress
+) -> tuple[xr.Dataset, xr.Dataset | None]:
+    """Run and judge a plan, store what it shows."""
+
+    def write(group: str, dataset: xr.Dataset) -> None:
+        write_results(study.folder.results, group, dataset, provenance=provenance)
+
+    step = pkgutil.resolve_name(_RUN_STEP)
+    live = step.LiveTrial(plan)
+    with exclusive(study.folder.stages / "run"):
+        result, balance = judge_trial(step.run_trial(plan, live=live, progress=progress), plan.declared)
+        validate(result, "intervention")
+        write(f"trial-{name}", result)
+        write(f"trial-{name}-balance", balance)
+        if not by_feature:
+            return result, None
+        parts = measure_parts(plan, live.share_correct, progress=progress)
+        write(f"trial-{name}-features", parts)
+    return result, parts
+
+
+def _changed(
     spec: StudySpec, directions: Sequence[Direction], doses: Sequence[float], level: Literal["own", "rl"] | None
 ) -> tuple[StudySpec, str]:
     """The spec of a trial, and what in its name tells it from the study's own."""

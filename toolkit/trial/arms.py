@@ -1,25 +1,45 @@
-"""The plan of a causal trial: which prompts, which arms, in which direction."""
+"""Which prompts a causal trial takes, and which arms: conditions and edits as data, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from math import isnan, nan
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, SPLITS, TASK
-from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, StudySpec
-from rlgen_stats.toolkit.edits.edit import EditSite, FeatureEdit, Positions
+from rlgen_stats.toolkit.edits.edit import FeatureEdit, Positions
 from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition, Direction
 
-DIRECTIONS: Final[tuple[Direction, ...]] = ("disable", "amplify")
 CONTROL_SHARE: Final = 0.25
 """Share of the prompts that unrelated tasks get at least, where they have as many: an accuracy loss beyond .05 is ruled
 out at level .05 only from 59 prompts without any loss on, and their even share is often less."""
+UNKNOWN_VECTOR: Final = (nan,)
+"""Stands for a vector that only the models can tell (kinds ``steering`` and ``random_direction``) until the run fills
+it in; hooks refuse it, because no model has one channel."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an edit reads and writes, as data: what the run loads."""
+
+    crosscoder: Path
+    """Folder of the crosscoder."""
+    weights_sha256: str
+    """Hash of its weights when the trial was planned."""
+    view: str
+    """View whose decoder rows are added: base's when editing base, the RL model's when editing that."""
+    layer: int
+    """Decoder block whose output is edited."""
+    readout: Literal["swap", "own", "joint"]
+    """How the edited model's features are read from the shared code."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +50,24 @@ class Arm:
     edit: FeatureEdit | None
     fresh: bool = False
     """Whether the sampling seeds are other than in all other arms."""
-    site: EditSite | None = None
+    site: Site | None = None
     """Where the edit reads and writes, if not where the trial's other edits do."""
 
     @property
     def name(self) -> str:
         """Name, also of its file."""
         return self.condition.name
+
+    @property
+    def needs_vector(self) -> bool:
+        """Whether its vector is still to be filled in."""
+        return self.edit is not None and any(isnan(value) for value in self.edit.vector[:1])
+
+    def with_vector(self, vector: NDArray[np.float64]) -> Arm:
+        """The arm that adds this vector (raw units, [channel])."""
+        if self.edit is None:
+            raise ValueError(f"arm {self.name} adds no vector.")
+        return replace(self, edit=replace(self.edit, vector=tuple(map(float, vector))))
 
 
 def choose_prompts(prompts: pd.DataFrame, spec: StudySpec) -> pd.DataFrame:
@@ -146,8 +177,8 @@ def plan_arms(
     controls: NDArray[np.int64],
     spec: StudySpec,
     *,
-    steering: NDArray[np.float64],
-    random_direction: NDArray[np.float64],
+    steering: NDArray[np.float64] | None = None,
+    random_direction: NDArray[np.float64] | None = None,
     levels: NDArray[np.float64] | None = None,
     replicates: Sequence[Arm] = (),
 ) -> tuple[Arm, ...]:
@@ -165,9 +196,9 @@ def plan_arms(
         Doses, main dose, edited positions.
     steering
         [channel] mean residual of the RL model minus that of base, raw units; added to base, subtracted from the RL
-        model.
+        model. None if not known yet (``UNKNOWN_VECTOR``). A zero vector has no arms.
     random_direction
-        [channel] vector of the same norm.
+        [channel] vector of the same norm, or None.
     levels
         As in :func:`scaled_edit`, for set, doses and random sets.
     replicates
@@ -181,9 +212,10 @@ def plan_arms(
     main, where = main_dose(direction, spec.intervention), _where(spec)
     chosen = tuple(int(k) for k in features)
 
-    def shift(vector: NDArray[np.float64]) -> FeatureEdit:
+    def shift(vector: NDArray[np.float64] | None) -> FeatureEdit:
         sign = 1.0 if direction == "amplify" else -1.0
-        return FeatureEdit((), "add_vector", sign, vector=tuple(map(float, vector)), **where)
+        channels = UNKNOWN_VECTOR if vector is None else tuple(map(float, vector))
+        return FeatureEdit((), "add_vector", sign, vector=channels, **where)
 
     arms = [
         Arm(Condition("fresh", "fresh", 1.0), None, fresh=True),
@@ -195,7 +227,7 @@ def plan_arms(
         for d in dose_grid(direction, spec.intervention)
     ]
     arms += replicates
-    if np.linalg.norm(steering) > 0:
+    if steering is None or np.linalg.norm(steering) > 0:
         arms.append(Arm(Condition("steering", "steering", 1.0), shift(steering)))
         arms.append(Arm(Condition("random-direction", "random_direction", 1.0), shift(random_direction)))
     if direction == "amplify":
@@ -208,3 +240,31 @@ def plan_arms(
 
 UNEDITED: Final = Arm(Condition("unedited", "unedited", 1.0), None)
 """The model as it is."""
+
+
+def part_arm(set_arm: Arm, features: Sequence[int]) -> Arm:
+    """The arm that edits some features of a set as ``set_arm`` edits all; the same features always get one name."""
+    if set_arm.edit is None:
+        raise ValueError(f"arm {set_arm.name} edits no features.")
+    members, levels = set_arm.edit.features, set_arm.edit.level
+    kept = [i for i, k in enumerate(members) if k in features]
+    left_out = [k for k in members if k not in features]
+    if not left_out:
+        return set_arm
+    ids = [members[i] for i in kept]
+    if len(ids) == 1:
+        name = f"single-{ids[0]}"
+    elif len(left_out) == 1:
+        name = f"without-{left_out[0]}"
+    else:
+        name = f"subset-{content_hash(ids)[:12]}"
+    edit = replace(set_arm.edit, features=tuple(ids), level=tuple(levels[i] for i in kept) if levels else ())
+    return Arm(Condition(name, "part", set_arm.condition.dose), edit)
+
+
+def part_arms(set_arm: Arm) -> tuple[Arm, ...]:
+    """Every feature alone and every feature left out, each arm once."""
+    members = () if set_arm.edit is None else set_arm.edit.features
+    arms = [part_arm(set_arm, (k,)) for k in members]
+    arms += [part_arm(set_arm, [other for other in members if other != k]) for k in members if len(members) > 1]
+    return tuple({arm.name: arm for arm in arms if arm.condition.kind == "part"}.values())

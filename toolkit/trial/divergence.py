@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
 from rlgen_stats.toolkit.extraction.residual_stream import read_residual
-from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
+from rlgen_stats.toolkit.trial.plan import TrialPlan
 
 MAX_NUMBERS: Final = 2**26
 """Log-probabilities kept of one reference model on one probe (256 MB): limits how many positions are compared."""
+FORCED_TOKENS: Final = 2048
+"""Completion positions on which arms other than the random sets are compared with both models."""
+NEUTRAL_TOKENS: Final = 512
+"""Positions of neutral text on which every arm is compared with the unedited model."""
+NEUTRAL_LENGTH: Final = 64
+"""Tokens of one neutral text that are read, so that no single text is all there is."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,13 @@ class Batch:
     """Left-padded texts and, counted from the end, the positions compared."""
 
     rows: NDArray[np.int64]
+    """Which of the probe's texts these are."""
     ids: Tensor
     mask: Tensor
     positions: Tensor
+    """[row, token] token ids, 1 where real, and position ids."""
     prompt_lengths: Tensor
+    """[row] tokens of the prompt."""
     weight: Tensor
     """[row, kept position] 1 where compared; the kept positions are the last ones."""
 
@@ -53,8 +64,11 @@ class Probes:
     """Fixed texts, and both unedited models' distributions on them."""
 
     first: Probe
+    """Where the first completion token is predicted."""
     forced: Probe
+    """Whole completions of the unedited models."""
     neutral: Probe
+    """Text that neither model wrote."""
     references: dict[str, dict[str, list[Tensor]]]
     """probe name -> view -> log-probabilities."""
 
@@ -98,9 +112,9 @@ def log_probabilities(model: Any, probe: Probe, active: ActiveEdit | None = None
     probe
         Texts and positions.
     active
-        Handle of the edit in force; it is told where prompts end.
+        Handle of the edit in force, which needs to know where prompts end.
     """
-    found = []
+    log_p = []
     has_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     try:
         for batch in probe.batches:
@@ -114,11 +128,11 @@ def log_probabilities(model: Any, probe: Probe, active: ActiveEdit | None = None
                 use_cache=False,
                 **({"logits_to_keep": kept} if has_keep else {}),
             )
-            found.append(torch.log_softmax(output.logits[:, -kept:].float(), dim=-1))
+            log_p.append(torch.log_softmax(output.logits[:, -kept:].float(), dim=-1))
     finally:
         if active is not None:
             active.prompt_lengths = None
-    return found
+    return log_p
 
 
 def divergences(p: Sequence[Tensor], q: Sequence[Tensor], probe: Probe, n_prompts: int) -> NDArray[np.float64]:
@@ -133,12 +147,6 @@ def divergences(p: Sequence[Tensor], q: Sequence[Tensor], probe: Probe, n_prompt
         np.add.at(weight, owner, batch.weight.sum(dim=1).double().cpu().numpy())
     with np.errstate(invalid="ignore"):
         return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), np.nan)
-
-
-def finite_mean(values: NDArray[np.float64]) -> float:
-    """Mean of the finite values, NaN without any."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def mean_residual(model: Any, layer: int, probe: Probe) -> Tensor:
@@ -157,3 +165,114 @@ def mean_residual(model: Any, layer: int, probe: Probe) -> Tensor:
     if total is None:
         raise InputError("a mean activation needs tokens, got none; no completion has any.")
     return total / probe.n_tokens
+
+
+# -- the fixed texts of a trial
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTexts:
+    """A trial's texts as token ids."""
+
+    prompts: list[list[int]]
+    neutral: list[list[int]]
+    """Texts of no task, if the study has some."""
+    pad: int
+    """Id put into pad positions."""
+
+
+def make_probes(
+    plan: TrialPlan, texts: EncodedTexts, models: Mapping[str, Any], unedited: Mapping[str, pd.DataFrame]
+) -> Probes:
+    """Texts on which every arm is compared with the unedited models, and both models' distributions there.
+
+    Parameters
+    ----------
+    plan
+        Prompts and settings. Forced completions come from target prompts; without neutral texts, the prompts of
+        unrelated tasks (all tasks where none is declared) stand in, which neither model wrote.
+    texts
+        Its token ids.
+    models, unedited
+        "base" and "rl": the models, and their unedited arms.
+    """
+    vocabulary = int(models["base"].config.get_text_config().vocab_size)
+    affordable = max(MAX_NUMBERS // vocabulary, 1)
+    common: dict[str, Any] = {
+        "pad": texts.pad,
+        "batch_size": plan.sampling.generation.batch_size,
+        "device": next(models["base"].parameters()).device,
+    }
+    lengths = [len(ids) for ids in texts.prompts]
+    draw = np.random.default_rng(derive_seed(plan.sampling.seed, "intervention", "probes"))
+    rows = sorted(int(r) for r in draw.permutation(len(lengths))[:affordable])
+    last = [lengths[r] - 1 for r in rows]
+    first = make_probe(
+        [texts.prompts[r] for r in rows], [lengths[r] for r in rows], rows, first=last, last=last, **common
+    )
+    written, starts, owner = forced_texts(plan, texts.prompts, unedited, min(FORCED_TOKENS, affordable))
+    forced = make_probe(
+        written, starts, owner, first=[s - 1 for s in starts], last=[len(t) - 2 for t in written], **common
+    )
+    neutral = _neutral(plan, texts, min(NEUTRAL_TOKENS, affordable), common)
+    named = {"first": first, "forced": forced, "neutral": neutral}
+    references = {
+        name: {view: log_probabilities(model, probe) for view, model in models.items()} for name, probe in named.items()
+    }
+    return Probes(first, forced, neutral, references)
+
+
+def forced_texts(
+    plan: TrialPlan, prompts: Sequence[list[int]], unedited: Mapping[str, pd.DataFrame], limit: int
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Target prompts followed by an unedited completion, of the RL model and base in turn, up to ``limit`` tokens.
+
+    Returns
+    -------
+    texts, prompt_lengths, owner
+        Token ids, tokens of the prompt, index of the prompt.
+    """
+    seed = derive_seed(plan.sampling.seed, "intervention", "forced texts")
+    turns = np.random.default_rng(seed).permutation(np.flatnonzero(plan.prompts.target))
+    texts: list[list[int]] = []
+    lengths: list[int] = []
+    owner: list[int] = []
+    used = 0
+    for turn, row in enumerate(turns):
+        writer = unedited[("rl", "base")[turn % 2]]
+        written = [int(token) for token in writer["token_ids"].iloc[int(row)]]
+        if used + len(written) > limit and texts:
+            break
+        if written:
+            texts.append(prompts[int(row)] + written)
+            lengths.append(len(prompts[int(row)]))
+            owner.append(int(row))
+            used += len(written)
+    return texts, lengths, owner
+
+
+def _neutral(plan: TrialPlan, texts: EncodedTexts, limit: int, common: dict[str, Any]) -> Probe:
+    """Neutral texts up to ``limit`` compared positions, read as that part of a text that is edited."""
+    unrelated = plan.prompts.unrelated
+    if texts.neutral:
+        pool = [ids[:NEUTRAL_LENGTH] for ids in texts.neutral]
+    else:
+        pool = [ids for ids, kept in zip(texts.prompts, unrelated, strict=True) if kept or not unrelated.any()]
+    skip = plan.skip_first
+    seed = derive_seed(plan.sampling.seed, "intervention", "probes")
+    chosen: list[list[int]] = []
+    used = 0
+    for r in np.random.default_rng(seed).permutation(len(pool)):
+        compared = len(pool[int(r)]) - 1 - skip
+        if compared > 0 and used + compared <= limit:
+            chosen.append(pool[int(r)])
+            used += compared
+    as_completion = plan.positions == "completion"
+    return make_probe(
+        chosen,
+        [1 if as_completion else len(text) for text in chosen],
+        range(len(chosen)),
+        first=[skip] * len(chosen),
+        last=[len(text) - 2 for text in chosen],
+        **common,
+    )

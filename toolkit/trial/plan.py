@@ -1,93 +1,531 @@
-"""What a trial would cost, before it is run."""
+"""The first step of a causal trial: everything it will do, fixed and costed before a model is loaded; no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import pandas as pd
+import xarray as xr
+from numpy.typing import NDArray
 
-from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import Provenance, StudyFolder
-from rlgen_stats.toolkit.statistics.causal.outcome_table import Direction
-from rlgen_stats.toolkit.trial.arms import DIRECTIONS, UNEDITED, Arm, plan_arms
-from rlgen_stats.toolkit.trial.parts import n_search_sets, part_arms
-from rlgen_stats.toolkit.trial.replicates import replicate_arms
-from rlgen_stats.toolkit.trial.verify_causally import edit_site, make_bench, prepare
+from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, PROMPT, TASK
+from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
+from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, open_features, open_results, result_groups
+from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder, weights_hash
+from rlgen_stats.stores.prompts import load_prompts, load_texts
+from rlgen_stats.stores.study_models import ModelRef, final_model, find_model
+from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
+from rlgen_stats.toolkit.edits.edit import Positions
+from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls, match_controls
+from rlgen_stats.toolkit.statistics.causal.covariates import feature_covariates, mean_levels, near_duplicates
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, REPLICATE, Condition, Direction
+from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
+from rlgen_stats.toolkit.trial.arms import (
+    UNEDITED,
+    Arm,
+    Site,
+    choose_prompts,
+    edited_positions,
+    main_dose,
+    part_arms,
+    plan_arms,
+    scaled_edit,
+    target_prompts,
+)
 
-NEEDS_MODELS = ("steering", "random_direction")
-"""Arms whose vector is computed from the models; that their file is there is all that can be said without them."""
+FILE_VERSION: Final = 2
+"""Raised when an arm's file gets other columns."""
+SEARCH_BUDGET: Final = 2
+"""Sets measured only to choose the next member of the smaller set, in multiples of the set's size."""
+MATCHING: Final = "matching"
+"""Results that say which features of dictionaries of other seeds are the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrialPrompts:
+    """What a trial's models read."""
+
+    table: pd.DataFrame
+    """Verification prompts, in the order of the study's file."""
+    target: NDArray[np.bool_]
+    """[prompt] where the effect is measured."""
+    unrelated: NDArray[np.bool_]
+    """[prompt] where side effects are measured."""
+    neutral_texts: tuple[str, ...] = ()
+    """Texts of no task; without any, prompts of unrelated tasks stand in."""
+
+    @property
+    def ids(self) -> list[str]:
+        """Prompt ids."""
+        return list(self.table[PROMPT])
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn and graded, the same in every arm."""
+
+    generation: GenerationSpec
+    grader: GraderSpec
+    n_samples: int
+    """Completions per prompt and arm."""
+    seed: int
+    """The study's seed, from which all others are derived."""
+
+    def seeds(self, prompts: Sequence[str], *, fresh: bool) -> list[int]:
+        """One seed a (sample, prompt), shared by all arms but the fresh one."""
+        purpose = ("intervention", "fresh") if fresh else ("intervention",)
+        return [
+            derive_seed(self.seed, *purpose, prompt, sample) for sample in range(self.n_samples) for prompt in prompts
+        ]
+
+
+@dataclass(frozen=True)
+class DirectionPlan:
+    """What one direction runs."""
+
+    direction: Direction
+    arms: tuple[Arm, ...]
+    """In the order in which they are run: the unedited one first, the random sets last."""
+    parts: tuple[Arm, ...] = ()
+    """Single features and sets without one feature, if asked for."""
+    n_search_sets: int = 0
+    """Sets that the search for a smaller set measures at most, beside ``parts``."""
+    stored: frozenset[str] = frozenset()
+    """Names of arms that had been run when the trial was planned."""
+
+    @property
+    def set_arm(self) -> Arm:
+        """The arm that edits the whole set."""
+        return next(arm for arm in self.arms if arm.condition.kind == "set")
+
+    @property
+    def n_random(self) -> int:
+        """Matched random sets."""
+        return sum(arm.condition.kind == "random" for arm in self.arms)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TrialPlan:
-    """What a trial runs at most; early stopping may spare random sets."""
+    """A causal trial that has not been run.
+
+    Everything random is drawn, every edit but the steering vectors is known, and where each arm is kept is fixed; early
+    stopping may spare random sets. Where no trial can be held ``directions`` is empty and ``why_not`` says why.
+    """
 
     features: tuple[int, ...]
-    n_prompts: int
-    n_samples: int
-    n_controls: int
-    arms: dict[str, int]
-    """Arms of each direction."""
-    stored: dict[str, int]
-    """Of these, arms that have been run already."""
-    max_new_tokens: int
-    why_not: str
-    """Why the trial cannot be held, if so; or why it has no controls."""
+    """The set, ids in the primary crosscoder."""
+    prompts: TrialPrompts
+    directions: tuple[DirectionPlan, ...]
+    sites: Mapping[Direction, Site]
+    """Where each direction edits, also one that is not asked for: its unedited model is needed."""
+    models: Mapping[str, ModelRef]
+    """``base`` and ``rl``."""
+    device: str
+    sampling: Sampling
+    positions: Positions
+    """Positions edited."""
+    skip_first: int
+    """Leading tokens never edited."""
+    early_stop: bool
+    """Whether random sets stop once the set can no longer be special."""
+    declared: Declaration
+    """What the judge needs beside the outcomes."""
+    files: ArmFiles
+    facts: Mapping[str, str]
+    """Hashes of the study's spec and of the crosscoder: arms stored under others are run again."""
+
+    def direction(self, direction: Direction) -> DirectionPlan:
+        """What one of the directions asked for runs."""
+        return next(plan for plan in self.directions if plan.direction == direction)
+
+    # -- arms on disk ---------------------------------------------------------------------------------------------
+
+    def arm_path(self, direction: Direction, arm: Arm) -> Path:
+        """File of an arm."""
+        return self.files.path(direction, arm.name, arm.condition.kind)
+
+    def arm_hash(self, direction: Direction, arm: Arm) -> str:
+        """Hash of everything that decides what an arm's completions are."""
+        site = self.sites[direction]
+        edit = None if arm.edit is None else asdict(arm.edit)
+        other_dictionary = [] if arm.site is None else [arm.site.weights_sha256]
+        generation = self.sampling.generation.model_dump(exclude={"batch_size", "n_samples"})
+        return content_hash(
+            {
+                "version": FILE_VERSION,
+                "facts": dict(self.facts),
+                "site": [direction, site.view, site.layer, site.readout],
+                "arm": [edit, arm.fresh, *other_dictionary],
+                "sampling": [generation, self.sampling.n_samples, self.sampling.seed],
+                "grader": self.sampling.grader.model_dump(),
+                "prompts": self.prompts.ids,
+            }
+        )
+
+    def is_stored(self, direction: Direction, arm: Arm) -> bool:
+        """Whether an arm has been run by now; of one whose vector is not known, whether its file is there."""
+        path = self.arm_path(direction, arm)
+        return path.exists() if arm.needs_vector else has_arm(path, self.arm_hash(direction, arm))
+
+    # -- cost -----------------------------------------------------------------------------------------------------
+
+    @property
+    def n_prompts(self) -> int:
+        """Prompts that every arm completes."""
+        return len(self.prompts.table) if self.directions else 0
+
+    @property
+    def n_samples(self) -> int:
+        """Completions per prompt and arm."""
+        return self.sampling.n_samples
+
+    @property
+    def n_controls(self) -> int:
+        """Matched random sets."""
+        controls = self.declared.controls
+        return 0 if controls is None else len(controls.sets)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Length limit of a completion."""
+        return self.sampling.generation.max_new_tokens
+
+    @property
+    def arms(self) -> dict[str, int]:
+        """Number of arms of each direction, at most."""
+        return {plan.direction: len(plan.arms) + len(plan.parts) + plan.n_search_sets for plan in self.directions}
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Of these, arms that had been run already when the trial was planned."""
+        return {plan.direction: len(plan.stored) for plan in self.directions}
 
     @property
     def completions(self) -> int:
-        """Completions still to be sampled."""
+        """Completions still to be sampled, at most."""
         return (sum(self.arms.values()) - sum(self.stored.values())) * self.n_prompts * self.n_samples
+
+    @property
+    def why_not(self) -> str:
+        """Why the trial cannot be held, or else why it has no random sets; empty if neither."""
+        return self.declared.not_held or self.declared.no_controls
+
+    def __str__(self) -> str:
+        """The plan in a few lines."""
+        lines = [f"features {', '.join(map(str, self.features)) or 'none'}"]
+        if self.directions:
+            target, unrelated = int(self.prompts.target.sum()), int(self.prompts.unrelated.sum())
+            lines.append(
+                f"{self.n_prompts} prompts ({target} target, {unrelated} unrelated), {self.n_samples} sample(s) each; "
+                f"edited: {self.positions} tokens but the first {self.skip_first}"
+            )
+        for plan in self.directions:
+            site = self.sites[plan.direction]
+            lines.append(
+                f"{plan.direction} in {site.view}, block {site.layer}: {self.arms[plan.direction]} arms, "
+                f"{len(plan.stored)} stored, {plan.n_random} random sets"
+            )
+        if self.directions:
+            lines.append(f"at most {self.completions:,} completions of up to {self.max_new_tokens} tokens to sample")
+        return "\n".join([*lines, *([self.why_not] if self.why_not else [])])
+
+
+# -- from a study to a plan
 
 
 def plan_trial(
     spec: StudySpec,
     folder: StudyFolder,
     features: Sequence[int],
+    covariates: xr.Dataset | None = None,
     *,
     provenance: Provenance,
     directions: Sequence[Direction] = DIRECTIONS,
     name: str = "",
     by_feature: bool = False,
 ) -> TrialPlan:
-    """Count a trial's arms and completions; loads no model.
+    """Fix everything about a trial; reads prompts, decoder and stored summaries, loads no model.
 
     Parameters
     ----------
-    spec, folder, features, provenance, directions, name
-        As in :func:`verify_causally`.
+    spec, folder
+        The study: models, crosscoder, prompts, ``intervention`` settings.
+    features
+        The set; may be empty.
+    covariates
+        What controls are matched on, as :func:`feature_covariates` gives it; computed from ``features.zarr`` if None.
+    provenance
+        Origin; its spec hash decides whether arms found on disk are still this trial's.
+    directions
+        ``disable`` and/or ``amplify``.
+    name
+        Folder below intervention/ for arms of a set that is not the study's own; arms without the set are shared.
     by_feature
-        Whether :func:`feature_effects` is to follow.
+        Whether to edit every feature alone and leave each out too, and look for a smaller set that suffices.
 
     Raises
     ------
     InputError
-        If a feature does not exist.
+        If a feature does not exist or never fires, or a file of the study cannot be read.
     """
-    n_samples, limit = spec.intervention.n_samples, spec.generation.max_new_tokens
-    trial = prepare(spec, folder, features)
-    if isinstance(trial, str):
-        return TrialPlan(tuple(map(int, features)), 0, n_samples, 0, {}, {}, limit, trial)
-    sets = np.empty((0, len(trial.chosen)), dtype=np.int64) if trial.controls is None else trial.controls.sets
-    unknown = np.ones(1)  # stands for a vector that only the models can tell
-    bench = make_bench(trial, folder, provenance, None, name)
-    arms: dict[str, int] = {}
-    stored: dict[str, int] = {}
-    for direction in directions:
-        levels, site = trial.levels_of(direction), edit_site(trial, direction)
-        vectors = {"steering": unknown, "random_direction": unknown}
-        others = replicate_arms(trial.replicates, site, direction, spec)
-        planned: tuple[Arm, ...] = (
-            UNEDITED,
-            *plan_arms(direction, trial.chosen, sets, spec, levels=levels, replicates=others, **vectors),
-            *(part_arms(trial, direction) if by_feature else ()),
+    chosen = tuple(dict.fromkeys(int(k) for k in features))
+    table = choose_prompts(load_prompts(spec, folder), spec)
+    prompts = TrialPrompts(table, *target_prompts(table, spec))
+    plan = _plan_without_arms(spec, folder, chosen, prompts, provenance, name)
+    try:
+        matched = _match(spec, folder, chosen, prompts, covariates)
+    except NotEstimableError as error:
+        return replace(plan, declared=replace(plan.declared, not_held=str(error)))
+    neutral = spec.intervention.neutral_text
+    texts = () if neutral is None else tuple(load_texts(folder.resolve(neutral)))
+    sites = _sites(spec, folder, matched)
+    replicates = _find_replicates(spec, folder, chosen)
+    plan = replace(
+        plan,
+        prompts=replace(prompts, neutral_texts=texts),
+        directions=tuple(
+            _plan_direction(spec, sites[direction], direction, chosen, matched, replicates, by_feature=by_feature)
+            for direction in DIRECTIONS
+            if direction in directions
+        ),
+        sites=sites,
+        models={"base": find_model(BASE_MODEL, spec, folder), "rl": matched.rl},
+        declared=replace(
+            plan.declared,
+            controls=matched.controls,
+            no_controls=matched.no_controls,
+            replicates=tuple(one.coverage(len(chosen)) for one in replicates),
+        ),
+        facts={**plan.facts, "crosscoder": matched.decoder.weights_sha256},
+    )
+    return replace(plan, directions=tuple(replace(one, stored=_stored(plan, one)) for one in plan.directions))
+
+
+def _stored(plan: TrialPlan, one: DirectionPlan) -> frozenset[str]:
+    return frozenset(arm.name for arm in (*one.arms, *one.parts) if plan.is_stored(one.direction, arm))
+
+
+def _plan_without_arms(
+    spec: StudySpec,
+    folder: StudyFolder,
+    features: tuple[int, ...],
+    prompts: TrialPrompts,
+    provenance: Provenance,
+    name: str,
+) -> TrialPlan:
+    """What holds whether or not the set can be tried: prompts, settings, where arms are kept."""
+    return TrialPlan(
+        features=features,
+        prompts=prompts,
+        directions=(),
+        sites={},
+        models={},
+        device=spec.device,
+        sampling=Sampling(spec.generation, spec.grader, spec.intervention.n_samples, spec.seed),
+        positions=edited_positions(spec.extraction),
+        skip_first=spec.extraction.skip_first,
+        early_stop=spec.intervention.early_stop,
+        declared=Declaration(
+            alpha=spec.statistics.alpha,
+            margin=spec.intervention.non_inferiority,
+            seeds={direction: derive_seed(spec.seed, "intervention", "verdict", direction) for direction in DIRECTIONS},
+            controls=None,
+            not_held="",
+            no_controls="",
+            replicates=(),
+            tasks=tuple(sorted(set(prompts.table[TASK]))),
+            attributes=_attributes(spec, features, prompts),
+        ),
+        files=ArmFiles(folder.root / "intervention", name),
+        facts={"spec_hash": provenance.spec_hash},
+    )
+
+
+def _attributes(spec: StudySpec, features: tuple[int, ...], prompts: TrialPrompts) -> dict[str, Any]:
+    tasks = prompts.table[TASK]
+    return {
+        "test": "sign-flip over prompt clusters (exact McNemar for one sample a prompt); t-interval over clusters; "
+        "rank of the set among matched random sets",
+        "null": "the edit changes no completion's chance of being right",
+        "unit": "prompt cluster",
+        "seed": spec.seed,
+        "alpha": spec.statistics.alpha,
+        "features": list(features),
+        "readout": spec.primary_crosscoder.readout,
+        "layer": spec.extraction.layer,
+        "positions": edited_positions(spec.extraction),
+        "phases": "prefill and decode",
+        "skip_first": spec.extraction.skip_first,
+        "target_tasks": sorted(set(tasks[prompts.target])),
+        "unrelated_tasks": sorted(set(tasks[prompts.unrelated])),
+        "lift_reference": "the RL model's features on the same tokens",
+        "level": spec.intervention.level,
+        "neutral_text": spec.intervention.neutral_text or "prompts of unrelated tasks",
+        "n_samples": spec.intervention.n_samples,
+    }
+
+
+# -- the set and its controls
+
+
+@dataclass(frozen=True, eq=False)
+class _Matched:
+    """A set that can be tried, and what it is compared with."""
+
+    decoder: Decoder
+    rl: ModelRef
+    """The last checkpoint of the second contrasted run: the set is disabled there."""
+    levels: NDArray[np.float64] | None
+    """[feature] what amplifying adds, where that is not the features' own activation."""
+    controls: MatchedControls | None
+    no_controls: str
+    """Why there are no controls, if so."""
+
+
+def _match(
+    spec: StudySpec,
+    folder: StudyFolder,
+    features: tuple[int, ...],
+    prompts: TrialPrompts,
+    covariates: xr.Dataset | None,
+) -> _Matched:
+    """The set with its controls.
+
+    Raises
+    ------
+    NotEstimableError
+        If no trial can be held, as ``code: reason``.
+    """
+    if not features:
+        raise NotEstimableError("no_features: no feature selected")
+    if prompts.table.empty:
+        raise NotEstimableError("no_prompts: no verification prompts")
+    decoder = read_decoder(folder.crosscoder(spec.primary_crosscoder.name))
+    unknown = [k for k in features if not 0 <= k < decoder.n_features]
+    if unknown:
+        raise InputError(f"feature ids run from 0 to {decoder.n_features - 1}, got {unknown[0]}.")
+    rl = final_model(spec, folder, spec.contrasted[1].name)
+    if not prompts.target.any():
+        raise NotEstimableError("no_target_prompts: all verification prompts are of control tasks")
+    summaries = open_features(folder.features)
+    if covariates is None:
+        covariates = feature_covariates(decoder, summaries, models=[BASE_MODEL, rl.model], view=rl.model)
+    dead = [k for k in features if not np.isfinite(covariates["log_firing"].values[k])]
+    if dead:
+        raise InputError(
+            f"features {dead[:5]} are dead: they fire on no token of {BASE_MODEL} or {rl.model}, so that editing them "
+            "changes nothing; leave them out (rlgen-stats features lists those that fire)."
         )
-        arms[direction] = len(planned) + (n_search_sets(len(trial.chosen)) if by_feature else 0)
-        stored[direction] = sum(
-            bench.place(direction, arm).exists()
-            if arm.condition.kind in NEEDS_MODELS
-            else bench.is_stored(direction, site, arm)
-            for arm in planned
+    try:
+        levels = mean_levels(decoder, summaries, model=rl.model) if spec.intervention.level == "rl" else None
+    except NotEstimableError as error:
+        raise NotEstimableError(f"no_levels: {error}") from error
+    try:
+        controls = match_controls(
+            covariates,
+            features,
+            n_sets=spec.intervention.n_controls,
+            seed=derive_seed(spec.seed, "intervention", "controls"),
+            near_duplicates=near_duplicates(decoder, features),
         )
-    return TrialPlan(trial.chosen, len(trial.prompts), n_samples, len(sets), arms, stored, limit, trial.why)
+    except NotEstimableError as error:
+        return _Matched(decoder, rl, levels, None, str(error))
+    return _Matched(decoder, rl, levels, controls, "")
+
+
+def _sites(spec: StudySpec, folder: StudyFolder, matched: _Matched) -> dict[Direction, Site]:
+    crosscoder = spec.primary_crosscoder
+    disabled = Site(
+        crosscoder=folder.crosscoder(crosscoder.name),
+        weights_sha256=matched.decoder.weights_sha256,
+        view=matched.rl.model,
+        layer=spec.extraction.layer,
+        readout=crosscoder.readout,
+    )
+    return {"disable": disabled, "amplify": replace(disabled, view=BASE_MODEL)}
+
+
+def _plan_direction(
+    spec: StudySpec,
+    site: Site,
+    direction: Direction,
+    features: tuple[int, ...],
+    matched: _Matched,
+    replicates: Sequence[_Replicate],
+    *,
+    by_feature: bool,
+) -> DirectionPlan:
+    levels = matched.levels if direction == "amplify" else None
+    no_sets = np.empty((0, len(features)), dtype=np.int64)
+    arms = plan_arms(
+        direction,
+        features,
+        no_sets if matched.controls is None else matched.controls.sets,
+        spec,
+        levels=levels,
+        replicates=_replicate_arms(replicates, direction, spec, site),
+    )
+    plan = DirectionPlan(direction, (UNEDITED, *arms))
+    if not by_feature:
+        return plan
+    n_search = max((SEARCH_BUDGET + 1) * len(features) - 2, 0) if len(features) > 2 else 0
+    return replace(plan, parts=part_arms(plan.set_arm), n_search_sets=n_search)
+
+
+# -- the set in dictionaries of other seeds (METHOD.md 4d, V5)
+
+
+@dataclass(frozen=True)
+class _Replicate:
+    """A dictionary of another seed, and the set's features there."""
+
+    name: str
+    folder: Path
+    weights_sha256: str
+    features: tuple[int, ...]
+    """Ids there of the set's features that are matched; the others have no counterpart."""
+
+    def coverage(self, n_features: int) -> str:
+        """How much of the set it has, in words."""
+        return f"{self.name} has {len(self.features)} of {n_features} features"
+
+
+def _find_replicates(spec: StudySpec, folder: StudyFolder, features: Sequence[int]) -> tuple[_Replicate, ...]:
+    """The primary crosscoder's other seeds with the set's matched features; none where they were not matched."""
+    primary = spec.primary_crosscoder
+    if primary.replicates < 2 or MATCHING not in result_groups(folder.results):
+        return ()
+    rows = open_results(folder.results, MATCHING).sel({"crosscoder": primary.name, FEATURE: list(features)}).load()
+    replicates = []
+    for name in primary.names[1:]:
+        row, place = rows.sel(replicate=name), folder.crosscoder(name)
+        ids = tuple(int(k) for k in row["match"].values[np.asarray(row["matched"].values, dtype=bool)])
+        replicates.append(_Replicate(name, place, weights_hash(place), ids))
+    return tuple(replicates)
+
+
+def _replicate_arms(
+    replicates: Sequence[_Replicate], direction: Direction, spec: StudySpec, site: Site
+) -> tuple[Arm, ...]:
+    """One arm a dictionary: the set's counterparts, at the main dose, edited through that dictionary.
+
+    With ``level="rl"`` nothing is amplified: levels are known of the primary dictionary's features only.
+    """
+    if direction == "amplify" and spec.intervention.level == "rl":
+        return ()
+    dose = main_dose(direction, spec.intervention)
+    return tuple(
+        Arm(
+            Condition(f"{REPLICATE}-{one.name}", REPLICATE, dose),
+            scaled_edit(one.features, dose, spec),
+            site=replace(site, crosscoder=one.folder, weights_sha256=one.weights_sha256),
+        )
+        for one in replicates
+        if one.features
+    )

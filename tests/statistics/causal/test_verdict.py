@@ -12,7 +12,7 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
-from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, hopeless
+from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, is_futile
 from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, ending_of, paired_effect
 from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, WRONG, causal, world
 
@@ -181,13 +181,13 @@ def test_clusters_are_the_unit() -> None:
     draw = np.random.default_rng(0)
     cluster = np.repeat(np.arange(10), 30).astype(str)
     hit = np.repeat(draw.permutation([1.0] * 5 + [0.0] * 5), 30)[:, None]
-    found = paired_effect(hit - 0.4, cluster, alpha=0.05, seed=0, n_resamples=999)
+    effect = paired_effect(hit - 0.4, cluster, alpha=0.05, seed=0, n_resamples=999)
     naive = paired_effect(hit - 0.4, np.arange(300).astype(str), alpha=0.05, seed=0, n_resamples=999)
-    assert found.p_value[0] > 0.3
+    assert effect.p_value[0] > 0.3
     assert naive.p_value[0] < 0.01
     documents = np.concatenate([hit[::30, 0] - 0.4, [1.0, -1.0]])  # one that gained everywhere, one that lost
     half = stats.t.ppf(0.975, 9) * stats.sem(documents)
-    assert (found.low[0], found.high[0]) == pytest.approx((documents.mean() - half, documents.mean() + half))
+    assert (effect.low[0], effect.high[0]) == pytest.approx((documents.mean() - half, documents.mean() + half))
 
 
 @pytest.mark.parametrize(("gained", "lost", "n"), [(0, 0, 59), (4, 0, 100), (9, 31, 200)])
@@ -238,7 +238,7 @@ def random_only(seed: int) -> OutcomeTable:
     levels = 0.9 - 0.3 * draw.random(2)
     return world(
         right={"set": levels[0], "dose": (levels[0] + 0.9) / 2},
-        random_right=lambda own: 0.9 - 0.3 * own.random(),
+        random_right=lambda draw: 0.9 - 0.3 * draw.random(),
         kl={"set": 0.3},
         n_random=19,
         seed=seed,
@@ -248,10 +248,10 @@ def random_only(seed: int) -> OutcomeTable:
 def test_random_sets_are_not_called_causal_more_often_than_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage at every Holm adjustment
     n = 200
-    found = Counter(judge(random_only(seed), replace(SETTINGS, n_resamples=199)).verdict for seed in range(n))
+    verdicts = Counter(judge(random_only(seed), replace(SETTINGS, n_resamples=199)).verdict for seed in range(n))
     limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
-    assert found["CAUSAL_SPECIFIC"] / n <= limit, found
-    assert found["CAUSAL_NONSPECIFIC"] > n / 2, "the world must have effects for this test to say something"
+    assert verdicts["CAUSAL_SPECIFIC"] / n <= limit, verdicts
+    assert verdicts["CAUSAL_NONSPECIFIC"] > n / 2, "the world must have effects for this test to say something"
 
 
 def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> None:
@@ -271,8 +271,8 @@ def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> Non
     rows = slice(0, N_TARGET)
     ending = table.ending.copy()
     for i in range(len(table.conditions)):
-        own = first["rl"] if i == 0 else draw.random(n) < skill["rl"]
-        ending[i, rows, 0] = np.where(own[rows], RIGHT, WRONG)
+        answers = first["rl"] if i == 0 else draw.random(n) < skill["rl"]
+        ending[i, rows, 0] = np.where(answers[rows], RIGHT, WRONG)
     honest = replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
     verdict = judge(honest, SETTINGS)
     assert verdict.verdict in ("INCONCLUSIVE", "NO_EFFECT")
@@ -282,11 +282,11 @@ def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> Non
 
 
 def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable, Settings]:
-    """The table with only the random sets that are run when hopeless ones are not."""
+    """The table with only the random sets that are run when those are stopped for futility."""
     random = table.where("random")
     accuracy = table.sign * table.accuracy(table.target)
     as_large = np.cumsum(accuracy[random] >= accuracy[table.chosen] - 1e-9)
-    enough = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), len(random), settings.alpha)]
+    enough = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), len(random), settings.alpha)]
     kept = [i for i in range(len(table.conditions)) if i not in set(random[enough[0] :] if enough else ())]
     names = ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl")
     shorter = replace(
@@ -297,7 +297,7 @@ def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable
     return shorter, replace(settings, n_planned=len(random))
 
 
-def test_stopping_hopeless_controls_changes_no_verdict_and_saves_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_for_futility_changes_no_verdict_and_saves_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     settings, run = replace(SETTINGS, n_resamples=99), []
     for seed in range(40):
@@ -322,7 +322,7 @@ def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
     for _ in range(4000):
         effects = draw.random(n_planned + 1)
         as_large = np.cumsum(effects[1:] >= effects[0])
-        stop = [i for i, n in enumerate(as_large, start=1) if hopeless(int(n), n_planned, 0.05)]
+        stop = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), n_planned, 0.05)]
         p_values.append(as_large[stop[0] - 1] / stop[0] if stop else (1 + as_large[-1]) / (n_planned + 1))
     for level in (0.01, 0.05, 0.1, 0.3, 0.6):
         share = np.mean(np.array(p_values) <= level)

@@ -59,8 +59,10 @@ def world(
         level = rl if level is None else level
         if condition.kind == "random" and random_right is not None:
             level = float(random_right(draw))
-        own = draw.random(n)
-        mixed = np.where(draw.random(n) < 0.1, own, latent) if fresh_noise and condition.kind != "unedited" else latent
+        redrawn = draw.random(n)
+        mixed = (
+            np.where(draw.random(n) < 0.1, redrawn, latent) if fresh_noise and condition.kind != "unedited" else latent
+        )
         broken = set_fails if condition.kind == "set" and set_fails is not None else fails
         endings[i, :, 0] = np.where(mixed < level, RIGHT, broken)
         drop = unrelated_drop if condition.kind == "set" else 0.0

@@ -80,7 +80,7 @@ def match_controls(
     features
         The set.
     n_sets
-        Control sets wanted (B).
+        Number of control sets (B).
     seed
         Seed of the draws.
     near_duplicates
@@ -96,7 +96,7 @@ def match_controls(
     InputError
         If a covariate is missing or a feature id is out of range.
     NotEstimableError
-        If no set of that size is left; says how many features each rule took out, or which covariate is how far off.
+        If no set of that size is left; says how many features each rule took out, or which covariate is out of range.
 
     Notes
     -----
@@ -158,13 +158,13 @@ def _refuse_impossible(
 ) -> None:
     """Refuse a set that lies wholly outside all candidates on one covariate: nothing there resembles it at all."""
     for column, name in enumerate(STRENGTHS):
-        mine, others = values[chosen, column], values[pool, column]
-        gap = max(mine.min() - others.max(), others.min() - mine.max())
+        of_set, others = values[chosen, column], values[pool, column]
+        gap = max(of_set.min() - others.max(), others.min() - of_set.max())
         spread = max(float(others.std()), NOISE * float(np.abs(values[pool, column]).max()), TINY)
         if gap > spread:
             raise NotEstimableError(
-                f"controls cannot be matched on {name}: the set is in [{mine.min():.3g}, {mine.max():.3g}], all others "
-                f"in [{others.min():.3g}, {others.max():.3g}], {gap / spread:.1f} standard deviations away."
+                f"controls cannot be matched on {name}: the set is in [{of_set.min():.3g}, {of_set.max():.3g}], all "
+                f"others in [{others.min():.3g}, {others.max():.3g}], {gap / spread:.1f} standard deviations away."
             )
     if not np.isin(bins[chosen], bins[pool]).any():
         raise NotEstimableError(
@@ -217,8 +217,8 @@ def _best_balanced(
     _, first = np.unique(np.sort(candidates, axis=1), axis=0, return_index=True)
     distinct = candidates[np.sort(first)]
     spread = _spread(table, chosen, table[distinct.ravel()], alive)
-    off = np.abs((table[distinct].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
-    return distinct[np.sort(np.argsort(off, kind="stable")[:n_sets])]
+    worst = np.abs((table[distinct].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
+    return distinct[np.sort(np.argsort(worst, kind="stable")[:n_sets])]
 
 
 def _result(
@@ -229,9 +229,9 @@ def _result(
     n_sets: int,
 ) -> MatchedControls:
     spread = _spread(table, chosen, table[sets.ravel()], alive)
-    mine, theirs = table[chosen].mean(axis=0), table[sets].mean(axis=(0, 1))
-    difference = (mine - theirs) / spread
-    worst = np.abs((mine - table[sets].mean(axis=1)) / spread).max(axis=0)
+    set_mean, control_mean = table[chosen].mean(axis=0), table[sets].mean(axis=(0, 1))
+    difference = (set_mean - control_mean) / spread
+    worst = np.abs((set_mean - table[sets].mean(axis=1)) / spread).max(axis=0)
     balanced = np.abs(difference) < BALANCED
     flags = [f"fewer_sets:{len(sets)} of {n_sets}"] if len(sets) < n_sets else []
     flags += [f"unbalanced:{n}={d:+.2f}" for n, d, ok in zip(COVARIATES, difference, balanced, strict=True) if not ok]
@@ -239,8 +239,8 @@ def _result(
     comparable = not stronger.any() and abs(difference[-1]) <= USABLE
     balance = xr.Dataset(
         {
-            "set_mean": ("covariate", mine),
-            "control_mean": ("covariate", theirs),
+            "set_mean": ("covariate", set_mean),
+            "control_mean": ("covariate", control_mean),
             "standardized_difference": ("covariate", difference),
             "balanced": ("covariate", balanced),
             "worst_difference": ("covariate", worst),

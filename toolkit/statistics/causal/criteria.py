@@ -12,6 +12,7 @@ from sklearn.isotonic import IsotonicRegression
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OUTCOME_CLASSES,
     REPLICATE,
+    Direction,
     Floats,
     OutcomeTable,
     PairedEffect,
@@ -19,6 +20,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     paired_effect,
 )
 from rlgen_stats.toolkit.statistics.kernels import adjust
+from rlgen_stats.toolkit.statistics.kernels.flips.resampling import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
 """Accuracy change that the interval must exclude before an effect counts (METHOD.md 4d, V1)."""
@@ -30,8 +32,6 @@ NEW_FAILURE_SHARE: Final = 0.5
 """If failures that neither model shows make up more than half of the effect, the edit broke the model."""
 NOOP_CHANGE: Final = 0.05
 """Share of completions that a passthrough may change through rounding before the machinery is not trusted."""
-TIE: Final = 1e-9
-"""Slack for equal effects, in favour of the controls."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     n_resamples: int
     """Sign flips where enumeration is too long."""
     seed: int
-    """Of the sign flips."""
+    """Seed of the sign flips."""
     comparable: bool = True
     """Whether the random sets match the set well enough to be its controls."""
     control_flags: tuple[str, ...] = ()
@@ -53,17 +53,24 @@ class Settings:
     noop_changed: float = 0.0
     """Share of completions that the passthrough arm changed."""
     n_planned: int = 0
-    """Random sets planned, where they were stopped once :func:`hopeless`; 0: all were run."""
+    """Random sets planned, where they were stopped by the :class:`FutilityRule`; 0: all were run."""
     replicates: tuple[str, ...] = ()
-    """How much of the set each dictionary of another seed has."""
+    """How many features of the set each dictionary of another seed has, in words."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One of V1 to V6."""
+class Criterion:
+    """Whether one of V1 to V6 holds, and what speaks for or against it."""
 
     passed: bool
     reasons: tuple[str, ...]
+
+
+def _paired(differences: Floats, clusters: NDArray[np.str_], settings: Settings) -> PairedEffect:
+    """Paired effects at the declared level, with the declared sign flips."""
+    return paired_effect(
+        differences, clusters, alpha=settings.alpha, seed=settings.seed, n_resamples=settings.n_resamples
+    )
 
 
 def interval(
@@ -71,16 +78,16 @@ def interval(
 ) -> tuple[float, float]:
     """Interval at level 1 - alpha of one arm's effect on the masked prompts."""
     column = table.change(mask)[:, [condition]]
-    found = paired_effect(
+    effect = paired_effect(
         column, table.cluster[mask], alpha=alpha, seed=settings.seed, n_resamples=settings.n_resamples
     )
-    return float(found.low[0]), float(found.high[0])
+    return float(effect.low[0]), float(effect.high[0])
 
 
 # -- V1, V2
 
 
-def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Step:
+def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Criterion:
     """V1: the set's arm differs from the unedited one, in the predicted direction, by more than MIN_EFFECT."""
     i = table.chosen
     bound = effects.low[i] if table.sign > 0 else -effects.high[i]
@@ -90,21 +97,67 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
     if effects.p_value[i] <= settings.alpha and opposite < 0:
         reasons.append(f"v1_opposite: accuracy changed against the prediction of '{table.direction}'")
-    return Step(passed, tuple(reasons))
+    return Criterion(passed, tuple(reasons))
 
 
-def hopeless(n_as_large: int, n_planned: int, alpha: float) -> bool:
+def is_futile(n_as_large: int, n_planned: int, alpha: float) -> bool:
     """Whether the rank p-value must exceed alpha, however the random sets that are still to come turn out.
 
     Examples
     --------
-    >>> hopeless(4, 99, 0.05), hopeless(5, 99, 0.05)
+    >>> is_futile(4, 99, 0.05), is_futile(5, 99, 0.05)
     (False, True)
     """
     return (1 + n_as_large) / (n_planned + 1) > alpha
 
 
-def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, float]:
+class FutilityRule:
+    """When the random sets of a direction may stop: they are run in random order, after the set.
+
+    Parameters
+    ----------
+    direction
+        Sign of the predicted effect.
+    n_planned
+        Random sets to be run at most.
+    alpha
+        Level of the rank test.
+
+    Attributes
+    ----------
+    n_run, n_as_large
+        Random sets run so far, and those with at least as large an effect as the set.
+    """
+
+    def __init__(self, direction: Direction, *, n_planned: int, alpha: float) -> None:
+        self._sign = 1.0 if direction == "amplify" else -1.0
+        self._n_planned, self._alpha = n_planned, alpha
+        self._set_accuracy = np.inf
+        self.n_run = self.n_as_large = 0
+
+    def add(self, kind: str, accuracy: float) -> None:
+        """Count an arm of a kind with its accuracy on target prompts; effects rank as accuracies do."""
+        if kind == "set":
+            self._set_accuracy = self._sign * accuracy
+        elif kind == "random":
+            self.n_run += 1
+            self.n_as_large += int(self._sign * accuracy >= self._set_accuracy - TIE_SLACK)
+
+    @property
+    def stop(self) -> bool:
+        """Whether no further random set can make the set special."""
+        return self.n_run > 0 and is_futile(self.n_as_large, self._n_planned, self._alpha)
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return (
+            f"{self.n_as_large} had at least as large an effect as the set, so that its rank p-value must exceed "
+            f"{self._alpha}"
+        )
+
+
+def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Criterion, float]:
     """V2: rank of the set's effect among the random sets'.
 
     p = (1 + as large) / (1 + all) (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585); where the sets were stopped at
@@ -113,9 +166,9 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
     random = table.where("random")
     flags = tuple(f"v2_controls: {flag}" for flag in settings.control_flags)
     if not len(random):
-        return Step(False, (*flags, "v2_no_controls: no random sets")), float("nan")
+        return Criterion(False, (*flags, "v2_no_controls: no random sets")), float("nan")
     signed = table.sign * effects.mean
-    n_as_large = int((signed[random] >= signed[table.chosen] - TIE).sum())
+    n_as_large = int((signed[random] >= signed[table.chosen] - TIE_SLACK).sum())
     stopped = len(random) < settings.n_planned
     rank_p = n_as_large / len(random) if stopped else (1 + n_as_large) / (len(random) + 1)
     text = (
@@ -123,8 +176,9 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
         f"{effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
     )
     if stopped:
-        flags += (f"v2_stopped: {n_as_large} of the first {len(random)} of {settings.n_planned} sets did as much",)
-    return Step(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
+        first = f"{n_as_large} of the first {len(random)} of {settings.n_planned} sets"
+        flags += (f"v2_stopped: {first} had at least as large an effect",)
+    return Criterion(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
 
 
 # -- V3
@@ -153,45 +207,39 @@ def isotonic_fit(table: OutcomeTable) -> Floats:
     return fitted
 
 
-def dose_response(table: OutcomeTable, settings: Settings) -> Step:
+def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
     """V3: accuracy rises with the dose: centred-rank contrast per prompt, and no significant step down."""
     order, _ = dose_order(table)
     if len(order) < 3:
-        return Step(False, ("v3_not_estimable: no dose between no edit and the main dose",))
+        return Criterion(False, ("v3_not_estimable: no dose between no edit and the main dose",))
     per_prompt = table.correct[order][:, table.target].mean(axis=2)
     ranks = np.arange(len(order)) - (len(order) - 1) / 2
     columns = np.column_stack([ranks @ per_prompt, *(per_prompt[1:] - per_prompt[:-1])])
-    found = paired_effect(
-        columns,
-        table.cluster[table.target],
-        alpha=settings.alpha,
-        seed=settings.seed,
-        n_resamples=settings.n_resamples,
-    )
-    down = np.where(found.mean[1:] < 0, found.p_value[1:], 1.0)
+    effect = _paired(columns, table.cluster[table.target], settings)
+    down = np.where(effect.mean[1:] < 0, effect.p_value[1:], 1.0)
     falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
     doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
     rows = zip(doses, per_prompt.mean(axis=1), isotonic_fit(table)[order], strict=True)
     points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in rows)
-    reasons = [f"v3_dose: contrast p={found.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
+    reasons = [f"v3_dose: contrast p={effect.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
     if falls:
         reasons.append("v3_not_monotone: accuracy falls between two rising doses")
-    return Step(bool(found.p_value[0] <= settings.alpha and found.mean[0] > 0 and not falls), tuple(reasons))
+    return Criterion(bool(effect.p_value[0] <= settings.alpha and effect.mean[0] > 0 and not falls), tuple(reasons))
 
 
 def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> NDArray[np.bool_]:
     """[condition] doses beyond the main one that do worse than it, or break the format."""
     _, beyond = dose_order(table)
     shares = table.broken(table.target)
-    found = np.zeros(len(shares), dtype=np.bool_)
+    flagged = np.zeros(len(shares), dtype=np.bool_)
     for i in beyond:
         worse = table.sign * (effects.mean[i] - effects.mean[table.chosen]) < -MIN_EFFECT
-        found[i] = worse or shares[i] - shares[table.unedited] > settings.margin
-    return found
+        flagged[i] = worse or shares[i] - shares[table.unedited] > settings.margin
+    return flagged
 
 
 def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
-    """The same in words."""
+    """One note a dose that :func:`over_steered` finds."""
     shares = table.broken(table.target)
     return tuple(
         f"over_steering: dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} "
@@ -203,10 +251,10 @@ def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings
 # -- V4
 
 
-def side_effects(table: OutcomeTable, settings: Settings) -> Step:
+def side_effects(table: OutcomeTable, settings: Settings) -> Criterion:
     """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution."""
     if not table.unrelated.any():
-        return Step(False, ("v4_not_estimable: no unrelated tasks; name some under selection.control_tasks",))
+        return Criterion(False, ("v4_not_estimable: no unrelated tasks; name some under selection.control_tasks",))
     i, unedited = table.chosen, table.unedited
     low, _ = interval(table, settings, i, table.unrelated, 2 * settings.alpha)  # one-sided at alpha
     kept = low > -settings.margin
@@ -217,7 +265,7 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Step:
     random = table.neutral_kl[table.where("random")]
     random = random[np.isfinite(random)]
     limit = max(NEUTRAL_KL, float(np.quantile(random, RANDOM_QUANTILE)) if len(random) else 0.0)
-    quiet = bool(kl <= limit)
+    text_unchanged = bool(kl <= limit)
     n = int(table.unrelated.sum())
     reasons = (
         f"v4_{'kept' if kept else 'not_shown'}: accuracy on {n} unrelated prompts changes by no less than {low:+.3f} "
@@ -226,9 +274,9 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Step:
         f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})"
         if np.isfinite(kl)
         else "v4_neutral_kl_not_estimable: the prompts have no text before their last token",
-        f"v4_length: completions on unrelated tasks {length[unedited]:.1f} -> {length[i]:.1f} tokens, not judged",
+        f"v4_length: completions on unrelated tasks {length[unedited]:.1f} -> {length[i]:.1f} tokens, reported only",
     )
-    return Step(bool(kept and rise <= settings.margin and quiet), reasons)
+    return Criterion(bool(kept and rise <= settings.margin and text_unchanged), reasons)
 
 
 # -- V5, V6
@@ -241,54 +289,42 @@ def replication(table: OutcomeTable, settings: Settings) -> str:
     """
     tasks = sorted(set(table.task[table.target].tolist()))
     alone = {str(task): (table.chosen, table.target & (table.task == task)) for task in tasks}
-    told = f"{_shown_in(table, settings, alone, 'tasks on their own (Holm)')}. "
+    words = f"{_shown_in(table, settings, alone, 'tasks on their own (Holm)')}. "
     seeds = {table.conditions[i].name.removeprefix(f"{REPLICATE}-"): (i, table.target) for i in table.where(REPLICATE)}
     if seeds:
-        told += _shown_in(table, settings, seeds, "dictionaries of other seeds (Holm; no random sets there)")
+        words += _shown_in(table, settings, seeds, "dictionaries of other seeds (Holm; no random sets there)")
     else:
-        told += "No arm in a dictionary of another seed: not replicated there"
-    return told + "".join(f"; {words}" for words in settings.replicates)
+        words += "No arm in a dictionary of another seed: not replicated there"
+    return words + "".join(f"; {coverage}" for coverage in settings.replicates)
 
 
 def _shown_in(
     table: OutcomeTable, settings: Settings, places: dict[str, tuple[int, NDArray[np.bool_]]], what: str
 ) -> str:
-    """In how many of the places, each an arm and a mask of prompts, the effect is significant and as predicted."""
+    """In how many places, each an arm and a mask of prompts, the effect is significant and as predicted."""
     means, p_values = [], []
     for condition, mask in places.values():
-        found = paired_effect(
-            table.change(mask)[:, [condition]],
-            table.cluster[mask],
-            alpha=settings.alpha,
-            seed=settings.seed,
-            n_resamples=settings.n_resamples,
-        )
-        means.append(float(found.mean[0]))
-        p_values.append(float(found.p_value[0]))
+        effect = _paired(table.change(mask)[:, [condition]], table.cluster[mask], settings)
+        means.append(float(effect.mean[0]))
+        p_values.append(float(effect.p_value[0]))
     adjusted = np.atleast_1d(np.asarray(adjust(np.array(p_values), method="holm")))
     n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
     every = ", ".join(f"{name} {m:+.3f}" for name, m in zip(places, means, strict=True))
     return f"{n_shown} of {len(places)} {what}: {every}"
 
 
-def mode(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Step, bool]:
+def failure_mode_match(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Criterion, bool]:
     """V6: the edited model moves toward the other model, in distribution and in how it fails; and whether it broke."""
     i, unedited, target = table.chosen, table.unedited, table.target
     kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
     paired = target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
     reasons, nearer = [], False
     if paired.any():
-        found = paired_effect(
-            (kl[i] - kl[unedited])[paired][:, None],
-            table.cluster[paired],
-            alpha=settings.alpha,
-            seed=settings.seed,
-            n_resamples=settings.n_resamples,
-        )
-        nearer = bool(found.mean[0] < 0 and found.p_value[0] <= settings.alpha)
+        effect = _paired((kl[i] - kl[unedited])[paired][:, None], table.cluster[paired], settings)
+        nearer = bool(effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha)
         reasons.append(
             f"v6_kl: divergence from the other model {kl[unedited][paired].mean():.3f} -> {kl[i][paired].mean():.3f} "
-            f"nats, p={found.p_value[0]:.3g}"
+            f"nats, p={effect.p_value[0]:.3g}"
         )
     else:
         reasons.append("v6_kl_not_estimable: no divergences")
@@ -303,7 +339,7 @@ def mode(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tupl
         f"v6_endings: distance to the other model {distance[0]:.3f} -> {distance[1]:.3f}, "
         f"{new:.1%} new failures (most: {worst})"
     )
-    return Step(bool(nearer and distance[1] < distance[0] and not broke), tuple(reasons)), broke
+    return Criterion(bool(nearer and distance[1] < distance[0] and not broke), tuple(reasons)), broke
 
 
 # -- notes
@@ -325,16 +361,12 @@ def baselines(table: OutcomeTable, settings: Settings) -> tuple[str, ...]:
         i = table.index(kind)
         if i is None:
             continue
-        found = paired_effect(
-            table.sign * (per_prompt[table.chosen] - per_prompt[i])[:, None],
-            table.cluster[table.target],
-            alpha=settings.alpha,
-            seed=settings.seed,
-            n_resamples=settings.n_resamples,
+        effect = _paired(
+            table.sign * (per_prompt[table.chosen] - per_prompt[i])[:, None], table.cluster[table.target], settings
         )
-        beats = bool(found.mean[0] > 0 and found.p_value[0] <= settings.alpha)
+        beats = bool(effect.mean[0] > 0 and effect.p_value[0] <= settings.alpha)
         notes.append(
             f"{'beats' if beats else 'does_not_beat'}_{kind}: set minus {kind.replace('_', ' ')} "
-            f"{found.mean[0]:+.3f} [{found.low[0]:+.3f}, {found.high[0]:+.3f}], p={found.p_value[0]:.3g}"
+            f"{effect.mean[0]:+.3f} [{effect.low[0]:+.3f}, {effect.high[0]:+.3f}], p={effect.p_value[0]:.3g}"
         )
     return tuple(notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -16,12 +17,17 @@ from rlgen_stats.toolkit.statistics.kernels import cluster_se, sign_flip_test
 Direction = Literal["disable", "amplify"]
 Floats = NDArray[np.float64]
 
+DIRECTIONS: Final[tuple[Direction, ...]] = ("disable", "amplify")
+"""The set is disabled in the RL model, and amplified in base."""
+N_RESAMPLES: Final = 9999
+"""Sign flips where enumeration is too long: the Monte-Carlo error of p = .05 is then .002."""
+
+FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
+"""Format classes of the grader."""
 OUTCOME_CLASSES: Final = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
 """How a completion ended: right; an answer, but a wrong one; or a format class without an answer."""
 BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
 """Endings of a model that no longer works, as opposed to one that answers wrongly or not at all."""
-
-
 REPLICATE: Final = "replicate"
 """Kind of the arms that edit the set's counterparts in a dictionary of another seed."""
 
@@ -137,8 +143,31 @@ class OutcomeTable:
 
     def broken(self, mask: NDArray[np.bool_]) -> Floats:
         """[condition] share of completions of a model that no longer works, over the masked prompts."""
-        at = [OUTCOME_CLASSES.index(name) for name in BROKEN_CLASSES]
-        return np.asarray(self.shares(mask)[:, at].sum(axis=1), dtype=np.float64)
+        columns = [OUTCOME_CLASSES.index(name) for name in BROKEN_CLASSES]
+        return np.asarray(self.shares(mask)[:, columns].sum(axis=1), dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionOutcomes:
+    """Everything that running one direction of a trial yields, and all that its verdict is judged from.
+
+    Attributes
+    ----------
+    table
+        Graded completions of every arm that was run.
+    divergences
+        Name -> [condition, prompt], nats: ``kl_to_base``, ``kl_to_rl`` at the first completion position,
+        ``forced_kl_to_base``, ``forced_kl_to_rl`` over forced completions; NaN where not computed.
+    passthrough_changed
+        Share of completions that the passthrough arm changed: above 0 only by rounding.
+    non_finite
+        Arms in which some logits were not finite.
+    """
+
+    table: OutcomeTable
+    divergences: Mapping[str, Floats]
+    passthrough_changed: float
+    non_finite: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -210,6 +239,12 @@ def cluster_interval(differences: Floats, codes: NDArray[np.int64], *, alpha: fl
     error = np.asarray(cluster_se(padded, labels, kind="CR1").standard_error, dtype=np.float64)
     half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error
     return mean, padded.mean(axis=0) - half, padded.mean(axis=0) + half
+
+
+def finite_mean(values: Floats) -> float:
+    """Mean of the finite values, NaN without any."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
 
 
 def class_shares(ending: NDArray[np.int64]) -> Floats:

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from rlgen_stats.toolkit.statistics.causal.criteria import (
     NOOP_CHANGE,
+    Criterion,
     Settings,
-    Step,
     baselines,
     dose_response,
     effect_shown,
+    failure_mode_match,
     fresh_seeds,
     interval,
     isotonic_fit,
-    mode,
     over_steered,
     over_steering,
     replication,
@@ -33,7 +33,7 @@ NOT_HELD: Final = {
     "v3": "accuracy is not shown to follow the dose",
     "v4": "side effects are not shown to be small",
 }
-"""What the steps that leave a verdict open failed to show."""
+"""What a criterion that leaves the verdict open failed to show."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     -----
     V1 effect: sign-flip p <= alpha over prompt clusters and a cluster interval beyond ``MIN_EFFECT`` in the predicted
     direction. V2 specificity: rank p among matched random sets <= alpha, the sets being comparable. V3 dose response
-    between no edit and the main dose. V4 no side effects on unrelated tasks. V5 replication, reported. V6 mode: the
-    edited model moves toward the other model rather than breaking. V1 fails: NO_EFFECT if equivalent to zero within the
-    margin, else INCONCLUSIVE. V1 without V2: CAUSAL_NONSPECIFIC. V1 and V2 with new failures making up most of the
-    effect, or V1 to V4 without V6: DESTRUCTIVE. V1 to V4 and V6: CAUSAL_SPECIFIC. Anything else is INCONCLUSIVE.
+    between no edit and the main dose. V4 no side effects on unrelated tasks. V5 replication, reported. V6 failure-mode
+    match: the edited model moves toward the other model rather than breaking. V1 fails: NO_EFFECT if equivalent to zero
+    within the margin, else INCONCLUSIVE. V1 without V2: CAUSAL_NONSPECIFIC. V1 and V2 with new failures making up most
+    of the effect, or V1 to V4 without V6: DESTRUCTIVE. V1 to V4 and V6: CAUSAL_SPECIFIC. Anything else is INCONCLUSIVE.
     """
     differences = table.change(table.target)
     clusters = table.cluster[table.target]
@@ -109,13 +109,14 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     v2, rank_p = specificity(table, effects, settings)
     v3 = dose_response(table, settings)
     v4 = side_effects(table, settings)
-    v6, broke = mode(table, effects, settings)
+    v6, broke = failure_mode_match(table, effects, settings)
     notes = (
         *fresh_seeds(table, effects, settings),
         *baselines(table, settings),
         *over_steering(table, effects, settings),
     )
-    name, why = _combine(table, settings, v1, v2, v3, v4, v6, broke=broke, rank_p=rank_p)
+    criteria = _Criteria(v1=v1, v2=v2, v3=v3, v4=v4, v6=v6, broke=broke, rank_p=rank_p)
+    name, why = _combine(table, settings, criteria)
     return Verdict(
         verdict=name,
         reasons=(*why, *v1.reasons, *v2.reasons, *v3.reasons, *v4.reasons, *v6.reasons, *notes),
@@ -133,37 +134,41 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     )
 
 
-def _combine(
-    table: OutcomeTable,
-    settings: Settings,
-    v1: Step,
-    v2: Step,
-    v3: Step,
-    v4: Step,
-    v6: Step,
-    *,
-    broke: bool,
-    rank_p: float,
-) -> tuple[VerdictName, tuple[str, ...]]:
+@dataclass(frozen=True, kw_only=True)
+class _Criteria:
+    """What a verdict is combined from."""
+
+    v1: Criterion
+    v2: Criterion
+    v3: Criterion
+    v4: Criterion
+    v6: Criterion
+    broke: bool
+    """Whether failures that neither model shows make up most of the effect."""
+    rank_p: float
+
+
+def _combine(table: OutcomeTable, settings: Settings, criteria: _Criteria) -> tuple[VerdictName, tuple[str, ...]]:
+    """Name of the verdict and its reasons; the first rule that applies decides."""
     if settings.noop_changed > NOOP_CHANGE:
         return "INCONCLUSIVE", (f"passthrough_not_noop: it changed {settings.noop_changed:.1%} of completions",)
-    if not v1.passed:
+    if not criteria.v1.passed:
         low, high = interval(table, settings, table.chosen, table.target, 2 * settings.alpha)  # two one-sided tests
         if -settings.margin < low and high < settings.margin:
             return "NO_EFFECT", (f"equivalent_to_zero: interval {low:+.3f} to {high:+.3f}, margin {settings.margin}",)
         return "INCONCLUSIVE", ("v1_failed: neither an effect nor its absence is shown",)
-    if np.isnan(rank_p) or not settings.comparable:
+    if np.isnan(criteria.rank_p) or not settings.comparable:
         return "INCONCLUSIVE", ("v2_not_estimable: no comparable random sets",)
-    if not v2.passed:
+    if not criteria.v2.passed:
         smallest = 1 / (max(len(table.where("random")), settings.n_planned) + 1)
         if smallest > settings.alpha:
             return "INCONCLUSIVE", (f"v2_not_estimable: smallest possible rank p is {smallest:.3f}",)
-        return "CAUSAL_NONSPECIFIC", ("v2_failed: matched random sets do as much",)
-    if broke:
+        return "CAUSAL_NONSPECIFIC", ("v2_failed: matched random sets have effects as large",)
+    if criteria.broke:
         return "DESTRUCTIVE", ("v6_destroyed: failures that neither model shows make up most of the effect",)
-    failed = [name for name, step in (("v3", v3), ("v4", v4)) if not step.passed]
+    failed = [name for name, criterion in (("v3", criteria.v3), ("v4", criteria.v4)) if not criterion.passed]
     if failed:
         return "INCONCLUSIVE", tuple(f"{name}_failed: {NOT_HELD[name]}" for name in failed)
-    if not v6.passed:
+    if not criteria.v6.passed:
         return "DESTRUCTIVE", ("v6_failed: the edited model does not move toward the other model",)
     return "CAUSAL_SPECIFIC", ()

@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import xarray as xr
 
-from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
+from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.toolkit.intervention import feature_covariates, match_controls, near_duplicates
+from rlgen_stats.toolkit.intervention import match_controls
 from rlgen_stats.toolkit.statistics.causal.controls import COVARIATES
-from tests.edits.tiny import BASE, N_FEATURES, RL, tiny_crosscoder
 
 SET = (5, 77, 140, 301, 302, 410)
 
@@ -42,38 +40,38 @@ def test_controls_are_distinct_disjoint_and_balanced() -> None:
     covariates, chosen = population(), alive(SET)
     duplicates = np.zeros(512, dtype=bool)
     duplicates[[6, 78, *chosen]] = True
-    found = match_controls(covariates, chosen, n_sets=99, seed=1, near_duplicates=duplicates)
-    assert found.sets.shape == (99, len(chosen))
-    assert not np.isin(found.sets, np.flatnonzero(duplicates)).any()
-    assert np.isfinite(covariates["log_firing"].values[found.sets]).all()
-    assert all(len(set(row)) == len(chosen) for row in found.sets.tolist())
-    assert len({tuple(sorted(row)) for row in found.sets.tolist()}) == 99
-    assert found.balance["balanced"].all()
-    assert found.flags == ()
-    assert found.comparable
-    validate(found.balance, "control_balance")
+    matched = match_controls(covariates, chosen, n_sets=99, seed=1, near_duplicates=duplicates)
+    assert matched.sets.shape == (99, len(chosen))
+    assert not np.isin(matched.sets, np.flatnonzero(duplicates)).any()
+    assert np.isfinite(covariates["log_firing"].values[matched.sets]).all()
+    assert all(len(set(row)) == len(chosen) for row in matched.sets.tolist())
+    assert len({tuple(sorted(row)) for row in matched.sets.tolist()}) == 99
+    assert matched.balance["balanced"].all()
+    assert matched.flags == ()
+    assert matched.comparable
+    validate(matched.balance, "control_balance")
 
 
 def test_balance_is_the_standardised_difference() -> None:
     covariates, chosen = population(), list(alive(SET))
-    found = match_controls(covariates, chosen, n_sets=50, seed=1)
+    matched = match_controls(covariates, chosen, n_sets=50, seed=1)
     for name in COVARIATES:
         values = covariates[name].values.astype(float)
-        mine, theirs = values[chosen], values[found.sets.ravel()]
-        spread = np.sqrt((mine.var(ddof=1) + theirs.var(ddof=1)) / 2)
-        got = float(found.balance["standardized_difference"].sel(covariate=name))
-        assert got == pytest.approx((mine.mean() - values[found.sets].mean()) / spread, rel=1e-9)
+        of_set, of_controls = values[chosen], values[matched.sets.ravel()]
+        spread = np.sqrt((of_set.var(ddof=1) + of_controls.var(ddof=1)) / 2)
+        got = float(matched.balance["standardized_difference"].sel(covariate=name))
+        assert got == pytest.approx((of_set.mean() - values[matched.sets].mean()) / spread, rel=1e-9)
 
 
 def test_matching_beats_random_choice() -> None:
     covariates = population()
     energy = covariates["contribution_energy"].values
     strongest = np.argsort(np.where(np.isfinite(covariates["log_firing"].values), energy, -np.inf))[-60:-40]
-    found = match_controls(covariates, strongest, n_sets=60, seed=0)
+    matched = match_controls(covariates, strongest, n_sets=60, seed=0)
     free = np.setdiff1d(np.flatnonzero(np.isfinite(covariates["log_firing"].values)), strongest)
     gap = energy[strongest].mean() - energy[free].mean()
     assert gap > 1
-    assert abs(energy[strongest].mean() - energy[found.sets].mean()) < 0.3 * gap
+    assert abs(energy[strongest].mean() - energy[matched.sets].mean()) < 0.3 * gap
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
@@ -85,9 +83,9 @@ def test_draws_depend_on_the_seed_alone() -> None:
 
 def test_fewer_sets_than_asked_are_flagged() -> None:
     covariates = population(40)
-    found = match_controls(covariates, (5,), n_sets=99, seed=0)
-    assert len(found.sets) <= 37
-    assert any(flag.startswith("fewer_sets") for flag in found.flags)
+    matched = match_controls(covariates, (5,), n_sets=99, seed=0)
+    assert len(matched.sets) <= 37
+    assert any(flag.startswith("fewer_sets") for flag in matched.flags)
 
 
 def test_controls_weaker_than_the_set_are_not_comparable_and_stronger_ones_are() -> None:
@@ -95,10 +93,10 @@ def test_controls_weaker_than_the_set_are_not_comparable_and_stronger_ones_are()
     rank = np.argsort(covariates["log_firing"].where(np.isfinite(covariates["log_firing"]), -9.0).values)
     strong, weak = rank[-8:], rank[64:72]
     firing = covariates["log_firing"].values
-    found = match_controls(covariates, strong, n_sets=20, seed=0)
-    assert firing[strong].mean() > firing[found.sets].mean()
-    assert not found.comparable
-    assert any(flag.startswith("unbalanced:log_firing=+") for flag in found.flags)
+    matched = match_controls(covariates, strong, n_sets=20, seed=0)
+    assert firing[strong].mean() > firing[matched.sets].mean()
+    assert not matched.comparable
+    assert any(flag.startswith("unbalanced:log_firing=+") for flag in matched.flags)
     below = match_controls(covariates, weak, n_sets=20, seed=0)
     assert float(below.balance["standardized_difference"].sel(covariate="log_firing")) < 0.25
 
@@ -128,50 +126,3 @@ def test_bad_sets_are_refused(features: Any, n_sets: int, message: str) -> None:
         match_controls(population(), features, n_sets=n_sets, seed=0)
     with pytest.raises(InputError, match="missing: mas_bin"):
         match_controls(population().drop_vars("mas_bin"), (1,), n_sets=1, seed=0)
-
-
-def summaries(n_prompts: int = 7) -> xr.Dataset:
-    draw = np.random.default_rng(2)
-    shape = (2, n_prompts, N_FEATURES)
-    return xr.Dataset(
-        {
-            "mean": ((MODEL, PROMPT, FEATURE), draw.random(shape, dtype=np.float32)),
-            "firing": ((MODEL, PROMPT, FEATURE), draw.random(shape, dtype=np.float32)),
-            "n_tokens": ((MODEL, PROMPT), draw.integers(1, 40, shape[:2])),
-        },
-        coords={MODEL: [BASE, RL]},
-    )
-
-
-def test_covariates_by_hand() -> None:
-    crosscoder, data = tiny_crosscoder(), summaries()
-    found = feature_covariates(crosscoder, data, models=[BASE, RL], view=RL)
-    fired = total = energy = 0.0
-    k = 3
-    for m in range(2):
-        for p in range(7):
-            tokens = float(data["n_tokens"][m, p])
-            fired += float(data["firing"][m, p, k]) * tokens
-            total += tokens
-            energy += float(data["mean"][m, p, k]) ** 2 / 14
-    norms = [float(crosscoder.decoder[v, k].norm()) for v in range(3)]
-    assert float(found["log_firing"][k]) == pytest.approx(np.log(fired / total), rel=1e-6)
-    assert float(found["contribution_energy"][k]) == pytest.approx(np.log(energy), rel=1e-6)
-    assert float(found["decoder_norm"][k]) == pytest.approx(float(np.linalg.norm(norms)), rel=1e-6)
-    share = norms[2] / sum(norms) * 3
-    assert int(found["mas_bin"][k]) == sum(share >= edge for edge in (0.5, 0.8, 1.25, 2.0))
-    with pytest.raises(InputError, match=r"lack \['rl@9'\]"):
-        feature_covariates(crosscoder, data, models=["rl@9"], view=RL)
-    with pytest.raises(InputError, match="23 features"):
-        feature_covariates(crosscoder, data.isel({FEATURE: slice(0, 23)}), models=[RL], view=RL)
-
-
-def test_near_duplicates_in_one_view_are_found() -> None:
-    crosscoder = tiny_crosscoder()
-    with torch.no_grad():
-        crosscoder.decoder[1, 8] = 3 * crosscoder.decoder[1, 2] + 0.1
-        crosscoder.decoder[:, 9] = -crosscoder.decoder[:, 2]
-    found = near_duplicates(crosscoder, [2])
-    assert found[[2, 8]].all()
-    assert not found[9], "an opposite direction is no duplicate"
-    assert found.sum() < N_FEATURES / 2

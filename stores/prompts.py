@@ -15,7 +15,7 @@ from rlgen_stats.schemas.dims import CLUSTER, DOMAIN, DOMAINS, PROMPT, SPLIT, SP
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores.folder import StudyFolder
 
 TEXT: Final = "text"
 ANSWER: Final = "answer"
@@ -162,10 +162,10 @@ def _check_values(table: pd.DataFrame, path: Path, column: str, allowed: tuple[s
 
 def _check_tasks(table: pd.DataFrame, path: Path, spec: StudySpec) -> None:
     blank = table[ANSWER].str.strip() == ""
-    hopeless = [str(task) for task, empty in blank.groupby(table[TASK], sort=False) if empty.all()]
-    if hopeless:
+    unanswered = [str(task) for task, empty in blank.groupby(table[TASK], sort=False) if empty.all()]
+    if unanswered:
         raise InputError(
-            f"{path}: no prompt of task(s) {hopeless} has an answer; nothing could be graded: add answers."
+            f"{path}: no prompt of task(s) {unanswered} has an answer; nothing could be graded: add answers."
         )
     if blank.any():
         raise InputError(
@@ -196,8 +196,8 @@ def _split(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
     verification: set[str] = set()
     for _, members in first_task.groupby(first_task, sort=False):
         clusters = sorted((str(c) for c in members.index), key=lambda c: (derive_seed(spec.seed, "split", c), c))
-        wanted = round(spec.selection.verification_fraction * len(clusters))
-        wanted = min(max(wanted, 1), len(clusters) - 1) if len(clusters) > 1 else wanted
-        verification.update(clusters[:wanted])
+        n_verified = round(spec.selection.verification_fraction * len(clusters))
+        n_verified = min(max(n_verified, 1), len(clusters) - 1) if len(clusters) > 1 else n_verified
+        verification.update(clusters[:n_verified])
     selection_name, verification_name = SPLITS
     return table[CLUSTER].map(lambda c: verification_name if c in verification else selection_name)

@@ -1,18 +1,17 @@
-"""What control features are matched on, from the crosscoder and the stored feature summaries."""
+"""What control features are matched on, from decoder rows and the stored feature summaries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final, Protocol
 
 import numpy as np
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT, SPLIT, SPLITS
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
-from rlgen_stats.toolkit.crosscoder import Crosscoder
+from rlgen_stats.stores.crosscoder_weights import Decoder
 from rlgen_stats.toolkit.statistics.causal.controls import NEAR_DUPLICATE, TINY
 
 BIN_EDGES: Final = (0.5, 0.8, 1.25, 2.0)
@@ -22,8 +21,26 @@ _BLOCK: Final = 1024
 """Features per block of cosines."""
 
 
+class LoadedCrosscoder(Protocol):
+    """What is read of a crosscoder that a caller has loaded with torch; this module imports none."""
+
+    name: str
+    views: tuple[str, ...]
+    widths: tuple[int, ...]
+    weights_sha256: str
+    decoder_matrix: Any
+
+
+def decoder_of(crosscoder: Decoder | LoadedCrosscoder) -> Decoder:
+    """Decoder rows of a loaded crosscoder as an array; a :class:`Decoder` as it is."""
+    if isinstance(crosscoder, Decoder):
+        return crosscoder
+    rows = np.asarray(crosscoder.decoder_matrix.detach().cpu().numpy(), dtype=np.float32)
+    return Decoder(crosscoder.name, crosscoder.views, crosscoder.widths, rows, crosscoder.weights_sha256)
+
+
 def feature_covariates(
-    crosscoder: Crosscoder, summaries: xr.Dataset, *, models: Sequence[str], view: str
+    crosscoder: Decoder | LoadedCrosscoder, summaries: xr.Dataset, *, models: Sequence[str], view: str
 ) -> xr.Dataset:
     """Firing rate, decoder norm, contribution energy and attribution bin of every feature.
 
@@ -50,31 +67,32 @@ def feature_covariates(
     InputError
         If the summaries have other features or lack a model.
     """
-    if summaries.sizes[FEATURE] != crosscoder.n_features:
+    decoder = decoder_of(crosscoder)
+    if summaries.sizes[FEATURE] != decoder.n_features:
         raise InputError(
-            f"the feature summaries have {summaries.sizes[FEATURE]} features, the crosscoder {crosscoder.n_features}; "
+            f"the feature summaries have {summaries.sizes[FEATURE]} features, the crosscoder {decoder.n_features}; "
             "encode with this crosscoder."
         )
     _check_models(summaries, models)
-    chosen = summaries.sel({MODEL: list(models)})
-    tokens = chosen["n_tokens"].astype("float64")
-    firing = ((chosen["firing"] * tokens).sum([MODEL, PROMPT]) / tokens.sum()).compute()
-    energy = (chosen["mean"].astype("float64") ** 2).mean([MODEL, PROMPT]).compute()
-    norms = crosscoder.decoder_norm().detach().double().cpu().numpy()
-    share = norms[crosscoder.view_index(view)] / np.maximum(norms.sum(axis=0), TINY) * len(crosscoder.views)
+    pooled = summaries.sel({MODEL: list(models)})
+    tokens = pooled["n_tokens"].astype("float64")
+    firing = ((pooled["firing"] * tokens).sum([MODEL, PROMPT]) / tokens.sum()).compute()
+    energy = (pooled["mean"].astype("float64") ** 2).mean([MODEL, PROMPT]).compute()
+    norms = decoder.view_norms()
+    share = norms[decoder.view_index(view)] / np.maximum(norms.sum(axis=0), TINY) * len(decoder.views)
     with np.errstate(divide="ignore"):
         return xr.Dataset(
             {
                 "log_firing": (FEATURE, np.log(np.asarray(firing.values, dtype=np.float64))),
-                "decoder_norm": (FEATURE, crosscoder.contribution_norm().detach().double().cpu().numpy()),
+                "decoder_norm": (FEATURE, decoder.norms()),
                 "contribution_energy": (FEATURE, np.log(np.asarray(energy.values, dtype=np.float64))),
                 "mas_bin": (FEATURE, np.digitize(share, BIN_EDGES)),
             },
-            coords={FEATURE: np.arange(crosscoder.n_features)},
+            coords={FEATURE: np.arange(decoder.n_features)},
         )
 
 
-def mean_levels(crosscoder: Crosscoder, summaries: xr.Dataset, *, model: str) -> NDArray[np.float64]:
+def mean_levels(crosscoder: Decoder | LoadedCrosscoder, summaries: xr.Dataset, *, model: str) -> NDArray[np.float64]:
     """[feature] mean activation f_k of a model over all tokens of the prompts that no trial uses.
 
     Parameters
@@ -102,7 +120,7 @@ def mean_levels(crosscoder: Crosscoder, summaries: xr.Dataset, *, model: str) ->
             "the selection split, or set intervention.level to own."
         )
     total = (unused["mean"].astype("float64") * tokens).sum(PROMPT).compute()
-    norms = crosscoder.contribution_norm().detach().double().cpu().numpy()
+    norms = decoder_of(crosscoder).norms()
     return np.asarray(total.values / float(tokens.sum()) / np.maximum(norms, TINY), dtype=np.float64)
 
 
@@ -113,21 +131,19 @@ def _check_models(summaries: xr.Dataset, models: Sequence[str]) -> None:
         raise InputError(f"the feature summaries lack {missing}; they have {present}: run the encode stage.")
 
 
-@torch.no_grad()
 def near_duplicates(
-    crosscoder: Crosscoder, features: Sequence[int], *, threshold: float = NEAR_DUPLICATE
+    crosscoder: Decoder | LoadedCrosscoder, features: Sequence[int], *, threshold: float = NEAR_DUPLICATE
 ) -> NDArray[np.bool_]:
     """[feature] True where the decoder cosine with a member of the set exceeds ``threshold``; members included.
 
     The cosine is the largest over single views and over all views' rows taken together.
     """
-    decoder = crosscoder.decoder_matrix.detach()
-    rows = [*crosscoder.split(decoder), decoder]
-    found = torch.zeros(crosscoder.n_features, dtype=torch.bool, device=decoder.device)
-    chosen = list(features)
-    for matrix in rows:
-        unit = matrix / matrix.norm(dim=-1, keepdim=True).clamp_min(TINY)
-        for start in range(0, crosscoder.n_features, _BLOCK):
-            block = unit[start : start + _BLOCK] @ unit[chosen].T
-            found[start : start + _BLOCK] |= (block > threshold).any(dim=1)
-    return np.asarray(found.cpu().numpy(), dtype=np.bool_)
+    decoder = decoder_of(crosscoder)
+    near = np.zeros(decoder.n_features, dtype=np.bool_)
+    members = list(features)
+    for matrix in (*decoder.by_view(), decoder.rows):
+        unit = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(TINY))
+        for start in range(0, decoder.n_features, _BLOCK):
+            cosines = unit[start : start + _BLOCK] @ unit[members].T
+            near[start : start + _BLOCK] |= (cosines > threshold).any(axis=1)
+    return near

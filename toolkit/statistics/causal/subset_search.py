@@ -26,9 +26,9 @@ class Search:
 
 
 def lazy_greedy(
-    alone: Mapping[int, float], value: Callable[[tuple[int, ...]], float], *, wanted: float, budget: int
+    alone: Mapping[int, float], value: Callable[[tuple[int, ...]], float], *, threshold: float, budget: int
 ) -> Search:
-    """Add the member that gains most, again and again, until the value wanted is reached.
+    """Add the member that gains most, again and again, until the value reaches a threshold.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def lazy_greedy(
         Value of every member alone.
     value
         Value of a set; expensive.
-    wanted
+    threshold
         Value at which the search stops.
     budget
         Sets whose only use is to choose the next member; once they are spent, the best known gain decides.
@@ -50,7 +50,7 @@ def lazy_greedy(
     Examples
     --------
     >>> worth = {1: 0.5, 2: 0.4, 3: 0.1}
-    >>> lazy_greedy(worth, lambda members: sum(worth[k] for k in members), wanted=0.8, budget=9).order
+    >>> lazy_greedy(worth, lambda members: sum(worth[k] for k in members), threshold=0.8, budget=9).order
     (1, 2)
     """
     gains = dict(alone)
@@ -58,7 +58,7 @@ def lazy_greedy(
     values: list[float] = []
     current, spent = 0.0, 0
     measured = set(gains)
-    while gains and (not values or current < wanted):
+    while gains and (not values or current < threshold):
         best = max(gains, key=gains.__getitem__)
         while best not in measured and spent < budget:
             gains[best] = value((*order, best)) - current

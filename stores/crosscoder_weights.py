@@ -1,0 +1,161 @@
+"""The decoder of a saved crosscoder as an array, for what plans and compares but runs no model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from rlgen_stats.schemas.errors import InputError, StoreCorruptError, StoreError
+from rlgen_stats.stores.atomic import read_json
+
+WEIGHTS: Final = "weights.safetensors"
+SPEC: Final = "spec.json"
+_LANES: Final = 8
+"""Partial sums of a norm, interleaved over channels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """Decoder rows of a crosscoder, all views side by side, in normalised units.
+
+    Attributes
+    ----------
+    name
+        Of the crosscoder, for messages.
+    views, widths
+        Model ids, and channels of each.
+    rows
+        [feature, channel of all views] float32.
+    weights_sha256
+        Hash of the weights file; empty if the crosscoder was never saved.
+    """
+
+    name: str
+    views: tuple[str, ...]
+    widths: tuple[int, ...]
+    rows: NDArray[np.float32]
+    weights_sha256: str = ""
+
+    @property
+    def n_features(self) -> int:
+        """Dictionary size."""
+        return len(self.rows)
+
+    def view_index(self, view: str) -> int:
+        """Slot of a view.
+
+        Raises
+        ------
+        InputError
+            If there is no such view; the message lists them.
+        """
+        if view not in self.views:
+            raise InputError(f"crosscoder {self.name!r} has no view {view!r}; its views are {', '.join(self.views)}.")
+        return self.views.index(view)
+
+    def by_view(self) -> list[NDArray[np.float32]]:
+        """[feature, channel] rows of each view."""
+        ends = list(accumulate(self.widths))
+        return [self.rows[:, end - width : end] for end, width in zip(ends, self.widths, strict=True)]
+
+    def view_norms(self) -> NDArray[np.float64]:
+        """||d_mk||, L2: [view, feature]."""
+        return np.stack([_row_norms(part) for part in self.by_view()])
+
+    def norms(self) -> NDArray[np.float64]:
+        """||d_k|| over all views' rows together: [feature]."""
+        return _row_norms(self.rows)
+
+
+def _row_norms(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
+    """L2 norm of every row, summed in single precision in the order in which torch sums on a CPU.
+
+    Levels that amplification adds are divided by these norms and are part of an arm's hash: in double precision, arms
+    stored by earlier releases would not be found again.
+    """
+    whole = matrix.shape[1] // _LANES * _LANES
+    lanes = np.zeros((len(matrix), _LANES), dtype=np.float32)
+    for start in range(0, whole, _LANES):
+        part = matrix[:, start : start + _LANES]
+        lanes += part * part
+    total = np.zeros(len(matrix), dtype=np.float32)
+    for column in (*lanes.T, *(matrix[:, whole:] ** 2).T):
+        total += column
+    return np.sqrt(total).astype(np.float64)
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 that the weights of the crosscoder saved in a folder must have.
+
+    Raises
+    ------
+    StoreError
+        If there is no finished crosscoder.
+    """
+    return str(_described(folder)["weights_sha256"])
+
+
+def read_decoder(folder: Path) -> Decoder:
+    """Decoder of the crosscoder saved in a folder.
+
+    Raises
+    ------
+    StoreError
+        If there is no finished crosscoder, or its spec.json does not describe these weights.
+    StoreCorruptError
+        If the weights are not the bytes that were saved.
+    """
+    described = _described(folder)
+    rows = _read_rows(folder / WEIGHTS, described["weights_sha256"])
+    views = tuple(described["views"])
+    widths = tuple(described["widths"] if "widths" in described else [described["width"]] * len(views))
+    if rows.shape != (described["n_features"], sum(widths)):
+        raise StoreError(
+            f"{folder / WEIGHTS}: the decoder must have shape {(described['n_features'], sum(widths))} for views of "
+            f"width {list(widths)}, got {rows.shape}; the weights and {SPEC} do not belong together: train the "
+            "crosscoder again."
+        )
+    return Decoder(described["name"], views, widths, rows, described["weights_sha256"])
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    for name in (SPEC, WEIGHTS):
+        if not (folder / name).exists():
+            raise StoreError(
+                f"{folder} holds no finished crosscoder: {name} is missing; run the crosscoder stage or fix the path."
+            )
+    described = read_json(folder / SPEC)
+    needed = ("name", "views", "n_features", "weights_sha256")
+    missing = [field for field in needed if field not in described]
+    if missing:
+        raise StoreError(f"{folder / SPEC} lacks {missing}; expected {list(needed)}: train the crosscoder again.")
+    return dict(described)
+
+
+def _read_rows(file: Path, expected: str) -> NDArray[np.float32]:
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if digest != expected:
+        raise StoreCorruptError(
+            f"{file} is not the file that was saved (SHA-256 {digest[:12]}, expected {expected[:12]}); restore it or "
+            "train the crosscoder again."
+        )
+    try:
+        with safe_open(file, framework="np") as handle:
+            if "decoder_matrix" in handle.keys():  # noqa: SIM118 (not a mapping)
+                return _array(handle.get_tensor("decoder_matrix"))
+            by_view = _array(handle.get_tensor("decoder"))  # format version 1: [view, feature, channel]
+            return by_view.transpose(1, 0, 2).reshape(by_view.shape[1], -1)
+    except SafetensorError as error:
+        raise StoreCorruptError(f"{file} holds no decoder ({error}); train the crosscoder again.") from error
+
+
+def _array(tensor: Any) -> NDArray[np.float32]:
+    return np.asarray(tensor, dtype=np.float32)

@@ -1,0 +1,114 @@
+"""Which models a study has and where their checkpoints are; what loads them is in the toolkit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, model_id, split_model_id
+from rlgen_stats.schemas.errors import ModelError
+from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.stores.atomic import read_json
+from rlgen_stats.stores.folder import StudyFolder
+
+POSTTRAIN_RECORD: Final = "posttrain.json"
+"""Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
+REPEAT_MODEL: Final = model_id(f"{BASE_RUN}.repeat", 0)
+"""Label of the base read a second time in other batches: the null floor of attribution."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One checkpoint of a study: its label and where its weights are."""
+
+    model: str
+    """``run@step``."""
+    run: str
+    step: int
+    arm: str
+    path: Path
+    base: Path | None = None
+    """Folder of the base model; LoRA adapters are loaded on it, and its tokenizer stands in where there is none."""
+    blocks: str | None = None
+    """Dotted path of the decoder blocks, where they are not found."""
+
+
+def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
+    """All models of a study: base first, then every run's checkpoints by step, runs in the order of the spec.
+
+    Raises
+    ------
+    ModelError
+        If a run that is trained here has not been trained yet.
+    """
+    base = folder.resolve(spec.base.path)
+    blocks = spec.extraction.blocks
+    refs = [ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base, blocks)]
+    for run in spec.runs:
+        for step, path in _checkpoints(run, folder):
+            refs.append(ModelRef(model_id(run.name, step), run.name, step, run.arm, path, base, blocks))
+    return tuple(refs)
+
+
+def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
+    if run.method == "checkpoints":
+        return [(step, folder.resolve(path)) for step, path in sorted(run.checkpoints.items())]
+    record = folder.run(run.name) / POSTTRAIN_RECORD
+    if not record.exists():
+        raise ModelError(
+            f"run {run.name!r} has no {record}; expected one written by training: run the posttrain stage."
+        )
+    content = read_json(record)
+    steps = content.get("steps") if isinstance(content, dict) else None
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, int) and step > 0 for step in steps):
+        raise ModelError(f"{record} must list the checkpoint 'steps', got {steps!r}; run the posttrain stage again.")
+    return [(step, folder.run(run.name) / f"step-{step}") for step in sorted(steps)]
+
+
+def final_model(spec: StudySpec, folder: StudyFolder, run_name: str) -> ModelRef:
+    """The last checkpoint of a run, or the base for ``"base"``.
+
+    Raises
+    ------
+    ModelError
+        If the study has no such run.
+    """
+    refs = [ref for ref in list_models(spec, folder) if ref.run == run_name]
+    if not refs:
+        raise ModelError(f"no run is called {run_name!r}; the runs are {[run.name for run in spec.runs]}.")
+    return refs[-1]
+
+
+def resolve_view(view: str, spec: StudySpec, folder: StudyFolder) -> str:
+    """Model id of a view: ``rl@final`` becomes ``rl@80``, ``base@repeat`` becomes ``base.repeat@0``.
+
+    Raises
+    ------
+    ModelError
+        If there is no such run or checkpoint.
+    """
+    run, _, step = view.rpartition("@")
+    if step == "repeat" and run == BASE_RUN:
+        return REPEAT_MODEL
+    if step == "final":
+        return final_model(spec, folder, run).model
+    return find_model(view, spec, folder).model
+
+
+def find_model(model: str, spec: StudySpec, folder: StudyFolder) -> ModelRef:
+    """The model labelled ``run@step``; ``base.repeat@0`` is the base's own checkpoint.
+
+    Raises
+    ------
+    ModelError
+        If the study has no such model; the message lists the run's steps.
+    """
+    run, step = split_model_id(model)
+    if model == REPEAT_MODEL:
+        run = BASE_RUN
+    refs = list_models(spec, folder)
+    for ref in refs:
+        if (ref.run, ref.step) == (run, step):
+            return ref
+    raise ModelError(f"no model is called {model!r}; the models are {[ref.model for ref in refs]}.")

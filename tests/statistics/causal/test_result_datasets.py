@@ -1,0 +1,112 @@
+"""The last step: outcome tables in, stored datasets out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls, match_controls
+from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule, is_futile
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DirectionOutcomes, OutcomeTable
+from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, judge_trial
+from rlgen_stats.toolkit.statistics.causal.verdict import judge
+from tests.statistics.causal.test_controls import population
+from tests.statistics.causal.worlds import causal
+
+
+def controls() -> MatchedControls:
+    return match_controls(population(), (5, 77, 140), n_sets=39, seed=0)
+
+
+def declared(**changes: Any) -> Declaration:
+    known: dict[str, Any] = {
+        **{"alpha": 0.05, "margin": 0.05, "seeds": {"disable": 3, "amplify": 4}, "controls": controls()},
+        **{"not_held": "", "no_controls": "", "replicates": (), "tasks": ("control", "task0", "task1", "task2")},
+        "attributes": dict.fromkeys(("test", "null", "seed", "alpha", "features"), 0) | {"unit": "prompt cluster"},
+    }
+    return Declaration(**known | changes)
+
+
+def outcomes(table: OutcomeTable, **changes: Any) -> DirectionOutcomes:
+    kl = dict.fromkeys(("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl"), table.kl_to_base)
+    known: dict[str, Any] = {"divergences": kl, "passthrough_changed": 0.0, "non_finite": ()}
+    return DirectionOutcomes(table=table, **known | changes)
+
+
+def test_a_verdict_is_stored_with_everything_it_was_judged_from() -> None:
+    table, fixed = causal(), declared()
+    result, balance = judge_trial([outcomes(table)], fixed)
+    validate(result, "intervention")
+    validate(balance, "control_balance")
+    verdict = judge(table, fixed.settings(outcomes(table)))
+    row = result.sel(direction="disable")
+    assert str(row["verdict"].item()) == verdict.verdict == "CAUSAL_SPECIFIC"
+    assert str(row["reasons"].item()).split("; ") == [reason.replace("; ", ", ") for reason in verdict.reasons]
+    np.testing.assert_array_equal(row["effect"].values, verdict.effects.mean)
+    at_set = row.sel(condition="set")
+    target = table.correct[table.chosen][table.target].mean()
+    assert float(at_set["accuracy"]) == pytest.approx(target)
+    assert float(at_set["task_accuracy"].sel(task="task1")) == table.accuracy(table.task == "task1")[table.chosen]
+    assert float(at_set["kl_to_rl"]) == pytest.approx(table.kl_to_base[table.chosen][table.target].mean())
+    other = result.sel(direction="amplify")
+    assert str(other["reasons"].item()) == "not_asked: not run"
+    assert set(other["kind"].values) == {"absent"}
+    assert result.attrs["n_controls"] == 39
+    assert result.attrs["unit"] == "prompt cluster"
+
+
+def test_what_running_saw_reaches_the_verdict() -> None:
+    broken, _ = judge_trial([outcomes(causal(), non_finite=("dose-0.5",))], declared())
+    assert str(broken["reasons"].values[0]).endswith("; non_finite_logits: dose-0.5")
+    changed, _ = judge_trial([outcomes(causal(), passthrough_changed=0.5)], declared())
+    assert str(changed["reasons"].values[0]).startswith("passthrough_not_noop: it changed 50.0% of completions")
+
+
+def test_a_trial_without_controls_or_without_anything_says_so() -> None:
+    alone = declared(controls=None, no_controls="controls cannot be matched on mas_bin")
+    result, balance = judge_trial([outcomes(causal(n_random=0))], alone)
+    assert "v2_controls: controls cannot be matched on mas_bin" in str(result["reasons"].values[0])
+    assert balance.attrs["flags"] == ["controls cannot be matched on mas_bin"]
+    result, balance = judge_trial([], declared(controls=None, not_held="no_prompts: none", tasks=()))
+    validate(result, "intervention")
+    validate(balance, "control_balance")
+    assert set(result["reasons"].values) == {"no_prompts: none"}
+    assert result["task"].values.tolist() == ["none"]
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("disable", -1.0), ("amplify", 1.0)])
+def test_the_futility_rule_stops_where_the_rank_is_settled(direction: Any, sign: float) -> None:
+    draw = np.random.default_rng(1)
+    accuracies = draw.random(99)
+    rule = FutilityRule(direction, n_planned=99, alpha=0.05)
+    rule.add("set", 0.5)
+    rule.add("dose", 1.0)
+    assert not rule.stop
+    n_as_large = 0
+    for accuracy in accuracies:
+        rule.add("random", accuracy)
+        n_as_large += sign * accuracy >= sign * 0.5
+        assert rule.stop == is_futile(n_as_large, 99, 0.05)
+        if rule.stop:
+            break
+    assert (rule.n_as_large, rule.n_run < 30) == (5, True)
+    assert rule.reason.startswith("5 had at least as large an effect as the set")
+
+
+def test_an_equal_effect_counts_for_the_controls() -> None:
+    rule = FutilityRule("disable", n_planned=1, alpha=0.05)
+    rule.add("set", 0.3)
+    rule.add("random", 0.1 + 0.2)  # the same, but for rounding
+    assert rule.n_as_large == 1
+
+
+def test_outcomes_are_as_they_were_given() -> None:
+    """Judging changes no table."""
+    table = causal()
+    before = replace(table, correct=table.correct.copy())
+    judge_trial([outcomes(table)], declared())
+    np.testing.assert_array_equal(before.correct, table.correct)

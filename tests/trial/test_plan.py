@@ -1,0 +1,132 @@
+"""The first step: everything a trial will do, known before a model is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.stores.crosscoder_weights import weights_hash
+from rlgen_stats.toolkit.intervention import plan_trial, verify_causally
+from rlgen_stats.toolkit.trial.arms import UNEDITED
+from tests.trial.planted import (
+    F_BRAKE,
+    F_GATE,
+    N_FEATURES,
+    PROVENANCE,
+)
+from tests.trial.trials import (
+    covariates_without,
+)
+
+
+def test_a_plan_knows_which_parts_are_done(study: Any, parts: xr.Dataset) -> None:
+    spec, folder = study
+    chosen = parts["feature"].values.tolist()
+    plain, whole = (
+        plan_trial(spec, folder, chosen, provenance=PROVENANCE, name="three", by_feature=by) for by in (False, True)
+    )
+    for direction in ("disable", "amplify"):
+        assert whole.stored[direction] - plain.stored[direction] == 2 * len(chosen)
+        assert whole.arms[direction] - plain.arms[direction] >= 2 * len(chosen)
+    files = {file.stem for file in (folder.root / "intervention" / "three" / "disable").glob("*.parquet")}
+    assert {f"{way}-{k}" for way in ("single", "without") for k in chosen} <= files
+
+
+def test_unknown_features_are_refused(study: Any) -> None:
+    spec, folder = study
+    with pytest.raises(InputError, match=f"0 to {N_FEATURES - 1}"):
+        verify_causally(spec, folder, [N_FEATURES], provenance=PROVENANCE)
+
+
+def test_dead_features_are_refused(study: Any) -> None:
+    spec, folder = study
+    with pytest.raises(InputError, match=r"features \[1\] are dead: they fire on no token of base@0 or rl@1"):
+        verify_causally(spec, folder, [F_GATE, F_BRAKE], covariates_without(folder, F_BRAKE), provenance=PROVENANCE)
+
+
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "peft", "trl"):
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, NoTorch())
+
+from pathlib import Path
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder
+from rlgen_stats.toolkit.trial.plan import plan_trial
+
+spec = StudySpec.model_validate_json(Path(sys.argv[1]).read_text())
+folder = StudyFolder(Path(sys.argv[2]))
+plan = plan_trial(spec, folder, [0, 5], provenance=Provenance("planted", "key-one"), by_feature=True)
+print(plan)
+print([sorted(int(k) for k in row) for row in plan.declared.controls.sets])
+"""
+
+
+def test_a_plan_is_built_printed_and_costed_without_torch(study: Any, tmp_path: Path) -> None:
+    spec, folder = study
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    command = [sys.executable, "-P", "-c", WITHOUT_TORCH, str(tmp_path / "spec.json"), str(folder.root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    plan = plan_trial(spec, folder, [F_GATE, 5], provenance=PROVENANCE, by_feature=True)
+    assert plan.declared.controls is not None
+    sets = [sorted(int(k) for k in row) for row in plan.declared.controls.sets]
+    assert done.stdout == f"{plan}\n{sets}\n"
+    assert plan.arms == {"disable": 30, "amplify": 32}
+    assert "features 0, 5\n230 prompts (120 target, 80 unrelated), 1 sample(s) each" in str(plan)
+    assert f"at most {plan.completions:,} completions of up to 4 tokens" in str(plan)
+
+
+def test_only_the_vectors_that_models_tell_are_missing_from_a_plan(study: Any) -> None:
+    plan = plan_trial(*study, [F_GATE], provenance=PROVENANCE)
+    for direction in plan.directions:
+        missing = [arm.condition.kind for arm in direction.arms if arm.needs_vector]
+        assert missing == ["steering", "random_direction"]
+        assert direction.arms[0] == UNEDITED
+        assert [arm.condition.kind for arm in direction.arms[-direction.n_random :]] == ["random"] * plan.n_controls
+    steering = next(arm for arm in plan.direction("disable").arms if arm.name == "steering")
+    filled = steering.with_vector(np.array([1.0, 2.0]))
+    assert filled.edit is not None
+    assert (filled.edit.vector, filled.edit.strength, filled.needs_vector) == ((1.0, 2.0), -1.0, False)
+
+
+def test_a_plan_of_nothing_says_why(study: Any) -> None:
+    plan = plan_trial(*study, [], provenance=PROVENANCE)
+    assert (plan.arms, plan.stored, plan.completions, plan.n_prompts) == ({}, {}, 0, 0)
+    assert plan.why_not == "no_features: no feature selected"
+    assert str(plan) == "features none\nno_features: no feature selected"
+
+
+def test_the_hash_of_an_arm_is_that_of_earlier_releases(study: Any) -> None:
+    """Arms already on disk must be found again: written out, what is hashed."""
+    spec, folder = study
+    plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE, directions=["disable"])
+    edit = {
+        **{"features": [F_GATE], "kind": "disable", "dose": None, "positions": "all"},
+        **{"phases": ["prefill", "decode"], "skip_first": 1, "vector": [], "level": []},
+    }
+    expected = {
+        "version": 2,
+        "facts": {"spec_hash": "key-one", "crosscoder": weights_hash(folder.crosscoder("main"))},
+        "site": ["disable", "rl@1", 0, "swap"],
+        "arm": [edit, False],
+        "sampling": [{"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0}, 1, 0],
+        "grader": {"name": "final_answer", "marker": "=", "require_termination": True},
+        "prompts": plan.prompts.ids,
+    }
+    assert plan.arm_hash("disable", plan.direction("disable").set_arm) == content_hash(expected)
+    set_path = plan.arm_path("disable", plan.direction("disable").set_arm)
+    assert set_path == folder.root / "intervention" / "disable" / "set.parquet"

@@ -1,0 +1,272 @@
+"""Whole trials on live models whose causes are planted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.stores import Provenance, StudyFolder, open_arms, open_features, open_results, write_results
+from rlgen_stats.toolkit.crosscoder import decoder_dataset
+from rlgen_stats.toolkit.intervention import plan_trial, verify_causally
+from rlgen_stats.toolkit.statistics import match_features, reappearance
+from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
+from tests.trial.planted import (
+    F_BRAKE,
+    F_DECOY,
+    F_GATE,
+    GATE,
+    ID,
+    LEVEL,
+    N_DECOYS,
+    N_FEATURES,
+    PROVENANCE,
+    planted_crosscoder,
+    planted_model,
+)
+from tests.trial.trials import (
+    covariates_without,
+    pick,
+    run,
+    small,
+    trial_arm,
+    without_controls,
+)
+
+
+def test_the_planted_gate_is_the_cause_in_both_directions(gate: Any) -> None:
+    result, balance = gate
+    assert result["verdict"].values.tolist() == ["CAUSAL_SPECIFIC", "CAUSAL_SPECIFIC"], result["reasons"].values
+    assert result["rank_p"].values == pytest.approx([1 / 20] * 2)
+    assert balance["balanced"].sel(covariate=["log_firing", "decoder_norm", "mas_bin"]).all()
+    assert pick(result, "effect", "disable", "set") < -0.7
+    assert pick(result, "effect", "amplify", "set") > 0.6
+    assert result.attrs["features"] == [F_GATE]
+    assert result.attrs["target_tasks"] == ["algebra", "logic"]
+    assert result.attrs["unrelated_tasks"] == ["weather"]
+
+
+def test_arms_that_must_agree_agree(gate: Any) -> None:
+    """Doubling base's gate gives the RL model's; so does lifting it; passing through changes nothing."""
+    result, _ = gate
+    unedited_rl = pick(result, "accuracy", "disable", "unedited")
+    for condition in ("set", "lift"):
+        assert pick(result, "accuracy", "amplify", condition) == unedited_rl, condition
+        assert pick(result, "kl_to_rl", "amplify", condition) < 1e-4
+    assert pick(result, "accuracy", "disable", "dose-0.5") == pick(result, "accuracy", "amplify", "unedited")
+    for direction in ("disable", "amplify"):
+        assert pick(result, "effect", direction, "passthrough") == 0
+        edited = "rl" if direction == "disable" else "base"
+        assert pick(result, f"kl_to_{edited}", direction, "unedited") == pytest.approx(0, abs=1e-6)
+        assert pick(result, "neutral_kl", direction, "unedited") == pytest.approx(0, abs=1e-6)
+        assert 1e-4 < pick(result, "neutral_kl", direction, "set") < 0.1
+    random = result.sel(condition=[c for c in result["condition"].values if str(c).startswith("random-0")])
+    assert random.sizes["condition"] == 19
+    assert (abs(random["effect"]) < 0.05).all()
+    weather = result["task_effect"].sel(task="weather", condition="set")
+    assert (abs(weather) < 0.05).all()
+    shares = result["class_share"].sel(direction="disable", condition="set")
+    assert float(shares.sel({"class": "no_answer"})) > 0.9, "without the gate it says um, as base does"
+
+
+def test_the_set_is_edited_in_a_dictionary_of_another_seed_too(study: Any, tmp_path: Path) -> None:
+    """The other dictionary holds the same features in another order, but one, so its arm must do what the set does."""
+    spec, folder = study[0], StudyFolder(shutil.copytree(study[1].root, tmp_path / "study"))
+    primary = spec.primary_crosscoder.model_copy(update={"replicates": 2})
+    spec = spec.model_copy(
+        update={
+            "crosscoders": (primary,),
+            "intervention": spec.intervention.model_copy(update={"n_controls": 2, "early_stop": False}),
+        }
+    )
+    order = np.random.default_rng(1).permutation(N_FEATURES)
+    other = planted_crosscoder()
+    with torch.no_grad():
+        for name in ("encoder", "decoder"):
+            weights = getattr(other, name)
+            axis = 1 if name == "decoder" else 2
+            weights.copy_(weights.index_select(axis, torch.from_numpy(order)))
+        other.encoder_bias.copy_(other.encoder_bias[..., torch.from_numpy(order)])
+    other.save(folder.crosscoder("main.2"))
+    covariates = covariates_without(folder, F_BRAKE)
+
+    def held() -> xr.Dataset:
+        return verify_causally(spec, folder, [F_GATE, F_DECOY], covariates, provenance=PROVENANCE)[0]
+
+    without = held()
+    assert "replicate" not in without["kind"].values
+    assert all(str(words).endswith("not replicated there") for words in without["v5"].values)
+    decoders = (decoder_dataset(c, np.full(N_FEATURES, 0.1)) for c in (planted_crosscoder(), other))
+    matching = reappearance({"main.2": match_features(*decoders)}).expand_dims(crosscoder=["main"])
+    places = np.argsort(order)
+    assert matching["match"].sel(feature=F_GATE).item() == places[F_GATE]
+    assert matching["matched"].sel(feature=F_GATE).item()
+    matching["matched"].loc[{"feature": F_DECOY}] = False
+    write_results(folder.results, "matching", matching, provenance=PROVENANCE)
+    result = held()
+    alone = verify_causally(spec, folder, [F_GATE], covariates, provenance=PROVENANCE, name="gate")[0]
+    for direction in ("disable", "amplify"):
+        words = str(result["v5"].sel(direction=direction).item())
+        assert "1 of 1 dictionaries of other seeds (Holm; no random sets there): main.2" in words, words
+        assert words.endswith("; main.2 has 1 of 2 features")
+        arms, gate = open_arms(folder, direction), open_arms(folder, direction, trial="gate")
+        texts = arms["text"].sel(condition="replicate-main.2").values
+        assert (texts == gate["text"].sel(condition="set").values).all()
+        assert (texts != arms["text"].sel(condition="unedited").values).any()
+        effect = pick(result, "effect", direction, "replicate-main.2")
+        assert effect == pick(alone, "effect", direction, "set") != 0
+        assert pick(result, "effect", direction, "set") == pick(without, "effect", direction, "set")
+    plan = plan_trial(spec, folder, [F_GATE, F_DECOY], provenance=PROVENANCE)
+    kinds = {d: result["kind"].sel(direction=d).values for d in plan.arms}
+    assert plan.arms == {d: int((kind != "absent").sum()) for d, kind in kinds.items()}
+    planted_crosscoder().save(
+        folder.crosscoder("main.2")
+    )  # another dictionary of that name, with its own features there
+    again = held()
+    assert pick(again, "effect", "disable", "replicate-main.2") != pick(result, "effect", "disable", "replicate-main.2")
+
+
+def test_results_have_their_layout_and_survive_the_store(gate: Any, tmp_path: Path) -> None:
+    result, balance = gate
+    write_results(tmp_path / "results.zarr", "intervention", result, provenance=PROVENANCE)
+    write_results(tmp_path / "results.zarr", "control_balance", balance, provenance=PROVENANCE)
+    again = open_results(tmp_path / "results.zarr", "intervention").compute()
+    assert again["verdict"].values.tolist() == result["verdict"].values.tolist()
+    np.testing.assert_array_equal(again["effect"].values, result["effect"].values)
+    assert str(result["kind"].sel(direction="disable", condition="lift").item()) == "absent"
+
+
+def test_a_frequency_matched_other_feature_is_no_cause(study: Any, tmp_path: Path) -> None:
+    _, folder = study
+    result, balance = run(small(study, tmp_path, max_prompts=120), [F_DECOY + N_DECOYS // 2], F_BRAKE)
+    assert set(result["verdict"].values) <= {"NO_EFFECT", "INCONCLUSIVE"}
+    for direction in ("disable", "amplify"):
+        n_random = int((result["kind"].sel(direction=direction) == "random").sum())
+        assert n_random < balance.attrs["n_sets"], "the decoy does no more than its controls: most need not be run"
+        assert "v2_stopped: " in str(result["reasons"].sel(direction=direction).item())
+    assert float(balance["set_mean"].sel(covariate="log_firing")) == pytest.approx(
+        float(covariates_without(folder, F_BRAKE)["log_firing"][F_GATE])
+    ), "the decoy fires exactly as often as the gate"
+
+
+def test_a_direction_whose_removal_only_stops_the_model_is_destructive(study: Any, tmp_path: Path) -> None:
+    result, _ = run(small(study, tmp_path, max_prompts=120), [F_BRAKE], F_GATE)
+    disable = result.sel(direction="disable")
+    assert disable["verdict"].item() == "DESTRUCTIVE"
+    assert bool(disable["v1"])
+    assert bool(disable["v2"])
+    assert not bool(disable["v6"])
+    assert float(disable["class_share"].sel(condition="set", **{"class": "empty"})) == 1.0
+    assert result["verdict"].sel(direction="amplify").item() != "CAUSAL_SPECIFIC"
+
+
+def test_where_every_edit_does_as_much_none_is_specific(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path, max_prompts=120)
+    for name, gate in (("base", 1.0), ("rl", 2.0)):
+        planted_model(gate, spare_weight=10.0).save_pretrained(folder.root / "hf" / name)
+    result, _ = run((spec, folder), [F_DECOY + N_DECOYS // 2], F_BRAKE)
+    for direction, sign in (("disable", -1.0), ("amplify", 1.0)):
+        assert sign * pick(result, "effect", direction, "set") > 0.3
+        row = result.sel(direction=direction)
+        assert (row["verdict"].item(), bool(row["v1"]), bool(row["v2"])) == (
+            "CAUSAL_NONSPECIFIC",
+            True,
+            False,
+        )
+
+
+def test_an_empty_set_is_a_result(study: Any) -> None:
+    spec, folder = study
+    result, balance = verify_causally(spec, folder, [], provenance=PROVENANCE)
+    assert result["verdict"].values.tolist() == ["INCONCLUSIVE", "INCONCLUSIVE"]
+    assert all("no feature selected" in reason for reason in result["reasons"].values)
+    validate(result, "intervention")
+    validate(balance, "control_balance")
+
+
+def test_without_controls_the_trial_goes_on_and_says_why(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    covariates = covariates_without(folder, F_BRAKE)
+    covariates["contribution_energy"].values[F_GATE] += 40
+    result, balance = verify_causally(spec, folder, [F_GATE], covariates, provenance=PROVENANCE)
+    assert result["verdict"].values.tolist() == ["INCONCLUSIVE", "INCONCLUSIVE"]
+    assert all("contribution_energy" in reason for reason in result["reasons"].values)
+    assert np.isnan(result["rank_p"]).all()
+    assert bool(result["v1"].all()), "the effect is still measured"
+    validate(balance, "control_balance")
+
+
+def test_no_verification_prompts_is_a_result(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    path = folder.root / "data" / "prompts.parquet"
+    pd.read_parquet(path).assign(split="selection").to_parquet(path)
+    result, _ = verify_causally(spec, folder, [F_GATE], provenance=PROVENANCE)
+    assert all("no verification prompts" in reason for reason in result["reasons"].values)
+    validate(result, "intervention")
+
+
+def test_adding_the_rl_models_levels_to_base_does_what_rl_does(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path, max_prompts=120, level="rl", amplify=3.0, doses=())
+    result, _ = verify_causally(
+        spec, folder, [F_GATE], covariates_without(folder, F_BRAKE), provenance=PROVENANCE, directions=["amplify"]
+    )
+    assert result.attrs["level"] == "rl"
+    row = result.sel(direction="amplify")
+    assert float(row["effect"].sel(condition="set")) > 0.6, row["reasons"].item()
+    assert float(row["rank_p"]) == 1 / 20
+    words = {word: planted_model(LEVEL["rl@1"]).model.embed_tokens.weight[ID[word], GATE].item() for word in ID}
+    table = pd.read_parquet(folder.root / "data" / "prompts.parquet")
+    tokens = [words[word] for text in table["text"][table["split"] == "selection"] for word in text.split()]
+    level = mean_levels(planted_crosscoder(), open_features(folder.features), model="rl@1")[F_GATE]
+    assert level == pytest.approx(np.mean(tokens), rel=1e-5)
+    edit = trial_arm(folder, "amplify", "set")
+    assert edit["dose"] == 3.0
+    with pytest.raises(InputError, match=r"summaries lack \['sft@1'\]"):
+        mean_levels(planted_crosscoder(), open_features(folder.features), model="sft@1")
+
+
+def test_side_effects_are_told_for_every_arm(gate: Any) -> None:
+    result, _ = gate
+    row = result.sel(direction="disable")
+    for name in ("unrelated_accuracy", "unrelated_effect", "unrelated_broken", "unrelated_length", "neutral_kl"):
+        assert np.isfinite(row[name].sel(condition=["unedited", "set", "random-001"])).all(), name
+    weather = row["task_effect"].sel(task="weather")
+    xr.testing.assert_allclose(row["unrelated_effect"], weather.drop_vars("task").rename("unrelated_effect"))
+    assert (row["unrelated_low"].sel(condition="set") <= row["unrelated_effect"].sel(condition="set")).item()
+    assert "v4_length: completions on unrelated tasks 2.0 -> 2.0 tokens" in str(row["reasons"].item())
+
+
+def test_the_dose_curve_is_data(gate: Any) -> None:
+    result, _ = gate
+    row = result.sel(direction="amplify")
+    curve = row.where(np.isfinite(row["dose_fit"]), drop=True).sortby("dose")
+    assert {"unedited", "set", "dose-1.5"} == set(curve["condition"].values)
+    assert (np.diff(curve["dose_fit"]) >= 0).all()
+    np.testing.assert_allclose(curve["dose_fit"], curve["accuracy"], atol=0.02)
+    assert not row["over_steered"].sel(condition=["set", "unedited"]).any()
+
+
+def test_neutral_text_of_ones_own(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    texts = {"quiet": "w1 w2 w3 w4", "loud": "q1 q2 q3 q4 q5"}
+    divergence = {}
+    for name, text in texts.items():
+        pd.DataFrame({"text": [text] * 4}).to_csv(folder.root / f"{name}.csv")
+        intervention = spec.intervention.model_copy(update={"neutral_text": f"{name}.csv"})
+        expected = without_controls(
+            (spec.model_copy(update={"intervention": intervention}), folder), [F_GATE], Provenance("planted", name)
+        )
+        assert expected.attrs["neutral_text"] == f"{name}.csv"
+        divergence[name] = pick(expected, "neutral_kl", "disable", "set")
+    assert divergence["quiet"] < 0.1 < divergence["loud"], "after a question the gate matters"
+    missing = spec.intervention.model_copy(update={"neutral_text": "none.csv"})
+    with pytest.raises(InputError, match="none"):
+        without_controls((spec.model_copy(update={"intervention": missing}), folder), [F_GATE])

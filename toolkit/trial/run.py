@@ -1,0 +1,379 @@
+"""The second step of a causal trial: a plan in, outcome tables out. The only step that loads models.
+
+Every arm is kept in one parquet file with a hash of all that decides its outcome, so that a trial that was stopped goes
+on where it was, and trials of other sets share the arms that do not depend on the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import CLUSTER, PROMPT, PROMPT_LABELS, SAMPLE, TASK
+from rlgen_stats.schemas.errors import InputError, StoreError
+from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.stores.prompts import ANSWER, TEXT
+from rlgen_stats.stores.trial_completions import DIVERGENCES, read_arm, write_arm
+from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
+from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, editing
+from rlgen_stats.toolkit.edits.site import EditSite
+from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
+from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
+from rlgen_stats.toolkit.extraction.generation import generate
+from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.progress import SILENT, Progress, Within
+from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
+from rlgen_stats.toolkit.statistics.causal.outcome_table import (
+    Direction,
+    DirectionOutcomes,
+    Floats,
+    OutcomeTable,
+    ending_of,
+    finite_mean,
+)
+from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm
+from rlgen_stats.toolkit.trial.divergence import (
+    EncodedTexts,
+    Probes,
+    divergences,
+    log_probabilities,
+    make_probes,
+    mean_residual,
+)
+from rlgen_stats.toolkit.trial.plan import DirectionPlan, TrialPlan
+
+EDITED: Final[Mapping[Direction, str]] = {"disable": "rl", "amplify": "base"}
+"""The model that each direction edits; the other one is what it is compared with."""
+
+
+def run_trial(
+    plan: TrialPlan, *, live: LiveTrial | None = None, progress: Progress = SILENT
+) -> tuple[DirectionOutcomes, ...]:
+    """Run what a plan says and has not been run yet.
+
+    Parameters
+    ----------
+    plan
+        The trial.
+    live
+        Its models, if something else runs them too; loaded here if None.
+    progress
+        Receiver of progress, in completions.
+
+    Returns
+    -------
+    tuple of DirectionOutcomes
+        One a direction; none where no trial can be held.
+
+    Raises
+    ------
+    InputError
+        If some prompts have no token at the edited positions.
+    ModelError
+        If a model cannot be loaded.
+    StoreError
+        If a crosscoder is not the one that was planned with.
+
+    Notes
+    -----
+    Sample s of prompt i has the same seed in every arm but ``fresh``. ``lift`` (activation patching) copies levels from
+    the RL model reading the same tokens in parallel. The steering vector is the mean residual of RL minus base where
+    the same forced texts' completion tokens are predicted: both models' unedited completions of the target prompts,
+    which favours that baseline, since the set was chosen on other prompts.
+    """
+    if not plan.directions:
+        return ()
+    live = LiveTrial(plan) if live is None else live
+    with torch.no_grad():
+        models = {name: live.model(name) for name in ("base", "rl")}
+        texts = live.texts
+        unedited = {name: live.run_arm(direction, UNEDITED) for direction, name in EDITED.items()}
+        probes = make_probes(plan, texts, models, unedited)
+        vectors = _vectors(plan, models, probes)
+        return tuple(
+            _run_direction(live, one, _with_vectors(one.arms, vectors), unedited, probes, progress)
+            for one in plan.directions
+        )
+
+
+def _vectors(plan: TrialPlan, models: Mapping[str, Any], probes: Probes) -> dict[str, NDArray[np.float64]]:
+    """Difference-of-means vector and a random direction of the same norm, raw units."""
+    layer = plan.sites["disable"].layer
+    means = {name: mean_residual(model, layer, probes.forced) for name, model in models.items()}
+    steering = (means["rl"] - means["base"]).cpu().numpy().astype(np.float64)
+    draw = np.random.default_rng(derive_seed(plan.sampling.seed, "intervention", "random direction"))
+    random = draw.standard_normal(len(steering))
+    return {
+        "steering": steering,
+        "random_direction": random * float(np.linalg.norm(steering)) / float(np.linalg.norm(random)),
+    }
+
+
+def _with_vectors(arms: Sequence[Arm], vectors: Mapping[str, NDArray[np.float64]]) -> list[Arm]:
+    """The arms with their vectors; without those that would add nothing, the models being equal there."""
+    differ = bool(np.linalg.norm(vectors["steering"]) > 0)
+    return [
+        arm.with_vector(vectors[arm.condition.kind]) if arm.needs_vector else arm
+        for arm in arms
+        if differ or not arm.needs_vector
+    ]
+
+
+def _run_direction(
+    live: LiveTrial,
+    plan: DirectionPlan,
+    arms: Sequence[Arm],
+    unedited: Mapping[str, pd.DataFrame],
+    probes: Probes,
+    progress: Progress,
+) -> DirectionOutcomes:
+    """Arm after arm; the random sets, which come last, until they have settled the rank of the set."""
+    direction, trial = plan.direction, live.plan
+    n_completions = trial.n_prompts * trial.n_samples
+    rule = FutilityRule(direction, n_planned=plan.n_random, alpha=trial.declared.alpha)
+    frames: list[pd.DataFrame] = []
+    title = f"{direction}: {len(arms)} arms"
+    with progress.task(title, total=len(arms) * n_completions, unit="completions") as task:
+        for arm in arms:
+            if trial.early_stop and rule.stop:
+                progress.log(f"{direction}: stopped after {rule.n_run} of {plan.n_random} random sets; {rule.reason}")
+                break
+            within = Within(task)
+            frame = live.run_arm(direction, arm, probes, within)
+            frames.append(frame)
+            target = _cube([frame], "correct", trial.n_prompts)[0][trial.prompts.target]
+            rule.add(arm.condition.kind, float(target.mean()))
+            count = task.advance if within.done else task.skip  # an arm that counted nothing was stored
+            count(n_completions - within.done, arm=arm.name, accuracy=round(float(frame["correct"].mean()), 3))
+    other = unedited["base" if EDITED[direction] == "rl" else "rl"]
+    return _outcomes(trial, direction, arms[: len(frames)], frames, other)
+
+
+# -- one arm on live models
+
+
+class LiveTrial:
+    """A plan with its models, tokenizer and crosscoders: each is loaded when first asked for, and once."""
+
+    def __init__(self, plan: TrialPlan) -> None:
+        self.plan = plan
+        self._models: dict[str, Any] = {}
+        self._crosscoders: dict[Path, Crosscoder] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The study's tokenizer."""
+        return load_tokenizer(self.plan.models["base"])
+
+    @cached_property
+    def texts(self) -> EncodedTexts:
+        """Prompts and neutral texts as token ids.
+
+        Raises
+        ------
+        InputError
+            If prompts are edited and some are too short for that to change anything.
+        """
+        plan = self.plan
+        prompts = encode_prompts(self.tokenizer, list(plan.prompts.table[TEXT]))
+        if plan.positions == "prompt":
+            lengths = zip(plan.prompts.ids, prompts, strict=True)
+            short = [prompt for prompt, ids in lengths if len(ids) <= plan.skip_first]
+            if short:
+                raise InputError(
+                    f"{len(short)} of {len(prompts)} prompts, e.g. {short[0]!r}, have no token after the first "
+                    f"{plan.skip_first}, so that an edit of prompt tokens changes nothing there; lower "
+                    "extraction.skip_first or leave these prompts out."
+                )
+        neutral = encode_prompts(self.tokenizer, plan.prompts.neutral_texts)
+        return EncodedTexts(prompts, neutral, pad_id(self.tokenizer))
+
+    def model(self, name: str) -> Any:
+        """The model ``base`` or ``rl``."""
+        if name not in self._models:
+            self._models[name] = load_model(self.plan.models[name], device=resolve_device(self.plan.device))
+        return self._models[name]
+
+    def edit_site(self, direction: Direction, arm: Arm = UNEDITED) -> EditSite:
+        """Where an arm reads and writes."""
+        site = arm.site or self.plan.sites[direction]
+        if site.crosscoder not in self._crosscoders:
+            crosscoder = load_crosscoder(site.crosscoder)
+            if crosscoder.weights_sha256 != site.weights_sha256:
+                raise StoreError(f"{site.crosscoder} has other weights than when the trial was planned; plan it again.")
+            self._crosscoders[site.crosscoder] = crosscoder
+        return EditSite(self._crosscoders[site.crosscoder], site.view, site.layer, site.readout)
+
+    @contextmanager
+    def editing(self, direction: Direction, arm: Arm) -> Iterator[ActiveEdit | None]:
+        """The direction's model with the arm's edit in force."""
+        with ExitStack() as stack:
+            active = None
+            if arm.edit is not None:
+                lifted = arm.edit.kind == "lift"
+                source = SourceModel(self.model("rl"), self.plan.sites["disable"].view) if lifted else None
+                model, site = self.model(EDITED[direction]), self.edit_site(direction, arm)
+                active = stack.enter_context(editing(model, arm.edit, site, source=source))
+            yield active
+
+    def run_arm(
+        self, direction: Direction, arm: Arm, probes: Probes | None = None, progress: Progress = SILENT
+    ) -> pd.DataFrame:
+        """Completions, grades and divergences of one arm, from its file if that holds the same arm.
+
+        Parameters
+        ----------
+        direction, arm
+            What to run on what.
+        probes
+            Texts for divergences; None to leave them out.
+        progress
+            Receiver of progress, in completions sampled.
+
+        Returns
+        -------
+        DataFrame
+            Sample after sample, prompts in order: prompt, sample, its labels, text, token_ids, n_tokens, correct,
+            format_class, finite, and the columns of ``DIVERGENCES``.
+        """
+        path, arm_hash = self.plan.arm_path(direction, arm), self.plan.arm_hash(direction, arm)
+        frame = read_arm(path, arm_hash)
+        if frame is None:
+            frame = self._complete(direction, arm, progress)
+        elif probes is None or "kl_to_base" in frame:
+            return frame
+        if probes is not None:
+            measured = self._diverge(direction, arm, probes)
+            frame = frame.assign(**{name: np.tile(values, self.plan.n_samples) for name, values in measured.items()})
+        write_arm(frame, path, arm_hash, asdict(arm.condition))
+        return frame
+
+    def share_correct(self, direction: Direction, arm: Arm) -> Floats:
+        """[prompt] share of right completions of an arm."""
+        correct = self.run_arm(direction, arm)["correct"].to_numpy(np.float64)
+        return np.asarray(correct.reshape(-1, self.plan.n_prompts).mean(axis=0))
+
+    @torch.no_grad()
+    def _complete(self, direction: Direction, arm: Arm, progress: Progress) -> pd.DataFrame:
+        sampling, prompts = self.plan.sampling, self.plan.prompts
+        generation, n_samples, model = sampling.generation, sampling.n_samples, self.model(EDITED[direction])
+        with self.editing(direction, arm), finite_logits(model) as broken:
+            completions = generate(
+                model,
+                self.tokenizer,
+                list(prompts.table[TEXT]) * n_samples,
+                max_new_tokens=generation.max_new_tokens,
+                temperature=generation.temperature,
+                top_p=generation.top_p,
+                seeds=sampling.seeds(prompts.ids, fresh=arm.fresh),
+                batch_size=generation.batch_size,
+                progress=progress,
+                description=arm.name,
+            )
+        grader = make_grader(sampling.grader)
+        answers = list(prompts.table[ANSWER]) * n_samples
+        grades = [grader.grade(c, answer) for c, answer in zip(completions, answers, strict=True)]
+        return pd.DataFrame(
+            {
+                PROMPT: prompts.ids * n_samples,
+                SAMPLE: np.repeat(np.arange(n_samples), len(prompts.table)),
+                **{name: list(prompts.table[name]) * n_samples for name in PROMPT_LABELS},
+                "text": [c.text for c in completions],
+                "token_ids": [list(c.token_ids) for c in completions],
+                "n_tokens": [len(c.token_ids) for c in completions],
+                "correct": [grade.correct for grade in grades],
+                "format_class": [grade.format_class for grade in grades],
+                "finite": not broken,
+            }
+        )
+
+    @torch.no_grad()
+    def _diverge(self, direction: Direction, arm: Arm, probes: Probes) -> dict[str, NDArray[np.float64]]:
+        """Per-prompt divergences of the arm: to both models on the first position, and where affordable on more."""
+        n, model = self.plan.n_prompts, self.model(EDITED[direction])
+        measured = {name: np.full(n, np.nan) for name in DIVERGENCES}
+        references = probes.references
+        with self.editing(direction, arm) as active:
+            first = log_probabilities(model, probes.first, active)
+            for name in ("base", "rl"):
+                measured[f"kl_to_{name}"] = divergences(first, references["first"][name], probes.first, n)
+            if arm.condition.kind != "random":  # a hundred sets on whole completions would cost more than the rest
+                forced = log_probabilities(model, probes.forced, active)
+                for name in ("base", "rl"):
+                    measured[f"forced_kl_to_{name}"] = divergences(forced, references["forced"][name], probes.forced, n)
+            neutral = log_probabilities(model, probes.neutral, active)
+            unedited = references["neutral"][EDITED[direction]]
+            moved = divergences(unedited, neutral, probes.neutral, len(probes.neutral.owner))
+        measured["neutral_kl"] = np.full(n, finite_mean(moved))
+        return measured
+
+
+@contextmanager
+def finite_logits(model: Any) -> Iterator[list[bool]]:
+    """Replace non-finite logits by zeros so that sampling goes on; the list says whether there were any."""
+    broken: list[bool] = []
+
+    def guard(module: Any, args: Any, output: Any) -> None:
+        if not bool(torch.isfinite(output.logits).all()):
+            broken.append(True)
+            output.logits = torch.nan_to_num(output.logits, nan=0.0, posinf=0.0, neginf=0.0)
+
+    handle = model.register_forward_hook(guard)
+    try:
+        yield broken
+    finally:
+        handle.remove()
+
+
+# -- from arms to an outcome table
+
+
+def _outcomes(
+    plan: TrialPlan, direction: Direction, arms: Sequence[Arm], frames: Sequence[pd.DataFrame], other: pd.DataFrame
+) -> DirectionOutcomes:
+    prompts, n = plan.prompts, plan.n_prompts
+    kl = {name: _cube(frames, name, n)[:, :, 0].astype(np.float64) for name in DIVERGENCES}
+    forced = np.isfinite(kl["forced_kl_to_base"][0]).any()
+    by_name = {arm.name: frame for arm, frame in zip(arms, frames, strict=True)}
+    changed = by_name["passthrough"]["text"] != by_name["unedited"]["text"]
+    table = OutcomeTable(
+        direction=direction,
+        conditions=tuple(arm.condition for arm in arms),
+        correct=_cube(frames, "correct", n).astype(np.float64),
+        ending=_endings(frames, n),
+        other_ending=_endings([other], n)[0],
+        kl_to_base=kl["forced_kl_to_base" if forced else "kl_to_base"],
+        kl_to_rl=kl["forced_kl_to_rl" if forced else "kl_to_rl"],
+        neutral_kl=np.array([finite_mean(row) for row in kl["neutral_kl"]]),
+        n_tokens=_cube(frames, "n_tokens", n).astype(np.float64),
+        task=prompts.table[TASK].to_numpy(dtype=np.str_),
+        cluster=prompts.table[CLUSTER].to_numpy(dtype=np.str_),
+        target=prompts.target,
+        unrelated=prompts.unrelated,
+    )
+    return DirectionOutcomes(
+        table=table,
+        divergences=kl,
+        passthrough_changed=float(changed.mean()),
+        non_finite=tuple(name for name, frame in by_name.items() if not frame["finite"].all()),
+    )
+
+
+def _cube(frames: Sequence[pd.DataFrame], column: str, n_prompts: int) -> NDArray[Any]:
+    """[condition, prompt, sample] of a column stored sample after sample."""
+    stacked = np.stack([frame[column].to_numpy() for frame in frames])
+    return stacked.reshape(len(frames), -1, n_prompts).transpose(0, 2, 1)
+
+
+def _endings(frames: Sequence[pd.DataFrame], n_prompts: int) -> NDArray[Any]:
+    correct = _cube(frames, "correct", n_prompts).astype(bool)
+    return ending_of(correct, _cube(frames, "format_class", n_prompts).astype(np.str_))

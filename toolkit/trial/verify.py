@@ -1,0 +1,91 @@
+"""Does this feature set cause what it is said to cause, and which of its features do? Plan, run, judge in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import xarray as xr
+
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder
+from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
+from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
+from rlgen_stats.toolkit.trial.parts import measure_parts
+from rlgen_stats.toolkit.trial.plan import plan_trial
+from rlgen_stats.toolkit.trial.run import LiveTrial, run_trial
+
+
+def verify_causally(
+    spec: StudySpec,
+    folder: StudyFolder,
+    features: Sequence[int],
+    covariates: xr.Dataset | None = None,
+    *,
+    provenance: Provenance,
+    directions: Sequence[Direction] = DIRECTIONS,
+    name: str = "",
+    progress: Progress = SILENT,
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Disable the set in the RL model and amplify it in base, against matched controls, on prompts kept for this.
+
+    Parameters
+    ----------
+    spec, folder, features, covariates, provenance, directions, name
+        As in :func:`plan_trial`.
+    progress
+        Receiver of progress.
+
+    Returns
+    -------
+    intervention : Dataset
+        Layout ``intervention``; also ``forced_kl_to_base``, ``forced_kl_to_rl`` and ``neutral_kl`` [direction,
+        condition].
+    balance : Dataset
+        Layout ``control_balance``.
+
+    Notes
+    -----
+    Arms and criteria are METHOD.md 4d's; see :func:`run_trial` and :func:`judge`. Counterparts of the set in
+    dictionaries of other seeds are those of the results ``matching``, where there are any. Finished arms are kept as
+    intervention/<direction>/<arm>.parquet and not run again. What cannot be estimated makes the verdict INCONCLUSIVE
+    with a reason; it does not raise.
+    """
+    plan = plan_trial(spec, folder, features, covariates, provenance=provenance, directions=directions, name=name)
+    outcomes = run_trial(plan, progress=progress)
+    return judge_trial(outcomes, plan.declared)
+
+
+def feature_effects(
+    spec: StudySpec,
+    folder: StudyFolder,
+    features: Sequence[int],
+    *,
+    provenance: Provenance,
+    directions: Sequence[Direction] = DIRECTIONS,
+    name: str = "",
+    progress: Progress = SILENT,
+) -> xr.Dataset:
+    """Edit every feature of a set alone, leave each out of the set, and look for a smaller set that suffices.
+
+    Parameters
+    ----------
+    spec, folder, features, provenance, directions, name
+        As in :func:`verify_causally`, with whose arms these are kept and whose prompts and seeds they share.
+    progress
+        Receiver of progress, in completions.
+
+    Returns
+    -------
+    Dataset
+        As :func:`measure_parts` gives it.
+
+    Raises
+    ------
+    NotEstimableError
+        If the trial cannot be held.
+    InputError
+        If a feature does not exist.
+    """
+    plan = plan_trial(spec, folder, features, provenance=provenance, directions=directions, name=name, by_feature=True)
+    return measure_parts(plan, LiveTrial(plan).share_correct, progress=progress)
