@@ -79,7 +79,7 @@ def intervene(
 
     stage = set_name is None and not features and direction is None and not doses and level is None and not by_feature
     if stage and not dry_run:
-        finish(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
+        run_and_print(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
         return
     from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
     from rlgen_stats.toolkit.study.trials import verify_set

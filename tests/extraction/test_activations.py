@@ -29,7 +29,7 @@ from rlgen_stats.toolkit.extraction import (
     read_completions,
     token_mask,
 )
-from rlgen_stats.toolkit.extraction.activations import load_texts, plan_windows, source_models, token_table
+from rlgen_stats.toolkit.extraction.activations import contrasted_models, forced_texts, plan_windows, token_table
 from tests.extraction.conftest import study_spec
 
 Study = tuple[StudySpec, StudyFolder]

@@ -18,7 +18,7 @@ from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.stage_graph import BY_NAME, with_needs
 from rlgen_stats.toolkit.study.trials import verify_set
-from tests.study.conftest import spec_dict
+from tests.study.conftest import MAIN, PAIR, spec_dict
 
 CALLS: list[str] = []
 

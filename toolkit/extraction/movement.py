@@ -14,9 +14,10 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.stores.study_models import list_models
-from rlgen_stats.toolkit.extraction.activations import Text, load_texts
+from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
+from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 LOGIT_BYTES: Final = 1 << 28

@@ -29,7 +29,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     resolve_device,
 )
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
-from rlgen_stats.toolkit.extraction.grading import Grade, make_grader
+from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 GREEDY: Final = -1

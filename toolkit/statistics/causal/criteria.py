@@ -20,7 +20,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     paired_effect,
 )
 from rlgen_stats.toolkit.statistics.kernels import adjust
-from rlgen_stats.toolkit.statistics.kernels.flips.resampling import TIE_SLACK
+from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
 """Accuracy change that the interval must exclude before an effect counts (METHOD.md 4d, V1)."""

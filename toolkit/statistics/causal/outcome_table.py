@@ -22,8 +22,6 @@ DIRECTIONS: Final[tuple[Direction, ...]] = ("disable", "amplify")
 N_RESAMPLES: Final = 9999
 """Sign flips where enumeration is too long: the Monte-Carlo error of p = .05 is then .002."""
 
-FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
-"""Format classes of the grader."""
 OUTCOME_CLASSES: Final = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
 """How a completion ended: right; an answer, but a wrong one; or a format class without an answer."""
 BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
