@@ -26,7 +26,7 @@ DEAD, GROUP = 0.3, 20
 def _dependent(
     random: np.random.Generator, n: int, n_features: int, share: float, effect: float, group: int = GROUP
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Differences in groups that correlate .5, 30% dead, ``share`` of the living with an effect (sd units)."""
+    """Differences in groups that correlate .5, 30% dead, ``share`` of those alive with an effect (sd units)."""
     common = np.repeat(random.standard_normal((n, n_features // group)), group, axis=1)
     d = np.sqrt(0.5) * (common + random.standard_normal((n, n_features)))
     order = random.permutation(n_features)

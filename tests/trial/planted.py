@@ -117,10 +117,10 @@ def planted_crosscoder() -> Crosscoder:
     crosscoder = Crosscoder(VIEWS, width=WIDTH, n_features=N_FEATURES, sparsity="l1", k=4, name="main")
     with torch.no_grad():
         crosscoder.scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
-        gauge = torch.cat([torch.ones(2), torch.linspace(0.8, 1.25, N_DECOYS)])
+        feature_scale = torch.cat([torch.ones(2), torch.linspace(0.8, 1.25, N_DECOYS)])
         for v, scale in enumerate(crosscoder.scale):
-            crosscoder.encoder[v] = directions.T / (3 * scale) / gauge
-            crosscoder.decoder[v] = directions * scale * gauge[:, None]
+            crosscoder.encoder[v] = directions.T / (3 * scale) / feature_scale
+            crosscoder.decoder[v] = directions * scale * feature_scale[:, None]
         crosscoder.decoder[0, F_BRAKE] /= 2  # a view of its own, so that editing through another view shows
         crosscoder.encoder_bias.zero_()
         crosscoder.decoder_bias.zero_()

@@ -53,7 +53,7 @@ class FeatureEdit:
 
     Notes
     -----
-    a' = a + sum_k (f'_k - f_k) d_k: what the dictionary does not explain stays as it is (METHOD.md 4d).
+    a' = a + sum_k (f'_k - f_k) d_k: what the dictionary does not explain stays as it is (docs/method.md 4d).
     """
 
     features: tuple[int, ...]

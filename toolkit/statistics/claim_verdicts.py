@@ -172,7 +172,7 @@ def selection_verdict(*, n_estimable: int, n_confirmed: int, n_testable: int, gu
         Features that could have been confirmed.
     guarded
         Whether p-values carry a guard against having chosen prompts by their outcome (the RL-specific contrast, or a
-        test on all prompts); without one, "separating" features appear when models do not differ (METHOD.md 4c).
+        test on all prompts); without one, "separating" features appear when models do not differ (docs/method.md 4c).
 
     Returns
     -------

@@ -478,7 +478,7 @@ def _plan_direction(
     return replace(plan, parts=part_arms(plan.set_arm), n_search_sets=n_search)
 
 
-# -- the set in dictionaries of other seeds (METHOD.md 4d, V5)
+# -- the set in dictionaries of other seeds (docs/method.md 4d, V5)
 
 
 @dataclass(frozen=True)

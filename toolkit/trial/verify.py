@@ -46,7 +46,7 @@ def verify_causally(
 
     Notes
     -----
-    Arms and criteria are METHOD.md 4d's; see :func:`run_trial` and :func:`judge`. Counterparts of the set in
+    Arms and criteria are docs/method.md 4d's; see :func:`run_trial` and :func:`judge`. Counterparts of the set in
     dictionaries of other seeds are those of the results ``matching``, where there are any. Finished arms are kept as
     intervention/<direction>/<arm>.parquet and not run again. What cannot be estimated makes the verdict INCONCLUSIVE
     with a reason; it does not raise.

@@ -163,7 +163,7 @@ def test_code_does_not_depend_on_the_order_of_views() -> None:
     torch.testing.assert_close(turned.feature_direction("rl@9"), crosscoder.feature_direction("rl@9"))
 
 
-def test_feature_scale_is_a_gauge() -> None:
+def test_the_scale_of_a_feature_changes_nothing_observable() -> None:
     """(f, d) -> (c f, d / c) leaves reconstruction, selection and contribution scale alone."""
     crosscoder, other = random_crosscoder(), random_crosscoder()
     c = torch.linspace(0.3, 4.0, 10)

@@ -1,4 +1,4 @@
-"""Sums behind latent scaling against numpy's least squares, blocks, gauge and the bootstrap."""
+"""Sums behind latent scaling against numpy's least squares, blocks, scale invariance and the bootstrap."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_blocks_change_nothing(crosscoder: Crosscoder, raw: torch.Tensor, monkey
         )
 
 
-def test_gauge_changes_nothing(crosscoder: Crosscoder, raw: torch.Tensor) -> None:
+def test_the_scale_of_a_feature_changes_nothing(crosscoder: Crosscoder, raw: torch.Tensor) -> None:
     """(f, d) -> (c f, d / c) leaves betas alone."""
     other = Crosscoder(VIEWS, width=6, n_features=10, sparsity="batchtopk", k=3)
     other.load_state_dict(crosscoder.state_dict())

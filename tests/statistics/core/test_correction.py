@@ -17,7 +17,7 @@ def p():
 
 def test_a_table_is_corrected_as_its_ravel(p):
     q = adjust_pvalues(p, dims=("model", "feature")).values.ravel()
-    # METHOD.md O4: BH at positions 1, 5, 10, 20, 40.
+    # docs/method.md O4: BH at positions 1, 5, 10, 20, 40.
     expected = [0.0588235294118, 0.294117647059, 0.534759358289, 0.730868002054, 0.971343700856]
     assert q[[0, 4, 9, 19, 39]] == pytest.approx(expected, rel=1e-9)
     assert not np.allclose(q, O4)

@@ -107,7 +107,7 @@ def test_effects_never_come_from_selection_prompts(world):
 
 
 def test_without_the_guard_confounded_features_pass(make_features, make_outcomes):
-    """METHOD.md 4c: no model difference at all, activation-correctness correlation about .1."""
+    """docs/method.md 4c: no model difference at all, activation-correctness correlation about .1."""
     rng = np.random.default_rng(1)
     n, f = 4000, 300
     right = (rng.random((2, n)) < 0.5).astype(int)

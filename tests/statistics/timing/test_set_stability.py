@@ -74,7 +74,7 @@ def test_overlaps_against_python_sets(make_features):
 
 @pytest.mark.parametrize("size", [0.1, 0.3, 1.0])
 def test_delta_is_unbiased_under_a_static_truth_and_plain_overlap_is_not(make_features, size):
-    """METHOD.md 4b: at every signal-to-noise level E[delta] = 0, while the paper's overlap falls with the signal."""
+    """docs/method.md 4b: E[delta] = 0 at every signal-to-noise level, the paper's overlap falls with the signal."""
     rng = np.random.default_rng(int(size * 100))
     deltas, plain = [], []
     for s in range(40):

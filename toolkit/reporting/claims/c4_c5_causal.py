@@ -38,7 +38,7 @@ CHECKS: Final = {
     "v5": "V5 replicated",
     "v6": "V6 failure-mode match",
 }
-"""Labels of the six checks of causal verification (METHOD.md 4d)."""
+"""Labels of the six checks of causal verification (docs/method.md 4d)."""
 CHECK_KEYS: Final = CHECKS | {"v6": "V6 mode"}
 """Names of the checks in report.json, which programs read and which therefore stay as they were first written."""
 

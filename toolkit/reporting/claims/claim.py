@@ -65,7 +65,7 @@ class Claim:
     caveats: tuple[str, ...]
     """What limits the answer."""
     paper_figure: str
-    """What the paper reports for this claim (METHOD.md section 1)."""
+    """What the paper reports for this claim (docs/method.md section 1)."""
     details: dict[str, Any] = field(default_factory=dict)
     """Everything the verdict rests on, in types that JSON knows."""
 
@@ -85,7 +85,7 @@ class PaperClaim:
     unit: str
     """Unit of this study's estimate."""
     paper_figure: str
-    """What the paper reports (METHOD.md section 1)."""
+    """What the paper reports (docs/method.md section 1)."""
 
     def answered(
         self,

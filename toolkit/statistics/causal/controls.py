@@ -15,7 +15,7 @@ from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 
 COVARIATES: Final = ("log_firing", "decoder_norm", "contribution_energy", "mas_bin")
-"""What controls are matched on (METHOD.md 4d)."""
+"""What controls are matched on (docs/method.md 4d)."""
 STRENGTHS: Final = ("log_firing", "decoder_norm", "contribution_energy")
 """Covariates that say how much an edit of the feature moves the residual stream."""
 BALANCED: Final = 0.1
@@ -24,7 +24,7 @@ USABLE: Final = 0.25
 """Standardised difference beyond which a comparison leans on the model, not on the data (Rubin 2001,
 doi:10.1023/A:1020363010465): controls weaker than that cannot show that a set is special."""
 NEAR_DUPLICATE: Final = 0.7
-"""Decoder cosine above which a feature says nearly the same as a member of the set (METHOD.md 4d)."""
+"""Decoder cosine above which a feature says nearly the same as a member of the set (docs/method.md 4d)."""
 MIN_POOL: Final = 10
 """Nearest candidates per member from which controls are drawn, at least."""
 OVERDRAW: Final = 20

@@ -1,4 +1,4 @@
-"""The criteria V1 to V6 of a causal trial, one function each (METHOD.md 4d)."""
+"""The criteria V1 to V6 of a causal trial, one function each (docs/method.md 4d)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlgen_stats.toolkit.statistics.kernels import adjust
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
-"""Accuracy change that the interval must exclude before an effect counts (METHOD.md 4d, V1)."""
+"""Accuracy change that the interval must exclude before an effect counts (docs/method.md 4d, V1)."""
 NEUTRAL_KL: Final = 0.1
 """Nats per token on neutral text called harmless: perplexity changes by at most 10%."""
 RANDOM_QUANTILE: Final = 0.95

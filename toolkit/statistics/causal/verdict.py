@@ -1,4 +1,4 @@
-"""The verdict of a causal trial, from outcome tables alone (METHOD.md 4d)."""
+"""The verdict of a causal trial, from outcome tables alone (docs/method.md 4d)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import METHODS
 Tables = Mapping[str, xr.DataArray | xr.Dataset]
 
 FAMILY_KEYS: Final = ("readout", "text_mode")
-"""Must agree within one family (METHOD.md section 3, rule 2); studies and dictionaries may differ."""
+"""Must agree within one family (docs/method.md section 3, rule 2); studies and dictionaries may differ."""
 
 
 @overload
@@ -68,7 +68,7 @@ def adjust_pvalues(
 
     Notes
     -----
-    Correcting an array equals correcting its ravel (METHOD.md O4); nothing is corrected one scalar at a time.
+    Correcting an array equals correcting its ravel (docs/method.md O4); nothing is corrected one scalar at a time.
 
     References
     ----------

@@ -26,7 +26,7 @@ FEATURE_BLOCK: Final = 512
 """Features per block when the input has no chunks of its own (the chunk size of features.zarr)."""
 
 DEFAULT_MIN_FIRING: Final = 10
-"""Least number of prompts, pooled over the compared models, on which a testable feature fires (METHOD.md 3, rule 4)."""
+"""Fewest prompts, pooled over the compared models, on which a testable feature fires (docs/method.md 3, rule 4)."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 TIE_SLACK: Final = 1e-9
-"""Statistics this close, relative to their scale, count as ties (METHOD.md section 3, rule 5)."""
+"""Statistics this close, relative to their scale, count as ties (docs/method.md section 3, rule 5)."""
 ROUNDING: Final = 1e-12
 """Values below this share of a feature's scale are taken as zeros that rounding missed: .1 + .2 - .3 is 5.6e-17."""
 SMALLEST_P: Final = float(np.finfo(np.float64).tiny)

@@ -28,8 +28,7 @@ from rlgen_stats.schemas.dims import (
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.kernels.draws import stream
-
-FloatArray = NDArray[np.float64]
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 ARMS: Final = ("sft", "rl")
 KINDS: Final = ("null", "dead", "drifting", "generalising", "narrow", "decoy")

@@ -13,13 +13,11 @@ from math import comb
 from typing import Any, Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
-from rlgen_stats.toolkit.statistics.kernels.numerics import SMALLEST_P
+from rlgen_stats.toolkit.statistics.kernels.numerics import SMALLEST_P, FloatArray
 
-FloatArray = NDArray[np.float64]
 Control = Literal["fdr", "fwer", "none"]
 
 CONTROLS: Final[tuple[Control, ...]] = ("fdr", "fwer", "none")

@@ -15,9 +15,8 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.kernels import adjust, max_t, max_t_p_value, moderated_t, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 from rlgen_stats.toolkit.statistics.planning.power import DEFAULT_PRIOR_DOF, Design, power_at, run_power
-
-FloatArray = NDArray[np.float64]
 
 BLOCK: Final = 512
 """Features generated and tested together."""

@@ -92,8 +92,9 @@ def simulate_features(simulation: Simulation) -> SimulatedStudy:
     plus noise of model and prompt is below the model's threshold. Every value depends on the seed, the model and the
     block of 512 features alone, not on what is computed, in which order, or by how many workers.
 
-    Decoys without planted changes (``generalising=narrow=drifting=0``) show the confounding of METHOD.md 4c: the models
-    do not differ, and yet decoys differ between them on prompts selected because base is wrong and the target right.
+    Decoys without planted changes (``generalising=narrow=drifting=0``) show the confounding of docs/method.md 4c: the
+    models do not differ, and yet decoys differ between them on prompts selected because base is wrong
+    and the target right.
 
     Not a model of real activations: normal where a feature fires, one density and one effect size for all features.
 

@@ -11,7 +11,7 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRIN
 RuleKind = Literal["confirmed", "paper"]
 
 DEFAULT_PAIRS: Final = 50
-"""Complementary pairs B (METHOD.md 4c); with 50 the standard error of a share is about .05."""
+"""Complementary pairs B (docs/method.md 4c); with 50 the standard error of a share is about .05."""
 
 DEFAULT_THRESHOLD: Final = 0.9
 """Share of half-samples from which a feature is called stable, the strict end of the customary .6 to .9."""

@@ -44,7 +44,7 @@ from rlgen_stats.toolkit.statistics.selection.tasks import (
 from rlgen_stats.toolkit.statistics.selection.tiers import Decision, decide, tasks_needed
 
 ONE_MECHANISM: Final = 0.9
-"""Correlation of scores between tasks above which the intersection over tasks is nearly forced (METHOD.md 4c)."""
+"""Correlation of scores between tasks above which the intersection over tasks is nearly forced (docs/method.md 4c)."""
 
 DEFAULT_RULE: Final = SelectionRule()
 DEFAULT_TESTS: Final = SelectionTests()

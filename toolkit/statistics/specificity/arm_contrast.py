@@ -22,7 +22,7 @@ from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArra
 from rlgen_stats.toolkit.statistics.specificity.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
 
 TAUS: Final = (0.7, 0.9)
-"""Thresholds of METHOD.md 4e: target norm more than 2.3 and 9 times the original's."""
+"""Thresholds of docs/method.md 4e: target norm more than 2.3 and 9 times the original's."""
 
 MIN_RUNS: Final = 3
 """Runs per arm from which runs, not features, are permuted: 3 against 3 is the first design whose floor is p = .10."""

@@ -20,7 +20,7 @@ MAS_CROSSCODER: Final = "mas_crosscoder"
 OTHER_VIEW: Final = "other_view"
 
 CLUSTER_COSINE: Final = 0.7
-"""Decoder cosine above which two features count as one piece of evidence (METHOD.md 4d uses the same neighbourhood)."""
+"""Decoder cosine above which two features count as one piece of evidence (as in docs/method.md 4d)."""
 
 COSINE_BLOCK: Final = 2048
 """Features per block of the cosine matrix; memory holds two blocks and their product."""

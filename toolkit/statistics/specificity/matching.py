@@ -18,7 +18,7 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 CANDIDATES: Final = 10
-"""Most similar features of the other dictionary that are candidates for a match (METHOD.md section 2)."""
+"""Most similar features of the other dictionary that are candidates for a match (docs/method.md section 2)."""
 
 MATCH_BLOCK: Final = 2048
 """Features per block of the similarity matrix; memory holds two blocks and their product."""

@@ -37,10 +37,10 @@ from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife, nogue
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 DELTA_TOLERANCE: Final = 0.10
-"""Share of a top set that may still change while the set is called stable (METHOD.md 4b)."""
+"""Share of a top set that may still change while the set is called stable (docs/method.md 4b)."""
 
 MIN_CEILING: Final = 0.5
-"""Half-to-half overlap of the final set below which prompts are too few to say anything about sets (METHOD.md 4b)."""
+"""Half-to-half overlap of the final set below which prompts are too few to speak of sets (docs/method.md 4b)."""
 
 RBO_PERSISTENCE: Final = 0.9
 """Rank-biased overlap puts 86% of its weight on the first ten ranks."""

@@ -39,8 +39,7 @@ from rlgen_stats.toolkit.statistics.kernels.unit_tables import feature_blocks
 __all__ = ["FLAGS", "STRATA", "stabilization_test"]
 
 DEFAULT_MARGINS: Final = {False: 0.2, True: 0.25}
-"""By whether the margin is relative: standard deviations of the reference, or share of the total change (METHOD.md 4b).
-"""
+"""By whether it is relative: standard deviations of the reference, or share of the total change (docs/method.md 4b)."""
 
 FLAGS: Final = ("STABILISED", "UNCHANGED", "NOT_STABILISED", "UNTESTABLE", "NO_MARGIN", "EVOLVING")
 """Per feature and run: settled at ``stabilized_at``; base itself equivalent to the end; neither settled before the last

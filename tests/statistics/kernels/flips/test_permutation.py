@@ -57,7 +57,7 @@ def test_contrast_does_not_feel_other_features() -> None:
 
 
 def test_contrast_removes_selection_by_outcome() -> None:
-    """METHOD.md 4c: no model difference, activation correlates .1 with being right; the paper's score rejects."""
+    """docs/method.md 4c: no model difference, activation correlates .1 with being right; the paper's score rejects."""
     random = np.random.default_rng(65)
     n, n_features = 1200, 400
     right = random.random((2, n)) < 0.5  # base, RL

@@ -24,7 +24,7 @@ def test_clustered_error_is_the_sum_over_pairs() -> None:
 
 
 def test_tokens_as_units_break_the_level_that_clusters_keep() -> None:
-    """METHOD.md section 3: 64 tokens a prompt with ICC .05, a t test over tokens rejects far above its level."""
+    """docs/method.md section 3: 64 tokens a prompt with ICC .05, a t test over tokens rejects far above its level."""
     random = np.random.default_rng(58)
     clusters = np.repeat(np.arange(60), 64)
     token, robust = [], []

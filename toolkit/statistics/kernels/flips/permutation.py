@@ -17,7 +17,7 @@ BLOCK_FEATURES: Final = 1024
 BLOCK_DRAWS: Final = 1024
 """Draws per matrix product, for the same reason; memory does not grow with the number of draws."""
 MIN_COUNT: Final = 20
-"""Units per group below which the contrast is not estimable (METHOD.md 4c)."""
+"""Units per group below which the contrast is not estimable (docs/method.md 4c)."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def permutation_contrast(
     Null: given the units, group membership is exchangeable. p = (1 + #{T_b >= T}) / (P + 1), never 0. Unlike in
     ``scipy.stats.permutation_test``, permutation b depends on (seed, b) alone, whatever the block of features.
 
-    In the RL-specific contrast of METHOD.md 4c a unit is a discordant prompt, with value D* = x(right model) - x(wrong
-    model); ``plus`` are the prompts base got wrong and RL right, ``minus`` the reverse; ``min_count=MIN_COUNT``.
+    In the RL-specific contrast of docs/method.md 4c a unit is a discordant prompt, with value D* = x(right model)
+    - x(wrong model); ``plus`` are the prompts base got wrong and RL right, ``minus`` the reverse;
+    ``min_count=MIN_COUNT``.
     """
     a, b = (np.asarray(x, dtype=np.float64) for x in (plus, minus))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:

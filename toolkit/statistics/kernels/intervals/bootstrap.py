@@ -18,7 +18,7 @@ from rlgen_stats.toolkit.statistics.kernels.unit_tables import as_units, cluster
 BLOCK_COUNTS: Final = 2**19
 """Resample x unit counts converted to floats per block (4 MB)."""
 MIN_NONZERO: Final = 10
-"""Nonzero units below which no interval is given: coverage falls well below nominal (METHOD.md 4a)."""
+"""Nonzero units below which no interval is given: coverage falls well below nominal (docs/method.md 4a)."""
 BLOCK_ELEMENTS: Final = 2**20
 """Resample x feature elements per block (8 MB)."""
 HUGE: Final = 1e100
