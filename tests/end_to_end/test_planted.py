@@ -26,7 +26,7 @@ from rlgen_stats.stores import (
     read_json,
 )
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, encode_features, load_crosscoder, train_replicates
-from rlgen_stats.toolkit.statistics import select_features
+from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
 from rlgen_stats.toolkit.study import read_spec, run_study
 from tests.end_to_end.planted import LAYER, planted_dictionary, write_study
 
@@ -86,7 +86,12 @@ def features_and_selection(
     encode_features(spec, folder, provenance=Provenance(outcomes.attrs["study_id"], "planted"))
     features = open_features(folder.features).load()
     selection = select_features(
-        features, outcomes, target="rl@2", n_resamples=199, n_bootstrap=199, n_pairs=0, max_features=max_features
+        features,
+        outcomes,
+        target="rl@2",
+        rule=SelectionRule(max_features=max_features),
+        tests=SelectionTests(n_resamples=199, n_bootstrap=199),
+        stability=None,
     )
     return features, selection.load()
 

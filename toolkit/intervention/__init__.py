@@ -20,8 +20,8 @@ from rlgen_stats.toolkit.statistics.causal.verdict import Verdict, judge
 from rlgen_stats.toolkit.trial.arms import choose_prompts, plan_arms
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, plan_trial
-from rlgen_stats.toolkit.trial.run import LiveTrial, run_trial
-from rlgen_stats.toolkit.trial.verify import feature_effects, verify_causally
+from rlgen_stats.toolkit.trial.run_trial import LiveTrial, run_trial
+from rlgen_stats.toolkit.trial.verify_causally import feature_effects, verify_causally
 
 __all__ = [
     "ActiveEdit",

@@ -33,7 +33,7 @@ SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
 NEEDS: Final = ("posttrain", "outcomes", "extract", "encode", "align", "select")
 """Stages that a trial reads."""
-_RUN_STEP: Final = "rlgen_stats.toolkit.trial.run"
+_RUN_STEP: Final = "rlgen_stats.toolkit.trial.run_trial"
 """The step of a trial that imports torch; loaded only when something is run."""
 SPELLED_OUT: Final = 6
 """Features that a trial's name spells out; more are hashed."""

@@ -7,8 +7,8 @@ from scipy.optimize import linear_sum_assignment
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics import match_features, reappearance, subspace_overlap
+from rlgen_stats.toolkit.statistics.specificity import matching as module
 from rlgen_stats.toolkit.statistics.specificity.matching import decoy_q_values
-from tests.reporting.synthetic_study import matching as module
 
 WIDTH = 24
 

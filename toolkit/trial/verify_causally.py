@@ -13,7 +13,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Dire
 from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import plan_trial
-from rlgen_stats.toolkit.trial.run import LiveTrial, run_trial
+from rlgen_stats.toolkit.trial.run_trial import LiveTrial, run_trial
 
 
 def verify_causally(
