@@ -12,7 +12,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores import Provenance, open_arms
-from rlgen_stats.toolkit.trial import run as trial
+from rlgen_stats.toolkit.trial import run_trial as trial
 from tests.trial.planted import (
     F_BRAKE,
     F_GATE,
