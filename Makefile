@@ -41,9 +41,10 @@ types: .namespace/rlgen_stats
 imports: .namespace/rlgen_stats
 	cd .namespace && PYTHONPATH=. ../$(BIN)/lint-imports --config ../pyproject.toml
 
-# Two workers on two cores: more threads each would only wait for one another.
+# Two workers on two cores: more threads each would only wait for one another. THREADS=2 adds sums in another order.
+THREADS ?= 1
 pytest:
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadfile
 
 # The store's fault tests at length: 60 kills, 1,000 flipped bits, 40 histories of each state machine.
 faults: install-dev

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
@@ -22,8 +21,6 @@ from rlgen_stats.toolkit.crosscoder import (
     write_logits,
 )
 from tests.crosscoder.planted import PAIR, PROVENANCE, Planted, build_study, crosscoder_spec, planted
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

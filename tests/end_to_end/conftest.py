@@ -3,22 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
-from threadpoolctl import threadpool_limits
 
 from rlgen_stats.cli import main
 
 
 def run_command(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """One thread here as in the processes started by tests: equal numbers are asked of both, to the last digit."""
-    torch.set_num_threads(1)
-    threadpool_limits(1)
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,6 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_json
 from rlgen_stats.toolkit.extraction import sample_outcomes
 
-torch.set_num_threads(1)
-
 PROVENANCE = Provenance("tiny-study", "tiny-key")
 WORDS = ("<pad>", "<eos>", "<unk>", "ans", "plus", "what", "is", "so", *(str(i) for i in range(12)))
 ARCHITECTURES = ("qwen3", "qwen2", "llama", "mistral", "gemma2", "gpt2", "gpt_neox")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 import xarray as xr
 
 from rlgen_stats.toolkit.intervention import feature_effects
@@ -25,16 +23,8 @@ from tests.trial.trials import (
 __all__ = ["crosscoder", "model"]
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="package")
-def study(_one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return planted_study(tmp_path_factory.mktemp("planted"))
 
 

@@ -26,7 +26,7 @@ def leave_nothing() -> None:
 
 if __name__ == "__main__":
     data, out, *specs = sys.argv[1:]
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     values = torch.load(data, weights_only=True).numpy()
     atexit.register(leave_nothing)  # registered before the group's own handler, so it runs after it
     ranks = join_ranks(torch.device("cpu"))
