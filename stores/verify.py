@@ -30,6 +30,7 @@ from rlgen_stats.stores.tables import check_is_store, check_store_version, open_
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read chunks; reading waits for the disk and decoding frees the interpreter."""
 _UNREADABLE: Final = (ValueError, OSError, RuntimeError, IndexError, KeyError, TypeError)
+"""What zarr, its codecs and json raise on damaged files: each becomes a problem of the report, not a crash of it."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also the name of the command."""
+    """Also the name of its command; ``outcomes`` and ``movement`` have none and run with the stages that need them."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
