@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
-from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 SHRINK_BELOW: Final = 0.75
