@@ -61,6 +61,7 @@ def write_digest(path: Path, attributes: dict[str, Any] | None = None) -> None:
     if COMMITTED_MODELS in document["attributes"]:
         metadata = arrays_of(path, len(document["attributes"][COMMITTED_MODELS]))
         document[CONSOLIDATED] = {"kind": "inline", "must_understand": False, "metadata": metadata}
+    # Last, because the digest covers everything above.
     document["attributes"][DIGEST] = metadata_digest(path, document)
     write_json(path / ZARR_JSON, document)
 

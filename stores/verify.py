@@ -95,6 +95,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
             problems.append(f"{prefix}{_sentence(error)}")
             continue
         checks += [_Check(prefix + check.where, check.run, check.chunk) for check in of_store]
+        # Every array has one check of its zarr.json, beside those of its chunks.
         n_arrays += sum(1 for check in of_store if check.where.endswith(ZARR_JSON) and not check.chunk)
     with ThreadPoolExecutor(WORKERS) as pool:
         for done, problem in enumerate(pool.map(_problem, checks), start=1):

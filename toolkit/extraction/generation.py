@@ -204,6 +204,7 @@ def _write(
             unfinished = torch.as_tensor(np.flatnonzero(live), device=mask.device)
             cache.batch_select_indices(unfinished)
             mask, positions = mask[unfinished], positions[unfinished]
+            # only unfinished rows stay, so that all of them are live
             rows, tokens, live = rows[live], tokens[live], live[live]
         ids = torch.as_tensor(np.where(live, tokens, sampling.pad), device=mask.device).unsqueeze(-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
