@@ -55,20 +55,20 @@ faults: install-dev
 calibration: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.calibration.table --out docs/calibration.md
 
-# Up to 20 GB of disk; results as JSON in .benchmarks/, BENCHMARK_OPTIONS=--quick for a trial.
+# About 25 minutes, up to 12 GB of disk; results as JSON in .benchmarks/, BENCHMARK_OPTIONS=--quick for a trial.
 benchmark-stores: install
 	mkdir -p .benchmarks
 	for script in throughput shuffling memory opening; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/stores/$$script.py --json .benchmarks/$$script.json $(BENCHMARK_OPTIONS) || exit 1; \
 	done
 
-# About 20 minutes, 8 GB of disk. Peers: pip install '.[benchmark]' into .venv first; without them their rows are left out.
+# About 25 minutes, 8 GB of disk. Peers: pip install '.[benchmark]' into .venv first; without them their rows are left out.
 benchmark-statistics: install
 	mkdir -p .benchmarks
 	OMP_NUM_THREADS=2 $(BIN)/python -P benchmarks/statistics/joint.py --repetitions 7 --json .benchmarks/joint.json $(BENCHMARK_OPTIONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/statistics/drift.py --json .benchmarks/drift.json $(BENCHMARK_OPTIONS)
 
-# Five minutes. On a GPU: add BENCHMARK_OPTIONS='--device cuda'.
+# Three minutes. On a GPU: add BENCHMARK_OPTIONS='--device cuda'.
 benchmark-crosscoder: install
 	mkdir -p .benchmarks
 	for script in training encoding; do \

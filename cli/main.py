@@ -17,7 +17,7 @@ _COMMANDS: Final = {
     "extract": ("rlgen_stats.cli.stages", "Sample and grade completions; store labelled activations."),
     "crosscoder": ("rlgen_stats.cli.stages", "Train the crosscoders and measure their health."),
     "encode": ("rlgen_stats.cli.stages", "Summarise every checkpoint's features per prompt."),
-    "align": ("rlgen_stats.cli.stages", "Attribute features to models (NRN, MAS, null floor)."),
+    "align": ("rlgen_stats.cli.stages", "Attribute features to models; match dictionaries of other seeds."),
     "drift": ("rlgen_stats.cli.stages", "Test which features changed, against base and along checkpoints."),
     "stabilize": ("rlgen_stats.cli.stages", "Find when features and top sets stop changing."),
     "significance": ("rlgen_stats.cli.stages", "Accuracy, transitions, and the contrast of specific features."),

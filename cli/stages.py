@@ -26,7 +26,7 @@ _HELP: Final = {
     "extract": "Sample and grade completions of every model, then store activations of the same tokens in all of them.",
     "crosscoder": "Train every crosscoder of the study from the activation store and measure its health.",
     "encode": "Encode every checkpoint with the declared readout and summarise features per prompt.",
-    "align": "Attribute features to models: NRN and MAS with the base-base null floor.",
+    "align": "Attribute features to models by decoder norms and latent scaling, and match dictionaries of other seeds.",
     "drift": "Test which features' activation differs from base, per checkpoint: sign-flip p, max-T, BH, intervals.",
     "stabilize": "Find when features (equivalence chain) and top sets (with noise ceiling) stop changing.",
     "significance": "Accuracy with intervals, per-prompt transitions, and the contrast of specific-feature counts.",

@@ -13,6 +13,8 @@ PROMPT: Final = "prompt"
 """Stable prompt id: the unit of every test."""
 SAMPLE: Final = "sample"
 """Index of a sampled completion."""
+GREEDY: Final = -1
+"""What tables of completions have in its place for the greedy completion."""
 TOKEN: Final = "token"
 """Position in the concatenation of all texts."""
 CHANNEL: Final = "channel"

@@ -1,8 +1,8 @@
-"""The decoder of a saved crosscoder as an array, for what plans and compares but runs no model."""
+"""The files of a saved crosscoder, checked, and its decoder as an array for plans and comparisons that run no model."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlgen_stats.schemas.errors import InputError, StoreCorruptError, StoreError
 from rlgen_stats.stores.atomic import read_json
+from rlgen_stats.stores.digests import file_sha256
 
 WEIGHTS: Final = "weights.safetensors"
 SPEC: Final = "spec.json"
@@ -56,14 +57,11 @@ class Decoder:
         InputError
             If there is no such view; the message lists them.
         """
-        if view not in self.views:
-            raise InputError(f"crosscoder {self.name!r} has no view {view!r}; its views are {', '.join(self.views)}.")
-        return self.views.index(view)
+        return view_position(view, self.views, crosscoder=self.name)
 
     def by_view(self) -> list[NDArray[np.float32]]:
         """[feature, channel] rows of each view."""
-        ends = list(accumulate(self.widths))
-        return [self.rows[:, end - width : end] for end, width in zip(ends, self.widths, strict=True)]
+        return [self.rows[:, channels] for channels in view_slots(self.widths)]
 
     def view_norms(self) -> NDArray[np.float64]:
         """||d_mk||, L2: [view, feature]."""
@@ -72,6 +70,25 @@ class Decoder:
     def norms(self) -> NDArray[np.float64]:
         """||d_k|| over all views' rows together: [feature]."""
         return _row_norms(self.rows)
+
+
+def view_slots(widths: Sequence[int]) -> list[slice]:
+    """Channels of each view where the views stand side by side."""
+    ends = list(accumulate(widths))
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+
+
+def view_position(view: str, views: Sequence[str], *, crosscoder: str) -> int:
+    """Slot of a view among a crosscoder's views.
+
+    Raises
+    ------
+    InputError
+        If there is no such view; the message lists them.
+    """
+    if view not in views:
+        raise InputError(f"crosscoder {crosscoder!r} has no view {view!r}; its views are {', '.join(views)}.")
+    return list(views).index(view)
 
 
 def _row_norms(matrix: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -125,28 +142,58 @@ def read_decoder(folder: Path) -> Decoder:
     return Decoder(described["name"], views, widths, rows, described["weights_sha256"])
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> Any:
+    """Content of a finished crosscoder's spec.json; its fields are not checked.
+
+    Raises
+    ------
+    StoreError
+        If the spec or the weights are missing.
+    """
     for name in (SPEC, WEIGHTS):
         if not (folder / name).exists():
             raise StoreError(
                 f"{folder} holds no finished crosscoder: {name} is missing; run the crosscoder stage or fix the path."
             )
-    described = read_json(folder / SPEC)
-    needed = ("name", "views", "n_features", "weights_sha256")
+    return read_json(folder / SPEC)
+
+
+def require_fields(described: Any, needed: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The description of a crosscoder, if it has these fields.
+
+    Raises
+    ------
+    StoreError
+        Naming the missing ones.
+    """
     missing = [field for field in needed if field not in described]
     if missing:
         raise StoreError(f"{folder / SPEC} lacks {missing}; expected {list(needed)}: train the crosscoder again.")
     return dict(described)
 
 
-def _read_rows(file: Path, expected: str) -> NDArray[np.float32]:
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+def check_unchanged(file: Path, expected: str) -> None:
+    """Refuse weights that are not the bytes that were saved.
+
+    Raises
+    ------
+    StoreCorruptError
+        Naming both hashes.
+    """
+    digest = file_sha256(file)
     if digest != expected:
         raise StoreCorruptError(
             f"{file} is not the file that was saved (SHA-256 {digest[:12]}, expected {expected[:12]}); restore it or "
             "train the crosscoder again."
         )
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    return require_fields(read_description(folder), ("name", "views", "n_features", "weights_sha256"), folder)
+
+
+def _read_rows(file: Path, expected: str) -> NDArray[np.float32]:
+    check_unchanged(file, expected)
     try:
         with safe_open(file, framework="np") as handle:
             if "decoder_matrix" in handle.keys():  # noqa: SIM118 (not a mapping)

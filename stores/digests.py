@@ -9,6 +9,7 @@ last committed model: whatever an append has reached, every reader sees arrays o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,12 @@ DIGEST: Final = "digest"
 CONSOLIDATED: Final = "consolidated_metadata"
 COMMITTED_MODELS: Final = "committed_models"
 """Models wholly in an outcome or feature store; an append writes it last."""
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes (hex); for files that carry no digest of their own."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -54,6 +61,7 @@ def write_digest(path: Path, attributes: dict[str, Any] | None = None) -> None:
     if COMMITTED_MODELS in document["attributes"]:
         metadata = arrays_of(path, len(document["attributes"][COMMITTED_MODELS]))
         document[CONSOLIDATED] = {"kind": "inline", "must_understand": False, "metadata": metadata}
+    # Last, because the digest covers everything above.
     document["attributes"][DIGEST] = metadata_digest(path, document)
     write_json(path / ZARR_JSON, document)
 

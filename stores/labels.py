@@ -149,6 +149,7 @@ def merge_ranges(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
 def positions_in(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     """Every token of sorted ranges."""
     lengths = ranges[:, 1] - ranges[:, 0]
+    # One running count over all ranges, shifted within each so that it begins at the range's start.
     offset = np.repeat(ranges[:, 0] - np.append(0, np.cumsum(lengths)[:-1]), lengths)
     positions: NDArray[np.int64] = np.arange(int(lengths.sum()), dtype=np.int64) + offset
     return positions

@@ -76,6 +76,7 @@ def _hold_file_lock(path: Path, span: tuple[int, int]) -> Iterator[None]:
     first, stop = span
     with explain_access_errors(path), path.with_name(f".{path.name}.lock").open("a+", encoding="utf-8") as handle:
         try:
+            # struct flock as 64-bit Linux lays it out: type, whence, start, length, process (0 for descriptor locks)
             fcntl.fcntl(handle, _SET_LOCK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, stop - first, 0))
         except (BlockingIOError, PermissionError) as error:
             raise _locked_error(path, _last_holder(handle, span)) from error

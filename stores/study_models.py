@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, model_id, split_model_id
+from rlgen_stats.schemas.dims import ARM, BASE_MODEL, BASE_RUN, MODEL, RUN, STEP, model_id, split_model_id
 from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
@@ -32,6 +33,16 @@ class ModelRef:
     """Folder of the base model; LoRA adapters are loaded on it, and its tokenizer stands in where there is none."""
     blocks: str | None = None
     """Dotted path of the decoder blocks, where they are not found."""
+
+
+def ref_coords(refs: Sequence[ModelRef]) -> dict[str, tuple[str, list[Any]]]:
+    """Coordinates model, run, step and arm of checkpoints, for datasets over models."""
+    return {
+        MODEL: (MODEL, [ref.model for ref in refs]),
+        RUN: (MODEL, [ref.run for ref in refs]),
+        STEP: (MODEL, [ref.step for ref in refs]),
+        ARM: (MODEL, [ref.arm for ref in refs]),
+    }
 
 
 def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:

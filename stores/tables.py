@@ -51,6 +51,7 @@ def as_strings(dataset: xr.Dataset) -> xr.Dataset:
 def open_lazily(path: Path) -> xr.Dataset:
     """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text."""
     store, consolidated = zarr_store(path, strict=True), CONSOLIDATED in read_document(path)
+    # Opened twice: labels without dask, since they are loaded at once; data with a dask chunk for each stored one.
     labels = xr.open_zarr(store, consolidated=consolidated, chunks=None).reset_coords()
     dataset = xr.open_zarr(store, consolidated=consolidated, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}

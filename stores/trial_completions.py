@@ -115,6 +115,7 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     first = next(iter(tables.values()))
     samples = first[SAMPLE].unique()
     prompts = first[PROMPT].to_numpy()[: len(first) // len(samples)]
+    # Files hold sample after sample, so that a column is [sample, prompt] row by row.
     shape = (len(samples), len(prompts))
     data = {
         name: np.stack([table[name].to_numpy().astype(kind).reshape(shape).T for table in tables.values()])

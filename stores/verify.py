@@ -30,6 +30,7 @@ from rlgen_stats.stores.tables import check_is_store, check_store_version, open_
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read chunks; reading waits for the disk and decoding frees the interpreter."""
 _UNREADABLE: Final = (ValueError, OSError, RuntimeError, IndexError, KeyError, TypeError)
+"""What zarr, its codecs and json raise on damaged files: each becomes a problem of the report, not a crash of it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
             problems.append(f"{prefix}{_sentence(error)}")
             continue
         checks += [_Check(prefix + check.where, check.run, check.chunk) for check in of_store]
+        # Every array has one check of its zarr.json, beside those of its chunks.
         n_arrays += sum(1 for check in of_store if check.where.endswith(ZARR_JSON) and not check.chunk)
     with ThreadPoolExecutor(WORKERS) as pool:
         for done, problem in enumerate(pool.map(_problem, checks), start=1):

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction import generate
-from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction.generation import Completion, draw_tokens
 from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
 

@@ -59,7 +59,7 @@ def test_completions_are_the_models_own_and_paired_by_seed(study: Study, provena
 
 
 def uniform(seed: Any, step: int) -> float:
-    from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
+    from rlgen_stats.toolkit.counter_random import counter_uniforms
 
     return float(counter_uniforms(seed, step)[0])
 

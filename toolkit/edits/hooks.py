@@ -386,5 +386,7 @@ class _Hook:
             return hidden + columns.write((self.edit.strength - 1.0) * levels)
         if kind == "lift" and self.source_levels is not None:
             return hidden + columns.write(self.edit.strength * (self.source_levels - levels))
-        decoded = columns.write(levels) + columns.offset  # passthrough: what is read, plus what was not explained
+        # passthrough: what is read, plus what was not explained. Not shortened to ``hidden``: the arm is run to show
+        # what the way through the dictionary changes by rounding.
+        decoded = columns.write(levels) + columns.offset
         return decoded + (hidden - decoded)

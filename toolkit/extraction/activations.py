@@ -198,6 +198,7 @@ def plan_windows(lengths: Sequence[int], batch_size: int, shuffle_seed: int | No
         if shuffle_seed is None:
             batches = [[texts[row] for row in rows] for rows in by_length([lengths[i] for i in texts], batch_size)]
         else:
+            # A generator for each window: a reading resumed at any window has the batches of a whole one.
             order = [int(i) for i in np.random.default_rng([shuffle_seed, start]).permutation(texts)]
             batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         yield Window(first_token, tuple(texts), tuple(map(tuple, batches)))

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
-from rlgen_stats.toolkit.extraction.counter_random import counter_uniforms
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 SHRINK_BELOW: Final = 0.75
@@ -204,6 +204,7 @@ def _write(
             unfinished = torch.as_tensor(np.flatnonzero(live), device=mask.device)
             cache.batch_select_indices(unfinished)
             mask, positions = mask[unfinished], positions[unfinished]
+            # only unfinished rows stay, so that all of them are live
             rows, tokens, live = rows[live], tokens[live], live[live]
         ids = torch.as_tensor(np.where(live, tokens, sampling.pad), device=mask.device).unsqueeze(-1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import xarray as xr
 
-from rlgen_stats.schemas.dims import ARM, BASE_MODEL, MODEL, RUN, STEP
+from rlgen_stats.schemas.dims import BASE_MODEL, MODEL
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import load_prompts
-from rlgen_stats.stores.study_models import list_models
+from rlgen_stats.stores.study_models import list_models, ref_coords
 from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
@@ -66,12 +66,7 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
             task.advance(1, model=ref.model, kl=divergences[-1])
     return xr.Dataset(
         {"weight_distance": (MODEL, distances), "kl_from_base": (MODEL, divergences, {"units": "nats per token"})},
-        coords={
-            MODEL: [ref.model for ref in refs],
-            RUN: (MODEL, [ref.run for ref in refs]),
-            STEP: (MODEL, [ref.step for ref in refs]),
-            ARM: (MODEL, [ref.arm for ref in refs]),
-        },
+        coords=ref_coords(refs),
     )
 
 

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import torch
 import xarray as xr
 
-from rlgen_stats.schemas.dims import ARM, MODEL, PROMPT, PROMPT_LABELS, RUN, SAMPLE, STEP
+from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, PROMPT_LABELS, SAMPLE
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
 from rlgen_stats.stores.prompts import ANSWER, TEXT, load_prompts
-from rlgen_stats.stores.study_models import ModelRef, list_models
+from rlgen_stats.stores.study_models import ModelRef, list_models, ref_coords
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.extraction.checkpoints import (
     check_tokenizers,
@@ -32,8 +32,6 @@ from rlgen_stats.toolkit.extraction.generation import Completion, generate
 from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
-GREEDY: Final = -1
-"""Sample index of the greedy completion."""
 _SCHEMA: Final = pa.schema(
     [
         (PROMPT, pa.string()),
@@ -194,12 +192,5 @@ def _outcomes(
             "greedy_tokens": (greedy, tokens[None, :, 0]),
             "greedy_class": (greedy, classes[None, :, 0]),
         },
-        coords={
-            MODEL: (MODEL, [ref.model]),
-            RUN: (MODEL, [ref.run]),
-            STEP: (MODEL, [ref.step]),
-            ARM: (MODEL, [ref.arm]),
-            SAMPLE: (SAMPLE, np.arange(correct.shape[1] - 1)),
-        }
-        | labels,
+        coords=ref_coords([ref]) | {SAMPLE: (SAMPLE, np.arange(correct.shape[1] - 1))} | labels,
     )

@@ -1,4 +1,4 @@
-"""Edits inside a live model, and the trial that decides whether a feature set causes what it is said to cause.
+"""Edits of features inside a live model, and the trial that decides whether a feature set changes accuracy as claimed.
 
 Public names of :mod:`rlgen_stats.toolkit.edits`, :mod:`rlgen_stats.toolkit.trial` and
 :mod:`rlgen_stats.toolkit.statistics.causal`, in one place. Importing this imports torch; a plan alone needs only

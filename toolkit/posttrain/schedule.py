@@ -39,6 +39,7 @@ def checkpoint_steps(total: int, n: int) -> tuple[int, ...]:
             f"training takes {total} steps, too few for 'n_checkpoints' = {n}; "
             "lower n_checkpoints or raise max_steps or num_train_epochs under 'trainer'."
         )
+    # total * i / n, rounded to the nearest step in whole numbers
     return tuple((total * i + n // 2) // n for i in range(1, n + 1))
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, GREEDY
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.reporting.facts import StudyData
@@ -17,8 +17,6 @@ PER_KIND: Final = 3
 """Examples of each kind (gained, forgotten), from different tasks."""
 MAX_CHARACTERS: Final = 600
 """Longest piece of text shown."""
-GREEDY: Final = -1
-"""Sample number of the greedy completion."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ stage leaves ``stages/<name>.json`` with that key; the stores it writes carry th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
+from rlgen_stats.stores.digests import file_sha256
 
 State = Literal["done", "stale", "interrupted", "waiting"]
 
@@ -25,7 +25,7 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also the name of the command."""
+    """Also the name of its command; ``outcomes`` and ``movement`` have none and run with the stages that need them."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
@@ -301,8 +301,7 @@ class _Fingerprints:
         known = self._known.get(str(file.resolve()))
         if known is not None and known[:2] == stamp:
             return str(known[2])
-        with file.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = file_sha256(file)
         self._known[str(file.resolve())] = [*stamp, digest]
         if stat.st_size > 1 << 24:  # small files are hashed again faster than the record is written
             write_json(self._file, self._known)

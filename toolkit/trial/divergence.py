@@ -268,6 +268,7 @@ def _neutral(plan: TrialPlan, texts: EncodedTexts, limit: int, common: dict[str,
         if compared > 0 and used + compared <= limit:
             chosen.append(pool[int(r)])
             used += compared
+    # A prompt of one token makes the rest of a text the completion, so that edits of completions act on it.
     as_completion = plan.positions == "completion"
     return make_probe(
         chosen,

@@ -474,6 +474,8 @@ def _plan_direction(
     plan = DirectionPlan(direction, (UNEDITED, *arms))
     if not by_feature:
         return plan
+    # The budget, and one set of each size from 2 to n - 1, where a member is added unmeasured: sizes 1 and n are arms
+    # already, and of two features or fewer so is every subset.
     n_search = max((SEARCH_BUDGET + 1) * len(features) - 2, 0) if len(features) > 2 else 0
     return replace(plan, parts=part_arms(plan.set_arm), n_search_sets=n_search)
 

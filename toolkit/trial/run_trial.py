@@ -342,6 +342,7 @@ def _outcomes(
 ) -> DirectionOutcomes:
     prompts, n = plan.prompts, plan.n_prompts
     kl = {name: _cube(frames, name, n)[:, :, 0].astype(np.float64) for name in DIVERGENCES}
+    # Where the unedited models wrote nothing there are no forced completions; the first position stands in.
     forced = np.isfinite(kl["forced_kl_to_base"][0]).any()
     by_name = {arm.name: frame for arm, frame in zip(arms, frames, strict=True)}
     changed = by_name["passthrough"]["text"] != by_name["unedited"]["text"]

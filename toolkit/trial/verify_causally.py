@@ -1,4 +1,4 @@
-"""Does this feature set cause what it is said to cause, and which of its features do? Plan, run, judge in one call."""
+"""A causal trial in one call (plan, run, judge), and the effects of the single features of a set."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlgen_stats.schemas.errors import InputError, StoreCorruptError, StoreError
+from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, load_crosscoder, train_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance, Moments
 from rlgen_stats.toolkit.crosscoder.data.paired import measure_views
-from rlgen_stats.toolkit.crosscoder.model.files import sha256
 from rlgen_stats.toolkit.crosscoder.uses.summaries import PromptSummaries
 from tests.crosscoder.planted import PAIR, Planted, crosscoder_spec
 
@@ -202,7 +202,7 @@ def test_saved_and_loaded_crosscoders_give_identical_outputs(
     assert torch.equal(loaded.readout(raw[:, 0]), either.readout(raw[:, 0]))
     assert (loaded.views, loaded.k, loaded.sparsity, loaded.name) == (either.views, 2, either.sparsity, "pair")
     assert loaded.facts == either.facts
-    assert loaded.weights_sha256 == either.weights_sha256 == sha256(tmp_path / "a" / "weights.safetensors")
+    assert loaded.weights_sha256 == either.weights_sha256 == file_sha256(tmp_path / "a" / "weights.safetensors")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["spec.json", "weights.safetensors"]
 
 
@@ -233,7 +233,7 @@ def test_bad_folders_are_explained(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "lacking" / "weights.safetensors")
     del tensors["threshold"]
     save_file(tensors, tmp_path / "lacking" / "weights.safetensors", {"facts": "{}"})
-    rewrite("lacking", weights_sha256=sha256(tmp_path / "lacking" / "weights.safetensors"))
+    rewrite("lacking", weights_sha256=file_sha256(tmp_path / "lacking" / "weights.safetensors"))
     with pytest.raises(StoreError, match=r"tensor 'threshold' must have shape \(\).*got nothing"):
         load_crosscoder(tmp_path / "lacking")
     (tmp_path / "weightless" / "weights.safetensors").unlink()

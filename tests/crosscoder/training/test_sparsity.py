@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlgen_stats.schemas.errors import InputError, StoreError
+from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, load_crosscoder, measure_health, train_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.paired import measure_views
-from rlgen_stats.toolkit.crosscoder.model.files import sha256
 from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import JUMP_BANDWIDTH, make_objective
 from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace
 from tests.crosscoder.planted import BASE_ONLY, PAIR, SFT_ONLY, SHARED, Planted, crosscoder_spec, planted
@@ -207,7 +207,7 @@ def test_exclusive_features_stay_exclusive_in_weights_and_moments(
     tensors["decoder_matrix"][3, 30] = 1e-8
     save_file(tensors, tmp_path / "weights.safetensors", {"facts": "{}"})
     described = json.loads((tmp_path / "spec.json").read_text())
-    described["weights_sha256"] = sha256(tmp_path / "weights.safetensors")
+    described["weights_sha256"] = file_sha256(tmp_path / "weights.safetensors")
     (tmp_path / "spec.json").write_text(json.dumps(described))
     with pytest.raises(StoreError, match=r"features 2 to 7 are declared exclusive to 'base@0' but have weights in ano"):
         load_crosscoder(tmp_path)
@@ -274,7 +274,7 @@ def test_first_format_is_still_read(batchtopk: Crosscoder, tmp_path: Path) -> No
     described = json.loads((tmp_path / "spec.json").read_text())
     for name in ("widths", "exclusive"):
         del described[name]
-    described |= {"format_version": 1, "width": 24, "weights_sha256": sha256(tmp_path / "weights.safetensors")}
+    described |= {"format_version": 1, "width": 24, "weights_sha256": file_sha256(tmp_path / "weights.safetensors")}
     (tmp_path / "spec.json").write_text(json.dumps(described))
     loaded = load_crosscoder(tmp_path)
     for name, tensor in batchtopk.state_dict().items():

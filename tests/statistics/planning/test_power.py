@@ -20,7 +20,7 @@ from rlgen_stats.toolkit.statistics.planning.power import (
     sd_ratio_quantiles,
     two_sided_power,
 )
-from rlgen_stats.toolkit.statistics.planning.power_check import arm_contrast, simulated_power, simulated_run_power
+from rlgen_stats.toolkit.statistics.planning.power_check import arms_as_units, simulated_power, simulated_run_power
 
 ONE = Design(effect=0.3, control="none", density=1.0)
 
@@ -129,9 +129,9 @@ def test_the_run_level_test_has_the_planned_power(effect, runs, control):
 def test_the_arms_become_one_sample():
     a, b = np.random.default_rng(0).normal(size=(2, 4, 6))
     expected = stats.ttest_ind(a, b)
-    assert stats.ttest_1samp(arm_contrast(a, b), 0).statistic == pytest.approx(expected.statistic)
+    assert stats.ttest_1samp(arms_as_units(a, b), 0).statistic == pytest.approx(expected.statistic)
     with pytest.raises(InputError, match="the same runs"):
-        arm_contrast(a, b[:3])
+        arms_as_units(a, b[:3])
 
 
 def test_exact_floors_of_the_permutation():

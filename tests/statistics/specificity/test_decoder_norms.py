@@ -112,7 +112,6 @@ def test_clusters_against_a_slow_flood_fill(monkeypatch):
                 for j in np.flatnonzero(near[stack.pop()] & (labels < 0)):
                     labels[j] = k
                     stack.append(j)
-    # By module, not by its dotted name: ``statistics.attribution`` is the function of that name.
     monkeypatch.setattr(sys.modules[decoder_clusters.__module__], "COSINE_BLOCK", 7)
     got = decoder_clusters(d)
     assert len(np.unique(got)) == len(np.unique(labels)) < 60

@@ -107,6 +107,7 @@ class LiveActivations:
         """Shuffled whole batches from ``start_batch`` on."""
         rng = np.random.default_rng([self._seed, epoch])
         groups = self._groups(rng.permutation(len(self._texts)))
+        # All orders are drawn before any group is skipped: an epoch restarted in its middle goes on in the same order.
         orders = [rng.permutation(int(self._lengths[group].sum())) for group in groups]
         skip = start_batch * self.batch_size  # tokens of the groups ahead that earlier batches used
         rest: tuple[NDArray[np.float32], ...] | None = None  # less than a batch, left over from the last group

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import write_json
+from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
-from rlgen_stats.toolkit.crosscoder.model.files import sha256
 from rlgen_stats.toolkit.crosscoder.model.readout import Sparsity
 
 WEIGHT_FILES: Final = ("model.safetensors", "model.pt", "ae.pt")
@@ -82,7 +82,7 @@ def import_crosscoder(path: Path | str, views: Sequence[str], *, name: str = "im
         crosscoder.decoder_offset.copy_((tensors["decoder.bias"].double() + normalised_mean).flatten())
         if threshold is not None:
             crosscoder.threshold.copy_(threshold)
-    crosscoder.facts = {"imported_from": file.name, "imported_sha256": sha256(file)}
+    crosscoder.facts = {"imported_from": file.name, "imported_sha256": file_sha256(file)}
     return crosscoder.requires_grad_(False).eval()
 
 

@@ -16,19 +16,16 @@ from torch import Tensor, nn
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import write_json
+from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
+from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder.data.paired import ViewMoments
-from rlgen_stats.toolkit.crosscoder.model.files import sha256, write_tensors
+from rlgen_stats.toolkit.crosscoder.model.files import write_tensors
 from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout, Gate, Readout, Sparsity
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode, matmul
 from rlgen_stats.toolkit.crosscoder.model.views import JointViews
 
 FORMAT_VERSION: Final = 2
 """2 (2026-11): one matrix for all views, whose widths may differ. 1: [view, channel, feature]; still read."""
-WEIGHTS: Final = "weights.safetensors"
-SPEC: Final = "spec.json"
-
-THRESHOLDED: Final = ("batchtopk", "dfc", "jumprelu")
-"""Sparsity rules with a fixed threshold on contributions at inference."""
 
 INITIAL_NORM: Final = 0.4
 """Initial decoder norm of a feature over all views: below 1, so that norms grow towards the data instead of shrinking,
@@ -357,7 +354,7 @@ class Crosscoder(nn.Module, JointViews):
         """Write weights.safetensors and spec.json; ``weights_sha256`` becomes the hash of the weights file."""
         weights = Path(folder) / WEIGHTS
         write_tensors(weights, dict(self.state_dict()), {"format_version": FORMAT_VERSION})
-        self.weights_sha256 = sha256(weights)
+        self.weights_sha256 = file_sha256(weights)
         write_json(Path(folder) / SPEC, self.describe())
         self.folder = Path(folder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,6 @@ from torch import Tensor
 
 from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.stores import replacing
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's bytes."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -8,10 +8,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
-from rlgen_stats.stores import read_json
-from rlgen_stats.toolkit.crosscoder.model.crosscoder import FORMAT_VERSION, SPEC, WEIGHTS, Crosscoder
-from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, sha256
+from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS, check_unchanged, read_description, require_fields
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import FORMAT_VERSION, Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.files import read_tensors
 
 _FIELDS: Final = (
     "format_version",
@@ -80,12 +80,7 @@ def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:
-    for name in (SPEC, WEIGHTS):
-        if not (folder / name).exists():
-            raise StoreError(
-                f"{folder} holds no finished crosscoder: {name} is missing; run the crosscoder stage or fix the path."
-            )
-    described = read_json(folder / SPEC)
+    described = read_description(folder)
     version = described.get("format_version") if isinstance(described, dict) else None
     if version == 1 and isinstance(described.get("views"), list):
         described = {"widths": [described.get("width")] * len(described["views"]), "exclusive": {}} | described
@@ -94,19 +89,11 @@ def _read_spec(folder: Path) -> dict[str, Any]:
             f"{folder / SPEC} has crosscoder format version {version!r}, this release reads 1 to {FORMAT_VERSION}; "
             "use a matching release of rlgen-stats or train again."
         )
-    missing = [field for field in _FIELDS if field not in described]
-    if missing:
-        raise StoreError(f"{folder / SPEC} lacks {missing}; expected {list(_FIELDS)}: train the crosscoder again.")
-    return dict(described)
+    return require_fields(described, _FIELDS, folder)
 
 
 def _read_weights(file: Path, described: dict[str, Any]) -> dict[str, Tensor]:
-    digest = sha256(file)
-    if digest != described["weights_sha256"]:
-        raise StoreCorruptError(
-            f"{file} is not the file that was saved (SHA-256 {digest[:12]}, expected "
-            f"{described['weights_sha256'][:12]}); restore it or train the crosscoder again."
-        )
+    check_unchanged(file, described["weights_sha256"])
     tensors = read_tensors(file)[0]
     return _from_version_1(tensors) if described["format_version"] == 1 else tensors
 

@@ -21,11 +21,11 @@ class Gate:
     """Which features stay active: all positive ones, those above a limit, or the largest of a token."""
 
     limit: Tensor | None = None
-    """[feature], not negative: f_k stays if f_k exceeds it (a threshold on f_k ||d_k||, divided by the norm)."""
+    """[feature], not negative: f_k stays if it exceeds this (a threshold on f_k sum_m ||d_mk||, divided by the sum)."""
     k: int | None = None
-    """Features kept per token, by contribution f_k ||d_k||."""
+    """Features kept per token, by contribution f_k sum_m ||d_mk||."""
     norm: Tensor | None = None
-    """[feature]: the norms behind ``k``."""
+    """[feature]: sum_m ||d_mk||, by which ``k`` ranks."""
 
     def sparse(self, pre: Tensor) -> SparseCode | None:
         """The same as entries where few features stay active; None where many do, or the rule needs whole rows."""

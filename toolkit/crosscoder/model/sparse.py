@@ -86,6 +86,7 @@ class SparseCode:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             entries = torch.sparse_csr_tensor(starts, self.columns, self.values, self.shape, check_invariants=False)
+        # beta=0: the code says at which entries to multiply, its values do not count
         products: Tensor = torch.sparse.sampled_addmm(entries, left, right.T, beta=0.0).values()
         return products
 

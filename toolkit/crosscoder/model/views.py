@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.stores.crosscoder_weights import view_position, view_slots
 
 
 class JointViews:
@@ -30,8 +30,7 @@ class JointViews:
 
     def slots(self) -> list[slice]:
         """Channels of each view in a joint activation."""
-        ends = list(accumulate(self.widths))
-        return [slice(end - width, end) for end, width in zip(ends, self.widths, strict=True)]
+        return view_slots(self.widths)
 
     def view_index(self, view: str) -> int:
         """Slot of a view.
@@ -41,9 +40,7 @@ class JointViews:
         InputError
             If there is no such view; the message lists them.
         """
-        if view not in self.views:
-            raise InputError(f"crosscoder {self.name!r} has no view {view!r}; its views are {', '.join(self.views)}.")
-        return self.views.index(view)
+        return view_position(view, self.views, crosscoder=self.name)
 
     def slot_of(self, view: str) -> slice:
         """Channels of one view in a joint activation."""

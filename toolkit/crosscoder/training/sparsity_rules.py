@@ -250,6 +250,7 @@ class JumpReLUObjective:
         theta_per_norm = theta / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         reconstruction_gradient = (in_window * work.back).sum(dim=0) * theta_per_norm
         if trained:
+            # negative: a higher threshold turns the entries of its window off, the opposite of one more active entry
             gradient = (reconstruction_gradient + l0_gradient * in_window.sum(dim=0)) / -JUMP_BANDWIDTH
             grad(self._log_threshold).copy_(gradient)
         work.ranks.sum_(grad(self._log_threshold))

@@ -23,11 +23,12 @@ from rlgen_stats.stores import (
     read_json,
     write_json,
 )
+from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
+from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
 from rlgen_stats.toolkit.crosscoder.interop.other_formats import import_crosscoder, weights_file
-from rlgen_stats.toolkit.crosscoder.model.crosscoder import SPEC, WEIGHTS, Crosscoder
-from rlgen_stats.toolkit.crosscoder.model.files import sha256
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
 from rlgen_stats.toolkit.crosscoder.training.train import CURVE, STATE, train_replicates, training_key
@@ -132,7 +133,7 @@ class _StudyCrosscoder:
         if self.corpus is not None and not self.corpus.is_file():
             raise InputError(f"no corpus at {self.corpus}; correct crosscoders.{spec.name}.corpus in study.yaml.")
         labels = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
-        data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else sha256(self.corpus)
+        data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else file_sha256(self.corpus)
         self.data_hash = content_hash([*labels, self.site, data])
 
     def train_and_measure(self) -> None:
@@ -183,7 +184,7 @@ class _StudyCrosscoder:
         source = self.folder.resolve(str(self.spec.weights))
         is_ours = (source / SPEC).exists()
         file = source / WEIGHTS if is_ours else weights_file(source)
-        key = content_hash(["weights", sha256(file), list(self.views)])
+        key = content_hash(["weights", file_sha256(file), list(self.views)])
         finished = self._load_finished(folder, key)
         if finished is not None:
             return finished

@@ -106,6 +106,7 @@ class Workspace:
             target = out if bias is None else bias
             torch.addmm(target, a, b, beta=0 if bias is None else 1, alpha=scale, out=out)
             return
+        # Scale and bias come after the return to float32: bfloat16 would round them to three digits.
         out.copy_(torch.mm(a.to(self._low), b.to(self._low)))
         if scale != 1.0:
             out.mul_(scale)

@@ -224,6 +224,7 @@ def _quantiles(
     activation = np.where(token >= 0, values[:, :, slot], -np.inf)
     order = np.argsort(-activation, axis=1, kind="stable")
     n = (token >= 0).sum(axis=1)
+    # tokens are in order of falling activation, so quantile q stands at the share 1 - q of the list
     place = np.rint((1 - np.asarray(QUANTILES)) * np.maximum(n - 1, 0)[:, None]).astype(np.int64)
     repeated = np.zeros_like(place, dtype=bool)
     repeated[:, 1:] = place[:, 1:] == place[:, :-1]

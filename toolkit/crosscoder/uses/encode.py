@@ -14,14 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlgen_stats.schemas.dims import (
-    ARM,
     BASE_MODEL,
     FEATURE,
     MODEL,
     PROMPT,
     PROMPT_LABELS,
-    RUN,
-    STEP,
     VIEW,
     split_model_id,
 )
@@ -38,6 +35,7 @@ from rlgen_stats.stores import (
     open_tokens,
 )
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
+from rlgen_stats.stores.study_models import ref_coords
 from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
@@ -371,9 +369,7 @@ def _labelled(table: xr.Dataset, ref: ModelRef, crosscoder: Crosscoder, prompts:
     dataset["decoder_norm"] = ((VIEW, FEATURE), norms)
     return dataset.assign_coords(
         {
-            RUN: (MODEL, [ref.run]),
-            STEP: (MODEL, [ref.step]),
-            ARM: (MODEL, [ref.arm]),
+            **ref_coords([ref]),
             VIEW: list(crosscoder.views),
             FEATURE: np.arange(crosscoder.n_features),
             **labels,

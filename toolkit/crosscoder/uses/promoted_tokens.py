@@ -127,5 +127,6 @@ def logit_effects(model: Any, crosscoder: Crosscoder, view: str, features: Seque
     gain = getattr(norms[0], "weight", None) if norms else None
     unembedding = model.get_output_embeddings().weight.to(direction.device).float()
     direction = direction * (1.0 if gain is None else gain.to(direction.device).float())
+    # Softmax does not see a shift common to all logits, so that only what exceeds the mean counts.
     effect: Tensor = direction @ (unembedding - unembedding.mean(dim=0)).T
     return effect

@@ -40,7 +40,7 @@ LEAST_GROUPS: Final = 100
 def scaling_sums(
     crosscoder: Crosscoder, blocks: Iterable[tuple[Tensor, NDArray[np.integer]]], *, n_groups: int
 ) -> xr.Dataset:
-    """Sums from which ``statistics.latent_scaling`` computes betas, ratios and standard errors.
+    """Sums from which :func:`rlgen_stats.toolkit.statistics.latent_scaling` computes betas, ratios and standard errors.
 
     Parameters
     ----------

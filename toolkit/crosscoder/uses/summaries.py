@@ -71,6 +71,7 @@ class PromptSummaries:
     def _count(self, codes: Tensor, f: Tensor) -> None:
         assert self._histogram_scale is not None  # noqa: S101 - by the caller
         _, n_features, n_bins = self._histogram.shape
+        # bin 0 counts the silent tokens, so that the bins of firing ones start at 1
         bins = torch.bucketize((f * self._histogram_scale).contiguous(), self._edges, right=True) + 1
         cell = codes[:, None] * n_features + torch.arange(n_features, device=f.device)
         flat = cell * n_bins + torch.where(f > 0, bins, 0)

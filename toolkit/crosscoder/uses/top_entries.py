@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlgen_stats.toolkit.extraction.counter_random import GOLDEN_GAMMA, splitmix64, unit_interval
+from rlgen_stats.toolkit.counter_random import GOLDEN_GAMMA, splitmix64, unit_interval
 
 
 @dataclass(frozen=True)

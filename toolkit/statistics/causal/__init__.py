@@ -1,1 +1,1 @@
-"""Whether a causal trial shows what it was held for: outcomes, matched controls, criteria, verdict (claims C4, C5)."""
+"""What a causal trial shows: outcome tables, matched controls, criteria V1 to V6 and the verdict (claims C4, C5)."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
 
 COVARIATES: Final = ("log_firing", "decoder_norm", "contribution_energy", "mas_bin")
 """What controls are matched on (docs/method.md 4d)."""
@@ -182,17 +183,11 @@ def _draw(
     width = max(MIN_POOL, math.ceil((2 * n_sets) ** (1 / n_members)))
     width = min(width + n_members - 1, len(pool))  # up to n_members - 1 of the nearest may be taken already
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :width]
-    reach = max(width - n_members + 1, 1)
-    taken = np.zeros((n_draws, len(pool)), dtype=bool)
-    rows = np.arange(n_draws)
+    reach = np.full(n_draws, width - n_members + 1)  # of the nearest, those that are free for whoever comes last
+    turns = rng.permutation(n_members)
+    places = np.stack([rng.integers(1, reach + 1) for _ in turns], axis=1) - 1
     drawn = np.empty((n_draws, n_members), dtype=np.int64)
-    for member in rng.permutation(n_members):
-        free = ~taken[:, nearest[member]]
-        order = np.cumsum(free, axis=1)
-        within = np.minimum(reach, order[:, -1])
-        pick = np.argmax(order >= rng.integers(1, within + 1)[:, None], axis=1)
-        drawn[:, member] = nearest[member][pick]
-        taken[rows, drawn[:, member]] = True
+    drawn[:, turns] = nearest_free(nearest[turns], places, len(pool))
     return pool[drawn]
 
 

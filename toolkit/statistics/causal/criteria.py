@@ -330,6 +330,7 @@ def failure_mode_match(table: OutcomeTable, effects: PairedEffect, settings: Set
         reasons.append("v6_kl_not_estimable: no divergences")
     other = class_shares(table.other_ending[target])
     before, after = (class_shares(table.ending[c][target]) for c in (unedited, i))
+    # Total variation: the share of completions that would have to end otherwise.
     distance = [0.5 * float(np.abs(shares - other).sum()) for shares in (before, after)]
     excess = np.maximum(after - np.maximum(before, other), 0.0)[1:]  # every ending but 'right'
     new = float(excess.sum())

@@ -29,11 +29,11 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import Floats, OutcomeT
 
 VerdictName = Literal["CAUSAL_SPECIFIC", "DESTRUCTIVE", "CAUSAL_NONSPECIFIC", "NO_EFFECT", "INCONCLUSIVE"]
 
-NOT_HELD: Final = {
+NOT_SHOWN: Final = {
     "v3": "accuracy is not shown to follow the dose",
     "v4": "side effects are not shown to be small",
 }
-"""What a criterion that leaves the verdict open failed to show."""
+"""What is not shown where this criterion fails; the verdict is then open."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _combine(table: OutcomeTable, settings: Settings, criteria: _Criteria) -> tu
         return "DESTRUCTIVE", ("v6_destroyed: failures that neither model shows make up most of the effect",)
     failed = [name for name, criterion in (("v3", criteria.v3), ("v4", criteria.v4)) if not criterion.passed]
     if failed:
-        return "INCONCLUSIVE", tuple(f"{name}_failed: {NOT_HELD[name]}" for name in failed)
+        return "INCONCLUSIVE", tuple(f"{name}_failed: {NOT_SHOWN[name]}" for name in failed)
     if not criteria.v6.passed:
         return "DESTRUCTIVE", ("v6_failed: the edited model does not move toward the other model",)
     return "CAUSAL_SPECIFIC", ()

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.stores.tables import FEATURE_BLOCK
 from rlgen_stats.toolkit.statistics.core.coordinates import check_models
 
 Block = dict[str, NDArray[Any]]
 
-FEATURE_BLOCK: Final = 512
-"""Features per block when the input has no chunks of its own (the chunk size of features.zarr)."""
 
 DEFAULT_MIN_FIRING: Final = 10
 """Fewest prompts, pooled over the compared models, on which a testable feature fires (docs/method.md 3, rule 4)."""
@@ -98,7 +97,7 @@ def feature_arrays(
         chosen = chosen.isel({PROMPT: np.flatnonzero(prompts)})
     lazy = any(chosen[name].chunks is not None for name in variables)
     first = chosen[variables[0]].transpose(MODEL, PROMPT, FEATURE)
-    width = first.chunks[-1] if first.chunks is not None else FEATURE_BLOCK
+    width = first.chunks[-1] if first.chunks is not None else FEATURE_BLOCK  # without chunks, those of features.zarr
     arrays = []
     for name in variables:
         values = chosen[name].transpose(MODEL, PROMPT, FEATURE).data

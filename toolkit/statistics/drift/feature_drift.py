@@ -298,7 +298,7 @@ def _variables(mapped: Mapped, rule: FamilyRule) -> dict[str, tuple[tuple[str, .
 
 
 def _histogram_array(features: xr.Dataset, models: Sequence[str], like: da.Array) -> da.Array:
-    """Histograms [model, prompt, feature, bin], chunked over features as ``like``; the bins ride on the last axis."""
+    """Histograms [model, prompt, feature, bin], chunked over features as ``like``, the bins whole."""
     values = features["histogram"].sel({MODEL: list(models)}).transpose(MODEL, PROMPT, FEATURE, ...).data
     return da.asarray(values).rechunk((-1, -1, like.chunks[-1], -1))
 

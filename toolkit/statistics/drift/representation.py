@@ -117,6 +117,8 @@ def representation_drift(
         Coordinate on ``token`` whose values stay together in one group, default ``prompt``.
     alpha, seed
         1 - coverage of the intervals, and seed of the groups, which depend on the labels alone.
+    progress
+        Receiver of progress, in models.
 
     Returns
     -------

@@ -81,6 +81,8 @@ def tost_chain(
         below 1 of the total change |mean(first - last)|.
     alpha
         Level; no correction over checkpoints is needed, because they are tested in a fixed order from the end.
+    relative
+        Whether ``margin`` is a share of the total change.
     persist
         A chain within the last ``persist`` checkpoints is too short to count: NaN.
 

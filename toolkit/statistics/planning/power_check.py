@@ -227,7 +227,7 @@ def simulated_run_power(
         sd = np.sqrt(variance * prior_dof / random.chisquare(prior_dof, design.n_features))
         means = sd * random.standard_normal((2 * runs, design.n_features))
         means[:runs, :n_true] += design.effect
-        p = moderated_t(arm_contrast(means[:runs], means[runs:])).p_value
+        p = moderated_t(arms_as_units(means[:runs], means[runs:])).p_value
         rejected = (p if method is None else adjust(p, method=method)) <= design.alpha
         power[world], errors[world] = rejected[:n_true].mean(), _error(rejected, n_true, design)
     family = replace(design, true_share=n_true / design.n_features)
@@ -235,7 +235,7 @@ def simulated_run_power(
     return _summary(n_prompts, design, planned, n_true, power, errors)
 
 
-def arm_contrast(first: FloatArray, second: FloatArray) -> FloatArray:
+def arms_as_units(first: FloatArray, second: FloatArray) -> FloatArray:
     """Two arms [run, feature] as units whose one-sample t test is the arms' two-sample t test.
 
     Notes
@@ -248,6 +248,7 @@ def arm_contrast(first: FloatArray, second: FloatArray) -> FloatArray:
             f"arms must have the same runs (two or more) and features, got {first.shape} and {second.shape}."
         )
     n = len(first)
+    # Scaled like an orthonormal coordinate, so that it has the variance of a single run.
     contrast = (first.sum(axis=0) - second.sum(axis=0)) / np.sqrt(2 * n)
     residuals = np.concatenate([helmert(n) @ first, helmert(n) @ second])
     units = 2 * n - 1

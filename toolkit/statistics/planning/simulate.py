@@ -248,6 +248,7 @@ def _block(
     n_clusters = -(-simulation.n_prompts // simulation.cluster_size)
     chance = prompts.random((n_clusters, width), dtype=np.float32)
     cluster = np.arange(simulation.n_prompts) // simulation.cluster_size
+    # Where it fires, chance / density is uniform: one to 16 tokens, equally often.
     share = np.ceil(16 * chance / simulation.density) / TOKENS  # tokens it fires on, where it fires
     share[(chance >= simulation.density) | (planted.kind[part] == "dead")] = 0.0
     firing = np.maximum(share, 0.0)[cluster]

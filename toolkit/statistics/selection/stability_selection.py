@@ -13,6 +13,7 @@ from scipy import special
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.toolkit.counter_random import GOLDEN_GAMMA, splitmix64, unit_interval
 from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
 from rlgen_stats.toolkit.statistics.core.top_features import fold_leading, leading_features
 from rlgen_stats.toolkit.statistics.core.units import unit_means
@@ -31,6 +32,10 @@ EXPECTED_FALSE: Final = 1.0
 
 DIGITS: Final = 9
 """Decimals to which log p-values are compared: smaller differences are ties, not to be decided by rounding errors."""
+
+STREAM_STEP: Final = np.uint64(0xD1B54A32D192ED03)
+"""Distance of the first states of two half-samples' streams: odd, and no small multiple of a stream's own step, so that
+streams do not overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,10 +332,8 @@ def conjunction_order(z: FloatArray, u: int, combine: str) -> FloatArray:
 def _ties(ranks: IntArray, n_rows: int, seed: int) -> FloatArray:
     """Random numbers [half-sample, feature] that depend on seed, half-sample and the feature's rank alone.
 
-    The mixing function of SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195).
+    Every half-sample has a SplitMix64 stream of its own, from which a feature takes the number of its rank.
     """
-    row = np.arange(n_rows, dtype=np.uint64)[:, None] * np.uint64(0xD1B54A32D192ED03)
-    x = np.uint64(seed) + row + ranks.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray((x ^ (x >> np.uint64(31))) >> np.uint64(11), dtype=np.float64)
+    first = np.uint64(seed) + np.arange(n_rows, dtype=np.uint64)[:, None] * STREAM_STEP
+    # splitmix64 advances a state before it mixes it, so that the state before rank 0 is one step back.
+    return unit_interval(splitmix64(first + (ranks.astype(np.uint64) - np.uint64(1)) * GOLDEN_GAMMA))

@@ -247,6 +247,7 @@ def decoder_clusters(
     for a in range(0, n, COSINE_BLOCK):
         for b in range(a, n, COSINE_BLOCK):
             i, j = np.nonzero(unit[a : a + COSINE_BLOCK] @ unit[b : b + COSINE_BLOCK].T > cosine)
+            # each pair once, and no feature with itself
             upper = i + a < j + b
             edges.append(np.stack([i[upper] + a, j[upper] + b]))
     i, j = np.concatenate(edges, axis=1)

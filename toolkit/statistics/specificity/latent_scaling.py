@@ -33,7 +33,7 @@ def latent_scaling(sums: xr.Dataset) -> xr.Dataset:
     ----------
     sums
         ``squares[group, feature]``, ``error`` and ``reconstruction`` [group, view, feature],
-        ``strongest[feature]``, ``n_active[feature]`` (``toolkit.crosscoder.scaling_sums``), lazy or not.
+        ``strongest[feature]``, ``n_active[feature]`` (``toolkit/crosscoder/uses/scaling_sums.py``), lazy or not.
 
     Returns
     -------

@@ -47,8 +47,8 @@ def match_features(
     ----------
     a, b
         Decoders ``decoder[view, feature, channel]`` and ``firing[feature]`` of two crosscoders over the same views
-        (``toolkit.crosscoder.decoder_dataset``): other seeds, other runs, other data. Features that never fire or have
-        no decoder are left out.
+        (``toolkit/crosscoder/interop/decoder_dataset.py``): other seeds, other runs, other data. Features that never
+        fire or have no decoder are left out.
     by
         ``"decoder"``: cosine of the decoder rows of all views together; needs a common space, so not for layers.
         ``"activation"``: correlation of ``activations_a`` and ``activations_b``; for any two dictionaries.

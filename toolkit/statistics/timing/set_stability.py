@@ -103,6 +103,8 @@ def set_stability(
         As in ``stabilization_test``; units are halved and deleted whole.
     alpha, seed
         1 - coverage (two-sided ``delta_low``, ``delta_high``; one-sided ``delta_lower``, ``delta_upper``) and seed.
+    progress
+        Receiver of progress, in runs.
 
     Returns
     -------
