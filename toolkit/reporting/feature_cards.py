@@ -40,7 +40,7 @@ class Context:
     prompt: str
     source: str
     position: int
-    other_models: dict[str, float]
+    elsewhere: dict[str, float]
     """Activation at the same token, by model, where known."""
 
 
@@ -164,7 +164,7 @@ def _contexts(
 
 def _context(row: dict[str, Any]) -> Context:
     before, peak, after = split_peak(str(row["text"]))
-    other_models = {
+    elsewhere = {
         key.removeprefix(_OTHER_MODEL): float(value) for key, value in row.items() if key.startswith(_OTHER_MODEL)
     }
     return Context(
@@ -175,7 +175,7 @@ def _context(row: dict[str, Any]) -> Context:
         prompt=str(row["prompt"]),
         source=str(row["source"]),
         position=int(row["position"]),
-        other_models=other_models,
+        elsewhere=elsewhere,
     )
 
 

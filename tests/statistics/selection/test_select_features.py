@@ -194,8 +194,11 @@ def test_what_is_selected_when_nothing_is_confirmed(world):
     out = run(features, outcomes)
     assert out.attrs["rule"].startswith("CANDIDATE")
     assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
-    paper = run(features, outcomes, rule=SelectionRule(kind="paper"))
+    paper = run(features, outcomes, rule="paper")
     assert paper.attrs["rule"].startswith("paper")
+    xr.testing.assert_identical(paper, run(features, outcomes, rule=SelectionRule(kind="paper")))
+    with pytest.raises(InputError, match="expected rule 'confirmed' or 'paper'"):
+        run(features, outcomes, rule="candidate")
     np.testing.assert_array_equal(paper.selected.values, paper.paper_selected.values)
     capped = run(features, outcomes, rule=SelectionRule(kind="paper", max_features=3))
     least = np.where(capped.paper_selected, capped.score.min("task"), -np.inf)

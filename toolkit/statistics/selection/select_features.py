@@ -24,7 +24,7 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import feature_arrays, i
 from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, present_prompts, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import SplitTests, discordance_tests
-from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
+from rlgen_stats.toolkit.statistics.selection.options import RuleKind, SelectionRule, SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.paper_rule import (
     PaperSelection,
     paper_rule,
@@ -60,7 +60,7 @@ def select_features(
     tasks: Sequence[str] | None = None,
     held_out: Sequence[str] = (),
     controls: Sequence[str] = (),
-    rule: SelectionRule = DEFAULT_RULE,
+    rule: SelectionRule | RuleKind = DEFAULT_RULE,
     tests: SelectionTests = DEFAULT_TESTS,
     stability: StabilityOptions | None = DEFAULT_STABILITY,
     variable: str = "mean",
@@ -84,7 +84,8 @@ def select_features(
     held_out, controls
         Tasks never selected on; reported with their role.
     rule
-        Which features form the selected set: ``kind``, ``score_fraction``, ``max_features``.
+        Which features form the selected set: ``kind``, ``score_fraction``, ``max_features``; ``"paper"`` or
+        ``"confirmed"`` stands for that kind with its defaults.
     tests
         Level and draws (``alpha``, ``n_resamples``, ``n_bootstrap``); what the contrast of a task needs
         (``min_discordant``) and a testable feature (``n_min``); how tasks are combined (``u``, ``combine``).
@@ -142,6 +143,7 @@ def select_features(
     >>> select_features(open_features(f), open_outcomes(o), target="rl@80", held_out=["logiqa"])  # doctest: +SKIP
     """
     check_unit(unit, allow_token_unit)
+    rule = SelectionRule(kind=rule) if isinstance(rule, str) else rule
     check_comparable(features, outcomes, keys=("study_id",))
     features = in_prompt_order(features, repeated=unit == "token")
     _check(features)
