@@ -14,7 +14,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, is_futile
 from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, ending_of, paired_effect
-from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, WRONG, causal, world
+from tests.statistics.causal.worlds import EMPTY, N_TARGET, N_UNRELATED, RIGHT, SETTINGS, WRONG, causal, world
 
 
 def codes(reasons: tuple[str, ...]) -> set[str]:
@@ -143,6 +143,7 @@ def test_what_is_missing_is_named(changes: dict[str, Any], settings: dict[str, A
     verdict = judge(causal(**changes), replace(SETTINGS, **settings))
     assert verdict.verdict == "INCONCLUSIVE"
     assert code in codes(verdict.reasons)
+    assert verdict.v2 == (code in ("v3_failed", "v4_failed", "passthrough_not_noop"))
 
 
 def test_without_unrelated_tasks_the_fix_is_named() -> None:
@@ -159,6 +160,44 @@ def test_divergence_on_neutral_text_counts_as_a_side_effect() -> None:
     assert not judge(replace(table, neutral_kl=loud), SETTINGS).v4
     everywhere = np.full_like(loud, 0.5)
     assert judge(replace(table, neutral_kl=everywhere), SETTINGS).v4, "random sets do the same"
+
+
+@pytest.mark.parametrize(
+    ("of_set", "of_random", "kept"),
+    [(0.1, 0.01, True), (0.11, 0.01, False), (0.4, [0.01] * 36 + [0.5] * 3, True), (0.4, [0.01] * 38 + [0.5], False)],
+)
+def test_neutral_text_may_move_as_far_as_a_tenth_of_a_nat_or_as_it_does_under_one_random_set_in_twenty(
+    of_set: float, of_random: Any, kept: bool
+) -> None:
+    table = causal()
+    neutral = table.neutral_kl.copy()
+    neutral[table.chosen], neutral[table.where("random")] = of_set, of_random
+    assert judge(replace(table, neutral_kl=neutral), SETTINGS).v4 == kept
+
+
+def test_broken_completions_on_unrelated_tasks_count_as_a_side_effect() -> None:
+    table = causal()
+    for share, kept in ((0.05, True), (0.06, False)):
+        ending = table.ending.copy()
+        wrong = np.flatnonzero(table.unrelated & (ending[table.chosen, :, 0] == WRONG))
+        ending[table.chosen, wrong[: round(share * N_UNRELATED)], 0] = EMPTY
+        assert judge(replace(table, ending=ending), SETTINGS).v4 == kept, share
+
+
+@pytest.mark.parametrize(("n_new", "verdict"), [(20, "CAUSAL_SPECIFIC"), (80, "DESTRUCTIVE")])
+def test_new_failures_break_the_model_where_they_make_up_more_than_half_of_the_effect(n_new: int, verdict: str) -> None:
+    table = causal(fresh_noise=False)
+    lost = -table.change(table.target)[:, table.chosen].sum()
+    assert 0.5 * lost < 80 < 0.9 * lost
+    ending = table.ending.copy()
+    failed = np.flatnonzero(table.target & (ending[table.chosen, :, 0] != RIGHT))
+    ending[table.chosen, failed[:n_new], 0] = EMPTY
+    assert judge(replace(table, ending=ending), SETTINGS).verdict == verdict
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.05, "CAUSAL_SPECIFIC"), (0.06, "INCONCLUSIVE")])
+def test_a_passthrough_may_change_one_completion_in_twenty(share: float, verdict: str) -> None:
+    assert judge(causal(), replace(SETTINGS, noop_changed=share)).verdict == verdict
 
 
 def test_a_set_that_does_not_beat_one_vector_says_so() -> None:
