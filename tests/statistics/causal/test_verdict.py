@@ -12,8 +12,15 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
-from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, is_futile
-from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, ending_of, paired_effect
+from rlgen_stats.toolkit.statistics.causal.criteria import (
+    Settings,
+    dose_order,
+    effect_shown,
+    is_futile,
+    over_steered,
+    specificity,
+)
+from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, cluster_interval, ending_of, paired_effect
 from tests.statistics.causal.worlds import EMPTY, N_TARGET, N_UNRELATED, RIGHT, SETTINGS, WRONG, causal, world
 
 
@@ -367,3 +374,77 @@ def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
         share = np.mean(np.array(p_values) <= level)
         assert share <= level + 3 * np.sqrt(level * (1 - level) / 4000)
     assert np.mean(np.array(p_values) <= 0.05) > 0.035
+
+
+def effects_of_set(table: OutcomeTable, mean: float, half: float, p_value: float) -> PairedEffect:
+    """Made-up effects: the set's as given, every other arm's zero."""
+    at = np.arange(len(table.conditions)) == table.chosen
+    return PairedEffect(*(np.where(at, x, 0.0) for x in (mean, mean - half, mean + half)), np.where(at, p_value, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("mean", "p_value", "passed", "opposite"),
+    [(-0.3, 0.05, True, False), (-0.3, 0.051, False, False), (0.3, 0.001, False, True), (0.3, 0.2, False, False)],
+)
+def test_an_effect_needs_its_test_and_its_interval(mean: float, p_value: float, passed: bool, opposite: bool) -> None:
+    table = causal()
+    criterion = effect_shown(table, effects_of_set(table, mean, 0.1, p_value), SETTINGS)
+    assert criterion.passed == passed
+    assert ("v1_opposite" in codes(criterion.reasons)) == opposite
+
+
+def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one() -> None:
+    table = causal(n_random=4)
+    effects = effects_of_set(table, -0.3, 0.1, 0.001)
+    effects.mean[table.where("random")[[1, 3]]] = -0.3, -0.4
+    assert specificity(table, effects, SETTINGS)[1] == 3 / 5
+    assert specificity(table, effects, replace(SETTINGS, n_planned=19))[1] == 2 / 4
+
+
+def test_doses_on_the_other_side_of_no_edit_are_not_beyond_the_main_one() -> None:
+    table = causal()
+    conditions = tuple(replace(c, kind="dose", dose=2.0) if c.kind == "fresh" else c for c in table.conditions)
+    assert dose_order(replace(table, conditions=conditions)) == ([3, 4, 0], [])
+
+
+def test_accuracy_on_unrelated_tasks_is_tested_one_sided() -> None:
+    """Three of a hundred prompts lost and three gained: within the margin at one-sided, not at two-sided alpha."""
+    table = causal()
+    correct = table.correct.copy()
+    unrelated = np.flatnonzero(table.unrelated)
+    right = correct[table.unedited, unrelated, 0] == 1
+    correct[:, unrelated] = correct[[table.unedited]][:, unrelated]
+    correct[table.chosen, unrelated[right][:3]], correct[table.chosen, unrelated[~right][:3]] = 0.0, 1.0
+    assert judge(replace(table, correct=correct), SETTINGS).v4
+    assert not judge(replace(table, correct=correct), replace(SETTINGS, alpha=0.025)).v4
+
+
+def test_a_divergence_that_falls_by_chance_is_no_move_toward_the_other_model() -> None:
+    table = causal()
+    kl = table.kl_to_base.copy()
+    step = np.where(np.arange(kl.shape[1]) % 2, 0.1, -0.1)
+    step[1] = -0.1
+    kl[table.chosen] = kl[table.unedited] + step
+    assert (kl[table.chosen] - kl[table.unedited])[table.target].mean() < 0
+    assert not judge(replace(table, kl_to_base=kl), SETTINGS).v6
+
+
+def test_more_right_answers_than_the_other_model_gives_are_no_failures() -> None:
+    table = causal(rl=0.5, right={"set": 0.9, "dose": 0.7}, base=0.6)
+    conditions = tuple(replace(c, dose=2.0 if c.dose == 0 else 1.5 if c.dose == 0.5 else 1.0) for c in table.conditions)
+    table = replace(table, direction="amplify", conditions=conditions)
+    assert "v6_destroyed" not in codes(judge(table, SETTINGS).reasons)
+
+
+@pytest.mark.parametrize(("change", "n_broken", "flagged"), [(0.0, 0, False), (-0.05, 0, True), (0.0, 30, True)])
+def test_a_dose_beyond_the_main_one_over_steers_where_it_does_worse_or_breaks(
+    change: float, n_broken: int, flagged: bool
+) -> None:
+    table = causal()
+    conditions = tuple(replace(c, kind="dose", dose=-1.0) if c.kind == "fresh" else c for c in table.conditions)
+    ending = table.ending.copy()
+    ending[1, :n_broken] = EMPTY
+    table = replace(table, conditions=conditions, ending=ending)
+    effects = effects_of_set(table, -0.3, 0.1, 0.001)
+    effects.mean[1] = -0.3 - change
+    assert over_steered(table, effects, SETTINGS).tolist() == [i == 1 and flagged for i in range(len(conditions))]
