@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction import load_prompts, read_table
 from tests.extraction.conftest import prompt_table, study_spec
@@ -53,6 +54,15 @@ def test_the_split_depends_on_seed_and_clusters_not_on_row_order(tmp_path: Path)
     shuffled = load(tmp_path, table.sample(frac=1, random_state=0)).set_index("prompt").split
     assert split.to_dict() == shuffled.to_dict()
     assert split.to_dict() != load(tmp_path, table, seed=8).set_index("prompt").split.to_dict()
+
+
+def test_the_hash_that_splits_is_that_of_earlier_releases(tmp_path: Path) -> None:
+    table = wide_table()
+    prompts = load(tmp_path, table, seed=8, selection={"verification_fraction": 0.3})
+    for task, n_verified in (("big", 9), ("small", 3)):
+        clusters = sorted(set(table.cluster[table.task == task]), key=lambda c: derive_seed(8, "split", c))
+        verified = prompts.cluster[(prompts.task == task) & (prompts.split == "verification")]
+        assert set(verified) == set(clusters[:n_verified])
 
 
 def test_both_splits_see_every_task_of_two_clusters(tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ def test_parts_of_nothing_are_refused(study: Any) -> None:
 
 @pytest.mark.parametrize("direction", ["disable", "amplify"])
 def test_effects_of_parts_are_the_paired_effects_of_their_arms(study: Any, direction: Any) -> None:
-    """Accuracies made up: one feature carries three fifths of the effect, one a third, and one the rest."""
-    worth = {F_GATE: 0.36, F_DECOY: 0.2, F_DECOY + 1: 0.04}
+    """Accuracies made up: one feature carries three fifths of the effect, another nearly all of the rest."""
+    worth = {F_GATE: 0.36, F_DECOY: 0.23, F_DECOY + 1: 0.01}
     sign = 1.0 if direction == "amplify" else -1.0
     spec = study[0].model_copy(update={"seed": 6})
     plan = plan_trial(spec, study[1], list(worth), provenance=PROVENANCE, directions=[direction], by_feature=True)
@@ -88,12 +88,13 @@ def test_effects_of_parts_are_the_paired_effects_of_their_arms(study: Any, direc
     )
     np.testing.assert_allclose(result["left_out"], left_out.mean)
     np.testing.assert_allclose(result["left_out_p_value"], left_out.p_value)
+    assert 0.001 < left_out.p_value[2] < 0.9, "a p-value that tells which sign flips were drawn"
     p_values = np.stack([result["alone_p_value"].values, result["left_out_p_value"].values])
     np.testing.assert_allclose(result["alone_q_value"], adjust(p_values, method="bh")[0])
-    assert int(result["subset_size"]) == 2, "three fifths do not suffice, fourteen fifteenths do"
+    assert int(result["subset_size"]) == 2, "three fifths do not suffice, all but a sixtieth does"
     assert result["in_subset"].values.tolist() == [True, True, False]
     other_half = np.array([derive_seed(6, "subset search", cluster) % 2 == 1 for cluster in clusters])
-    pair = noise[3, target] + sign * 0.56
+    pair = noise[3, target] + sign * 0.59
     changes = np.stack([pair - none, whole - none, whole - pair], axis=1)[other_half]
     reported = paired_effect(changes, clusters[other_half], alpha=0.05, seed=seed, n_resamples=9999)
     for i, name in enumerate(("subset_effect", "set_effect", "set_minus_subset")):
