@@ -103,6 +103,11 @@ def test_csv_jsonl_and_parquet_read_the_same_text(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(read[0], read[2])
 
 
+def test_csv_cells_stay_text_where_a_whole_column_is_numbers(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("answer,cluster\n05,1\n7,\n")
+    assert read_table(tmp_path / "p.csv").to_dict("list") == {"answer": ["05", "7"], "cluster": ["1", ""]}
+
+
 def test_jsonl_numbers_beside_nulls_stay_whole(tmp_path: Path) -> None:
     rows = [{"answer": 5, "split": None}, {"answer": 12}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
