@@ -41,6 +41,19 @@ def test_views_are_resolved(study: Study) -> None:
         final_model(*study, "ppo")
 
 
+def test_runs_with_checkpoints_at_the_same_steps_are_told_apart(study: Study) -> None:
+    spec, folder = study
+    record = folder.run("sft") / "posttrain.json"
+    write_json(record, {"steps": [8, 4]})
+    assert [ref.model for ref in list_models(spec, folder)] == ["base@0", "sft@4", "sft@8", "rl@4", "rl@8"]
+    for view, model in (("rl@4", "rl@4"), ("rl@final", "rl@8"), ("sft@final", "sft@8")):
+        assert resolve_view(view, spec, folder) == model
+        found = find_model(model, spec, folder)
+        assert (found.run, found.model) == (model.split("@")[0], model)
+    with pytest.raises((ModelError, ValueError)):
+        resolve_view("rl@repeat", spec, folder)
+
+
 def test_a_run_not_trained_yet_is_named(study: Study) -> None:
     spec, folder = study
     record = folder.run("sft") / "posttrain.json"

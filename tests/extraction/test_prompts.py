@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction import load_prompts, read_table
 from tests.extraction.conftest import prompt_table, study_spec
@@ -55,6 +56,15 @@ def test_the_split_depends_on_seed_and_clusters_not_on_row_order(tmp_path: Path)
     assert split.to_dict() != load(tmp_path, table, seed=8).set_index("prompt").split.to_dict()
 
 
+def test_the_hash_that_splits_is_that_of_earlier_releases(tmp_path: Path) -> None:
+    table = wide_table()
+    prompts = load(tmp_path, table, seed=8, selection={"verification_fraction": 0.3})
+    for task, n_verified in (("big", 9), ("small", 3)):
+        clusters = sorted(set(table.cluster[table.task == task]), key=lambda c: derive_seed(8, "split", c))
+        verified = prompts.cluster[(prompts.task == task) & (prompts.split == "verification")]
+        assert set(verified) == set(clusters[:n_verified])
+
+
 def test_both_splits_see_every_task_of_two_clusters(tmp_path: Path) -> None:
     table = wide_table(6)
     table["task"] = ["big"] * 6
@@ -91,6 +101,11 @@ def test_csv_jsonl_and_parquet_read_the_same_text(tmp_path: Path) -> None:
     assert list(read[0].prompt[:2]) == ["0", "1"]
     pd.testing.assert_frame_equal(read[0], read[1])
     pd.testing.assert_frame_equal(read[0], read[2])
+
+
+def test_csv_cells_stay_text_where_a_whole_column_is_numbers(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("answer,cluster\n05,1\n7,\n")
+    assert read_table(tmp_path / "p.csv").to_dict("list") == {"answer": ["05", "7"], "cluster": ["1", ""]}
 
 
 def test_jsonl_numbers_beside_nulls_stay_whole(tmp_path: Path) -> None:

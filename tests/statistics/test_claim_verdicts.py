@@ -71,6 +71,8 @@ SHARES = (0.13, 0.03, 0.01)
         (-0.10, 0.001, (0.03, 0.13, 0.01), True, Verdict.CONTRADICTED, ()),
         (0.10, 0.001, (0.13, 0.03, 0.13), True, Verdict.UNDETERMINED, (BELOW_NULL,)),  # equal to the null is not above
         (-0.10, 0.001, (0.03, 0.13, 0.2), True, Verdict.UNDETERMINED, (BELOW_NULL,)),
+        (0.10, 0.001, (0.13, 0.005, 0.01), True, Verdict.SUPPORTED, ()),  # only the larger share need exceed the null
+        (-0.10, 0.001, (0.005, 0.13, 0.01), True, Verdict.CONTRADICTED, ()),
         (0.10, 0.001, (0.13, 0.03, NAN), True, Verdict.SUPPORTED, ()),  # no null crosscoder: a caveat, not a guard
         (0.10, 0.001, SHARES, False, Verdict.UNDETERMINED, (NOT_COMPARABLE,)),
         (0.10, 0.001, (0.13, 0.03, 0.2), False, Verdict.UNDETERMINED, (NOT_COMPARABLE, BELOW_NULL)),
@@ -91,6 +93,14 @@ def test_specificity_verdict(
 
 
 @pytest.mark.parametrize(
+    ("high", "expected"), [(0.0099, Verdict.NOT_SUPPORTED), (0.01, Verdict.UNDETERMINED), (0.015, Verdict.UNDETERMINED)]
+)
+def test_one_alive_feature_in_a_hundred_more_is_not_more(high: float, expected: Verdict) -> None:
+    verdict = specificity_verdict((0.0, -0.01, high), 0.9, (0.1, 0.1, 0.01), alpha=0.05, comparable=True)
+    assert verdict == (expected, ())
+
+
+@pytest.mark.parametrize(
     ("shifts", "expected"),
     [((0.4, 0.5), True), ((0.4, 0.51), False), ((0.0, 0.4), False), ((0.4, NAN), None), ((), None)],
 )
@@ -107,6 +117,8 @@ def test_matched_shifts_differ_by_at_most_a_quarter(shifts: tuple[float, ...], e
         (EVOLVING, EARLY, -0.3, -0.1, Verdict.CONTRADICTED),
         (LATE, EARLY, -0.3, -0.1, Verdict.CONTRADICTED),
         (EVOLVING, EARLY, -0.3, 0.1, Verdict.UNDETERMINED),
+        (EARLY, EVOLVING, 0.0, 0.3, Verdict.UNDETERMINED),  # touches zero
+        (EVOLVING, EARLY, -0.3, 0.0, Verdict.UNDETERMINED),
         (EARLY, EARLY, 0.1, 0.3, Verdict.NOT_SUPPORTED),  # a difference in turnover alone is not enough
         (EVOLVING, EVOLVING, 0.1, 0.3, Verdict.NOT_SUPPORTED),
         (LATE, EVOLVING, 0.1, 0.3, Verdict.NOT_SUPPORTED),
@@ -125,6 +137,7 @@ def test_timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float, 
         (4, 21, 210, True, Verdict.SUPPORTED),  # exactly a tenth
         (4, 22, 210, True, Verdict.NOT_SUPPORTED),  # real, not compact
         (4, 0, 210, True, Verdict.NOT_SUPPORTED),
+        (2, 5, 210, True, Verdict.SUPPORTED),  # two tasks are the fewest that say something
         (1, 5, 210, True, Verdict.UNDETERMINED),  # one task is not task-agnostic
         (4, 5, 210, False, Verdict.UNDETERMINED),
         (0, 0, 210, True, Verdict.NOT_ESTIMABLE),

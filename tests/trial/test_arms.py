@@ -8,12 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec
 from rlgen_stats.toolkit.edits.edit import FeatureEdit
+from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition
 from rlgen_stats.toolkit.trial.arms import (
+    Arm,
     choose_prompts,
     dose_grid,
     edited_positions,
+    part_arm,
+    part_arms,
     plan_arms,
     target_prompts,
 )
@@ -70,6 +75,13 @@ def test_a_prompt_is_chosen_whatever_its_outcome_or_place_in_the_file() -> None:
     shuffled = table().sample(frac=1.0, random_state=3)
     again = choose_prompts(shuffled.reset_index(drop=True), Plan(max_prompts=60))  # type: ignore[arg-type]
     assert set(again["prompt"]) == set(chosen(max_prompts=60)["prompt"])
+
+
+def test_the_hash_that_chooses_prompts_is_that_of_earlier_releases() -> None:
+    prompts = chosen(max_prompts=40, seed=5, controls=())
+    pool = table()[lambda t: (t["split"] == "verification") & (t["task"] == "rocks")]["prompt"]
+    first = sorted(pool, key=lambda prompt: derive_seed(5, "intervention prompt", prompt))[:8]
+    assert set(prompts["prompt"][prompts["task"] == "rocks"]) == set(first)
 
 
 def test_effects_are_measured_out_of_domain_and_side_effects_on_controls() -> None:
@@ -133,3 +145,25 @@ def test_the_plan_has_every_arm_once(direction: Any) -> None:
     assert by_name["steering"].edit is not None
     assert by_name["steering"].edit.strength == (-1.0 if direction == "disable" else 1.0)
     assert [arm.fresh for arm in arms].count(True) == 1
+    assert by_name["passthrough"].edit == FeatureEdit((), "passthrough", skip_first=1)
+    assert by_name["fresh"].edit is None
+
+
+def test_a_vector_that_adds_nothing_has_no_arm() -> None:
+    no_sets = np.empty((0, 1), dtype=np.int64)
+    arms = plan_arms("disable", [4], no_sets, Plan(), steering=np.zeros(2))  # type: ignore[arg-type]
+    assert {arm.condition.kind for arm in arms} == {"fresh", "passthrough", "set", "dose"}
+
+
+def test_a_part_edits_its_features_as_the_set_does_and_has_one_name() -> None:
+    edit = FeatureEdit((4, 2, 7, 9), "amplify", 3.0, level=(0.4, 0.2, 0.7, 0.9))
+    whole = Arm(Condition("set", "set", 3.0), edit)
+    pair = part_arm(whole, (9, 4))
+    assert pair == part_arm(whole, (4, 9))
+    assert pair.edit == FeatureEdit((4, 9), "amplify", 3.0, level=(0.4, 0.9))
+    assert pair.name == f"subset-{content_hash([4, 9])[:12]}" != part_arm(whole, (4, 2)).name
+    assert (part_arm(whole, (7,)).name, part_arm(whole, (4, 2, 9)).name) == ("single-7", "without-7")
+    assert part_arm(whole, (9, 7, 2, 4)) is whole
+    assert [arm.name for arm in part_arms(whole)] == [
+        f"{way}-{k}" for way in ("single", "without") for k in (4, 2, 7, 9)
+    ]

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.schemas.seeds import content_hash, derive_seed
+from rlgen_stats.stores import open_features
 from rlgen_stats.stores.crosscoder_weights import weights_hash
-from rlgen_stats.toolkit.intervention import plan_trial, verify_causally
+from rlgen_stats.stores.trial_completions import write_arm
+from rlgen_stats.toolkit.intervention import (
+    feature_covariates,
+    match_controls,
+    near_duplicates,
+    plan_trial,
+    verify_causally,
+)
+from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
 from rlgen_stats.toolkit.trial.arms import UNEDITED
 from tests.trial.planted import (
     F_BRAKE,
+    F_DECOY,
     F_GATE,
     N_FEATURES,
     PROVENANCE,
+    planted_crosscoder,
 )
 from tests.trial.trials import (
     covariates_without,
+    small,
 )
 
 
@@ -130,3 +144,89 @@ def test_the_hash_of_an_arm_is_that_of_earlier_releases(study: Any) -> None:
     assert plan.arm_hash("disable", plan.direction("disable").set_arm) == content_hash(expected)
     set_path = plan.arm_path("disable", plan.direction("disable").set_arm)
     assert set_path == folder.root / "intervention" / "disable" / "set.parquet"
+
+
+def test_seeds_and_controls_of_a_trial_are_those_of_earlier_releases(study: Any) -> None:
+    """Written out, what each seed is derived from: another purpose would draw other completions and other controls."""
+    spec, folder = study[0].model_copy(update={"seed": 3}), study[1]
+    chosen = [F_DECOY + 5, F_GATE]
+    plan = plan_trial(spec, folder, chosen, provenance=PROVENANCE)
+    ids = plan.prompts.ids
+    assert plan.sampling.seeds(ids, fresh=False) == [derive_seed(3, "intervention", prompt, 0) for prompt in ids]
+    assert plan.sampling.seeds(ids, fresh=True) == [
+        derive_seed(3, "intervention", "fresh", prompt, 0) for prompt in ids
+    ]
+    twice = replace(plan.sampling, n_samples=2).seeds(["a", "b"], fresh=False)
+    assert twice == [derive_seed(3, "intervention", prompt, sample) for sample in (0, 1) for prompt in ("a", "b")]
+    assert plan.declared.seeds == {
+        direction: derive_seed(3, "intervention", "verdict", direction) for direction in ("disable", "amplify")
+    }
+    crosscoder = planted_crosscoder()
+    near = near_duplicates(crosscoder, chosen)
+    assert near.sum() > len(chosen), "some decoys are too like the chosen one to be its controls"
+    expected = match_controls(
+        feature_covariates(crosscoder, open_features(folder.features), models=["base@0", "rl@1"], view="rl@1"),
+        chosen,
+        n_sets=19,
+        seed=derive_seed(3, "intervention", "controls"),
+        near_duplicates=near,
+    )
+    assert plan.declared.controls is not None
+    np.testing.assert_array_equal(plan.declared.controls.sets, expected.sets)
+    assert not near[plan.declared.controls.sets].any()
+    xr.testing.assert_identical(plan.declared.controls.balance, expected.balance)
+
+
+def test_each_direction_edits_its_model_at_its_view(study: Any) -> None:
+    plan = plan_trial(*study, [F_GATE, F_GATE], provenance=PROVENANCE)
+    assert plan.features == (F_GATE,), "a feature named twice is one feature"
+    assert {direction: site.view for direction, site in plan.sites.items()} == {"disable": "rl@1", "amplify": "base@0"}
+    assert {name: model.model for name, model in plan.models.items()} == {"base": "base@0", "rl": "rl@1"}
+    sizes = {
+        len(features): plan_trial(*study, features, provenance=PROVENANCE, by_feature=True).direction("disable")
+        for features in ([F_GATE], [F_GATE, F_DECOY], [F_GATE, F_DECOY, F_DECOY + 1])
+    }
+    assert {n: one.n_search_sets for n, one in sizes.items()} == {1: 0, 2: 0, 3: 7}
+    assert {n: len(one.parts) for n, one in sizes.items()} == {1: 0, 2: 2, 3: 6}
+
+
+def test_the_rl_models_levels_are_added_in_every_amplified_set_and_nowhere_else(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path, level="rl", non_inferiority=0.07)
+    plan = plan_trial(spec, folder, [F_GATE, F_DECOY], provenance=PROVENANCE)
+    levels = mean_levels(planted_crosscoder(), open_features(folder.features), model="rl@1")
+    edits = {d: [arm.edit for arm in plan.direction(d).arms if arm.edit] for d in ("disable", "amplify")}
+    amplified = [edit for edit in edits["amplify"] if edit.kind == "amplify"]
+    assert len(amplified) == 1 + len([a for a in plan.direction("amplify").arms if a.condition.kind == "dose"]) + 19
+    for edit in amplified:
+        assert edit.level == tuple(levels[list(edit.features)].tolist())
+    assert all(edit.level == () for edit in edits["disable"])
+    assert (plan.declared.margin, plan.declared.alpha) == (0.07, 0.05)
+
+
+def test_an_arm_is_stored_where_its_file_holds_the_same_arm(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
+    arms = {arm.name: arm for arm in plan.direction("disable").arms}
+    assert not any(plan.stored.values())
+    for name in ("set", "steering"):
+        write_arm(pd.DataFrame({"correct": [True]}), plan.arm_path("disable", arms[name]), "another arm", {})
+        assert plan.is_stored("disable", arms[name]) == (name == "steering"), "whose vector only a run can tell"
+    set_arm = arms["set"]
+    write_arm(
+        pd.DataFrame({"correct": [True]}), plan.arm_path("disable", set_arm), plan.arm_hash("disable", set_arm), {}
+    )
+    assert plan.is_stored("disable", set_arm)
+    again = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
+    assert again.direction("disable").stored == {"set", "steering"}
+    assert again.completions == plan.completions - 2 * plan.n_prompts
+
+
+def test_the_hash_of_an_arm_in_another_dictionary_hangs_on_that_dictionary(study: Any) -> None:
+    plan = plan_trial(*study, [F_GATE], provenance=PROVENANCE)
+    arm = plan.direction("disable").set_arm
+    elsewhere = [
+        replace(arm, site=replace(plan.sites["disable"], weights_sha256=name)) for name in ("one", "two", "two")
+    ]
+    hashes = [plan.arm_hash("disable", one) for one in (arm, *elsewhere)]
+    assert len(set(hashes)) == 3
+    assert hashes[2] == hashes[3]

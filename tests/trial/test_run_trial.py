@@ -5,18 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError, StoreError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores import Provenance, open_arms
+from rlgen_stats.toolkit.intervention import plan_trial
 from rlgen_stats.toolkit.trial import run_trial as trial
+from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm
 from tests.trial.planted import (
     F_BRAKE,
     F_GATE,
+    GATE,
+    ID,
     N_PROMPTS,
+    PROVENANCE,
+    WIDTH,
+    planted_crosscoder,
 )
 from tests.trial.trials import (
     Counted,
@@ -130,3 +139,110 @@ def test_the_models_are_left_as_they_were(study: Any, gate: Any) -> None:
     for name in ("base", "rl"):
         assert not list((folder.root / "hf" / name).glob("*.partial"))
     assert not torch.is_inference_mode_enabled()
+
+
+class Canned(trial.LiveTrial):
+    """Models of the study, and arms whose outcomes are made up: two samples a prompt, each grade its own draw."""
+
+    def __init__(self, plan: Any) -> None:
+        super().__init__(plan)
+        self.arms: dict[tuple[str, str], Arm] = {}
+        self.frames: dict[tuple[str, str], pd.DataFrame] = {}
+
+    def run_arm(self, direction: Any, arm: Arm, probes: Any = None, progress: Any = None) -> pd.DataFrame:
+        self.arms[direction, arm.name] = arm
+        if (direction, arm.name) in self.frames:
+            return self.frames[direction, arm.name]
+        n = self.plan.n_prompts * self.plan.n_samples
+        draw = np.random.default_rng(derive_seed(0, direction, arm.name))
+        target = np.tile(self.plan.prompts.target, self.plan.n_samples)
+        correct = draw.random(n) < 0.5
+        correct[target & (arm.condition.kind in ("set", "random"))] = False  # every random set does what the set does
+        words = ["same" if arm.name == "unedited" or k % 4 else "other" for k in range(n)]
+        kl = {name: np.tile(draw.random(self.plan.n_prompts), self.plan.n_samples) for name in trial.DIVERGENCES}
+        forced = {name: values * np.nan for name, values in kl.items() if name.startswith("forced")}
+        frame = pd.DataFrame(
+            {
+                **{"correct": correct, "format_class": np.where(correct, "answer", "no_answer"), "text": words},
+                **{"n_tokens": draw.integers(1, 9, n), "finite": arm.name != "dose-0.5"},
+                "token_ids": [[ID["=3"], ID["<eos>"]]] * n,
+                **kl,
+                **(forced if arm.condition.kind == "random" else {}),
+            }
+        )
+        return self.frames.setdefault((direction, arm.name), frame)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_outcomes_of_several_samples_are_put_together_prompt_by_prompt(
+    study: Any, tmp_path: Path, early_stop: bool
+) -> None:
+    spec, folder = small(study, tmp_path, n_samples=2, early_stop=early_stop)
+    plan = plan_trial(spec.model_copy(update={"seed": 4}), folder, [F_GATE], provenance=PROVENANCE)
+    live = Canned(plan)
+    both = trial.run_trial(plan, live=live)
+    assert [one.table.direction for one in both] == ["disable", "amplify"]
+    other = {"disable": "amplify", "amplify": "disable"}  # whose unedited arm is that of the other model
+    for one in both:
+        table, direction = one.table, one.table.direction
+        frames = [live.frames[direction, condition.name] for condition in table.conditions]
+        n, n_random = plan.n_prompts, sum(c.kind == "random" for c in table.conditions)
+        assert n_random == (1 if early_stop else plan.n_controls), "two of twenty are too many already"
+        for column, cube in (("correct", table.correct), ("n_tokens", table.n_tokens)):
+            assert cube.shape == (len(frames), n, 2)
+            for sample in (0, 1):
+                rows = [frame[column].to_numpy()[sample * n : (sample + 1) * n] for frame in frames]
+                np.testing.assert_array_equal(cube[:, :, sample], np.stack(rows))
+        of_other = live.frames[other[direction], "unedited"]["correct"].to_numpy().reshape(2, n).T
+        np.testing.assert_array_equal(table.other_ending == 0, of_other)
+        forced = np.stack([frame["forced_kl_to_rl"].to_numpy()[:n] for frame in frames])
+        np.testing.assert_array_equal(table.kl_to_rl, forced)
+        assert one.non_finite == ("dose-0.5",)
+        assert one.passthrough_changed == 0.25
+        share = live.share_correct(direction, UNEDITED)
+        np.testing.assert_array_equal(share, table.correct[table.unedited].mean(axis=1))
+
+
+def test_steering_is_the_rl_models_residual_less_bases_and_the_random_direction_as_long(
+    study: Any, tmp_path: Path
+) -> None:
+    spec, folder = small(study, tmp_path)
+    plan = plan_trial(spec.model_copy(update={"seed": 4}), folder, [F_GATE], provenance=PROVENANCE)
+    live = Canned(plan)
+    trial.run_trial(plan, live=live)
+    edits = {key: arm.edit for key, arm in live.arms.items() if arm.edit is not None and arm.edit.vector}
+    assert len(edits) == 4
+    steering = np.array(edits["disable", "steering"].vector)
+    assert steering[GATE] > 0, "the RL model's gate is the higher one"
+    assert np.abs(np.delete(steering, GATE)).max() < 1e-5
+    draw = np.random.default_rng(derive_seed(4, "intervention", "random direction")).standard_normal(WIDTH)
+    random = draw / np.linalg.norm(draw) * np.linalg.norm(steering)
+    np.testing.assert_allclose(edits["amplify", "random-direction"].vector, random)
+    assert {key: edit.strength for key, edit in edits.items() if key[0] == "disable"} == {
+        ("disable", "steering"): -1.0,
+        ("disable", "random-direction"): -1.0,
+    }
+
+
+def test_a_second_sample_leaves_the_first_as_it_is(study: Any, tmp_path: Path) -> None:
+    frames = {}
+    for n_samples in (1, 2):
+        spec, folder = small(study, tmp_path / str(n_samples), n_samples=n_samples, max_prompts=12)
+        plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE, directions=["disable"])
+        frames[n_samples] = trial.LiveTrial(plan).run_arm("disable", UNEDITED)
+    one, two = frames[1], frames[2]
+    assert two["sample"].tolist() == [0] * 12 + [1] * 12
+    assert two["prompt"].tolist() == one["prompt"].tolist() * 2
+    pd.testing.assert_frame_equal(two.iloc[:12].reset_index(drop=True), one)
+    assert (two["text"][12:].to_numpy() != one["text"].to_numpy()).any()
+
+
+def test_a_dictionary_that_changed_since_planning_is_refused(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path)
+    plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
+    other = planted_crosscoder()
+    with torch.no_grad():
+        other.decoder.mul_(2)
+    other.save(folder.crosscoder("main"))
+    with pytest.raises(StoreError, match="other weights than when the trial was planned"):
+        trial.LiveTrial(plan).edit_site("disable")

@@ -12,9 +12,16 @@ from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
-from rlgen_stats.toolkit.statistics.causal.criteria import Settings, dose_order, is_futile
-from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, ending_of, paired_effect
-from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, WRONG, causal, world
+from rlgen_stats.toolkit.statistics.causal.criteria import (
+    Settings,
+    dose_order,
+    effect_shown,
+    is_futile,
+    over_steered,
+    specificity,
+)
+from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, cluster_interval, ending_of, paired_effect
+from tests.statistics.causal.worlds import EMPTY, N_TARGET, N_UNRELATED, RIGHT, SETTINGS, WRONG, causal, world
 
 
 def codes(reasons: tuple[str, ...]) -> set[str]:
@@ -143,6 +150,7 @@ def test_what_is_missing_is_named(changes: dict[str, Any], settings: dict[str, A
     verdict = judge(causal(**changes), replace(SETTINGS, **settings))
     assert verdict.verdict == "INCONCLUSIVE"
     assert code in codes(verdict.reasons)
+    assert verdict.v2 == (code in ("v3_failed", "v4_failed", "passthrough_not_noop"))
 
 
 def test_without_unrelated_tasks_the_fix_is_named() -> None:
@@ -159,6 +167,44 @@ def test_divergence_on_neutral_text_counts_as_a_side_effect() -> None:
     assert not judge(replace(table, neutral_kl=loud), SETTINGS).v4
     everywhere = np.full_like(loud, 0.5)
     assert judge(replace(table, neutral_kl=everywhere), SETTINGS).v4, "random sets do the same"
+
+
+@pytest.mark.parametrize(
+    ("of_set", "of_random", "kept"),
+    [(0.1, 0.01, True), (0.11, 0.01, False), (0.4, [0.01] * 36 + [0.5] * 3, True), (0.4, [0.01] * 38 + [0.5], False)],
+)
+def test_neutral_text_may_move_as_far_as_a_tenth_of_a_nat_or_as_it_does_under_one_random_set_in_twenty(
+    of_set: float, of_random: Any, kept: bool
+) -> None:
+    table = causal()
+    neutral = table.neutral_kl.copy()
+    neutral[table.chosen], neutral[table.where("random")] = of_set, of_random
+    assert judge(replace(table, neutral_kl=neutral), SETTINGS).v4 == kept
+
+
+def test_broken_completions_on_unrelated_tasks_count_as_a_side_effect() -> None:
+    table = causal()
+    for share, kept in ((0.05, True), (0.06, False)):
+        ending = table.ending.copy()
+        wrong = np.flatnonzero(table.unrelated & (ending[table.chosen, :, 0] == WRONG))
+        ending[table.chosen, wrong[: round(share * N_UNRELATED)], 0] = EMPTY
+        assert judge(replace(table, ending=ending), SETTINGS).v4 == kept, share
+
+
+@pytest.mark.parametrize(("n_new", "verdict"), [(20, "CAUSAL_SPECIFIC"), (80, "DESTRUCTIVE")])
+def test_new_failures_break_the_model_where_they_make_up_more_than_half_of_the_effect(n_new: int, verdict: str) -> None:
+    table = causal(fresh_noise=False)
+    lost = -table.change(table.target)[:, table.chosen].sum()
+    assert 0.5 * lost < 80 < 0.9 * lost
+    ending = table.ending.copy()
+    failed = np.flatnonzero(table.target & (ending[table.chosen, :, 0] != RIGHT))
+    ending[table.chosen, failed[:n_new], 0] = EMPTY
+    assert judge(replace(table, ending=ending), SETTINGS).verdict == verdict
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.05, "CAUSAL_SPECIFIC"), (0.06, "INCONCLUSIVE")])
+def test_a_passthrough_may_change_one_completion_in_twenty(share: float, verdict: str) -> None:
+    assert judge(causal(), replace(SETTINGS, noop_changed=share)).verdict == verdict
 
 
 def test_a_set_that_does_not_beat_one_vector_says_so() -> None:
@@ -328,3 +374,77 @@ def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
         share = np.mean(np.array(p_values) <= level)
         assert share <= level + 3 * np.sqrt(level * (1 - level) / 4000)
     assert np.mean(np.array(p_values) <= 0.05) > 0.035
+
+
+def effects_of_set(table: OutcomeTable, mean: float, half: float, p_value: float) -> PairedEffect:
+    """Made-up effects: the set's as given, every other arm's zero."""
+    at = np.arange(len(table.conditions)) == table.chosen
+    return PairedEffect(*(np.where(at, x, 0.0) for x in (mean, mean - half, mean + half)), np.where(at, p_value, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("mean", "p_value", "passed", "opposite"),
+    [(-0.3, 0.05, True, False), (-0.3, 0.051, False, False), (0.3, 0.001, False, True), (0.3, 0.2, False, False)],
+)
+def test_an_effect_needs_its_test_and_its_interval(mean: float, p_value: float, passed: bool, opposite: bool) -> None:
+    table = causal()
+    criterion = effect_shown(table, effects_of_set(table, mean, 0.1, p_value), SETTINGS)
+    assert criterion.passed == passed
+    assert ("v1_opposite" in codes(criterion.reasons)) == opposite
+
+
+def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one() -> None:
+    table = causal(n_random=4)
+    effects = effects_of_set(table, -0.3, 0.1, 0.001)
+    effects.mean[table.where("random")[[1, 3]]] = -0.3, -0.4
+    assert specificity(table, effects, SETTINGS)[1] == 3 / 5
+    assert specificity(table, effects, replace(SETTINGS, n_planned=19))[1] == 2 / 4
+
+
+def test_doses_on_the_other_side_of_no_edit_are_not_beyond_the_main_one() -> None:
+    table = causal()
+    conditions = tuple(replace(c, kind="dose", dose=2.0) if c.kind == "fresh" else c for c in table.conditions)
+    assert dose_order(replace(table, conditions=conditions)) == ([3, 4, 0], [])
+
+
+def test_accuracy_on_unrelated_tasks_is_tested_one_sided() -> None:
+    """Three of a hundred prompts lost and three gained: within the margin at one-sided, not at two-sided alpha."""
+    table = causal()
+    correct = table.correct.copy()
+    unrelated = np.flatnonzero(table.unrelated)
+    right = correct[table.unedited, unrelated, 0] == 1
+    correct[:, unrelated] = correct[[table.unedited]][:, unrelated]
+    correct[table.chosen, unrelated[right][:3]], correct[table.chosen, unrelated[~right][:3]] = 0.0, 1.0
+    assert judge(replace(table, correct=correct), SETTINGS).v4
+    assert not judge(replace(table, correct=correct), replace(SETTINGS, alpha=0.025)).v4
+
+
+def test_a_divergence_that_falls_by_chance_is_no_move_toward_the_other_model() -> None:
+    table = causal()
+    kl = table.kl_to_base.copy()
+    step = np.where(np.arange(kl.shape[1]) % 2, 0.1, -0.1)
+    step[1] = -0.1
+    kl[table.chosen] = kl[table.unedited] + step
+    assert (kl[table.chosen] - kl[table.unedited])[table.target].mean() < 0
+    assert not judge(replace(table, kl_to_base=kl), SETTINGS).v6
+
+
+def test_more_right_answers_than_the_other_model_gives_are_no_failures() -> None:
+    table = causal(rl=0.5, right={"set": 0.9, "dose": 0.7}, base=0.6)
+    conditions = tuple(replace(c, dose=2.0 if c.dose == 0 else 1.5 if c.dose == 0.5 else 1.0) for c in table.conditions)
+    table = replace(table, direction="amplify", conditions=conditions)
+    assert "v6_destroyed" not in codes(judge(table, SETTINGS).reasons)
+
+
+@pytest.mark.parametrize(("change", "n_broken", "flagged"), [(0.0, 0, False), (-0.05, 0, True), (0.0, 30, True)])
+def test_a_dose_beyond_the_main_one_over_steers_where_it_does_worse_or_breaks(
+    change: float, n_broken: int, flagged: bool
+) -> None:
+    table = causal()
+    conditions = tuple(replace(c, kind="dose", dose=-1.0) if c.kind == "fresh" else c for c in table.conditions)
+    ending = table.ending.copy()
+    ending[1, :n_broken] = EMPTY
+    table = replace(table, conditions=conditions, ending=ending)
+    effects = effects_of_set(table, -0.3, 0.1, 0.001)
+    effects.mean[1] = -0.3 - change
+    assert over_steered(table, effects, SETTINGS).tolist() == [i == 1 and flagged for i in range(len(conditions))]

@@ -66,6 +66,7 @@ def sets() -> xr.Dataset:
         ("EVOLVING", NAN, 0.8, EVOLVING),
         ("UNDETERMINED", NAN, 0.8, OPEN),
         ("SET_STABLE", 0.4, 0.49, OPEN),
+        ("SET_STABLE", 0.4, 0.5, EARLY),  # a ceiling of one half is enough
         ("EVOLVING", NAN, NAN, OPEN),
     ],
 )
@@ -111,6 +112,13 @@ def test_timing_without_a_stabilisation_test(missing: Any, sets: xr.Dataset) -> 
     timing = run_timing(sets, "sft", stabilization=empty if missing else None)
     assert timing is not None
     assert all(math.isnan(value) for value in timing.stabilised)
+
+
+def test_the_ceiling_is_that_of_the_last_checkpoint(sets: xr.Dataset) -> None:
+    sets["final_ceiling"].loc[{"model": ["sft@10", "sft@20", "sft@30"]}] = 0.1
+    timing = run_timing(sets, "sft")
+    assert timing is not None
+    assert (timing.ceiling, timing.status) == (0.9, EARLY)
 
 
 def test_no_timing_without_a_run_or_a_checkpoint_in_the_second_half(sets: xr.Dataset) -> None:
