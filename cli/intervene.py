@@ -20,7 +20,7 @@ from rlgen_stats.cli.console import (
 if TYPE_CHECKING:
     import xarray as xr
 
-    from rlgen_stats.toolkit.study.trials import TrialRun
+    from rlgen_stats.toolkit.study.trials_of_other_sets import TrialRun
 
 
 def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[int]:
@@ -82,7 +82,7 @@ def intervene(
         run_and_print(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
         return
     from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
-    from rlgen_stats.toolkit.study.trials import verify_set
+    from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
 
     with progress_for(quiet=quiet) as progress:
         trial = verify_set(

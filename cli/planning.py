@@ -83,7 +83,7 @@ def simulate(folder: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """  # noqa: D301 - click needs the backspace itself
     from dataclasses import asdict
 
-    from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, plant_truth
+    from rlgen_stats.toolkit.statistics.planning.planted_truth import KINDS, Simulation, plant_truth
     from rlgen_stats.toolkit.statistics.planning.simulate import write_simulation
 
     simulation = Simulation(**settings)

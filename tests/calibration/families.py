@@ -9,7 +9,7 @@ import xarray as xr
 
 from rlgen_stats.toolkit.intervention import Settings, judge
 from rlgen_stats.toolkit.statistics.kernels import adjust, max_t, sign_flip_test
-from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
 from rlgen_stats.toolkit.statistics.planning.power import Design, required_prompts
 from rlgen_stats.toolkit.statistics.planning.power_check import simulated_power
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features

@@ -12,7 +12,7 @@ import xarray as xr
 from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
 from rlgen_stats.toolkit.statistics.kernels import max_t
 from rlgen_stats.toolkit.statistics.kernels.flips import maxt
-from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
 from tests.calibration.rows import Row
 

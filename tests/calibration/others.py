@@ -14,7 +14,7 @@ from rlgen_stats.toolkit.statistics.kernels import (
     trend_test,
     wild_cluster_bootstrap,
 )
-from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features
 from rlgen_stats.toolkit.statistics.selection.options import SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features

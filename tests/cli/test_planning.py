@@ -42,7 +42,7 @@ def test_simulate_writes_stores_and_says_what_is_planted(tmp_path: Path) -> None
 def test_simulate_defaults_are_the_dataclass(tmp_path: Path) -> None:
     from dataclasses import asdict
 
-    from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+    from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
 
     defaults = {p.name: p.default for p in COMMANDS["simulate"].params if p.name in asdict(Simulation())}
     assert defaults == asdict(Simulation())

@@ -21,7 +21,7 @@ from rlgen_stats.toolkit.statistics import (
     set_stability,
     stabilization_test,
 )
-from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
 from rlgen_stats.toolkit.statistics.planning.simulate import WrittenStudy, write_simulation
 
 SECONDS_TO_START = 60

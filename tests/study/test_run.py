@@ -17,7 +17,7 @@ from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.stage_graph import BY_NAME, with_needs
-from rlgen_stats.toolkit.study.trials import verify_set
+from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
 from tests.study.conftest import MAIN, PAIR, spec_dict
 
 CALLS: list[str] = []

@@ -3,7 +3,7 @@
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations
 from rlgen_stats.toolkit.crosscoder.data.paired import ArrayReader, PairedActivations
 from rlgen_stats.toolkit.crosscoder.interop.decoder_dataset import decoder_dataset
-from rlgen_stats.toolkit.crosscoder.interop.other_formats import export_crosscoder, import_crosscoder
+from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import export_crosscoder, import_crosscoder
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout

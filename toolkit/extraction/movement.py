@@ -17,7 +17,7 @@ from rlgen_stats.stores.study_models import list_models, ref_coords
 from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
-from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
+from rlgen_stats.toolkit.extraction.next_token_kl import kl_divergence
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 LOGIT_BYTES: Final = 1 << 28

@@ -16,7 +16,7 @@ from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
 from rlgen_stats.toolkit.reporting.claims.c3_selection import unusable_tasks
-from rlgen_stats.toolkit.reporting.claims.scope import runs_per_arm
+from rlgen_stats.toolkit.reporting.claims.replication import runs_per_arm
 from rlgen_stats.toolkit.reporting.formatting import DASH, count, listed
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, flag_counts, labels_of, per_run
 

@@ -18,7 +18,7 @@ from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks
 from rlgen_stats.toolkit.reporting.claims.assess import assess_claims, estimate_text, interval_text
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
 from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, Claim, verdict_label
-from rlgen_stats.toolkit.reporting.claims.scope import replication_text
+from rlgen_stats.toolkit.reporting.claims.replication import replication_text
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables
 from rlgen_stats.toolkit.reporting.examples import Example, pick_examples
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data

@@ -4,7 +4,7 @@ from rlgen_stats.toolkit.statistics.behaviour import behaviour
 from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
 from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
 from rlgen_stats.toolkit.statistics.drift.representation import representation_drift
-from rlgen_stats.toolkit.statistics.planning.planting import Simulation
+from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
 from rlgen_stats.toolkit.statistics.planning.power import (
     Design,
     detectable_effect,

@@ -17,8 +17,8 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
+from rlgen_stats.toolkit.extraction.next_token_kl import kl_divergence
 from rlgen_stats.toolkit.extraction.residual_stream import read_residual
-from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 from rlgen_stats.toolkit.trial.plan import TrialPlan
 
 MAX_NUMBERS: Final = 2**26

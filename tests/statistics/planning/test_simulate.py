@@ -15,7 +15,7 @@ from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores import open_features, open_outcomes, open_results, verify
 from rlgen_stats.toolkit.statistics import SelectionTests, drift_test, select_features, stabilization_test
 from rlgen_stats.toolkit.statistics.planning import simulate as module
-from rlgen_stats.toolkit.statistics.planning.planting import KINDS, Simulation, d_z_of, plant_truth, shift_of
+from rlgen_stats.toolkit.statistics.planning.planted_truth import KINDS, Simulation, d_z_of, plant_truth, shift_of
 from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
 
 SMALL = Simulation(n_prompts=120, n_features=640, runs=1, checkpoints=2, seed=3)

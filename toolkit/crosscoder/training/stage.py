@@ -27,7 +27,7 @@ from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
-from rlgen_stats.toolkit.crosscoder.interop.other_formats import import_crosscoder, weights_file
+from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import import_crosscoder, weights_file
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process

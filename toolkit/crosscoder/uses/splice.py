@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
+from rlgen_stats.toolkit.extraction.next_token_kl import kl_divergence
 from rlgen_stats.toolkit.extraction.residual_stream import block_output, locate_layer
-from rlgen_stats.toolkit.extraction.token_divergence import kl_divergence
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import BASE_MODEL
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
-from rlgen_stats.toolkit.reporting.claims.scope import run_caveat, these_models
+from rlgen_stats.toolkit.reporting.claims.replication import run_caveat, these_models
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, nearest_label, number, text
 from rlgen_stats.toolkit.statistics.claim_verdicts import (

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
-from rlgen_stats.toolkit.reporting.claims.scope import readout_caveat, run_caveat, these_models
+from rlgen_stats.toolkit.reporting.claims.replication import readout_caveat, run_caveat, these_models
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, number
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, timing_verdict

@@ -10,7 +10,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
-from rlgen_stats.toolkit.reporting.claims.scope import readout_caveat
+from rlgen_stats.toolkit.reporting.claims.replication import readout_caveat
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of
 from rlgen_stats.toolkit.statistics.claim_verdicts import (

@@ -67,7 +67,6 @@ from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_c
 from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
 from rlgen_stats.toolkit.statistics.kernels.intervals.clustered import ClusterResult, cluster_se
 from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
-from rlgen_stats.toolkit.statistics.kernels.intervals.proportions import McNemarResult, mcnemar, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.intervals.recovered import (
     mover_difference,
     mover_weighted_sum,
@@ -84,6 +83,7 @@ from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import FdpResult, exceedance_counts, fdp_bound
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.partial_conjunction import partial_conjunction
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.stability_bound import cpss_bound
+from rlgen_stats.toolkit.statistics.kernels.proportions import McNemarResult, mcnemar, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.set_overlap import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.trend import TrendResult, trend_contrast, trend_test
 

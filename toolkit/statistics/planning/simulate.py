@@ -19,7 +19,7 @@ from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.stores import Provenance, append_model, committed_models, place, result_groups, write_results
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.planning.planting import (
+from rlgen_stats.toolkit.statistics.planning.planted_truth import (
     ARMS,
     DIFFICULTY_SHARE,
     LEVEL,
