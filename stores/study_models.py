@@ -19,7 +19,7 @@ REPEAT_MODEL: Final = model_id(f"{BASE_RUN}.repeat", 0)
 """Label of the base read a second time in other batches: the null floor of attribution."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelRef:
     """One checkpoint of a study: its label and where its weights are."""
 
@@ -33,6 +33,11 @@ class ModelRef:
     """Folder of the base model; LoRA adapters are loaded on it, and its tokenizer stands in where there is none."""
     blocks: str | None = None
     """Dotted path of the decoder blocks, where they are not found."""
+
+
+def base_ref(path: Path, blocks: str | None = None) -> ModelRef:
+    """The model that everything is compared with, as it is before any training."""
+    return ModelRef(model=BASE_MODEL, run=BASE_RUN, step=0, arm=BASE_RUN, path=path, base=path, blocks=blocks)
 
 
 def ref_coords(refs: Sequence[ModelRef]) -> dict[str, tuple[str, list[Any]]]:
@@ -55,10 +60,13 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
     """
     base = folder.resolve(spec.base.path)
     blocks = spec.extraction.blocks
-    refs = [ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base, blocks)]
+    refs = [base_ref(base, blocks)]
     for run in spec.runs:
         for step, path in _checkpoints(run, folder):
-            refs.append(ModelRef(model_id(run.name, step), run.name, step, run.arm, path, base, blocks))
+            label = model_id(run.name, step)
+            refs.append(
+                ModelRef(model=label, run=run.name, step=step, arm=run.arm, path=path, base=base, blocks=blocks)
+            )
     return tuple(refs)
 
 

@@ -93,7 +93,7 @@ def test_tied_weights_are_not_called_missing(tmp_path: Path) -> None:
 
 
 def ref_to(path: Path, base: Path | None = None, model: str = "rl@1") -> ModelRef:
-    return ModelRef(model, "rl", 1, "rl", path, base)
+    return ModelRef(model=model, run="rl", step=1, arm="rl", path=path, base=base)
 
 
 def test_missing_folder_and_missing_weights_are_told_apart(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ _VERSION: Final = 3
 """Raised when a change here or in the world changes the weights."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseSettings:
     """Size and training of the base."""
 

@@ -20,12 +20,11 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer, SFTTrainer
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import GraderSpec, RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
-from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef
+from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, base_ref
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import stop_ids
 from rlgen_stats.toolkit.extraction.grading import make_grader
@@ -115,7 +114,7 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     training = _Training(
         run=run,
         grader=spec.grader,
-        base=ModelRef(BASE_MODEL, BASE_RUN, 0, BASE_RUN, base, base),
+        base=base_ref(base),
         table=table,
         arguments=arguments,
         identity=identity,

@@ -58,7 +58,7 @@ CLAIM_FIGURES: Final = {
 """Figures shown in a claim's section; C4's shows both directions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything the templates show."""
 

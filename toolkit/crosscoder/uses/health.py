@@ -65,7 +65,7 @@ class Check:
     """The line in words."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Health:
     """Health of one crosscoder."""
 
@@ -197,7 +197,18 @@ def measure_health(
     fve, l0 = np.array([float(each.value()) for each in joint]), float(rate.sum())
     fve_readout = np.array([float(each.value()) for each in readout_alone])
     bias = np.array([float(each.bias()) for each in joint])
-    health = Health(crosscoder.views, fve, fve_readout, l0, active / n_tokens, rate, bias, n_tokens, dict(ce or {}), ())
+    health = Health(
+        views=crosscoder.views,
+        fve=fve,
+        fve_readout=fve_readout,
+        l0=l0,
+        l0_readout=active / n_tokens,
+        firing=rate,
+        bias=bias,
+        n_tokens=n_tokens,
+        ce=dict(ce or {}),
+        checks=(),
+    )
     health = replace(health, checks=tuple(_judge(crosscoder, health)))
     if folder is not None:
         facts = {"crosscoder": crosscoder.name, "weights_sha256": crosscoder.weights_sha256, "readout": kind}

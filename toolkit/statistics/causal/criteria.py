@@ -34,7 +34,7 @@ NOOP_CHANGE: Final = 0.05
 """Share of completions that a passthrough may change through rounding before the machinery is not trusted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Declared before the trial."""
 

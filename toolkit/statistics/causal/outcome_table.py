@@ -43,7 +43,7 @@ class Condition:
     dose: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutcomeTable:
     """Outcomes of one direction on the same prompts and samples in every arm.
 

@@ -36,7 +36,7 @@ NOT_SHOWN: Final = {
 """What is not shown where this criterion fails; the verdict is then open."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What the trial shows.
 
