@@ -32,6 +32,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.toolkit.study import STAGES
 from tests.end_to_end.conftest import run_command
+from tests.end_to_end.same_numbers import differences
 
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
@@ -206,6 +207,19 @@ def compare(first: Path, second: Path) -> None:
                 assert array.values.tolist() == other.tolist(), f"{group}/{name}"
     ours, theirs = (read_json(folder / "report/report.json")["claims"] for folder in (first, second))
     assert ours == theirs
+
+
+def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    copy = tmp_path / "changed"
+    shutil.copytree(mini[0], copy)
+    assert list(differences(mini[0], copy)) == []
+    drift = zarr.open_group(copy / "results.zarr/drift")
+    drift["effect"][0, 0] = np.nextafter(drift["effect"][0, 0], np.inf) if np.isfinite(drift["effect"][0, 0]) else 0.0
+    report = read_json(copy / "report/report.json")
+    report["claims"][2]["answer"] += " 17"
+    (copy / "report/report.json").write_text(json.dumps(report))
+    changed = list(differences(mini[0], copy))
+    assert [line.split(":")[0] for line in changed] == ["/results/drift/effect", "report.json > claims > 2 > answer"]
 
 
 def test_several_processes_train_crosscoders_through_torchrun(mini: tuple[Path, Result], tmp_path: Path) -> None:
