@@ -74,6 +74,23 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def of_dictionary(name: str, dictionary: int) -> str:
+    """Name of what is kept of one of the encoded crosscoder's dictionaries: ``name``, then ``name.2``, ``name.3``, ...
+
+    Examples
+    --------
+    >>> of_dictionary("drift", 1), of_dictionary("drift", 2)
+    ('drift', 'drift.2')
+    """
+    return name if dictionary == 1 else f"{name}.{dictionary}"
+
+
+def split_dictionary(name: str) -> tuple[str, int]:
+    """Inverse of :func:`of_dictionary`."""
+    stem, _, number = name.rpartition(".")
+    return (stem, int(number)) if stem and number.isdigit() else (name, 1)
+
+
 def model_id(run: str, step: int) -> str:
     """``run@step``: the label of one checkpoint on the model dimension."""
     return f"{check_name(run, 'a run name')}@{int(step)}"

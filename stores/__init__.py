@@ -10,7 +10,7 @@ from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.migrate import migrate
 from rlgen_stats.stores.provenance import Provenance, git_commit, package_versions
 from rlgen_stats.stores.reader import MixedReader, PairedReader
-from rlgen_stats.stores.results import open_results, result_groups, write_results
+from rlgen_stats.stores.results import open_by_dictionary, open_results, result_groups, write_results
 from rlgen_stats.stores.study_tree import open_study
 from rlgen_stats.stores.tables import append_model, committed_models, open_features, open_outcomes
 from rlgen_stats.stores.trial_completions import open_arms
@@ -33,6 +33,7 @@ __all__ = [
     "migrate",
     "open_activations",
     "open_arms",
+    "open_by_dictionary",
     "open_features",
     "open_outcomes",
     "open_results",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlgen_stats.schemas.dims import of_dictionary
+
 
 @dataclass(frozen=True)
 class StudyFolder:
@@ -34,8 +36,12 @@ class StudyFolder:
 
     @property
     def features(self) -> Path:
-        """Prompt summaries of features."""
-        return self.root / "features.zarr"
+        """Prompt summaries of the first dictionary's features."""
+        return self.features_of(1)
+
+    def features_of(self, dictionary: int) -> Path:
+        """Prompt summaries of one of the encoded crosscoder's dictionaries, counted from 1: features.2.zarr, ..."""
+        return self.root / f"{of_dictionary('features', dictionary)}.zarr"
 
     @property
     def results(self) -> Path:

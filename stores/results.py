@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from rlgen_stats.schemas.dims import FEATURE, check_name
+from rlgen_stats.schemas.dims import FEATURE, check_name, of_dictionary, split_dictionary
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
 from rlgen_stats.stores.atomic import ZARR_JSON, remove_leftovers, replacing
@@ -35,8 +35,7 @@ def write_results(path: Path | str, group: str, dataset: xr.Dataset, *, provenan
     """
     root = place(path)
     check_name(group, "a results group")
-    if group in RESULT_GROUPS:
-        validate(dataset, group)
+    _validated(dataset, group)
     dataset = as_strings(dataset.assign_attrs(provenance.attrs()).drop_encoding())
     with exclusive(root), explain_access_errors(root):
         if not (root / ZARR_JSON).exists():
@@ -57,7 +56,7 @@ def result_groups(path: Path | str) -> list[str]:
 
 
 def open_results(path: Path | str, group: str) -> xr.Dataset:
-    """One analysis, lazily.
+    """One analysis, lazily; that of another dictionary than the first as ``group.2``, ``group.3``, ...
 
     Raises
     ------
@@ -75,4 +74,15 @@ def open_results(path: Path | str, group: str) -> xr.Dataset:
         raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
     check_store_version(root / group, read_document(root / group).get("attributes", {}))
     dataset = open_lazily(root / group)
-    return validate(dataset, group) if group in RESULT_GROUPS else dataset
+    return _validated(dataset, group)
+
+
+def open_by_dictionary(path: Path | str, group: str) -> dict[int, xr.Dataset]:
+    """One analysis of every dictionary it was made with, by the dictionary's number, lazily; empty if there is none."""
+    numbers = sorted(number for stem, number in map(split_dictionary, result_groups(path)) if stem == group)
+    return {number: open_results(path, of_dictionary(group, number)) for number in numbers}
+
+
+def _validated(dataset: xr.Dataset, group: str) -> xr.Dataset:
+    layout = split_dictionary(group)[0]
+    return validate(dataset, layout) if layout in RESULT_GROUPS else dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count, takewhile
 from pathlib import Path
 
 import xarray as xr
@@ -16,6 +17,8 @@ from rlgen_stats.stores.tables import committed_models, open_features, open_outc
 
 def open_study(path: Path | str) -> xr.DataTree:
     """Everything a study has so far: nodes ``outcomes``, ``activations``, ``features``, ``results/<analysis>``, lazily.
+
+    Of the encoded crosscoder's other dictionaries: ``features.2``, ``results/<analysis>.2`` and so on.
 
     Raises
     ------
@@ -39,7 +42,7 @@ def open_study(path: Path | str) -> xr.DataTree:
         nodes["outcomes"] = open_outcomes(folder.outcomes)
     if folder.activations.exists() and complete_models(folder.activations):
         nodes["activations"] = open_activations(folder.activations)
-    if committed_models(folder.features):
-        nodes["features"] = open_features(folder.features)
+    for path in takewhile(committed_models, map(folder.features_of, count(1))):
+        nodes[path.stem] = open_features(path)
     nodes |= {f"results/{group}": open_results(folder.results, group) for group in result_groups(folder.results)}
     return xr.DataTree.from_dict(nodes, name=folder.root.name)

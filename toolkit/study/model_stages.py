@@ -98,7 +98,7 @@ def encode(study: Study, key: str, progress: Progress) -> Facts:
     primary = study.spec.primary_crosscoder
     require_healthy(
         study.folder,
-        {primary.name: primary.accept_unhealthy},
+        dict.fromkeys(primary.names, primary.accept_unhealthy),
         stage="encode",
         force="encode" in study.forced,
         progress=progress,

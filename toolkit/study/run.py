@@ -106,8 +106,8 @@ def _check_parallel(study: Study, plan: Sequence[Stage]) -> None:
 def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) -> None:
     key, previous = study.key(stage.name), study.record(stage.name)
     own_keys = {str(previous.get("key")), *map(str, previous.get("earlier", []))}
-    for output in (*stage.outputs, *stage.optional):
-        _clear_superseded(study, study.folder.root / output, key=key, own_keys=own_keys, forced=forced)
+    for store in study.stores(stage):
+        _clear_superseded(study, store, key=key, own_keys=own_keys, forced=forced)
     for name in stage.owned:
         keep = previous.get("key") == key and not forced
         _clear_owned(study.folder.root / name, keep=keep, known=bool(previous))

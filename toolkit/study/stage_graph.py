@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from rlgen_stats.schemas.dims import of_dictionary
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
@@ -38,6 +40,8 @@ class Stage:
     """Stores it writes only where they can be estimated."""
     owned: tuple[str, ...] = ()
     """Plain folders among the outputs that hold only this key's files, and go when the key changes."""
+    by_dictionary: tuple[str, ...] = ()
+    """Outputs that exist once for each dictionary of the encoded crosscoder."""
     version: int = 1
     """Raised when the stage's code changes its numbers."""
 
@@ -64,7 +68,15 @@ STAGES: Final = (
         ("crosscoder", "results.zarr/health"),
         version=2,
     ),
-    Stage("encode", ("crosscoder",), ("summaries",), f"{_MODELS}:encode", ("features.zarr",), version=2),
+    Stage(
+        "encode",
+        ("crosscoder",),
+        ("summaries",),
+        f"{_MODELS}:encode",
+        (),
+        by_dictionary=("features.zarr",),
+        version=3,
+    ),
     Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",), version=2),
     Stage(
         "align",
@@ -75,14 +87,23 @@ STAGES: Final = (
         optional=("results.zarr/matching",),
         version=3,
     ),
-    Stage("drift", ("encode",), ("statistics",), f"{_STATISTICS}:drift", ("results.zarr/drift",), version=2),
+    Stage(
+        "drift",
+        ("encode",),
+        ("statistics",),
+        f"{_STATISTICS}:drift",
+        (),
+        by_dictionary=("results.zarr/drift",),
+        version=3,
+    ),
     Stage(
         "stabilize",
         ("encode",),
         ("statistics",),
         f"{_STATISTICS}:stabilize",
-        ("results.zarr/stabilization", "results.zarr/set_stability"),
-        version=2,
+        (),
+        by_dictionary=("results.zarr/stabilization", "results.zarr/set_stability"),
+        version=3,
     ),
     Stage(
         "significance",
@@ -98,8 +119,9 @@ STAGES: Final = (
         ("encode",),
         ("statistics", "selection"),
         f"{_STATISTICS}:select",
-        ("results.zarr/selection",),
-        version=2,
+        (),
+        by_dictionary=("results.zarr/selection",),
+        version=3,
     ),
     Stage(
         "intervene",
@@ -255,13 +277,27 @@ class Study:
         """Replace a stage's record."""
         write_json(self.folder.stages / f"{name}.json", {"stage": name, **facts})
 
+    def outputs(self, stage: Stage) -> list[Path]:
+        """Paths that exist once a stage is done."""
+        dictionaries = range(1, len(self.spec.primary_crosscoder.names) + 1)
+        repeated = [_of_dictionary(output, number) for output in stage.by_dictionary for number in dictionaries]
+        return [self.folder.root / output for output in (*stage.outputs, *repeated)]
+
+    def stores(self, stage: Stage) -> list[Path]:
+        """Everything a stage may have written: its outputs, also of more dictionaries than there are now."""
+        paths = self.outputs(stage) + [self.folder.root / output for output in stage.optional]
+        for output in stage.by_dictionary:
+            numbered = (self.folder.root / _of_dictionary(output, number) for number in count(2))
+            paths += [path for path in takewhile(Path.exists, numbered) if path not in paths]
+        return paths
+
     def state(self, name: str) -> State:
         """done: key and outputs match; stale: finished under another key; interrupted: begun; waiting: never begun."""
         record = self.record(name)
         if not record:
             return "waiting"
         if record.get("finished") and record.get("key") == self.key(name):
-            complete = all((self.folder.root / output).exists() for output in stage_named(name).outputs)
+            complete = all(path.exists() for path in self.outputs(stage_named(name)))
             return "done" if complete else "interrupted"
         return "stale" if record.get("finished") else "interrupted"
 
@@ -273,6 +309,11 @@ class Study:
             )
             for stage in STAGES
         )
+
+
+def _of_dictionary(output: str, number: int) -> str:
+    path = Path(output)
+    return str(path.with_name(of_dictionary(path.stem, number) + path.suffix))
 
 
 def _section(spec: StudySpec, path: str) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK
+from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK, of_dictionary
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import CrosscoderSpec, RunSpec, SelectionSpec
 from rlgen_stats.stores import open_features, open_outcomes, open_results, write_results
@@ -30,58 +30,65 @@ Facts = dict[str, Any]
 
 
 def drift(study: Study, key: str, progress: Progress) -> Facts:
-    """Which features' activation differs from base, at every checkpoint of every run."""
-    spec, features = study.spec, open_features(study.folder.features)
-    settings = spec.statistics
-    models = [str(model) for model in features[MODEL].values if model != BASE_MODEL]
-    with progress.task("drift tests", total=len(models), unit="models") as task:
-        changes = drift_test(
-            features,
-            models=models,
-            clusters=clusters_of(features),
-            alpha=settings.alpha,
-            n_resamples=settings.n_resamples,
-            n_bootstrap=settings.n_bootstrap,
-            n_min=settings.n_min,
-            seed=derive_seed(spec.seed, "drift"),
-        ).compute()
-        task.advance(len(models))
-    write_results(study.folder.results, "drift", changes, provenance=study.provenance("drift", key))
-    calls = changes["call"].astype(str)
-    return {"drifting": {str(m): int((calls.sel({MODEL: m}) == "DRIFT").sum()) for m in changes[MODEL].values}}
+    """Which features' activation differs from base, at every checkpoint of every run, in every dictionary."""
+    spec, settings = study.spec, study.spec.statistics
+    provenance, n_drifting = study.provenance("drift", key), {}
+    with progress.task("drift tests", total=len(spec.primary_crosscoder.names), unit="dictionaries") as task:
+        for number, features in features_by_dictionary(study):
+            changes = drift_test(
+                features,
+                models=[str(model) for model in features[MODEL].values if model != BASE_MODEL],
+                clusters=clusters_of(features),
+                alpha=settings.alpha,
+                n_resamples=settings.n_resamples,
+                n_bootstrap=settings.n_bootstrap,
+                n_min=settings.n_min,
+                seed=derive_seed(spec.seed, "drift"),
+            ).compute()
+            write_results(study.folder.results, of_dictionary("drift", number), changes, provenance=provenance)
+            drifting = (changes["call"].astype(str) == "DRIFT").sum(FEATURE)
+            n_drifting[str(number)] = dict(zip(drifting[MODEL].values.tolist(), drifting.values.tolist(), strict=True))
+            task.advance(1)
+    return {"drifting": n_drifting}
 
 
 def stabilize(study: Study, key: str, progress: Progress) -> Facts:
-    """When features and top sets stop changing, run by run."""
-    spec, features = study.spec, open_features(study.folder.features)
-    settings, provenance = spec.statistics, study.provenance("stabilize", key)
-    runs = [run.name for run in spec.runs]
-    clusters = clusters_of(features)
-    chain = stabilization_test(
-        features,
-        runs=runs,
-        margin=settings.margin,
-        persist=settings.persist,
-        clusters=clusters,
-        n_min=settings.n_min,
-        alpha=settings.alpha,
-        seed=derive_seed(spec.seed, "stabilize"),
-        n_bootstrap=settings.n_bootstrap,
-    )
-    write_results(study.folder.results, "stabilization", chain, provenance=provenance)
-    sets = set_stability(
-        features,
-        runs=runs,
-        k=settings.top_k,
-        n_halvings=settings.n_halvings,
-        clusters=clusters,
-        n_min=settings.n_min,
-        alpha=settings.alpha,
-        seed=derive_seed(spec.seed, "sets"),
-        progress=progress,
-    )
-    write_results(study.folder.results, "set_stability", sets, provenance=provenance)
-    return {"verdicts": dict(zip(runs, sets["verdict"].values.astype(str).tolist(), strict=True))}
+    """When features and top sets stop changing, run by run, in every dictionary."""
+    spec, settings = study.spec, study.spec.statistics
+    provenance, runs, verdicts = study.provenance("stabilize", key), [run.name for run in spec.runs], {}
+    for number, features in features_by_dictionary(study):
+        chain = stabilization_test(
+            features,
+            runs=runs,
+            margin=settings.margin,
+            persist=settings.persist,
+            clusters=clusters_of(features),
+            n_min=settings.n_min,
+            alpha=settings.alpha,
+            seed=derive_seed(spec.seed, "stabilize"),
+            n_bootstrap=settings.n_bootstrap,
+        )
+        write_results(study.folder.results, of_dictionary("stabilization", number), chain, provenance=provenance)
+        sets = set_stability(
+            features,
+            runs=runs,
+            k=settings.top_k,
+            n_halvings=settings.n_halvings,
+            clusters=clusters_of(features),
+            n_min=settings.n_min,
+            alpha=settings.alpha,
+            seed=derive_seed(spec.seed, "sets"),
+            progress=progress,
+        )
+        write_results(study.folder.results, of_dictionary("set_stability", number), sets, provenance=provenance)
+        verdicts[str(number)] = dict(zip(runs, sets["verdict"].values.astype(str).tolist(), strict=True))
+    return {"verdicts": verdicts}
+
+
+def features_by_dictionary(study: Study) -> Iterator[tuple[int, xr.Dataset]]:
+    """The features of each dictionary of the primary crosscoder, and its number from 1 on."""
+    for number in range(1, len(study.spec.primary_crosscoder.names) + 1):
+        yield number, open_features(study.folder.features_of(number))
 
 
 def significance(study: Study, key: str, progress: Progress) -> Facts:
@@ -122,30 +129,31 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def select(study: Study, key: str, progress: Progress) -> Facts:
-    """Choose generalisation features on the selection prompts and confirm them on the verification prompts."""
+    """Choose generalisation features on the selection prompts, confirm them on the verification prompts."""
     spec, folder = study.spec, study.folder
-    features, outcomes = open_features(folder.features), open_outcomes(folder.outcomes)
+    provenance, outcomes, selected = study.provenance("select", key), open_outcomes(folder.outcomes), {}
     settings, rules = spec.statistics, spec.selection
-    target = final_step(features, spec.contrasted[1].name)
-    chosen = select_features(
-        features,
-        outcomes,
-        target=target,
-        held_out=[task for task in rules.held_out_tasks if task in features[TASK].values],
-        controls=[task for task in rules.control_tasks if task in features[TASK].values],
-        rule=SelectionRule(score_fraction=rules.score_fraction, max_features=rules.max_features),
-        tests=SelectionTests(
-            alpha=settings.alpha,
-            n_resamples=settings.n_resamples,
-            n_bootstrap=settings.n_bootstrap,
-            min_discordant=rules.min_discordant,
-            n_min=settings.n_min,
-        ),
-        clusters=clusters_of(features),
-        seed=derive_seed(spec.seed, "select"),
-    )
-    write_results(folder.results, "selection", chosen, provenance=study.provenance("select", key))
-    return {"rule": str(chosen.attrs["rule"]), "selected": chosen[FEATURE].values[chosen["selected"].values].tolist()}
+    for number, features in features_by_dictionary(study):
+        chosen = select_features(
+            features,
+            outcomes,
+            target=final_step(features, spec.contrasted[1].name),
+            held_out=[task for task in rules.held_out_tasks if task in features[TASK].values],
+            controls=[task for task in rules.control_tasks if task in features[TASK].values],
+            rule=SelectionRule(score_fraction=rules.score_fraction, max_features=rules.max_features),
+            tests=SelectionTests(
+                alpha=settings.alpha,
+                n_resamples=settings.n_resamples,
+                n_bootstrap=settings.n_bootstrap,
+                min_discordant=rules.min_discordant,
+                n_min=settings.n_min,
+            ),
+            clusters=clusters_of(features),
+            seed=derive_seed(spec.seed, "select"),
+        )
+        write_results(study.folder.results, of_dictionary("selection", number), chosen, provenance=provenance)
+        selected[str(number)] = chosen[FEATURE].values[chosen["selected"].values].tolist()
+    return {"selected": selected}
 
 
 def report(study: Study, key: str, progress: Progress) -> Facts:

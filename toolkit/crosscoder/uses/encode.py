@@ -288,14 +288,15 @@ def summarise_prompts(
 def encode_features(
     spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
 ) -> None:
-    """Summarise the features of base and of every checkpoint per prompt, in features.zarr (layout ``features``).
+    """Summarise the features of base and of every checkpoint per prompt, in each dictionary of the primary crosscoder.
 
     Parameters
     ----------
     spec, folder
-        The study, with activations stored and the primary crosscoder trained.
+        The study, with activations stored and the primary crosscoder trained. The first dictionary's features are
+        stored in features.zarr (layout ``features``), the others' in features.2.zarr and so on.
     provenance
-        Origin of the store.
+        Origin of the stores.
     progress
         Receiver of progress, in models.
 
@@ -304,57 +305,61 @@ def encode_features(
     StageError
         If a model's activations are not complete.
     StoreError
-        If there is no crosscoder, or features.zarr was written with another one.
+        If a dictionary is missing, or its store was written with other weights.
 
     Notes
     -----
     Models already committed are skipped. The second reading of base is no model of the study and is left out.
     """
-    primary = spec.primary_crosscoder
-    device = resolve_device(spec.device)
-    crosscoder = load_crosscoder(folder.crosscoder(primary.name), device=device)
-    site = site_name(spec.extraction.layer)
+    names, site = spec.primary_crosscoder.names, site_name(spec.extraction.layer)
     refs = list_models(spec, folder)
     complete = complete_models(folder.activations, site)
     missing = [ref.model for ref in refs if ref.model not in complete]
     if missing:
         raise StageError(f"{folder.activations} lacks the activations of {missing}; run the extract stage.")
-    done = committed_models(folder.features)
-    if done:
-        _check_crosscoder(folder, crosscoder)
-    tokens = open_tokens(folder.activations)
     prompts = Prompts(folder.activations, usable_tokens(spec, folder, "summary"))
-    partners = partner_activations(crosscoder, folder.activations, site, primary.readout)
-    with progress.task("encode", total=len(refs), unit="models") as task:
-        for ref in refs:
-            if ref.model not in done:
-                activation = open_activations(folder.activations, models=[ref.model], site=site)["activation"][0]
-                view = view_of(ref.model, crosscoder.views)
-                table = summarise(
-                    crosscoder,
-                    activation,
-                    prompts,
-                    view=view,
-                    readout=primary.readout,
-                    partners=partners,
-                    histograms=spec.summaries.histograms,
-                )
-                dataset = _labelled(table, ref, crosscoder, prompts).assign_attrs(
-                    readout=primary.readout,
-                    text_mode=str(tokens.attrs["text_mode"]),
-                    crosscoder=crosscoder.weights_sha256,
-                    scale=f"{SCALE} of the view" if primary.readout == "joint" else SCALE,
-                    site=site,
-                )
-                append_model(folder.features, "features", dataset, provenance=provenance)
-            task.advance(1, model=ref.model)
+    with progress.task("encode", total=len(names) * len(refs), unit="models") as task:
+        for number, name in enumerate(names, start=1):
+            crosscoder = load_crosscoder(folder.crosscoder(name), device=resolve_device(spec.device))
+            store = folder.features_of(number)
+            done = committed_models(store)
+            if done:
+                _check_crosscoder(store, crosscoder)
+            for ref in refs:
+                if ref.model not in done:
+                    dataset = _encoded(spec, folder, crosscoder, ref, prompts)
+                    append_model(store, "features", dataset, provenance=provenance)
+                task.advance(1, dictionary=name, model=ref.model)
 
 
-def _check_crosscoder(folder: StudyFolder, crosscoder: Crosscoder) -> None:
-    written = str(open_features(folder.features).attrs.get("crosscoder"))
+def _encoded(
+    spec: StudySpec, folder: StudyFolder, crosscoder: Crosscoder, ref: ModelRef, prompts: Prompts
+) -> xr.Dataset:
+    """One model's summaries in one dictionary, as they are stored."""
+    readout, site = spec.primary_crosscoder.readout, site_name(spec.extraction.layer)
+    table = summarise(
+        crosscoder,
+        open_activations(folder.activations, models=[ref.model], site=site)["activation"][0],
+        prompts,
+        view=view_of(ref.model, crosscoder.views),
+        readout=readout,
+        partners=partner_activations(crosscoder, folder.activations, site, readout),
+        histograms=spec.summaries.histograms,
+    )
+    return _labelled(table, ref, crosscoder, prompts).assign_attrs(
+        readout=readout,
+        text_mode=str(open_tokens(folder.activations).attrs["text_mode"]),
+        crosscoder=crosscoder.weights_sha256,
+        scale=f"{SCALE} of the view" if readout == "joint" else SCALE,
+        site=site,
+    )
+
+
+def _check_crosscoder(store: Path, crosscoder: Crosscoder) -> None:
+    written = str(open_features(store).attrs.get("crosscoder"))
     if written != crosscoder.weights_sha256:
         raise StoreError(
-            f"{folder.features} was encoded with crosscoder {written[:12]}, but {crosscoder.name!r} is now "
+            f"{store} was encoded with crosscoder {written[:12]}, but {crosscoder.name!r} is now "
             f"{crosscoder.weights_sha256[:12]}; features of different crosscoders are never mixed: move it away and "
             "run the encode stage again."
         )
