@@ -7,6 +7,37 @@ from typing import Final
 from rlgen_stats.schemas.declaring import MODEL_COORDS, TEST_ATTRS, TEST_VARIABLES, Layout, variables_on
 from rlgen_stats.schemas.dims import DOMAIN, FEATURE, MODEL, TASK, TRAINED_RUN, VIEW
 
+_INTERVENTION: Final = (
+    variables_on(
+        "direction condition",
+        accuracy="float",
+        effect="float",
+        effect_low="float",
+        effect_high="float",
+        p_value="float",
+        kind="str",
+        dose="float",
+        kl_to_base="float",
+        kl_to_rl="float",
+        length="float",
+    )
+    | variables_on(f"direction condition {TASK}", task_accuracy="float", task_effect="float")
+    | variables_on("direction condition class", class_share="float")
+    | variables_on(
+        "direction",
+        verdict="str",
+        reasons="str",
+        rank_p="float",
+        v1="bool",
+        v2="bool",
+        v3="bool",
+        v4="bool",
+        v5="str",
+        v6="bool",
+        n_prompts="int",
+    )
+)
+
 RESULTS: Final = (
     Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
         "behaviour",
@@ -200,37 +231,11 @@ RESULTS: Final = (
         # share of random half-samples of the selection prompts in which the feature is among the leading ones
         | variables_on(FEATURE, verification_score="float", stability="float", stable="bool"),
     ),
-    Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm
+    Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm; all dictionaries together
         "intervention",
-        variables_on(
-            "direction condition",
-            accuracy="float",
-            effect="float",
-            effect_low="float",
-            effect_high="float",
-            p_value="float",
-            kind="str",
-            dose="float",
-            kl_to_base="float",
-            kl_to_rl="float",
-            length="float",
-        )
-        | variables_on(f"direction condition {TASK}", task_accuracy="float", task_effect="float")
-        | variables_on("direction condition class", class_share="float")
-        | variables_on(
-            "direction",
-            verdict="str",
-            reasons="str",
-            rank_p="float",
-            v1="bool",
-            v2="bool",
-            v3="bool",
-            v4="bool",
-            v5="str",
-            v6="bool",
-            n_prompts="int",
-        ),
+        _INTERVENTION,
         attrs=("test", "null", "unit", "seed", "alpha", "features"),
+        optional=variables_on("direction dictionary", dictionary_effect="float"),
     ),
     Layout(  # balance of the matched random sets against the selected set, one row per covariate
         "control_balance",

@@ -21,8 +21,10 @@ from rlgen_stats.stores.folder import StudyFolder
 
 CONDITION: Final = b"rlgen_stats_condition"
 """Key of an arm's name, kind and dose (JSON) in its file."""
-SHARED_KINDS: Final = ("unedited", "fresh", "passthrough", "steering", "random_direction")
-"""Arms that are the same whatever the set, and so shared by all trials."""
+FEATURELESS_KINDS: Final = ("unedited", "fresh", "steering", "random_direction")
+"""Arms that read no feature: the same whatever the dictionary, and so shared by all trials."""
+SHARED_KINDS: Final = (*FEATURELESS_KINDS, "passthrough")
+"""Arms that are the same whatever the set: shared by all trials with one dictionary."""
 _VARIABLES: Final = {"correct": bool, "n_tokens": np.int64, "format_class": np.str_, "text": np.str_}
 PROMPT_DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl")
 """Columns that hold one number a prompt: KL at the first completion position, and over whole forced completions."""
@@ -40,11 +42,19 @@ class ArmFiles:
     """intervention/ in the study folder."""
     trial: str = ""
     """Name of a trial beside the study's own; arms that do not depend on the set are shared with it."""
+    dictionary: int = 1
+    """Number of the dictionary whose features are edited; arms that edit none are shared with the first."""
 
     def path(self, direction: str, name: str, kind: str) -> Path:
         """File of an arm."""
-        folder = self.root if kind in SHARED_KINDS or not self.trial else self.root / self.trial
-        return folder / direction / f"{name}.parquet"
+        return self.folder(kind) / direction / f"{name}.parquet"
+
+    def folder(self, kind: str) -> Path:
+        """Folder of the arms of a kind, by direction."""
+        if kind in FEATURELESS_KINDS:
+            return self.root
+        of_dictionary = self.root if self.dictionary == 1 else self.root / f"dictionary-{self.dictionary}"
+        return of_dictionary if kind in SHARED_KINDS or not self.trial else of_dictionary / self.trial
 
 
 def has_arm(path: Path, arm_hash: str) -> bool:
@@ -66,7 +76,7 @@ def write_arm(frame: pd.DataFrame, path: Path, arm_hash: str, condition: Mapping
         pq.write_table(table, temporary)
 
 
-def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "") -> xr.Dataset:
+def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "", dictionary: int = 1) -> xr.Dataset:
     """Every completion of a causal trial with its grade, as the outcomes of models are: labelled by arm and prompt.
 
     Parameters
@@ -78,6 +88,8 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     trial
         Name of a trial beside the study's own, e.g. ``features-12-407``; its arms, and those without a set that all
         trials share.
+    dictionary
+        Number of the dictionary whose features were edited.
 
     Returns
     -------
@@ -86,7 +98,7 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
         ``kl_to_rl`` [condition, prompt], the divergence of the next-token distribution from the unedited models' where
         the completion begins, in nats, and ``forced_kl_to_base``, ``forced_kl_to_rl`` over whole completions of theirs
         (NaN for arms where they were not measured: the random sets' on completions, parts of sets); coordinates
-        ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, dose, replicate, steering,
+        ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, dose, steering,
         random_direction, lift, part) and ``dose``; ``prompt`` with ``task``, ``domain``, ``split``, ``cluster``;
         ``sample``.
 
@@ -101,16 +113,15 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     >>> arms.correct.sel(condition=["unedited", "set"]).groupby("task").mean(["prompt", "sample"])  # doctest: +SKIP
     """
     folder = study if isinstance(study, StudyFolder) else StudyFolder(Path(study))
-    root = folder.root / "intervention"
-    files = {file.stem: file for file in sorted((root / direction).glob("*.parquet"))}
+    where = ArmFiles(folder.root / "intervention", trial, dictionary)
+    files: dict[str, Path] = {}
+    for kinds in (FEATURELESS_KINDS, ("passthrough",), ("set",)):  # from what is shared most to the trial's own
+        found = {file.stem: file for file in sorted((where.folder(kinds[0]) / direction).glob("*.parquet"))}
+        own = kinds == ("set",)
+        files |= {name: file for name, file in found.items() if own or _condition(file)["kind"] in kinds}
+    if not files or not own or not found:
+        raise StoreError(f"{where.folder('set') / direction} has no arms; run rlgen-stats intervene.")
     conditions = {name: _condition(file) for name, file in files.items()}
-    if trial:
-        files = {name: file for name, file in files.items() if conditions[name]["kind"] in SHARED_KINDS}
-        of_trial = {file.stem: file for file in sorted((root / trial / direction).glob("*.parquet"))}
-        files |= of_trial
-        conditions |= {name: _condition(file) for name, file in of_trial.items()}
-    if not files or (trial and not of_trial):
-        raise StoreError(f"{root / trial / direction} has no arms; run rlgen-stats intervene.")
     tables = {name: pq.read_table(file).to_pandas() for name, file in files.items()}
     first = next(iter(tables.values()))
     samples = first[SAMPLE].unique()

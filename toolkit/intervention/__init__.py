@@ -21,11 +21,17 @@ from rlgen_stats.toolkit.trial.arms import choose_prompts, plan_arms
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, plan_trial
 from rlgen_stats.toolkit.trial.run_trial import LiveTrial, run_trial
-from rlgen_stats.toolkit.trial.verify_causally import feature_effects, verify_causally
+from rlgen_stats.toolkit.trial.verify_causally import (
+    DictionaryTrials,
+    feature_effects,
+    verify_causally,
+    verify_in_dictionaries,
+)
 
 __all__ = [
     "ActiveEdit",
     "Condition",
+    "DictionaryTrials",
     "DirectionOutcomes",
     "EditSite",
     "FeatureEdit",
@@ -51,6 +57,7 @@ __all__ = [
     "plan_trial",
     "run_trial",
     "verify_causally",
+    "verify_in_dictionaries",
 ]
 
 _RENAMED = {"Donor": "SourceModel"}

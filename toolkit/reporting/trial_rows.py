@@ -32,6 +32,8 @@ def trial_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
     for group, data in results.items():
         if not group.startswith(PREFIX) or "verdict" not in data:
             continue
+        if group == "trial-dictionary" and "trial-dictionary.2" not in results:
+            continue  # the only dictionary: its trial is the study's
         for direction in labels_of(data, "direction"):
             condition = main_condition(data, direction)
             reasons = text(data, "reasons", direction=direction)

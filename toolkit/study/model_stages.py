@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import ARM, FEATURE, MODEL, RUN
+from rlgen_stats.schemas.dims import ARM, FEATURE, MODEL, RUN, of_dictionary
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.study import RunSpec
-from rlgen_stats.stores import open_activations, open_results, read_json, write_json, write_results
+from rlgen_stats.stores import open_activations, open_by_dictionary, read_json, write_json, write_results
 from rlgen_stats.toolkit.crosscoder import (
     encode_features,
     forget_crosscoders,
@@ -23,7 +23,7 @@ from rlgen_stats.toolkit.crosscoder import (
     write_logits,
 )
 from rlgen_stats.toolkit.extraction import extract_activations, measure_movement, sample_outcomes, usable_tokens
-from rlgen_stats.toolkit.intervention import verify_causally
+from rlgen_stats.toolkit.intervention import verify_in_dictionaries
 from rlgen_stats.toolkit.posttrain import train_run
 from rlgen_stats.toolkit.progress import Progress
 from rlgen_stats.toolkit.statistics import representation_drift
@@ -133,17 +133,21 @@ def movement(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def intervene(study: Study, key: str, progress: Progress) -> Facts:
-    """Edit the selected features in the live models and judge, with controls."""
-    selection = open_results(study.folder.results, "selection").load()
-    features = [int(k) for k in ranked_features(selection)]
+    """Edit each dictionary's selected features in the live models and judge, with controls, each and all together."""
+    results = study.folder.results
+    sets = {number: ranked_features(chosen) for number, chosen in open_by_dictionary(results, "selection").items()}
     provenance = study.provenance("intervene", key)
-    results, balance = verify_causally(study.spec, study.folder, features, provenance=provenance, progress=progress)
-    write_results(study.folder.results, "intervention", results, provenance=provenance)
-    write_results(study.folder.results, "control_balance", balance, provenance=provenance)
-    return {"features": features, "verdicts": [str(verdict) for verdict in results["verdict"].values]}
+    found = verify_in_dictionaries(study.spec, study.folder, sets, provenance=provenance, progress=progress)
+    for number, (trial, balance) in found.trials.items():
+        write_results(results, of_dictionary("trial-dictionary", number), trial, provenance=provenance)
+        write_results(results, of_dictionary("trial-dictionary-balance", number), balance, provenance=provenance)
+    write_results(results, "intervention", found.intervention, provenance=provenance)
+    write_results(results, "control_balance", found.balance, provenance=provenance)
+    return {"features": sets, "verdicts": [str(verdict) for verdict in found.intervention["verdict"].values]}
 
 
-def ranked_features(selection: xr.Dataset) -> Any:
+def ranked_features(selection: xr.Dataset) -> list[int]:
     """Selected feature ids, best first."""
-    chosen = selection.isel({FEATURE: np.flatnonzero(selection["selected"].values)})
-    return chosen[FEATURE].values[np.argsort(chosen["rank"].values, kind="stable")]
+    chosen = selection[["selected", "rank"]].load()
+    chosen = chosen.isel({FEATURE: np.flatnonzero(chosen["selected"].values)})
+    return [int(k) for k in chosen[FEATURE].values[np.argsort(chosen["rank"].values, kind="stable")]]

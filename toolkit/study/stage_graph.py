@@ -130,7 +130,8 @@ STAGES: Final = (
         f"{_MODELS}:intervene",
         ("results.zarr/intervention", "results.zarr/control_balance"),
         owned=("intervention",),
-        version=3,
+        by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
+        version=4,
     ),
     Stage(
         "report",

@@ -50,13 +50,16 @@ class Arm:
     edit: FeatureEdit | None
     fresh: bool = False
     """Whether the sampling seeds are other than in all other arms."""
-    site: Site | None = None
-    """Where the edit reads and writes, if not where the trial's other edits do."""
 
     @property
     def name(self) -> str:
         """Name, also of its file."""
         return self.condition.name
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether its edit looks at or changes features, so that it depends on the dictionary."""
+        return self.edit is not None and self.edit.kind != "add_vector"
 
     @property
     def needs_vector(self) -> bool:
@@ -180,7 +183,6 @@ def plan_arms(
     steering: NDArray[np.float64] | None = None,
     random_direction: NDArray[np.float64] | None = None,
     levels: NDArray[np.float64] | None = None,
-    replicates: Sequence[Arm] = (),
 ) -> tuple[Arm, ...]:
     """All arms of a direction but the unedited one.
 
@@ -201,13 +203,11 @@ def plan_arms(
         [channel] vector of the same norm, or None.
     levels
         As in :func:`scaled_edit`, for set, doses and random sets.
-    replicates
-        Arms of the set in other dictionaries.
 
     Returns
     -------
     tuple of Arm
-        fresh, passthrough, set, dose-*, replicate-*, steering, random-direction, lift (amplify only), random-001...
+        fresh, passthrough, set, dose-*, steering, random-direction, lift (amplify only), random-001...
     """
     main, where = main_dose(direction, spec.intervention), _where(spec)
     chosen = tuple(int(k) for k in features)
@@ -226,7 +226,6 @@ def plan_arms(
         Arm(Condition(f"dose-{d:g}", "dose", d), scaled_edit(chosen, d, spec, levels))
         for d in dose_grid(direction, spec.intervention)
     ]
-    arms += replicates
     if steering is None or np.linalg.norm(steering) > 0:
         arms.append(Arm(Condition("steering", "steering", 1.0), shift(steering)))
         arms.append(Arm(Condition("random-direction", "random_direction", 1.0), shift(random_direction)))

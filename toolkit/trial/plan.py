@@ -12,19 +12,19 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, PROMPT, TASK
+from rlgen_stats.schemas.dims import BASE_MODEL, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, StudySpec
-from rlgen_stats.stores import Provenance, StudyFolder, open_features, open_results, result_groups
-from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder, weights_hash
+from rlgen_stats.stores import Provenance, StudyFolder, open_features
+from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder
 from rlgen_stats.stores.prompts import load_prompts, load_texts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model
 from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
 from rlgen_stats.toolkit.edits.edit import Positions
 from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls, match_controls
 from rlgen_stats.toolkit.statistics.causal.covariates import feature_covariates, mean_levels, near_duplicates
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, REPLICATE, Condition, Direction
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from rlgen_stats.toolkit.trial.arms import (
     UNEDITED,
@@ -32,19 +32,15 @@ from rlgen_stats.toolkit.trial.arms import (
     Site,
     choose_prompts,
     edited_positions,
-    main_dose,
     part_arms,
     plan_arms,
-    scaled_edit,
     target_prompts,
 )
 
-FILE_VERSION: Final = 2
+FILE_VERSION: Final = 3
 """Raised when an arm's file gets other columns."""
 SEARCH_BUDGET: Final = 2
 """Sets measured only to choose the next member of the smaller set, in multiples of the set's size."""
-MATCHING: Final = "matching"
-"""Results that say which features of dictionaries of other seeds are the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +134,7 @@ class TrialPlan:
     """What the judge needs beside the outcomes."""
     files: ArmFiles
     facts: Mapping[str, str]
-    """Hashes of the study's spec and of the crosscoder: arms stored under others are run again."""
+    """Hash of the study's spec: arms stored under another are run again."""
 
     def direction(self, direction: Direction) -> DirectionPlan:
         """What one of the directions asked for runs."""
@@ -154,14 +150,14 @@ class TrialPlan:
         """Hash of everything that decides what an arm's completions are."""
         site = self.sites[direction]
         edit = None if arm.edit is None else asdict(arm.edit)
-        other_dictionary = [] if arm.site is None else [arm.site.weights_sha256]
+        dictionary = [site.weights_sha256] if arm.reads_features else []
         generation = self.sampling.generation.model_dump(exclude={"batch_size", "n_samples"})
         return content_hash(
             {
                 "version": FILE_VERSION,
                 "facts": dict(self.facts),
                 "site": [direction, site.view, site.layer, site.readout],
-                "arm": [edit, arm.fresh, *other_dictionary],
+                "arm": [edit, arm.fresh, *dictionary],
                 "sampling": [generation, self.sampling.n_samples, self.sampling.seed],
                 "grader": self.sampling.grader.model_dump(),
                 "prompts": self.prompts.ids,
@@ -247,6 +243,7 @@ def plan_trial(
     *,
     provenance: Provenance,
     directions: Sequence[Direction] = DIRECTIONS,
+    dictionary: int = 1,
     name: str = "",
     by_feature: bool = False,
 ) -> TrialPlan:
@@ -264,6 +261,8 @@ def plan_trial(
         Origin; its spec hash decides whether arms found on disk are still this trial's.
     directions
         ``disable`` and/or ``amplify``.
+    dictionary
+        Number of the primary crosscoder's dictionary whose features these are.
     name
         Folder below intervention/ for arms of a set that is not the study's own; arms without the set are shared.
     by_feature
@@ -277,20 +276,20 @@ def plan_trial(
     chosen = tuple(dict.fromkeys(int(k) for k in features))
     table = choose_prompts(load_prompts(spec, folder), spec)
     prompts = TrialPrompts(table, *target_prompts(table, spec))
-    plan = _plan_without_arms(spec, folder, chosen, prompts, provenance, name)
+    files = ArmFiles(folder.root / "intervention", name, dictionary)
+    plan = _plan_without_arms(spec, chosen, prompts, provenance, files)
     try:
-        matched = _match(spec, folder, chosen, prompts, covariates)
+        matched = _match(spec, folder, chosen, prompts, covariates, dictionary)
     except NotEstimableError as error:
         return replace(plan, declared=replace(plan.declared, not_held=str(error)))
     neutral = spec.intervention.neutral_text
     texts = () if neutral is None else tuple(load_texts(folder.resolve(neutral)))
-    sites = _sites(spec, folder, matched)
-    replicates = _find_replicates(spec, folder, chosen)
+    sites = _sites(spec, matched)
     plan = replace(
         plan,
         prompts=replace(prompts, neutral_texts=texts),
         directions=tuple(
-            _plan_direction(spec, sites[direction], direction, chosen, matched, replicates, by_feature=by_feature)
+            _plan_direction(spec, sites[direction], direction, chosen, matched, by_feature=by_feature)
             for direction in DIRECTIONS
             if direction in directions
         ),
@@ -300,9 +299,7 @@ def plan_trial(
             plan.declared,
             controls=matched.controls,
             no_controls=matched.no_controls,
-            replicates=tuple(one.coverage(len(chosen)) for one in replicates),
         ),
-        facts={**plan.facts, "crosscoder": matched.decoder.weights_sha256},
     )
     return replace(plan, directions=tuple(replace(one, stored=_stored(plan, one)) for one in plan.directions))
 
@@ -312,12 +309,7 @@ def _stored(plan: TrialPlan, one: DirectionPlan) -> frozenset[str]:
 
 
 def _plan_without_arms(
-    spec: StudySpec,
-    folder: StudyFolder,
-    features: tuple[int, ...],
-    prompts: TrialPrompts,
-    provenance: Provenance,
-    name: str,
+    spec: StudySpec, features: tuple[int, ...], prompts: TrialPrompts, provenance: Provenance, files: ArmFiles
 ) -> TrialPlan:
     """What holds whether or not the set can be tried: prompts, settings, where arms are kept."""
     return TrialPlan(
@@ -338,11 +330,10 @@ def _plan_without_arms(
             controls=None,
             not_held="",
             no_controls="",
-            replicates=(),
             tasks=tuple(sorted(set(prompts.table[TASK]))),
             attributes=_attributes(spec, features, prompts),
         ),
-        files=ArmFiles(folder.root / "intervention", name),
+        files=files,
         facts={"spec_hash": provenance.spec_hash},
     )
 
@@ -378,6 +369,8 @@ def _attributes(spec: StudySpec, features: tuple[int, ...], prompts: TrialPrompt
 class _Matched:
     """A set that can be tried, and what it is compared with."""
 
+    crosscoder: Path
+    """Folder of the dictionary."""
     decoder: Decoder
     rl: ModelRef
     """The last checkpoint of the second contrasted run: the set is disabled there."""
@@ -394,6 +387,7 @@ def _match(
     features: tuple[int, ...],
     prompts: TrialPrompts,
     covariates: xr.Dataset | None,
+    dictionary: int,
 ) -> _Matched:
     """The set with its controls.
 
@@ -406,14 +400,15 @@ def _match(
         raise NotEstimableError("no_features: no feature selected")
     if prompts.table.empty:
         raise NotEstimableError("no_prompts: no verification prompts")
-    decoder = read_decoder(folder.crosscoder(spec.primary_crosscoder.name))
+    place = folder.crosscoder(spec.primary_crosscoder.names[dictionary - 1])
+    decoder = read_decoder(place)
     unknown = [k for k in features if not 0 <= k < decoder.n_features]
     if unknown:
         raise InputError(f"feature ids run from 0 to {decoder.n_features - 1}, got {unknown[0]}.")
     rl = final_model(spec, folder, spec.contrasted[1].name)
     if not prompts.target.any():
         raise NotEstimableError("no_target_prompts: all verification prompts are of control tasks")
-    summaries = open_features(folder.features)
+    summaries = open_features(folder.features_of(dictionary))
     if covariates is None:
         covariates = feature_covariates(decoder, summaries, models=[BASE_MODEL, rl.model], view=rl.model)
     dead = [k for k in features if not np.isfinite(covariates["log_firing"].values[k])]
@@ -431,22 +426,21 @@ def _match(
             covariates,
             features,
             n_sets=spec.intervention.n_controls,
-            seed=derive_seed(spec.seed, "intervention", "controls"),
+            seed=derive_seed(spec.seed, *("intervention", "controls"), *([dictionary] if dictionary > 1 else [])),
             near_duplicates=near_duplicates(decoder, features),
         )
     except NotEstimableError as error:
-        return _Matched(decoder, rl, levels, None, str(error))
-    return _Matched(decoder, rl, levels, controls, "")
+        return _Matched(place, decoder, rl, levels, None, str(error))
+    return _Matched(place, decoder, rl, levels, controls, "")
 
 
-def _sites(spec: StudySpec, folder: StudyFolder, matched: _Matched) -> dict[Direction, Site]:
-    crosscoder = spec.primary_crosscoder
+def _sites(spec: StudySpec, matched: _Matched) -> dict[Direction, Site]:
     disabled = Site(
-        crosscoder=folder.crosscoder(crosscoder.name),
+        crosscoder=matched.crosscoder,
         weights_sha256=matched.decoder.weights_sha256,
         view=matched.rl.model,
         layer=spec.extraction.layer,
-        readout=crosscoder.readout,
+        readout=spec.primary_crosscoder.readout,
     )
     return {"disable": disabled, "amplify": replace(disabled, view=BASE_MODEL)}
 
@@ -457,7 +451,6 @@ def _plan_direction(
     direction: Direction,
     features: tuple[int, ...],
     matched: _Matched,
-    replicates: Sequence[_Replicate],
     *,
     by_feature: bool,
 ) -> DirectionPlan:
@@ -469,7 +462,6 @@ def _plan_direction(
         no_sets if matched.controls is None else matched.controls.sets,
         spec,
         levels=levels,
-        replicates=_replicate_arms(replicates, direction, spec, site),
     )
     plan = DirectionPlan(direction, (UNEDITED, *arms))
     if not by_feature:
@@ -478,56 +470,3 @@ def _plan_direction(
     # already, and of two features or fewer so is every subset.
     n_search = max((SEARCH_BUDGET + 1) * len(features) - 2, 0) if len(features) > 2 else 0
     return replace(plan, parts=part_arms(plan.set_arm), n_search_sets=n_search)
-
-
-# -- the set in dictionaries of other seeds (docs/method.md 4d, V5)
-
-
-@dataclass(frozen=True)
-class _Replicate:
-    """A dictionary of another seed, and the set's features there."""
-
-    name: str
-    folder: Path
-    weights_sha256: str
-    features: tuple[int, ...]
-    """Ids there of the set's features that are matched; the others have no counterpart."""
-
-    def coverage(self, n_features: int) -> str:
-        """How much of the set it has, in words."""
-        return f"{self.name} has {len(self.features)} of {n_features} features"
-
-
-def _find_replicates(spec: StudySpec, folder: StudyFolder, features: Sequence[int]) -> tuple[_Replicate, ...]:
-    """The primary crosscoder's other seeds with the set's matched features; none where they were not matched."""
-    primary = spec.primary_crosscoder
-    if primary.replicates < 2 or MATCHING not in result_groups(folder.results):
-        return ()
-    rows = open_results(folder.results, MATCHING).sel({"crosscoder": primary.name, FEATURE: list(features)}).load()
-    replicates = []
-    for name in primary.names[1:]:
-        row, place = rows.sel(replicate=name), folder.crosscoder(name)
-        ids = tuple(int(k) for k in row["match"].values[np.asarray(row["matched"].values, dtype=bool)])
-        replicates.append(_Replicate(name, place, weights_hash(place), ids))
-    return tuple(replicates)
-
-
-def _replicate_arms(
-    replicates: Sequence[_Replicate], direction: Direction, spec: StudySpec, site: Site
-) -> tuple[Arm, ...]:
-    """One arm a dictionary: the set's counterparts, at the main dose, edited through that dictionary.
-
-    With ``level="rl"`` nothing is amplified: levels are known of the primary dictionary's features only.
-    """
-    if direction == "amplify" and spec.intervention.level == "rl":
-        return ()
-    dose = main_dose(direction, spec.intervention)
-    return tuple(
-        Arm(
-            Condition(f"{REPLICATE}-{one.name}", REPLICATE, dose),
-            scaled_edit(one.features, dose, spec),
-            site=replace(site, crosscoder=one.folder, weights_sha256=one.weights_sha256),
-        )
-        for one in replicates
-        if one.features
-    )

@@ -162,11 +162,19 @@ def _run_direction(
 
 
 class LiveTrial:
-    """A plan with its models, tokenizer and crosscoders: each is loaded when first asked for, and once."""
+    """A plan with its models, tokenizer and crosscoders: each is loaded when first asked for, and once.
 
-    def __init__(self, plan: TrialPlan) -> None:
+    Parameters
+    ----------
+    plan
+        The trial.
+    like
+        Another trial of the same study, whose models are used.
+    """
+
+    def __init__(self, plan: TrialPlan, like: LiveTrial | None = None) -> None:
         self.plan = plan
-        self._models: dict[str, Any] = {}
+        self._models: dict[str, Any] = {} if like is None else like._models
         self._crosscoders: dict[Path, Crosscoder] = {}
 
     @cached_property
@@ -203,9 +211,9 @@ class LiveTrial:
             self._models[name] = load_model(self.plan.models[name], device=resolve_device(self.plan.device))
         return self._models[name]
 
-    def edit_site(self, direction: Direction, arm: Arm = UNEDITED) -> EditSite:
-        """Where an arm reads and writes."""
-        site = arm.site or self.plan.sites[direction]
+    def edit_site(self, direction: Direction) -> EditSite:
+        """Where a direction's edits read and write."""
+        site = self.plan.sites[direction]
         if site.crosscoder not in self._crosscoders:
             crosscoder = load_crosscoder(site.crosscoder)
             if crosscoder.weights_sha256 != site.weights_sha256:
@@ -221,7 +229,7 @@ class LiveTrial:
             if arm.edit is not None:
                 lifted = arm.edit.kind == "lift"
                 source = SourceModel(self.model("rl"), self.plan.sites["disable"].view) if lifted else None
-                model, site = self.model(EDITED[direction]), self.edit_site(direction, arm)
+                model, site = self.model(EDITED[direction]), self.edit_site(direction)
                 active = stack.enter_context(editing(model, arm.edit, site, source=source))
             yield active
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
-from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
+from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes
+from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, judge_trial
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import plan_trial
 from rlgen_stats.toolkit.trial.run_trial import LiveTrial, run_trial
@@ -24,6 +26,7 @@ def verify_causally(
     *,
     provenance: Provenance,
     directions: Sequence[Direction] = DIRECTIONS,
+    dictionary: int = 1,
     name: str = "",
     progress: Progress = SILENT,
 ) -> tuple[xr.Dataset, xr.Dataset]:
@@ -31,7 +34,7 @@ def verify_causally(
 
     Parameters
     ----------
-    spec, folder, features, covariates, provenance, directions, name
+    spec, folder, features, covariates, provenance, directions, dictionary, name
         As in :func:`plan_trial`.
     progress
         Receiver of progress.
@@ -46,14 +49,69 @@ def verify_causally(
 
     Notes
     -----
-    Arms and criteria are docs/method.md 4d's; see :func:`run_trial` and :func:`judge`. Counterparts of the set in
-    dictionaries of other seeds are those of the results ``matching``, where there are any. Finished arms are kept as
+    Arms and criteria are docs/method.md 4d's; see :func:`run_trial` and :func:`judge`. Finished arms are kept as
     intervention/<direction>/<arm>.parquet and not run again. What cannot be estimated makes the verdict INCONCLUSIVE
     with a reason; it does not raise.
     """
-    plan = plan_trial(spec, folder, features, covariates, provenance=provenance, directions=directions, name=name)
+    plan = plan_trial(
+        spec,
+        folder,
+        features,
+        covariates,
+        provenance=provenance,
+        directions=directions,
+        dictionary=dictionary,
+        name=name,
+    )
     outcomes = run_trial(plan, progress=progress)
     return judge_trial(outcomes, plan.declared)
+
+
+@dataclass(frozen=True)
+class DictionaryTrials:
+    """The causal trials of a study's dictionaries."""
+
+    trials: Mapping[int, tuple[xr.Dataset, xr.Dataset]]
+    """Number of the dictionary -> results and balance of its controls, as :func:`verify_causally` gives them."""
+    intervention: xr.Dataset
+    """One verdict on all, as :func:`judge_together` gives it."""
+    balance: xr.Dataset
+    """Balance of the controls, for every covariate in the dictionary where it is worst."""
+
+
+def verify_in_dictionaries(
+    spec: StudySpec,
+    folder: StudyFolder,
+    sets: Mapping[int, Sequence[int]],
+    *,
+    provenance: Provenance,
+    progress: Progress = SILENT,
+) -> DictionaryTrials:
+    """One trial for each dictionary's own set, on the same models, prompts and seeds, and a verdict on all together.
+
+    Parameters
+    ----------
+    spec, folder, provenance
+        As in :func:`plan_trial`.
+    sets
+        Number of the dictionary -> its set; may be empty.
+    progress
+        Receiver of progress.
+
+    Returns
+    -------
+    DictionaryTrials
+    """
+    trials: dict[int, tuple[xr.Dataset, xr.Dataset]] = {}
+    judged: dict[int, tuple[Sequence[DirectionOutcomes], Declaration]] = {}
+    live: LiveTrial | None = None
+    for number, features in sets.items():
+        plan = plan_trial(spec, folder, features, provenance=provenance, dictionary=number)
+        live = LiveTrial(plan, like=live)
+        outcomes = run_trial(plan, live=live, progress=progress)
+        trials[number] = judge_trial(outcomes, plan.declared)
+        judged[number] = (outcomes, plan.declared)
+    return DictionaryTrials(trials, *judge_together(judged))
 
 
 def feature_effects(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OUTCOME_CLASSES,
-    REPLICATE,
     Direction,
     Floats,
     OutcomeTable,
@@ -19,7 +20,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     class_shares,
     paired_effect,
 )
-from rlgen_stats.toolkit.statistics.kernels import adjust
+from rlgen_stats.toolkit.statistics.kernels import adjust, same_direction
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
@@ -54,8 +55,10 @@ class Settings:
     """Share of completions that the passthrough arm changed."""
     n_planned: int = 0
     """Random sets planned, where they were stopped by the :class:`FutilityRule`; 0: all were run."""
-    replicates: tuple[str, ...] = ()
-    """How many features of the set each dictionary of another seed has, in words."""
+    ranks: tuple[float, ...] = ()
+    """Rank p-values of the set in each dictionary, where outcomes of several are judged together."""
+    missing: tuple[int, ...] = ()
+    """Numbers of the dictionaries that have no set, where several are judged together."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def interval(
     table: OutcomeTable, settings: Settings, condition: int, mask: NDArray[np.bool_], alpha: float
 ) -> tuple[float, float]:
     """Interval at level 1 - alpha of one arm's effect on the masked prompts."""
-    column = table.change(mask)[:, [condition]]
+    column = table.change(mask)[..., [condition]]
     effect = paired_effect(
         column, table.cluster[mask], alpha=alpha, seed=settings.seed, n_resamples=settings.n_resamples
     )
@@ -88,12 +91,16 @@ def interval(
 
 
 def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Criterion:
-    """V1: the set's arm differs from the unedited one, in the predicted direction, by more than MIN_EFFECT."""
+    """V1: the set's arm differs from the unedited one as predicted, by more than MIN_EFFECT, in every dictionary."""
     i = table.chosen
     bound = effects.low[i] if table.sign > 0 else -effects.high[i]
     passed = bool(effects.p_value[i] <= settings.alpha and bound > MIN_EFFECT)
     text = f"{effects.mean[i]:+.3f} [{effects.low[i]:+.3f}, {effects.high[i]:+.3f}], p={effects.p_value[i]:.3g}"
     reasons = [f"v1_effect: {text}"]
+    each = table.change(table.target)[:, :, i].mean(axis=1)
+    if not same_direction(each, effects.mean[i]):
+        passed = False
+        reasons.append(f"v1_dictionaries: they disagree on the direction, {', '.join(f'{one:+.3f}' for one in each)}")
     opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
     if effects.p_value[i] <= settings.alpha and opposite < 0:
         reasons.append(f"v1_opposite: accuracy changed against the prediction of '{table.direction}'")
@@ -165,6 +172,11 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
     """
     random = table.where("random")
     flags = tuple(f"v2_controls: {flag}" for flag in settings.control_flags)
+    if settings.ranks:
+        rank_p = combined_rank_p(settings.ranks)
+        each = ", ".join(f"{p:.3g}" for p in settings.ranks)
+        text = f"v2_specificity: p={rank_p:.3g}, combined from the rank p of each dictionary: {each}"
+        return Criterion(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
     if not len(random):
         return Criterion(False, (*flags, "v2_no_controls: no random sets")), float("nan")
     signed = table.sign * effects.mean
@@ -179,6 +191,21 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
         first = f"{n_as_large} of the first {len(random)} of {settings.n_planned} sets"
         flags += (f"v2_stopped: {first} had at least as large an effect",)
     return Criterion(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
+
+
+def combined_rank_p(ranks: Sequence[float]) -> float:
+    """One p-value of several dictionaries' rank p-values (Stouffer); NaN if one is.
+
+    Each dictionary's random sets are drawn on their own, so that under the null, where the set is one more random set,
+    the ranks are independent given the prompts.
+
+    Examples
+    --------
+    >>> round(combined_rank_p([0.03, 0.05, 0.4]), 3)
+    0.014
+    """
+    # a set that is last of all says no more than that: Stouffer's sum would be minus infinity
+    return float(stats.combine_pvalues(np.minimum(ranks, 0.99), method="stouffer").pvalue)
 
 
 # -- V3
@@ -212,14 +239,14 @@ def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
     order, _ = dose_order(table)
     if len(order) < 3:
         return Criterion(False, ("v3_not_estimable: no dose between no edit and the main dose",))
-    per_prompt = table.correct[order][:, table.target].mean(axis=2)
+    per_prompt = table.per_prompt(table.target)[:, order]
     ranks = np.arange(len(order)) - (len(order) - 1) / 2
-    columns = np.column_stack([ranks @ per_prompt, *(per_prompt[1:] - per_prompt[:-1])])
+    columns = np.stack([np.tensordot(per_prompt, ranks, (1, 0)), *np.diff(per_prompt, axis=1).swapaxes(0, 1)], axis=-1)
     effect = _paired(columns, table.cluster[table.target], settings)
     down = np.where(effect.mean[1:] < 0, effect.p_value[1:], 1.0)
     falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
     doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
-    rows = zip(doses, per_prompt.mean(axis=1), isotonic_fit(table)[order], strict=True)
+    rows = zip(doses, per_prompt.mean(axis=(0, 2)), isotonic_fit(table)[order], strict=True)
     points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in rows)
     reasons = [f"v3_dose: contrast p={effect.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
     if falls:
@@ -283,34 +310,35 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Criterion:
 
 
 def replication(table: OutcomeTable, settings: Settings) -> str:
-    """V5: in how many target tasks, and in how many dictionaries of other seeds, the effect appears on its own.
+    """V5: in how many target tasks, and in how many dictionaries, the effect appears on its own.
 
     Holm-adjusted over tasks, and over dictionaries.
     """
-    tasks = sorted(set(table.task[table.target].tolist()))
-    alone = {str(task): (table.chosen, table.target & (table.task == task)) for task in tasks}
-    words = f"{_shown_in(table, settings, alone, 'tasks on their own (Holm)')}. "
-    seeds = {table.conditions[i].name.removeprefix(f"{REPLICATE}-"): (i, table.target) for i in table.where(REPLICATE)}
-    if seeds:
-        words += _shown_in(table, settings, seeds, "dictionaries of other seeds (Holm; no random sets there)")
-    else:
-        words += "No arm in a dictionary of another seed: not replicated there"
-    return words + "".join(f"; {coverage}" for coverage in settings.replicates)
+    change, tasks = table.change(table.target)[..., [table.chosen]], table.task[table.target]
+    alone = {str(task): change[:, tasks == task] for task in np.unique(tasks)}
+    clusters = {task: table.cluster[table.target & (table.task == task)] for task in alone}
+    words = _shown_in(table, settings, alone, clusters, "tasks on their own (Holm)")
+    if table.n_dictionaries < 2:
+        return f"{words}. One dictionary: not replicated in another"
+    each = {f"dictionary {number}": change[number - 1] for number in range(1, table.n_dictionaries + 1)}
+    everywhere = dict.fromkeys(each, table.cluster[table.target])
+    return f"{words}. {_shown_in(table, settings, each, everywhere, 'dictionaries on their own (Holm)')}"
 
 
 def _shown_in(
-    table: OutcomeTable, settings: Settings, places: dict[str, tuple[int, NDArray[np.bool_]]], what: str
+    table: OutcomeTable,
+    settings: Settings,
+    changes: dict[str, Floats],
+    clusters: dict[str, NDArray[np.str_]],
+    what: str,
 ) -> str:
-    """In how many places, each an arm and a mask of prompts, the effect is significant and as predicted."""
-    means, p_values = [], []
-    for condition, mask in places.values():
-        effect = _paired(table.change(mask)[:, [condition]], table.cluster[mask], settings)
-        means.append(float(effect.mean[0]))
-        p_values.append(float(effect.p_value[0]))
-    adjusted = np.atleast_1d(np.asarray(adjust(np.array(p_values), method="holm")))
+    """In how many places the set's effect is significant and as predicted, from its changes of accuracy there."""
+    effects = [_paired(change, clusters[place], settings) for place, change in changes.items()]
+    adjusted = np.atleast_1d(np.asarray(adjust(np.array([float(e.p_value[0]) for e in effects]), method="holm")))
+    means = [float(effect.mean[0]) for effect in effects]
     n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
-    every = ", ".join(f"{name} {m:+.3f}" for name, m in zip(places, means, strict=True))
-    return f"{n_shown} of {len(places)} {what}: {every}"
+    every = ", ".join(f"{place} {m:+.3f}" for place, m in zip(changes, means, strict=True))
+    return f"{n_shown} of {len(changes)} {what}: {every}"
 
 
 def failure_mode_match(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Criterion, bool]:
@@ -357,13 +385,15 @@ def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
 def baselines(table: OutcomeTable, settings: Settings) -> tuple[str, ...]:
     """Whether the set beats one mean-shift vector and a random vector of equal norm, paired over prompts."""
     notes = []
-    per_prompt = table.correct[:, table.target].mean(axis=2)
+    per_prompt = table.per_prompt(table.target)
     for kind in ("steering", "random_direction"):
         i = table.index(kind)
         if i is None:
             continue
         effect = _paired(
-            table.sign * (per_prompt[table.chosen] - per_prompt[i])[:, None], table.cluster[table.target], settings
+            table.sign * (per_prompt[:, table.chosen] - per_prompt[:, i])[..., None],
+            table.cluster[table.target],
+            settings,
         )
         beats = bool(effect.mean[0] > 0 and effect.p_value[0] <= settings.alpha)
         notes.append(

@@ -12,7 +12,7 @@ from scipy import stats
 
 from rlgen_stats.schemas.dims import FORMAT_CLASSES
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels import cluster_se, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels import cluster_se, pooled_mean, sign_flip_test
 
 Direction = Literal["disable", "amplify"]
 Floats = NDArray[np.float64]
@@ -26,16 +26,13 @@ OUTCOME_CLASSES: Final = ("right", "wrong", "no_answer", "empty", "degenerate", 
 """How a completion ended: right; an answer, but a wrong one; or a format class without an answer."""
 BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
 """Endings of a model that no longer works, as opposed to one that answers wrongly or not at all."""
-REPLICATE: Final = "replicate"
-"""Kind of the arms that edit the set's counterparts in a dictionary of another seed."""
 
 
 @dataclass(frozen=True)
 class Condition:
     """One arm.
 
-    Its ``kind`` is unedited, fresh, passthrough, set, random, dose, replicate, steering, random_direction, lift or
-    part.
+    Its ``kind`` is unedited, fresh, passthrough, set, random, dose, steering, random_direction, lift or part.
     """
 
     name: str
@@ -70,6 +67,8 @@ class OutcomeTable:
         [prompt] labels.
     target, unrelated
         [prompt] whether the effect is measured there, or side effects are.
+    n_dictionaries
+        Dictionaries whose sets were edited; samples are dictionary by dictionary, and the divergences their means.
     """
 
     direction: Direction
@@ -85,6 +84,7 @@ class OutcomeTable:
     cluster: NDArray[np.str_]
     target: NDArray[np.bool_]
     unrelated: NDArray[np.bool_]
+    n_dictionaries: int = 1
 
     def __post_init__(self) -> None:
         n_conditions, n_prompts = len(self.conditions), len(self.task)
@@ -130,10 +130,16 @@ class OutcomeTable:
             return np.full(len(self.conditions), np.nan)
         return np.asarray(self.correct[:, mask].mean(axis=(1, 2)), dtype=np.float64)
 
+    def per_prompt(self, mask: NDArray[np.bool_]) -> Floats:
+        """[dictionary, condition, prompt] share of right completions of the masked prompts."""
+        n_conditions, n_prompts = len(self.conditions), int(mask.sum())
+        by_dictionary = self.correct[:, mask].reshape(n_conditions, n_prompts, self.n_dictionaries, -1)
+        return np.asarray(by_dictionary.mean(axis=3).transpose(2, 0, 1), dtype=np.float64)
+
     def change(self, mask: NDArray[np.bool_]) -> Floats:
-        """[prompt, condition] per-prompt accuracy of every arm minus the unedited one's."""
-        per_prompt = self.correct[:, mask].mean(axis=2)
-        return np.asarray((per_prompt - per_prompt[self.unedited]).T, dtype=np.float64)
+        """[dictionary, prompt, condition] per-prompt accuracy of every arm minus the unedited one's."""
+        per_prompt = self.per_prompt(mask)
+        return (per_prompt - per_prompt[:, [self.unedited]]).transpose(0, 2, 1)
 
     def shares(self, mask: NDArray[np.bool_]) -> Floats:
         """[condition, class] share of each ending over the masked prompts."""
@@ -189,12 +195,12 @@ class PairedEffect:
 def paired_effect(
     differences: Floats, clusters: NDArray[np.str_], *, alpha: float, seed: int, n_resamples: int
 ) -> PairedEffect:
-    """Effects of arms from per-prompt differences [prompt, column]; the unit is the cluster.
+    """Effects of arms from per-prompt differences; the unit is the cluster, and the dictionary where there are several.
 
     Parameters
     ----------
     differences
-        [prompt, column].
+        [prompt, column], or [dictionary, prompt, column].
     clusters
         [prompt] labels; prompts of one cluster flip together.
     alpha
@@ -205,8 +211,14 @@ def paired_effect(
     Returns
     -------
     PairedEffect
+        Of several dictionaries: their mean, with the variance between them in interval and p-value
+        (:func:`pooled_mean`).
     """
     codes = np.unique(clusters, return_inverse=True)[1]
+    if differences.ndim == 3:
+        if len(differences) > 1 and codes.any():
+            return _pooled_effect(differences, codes, alpha)
+        differences = differences.mean(axis=0)
     try:
         test = sign_flip_test(differences, n_resamples=n_resamples, seed=seed, clusters=codes)
         p_value = np.atleast_1d(np.asarray(test.p_value, dtype=np.float64))
@@ -214,6 +226,13 @@ def paired_effect(
         p_value = np.full(differences.shape[1], np.nan)
     mean, low, high = cluster_interval(differences, codes, alpha=alpha)
     return PairedEffect(mean, low, high, np.where(np.isnan(p_value), 1.0, p_value))
+
+
+def _pooled_effect(differences: Floats, codes: NDArray[np.int64], alpha: float) -> PairedEffect:
+    within = _padded_error(differences.mean(axis=0), codes)
+    pooled = pooled_mean(differences, codes, alpha=alpha, within=within)
+    p_value = np.where(np.isnan(pooled.p_value), 1.0, pooled.p_value)
+    return PairedEffect(pooled.mean, pooled.low, pooled.high, p_value)
 
 
 def cluster_interval(differences: Floats, codes: NDArray[np.int64], *, alpha: float) -> tuple[Floats, Floats, Floats]:
@@ -226,17 +245,25 @@ def cluster_interval(differences: Floats, codes: NDArray[np.int64], *, alpha: fl
     Bonett & Price (2012, J. Educ. Behav. Stat. 37:479-488) with t for z. Without them, prompts that all stay the same
     would give width 0 however few they are.
     """
-    n_clusters = len(np.unique(codes))
     mean = np.asarray(differences.mean(axis=0), dtype=np.float64)
+    centre, error = _padded_error(differences, codes)
+    n_clusters = len(np.unique(codes))
+    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error if n_clusters > 1 else error
+    return mean, centre - half, centre + half
+
+
+def _padded_error(differences: Floats, codes: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Mean with the two extra clusters, and its standard error; NaN with one cluster."""
+    n_clusters = len(np.unique(codes))
     if n_clusters < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+        unknown = np.full(differences.shape[1], np.nan)
+        return unknown, unknown
     size = max(round(len(differences) / n_clusters), 1)
     extra = np.repeat([[1.0], [-1.0]], size, axis=0) * np.ones(differences.shape[1])
     padded = np.concatenate([differences, extra])
     labels = np.concatenate([codes, np.repeat([codes.max() + 1, codes.max() + 2], size)])
     error = np.asarray(cluster_se(padded, labels, kind="CR1").standard_error, dtype=np.float64)
-    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error
-    return mean, padded.mean(axis=0) - half, padded.mean(axis=0) + half
+    return np.asarray(padded.mean(axis=0)), error
 
 
 def finite_mean(values: Floats) -> float:

@@ -19,8 +19,8 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OUTCOME_CLASSES,
     Direction,
     DirectionOutcomes,
-    cluster_interval,
     finite_mean,
+    paired_effect,
 )
 from rlgen_stats.toolkit.statistics.causal.verdict import Verdict, judge
 
@@ -30,6 +30,20 @@ _PER_CONDITION: Final = (
     *("unrelated_accuracy", "unrelated_effect", "unrelated_low", "unrelated_high", "unrelated_broken"),
     "unrelated_length",
 )
+
+
+@dataclass(frozen=True)
+class Together:
+    """What judging the trials of several dictionaries together needs from each."""
+
+    ranks: Mapping[Direction, tuple[float, ...]]
+    """Rank p-value of the set in each dictionary."""
+    missing: tuple[int, ...]
+    """Numbers of the dictionaries whose trial could not be held."""
+    comparable: bool
+    """Whether the random sets match the set in every dictionary."""
+    flags: tuple[str, ...]
+    """What the matching fell short of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,26 +62,29 @@ class Declaration:
     """Why no trial can be held, as ``code: reason``; empty if one can."""
     no_controls: str
     """Why no random sets could be matched; empty if some were."""
-    replicates: tuple[str, ...]
-    """How many features of the set each dictionary of another seed has, in words."""
     tasks: tuple[str, ...]
     """Tasks of the prompts."""
     attributes: Mapping[str, Any]
     """Attributes of the result: where and on what the trial was held."""
 
-    def settings(self, outcomes: DirectionOutcomes) -> Settings:
+    together: Together | None = None
+    """Of several dictionaries."""
+
+    def settings(self, direction: Direction, *, noop_changed: float = 0.0) -> Settings:
         """What :func:`judge` needs beside one direction's table."""
-        controls = self.controls
+        controls, together = self.controls, self.together
+        flags = (self.no_controls,) if controls is None else controls.flags
         return Settings(
             alpha=self.alpha,
             margin=self.margin,
             n_resamples=N_RESAMPLES,
-            seed=self.seeds[outcomes.table.direction],
-            comparable=controls is not None and controls.comparable,
-            control_flags=(self.no_controls,) if controls is None else controls.flags,
-            noop_changed=outcomes.passthrough_changed,
+            seed=self.seeds[direction],
+            comparable=controls is not None and controls.comparable if together is None else together.comparable,
+            control_flags=flags if together is None else together.flags,
+            noop_changed=noop_changed,
             n_planned=0 if controls is None else len(controls.sets),
-            replicates=self.replicates,
+            ranks=() if together is None else together.ranks[direction],
+            missing=() if together is None else together.missing,
         )
 
 
@@ -108,7 +125,8 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
 
 
 def _verdict(outcomes: DirectionOutcomes, declared: Declaration) -> Verdict:
-    verdict = judge(outcomes.table, declared.settings(outcomes))
+    table, changed = outcomes.table, outcomes.passthrough_changed
+    verdict = judge(table, declared.settings(table.direction, noop_changed=changed))
     if outcomes.non_finite:
         reason = f"non_finite_logits: {', '.join(outcomes.non_finite)}"
         verdict = replace(verdict, reasons=(*verdict.reasons, reason))
@@ -159,7 +177,7 @@ def _fill(dataset: xr.Dataset, outcomes: DirectionOutcomes, verdict: Verdict, al
     for t, task in enumerate(dataset[TASK].values):
         mask = table.task == task
         dataset["task_accuracy"].values[d, columns, t] = table.accuracy(mask)
-        dataset["task_effect"].values[d, columns, t] = table.change(mask).mean(axis=0)
+        dataset["task_effect"].values[d, columns, t] = table.change(mask).mean(axis=(0, 1))
     for name in ("verdict", "rank_p", "v1", "v2", "v3", "v4", "v5", "v6"):
         dataset[name].values[d] = getattr(verdict, name)
     # Reasons are joined by semicolons, so that none may contain one.
@@ -192,13 +210,13 @@ def _side_effects(outcomes: DirectionOutcomes, alpha: float) -> dict[str, NDArra
     table = outcomes.table
     if not table.unrelated.any():
         return {}
-    change, codes = table.change(table.unrelated), np.unique(table.cluster[table.unrelated], return_inverse=True)[1]
-    mean, low, high = cluster_interval(change, codes, alpha=alpha)
+    clusters = table.cluster[table.unrelated]
+    kept = paired_effect(table.change(table.unrelated), clusters, alpha=alpha, seed=0, n_resamples=N_RESAMPLES)
     return {
         "unrelated_accuracy": table.accuracy(table.unrelated),
-        "unrelated_effect": mean,
-        "unrelated_low": low,
-        "unrelated_high": high,
+        "unrelated_effect": kept.mean,
+        "unrelated_low": kept.low,
+        "unrelated_high": kept.high,
         "unrelated_broken": table.broken(table.unrelated),
         "unrelated_length": table.n_tokens[:, table.unrelated].mean(axis=(1, 2)),
     }

@@ -171,4 +171,7 @@ def _combine(table: OutcomeTable, settings: Settings, criteria: _Criteria) -> tu
         return "INCONCLUSIVE", tuple(f"{name}_failed: {NOT_SHOWN[name]}" for name in failed)
     if not criteria.v6.passed:
         return "DESTRUCTIVE", ("v6_failed: the edited model does not move toward the other model",)
+    if settings.missing:
+        numbers = ", ".join(map(str, settings.missing))
+        return "INCONCLUSIVE", (f"v5_dictionaries: no set of dictionary {numbers} could be tried",)
     return "CAUSAL_SPECIFIC", ()
