@@ -221,22 +221,35 @@ def cluster_interval(differences: Floats, codes: NDArray[np.int64], *, alpha: fl
 
     Notes
     -----
-    t-interval with cluster-robust (CR1) errors and clusters - 1 degrees of freedom, after adding one cluster that
-    gained everywhere and one that lost everywhere: with one prompt a cluster this is the adjusted Wald interval of
-    Bonett & Price (2012, J. Educ. Behav. Stat. 37:479-488) with t for z. Without them, prompts that all stay the same
-    would give width 0 however few they are.
+    t-interval about :func:`padded_error`'s centre, with clusters - 1 degrees of freedom.
     """
-    n_clusters = len(np.unique(codes))
     mean = np.asarray(differences.mean(axis=0), dtype=np.float64)
+    n_clusters = len(np.unique(codes))
     if n_clusters < 2:
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    size = max(round(len(differences) / n_clusters), 1)
+    centre, error = padded_error(differences, codes)
+    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error
+    return mean, centre - half, centre + half
+
+
+def padded_error(differences: Floats, codes: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Centre and standard error of an interval of accuracy differences in [-1, 1], one each a column.
+
+    Give them to :func:`~rlgen_stats.toolkit.statistics.kernels.pooled_mean` as ``within``, of the mean over
+    dictionaries.
+
+    Notes
+    -----
+    Cluster-robust (CR1), after adding one cluster that gained everywhere and one that lost everywhere: with one prompt
+    a cluster this gives the adjusted Wald interval of Bonett & Price (2012, J. Educ. Behav. Stat. 37:479-488) with t
+    for z. Without them, prompts that all stay the same would give width 0 however few they are.
+    """
+    size = max(round(len(differences) / len(np.unique(codes))), 1)
     extra = np.repeat([[1.0], [-1.0]], size, axis=0) * np.ones(differences.shape[1])
     padded = np.concatenate([differences, extra])
     labels = np.concatenate([codes, np.repeat([codes.max() + 1, codes.max() + 2], size)])
     error = np.asarray(cluster_se(padded, labels, kind="CR1").standard_error, dtype=np.float64)
-    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error
-    return mean, padded.mean(axis=0) - half, padded.mean(axis=0) + half
+    return np.asarray(padded.mean(axis=0), dtype=np.float64), error
 
 
 def finite_mean(values: Floats) -> float:
