@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.calibration import families, invariance, others, single
+from tests.calibration import dictionaries, families, invariance, others, single
 from tests.calibration.rows import Row
 
 SEED = 20261
@@ -32,6 +32,7 @@ EXPERIMENTS = (
     Experiment(families.family_wise, 16, "Families"),
     Experiment(others.false_shares, 20, "Families"),
     Experiment(single.coverage, 20, "Intervals"),
+    Experiment(dictionaries.pooled, 10, "Dictionaries"),
     Experiment(single.stabilisation, 20, "Stabilisation"),
     Experiment(others.trends, 8, "Stabilisation"),
     Experiment(families.set_overlap, 20, "Stabilisation"),

@@ -229,7 +229,7 @@ def paired_effect(
 
 
 def _pooled_effect(differences: Floats, codes: NDArray[np.int64], alpha: float) -> PairedEffect:
-    within = _padded_error(differences.mean(axis=0), codes)
+    within = padded_error(differences.mean(axis=0), codes)
     pooled = pooled_mean(differences, codes, alpha=alpha, within=within)
     p_value = np.where(np.isnan(pooled.p_value), 1.0, pooled.p_value)
     return PairedEffect(pooled.mean, pooled.low, pooled.high, p_value)
@@ -240,30 +240,35 @@ def cluster_interval(differences: Floats, codes: NDArray[np.int64], *, alpha: fl
 
     Notes
     -----
-    t-interval with cluster-robust (CR1) errors and clusters - 1 degrees of freedom, after adding one cluster that
-    gained everywhere and one that lost everywhere: with one prompt a cluster this is the adjusted Wald interval of
-    Bonett & Price (2012, J. Educ. Behav. Stat. 37:479-488) with t for z. Without them, prompts that all stay the same
-    would give width 0 however few they are.
+    t-interval about :func:`padded_error`'s centre, with clusters - 1 degrees of freedom.
     """
     mean = np.asarray(differences.mean(axis=0), dtype=np.float64)
-    centre, error = _padded_error(differences, codes)
     n_clusters = len(np.unique(codes))
-    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error if n_clusters > 1 else error
+    if n_clusters < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    centre, error = padded_error(differences, codes)
+    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error
     return mean, centre - half, centre + half
 
 
-def _padded_error(differences: Floats, codes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Mean with the two extra clusters, and its standard error; NaN with one cluster."""
-    n_clusters = len(np.unique(codes))
-    if n_clusters < 2:
-        unknown = np.full(differences.shape[1], np.nan)
-        return unknown, unknown
-    size = max(round(len(differences) / n_clusters), 1)
+def padded_error(differences: Floats, codes: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Centre and standard error of an interval of accuracy differences in [-1, 1], one each a column.
+
+    Give them to :func:`~rlgen_stats.toolkit.statistics.kernels.pooled_mean` as ``within``, of the mean over
+    dictionaries.
+
+    Notes
+    -----
+    Cluster-robust (CR1), after adding one cluster that gained everywhere and one that lost everywhere: with one prompt
+    a cluster this gives the adjusted Wald interval of Bonett & Price (2012, J. Educ. Behav. Stat. 37:479-488) with t
+    for z. Without them, prompts that all stay the same would give width 0 however few they are.
+    """
+    size = max(round(len(differences) / len(np.unique(codes))), 1)
     extra = np.repeat([[1.0], [-1.0]], size, axis=0) * np.ones(differences.shape[1])
     padded = np.concatenate([differences, extra])
     labels = np.concatenate([codes, np.repeat([codes.max() + 1, codes.max() + 2], size)])
     error = np.asarray(cluster_se(padded, labels, kind="CR1").standard_error, dtype=np.float64)
-    return np.asarray(padded.mean(axis=0)), error
+    return np.asarray(padded.mean(axis=0), dtype=np.float64), error
 
 
 def finite_mean(values: Floats) -> float:

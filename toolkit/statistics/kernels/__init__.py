@@ -41,6 +41,10 @@ Means, equivalence, counts, sets::
     moderated_t(x, y=None) -> ModeratedResult(statistic, p_value, prior_variance, prior_dof, effect)
     delete_group_jackknife(replicates, estimate=None, *, alpha=0.05)
         -> JackknifeResult(estimate, standard_error, low, high, lower, upper)
+    pooled_mean(values, codes=None, *, alpha=0.05, within=None) -> Pooled          # values [dictionary, unit(, ...)]
+    pooled_estimates(estimates, *, jackknife=None, draws=None, df_draws=inf, alpha=0.05)
+        -> Pooled(mean, low, high, standard_error, df, between_sd, p_value, each_mean, n_dictionaries)
+    same_direction(each_mean, pooled) -> array
     mover_difference(first, second) -> (difference, low, high)            # of two (estimate, low, high)
     mover_weighted_sum(estimates, lows, highs, *, weights) -> (sum, low, high)
     p_from_interval(estimate, low, high, *, alpha) -> float
@@ -83,6 +87,7 @@ from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import FdpResult, exceedance_counts, fdp_bound
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.partial_conjunction import partial_conjunction
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.stability_bound import cpss_bound
+from rlgen_stats.toolkit.statistics.kernels.pooling import Pooled, pooled_estimates, pooled_mean, same_direction
 from rlgen_stats.toolkit.statistics.kernels.proportions import McNemarResult, mcnemar, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.set_overlap import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.trend import TrendResult, trend_contrast, trend_test
@@ -99,6 +104,7 @@ __all__ = [
     "MaxTResult",
     "McNemarResult",
     "ModeratedResult",
+    "Pooled",
     "RboResult",
     "SignFlipResult",
     "StoreyResult",
@@ -128,8 +134,11 @@ __all__ = [
     "paired_wasserstein",
     "partial_conjunction",
     "permutation_contrast",
+    "pooled_estimates",
+    "pooled_mean",
     "rbo",
     "saddlepoint_tail",
+    "same_direction",
     "set_overlap_pvalue",
     "sign_flip_test",
     "sign_flips",
