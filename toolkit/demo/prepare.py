@@ -185,7 +185,7 @@ def _crosscoders(mini: bool) -> tuple[CrosscoderSpec, ...]:
     rate = 1e-3
 
     def one(
-        name: str, views: tuple[str, ...], sparsity: Literal["l1", "batchtopk"], n: int, steps: int, replicates: int = 1
+        name: str, views: tuple[str, ...], sparsity: Literal["l1", "batchtopk"], n: int, steps: int
     ) -> CrosscoderSpec:
         return CrosscoderSpec(
             name=name,
@@ -196,14 +196,13 @@ def _crosscoders(mini: bool) -> tuple[CrosscoderSpec, ...]:
             steps=30 if mini else steps,
             batch_size=128 if mini else 1024,
             learning_rate=rate,
-            replicates=replicates,
             # Thirty steps fit nothing, and l1 shrinks reconstructions: both fail the health checks. The mini study only
             # exercises the stages, and the l1 dictionary serves as an example for latent scaling.
             accept_unhealthy=mini or sparsity == "l1",
         )
 
     return (
-        one("main", three, "batchtopk", wide, 1500, replicates=2),
+        one("main", three, "batchtopk", wide, 1500),
         one("main-l1", three, "l1", wide, 600),
         one("pair-sft", ("base@0", "sft@final"), "batchtopk", narrow, 600),
         one("pair-rl", ("base@0", "rl@final"), "batchtopk", narrow, 600),
