@@ -48,8 +48,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def call(study: Study, key: str, progress: object) -> None:
             CALLS.append(name)
-            for path in BY_NAME[name].outputs:
-                _write(study, key, path)
+            for path in study.outputs(BY_NAME[name]):
+                _write(study, key, str(path.relative_to(study.folder.root)))
 
         return call
 
@@ -113,6 +113,19 @@ def test_stages_pull_in_their_needs_only(study_folder: Path) -> None:
     assert len(CALLS) == 7
     with pytest.raises(InputError, match="no stage is called 'dirft'; the stages are posttrain"):
         run_study(study_folder, stages=["dirft"])
+
+
+def test_what_is_kept_of_each_dictionary_comes_and_goes_with_it(study_folder: Path) -> None:
+    change(study_folder, crosscoders=[MAIN | {"replicates": 2}, PAIR])
+    run_study(study_folder, stages=["drift"])
+    second = [study_folder / "features.2.zarr", study_folder / "results.zarr" / "drift.2"]
+    assert all(path.exists() for path in second)
+    shutil.rmtree(second[1])
+    assert open_for_run(study_folder).state("drift") == "interrupted"
+    change(study_folder, crosscoders=[MAIN | {"replicates": 1}, PAIR])
+    run_study(study_folder, stages=["drift"])
+    assert not any(path.exists() for path in second)
+    assert (study_folder / "features.zarr").exists()
 
 
 def test_a_store_of_another_study_is_refused_and_untouched(study_folder: Path) -> None:

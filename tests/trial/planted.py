@@ -169,7 +169,13 @@ def planted_study(root: Path, **intervention: Any) -> tuple[StudySpec, StudyFold
             "grader": {"marker": "="},
             "extraction": {"layer": LAYER},
             "crosscoders": [
-                {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "n_features": N_FEATURES, "k": 4}
+                {
+                    "name": "main",
+                    "views": ["base@0", "sft@final", "rl@final"],
+                    "n_features": N_FEATURES,
+                    "k": 4,
+                    "replicates": 1,
+                }
             ],
             "selection": {"control_tasks": ["weather"]},
             "intervention": {"n_controls": 19, "max_prompts": 230, **intervention},

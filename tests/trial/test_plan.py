@@ -35,10 +35,7 @@ from tests.trial.planted import (
     PROVENANCE,
     planted_crosscoder,
 )
-from tests.trial.trials import (
-    covariates_without,
-    small,
-)
+from tests.trial.trials import covariates_without, small, two_dictionaries
 
 
 def test_a_plan_knows_which_parts_are_done(study: Any, parts: xr.Dataset) -> None:
@@ -133,10 +130,10 @@ def test_the_hash_of_an_arm_is_that_of_earlier_releases(study: Any) -> None:
         **{"phases": ["prefill", "decode"], "skip_first": 1, "vector": [], "level": []},
     }
     expected = {
-        "version": 2,
-        "facts": {"spec_hash": "key-one", "crosscoder": weights_hash(folder.crosscoder("main"))},
+        "version": 3,
+        "facts": {"spec_hash": "key-one"},
         "site": ["disable", "rl@1", 0, "swap"],
-        "arm": [edit, False],
+        "arm": [edit, False, weights_hash(folder.crosscoder("main"))],
         "sampling": [{"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0}, 1, 0],
         "grader": {"name": "final_answer", "marker": "=", "require_termination": True},
         "prompts": plan.prompts.ids,
@@ -221,12 +218,12 @@ def test_an_arm_is_stored_where_its_file_holds_the_same_arm(study: Any, tmp_path
     assert again.completions == plan.completions - 2 * plan.n_prompts
 
 
-def test_the_hash_of_an_arm_in_another_dictionary_hangs_on_that_dictionary(study: Any) -> None:
-    plan = plan_trial(*study, [F_GATE], provenance=PROVENANCE)
-    arm = plan.direction("disable").set_arm
-    elsewhere = [
-        replace(arm, site=replace(plan.sites["disable"], weights_sha256=name)) for name in ("one", "two", "two")
-    ]
-    hashes = [plan.arm_hash("disable", one) for one in (arm, *elsewhere)]
-    assert len(set(hashes)) == 3
-    assert hashes[2] == hashes[3]
+def test_arms_that_read_no_feature_are_shared_by_all_dictionaries(study: Any, tmp_path: Path) -> None:
+    spec, folder = two_dictionaries(study, tmp_path)
+    first, second = (plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE, dictionary=d) for d in (1, 2))
+    for arm in first.direction("amplify").arms:
+        twin = next(other for other in second.direction("amplify").arms if other.name == arm.name)
+        same_hash = first.arm_hash("amplify", arm) == second.arm_hash("amplify", twin)
+        same_path = first.arm_path("amplify", arm) == second.arm_path("amplify", twin)
+        shared = arm.condition.kind in ("unedited", "fresh", "steering", "random_direction")
+        assert (same_hash, same_path) == (shared, shared), arm.name

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.stores import Provenance, StudyFolder, open_arms, open_features, open_results, write_results
-from rlgen_stats.toolkit.crosscoder import decoder_dataset
-from rlgen_stats.toolkit.intervention import plan_trial, verify_causally
-from rlgen_stats.toolkit.statistics import match_features, reappearance
+from rlgen_stats.stores import Provenance, open_arms, open_features, open_results, write_results
+from rlgen_stats.toolkit.intervention import verify_causally, verify_in_dictionaries
 from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
 from tests.trial.planted import (
     F_BRAKE,
@@ -38,6 +34,7 @@ from tests.trial.trials import (
     run,
     small,
     trial_arm,
+    two_dictionaries,
     without_controls,
 )
 
@@ -77,61 +74,37 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
     assert float(shares.sel({"class": "no_answer"})) > 0.9, "without the gate it says um, as base does"
 
 
-def test_the_set_is_edited_in_a_dictionary_of_another_seed_too(study: Any, tmp_path: Path) -> None:
-    """The other dictionary holds the same features in another order, but one, so its arm must do what the set does."""
-    spec, folder = study[0], StudyFolder(shutil.copytree(study[1].root, tmp_path / "study"))
-    primary = spec.primary_crosscoder.model_copy(update={"replicates": 2})
-    spec = spec.model_copy(
-        update={
-            "crosscoders": (primary,),
-            "intervention": spec.intervention.model_copy(update={"n_controls": 2, "early_stop": False}),
-        }
-    )
-    order = np.random.default_rng(1).permutation(N_FEATURES)
-    other = planted_crosscoder()
-    with torch.no_grad():
-        for name in ("encoder", "decoder"):
-            weights = getattr(other, name)
-            axis = 1 if name == "decoder" else 2
-            weights.copy_(weights.index_select(axis, torch.from_numpy(order)))
-        other.encoder_bias.copy_(other.encoder_bias[..., torch.from_numpy(order)])
-    other.save(folder.crosscoder("main.2"))
-    covariates = covariates_without(folder, F_BRAKE)
-
-    def held() -> xr.Dataset:
-        return verify_causally(spec, folder, [F_GATE, F_DECOY], covariates, provenance=PROVENANCE)[0]
-
-    without = held()
-    assert "replicate" not in without["kind"].values
-    assert all(str(words).endswith("not replicated there") for words in without["v5"].values)
-    decoders = (decoder_dataset(c, np.full(N_FEATURES, 0.1)) for c in (planted_crosscoder(), other))
-    matching = reappearance({"main.2": match_features(*decoders)}).expand_dims(crosscoder=["main"])
-    places = np.argsort(order)
-    assert matching["match"].sel(feature=F_GATE).item() == places[F_GATE]
-    assert matching["matched"].sel(feature=F_GATE).item()
-    matching["matched"].loc[{"feature": F_DECOY}] = False
-    write_results(folder.results, "matching", matching, provenance=PROVENANCE)
-    result = held()
-    alone = verify_causally(spec, folder, [F_GATE], covariates, provenance=PROVENANCE, name="gate")[0]
+def test_the_sets_of_two_dictionaries_are_tried_and_judged_together(study: Any, tmp_path: Path) -> None:
+    """The second dictionary holds the same features in reverse order, so its trial must end as the first one's."""
+    spec, folder = two_dictionaries(study, tmp_path)
+    chosen = [F_GATE, F_DECOY]
+    sets = {1: chosen, 2: [N_FEATURES - 1 - k for k in chosen]}
+    found = verify_in_dictionaries(spec, folder, sets, provenance=PROVENANCE)
+    together = found.intervention
+    assert together["dictionary"].values.tolist() == [1, 2]
     for direction in ("disable", "amplify"):
-        words = str(result["v5"].sel(direction=direction).item())
-        assert "1 of 1 dictionaries of other seeds (Holm; no random sets there): main.2" in words, words
-        assert words.endswith("; main.2 has 1 of 2 features")
-        arms, gate = open_arms(folder, direction), open_arms(folder, direction, trial="gate")
-        texts = arms["text"].sel(condition="replicate-main.2").values
-        assert (texts == gate["text"].sel(condition="set").values).all()
-        assert (texts != arms["text"].sel(condition="unedited").values).any()
-        effect = pick(result, "effect", direction, "replicate-main.2")
-        assert effect == pick(alone, "effect", direction, "set") != 0
-        assert pick(result, "effect", direction, "set") == pick(without, "effect", direction, "set")
-    plan = plan_trial(spec, folder, [F_GATE, F_DECOY], provenance=PROVENANCE)
-    kinds = {d: result["kind"].sel(direction=d).values for d in plan.arms}
-    assert plan.arms == {d: int((kind != "absent").sum()) for d, kind in kinds.items()}
-    planted_crosscoder().save(
-        folder.crosscoder("main.2")
-    )  # another dictionary of that name, with its own features there
-    again = held()
-    assert pick(again, "effect", "disable", "replicate-main.2") != pick(result, "effect", "disable", "replicate-main.2")
+        texts = [open_arms(folder, direction, dictionary=d)["text"].sel(condition=["unedited", "set"]) for d in (1, 2)]
+        assert (texts[0].values == texts[1].values).all()
+        assert (texts[0].sel(condition="set").values != texts[0].sel(condition="unedited").values).any()
+        effects = [pick(found.trials[d][0], "effect", direction, "set") for d in (1, 2)]
+        assert effects[0] == effects[1] == pick(together, "effect", direction, "set") != 0
+        assert together["dictionary_effect"].sel(direction=direction).values.tolist() == effects
+        words = str(together["v5"].sel(direction=direction).item())
+        assert f"2 of 2 dictionaries on their own (Holm): dictionary 1 {effects[0]:+.3f}" in words
+    assert together.attrs["n_features"] == [2, 2]
+    files = [folder.root / "intervention" / path for path in ("disable", "dictionary-2/disable")]
+    assert (files[0] / "unedited.parquet").exists()
+    assert not (files[1] / "unedited.parquet").exists()
+
+
+def test_a_dictionary_without_a_set_keeps_the_others_from_being_specific(study: Any, tmp_path: Path) -> None:
+    spec, folder = two_dictionaries(study, tmp_path)
+    found = verify_in_dictionaries(spec, folder, {1: [F_GATE], 2: []}, provenance=PROVENANCE)
+    assert str(found.trials[2][0]["reasons"].values[0]).startswith("no_features")
+    effect = pick(found.intervention, "effect", "disable", "set")
+    assert effect == pick(found.trials[1][0], "effect", "disable", "set")
+    assert np.isnan(found.intervention["dictionary_effect"].sel(dictionary=2).values).all()
+    assert "INCONCLUSIVE" in found.intervention["verdict"].sel(direction="disable").item()
 
 
 def test_results_have_their_layout_and_survive_the_store(gate: Any, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import xarray as xr
 
-from rlgen_stats.stores import Provenance, StudyFolder, open_features
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import Provenance, StudyFolder, append_model, open_features
 from rlgen_stats.toolkit.intervention import feature_covariates, verify_causally
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from tests.trial.planted import (
@@ -21,6 +23,7 @@ from tests.trial.planted import (
     F_GATE,
     PROVENANCE,
     planted_crosscoder,
+    planted_summaries,
 )
 
 
@@ -89,3 +92,20 @@ def without_controls(
     covariates["log_firing"].values[F_BRAKE] = covariates["log_firing"].values[F_GATE]
     covariates["contribution_energy"].values[features] += 40
     return verify_causally(spec, folder, features, covariates, provenance=provenance, progress=progress)[0]
+
+
+def two_dictionaries(study: Any, tmp_path: Path) -> tuple[StudySpec, StudyFolder]:
+    """The planted study with a second dictionary: the same features in reverse order, and few random sets."""
+    spec, folder = study[0], StudyFolder(shutil.copytree(study[1].root, tmp_path / "study"))
+    primary = spec.primary_crosscoder.model_copy(update={"replicates": 2})
+    few = spec.intervention.model_copy(update={"n_controls": 2, "early_stop": False})
+    spec = spec.model_copy(update={"crosscoders": (primary,), "intervention": few})
+    other = planted_crosscoder()
+    with torch.no_grad():
+        for name, axis in (("encoder_matrix", 1), ("decoder_matrix", 0), ("encoder_bias", 0)):
+            weights = getattr(other, name)
+            weights.copy_(weights.flip(axis))
+    other.save(folder.crosscoder("main.2"))
+    for view in ("base@0", "rl@1"):
+        append_model(folder.features_of(2), "features", planted_summaries(other, view), provenance=PROVENANCE)
+    return spec, folder

@@ -25,7 +25,7 @@ def controls() -> MatchedControls:
 def declared(**changes: Any) -> Declaration:
     known: dict[str, Any] = {
         **{"alpha": 0.05, "margin": 0.05, "seeds": {"disable": 3, "amplify": 4}, "controls": controls()},
-        **{"not_held": "", "no_controls": "", "replicates": (), "tasks": ("control", "task0", "task1", "task2")},
+        **{"not_held": "", "no_controls": "", "tasks": ("control", "task0", "task1", "task2")},
         "attributes": dict.fromkeys(("test", "null", "seed", "alpha", "features"), 0) | {"unit": "prompt cluster"},
     }
     return Declaration(**known | changes)
@@ -42,7 +42,7 @@ def test_a_verdict_is_stored_with_everything_it_was_judged_from() -> None:
     result, balance = judge_trial([outcomes(table)], fixed)
     validate(result, "intervention")
     validate(balance, "control_balance")
-    verdict = judge(table, fixed.settings(outcomes(table)))
+    verdict = judge(table, fixed.settings(table.direction))
     row = result.sel(direction="disable")
     assert str(row["verdict"].item()) == verdict.verdict == "CAUSAL_SPECIFIC"
     assert str(row["reasons"].item()).split("; ") == [reason.replace("; ", ", ") for reason in verdict.reasons]

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.intervention import Condition, OutcomeTable, judge
+from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import (
     Settings,
     dose_order,
@@ -35,30 +35,6 @@ def test_a_planted_cause_is_specific() -> None:
     assert verdict.rank_p == pytest.approx(1 / 40)
     assert verdict.v5.startswith("3 of 3 tasks")
     assert verdict.effects.mean[3] == pytest.approx(-0.4, abs=0.08)
-
-
-def test_an_effect_is_counted_in_every_other_dictionary() -> None:
-    table = causal()
-    extra = [table.chosen, table.where("random")[0]]  # one dictionary has the cause, one something else
-    conditions = (
-        *table.conditions,
-        Condition("replicate-main.2", "replicate", 0.0),
-        Condition("replicate-main.3", "replicate", 0.0),
-    )
-    several = {
-        name: np.concatenate([getattr(table, name), getattr(table, name)[extra]])
-        for name in ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl", "n_tokens")
-    }
-    settings = replace(SETTINGS, replicates=("main.2 has 4 of 5 features", "main.3 has 1 of 5 features"))
-    without, verdict = judge(table, SETTINGS), judge(replace(table, conditions=conditions, **several), settings)
-    effects = verdict.effects.mean[-2:]
-    assert effects[0] == verdict.effects.mean[table.chosen]
-    assert verdict.v5.endswith(
-        ". 1 of 2 dictionaries of other seeds (Holm; no random sets there): "
-        f"main.2 {effects[0]:+.3f}, main.3 {effects[1]:+.3f}; main.2 has 4 of 5 features; main.3 has 1 of 5 features"
-    )
-    assert without.v5.endswith("not replicated there")
-    assert (without.verdict, without.rank_p) == (verdict.verdict, verdict.rank_p)
 
 
 def test_a_planted_cause_is_specific_when_amplifying() -> None:
@@ -194,7 +170,7 @@ def test_broken_completions_on_unrelated_tasks_count_as_a_side_effect() -> None:
 @pytest.mark.parametrize(("n_new", "verdict"), [(20, "CAUSAL_SPECIFIC"), (80, "DESTRUCTIVE")])
 def test_new_failures_break_the_model_where_they_make_up_more_than_half_of_the_effect(n_new: int, verdict: str) -> None:
     table = causal(fresh_noise=False)
-    lost = -table.change(table.target)[:, table.chosen].sum()
+    lost = -table.change(table.target)[0, :, table.chosen].sum()
     assert 0.5 * lost < 80 < 0.9 * lost
     ending = table.ending.copy()
     failed = np.flatnonzero(table.target & (ending[table.chosen, :, 0] != RIGHT))

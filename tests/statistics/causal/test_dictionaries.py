@@ -1,0 +1,149 @@
+"""Trials of several dictionaries judged together, on tables whose truth is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit.statistics.causal.criteria import combined_rank_p
+from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
+from rlgen_stats.toolkit.statistics.causal.outcome_table import OutcomeTable, padded_error, paired_effect
+from tests.statistics.causal.test_result_datasets import controls, declared, outcomes
+from tests.statistics.causal.worlds import RIGHT, SETTINGS, WRONG, causal
+
+FEATURES = {"features": [1, 2, 3]}
+
+
+def together(*tables: OutcomeTable, **changes: Any) -> Any:
+    fixed = declared(**changes)
+    fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
+    return judge_together({i: ([outcomes(table)], fixed) for i, table in enumerate(tables, start=1)})
+
+
+def weakened(table: OutcomeTable, lost: float, *, seed: int = 0) -> OutcomeTable:
+    """The same trial where the set's arm differs from the unedited one on a share ``lost`` of the target prompts."""
+    ending = table.ending.copy()
+    ending[table.chosen] = ending[table.unedited]
+    right = np.flatnonzero(table.target & (ending[table.chosen, :, 0] == RIGHT))
+    ending[table.chosen, np.random.default_rng(seed).permutation(right)[: round(lost * len(right))], 0] = WRONG
+    return replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
+
+
+def row(result: Any) -> Any:
+    return result.sel(direction="disable")
+
+
+def test_one_dictionary_alone_is_judged_as_ever() -> None:
+    from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
+
+    alone, _ = judge_trial([outcomes(causal())], declared())
+    result, _ = together(causal())
+    for name in ("verdict", "effect", "effect_low", "effect_high", "p_value", "v1", "v2", "v3", "v4", "v6", "rank_p"):
+        expected, got = row(alone)[name].values, row(result)[name].values
+        if got.dtype.kind == "f":
+            np.testing.assert_allclose(got, expected, rtol=1e-9)
+        else:
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_three_dictionaries_with_the_cause_are_specific_and_their_interval_is_wider() -> None:
+    tables = [weakened(causal(seed=0), lost, seed=i) for i, lost in enumerate((0.4, 0.5, 0.6))]
+    tables = [replace(t, kl_to_base=causal(seed=0).kl_to_base, ending=causal_endings(t)) for t in tables]
+    result, balance = together(*tables)
+    validate(result, "intervention")
+    validate(balance, "control_balance")
+    each = row(result)["dictionary_effect"].values
+    at_set = row(result).sel(condition="set")
+    assert float(at_set["effect"]) == pytest.approx(each.mean())
+    # worked by hand: the half-width of the clusters alone, and t with 2 degrees of freedom times the spread of three
+    first = tables[0]
+    mean = np.mean([t.change(t.target)[0, :, t.chosen] for t in tables], axis=0)[:, None]
+    centre, error = padded_error(mean, np.arange(len(mean)))
+    clusters_only = 1.968 * error[0]
+    width = (float(at_set["effect_high"]) - float(at_set["effect_low"])) / 2
+    spread = 4.303 * each.std(ddof=1) / np.sqrt(3)
+    assert clusters_only < width <= np.hypot(clusters_only, spread) * 1.001
+    assert width > 0.95 * spread
+    assert (float(at_set["effect_low"]) + width) == pytest.approx(centre[0])
+    assert first.n_dictionaries == 1
+
+
+def causal_endings(table: OutcomeTable) -> Any:
+    """Failures of the set's arm as base's own: silent."""
+    ending = table.ending.copy()
+    failed = table.target & (ending[table.chosen, :, 0] == WRONG)
+    ending[table.chosen, failed, 0] = 2
+    return ending
+
+
+@pytest.mark.parametrize(("third", "holds"), [(0.3, True), (-0.01, False)])
+def test_v1_needs_the_direction_in_every_dictionary(third: float, holds: bool) -> None:
+    table = causal()
+    if third > 0:
+        other = weakened(table, third)
+    else:  # the set's arm gains on a few prompts that the unedited model gets wrong
+        other = weakened(table, 0.0)
+        ending = other.ending.copy()
+        wrong = np.flatnonzero(other.target & (ending[other.unedited, :, 0] != RIGHT))
+        ending[other.chosen, wrong[:3], 0] = RIGHT
+        other = replace(other, ending=ending, correct=(ending == RIGHT).astype(np.float64))
+    result, _ = together(weakened(table, 0.4, seed=1), weakened(table, 0.4, seed=2), other)
+    reasons = str(row(result)["reasons"].item())
+    assert ("v1_dictionaries" in reasons) == (not holds)
+    if not holds:
+        assert not bool(row(result)["v1"])
+
+
+def test_rank_p_values_of_dictionaries_are_combined() -> None:
+    assert combined_rank_p([0.04]) == pytest.approx(0.04)
+    assert combined_rank_p([0.05, 0.05, 0.05]) < 0.05 < combined_rank_p([0.3, 0.3, 0.3])
+    assert 0.05 < combined_rank_p([1.0, 0.02, 0.02]) < 1.0
+    assert np.isnan(combined_rank_p([0.01, np.nan]))
+    draws = np.random.default_rng(0).integers(1, 101, (4000, 3)) / 100  # ranks of exchangeable sets
+    assert np.mean([combined_rank_p(ranks) <= 0.05 for ranks in draws]) <= 0.06
+
+
+def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
+    fixed = declared()
+    fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
+    empty = replace(fixed, controls=None, not_held="no_features: no feature selected")
+    trials = {1: ([outcomes(causal())], fixed), 2: ((), empty)}
+    result, balance = judge_together(trials)
+    assert row(result)["verdict"].item() == "INCONCLUSIVE"
+    assert str(row(result)["reasons"].item()).startswith("v5_dictionaries: no set of dictionary 2 could be tried")
+    assert np.isnan(balance["standardized_difference"].values).all()
+    nothing, _ = judge_together({1: ((), empty), 2: ((), empty)})
+    assert set(nothing["reasons"].values) == {"no_features: no feature selected"}
+
+
+def test_controls_that_match_in_one_dictionary_only_do_not_count() -> None:
+    poor = replace(controls(), comparable=False)
+    fixed = declared()
+    fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
+    trials = {1: ([outcomes(causal())], fixed), 2: ([outcomes(causal())], replace(fixed, controls=poor))}
+    result, _ = judge_together(trials)
+    assert not bool(row(result)["v2"])
+    assert row(result)["verdict"].item() == "INCONCLUSIVE"
+
+
+def test_an_interval_over_dictionaries_covers_the_mean_of_all_dictionaries() -> None:
+    """Dictionaries differ by .1 about -.3: an interval over prompts alone would miss."""
+    covered: Counter[str] = Counter()
+    draw = np.random.default_rng(4)
+    for _ in range(300):
+        shifts = -0.3 + 0.1 * draw.standard_normal(3)
+        latent = draw.random((100, 1))
+        changes = -(latent < np.abs(shifts)).astype(np.float64).T[:, :, None]
+        labels = np.array([f"p{i}" for i in range(100)])
+        pooled = paired_effect(changes, labels, alpha=0.05, seed=0, n_resamples=99)
+        alone = paired_effect(changes.mean(axis=0), labels, alpha=0.05, seed=0, n_resamples=99)
+        for name, effect in (("pooled", pooled), ("alone", alone)):
+            covered[name] += int(effect.low[0] <= -0.3 <= effect.high[0])
+    assert covered["pooled"] >= 0.93 * 300
+    assert covered["alone"] < 0.92 * 300
+    assert SETTINGS.alpha == 0.05
