@@ -61,7 +61,7 @@ class SparseCode:
             rows, words = mask.view(torch.int64).nonzero(as_tuple=True)
             if len(rows) > most:
                 return None
-            entry, bits = mask.view(n_rows, -1, 8)[rows, words].nonzero(as_tuple=True)
+            entry, bits = mask.view(n_rows, n_features // 8, 8)[rows, words].nonzero(as_tuple=True)
             if len(entry) > most:
                 return None
             rows, columns = rows[entry], words[entry] * 8 + bits

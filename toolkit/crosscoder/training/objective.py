@@ -97,19 +97,18 @@ class Objective:
         sums = torch.stack([found.sums(self._spec.n_features) / some.n_slots for some, found in groups]).sum(dim=0)
         squared = torch.stack([self._squared_error(*group) for group in groups]).sum()
         revival = [found.revived_error.square().sum() for found in decoded if found.revived_error is not None]
+        fired = self.ranks.sum_(sums.detach().clone())
+        self._dead.note(fired, step)
         return Fit(
             loss=squared / self._spec.batch_size + self._rule.penalty(sums, self._n_rows, step),
             revival=AUX_WEIGHT / self._spec.batch_size * torch.stack([*revival, squared.new_zeros(())]).sum(),
-            fired=self.ranks.sum_(sums.detach().clone()),
+            fired=fired,
             groups=groups,
         )
 
     def _rows(self, raw: Tensor) -> list[Rows]:
-        tokens = [self.ranks.share(raw[: self._n_joint]), self.ranks.share(raw[self._n_joint :])]
-        makers = (joint_rows, paired_rows)
-        return [
-            make(self._crosscoder, some, low=self._low) for make, some in zip(makers, tokens, strict=True) if len(some)
-        ]
+        kinds = (joint_rows, raw[: self._n_joint]), (paired_rows, raw[self._n_joint :])
+        return [make(self._crosscoder, self.ranks.share(part), low=self._low) for make, part in kinds if len(part)]
 
     @torch.no_grad()
     def _contribution(self, rows: list[Rows]) -> Tensor:
@@ -132,10 +131,6 @@ class Objective:
         scale = self._crosscoder.scale
         ratio = (scale[self._reference] / scale)[:, None, None]
         return by_view * ratio - by_view[self._reference]
-
-    def note(self, fit: Fit, step: int) -> None:
-        """Note which features fired."""
-        self._dead.note(fit.fired, step)
 
     @torch.no_grad()
     def describe(self, fit: Fit) -> dict[str, Any]:
