@@ -125,7 +125,7 @@ class _StudyCrosscoder:
         self.device = resolve_device(study.device)
         self.views = tuple(resolve_view(view, study, folder) for view in spec.views)
         first = derive_seed(study.seed, "crosscoder", spec.name, spec.seed)
-        others = [derive_seed(first, "replicate", number) for number in range(2, spec.replicates + 1)]
+        others = [derive_seed(first, "replicate", number) for number in range(2, len(spec.names) + 1)]
         self.seeds = [first, *others]
         self.folders = [folder.crosscoder(name) for name in spec.names]
         self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches
