@@ -75,7 +75,7 @@ STAGES: Final = (
         optional=("results.zarr/matching",),
         version=3,
     ),
-    Stage("drift", ("encode",), ("statistics",), f"{_STATISTICS}:drift", ("results.zarr/drift",), version=2),
+    Stage("drift", ("encode",), ("statistics",), f"{_STATISTICS}:drift", ("results.zarr/drift",), version=3),
     Stage(
         "stabilize",
         ("encode",),
