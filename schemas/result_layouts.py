@@ -139,7 +139,15 @@ RESULTS: Final = (
     Layout(
         "drift",
         variables_on(
-            f"{MODEL} {FEATURE}", **TEST_VARIABLES, p_max_t="float", d_z="float", firing_change="float", call="str"
+            f"{MODEL} {FEATURE}",
+            **TEST_VARIABLES,
+            p_max_t="float",
+            d_z="float",
+            effect_sd="float",
+            p_minimum="float",
+            q_minimum="float",
+            firing_change="float",
+            call="str",
         ),
         MODEL_COORDS,
         (*TEST_ATTRS, "reference", "variable"),

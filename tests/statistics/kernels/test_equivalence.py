@@ -7,6 +7,7 @@ from statsmodels.stats.weightstats import ttost_paired
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels import (
+    minimum_effect_test,
     tost_chain,
     tost_paired,
 )
@@ -110,3 +111,69 @@ def test_what_lies_at_the_margin_is_beyond_it_alpha_of_the_time(margin: float) -
     d = x[:, 0] - x[:, 1]
     nearer = stats.t.sf((np.abs(d.mean(axis=0)) - margin) / stats.sem(d, axis=0), 19)
     assert ((nearer <= 0.05).mean() > 0.08) == (margin < 0.1)
+
+
+def test_minimum_effect_is_a_t_test_of_the_excess_over_the_margin() -> None:
+    """One unit at a time: the spread, each unit's influence on it, and the t test of what is left."""
+    random = np.random.default_rng(20)
+    before, after = random.gamma(1.0, 1.0, 40), random.gamma(1.0, 2.0, 40)
+    for x, reference in ((after, before), (before, after)):
+        d = x - reference
+        squares = [(r - reference.mean()) ** 2 for r in reference]
+        pooled = [(s + (v - x.mean()) ** 2) / 2 for s, v in zip(squares, x, strict=True)]
+        shares = max(squares, pooled, key=sum)
+        spread = (sum(shares) / 39) ** 0.5
+        sign = np.sign(d.mean())
+        excess = [sign * v - 0.2 * q / (2 * spread) for v, q in zip(d, shares, strict=True)]
+        error = np.std(excess, ddof=1) / 40**0.5
+        near, far = (stats.t.sf((abs(d.mean()) - side * 0.2 * spread) / error, 39) for side in (1, -1))
+        result = minimum_effect_test(x, reference, margin=0.2)
+        assert result.p_value == pytest.approx(near + far, rel=1e-9)
+        assert result.effect == pytest.approx(d.mean() / spread, rel=1e-12)
+
+
+def test_minimum_effect_without_a_margin_is_the_two_sided_t_test() -> None:
+    random = np.random.default_rng(21)
+    before = random.normal(size=(30, 5))
+    after = before + random.normal(0.3, 1.0, (30, 5))
+    expected = stats.ttest_rel(after, before).pvalue
+    np.testing.assert_allclose(minimum_effect_test(after, before, margin=0.0).p_value, expected, rtol=1e-9)
+
+
+def test_minimum_effect_error_rates() -> None:
+    """Normal values exactly at the margin, and a feature that only leaks, with so many units that every test sees it."""
+    random = np.random.default_rng(22)
+    n, columns = 400, 4000
+    before = random.normal(size=(n, columns))
+    beside = before + 0.3 * random.normal(size=(n, columns))
+    spread = np.sqrt((1 + 1.09) / 2)
+    at = minimum_effect_test(beside + 0.2 * spread, before, margin=0.2)
+    assert (at.p_value <= 0.05).mean() == pytest.approx(0.05, abs=3 * np.sqrt(0.05 * 0.95 / columns))
+    leak = minimum_effect_test(beside + 0.1, before, margin=0.2)
+    assert leak.p_value.min() > 0.05
+    assert (stats.ttest_rel(beside + 0.1, before).pvalue <= 0.05).mean() > 0.99
+    # The spread is not known: a test that takes it so rejects too often where the difference hardly varies.
+    steady = before[:, :1000] + 0.2
+    p = minimum_effect_test(steady, before[:, :1000], margin=0.2).p_value
+    assert 0.03 < (p <= 0.05).mean() < 0.07
+
+
+def test_a_feature_that_is_silent_in_the_reference_can_exceed_the_margin() -> None:
+    random = np.random.default_rng(23)
+    new = np.where(random.random((300, 1)) < 0.2, random.uniform(1.0, 2.0, (300, 1)), 0.0)
+    result = minimum_effect_test(new, np.zeros_like(new), margin=0.2)
+    assert result.p_value[0] < 1e-4
+    assert result.effect[0] == pytest.approx(np.sqrt(2) * new.mean() / new.std(ddof=1))
+    rare = np.where(np.arange(300)[:, None] < 4, 1.5, 0.0)
+    assert minimum_effect_test(rare, np.zeros_like(rare), margin=0.2).p_value[0] > 0.05
+
+
+def test_minimum_effect_of_constants_and_its_refusals() -> None:
+    still = np.ones((6, 2))
+    result = minimum_effect_test(still + [0.0, 1.0], still, margin=0.2)
+    assert result.p_value.tolist() == [1.0, 0.0]
+    assert np.isnan(result.effect[0])
+    with pytest.raises(InputError, match=r"of two units or more, got \(6, 2\) and \(6, 1\)"):
+        minimum_effect_test(still, still[:, :1], margin=0.2)
+    with pytest.raises(InputError, match=r"must not be negative, got -0\.1"):
+        minimum_effect_test(still, still, margin=-0.1)

@@ -31,7 +31,14 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     map_features,
 )
 from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs, unit_means
-from rlgen_stats.toolkit.statistics.kernels import adjust, bootstrap_t, max_t, max_t_p_value, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels import (
+    adjust,
+    bootstrap_t,
+    max_t,
+    max_t_p_value,
+    minimum_effect_test,
+    sign_flip_test,
+)
 from rlgen_stats.toolkit.statistics.kernels.effects import hurdle, paired_wasserstein
 from rlgen_stats.toolkit.statistics.kernels.flips.flip_table import flip_count
 from rlgen_stats.toolkit.statistics.kernels.flips.histogram import histogram_flip_test
@@ -43,7 +50,8 @@ from rlgen_stats.toolkit.statistics.kernels.unit_tables import feature_blocks
 __all__ = ["CALLS", "DEFAULT_MARGIN", "FLAGS", "drift_test"]
 
 DEFAULT_MARGIN: Final = 0.2
-"""Equivalence margin in standard deviations of the reference over units: the smallest effect called small."""
+"""Least effect that counts as drift, in standard deviations over units: the smallest that is called small (Cohen). The
+codes of a shared dictionary leak: features that did not change move by .05 of it (median; benchmarks/README.md)."""
 
 WILD_CLUSTERS: Final = range(6, 12)
 """Numbers of clusters for which the wild bootstrap is meant: with more the sign flip is fine-grained, and exact."""
@@ -57,8 +65,8 @@ THRESHOLDS: Final = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 CALLS: Final = ("DRIFT", "NO_DRIFT", "UNDETERMINED", "UNTESTABLE")
 
 FLAGS: Final = ("ok", "untestable", "identical", "below_margin")
-"""In order: nothing to note; fires on too few prompts; equal in both models on every prompt; drift shown, but its mean
-shown to lie within the margin."""
+"""In order: nothing to note; fires on too few prompts; equal in both models on every prompt; shown to differ, but not
+by more than the margin."""
 
 CORRECTIONS: Final = ("bh", "by", "storey", "bky")
 
@@ -70,7 +78,7 @@ NULLS: Final = {
 COUNT_RESULTS: Final = ("n", "n_nonzero", "fired")
 HURDLE_RESULTS: Final = ("from_firing", "from_magnitude", "magnitude_change")
 HISTOGRAM_RESULTS: Final = ("token_distance", "p_wasserstein")
-FAMILY_RESULTS: Final = ("p_max_t", "q_value", "q_equivalence", "call", "flag")
+FAMILY_RESULTS: Final = ("p_max_t", "q_value", "q_minimum", "q_equivalence", "call", "flag")
 
 
 def drift_test(
@@ -114,7 +122,8 @@ def drift_test(
     alpha
         Level of the tests and 1 - coverage of the intervals.
     margin
-        Equivalence margin for NO_DRIFT, in standard deviations of the reference over units.
+        Smallest effect that counts as DRIFT, in spreads (``effect_sd``), and largest that counts as NO_DRIFT, in
+        standard deviations of the reference over units.
     n_resamples, n_bootstrap
         Joint sign flips, rounded up to 2^m - 1; draws of the bootstrap-t.
     n_min
@@ -131,11 +140,13 @@ def drift_test(
     -------
     xr.Dataset
         Layout ``drift`` [model, feature]: ``statistic`` (sum D / sqrt(sum D^2)), ``effect`` (mean D) with bootstrap-t
-        bounds (NaN below ten differences), ``p_value``, ``p_max_t`` (family-wise, single step), ``q_value``, ``n``
-        (units), ``d_z``, ``firing_change`` (points), ``from_firing`` and ``from_magnitude`` (they add up to ``effect``;
-        only of ``variable="mean"``), ``magnitude_change`` (where it fires), ``wasserstein`` (between the prompts'
-        values), ``call``, ``flag``. [model, threshold]: ``n_beyond``, features beyond a statistic, and ``fdp_upper``,
-        upper bound of the false discovery proportion among them (confidence 1 - alpha for each model, simultaneous over
+        bounds (NaN below ten differences), ``effect_sd`` (in spreads: standard deviations over units of the reference,
+        or of both models pooled where that is larger), ``p_value``, ``p_max_t`` (family-wise, single step),
+        ``q_value``, ``p_minimum`` and ``q_minimum`` (of an effect within the margin), ``n`` (units), ``d_z``,
+        ``firing_change`` (points), ``from_firing`` and ``from_magnitude`` (they add up to ``effect``; only of
+        ``variable="mean"``), ``magnitude_change`` (where it fires), ``wasserstein`` (between the prompts' values),
+        ``call``, ``flag``. [model, threshold]: ``n_beyond``, features beyond a statistic, and ``fdp_upper``, upper
+        bound of the false discovery proportion among them (confidence 1 - alpha for each model, simultaneous over
         thresholds). Also ``p_equivalence``, ``q_equivalence``, ``n_nonzero``, ``fired`` [model, feature] and
         ``n_tested`` [model].
 
@@ -152,15 +163,19 @@ def drift_test(
     not a test of E[D] = 0 for skewed D. Features below ``n_min`` are NaN and in no family; the filter looks at the
     pooled count only. max-T flips all features of a model together and takes Bonferroni over models when the family
     includes them: one common flip of several models against one reference is not exact. Calls: DRIFT if
-    ``q_value`` <= alpha; else NO_DRIFT if two one-sided t tests, corrected over the same family, place the mean within
-    the margin, or if the model is identical on every prompt; else UNDETERMINED. ``family_size`` counts the family's
+    ``q_value`` and ``q_minimum`` <= alpha: it differs, and by more than the margin. Else NO_DRIFT if two one-sided t
+    tests, corrected over the same family, place the mean within the margin, or if the model is identical on every
+    prompt; else UNDETERMINED. ``p_minimum`` is the larger of ``p_value`` and of the p-value of
+    :func:`~rlgen_stats.toolkit.statistics.kernels.minimum_effect_test`, so that ``q_minimum`` controls the false
+    discoveries of both claims together. With enough prompts, features that did not change differ too, by what the
+    dictionary's codes leak; flag ``below_margin`` says so. ``family_size`` counts the family's
     cells, ``n_tested`` those with a p-value.
 
     References
     ----------
     Westfall and Young 1993; Benjamini and Hochberg 1995, doi:10.1111/j.2517-6161.1995.tb02031.x; Schuirmann 1987,
-    doi:10.1007/BF01068419; false discovery proportions: Hemerik and Goeman 2018, doi:10.1111/rssb.12238; wild
-    bootstrap: Webb 2023, doi:10.1111/caje.12661.
+    doi:10.1007/BF01068419; minimum effects: Murphy and Myors 1999, doi:10.1037/0021-9010.84.2.234; false discovery
+    proportions: Hemerik and Goeman 2018, doi:10.1111/rssb.12238; wild bootstrap: Webb 2023, doi:10.1111/caje.12661.
 
     Examples
     --------
@@ -256,7 +271,7 @@ def _attrs(
         "family_size": n_models * n_features if rule.by_model else n_features,
         "reference": reference,
         "variable": variable,
-        "margin_unit": f"standard deviations of {reference} over units",
+        "margin_unit": f"standard deviations over units of {reference} (DRIFT: or of both models, if larger)",
         "max_t": "single step, joint over features" + (", Bonferroni over models" if rule.by_model else ""),
     }
 
@@ -326,6 +341,7 @@ class DriftSettings:
         """Names of the results per model and feature."""
         return (
             *("statistic", "effect", "effect_low", "effect_high", "p_value", "p_equivalence", "d_z"),
+            *("effect_sd", "p_minimum"),
             *("firing_change", "wasserstein", *COUNT_RESULTS),
             *(HURDLE_RESULTS if self.split_change else ()),
             *(HISTOGRAM_RESULTS if self.histograms else ()),
@@ -366,7 +382,6 @@ def _few_features(
         return unit_means(summary[summarised].astype(np.float64), codes)
 
     reference = means(values[0])
-    spread = reference.std(axis=0, ddof=1)
     reference_rate = means(firing[0]).mean(axis=0)
     reference_fired = (firing[0, summarised] > 0).sum(axis=0)
     rows: dict[str, list[Any]] = {name: [] for name in (*settings.outputs, "maxima", "exceedances")}
@@ -374,7 +389,8 @@ def _few_features(
         x = means(values[model])
         fired = reference_fired + (firing[model, summarised] > 0).sum(axis=0)
         testable = fired >= settings.n_min
-        row = _tests(_difference(x, reference), spread, testable, present, settings)
+        row = _tests(_difference(x, reference), testable, present, settings)
+        row |= _against_margin(x, reference, row, testable, settings)
         rate = means(firing[model]).mean(axis=0)
         row |= {
             "firing_change": 100.0 * (rate - reference_rate),
@@ -402,7 +418,6 @@ def _difference(values: FloatArray, reference: FloatArray) -> FloatArray:
 
 def _tests(
     d: FloatArray,
-    spread: FloatArray,
     testable: NDArray[np.bool_],
     present: NDArray[np.bool_],
     settings: DriftSettings,
@@ -431,20 +446,39 @@ def _tests(
     interval = bootstrap_t(d, alpha=settings.alpha, n_resamples=settings.n_bootstrap, seed=settings.seed)
     mean, sd = d.mean(axis=0), d.std(axis=0, ddof=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # The larger of the two one-sided p-values belongs to the nearer bound of the margin.
-        to_bound = settings.margin * spread - np.abs(mean)
-        p_equivalence = stats.t.sf(to_bound / (sd / np.sqrt(len(d))), len(d) - 1)
         results = {
             "statistic": np.where(nonzero > 0, joint.statistic * np.sign(mean), 0.0),
             "effect": mean,
             "effect_low": interval.low,
             "effect_high": interval.high,
             "p_value": np.where(identical, 1.0, np.asarray(p)),
-            "p_equivalence": np.where(identical, np.nan, p_equivalence),
             "d_z": np.where(nonzero > 0, mean / sd, 0.0),
         }
     tested = {name: np.where(testable, value, np.nan) for name, value in results.items()}
     return tested | {"n_nonzero": nonzero, "maxima": joint.maxima, "exceedances": joint.exceedances}
+
+
+def _against_margin(
+    x: FloatArray,
+    reference: FloatArray,
+    tests: dict[str, NDArray[Any]],
+    testable: NDArray[np.bool_],
+    settings: DriftSettings,
+) -> dict[str, NDArray[Any]]:
+    """Whether the mean difference lies beyond the margin, or within it; ``x`` and ``reference`` [unit, feature]."""
+    identical = testable & (tests["n_nonzero"] == 0)
+    beyond = minimum_effect_test(x, reference, margin=settings.margin)
+    mean, error = tests["effect"], (x - reference).std(axis=0, ddof=1) / np.sqrt(len(x))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # The larger of the two one-sided p-values belongs to the nearer bound of the margin.
+        to_bound = settings.margin * reference.std(axis=0, ddof=1) - np.abs(mean)
+        p_equivalence = stats.t.sf(to_bound / error, len(x) - 1)
+    results = {
+        "effect_sd": np.where(identical, 0.0, beyond.effect),
+        "p_minimum": np.where(identical, 1.0, np.maximum(tests["p_value"], beyond.p_value)),
+        "p_equivalence": np.where(identical, np.nan, p_equivalence),
+    }
+    return {name: np.where(testable, value, np.nan) for name, value in results.items()}
 
 
 def _histogram_tests(
@@ -488,7 +522,7 @@ def decisions(results: dict[str, da.Array], maxima: da.Array, rule: FamilyRule) 
 
     Written as array operations, not delayed calls: those would read and test every block once per argument.
     """
-    names = ("p_value", "p_equivalence", "statistic", "fired", "n_nonzero")
+    names = ("p_value", "p_minimum", "p_equivalence", "statistic", "fired", "n_nonzero")
     arguments = [item for name in names for item in (results[name].rechunk(-1), "mf")]
     decided = da.blockwise(
         _decide,
@@ -509,6 +543,7 @@ def decisions(results: dict[str, da.Array], maxima: da.Array, rule: FamilyRule) 
 
 def _decide(
     p: FloatArray,
+    p_minimum: FloatArray,
     p_equivalence: FloatArray,
     statistic: FloatArray,
     fired: FloatArray,
@@ -519,17 +554,19 @@ def _decide(
 ) -> FloatArray:
     """The ``FAMILY_RESULTS`` in their order, [result, model, feature]; calls and flags as places in their lists."""
     p_max_t = np.stack([max_t_p_value(np.abs(row), top) for row, top in zip(statistic, maxima, strict=True)])
-    q, q_equivalence = rule.adjust(p), rule.adjust(p_equivalence)
+    q, q_minimum, q_equivalence = (rule.adjust(each) for each in (p, p_minimum, p_equivalence))
     untestable = fired < rule.n_min
     identical = ~untestable & (nonzero == 0)
-    drifts = np.nan_to_num(q, nan=1.0) <= rule.alpha
+    differs = np.nan_to_num(q, nan=1.0) <= rule.alpha
+    drifts = differs & (np.nan_to_num(q_minimum, nan=1.0) <= rule.alpha)
     within_margin = identical | (np.nan_to_num(q_equivalence, nan=1.0) <= rule.alpha)
     results = {
         "p_max_t": np.minimum(1.0, p_max_t * len(p)) if rule.by_model else p_max_t,
         "q_value": q,
+        "q_minimum": q_minimum,
         "q_equivalence": q_equivalence,
         "call": np.select([untestable, drifts, within_margin], [3, 0, 1], 2),
-        "flag": np.select([untestable, identical, drifts & within_margin], [1, 2, 3], 0),
+        "flag": np.select([untestable, identical, differs & ~drifts], [1, 2, 3], 0),
     }
     return np.stack([np.asarray(results[name], dtype=np.float64) for name in FAMILY_RESULTS])
 

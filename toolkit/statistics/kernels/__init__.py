@@ -49,6 +49,7 @@ Means, equivalence, counts, sets::
     mover_weighted_sum(estimates, lows, highs, *, weights) -> (sum, low, high)
     p_from_interval(estimate, low, high, *, alpha) -> float
     tost_paired(x, y=0.0, *, low, high) -> array
+    minimum_effect_test(x, reference, *, margin) -> MinimumEffectResult(effect, p_value)
     tost_chain(x, *, margin, alpha=0.05, relative=False, persist=0) -> TostChainResult(p_value, stabilized_at, p_beyond)
     mcnemar(gained, lost) -> McNemarResult(p_value, mid_p)
     wilson_interval(successes, n, *, alpha=0.05) -> (low, high)
@@ -61,7 +62,13 @@ Means, equivalence, counts, sets::
 
 from rlgen_stats.toolkit.statistics.kernels.draws import sign_flips
 from rlgen_stats.toolkit.statistics.kernels.effects import HurdleResult, hurdle, paired_wasserstein
-from rlgen_stats.toolkit.statistics.kernels.equivalence import TostChainResult, tost_chain, tost_paired
+from rlgen_stats.toolkit.statistics.kernels.equivalence import (
+    MinimumEffectResult,
+    TostChainResult,
+    minimum_effect_test,
+    tost_chain,
+    tost_paired,
+)
 from rlgen_stats.toolkit.statistics.kernels.flips.histogram import HistogramResult, histogram_flip_test
 from rlgen_stats.toolkit.statistics.kernels.flips.maxt import MaxTResult, max_t, max_t_p_value
 from rlgen_stats.toolkit.statistics.kernels.flips.permutation import ContrastResult, permutation_contrast
@@ -103,6 +110,7 @@ __all__ = [
     "JackknifeResult",
     "MaxTResult",
     "McNemarResult",
+    "MinimumEffectResult",
     "ModeratedResult",
     "Pooled",
     "RboResult",
@@ -126,6 +134,7 @@ __all__ = [
     "max_t",
     "max_t_p_value",
     "mcnemar",
+    "minimum_effect_test",
     "moderated_t",
     "mover_difference",
     "mover_weighted_sum",
