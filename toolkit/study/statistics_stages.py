@@ -46,6 +46,7 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
             seed=derive_seed(spec.seed, "drift"),
         ).compute()
         task.advance(len(models))
+    changes = _with_dfve(study, changes)
     write_results(study.folder.results, "drift", changes, provenance=study.provenance("drift", key))
     calls = changes["call"].astype(str)
     return {"drifting": {str(m): int((calls.sel({MODEL: m}) == "DRIFT").sum()) for m in changes[MODEL].values}}
@@ -68,7 +69,7 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
         seed=derive_seed(spec.seed, "stabilize"),
         n_bootstrap=settings.n_bootstrap,
     )
-    write_results(study.folder.results, "stabilization", chain, provenance=provenance)
+    write_results(study.folder.results, "stabilization", _with_dfve(study, chain), provenance=provenance)
     sets = set_stability(
         features,
         runs=runs,
@@ -80,7 +81,7 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
         seed=derive_seed(spec.seed, "sets"),
         progress=progress,
     )
-    write_results(study.folder.results, "set_stability", sets, provenance=provenance)
+    write_results(study.folder.results, "set_stability", _with_dfve(study, sets), provenance=provenance)
     return {"verdicts": dict(zip(runs, sets["verdict"].values.astype(str).tolist(), strict=True))}
 
 
@@ -152,6 +153,18 @@ def report(study: Study, key: str, progress: Progress) -> Facts:
     """Write the report."""
     provenance = study.provenance("report", key)
     return {"path": str(write_report(study.folder, study.spec, provenance=provenance, progress=progress))}
+
+
+def _with_dfve(study: Study, data: xr.Dataset) -> xr.Dataset:
+    """The result with ``dfve[model]``: the share of each model's change from base that the features describe.
+
+    From the health of the encoded crosscoder; left out where its readout was not judged.
+    """
+    health = open_results(study.folder.results, "health")
+    if "dfve" not in health:
+        return data
+    of_models = health["dfve"].sel(crosscoder=study.spec.primary_crosscoder.name).reindex({MODEL: data[MODEL].values})
+    return data.assign(dfve=(MODEL, np.asarray(of_models.values, dtype=float)))
 
 
 def clusters_of(dataset: xr.Dataset) -> str | None:

@@ -18,6 +18,7 @@ from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features, open_results, result_groups
 from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder, weights_hash
+from rlgen_stats.stores.health_records import unusable_readout
 from rlgen_stats.stores.prompts import load_prompts, load_texts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model
 from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
@@ -404,9 +405,13 @@ def _match(
     """
     if not features:
         raise NotEstimableError("no_features: no feature selected")
+    primary = spec.primary_crosscoder
+    unusable = unusable_readout(folder.crosscoder(primary.name), accepted=primary.accept_unhealthy)
+    if unusable:
+        raise NotEstimableError(f"readout_failed: {unusable}")
     if prompts.table.empty:
         raise NotEstimableError("no_prompts: no verification prompts")
-    decoder = read_decoder(folder.crosscoder(spec.primary_crosscoder.name))
+    decoder = read_decoder(folder.crosscoder(primary.name))
     unknown = [k for k in features if not 0 <= k < decoder.n_features]
     if unknown:
         raise InputError(f"feature ids run from 0 to {decoder.n_features - 1}, got {unknown[0]}.")

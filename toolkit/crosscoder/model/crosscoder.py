@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import Readout
 from rlgen_stats.stores import write_json
 from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder.data.paired import ViewMoments
 from rlgen_stats.toolkit.crosscoder.model.files import write_tensors
-from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout, Gate, Readout, Sparsity
+from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout, Gate, Sparsity
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode, matmul
 from rlgen_stats.toolkit.crosscoder.model.views import JointViews
 
