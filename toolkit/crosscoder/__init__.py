@@ -12,6 +12,7 @@ from rlgen_stats.toolkit.crosscoder.training.stage import forget_crosscoders, tr
 from rlgen_stats.toolkit.crosscoder.training.train import train_crosscoder, train_replicates
 from rlgen_stats.toolkit.crosscoder.uses.contexts import write_contexts
 from rlgen_stats.toolkit.crosscoder.uses.encode import encode_features, summarise_prompts
+from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
 from rlgen_stats.toolkit.crosscoder.uses.health import Health, health_dataset, measure_health, require_healthy
 from rlgen_stats.toolkit.crosscoder.uses.promoted_tokens import logit_effects, write_logits
 from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
@@ -37,6 +38,7 @@ __all__ = [
     "decoder_dataset",
     "encode_features",
     "export_crosscoder",
+    "fit_readout",
     "forget_crosscoders",
     "health_dataset",
     "import_crosscoder",

@@ -34,6 +34,7 @@ from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
 from rlgen_stats.toolkit.crosscoder.training.train import CURVE, STATE, train_replicates, training_key
+from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
 from rlgen_stats.toolkit.crosscoder.uses.health import Health, measure_health
 from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
     READOUT_TOKENS,
@@ -157,6 +158,8 @@ class _StudyCrosscoder:
         if rank_of_process():
             return  # so is measuring after training together
         for name, folder, crosscoder in zip(self.spec.names, self.folders, crosscoders, strict=True):
+            if self.spec.readout == "fit" and crosscoder.fit_weight is None:
+                fit_readout(crosscoder, stored).save(folder)
             self._measure(name, folder, crosscoder, stored)
 
     def _reader(self, models: tuple[str, ...]) -> PairedReader:
@@ -219,6 +222,7 @@ class _StudyCrosscoder:
                 f"{self.spec.n_features} for crosscoder {self.spec.name!r}; write the number the weights have."
             )
         crosscoder.name, crosscoder.default_readout = self.spec.name, self.spec.readout
+        crosscoder.fit_weight = crosscoder.fit_bias = None  # fitted to this study's activations, not to theirs
         crosscoder.facts |= {"key": key, "data_tokens": n_tokens, **self._origin()}
         crosscoder.save(folder)
         write_json(folder / CURVE, [])
