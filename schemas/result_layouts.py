@@ -72,6 +72,15 @@ RESULTS: Final = (
         | variables_on(
             "crosscoder", l0="float", dead_fraction="float", n_features="int", healthy="bool", reasons="str"
         ),
+        optional=variables_on(  # the encoded crosscoder's readout, on base and every checkpoint
+            f"crosscoder {MODEL}",
+            fve_model="float",
+            l0_model="float",
+            dfve="float",
+            code_r2="float",
+            artefact="float",
+        )
+        | variables_on("crosscoder", readout_reasons="str", readout_accepted="bool"),
     ),
     Layout(  # per pairwise crosscoder (dimension crosscoder: one per run plus 'null')
         "attribution",
@@ -161,7 +170,8 @@ RESULTS: Final = (
             p_wasserstein="float",
             q_wasserstein="float",
         )
-        | variables_on(f"{MODEL} threshold", n_beyond="int", fdp_upper="float"),
+        | variables_on(f"{MODEL} threshold", n_beyond="int", fdp_upper="float")
+        | variables_on(MODEL, dfve="float"),
     ),
     Layout(
         "stabilization",
@@ -180,6 +190,7 @@ RESULTS: Final = (
             share_in_stratum_high="float",
         )
         | variables_on(f"{TRAINED_RUN} stratum", n_in_stratum="int")
+        | variables_on(MODEL, dfve="float")
         | variables_on(
             "fraction stratum",  # arms: first minus second, share of a stratum settled by a fraction of the steps
             difference_in_stratum="float",
@@ -206,7 +217,7 @@ RESULTS: Final = (
         | variables_on(TRAINED_RUN, verdict="str", stable_from="float", nogueira="float"),
         MODEL_COORDS | variables_on(TRAINED_RUN, trained_run="str"),
         ("test", "null", "unit", "seed", "alpha", "top_k"),
-        optional=variables_on(MODEL, delta_lower="float", delta_upper="float", chance_high="float"),
+        optional=variables_on(MODEL, delta_lower="float", delta_upper="float", chance_high="float", dfve="float"),
     ),
     Layout(
         "selection",

@@ -19,6 +19,10 @@ STUDY_SCHEMA_VERSION: Final = 1
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Readout = Literal["swap", "own", "joint", "fit"]
+"""How one model's features are read from the shared code: its activation in every slot (swap), in its own slot with the
+others at their means (own), the joint code of all views, whose contribution counts the view's decoder norm only
+(joint), or one linear map for all models, fitted to the joint code (fit)."""
 
 
 class Spec(BaseModel):
@@ -190,12 +194,13 @@ class CrosscoderSpec(Spec):
     """Replicate number; combined with the study's seed."""
     replicates: PositiveInt | None = None
     """Dictionaries trained on the same batches from different initial weights, in one pass: NAME, NAME.2, NAME.3 and so
-    on. Only the first is encoded; the others show which of its features reappear. Default: 3 for the crosscoder of a
-    study that is encoded, 1 for the others and for weights trained elsewhere."""
-    readout: Literal["swap", "own", "joint"] = "swap"
+    on. Those of the crosscoder that is encoded are one analysis: each is tested, selected from and edited. Default: 3
+    there, 1 for the others and for weights trained elsewhere."""
+    readout: Readout = "swap"
     """How one model's features are read from the shared code: its activation in every slot (swap), in its own slot
-    (own), or the joint code of all views weighted by the view's own decoder norm (joint). Features read as joint can be
-    tested for drift, but not ranked against each other: stabilize and select refuse them."""
+    (own), the joint code of all views weighted by the view's own decoder norm (joint), or one linear map for all
+    models, fitted to the joint code by least squares (fit). Features read as joint can be tested for drift, but not
+    ranked against each other: stabilize and select refuse them."""
     weights: str | None = None
     """Weights trained elsewhere, relative to the study folder: a folder of ours, or a file or folder in the layout of
     crosscoder_learning (one layer a view, in order). Nothing is trained then; n_features must match the weights."""

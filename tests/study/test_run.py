@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError, SpecError, StageError, StoreError, StoreLockedError
-from rlgen_stats.stores import Provenance, read_json, write_results
+from rlgen_stats.stores import Provenance, read_json, write_json, write_results
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
@@ -68,6 +68,17 @@ def test_every_stage_runs_once_after_its_needs(study_folder: Path) -> None:
     run_study(study_folder)
     assert len(CALLS) == len(STAGES)
     assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
+
+
+def test_accepting_a_readout_brings_the_trial_and_the_report_up_to_date(study_folder: Path) -> None:
+    run_study(study_folder)
+    folder = open_for_run(study_folder).folder.crosscoder("main")
+    record = {"weights_sha256": "w", "readout": "swap", "readout_models": {"reasons": "dFVE too low"}}
+    write_json(folder / "health.json", record)
+    write_json(folder / "accepted.json", {"weights_sha256": "w", "by": "align"})  # says nothing about a readout
+    assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
+    write_json(folder / "accepted.json", {"weights_sha256": "w", "by": "encode", "readout": "swap"})
+    assert {s.name for s in open_for_run(study_folder).status() if s.state == "stale"} == {"intervene", "report"}
 
 
 def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:
@@ -187,8 +198,8 @@ def test_missing_inputs_are_named_by_their_key(study_folder: Path) -> None:
     [
         (
             {"crosscoders": [MAIN | {"readout": "joint"}, PAIR]},
-            "the stabilize stage compares different features and expects readout 'swap' or 'own', got 'joint', whose "
-            "scale differs from model to model; change the readout of crosscoder 'main'.",
+            "the stabilize stage compares different features and expects readout 'swap', 'fit' or 'own', got 'joint', "
+            "whose scale differs from model to model; change the readout of crosscoder 'main'.",
         ),
         (
             {"runs": [spec_dict()["runs"][0], {"name": "rl", "arm": "rl", "checkpoints": {20: "models/rl-20"}}]},

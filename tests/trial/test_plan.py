@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.stores import open_features
+from rlgen_stats.stores import StudyFolder, open_features, write_json
 from rlgen_stats.stores.crosscoder_weights import weights_hash
 from rlgen_stats.stores.trial_completions import write_arm
 from rlgen_stats.toolkit.intervention import (
@@ -119,6 +120,19 @@ def test_a_plan_of_nothing_says_why(study: Any) -> None:
     assert (plan.arms, plan.stored, plan.completions, plan.n_prompts) == ({}, {}, 0, 0)
     assert plan.why_not == "no_features: no feature selected"
     assert str(plan) == "features none\nno_features: no feature selected"
+
+
+def test_a_readout_that_failed_is_not_tried_unless_accepted(study: Any, tmp_path: Path) -> None:
+    spec, folder = study[0], StudyFolder(tmp_path / "study")
+    shutil.copytree(study[1].root, folder.root)
+    readout = {"models": [], "checks": [], "healthy": False, "reasons": "dFVE of rl@1 is -4", "dfve_min": 0.3}
+    record = {"weights_sha256": "w", "healthy": True, "reasons": "ok", "readout": "swap", "readout_models": readout}
+    write_json(folder.crosscoder("main") / "health.json", record)
+    plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
+    assert (plan.declared.not_held, plan.arms) == ("readout_failed: dFVE of rl@1 is -4", {})
+    main, *others = spec.crosscoders
+    accepting = spec.model_copy(update={"crosscoders": (main.model_copy(update={"accept_unhealthy": True}), *others)})
+    assert plan_trial(accepting, folder, [F_GATE], provenance=PROVENANCE).arms["disable"] > 20
 
 
 def test_the_hash_of_an_arm_is_that_of_earlier_releases(study: Any) -> None:

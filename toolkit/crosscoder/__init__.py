@@ -12,8 +12,15 @@ from rlgen_stats.toolkit.crosscoder.training.stage import forget_crosscoders, tr
 from rlgen_stats.toolkit.crosscoder.training.train import train_crosscoder, train_replicates
 from rlgen_stats.toolkit.crosscoder.uses.contexts import write_contexts
 from rlgen_stats.toolkit.crosscoder.uses.encode import encode_features, summarise_prompts
+from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
 from rlgen_stats.toolkit.crosscoder.uses.health import Health, health_dataset, measure_health, require_healthy
 from rlgen_stats.toolkit.crosscoder.uses.promoted_tokens import logit_effects, write_logits
+from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
+    ModelReadout,
+    ReadoutHealth,
+    judge_readout,
+    measure_readout,
+)
 from rlgen_stats.toolkit.crosscoder.uses.scaling_sums import scaling_sums, stored_scaling_sums
 from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE, SplicedText, splice_ce
 
@@ -23,18 +30,23 @@ __all__ = [
     "FeatureReadout",
     "Health",
     "LiveActivations",
+    "ModelReadout",
     "PairedActivations",
+    "ReadoutHealth",
     "SpliceCE",
     "SplicedText",
     "decoder_dataset",
     "encode_features",
     "export_crosscoder",
+    "fit_readout",
     "forget_crosscoders",
     "health_dataset",
     "import_crosscoder",
+    "judge_readout",
     "load_crosscoder",
     "logit_effects",
     "measure_health",
+    "measure_readout",
     "rank_of_process",
     "require_healthy",
     "scaling_sums",

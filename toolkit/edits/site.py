@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import Readout
 from rlgen_stats.toolkit.crosscoder import Crosscoder
 
 
@@ -25,7 +25,7 @@ class EditSite:
     """View whose decoder rows are added: base's when editing base, the RL model's when editing that."""
     layer: int
     """Decoder block whose output (residual stream) is edited, counted from 0."""
-    readout: Literal["swap", "own", "joint"] = "swap"
+    readout: Readout = "swap"
     """How this model's features are read from the shared code."""
 
 

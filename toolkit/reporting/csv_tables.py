@@ -53,6 +53,8 @@ def build_tables(
         tables["health"] = flat(results["health"], ("crosscoder",))
         views = flat(results["health"], ("crosscoder", "view")).dropna(subset=["fve"])
         tables["health_views"] = views if "fve_readout" in views else views.assign(fve_readout=math.nan)
+        if "dfve" in results["health"]:
+            tables["health_models"] = flat(results["health"], ("crosscoder", "model")).dropna(subset=["fve_model"])
     if "latent_scaling" in results:
         tables["feature_classes"] = class_counts(results["latent_scaling"])
     if "matching" in results:

@@ -143,6 +143,7 @@ _TEXT_MODES: Final = {
 }
 _READOUTS: Final = {
     "swap": "Swap: a model's activation is the input of every view.",
+    "fit": "Fit: one linear map for all models, fitted to the joint code by least squares.",
     "own": "Own: a model's activation is the input of its own view, the other views are at their mean.",
 }
 

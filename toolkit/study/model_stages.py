@@ -87,10 +87,16 @@ def crosscoder(study: Study, key: str, progress: Progress) -> Facts:
     train_crosscoders(study.spec, study.folder, provenance=provenance, progress=progress)
     if rank_of_process():
         return {}
-    health = health_dataset(study.folder, [name for c in study.spec.crosscoders for name in c.names])
-    write_results(study.folder.results, "health", health, provenance=provenance)
+    health = _write_health(study)
     verdicts = zip(health["crosscoder"].values, health["healthy"].values, strict=True)
     return {"healthy": {str(name): bool(healthy) for name, healthy in verdicts}}
+
+
+def _write_health(study: Study) -> xr.Dataset:
+    health = health_dataset(study.folder, [name for c in study.spec.crosscoders for name in c.names])
+    provenance = study.provenance("crosscoder", study.key("crosscoder"))
+    write_results(study.folder.results, "health", health, provenance=provenance)
+    return health
 
 
 def encode(study: Study, key: str, progress: Progress) -> Facts:
@@ -103,6 +109,9 @@ def encode(study: Study, key: str, progress: Progress) -> Facts:
         force="encode" in study.forced,
         progress=progress,
     )
+    if "encode" in study.forced:  # what was accepted now decides what later stages answer
+        study.forget_keys()
+        _write_health(study)
     encode_features(study.spec, study.folder, provenance=study.provenance("encode", key), progress=progress)
     n = study.spec.summaries.contexts
     if n:

@@ -33,8 +33,8 @@ def _check_scale(spec: StudySpec) -> str:
     if primary.readout != "joint":
         return ""
     return (
-        "compares different features and expects readout 'swap' or 'own', got 'joint', whose scale differs from model "
-        f"to model; change the readout of crosscoder {primary.name!r}."
+        "compares different features and expects readout 'swap', 'fit' or 'own', got 'joint', whose scale differs from "
+        f"model to model; change the readout of crosscoder {primary.name!r}."
     )
 
 

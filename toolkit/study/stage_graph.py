@@ -18,6 +18,7 @@ from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
+from rlgen_stats.stores.health_records import readout_accepted
 
 State = Literal["done", "stale", "interrupted", "waiting"]
 
@@ -66,7 +67,7 @@ STAGES: Final = (
         ("crosscoders",),
         f"{_MODELS}:crosscoder",
         ("crosscoder", "results.zarr/health"),
-        version=2,
+        version=3,
     ),
     Stage(
         "encode",
@@ -227,16 +228,24 @@ class Study:
             self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents])
         return self._keys[name]
 
+    def forget_keys(self) -> None:
+        """Compute keys anew: a stage has changed what later ones depend on."""
+        self._keys.clear()
+
     def _input_files(self, name: str) -> dict[str, str]:
         """Fingerprints of the files that a stage reads beside the study's stores."""
         if name == "posttrain":
             return self._training_files()
         if name == "crosscoder":
             return self._crosscoder_files()
+        files = {}
         neutral = self.spec.intervention.neutral_text
         if name == "intervene" and neutral is not None:
-            return {"neutral_text": self._fingerprint(neutral, "intervention.neutral_text")}
-        return {}
+            files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")
+        primary = self.folder.crosscoder(self.spec.primary_crosscoder.name)
+        if name in ("intervene", "report") and readout_accepted(primary):  # a trial that was not held is held now
+            files["readout"] = "accepted"
+        return files
 
     def _training_files(self) -> dict[str, str]:
         files = {

@@ -11,7 +11,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK, of_dictionary
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import CrosscoderSpec, RunSpec, SelectionSpec
-from rlgen_stats.stores import open_features, open_outcomes, open_results, write_results
+from rlgen_stats.stores import Provenance, open_features, open_outcomes, open_results, write_results
 from rlgen_stats.toolkit.progress import Progress
 from rlgen_stats.toolkit.reporting import write_report
 from rlgen_stats.toolkit.statistics import (
@@ -45,7 +45,12 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
                 n_min=settings.n_min,
                 seed=derive_seed(spec.seed, "drift"),
             ).compute()
-            write_results(study.folder.results, of_dictionary("drift", number), changes, provenance=provenance)
+            write_results(
+                study.folder.results,
+                of_dictionary("drift", number),
+                _with_dfve(study, changes, number),
+                provenance=provenance,
+            )
             drifting = (changes["call"].astype(str) == "DRIFT").sum(FEATURE)
             n_drifting[str(number)] = dict(zip(drifting[MODEL].values.tolist(), drifting.values.tolist(), strict=True))
             task.advance(1)
@@ -68,7 +73,12 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
             seed=derive_seed(spec.seed, "stabilize"),
             n_bootstrap=settings.n_bootstrap,
         )
-        write_results(study.folder.results, of_dictionary("stabilization", number), chain, provenance=provenance)
+        write_results(
+            study.folder.results,
+            of_dictionary("stabilization", number),
+            _with_dfve(study, chain, number),
+            provenance=provenance,
+        )
         sets = set_stability(
             features,
             runs=runs,
@@ -80,7 +90,12 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
             seed=derive_seed(spec.seed, "sets"),
             progress=progress,
         )
-        write_results(study.folder.results, of_dictionary("set_stability", number), sets, provenance=provenance)
+        write_results(
+            study.folder.results,
+            of_dictionary("set_stability", number),
+            _with_dfve(study, sets, number),
+            provenance=provenance,
+        )
         verdicts[str(number)] = dict(zip(runs, sets["verdict"].values.astype(str).tolist(), strict=True))
     return {"verdicts": verdicts}
 
@@ -160,6 +175,19 @@ def report(study: Study, key: str, progress: Progress) -> Facts:
     """Write the report."""
     provenance = study.provenance("report", key)
     return {"path": str(write_report(study.folder, study.spec, provenance=provenance, progress=progress))}
+
+
+def _write_with_dfve(study: Study, group: str, dictionary: int, data: xr.Dataset, provenance: Provenance) -> None:
+    """Write a dictionary's result with ``dfve[model]``: the share of each model's change from base that it describes.
+
+    From the health of that dictionary; left out where its readout was not judged.
+    """
+    health = open_results(study.folder.results, "health").load()
+    if "dfve" in health:
+        name = study.spec.primary_crosscoder.names[dictionary - 1]
+        of_models = health["dfve"].sel(crosscoder=name).reindex({MODEL: data[MODEL].values})
+        data = data.assign(dfve=(MODEL, np.asarray(of_models.values, dtype=float)))
+    write_results(study.folder.results, of_dictionary(group, dictionary), data, provenance=provenance)
 
 
 def clusters_of(dataset: xr.Dataset) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, SPLITS, TASK
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, StudySpec
+from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, Readout, StudySpec
 from rlgen_stats.toolkit.edits.edit import FeatureEdit, Positions
 from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition, Direction
 
@@ -38,7 +38,7 @@ class Site:
     """View whose decoder rows are added: base's when editing base, the RL model's when editing that."""
     layer: int
     """Decoder block whose output is edited."""
-    readout: Literal["swap", "own", "joint"]
+    readout: Readout
     """How the edited model's features are read from the shared code."""
 
 

@@ -18,6 +18,7 @@ from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
 from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder
+from rlgen_stats.stores.health_records import unusable_readout
 from rlgen_stats.stores.prompts import load_prompts, load_texts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model
 from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
@@ -398,9 +399,12 @@ def _match(
     """
     if not features:
         raise NotEstimableError("no_features: no feature selected")
+    place = folder.crosscoder(spec.primary_crosscoder.names[dictionary - 1])
+    unusable = unusable_readout(place, accepted=spec.primary_crosscoder.accept_unhealthy)
+    if unusable:
+        raise NotEstimableError(f"readout_failed: {unusable}")
     if prompts.table.empty:
         raise NotEstimableError("no_prompts: no verification prompts")
-    place = folder.crosscoder(spec.primary_crosscoder.names[dictionary - 1])
     decoder = read_decoder(place)
     unknown = [k for k in features if not 0 <= k < decoder.n_features]
     if unknown:

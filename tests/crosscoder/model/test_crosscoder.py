@@ -251,7 +251,7 @@ def test_wrong_arguments_are_explained() -> None:
         crosscoder.readout(torch.zeros(5, 3, 6))
     with pytest.raises(InputError, match=r"readout 'own' needs the view"):
         crosscoder.readout(torch.zeros(5, 6), kind="own")
-    with pytest.raises(InputError, match=r"'swap' or 'own', got 'both'"):
+    with pytest.raises(InputError, match=r"'swap', 'own' or 'fit', got 'both'"):
         crosscoder.readout(torch.zeros(5, 6), kind="both")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"distinct model ids"):
         Crosscoder(("base@0", "base@0"), width=6, n_features=10, sparsity="l1", k=3)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import Readout, StudySpec
 from rlgen_stats.stores import StudyFolder, open_tokens
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, summarise_prompts, train_crosscoder
 from rlgen_stats.toolkit.crosscoder.model import sparse as sparse_module
-from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode, matmul
 from rlgen_stats.toolkit.crosscoder.uses import encode as encode_module
 from rlgen_stats.toolkit.extraction import site_name, token_mask

@@ -432,6 +432,66 @@ def test_features_that_explain_little_of_a_model_read_alone_are_a_caveat(
     assert not any("Read one model at a time" in c for c in claim(results, spec, name).caveats)
 
 
+def with_readout(results: Results, *, reasons: str = "", accepted: bool = False, **low: float) -> Results:
+    """The readout of crosscoder main judged; dFVE .7 but where ``low`` says else (run_step -> value)."""
+    models = [str(model) for model in results["set_stability"]["model"].values]
+    dfve = [low.get(model.replace("@", "_"), 0.7) for model in models]
+    n = results["health"].sizes["crosscoder"]
+    health = results["health"].assign(
+        readout_reasons=("crosscoder", [reasons] + [""] * (n - 1)),
+        readout_accepted=("crosscoder", [accepted] + [False] * (n - 1)),
+        healthy=("crosscoder", [not reasons] + [True] * (n - 1)),
+        reasons=("crosscoder", [reasons or "ok"] + ["ok"] * (n - 1)),
+    )
+    sets = results["set_stability"].assign(dfve=("model", dfve))
+    return results | {"health": health.assign_attrs(dfve_min=0.3), "set_stability": sets}
+
+
+FAILED = "reconstructions explain -4.013 of what changed between base and sft@150, at least 0.3 needed"
+
+
+@pytest.mark.parametrize("name", ["C2", "C3", "C4", "C5"])
+def test_a_failed_readout_costs_every_claim_that_rests_on_it(results: Results, spec: StudySpec, name: str) -> None:
+    passed = claim(with_readout(results), spec, name)
+    assert (passed.answer, passed.caveats) == (claim(results, spec, name).answer, claim(results, spec, name).caveats)
+    failed = claim(with_readout(results, reasons=FAILED), spec, name)
+    assert (failed.verdict, math.isnan(failed.estimate)) == (Verdict.NOT_ESTIMABLE, True)
+    assert failed.answer == f"Not estimable: the features of single models cannot be read: {FAILED}."
+    assert claim(with_readout(results, reasons=FAILED), spec, "C1").verdict is Verdict.SUPPORTED
+
+
+@pytest.mark.parametrize("by", ["study.yaml", "encode --force"])
+@pytest.mark.parametrize("name", ["C2", "C3", "C4", "C5"])
+def test_an_accepted_readout_is_a_caveat(results: Results, spec: StudySpec, name: str, by: str) -> None:
+    if by == "study.yaml":
+        main, *others = spec.crosscoders
+        spec = spec.model_copy(update={"crosscoders": (main.model_copy(update={"accept_unhealthy": True}), *others)})
+    read = with_readout(results, reasons=FAILED, accepted=by != "study.yaml", rl_48=-2.0)
+    answered = claim(read, spec, name)
+    assert answered.estimate == claim(results, spec, name).estimate
+    assert answered.caveats[-1] == f"Crosscoder main failed its health check: {FAILED}."
+
+
+@pytest.mark.parametrize("model", ["sft_90", "rl_64"])
+def test_timing_is_open_where_a_decisive_checkpoint_is_not_described(
+    results: Results, spec: StudySpec, model: str
+) -> None:
+    answered = claim(with_readout(results, **{model: 0.12}), spec, "C2")
+    assert (answered.verdict, math.isnan(answered.estimate)) == (Verdict.UNDETERMINED, True)
+    label = model.replace("_", "@")
+    assert answered.answer == f"Undetermined, because the features do not describe what changed at {label}."
+    assert f"Nothing is said about {label} (12%): so little of its change from base do the features describe." in (
+        answered.caveats
+    )
+    assert answered.details == {"dfve_below_limit": {label: 0.12}}
+
+
+def test_an_early_checkpoint_that_is_not_described_is_left_out_of_timing(results: Results, spec: StudySpec) -> None:
+    answered, before = claim(with_readout(results, sft_30=-0.5), spec, "C2"), claim(results, spec, "C2")
+    assert (answered.verdict, answered.estimate) == (before.verdict, before.estimate)
+    assert "Nothing is said about sft@30 (−50%)" in answered.caveats[-1]
+
+
 def test_every_verdict_has_a_label_a_symbol_and_a_meaning() -> None:
     assert set(VERDICT_SYMBOLS) == set(VERDICT_MEANINGS) == set(Verdict)
     assert len(set(VERDICT_SYMBOLS.values())) == len({verdict_label(v) for v in Verdict}) == len(Verdict) == 5

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import CHANNEL, FEATURE, VIEW
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.stores.health_records import read_health
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
-from rlgen_stats.toolkit.crosscoder.uses.health import read_health
 
 
 def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None = None) -> xr.Dataset:

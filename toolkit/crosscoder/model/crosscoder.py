@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import Readout
 from rlgen_stats.stores import write_json
 from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder.data.paired import ViewMoments
 from rlgen_stats.toolkit.crosscoder.model.files import write_tensors
-from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout, Gate, Readout, Sparsity
+from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout, Gate, Sparsity
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode, matmul
 from rlgen_stats.toolkit.crosscoder.model.views import JointViews
 
@@ -74,6 +75,8 @@ class Crosscoder(nn.Module, JointViews):
         [view, feature, channel], [view, channel], [view, channel].
     threshold : Tensor [] or [feature], float64
         Inference threshold(s); NaN until learned, unused for l1 and topk.
+    fit_weight, fit_bias : Tensor [channel, feature], [feature], or None
+        Readout ``fit``, once :func:`fit_readout` has fitted it; raw activations of one model to pre-activations.
     facts : dict
         Where the weights come from (seed, steps, data); saved with them.
     weights_sha256 : str
@@ -95,6 +98,8 @@ class Crosscoder(nn.Module, JointViews):
     scale: Tensor
     means: Tensor
     threshold: Tensor
+    fit_weight: Tensor | None
+    fit_bias: Tensor | None
 
     def __init__(
         self,
@@ -128,6 +133,8 @@ class Crosscoder(nn.Module, JointViews):
         self.register_buffer("means", torch.zeros(sum(self.widths)))
         shape = (self.n_features,) if sparsity == "jumprelu" else ()
         self.register_buffer("threshold", torch.full(shape, math.nan, dtype=torch.float64))
+        self.register_buffer("fit_weight", None)
+        self.register_buffer("fit_bias", None)
 
     def _partition(self, exclusive: Mapping[str, int]) -> dict[str, slice]:
         """View -> its exclusive features, after the shared ones."""
@@ -280,7 +287,7 @@ class Crosscoder(nn.Module, JointViews):
             The slot the model belongs to; needed by ``"own"`` only.
         kind
             ``"swap"``: the activation goes into every slot, each with its own scale. ``"own"``: into ``view``'s slot,
-            all other slots at their means.
+            all other slots at their means. ``"fit"``: through the one map that :func:`fit_readout` fitted.
         features
             Indices of the features to read; default all.
         dtype
@@ -290,7 +297,7 @@ class Crosscoder(nn.Module, JointViews):
         ------
         InputError
             If ``kind`` is no readout of one model, ``"own"`` comes without a view, ``"swap"`` meets views of several
-            widths, or a threshold has not been learned.
+            widths, ``"fit"`` has not been fitted, or a threshold has not been learned.
 
         Notes
         -----
@@ -325,8 +332,16 @@ class Crosscoder(nn.Module, JointViews):
             for slot, channels in enumerate(slots):
                 if slot != model_slot:
                     bias = bias + (means[channels] * scale[slot]) @ matrix[channels]
+        elif kind == "fit":
+            if self.fit_weight is None or self.fit_bias is None:
+                raise InputError(
+                    f"readout 'fit' of crosscoder {self.name!r} has not been fitted; call fit_readout(crosscoder, "
+                    "reader) with activations of its views, or run the crosscoder stage with readout: fit."
+                )
+            chosen = slice(None) if columns is None else columns
+            weight, bias = self.fit_weight[:, chosen].to(dtype), self.fit_bias[chosen].to(dtype)
         else:
-            raise InputError(f"the readout of one model is 'swap' or 'own', got {kind!r}.")
+            raise InputError(f"the readout of one model is 'swap', 'own' or 'fit', got {kind!r}.")
         return FeatureReadout(weight, bias, self.gate(dtype, columns), features if needs_all else None)
 
     # -- decoder geometry -------------------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -
     crosscoder.facts = dict(described.get("facts", {}))
     crosscoder.weights_sha256, crosscoder.folder = described["weights_sha256"], folder
     tensors = _read_weights(folder / WEIGHTS, described)
+    if "fit_weight" in tensors:  # optional: the readout fit, where it has been fitted
+        crosscoder.fit_weight = torch.empty(crosscoder.width, crosscoder.n_features)
+        crosscoder.fit_bias = torch.empty(crosscoder.n_features)
     for name, expected in crosscoder.state_dict().items():
         if name not in tensors or tensors[name].shape != expected.shape:
             got = tuple(tensors[name].shape) if name in tensors else "nothing"

@@ -11,9 +11,6 @@ from torch import Tensor
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 
 Sparsity = Literal["l1", "batchtopk", "topk", "jumprelu", "dfc"]
-Readout = Literal["swap", "own", "joint"]
-"""How one model's features are read from the shared code: its activation in every slot, in its own slot with the others
-at their means, or the joint code of all views, whose contribution counts the view's decoder norm only: f_k ||d_mk||."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
+from rlgen_stats.stores.health_records import HEALTH, READOUT_MODELS, add_readout, read_health
+from rlgen_stats.stores.study_models import final_model, list_models
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
 from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import import_crosscoder, weights_file
@@ -32,7 +34,15 @@ from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
 from rlgen_stats.toolkit.crosscoder.training.train import CURVE, STATE, train_replicates, training_key
-from rlgen_stats.toolkit.crosscoder.uses.health import HEALTH, measure_health
+from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
+from rlgen_stats.toolkit.crosscoder.uses.health import Health, measure_health
+from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
+    READOUT_TOKENS,
+    ModelReadout,
+    judge_readout,
+    measure_readout,
+    own_fve,
+)
 from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE, SplicedText, splice_ce
 from rlgen_stats.toolkit.extraction import (
     find_model,
@@ -127,6 +137,9 @@ class _StudyCrosscoder:
         first = derive_seed(study.seed, "crosscoder", spec.name, spec.seed)
         others = [derive_seed(first, "replicate", number) for number in range(2, len(spec.names) + 1)]
         self.seeds = [first, *others]
+        is_read = spec.name == study.primary_crosscoder.name and spec.readout != "joint"
+        self.judged_models = [ref.model for ref in list_models(study, folder)] if is_read else []
+        self.contrasted = [final_model(study, folder, run.name).model for run in study.contrasted]
         self.folders = [folder.crosscoder(name) for name in spec.names]
         self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches
         self.corpus = None if spec.corpus is None else folder.resolve(spec.corpus)
@@ -140,19 +153,25 @@ class _StudyCrosscoder:
         """Train the replicates that are not finished, together, and measure those that are not measured."""
         if self.spec.weights is not None and rank_of_process():
             return  # importing and measuring is one process's work
-        stored = PairedReader(
+        stored = self._reader(self.views)
+        crosscoders = [self._imported(stored.n_tokens)] if self.spec.weights is not None else self._trained(stored)
+        if rank_of_process():
+            return  # so is measuring after training together
+        for name, folder, crosscoder in zip(self.spec.names, self.folders, crosscoders, strict=True):
+            if self.spec.readout == "fit" and crosscoder.fit_weight is None:
+                fit_readout(crosscoder, stored).save(folder)
+            self._measure(name, folder, crosscoder, stored)
+
+    def _reader(self, models: tuple[str, ...]) -> PairedReader:
+        """Stored activations of these models at the tokens trained on."""
+        return PairedReader(
             self.folder.activations,
-            self.views,
+            models,
             self.site,
             batch_size=self.spec.batch_size,
             seed=self.order_seed,
             mask=self.mask,
         )
-        crosscoders = [self._imported(stored.n_tokens)] if self.spec.weights is not None else self._trained(stored)
-        if rank_of_process():
-            return  # so is measuring after training together
-        for name, folder, crosscoder in zip(self.spec.names, self.folders, crosscoders, strict=True):
-            self._measure(name, folder, crosscoder, stored)
 
     def _trained(self, stored: PairedReader) -> list[Crosscoder]:
         """All replicates; those that are not finished are trained in one pass over the data."""
@@ -203,6 +222,7 @@ class _StudyCrosscoder:
                 f"{self.spec.n_features} for crosscoder {self.spec.name!r}; write the number the weights have."
             )
         crosscoder.name, crosscoder.default_readout = self.spec.name, self.spec.readout
+        crosscoder.fit_weight = crosscoder.fit_bias = None  # fitted to this study's activations, not to theirs
         crosscoder.facts |= {"key": key, "data_tokens": n_tokens, **self._origin()}
         crosscoder.save(folder)
         write_json(folder / CURVE, [])
@@ -228,6 +248,30 @@ class _StudyCrosscoder:
         losses = self._splice_losses(crosscoder)
         health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=folder)
         self.progress.log(f"crosscoder {name}: {'healthy' if health.healthy else health.reasons}")
+        if self.judged_models:
+            self._judge_readout(name, folder, crosscoder, health)
+
+    def _judge_readout(self, name: str, folder: Path, crosscoder: Crosscoder, health: Health) -> None:
+        """Measure the readout on base and every checkpoint, pair by pair: memory holds two models' activations."""
+        base, *others = self.judged_models
+        models: list[ModelReadout] = []
+        with self.progress.task(f"readout {name}", total=len(others), unit="models") as task:
+            for other in others:
+                pair = self._reader((base, other))
+                of_base, of_other = measure_readout(
+                    crosscoder, pair, (base, other), readout=self.spec.readout, max_tokens=READOUT_TOKENS
+                )
+                models += [of_other] if models else [of_base, of_other]
+                task.advance(1, model=other, dfve=of_other.dfve)
+        judged = judge_readout(
+            crosscoder,
+            models,
+            own_fve=own_fve(crosscoder, health),
+            contrasted=self.contrasted,
+            readout=self.spec.readout,
+        )
+        add_readout(folder, judged.describe())
+        self.progress.log(f"crosscoder {name}: readout {self.spec.readout} {judged.reasons or 'passed'}")
 
     def _load_finished(self, folder: Path, key: str) -> Crosscoder | None:
         """The crosscoder in ``folder`` if it was trained under this key; None if there is none or another key's."""
@@ -250,9 +294,11 @@ class _StudyCrosscoder:
     def _is_measured(self, folder: Path, crosscoder: Crosscoder) -> bool:
         if not (folder / HEALTH).exists():
             return False
-        record = read_json(folder / HEALTH)
-        same = record.get("weights_sha256") == crosscoder.weights_sha256
-        return bool(same and record.get("readout") == self.spec.readout)
+        record = read_health(folder)
+        same = record.get("weights_sha256") == crosscoder.weights_sha256 and record.get("readout") == self.spec.readout
+        readout = record.get(READOUT_MODELS, {})
+        judged = [[one["model"] for one in readout.get("models", [])], readout.get("contrasted", [])]
+        return bool(same and judged == ([self.judged_models, self.contrasted] if self.judged_models else [[], []]))
 
     def _splice_losses(self, crosscoder: Crosscoder) -> dict[str, SpliceCE]:
         """Losses of every view's model with its activations replaced by reconstructions from the joint code."""

@@ -26,14 +26,13 @@ from rlgen_stats.schemas.dims import (
     TOKEN_ID,
 )
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import Readout, StudySpec
 from rlgen_stats.stores import StudyFolder, open_activations, open_tokens, replacing
 from rlgen_stats.stores.dashboards import PEAK
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import text_bounds
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
-from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.uses.encode import BlockFeatures, contribution_scale, partner_activations, view_of
 from rlgen_stats.toolkit.crosscoder.uses.top_entries import Entries, TopEntries, random_keys

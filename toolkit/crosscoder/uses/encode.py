@@ -23,7 +23,7 @@ from rlgen_stats.schemas.dims import (
     split_model_id,
 )
 from rlgen_stats.schemas.errors import StageError, StoreError
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import Readout, StudySpec
 from rlgen_stats.stores import (
     Provenance,
     StudyFolder,
@@ -39,7 +39,7 @@ from rlgen_stats.stores.study_models import ref_coords
 from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
-from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout, Readout
+from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.uses.summaries import HISTOGRAM_EDGES, PromptSummaries
 from rlgen_stats.toolkit.extraction import ModelRef, list_models, resolve_device, site_name, usable_tokens

@@ -13,19 +13,25 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import VIEW
+from rlgen_stats.schemas.dims import MODEL, VIEW
 from rlgen_stats.schemas.errors import StageError
-from rlgen_stats.stores import StudyFolder, read_json, write_json
+from rlgen_stats.schemas.study import Readout
+from rlgen_stats.stores import StudyFolder, write_json
+from rlgen_stats.stores.health_records import (
+    HEALTH,
+    READOUT_MODELS,
+    accept,
+    failed_readout,
+    is_accepted,
+    read_health,
+    readout_accepted,
+)
 from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, batches_of, joined
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
-from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
-HEALTH: Final = "health.json"
-ACCEPTED: Final = "accepted.json"
-"""Note that a crosscoder is used although it failed its checks."""
 CROSSCODER: Final = "crosscoder"
 
 HEALTH_TOKENS: Final = 1 << 20
@@ -246,23 +252,13 @@ def _at_least(name: str, view: str, value: float, limit: float, words: str) -> C
     return Check(name, view, value, limit, value >= limit, f"{words} of {view} {value:.3f}, at least {limit:g} needed")
 
 
-def read_health(folder: Path) -> dict[str, Any]:
-    """Contents of a crosscoder's health.json.
-
-    Raises
-    ------
-    StageError
-        If it is not there.
-    """
-    if not (folder / HEALTH).exists():
-        raise StageError(f"{folder / HEALTH} is missing; run the crosscoder stage, which measures health.")
-    return dict(read_json(folder / HEALTH))
-
-
 def require_healthy(
     folder: StudyFolder, crosscoders: Mapping[str, bool], *, stage: str, force: bool, progress: Progress = SILENT
 ) -> None:
     """Refuse to go on with a crosscoder that failed its checks, unless that was accepted.
+
+    A readout that failed is no reason to refuse: its numbers are exploratory, and the claims that rest on it are not
+    estimable unless encode is forced or study.yaml accepts it.
 
     Parameters
     ----------
@@ -283,21 +279,26 @@ def require_healthy(
         Naming the failed checks and the remedy.
     """
     for name, accepted in crosscoders.items():
-        record = read_health(folder.crosscoder(name))
-        if record["healthy"]:
+        place = folder.crosscoder(name)
+        record = read_health(place)
+        readout = failed_readout(record)
+        if record["healthy"] and not readout:
             continue
-        note = folder.crosscoder(name) / ACCEPTED
-        known = read_json(note).get("weights_sha256") if note.exists() else None
-        if not (force or accepted or known == record["weights_sha256"]):
+        known = is_accepted(place, record)
+        if not (record["healthy"] or force or accepted or known):
             raise StageError(
                 f"crosscoder {name!r} failed its health check: {record['reasons']}. Train it longer or with other "
                 f"settings, or use it as it is: rlgen-stats {stage} --force, or accept_unhealthy: true in study.yaml "
                 "(recorded, and the report says so)."
             )
-        facts = {"weights_sha256": record["weights_sha256"], "reasons": record["reasons"], "by": stage}
-        if known != record["weights_sha256"]:
-            write_json(note, facts)
-        progress.log(f"crosscoder {name} is used although it failed its health check: {record['reasons']}")
+        if force or accepted:
+            accept(place, record, stage=stage)
+        if not record["healthy"]:
+            progress.log(f"crosscoder {name} is used although it failed its health check: {record['reasons']}")
+        if readout:
+            used = accepted or readout_accepted(place)
+            consequence = "accepted" if used else "claims C2 to C5 will not be estimable"
+            progress.log(f"the readout of crosscoder {name} failed its health check ({consequence}): {readout}")
 
 
 def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
@@ -316,7 +317,9 @@ def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
         ``fve``, ``fve_readout``, ``ce_increase``, ``ce_recovered``, ``kl``, ``kl_recovered``, ``reconstruction_bias``
         [crosscoder, view], NaN where a crosscoder lacks the view; ``l0``, ``dead_fraction``, ``dense_fraction``,
         ``n_features``, ``healthy``, ``reasons`` [crosscoder]; ``firing_histogram[crosscoder, rate_bin]``, features by
-        firing rate (coordinate: lower edge, the silent at 0).
+        firing rate (coordinate: lower edge, the silent at 0). Where a readout was judged: ``fve_model``, ``l0_model``,
+        ``dfve``, ``code_r2``, ``artefact`` [crosscoder, model]; ``readout_reasons``, its failed checks, which
+        ``reasons`` lists too, and ``readout_accepted`` [crosscoder].
 
     Raises
     ------
@@ -340,7 +343,9 @@ def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
     def each(key: str, kind: Any) -> tuple[str, NDArray[Any]]:
         return CROSSCODER, np.array([record[key] for record in records.values()], dtype=kind)
 
-    return xr.Dataset(
+    readout = [failed_readout(record) for record in records.values()]
+    listed = [[record["reasons"], failed] for record, failed in zip(records.values(), readout, strict=True)]
+    dataset = xr.Dataset(
         {
             "fve": by_view(lambda record, slot, view: record["fve"][slot]),
             "fve_readout": by_view(lambda record, slot, view: record["fve_readout"][slot]),
@@ -356,8 +361,11 @@ def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
                 (CROSSCODER, "rate_bin"),
                 np.array([record["firing_histogram"]["counts"] for record in records.values()], dtype=np.int64),
             ),
-            "healthy": each("healthy", np.bool_),
-            "reasons": each("reasons", np.str_),
+            "healthy": (
+                CROSSCODER,
+                [bool(r["healthy"]) and not f for r, f in zip(records.values(), readout, strict=True)],
+            ),
+            "reasons": (CROSSCODER, ["; ".join(r for r in both if r not in ("", "ok")) or "ok" for both in listed]),
             "n_features": (CROSSCODER, np.array([len(record["firing"]) for record in records.values()])),
         },
         coords={CROSSCODER: list(records), VIEW: views, "rate_bin": [0.0, np.finfo(float).tiny, *RATE_EDGES[:-1]]},
@@ -370,3 +378,31 @@ def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
             "ce_recovered_min": CE_RECOVERED_MIN,
         },
     )
+    accepted = [readout_accepted(folder.crosscoder(name)) for name in names]
+    return dataset.merge(_readout_table(records, readout, accepted), combine_attrs="no_conflicts")
+
+
+def _readout_table(records: dict[str, dict[str, Any]], reasons: list[str], accepted: list[bool]) -> xr.Dataset:
+    """The share of :func:`health_dataset` about readouts; empty if none was judged."""
+    measured = [record.get(READOUT_MODELS, {}).get("models", []) for record in records.values()]
+    by_name = [{one["model"]: one for one in models} for models in measured]
+    models = list(dict.fromkeys(model for of_model in by_name for model in of_model))
+    if not models:
+        return xr.Dataset()
+    columns = {"fve_model": "fve", "l0_model": "l0", "dfve": "dfve", "code_r2": "code_r2", "artefact": "artefact"}
+    table = {
+        name: (
+            (CROSSCODER, MODEL),
+            np.array([[_cell(of_model, model, key) for model in models] for of_model in by_name]),
+        )
+        for name, key in columns.items()
+    }
+    labels = {"readout_reasons": (CROSSCODER, reasons), "readout_accepted": (CROSSCODER, accepted)}
+    limits = {record[READOUT_MODELS]["dfve_min"] for record in records.values() if READOUT_MODELS in record}
+    coords = {CROSSCODER: list(records), MODEL: models}
+    return xr.Dataset(table | labels, coords=coords, attrs={"dfve_min": max(limits)})
+
+
+def _cell(measured: Mapping[str, Any], model: str, name: str) -> float:
+    value = measured.get(model, {}).get(name)
+    return math.nan if value is None else float(value)

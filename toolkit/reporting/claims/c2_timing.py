@@ -7,9 +7,15 @@ from typing import Any, Final
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
-from rlgen_stats.toolkit.reporting.claims.replication import readout_caveat, run_caveat, these_models
-from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, percent
-from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, number
+from rlgen_stats.toolkit.reporting.claims.replication import (
+    health_caveat,
+    readout_accepted,
+    run_caveat,
+    these_models,
+    unusable_readout,
+)
+from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, listed, percent
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of, number
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, timing_verdict
 from rlgen_stats.toolkit.statistics.timing.run_contrast import (
     RunContrast,
@@ -38,15 +44,33 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
     The estimate is RL's minus SFT's excess turnover (the part of the set's change that sampling noise does not
     explain); the verdict is :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.timing_verdict` on both runs' status.
     A plain overlap is never enough.
+
+    Nothing is said about checkpoints whose change from base the features do not describe (dFVE below its limit): a
+    caveat names them, and C2 is UNDETERMINED, without numbers, if one of them lies between half of a run's training and
+    its end, where the claim is decided. A study that accepts its readout as it is keeps its numbers.
     """
     data = results.get("set_stability")
     if data is None:
         return C2.not_estimable("the set stability analysis has not been computed", caveats=(run_caveat(spec),))
+    unusable = unusable_readout(results, spec)
+    if unusable:
+        return C2.not_estimable(unusable, caveats=(run_caveat(spec),))
     stabilization = results.get("stabilization")
     sft, rl = (run_timing(data, run.name, stabilization=stabilization) for run in spec.contrasted)
     if sft is None or rl is None:
         reason = "a run has no checkpoint in the second half of its training, before the last"
         return C2.not_estimable(reason, caveats=(run_caveat(spec),))
+    undescribed = _undescribed(results, spec)
+    decisive = [model for timing in (sft, rl) for model in timing.decided_at if model in undescribed]
+    if decisive:
+        return C2.answered(
+            (math.nan, math.nan, math.nan),
+            math.nan,
+            Verdict.UNDETERMINED,
+            f"Undetermined, because the features do not describe what changed at {listed(decisive)}.",
+            caveats=(run_caveat(spec), *_undescribed_caveat(undescribed), *health_caveat(results, spec)),
+            details={"dfve_below_limit": undescribed},
+        )
     contrast = contrast_runs(sft, rl, alpha=spec.statistics.alpha)
     interval = (contrast.difference, contrast.low, contrast.high)
     if any(math.isnan(value) for value in interval):
@@ -58,7 +82,7 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
         contrast.p_value,
         verdict,
         _answer(verdict, contrast, spec),
-        caveats=_caveats(results, contrast, spec),
+        caveats=(*_caveats(results, contrast, spec), *_undescribed_caveat(undescribed)),
         details={
             "test": f"{data.attrs.get('test', '')}; difference of runs by recovered variance (MOVER), p from interval",
             "null": data.attrs.get("null", ""),
@@ -69,6 +93,24 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             "stabilised_by_half_in_stratum": _strata(results, contrast),
         },
     )
+
+
+def _undescribed(results: Results, spec: StudySpec) -> dict[str, float]:
+    """Checkpoint of a contrasted run -> dFVE, where that is below its limit and the study does not accept it."""
+    data, limit = results.get("set_stability"), attr_number(results.get("health"), "dfve_min")
+    if data is None or readout_accepted(results, spec):
+        return {}
+    runs = {run.name for run in spec.contrasted}
+    models = [m for m, run in zip(labels_of(data, "model"), labels_of(data, "run"), strict=True) if run in runs]
+    dfve = {model: number(data, "dfve", model=model) for model in models}
+    return {model: value for model, value in dfve.items() if value < limit}
+
+
+def _undescribed_caveat(undescribed: dict[str, float]) -> tuple[str, ...]:
+    if not undescribed:
+        return ()
+    shown = listed([f"{model} ({fixed(100 * value, 0)}%)" for model, value in undescribed.items()])
+    return (f"Nothing is said about {shown}: so little of its change from base do the features describe.",)
 
 
 def _timing_details(timing: RunTiming) -> dict[str, Any]:
@@ -147,4 +189,4 @@ def _caveats(results: Results, contrast: RunContrast, spec: StudySpec) -> tuple[
         for timing in timings
         if timing.status is SetStatus.UNDETERMINED and timing.set_reason and timing.ceiling >= MIN_CEILING
     ]
-    return (*caveats, *readout_caveat(results, spec))
+    return (*caveats, *health_caveat(results, spec))

@@ -10,7 +10,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
-from rlgen_stats.toolkit.reporting.claims.replication import readout_caveat
+from rlgen_stats.toolkit.reporting.claims.replication import health_caveat, unusable_readout
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
@@ -62,6 +62,9 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     data = results.get("selection")
     if data is None:
         return C3.not_estimable("the selection has not been computed")
+    unusable = unusable_readout(results, spec)
+    if unusable:
+        return C3.not_estimable(unusable)
     tasks = estimable_tasks(data)
     confirmed = data["tier"].values == "CONFIRMED"
     n_confirmed = int(confirmed.sum())
@@ -83,7 +86,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         caveats=(
             *_caveats(data, details, spec),
             *_reappearance(results, spec, data),
-            *readout_caveat(results, spec),
+            *health_caveat(results, spec),
         ),
         details=details,
     )

@@ -11,6 +11,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
+from rlgen_stats.toolkit.reporting.claims.replication import health_caveat, unusable_readout
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, hundred, listed, p_text
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_list, labels_of, number, text
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
@@ -63,6 +64,9 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
     data = results.get("intervention")
     if data is None:
         return paper.not_estimable("no intervention has been run")
+    unusable = unusable_readout(results, spec)
+    if unusable:
+        return paper.not_estimable(unusable)
     if direction not in labels_of(data, "direction"):
         return paper.not_estimable(f"no arm edits the set in the direction '{direction}'")
     condition, reasons = main_condition(data, direction), _reasons(data, direction)
@@ -212,8 +216,4 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
         for code, explanation in map(_coded, details["reasons"])
         if code in _LIMITING_REASONS and not explanation.startswith("unbalanced")  # the balance caveat already says so
     ]
-    health = results.get("health")
-    name = spec.primary_crosscoder.name
-    if name in labels_of(health, "crosscoder") and not number(health, "healthy", crosscoder=name):
-        caveats.append(f"Crosscoder {name} failed its health check: {text(health, 'reasons', crosscoder=name)}.")
-    return tuple(caveats)
+    return (*caveats, *health_caveat(results, spec))

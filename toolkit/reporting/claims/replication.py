@@ -7,7 +7,7 @@ from collections import Counter
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.formatting import fixed, listed
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of, number
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of, number, text
 from rlgen_stats.toolkit.statistics.claim_verdicts import smallest_permutation_p
 
 
@@ -64,12 +64,28 @@ def replication_text(spec: StudySpec) -> str:
     )
 
 
-def readout_caveat(results: Results, spec: StudySpec) -> tuple[str, ...]:
-    """One sentence where the primary crosscoder, read one model at a time, explains little of a view; else none."""
+def unusable_readout(results: Results, spec: StudySpec) -> str:
+    """Why the features of single models say nothing in this study; empty if they can be read, or were accepted."""
+    failed = text(results.get("health"), "readout_reasons", crosscoder=spec.primary_crosscoder.name)
+    if not failed or readout_accepted(results, spec):
+        return ""
+    return f"the features of single models cannot be read: {failed}"
+
+
+def readout_accepted(results: Results, spec: StudySpec) -> bool:
+    """Whether the study uses its readout whatever its checks say."""
+    noted = number(results.get("health"), "readout_accepted", crosscoder=spec.primary_crosscoder.name)
+    return spec.primary_crosscoder.accept_unhealthy or noted == 1.0
+
+
+def health_caveat(results: Results, spec: StudySpec) -> tuple[str, ...]:
+    """One sentence where the encoded crosscoder failed its checks, or its features describe a view in part."""
     name = spec.primary_crosscoder.name
     health = results.get("health")
     if name not in labels_of(health, "crosscoder"):
         return ()
+    if not number(health, "healthy", crosscoder=name):
+        return (f"Crosscoder {name} failed its health check: {text(health, 'reasons', crosscoder=name)}.",)
     views = labels_of(health, "view")
     alone = {view: number(health, "fve_readout", crosscoder=name, view=view) for view in views}
     alone = {view: fve for view, fve in alone.items() if math.isfinite(fve)}

@@ -41,6 +41,8 @@ class RunTiming:
     """Model id of the first checkpoint at or after half of training."""
     half_share: float
     """Its share of training."""
+    decided_at: tuple[str, ...]
+    """It and all later checkpoints: the status rests on these."""
     status: SetStatus
     set_verdict: str
     """Verdict of the set test: SET_STABLE, EVOLVING or UNDETERMINED."""
@@ -146,6 +148,7 @@ def run_timing(sets: xr.Dataset, run: str, *, stabilization: xr.Dataset | None =
         run=run,
         half_checkpoint=model,
         half_share=float(shares[half]),
+        decided_at=tuple(str(later) for later in checkpoints[MODEL].values[half:]),
         status=set_status(str(verdict), stable_share, ceiling),
         set_verdict=str(verdict),
         set_reason=str(reason or ""),
