@@ -45,12 +45,7 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
                 n_min=settings.n_min,
                 seed=derive_seed(spec.seed, "drift"),
             ).compute()
-            write_results(
-                study.folder.results,
-                of_dictionary("drift", number),
-                _with_dfve(study, changes, number),
-                provenance=provenance,
-            )
+            _write_with_dfve(study, "drift", number, changes, provenance)
             drifting = (changes["call"].astype(str) == "DRIFT").sum(FEATURE)
             n_drifting[str(number)] = dict(zip(drifting[MODEL].values.tolist(), drifting.values.tolist(), strict=True))
             task.advance(1)
@@ -73,12 +68,7 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
             seed=derive_seed(spec.seed, "stabilize"),
             n_bootstrap=settings.n_bootstrap,
         )
-        write_results(
-            study.folder.results,
-            of_dictionary("stabilization", number),
-            _with_dfve(study, chain, number),
-            provenance=provenance,
-        )
+        _write_with_dfve(study, "stabilization", number, chain, provenance)
         sets = set_stability(
             features,
             runs=runs,
@@ -90,12 +80,7 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
             seed=derive_seed(spec.seed, "sets"),
             progress=progress,
         )
-        write_results(
-            study.folder.results,
-            of_dictionary("set_stability", number),
-            _with_dfve(study, sets, number),
-            provenance=provenance,
-        )
+        _write_with_dfve(study, "set_stability", number, sets, provenance)
         verdicts[str(number)] = dict(zip(runs, sets["verdict"].values.astype(str).tolist(), strict=True))
     return {"verdicts": verdicts}
 
