@@ -36,7 +36,7 @@ from tests.end_to_end.same_numbers import differences
 
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
-    "latent_scaling", "matching", "movement", "selection", "set_stability", "stabilization",
+    "latent_scaling", "matching", "movement", "selection", "separation", "set_stability", "stabilization",
 }  # fmt: skip
 
 
@@ -79,6 +79,18 @@ def test_stores_are_sound_complete_and_open_in_plain_xarray(mini: tuple[Path, Re
     for store in ("outcomes.zarr", "features.zarr"):
         xr.open_zarr(folder / store, consolidated=False).load()
     assert {"/outcomes", "/features", "/activations", "/results/drift"} <= set(open_study(folder).groups)
+
+
+def test_raw_activations_stand_beside_the_features(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    data = open_results(folder / "results.zarr", "separation").load()
+    assert data["estimable"].sel(comparison="models").item() == "no: 7 units, 10 needed"  # so few clusters has the mini
+    assert np.isnan(data["auc"]).all()
+    features = open_features(folder / "features.zarr")
+    assert set(data["model"].values) == set(features["model"].values) - {"base@0"}
+    assert np.isfinite(data["share"].sel(model=data.attrs["target"]))
+    tables = pd.read_csv(folder / "report/tables/separation.csv")
+    assert tables["predictor"].tolist() == ["raw", "mean shift", "selected", "random"] * 3
 
 
 def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:

@@ -65,6 +65,9 @@ def build_tables(
     if "selection" in results:
         tables["selection"] = selection_frame(results["selection"])
         tables["selection_tasks"] = flat(results["selection"], ("task",))
+    if "separation" in results:
+        tables["separation"] = flat(results["separation"], ("comparison", "predictor"))
+        tables["mean_shift"] = flat(results["separation"], ("model",))
     if "intervention" in results:
         tables["intervention"] = intervention_frame(results["intervention"])
         tables["intervention_tasks"] = flat(results["intervention"], ("direction", "condition", "task")).dropna(

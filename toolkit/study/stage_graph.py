@@ -28,7 +28,7 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also the name of its command; ``outcomes`` and ``movement`` have none and run with the stages that need them."""
+    """Also its command's; ``outcomes``, ``movement`` and ``separation`` have none and run with those that need them."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
@@ -125,6 +125,13 @@ STAGES: Final = (
         version=3,
     ),
     Stage(
+        "separation",
+        ("select",),
+        ("statistics", "selection"),
+        "rlgen_stats.toolkit.study.separation_stage:separation",
+        ("results.zarr/separation",),
+    ),
+    Stage(
         "intervene",
         ("select", "align"),
         ("intervention",),
@@ -136,7 +143,7 @@ STAGES: Final = (
     ),
     Stage(
         "report",
-        ("significance", "drift", "stabilize", "intervene"),
+        ("significance", "drift", "stabilize", "separation", "intervene"),
         (),
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),

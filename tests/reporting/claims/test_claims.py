@@ -49,7 +49,10 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
         ("intervention", {"C4", "C5"}),
         *(
             (g, set())
-            for g in ("behaviour", "movement", "health", "attribution", "drift", "stabilization", "control_balance")
+            for g in (
+                *("behaviour", "movement", "health", "attribution", "drift", "stabilization", "separation"),
+                "control_balance",
+            )
         ),
     ],
 )
@@ -279,6 +282,32 @@ def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
     caveats = " ".join(claim(results, spec, "C3").caveats)
     assert "correlate 0.97 across tasks" in caveats
     assert "effective rank of 1.1" in caveats
+
+
+def test_c3_raw_activations_are_shown_beside_the_features(results: Results, spec: StudySpec) -> None:
+    expected = (
+        "Raw activations alone tell rl from base on unseen prompts with AUC 0.980 (their mean shift, 80% of the "
+        "squared difference, 0.930), the 12 selected features 0.910 and as many random ones 0.840: that features "
+        "separate the models is no news here."
+    )
+    assert expected in claim(results, spec, "C3").caveats
+    assert claim(results, spec, "C3").details["separation_auc"]["models on gains"]["random"] == 0.85
+    data = results["separation"]
+    results["separation"] = data.assign(beats_raw=("comparison", [True, False, False]))
+    assert any("better than raw activations do." in caveat for caveat in claim(results, spec, "C3").caveats)
+    nothing = data.auc.where(data.predictor.isin(["raw", "mean shift"]))
+    results["separation"] = data.assign(auc=nothing)
+    assert any(caveat.endswith("difference, 0.930).") for caveat in claim(results, spec, "C3").caveats)
+
+
+def test_c3_gains_told_from_losses_are_shown_where_there_are_enough(results: Results, spec: StudySpec) -> None:
+    assert not any("gained from" in caveat for caveat in claim(results, spec, "C3").caveats)
+    data = results["separation"]
+    results["separation"] = data.assign(estimable=("comparison", ["yes"] * 3), auc=data.auc.fillna(0.6))
+    assert any("raw 0.600, mean shift 0.600" in caveat for caveat in claim(results, spec, "C3").caveats)
+    few = ["no: 8 units, 10 needed"] * 3
+    results["separation"] = data.assign(estimable=("comparison", few))
+    assert not any("Raw activations" in caveat for caveat in claim(results, spec, "C3").caveats)
 
 
 # -- C4, C5 --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
-from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of
+from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text, percent
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number, text
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     COMPACT_SHARE,
     MIN_TASKS,
@@ -74,6 +74,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     data, (_, details) = each[0], judged[0]
     for name in _COUNTS:
         details[f"{name}_by_dictionary"] = [one[name] for _, one in judged]
+    details["separation_auc"] = _separation_auc(results)
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
         return C3.not_estimable(reason, details=details)
@@ -86,6 +87,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         _answer(verdict, details, [verdict for verdict, _ in judged]),
         caveats=(
             *_caveats(data, details, spec),
+            *separation_caveats(results, spec),
             *_reappearance(results, spec, data),
             *dictionary_caveat(spec),
             *health_caveat(results, spec),
@@ -194,6 +196,52 @@ def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[
         f"{int((share == 1).sum())} of {count(len(confirmed), 'confirmed feature')} have a match in "
         f"{'the other dictionary' if n == 1 else f'all {n} other dictionaries'} trained from other initial weights.",
     )
+
+
+def separation_caveats(results: Results, spec: StudySpec) -> tuple[str, ...]:
+    """How well raw activations alone tell the models apart, beside the selected features; nothing if not computed."""
+    data, auc = results.get("separation"), _separation_auc(results)
+    caveats = []
+    if data is not None and "models" in auc:
+        models, of_models = auc["models"], {"comparison": "models"}
+        share = number(data, "share", model=data.attrs.get("target"))
+        sentence = (
+            f"Raw activations alone tell {spec.contrasted[1].name} from base on unseen prompts with AUC "
+            f"{fixed(models['raw'], 3)} (their mean shift, {percent(share, 0)} of the squared difference, "
+            f"{fixed(models['mean shift'], 3)})"
+        )
+        if math.isfinite(models["selected"]):
+            n = int(attr_number(data, "n_features"))
+            random = models["random"]
+            beside = f" and as many random ones {fixed(random, 3)}" if math.isfinite(random) else ""
+            verdict = (
+                "the features tell them apart better than raw activations do"
+                if number(data, "beats_raw", **of_models)
+                else "that features separate the models is no news here"
+            )
+            of = " of the first dictionary" if len(spec.primary_crosscoder.names) > 1 else ""
+            sentence += f", the {count(n, 'selected feature')}{of} {fixed(models['selected'], 3)}{beside}: {verdict}"
+        caveats.append(f"{sentence}.")
+    if "gain or loss" in auc:
+        told = ", ".join(f"{name} {fixed(value, 3)}" for name, value in auc["gain or loss"].items())
+        caveats.append(
+            f"On unseen prompts the difference of activations tells those that {spec.contrasted[1].name} gained from "
+            f"those that it lost with AUC: {told}."
+        )
+    return tuple(caveats)
+
+
+def _separation_auc(results: Results) -> dict[str, dict[str, float]]:
+    """AUC by comparison and predictor, of the comparisons that could be estimated."""
+    data = results.get("separation")
+    return {
+        comparison: {
+            predictor: number(data, "auc", comparison=comparison, predictor=predictor)
+            for predictor in labels_of(data, "predictor")
+        }
+        for comparison in labels_of(data, "comparison")
+        if text(data, "estimable", comparison=comparison) == _YES
+    }
 
 
 def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tuple[str, ...]:
