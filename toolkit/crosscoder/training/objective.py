@@ -73,6 +73,7 @@ class Objective:
         self._reference = crosscoder.views.index(BASE_MODEL) if BASE_MODEL in crosscoder.views else 0
         self._low = torch.bfloat16 if spec.precision == "bfloat16" else None
         self._variance = variance
+        self._buffer: Tensor | None = None
         self._rule = make_rule(spec, crosscoder, self.ranks, variance=float(variance.sum()))
         self._dead = DeadFeatures(spec, self.ranks, crosscoder.encoder_bias.device)
         self.weights, self.finish = self._rule.weights, self._rule.finish
@@ -82,15 +83,13 @@ class Objective:
         rows = self._rows(raw)
         sizes = [len(some) for some in rows]
         contribution = self._contribution(rows)
-        chosen = torch.split(self._rule.choose(contribution, self._n_rows, step), sizes)
-        revived = None
-        if self._rule.revives_dead:
-            revived = self._dead.revive(contribution, self._n_rows, step)
-        del contribution
-        parts = [None] * len(rows) if revived is None else revived.split(sizes)
+        dead = self._dead.revive(contribution, self._n_rows, step) if self._rule.revives_dead else None
+        chosen = self._rule.choose(contribution, self._n_rows, step)
         decoded = [
-            some.decode(places, self._rule.activate, part)
-            for some, places, part in zip(rows, chosen, parts, strict=True)
+            some.decode(places, self._rule.activate, revived)
+            for some, places, revived in zip(
+                rows, chosen.split(sizes), dead.split(sizes) if dead else [None] * len(rows), strict=True
+            )
         ]
         groups = list(zip(rows, decoded, strict=True))
         # a token's features are the mean of its rows'
@@ -113,11 +112,12 @@ class Objective:
     @torch.no_grad()
     def _contribution(self, rows: list[Rows]) -> Tensor:
         """Pre-activations times the sum of decoder norms: [row, feature]."""
-        norms = self._crosscoder.selection_norm()
-        found = norms.new_empty(sum(map(len, rows)), len(norms))
-        for some, part in zip(rows, torch.split(found, [len(some) for some in rows]), strict=True):
+        norms, sizes = self._crosscoder.selection_norm(), [len(some) for some in rows]
+        if self._buffer is None:  # kept: fresh memory of this size costs a CPU more than the product
+            self._buffer = norms.new_empty(sum(sizes), len(norms))
+        for some, part in zip(rows, torch.split(self._buffer, sizes), strict=True):
             torch.mul(some.pre, norms, out=part)
-        return found
+        return self._buffer
 
     def _squared_error(self, rows: Rows, decoded: Decoded) -> Tensor:
         error = decoded.error
