@@ -157,7 +157,8 @@ RESULTS: Final = (
             q_minimum="float",
             firing_change="float",
             call="str",
-        ),
+        )
+        | variables_on(MODEL, typical_effect="float"),
         MODEL_COORDS,
         (*TEST_ATTRS, "reference", "variable"),
         optional=variables_on(

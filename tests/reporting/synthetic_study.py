@@ -296,7 +296,7 @@ def drift() -> xr.Dataset:
     p = np.clip(10 ** (-np.abs(d_z) * 25), 1e-12, 1)
     p[:, 200:230] = np.nan
     call = np.where(p < 1e-3, "DRIFT", np.where(p > 0.5, "NO_DRIFT", "UNDETERMINED"))
-    flag = np.where(np.isnan(p), "untestable", "ok")
+    flag = np.where(np.isnan(p), "untestable", np.where((p < 0.01) & (call != "DRIFT"), "below_margin", "ok"))
     call = np.where(np.isnan(p), "UNTESTABLE", call)
     dims = ("model", "feature")
     floats = {
@@ -306,13 +306,17 @@ def drift() -> xr.Dataset:
         "effect_high": d_z * 0.2 + 0.05,
         "p_value": p,
         "q_value": np.minimum(p * 3, 1),
+        "effect_sd": d_z * 0.9,
+        "p_minimum": np.sqrt(p),
+        "q_minimum": np.minimum(np.sqrt(p) * 3, 1),
         "p_max_t": np.minimum(p * 50, 1),
         "d_z": d_z,
         "firing_change": d_z / 10,
     }
     return xr.Dataset(
         {k: (dims, v) for k, v in floats.items()}
-        | {"n": (dims, np.full(p.shape, 360)), "flag": (dims, flag), "call": (dims, call)},
+        | {"n": (dims, np.full(p.shape, 360)), "flag": (dims, flag), "call": (dims, call)}
+        | {"typical_effect": ("model", np.nanmedian(np.abs(d_z), axis=1) * 0.9)},
         coords=coords | {"feature": np.arange(N_FEATURES)},
         attrs=TEST_ATTRS | {"reference": "base@0", "variable": "mean"},
     )

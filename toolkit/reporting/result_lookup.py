@@ -19,8 +19,8 @@ from rlgen_stats.schemas.study import StudySpec
 Results = Mapping[str, xr.Dataset]
 """Results groups by name; a missing analysis is a missing key."""
 
-_TESTED_FLAGS: Final = frozenset({"", "ok", "tested", "none"})
-"""Flags of features that were tested without remark."""
+_TESTED_FLAGS: Final = frozenset({"", "ok", "tested", "none", "identical", "below_margin"})
+"""Flags of features that were tested."""
 
 
 def tidy(results: Results) -> dict[str, xr.Dataset]:
