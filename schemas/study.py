@@ -174,6 +174,12 @@ class CrosscoderSpec(Spec):
     """Weight of the sparsity penalty (l1)."""
     l0_coefficient: Annotated[float, Field(gt=0)] = 10.0
     """Weight of (L0 / k - 1)^2 relative to the variance of the data (jumprelu)."""
+    objective: Literal["joint", "paired", "both"] | None = None
+    """What is reconstructed: all views from one code of all (joint); each view from its own activation alone, and with
+    it the difference between views (paired); each on half of every batch (both). The last two train what readout swap
+    reads and need views of one width. Default: both for the crosscoder of a study that is encoded, else joint."""
+    difference_weight: Annotated[float, Field(ge=0)] = 2.0
+    """Weight of the squared error of a difference between views, relative to that of a view (paired, both)."""
     steps: PositiveInt = 10000
     """Optimiser steps."""
     batch_size: PositiveInt = 1024
@@ -186,9 +192,10 @@ class CrosscoderSpec(Spec):
     """Type of the matrix products in training; weights and statistics stay float32 and float64."""
     seed: int = 0
     """Replicate number; combined with the study's seed."""
-    replicates: PositiveInt = 1
+    replicates: PositiveInt | None = None
     """Dictionaries trained on the same batches from different initial weights, in one pass: NAME, NAME.2, NAME.3 and so
-    on. Only the first is encoded; the others show which of its features reappear."""
+    on. Only the first is encoded; the others show which of its features reappear. Default: 3 for the crosscoder of a
+    study that is encoded, 1 for the others and for weights trained elsewhere."""
     readout: Readout = "swap"
     """How one model's features are read from the shared code: its activation in every slot (swap), in its own slot
     (own), the joint code of all views weighted by the view's own decoder norm (joint), or one linear map for all
@@ -210,7 +217,7 @@ class CrosscoderSpec(Spec):
             raise ValueError(f"crosscoder {self.name!r} needs at least two views, got {list(self.views)}.")
         if self.k > self.n_features:
             raise ValueError(f"crosscoder {self.name!r}: k={self.k} exceeds n_features={self.n_features}.")
-        if self.weights is not None and self.replicates > 1:
+        if self.weights is not None and (self.replicates or 1) > 1:
             raise ValueError(f"crosscoder {self.name!r}: weights trained elsewhere have no replicates here.")
         if self.weights is not None and self.corpus is not None:
             raise ValueError(f"crosscoder {self.name!r}: weights trained elsewhere are not trained on a corpus here.")
@@ -224,12 +231,26 @@ class CrosscoderSpec(Spec):
                 f"crosscoder {self.name!r}: exclusive_features must be {len(self.views)} numbers, one a view, that sum "
                 f"to 1 to {self.n_features}; got {list(n_exclusive)}."
             )
+        if self.sparsity == "dfc" and self.objective in ("paired", "both"):
+            raise ValueError(
+                f"crosscoder {self.name!r}: objective {self.objective!r} reads all views with one encoder, which the "
+                "exclusive features of sparsity 'dfc' do not have; write objective: joint."
+            )
         return self
+
+    def resolved(self, *, encoded: bool = False) -> CrosscoderSpec:
+        """The same with no default left open; ``encoded``: whether its features are the study's."""
+        encoded = encoded and self.weights is None
+        open_ = {
+            "objective": self.objective or ("both" if encoded and self.sparsity != "dfc" else "joint"),
+            "replicates": self.replicates or (3 if encoded else 1),
+        }
+        return self.model_copy(update=open_)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Folder names of all its dictionaries, the one that is encoded first."""
-        return (self.name, *(f"{self.name}.{number}" for number in range(2, self.replicates + 1)))
+        return (self.name, *(f"{self.name}.{number}" for number in range(2, (self.replicates or 1) + 1)))
 
 
 class StatisticsSpec(Spec):
@@ -346,6 +367,9 @@ class StudySpec(Spec):
         for name in self.contrast or ():
             if name not in names:
                 raise ValueError(f"contrast names run {name!r}, but the runs are {sorted(names)}.")
+        encoded = next((c for c in self.crosscoders if set(c.views) == self._primary_views), None)
+        resolved = tuple(c.resolved(encoded=c is encoded) for c in self.crosscoders)
+        object.__setattr__(self, "crosscoders", resolved)  # frozen for everybody else
         labels = [name for crosscoder in self.crosscoders for name in crosscoder.names]
         if len(set(labels)) != len(labels):
             raise ValueError(f"crosscoder names, replicates included, must be unique, got {labels}.")

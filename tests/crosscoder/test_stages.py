@@ -298,7 +298,7 @@ def test_tokenizer_of_the_fixture_round_trips(tmp_path: Path) -> None:
 
 def with_weights(spec: StudySpec, **changes: object) -> StudySpec:
     content = spec.model_dump(mode="json")
-    content["crosscoders"] = [content["crosscoders"][0] | changes]
+    content["crosscoders"] = [content["crosscoders"][0] | {"replicates": None} | changes]
     return StudySpec.model_validate(content)
 
 

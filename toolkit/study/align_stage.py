@@ -73,7 +73,7 @@ def align(study: Study, key: str, progress: Progress) -> dict[str, Any]:
         _padded({name: agrees[name] for name in pairwise}, width, False),
     )
     write_results(folder.results, "latent_scaling", scaling, provenance=provenance)
-    replicated = [crosscoder for crosscoder in spec.crosscoders if crosscoder.replicates > 1]
+    replicated = [crosscoder for crosscoder in spec.crosscoders if len(crosscoder.names) > 1]
     if replicated:
         write_results(folder.results, "matching", _matching(study, replicated, progress), provenance=provenance)
     write_results(folder.results, "attribution", table, provenance=provenance)
@@ -122,7 +122,7 @@ def _load(study: Study, name: str) -> Crosscoder:
 def _matching(study: Study, replicated: list[CrosscoderSpec], progress: Progress) -> xr.Dataset:
     """Each replicated dictionary against its other seeds; activations on held-out prompts as independent evidence."""
     by_crosscoder = []
-    with progress.task("matching", total=sum(c.replicates - 1 for c in replicated), unit="pairs") as task:
+    with progress.task("matching", total=sum(len(c.names) - 1 for c in replicated), unit="pairs") as task:
         for crosscoder in replicated:
             first, *others = crosscoder.names
             decoders, activity = _decoders_and_activity(study, crosscoder, first)

@@ -506,7 +506,7 @@ class _Replicate:
 def _find_replicates(spec: StudySpec, folder: StudyFolder, features: Sequence[int]) -> tuple[_Replicate, ...]:
     """The primary crosscoder's other seeds with the set's matched features; none where they were not matched."""
     primary = spec.primary_crosscoder
-    if primary.replicates < 2 or MATCHING not in result_groups(folder.results):
+    if len(primary.names) < 2 or MATCHING not in result_groups(folder.results):
         return ()
     rows = open_results(folder.results, MATCHING).sel({"crosscoder": primary.name, FEATURE: list(features)}).load()
     replicates = []

@@ -225,7 +225,7 @@ class Crosscoder(nn.Module, JointViews):
     @property
     def has_joint_code(self) -> bool:
         """Whether it was trained to encode all views together; if not, it encodes one model at a time (swap)."""
-        return not self.facts.get("one_model", False)
+        return not self.facts.get("one_model", False) and self.facts.get("objective") != "paired"
 
     # -- code -------------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -32,6 +31,8 @@ class SparseCode:
     columns: Tensor
     values: Tensor
     shape: tuple[int, int]
+    _order: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+    """The entries' order by column and where each column starts in it, once known; shared by codes at equal places."""
 
     @classmethod
     def of(cls, f: Tensor) -> SparseCode | None:
@@ -42,6 +43,11 @@ class SparseCode:
     def above(cls, values: Tensor, limit: Tensor | float) -> SparseCode | None:
         """The entries of ``values`` [row, feature] above ``limit``, the others counting as zero; NaN is kept."""
         return None if values.device.type != "cpu" else cls._where((values <= limit).logical_not_(), values)
+
+    @classmethod
+    def places(cls, mask: Tensor) -> SparseCode | None:
+        """Where a mask [row, feature] is true, the values as well; None as in :meth:`of`."""
+        return None if mask.device.type != "cpu" else cls._where(mask, mask)
 
     @classmethod
     def _where(cls, mask: Tensor, values: Tensor) -> SparseCode | None:
@@ -55,7 +61,7 @@ class SparseCode:
             rows, words = mask.view(torch.int64).nonzero(as_tuple=True)
             if len(rows) > most:
                 return None
-            entry, bits = mask.view(n_rows, -1, 8)[rows, words].nonzero(as_tuple=True)
+            entry, bits = mask.view(n_rows, n_features // 8, 8)[rows, words].nonzero(as_tuple=True)
             if len(entry) > most:
                 return None
             rows, columns = rows[entry], words[entry] * 8 + bits
@@ -64,6 +70,10 @@ class SparseCode:
     def with_values(self, values: Tensor) -> SparseCode:
         """Other values at the same places: [entry]."""
         return replace(self, values=values)
+
+    def with_rows(self, rows: Tensor, n_rows: int) -> SparseCode:
+        """The same entries in other rows: [entry]."""
+        return replace(self, rows=rows, shape=(n_rows, self.shape[1]))
 
     def dense(self) -> Tensor:
         """The code itself: [row, feature]."""
@@ -77,7 +87,10 @@ class SparseCode:
 
     def transposed_times(self, matrix: Tensor) -> Tensor:
         """Code.T @ ``matrix`` [row, channel]: [feature, channel]."""
-        order, starts = self._by_column
+        if not self._order:
+            order = torch.argsort(self.columns, stable=True)
+            self._order.extend([order, _starts(self.columns[order], self.shape[1])])
+        order, starts = self._order
         return _bags(self.rows[order], self.values[order], starts, matrix)
 
     def sampled(self, left: Tensor, right: Tensor) -> Tensor:
@@ -93,11 +106,6 @@ class SparseCode:
     def column_sums(self) -> Tensor:
         """Sum of the values of every feature: [feature]."""
         return torch.zeros(self.shape[1], dtype=self.values.dtype).index_add_(0, self.columns, self.values)
-
-    @cached_property
-    def _by_column(self) -> tuple[Tensor, Tensor]:
-        order = torch.argsort(self.columns, stable=True)
-        return order, _starts(self.columns[order], self.shape[1])
 
 
 def matmul(f: Tensor | SparseCode, matrix: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class _StudyCrosscoder:
         self.device = resolve_device(study.device)
         self.views = tuple(resolve_view(view, study, folder) for view in spec.views)
         first = derive_seed(study.seed, "crosscoder", spec.name, spec.seed)
-        others = [derive_seed(first, "replicate", number) for number in range(2, spec.replicates + 1)]
+        others = [derive_seed(first, "replicate", number) for number in range(2, len(spec.names) + 1)]
         self.seeds = [first, *others]
         is_read = spec.name == study.primary_crosscoder.name and spec.readout != "joint"
         self.judged_models = [ref.model for ref in list_models(study, folder)] if is_read else []
@@ -193,7 +193,7 @@ class _StudyCrosscoder:
                 folders=[self.folders[number] for number in missing],
                 progress=self.progress,
                 data_hash=self.data_hash,
-                facts=self._origin(),
+                facts=self._origin() | {"objective": str(self.spec.objective)},
             )
             crosscoders |= dict(zip(missing, trained, strict=True))
         return [crosscoders[number] for number in range(len(self.seeds))]

@@ -19,9 +19,8 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, endless, joined, measure_views
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tensors
+from rlgen_stats.toolkit.crosscoder.training.objective import Fit, Objective
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, join_ranks
-from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import Objective, make_objective
-from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 DECAY_SHARE: Final = 0.2
@@ -53,11 +52,8 @@ class TrainingRun:
     """One crosscoder in training: everything a step changes."""
 
     crosscoder: Crosscoder
-    work: Workspace
     objective: Objective
     optimiser: torch.optim.Adam
-    variance: Tensor
-    """Total variance of each view in normalised units."""
     seed: int
     key: str
     """Identity of spec, views, seed and data: a saved state of another is not continued."""
@@ -67,7 +63,7 @@ class TrainingRun:
 
     def weights(self) -> dict[str, Tensor]:
         """All trained tensors by name."""
-        return self.work.weights() | self.objective.weights()
+        return dict(self.crosscoder.named_parameters()) | self.objective.weights()
 
 
 def train_crosscoder(
@@ -216,7 +212,7 @@ def _progress_facts(run: TrainingRun) -> dict[str, float | str]:
 def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:
     """Hash of everything a crosscoder's weights depend on, which its name and its use do not."""
     left_out = {"name", "views", "readout", "replicates", "accept_unhealthy", "corpus"}
-    settings = spec.model_dump(mode="json", exclude=left_out)
+    settings = spec.resolved().model_dump(mode="json", exclude=left_out)
     return content_hash([settings, list(views), int(seed), data_hash])
 
 
@@ -251,17 +247,11 @@ def start_run(
     crosscoder.fit_normalisation(moments)
     crosscoder.to(device).train()
     scale = np.sqrt(moments.widths) / moments.mean_norm
-    variance = torch.from_numpy(moments.variance * scale**2)
-    work = Workspace(crosscoder, spec.batch_size, precision=spec.precision, ranks=ranks)
-    objective = make_objective(spec, device, variance=float(variance.sum()))
-    trained = [*work.weights().values(), *objective.weights().values()]
-    optimiser = torch.optim.Adam(trained, lr=spec.learning_rate, fused=True)
+    objective = Objective(spec, crosscoder, variance=torch.from_numpy(moments.variance * scale**2), ranks=ranks)
     return TrainingRun(
         crosscoder=crosscoder,
-        work=work,
         objective=objective,
-        optimiser=optimiser,
-        variance=variance,
+        optimiser=torch.optim.Adam([*crosscoder.parameters(), *objective.weights().values()], fused=True),
         seed=seed,
         key=key,
         folder=folder,
@@ -270,39 +260,49 @@ def start_run(
     )
 
 
-@torch.no_grad()
 def train_step(run: TrainingRun, spec: CrosscoderSpec, batch: Tensor, *, log: bool) -> None:
     """One step; ``log`` adds a point to the curve, read from the batch just seen before the weights move."""
     for group in run.optimiser.param_groups:
         group["lr"] = learning_rate(run.step, spec)
-    run.work.encode(batch)
-    run.objective.step(run.work, run.step)
-    run.work.finish_gradients()
+    fit = compute_gradients(run, batch)
     if log:
-        run.curve.append(_curve_point(run))
-    torch.nn.utils.clip_grad_norm_(run.work.weights().values(), MAX_GRADIENT_NORM)
+        run.curve.append(_curve_point(run, fit))
+    torch.nn.utils.clip_grad_norm_(run.crosscoder.parameters(), MAX_GRADIENT_NORM)
     run.optimiser.step()
     run.step += 1
 
 
-def _curve_point(run: TrainingRun) -> dict[str, Any]:
-    loss = run.objective.loss(run.work, run.step)
-    if not np.isfinite(loss):
+def compute_gradients(run: TrainingRun, batch: Tensor) -> Fit:
+    """Gradients of a whole batch [token, D] in ``grad`` of all weights, summed over processes.
+
+    Those of exclusive features in all other views are zeroed: a weight whose gradient is always zero keeps Adam's
+    moments, and itself, at exactly zero.
+    """
+    run.optimiser.zero_grad()
+    fit = run.objective.fit(batch, run.step)
+    (fit.loss + fit.revival).backward()  # type: ignore[no-untyped-call]
+    gradients = {}
+    for name, weight in run.weights().items():
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        gradients[name] = weight.grad
+    for view, features in run.crosscoder.exclusive.items():
+        for other, channels in zip(run.crosscoder.views, run.crosscoder.slots(), strict=True):
+            if other != view:
+                gradients["decoder_matrix"][features, channels] = 0.0
+                gradients["encoder_matrix"][channels, features] = 0.0
+    for gradient in gradients.values():
+        run.objective.ranks.sum_(gradient)
+    return fit
+
+
+def _curve_point(run: TrainingRun, fit: Fit) -> dict[str, Any]:
+    point = {"step": run.step + 1, **run.objective.describe(fit)}
+    if not np.isfinite(point["loss"]):
         raise InputError(
-            f"crosscoder {run.crosscoder.name!r}: the loss is {loss} at step {run.step + 1}; lower learning_rate "
-            f"(now {run.optimiser.param_groups[0]['lr']:.2g}) or check the activations for outliers."
+            f"crosscoder {run.crosscoder.name!r}: the loss is {point['loss']} at step {run.step + 1}; lower "
+            f"learning_rate (now {run.optimiser.param_groups[0]['lr']:.2g}) or check the activations for outliers."
         )
-    work = run.work
-    squares = torch.stack([part.double().square().sum() for part in work.by_view(work.error)])
-    fve = 1.0 - work.mean_over_tokens(squares).cpu() / run.variance
-    silent = work.ranks.sum_(work.active.clone()) <= 0
-    return {
-        "step": run.step + 1,
-        "loss": loss,
-        "l0": float(work.mean_over_tokens((work.features > 0).sum())),
-        "fve": dict(zip(run.crosscoder.views, fve.tolist(), strict=True)),
-        "dead": float(silent.double().mean()),
-    }
+    return point
 
 
 def _save_state(run: TrainingRun) -> None:
@@ -340,7 +340,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _finish(run: TrainingRun, spec: CrosscoderSpec, *, facts: dict[str, Any]) -> Crosscoder:
     crosscoder = run.crosscoder
-    run.objective.finish(crosscoder)
+    run.objective.finish()
     crosscoder.facts = {
         **facts,
         "spec": spec.model_dump(mode="json"),
@@ -349,7 +349,7 @@ def _finish(run: TrainingRun, spec: CrosscoderSpec, *, facts: dict[str, Any]) ->
         "last": run.curve[-1] if run.curve else {},
     }
     crosscoder.requires_grad_(False).eval()
-    if run.folder is not None and run.work.ranks.rank == 0:
+    if run.folder is not None and run.objective.ranks.rank == 0:
         write_json(run.folder / CURVE, run.curve)
         crosscoder.save(run.folder)
         (run.folder / STATE).unlink(missing_ok=True)

@@ -1,0 +1,178 @@
+"""The training loss of a crosscoder: joint rows, paired rows or both, under any sparsity rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlgen_stats.schemas.dims import BASE_MODEL
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import CrosscoderSpec
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.training.auxk import AUX_WEIGHT, DeadFeatures
+from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
+from rlgen_stats.toolkit.crosscoder.training.rows import Decoded, Rows, joint_rows, paired_rows
+from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import make_rule
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the weights fit this process's share of a batch; sums over processes are the batch's."""
+
+    loss: Tensor
+    """Without the AuxK loss, which says nothing about the fit."""
+    revival: Tensor
+    """The AuxK loss."""
+    fired: Tensor
+    """Sum of each feature over the rows of all processes: [feature]."""
+    groups: list[tuple[Rows, Decoded]]
+    """The joint rows, the paired rows, or both."""
+
+
+class Objective:
+    """The loss of a batch, and what it keeps between steps.
+
+    Parameters
+    ----------
+    spec
+        ``objective``, ``difference_weight``, and what the sparsity rule and the AuxK loss use.
+    crosscoder
+        The one in training.
+    variance
+        Of each view, normalised units: [view].
+    ranks
+        Processes that share a batch: each takes its share of the joint and of the paired tokens.
+
+    Raises
+    ------
+    InputError
+        If paired rows meet views of several widths.
+
+    Notes
+    -----
+    Joint rows: f from all views, sum_m ||e_m||^2. Paired rows: f^m from view m's activation in every slot, as readout
+    swap, e_m = D_m f^m + c_m - x_m, and sum_m ||e_m||^2 + lambda sum_{m != ref} ||e_m s_ref / s_m - e_ref||^2 with the
+    scales s_m: the last term is the error of the difference between two models. One sparsity rule holds for all rows.
+    """
+
+    def __init__(
+        self, spec: CrosscoderSpec, crosscoder: Crosscoder, *, variance: Tensor, ranks: Ranks | None = None
+    ) -> None:
+        self._spec, self._crosscoder, self.ranks = spec, crosscoder, ranks or Ranks()
+        kind = spec.objective or "joint"
+        if kind != "joint" and len(set(crosscoder.widths)) > 1:
+            raise InputError(
+                f"crosscoder {spec.name!r}: objective {kind!r} puts one view's activation into every slot, but "
+                f"the views have the widths {list(crosscoder.widths)}; write objective: joint."
+            )
+        self._n_joint = {"joint": spec.batch_size, "both": spec.batch_size // 2, "paired": 0}[kind]
+        self._n_rows = self._n_joint + (spec.batch_size - self._n_joint) * len(crosscoder.views)
+        self._reference = crosscoder.views.index(BASE_MODEL) if BASE_MODEL in crosscoder.views else 0
+        self._low = torch.bfloat16 if spec.precision == "bfloat16" else None
+        self._variance = variance
+        self._rule = make_rule(spec, crosscoder, self.ranks, variance=float(variance.sum()))
+        self._dead = DeadFeatures(spec, self.ranks, crosscoder.encoder_bias.device)
+        self.weights, self.finish = self._rule.weights, self._rule.finish
+
+    def fit(self, raw: Tensor, step: int) -> Fit:
+        """The loss of a whole batch of raw joint activations [token, D]; steps count from 0."""
+        rows = self._rows(raw)
+        sizes = [len(some) for some in rows]
+        contribution = self._contribution(rows)
+        chosen = torch.split(self._rule.choose(contribution, self._n_rows, step), sizes)
+        revived = None
+        if self._rule.revives_dead:
+            revived = self._dead.revive(contribution, self._n_rows, step)
+        del contribution
+        parts = [None] * len(rows) if revived is None else revived.split(sizes)
+        decoded = [
+            some.decode(places, self._rule.activate, part)
+            for some, places, part in zip(rows, chosen, parts, strict=True)
+        ]
+        groups = list(zip(rows, decoded, strict=True))
+        # a token's features are the mean of its rows'
+        sums = torch.stack([found.sums(self._spec.n_features) / some.n_slots for some, found in groups]).sum(dim=0)
+        squared = torch.stack([self._squared_error(*group) for group in groups]).sum()
+        revival = [found.revived_error.square().sum() for found in decoded if found.revived_error is not None]
+        fired = self.ranks.sum_(sums.detach().clone())
+        self._dead.note(fired, step)
+        return Fit(
+            loss=squared / self._spec.batch_size + self._rule.penalty(sums, self._n_rows, step),
+            revival=AUX_WEIGHT / self._spec.batch_size * torch.stack([*revival, squared.new_zeros(())]).sum(),
+            fired=fired,
+            groups=groups,
+        )
+
+    def _rows(self, raw: Tensor) -> list[Rows]:
+        kinds = (joint_rows, raw[: self._n_joint]), (paired_rows, raw[self._n_joint :])
+        return [make(self._crosscoder, self.ranks.share(part), low=self._low) for make, part in kinds if len(part)]
+
+    @torch.no_grad()
+    def _contribution(self, rows: list[Rows]) -> Tensor:
+        """Pre-activations times the sum of decoder norms: [row, feature]."""
+        norms = self._crosscoder.selection_norm()
+        found = norms.new_empty(sum(map(len, rows)), len(norms))
+        for some, part in zip(rows, torch.split(found, [len(some) for some in rows]), strict=True):
+            torch.mul(some.pre, norms, out=part)
+        return found
+
+    def _squared_error(self, rows: Rows, decoded: Decoded) -> Tensor:
+        error = decoded.error
+        if rows.n_slots == 1:
+            return error.square().sum()
+        differences = self._differences(error.view(rows.n_slots, -1, error.shape[1]))
+        return error.square().sum() + self._spec.difference_weight * differences.square().sum()
+
+    def _differences(self, by_view: Tensor) -> Tensor:
+        """Of every view from the reference, in its units: [view, token, channel]."""
+        scale = self._crosscoder.scale
+        ratio = (scale[self._reference] / scale)[:, None, None]
+        return by_view * ratio - by_view[self._reference]
+
+    @torch.no_grad()
+    def describe(self, fit: Fit) -> dict[str, Any]:
+        """A point of the curve: loss, L0 over all rows, fve and dfve by view, share of features that fired nowhere."""
+        n_active = torch.stack([(found.features > 0).sum() for _, found in fit.groups]).sum()
+        views = self._crosscoder.views
+        point = {
+            "loss": float(self._total(fit.loss)),
+            "l0": float(self._total(n_active)) / self._n_rows,
+            "fve": dict(zip(views, self._fve(*fit.groups[0]).tolist(), strict=True)),
+            "dead": float((fit.fired <= 0).double().mean()),
+        }
+        if self._n_joint < self._spec.batch_size:
+            point["dfve"] = self._dfve(*fit.groups[-1])
+        return point
+
+    def _fve(self, rows: Rows, decoded: Decoded) -> Tensor:
+        joint = rows.n_slots == 1
+        parts = self._crosscoder.split(decoded.error) if joint else decoded.error.chunk(rows.n_slots)
+        squares = self._total(torch.stack([part.double().square().sum() for part in parts]))
+        n_tokens = self._n_joint if joint else self._spec.batch_size - self._n_joint
+        return 1.0 - squares.cpu() / (n_tokens * self._variance)
+
+    def _dfve(self, rows: Rows, decoded: Decoded) -> dict[str, float]:
+        """1 - squared error of a view's difference from the reference / its variance over the batch."""
+        shape = (rows.n_slots, -1, rows.x.shape[1])
+        error = self._total(self._differences(decoded.error.view(shape)).double().square().sum(dim=(1, 2)))
+        data = self._differences(rows.target.view(shape)).double()
+        mean = self._total(data.sum(dim=1)) / (self._spec.batch_size - self._n_joint)
+        variance = self._total((data - mean[:, None]).square().sum(dim=(1, 2)))
+        fve = (1.0 - error / variance).tolist()
+        return {view: fve[i] for i, view in enumerate(self._crosscoder.views) if i != self._reference}
+
+    def _total(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, float64."""
+        return self.ranks.sum_(tensor.detach().double().clone())
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs."""
+        return self._rule.state() | {"last_fired": self._dead.last_fired}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from :meth:`state`."""
+        self._rule.load_state(state)
+        self._dead.last_fired.copy_(state["last_fired"])
