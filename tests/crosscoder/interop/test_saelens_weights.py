@@ -154,7 +154,9 @@ def test_a_study_takes_it_as_weights(copied: tuple[StudySpec, StudyFolder]) -> N
     spec, folder = copied
     write_sae(folder.root / "public", architecture="jumprelu")
     content = spec.model_dump(mode="json")
-    content["crosscoders"] = [content["crosscoders"][0] | {"weights": "public", "n_features": N_FEATURES}]
+    content["crosscoders"] = [
+        content["crosscoders"][0] | {"weights": "public", "n_features": N_FEATURES, "replicates": 1}
+    ]
     changed = StudySpec.model_validate(content)
     train_crosscoders(changed, folder, provenance=PROVENANCE)
     taken = load_crosscoder(folder.crosscoder("main"))
