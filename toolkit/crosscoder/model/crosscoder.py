@@ -77,6 +77,8 @@ class Crosscoder(nn.Module, JointViews):
         Inference threshold(s); NaN until learned, unused for l1 and topk.
     fit_weight, fit_bias : Tensor [channel, feature], [feature], or None
         Readout ``fit``, once :func:`fit_readout` has fitted it; raw activations of one model to pre-activations.
+    ranks_activations : bool
+        Whether ``topk`` keeps a token's k largest f_k, as in SAEs trained elsewhere, instead of contributions.
     facts : dict
         Where the weights come from (seed, steps, data); saved with them.
     weights_sha256 : str
@@ -124,6 +126,7 @@ class Crosscoder(nn.Module, JointViews):
         self.n_features, self.k = int(n_features), int(k)
         self.sparsity: Sparsity = sparsity
         self.default_readout: Readout = readout
+        self.ranks_activations = False
         self.facts: dict[str, Any] = {}
         self.weights_sha256 = ""
         self.folder: Path | None = None
@@ -219,6 +222,11 @@ class Crosscoder(nn.Module, JointViews):
         """Raw activations of all views (see :meth:`join`) in normalised units, joint: [batch, D]."""
         return self.join(raw) * self.channel_scale()
 
+    @property
+    def has_joint_code(self) -> bool:
+        """Whether it was trained to encode all views together; if not, it encodes one model at a time (swap)."""
+        return not self.facts.get("one_model", False) and self.facts.get("objective") != "paired"
+
     # -- code -------------------------------------------------------------------------------------------------------
 
     def pre_activation(self, x: Tensor | Sequence[Tensor]) -> Tensor:
@@ -242,6 +250,7 @@ class Crosscoder(nn.Module, JointViews):
             return Gate()
         norm = self.selection_norm().detach().double()
         if self.sparsity == "topk":
+            norm = torch.ones_like(norm) if self.ranks_activations else norm
             return Gate(k=min(self.k, self.n_features), norm=norm.to(dtype))
         if not bool(torch.isfinite(self.threshold).all()):
             raise InputError(f"crosscoder {self.name!r} has no inference threshold yet; finish its training first.")
@@ -387,4 +396,4 @@ class Crosscoder(nn.Module, JointViews):
             "readout": self.default_readout,
             "weights_sha256": self.weights_sha256,
             "facts": self.facts,
-        }
+        } | ({"ranks_activations": True} if self.ranks_activations else {})
