@@ -39,7 +39,13 @@ def make_spec(**changes: Any) -> StudySpec:
             {"name": "rl", "arm": "rl", "checkpoints": {s: f"models/rl/step-{s}" for s in RL_STEPS}},
         ],
         "crosscoders": [
-            {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "n_features": N_FEATURES, "k": 16},
+            {
+                "name": "main",
+                "views": ["base@0", "sft@final", "rl@final"],
+                "n_features": N_FEATURES,
+                "k": 16,
+                "replicates": 1,
+            },
             {"name": "pair-sft", "views": ["base@0", "sft@final"], "n_features": N_FEATURES, "k": 16},
             {"name": "pair-rl", "views": ["base@0", "rl@final"], "n_features": N_FEATURES, "k": 16},
             {"name": "null", "views": ["base@0", "base@repeat"], "n_features": N_FEATURES, "k": 16},

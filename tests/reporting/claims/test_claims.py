@@ -439,10 +439,9 @@ def test_c3_says_how_many_confirmed_features_other_seeds_bring_back(results: Res
     caveats = claim(results, spec, "C3").caveats
     assert (
         f"{back} of {len(confirmed)} confirmed features have a match in the other dictionary trained from"
-        in caveats[-1]
+        in caveats[-2]
     )
-    del results["matching"]
-    assert "The dictionary was trained once" in claim(results, spec, "C3").caveats[-1]
+    assert caveats[-1].startswith("One dictionary: another one, trained from other initial weights, may answer")
 
 
 @pytest.mark.parametrize("name", ["C2", "C3"])

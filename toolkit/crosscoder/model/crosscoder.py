@@ -201,16 +201,18 @@ class Crosscoder(nn.Module, JointViews):
     # -- units ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit_normalisation(self, moments: ViewMoments) -> None:
+    def fit_normalisation(self, moments: ViewMoments, *, shared_offset: bool = False) -> None:
         """Set scale and mean from raw moments, and centre the biases on the normalised mean.
 
         The decoder biases start at the mean and the encoder bias cancels the mean, so that features start out
-        describing deviations; both are trained from there.
+        describing deviations; both are trained from there. ``shared_offset``: all views start at the mean of the views.
         """
         width = torch.tensor(self.widths, dtype=torch.float64)
         self.scale.copy_(width.sqrt() / torch.from_numpy(moments.mean_norm))
         mean = torch.from_numpy(moments.mean)
         self.means.copy_(mean)
+        if shared_offset:
+            mean = mean.view(len(self.views), -1).mean(dim=0).repeat(len(self.views))
         self.decoder_offset.copy_(mean * self.channel_scale().double())
         self.encoder_bias.copy_(-(self.decoder_offset @ self.encoder_matrix))
 

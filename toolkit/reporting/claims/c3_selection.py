@@ -17,10 +17,11 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     COMPACT_SHARE,
     MIN_TASKS,
     Verdict,
+    agreed_verdict,
     any_feature_p,
+    mean_count,
     selection_verdict,
 )
-from rlgen_stats.toolkit.statistics.kernels import agreed, pooled_intervals
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
 
 C3: Final = PaperClaim(
@@ -70,7 +71,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     if unusable:
         return C3.not_estimable(unusable)
     judged = [_judge(data) for data in each]
-    verdict = agreed([verdict for verdict, _ in judged], Verdict.UNDETERMINED)
+    verdict = agreed_verdict([verdict for verdict, _ in judged])
     data, (_, details) = each[0], judged[0]
     for name in _COUNTS:
         details[f"{name}_by_dictionary"] = [one[name] for _, one in judged]
@@ -78,10 +79,8 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
         return C3.not_estimable(reason, details=details)
-    confirmed = details["n_confirmed_by_dictionary"]
-    mean, low, high = (float(x) for x in pooled_intervals(confirmed, confirmed, confirmed, alpha=spec.statistics.alpha))
     return C3.answered(
-        (mean, max(low, 0.0), high if len(each) > 1 else math.nan),
+        mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
         max(any_feature_p(one["verification_q"].values) for one in each),
         verdict,
         _answer(verdict, details, [verdict for verdict, _ in judged]),

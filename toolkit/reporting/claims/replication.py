@@ -72,7 +72,8 @@ def unusable_readout(results: Results, spec: StudySpec) -> str:
     for name in spec.primary_crosscoder.names:
         failed = text(health, "readout_reasons", crosscoder=name)
         if failed and not _accepted(health, name, spec):
-            return f"the features of single models cannot be read in dictionary {name}: {failed}"
+            where = f" in dictionary {name}" if len(spec.primary_crosscoder.names) > 1 else ""
+            return f"the features of single models cannot be read{where}: {failed}"
     return ""
 
 
