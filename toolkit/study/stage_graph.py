@@ -249,8 +249,9 @@ class Study:
         neutral = self.spec.intervention.neutral_text
         if name == "intervene" and neutral is not None:
             files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")
-        primary = self.folder.crosscoder(self.spec.primary_crosscoder.name)
-        if name in ("intervene", "report") and readout_accepted(primary):  # a trial that was not held is held now
+        primary = self.spec.primary_crosscoder
+        by_note = not primary.accept_unhealthy and readout_accepted(self.folder.crosscoder(primary.name))
+        if name in ("intervene", "report") and by_note:  # a trial that was not held is held now
             files["readout"] = "accepted"
         return files
 
