@@ -1,4 +1,4 @@
-"""Whether a study says the same with other dictionaries: analyses of the same models, each with dictionaries of its own.
+"""Whether a study says the same with other dictionaries: analyses of the same models, each with its own dictionaries.
 
 Models, answers and activations are the study's; each analysis trains its own triple of dictionaries from other initial
 weights and runs everything after it. One more analysis repeats the first with another number of threads, which adds
