@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,6 +31,7 @@ LATE: Final = 50_000
 """Step at which ours is timed, of twice as many: after all warm-ups, with as many dead features as there are."""
 CORPUS: Final = 400_000_000
 OURS: Final = "this package"
+BOTH: Final = "this package, objective both"
 DENSE: Final = "this package, dense products throughout"
 PLAIN: Final = "plain PyTorch"
 PRODUCTS: Final = "the five matrix products alone"
@@ -44,13 +45,14 @@ class Ours:
     size: Size
     reader: ArrayReader
     device: torch.device
+    objective: Literal["joint", "both"] = "joint"
 
     def __post_init__(self) -> None:
         size = self.size
         views = ("base@0", *(f"run{i}@1" for i in range(1, size.views)))
         spec = CrosscoderSpec(
             name="benchmark", views=views, n_features=size.n_features, k=size.k, steps=2 * LATE,
-            batch_size=size.batch, precision="bfloat16" if size.low else "float32",
+            batch_size=size.batch, precision="bfloat16" if size.low else "float32", objective=self.objective,
         )  # fmt: skip
         self.spec = spec
         self.run = start_run(
@@ -124,15 +126,23 @@ def main() -> None:
         reader = ArrayReader(planted(size), batch_size=size.batch, seed=0)
         ours = Ours(size, reader, device)
         one, operations = square(size, device)
-        cases = {OURS: ours.steps, PLAIN: plain(size, reader, device), PRODUCTS: products(size, device), SQUARE: one}
+        both = Ours(size, reader, device, "both")
+        cases = {
+            OURS: ours.steps,
+            BOTH: both.steps,
+            PLAIN: plain(size, reader, device),
+            PRODUCTS: products(size, device),
+            SQUARE: one,
+        }
         if device.type == "cpu":
             cases[DENSE] = ours.dense_steps
         found = interleaved([Case(name, synchronised(run, device)) for name, run in cases.items()], options.repetitions)
         rows, goals = _told(size, {name: spread(seconds) for name, seconds in found.items()}, operations, device)
-        kept = float((ours.run.work.features > 0).float().sum(dim=1).mean())
+        batch = torch.from_numpy(joined(next(ours.batches))).to(device)
+        kept = ours.run.objective.describe(ours.run.objective.fit(batch, ours.run.step))["l0"]
         report(
             options, Path(folder), "Training a BatchTopK crosscoder",
-            settings=size.settings(device) | {"L0": round(kept, 1)}, rows=rows, goals=goals,
+            settings=size.settings(device) | {"L0": round(float(kept), 1)}, rows=rows, goals=goals,
         )  # fmt: skip
 
 
@@ -149,7 +159,7 @@ def _told(
         if name != SQUARE:
             row |= {"ms a step": 1e3 * found["median"] / STEPS}
             row |= {"low": 1e3 * found["low"] / STEPS, "high": 1e3 * found["high"] / STEPS}
-        if name in (OURS, DENSE, PLAIN):
+        if name in (OURS, BOTH, DENSE, PLAIN):
             tokens = STEPS * size.batch / found["median"]
             row |= {"tokens/s": tokens, "of plain": seconds[PLAIN]["median"] / found["median"]}
             row |= {"hours for 400M tokens": CORPUS / tokens / 3600}

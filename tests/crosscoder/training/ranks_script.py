@@ -39,6 +39,6 @@ if __name__ == "__main__":
         assert ranks.smallest_kept(mine, n_keep) == smallest_kept(whole, n_keep)
     for spec in map(CrosscoderSpec.model_validate_json, specs):
         reader = ArrayReader(values, batch_size=spec.batch_size, seed=1)
-        train_crosscoder(reader, spec, views=spec.views, seed=1, log_every=5, folder=Path(out) / spec.sparsity)
+        train_crosscoder(reader, spec, views=spec.views, seed=1, log_every=5, folder=Path(out) / spec.name)
     if ranks.rank == 0:
         (Path(out) / "world.json").write_text(json.dumps(ranks.world))

@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, measure_health, train_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.paired import Batch, endless, joined, measure_views
-from rlgen_stats.toolkit.crosscoder.training.auxk import AUX_WEIGHT
-from rlgen_stats.toolkit.crosscoder.training.ranks import smallest_kept
-from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import make_objective
-from rlgen_stats.toolkit.crosscoder.training.train import learning_rate
-from rlgen_stats.toolkit.crosscoder.training.workspace import Workspace
+from rlgen_stats.toolkit.crosscoder.model import sparse as sparse_module
+from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, smallest_kept
+from rlgen_stats.toolkit.crosscoder.training.train import learning_rate, start_run
 from tests.crosscoder.planted import BASE_ONLY, PAIR, SFT_ONLY, SHARED, Planted, crosscoder_spec, planted
 
 
@@ -91,20 +89,31 @@ def test_smallest_kept_is_the_sorted_one_whatever_the_hint(n_keep: int, error: f
     assert smallest_kept(values, n_keep, hint=hint) == wanted
 
 
-def test_training_batches_keep_exactly_k_on_average(world: Planted) -> None:
-    spec = crosscoder_spec(k=3)
-    crosscoder = Crosscoder(PAIR, width=24, n_features=48, sparsity="batchtopk", k=3, seed=2)
-    crosscoder.fit_normalisation(measure_views(reader_of(world)))
-    work, objective = Workspace(crosscoder, 512), make_objective(spec, torch.device("cpu"))
-    with torch.no_grad():
-        for step, batch in zip((spec.steps - 2, spec.steps - 1), reader_of(world).epoch(0), strict=False):
-            work.encode(torch.from_numpy(joined(batch)))
-            before = work.features.clone()
-            objective.step(work, step)
-            contribution = before * crosscoder.selection_norm()
-            kept = contribution >= contribution.flatten().sort(descending=True).values[3 * 512 - 1]
-            assert torch.equal(work.features, before * kept)
-            assert int((work.features > 0).sum()) == 3 * 512
+@pytest.mark.parametrize(("objective", "rows"), [("joint", 512), ("both", 256 + 2 * 256), ("paired", 2 * 512)])
+def test_training_batches_keep_exactly_k_on_average(
+    world: Planted, monkeypatch: pytest.MonkeyPatch, objective: str, rows: int
+) -> None:
+    monkeypatch.setattr(sparse_module, "SPARSE_SHARE", -1.0)  # features as [row, feature]
+    spec = crosscoder_spec(k=3, objective=objective)
+    run = start_run(
+        spec,
+        PAIR,
+        measure_views(reader_of(world)),
+        seed=2,
+        key="",
+        folder=None,
+        device=torch.device("cpu"),
+        ranks=Ranks(),
+    )
+    for step, batch in zip((spec.steps - 2, spec.steps - 1), reader_of(world).epoch(0), strict=False):
+        fit = run.objective.fit(torch.from_numpy(joined(batch)), step)
+        pre = torch.cat([group.pre for group, _ in fit.groups])
+        assert pre.shape == (rows, 48)
+        contribution = pre * run.crosscoder.selection_norm()
+        kept = contribution >= contribution.flatten().sort(descending=True).values[3 * rows - 1]
+        assert int(kept.sum()) == 3 * rows
+        assert torch.equal(torch.cat([found.features for _, found in fit.groups]), pre * kept)
+        assert torch.equal(fit.fired > 0, kept.any(dim=0))
 
 
 def test_threshold_gives_k_on_held_out_tokens() -> None:
@@ -125,76 +134,16 @@ def test_last_curve_point_describes_the_training_batch(batchtopk: Crosscoder) ->
     assert all(value > 0.9 for value in last["fve"].values())
 
 
-# -- gradients --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sparsity", ["l1", "batchtopk"])
-def test_written_gradients_equal_taped_ones(world: Planted, sparsity: str) -> None:
-    crosscoder = Crosscoder(PAIR, width=24, n_features=48, sparsity="l1", k=2, seed=3)
-    crosscoder.fit_normalisation(measure_views(reader_of(world)))
-    spec = crosscoder_spec(sparsity=sparsity, l1_coefficient=0.7)
-    objective = make_objective(spec, torch.device("cpu"))
-    work, step = Workspace(crosscoder, 512), spec.steps - 1
-    dead = torch.arange(48) % 5 == 0
-    if sparsity == "batchtopk":
-        objective.load_state({"last_fired": torch.where(dead, 0, step), "running": torch.tensor(1.0)})
-    batch = torch.from_numpy(np.asarray(next(reader_of(world).epoch(0))))
-    with torch.no_grad():
-        work.encode(crosscoder.join(batch))
-        objective.step(work, step)
-
-    x = crosscoder.normalise(batch).double().view(512, 2, 24)
-    names = ("encoder", "encoder_bias", "decoder", "decoder_bias")
-    double = {name: getattr(crosscoder, name).detach().double().requires_grad_() for name in names}
-    pre = torch.einsum("bvc,vcf->bf", x, double["encoder"]) + double["encoder_bias"]
-    norm = double["decoder"].norm(dim=-1).sum(dim=0)
-    if sparsity == "l1":
-        f = pre.relu()
-        extra = 0.7 * (f * norm).sum(dim=1).mean()
-    else:
-        limit = (pre * norm).flatten().sort(descending=True).values[2 * 512 - 1]
-        f = pre * (pre * norm >= limit)
-        error = (torch.einsum("bf,vfc->bvc", f, double["decoder"]) + double["decoder_bias"] - x).detach()
-        revived = pre[:, dead]
-        weight = revived * norm[dead]
-        revived = revived * (weight >= weight.flatten().sort(descending=True).values[2 * 512 - 1].clamp_min(1e-30))
-        assert (revived > 0).sum() > 500
-        again = torch.einsum("bf,vfc->bvc", revived, double["decoder"][:, dead])
-        extra = AUX_WEIGHT * (again + error).square().sum(dim=(1, 2)).mean()
-    back = torch.einsum("bf,vfc->bvc", f, double["decoder"]) + double["decoder_bias"]
-    ((back - x).square().sum(dim=(1, 2)).mean() + extra).backward()  # type: ignore[no-untyped-call]
-
-    def taped(name: str) -> torch.Tensor:
-        gradient = double[name].grad
-        assert gradient is not None
-        return gradient
-
-    wanted = {
-        "encoder": taped("encoder").reshape(-1, 48),
-        "encoder_bias": taped("encoder_bias"),
-        "decoder": taped("decoder").transpose(0, 1).reshape(48, -1),
-        "decoder_bias": taped("decoder_bias").flatten(),
-    }
-    for name, weight in work.weights().items():
-        torch.testing.assert_close(weight.grad.double(), wanted[name], rtol=2e-4, atol=2e-4, msg=name)
-
-
-def test_workspace_changes_the_crosscoder_itself() -> None:
-    crosscoder = Crosscoder(PAIR, width=5, n_features=7, sparsity="l1", k=2)
-    work = Workspace(crosscoder, 4)
-    with torch.no_grad():
-        work.decoder[3] = torch.arange(10.0)
-        work.encoder[6] = 1.0
-    assert crosscoder.decoder[1, 3].tolist() == [5, 6, 7, 8, 9]
-    assert crosscoder.encoder[1, 1].tolist() == [1] * 7
-
-
 # -- repeatability ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sparsity", ["l1", "batchtopk"])
-def test_resumed_training_ends_with_the_same_weights(world: Planted, tmp_path: Path, sparsity: str) -> None:
-    spec = crosscoder_spec(sparsity=sparsity, steps=60, n_features=64)
+@pytest.mark.parametrize(
+    ("sparsity", "objective"), [("l1", "joint"), ("batchtopk", "joint"), ("jumprelu", "paired"), ("batchtopk", "both")]
+)
+def test_resumed_training_ends_with_the_same_weights(
+    world: Planted, tmp_path: Path, sparsity: str, objective: str
+) -> None:
+    spec = crosscoder_spec(sparsity=sparsity, objective=objective, steps=60, n_features=64)
     how: dict[str, Any] = {"views": PAIR, "seed": 1, "save_every": 20, "log_every": 10}
     whole = train_crosscoder(reader_of(world), spec, folder=tmp_path / "whole", **how)
     dying = DyingReader(world.data, alive=47, batch_size=512, seed=1)

@@ -73,6 +73,7 @@ class Objective:
         self._reference = crosscoder.views.index(BASE_MODEL) if BASE_MODEL in crosscoder.views else 0
         self._low = torch.bfloat16 if spec.precision == "bfloat16" else None
         self._variance = variance
+        self._buffer: Tensor | None = None
         self._rule = make_rule(spec, crosscoder, self.ranks, variance=float(variance.sum()))
         self._dead = DeadFeatures(spec, self.ranks, crosscoder.encoder_bias.device)
         self.weights, self.finish = self._rule.weights, self._rule.finish
@@ -82,43 +83,41 @@ class Objective:
         rows = self._rows(raw)
         sizes = [len(some) for some in rows]
         contribution = self._contribution(rows)
-        chosen = torch.split(self._rule.choose(contribution, self._n_rows, step), sizes)
-        revived = None
-        if self._rule.revives_dead:
-            revived = self._dead.revive(contribution, self._n_rows, step)
-        del contribution
-        parts = [None] * len(rows) if revived is None else revived.split(sizes)
+        dead = self._dead.revive(contribution, self._n_rows, step) if self._rule.revives_dead else None
+        chosen = self._rule.choose(contribution, self._n_rows, step)
         decoded = [
-            some.decode(places, self._rule.activate, part)
-            for some, places, part in zip(rows, chosen, parts, strict=True)
+            some.decode(places, self._rule.activate, revived)
+            for some, places, revived in zip(
+                rows, chosen.split(sizes), dead.split(sizes) if dead else [None] * len(rows), strict=True
+            )
         ]
         groups = list(zip(rows, decoded, strict=True))
         # a token's features are the mean of its rows'
         sums = torch.stack([found.sums(self._spec.n_features) / some.n_slots for some, found in groups]).sum(dim=0)
         squared = torch.stack([self._squared_error(*group) for group in groups]).sum()
         revival = [found.revived_error.square().sum() for found in decoded if found.revived_error is not None]
+        fired = self.ranks.sum_(sums.detach().clone())
+        self._dead.note(fired, step)
         return Fit(
             loss=squared / self._spec.batch_size + self._rule.penalty(sums, self._n_rows, step),
             revival=AUX_WEIGHT / self._spec.batch_size * torch.stack([*revival, squared.new_zeros(())]).sum(),
-            fired=self.ranks.sum_(sums.detach().clone()),
+            fired=fired,
             groups=groups,
         )
 
     def _rows(self, raw: Tensor) -> list[Rows]:
-        tokens = [self.ranks.share(raw[: self._n_joint]), self.ranks.share(raw[self._n_joint :])]
-        makers = (joint_rows, paired_rows)
-        return [
-            make(self._crosscoder, some, low=self._low) for make, some in zip(makers, tokens, strict=True) if len(some)
-        ]
+        kinds = (joint_rows, raw[: self._n_joint]), (paired_rows, raw[self._n_joint :])
+        return [make(self._crosscoder, self.ranks.share(part), low=self._low) for make, part in kinds if len(part)]
 
     @torch.no_grad()
     def _contribution(self, rows: list[Rows]) -> Tensor:
         """Pre-activations times the sum of decoder norms: [row, feature]."""
-        norms = self._crosscoder.selection_norm()
-        found = norms.new_empty(sum(map(len, rows)), len(norms))
-        for some, part in zip(rows, torch.split(found, [len(some) for some in rows]), strict=True):
+        norms, sizes = self._crosscoder.selection_norm(), [len(some) for some in rows]
+        if self._buffer is None:  # kept: fresh memory of this size costs a CPU more than the product
+            self._buffer = norms.new_empty(sum(sizes), len(norms))
+        for some, part in zip(rows, torch.split(self._buffer, sizes), strict=True):
             torch.mul(some.pre, norms, out=part)
-        return found
+        return self._buffer
 
     def _squared_error(self, rows: Rows, decoded: Decoded) -> Tensor:
         error = decoded.error
@@ -132,10 +131,6 @@ class Objective:
         scale = self._crosscoder.scale
         ratio = (scale[self._reference] / scale)[:, None, None]
         return by_view * ratio - by_view[self._reference]
-
-    def note(self, fit: Fit, step: int) -> None:
-        """Note which features fired."""
-        self._dead.note(fit.fired, step)
 
     @torch.no_grad()
     def describe(self, fit: Fit) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def _progress_facts(run: TrainingRun) -> dict[str, float | str]:
 def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:
     """Hash of everything a crosscoder's weights depend on, which its name and its use do not."""
     left_out = {"name", "views", "readout", "replicates", "accept_unhealthy", "corpus"}
-    settings = spec.model_dump(mode="json", exclude=left_out)
+    settings = spec.resolved().model_dump(mode="json", exclude=left_out)
     return content_hash([settings, list(views), int(seed), data_hash])
 
 
@@ -248,7 +248,7 @@ def start_run(
     crosscoder.to(device).train()
     scale = np.sqrt(moments.widths) / moments.mean_norm
     objective = Objective(spec, crosscoder, variance=torch.from_numpy(moments.variance * scale**2), ranks=ranks)
-    run = TrainingRun(
+    return TrainingRun(
         crosscoder=crosscoder,
         objective=objective,
         optimiser=torch.optim.Adam([*crosscoder.parameters(), *objective.weights().values()], fused=True),
@@ -258,18 +258,13 @@ def start_run(
         step=0,
         curve=[],
     )
-    return run
 
 
 def train_step(run: TrainingRun, spec: CrosscoderSpec, batch: Tensor, *, log: bool) -> None:
     """One step; ``log`` adds a point to the curve, read from the batch just seen before the weights move."""
     for group in run.optimiser.param_groups:
         group["lr"] = learning_rate(run.step, spec)
-    fit = run.objective.fit(batch, run.step)
-    run.optimiser.zero_grad()
-    (fit.loss + fit.revival).backward()  # type: ignore[no-untyped-call]
-    run.objective.note(fit, run.step)
-    _finish_gradients(run)
+    fit = compute_gradients(run, batch)
     if log:
         run.curve.append(_curve_point(run, fit))
     torch.nn.utils.clip_grad_norm_(run.crosscoder.parameters(), MAX_GRADIENT_NORM)
@@ -277,22 +272,27 @@ def train_step(run: TrainingRun, spec: CrosscoderSpec, batch: Tensor, *, log: bo
     run.step += 1
 
 
-def _finish_gradients(run: TrainingRun) -> None:
-    """Zero the gradients of exclusive features in all other views, and sum over processes.
+def compute_gradients(run: TrainingRun, batch: Tensor) -> Fit:
+    """Gradients of a whole batch [token, D] in ``grad`` of all weights, summed over processes.
 
-    A weight whose gradient is always zero keeps Adam's moments, and itself, at exactly zero.
+    Those of exclusive features in all other views are zeroed: a weight whose gradient is always zero keeps Adam's
+    moments, and itself, at exactly zero.
     """
-    crosscoder = run.crosscoder
-    for weight in run.weights().values():
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-    for view, features in crosscoder.exclusive.items():
-        for other, channels in zip(crosscoder.views, crosscoder.slots(), strict=True):
+    run.optimiser.zero_grad()
+    fit = run.objective.fit(batch, run.step)
+    (fit.loss + fit.revival).backward()  # type: ignore[no-untyped-call]
+    gradients = {}
+    for name, weight in run.weights().items():
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        gradients[name] = weight.grad
+    for view, features in run.crosscoder.exclusive.items():
+        for other, channels in zip(run.crosscoder.views, run.crosscoder.slots(), strict=True):
             if other != view:
-                crosscoder.decoder_matrix.grad[features, channels] = 0.0  # type: ignore[index]
-                crosscoder.encoder_matrix.grad[channels, features] = 0.0  # type: ignore[index]
-    for weight in run.weights().values():
-        run.objective.ranks.sum_(weight.grad)  # type: ignore[arg-type]
+                gradients["decoder_matrix"][features, channels] = 0.0
+                gradients["encoder_matrix"][channels, features] = 0.0
+    for gradient in gradients.values():
+        run.objective.ranks.sum_(gradient)
+    return fit
 
 
 def _curve_point(run: TrainingRun, fit: Fit) -> dict[str, Any]:
