@@ -51,7 +51,7 @@ __all__ = ["CALLS", "DEFAULT_MARGIN", "FLAGS", "drift_test"]
 
 DEFAULT_MARGIN: Final = 0.2
 """Least effect that counts as drift, in standard deviations over units: the smallest that is called small (Cohen). The
-codes of a shared dictionary leak: features that did not change move by .05 of it (median; benchmarks/README.md)."""
+codes of a dictionary leak: features that did not change move by .03 to .07 of these (median; benchmarks/README.md)."""
 
 WILD_CLUSTERS: Final = range(6, 12)
 """Numbers of clusters for which the wild bootstrap is meant: with more the sign flip is fine-grained, and exact."""
@@ -169,7 +169,7 @@ def drift_test(
     :func:`~rlgen_stats.toolkit.statistics.kernels.minimum_effect_test`, so that ``q_minimum`` controls the false
     discoveries of both claims together. With enough prompts, features that did not change differ too, by what the
     dictionary's codes leak; flag ``below_margin`` says so. Where ``typical_effect`` exceeds a third of the margin, most
-    features moved, or the codes leak too much for it: where the truth was known, 2 to 25% of the features that did not
+    features moved, or the codes leak too much for it: where the truth was known, 2 to 80% of the features that did not
     change then exceeded the margin (benchmarks/README.md). ``family_size`` counts the family's cells, ``n_tested``
     those with a p-value.
 
