@@ -125,6 +125,14 @@ STAGES: Final = (
         version=3,
     ),
     Stage(
+        "replicability",
+        ("select", "drift", "align"),
+        ("statistics",),
+        "rlgen_stats.toolkit.study.replicability_stage:replicability",
+        (),
+        optional=("results.zarr/replicability",),
+    ),
+    Stage(
         "intervene",
         ("select", "align"),
         ("intervention",),
@@ -136,7 +144,7 @@ STAGES: Final = (
     ),
     Stage(
         "report",
-        ("significance", "drift", "stabilize", "intervene"),
+        ("significance", "drift", "stabilize", "replicability", "intervene"),
         (),
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),
