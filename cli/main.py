@@ -22,6 +22,7 @@ _COMMANDS: Final = {
     "stabilize": ("rlgen_stats.cli.stages", "Find when features and top sets stop changing."),
     "significance": ("rlgen_stats.cli.stages", "Accuracy, transitions, and the contrast of specific features."),
     "select": ("rlgen_stats.cli.stages", "Choose generalisation features; confirm on other prompts."),
+    "replicability": ("rlgen_stats.cli.stages", "Say what dictionaries of other seeds agree on."),
     "intervene": ("rlgen_stats.cli.intervene", "Disable and amplify the chosen features in the live models."),
     "report": ("rlgen_stats.cli.stages", "Write the report and print the five verdicts."),
     "features": (

@@ -38,6 +38,9 @@ _INTERVENTION: Final = (
     )
 )
 
+_RANDOM_LEVELS: Final = ("", "_random", "_random_high")
+"""A number, its mean or median when chance decides, and the 95% quantile of that."""
+
 RESULTS: Final = (
     Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
         "behaviour",
@@ -269,6 +272,22 @@ RESULTS: Final = (
         MODEL_COORDS | variables_on("comparison", comparison="str") | variables_on("predictor", predictor="str"),
         ("test", "null", "unit", "seed", "alpha", "base", "target", "split_hash", "n_features", "random_sets"),
         optional=variables_on("comparison random_set", random_auc="float") | variables_on(MODEL, n_shift="int"),
+    ),
+    Layout(  # what other dictionaries of the encoded crosscoder find; final models of the contrasted runs
+        "replicability",
+        variables_on(f"dictionary {MODEL}", dfve="float", true_cosine="float", true_correlation="float", n_drift="int")
+        | variables_on(  # other: the second of two dictionaries; changes and errors over tokens, sets over prompts
+            f"dictionary other {MODEL}",
+            **{f"{part}_{kind}": "float" for part in ("decoded", "error") for kind in ("cosine", "correlation")},
+            **{f"set_{kind}{level}": "float" for kind in ("correlation", "within") for level in _RANDOM_LEVELS},
+        )
+        | variables_on("dictionary", n_set="int")
+        | variables_on("replicate", n_matched="int", matched_share="float")  # of the first dictionary's features
+        | variables_on(f"replicate {MODEL}", top_shared="int", top_expected="float")
+        | variables_on(f"replicate {MODEL}", **{f"matched_energy{level}": "float" for level in _RANDOM_LEVELS})
+        | variables_on(MODEL, n_drift_mean="float", n_drift_low="float", n_drift_high="float"),
+        MODEL_COORDS,
+        ("test", "null", "unit", "seed", "alpha", "top_k", "n_features", "n_random"),
     ),
     Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm; all dictionaries together
         "intervention",

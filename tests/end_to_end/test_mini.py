@@ -36,7 +36,8 @@ from tests.end_to_end.same_numbers import differences
 
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
-    "latent_scaling", "matching", "movement", "selection", "separation", "set_stability", "stabilization",
+    "latent_scaling", "matching", "movement", "replicability", "selection", "separation", "set_stability",
+    "stabilization",
 }  # fmt: skip
 
 

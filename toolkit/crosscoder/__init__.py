@@ -11,6 +11,7 @@ from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout
 from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
 from rlgen_stats.toolkit.crosscoder.training.stage import forget_crosscoders, train_crosscoders
 from rlgen_stats.toolkit.crosscoder.training.train import train_crosscoder, train_replicates
+from rlgen_stats.toolkit.crosscoder.uses.agreement import agreement_sums
 from rlgen_stats.toolkit.crosscoder.uses.contexts import write_contexts
 from rlgen_stats.toolkit.crosscoder.uses.encode import encode_features, summarise_prompts
 from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
@@ -36,6 +37,7 @@ __all__ = [
     "ReadoutHealth",
     "SpliceCE",
     "SplicedText",
+    "agreement_sums",
     "decoder_dataset",
     "encode_features",
     "export_crosscoder",

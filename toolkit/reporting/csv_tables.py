@@ -15,6 +15,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.arm_rows import arms_of
 from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.facts import Fact, families
+from rlgen_stats.toolkit.reporting.over_dictionaries import GROUP, pair_rows
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
 from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
 
@@ -59,6 +60,8 @@ def build_tables(
         tables["feature_classes"] = class_counts(results["latent_scaling"])
     if "matching" in results:
         tables["matching"] = matching_summary(results["matching"])
+    if GROUP in results:
+        tables[GROUP] = pair_rows(results, spec)
     if "drift" in results:
         tables["drift_summary"] = drift_summary(results["drift"])
         tables["drift"] = top_drift(results["drift"], spec)

@@ -27,6 +27,7 @@ from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import DOMAINS, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
 from rlgen_stats.toolkit.reporting.result_lookup import labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
 from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
@@ -215,6 +216,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "topics": list(dict.fromkeys(fact.topic for fact in report.facts)),
         "families": families(results),
         "replication": replication_text(spec),
+        "over_dictionaries": over_dictionaries(report),
         "figures": {
             name: {"graphic": g, "svg": g.inline} if isinstance(g, Graphic) else {"missing": g}
             for name, g in report.figures.items()
@@ -236,6 +238,16 @@ def page_view(report: Report) -> dict[str, Any]:
         "tables": {name: len(table) for name, table in sorted(report.tables.items())},
         "provenance": report.provenance,
         "details": {claim.id: _flat_details(claim.details) for claim in report.claims},
+    }
+
+
+def over_dictionaries(report: Report) -> dict[str, Any]:
+    """Whether findings replicate over dictionaries: why there is no answer, sentences, a row a pair, counts."""
+    return {
+        "absent": why_absent(report.results, report.spec),
+        "sentences": list(sentences(report.results, report.spec)),
+        "pairs": _records(report.tables, "replicability"),
+        "counts": counts_note(report.results, report.spec),
     }
 
 
@@ -284,6 +296,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "claims": [claim.as_dict() for claim in report.claims],
         "facts": [asdict(fact) for fact in report.facts],
         "replication": replication_text(report.spec),
+        "over_dictionaries": over_dictionaries(report),
         "families": families(report.results),
         "analyses": {"present": list(report.results), "missing": report.missing},
         "movement": _records(report.tables, "movement"),

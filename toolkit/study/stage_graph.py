@@ -132,6 +132,14 @@ STAGES: Final = (
         ("results.zarr/separation",),
     ),
     Stage(
+        "replicability",
+        ("select", "drift", "align"),
+        ("statistics",),
+        "rlgen_stats.toolkit.study.replicability_stage:replicability",
+        (),
+        optional=("results.zarr/replicability",),
+    ),
+    Stage(
         "intervene",
         ("select", "align"),
         ("intervention",),
@@ -143,7 +151,7 @@ STAGES: Final = (
     ),
     Stage(
         "report",
-        ("significance", "drift", "stabilize", "separation", "intervene"),
+        ("significance", "drift", "stabilize", "separation", "replicability", "intervene"),
         (),
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),

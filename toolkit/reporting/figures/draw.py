@@ -7,6 +7,7 @@ from typing import Final
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.figures.agreement_ladder import TITLE, agreement_ladder
 from rlgen_stats.toolkit.reporting.figures.along_training import set_stability, stabilization
 from rlgen_stats.toolkit.reporting.figures.behaviour_and_drift import accuracy, drift_volcano, transitions
 from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response, failure_classes
@@ -17,6 +18,7 @@ from rlgen_stats.toolkit.reporting.result_lookup import Results, tidy
 FIGURES: Final[dict[str, tuple[str, Callable[[Results, StudySpec], Graphic]]]] = {
     "accuracy": ("Accuracy by task and model", accuracy),
     "transitions": ("What changed prompt by prompt", transitions),
+    "replicability": (TITLE, agreement_ladder),
     "specificity": ("Model-specific features", specificity),
     "matched-drift": ("Specific features against movement", matched_drift),
     "stabilization": ("When features stabilise", stabilization),

@@ -14,17 +14,11 @@ from sklearn.preprocessing import StandardScaler
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING
-from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
-from rlgen_stats.toolkit.statistics.kernels.draws import stream
+from rlgen_stats.toolkit.statistics.core.nearest_draws import matched_on_rate
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 STRENGTHS: Final = (0.01, 0.1, 1.0)
 """Inverse penalties C of standardised features, from strong to scikit-learn's default; inner folds choose one."""
-
-WINDOW: Final = 0.1
-"""Share of the other features, those nearest in firing rate, among which a match of a selected feature is drawn."""
-MIN_WINDOW: Final = 10
-"""Fewest features among which a match is drawn: with fewer the random sets would hardly differ."""
 
 Split = tuple[IntArray, IntArray]
 """Training and scored rows."""
@@ -67,15 +61,7 @@ def matched_sets(
             f"{DEFAULT_MIN_FIRING} verification prompts, got {n}; choose fewer features (max_features)."
         )
     members = selected[np.argsort(ranks[selected], kind="stable")]
-    insertion = np.searchsorted(counts[free], counts[members])  # position among the others by count
-    distance = np.abs(np.arange(n) - insertion[:, None])
-    window = max(int(WINDOW * n), MIN_WINDOW)
-    # Up to m - 1 of the nearest are taken when the last member is drawn, so that the window must reach past them.
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, : window + m - 1]
-    n_choices = np.minimum(window, n - np.arange(m))
-    places = np.stack([stream(seed, b).integers(n_choices) for b in range(n_random)])
-    drawn = nearest_free(nearest, places, n)
-    worst = int(distance[np.arange(m), drawn].max())
+    drawn, worst = matched_on_rate(counts[free], counts[members], n_random, seed=seed)
     return [selected, *free[drawn]], worst / n
 
 
