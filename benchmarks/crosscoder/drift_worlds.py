@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from rlgen_stats.toolkit.crosscoder.model.readout import Readout
+from rlgen_stats.schemas.study import Readout
 from rlgen_stats.toolkit.statistics import drift_test
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -11,9 +11,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from rlgen_stats.schemas.study import CrosscoderSpec
+from rlgen_stats.schemas.study import CrosscoderSpec, Readout
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, train_crosscoder
-from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.uses.encode import contribution_scale
 from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING
 
