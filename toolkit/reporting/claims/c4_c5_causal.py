@@ -233,6 +233,6 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
     caveats += [
         f"{_LIMITING_REASONS[code]}: {explanation}."
         for code, explanation in map(_coded, details["reasons"])
-        if code in _LIMITING_REASONS and not explanation.startswith("unbalanced")  # the balance caveat already says so
+        if code in _LIMITING_REASONS and "unbalanced:" not in explanation  # the balance caveat already says so
     ]
     return (*caveats, *dictionary_caveat(spec), *health_caveat(results, spec))
