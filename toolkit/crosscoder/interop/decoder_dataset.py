@@ -29,7 +29,9 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
     Dataset
         ``decoder[view, feature, channel]`` and ``decoder_norm[view, feature]`` (L2) in normalised units,
         ``width[view]`` channels (NaN in ``decoder`` beyond them), ``firing[feature]``, coordinates ``view`` and
-        ``feature``; attribute ``one_decoder`` for an SAE of one model, whose views share theirs.
+        ``feature``; attribute ``one_decoder`` for an SAE of one model, whose views share theirs. After objective
+        ``paired``, ``untrained[view, feature]``: where the feature never fired, so that its decoder there learned
+        nothing.
 
     Raises
     ------
@@ -38,19 +40,23 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
     StageError
         If it is not given and there is no health.json.
     """
+    untrained = None
     if firing is None:
         if crosscoder.folder is None:
             raise InputError(
                 f"crosscoder {crosscoder.name!r} was never saved; pass firing= or load it from its folder."
             )
-        firing = np.asarray(read_health(crosscoder.folder)["firing"])
+        health = read_health(crosscoder.folder)
+        firing = np.asarray(health["firing"])
+        if crosscoder.facts.get("objective") == "paired":
+            untrained = np.asarray(health["firing_readout"]) == 0
     if firing.shape != (crosscoder.n_features,):
         raise InputError(f"firing must have one rate per feature, {crosscoder.n_features}, got shape {firing.shape}.")
     rows = [part.cpu() for part in crosscoder.split(crosscoder.decoder_matrix.detach())]
     decoder = np.full((len(rows), crosscoder.n_features, max(crosscoder.widths)), np.nan, dtype=np.float32)
     for padded, part in zip(decoder, rows, strict=True):
         padded[:, : part.shape[1]] = part.numpy()
-    return xr.Dataset(
+    dataset = xr.Dataset(
         {
             "decoder": ((VIEW, FEATURE, CHANNEL), decoder),
             "decoder_norm": ((VIEW, FEATURE), torch.stack([part.double().norm(dim=1) for part in rows]).numpy()),
@@ -66,3 +72,4 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
         }
         | ({ONE_DECODER: True} if crosscoder.facts.get("one_model") else {}),
     )
+    return dataset if untrained is None else dataset.assign(untrained=((VIEW, FEATURE), untrained))

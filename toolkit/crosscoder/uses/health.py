@@ -82,8 +82,8 @@ class Health:
     """[view] under the declared readout of that view alone, which features.zarr and edits use."""
     l0: float
     """Mean active features per token, joint code."""
-    l0_readout: NDArray[np.float64]
-    """[view] the same under the readout."""
+    firing_readout: NDArray[np.float64]
+    """[view, feature] share of tokens with f > 0 under the readout of that view."""
     firing: NDArray[np.float64]
     """[feature] share of tokens with f > 0, joint code."""
     bias: NDArray[np.float64]
@@ -92,6 +92,11 @@ class Health:
     ce: Mapping[str, SpliceCE]
     """Cross-entropy by view, where the model was at hand."""
     checks: tuple[Check, ...]
+
+    @property
+    def l0_readout(self) -> NDArray[np.float64]:
+        """[view] mean active features per token under the readout."""
+        return np.asarray(self.firing_readout.sum(axis=1))
 
     @property
     def dead_fraction(self) -> float:
@@ -128,6 +133,7 @@ class Health:
             "fve_readout": self.fve_readout.tolist(),
             "l0": self.l0,
             "l0_readout": self.l0_readout.tolist(),
+            "firing_readout": self.firing_readout.tolist(),
             "dead_fraction": self.dead_fraction,
             "dense_fraction": self.dense_fraction,
             "reconstruction_bias": self.bias.tolist(),
@@ -187,23 +193,23 @@ def measure_health(
     readout_alone = [ExplainedVariance((width,)) for width in crosscoder.widths]
     readouts = [None if kind == "joint" else crosscoder.readout_map(view=view, kind=kind) for view in crosscoder.views]
     firing = torch.zeros(crosscoder.n_features, dtype=torch.float64, device=device)
-    active = np.zeros(len(crosscoder.views))
+    alone = torch.zeros(len(readouts), crosscoder.n_features, dtype=torch.float64, device=device)
     n_tokens = 0
     for batch in batches_of(reader, max_tokens=max_tokens):
         raw = torch.from_numpy(joined(batch)).to(device)
         f = crosscoder.encode(crosscoder.normalise(raw))
-        firing += (f > 0).sum(dim=0) if crosscoder.has_joint_code else 0
+        firing += (f > 0).sum(dim=0)
         for slot, (view, part) in enumerate(zip(crosscoder.views, crosscoder.split(raw), strict=True)):
             read = readouts[slot]
             f_readout = f if read is None else read(part)
             f_own = f if crosscoder.has_joint_code else f_readout
-            firing += 0 if crosscoder.has_joint_code else (f_own > 0).sum(dim=0) / len(readouts)
             data = part.cpu().numpy()
             joint[slot].update(data, crosscoder.reconstruct(f_own, view).cpu().numpy())
             readout_alone[slot].update(data, crosscoder.reconstruct(f_readout, view).cpu().numpy())
-            active[slot] += float((f_readout > 0).sum())
+            alone[slot] += (f_readout > 0).sum(dim=0)
         n_tokens += len(raw)
-    rate = (firing / n_tokens).cpu().numpy()
+    firing_readout = (alone / n_tokens).cpu().numpy()
+    rate = (firing / n_tokens).cpu().numpy() if crosscoder.has_joint_code else firing_readout.mean(axis=0)
     fve, l0 = np.array([float(each.value()) for each in joint]), float(rate.sum())
     fve_readout = np.array([float(each.value()) for each in readout_alone])
     bias = np.array([float(each.bias()) for each in joint])
@@ -212,7 +218,7 @@ def measure_health(
         fve=fve,
         fve_readout=fve_readout,
         l0=l0,
-        l0_readout=active / n_tokens,
+        firing_readout=firing_readout,
         firing=rate,
         bias=bias,
         n_tokens=n_tokens,

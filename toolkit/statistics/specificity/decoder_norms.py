@@ -37,7 +37,8 @@ def attribution(
     ----------
     decoders
         ``decoder[view, feature, channel]`` in the crosscoder's normalised units and ``firing[feature]`` (share of
-        tokens), lazy or not. Views of several widths: ``width[view]``, and NaN in ``decoder`` beyond it.
+        tokens), lazy or not. Views of several widths: ``width[view]``, and NaN in ``decoder`` beyond it. Optional
+        ``untrained[view, feature]``: a decoder that learned nothing, whose feature gets NaN and is not alive.
     original, target
         The two views NRN compares; default the first and the last of a two-view crosscoder.
     min_firing
@@ -83,6 +84,8 @@ def attribution(
     _check_decoders(decoders)
     if decoders.attrs.get(ONE_DECODER):
         decoders = decoders.assign(decoder=decoders["decoder"] * np.nan)
+    untrained = decoders["untrained"].any(VIEW) if "untrained" in decoders else xr.DataArray(False)
+    decoders = decoders.assign(decoder=decoders["decoder"].where(~untrained))
     views = [str(view) for view in decoders[VIEW].values]
     pair = _pair(views, original, target)
     decoder = decoders["decoder"].astype(np.float64)
@@ -94,7 +97,7 @@ def attribution(
             "mas_l1": _share(l1).transpose(VIEW, FEATURE),
             "mas_l2": _share(l2).transpose(VIEW, FEATURE),
             "firing": decoders["firing"].astype(np.float64),
-            "alive": (decoders["firing"] > min_firing) & (not decoders.attrs.get(ONE_DECODER)),
+            "alive": (decoders["firing"] > min_firing) & (not decoders.attrs.get(ONE_DECODER)) & ~untrained,
             "view_cosine": _view_cosine(decoder, decoders.get("width")),
         },
         attrs={"min_firing": min_firing, "unit": "feature", "norms": "decoder rows in normalised units"},
