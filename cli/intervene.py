@@ -37,6 +37,7 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
 @study_argument
 @click.option("--set", "set_name", metavar="NAME", help="Another set: selected, confirmed, candidate or paper.")
 @click.option("--features", callback=_features, metavar="IDS", help="These features, e.g. 12,407.")
+@click.option("--dictionary", type=int, default=1, show_default=True, help="Number of the dictionary of that set.")
 @click.option("--direction", type=click.Choice(["disable", "amplify"]), help="One direction only; default both.")
 @click.option("--dose", "doses", type=float, multiple=True, help="Doses of the curve; the first above 1 is tested.")
 @click.option("--level", type=click.Choice(["own", "rl"]), help="Amplify own activations, or add RL's mean levels.")
@@ -55,6 +56,7 @@ def intervene(
     study: str,
     set_name: str | None,
     features: list[int],
+    dictionary: int,
     direction: Literal["disable", "amplify"] | None,
     doses: tuple[float, ...],
     level: Literal["own", "rl"] | None,
@@ -67,8 +69,9 @@ def intervene(
 ) -> None:
     """Disable a feature set in the RL model and amplify it in base, with matched controls, on unused prompts.
 
-    Without options this is a stage of the study, on the set it selected. With --set, --features, --direction, --dose,
-    --level or --by-feature it is a trial of its own: results.zarr/trial-NAME, completions below intervention/NAME.
+    Without options this is a stage of the study, on the set it selected in each of its dictionaries. With --set,
+    --features, --direction, --dose, --level or --by-feature it is a trial of its own, in one dictionary:
+    results.zarr/trial-NAME, completions below intervention/NAME.
 
     \b
     Examples:  rlgen-stats intervene my-study
@@ -85,21 +88,33 @@ def intervene(
     from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
 
     with progress_for(quiet=quiet) as progress:
-        trial = verify_set(
-            study,
-            features=features,
-            set_name=set_name if set_name or features else "selected",
-            directions=DIRECTIONS if direction is None else (direction,),
-            doses=doses,
-            level=level,
-            by_feature=by_feature,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        trials = [
+            verify_set(
+                study,
+                features=features,
+                set_name=set_name if set_name or features else "selected",
+                dictionary=number,
+                directions=DIRECTIONS if direction is None else (direction,),
+                doses=doses,
+                level=level,
+                by_feature=by_feature,
+                dry_run=dry_run,
+                progress=progress,
+            )
+            for number in (_dictionaries(study) if stage else (dictionary,))
+        ]
     if as_json:
-        print_json(_as_json(trial))
-    else:
+        print_json([_as_json(trial) for trial in trials] if len(trials) > 1 else _as_json(trials[0]))
+        return
+    for trial in trials:
         _print(trial)
+
+
+def _dictionaries(study: str) -> range:
+    """Numbers of the dictionaries, in each of which the study holds a trial of its own."""
+    from rlgen_stats.toolkit.study import open_for_run
+
+    return range(1, len(open_for_run(study).spec.primary_crosscoder.names) + 1)
 
 
 def _as_json(trial: TrialRun) -> dict[str, Any]:

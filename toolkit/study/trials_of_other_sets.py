@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import FEATURE
+from rlgen_stats.schemas.dims import FEATURE, of_dictionary
 from rlgen_stats.schemas.errors import InputError, StageError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
@@ -58,6 +58,7 @@ def verify_set(
     *,
     features: Sequence[int] = (),
     set_name: str | None = None,
+    dictionary: int = 1,
     directions: Sequence[Direction] = DIRECTIONS,
     doses: Sequence[float] = (),
     level: Literal["own", "rl"] | None = None,
@@ -72,9 +73,11 @@ def verify_set(
     path
         Study folder, run up to the align and select stages.
     features
-        Ids of the primary crosscoder; or
+        Ids in the encoded crosscoder's dictionary; or
     set_name
         one of ``SETS``.
+    dictionary
+        Number of the dictionary, from 1 on.
     directions
         Disable in the RL model, amplify in base, or both.
     doses
@@ -110,9 +113,14 @@ def verify_set(
         raise StageError(f"a trial needs the stage(s) {', '.join(missing)} done; run: {todo}")
     if bool(features) == (set_name is not None):
         raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 12,407.")
-    chosen = _named(study, set_name) if set_name is not None else tuple(dict.fromkeys(int(k) for k in features))
+    n_dictionaries = len(study.spec.primary_crosscoder.names)
+    if not 1 <= dictionary <= n_dictionaries:
+        raise InputError(f"this study's dictionaries are numbered 1 to {n_dictionaries}, got {dictionary}.")
+    chosen = (
+        _named(study, set_name, dictionary) if set_name is not None else tuple(dict.fromkeys(int(k) for k in features))
+    )
     spec, label = _changed(study.spec, directions, doses, level)
-    name = (set_name or _name(chosen)) + label
+    name = (set_name or _name(chosen)) + (f"-in-{dictionary}" if dictionary > 1 else "") + label
     provenance = study.provenance("intervene", study.key("intervene"))
     plan = plan_trial(
         spec,
@@ -120,7 +128,10 @@ def verify_set(
         chosen,
         provenance=provenance,
         directions=directions,
-        name="" if name == "selected" else name,  # the study's own set has its arms where the stage puts them
+        dictionary=dictionary,
+        name=""
+        if set_name == "selected" and not label
+        else name,  # the study's own set has arms where the stage puts them
         by_feature=by_feature,
     )
     seconds = _seconds(study, spec, plan)
@@ -170,8 +181,8 @@ def _changed(
     return spec.model_copy(update={"intervention": before.model_copy(update=changes)}), label
 
 
-def _named(study: Study, name: str) -> tuple[int, ...]:
-    selection = open_results(study.folder.results, "selection").load()
+def _named(study: Study, name: str, dictionary: int) -> tuple[int, ...]:
+    selection = open_results(study.folder.results, of_dictionary("selection", dictionary)).load()
     masks = {
         "selected": selection["selected"].values,
         "confirmed": selection["tier"].values == "CONFIRMED",
