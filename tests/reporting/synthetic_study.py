@@ -417,6 +417,8 @@ def set_stability() -> xr.Dataset:
             "delta": ("model", delta),
             "delta_low": ("model", delta - half),
             "delta_high": ("model", delta + half),
+            "delta_lower": ("model", delta - 0.84 * half),
+            "delta_upper": ("model", delta + 0.84 * half),
             "chance": ("model", np.full(10, 0.21)),
             "overlap_p": ("model", np.full(10, 1e-9)),
             "rbo": ("model", cross),

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
-from rlgen_stats.toolkit.statistics.kernels import agreed, pooled_intervals
+from rlgen_stats.toolkit.statistics.kernels import agreed, pooled_intervals, same_direction
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
 from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
@@ -79,6 +79,13 @@ def interval_verdict(
 def agreed_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     """The verdict that enough dictionaries give (:func:`dictionaries_needed`); UNDETERMINED if none is."""
     return agreed(verdicts, Verdict.UNDETERMINED)
+
+
+def in_every_dictionary(verdict: Verdict, differences: Sequence[float]) -> bool:
+    """Whether enough dictionaries have the direction of a directed verdict; True for any other verdict."""
+    if verdict not in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
+        return True
+    return bool(same_direction(differences, float(np.mean(differences))))
 
 
 # -- C1 ----------------------------------------------------------------------------------------------------------------

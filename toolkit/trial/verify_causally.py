@@ -76,7 +76,7 @@ class DictionaryTrials:
     intervention: xr.Dataset
     """One verdict on all, as :func:`judge_together` gives it."""
     balance: xr.Dataset
-    """Balance of the controls, for every covariate in the dictionary where it is worst."""
+    """Balance of the controls: means over dictionaries."""
 
 
 def verify_in_dictionaries(

@@ -116,19 +116,31 @@ def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     result, balance = judge_together(trials)
     assert row(result)["verdict"].item() == "INCONCLUSIVE"
     assert str(row(result)["reasons"].item()).startswith("v5_dictionaries: no set of dictionary 2 could be tried")
-    assert np.isnan(balance["standardized_difference"].values).all()
-    nothing, _ = judge_together({1: ((), empty), 2: ((), empty)})
+    assert np.isfinite(balance["standardized_difference"].values).all()  # of the dictionary that has a set
+    nothing, unknown = judge_together({1: ((), empty), 2: ((), empty)})
     assert set(nothing["reasons"].values) == {"no_features: no feature selected"}
+    assert np.isnan(unknown["standardized_difference"].values).all()
 
 
-def test_controls_that_match_in_one_dictionary_only_do_not_count() -> None:
-    poor = replace(controls(), comparable=False)
+@pytest.mark.parametrize(("other", "usable"), [(0.21, True), (0.28, False)])
+def test_controls_are_compared_with_the_sets_over_all_dictionaries(other: float, usable: bool) -> None:
+    """One dictionary's controls fall short by .28: what counts is the mean, as for the effects."""
     fixed = declared()
     fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
-    trials = {1: ([outcomes(causal())], fixed), 2: ([outcomes(causal())], replace(fixed, controls=poor))}
-    result, _ = judge_together(trials)
-    assert not bool(row(result)["v2"])
-    assert row(result)["verdict"].item() == "INCONCLUSIVE"
+
+    def short_by(difference: float) -> Any:
+        known = controls()
+        balance = known.balance.copy(deep=True)
+        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0]
+        return replace(fixed, controls=replace(known, balance=balance, comparable=difference <= 0.25))
+
+    trials = {1: ([outcomes(causal())], short_by(0.28)), 2: ([outcomes(causal())], short_by(other))}
+    result, balance = judge_together(trials)
+    assert bool(row(result)["v2"]) == usable
+    assert (row(result)["verdict"].item() == "CAUSAL_SPECIFIC") == usable
+    mean = (0.28 + other) / 2
+    assert float(balance["standardized_difference"][0]) == pytest.approx(mean)
+    assert balance.attrs["flags"] == [f"unbalanced:log_firing={mean:+.2f}"]
 
 
 def test_an_interval_over_dictionaries_covers_the_mean_of_all_dictionaries() -> None:

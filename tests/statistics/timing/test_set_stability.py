@@ -9,7 +9,7 @@ from scipy.stats import hypergeom
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import set_stability
-from rlgen_stats.toolkit.statistics.timing.set_stability import half_scores, make_design, top_sets
+from rlgen_stats.toolkit.statistics.timing.set_stability import half_scores, make_design, pool_set_stability, top_sets
 
 STEPS = [10, 20, 30, 40]
 MODELS = ["base@0", *(f"rl@{s}" for s in STEPS)]
@@ -197,3 +197,28 @@ def test_errors(make_features):
     lacking["mean"][2, 7] = np.nan
     with pytest.raises(InputError, match=r"some prompts have no 'mean' .* run 'rl'; .* select the complete prompts"):
         run(lacking, k=10)
+
+
+def test_sets_of_dictionaries_are_judged_by_their_pooled_delta(make_features):
+    """Bounds with the spread between dictionaries; one side of the bound on each side of the tolerance of .10."""
+    one = run(make_features(static(np.random.default_rng(3), 80, 60, 2.0), MODELS)).load()
+    assert pool_set_stability([one]) is one
+    columns = ("delta", "delta_low", "delta_high", "delta_lower", "delta_upper")
+
+    def dictionary(delta):
+        width = {"delta": 0, "delta_low": -0.02, "delta_high": 0.02, "delta_lower": -0.01, "delta_upper": 0.01}
+        values = np.array([0.3, delta, 0.0, 0.0])
+        return one.assign({name: ("model", values + width[name]) for name in columns}).assign(
+            final_ceiling=("model", [0.9] * 4)
+        )
+
+    # one-sided 95%: t with 2 degrees of freedom is 2.920
+    for spread, stable in ((0.02, 20.0), (0.03, 30.0)):
+        pooled = pool_set_stability([dictionary(0.05 + shift) for shift in (-spread, 0.0, spread)])
+        upper = 0.05 + np.hypot(0.01, 2.919985580 * spread / np.sqrt(3))
+        assert float(pooled["delta_upper"][1]) == pytest.approx(upper)
+        assert (upper < 0.10) == (stable == 20.0)
+        assert pooled["verdict"].values.tolist() == ["SET_STABLE"]
+        assert pooled["stable_from"].values.tolist() == [stable]
+        high = 0.05 + np.hypot(0.02, 4.302652730 * spread / np.sqrt(3))
+        assert float(pooled["delta_high"][1]) == pytest.approx(high)

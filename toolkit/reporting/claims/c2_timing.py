@@ -6,6 +6,8 @@ import math
 from itertools import zip_longest
 from typing import Any, Final
 
+import xarray as xr
+
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import (
@@ -18,7 +20,7 @@ from rlgen_stats.toolkit.reporting.claims.replication import (
 )
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, listed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number
-from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, timing_verdict
+from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, in_every_dictionary, timing_verdict
 from rlgen_stats.toolkit.statistics.timing.run_contrast import (
     RunContrast,
     RunTiming,
@@ -27,7 +29,7 @@ from rlgen_stats.toolkit.statistics.timing.run_contrast import (
     pool_contrasts,
     run_timing,
 )
-from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE, MIN_CEILING
+from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE, MIN_CEILING, pool_set_stability
 
 C2: Final = PaperClaim(
     id="C2",
@@ -58,8 +60,8 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
     unusable = unusable_readout(results, spec)
     if unusable:
         return C2.not_estimable(unusable, caveats=(run_caveat(spec),))
-    timings = _timings(results, spec)
-    if timings is None:
+    timings = _timings(sets, by_dictionary(results, "stabilization"), spec)
+    if not timings:
         reason = "a run has no checkpoint in the second half of its training, before the last"
         return C2.not_estimable(reason, caveats=(run_caveat(spec),))
     undescribed = _undescribed(results, spec)
@@ -73,15 +75,17 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             caveats=(run_caveat(spec), *_undescribed_caveat(undescribed), *health_caveat(results, spec)),
             details={"dfve_below_limit": undescribed},
         )
-    alpha, data = spec.statistics.alpha, sets[0]
+    alpha, data = spec.statistics.alpha, pool_set_stability(sets, alpha=spec.statistics.alpha)
     contrasts = [contrast_runs(sft, rl, alpha=alpha) for sft, rl in timings]
-    contrast = pool_contrasts(contrasts, alpha=alpha)
+    contrast = pool_contrasts(contrasts, contrast_runs(*_timings([data], [], spec)[0], alpha=alpha), alpha=alpha)
     sft, rl = contrast.first, contrast.second
     interval = (contrast.difference, contrast.low, contrast.high)
     if any(math.isnan(value) for value in interval):
         reason = "excess turnover is not estimable for at least one run"
         return C2.not_estimable(reason, caveats=(run_caveat(spec),))
     verdict = timing_verdict(sft.status, rl.status, contrast.low, contrast.high)
+    if not in_every_dictionary(verdict, [one.difference for one in contrasts]):
+        verdict = Verdict.UNDETERMINED
     return C2.answered(
         (hundred(contrast.difference), hundred(contrast.low), hundred(contrast.high)),
         contrast.p_value,
@@ -101,14 +105,13 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
     )
 
 
-def _timings(results: Results, spec: StudySpec) -> list[tuple[RunTiming, RunTiming]] | None:
-    """Timing of both contrasted runs in every dictionary; None if one has no checkpoint to look at."""
-    sets, chains = (by_dictionary(results, group) for group in ("set_stability", "stabilization"))
+def _timings(sets: list[xr.Dataset], chains: list[xr.Dataset], spec: StudySpec) -> list[tuple[RunTiming, RunTiming]]:
+    """Timing of both contrasted runs in every dictionary; empty if one has no checkpoint to look at."""
     pairs = []
     for data, chain in zip_longest(sets, chains):
         sft, rl = (run_timing(data, run.name, stabilization=chain) for run in spec.contrasted)
         if sft is None or rl is None:
-            return None
+            return []
         pairs.append((sft, rl))
     return pairs
 

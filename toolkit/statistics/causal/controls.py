@@ -229,9 +229,8 @@ def _result(
     worst = np.abs((set_mean - table[sets].mean(axis=1)) / spread).max(axis=0)
     balanced = np.abs(difference) < BALANCED
     flags = [f"fewer_sets:{len(sets)} of {n_sets}"] if len(sets) < n_sets else []
-    flags += [f"unbalanced:{n}={d:+.2f}" for n, d, ok in zip(COVARIATES, difference, balanced, strict=True) if not ok]
-    stronger = difference[: len(STRENGTHS)] > USABLE  # controls stronger than the set only make specificity harder
-    comparable = not stronger.any() and abs(difference[-1]) <= USABLE
+    flags += unbalanced(difference)
+    usable = comparable(difference)
     balance = xr.Dataset(
         {
             "set_mean": ("covariate", set_mean),
@@ -241,6 +240,20 @@ def _result(
             "worst_difference": ("covariate", worst),
         },
         coords={"covariate": list(COVARIATES)},
-        attrs={"n_sets": len(sets), "requested": n_sets, "flags": list(flags), "comparable": int(comparable)},
+        attrs={"n_sets": len(sets), "requested": n_sets, "flags": list(flags), "comparable": int(usable)},
     )
-    return MatchedControls(sets, balance, n_sets, tuple(flags), bool(comparable))
+    return MatchedControls(sets, balance, n_sets, tuple(flags), usable)
+
+
+def unbalanced(difference: NDArray[np.float64]) -> list[str]:
+    """One flag a covariate of ``COVARIATES`` in which sets and controls differ."""
+    known = zip(COVARIATES, difference.tolist(), strict=True)
+    return [f"unbalanced:{name}={value:+.2f}" for name, value in known if abs(value) >= BALANCED]
+
+
+def comparable(difference: NDArray[np.float64]) -> bool:
+    """Whether random sets with these standardised differences can be a set's controls.
+
+    Controls that are stronger than the set only make specificity harder to show.
+    """
+    return bool((difference[: len(STRENGTHS)] <= USABLE).all() and abs(difference[-1]) <= USABLE)

@@ -202,7 +202,7 @@ def combined_rank_p(ranks: Sequence[float]) -> float:
     Examples
     --------
     >>> round(combined_rank_p([0.03, 0.05, 0.4]), 3)
-    0.014
+    0.015
     """
     # a set that is last of all says no more than that: Stouffer's sum would be minus infinity
     return float(stats.combine_pvalues(np.minimum(ranks, 0.99), method="stouffer").pvalue)

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, comparable, unbalanced
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes, Floats, OutcomeTable
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, Together, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import judge
@@ -32,7 +33,7 @@ def judge_together(trials: Mapping[int, tuple[Outcomes, Declaration]]) -> tuple[
         dictionary]. The effect of an arm is the mean over dictionaries; interval and p-value hold the variance between
         them.
     balance : Dataset
-        Layout ``control_balance``, each covariate in the dictionary where it is worst.
+        Layout ``control_balance``: means over dictionaries, as the effects are.
 
     Notes
     -----
@@ -50,12 +51,19 @@ def judge_together(trials: Mapping[int, tuple[Outcomes, Declaration]]) -> tuple[
         if of_direction:
             pooled.append(_pool(list(of_direction.values())))
             ranks[direction] = tuple(_rank_p(one, trials[number][1]) for number, one in of_direction.items())
-    settings = {number: declared.settings("disable") for number, (_, declared) in trials.items() if number in held}
+    balance = _balance([judge_trial(*trials[number])[1] for number in held or trials])
+    difference = balance["standardized_difference"].values
+    shortfalls = tuple(
+        f"dictionary {number}: {flag}"
+        for number in held
+        for flag in trials[number][1].settings("disable").control_flags
+        if not flag.startswith("unbalanced:")
+    )
     together = Together(
         ranks=ranks,
         missing=missing,
-        comparable=all(one.comparable for one in settings.values()),
-        flags=tuple(f"dictionary {number}: {flag}" for number, one in settings.items() for flag in one.control_flags),
+        comparable=comparable(np.nan_to_num(difference, nan=np.inf)),
+        flags=(*unbalanced(difference), *shortfalls),
     )
     sizes = [len(declared.attributes["features"]) for _, declared in trials.values()]
     attributes = {**declared.attributes, "n_features": sizes}
@@ -65,16 +73,18 @@ def judge_together(trials: Mapping[int, tuple[Outcomes, Declaration]]) -> tuple[
         each = one.table.change(one.table.target)[:, :, one.table.chosen].mean(axis=1)
         effects[DIRECTIONS.index(one.table.direction), [number not in missing for number in trials]] = each
     result["dictionary_effect"] = (("direction", "dictionary"), effects)
-    balances = [judge_trial(outcomes, declared)[1] for outcomes, declared in trials.values()]
-    return result.assign_coords(dictionary=list(trials)), _worst(balances)
+    return result.assign_coords(dictionary=list(trials)), balance
 
 
-def _worst(balances: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Row by row the balance that is furthest from 0; one that is not known counts as worst."""
-    together = xr.concat(balances, "dictionary", combine_attrs="override")
-    place = abs(together["standardized_difference"]).fillna(np.inf).argmax("dictionary")
-    flags = [f"dictionary {i}: {flag}" for i, one in enumerate(balances, start=1) for flag in one.attrs["flags"]]
-    return together.isel(dictionary=place).assign_attrs(flags=flags)
+def _balance(balances: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Mean over dictionaries: effects of sets and of their controls are means over dictionaries too."""
+    together = xr.concat([one.drop_attrs() for one in balances], "dictionary")
+    mean = together[["set_mean", "control_mean", "standardized_difference"]].mean("dictionary", skipna=False)
+    balance = mean.assign(
+        worst_difference=together["worst_difference"].max("dictionary", skipna=False),
+        balanced=abs(mean["standardized_difference"]) < BALANCED,
+    )
+    return balance.assign_attrs(balances[0].attrs | {"flags": unbalanced(balance["standardized_difference"].values)})
 
 
 def _rank_p(outcomes: DirectionOutcomes, declared: Declaration) -> float:

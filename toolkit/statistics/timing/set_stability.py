@@ -18,7 +18,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, TRAINED_RUN, split_model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, RUN, STEP, TRAINED_RUN, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
@@ -33,7 +33,13 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import (
 )
 from rlgen_stats.toolkit.statistics.core.top_features import fold_leading, leading_features, merge_leading
 from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, unit_attrs
-from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife, nogueira, rbo, set_overlap_pvalue
+from rlgen_stats.toolkit.statistics.kernels import (
+    delete_group_jackknife,
+    nogueira,
+    pooled_intervals,
+    rbo,
+    set_overlap_pvalue,
+)
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 DELTA_TOLERANCE: Final = 0.10
@@ -313,6 +319,46 @@ def _verdict(table: dict[str, list[float]], models: list[str]) -> tuple[str, flo
             f"delta {table['delta'][-2]:.2f} (at least {lower[-1]:.2f}) at the last checkpoint but one",
         )
     return "UNDETERMINED", nan, f"delta at the last checkpoint but one is between {lower[-1]:.2f} and {upper[-1]:.2f}"
+
+
+def pool_set_stability(sets: Sequence[xr.Dataset], *, alpha: float = 0.05) -> xr.Dataset:
+    """The set test over several dictionaries: deltas and ceilings pooled, and the verdict that follows from these.
+
+    Parameters
+    ----------
+    sets
+        Layout ``set_stability`` of each dictionary, with equal checkpoints.
+    alpha
+        As in the set tests.
+
+    Returns
+    -------
+    Dataset
+        The first one's layout. Bounds of ``delta`` hold the variance between dictionaries
+        (:func:`~rlgen_stats.toolkit.statistics.kernels.pooled_intervals`); everything else by checkpoint is the mean;
+        ``verdict``, ``stable_from`` and ``reason`` by the rule of :func:`set_stability`.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    columns = [name for name in COLUMNS if name in sets[0]]
+    pooled = sets[0].assign({name: (MODEL, np.mean([one[name].values for one in sets], axis=0)) for name in columns})
+    each = [one["delta"].values for one in sets]
+    for low, high, level in (("delta_low", "delta_high", alpha), ("delta_lower", "delta_upper", 2 * alpha)):
+        bounds = pooled_intervals(each, *([one[name].values for one in sets] for name in (low, high)), alpha=level)
+        pooled[low], pooled[high] = (MODEL, bounds[1]), (MODEL, bounds[2])
+    runs = pooled[TRAINED_RUN].values
+    found = []
+    for run in runs:
+        of_run = pooled.isel({MODEL: np.flatnonzero(pooled[RUN].values == run)})
+        of_run = of_run.isel({MODEL: np.argsort(of_run[STEP].values, kind="stable")})
+        table = {name: of_run[name].values.tolist() for name in columns}
+        found.append(_verdict(table, [str(model) for model in of_run[MODEL].values]))
+    verdicts, stable_from, reasons = zip(*found, strict=True)
+    return pooled.assign(
+        verdict=(TRAINED_RUN, np.array(verdicts)),
+        stable_from=(TRAINED_RUN, np.array(stable_from)),
+        reason=(TRAINED_RUN, np.array(reasons)),
+    )
 
 
 @dataclass(frozen=True)
