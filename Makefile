@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-intervention same-numbers wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-intervention same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -74,6 +74,11 @@ benchmark-crosscoder: install
 	for script in training encoding; do \
 	  $(BIN)/python -P benchmarks/crosscoder/$$script.py --json .benchmarks/crosscoder-$$script.json $(BENCHMARK_OPTIONS) || exit 1; \
 	done
+
+# About 25 minutes: dictionaries of every objective in ten worlds whose drift is known; rows are kept and not run again.
+benchmark-drift: install
+	mkdir -p .benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/crosscoder/drift_worlds.py --json .benchmarks/drift-worlds.json
 
 # Three minutes; the arms are of the demo's study (make demo first).
 benchmark-intervention: install

@@ -148,7 +148,8 @@ def power(
 ) -> None:
     """Say how many prompts and runs a study needs to see an effect, or what a number of prompts can show.
 
-    d_z is the mean of a paired difference over prompts divided by its standard deviation, zeros included.
+    d_z is the mean of a paired difference over prompts divided by its standard deviation, zeros included. Planned is
+    the power to show that a feature differs; a call of DRIFT also needs more than the margin: plan with the excess.
 
     \b
     Examples:  rlgen-stats power --effect 0.1 --power 0.9 --features 32768

@@ -160,7 +160,8 @@ RESULTS: Final = (
             q_minimum="float",
             firing_change="float",
             call="str",
-        ),
+        )
+        | variables_on(MODEL, typical_effect="float"),
         MODEL_COORDS,
         (*TEST_ATTRS, "reference", "variable"),
         optional=variables_on(
@@ -252,6 +253,25 @@ RESULTS: Final = (
         | variables_on(f"{TASK} other_task", score_correlations="float")
         # share of random half-samples of the selection prompts in which the feature is among the leading ones
         | variables_on(FEATURE, verification_score="float", stability="float", stable="bool"),
+    ),
+    Layout(  # beside claim C3: how well raw activations, their mean shift and features tell the target from base
+        "separation",
+        variables_on("comparison predictor", auc="float", auc_low="float", auc_high="float", pairs_right="float")
+        | variables_on(
+            "comparison",
+            advantage="float",
+            advantage_low="float",
+            advantage_high="float",
+            beats_raw="bool",
+            p_random="float",
+            n_prompts="int",
+            n_units="int",
+            estimable="str",
+        )
+        | variables_on(MODEL, share="float", share_low="float", share_high="float", norm_ratio="float"),
+        MODEL_COORDS | variables_on("comparison", comparison="str") | variables_on("predictor", predictor="str"),
+        ("test", "null", "unit", "seed", "alpha", "base", "target", "split_hash", "n_features", "random_sets"),
+        optional=variables_on("comparison random_set", random_auc="float") | variables_on(MODEL, n_shift="int"),
     ),
     Layout(  # what other dictionaries of the encoded crosscoder find; final models of the contrasted runs
         "replicability",

@@ -178,7 +178,7 @@ class CrosscoderSpec(Spec):
     """What is reconstructed: all views from one code of all (joint); each view from its own activation alone, and with
     it the difference between views (paired); each on half of every batch (both). The last two train what readout swap
     reads and need views of one width. Default: both for the crosscoder of a study that is encoded, else joint."""
-    difference_weight: Annotated[float, Field(ge=0)] = 2.0
+    difference_weight: Annotated[float, Field(ge=0)] = 4.0
     """Weight of the squared error of a difference between views, relative to that of a view (paired, both)."""
     steps: PositiveInt = 10000
     """Optimiser steps."""
@@ -202,8 +202,9 @@ class CrosscoderSpec(Spec):
     models, fitted to the joint code by least squares (fit). Features read as joint can be tested for drift, but not
     ranked against each other: stabilize and select refuse them."""
     weights: str | None = None
-    """Weights trained elsewhere, relative to the study folder: a folder of ours, or a file or folder in the layout of
-    crosscoder_learning (one layer a view, in order). Nothing is trained then; n_features must match the weights."""
+    """Weights trained elsewhere, relative to the study folder: a folder of ours, a file or folder in the layout of
+    crosscoder_learning (one layer a view, in order), or the folder of an SAE in the layout of SAELens. Nothing is
+    trained then; n_features must match the weights."""
     corpus: str | None = None
     """A table of texts (parquet, csv or jsonl with a column text), relative to the study folder. The models read them
     while the crosscoder trains and no activations are stored; default: the study's stored activations."""

@@ -18,10 +18,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("sparsity", ["batchtopk", "l1", "topk", "jumprelu"])
+@pytest.mark.parametrize(
+    ("sparsity", "objective"),
+    [("batchtopk", "joint"), ("l1", "joint"), ("topk", "joint"), ("jumprelu", "joint"), ("batchtopk", "both")],
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_training_learns_what_it_learns_on_the_cpu(world: Planted, sparsity: str, precision: str) -> None:
-    spec = crosscoder_spec(sparsity=sparsity, precision=precision, steps=400)
+def test_training_learns_what_it_learns_on_the_cpu(
+    world: Planted, sparsity: str, objective: str, precision: str
+) -> None:
+    spec = crosscoder_spec(sparsity=sparsity, objective=objective, precision=precision, steps=400)
     fve = {}
     for device in ("cpu", "cuda"):
         reader = ArrayReader(world.data, batch_size=512, seed=1)

@@ -143,6 +143,20 @@ def test_features_store_holds_every_model_but_the_repeat(encoded: Study, main: C
         assert list(features[name].values) == list(prompts[name])
 
 
+def test_every_dictionary_is_encoded_in_a_store_of_its_own(encoded: Study) -> None:
+    spec, folder = encoded
+    names = spec.primary_crosscoder.names
+    assert names == ("main", "main.2", "main.3")
+    stores = [open_features(folder.features_of(number)).load() for number in (1, 2, 3)]
+    for name, features in zip(names, stores, strict=True):
+        crosscoder = load_crosscoder(folder.crosscoder(name))
+        assert features.attrs["crosscoder"] == crosscoder.weights_sha256
+        np.testing.assert_array_equal(features["decoder_norm"].values, crosscoder.decoder_norm().numpy())
+        assert features["model"].values.tolist() == MODELS
+    assert float(np.abs(stores[0]["mean"].values - stores[1]["mean"].values).max()) > 0.1
+    assert not folder.features_of(4).exists()
+
+
 def test_summaries_equal_a_loop_over_prompts(encoded: Study, main: Crosscoder, activations: xr.Dataset) -> None:
     features = open_features(encoded[1].features)
     tokens = open_tokens(encoded[1].activations)

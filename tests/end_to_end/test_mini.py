@@ -37,7 +37,8 @@ from tests.end_to_end.same_numbers import differences
 
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
-    "latent_scaling", "matching", "movement", "replicability", "selection", "set_stability", "stabilization",
+    "latent_scaling", "matching", "movement", "replicability", "selection", "separation", "set_stability",
+    "stabilization",
 }  # fmt: skip
 
 
@@ -113,6 +114,18 @@ def test_what_dictionaries_agree_on_is_that_of_their_own_results(mini: tuple[Pat
     assert told["absent"] == ""
     assert len(told["pairs"]) == 6
     assert len(told["sentences"]) == 3
+
+
+def test_raw_activations_stand_beside_the_features(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    data = open_results(folder / "results.zarr", "separation").load()
+    assert data["estimable"].sel(comparison="models").item() == "no: 7 units, 10 needed"  # so few clusters has the mini
+    assert np.isnan(data["auc"]).all()
+    features = open_features(folder / "features.zarr")
+    assert set(data["model"].values) == set(features["model"].values) - {"base@0"}
+    assert np.isfinite(data["share"].sel(model=data.attrs["target"]))
+    tables = pd.read_csv(folder / "report/tables/separation.csv")
+    assert tables["predictor"].tolist() == ["raw", "mean shift", "selected", "random"] * 3
 
 
 def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:

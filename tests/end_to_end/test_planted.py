@@ -176,3 +176,14 @@ def test_the_copy_that_did_not_change_is_reported_as_such(planted: Path) -> None
     assert float(movement.activation_shift.sel(model="sft@2")) == pytest.approx(0, abs=1e-6)
     assert float(movement.activation_shift.sel(model="rl@2")) > 0.05
     assert claims["C1"]["verdict"] in ("UNDETERMINED", "CONTRADICTED", "NOT_SUPPORTED")
+
+
+def test_one_constant_vector_is_found_to_explain_the_whole_difference(planted: Path) -> None:
+    data = open_results(planted / "results.zarr", "separation").load()
+    assert float(data["share"].sel(model="rl@2")) == pytest.approx(1.0, abs=1e-3)
+    assert np.isnan(data["share"].sel(model="sft@2"))
+    raw = data.sel(comparison="models")["auc"].sel(predictor=["raw", "mean shift"])
+    assert (raw > 0.99).all()
+    assert not data["beats_raw"].any()
+    claims = {claim["id"]: claim for claim in read_json(planted / "report/report.json")["claims"]}
+    assert any("is no news here" in caveat for caveat in claims["C3"]["caveats"])

@@ -39,7 +39,13 @@ def make_spec(**changes: Any) -> StudySpec:
             {"name": "rl", "arm": "rl", "checkpoints": {s: f"models/rl/step-{s}" for s in RL_STEPS}},
         ],
         "crosscoders": [
-            {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "n_features": N_FEATURES, "k": 16},
+            {
+                "name": "main",
+                "views": ["base@0", "sft@final", "rl@final"],
+                "n_features": N_FEATURES,
+                "k": 16,
+                "replicates": 1,
+            },
             {"name": "pair-sft", "views": ["base@0", "sft@final"], "n_features": N_FEATURES, "k": 16},
             {"name": "pair-rl", "views": ["base@0", "rl@final"], "n_features": N_FEATURES, "k": 16},
             {"name": "null", "views": ["base@0", "base@repeat"], "n_features": N_FEATURES, "k": 16},
@@ -296,7 +302,7 @@ def drift() -> xr.Dataset:
     p = np.clip(10 ** (-np.abs(d_z) * 25), 1e-12, 1)
     p[:, 200:230] = np.nan
     call = np.where(p < 1e-3, "DRIFT", np.where(p > 0.5, "NO_DRIFT", "UNDETERMINED"))
-    flag = np.where(np.isnan(p), "untestable", "ok")
+    flag = np.where(np.isnan(p), "untestable", np.where((p < 0.01) & (call != "DRIFT"), "below_margin", "ok"))
     call = np.where(np.isnan(p), "UNTESTABLE", call)
     dims = ("model", "feature")
     floats = {
@@ -315,7 +321,8 @@ def drift() -> xr.Dataset:
     }
     return xr.Dataset(
         {k: (dims, v) for k, v in floats.items()}
-        | {"n": (dims, np.full(p.shape, 360)), "flag": (dims, flag), "call": (dims, call)},
+        | {"n": (dims, np.full(p.shape, 360)), "flag": (dims, flag), "call": (dims, call)}
+        | {"typical_effect": ("model", np.nanmedian(np.abs(d_z), axis=1) * 0.9)},
         coords=coords | {"feature": np.arange(N_FEATURES)},
         attrs=TEST_ATTRS | {"reference": "base@0", "variable": "mean"},
     )
@@ -488,6 +495,51 @@ def selection() -> xr.Dataset:
 CLASSES = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
 
 
+def separation() -> xr.Dataset:
+    models, coords = models_and_coords(base=False)
+    auc = np.array([[0.98, 0.93, 0.91, 0.84], [0.99, 0.94, 0.9, 0.85], [np.nan] * 4])
+    both = ("comparison", "predictor")
+    one = [-0.07, -0.09, np.nan]
+    share = np.linspace(0.4, 0.8, len(models))
+    return xr.Dataset(
+        {
+            "auc": (both, auc),
+            "auc_low": (both, auc - 0.02),
+            "auc_high": (both, auc + 0.02),
+            "pairs_right": (both, auc),
+            "advantage": ("comparison", one),
+            "advantage_low": ("comparison", np.array(one) - 0.02),
+            "advantage_high": ("comparison", np.array(one) + 0.02),
+            "beats_raw": ("comparison", [False] * 3),
+            "p_random": ("comparison", [0.05, 0.1, np.nan]),
+            "n_prompts": ("comparison", [40, 24, 30]),
+            "n_units": ("comparison", [20, 12, 6]),
+            "estimable": ("comparison", ["yes", "yes", "no: 12 units with gains and 6 with losses, 20 of each needed"]),
+            "share": ("model", share),
+            "share_low": ("model", share - 0.1),
+            "share_high": ("model", share + 0.1),
+            "norm_ratio": ("model", share**0.5),
+        },
+        coords=coords
+        | {
+            "comparison": ["models", "models on gains", "gain or loss"],
+            "predictor": ["raw", "mean shift", "selected", "random"],
+        },
+        attrs={
+            "test": "linear probes of raw activations, of their mean shift and of features",
+            "null": "the selected features tell the models apart no better than raw activations do",
+            "unit": "cluster",
+            "seed": 3,
+            "alpha": 0.05,
+            "base": "base@0",
+            "target": models[-1],
+            "split_hash": "s" * 8,
+            "n_features": 12,
+            "random_sets": "yes",
+        },
+    )
+
+
 def intervention() -> xr.Dataset:
     rng = np.random.default_rng(6)
     directions = ("disable", "amplify")
@@ -648,6 +700,7 @@ BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
         stabilization,
         set_stability,
         selection,
+        separation,
         intervention,
         control_balance,
     )

@@ -19,7 +19,7 @@ from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
 from rlgen_stats.toolkit.reporting import write_report
-from rlgen_stats.toolkit.reporting.csv_tables import class_counts, matching_summary
+from rlgen_stats.toolkit.reporting.csv_tables import class_counts, drift_summary, matching_summary
 from rlgen_stats.toolkit.reporting.feature_cards import split_peak
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
@@ -333,7 +333,7 @@ def test_an_empty_study_has_a_report_that_says_so(
     data = json.loads((empty_folder.report / "report.json").read_text(encoding="utf-8"))
     assert {c["verdict"] for c in data["claims"]} == {"NOT_ESTIMABLE"}
     assert data["claims"][0]["estimate"] is None
-    assert len(data["analyses"]["missing"]) == 12
+    assert len(data["analyses"]["missing"]) == 13
     assert page.text.count("○ not estimable") >= 10
     assert "has not been computed" in page.text
     Page((empty_folder.report / "features.html").read_text(encoding="utf-8"))
@@ -437,3 +437,14 @@ def test_classes_and_matches_are_tables(results: dict[str, xr.Dataset]) -> None:
     row = matching_summary(results["matching"]).iloc[0]
     assert row.n_matched == results["matching"].matched.sum()
     assert (row.subspace_overlap, row.subspace_overlap_chance) == (0.8, 0.3)
+
+
+def test_features_that_differ_by_less_than_the_margin_are_counted_apart(results: dict[str, xr.Dataset]) -> None:
+    drift = results["drift"]
+    table = drift_summary(drift).set_index("model")
+    for model in drift["model"].values:
+        one = drift.sel(model=model)
+        assert table.loc[model, "DRIFT"] == (one.call == "DRIFT").sum()
+        assert table.loc[model, "below_margin"] == (one.flag == "below_margin").sum()
+        assert table.loc[model, "typical_effect"] == one.typical_effect
+    assert table["below_margin"].sum() > 0

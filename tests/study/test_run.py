@@ -96,7 +96,10 @@ def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:
     ("changes", "reruns"),
     [
         ({"intervention": {"n_controls": 19}}, {"intervene", "report"}),
-        ({"selection": {"score_fraction": 0.3}}, {"significance", "select", "replicability", "intervene", "report"}),
+        (
+            {"selection": {"score_fraction": 0.3}},
+            {"significance", "select", "separation", "replicability", "intervene", "report"},
+        ),
         (
             {"crosscoders": [MAIN | {"k": 7}, PAIR]},
             {stage.name for stage in STAGES} - {"posttrain", "outcomes", "extract", "movement"},

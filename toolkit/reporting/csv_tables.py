@@ -68,6 +68,9 @@ def build_tables(
     if "selection" in results:
         tables["selection"] = selection_frame(results["selection"])
         tables["selection_tasks"] = flat(results["selection"], ("task",))
+    if "separation" in results:
+        tables["separation"] = flat(results["separation"], ("comparison", "predictor"))
+        tables["mean_shift"] = flat(results["separation"], ("model",))
     if "intervention" in results:
         tables["intervention"] = intervention_frame(results["intervention"])
         tables["intervention_tasks"] = flat(results["intervention"], ("direction", "condition", "task")).dropna(
@@ -136,20 +139,23 @@ def matching_summary(matching: xr.Dataset) -> pd.DataFrame:
 
 
 def drift_summary(drift: xr.Dataset) -> pd.DataFrame:
-    """Calls and untestable features per checkpoint."""
+    """Calls per checkpoint, testable features, and those that differ by no more than the margin as far as is shown."""
     rows = []
     for i, model in enumerate(labels_of(drift, "model")):
         calls, p = drift["call"].values[i].astype(str), drift["p_value"].values[i]
+        below = int((drift["flag"].values[i].astype(str) == "below_margin").sum())
         rows.append(
             {"model": model, "n_features": p.size, "n_testable": int(np.isfinite(p).sum())}
             | {call: int((calls == call).sum()) for call in ("DRIFT", "NO_DRIFT", "UNDETERMINED")}
+            | {"below_margin": below, "typical_effect": float(drift["typical_effect"].values[i])}
         )
     return pd.DataFrame(rows)
 
 
 def top_drift(drift: xr.Dataset, spec: StudySpec) -> pd.DataFrame:
     """The features of every final model with the smallest p-values."""
-    names = ("effect", "effect_low", "effect_high", "d_z", "firing_change", "p_value", "q_value", "p_max_t", "call")
+    sizes = ("effect", "effect_low", "effect_high", "effect_sd", "d_z", "firing_change")
+    names = (*sizes, "p_value", "q_value", "q_minimum", "p_max_t", "call")
     parts = []
     for model in final_models(spec, drift).values():
         one = drift.sel(model=model)

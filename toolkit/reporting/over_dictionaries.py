@@ -30,23 +30,18 @@ _MATCHED: Final = (
 """Of pairs with the first dictionary; those of close matches are called ``close_...``."""
 
 
-def n_dictionaries(spec: StudySpec) -> int:
-    """Dictionaries of the encoded crosscoder."""
-    return len(spec.primary_crosscoder.names)
-
-
 def pair_rows(results: Results, spec: StudySpec) -> pd.DataFrame:
     """One row a run and pair of dictionaries; matched features in pairs with the first dictionary only."""
     data, rows = results.get(GROUP), []
     if data is None:
         return pd.DataFrame()
-    numbers = [int(n) for n in data["dictionary"].values]
+    numbers, replicates = [int(n) for n in data["dictionary"].values], labels_of(data, "replicate")
     for run, model in final_models(spec, data).items():
         for first, second in itertools.combinations(numbers, 2):
             pair = {"dictionary": first, "other": second, MODEL: model}
             row: dict[str, Any] = {"run": run, **pair}
             row |= {name: number(data, name, **pair) for name in _BY_PAIR}
-            replicate = spec.primary_crosscoder.names[second - 1] if first == 1 else ""
+            replicate = replicates[second - 2] if first == 1 else ""
             for criterion in labels_of(data, "criterion"):
                 at = {"criterion": criterion, "replicate": replicate}
                 prefix = "" if criterion == "matched" else f"{criterion}_"
@@ -63,12 +58,14 @@ def pair_rows(results: Results, spec: StudySpec) -> pd.DataFrame:
 
 def why_absent(results: Results, spec: StudySpec) -> str:
     """Why there is nothing to show; empty if there is."""
-    if n_dictionaries(spec) < 2:
-        return (
-            "This study has one dictionary (replicates: 1), so nothing in it says whether its findings would reappear "
-            "in a dictionary trained from another seed."
-        )
-    return "" if GROUP in results else f"The analysis ‘{GROUP}’ has not been computed."
+    if GROUP in results:
+        return ""
+    if len(spec.primary_crosscoder.names) > 1:
+        return f"The analysis ‘{GROUP}’ has not been computed."
+    return (
+        "This study has one dictionary (replicates: 1), so nothing in it says whether its findings would reappear in a "
+        "dictionary trained from another seed."
+    )
 
 
 def sentences(results: Results, spec: StudySpec) -> tuple[str, ...]:

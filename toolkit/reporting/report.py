@@ -45,6 +45,7 @@ GROUPS: Final = (
     "stabilization",
     "set_stability",
     "selection",
+    "separation",
     "intervention",
     "control_balance",
 )

@@ -6,20 +6,21 @@ import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
+from itertools import count, takewhile
 from typing import Any, Final
 
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import RUN, STEP, TRAINED_RUN
+from rlgen_stats.schemas.dims import RUN, STEP, TRAINED_RUN, of_dictionary, split_dictionary
 from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 
 Results = Mapping[str, xr.Dataset]
 """Results groups by name; a missing analysis is a missing key."""
 
-_TESTED_FLAGS: Final = frozenset({"", "ok", "tested", "none"})
-"""Flags of features that were tested without remark."""
+_TESTED_FLAGS: Final = frozenset({"", "ok", "tested", "none", "identical", "below_margin"})
+"""Flags of features that were tested."""
 
 
 def tidy(results: Results) -> dict[str, xr.Dataset]:
@@ -31,7 +32,7 @@ def tidy(results: Results) -> dict[str, xr.Dataset]:
 
 
 def _tidy(data: xr.Dataset, group: str) -> xr.Dataset:
-    layout = LAYOUTS.get(group)
+    layout = LAYOUTS.get(split_dictionary(group)[0])
     declared = [*layout.coords, *layout.variables] if layout is not None else []
     place = {name: i for i, name in enumerate(declared)}
 
@@ -45,6 +46,12 @@ def _tidy(data: xr.Dataset, group: str) -> xr.Dataset:
 
 def _plain_text(values: np.ndarray) -> np.ndarray:
     return values.astype(object).astype(np.str_) if values.dtype.kind in "TO" else values
+
+
+def by_dictionary(results: Results, group: str) -> list[xr.Dataset]:
+    """One analysis of every dictionary of the encoded crosscoder, the first one's first; empty if it is missing."""
+    numbered = (results.get(of_dictionary(group, i)) for i in count(1))
+    return [data for data in takewhile(lambda data: data is not None, numbered) if data is not None]
 
 
 def number(dataset: xr.Dataset | None, name: str, **labels: Any) -> float:

@@ -3,6 +3,7 @@
 from rlgen_stats.toolkit.statistics.behaviour import behaviour
 from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
 from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
+from rlgen_stats.toolkit.statistics.drift.mean_shift import mean_shift
 from rlgen_stats.toolkit.statistics.drift.representation import representation_drift
 from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
 from rlgen_stats.toolkit.statistics.planning.power import (
@@ -18,6 +19,7 @@ from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, Sele
 from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
+from rlgen_stats.toolkit.statistics.selection.separation import model_separation
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import attribution_contrast
 from rlgen_stats.toolkit.statistics.specificity.decoder_norms import attribution, attribution_table, decoder_clusters
 from rlgen_stats.toolkit.statistics.specificity.latent_scaling import classify_features, latent_scaling, scaling_table
@@ -43,6 +45,8 @@ __all__ = [
     "drift_test",
     "latent_scaling",
     "match_features",
+    "mean_shift",
+    "model_separation",
     "power_at",
     "reappearance",
     "representation_drift",

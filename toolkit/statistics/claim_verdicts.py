@@ -7,13 +7,14 @@ report prints them in words as its glossary and decides nothing itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any, Final
 
 import numpy as np
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
+from rlgen_stats.toolkit.statistics.kernels import agreed, pooled_intervals
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
 from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
@@ -73,6 +74,11 @@ def interval_verdict(
     if high < 0 and significant:
         return Verdict.CONTRADICTED
     return Verdict.NOT_SUPPORTED if high < negligible else Verdict.UNDETERMINED
+
+
+def agreed_verdict(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict that enough dictionaries give (:func:`dictionaries_needed`); UNDETERMINED if none is."""
+    return agreed(verdicts, Verdict.UNDETERMINED)
 
 
 # -- C1 ----------------------------------------------------------------------------------------------------------------
@@ -188,6 +194,12 @@ def selection_verdict(*, n_estimable: int, n_confirmed: int, n_testable: int, gu
     if n_confirmed == 0 or n_confirmed > COMPACT_SHARE * n_testable:
         return Verdict.NOT_SUPPORTED
     return Verdict.SUPPORTED
+
+
+def mean_count(counts: Sequence[int], *, alpha: float) -> tuple[float, float, float]:
+    """Mean over dictionaries of a number of features, with its interval over them; of one, that number and no more."""
+    mean, low, high = (float(x) for x in pooled_intervals(counts, counts, counts, alpha=alpha))
+    return mean, max(low, 0.0), high if len(counts) > 1 else math.nan
 
 
 def any_feature_p(holm_p: Any) -> float:

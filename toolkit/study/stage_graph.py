@@ -28,7 +28,7 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also the name of its command; ``outcomes`` and ``movement`` have none and run with the stages that need them."""
+    """Also its command's; ``outcomes``, ``movement`` and ``separation`` have none and run with those that need them."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
@@ -125,12 +125,20 @@ STAGES: Final = (
         version=3,
     ),
     Stage(
+        "separation",
+        ("select",),
+        ("statistics", "selection"),
+        "rlgen_stats.toolkit.study.separation_stage:separation",
+        ("results.zarr/separation",),
+    ),
+    Stage(
         "replicability",
         ("select", "drift", "align"),
         ("statistics",),
         "rlgen_stats.toolkit.study.replicability_stage:replicability",
         (),
         optional=("results.zarr/replicability",),
+        version=2,
     ),
     Stage(
         "intervene",
@@ -144,7 +152,7 @@ STAGES: Final = (
     ),
     Stage(
         "report",
-        ("significance", "drift", "stabilize", "replicability", "intervene"),
+        ("significance", "drift", "stabilize", "separation", "replicability", "intervene"),
         (),
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),
@@ -250,8 +258,9 @@ class Study:
         neutral = self.spec.intervention.neutral_text
         if name == "intervene" and neutral is not None:
             files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")
-        primary = self.folder.crosscoder(self.spec.primary_crosscoder.name)
-        if name in ("intervene", "report") and readout_accepted(primary):  # a trial that was not held is held now
+        primary = self.spec.primary_crosscoder
+        by_note = not primary.accept_unhealthy and readout_accepted(self.folder.crosscoder(primary.name))
+        if name in ("intervene", "report") and by_note:  # a trial that was not held is held now
             files["readout"] = "accepted"
         return files
 

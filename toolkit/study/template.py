@@ -52,7 +52,8 @@ crosscoders:
     n_features: 32768
     k: 64
     steps: 50000
-    replicates: 2                 # a second dictionary from other initial weights shows which features reappear
+    objective: both               # half of every batch trains on single models and on the differences between them
+    replicates: 3                 # dictionaries from other initial weights: analysed together, with their variance
   - name: main-l1
     views: [base@0, sft@final, rl@final]
     sparsity: l1                  # the paper's rule; it shrinks reconstructions, latent scaling shows of which features

@@ -178,3 +178,24 @@ def test_weights_depend_on_the_objective_and_not_on_the_number_of_replicates() -
 
     assert key() == key(objective="joint") == key(objective="joint", replicates=3)
     assert len({key(objective="joint"), key(objective="both"), key(objective="both", difference_weight=0.0)}) == 3
+
+
+def test_a_shift_of_the_mean_is_told_by_features_and_not_by_offsets(data: NDArray[np.float32]) -> None:
+    """rl is base and one constant vector: with one offset for all models only features can say so."""
+    shift = np.random.default_rng(5).normal(size=WIDTH).astype(np.float32)
+    shift *= 2 / np.linalg.norm(shift)
+    shifted = np.stack([data[:, 0], data[:, 0], data[:, 0] + shift], axis=1)
+    reader, told = ArrayReader(shifted, batch_size=256, seed=1), {}
+    for objective in ("joint", "both"):
+        trained = train_replicates(reader, spec_of(objective), views=VIEWS, seeds=[1, 2, 3])
+        told[objective] = []
+        for crosscoder in trained:
+            offset = crosscoder.decoder_bias / crosscoder.scale[:, None]
+            assert torch.allclose(offset[0], offset[2], atol=1e-5) == (objective == "both")
+            decoded = [
+                crosscoder.reconstruct(crosscoder.readout(torch.from_numpy(shifted[:, i])), view).mean(dim=0)
+                for i, view in ((2, "rl@9"), (0, "base@0"))
+            ]
+            by_features = (decoded[0] - decoded[1]) - (offset[2] - offset[0])
+            told[objective].append(float(by_features @ torch.from_numpy(shift)) / 4)
+    assert np.median(told["both"]) == pytest.approx(1, abs=0.15)

@@ -49,7 +49,10 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
         ("intervention", {"C4", "C5"}),
         *(
             (g, set())
-            for g in ("behaviour", "movement", "health", "attribution", "drift", "stabilization", "control_balance")
+            for g in (
+                *("behaviour", "movement", "health", "attribution", "drift", "stabilization", "separation"),
+                "control_balance",
+            )
         ),
     ],
 )
@@ -281,6 +284,32 @@ def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
     assert "effective rank of 1.1" in caveats
 
 
+def test_c3_raw_activations_are_shown_beside_the_features(results: Results, spec: StudySpec) -> None:
+    expected = (
+        "Raw activations alone tell rl from base on unseen prompts with AUC 0.980 (their mean shift, 80% of the "
+        "squared difference, 0.930), the 12 selected features 0.910 and as many random ones 0.840: that features "
+        "separate the models is no news here."
+    )
+    assert expected in claim(results, spec, "C3").caveats
+    assert claim(results, spec, "C3").details["separation_auc"]["models on gains"]["random"] == 0.85
+    data = results["separation"]
+    results["separation"] = data.assign(beats_raw=("comparison", [True, False, False]))
+    assert any("better than raw activations do." in caveat for caveat in claim(results, spec, "C3").caveats)
+    nothing = data.auc.where(data.predictor.isin(["raw", "mean shift"]))
+    results["separation"] = data.assign(auc=nothing)
+    assert any(caveat.endswith("difference, 0.930).") for caveat in claim(results, spec, "C3").caveats)
+
+
+def test_c3_gains_told_from_losses_are_shown_where_there_are_enough(results: Results, spec: StudySpec) -> None:
+    assert not any("gained from" in caveat for caveat in claim(results, spec, "C3").caveats)
+    data = results["separation"]
+    results["separation"] = data.assign(estimable=("comparison", ["yes"] * 3), auc=data.auc.fillna(0.6))
+    assert any("raw 0.600, mean shift 0.600" in caveat for caveat in claim(results, spec, "C3").caveats)
+    few = ["no: 8 units, 10 needed"] * 3
+    results["separation"] = data.assign(estimable=("comparison", few))
+    assert not any("Raw activations" in caveat for caveat in claim(results, spec, "C3").caveats)
+
+
 # -- C4, C5 --------------------------------------------------------------------------------------------------------
 def causal(results: Results, verdict: str, reasons: str = "") -> None:
     results["intervention"] = results["intervention"].assign(
@@ -410,10 +439,9 @@ def test_c3_says_how_many_confirmed_features_other_seeds_bring_back(results: Res
     caveats = claim(results, spec, "C3").caveats
     assert (
         f"{back} of {len(confirmed)} confirmed features have a match in the other dictionary trained from"
-        in caveats[-1]
+        in caveats[-2]
     )
-    del results["matching"]
-    assert "The dictionary was trained once" in claim(results, spec, "C3").caveats[-1]
+    assert caveats[-1].startswith("One dictionary: another one, trained from other initial weights, may answer")
 
 
 @pytest.mark.parametrize("name", ["C2", "C3"])
@@ -496,3 +524,72 @@ def test_every_verdict_has_a_label_a_symbol_and_a_meaning() -> None:
     assert set(VERDICT_SYMBOLS) == set(VERDICT_MEANINGS) == set(Verdict)
     assert len(set(VERDICT_SYMBOLS.values())) == len({verdict_label(v) for v in Verdict}) == len(Verdict) == 5
     assert all(meaning.endswith(".") for meaning in VERDICT_MEANINGS.values())
+
+
+def three_dictionaries(results: Results, spec: StudySpec, **changes: xr.Dataset) -> tuple[Results, StudySpec]:
+    """The study with three dictionaries that say the same; ``changes``: group -> what the third one has instead."""
+    main, *others = spec.crosscoders
+    spec = spec.model_copy(update={"crosscoders": (main.model_copy(update={"replicates": 3}), *others)})
+    several = dict(results)
+    for group in ("selection", "set_stability", "stabilization"):
+        several |= {f"{group}.2": results[group], f"{group}.3": changes.get(group, results[group])}
+    return several, spec
+
+
+def test_claims_of_dictionaries_that_agree_are_those_of_one(results: Results, spec: StudySpec) -> None:
+    several, of_three = three_dictionaries(results, spec)
+    for name in ("C2", "C3"):
+        one, together = claim(results, spec, name), claim(several, of_three, name)
+        assert (together.verdict, together.estimate) == (one.verdict, pytest.approx(one.estimate))
+        assert not any("One dictionary" in caveat for caveat in together.caveats)
+        assert any("One dictionary" in caveat for caveat in one.caveats)
+    assert claim(several, of_three, "C3").answer.startswith("In each of 3 dictionaries 5 features of ")
+
+
+def test_c3_is_open_where_a_dictionary_confirms_nothing(results: Results, spec: StudySpec) -> None:
+    nothing = results["selection"].copy(deep=True)
+    nothing["tier"][:] = "REJECTED"
+    several, of_three = three_dictionaries(results, spec, selection=nothing)
+    c3 = claim(several, of_three, "C3")
+    assert c3.verdict is Verdict.UNDETERMINED
+    assert "the dictionaries disagree (supported, supported, not supported)" in c3.answer
+    assert c3.details["n_confirmed_by_dictionary"] == [5, 5, 0]
+    assert c3.estimate == pytest.approx(10 / 3)
+    assert (c3.low, c3.high) == (0.0, pytest.approx(10 / 3 + 4.302652730 * 5 / 3))
+
+
+def test_c2_pools_the_difference_of_the_dictionaries(results: Results, spec: StudySpec) -> None:
+    shifted = results["set_stability"].copy(deep=True)
+    rl = shifted["run"].values == "rl"
+    for name in ("delta", "delta_low", "delta_high"):
+        shifted[name].values[rl] += 0.03
+    several, of_three = three_dictionaries(results, spec, set_stability=shifted)
+    one, c2 = claim(results, spec, "C2"), claim(several, of_three, "C2")
+    assert c2.estimate == pytest.approx(one.estimate + 1)
+    assert c2.details["difference_by_dictionary"] == pytest.approx([28, 28, 31])
+    own, spread = one.estimate - one.low, 4.302652730 * 1.0  # sd sqrt(3) points, divided by sqrt(3)
+    assert c2.estimate - c2.low == pytest.approx(math.hypot(own, spread))
+
+
+def test_c4_names_the_effect_in_every_dictionary(results: Results, spec: StudySpec) -> None:
+    several, of_three = three_dictionaries(results, spec)
+    data = results["intervention"]
+    effects = np.array([[-0.3, -0.35, -0.4], [0.1, 0.2, 0.3]])
+    several["intervention"] = data.assign(dictionary_effect=(("direction", "dictionary"), effects))
+    c4 = claim(several, of_three, "C4")
+    assert c4.answer.startswith(
+        "Disabling the set of each dictionary in the RL model changes accuracy by −35.0 points on"
+    )
+    assert "(−30.0, −35.0, −40.0)" in c4.answer
+    assert c4.details["effect_by_dictionary"] == pytest.approx([-30, -35, -40])
+
+
+def test_a_readout_that_fails_in_another_dictionary_costs_the_claims_too(results: Results, spec: StudySpec) -> None:
+    several, of_three = three_dictionaries(with_readout(results), spec)
+    health = several["health"]
+    names = [str(name) for name in health["crosscoder"].values]
+    renamed = ["main.3" if name == "null" else name for name in names]
+    failing = [FAILED if name == "main.3" else "" for name in renamed]
+    several["health"] = health.assign_coords(crosscoder=renamed).assign(readout_reasons=("crosscoder", failing))
+    answer = claim(several, of_three, "C4").answer
+    assert answer == f"Not estimable: the features of single models cannot be read in dictionary main.3: {FAILED}."

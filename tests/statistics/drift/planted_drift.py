@@ -11,9 +11,8 @@ import xarray as xr
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from rlgen_stats.schemas.study import CrosscoderSpec
+from rlgen_stats.schemas.study import CrosscoderSpec, Readout
 from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, train_crosscoder
-from rlgen_stats.toolkit.crosscoder.model.readout import Readout
 from rlgen_stats.toolkit.crosscoder.uses.encode import contribution_scale
 from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING
 
@@ -142,6 +141,17 @@ def encoded(crosscoder: Crosscoder, data: NDArray[np.float32], readout: Readout 
         },
         attrs={"scale": "contribution", "readout": readout, "text_mode": "forced"},
     )
+
+
+def difference_explained(crosscoder: Crosscoder, data: NDArray[np.float32], model: int, readout: Readout) -> float:
+    """Share of the variance of a checkpoint's difference from base that the decoded features explain."""
+    truth, decoded = [], []
+    for m, view in ((0, VIEWS[0]), (model, VIEWS[1])):
+        raw = torch.from_numpy(np.ascontiguousarray(data[:, :, m].reshape(-1, data.shape[-1])))
+        truth.append(raw.double())
+        decoded.append(crosscoder.reconstruct(crosscoder.readout(raw, view=view, kind=readout), view).double())
+    true, found = truth[1] - truth[0], decoded[1] - decoded[0]
+    return 1.0 - float((true - found).square().sum() / (true - true.mean(dim=0)).square().sum())
 
 
 def matched(

@@ -12,7 +12,7 @@ from statsmodels.stats.weightstats import ttost_paired
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import drift_test
-from rlgen_stats.toolkit.statistics.kernels import adjust
+from rlgen_stats.toolkit.statistics.kernels import adjust, minimum_effect_test
 
 MODELS = ["base@0", "sft@10", "rl@10"]
 
@@ -65,6 +65,38 @@ def test_numbers_against_a_slow_loop(make_features):
         assert out.p_max_t.values[0, k] == pytest.approx(joint, abs=3 * np.sqrt(joint * (1 - joint) / 1999) + 1e-3)
         assert out.d_z.values[0, k] == pytest.approx(d[:, k].mean() / d[:, k].std(ddof=1))
         assert out.statistic.values[0, k] == pytest.approx(d[:, k].sum() / np.sqrt((d[:, k] ** 2).sum()))
+
+
+def test_drift_is_a_difference_and_one_beyond_the_margin(make_features):
+    """Every feature differs significantly: by .1, .2 and .4 standard deviations of base; the last fires only in rl."""
+    rng = np.random.default_rng(11)
+    base = 9 + np.repeat(rng.normal(0, 1, (1, 400, 40)), 2, axis=0)
+    base[1] += rng.normal(0, 0.1, (400, 40)) + np.repeat([0.1, 0.2, 0.4, 0], [15, 10, 14, 1])
+    base[:, :, 39] = 0
+    base[1, :40, 39] = rng.uniform(1, 2, 40)
+    out = run(make_features(base, ["base@0", "rl@5"]), models=["rl@5"]).isel(model=0)
+    assert (out.q_value <= 1e-4).all()
+    assert list(out.call.values[:15]) == ["NO_DRIFT"] * 15
+    assert list(out.call.values[25:]) == ["DRIFT"] * 15
+    assert (out.call.values[15:25] == "UNDETERMINED").sum() >= 8  # at the margin
+    np.testing.assert_array_equal(out.flag.values == "below_margin", out.call.values != "DRIFT")
+    assert out.effect_sd.values[:25] == pytest.approx(np.repeat([0.1, 0.2], [15, 10]), abs=0.03)
+    assert (out.q_minimum >= out.q_value).all()
+
+
+def test_the_minimum_effect_is_corrected_with_the_sign_flips(world):
+    features = world()
+    out = run(features)
+    x, base = features["mean"].values[1:], features["mean"].values[0]
+    beyond = np.stack([minimum_effect_test(one, base, margin=0.2).p_value for one in x])
+    p = np.maximum(out.p_value.values, beyond)
+    p[:, 7] = 1.0  # identical
+    ok = np.isfinite(out.p_value.values)
+    np.testing.assert_allclose(out.p_minimum.values[ok], p[ok], rtol=1e-9)
+    np.testing.assert_allclose(out.q_minimum.values[ok], false_discovery_control(p[ok]), rtol=1e-9)
+    assert np.isnan(out.q_minimum.values[~ok]).all()
+    assert out.effect_sd.values[1, 7] == 0
+    assert out.typical_effect.values == pytest.approx([np.nanmedian(np.abs(row)) for row in out.effect_sd.values])
 
 
 def test_equivalence_is_schuirmanns_on_the_reference_scale(make_features):

@@ -141,7 +141,7 @@ def test_minimum_effect_without_a_margin_is_the_two_sided_t_test() -> None:
 
 
 def test_minimum_effect_error_rates() -> None:
-    """Normal values exactly at the margin, and a feature that only leaks, with so many units that every test sees it."""
+    """Normal values exactly at the margin, and features that only leak, with so many units that all tests see it."""
     random = np.random.default_rng(22)
     n, columns = 400, 4000
     before = random.normal(size=(n, columns))
@@ -170,7 +170,7 @@ def test_a_feature_that_is_silent_in_the_reference_can_exceed_the_margin() -> No
 
 def test_minimum_effect_of_constants_and_its_refusals() -> None:
     still = np.ones((6, 2))
-    result = minimum_effect_test(still + [0.0, 1.0], still, margin=0.2)
+    result = minimum_effect_test(still + np.array([0.0, 1.0]), still, margin=0.2)
     assert result.p_value.tolist() == [1.0, 0.0]
     assert np.isnan(result.effect[0])
     with pytest.raises(InputError, match=r"of two units or more, got \(6, 2\) and \(6, 1\)"):

@@ -13,9 +13,12 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, padded_error
 from rlgen_stats.toolkit.statistics.kernels import (
+    agreed,
     cluster_se,
     delete_group_jackknife,
+    dictionaries_needed,
     pooled_estimates,
+    pooled_intervals,
     pooled_mean,
     same_direction,
 )
@@ -206,3 +209,39 @@ def test_the_same_direction_of_all_of_a_few_and_most_of_many() -> None:
 def test_what_cannot_be_pooled_is_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_intervals_alone_are_pooled_by_their_halves_and_the_spread() -> None:
+    each, below, above = np.array([0.1, 0.2, 0.6]), np.array([0.02, 0.04, 0.03]), np.array([0.05, 0.05, 0.08])
+    mean, low, high = pooled_intervals(each, each - below, each + above)
+    spread = 4.302652730 * each.std(ddof=1) / np.sqrt(3)
+    assert mean == pytest.approx(0.3)
+    assert mean - low == pytest.approx(np.hypot(0.03, spread))
+    assert high - mean == pytest.approx(np.hypot(0.06, spread))
+    alone = pooled_intervals(each[:1], [0.0], [0.4])
+    assert [float(x) for x in alone] == pytest.approx([0.1, 0.0, 0.4])
+    with pytest.raises(InputError, match=r"three arrays \[dictionary"):
+        pooled_intervals(each, each[:2], each)
+
+
+def test_intervals_alone_cover_at_least_what_the_whole_table_covers() -> None:
+    """Forty prompts shared by three dictionaries; errors shared in part, dictionaries far apart or not."""
+    random = np.random.default_rng(6)
+    for spread in (0.0, 0.2):
+        covered = 0
+        for _ in range(400):
+            table = spread * random.standard_normal((3, 1)) + random.standard_normal(40)
+            table = table + random.standard_normal((3, 40))
+            error = table.std(axis=1, ddof=1) / np.sqrt(40) * stats.t.ppf(0.975, 39)
+            each = table.mean(axis=1)
+            _, low, high = pooled_intervals(each, each - error, each + error)
+            covered += bool(low <= 0 <= high)
+        assert covered >= 0.94 * 400, spread
+
+
+def test_how_many_dictionaries_must_agree() -> None:
+    assert [dictionaries_needed(n) for n in (1, 2, 3, 4, 5, 6, 9, 10)] == [1, 2, 3, 4, 4, 5, 8, 8]
+    assert agreed(["a", "a", "b"], "open") == "open"
+    assert agreed(["a", "a", "a"], "open") == "a"
+    assert agreed([*"aaaab"], "open") == "a"
+    assert agreed([*"aaabb"], "open") == "open"

@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
-from rlgen_stats.toolkit.statistics.selection.probe import STRENGTHS, _matched_sets, _nested_folds, correctness_probe
+from rlgen_stats.toolkit.statistics.selection.linear_probe import STRENGTHS, matched_sets, nested_folds
+from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 
 FEW = {"n_random": 19, "n_outer": 3, "n_inner": 2, "seed": 4}
 
@@ -35,7 +36,7 @@ def test_scores_equal_scikit_learn_written_out(chosen) -> None:
     members = members[np.isin(members, np.arange(10, 15))]
     x = features["mean"].values[1][np.ix_(prompts, members)]
     auc, loss = [], np.empty(len(prompts))
-    for train, score, inner in _nested_folds(y, prompts, 3, 2, seed=_fold_seed()):
+    for train, score, inner in nested_folds(y, prompts, 3, 2, seed=_fold_seed()):
         losses = []
         for c in STRENGTHS:
             total = []
@@ -120,7 +121,7 @@ def test_neither_chunks_nor_order_nor_processes_matter(chosen) -> None:
 def test_random_sets_fire_as_often_and_leave_out_the_selected() -> None:
     rates = np.random.default_rng(5).integers(0, 400, 3000)
     selected = np.flatnonzero(rates > 380)[:20]
-    sets, worst = _matched_sets(rates, selected, np.arange(3000), 30, seed=6)
+    sets, worst = matched_sets(rates, selected, np.arange(3000), 30, seed=6)
     assert sets[0] is selected
     assert worst <= 0.12
     for drawn in sets[1:]:
@@ -128,13 +129,13 @@ def test_random_sets_fire_as_often_and_leave_out_the_selected() -> None:
         assert not set(drawn) & set(selected)
         assert rates[drawn].min() > 300
     assert len({tuple(drawn) for drawn in sets}) == 31
-    reversed_sets, _ = _matched_sets(rates[::-1], 2999 - selected, np.arange(3000)[::-1], 30, seed=6)
+    reversed_sets, _ = matched_sets(rates[::-1], 2999 - selected, np.arange(3000)[::-1], 30, seed=6)
     np.testing.assert_array_equal(np.sort(2999 - reversed_sets[7]), np.sort(sets[7]))
 
 
 def test_whole_clusters_stay_in_one_fold(gain_world) -> None:
     groups, right = np.repeat(np.arange(60), 4), np.tile([0, 1, 1, 0], 60)
-    for train, score, inner in _nested_folds(right, groups, 4, 3, seed=1):
+    for train, score, inner in nested_folds(right, groups, 4, 3, seed=1):
         assert not set(groups[train]) & set(groups[score])
         for a, b in inner:
             assert not set(groups[train][a]) & set(groups[train][b])

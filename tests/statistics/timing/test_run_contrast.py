@@ -14,6 +14,7 @@ from rlgen_stats.toolkit.statistics.timing.run_contrast import (
     checkpoints_of,
     contrast_runs,
     half_checkpoint,
+    pool_contrasts,
     run_timing,
     set_status,
     training_share,
@@ -145,3 +146,34 @@ def test_contrast_of_a_run_without_turnover_is_missing(sets: xr.Dataset) -> None
     assert rl is not None
     contrast = contrast_runs(sft, rl, alpha=0.05)
     assert all(math.isnan(value) for value in (contrast.difference, contrast.low, contrast.high, contrast.p_value))
+
+
+def contrast_of(sets: xr.Dataset, shift: float = 0.0) -> Any:
+    """RL against SFT where RL's turnover is ``shift`` larger."""
+    rl = sets["run"].values == "rl"
+    moved = sets.assign({name: sets[name] + shift * rl for name in ("delta", "delta_low", "delta_high")})
+    sft_timing, rl_timing = (run_timing(moved, run) for run in ("sft", "rl"))
+    assert sft_timing is not None
+    assert rl_timing is not None
+    return contrast_runs(sft_timing, rl_timing, alpha=0.05)
+
+
+def test_contrasts_of_dictionaries_are_pooled_with_the_spread_between_them(sets: xr.Dataset) -> None:
+    each = [contrast_of(sets, shift) for shift in (-0.05, 0.0, 0.05)]
+    pooled = pool_contrasts(each, alpha=0.05)
+    assert pooled.difference == pytest.approx(each[1].difference)
+    own = each[1].difference - each[1].low
+    assert pooled.difference - pooled.low == pytest.approx(math.hypot(own, 4.302652730 * 0.05 / math.sqrt(3)))
+    assert pooled.second.turnover[0] == pytest.approx(each[1].second.turnover[0])
+    assert (pooled.first.status, pooled.second.status) == (each[0].first.status, each[0].second.status)
+    assert pool_contrasts(each[:1], alpha=0.05) is each[0]
+
+
+def test_a_status_on_which_dictionaries_disagree_is_open(sets: xr.Dataset) -> None:
+    other = sets.assign(verdict=("trained_run", ["UNDETERMINED", "SET_STABLE"]))
+    pooled = pool_contrasts([contrast_of(sets), contrast_of(sets), contrast_of(other)], alpha=0.05)
+    assert pooled.first.status is EARLY
+    assert pooled.second.status is OPEN
+    assert pooled.second.set_reason == "the dictionaries disagree (EVOLVING, EVOLVING, UNDETERMINED)"
+    most = pool_contrasts([*[contrast_of(sets)] * 4, contrast_of(other)], alpha=0.05)
+    assert most.second.status is EVOLVING

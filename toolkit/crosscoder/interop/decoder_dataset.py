@@ -11,6 +11,7 @@ from rlgen_stats.schemas.dims import CHANNEL, FEATURE, VIEW
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores.health_records import read_health
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.statistics.specificity.decoder_norms import ONE_DECODER
 
 
 def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None = None) -> xr.Dataset:
@@ -28,7 +29,7 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
     Dataset
         ``decoder[view, feature, channel]`` and ``decoder_norm[view, feature]`` (L2) in normalised units,
         ``width[view]`` channels (NaN in ``decoder`` beyond them), ``firing[feature]``, coordinates ``view`` and
-        ``feature``.
+        ``feature``; attribute ``one_decoder`` for an SAE of one model, whose views share theirs.
 
     Raises
     ------
@@ -62,5 +63,6 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
             "name": crosscoder.name,
             "sparsity": crosscoder.sparsity,
             "units": "normalised",
-        },
+        }
+        | ({ONE_DECODER: True} if crosscoder.facts.get("one_model") else {}),
     )

@@ -68,7 +68,7 @@ def import_crosscoder(path: Path | str, views: Sequence[str], *, name: str = "im
     scale, mean = _normaliser(tensors, file)
     sparsity, threshold = _threshold(tensors, file)
     k = int(tensors["k"]) if "k" in tensors else 0
-    crosscoder = Crosscoder(views, width=width, n_features=n_features, sparsity=sparsity, k=max(k, 1), name=name)
+    crosscoder = Crosscoder(views, width=width, n_features=n_features, sparsity=sparsity, k=k, name=name)
     encoder = tensors["encoder.weight"].double()
     normalised_mean = (torch.nan_to_num(mean) * scale[:, None]).double()
     with torch.no_grad():

@@ -77,6 +77,8 @@ class Crosscoder(nn.Module, JointViews):
         Inference threshold(s); NaN until learned, unused for l1 and topk.
     fit_weight, fit_bias : Tensor [channel, feature], [feature], or None
         Readout ``fit``, once :func:`fit_readout` has fitted it; raw activations of one model to pre-activations.
+    ranks_activations : bool
+        Whether ``topk`` keeps a token's k largest f_k, as in SAEs trained elsewhere, instead of contributions.
     facts : dict
         Where the weights come from (seed, steps, data); saved with them.
     weights_sha256 : str
@@ -124,6 +126,7 @@ class Crosscoder(nn.Module, JointViews):
         self.n_features, self.k = int(n_features), int(k)
         self.sparsity: Sparsity = sparsity
         self.default_readout: Readout = readout
+        self.ranks_activations = False
         self.facts: dict[str, Any] = {}
         self.weights_sha256 = ""
         self.folder: Path | None = None
@@ -198,16 +201,18 @@ class Crosscoder(nn.Module, JointViews):
     # -- units ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit_normalisation(self, moments: ViewMoments) -> None:
+    def fit_normalisation(self, moments: ViewMoments, *, shared_offset: bool = False) -> None:
         """Set scale and mean from raw moments, and centre the biases on the normalised mean.
 
         The decoder biases start at the mean and the encoder bias cancels the mean, so that features start out
-        describing deviations; both are trained from there.
+        describing deviations; both are trained from there. ``shared_offset``: all views start at the mean of the views.
         """
         width = torch.tensor(self.widths, dtype=torch.float64)
         self.scale.copy_(width.sqrt() / torch.from_numpy(moments.mean_norm))
         mean = torch.from_numpy(moments.mean)
         self.means.copy_(mean)
+        if shared_offset:
+            mean = mean.view(len(self.views), -1).mean(dim=0).repeat(len(self.views))
         self.decoder_offset.copy_(mean * self.channel_scale().double())
         self.encoder_bias.copy_(-(self.decoder_offset @ self.encoder_matrix))
 
@@ -218,6 +223,11 @@ class Crosscoder(nn.Module, JointViews):
     def normalise(self, raw: Tensor | Sequence[Tensor]) -> Tensor:
         """Raw activations of all views (see :meth:`join`) in normalised units, joint: [batch, D]."""
         return self.join(raw) * self.channel_scale()
+
+    @property
+    def has_joint_code(self) -> bool:
+        """Whether it was trained to encode all views together; if not, it encodes one model at a time (swap)."""
+        return not self.facts.get("one_model", False) and self.facts.get("objective") != "paired"
 
     # -- code -------------------------------------------------------------------------------------------------------
 
@@ -242,6 +252,7 @@ class Crosscoder(nn.Module, JointViews):
             return Gate()
         norm = self.selection_norm().detach().double()
         if self.sparsity == "topk":
+            norm = torch.ones_like(norm) if self.ranks_activations else norm
             return Gate(k=min(self.k, self.n_features), norm=norm.to(dtype))
         if not bool(torch.isfinite(self.threshold).all()):
             raise InputError(f"crosscoder {self.name!r} has no inference threshold yet; finish its training first.")
@@ -387,4 +398,4 @@ class Crosscoder(nn.Module, JointViews):
             "readout": self.default_readout,
             "weights_sha256": self.weights_sha256,
             "facts": self.facts,
-        }
+        } | ({"ranks_activations": True} if self.ranks_activations else {})

@@ -63,6 +63,7 @@ def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -
         readout=described["readout"],
         name=described["name"],
     )
+    crosscoder.ranks_activations = bool(described.get("ranks_activations", False))
     crosscoder.facts = dict(described.get("facts", {}))
     crosscoder.weights_sha256, crosscoder.folder = described["weights_sha256"], folder
     tensors = _read_weights(folder / WEIGHTS, described)

@@ -45,11 +45,6 @@ class SparseCode:
         return None if values.device.type != "cpu" else cls._where((values <= limit).logical_not_(), values)
 
     @classmethod
-    def places(cls, mask: Tensor) -> SparseCode | None:
-        """Where a mask [row, feature] is true, the values as well; None as in :meth:`of`."""
-        return None if mask.device.type != "cpu" else cls._where(mask, mask)
-
-    @classmethod
     def _where(cls, mask: Tensor, values: Tensor) -> SparseCode | None:
         n_rows, n_features = mask.shape
         most = SPARSE_SHARE * mask.numel()

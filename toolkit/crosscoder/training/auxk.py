@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlgen_stats.schemas.study import CrosscoderSpec
-from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
+from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, just_below
 from rlgen_stats.toolkit.crosscoder.training.rows import Revived
 
 DEAD_SHARE: Final = 0.01
@@ -58,7 +58,7 @@ class DeadFeatures:
         theirs = contribution[:, dead]
         n_keep = min(self._k, len(dead)) * n_rows
         self._smallest = self._ranks.smallest_kept(theirs, n_keep, hint=self._smallest)
-        return Revived(dead, theirs >= self._smallest)
+        return Revived(theirs, just_below(self._smallest), dead)
 
     def _dead(self, step: int) -> Tensor:
         if step < self._patience:

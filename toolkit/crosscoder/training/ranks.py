@@ -94,6 +94,11 @@ def smallest_kept(contribution: Tensor, n_keep: int, *, hint: float = math.nan) 
     return max(smallest, torch.finfo(flat.dtype).tiny)
 
 
+def just_below(value: float) -> float:
+    """The float32 before ``value``: "above it" is then "at least ``value``"."""
+    return float(np.nextafter(np.float32(value), np.float32(0)))
+
+
 def _smallest_near_hint(values: NDArray[np.float32], n_keep: int, hint: float) -> float | None:
     """The ``n_keep``-th largest of ``values`` if it lies within ``WINDOW`` of ``hint``, else None."""
     above = np.count_nonzero(values > hint * (1 + WINDOW))

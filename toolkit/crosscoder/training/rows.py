@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,17 +21,33 @@ Activate = Callable[[Tensor, Columns], Tensor]
 
 
 @dataclass(frozen=True)
-class Revived:
+class Places:
+    """Where pre-activations have a gradient."""
+
+    criterion: Tensor
+    """[row, feature]."""
+    limit: float
+    """Chosen is what lies above it."""
+
+    def split(self, sizes: list[int]) -> list[Self]:
+        """The same by parts of the rows."""
+        return [replace(self, criterion=part) for part in torch.split(self.criterion, sizes)]
+
+    def keep(self, values: Tensor) -> Tensor:
+        """``values`` [row, feature] there, else 0; in autograd.
+
+        ReLU's backward pass computes exactly this, on a CPU several times faster than ``torch.where``.
+        """
+        kept: Tensor = torch.ops.aten.threshold_backward(values, self.criterion, self.limit)
+        return kept
+
+
+@dataclass(frozen=True)
+class Revived(Places):
     """Dead features whose AuxK loss is computed, and their largest contributions."""
 
-    dead: Tensor
-    """[dead]: features."""
-    chosen: Tensor
-    """[row, dead], boolean."""
-
-    def split(self, sizes: Sequence[int]) -> list[Revived]:
-        """The same by parts of the rows."""
-        return [Revived(self.dead, part) for part in torch.split(self.chosen, list(sizes))]
+    features: Tensor
+    """[dead]: which features the columns of ``criterion`` are."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +101,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
-    def decode(self, chosen: Tensor, activate: Activate, revived: Revived | None) -> Decoded:
-        """Features at the places ``chosen`` [row, feature], and the errors that they leave."""
-        code = SparseCode.places(chosen)
+    def decode(self, chosen: Places, activate: Activate, revived: Revived | None) -> Decoded:
+        """Features at the ``chosen`` places and the errors that they leave; ``revived``: places of dead features."""
+        code = SparseCode.above(chosen.criterion, chosen.limit)
         return self._dense(chosen, activate, revived) if code is None else self._sparse(code, activate, revived)
 
     def _sparse(self, code: SparseCode, activate: Activate, revived: Revived | None) -> Decoded:
@@ -94,8 +111,8 @@ class Rows:
         n_rows, n_features = code.shape
         n_live, live = len(code.rows), code.columns
         if revived is not None:
-            rows, columns = revived.chosen.nonzero(as_tuple=True)
-            rows, columns = torch.cat([code.rows, rows + n_rows]), torch.cat([live, revived.dead[columns]])
+            rows, columns = (revived.criterion > revived.limit).nonzero(as_tuple=True)
+            rows, columns = torch.cat([code.rows, rows + n_rows]), torch.cat([live, revived.features[columns]])
             code = SparseCode(rows, columns, rows, (2 * n_rows, n_features))
         here = code.with_rows(code.rows % n_rows, n_rows)
         pre = EncodedEntries.apply(self._encoder, self._bias, self.x, self.pre.detach(), here)  # type: ignore[no-untyped-call]
@@ -116,17 +133,19 @@ class Rows:
             code.rows, code.columns * self.n_slots + slot, code.values, (n_rows, n_features * self.n_slots)
         )
 
-    def _dense(self, chosen: Tensor, activate: Activate, revived: Revived | None) -> Decoded:
-        features = activate(torch.where(chosen, self.pre, 0.0), slice(None))
+    def _dense(self, chosen: Places, activate: Activate, revived: Revived | None) -> Decoded:
+        features = activate(chosen.keep(self.pre), slice(None))
         error = self._times(features, self._decoder) + self._minus_target()
         if revived is None:
             return Decoded(features, slice(None), error, None)
-        pre = torch.where(revived.chosen, self.pre.index_select(1, revived.dead), 0.0)
-        again = self._times(pre, self._decoder.index_select(0, revived.dead))
+        pre = revived.keep(self.pre.index_select(1, revived.features))
+        again = self._times(pre, self._decoder.index_select(0, revived.features))
         return Decoded(features, slice(None), error, again + error.detach())
 
     def _times(self, code: Tensor, decoder: Tensor) -> Tensor:
         """Rows [row, feature] @ their slots' parts of ``decoder`` [feature, slot, channel]."""
+        if self.n_slots == 1:
+            return multiply(code, decoder.flatten(0, 1), low=self._low)
         slots = zip(code.chunk(self.n_slots), decoder.unbind(1), strict=True)
         return torch.cat([multiply(part, matrix, low=self._low) for part, matrix in slots])
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +15,8 @@ from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.readout import smallest_of_each
 from rlgen_stats.toolkit.crosscoder.training.products import Step
-from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
-from rlgen_stats.toolkit.crosscoder.training.rows import Columns
+from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, just_below
+from rlgen_stats.toolkit.crosscoder.training.rows import Columns, Places
 
 SPARSITY_WARMUP: Final = 0.1
 """Share of the steps over which sparsity rises to full strength: at once, it kills features before they are learned."""
@@ -79,8 +78,18 @@ class SparsityRule:
     def __init__(self, spec: CrosscoderSpec, crosscoder: Crosscoder, ranks: Ranks) -> None:
         self._spec, self._crosscoder, self._ranks = spec, crosscoder, ranks
 
-    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Tensor:
-        """Places [row, feature] with a gradient, all active ones among them, of ``n_rows`` over all processes."""
+    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Places:
+        """Where there is a gradient, all active features included; may change ``contribution``.
+
+        Parameters
+        ----------
+        contribution
+            [row, feature], of this process's rows.
+        n_rows
+            Rows of all processes.
+        step
+            Counted from 0.
+        """
         raise NotImplementedError
 
     def activate(self, pre: Tensor, columns: Columns) -> Tensor:
@@ -113,9 +122,9 @@ class L1(SparsityRule):
 
     revives_dead = False
 
-    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Tensor:
+    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Places:
         """All positive ones."""
-        return contribution > 0
+        return Places(contribution, 0.0)
 
     def penalty(self, sums: Tensor, n_rows: int, step: int) -> Tensor:
         """With the coefficient as warmed up at this step; it moves decoder rows too."""
@@ -137,18 +146,19 @@ class TopK(SparsityRule):
 
     _threshold = _smallest = math.nan
 
-    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Tensor:
+    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Places:
         """With k as warmed up at this step."""
         k = k_at(step, self._spec)
         if self._spec.sparsity == "topk":
-            return contribution >= smallest_of_each(contribution, round(k))
+            smallest = smallest_of_each(contribution, round(k))
+            return Places(contribution.sub_(torch.nextafter(smallest, torch.zeros_like(smallest))), 0.0)
         self._smallest = self._ranks.smallest_kept(contribution, round(k * n_rows), hint=self._smallest)
         if warmed(step, self._spec.steps) == 1.0:  # before, batches keep more than k, and their threshold is lower
             if math.isnan(self._threshold):
                 self._threshold = self._smallest
             memory = min(THRESHOLD_STEPS, max(1.0, THRESHOLD_MEMORY * self._spec.steps))
             self._threshold += (self._smallest - self._threshold) / memory
-        return contribution >= self._smallest
+        return Places(contribution, just_below(self._smallest))
 
     def state(self) -> dict[str, Tensor]:
         """The running threshold; the last batch's is only a hint."""
@@ -186,15 +196,14 @@ class JumpReLU(SparsityRule):
         self._smallest, self._trained = math.nan, False
         self._active: list[Tensor] = []
 
-    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Tensor:
+    def choose(self, contribution: Tensor, n_rows: int, step: int) -> Places:
         """Those above the threshold or in its window."""
         self._active, self._trained = [], step > 0 and step >= JUMP_START * self._spec.steps
         if not self._trained:
             n_keep = round(k_at(step, self._spec) * n_rows)
             self._smallest = self._ranks.smallest_kept(contribution, n_keep, hint=self._smallest)
-            just_below = np.nextafter(np.float32(self._smallest), np.float32(0))  # active is what lies above
-            self._log_threshold.detach().fill_(math.log(just_below))
-        return contribution > (1 - JUMP_BANDWIDTH / 2) * self._log_threshold.detach().exp()
+            self._log_threshold.detach().fill_(math.log(just_below(self._smallest)))
+        return Places(contribution.sub_((1 - JUMP_BANDWIDTH / 2) * self._log_threshold.detach().exp()), 0.0)
 
     def activate(self, pre: Tensor, columns: Columns) -> Tensor:
         """Zero at or below the threshold."""

@@ -30,6 +30,7 @@ from rlgen_stats.stores.study_models import final_model, list_models
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
 from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import import_crosscoder, weights_file
+from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import import_sae, sae_files
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
@@ -192,7 +193,7 @@ class _StudyCrosscoder:
                 folders=[self.folders[number] for number in missing],
                 progress=self.progress,
                 data_hash=self.data_hash,
-                facts=self._origin(),
+                facts=self._origin() | {"objective": str(self.spec.objective)},
             )
             crosscoders |= dict(zip(missing, trained, strict=True))
         return [crosscoders[number] for number in range(len(self.seeds))]
@@ -202,8 +203,8 @@ class _StudyCrosscoder:
         folder = self.folders[0]
         source = self.folder.resolve(str(self.spec.weights))
         is_ours = (source / SPEC).exists()
-        file = source / WEIGHTS if is_ours else weights_file(source)
-        key = content_hash(["weights", file_sha256(file), list(self.views)])
+        files = [source / WEIGHTS] if is_ours else sae_files(source) or [weights_file(source)]
+        key = content_hash(["weights", *(file_sha256(file) for file in files), list(self.views)])
         finished = self._load_finished(folder, key)
         if finished is not None:
             return finished
@@ -215,7 +216,7 @@ class _StudyCrosscoder:
                     f"study.yaml has {', '.join(self.views)}; they must be the same in the same order."
                 )
         else:
-            crosscoder = import_crosscoder(source, self.views)
+            crosscoder = (import_sae if sae_files(source) else import_crosscoder)(source, self.views)
         if crosscoder.n_features != self.spec.n_features:
             raise StoreError(
                 f"{source} has {crosscoder.n_features} features, but study.yaml says n_features: "
@@ -312,11 +313,12 @@ class _StudyCrosscoder:
         cuts = np.cumsum(bounds[:, 1] - bounds[:, 0])[:-1]
         losses = {}
         with torch.no_grad():
-            f = crosscoder.encode(crosscoder.normalise(raw))
+            f = crosscoder.encode(crosscoder.normalise(raw)) if crosscoder.has_joint_code else None
         with self.progress.task(f"splice {self.spec.name}", total=len(self.views), unit="models") as task:
             for slot, view in enumerate(self.views):
                 with torch.no_grad():
-                    reconstruction = crosscoder.reconstruct(f, view).cpu().numpy()
+                    own = crosscoder.readout(raw[slot]) if f is None else f
+                    reconstruction = crosscoder.reconstruct(own, view).cpu().numpy()
                 by_text = (np.split(whole, cuts) for whole in (ids, reconstruction, self.mask[rows]))
                 texts = [SplicedText(*parts) for parts in zip(*by_text, strict=True)]
                 model = load_model(find_model(view, self.study, self.folder), device=self.device)

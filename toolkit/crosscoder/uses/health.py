@@ -176,6 +176,8 @@ def measure_health(
 
     Notes
     -----
+    A dictionary without a joint code (an SAE of one model) is measured through its readout throughout.
+
     FVE is 1 - residual sum of squares / sum of squares about the mean, in float64. The joint code is what training
     optimised; the readout is what features.zarr and interventions use, and is never better.
     """
@@ -190,12 +192,14 @@ def measure_health(
     for batch in batches_of(reader, max_tokens=max_tokens):
         raw = torch.from_numpy(joined(batch)).to(device)
         f = crosscoder.encode(crosscoder.normalise(raw))
-        firing += (f > 0).sum(dim=0)
+        firing += (f > 0).sum(dim=0) if crosscoder.has_joint_code else 0
         for slot, (view, part) in enumerate(zip(crosscoder.views, crosscoder.split(raw), strict=True)):
             read = readouts[slot]
             f_readout = f if read is None else read(part)
+            f_own = f if crosscoder.has_joint_code else f_readout
+            firing += 0 if crosscoder.has_joint_code else (f_own > 0).sum(dim=0) / len(readouts)
             data = part.cpu().numpy()
-            joint[slot].update(data, crosscoder.reconstruct(f, view).cpu().numpy())
+            joint[slot].update(data, crosscoder.reconstruct(f_own, view).cpu().numpy())
             readout_alone[slot].update(data, crosscoder.reconstruct(f_readout, view).cpu().numpy())
             active[slot] += float((f_readout > 0).sum())
         n_tokens += len(raw)
@@ -228,7 +232,7 @@ def _judge(crosscoder: Crosscoder, health: Health) -> list[Check]:
         checks.append(_at_least("fve", view, value, FVE_MIN, "fraction of variance explained"))
         reason = f"relative reconstruction bias of {view} {bias:.3f}, expected 1 within {BIAS_TOLERANCE:g}"
         checks.append(Check("reconstruction_bias", view, bias, 1.0, abs(bias - 1.0) <= BIAS_TOLERANCE, reason))
-    if crosscoder.sparsity != "l1":
+    if crosscoder.sparsity != "l1" and crosscoder.k > 0:
         low, high = (1 - L0_TOLERANCE) * crosscoder.k, (1 + L0_TOLERANCE) * crosscoder.k
         reason = f"L0 {l0:.2f}, expected {crosscoder.k} within {L0_TOLERANCE:.0%}"
         checks.append(Check("l0", "", l0, float(crosscoder.k), low <= l0 <= high, reason))

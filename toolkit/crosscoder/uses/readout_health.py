@@ -194,8 +194,11 @@ def _share(part: float, whole: float) -> float:
 
 
 def own_fve(crosscoder: Crosscoder, health: Health) -> float:
-    """The dictionary's own FVE, to which that of single models is compared: of the joint code, mean over views."""
-    return float(health.fve.mean())
+    """The dictionary's own FVE, to which that of single models is compared.
+
+    Of the joint code, mean over views; where there is none, that of the view it describes best: the one trained on.
+    """
+    return float(health.fve.mean() if crosscoder.has_joint_code else health.fve.max())
 
 
 def judge_readout(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import Any, Final
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import (
+    dictionary_caveat,
     health_caveat,
     readout_accepted,
     run_caveat,
@@ -15,13 +17,14 @@ from rlgen_stats.toolkit.reporting.claims.replication import (
     unusable_readout,
 )
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, listed, percent
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of, number
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, timing_verdict
 from rlgen_stats.toolkit.statistics.timing.run_contrast import (
     RunContrast,
     RunTiming,
     SetStatus,
     contrast_runs,
+    pool_contrasts,
     run_timing,
 )
 from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE, MIN_CEILING
@@ -49,19 +52,18 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
     caveat names them, and C2 is UNDETERMINED, without numbers, if one of them lies between half of a run's training and
     its end, where the claim is decided. A study that accepts its readout as it is keeps its numbers.
     """
-    data = results.get("set_stability")
-    if data is None:
+    sets = by_dictionary(results, "set_stability")
+    if not sets:
         return C2.not_estimable("the set stability analysis has not been computed", caveats=(run_caveat(spec),))
     unusable = unusable_readout(results, spec)
     if unusable:
         return C2.not_estimable(unusable, caveats=(run_caveat(spec),))
-    stabilization = results.get("stabilization")
-    sft, rl = (run_timing(data, run.name, stabilization=stabilization) for run in spec.contrasted)
-    if sft is None or rl is None:
+    timings = _timings(results, spec)
+    if timings is None:
         reason = "a run has no checkpoint in the second half of its training, before the last"
         return C2.not_estimable(reason, caveats=(run_caveat(spec),))
     undescribed = _undescribed(results, spec)
-    decisive = [model for timing in (sft, rl) for model in timing.decided_at if model in undescribed]
+    decisive = [model for timing in timings[0] for model in timing.decided_at if model in undescribed]
     if decisive:
         return C2.answered(
             (math.nan, math.nan, math.nan),
@@ -71,7 +73,10 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             caveats=(run_caveat(spec), *_undescribed_caveat(undescribed), *health_caveat(results, spec)),
             details={"dfve_below_limit": undescribed},
         )
-    contrast = contrast_runs(sft, rl, alpha=spec.statistics.alpha)
+    alpha, data = spec.statistics.alpha, sets[0]
+    contrasts = [contrast_runs(sft, rl, alpha=alpha) for sft, rl in timings]
+    contrast = pool_contrasts(contrasts, alpha=alpha)
+    sft, rl = contrast.first, contrast.second
     interval = (contrast.difference, contrast.low, contrast.high)
     if any(math.isnan(value) for value in interval):
         reason = "excess turnover is not estimable for at least one run"
@@ -90,19 +95,33 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             "margin_percent": hundred(DELTA_TOLERANCE),
             "sft": _timing_details(sft),
             "rl": _timing_details(rl),
+            "difference_by_dictionary": [hundred(one.difference) for one in contrasts],
             "stabilised_by_half_in_stratum": _strata(results, contrast),
         },
     )
 
 
+def _timings(results: Results, spec: StudySpec) -> list[tuple[RunTiming, RunTiming]] | None:
+    """Timing of both contrasted runs in every dictionary; None if one has no checkpoint to look at."""
+    sets, chains = (by_dictionary(results, group) for group in ("set_stability", "stabilization"))
+    pairs = []
+    for data, chain in zip_longest(sets, chains):
+        sft, rl = (run_timing(data, run.name, stabilization=chain) for run in spec.contrasted)
+        if sft is None or rl is None:
+            return None
+        pairs.append((sft, rl))
+    return pairs
+
+
 def _undescribed(results: Results, spec: StudySpec) -> dict[str, float]:
-    """Checkpoint of a contrasted run -> dFVE, where that is below its limit and the study does not accept it."""
-    data, limit = results.get("set_stability"), attr_number(results.get("health"), "dfve_min")
-    if data is None or readout_accepted(results, spec):
+    """Checkpoint of a contrasted run -> smallest dFVE of all dictionaries, where below its limit and not accepted."""
+    sets, limit = by_dictionary(results, "set_stability"), attr_number(results.get("health"), "dfve_min")
+    if not sets or readout_accepted(results, spec):
         return {}
+    data = sets[0]
     runs = {run.name for run in spec.contrasted}
     models = [m for m, run in zip(labels_of(data, "model"), labels_of(data, "run"), strict=True) if run in runs]
-    dfve = {model: number(data, "dfve", model=model) for model in models}
+    dfve = {model: min(number(data, "dfve", model=model) for data in sets) for model in models}
     return {model: value for model, value in dfve.items() if value < limit}
 
 
@@ -166,7 +185,7 @@ def _answer(verdict: Verdict, contrast: RunContrast, spec: StudySpec) -> str:
 
 def _caveats(results: Results, contrast: RunContrast, spec: StudySpec) -> tuple[str, ...]:
     timings = (contrast.first, contrast.second)
-    caveats = [run_caveat(spec)]
+    caveats = [run_caveat(spec), *dictionary_caveat(spec)]
     caveats += [
         f"{timing.run}: two halves of the prompts agree on only {percent(timing.ceiling, 0)} of the final top set, "
         f"less than the {percent(MIN_CEILING, 0)} needed to say whether it changed."

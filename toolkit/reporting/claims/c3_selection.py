@@ -10,14 +10,16 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
-from rlgen_stats.toolkit.reporting.claims.replication import health_caveat, unusable_readout
-from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of
+from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
+from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text, percent
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number, text
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     COMPACT_SHARE,
     MIN_TASKS,
     Verdict,
+    agreed_verdict,
     any_feature_p,
+    mean_count,
     selection_verdict,
 )
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
@@ -33,6 +35,8 @@ C3: Final = PaperClaim(
         "task."
     ),
 )
+_COUNTS: Final = ("n_confirmed", "n_selected", "n_testable")
+"""Details that are also given dictionary by dictionary."""
 _YES: Final = "yes"
 _UNUSED: Final = "no: not selected on"
 """State of held-out and control tasks."""
@@ -56,40 +60,55 @@ def _selection_tasks(selection: xr.Dataset) -> list[tuple[str, str]]:
 def assess_selection(results: Results, spec: StudySpec) -> Claim:
     """C3 from the selection: features confirmed on verification prompts, with the rule ``selection_verdict``.
 
-    The estimate is the number of CONFIRMED features; by Holm's bound at least that many separate the models, with
-    confidence 1 - alpha. p is the smallest Holm-adjusted verification p: that of "at least one feature separates".
+    The rule is applied in every dictionary, and their verdicts must agree. The estimate is the mean number of CONFIRMED
+    features, its interval that over dictionaries; in each, by Holm's bound, at least so many separate the models, with
+    confidence 1 - alpha. p is that of "at least one feature separates" in the dictionary where it is largest.
     """
-    data = results.get("selection")
-    if data is None:
+    each = by_dictionary(results, "selection")
+    if not each:
         return C3.not_estimable("the selection has not been computed")
     unusable = unusable_readout(results, spec)
     if unusable:
         return C3.not_estimable(unusable)
-    tasks = estimable_tasks(data)
-    confirmed = data["tier"].values == "CONFIRMED"
-    n_confirmed = int(confirmed.sum())
-    testable = np.isfinite(data["p_value"].values)
-    contrast = bool(np.isfinite(data["contrast_p"].values).any())
-    guarded = contrast or ("p_guard" in data and bool(np.isfinite(data["p_guard"].values).any()))
-    verdict = selection_verdict(
-        n_estimable=len(tasks), n_confirmed=n_confirmed, n_testable=int(testable.sum()), guarded=guarded
-    )
-    details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
+    judged = [_judge(data) for data in each]
+    verdict = agreed_verdict([verdict for verdict, _ in judged])
+    data, (_, details) = each[0], judged[0]
+    for name in _COUNTS:
+        details[f"{name}_by_dictionary"] = [one[name] for _, one in judged]
+    details["separation_auc"] = _separation_auc(results)
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
         return C3.not_estimable(reason, details=details)
     return C3.answered(
-        (float(n_confirmed), float(n_confirmed), math.nan),
-        any_feature_p(data["verification_q"].values),
+        mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
+        max(any_feature_p(one["verification_q"].values) for one in each),
         verdict,
-        _answer(verdict, details),
+        _answer(verdict, details, [verdict for verdict, _ in judged]),
         caveats=(
             *_caveats(data, details, spec),
+            *separation_caveats(results, spec),
             *_reappearance(results, spec, data),
+            *dictionary_caveat(spec),
             *health_caveat(results, spec),
         ),
         details=details,
     )
+
+
+def _judge(data: xr.Dataset) -> tuple[Verdict, dict[str, Any]]:
+    """Verdict of one dictionary, and what it rests on."""
+    tasks = estimable_tasks(data)
+    testable = np.isfinite(data["p_value"].values)
+    contrast = bool(np.isfinite(data["contrast_p"].values).any())
+    guarded = contrast or ("p_guard" in data and bool(np.isfinite(data["p_guard"].values).any()))
+    details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
+    verdict = selection_verdict(
+        n_estimable=len(tasks),
+        n_confirmed=details["n_confirmed"],
+        n_testable=int(testable.sum()),
+        guarded=guarded,
+    )
+    return verdict, details
 
 
 def unusable_tasks(data: xr.Dataset) -> str:
@@ -127,17 +146,26 @@ def _details(
     }
 
 
-def _answer(verdict: Verdict, details: dict[str, Any]) -> str:
-    n, tasks = details["n_confirmed"], details["estimable_tasks"]
-    n_testable = f"{details['n_testable']:,}"
-    confirmed = f"{count(n, 'feature')} of {n_testable} testable ones {'is' if n == 1 else 'are'} confirmed"
+def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict]) -> str:
+    counts, tasks = details["n_confirmed_by_dictionary"], details["estimable_tasks"]
+    n_testable = _span(details["n_testable_by_dictionary"])
+    one = max(counts) == min(counts) == 1
+    confirmed = (
+        f"{_span(counts)} feature{'s' * (not one)} of {n_testable} testable ones {'is' if one else 'are'} confirmed"
+    )
+    if len(counts) > 1:
+        confirmed = f"in each of {len(counts)} dictionaries {confirmed}"
     where = f"on prompts not used to select them, over {count(len(tasks), 'task')}"
     if verdict is Verdict.SUPPORTED:
-        return f"{confirmed} {where}."
+        return f"{confirmed[0].upper()}{confirmed[1:]} {where}."
     if verdict is Verdict.NOT_SUPPORTED:
-        if n == 0:
+        if max(counts) == 0:
             return f"No feature of {n_testable} testable ones is confirmed {where}."
-        return f"{confirmed} {where}, more than the {100 * COMPACT_SHARE:.0f}% that could still be called compact."
+        too_many = f"more than the {100 * COMPACT_SHARE:.0f}% that could still be called compact"
+        return f"{confirmed[0].upper()}{confirmed[1:]} {where}, {too_many}."
+    if len(set(each)) > 1:
+        words = ", ".join(one.value.replace("_", " ").lower() for one in each)
+        return f"Undetermined, because the dictionaries disagree ({words}): {confirmed}."
     if not details["guarded"]:
         return (
             f"Undetermined: {confirmed}, but RL got too few prompts wrong that base got right for the RL-specific "
@@ -147,12 +175,18 @@ def _answer(verdict: Verdict, details: dict[str, Any]) -> str:
     return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
 
 
+def _span(counts: list[int]) -> str:
+    """``12``, or ``12 to 15``."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[str, ...]:
     """Whether the confirmed features depend on one dictionary's initial weights."""
     matching, name = results.get("matching"), spec.primary_crosscoder.name
     confirmed = data["feature"].values[data["tier"].values == "CONFIRMED"]
     if matching is None or name not in labels_of(matching, "crosscoder"):
-        return ("The dictionary was trained once: whether these features reappear with another seed is not known.",)
+        return ()
     if not len(confirmed):
         return ()
     share = matching["reappearance"].sel(crosscoder=name, feature=confirmed).values
@@ -161,6 +195,52 @@ def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[
         f"{int((share == 1).sum())} of {count(len(confirmed), 'confirmed feature')} have a match in "
         f"{'the other dictionary' if n == 1 else f'all {n} other dictionaries'} trained from other initial weights.",
     )
+
+
+def separation_caveats(results: Results, spec: StudySpec) -> tuple[str, ...]:
+    """How well raw activations alone tell the models apart, beside the selected features; nothing if not computed."""
+    data, auc = results.get("separation"), _separation_auc(results)
+    caveats = []
+    if data is not None and "models" in auc:
+        models, of_models = auc["models"], {"comparison": "models"}
+        share = number(data, "share", model=data.attrs.get("target"))
+        sentence = (
+            f"Raw activations alone tell {spec.contrasted[1].name} from base on unseen prompts with AUC "
+            f"{fixed(models['raw'], 3)} (their mean shift, {percent(share, 0)} of the squared difference, "
+            f"{fixed(models['mean shift'], 3)})"
+        )
+        if math.isfinite(models["selected"]):
+            n = int(attr_number(data, "n_features"))
+            random = models["random"]
+            beside = f" and as many random ones {fixed(random, 3)}" if math.isfinite(random) else ""
+            verdict = (
+                "the features tell them apart better than raw activations do"
+                if number(data, "beats_raw", **of_models)
+                else "that features separate the models is no news here"
+            )
+            of = " of the first dictionary" if len(spec.primary_crosscoder.names) > 1 else ""
+            sentence += f", the {count(n, 'selected feature')}{of} {fixed(models['selected'], 3)}{beside}: {verdict}"
+        caveats.append(f"{sentence}.")
+    if "gain or loss" in auc:
+        told = ", ".join(f"{name} {fixed(value, 3)}" for name, value in auc["gain or loss"].items())
+        caveats.append(
+            f"On unseen prompts the difference of activations tells those that {spec.contrasted[1].name} gained from "
+            f"those that it lost with AUC: {told}."
+        )
+    return tuple(caveats)
+
+
+def _separation_auc(results: Results) -> dict[str, dict[str, float]]:
+    """AUC by comparison and predictor, of the comparisons that could be estimated."""
+    data = results.get("separation")
+    return {
+        comparison: {
+            predictor: number(data, "auc", comparison=comparison, predictor=predictor)
+            for predictor in labels_of(data, "predictor")
+        }
+        for comparison in labels_of(data, "comparison")
+        if text(data, "estimable", comparison=comparison) == _YES
+    }
 
 
 def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
-from rlgen_stats.toolkit.reporting.claims.replication import health_caveat, unusable_readout
+from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, hundred, listed, p_text
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_list, labels_of, number, text
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_list, by_dictionary, labels_of, number, text
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, causal_verdict, smallest_rank_p, within_minimum
 
@@ -92,6 +92,7 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
         "n_controls": _n_controls(data, direction),
         "n_prompts": number(data, "n_prompts", direction=direction),
         "n_features": len(attr_list(data, "features")),
+        "effect_by_dictionary": _by_dictionary(data, direction),
         "accuracy_percent": hundred(number(data, "accuracy", **arm)),
         "effect_by_task": _by_task(data, arm),
         "measured_on": [str(task) for task in np.atleast_1d(data.attrs.get("target_tasks", labels_of(data, "task")))],
@@ -125,6 +126,13 @@ def _by_task(data: xr.Dataset, arm: dict[str, str]) -> dict[str, float]:
     return {task: hundred(e) for task, e in zip(labels_of(data, "task"), effects, strict=True)}
 
 
+def _by_dictionary(data: xr.Dataset, direction: str) -> list[float]:
+    """Effect of each dictionary's own set, points; empty where only one was tried."""
+    if data.sizes.get("dictionary", 1) < 2:
+        return []
+    return [hundred(float(effect)) for effect in data["dictionary_effect"].sel(direction=direction).values]
+
+
 def _in_domain(results: Results) -> set[str]:
     behaviour = results.get("behaviour")
     rows = zip(labels_of(behaviour, "task"), labels_of(behaviour, "domain"), strict=True)
@@ -140,6 +148,17 @@ def _balance_caveat(balance: xr.Dataset | None) -> list[str]:
     rows = zip(labels_of(balance, "covariate"), balance["balanced"].values, strict=True)
     unbalanced = [label.replace("_", " ") for label, balanced in rows if not balanced]
     return [f"The random sets do not fully match the set in {listed(unbalanced)}."] if unbalanced else []
+
+
+def _edited_and_confirmed(results: Results) -> tuple[int, int]:
+    """Edited features over all dictionaries, and how many of them the selection confirmed."""
+    edited = confirmed = 0
+    trials = by_dictionary(results, "trial-dictionary") or [results["intervention"]]
+    for trial, selection in zip(trials, by_dictionary(results, "selection"), strict=False):
+        features = np.isin(selection["feature"].values, attr_list(trial, "features"))
+        edited += int(features.sum())
+        confirmed += int((features & (selection["tier"].values == "CONFIRMED")).sum())
+    return edited, confirmed
 
 
 _LIMITING_REASONS: Final = {
@@ -159,7 +178,7 @@ def _coded(reason: str) -> tuple[str, str]:
     return code.strip(), explanation.strip().rstrip(".")
 
 
-_SUBJECT: Final = {"disable": "Disabling the set in the RL model", "amplify": "Amplifying the set in base"}
+_SUBJECT: Final = {"disable": ("Disabling", "in the RL model"), "amplify": ("Amplifying", "in base")}
 
 
 def _open_question(checks: dict[str, str], near_zero: bool) -> str:
@@ -172,8 +191,12 @@ def _open_question(checks: dict[str, str], near_zero: bool) -> str:
 
 
 def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction: str, *, near_zero: bool) -> str:
-    subject, causal = _SUBJECT[direction], details["causal_verdict"]
+    verb, where = _SUBJECT[direction]
+    causal, each = details["causal_verdict"], details["effect_by_dictionary"]
+    subject = f"{verb} {'the set of each dictionary' if each else 'the set'} {where}"
     change = f"changes accuracy by {fixed(100 * effect, sign=True)} points"
+    if each:
+        change += f" on average ({', '.join(fixed(one, sign=True) for one in each)})"
     if verdict is Verdict.CONTRADICTED:
         return f"{subject} {change}, the opposite of the claim."
     if verdict is Verdict.SUPPORTED:
@@ -191,7 +214,6 @@ def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction:
 
 
 def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], direction: str) -> tuple[str, ...]:
-    data, selection = results["intervention"], results.get("selection")
     caveats = [
         "The paper's figure is on prompts chosen by their outcome, where resampling alone moves base from 0 to 36% and "
         "RL from 100 to 65%; ours is on verification prompts not chosen by outcome, so their sizes cannot be compared."
@@ -199,12 +221,9 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
     in_domain = _in_domain(results) & set(details["measured_on"])
     if direction == "disable" and in_domain:
         caveats.append(f"The effect is not over out-of-domain tasks only; it includes {listed(sorted(in_domain))}.")
-    features = attr_list(data, "features")
-    if selection is not None and features:
-        edited = selection.isel(feature=np.flatnonzero(np.isin(selection["feature"].values, features)))
-        n_confirmed = int((edited["tier"].values == "CONFIRMED").sum())
-        if n_confirmed < len(features):
-            caveats.append(f"Only {n_confirmed} of the {len(features)} edited features are confirmed (C3).")
+    edited, confirmed = _edited_and_confirmed(results)
+    if confirmed < edited:
+        caveats.append(f"Only {confirmed} of the {edited} edited features are confirmed (C3).")
     caveats += _balance_caveat(results.get("control_balance"))
     floor = smallest_rank_p(details["n_controls"])
     if details["n_controls"] and floor > spec.statistics.alpha:
@@ -214,6 +233,6 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
     caveats += [
         f"{_LIMITING_REASONS[code]}: {explanation}."
         for code, explanation in map(_coded, details["reasons"])
-        if code in _LIMITING_REASONS and not explanation.startswith("unbalanced")  # the balance caveat already says so
+        if code in _LIMITING_REASONS and "unbalanced:" not in explanation  # the balance caveat already says so
     ]
-    return (*caveats, *health_caveat(results, spec))
+    return (*caveats, *dictionary_caveat(spec), *health_caveat(results, spec))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import xarray as xr
+
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.formatting import fixed, listed
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, labels_of, number, text
@@ -66,16 +68,32 @@ def replication_text(spec: StudySpec) -> str:
 
 def unusable_readout(results: Results, spec: StudySpec) -> str:
     """Why the features of single models say nothing in this study; empty if they can be read, or were accepted."""
-    failed = text(results.get("health"), "readout_reasons", crosscoder=spec.primary_crosscoder.name)
-    if not failed or readout_accepted(results, spec):
-        return ""
-    return f"the features of single models cannot be read: {failed}"
+    health = results.get("health")
+    for name in spec.primary_crosscoder.names:
+        failed = text(health, "readout_reasons", crosscoder=name)
+        if failed and not _accepted(health, name, spec):
+            where = f" in dictionary {name}" if len(spec.primary_crosscoder.names) > 1 else ""
+            return f"the features of single models cannot be read{where}: {failed}"
+    return ""
 
 
 def readout_accepted(results: Results, spec: StudySpec) -> bool:
     """Whether the study uses its readout whatever its checks say."""
-    noted = number(results.get("health"), "readout_accepted", crosscoder=spec.primary_crosscoder.name)
-    return spec.primary_crosscoder.accept_unhealthy or noted == 1.0
+    return all(_accepted(results.get("health"), name, spec) for name in spec.primary_crosscoder.names)
+
+
+def _accepted(health: xr.Dataset | None, name: str, spec: StudySpec) -> bool:
+    return spec.primary_crosscoder.accept_unhealthy or number(health, "readout_accepted", crosscoder=name) == 1.0
+
+
+def dictionary_caveat(spec: StudySpec) -> tuple[str, ...]:
+    """One sentence where a single dictionary speaks for all."""
+    if len(spec.primary_crosscoder.names) > 1:
+        return ()
+    return (
+        "One dictionary: another one, trained from other initial weights, may answer otherwise, and no interval here "
+        "holds that (replicates: 3 in study.yaml).",
+    )
 
 
 def health_caveat(results: Results, spec: StudySpec) -> tuple[str, ...]:

@@ -183,6 +183,6 @@ def drift_volcano(results: Results, spec: StudySpec) -> Graphic:
         svg,
         alt,
         "Each point is a feature: its change against base over prompts in standard deviations of that change "
-        "(invariant to the scale of activations), and the sign-flip p-value. Coloured: called DRIFT after correction "
-        f"over the family.{more}",
+        "(invariant to the scale of activations), and the sign-flip p-value. Coloured: called DRIFT, which means that "
+        f"it differs, and by more than the margin, both after correction over the family.{more}",
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import MODEL, PROMPT
 from rlgen_stats.schemas.errors import InputError, RefusedError
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS
 
@@ -100,6 +101,13 @@ def unit_means(values: FloatArray, codes: IntArray | None) -> FloatArray:
     sizes = np.unique(codes, return_counts=True)[1].astype(np.float64)
     means: FloatArray = cluster_sums(values, codes) / sizes.reshape(-1, *[1] * (values.ndim - 1))
     return means
+
+
+def jackknife_groups(unit: IntArray, n_groups: int, seed: int) -> IntArray:
+    """Group of every row, 0 to at most ``n_groups`` - 1: whole units at random, as many in each (within one)."""
+    names, codes = np.unique(unit, return_inverse=True)
+    groups: IntArray = stream(seed, 0).permutation(len(names))[codes.reshape(-1)] % n_groups
+    return groups
 
 
 def present_prompts(features: xr.Dataset, models: Sequence[str]) -> NDArray[np.bool_]:

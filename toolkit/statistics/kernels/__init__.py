@@ -44,7 +44,8 @@ Means, equivalence, counts, sets::
     pooled_mean(values, codes=None, *, alpha=0.05, within=None) -> Pooled          # values [dictionary, unit(, ...)]
     pooled_estimates(estimates, *, jackknife=None, draws=None, df_draws=inf, alpha=0.05)
         -> Pooled(mean, low, high, standard_error, df, between_sd, p_value, each_mean, n_dictionaries)
-    same_direction(each_mean, pooled) -> array
+    pooled_intervals(estimates, lows, highs, *, alpha=0.05) -> (mean, low, high)
+    same_direction(each_mean, pooled) -> array;  dictionaries_needed(n) -> int;  agreed(answers, otherwise) -> answer
     mover_difference(first, second) -> (difference, low, high)            # of two (estimate, low, high)
     mover_weighted_sum(estimates, lows, highs, *, weights) -> (sum, low, high)
     p_from_interval(estimate, low, high, *, alpha) -> float
@@ -94,7 +95,15 @@ from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.fdp import FdpResult, exceedance_counts, fdp_bound
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.partial_conjunction import partial_conjunction
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.stability_bound import cpss_bound
-from rlgen_stats.toolkit.statistics.kernels.pooling import Pooled, pooled_estimates, pooled_mean, same_direction
+from rlgen_stats.toolkit.statistics.kernels.pooling import (
+    Pooled,
+    agreed,
+    dictionaries_needed,
+    pooled_estimates,
+    pooled_intervals,
+    pooled_mean,
+    same_direction,
+)
 from rlgen_stats.toolkit.statistics.kernels.proportions import McNemarResult, mcnemar, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.set_overlap import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.trend import TrendResult, trend_contrast, trend_test
@@ -120,11 +129,13 @@ __all__ = [
     "TrendResult",
     "WildResult",
     "adjust",
+    "agreed",
     "bootstrap_t",
     "bootstrap_weights",
     "cluster_se",
     "cpss_bound",
     "delete_group_jackknife",
+    "dictionaries_needed",
     "exceedance_counts",
     "family_size",
     "fdp_bound",
@@ -144,6 +155,7 @@ __all__ = [
     "partial_conjunction",
     "permutation_contrast",
     "pooled_estimates",
+    "pooled_intervals",
     "pooled_mean",
     "rbo",
     "saddlepoint_tail",

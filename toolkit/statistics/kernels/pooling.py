@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from scipy import special
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 from rlgen_stats.toolkit.statistics.kernels.unit_tables import cluster_totals
+
+Answer = TypeVar("Answer")
 
 FEW_DICTIONARIES: Final = 5
 """Below this number every dictionary must have the pooled sign; from it on a majority does."""
@@ -188,6 +191,66 @@ def pooled_estimates(
     return _pooled(each, _Parts(within.var(axis=0, ddof=1), noise, df_draws), alpha)
 
 
+def pooled_intervals(
+    estimates: Any, lows: Any, highs: Any, *, alpha: float = 0.05
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Mean over dictionaries of estimates that come with an interval each and nothing else.
+
+    Parameters
+    ----------
+    estimates, lows, highs
+        [dictionary, ...]: estimate and its 1 - alpha interval over prompts, from the same prompts in every dictionary.
+    alpha
+        1 - coverage.
+
+    Returns
+    -------
+    tuple of array
+        Mean, low and high [...]; with one dictionary exactly its interval.
+
+    Notes
+    -----
+    Each side's squared half-width is the squared mean of the dictionaries' own plus t(R - 1)^2 S2 / R, as in
+    :func:`pooled_mean` with errors over prompts taken to be wholly shared. They are shared in part, and S2 holds what
+    is not, so that the interval covers at least as much.
+
+    Examples
+    --------
+    >>> [round(float(x), 3) for x in pooled_intervals([0.1, 0.2, 0.3], [0.0, 0.1, 0.2], [0.2, 0.3, 0.4])]
+    [0.2, -0.068, 0.468]
+    """
+    each, low, high = (np.asarray(values, dtype=np.float64) for values in (estimates, lows, highs))
+    if each.shape != low.shape or each.shape != high.shape or not each.ndim:
+        raise InputError(f"expected three arrays [dictionary, ...], got {each.shape}, {low.shape} and {high.shape}.")
+    n, mean = len(each), each.mean(axis=0)
+    between = _t(n - 1, np.log(alpha)) ** 2 * each.var(axis=0, ddof=1) / n if n > 1 else 0.0
+    below, above = (each - low).mean(axis=0), (high - each).mean(axis=0)
+    return mean, mean - np.sqrt(below**2 + between), mean + np.sqrt(above**2 + between)
+
+
+def dictionaries_needed(n: int) -> int:
+    """How many of ``n`` dictionaries must agree: all of fewer than five, else four fifths.
+
+    Examples
+    --------
+    >>> [dictionaries_needed(n) for n in (1, 3, 4, 5, 10)]
+    [1, 3, 4, 4, 8]
+    """
+    return n if n < FEW_DICTIONARIES else math.ceil(MAJORITY * n - 1e-9)
+
+
+def agreed(answers: Sequence[Answer], otherwise: Answer) -> Answer:
+    """The answer that :func:`dictionaries_needed` of the dictionaries give; ``otherwise`` if they give none.
+
+    Examples
+    --------
+    >>> agreed(["stable", "stable", "evolving"], "open"), agreed(["stable"] * 4 + ["evolving"], "open")
+    ('open', 'stable')
+    """
+    answer, count = Counter(answers).most_common(1)[0]
+    return answer if count >= dictionaries_needed(len(answers)) else otherwise
+
+
 def same_direction(each_mean: Any, pooled: Any) -> Any:
     """Whether enough dictionaries have the sign of the pooled mean: all of fewer than five, else four fifths.
 
@@ -209,9 +272,7 @@ def same_direction(each_mean: Any, pooled: Any) -> Any:
     (False, True)
     """
     each, mean = np.asarray(each_mean, dtype=np.float64), np.asarray(pooled, dtype=np.float64)
-    n = len(each)
-    needed = n if n < FEW_DICTIONARIES else math.ceil(MAJORITY * n - 1e-9)
-    agree = (np.sign(each) == np.sign(mean)).sum(axis=0) >= needed
+    agree = (np.sign(each) == np.sign(mean)).sum(axis=0) >= dictionaries_needed(len(each))
     result = agree & (mean != 0) & ~np.isnan(mean)
     return result if result.ndim else bool(result)
 

@@ -3,6 +3,10 @@
 Two units, two calculations. Within one model pair the unit is the prompt: :func:`power_at`, :func:`required_prompts`,
 :func:`detectable_effect`. Between post-training methods it is the training run: :func:`run_power`,
 :func:`required_runs`. Both control errors over the same family by the same thresholds (``_threshold``).
+
+Planned is the power to show that a feature differs (``q_value``). A call of DRIFT also needs more than the margin; the
+test of that has the power of an effect that is smaller by the margin: plan with d_z less margin x spread / standard
+deviation of the difference.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ class Design:
     """
 
     effect: float = 0.1
-    """d_z of a true effect: mean / standard deviation of the paired difference over all prompts, zeros included."""
+    """d_z of a true effect: mean / standard deviation of the paired difference over all prompts, zeros included. To
+    plan for calls of DRIFT: of what exceeds the margin."""
     n_features: int = 32_768
     """Testable features in the family."""
     true_share: float = 0.01

@@ -54,7 +54,7 @@ def simulated_power(
     most_features: int = MOST_FEATURES,
     progress: Progress = SILENT,
 ) -> SimulatedPower:
-    """Power of the tests that ``drift_test`` runs, by simulating data sets (worlds) with the design's effect.
+    """Power of the sign flips that ``drift_test`` runs, by simulating data sets (worlds) with the design's effect.
 
     Parameters
     ----------

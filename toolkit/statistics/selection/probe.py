@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import xarray as xr
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, roc_auc_score
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils.parallel import Parallel, delayed
 
 from rlgen_stats.schemas.dims import FEATURE, MODEL, TASK
@@ -21,10 +14,10 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
-from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, feature_arrays, in_prompt_order
-from rlgen_stats.toolkit.statistics.core.nearest_draws import matched_on_rate
+from rlgen_stats.toolkit.statistics.core.feature_blocks import feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.units import cluster_codes, present_prompts, unit_attrs
-from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
+from rlgen_stats.toolkit.statistics.selection.linear_probe import FittedProbe, fit_probe, matched_sets, nested_folds
 from rlgen_stats.toolkit.statistics.selection.members import (
     Members,
     SelectedMembers,
@@ -32,11 +25,6 @@ from rlgen_stats.toolkit.statistics.selection.members import (
     selection_unit,
 )
 from rlgen_stats.toolkit.statistics.selection.tasks import greedy_correctness
-
-STRENGTHS: Final = (0.01, 0.1, 1.0)
-"""Inverse penalties C of standardised features, from strong to scikit-learn's default; inner folds choose one."""
-
-Folds = list[tuple[IntArray, IntArray]]
 
 
 def correctness_probe(
@@ -129,13 +117,13 @@ def correctness_probe(
     (values, firing), _ = feature_arrays(features, [variable, "firing"], [name])
     counts = (firing[0, prompts] > 0).sum(axis=0).compute()
     sets_seed = derive_seed(seed, "probe", "sets")
-    sets, worst_match = _matched_sets(counts, chosen.features, feature_ranks(features), n_random, sets_seed)
+    sets, worst_match = matched_sets(counts, chosen.features, feature_ranks(features), n_random, sets_seed)
     needed = np.unique(sets)
     x = values[0, prompts][:, needed].compute().astype(np.float64)
-    folds = _nested_folds(correct, groups, n_outer, n_inner, derive_seed(seed, "probe", "folds") % 2**32)
+    folds = nested_folds(correct, groups, n_outer, n_inner, derive_seed(seed, "probe", "folds") % 2**32)
     with progress.task("probes", total=len(sets), unit="set") as task:
         probes = []
-        work = (delayed(_fit_probe)(x[:, np.searchsorted(needed, index)], correct, folds) for index in sets)
+        work = (delayed(fit_probe)(x[:, np.searchsorted(needed, index)], correct, folds) for index in sets)
         for probe in Parallel(n_jobs=n_jobs, return_as="generator")(work):
             probes.append(probe)
             task.advance()
@@ -148,17 +136,7 @@ def correctness_probe(
     return _labelled(probes, chosen).assign_attrs(attrs | {"conditioned": chosen.conditioned})
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A set's probe, scored out of fold."""
-
-    auc: float
-    log_loss: float
-    chance: float
-    coefficient: FloatArray
-
-
-def _labelled(probes: list[_Fitted], chosen: SelectedMembers) -> xr.Dataset:
+def _labelled(probes: list[FittedProbe], chosen: SelectedMembers) -> xr.Dataset:
     """Results of the selected set (the first) beside those of the random sets."""
     selected, random = probes[0], probes[1:]
     auc, loss = (np.array([getattr(probe, name) for probe in random]) for name in ("auc", "log_loss"))
@@ -205,62 +183,3 @@ def _answers(
             "choose another model or other tasks."
         )
     return prompts, correct[prompts]
-
-
-def _matched_sets(
-    counts: IntArray, selected: IntArray, ranks: IntArray, n_random: int, seed: int
-) -> tuple[list[IntArray], float]:
-    """The selected features and ``n_random`` sets matched to them on firing counts, as positions; the worst match.
-
-    Members are drawn in order of their labels, so that draws do not depend on the order of the features. The match is
-    on one covariate, in ranks; the trial's controls (``causal.controls``) are matched on four and then balanced, by
-    the same draw.
-    """
-    alive = np.flatnonzero(counts >= DEFAULT_MIN_FIRING)
-    alive = alive[np.lexsort((ranks[alive], counts[alive]))]
-    free = alive[~np.isin(alive, selected)]
-    n, m = len(free), len(selected)
-    if n < 2 * m:
-        raise InputError(
-            f"random sets of {m} need at least {2 * m} other features that fire on "
-            f"{DEFAULT_MIN_FIRING} verification prompts, got {n}; choose fewer features (max_features)."
-        )
-    members = selected[np.argsort(ranks[selected], kind="stable")]
-    drawn, worst = matched_on_rate(counts[free], counts[members], n_random, seed=seed)
-    return [selected, *free[drawn]], worst / n
-
-
-def _nested_folds(
-    correct: IntArray, groups: IntArray, n_outer: int, n_inner: int, seed: int
-) -> list[tuple[IntArray, IntArray, Folds]]:
-    """Training and scored prompts of each outer fold, and the inner folds of the training ones (positions in them)."""
-    fewest = min(len(np.unique(groups[correct == answer])) for answer in (0, 1))
-    if fewest < n_outer * 2:
-        raise RefusedError(
-            f"{n_outer} outer folds need at least {2 * n_outer} units with right and with wrong answers each, got "
-            f"{fewest}; use fewer folds, more prompts or more tasks."
-        )
-    folds = []
-    outer = StratifiedGroupKFold(n_outer, shuffle=True, random_state=seed)
-    for train, score in outer.split(groups, correct, groups):
-        inner = StratifiedGroupKFold(n_inner, shuffle=True, random_state=seed)
-        folds.append((train, score, list(inner.split(train, correct[train], groups[train]))))
-    return folds
-
-
-def _fit_probe(x: FloatArray, correct: IntArray, folds: list[tuple[IntArray, IntArray, Folds]]) -> _Fitted:
-    predicted, chance = np.empty(len(correct)), np.empty(len(correct))
-    auc, coefficients = [], []
-    for train, score, inner in folds:
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, cv=inner, scoring="neg_log_loss")
-        search.fit(x[train], correct[train])
-        predicted[score], chance[score] = search.predict_proba(x[score])[:, 1], correct[train].mean()
-        auc.append(roc_auc_score(correct[score], predicted[score]))
-        coefficients.append(search.best_estimator_[-1].coef_[0])
-    return _Fitted(
-        auc=float(np.mean(auc)),
-        log_loss=float(log_loss(correct, predicted)),
-        chance=float(log_loss(correct, chance)),
-        coefficient=np.mean(coefficients, axis=0),
-    )

@@ -18,6 +18,8 @@ from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 CROSSCODER: Final = "crosscoder"
 MAS_CROSSCODER: Final = "mas_crosscoder"
 OTHER_VIEW: Final = "other_view"
+ONE_DECODER: Final = "one_decoder"
+"""Attribute of decoders that all views share: an SAE of one model."""
 
 CLUSTER_COSINE: Final = 0.7
 """Decoder cosine above which two features count as one piece of evidence (as in docs/method.md 4d)."""
@@ -60,7 +62,9 @@ def attribution(
     differ, the L2 norm is taken per sqrt(d_m) and the L1 norm per d_m throughout (one width cancels). The cosine of two
     views' decoder rows says whether a feature writes the same direction in both; NaN where one of them is zero or their
     widths differ. All are scale-invariant: (f_k, d_k) -> (c f_k, d_k / c) changes none. A decoder that is zero in every
-    compared view gives NaN. A norm share alone does not make a feature specific; latent scaling must agree
+    compared view gives NaN. So does everything for a dictionary whose views share one decoder (attribute
+    ``one_decoder``: an SAE of one model): its norms are equal whatever the models are, no feature counts as alive, and
+    latent scaling alone speaks. A norm share alone does not make a feature specific; latent scaling must agree
     (arXiv:2504.02922).
 
     References
@@ -77,6 +81,8 @@ def attribution(
     [0.5]
     """
     _check_decoders(decoders)
+    if decoders.attrs.get(ONE_DECODER):
+        decoders = decoders.assign(decoder=decoders["decoder"] * np.nan)
     views = [str(view) for view in decoders[VIEW].values]
     pair = _pair(views, original, target)
     decoder = decoders["decoder"].astype(np.float64)
@@ -88,7 +94,7 @@ def attribution(
             "mas_l1": _share(l1).transpose(VIEW, FEATURE),
             "mas_l2": _share(l2).transpose(VIEW, FEATURE),
             "firing": decoders["firing"].astype(np.float64),
-            "alive": decoders["firing"] > min_firing,
+            "alive": (decoders["firing"] > min_firing) & (not decoders.attrs.get(ONE_DECODER)),
             "view_cosine": _view_cosine(decoder, decoders.get("width")),
         },
         attrs={"min_firing": min_firing, "unit": "feature", "norms": "decoder rows in normalised units"},

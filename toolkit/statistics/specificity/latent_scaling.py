@@ -140,8 +140,8 @@ def classify_features(
     xr.Dataset
         ``feature_class[feature]``: ``dead`` (fires on fewer tokens), ``shared`` (no share above tau), ``specific``
         (both ratios of every other view are below their limits at level ``alpha``), ``contradicted`` (one exceeds its
-        limit at that level: an artefact of the sparsity penalty), ``undetermined`` (neither shown). ``specific_to
-        [feature]``: the view of a candidate, else "".
+        limit at that level: an artefact of the sparsity penalty), ``undetermined`` (neither shown, or no share
+        known). ``specific_to[feature]``: the view of a candidate, else "".
 
     Raises
     ------
@@ -166,12 +166,14 @@ def classify_features(
     shares = np.asarray(share.transpose(VIEW, FEATURE).values, dtype=np.float64)
     filled = np.nan_to_num(shares, nan=-1.0)
     best = filled.argmax(axis=0)
-    candidate = filled.max(axis=0) > tau
+    candidate, unknown = filled.max(axis=0) > tau, np.isnan(shares).all(axis=0)
     lower, upper = _bounds(scaling, best, alpha, max(1, 2 * (len(views) - 1)))
     limits = {"error": nu_error_max, "reconstruction": nu_reconstruction_max}
     below = np.all([(upper[name] < limit).all(axis=0) for name, limit in limits.items()], axis=0)
     above = np.any([(lower[name] > limit).any(axis=0) for name, limit in limits.items()], axis=0)
-    classes = np.select([~candidate, below, above], ["shared", "specific", "contradicted"], "undetermined")
+    classes = np.select(
+        [unknown, ~candidate, below, above], ["undetermined", "shared", "specific", "contradicted"], "undetermined"
+    )
     classes = np.where(np.asarray(scaling["n_active"].values) < min_active, "dead", classes)
     specific_to = np.where(candidate & (classes != "dead"), np.array(views, dtype=np.str_)[best], "")
     return xr.Dataset(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import MODEL, RUN, STEP, TRAINED_RUN
-from rlgen_stats.toolkit.statistics.kernels import mover_difference, p_from_interval
+from rlgen_stats.toolkit.statistics.kernels import agreed, mover_difference, p_from_interval, pooled_intervals
 from rlgen_stats.toolkit.statistics.timing.set_stability import MIN_CEILING
 
 EARLY: Final = 0.5
@@ -175,6 +176,49 @@ def contrast_runs(first: RunTiming, second: RunTiming, *, alpha: float) -> RunCo
     difference, low, high = mover_difference(second.turnover, first.turnover)
     p_value = p_from_interval(difference, low, high, alpha=alpha)
     return RunContrast(first=first, second=second, difference=difference, low=low, high=high, p_value=p_value)
+
+
+def pool_timings(timings: Sequence[RunTiming], *, alpha: float) -> RunTiming:
+    """One run's timing over several dictionaries: estimates pooled, status where they agree, the rest at its worst."""
+    first = timings[0]
+    if len(timings) == 1:
+        return first
+    each = [timing.status.value for timing in timings]
+    status = agreed([timing.status for timing in timings], SetStatus.UNDETERMINED)
+    disagreement = f"the dictionaries disagree ({', '.join(each)})" if len(set(each)) > 1 else first.set_reason
+    return replace(
+        first,
+        status=status,
+        set_verdict=agreed([timing.set_verdict for timing in timings], "UNDETERMINED"),
+        set_reason=disagreement if status is SetStatus.UNDETERMINED else first.set_reason,
+        turnover=_pooled([timing.turnover for timing in timings], alpha),
+        overlap=float(np.mean([timing.overlap for timing in timings])),
+        ceiling=min(timing.ceiling for timing in timings),
+        stable_share=max(timing.stable_share for timing in timings),
+        stabilised=_pooled([timing.stabilised for timing in timings], alpha),
+    )
+
+
+def _pooled(each: Sequence[tuple[float, float, float]], alpha: float) -> tuple[float, float, float]:
+    """Estimates with low and high, pooled."""
+    mean, low, high = pooled_intervals(*np.transpose(each), alpha=alpha)
+    return float(mean), float(low), float(high)
+
+
+def pool_contrasts(contrasts: Sequence[RunContrast], *, alpha: float) -> RunContrast:
+    """The difference of two runs over several dictionaries, with the variance between these in its interval."""
+    if len(contrasts) == 1:
+        return contrasts[0]
+    each = [(contrast.difference, contrast.low, contrast.high) for contrast in contrasts]
+    difference, low, high = _pooled(each, alpha)
+    return RunContrast(
+        first=pool_timings([contrast.first for contrast in contrasts], alpha=alpha),
+        second=pool_timings([contrast.second for contrast in contrasts], alpha=alpha),
+        difference=difference,
+        low=low,
+        high=high,
+        p_value=p_from_interval(difference, low, high, alpha=alpha),
+    )
 
 
 def _of_run(sets: xr.Dataset, name: str, run: str) -> Any:
