@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from rlgen_stats.schemas.declaring import MODEL_COORDS, TEST_ATTRS, TEST_VARIABLES, Layout, variables_on
+from rlgen_stats.schemas.declaring import MODEL_COORDS, TEST_ATTRS, TEST_VARIABLES, Layout, Variable, variables_on
 from rlgen_stats.schemas.dims import DOMAIN, FEATURE, MODEL, TASK, TRAINED_RUN, VIEW
 
 _INTERVENTION: Final = (
@@ -282,12 +282,16 @@ RESULTS: Final = (
             **{f"set_{kind}{level}": "float" for kind in ("correlation", "within") for level in _RANDOM_LEVELS},
         )
         | variables_on("dictionary", n_set="int")
-        | variables_on("replicate", n_matched="int", matched_share="float")  # of the first dictionary's features
-        | variables_on(f"replicate {MODEL}", top_shared="int", top_expected="float")
-        | variables_on(f"replicate {MODEL}", **{f"matched_energy{level}": "float" for level in _RANDOM_LEVELS})
+        | variables_on("criterion replicate", n_matched="int", matched_share="float")  # of the first's features
+        | variables_on(f"criterion replicate {MODEL}", top_shared="int", top_expected="float")
+        | variables_on(
+            f"criterion replicate {MODEL}", **{f"matched_energy{level}": "float" for level in _RANDOM_LEVELS}
+        )
         | variables_on(MODEL, n_drift_mean="float", n_drift_low="float", n_drift_high="float"),
-        MODEL_COORDS,
-        ("test", "null", "unit", "seed", "alpha", "top_k", "n_features", "n_random"),
+        MODEL_COORDS
+        | {name: Variable((name,), kind) for name, kind in (("dictionary", "int"), ("other", "int"))}
+        | {name: Variable((name,), "str") for name in ("criterion", "replicate")},
+        ("test", "null", "unit", "seed", "alpha", "top_k", "n_features", "n_random", "close_cosine"),
     ),
     Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm; all dictionaries together
         "intervention",

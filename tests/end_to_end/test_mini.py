@@ -19,6 +19,7 @@ import yaml
 import zarr
 from click.testing import Result
 
+from rlgen_stats.schemas.dims import split_dictionary
 from rlgen_stats.schemas.layout import RESULT_GROUPS
 from rlgen_stats.stores import (
     open_arms,
@@ -72,14 +73,47 @@ def test_every_stage_is_done_and_a_second_run_touches_nothing(mini: tuple[Path, 
 def test_stores_are_sound_complete_and_open_in_plain_xarray(mini: tuple[Path, Result]) -> None:
     folder, _ = mini
     assert verify(folder).problems == ()
-    assert set(result_groups(folder / "results.zarr")) == RESULTS
-    for group in RESULTS:
-        assert group in RESULT_GROUPS
+    stored = set(result_groups(folder / "results.zarr"))
+    trials = {"trial-dictionary", "trial-dictionary-balance"}
+    assert {split_dictionary(group)[0] for group in stored} - trials == RESULTS
+    for group in sorted(stored):
+        assert split_dictionary(group)[0] in {*RESULT_GROUPS, *trials}
         open_results(folder / "results.zarr", group)
         xr.open_zarr(folder / "results.zarr" / group, consolidated=False).load()
     for store in ("outcomes.zarr", "features.zarr"):
         xr.open_zarr(folder / store, consolidated=False).load()
     assert {"/outcomes", "/features", "/activations", "/results/drift"} <= set(open_study(folder).groups)
+
+
+def test_what_dictionaries_agree_on_is_that_of_their_own_results(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    results = folder / "results.zarr"
+    found = open_results(results, "replicability").load()
+    models = found.model.values.tolist()
+    assert [model.partition("@")[0] for model in models] == ["sft", "rl"]
+    assert found.dictionary.values.tolist() == [1, 2, 3]
+    assert found.replicate.values.tolist() == ["main.2", "main.3"]
+    matching = open_results(results, "matching").sel(crosscoder="main", replicate=["main.2", "main.3"]).load()
+    assert found.n_matched.sel(criterion="matched").values.tolist() == matching.matched.sum("feature").values.tolist()
+    health = open_results(results, "health").load()
+    for number, name in ((1, "main"), (2, "main.2"), (3, "main.3")):
+        own = open_results(results, "drift" if number == 1 else f"drift.{number}").load().sel(model=models)
+        assert (
+            found.n_drift.sel(dictionary=number).values.tolist() == (own.call == "DRIFT").sum("feature").values.tolist()
+        )
+        assert (
+            found.dfve.sel(dictionary=number).values.tolist()
+            == health.dfve.sel(crosscoder=name, model=models).values.tolist()
+        )
+        for part in ("decoded", "error"):
+            itself = found[f"{part}_correlation"].sel(dictionary=number, other=number)
+            assert itself.values == pytest.approx(1.0)
+            between = found[f"{part}_correlation"].sel(dictionary=number).drop_sel(other=number)
+            assert (np.abs(between) < 1).all()
+    told = read_json(folder / "report/report.json")["over_dictionaries"]
+    assert told["absent"] == ""
+    assert len(told["pairs"]) == 6
+    assert len(told["sentences"]) == 3
 
 
 def test_raw_activations_stand_beside_the_features(mini: tuple[Path, Result]) -> None:

@@ -345,31 +345,31 @@ def replicability() -> xr.Dataset:
     }
     for name, level in (("set_correlation", 0.85), ("set_within", 0.75)):
         values |= {name: agree(level), f"{name}_random": agree(0.4), f"{name}_random_high": agree(0.55)}
-    by_replicate = ("replicate", "model")
+    by_replicate = ("criterion", "replicate", "model")
     values |= {
         "dfve": (each, [[0.78, 0.73], [0.77, 0.74], [0.79, 0.71]]),
         "true_cosine": (each, np.full((3, 2), 0.9)),
         "true_correlation": (each, np.full((3, 2), 0.87)),
         "n_drift": (each, [[60, 40], [66, 44], [63, 42]]),
         "n_set": ("dictionary", [5, 6, 5]),
-        "n_matched": ("replicate", [18, 21]),
-        "matched_share": ("replicate", [0.08, 0.09]),
-        "matched_energy": (by_replicate, [[0.5, 0.61], [0.48, 0.58]]),
-        "matched_energy_random": (by_replicate, [[0.08, 0.08], [0.09, 0.09]]),
-        "matched_energy_random_high": (by_replicate, [[0.14, 0.15], [0.16, 0.17]]),
-        "top_shared": (by_replicate, [[9, 12], [10, 11]]),
-        "top_expected": (by_replicate, [[2.2, 2.9], [2.5, 2.6]]),
+        "n_matched": (by_replicate[:2], [[115, 138], [18, 21]]),
+        "matched_share": (by_replicate[:2], [[0.5, 0.6], [0.08, 0.09]]),
+        "matched_energy": (by_replicate, [[[0.7, 0.9], [0.6, 0.8]], [[0.5, 0.61], [0.48, 0.58]]]),
+        "matched_energy_random": (by_replicate, [[[0.5, 0.5], [0.6, 0.6]], [[0.08, 0.08], [0.09, 0.09]]]),
+        "matched_energy_random_high": (by_replicate, [[[0.7, 0.7], [0.8, 0.8]], [[0.14, 0.15], [0.16, 0.17]]]),
+        "top_shared": (by_replicate, [[[19, 22], [20, 21]], [[9, 12], [10, 11]]]),
+        "top_expected": (by_replicate, [[[3.2, 3.9], [3.5, 3.6]], [[2.2, 2.9], [2.5, 2.6]]]),
         "n_drift_mean": ("model", [63.0, 42.0]),
         "n_drift_low": ("model", [55.5, 37.0]),
         "n_drift_high": ("model", [70.5, 47.0]),
     }
     labels = {"run": ("model", ["sft", "rl"]), "step": ("model", [150, 80]), "arm": ("model", ["sft", "rl"])}
+    pairs = {"dictionary": [1, 2, 3], "other": [1, 2, 3], "replicate": ["main.2", "main.3"]}
     return xr.Dataset(
         values,
-        coords={"model": models, "dictionary": [1, 2, 3], "other": [1, 2, 3], "replicate": ["main.2", "main.3"]}
-        | labels,
+        coords={"model": models, "criterion": ["matched", "close"]} | pairs | labels,
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")}
-        | {"top_k": 50, "n_features": 230, "n_random": 99, "n_prompts": 28},
+        | {"top_k": 50, "n_features": 230, "n_random": 99, "n_prompts": 28, "close_cosine": 0.7},
     )
 
 

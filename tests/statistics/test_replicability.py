@@ -75,18 +75,23 @@ def test_a_dictionary_without_error_has_no_error_to_correlate() -> None:
     assert np.isnan(found.error_correlation[0]).all()
     assert float(found.error_correlation[1, 1, 0]) == 1.0
     assert np.isnan(found.decoded_correlation[1]).all()
+    still = decoded_agreement(sums_of(change, [change + 0.1, np.full_like(change, 0.1)]))
+    assert np.isnan(still.decoded_correlation[1]).all(), "what is left of a constant is rounding"
+    assert np.isnan(still.error_correlation[0]).all()
+    assert np.isfinite(still.decoded_cosine[1]).all()
     with pytest.raises(InputError, match="got 2 parts"):
         decoded_agreement(sums_of(change, [change]).isel(part=[0, 1], other_part=[0, 1]))
 
 
 # -- matched features --------------------------------------------------------------------------------------------------
-def matching_of(match: np.ndarray, matched: np.ndarray) -> xr.Dataset:
+def matching_of(match: np.ndarray, matched: np.ndarray, similarity: float | np.ndarray = 1.0) -> xr.Dataset:
     """[replicate, feature]; the last five features never fire."""
     shown = np.arange(N) < N - 5
     return xr.Dataset(
         {
             "match": (("replicate", "feature"), np.where(shown, match, -1)),
             "matched": (("replicate", "feature"), matched & shown),
+            "similarity": (("replicate", "feature"), np.broadcast_to(similarity, match.shape)),
             "reappearance": ("feature", np.where(shown, matched.mean(axis=0), np.nan)),
         },
         coords={"replicate": [f"main.{i + 2}" for i in range(len(match))], "feature": np.arange(N)},
@@ -106,10 +111,11 @@ def test_a_permuted_copy_shares_everything() -> None:
     other[:, order] = effect
     table = matching_of(order[None], np.ones((1, N), dtype=bool))
     found = matched_drift(table, {1: effects_of(effect), 2: effects_of(other)}, top_k=10, n_permutations=20)
-    assert found.n_matched.item() == found.attrs["n_features"] == N - 5
-    assert found.matched_share.item() == 1.0
+    assert found.n_matched.values.tolist() == [[N - 5]] * 2
+    assert found.attrs["n_features"] == N - 5
+    assert found.matched_share.values.tolist() == [[1.0]] * 2
     assert found.matched_energy.values == pytest.approx(1.0)
-    assert found.top_shared.values.tolist() == [[10, 10]]
+    assert found.top_shared.values.tolist() == [[[10, 10]]] * 2
     assert found.top_expected.values == pytest.approx(100 / (N - 5))
 
 
@@ -123,7 +129,7 @@ def test_few_matches_can_carry_most_of_the_drift() -> None:
     table = matching_of(np.tile(np.arange(N), (2, 1)), matched)
     found = matched_drift(
         table, {1: effects_of(effect), 2: effects_of(other), 3: effects_of(effect)}, top_k=4, n_permutations=400
-    ).sel(model="sft@9")
+    ).sel(model="sft@9", criterion="close")
     total = 4 * 81 + (N - 9)
     assert found.matched_share.values == pytest.approx(np.array([4, 2]) / (N - 5))
     assert found.matched_energy.values == pytest.approx(np.array([4, 2]) * 81 / total)
@@ -132,6 +138,22 @@ def test_few_matches_can_carry_most_of_the_drift() -> None:
     assert (found.matched_energy_random_high.values < 0.6 * found.matched_energy.values).all()
     assert found.top_shared.values.tolist() == [4, 2]  # ones that tie for the other's top: the earlier features
     assert found.top_expected.values == pytest.approx(np.array([4 * 4, 4 * 2]) / (N - 5))
+
+
+def test_a_match_beyond_chance_need_not_be_close() -> None:
+    effect = np.ones((2, N))
+    effect[:, :5] = 3.0
+    similarity = np.where(np.arange(N) < 2, 0.7, 0.69)[None]
+    table = matching_of(np.arange(N)[None], np.arange(N)[None] < 5, similarity)
+    found = matched_drift(table, {1: effects_of(effect), 2: effects_of(effect)}, top_k=5, n_permutations=300)
+    matched, close = (found.sel(criterion=name, model="rl@9") for name in ("matched", "close"))
+    assert (matched.n_matched.item(), close.n_matched.item()) == (5, 2)
+    assert matched.matched_energy.item() == pytest.approx(45 / (45 + N - 10))
+    assert close.matched_energy.item() == pytest.approx(18 / (45 + N - 10))
+    assert close.matched_energy_random.item() == pytest.approx(2 / (N - 5), abs=0.02)
+    assert (matched.top_shared.item(), close.top_shared.item()) == (5, 2)
+    assert (matched.top_expected.item(), close.top_expected.item()) == (pytest.approx(25 / 55), pytest.approx(10 / 55))
+    assert found.attrs["close_cosine"] == 0.7
 
 
 def test_matches_at_random_are_at_the_random_level() -> None:
@@ -158,7 +180,7 @@ def test_draws_are_those_of_the_seed_and_do_not_depend_on_the_other_dictionaries
     both = matched_drift(table, effects, top_k=5, n_permutations=30, seed=1)
     xr.testing.assert_identical(both, matched_drift(table, effects, top_k=5, n_permutations=30, seed=1))
     alone = matched_drift(table.isel(replicate=[1]), {1: effects[1], 2: effects[3]}, top_k=5, n_permutations=30, seed=1)
-    xr.testing.assert_equal(both.isel(replicate=[1]), alone)
+    xr.testing.assert_allclose(both.isel(replicate=[1]), alone, rtol=1e-12)
     again = matched_drift(table, effects, top_k=5, n_permutations=30, seed=2)
     assert not np.array_equal(again.matched_energy_random, both.matched_energy_random)
     with pytest.raises(InputError, match=r"expected effects of 3 dictionaries, numbered from 1, got \[1, 2\]"):
@@ -240,6 +262,10 @@ def test_random_sets_are_matched_in_firing_rate_and_seeded(make_features: MakeFe
     xr.testing.assert_identical(found, set_agreement(features, rare, models=MODELS[1:], n_random=29, seed=1))
     turned = {n: one.isel(prompt=slice(None, None, -1)).chunk(feature=7) for n, one in features.items()}
     xr.testing.assert_allclose(found, set_agreement(turned, rare, models=MODELS[1:], n_random=29, seed=1), rtol=1e-9)
+    one_turned = {1: features[1], 2: turned[2]}
+    xr.testing.assert_allclose(
+        found, set_agreement(one_turned, rare, models=MODELS[1:], n_random=29, seed=1), rtol=1e-9
+    )
     other = set_agreement(features, rare, models=MODELS[1:], n_random=29, seed=2)
     assert not np.array_equal(other.set_correlation_random, found.set_correlation_random)
 
@@ -272,6 +298,8 @@ def test_counts_of_drift() -> None:
     assert found.n_drift_mean.values.tolist() == [14, 0]
     assert float(found.n_drift_high[0]) == pytest.approx(14 + 4.302653 * 4 / np.sqrt(3))
     assert float(found.n_drift_low[0]) == pytest.approx(14 - 4.302653 * 4 / np.sqrt(3))
+    wide = drift_counts({1: calls[1], 2: calls[3]})
+    assert (float(wide.n_drift_low[0]), float(wide.n_drift_high[0])) == (0, pytest.approx(14 + 12.7062 * 4))
     assert float(drift_counts(calls, alpha=0.5).n_drift_high[0]) < float(found.n_drift_high[0])
     alone = drift_counts({1: calls[1]})
     assert np.isnan(alone.n_drift_low).all()

@@ -20,17 +20,14 @@ _BY_PAIR: Final = (
     *(f"{part}_{kind}" for part in ("decoded", "error") for kind in ("correlation", "cosine")),
     *(f"set_{kind}{level}" for kind in ("correlation", "within") for level in ("", "_random", "_random_high")),
 )
-_BY_REPLICATE: Final = ("n_matched", "matched_share")
-_BY_REPLICATE_AND_MODEL: Final = (
+_MATCHED: Final = (
+    "n_matched",
+    "matched_share",
     *(f"matched_energy{level}" for level in ("", "_random", "_random_high")),
     "top_shared",
     "top_expected",
 )
-
-
-def n_dictionaries(spec: StudySpec) -> int:
-    """Dictionaries of the encoded crosscoder."""
-    return len(spec.primary_crosscoder.names)
+"""Of pairs with the first dictionary; those of close matches are called ``close_...``."""
 
 
 def pair_rows(results: Results, spec: StudySpec) -> pd.DataFrame:
@@ -38,15 +35,19 @@ def pair_rows(results: Results, spec: StudySpec) -> pd.DataFrame:
     data, rows = results.get(GROUP), []
     if data is None:
         return pd.DataFrame()
-    numbers = [int(n) for n in data["dictionary"].values]
+    numbers, replicates = [int(n) for n in data["dictionary"].values], labels_of(data, "replicate")
     for run, model in final_models(spec, data).items():
         for first, second in itertools.combinations(numbers, 2):
             pair = {"dictionary": first, "other": second, MODEL: model}
             row: dict[str, Any] = {"run": run, **pair}
             row |= {name: number(data, name, **pair) for name in _BY_PAIR}
-            replicate = spec.primary_crosscoder.names[second - 1] if first == 1 else ""
-            row |= {name: number(data, name, replicate=replicate) for name in _BY_REPLICATE}
-            row |= {name: number(data, name, replicate=replicate, model=model) for name in _BY_REPLICATE_AND_MODEL}
+            replicate = replicates[second - 2] if first == 1 else ""
+            for criterion in labels_of(data, "criterion"):
+                at = {"criterion": criterion, "replicate": replicate}
+                prefix = "" if criterion == "matched" else f"{criterion}_"
+                for name in _MATCHED:
+                    labels = at | ({MODEL: model} if MODEL in data[name].dims else {})
+                    row[f"{prefix}{name.removeprefix('matched_') if prefix else name}"] = number(data, name, **labels)
             for name in ("dfve", "true_correlation", "n_drift"):
                 row[name], row[f"other_{name}"] = (
                     number(data, name, dictionary=n, model=model) for n in (first, second)
@@ -57,12 +58,14 @@ def pair_rows(results: Results, spec: StudySpec) -> pd.DataFrame:
 
 def why_absent(results: Results, spec: StudySpec) -> str:
     """Why there is nothing to show; empty if there is."""
-    if n_dictionaries(spec) < 2:
-        return (
-            "This study has one dictionary (replicates: 1), so nothing in it says whether its findings would reappear "
-            "in a dictionary trained from another seed."
-        )
-    return "" if GROUP in results else f"The analysis ‘{GROUP}’ has not been computed."
+    if GROUP in results:
+        return ""
+    if len(spec.primary_crosscoder.names) > 1:
+        return f"The analysis ‘{GROUP}’ has not been computed."
+    return (
+        "This study has one dictionary (replicates: 1), so nothing in it says whether its findings would reappear in a "
+        "dictionary trained from another seed."
+    )
 
 
 def sentences(results: Results, spec: StudySpec) -> tuple[str, ...]:
@@ -78,19 +81,25 @@ def sentences(results: Results, spec: StudySpec) -> tuple[str, ...]:
 
 def _matched(data: xr.Dataset, rows: pd.DataFrame, run: str) -> str:
     first = rows[rows["dictionary"] == 1]
-    shares = listed(
-        f"{percent(share, 0)}{' have a match' if i == 0 else ''} in dictionary {n}"
-        for i, (share, n) in enumerate(zip(first["matched_share"], first["other"], strict=True))
-    )
-    more = (first["matched_energy"] > first["matched_energy_random_high"]).all()
-    k = attr_number(data, "top_k")
+    n_features = f"{attr_number(data, 'n_features'):,.0f} features that fire"
+    if not first["n_matched"].any():
+        return f"None of the first dictionary’s {n_features} has a match in another dictionary."
+    others = f"{'dictionaries' if len(first) > 1 else 'dictionary'} {listed(str(n) for n in first['other'])}"
+    k, cosine = attr_number(data, "top_k"), attr_number(data, "close_cosine")
     return (
-        f"Of the first dictionary’s {attr_number(data, 'n_features'):,.0f} features that fire, {shares}, "
-        f"{'but' if more else 'and'} these carry {_each(first['matched_energy'], percent)} of the drift of {run} "
-        f"({_each(first['matched_energy_random'], percent)} if as many were matched at random); "
-        f"{_each(first['top_shared'], fixed)} of its {k:.0f} most changed features are matched with one of the other’s "
+        f"Of the first dictionary’s {n_features}, {_each(first['matched_share'], percent)} have a match in {others} "
+        f"that is better than chance, {_each(first['close_share'], percent)} a close one (cosine {cosine:g} or more). "
+        f"The close ones carry {_each(first['close_energy'], percent)} of the drift of {run} "
+        f"({_each(first['close_energy_random'], percent)} if as many were matched at random{_chance(first)}), and "
+        f"{_each(first['top_shared'], fixed)} of its {k:.0f} most changed features have their match among the other’s "
         f"{k:.0f} ({_each(first['top_expected'], fixed, 1)} expected at random)."
     )
+
+
+def _chance(first: pd.DataFrame) -> str:
+    """Whether the drift of close matches exceeds the 95% quantile of its random level."""
+    above = first["close_energy"] > first["close_energy_random_high"]
+    return ", so more than chance" if above.all() else "" if above.any() else ", within what chance gives"
 
 
 def _sets_and_changes(rows: pd.DataFrame) -> str:
@@ -107,10 +116,10 @@ def _sets_and_changes(rows: pd.DataFrame) -> str:
 
 
 def _meaning(rows: pd.DataFrame) -> str:
-    shares = rows["matched_share"][rows["dictionary"] == 1]
+    shares = rows["close_share"][rows["dictionary"] == 1]
     if (shares < 0.5).any():
         return "A feature number therefore means something in its own dictionary only."
-    return "Most features of the first dictionary have a counterpart in each of the others." if len(shares) else ""
+    return "Most features of the first dictionary have a close counterpart in each of the others."
 
 
 def counts_note(results: Results, spec: StudySpec) -> str:
@@ -125,7 +134,10 @@ def counts_note(results: Results, spec: StudySpec) -> str:
         mean, low, high = (number(data, f"n_drift_{name}", model=model) for name in ("mean", "low", "high"))
         parts.append(f"{run} {_each(counts, fixed)} (mean {compact(mean)}, interval {interval(low, high, 0)})")
     numbers = listed(labels_of(data, "dictionary"))
-    return f"Features called DRIFT in dictionaries {numbers}: {'; '.join(parts)}. Intervals are over dictionaries."
+    return (
+        f"Features called DRIFT in dictionaries {numbers}: {'; '.join(parts)}; intervals are over dictionaries. "
+        f"Selected: {_each(data['n_set'].values, fixed)}."
+    )
 
 
 def _each(values: Iterable[float], form: Any, digits: int = 0) -> str:

@@ -28,6 +28,11 @@ REPLICATE: Final = "replicate"
 HIGH: Final = 0.95
 """Quantile of the random levels that stands beside their mean or median."""
 N_RANDOM_SETS: Final = 99
+CLOSE: Final = 0.7
+"""Cosine of decoders from which two features count as the same: a match beyond chance may be much weaker."""
+CRITERION: Final = "criterion"
+CRITERIA: Final = ("matched", "close")
+"""Matched: more alike than decoys are. Close: matched, and with a cosine of at least ``CLOSE``."""
 
 
 # -- what is decoded ---------------------------------------------------------------------------------------------------
@@ -95,8 +100,9 @@ def matched_drift(
     Parameters
     ----------
     matching
-        ``match`` (label of the other's feature), ``matched`` [replicate, feature] and ``reappearance`` [feature] (NaN:
-        never fires) of one dictionary, as :func:`~rlgen_stats.toolkit.statistics.reappearance` gives them.
+        ``match`` (label of the other's feature), ``matched``, ``similarity`` [replicate, feature] and ``reappearance``
+        [feature] (NaN: never fires) of one dictionary, as :func:`~rlgen_stats.toolkit.statistics.reappearance` gives
+        them.
     effects
         Number of the dictionary, from 1, -> effect [model, feature] of its drift test, contribution scale; the others
         in the order of ``replicate``. Untested features (NaN) carry no drift and are in no top.
@@ -108,12 +114,12 @@ def matched_drift(
     Returns
     -------
     xr.Dataset
-        ``n_matched``, ``matched_share`` [replicate]: of the first dictionary's features that fire. [replicate, model]:
-        ``matched_energy``, share of sum effect^2 that matched features carry, ``matched_energy_random`` and
-        ``matched_energy_random_high``, mean and 95% quantile of it when as many features at random are matched;
-        ``top_shared``, how many of the first dictionary's top k have their match in the other's top k, and
-        ``top_expected``, the mean number when the same matches are assigned to features at random. Attributes
-        ``n_features`` (that fire) and ``top_k``.
+        By ``criterion`` (``CRITERIA``): ``n_matched``, ``matched_share`` [criterion, replicate], of the first
+        dictionary's features that fire. [criterion, replicate, model]: ``matched_energy``, share of sum effect^2 that
+        matched features carry, ``matched_energy_random`` and ``matched_energy_random_high``, mean and 95% quantile of
+        it when as many features at random are matched; ``top_shared``, how many of the first dictionary's top k have
+        their match in the other's top k, and ``top_expected``, the mean number when the same matches are assigned to
+        features at random. Attributes ``n_features`` (that fire), ``top_k``, ``close_cosine``.
 
     Raises
     ------
@@ -127,40 +133,40 @@ def matched_drift(
     table = matching.isel({FEATURE: alive}).transpose(REPLICATE, FEATURE, ...)
     first = effects[1].reindex({FEATURE: table[FEATURE].values}).transpose(MODEL, FEATURE)
     matched = np.asarray(table["matched"].values, dtype=bool)
-    n_matched, n = matched.sum(axis=1), len(alive)
+    matched = np.stack([matched, matched & (np.asarray(table["similarity"].values) >= CLOSE)])  # [criterion, ...]
+    n_matched, n = matched.sum(axis=2), len(alive)
     energy = np.square(np.nan_to_num(np.asarray(first.values, dtype=np.float64)))
     energy /= np.where(energy.any(axis=1), energy.sum(axis=1), np.nan)[:, None]
     by_chance = _energy_by_chance(energy, n_matched, n_permutations, seed)
     own = _is_leading(first, table[FEATURE].values, top_k)
-    both, expected = [], []
-    for number, one, is_matched in zip(range(2, len(names) + 2), table["match"].values, matched, strict=True):
-        other = effects[number].sel({MODEL: first[MODEL].values}).transpose(MODEL, FEATURE)
-        partner_leads = _is_leading(other, one, top_k) & is_matched
-        both.append((own & partner_leads).sum(axis=1))
-        expected.append(own.sum(axis=1) * partner_leads.sum(axis=1) / max(n, 1))
-    per_model = (REPLICATE, MODEL)
+    others = [effects[number].sel({MODEL: first[MODEL].values}).transpose(MODEL, FEATURE) for number in sorted(effects)]
+    partner_leads = np.stack(
+        [_is_leading(one, match, top_k) for one, match in zip(others[1:], table["match"].values, strict=True)]
+    )
+    leads = partner_leads & matched[:, :, None]  # [criterion, replicate, model, feature]
+    per_model = (CRITERION, REPLICATE, MODEL)
     return xr.Dataset(
         {
-            "n_matched": (REPLICATE, n_matched),
-            "matched_share": (REPLICATE, n_matched / n if n else np.full(len(names), np.nan)),
-            "matched_energy": (per_model, np.stack([energy[:, one].sum(axis=1) for one in matched])),
-            "matched_energy_random": (per_model, by_chance.mean(axis=2)),
-            "matched_energy_random_high": (per_model, np.quantile(by_chance, HIGH, axis=2)),
-            "top_shared": (per_model, np.stack(both)),
-            "top_expected": (per_model, np.stack(expected)),
+            "n_matched": (per_model[:2], n_matched),
+            "matched_share": (per_model[:2], n_matched / n if n else np.full(n_matched.shape, np.nan)),
+            "matched_energy": (per_model, np.where(matched[:, :, None], energy, 0.0 * energy).sum(axis=3)),
+            "matched_energy_random": (per_model, by_chance.mean(axis=3)),
+            "matched_energy_random_high": (per_model, np.quantile(by_chance, HIGH, axis=3)),
+            "top_shared": (per_model, (own & leads).sum(axis=3)),
+            "top_expected": (per_model, own.sum(axis=1) * leads.sum(axis=3) / max(n, 1)),
         },
-        coords={REPLICATE: names, MODEL: first[MODEL].values},
-        attrs={"n_features": n, "top_k": top_k},
+        coords={CRITERION: list(CRITERIA), REPLICATE: names, MODEL: first[MODEL].values},
+        attrs={"n_features": n, "top_k": top_k, "close_cosine": CLOSE},
     )
 
 
 def _energy_by_chance(energy: FloatArray, n_matched: IntArray, n_permutations: int, seed: int) -> FloatArray:
-    """Share [replicate, model, permutation] of ``energy`` [model, feature] in as many features at random."""
-    shares = np.empty((len(n_matched), len(energy), n_permutations))
+    """Share [..., model, permutation] of ``energy`` [model, feature] in ``n_matched`` [...] features at random."""
+    shares = np.empty((*n_matched.shape, len(energy), n_permutations))
     for b in range(n_permutations):
         order = stream(seed, b).permutation(energy.shape[1])
         upto = np.pad(np.cumsum(energy[:, order], axis=1), ((0, 0), (1, 0)))
-        shares[:, :, b] = upto[:, n_matched].T
+        shares[..., b] = np.moveaxis(upto[:, n_matched], 0, -1)
     return shares
 
 
@@ -342,7 +348,7 @@ def drift_counts(calls: Mapping[int, xr.DataArray], *, alpha: float = 0.05) -> x
     -------
     xr.Dataset
         ``n_drift`` [dictionary, model]; ``n_drift_mean`` [model] with ``n_drift_low`` and ``n_drift_high``, a
-        t-interval over dictionaries (NaN with one): what a dictionary of another seed finds on average.
+        t-interval over dictionaries (NaN with one), cut off at 0: what dictionaries of other seeds find on average.
 
     Raises
     ------
@@ -362,7 +368,7 @@ def drift_counts(calls: Mapping[int, xr.DataArray], *, alpha: float = 0.05) -> x
         {
             "n_drift": ((DICTIONARY, MODEL), counts),
             "n_drift_mean": (MODEL, mean),
-            "n_drift_low": (MODEL, mean - half),
+            "n_drift_low": (MODEL, np.maximum(mean - half, 0.0)),
             "n_drift_high": (MODEL, mean + half),
         },
         coords={DICTIONARY: numbers, MODEL: tables[0][MODEL].values.astype(np.str_)},

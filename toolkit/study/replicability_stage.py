@@ -85,7 +85,7 @@ def _matched(study: Study, effects: dict[int, xr.DataArray], seed: int) -> xr.Da
     """Drift that matched features of the first dictionary carry."""
     primary, settings = study.spec.primary_crosscoder, study.spec.statistics
     label = pair_name(primary.name, primary.views) or primary.name
-    matching = open_results(study.folder.results, "matching")[["match", "matched", "reappearance"]]
+    matching = open_results(study.folder.results, "matching")[["match", "matched", "similarity", "reappearance"]]
     matching = matching.sel({"crosscoder": label, REPLICATE: list(primary.names[1:])}).load()
     return matched_drift(matching, effects, top_k=settings.top_k, n_permutations=settings.n_resamples, seed=seed)
 

@@ -138,6 +138,7 @@ STAGES: Final = (
         "rlgen_stats.toolkit.study.replicability_stage:replicability",
         (),
         optional=("results.zarr/replicability",),
+        version=2,
     ),
     Stage(
         "intervene",

@@ -18,7 +18,8 @@ from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number
 TITLE: Final = "What replicates over dictionaries"
 _STEPS: Final = (
     ("features matched", "matched_share", "", ""),
-    ("drift that these carry", "matched_energy", "matched_energy_random", "matched_energy_random_high"),
+    ("features matched closely", "close_share", "", ""),
+    ("drift that the close carry", "close_energy", "close_energy_random", "close_energy_random_high"),
     ("top features matched in top", "top_shared", "top_expected", ""),
     ("drift of the set, by prompt", "set_correlation", "set_correlation_random", "set_correlation_random_high"),
     ("the same within tasks", "set_within", "set_within_random", "set_within_random_high"),
@@ -37,7 +38,7 @@ def agreement_ladder(results: Results, spec: StudySpec) -> Graphic:
         raise NotEstimableError(f"the analysis '{GROUP}' has no final checkpoint of the contrasted runs")
     table = table.assign(top_shared=table["top_shared"] / top_k, top_expected=table["top_expected"] / top_k)
     colours, markers = run_colours(spec), run_markers(spec)
-    with canvas(7.4, 3.0) as (figure, grid):
+    with canvas(7.4, 3.2) as (figure, grid):
         axes = grid[0, 0]
         for place, run in enumerate(runs):
             rows = table[table["run"] == run]
@@ -63,7 +64,7 @@ def agreement_ladder(results: Results, spec: StudySpec) -> Graphic:
         TITLE,
         svg,
         alt,
-        "One mark a pair of dictionaries; the first three lines compare with the first dictionary only. "
+        "One mark a pair of dictionaries; the first four lines compare with the first dictionary only. "
         "Where errors agree as much as decoded changes do, part of the agreement is a common mistake.",
     )
 
@@ -89,5 +90,6 @@ def _alt(table: pd.DataFrame, runs: list[str]) -> str:
 
 
 def _beside(rows: pd.DataFrame, level: str) -> str:
-    known = rows[level][np.isfinite(rows[level])] if level else rows.iloc[:0]
+    values = rows[level].to_numpy(dtype=float) if level else np.array([])
+    known = values[np.isfinite(values)]
     return f" (random {fixed(float(known.mean()), 2)})" if len(known) else ""
