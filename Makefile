@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-intervention same-numbers wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-intervention benchmark-stability same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -85,6 +85,12 @@ benchmark-intervention: install
 	mkdir -p .benchmarks
 	$(BIN)/python -P benchmarks/intervention/generation.py --json .benchmarks/generation.json $(BENCHMARK_OPTIONS)
 	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/intervention/arms.py --json .benchmarks/arms.json
+
+# An hour on two cores (make demo first): ten analyses of the demo and of a planted study, each with its own dictionaries.
+benchmark-stability: install-dev
+	mkdir -p .benchmarks
+	$(BIN)/python -P benchmarks/stability/verdicts.py runs/demo --folder .benchmarks/stability --json .benchmarks/stability.json
+	$(BIN)/python -P benchmarks/stability/verdicts.py .benchmarks/planted --planted --folder .benchmarks/stability-planted --json .benchmarks/stability-planted.json
 
 # A refactoring changes no number: the mini study of an earlier revision (BASE) and today's, compared value by value.
 BASE ?= HEAD

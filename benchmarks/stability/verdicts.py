@@ -34,6 +34,24 @@ SAME: Final = 0.9
 OVERLAPPING: Final = 43 / 45
 
 
+def plant(study: Path) -> None:
+    """A study whose RL model is the base and one vector, finished."""
+    from rlgen_stats.toolkit.study import run_study
+    from tests.end_to_end.planted import write_study
+
+    study.mkdir(parents=True, exist_ok=True)
+    sizes = {"n_features": 96, "k": 6, "steps": 700, "batch_size": 512, "learning_rate": 3e-3}
+    write_study(
+        study,
+        crosscoders=[
+            {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "accept_unhealthy": True, **sizes},
+            {"name": "pair-sft", "views": ["base@0", "sft@final"], "accept_unhealthy": True, **sizes},
+            {"name": "pair-rl", "views": ["base@0", "rl@final"], "accept_unhealthy": True, **sizes},
+        ],
+    )
+    run_study(study)
+
+
 def prepare(study: Path, folder: Path, seed: int) -> None:
     """The study with another seed of its encoded crosscoder; what does not depend on that stays done."""
     if folder.exists():
@@ -110,12 +128,16 @@ def summary(analyses: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study", type=Path, help="a finished study")
+    parser.add_argument("study", type=Path, help="a finished study; with --planted, where to put the planted one")
+    parser.add_argument("--planted", action="store_true", help="of a study whose cause is known (tests/end_to_end)")
     parser.add_argument("--analyses", type=int, default=10)
     parser.add_argument("--folder", type=Path, required=True, help="where the analyses go; finished ones are kept")
     parser.add_argument("--jobs", type=int, default=2, help="analyses at once, each on one thread")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+
+    if options.planted and not (options.study / "report").exists():
+        plant(options.study)
 
     def analyse(seed: int, threads: int = 1) -> dict[str, Any]:
         folder = options.folder / (f"seed-{seed}" if threads == 1 else f"seed-{seed}-threads-{threads}")
