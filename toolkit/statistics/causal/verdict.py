@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -105,6 +105,7 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     effects = paired_effect(
         differences, clusters, alpha=settings.alpha, seed=settings.seed, n_resamples=settings.n_resamples
     )
+    effects = replace(effects, low=np.maximum(effects.low, -1.0), high=np.minimum(effects.high, 1.0))  # of accuracies
     v1 = effect_shown(table, effects, settings)
     v2, rank_p = specificity(table, effects, settings)
     v3 = dose_response(table, settings)
