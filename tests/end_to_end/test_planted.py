@@ -80,7 +80,8 @@ def features_and_selection(
         (place / name).symlink_to(study / name)
     spec, folder = read_spec(study), StudyFolder(place)
     final = [run.model_copy(update={"checkpoints": {2: run.checkpoints[2]}}) for run in spec.runs]
-    spec = spec.model_copy(update={"runs": tuple(final)})
+    alone = spec.primary_crosscoder.model_copy(update={"replicates": 1})
+    spec = spec.model_copy(update={"runs": tuple(final), "crosscoders": (alone,)})
     crosscoder.save(folder.crosscoder("main"))
     outcomes = open_outcomes(folder.outcomes)
     encode_features(spec, folder, provenance=Provenance(outcomes.attrs["study_id"], "planted"))

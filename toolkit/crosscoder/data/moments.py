@@ -65,9 +65,15 @@ class ExplainedVariance:
 
     def value(self) -> NDArray[np.float64]:
         """FVE of each slot (a 0-d array if there are no slot axes)."""
-        residuals = self._residuals
-        squares = (residuals.m2 + residuals.n * np.square(residuals.mean)).sum(axis=-1)  # about 0: a bias is an error
-        return np.asarray(1.0 - _ratio(squares, self.moments.m2.sum(axis=-1)))
+        return np.asarray(1.0 - _ratio(_squares(self._residuals), self.moments.m2.sum(axis=-1)))
+
+    def share_of_squares(self) -> NDArray[np.float64]:
+        """The same share of the sum of squares about zero: of a stream that hardly varies about its mean."""
+        return np.asarray(1.0 - _ratio(_squares(self._residuals), _squares(self.moments)))
+
+    def constant_share(self) -> NDArray[np.float64]:
+        """Share of each slot's sum of squares about zero that its mean makes."""
+        return np.asarray(1.0 - _ratio(self.moments.m2.sum(axis=-1), _squares(self.moments)))
 
     def bias(self) -> NDArray[np.float64]:
         """Relative reconstruction bias of each slot, about the means: below 1 where predictions are shrunk.
@@ -78,6 +84,11 @@ class ExplainedVariance:
         predicted, residual = self._predicted.m2.sum(axis=-1), self._residuals.m2.sum(axis=-1)
         # cov(p, d) from var(p - d) = var(p) + var(d) - 2 cov(p, d)
         return _ratio(predicted, (predicted + self.moments.m2.sum(axis=-1) - residual) / 2)
+
+
+def _squares(moments: Moments) -> NDArray[np.float64]:
+    """Sum of squares about zero of each slot."""
+    return np.asarray((moments.m2 + moments.n * np.square(moments.mean)).sum(axis=-1))
 
 
 def _ratio(over: NDArray[np.float64], under: NDArray[np.float64]) -> NDArray[np.float64]:

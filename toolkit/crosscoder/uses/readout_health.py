@@ -33,6 +33,11 @@ ARTEFACT_MAX: Final = 0.1
 """Largest share of f^A - f^base that the readouts' own difference makes on the same activations."""
 CODE_R2_MIN: Final = 0.0
 """At or below it the change of the code says no more about the change of the model than no change at all."""
+CONSTANT: Final = 0.99
+"""Share of a change that its mean makes from which on the change counts as one constant vector: it has no variance to
+explain, and shares are of its square."""
+UNCHANGED: Final = 1e-8
+"""Change relative to base's variance below which nothing changed and there is nothing to describe."""
 DFVE_MIN: Final = 0.3
 """Smallest share of var(a_A - a_base) that reconstructions explain: planted drifts correlate .5 and more above it."""
 
@@ -48,8 +53,11 @@ class ModelReadout:
     """Fraction of its variance explained, about the mean."""
     l0: float
     """Mean active features per token."""
+    change: float
+    """sum |a_A - a_base|^2 / sum |a_base - mean|^2; 0 for base."""
     dfve: float
-    """1 - sum |(a_A - a_base) - (a_hat_A - a_hat_base)|^2 / sum |(a_A - a_base) - mean|^2; NaN for base."""
+    """1 - sum |(a_A - a_base) - (a_hat_A - a_hat_base)|^2 / sum |(a_A - a_base) - mean|^2, NaN for base; of a change
+    that is one constant vector, over sum |a_A - a_base|^2."""
     code_r2: float
     """The same for the prediction D (f^A - f^base), D the mean of both decoders: what the code alone explains."""
     artefact: float
@@ -102,7 +110,7 @@ class _Against:
 
     def __init__(self, width: int) -> None:
         self.explained, self.by_code = ExplainedVariance((width,)), ExplainedVariance((width,))
-        self.artefact = self.change = 0.0
+        self.artefact = self.change = self.squares = 0.0
 
 
 @torch.no_grad()
@@ -164,6 +172,7 @@ def measure_readout(
             active[slot] += float((f > 0).sum())
             if slot:
                 sums, change = against[slot], (part - raw[0]).cpu().numpy()
+                sums.squares += float(np.square(change.astype(np.float64)).sum())
                 sums.explained.update(change, (back - base_back).cpu().numpy())
                 decoder = (crosscoder.feature_direction(view) + crosscoder.feature_direction(views[0])) / 2
                 sums.by_code.update(change, ((f - base_f) @ decoder).cpu().numpy())
@@ -177,12 +186,19 @@ def measure_readout(
             view=view,
             fve=float(own[slot].value()),
             l0=float(active[slot] / n_tokens),
-            dfve=float(against[slot].explained.value()) if slot else math.nan,
-            code_r2=float(against[slot].by_code.value()) if slot else math.nan,
+            change=against[slot].squares / float(own[0].moments.m2.sum()) if slot else 0.0,
+            dfve=_of_change(against[slot].explained) if slot else math.nan,
+            code_r2=_of_change(against[slot].by_code) if slot else math.nan,
             artefact=_share(against[slot].artefact, against[slot].change) if slot else math.nan,
         )
         for slot, (model, view) in enumerate(zip(models, views, strict=True))
     )
+
+
+def _of_change(explained: ExplainedVariance) -> float:
+    """Share of a change that is explained: of its variance, or of its square where it is one constant vector."""
+    constant = float(explained.constant_share()) > CONSTANT
+    return float(explained.share_of_squares() if constant else explained.value())
 
 
 def _squares(values: Tensor) -> float:
@@ -221,7 +237,7 @@ def judge_readout(
         The dictionary's own FVE, of which every model must keep ``FVE_SHARE_MIN``: that of the joint code, mean over
         views.
     contrasted
-        Models whose difference from base claims rest on: their dFVE, code R^2 and artefact are judged.
+        Models whose difference from base claims rest on: their dFVE, code R^2 and artefact are judged, if they differ.
     readout
         The readout that was measured; default the declared one.
 
@@ -242,7 +258,7 @@ def judge_readout(
             reason = f"L0 {one.l0:.2f} in the readout of {one.model}, expected {k} within {L0_READOUT_TOLERANCE:.0%}"
             ok = abs(one.l0 - k) <= L0_READOUT_TOLERANCE * k
             checks.append(Check("readout_l0", one.model, one.l0, float(k), ok, reason))
-    for one in (one for one in models if one.model in contrasted):
+    for one in (one for one in models if one.model in contrasted and one.change > UNCHANGED):
         against_base = f"of what changed between base and {one.model}"
         reason = f"reconstructions explain {one.dfve:.3f} {against_base}, at least {DFVE_MIN:g} needed"
         checks.append(Check("readout_dfve", one.model, one.dfve, DFVE_MIN, one.dfve >= DFVE_MIN, reason))
