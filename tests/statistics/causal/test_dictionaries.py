@@ -34,9 +34,10 @@ def weakened(table: OutcomeTable, lost: float, *, seed: int = 0) -> OutcomeTable
     return replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
 
 
-def test_one_dictionary_disagrees_with_none() -> None:
+@pytest.mark.parametrize("n", [1, 3])
+def test_dictionaries_without_any_effect_do_not_disagree(n: int) -> None:
     still = weakened(causal(fresh_noise=False), 0.0)
-    result, _ = together(still)
+    result, _ = together(*[still] * n)
     assert float(row(result).sel(condition="set")["effect"]) == 0
     assert "v1_dictionaries" not in str(row(result)["reasons"].item())
 

@@ -98,7 +98,7 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     text = f"{effects.mean[i]:+.3f} [{effects.low[i]:+.3f}, {effects.high[i]:+.3f}], p={effects.p_value[i]:.3g}"
     reasons = [f"v1_effect: {text}"]
     each = table.change(table.target)[:, :, i].mean(axis=1)
-    if len(each) > 1 and not same_direction(each, effects.mean[i]):
+    if len(each) > 1 and each.any() and not same_direction(each, effects.mean[i]):
         passed = False
         reasons.append(f"v1_dictionaries: they disagree on the direction, {', '.join(f'{one:+.3f}' for one in each)}")
     opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
