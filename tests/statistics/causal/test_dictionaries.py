@@ -34,6 +34,14 @@ def weakened(table: OutcomeTable, lost: float, *, seed: int = 0) -> OutcomeTable
     return replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_dictionaries_without_any_effect_do_not_disagree(n: int) -> None:
+    still = weakened(causal(fresh_noise=False), 0.0)
+    result, _ = together(*[still] * n)
+    assert float(row(result).sel(condition="set")["effect"]) == 0
+    assert "v1_dictionaries" not in str(row(result)["reasons"].item())
+
+
 def row(result: Any) -> Any:
     return result.sel(direction="disable")
 
@@ -117,6 +125,10 @@ def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     assert row(result)["verdict"].item() == "INCONCLUSIVE"
     assert str(row(result)["reasons"].item()).startswith("v5_dictionaries: no set of dictionary 2 could be tried")
     assert np.isfinite(balance["standardized_difference"].values).all()  # of the dictionary that has a set
+    assert "One dictionary: not replicated" in str(row(result)["v5"].item())
+    result, _ = judge_together({1: trials[1], 2: ((), empty), 3: trials[1]})
+    everywhere = "2 of 2 dictionaries on their own (Holm): dictionary 1 -0.407, dictionary 3 -0.407"
+    assert everywhere in str(row(result)["v5"].item())
     nothing, unknown = judge_together({1: ((), empty), 2: ((), empty)})
     assert set(nothing["reasons"].values) == {"no_features: no feature selected"}
     assert np.isnan(unknown["standardized_difference"].values).all()

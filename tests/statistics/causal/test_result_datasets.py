@@ -104,6 +104,21 @@ def test_an_equal_effect_counts_for_the_controls() -> None:
     assert rule.n_as_large == 1
 
 
+@pytest.mark.parametrize(("n_planned", "alpha"), [(12, 0.05), (39, 0.01)])
+def test_too_few_random_sets_to_show_anything_do_not_stop_at_none(n_planned: int, alpha: float) -> None:
+    """The best rank exceeds alpha from the start; 0 as large of 1 run would be a p-value of 0."""
+    rule = FutilityRule("disable", n_planned=n_planned, alpha=alpha)
+    rule.add("set", 0.2)
+    rule.add("random", 0.9)
+    assert not rule.stop
+    table = causal(n_random=1)
+    verdict = judge(table, declared(alpha=alpha).settings("disable"))
+    assert verdict.rank_p == pytest.approx(0.5)
+    assert not verdict.v2
+    rule.add("random", 0.1)
+    assert rule.stop
+
+
 def test_outcomes_are_as_they_were_given() -> None:
     """Judging changes no table."""
     table = causal()

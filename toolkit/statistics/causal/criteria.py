@@ -98,7 +98,7 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     text = f"{effects.mean[i]:+.3f} [{effects.low[i]:+.3f}, {effects.high[i]:+.3f}], p={effects.p_value[i]:.3g}"
     reasons = [f"v1_effect: {text}"]
     each = table.change(table.target)[:, :, i].mean(axis=1)
-    if not same_direction(each, effects.mean[i]):
+    if len(each) > 1 and each.any() and not same_direction(each, effects.mean[i]):
         passed = False
         reasons.append(f"v1_dictionaries: they disagree on the direction, {', '.join(f'{one:+.3f}' for one in each)}")
     opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
@@ -152,8 +152,11 @@ class FutilityRule:
 
     @property
     def stop(self) -> bool:
-        """Whether no further random set can make the set special."""
-        return self.n_run > 0 and is_futile(self.n_as_large, self._n_planned, self._alpha)
+        """Whether no further random set can make the set special; not before one had as large an effect as the set.
+
+        Where so few are planned that even the best rank exceeds alpha, stopping at none would make the rank p-value 0.
+        """
+        return self.n_as_large > 0 and is_futile(self.n_as_large, self._n_planned, self._alpha)
 
     @property
     def reason(self) -> str:
@@ -182,7 +185,7 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
     signed = table.sign * effects.mean
     n_as_large = int((signed[random] >= signed[table.chosen] - TIE_SLACK).sum())
     stopped = len(random) < settings.n_planned
-    rank_p = n_as_large / len(random) if stopped else (1 + n_as_large) / (len(random) + 1)
+    rank_p = n_as_large / len(random) if stopped and n_as_large else (1 + n_as_large) / (len(random) + 1)
     text = (
         f"v2_specificity: rank p={rank_p:.3g} among {len(random)} random sets, whose effects are "
         f"{effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
@@ -320,7 +323,8 @@ def replication(table: OutcomeTable, settings: Settings) -> str:
     words = _shown_in(table, settings, alone, clusters, "tasks on their own (Holm)")
     if table.n_dictionaries < 2:
         return f"{words}. One dictionary: not replicated in another"
-    each = {f"dictionary {number}": change[number - 1] for number in range(1, table.n_dictionaries + 1)}
+    numbers = [n for n in range(1, table.n_dictionaries + len(settings.missing) + 1) if n not in settings.missing]
+    each = {f"dictionary {number}": of_one for number, of_one in zip(numbers, change, strict=True)}
     everywhere = dict.fromkeys(each, table.cluster[table.target])
     return f"{words}. {_shown_in(table, settings, each, everywhere, 'dictionaries on their own (Holm)')}"
 
