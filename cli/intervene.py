@@ -37,7 +37,7 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
 @study_argument
 @click.option("--set", "set_name", metavar="NAME", help="Another set: selected, confirmed, candidate or paper.")
 @click.option("--features", callback=_features, metavar="IDS", help="These features, e.g. 12,407.")
-@click.option("--dictionary", type=int, default=1, show_default=True, help="Number of the dictionary of that set.")
+@click.option("--dictionary", type=int, help="Number of the dictionary whose set it is; default 1.")
 @click.option("--direction", type=click.Choice(["disable", "amplify"]), help="One direction only; default both.")
 @click.option("--dose", "doses", type=float, multiple=True, help="Doses of the curve; the first above 1 is tested.")
 @click.option("--level", type=click.Choice(["own", "rl"]), help="Amplify own activations, or add RL's mean levels.")
@@ -56,7 +56,7 @@ def intervene(
     study: str,
     set_name: str | None,
     features: list[int],
-    dictionary: int,
+    dictionary: int | None,
     direction: Literal["disable", "amplify"] | None,
     doses: tuple[float, ...],
     level: Literal["own", "rl"] | None,
@@ -80,7 +80,8 @@ def intervene(
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.cli.stages import run_and_print
 
-    stage = set_name is None and not features and direction is None and not doses and level is None and not by_feature
+    asked = (set_name, direction, level, dictionary)
+    stage = all(one is None for one in asked) and not features and not doses and not by_feature
     if stage and not dry_run:
         run_and_print(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
         return
@@ -101,7 +102,7 @@ def intervene(
                 dry_run=dry_run,
                 progress=progress,
             )
-            for number in (_dictionaries(study) if stage else (dictionary,))
+            for number in (_dictionaries(study) if stage else (dictionary or 1,))
         ]
     if as_json:
         print_json([_as_json(trial) for trial in trials] if len(trials) > 1 else _as_json(trials[0]))

@@ -272,7 +272,7 @@ class StatisticsSpec(Spec):
     n_halvings: PositiveInt = 100
     """Random prompt halvings for set stability."""
     margin: Annotated[float, Field(gt=0)] = 0.2
-    """Stabilisation margin in standard deviations of base's activation."""
+    """Margin of drift and stabilisation, in standard deviations of a feature's activation: less is no change."""
     persist: PositiveInt = 3
     """Checkpoints at the end that cannot show stability on their own."""
 
@@ -301,7 +301,7 @@ class InterventionSpec(Spec):
     """Matched random feature sets; the smallest possible rank p-value is 1 / (n_controls + 1)."""
     early_stop: bool = True
     """Futility stop (Besag-Clifford): no more random sets are run once so many had at least as large an effect as the
-    selected set that its rank p-value must exceed alpha; the verdict does not change."""
+    selected set that its rank p-value must exceed alpha: one dictionary's verdict does not change."""
     doses: tuple[Dose, ...] = (0.0, 0.5, 2.0, 4.0)
     """Multipliers of the set's activations in the dose grid; 1 is no edit and 0 is disabling."""
     amplify: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 2.0

@@ -74,7 +74,10 @@ def open_results(path: Path | str, group: str) -> xr.Dataset:
         raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
     check_store_version(root / group, read_document(root / group).get("attributes", {}))
     dataset = open_lazily(root / group)
-    return _validated(dataset, group)
+    try:
+        return _validated(dataset, group)
+    except StoreError as error:
+        raise StoreError(f"{error} If an earlier release computed it, run its stage again.") from error
 
 
 def open_by_dictionary(path: Path | str, group: str) -> dict[int, xr.Dataset]:

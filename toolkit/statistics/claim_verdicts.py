@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
-from rlgen_stats.toolkit.statistics.kernels import agreed, pooled_intervals, same_direction
+from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
 from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
@@ -201,6 +201,17 @@ def selection_verdict(*, n_estimable: int, n_confirmed: int, n_testable: int, gu
     if n_confirmed == 0 or n_confirmed > COMPACT_SHARE * n_testable:
         return Verdict.NOT_SUPPORTED
     return Verdict.SUPPORTED
+
+
+def agreed_p(p_values: Sequence[float]) -> float:
+    """The p-value that as many dictionaries reach as must agree; NaN if so many have none.
+
+    Examples
+    --------
+    >>> agreed_p([0.01, 0.2, 0.04]), agreed_p([0.01, 0.02, 0.03, 0.04, 0.9])
+    (0.2, 0.04)
+    """
+    return float(np.sort(np.asarray(p_values, dtype=float))[dictionaries_needed(len(p_values)) - 1])
 
 
 def mean_count(counts: Sequence[int], *, alpha: float) -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
 
 from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, FEATURE, MODEL, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError
@@ -18,6 +17,7 @@ from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, featu
 from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING, feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.nearest_draws import matched_on_rate
 from rlgen_stats.toolkit.statistics.core.units import present_prompts
+from rlgen_stats.toolkit.statistics.kernels import pooled_intervals
 from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
 
@@ -360,16 +360,14 @@ def drift_counts(calls: Mapping[int, xr.DataArray], *, alpha: float = 0.05) -> x
     numbers = sorted(calls)
     tables = [calls[number].transpose(MODEL, FEATURE) for number in numbers]
     counts = np.stack([(table.values.astype(np.str_) == "DRIFT").sum(axis=1) for table in tables])
-    mean, n = counts.mean(axis=0), len(numbers)
-    half = np.full(len(mean), np.nan)
-    if n > 1:
-        half = stats.t.ppf(1 - alpha / 2, n - 1) * counts.std(axis=0, ddof=1) / math.sqrt(n)
+    mean, low, high = pooled_intervals(counts, counts, counts, alpha=alpha)
+    unknown = np.nan if len(numbers) == 1 else 0.0
     return xr.Dataset(
         {
             "n_drift": ((DICTIONARY, MODEL), counts),
             "n_drift_mean": (MODEL, mean),
-            "n_drift_low": (MODEL, np.maximum(mean - half, 0.0)),
-            "n_drift_high": (MODEL, mean + half),
+            "n_drift_low": (MODEL, np.maximum(low, 0.0) + unknown),
+            "n_drift_high": (MODEL, high + unknown),
         },
         coords={DICTIONARY: numbers, MODEL: tables[0][MODEL].values.astype(np.str_)},
     )

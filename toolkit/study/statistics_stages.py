@@ -43,6 +43,7 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
                 n_resamples=settings.n_resamples,
                 n_bootstrap=settings.n_bootstrap,
                 n_min=settings.n_min,
+                margin=settings.margin,
                 seed=derive_seed(spec.seed, "drift"),
             ).compute()
             _write_with_dfve(study, "drift", number, changes, provenance)

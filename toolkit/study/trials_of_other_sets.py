@@ -193,8 +193,11 @@ def _named(study: Study, name: str, dictionary: int) -> tuple[int, ...]:
         raise InputError(f"the sets are {', '.join(SETS)}, got {name!r}; or name features.")
     in_set = selection.isel({FEATURE: np.flatnonzero(masks[name])})
     chosen = tuple(int(k) for k in in_set[FEATURE].values[np.argsort(in_set["rank"].values, kind="stable")])
-    if not chosen:
-        raise InputError(f"the set {name!r} of this study is empty; name features, or see results.zarr/selection.")
+    if not chosen and name != SETS[0]:
+        raise InputError(
+            f"the set {name!r} of this study is empty in dictionary {dictionary}; name features, or see "
+            "results.zarr/selection."
+        )
     return chosen
 
 

@@ -120,8 +120,24 @@ def test_each_limit_is_noticed() -> None:
     crosscoder.k = 0  # an imported dictionary that does not say
     assert "readout_l0" not in {c.name for c in judge_readout(crosscoder, models, own_fve=1.0, contrasted=()).checks}
     still = data.copy()
-    still[:, 2] = still[:, 0]  # no change at all: nothing to describe, which is no pass
-    assert "reconstructions explain nan" in judged(crosscoder, still, "swap").reasons
+    still[:, 2] = still[:, 0]  # no change at all: nothing to describe
+    checks = judged(crosscoder, still, "swap").checks
+    assert not any(check.name in ("readout_dfve", "readout_code_r2") and check.view == MODELS[2] for check in checks)
+
+
+@pytest.mark.parametrize(("spread", "of_square"), [(0.05, True), (0.2, False)])
+def test_a_change_that_is_one_constant_vector_is_judged_by_its_square(spread: float, of_square: bool) -> None:
+    """Shift of length 1 on all tokens, varying by ``spread``: .05 is .25% of its square, .2 is 4%."""
+    crosscoder, data = shared_code()
+    shifted, draw = data.copy(), np.random.default_rng(0)
+    shift = np.full(24, 24**-0.5) + spread * 24**-0.5 * draw.standard_normal((len(data), 24))
+    shifted[:, 2] = shifted[:, 0] + shift
+    rl = measure_readout(crosscoder, ArrayReader(shifted, batch_size=100, seed=0), MODELS)[2]
+    read = [crosscoder.readout(torch.from_numpy(shifted[:, i])) for i in (0, 2)]
+    back = [crosscoder.reconstruct(f, view).numpy() for f, view in zip(read, (MODELS[0], MODELS[2]), strict=True)]
+    change = shifted[:, 2] - shifted[:, 0]
+    whole = np.square(change if of_square else change - change.mean(axis=0)).sum()
+    assert rl.dfve == pytest.approx(1 - np.square(change - (back[1] - back[0])).sum() / whole, rel=1e-4)
 
 
 def test_models_of_another_width_are_refused() -> None:

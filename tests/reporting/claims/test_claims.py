@@ -575,13 +575,15 @@ def test_c4_names_the_effect_in_every_dictionary(results: Results, spec: StudySp
     several, of_three = three_dictionaries(results, spec)
     data = results["intervention"]
     effects = np.array([[-0.3, -0.35, -0.4], [0.1, 0.2, 0.3]])
-    several["intervention"] = data.assign(dictionary_effect=(("direction", "dictionary"), effects))
+    data = data.assign(dictionary_effect=(("direction", "dictionary"), effects))
+    several["intervention"] = data.assign_attrs(features=[], n_features=[4, 5, 6], n_controls=99)
     c4 = claim(several, of_three, "C4")
     assert c4.answer.startswith(
         "Disabling the set of each dictionary in the RL model changes accuracy by −35.0 points on"
     )
     assert "(−30.0, −35.0, −40.0)" in c4.answer
     assert c4.details["effect_by_dictionary"] == pytest.approx([-30, -35, -40])
+    assert (c4.details["n_features"], c4.details["n_controls"]) == ([4, 5, 6], 99)
 
 
 def test_a_readout_that_fails_in_another_dictionary_costs_the_claims_too(results: Results, spec: StudySpec) -> None:

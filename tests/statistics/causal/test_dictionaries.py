@@ -107,13 +107,35 @@ def test_v1_needs_the_direction_in_every_dictionary(third: float, holds: bool) -
         assert not bool(row(result)["v1"])
 
 
-def test_rank_p_values_of_dictionaries_are_combined() -> None:
-    assert combined_rank_p([0.04]) == pytest.approx(0.04)
-    assert combined_rank_p([0.05, 0.05, 0.05]) < 0.05 < combined_rank_p([0.3, 0.3, 0.3])
+@pytest.mark.parametrize("shared", [0.0, 0.5, 0.85, 1.0])
+def test_rank_p_values_of_dictionaries_are_combined_whatever_they_share(shared: float) -> None:
+    """Each set is exchangeable with its random sets, but the effects of the three dictionaries' sets correlate."""
+    draw, rejected = np.random.default_rng(0), 0
+    for _ in range(2000):
+        common = np.sqrt(shared) * draw.standard_normal()  # what the sets have in common and random sets have not
+        effects = common + np.sqrt(1 - shared) * draw.standard_normal(3)
+        random = draw.standard_normal((99, 3))
+        rejected += combined_rank_p((1 + (random >= effects).sum(axis=0)) / 100) <= 0.05
+    assert rejected <= 0.06 * 2000
+
+
+def test_combined_rank_p_values_keep_to_their_ends() -> None:
+    assert combined_rank_p([0.04]) == 0.04
+    assert combined_rank_p([0.05, 0.05, 0.05]) == 0.05
     assert 0.05 < combined_rank_p([1.0, 0.02, 0.02]) < 1.0
     assert np.isnan(combined_rank_p([0.01, np.nan]))
-    draws = np.random.default_rng(0).integers(1, 101, (4000, 3)) / 100  # ranks of exchangeable sets
-    assert np.mean([combined_rank_p(ranks) <= 0.05 for ranks in draws]) <= 0.06
+
+
+@pytest.mark.parametrize(("n_away", "verdict"), [(0, "CAUSAL_SPECIFIC"), (1, "DESTRUCTIVE"), (2, "DESTRUCTIVE")])
+def test_v6_must_hold_in_every_dictionary(n_away: int, verdict: str) -> None:
+    """In some dictionaries the edited model moves away from base; the mean still moves toward it."""
+    toward = causal()
+    kl = toward.kl_to_base.copy()
+    kl[toward.chosen] = 1.2  # more than the unedited model's 1.0
+    away = replace(toward, kl_to_base=kl)
+    result, _ = together(*[away] * n_away, *[toward] * (3 - n_away))
+    assert row(result)["verdict"].item() == verdict
+    assert f"v6_dictionaries: it holds in {3 - n_away} of 3" in str(row(result)["reasons"].item())
 
 
 def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
@@ -153,6 +175,21 @@ def test_controls_are_compared_with_the_sets_over_all_dictionaries(other: float,
     mean = (0.28 + other) / 2
     assert float(balance["standardized_difference"][0]) == pytest.approx(mean)
     assert balance.attrs["flags"] == [f"unbalanced:log_firing={mean:+.2f}"]
+    assert balance.attrs["comparable"] == int(usable)
+
+
+def test_imbalances_of_opposite_sign_do_not_make_good_controls() -> None:
+    fixed = declared()
+    fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
+
+    def off_by(difference: float) -> Any:
+        balance = controls().balance.copy(deep=True)
+        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0]
+        return replace(fixed, controls=replace(controls(), balance=balance, comparable=False))
+
+    for size, usable in ((0.49, True), (0.51, False)):
+        trials = {i: ([outcomes(causal())], off_by(sign * size)) for i, sign in ((1, 1), (2, -1))}
+        assert bool(row(judge_together(trials)[0])["v2"]) == usable
 
 
 def test_an_interval_over_dictionaries_covers_the_mean_of_all_dictionaries() -> None:

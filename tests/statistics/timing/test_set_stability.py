@@ -222,3 +222,15 @@ def test_sets_of_dictionaries_are_judged_by_their_pooled_delta(make_features):
         assert pooled["stable_from"].values.tolist() == [stable]
         high = 0.05 + np.hypot(0.02, 4.302652730 * spread / np.sqrt(3))
         assert float(pooled["delta_high"][1]) == pytest.approx(high)
+
+    def says(verdict):
+        return dictionary(0.05).assign(verdict=("trained_run", np.array([verdict])))
+
+    stable, evolving, unsure = says("SET_STABLE"), says("EVOLVING"), says("UNDETERMINED")
+    for sets, verdict in (
+        ([stable, stable, evolving], "UNDETERMINED"),
+        ([stable, stable, unsure], "SET_STABLE"),
+        ([*[stable] * 4, evolving], "SET_STABLE"),
+        ([*[stable] * 3, evolving, evolving], "UNDETERMINED"),
+    ):
+        assert pool_set_stability(sets)["verdict"].values.tolist() == [verdict]

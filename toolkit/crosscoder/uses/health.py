@@ -301,7 +301,7 @@ def require_healthy(
                 f"settings, or use it as it is: rlgen-stats {stage} --force, or accept_unhealthy: true in study.yaml "
                 "(recorded, and the report says so)."
             )
-        if force or accepted:
+        if force:  # what study.yaml accepts stands there, and can be taken back there
             accept(place, record, stage=stage)
         if not record["healthy"]:
             progress.log(f"crosscoder {name} is used although it failed its health check: {record['reasons']}")

@@ -17,6 +17,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     COMPACT_SHARE,
     MIN_TASKS,
     Verdict,
+    agreed_p,
     agreed_verdict,
     any_feature_p,
     mean_count,
@@ -62,7 +63,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
 
     The rule is applied in every dictionary, and their verdicts must agree. The estimate is the mean number of CONFIRMED
     features, its interval that over dictionaries; in each, by Holm's bound, at least so many separate the models, with
-    confidence 1 - alpha. p is that of "at least one feature separates" in the dictionary where it is largest.
+    confidence 1 - alpha. p is that of "at least one feature separates" in as many dictionaries as must agree.
     """
     each = by_dictionary(results, "selection")
     if not each:
@@ -81,7 +82,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         return C3.not_estimable(reason, details=details)
     return C3.answered(
         mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
-        max(any_feature_p(one["verification_q"].values) for one in each),
+        agreed_p([any_feature_p(one["verification_q"].values) for one in each]),
         verdict,
         _answer(verdict, details, [verdict for verdict, _ in judged]),
         caveats=(

@@ -13,7 +13,15 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, hundred, listed, p_text
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_list, by_dictionary, labels_of, number, text
+from rlgen_stats.toolkit.reporting.result_lookup import (
+    Results,
+    attr_list,
+    attr_number,
+    by_dictionary,
+    labels_of,
+    number,
+    text,
+)
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, causal_verdict, smallest_rank_p, within_minimum
 
@@ -91,7 +99,7 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
         "rank_p": number(data, "rank_p", direction=direction),
         "n_controls": _n_controls(data, direction),
         "n_prompts": number(data, "n_prompts", direction=direction),
-        "n_features": len(attr_list(data, "features")),
+        "n_features": attr_list(data, "n_features") or [len(attr_list(data, "features"))],
         "effect_by_dictionary": _by_dictionary(data, direction),
         "accuracy_percent": hundred(number(data, "accuracy", **arm)),
         "effect_by_task": _by_task(data, arm),
@@ -117,6 +125,9 @@ def _reasons(data: xr.Dataset, direction: str) -> list[str]:
 
 
 def _n_controls(data: xr.Dataset, direction: str) -> int:
+    """Random sets that were run; of several dictionaries, whose ranks are combined, those planned in each."""
+    if data.sizes.get("dictionary", 1) > 1:
+        return int(attr_number(data, "n_controls"))
     kinds, accuracy = data["kind"].sel(direction=direction).values, data["accuracy"].sel(direction=direction).values
     return int(sum(str(kind) == "random" and np.isfinite(a) for kind, a in zip(kinds, accuracy, strict=True)))
 

@@ -20,7 +20,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     class_shares,
     paired_effect,
 )
-from rlgen_stats.toolkit.statistics.kernels import adjust, same_direction
+from rlgen_stats.toolkit.statistics.kernels import adjust, dictionaries_needed, same_direction
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
@@ -197,18 +197,22 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
 
 
 def combined_rank_p(ranks: Sequence[float]) -> float:
-    """One p-value of several dictionaries' rank p-values (Stouffer); NaN if one is.
+    """One p-value of several dictionaries' rank p-values, however these depend on each other; NaN if one is.
 
-    Each dictionary's random sets are drawn on their own, so that under the null, where the set is one more random set,
-    the ranks are independent given the prompts.
+    The p-value of their mean normal score. Sets of different dictionaries have much in common, so that their ranks do
+    too: Stouffer's rule, which takes them to be independent, rejects .16 of true nulls at .05 where three agree wholly.
+    The mean of jointly normal scores never has a variance above 1, so this is exact where they agree and conservative
+    elsewhere.
 
     Examples
     --------
-    >>> round(combined_rank_p([0.03, 0.05, 0.4]), 3)
-    0.015
+    >>> round(combined_rank_p([0.03, 0.05, 0.4]), 3), combined_rank_p([0.01, 0.01, 0.01])
+    (0.104, 0.01)
     """
-    # a set that is last of all says no more than that: Stouffer's sum would be minus infinity
-    return float(stats.combine_pvalues(np.minimum(ranks, 0.99), method="stouffer").pvalue)
+    if len(ranks) == 1:
+        return float(ranks[0])
+    # a set that is last of all says no more than that: its score would be minus infinity
+    return float(round(stats.norm.sf(np.mean(stats.norm.isf(np.minimum(ranks, 0.99)))), 12))
 
 
 # -- V3
@@ -345,8 +349,23 @@ def _shown_in(
     return f"{n_shown} of {len(changes)} {what}: {every}"
 
 
-def failure_mode_match(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Criterion, bool]:
-    """V6: the edited model moves toward the other model, in distribution and in how it fails; and whether it broke."""
+def failure_mode_match(table: OutcomeTable, settings: Settings) -> tuple[Criterion, bool]:
+    """V6: the edited model moves toward the other model, in distribution and in how it fails; and whether it broke.
+
+    Of several dictionaries, as a whole and in as many as must agree.
+    """
+    whole, broke = _failure_mode(table, settings)
+    if not table.parts:
+        return whole, broke
+    each = [_failure_mode(part, settings) for part in table.parts]
+    n_match, n_broke = sum(one.passed for one, _ in each), sum(breaks for _, breaks in each)
+    needed = dictionaries_needed(len(each))
+    text = f"v6_dictionaries: it holds in {n_match} of {len(each)}, and {n_broke} break the model"
+    passed = whole.passed and n_match >= needed
+    return Criterion(passed, (*whole.reasons, text)), broke or n_broke > len(each) - needed
+
+
+def _failure_mode(table: OutcomeTable, settings: Settings) -> tuple[Criterion, bool]:
     i, unedited, target = table.chosen, table.unedited, table.target
     kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
     paired = target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
@@ -366,7 +385,7 @@ def failure_mode_match(table: OutcomeTable, effects: PairedEffect, settings: Set
     distance = [0.5 * float(np.abs(shares - other).sum()) for shares in (before, after)]
     excess = np.maximum(after - np.maximum(before, other), 0.0)[1:]  # every ending but 'right'
     new = float(excess.sum())
-    broke = new > NEW_FAILURE_SHARE * abs(float(effects.mean[i]))
+    broke = new > NEW_FAILURE_SHARE * abs(float(table.change(target)[..., i].mean()))
     worst = OUTCOME_CLASSES[1 + int(np.argmax(excess))] if new > 0 else "none"
     reasons.append(
         f"v6_endings: distance to the other model {distance[0]:.3f} -> {distance[1]:.3f}, "

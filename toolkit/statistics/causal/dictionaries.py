@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 
-from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, comparable, unbalanced
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes, Floats, OutcomeTable
+from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, USABLE, comparable, unbalanced
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, Together, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import judge
 
-Outcomes = Sequence[DirectionOutcomes]
+WORST_USABLE: Final = 2 * USABLE
+"""Standardised difference of sets and controls that no single dictionary may exceed, whatever the others' is."""
+
+Trials = Mapping[int, tuple[Sequence[DirectionOutcomes], Declaration]]
 
 
-def judge_together(trials: Mapping[int, tuple[Outcomes, Declaration]]) -> tuple[xr.Dataset, xr.Dataset]:
+def judge_together(trials: Trials) -> tuple[xr.Dataset, xr.Dataset]:
     """One verdict a direction from the trials of all dictionaries.
 
     Parameters
@@ -38,53 +40,67 @@ def judge_together(trials: Mapping[int, tuple[Outcomes, Declaration]]) -> tuple[
     Notes
     -----
     The criteria are those of one dictionary (docs/method.md 4d) on the completions of all. V1 also needs the direction
-    in every dictionary, V2 combines their rank p-values, and where a dictionary has no set nothing is CAUSAL_SPECIFIC.
+    in every dictionary, V2 combines their rank p-values, V6 must hold in as many as must agree, and where a dictionary
+    has no set nothing is CAUSAL_SPECIFIC. A single dictionary is judged as :func:`judge_trial` does.
     """
-    held = {number: outcomes for number, (outcomes, _) in trials.items() if outcomes}
-    declared = next(declared for number, (_, declared) in trials.items() if number in held or not held)
-    missing = tuple(number for number in trials if number not in held)
-    pooled, ranks = [], {}
-    for direction in DIRECTIONS:
-        of_direction = {
-            number: one for number, outcomes in held.items() for one in outcomes if one.table.direction == direction
-        }
-        if of_direction:
-            pooled.append(_pool(list(of_direction.values())))
-            ranks[direction] = tuple(_rank_p(one, trials[number][1]) for number, one in of_direction.items())
-    balance = _balance([judge_trial(*trials[number])[1] for number in held or trials])
-    difference = balance["standardized_difference"].values
-    shortfalls = tuple(
-        f"dictionary {number}: {flag}"
-        for number in held
-        for flag in trials[number][1].settings("disable").control_flags
-        if not flag.startswith("unbalanced:")
-    )
-    together = Together(
-        ranks=ranks,
-        missing=missing,
-        comparable=comparable(np.nan_to_num(difference, nan=np.inf)),
-        flags=(*unbalanced(difference), *shortfalls),
-    )
-    sizes = [len(declared.attributes["features"]) for _, declared in trials.values()]
-    attributes = {**declared.attributes, "n_features": sizes}
-    result, _ = judge_trial(pooled, replace(declared, together=together, attributes=attributes))
-    effects = np.full((len(DIRECTIONS), len(trials)), np.nan)
-    for one in pooled:
-        each = one.table.change(one.table.target)[:, :, one.table.chosen].mean(axis=1)
-        effects[DIRECTIONS.index(one.table.direction), [number not in missing for number in trials]] = each
+    held = {number: trial for number, trial in trials.items() if trial[0]}
+    first = next(iter(held or trials))
+    declared = trials[first][1]
+    pooled, effects = [], np.full((len(DIRECTIONS), len(trials)), np.nan)
+    ranks = {}
+    for d, direction in enumerate(DIRECTIONS):
+        tried = {n: one for n, (outcomes, _) in held.items() for one in outcomes if one.table.direction == direction}
+        if not tried:
+            continue
+        pooled.append(_pool(list(tried.values())))
+        ranks[direction] = tuple(_rank_p(one, held[number][1]) for number, one in tried.items())
+        for number, one in tried.items():
+            change = one.table.change(one.table.target)[0, :, one.table.chosen]
+            effects[d, list(trials).index(number)] = change.mean()
+    if len(trials) == 1:
+        result, balance = judge_trial(pooled, declared)
+    else:
+        balance = _balance([judge_trial(*trial)[1] for trial in (held or trials).values()])
+        together = Together(
+            ranks=ranks,
+            missing=tuple(number for number in trials if number not in held),
+            comparable=bool(balance.attrs["comparable"]),
+            flags=(*balance.attrs["flags"], *_shortfalls({number: one for number, (_, one) in held.items()})),
+        )
+        sizes = [len(one.attributes["features"]) for _, one in trials.values()]
+        attributes = {**declared.attributes, "features": [], "n_features": sizes}
+        result, _ = judge_trial(pooled, replace(declared, together=together, attributes=attributes))
+        result.attrs["control_flags"] = list(together.flags)
     result["dictionary_effect"] = (("direction", "dictionary"), effects)
     return result.assign_coords(dictionary=list(trials)), balance
 
 
 def _balance(balances: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Mean over dictionaries: effects of sets and of their controls are means over dictionaries too."""
+    """Mean over dictionaries, as the effects of sets and of their controls are, with a bound on each of them."""
     together = xr.concat([one.drop_attrs() for one in balances], "dictionary")
     mean = together[["set_mean", "control_mean", "standardized_difference"]].mean("dictionary", skipna=False)
-    balance = mean.assign(
+    difference = mean["standardized_difference"].values
+    each = together["standardized_difference"].values
+    usable = comparable(np.nan_to_num(difference, nan=np.inf)) and not (np.abs(each) > WORST_USABLE).any()
+    return mean.assign(
         worst_difference=together["worst_difference"].max("dictionary", skipna=False),
-        balanced=abs(mean["standardized_difference"]) < BALANCED,
+        balanced=("covariate", np.abs(difference) < BALANCED),
+    ).assign_attrs(
+        n_sets=min(int(one.attrs["n_sets"]) for one in balances),
+        comparable=int(usable),
+        flags=unbalanced(difference),
     )
-    return balance.assign_attrs(balances[0].attrs | {"flags": unbalanced(balance["standardized_difference"].values)})
+
+
+def _shortfalls(declared: Mapping[int, Declaration]) -> list[str]:
+    """What the matching fell short of in single dictionaries, balance apart."""
+    flags = {number: one.settings("disable").control_flags for number, one in declared.items()}
+    return [
+        f"dictionary {number}: {flag}"
+        for number, of_one in flags.items()
+        for flag in of_one
+        if not flag.startswith("unbalanced:")
+    ]
 
 
 def _rank_p(outcomes: DirectionOutcomes, declared: Declaration) -> float:
@@ -93,39 +109,26 @@ def _rank_p(outcomes: DirectionOutcomes, declared: Declaration) -> float:
 
 def _pool(outcomes: Sequence[DirectionOutcomes]) -> DirectionOutcomes:
     """Completions of several dictionaries side by side, of the arms that all of them ran."""
-    tables = [one.table for one in outcomes]
-    first, names = tables[0], [[c.name for c in table.conditions] for table in tables]
+    if len(outcomes) == 1:
+        return outcomes[0]
+    names = [[condition.name for condition in one.table.conditions] for one in outcomes]
     shared = [name for name in names[0] if all(name in others for others in names)]
+    parts = tuple(one.table.keep(shared) for one in outcomes)
+    samples: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts], axis=-1)
+        for name in ("correct", "ending", "n_tokens", "other_ending")
+    }
+    means: dict[str, Any] = {
+        name: np.mean([getattr(part, name) for part in parts], axis=0)
+        for name in ("kl_to_base", "kl_to_rl", "neutral_kl")
+    }
     rows = [[others.index(name) for name in shared] for others in names]
-
-    def samples(name: str) -> NDArray[Any]:
-        return np.concatenate([getattr(t, name)[r] for t, r in zip(tables, rows, strict=True)], axis=2)
-
-    def mean(name: str) -> Floats:
-        return np.asarray(np.mean([getattr(t, name)[r] for t, r in zip(tables, rows, strict=True)], axis=0))
-
-    table = OutcomeTable(
-        direction=first.direction,
-        conditions=tuple(first.conditions[i] for i in rows[0]),
-        correct=samples("correct"),
-        ending=samples("ending"),
-        other_ending=np.concatenate([table.other_ending for table in tables], axis=1),
-        kl_to_base=mean("kl_to_base"),
-        kl_to_rl=mean("kl_to_rl"),
-        neutral_kl=mean("neutral_kl"),
-        n_tokens=samples("n_tokens"),
-        task=first.task,
-        cluster=first.cluster,
-        target=first.target,
-        unrelated=first.unrelated,
-        n_dictionaries=len(outcomes),
-    )
     divergences = {
         name: np.mean([one.divergences[name][r] for one, r in zip(outcomes, rows, strict=True)], axis=0)
         for name in outcomes[0].divergences
     }
     return DirectionOutcomes(
-        table=table,
+        table=replace(parts[0], parts=parts, **samples, **means),
         divergences=divergences,
         passthrough_changed=max(one.passthrough_changed for one in outcomes),
         non_finite=tuple(dict.fromkeys(name for one in outcomes for name in one.non_finite)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -67,8 +67,9 @@ class OutcomeTable:
         [prompt] labels.
     target, unrelated
         [prompt] whether the effect is measured there, or side effects are.
-    n_dictionaries
-        Dictionaries whose sets were edited; samples are dictionary by dictionary, and the divergences their means.
+    parts
+        Of several dictionaries: the table of each, with the same conditions. Samples are then dictionary by dictionary,
+        and divergences their means.
     """
 
     direction: Direction
@@ -84,7 +85,7 @@ class OutcomeTable:
     cluster: NDArray[np.str_]
     target: NDArray[np.bool_]
     unrelated: NDArray[np.bool_]
-    n_dictionaries: int = 1
+    parts: tuple[OutcomeTable, ...] = ()
 
     def __post_init__(self) -> None:
         n_conditions, n_prompts = len(self.conditions), len(self.task)
@@ -129,6 +130,21 @@ class OutcomeTable:
         if not mask.any():
             return np.full(len(self.conditions), np.nan)
         return np.asarray(self.correct[:, mask].mean(axis=(1, 2)), dtype=np.float64)
+
+    @property
+    def n_dictionaries(self) -> int:
+        """Dictionaries whose sets were edited."""
+        return len(self.parts) or 1
+
+    def keep(self, names: Sequence[str]) -> OutcomeTable:
+        """The same with these conditions alone, in this order."""
+        rows = [[condition.name for condition in self.conditions].index(name) for name in names]
+        by_condition = ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl", "n_tokens")
+        return replace(
+            self,
+            conditions=tuple(self.conditions[row] for row in rows),
+            **{name: getattr(self, name)[rows] for name in by_condition},
+        )
 
     def per_prompt(self, mask: NDArray[np.bool_]) -> Floats:
         """[dictionary, condition, prompt] share of right completions of the masked prompts."""

@@ -110,7 +110,7 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     v2, rank_p = specificity(table, effects, settings)
     v3 = dose_response(table, settings)
     v4 = side_effects(table, settings)
-    v6, broke = failure_mode_match(table, effects, settings)
+    v6, broke = failure_mode_match(table, settings)
     notes = (
         *fresh_seeds(table, effects, settings),
         *baselines(table, settings),

@@ -35,6 +35,7 @@ from rlgen_stats.toolkit.statistics.core.top_features import fold_leading, leadi
 from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels import (
     delete_group_jackknife,
+    dictionaries_needed,
     nogueira,
     pooled_intervals,
     rbo,
@@ -336,7 +337,8 @@ def pool_set_stability(sets: Sequence[xr.Dataset], *, alpha: float = 0.05) -> xr
     Dataset
         The first one's layout. Bounds of ``delta`` hold the variance between dictionaries
         (:func:`~rlgen_stats.toolkit.statistics.kernels.pooled_intervals`); everything else by checkpoint is the mean;
-        ``verdict``, ``stable_from`` and ``reason`` by the rule of :func:`set_stability`.
+        ``verdict``, ``stable_from`` and ``reason`` by the rule of :func:`set_stability`; UNDETERMINED where a
+        dictionary shows the opposite (one of five or more may).
     """
     if len(sets) == 1:
         return sets[0]
@@ -348,17 +350,27 @@ def pool_set_stability(sets: Sequence[xr.Dataset], *, alpha: float = 0.05) -> xr
         pooled[low], pooled[high] = (MODEL, bounds[1]), (MODEL, bounds[2])
     runs = pooled[TRAINED_RUN].values
     found = []
-    for run in runs:
+    for position, run in enumerate(runs):
         of_run = pooled.isel({MODEL: np.flatnonzero(pooled[RUN].values == run)})
         of_run = of_run.isel({MODEL: np.argsort(of_run[STEP].values, kind="stable")})
         table = {name: of_run[name].values.tolist() for name in columns}
-        found.append(_verdict(table, [str(model) for model in of_run[MODEL].values]))
+        verdict = _verdict(table, [str(model) for model in of_run[MODEL].values])
+        each_verdict = [str(one["verdict"].values[position]) for one in sets]
+        found.append(_unless_contradicted(verdict, each_verdict))
     verdicts, stable_from, reasons = zip(*found, strict=True)
     return pooled.assign(
         verdict=(TRAINED_RUN, np.array(verdicts)),
         stable_from=(TRAINED_RUN, np.array(stable_from)),
         reason=(TRAINED_RUN, np.array(reasons)),
     )
+
+
+def _unless_contradicted(pooled: tuple[str, float, str], each: Sequence[str]) -> tuple[str, float, str]:
+    """The pooled verdict, open where too many dictionaries show the opposite; one that is open contradicts nothing."""
+    n_against = sum(verdict not in (pooled[0], "UNDETERMINED") for verdict in each)
+    if pooled[0] == "UNDETERMINED" or len(each) - n_against >= dictionaries_needed(len(each)):
+        return pooled
+    return "UNDETERMINED", float("nan"), f"the dictionaries contradict each other ({', '.join(each)})"
 
 
 @dataclass(frozen=True)
