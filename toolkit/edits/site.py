@@ -74,7 +74,7 @@ class FeatureColumns:
         channels = crosscoder.slot_of(site.view)
         raw = crosscoder.decoder_matrix.detach()[columns, channels].double() / scale[slot].double()
         self.directions = raw.to(device, torch.float32)
-        offset = crosscoder.decoder_offset.detach()[channels].double() / scale[slot].double()
+        offset = crosscoder.offset(site.view, joint=site.readout == "joint").detach()
         self.offset = offset.to(device, torch.float32)
 
     def to(self, device: torch.device) -> FeatureColumns:

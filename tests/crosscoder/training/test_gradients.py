@@ -111,7 +111,8 @@ class Slow:
         again = torch.einsum("tf,vfc->tvc", revived_joint, self.decoder) + error.detach()
         loss, aux, errors = error.square().sum(), again.square().sum(), []
         for view in range(3):
-            error = by_view[view] @ self.decoder[view] + self.offset[view] - x[n_joint:, view]
+            shared = (self.offset / self.scale[:, None]).mean(0) * self.scale[view]
+            error = by_view[view] @ self.decoder[view] + shared - x[n_joint:, view]
             aux = aux + (revived[view] @ self.decoder[view] + error.detach()).square().sum()
             loss = loss + error.square().sum()
             errors.append(error)

@@ -91,7 +91,7 @@ def test_the_curve_says_what_readout_and_joint_code_explain(data: NDArray[np.flo
     with torch.no_grad():
         c = run.crosscoder
         code = c.encode(c.normalise(joint))
-        joint_errors = [c.reconstruct(code, view) - joint[:, i] for i, view in enumerate(VIEWS)]
+        joint_errors = [c.reconstruct(code, view, joint=True) - joint[:, i] for i, view in enumerate(VIEWS)]
         codes = [c.readout(paired[:, i]) for i in range(3)]
         errors = [c.reconstruct(f, view) - paired[:, i] for i, (f, view) in enumerate(zip(codes, VIEWS, strict=True))]
         scale = c.scale.tolist()
@@ -190,8 +190,10 @@ def test_a_shift_of_the_mean_is_told_by_features_and_not_by_offsets(data: NDArra
         trained = train_replicates(reader, spec_of(objective), views=VIEWS, seeds=[1, 2, 3])
         told[objective] = []
         for crosscoder in trained:
-            offset = crosscoder.decoder_bias / crosscoder.scale[:, None]
-            assert torch.allclose(offset[0], offset[2], atol=1e-5) == (objective == "both")
+            offset = torch.stack([crosscoder.offset(view) for view in VIEWS])
+            assert torch.equal(offset[0], offset[2]) == (objective == "both")
+            each = torch.stack([crosscoder.offset(view, joint=True) for view in VIEWS])
+            assert (each[2] - each[0]).norm() > 0.1, "the joint code keeps an offset for each view"
             decoded = [
                 crosscoder.reconstruct(crosscoder.readout(torch.from_numpy(shifted[:, i])), view).mean(dim=0)
                 for i, view in ((2, "rl@9"), (0, "base@0"))

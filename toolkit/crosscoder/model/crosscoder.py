@@ -201,18 +201,16 @@ class Crosscoder(nn.Module, JointViews):
     # -- units ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fit_normalisation(self, moments: ViewMoments, *, shared_offset: bool = False) -> None:
+    def fit_normalisation(self, moments: ViewMoments) -> None:
         """Set scale and mean from raw moments, and centre the biases on the normalised mean.
 
         The decoder biases start at the mean and the encoder bias cancels the mean, so that features start out
-        describing deviations; both are trained from there. ``shared_offset``: all views start at the mean of the views.
+        describing deviations; both are trained from there.
         """
         width = torch.tensor(self.widths, dtype=torch.float64)
         self.scale.copy_(width.sqrt() / torch.from_numpy(moments.mean_norm))
         mean = torch.from_numpy(moments.mean)
         self.means.copy_(mean)
-        if shared_offset:
-            mean = mean.view(len(self.views), -1).mean(dim=0).repeat(len(self.views))
         self.decoder_offset.copy_(mean * self.channel_scale().double())
         self.encoder_bias.copy_(-(self.decoder_offset @ self.encoder_matrix))
 
@@ -264,11 +262,31 @@ class Crosscoder(nn.Module, JointViews):
         """Joint reconstruction [batch, D] in normalised units of features [batch, feature]."""
         return matmul(f, self.decoder_matrix) + self.decoder_offset
 
-    def reconstruct(self, f: Tensor | SparseCode, view: str) -> Tensor:
-        """Reconstruction [batch, channel] of one view in RAW units."""
-        channels = self.slot_of(view)
-        normalised = matmul(f, self.decoder_matrix[:, channels]) + self.decoder_offset[channels]
-        return normalised / self.scale[self.view_index(view)]
+    def reconstruct(self, f: Tensor | SparseCode, view: str, *, joint: bool = False) -> Tensor:
+        """Reconstruction [batch, channel] of one view in RAW units.
+
+        Parameters
+        ----------
+        f
+            Features [batch, feature].
+        view
+            Which.
+        joint
+            Whether they are the joint code of all views, and not one model's: see :meth:`offset`.
+        """
+        scaled = matmul(f, self.decoder_matrix[:, self.slot_of(view)]) / self.scale[self.view_index(view)]
+        return scaled + self.offset(view, joint=joint)
+
+    def offset(self, view: str, *, joint: bool = False) -> Tensor:
+        """What a reconstruction is without any feature: [channel], RAW units.
+
+        The joint code has an offset for each view. One model's features have, after training on them (objectives
+        paired and both), the mean of these for all models, so that features must tell what changed on average: see
+        :func:`~rlgen_stats.toolkit.crosscoder.training.rows.paired_rows`.
+        """
+        if joint or self.facts.get("objective") not in ("paired", "both"):
+            return self.decoder_offset[self.slot_of(view)] / self.scale[self.view_index(view)]
+        return shared_offset(self)
 
     def readout(
         self, raw: Tensor, *, view: str | None = None, kind: Readout = "swap", features: Tensor | None = None
@@ -399,3 +417,8 @@ class Crosscoder(nn.Module, JointViews):
             "weights_sha256": self.weights_sha256,
             "facts": self.facts,
         } | ({"ranks_activations": True} if self.ranks_activations else {})
+
+
+def shared_offset(crosscoder: Crosscoder) -> Tensor:
+    """The mean of all views' decoder offsets: [channel], RAW units."""
+    return (crosscoder.decoder_bias / crosscoder.scale[:, None]).mean(dim=0)

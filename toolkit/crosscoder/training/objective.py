@@ -32,16 +32,6 @@ class Fit:
     """The joint rows, the paired rows, or both."""
 
 
-def has_shared_offset(spec: CrosscoderSpec) -> bool:
-    """Whether all models have one decoder offset in raw units, so that features must describe what changed on average.
-
-    An offset a model takes up a change of the mean: of a planted shift that is the same on all tokens, 92 to 98% went
-    there, and the selected features pointed along it with cosine .42 to .66 (five dictionaries); with one offset for
-    all, with .71 to .97. Fractions of variance explained are equal.
-    """
-    return spec.objective in ("paired", "both")
-
-
 class Objective:
     """The loss of a batch, and what it keeps between steps.
 
@@ -64,10 +54,9 @@ class Objective:
     Notes
     -----
     Joint rows: f from all views, sum_m ||e_m||^2. Paired rows: f^m from view m's activation in every slot, as readout
-    swap, e_m = D_m f^m + c_m - x_m, and sum_m ||e_m||^2 + lambda sum_{m != ref} ||e_m s_ref / s_m - e_ref||^2 with the
-    scales s_m: the last term is the error of the difference between two models. One sparsity rule holds for all rows.
-
-    With paired rows all models share one offset c, in raw units (:func:`has_shared_offset`).
+    swap, e_m = D_m f^m + c s_m - x_m with the scales s_m and c, the mean of the views' offsets in raw units, and
+    sum_m ||e_m||^2 + lambda sum_{m != ref} ||e_m s_ref / s_m - e_ref||^2: the last term is the error of the difference
+    between two models. One sparsity rule holds for all rows.
     """
 
     def __init__(
@@ -116,16 +105,6 @@ class Objective:
             fired=fired,
             groups=groups,
         )
-
-    @torch.no_grad()
-    def tie_offsets(self) -> None:
-        """Give all models the mean of their offsets in raw units, where they share one; after each optimiser step."""
-        if has_shared_offset(self._spec):
-            offset, scale = (
-                self._crosscoder.decoder_offset.view(len(self._crosscoder.views), -1),
-                self._crosscoder.scale,
-            )
-            offset.copy_((offset / scale[:, None]).mean(dim=0) * scale[:, None])
 
     def _rows(self, raw: Tensor) -> list[Rows]:
         kinds = (joint_rows, raw[: self._n_joint]), (paired_rows, raw[self._n_joint :])

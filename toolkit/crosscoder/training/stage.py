@@ -193,7 +193,7 @@ class _StudyCrosscoder:
                 folders=[self.folders[number] for number in missing],
                 progress=self.progress,
                 data_hash=self.data_hash,
-                facts=self._origin() | {"objective": str(self.spec.objective)},
+                facts=self._origin(),
             )
             crosscoders |= dict(zip(missing, trained, strict=True))
         return [crosscoders[number] for number in range(len(self.seeds))]
@@ -318,7 +318,7 @@ class _StudyCrosscoder:
             for slot, view in enumerate(self.views):
                 with torch.no_grad():
                     own = crosscoder.readout(raw[slot]) if f is None else f
-                    reconstruction = crosscoder.reconstruct(own, view).cpu().numpy()
+                    reconstruction = crosscoder.reconstruct(own, view, joint=f is not None).cpu().numpy()
                 by_text = (np.split(whole, cuts) for whole in (ids, reconstruction, self.mask[rows]))
                 texts = [SplicedText(*parts) for parts in zip(*by_text, strict=True)]
                 model = load_model(find_model(view, self.study, self.folder), device=self.device)

@@ -19,7 +19,7 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, endless, joined, measure_views
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tensors
-from rlgen_stats.toolkit.crosscoder.training.objective import Fit, Objective, has_shared_offset
+from rlgen_stats.toolkit.crosscoder.training.objective import Fit, Objective
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, join_ranks
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -244,10 +244,11 @@ def start_run(
         name=spec.name,
         seed=seed,
     )
-    scale = np.sqrt(moments.widths) / moments.mean_norm
+    crosscoder.facts["objective"] = spec.objective or "joint"
+    crosscoder.fit_normalisation(moments)
     crosscoder.to(device).train()
+    scale = np.sqrt(moments.widths) / moments.mean_norm
     objective = Objective(spec, crosscoder, variance=torch.from_numpy(moments.variance * scale**2), ranks=ranks)
-    crosscoder.fit_normalisation(moments, shared_offset=has_shared_offset(spec))
     return TrainingRun(
         crosscoder=crosscoder,
         objective=objective,
@@ -269,7 +270,6 @@ def train_step(run: TrainingRun, spec: CrosscoderSpec, batch: Tensor, *, log: bo
         run.curve.append(_curve_point(run, fit))
     torch.nn.utils.clip_grad_norm_(run.crosscoder.parameters(), MAX_GRADIENT_NORM)
     run.optimiser.step()
-    run.objective.tie_offsets()
     run.step += 1
 
 
@@ -343,6 +343,7 @@ def _finish(run: TrainingRun, spec: CrosscoderSpec, *, facts: dict[str, Any]) ->
     crosscoder = run.crosscoder
     run.objective.finish()
     crosscoder.facts = {
+        **crosscoder.facts,
         **facts,
         "spec": spec.model_dump(mode="json"),
         "trained_tokens": spec.steps * spec.batch_size,

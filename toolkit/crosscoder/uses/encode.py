@@ -239,7 +239,7 @@ def summarise(
         place = code[kept]
         for raw, f in features.read(start, start + block_tokens, kept):
             summaries.update(place[: len(raw)], f)
-            fve.update(raw.cpu().numpy(), crosscoder.reconstruct(f, view).cpu().numpy())
+            fve.update(raw.cpu().numpy(), crosscoder.reconstruct(f, view, joint=readout == "joint").cpu().numpy())
             place = place[len(raw) :]
     mean, firing, largest = summaries.result(scale)
     dataset = xr.Dataset(

@@ -204,8 +204,8 @@ def measure_health(
             f_readout = f if read is None else read(part)
             f_own = f if crosscoder.has_joint_code else f_readout
             data = part.cpu().numpy()
-            joint[slot].update(data, crosscoder.reconstruct(f_own, view).cpu().numpy())
-            readout_alone[slot].update(data, crosscoder.reconstruct(f_readout, view).cpu().numpy())
+            joint[slot].update(data, crosscoder.reconstruct(f_own, view, joint=crosscoder.has_joint_code).cpu().numpy())
+            readout_alone[slot].update(data, crosscoder.reconstruct(f_readout, view, joint=read is None).cpu().numpy())
             alone[slot] += (f_readout > 0).sum(dim=0)
         n_tokens += len(raw)
     firing_readout = (alone / n_tokens).cpu().numpy()
