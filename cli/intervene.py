@@ -102,7 +102,7 @@ def intervene(
                 dry_run=dry_run,
                 progress=progress,
             )
-            for number in (_dictionaries(study) if stage else (dictionary or 1,))
+            for number in (_dictionaries(study) if stage else (1 if dictionary is None else dictionary,))
         ]
     if as_json:
         print_json([_as_json(trial) for trial in trials] if len(trials) > 1 else _as_json(trials[0]))

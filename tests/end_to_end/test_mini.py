@@ -295,6 +295,27 @@ def test_several_processes_train_crosscoders_through_torchrun(mini: tuple[Path, 
     assert verify(folder).problems == ()
 
 
+def test_a_trial_can_be_held_in_any_dictionary(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(mini[0], study)
+    own = json.loads(run_command("intervene", str(study), "--dry-run", "--json").stdout)
+    assert [plan["name"] for plan in own] == ["selected", "selected-in-2", "selected-in-3"]
+    assert {plan["why_not"] for plan in own} == {"no_features: no feature selected"}  # in this study
+    firing = open_features(study / "features.2.zarr")["firing"].mean(["model", "prompt"]).values
+    feature = str(int(np.argsort(firing)[-5]))
+    there = ("intervene", str(study), "--features", feature, "--dictionary", "2", "--direction", "disable")
+    run = run_command(*there, "--json", "--quiet")
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["results"] == f"trial-features-{feature}-in-2"
+    arms = study / "intervention/dictionary-2"
+    assert (arms / f"features-{feature}-in-2/disable/set.parquet").exists()
+    assert not (arms / "disable/unedited.parquet").exists()  # it reads no feature: shared with the first dictionary
+    for number in ("0", "4"):
+        refused = run_command("intervene", str(study), "--dictionary", number)
+        assert refused.exit_code == 2
+        assert "this study's dictionaries are numbered 1 to 3" in refused.output
+
+
 def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], tmp_path: Path) -> None:
     study = tmp_path / "study"
     shutil.copytree(mini[0], study)
