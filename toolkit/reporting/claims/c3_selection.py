@@ -192,9 +192,10 @@ def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[
         return ()
     share = matching["reappearance"].sel(crosscoder=name, feature=confirmed).values
     n = len(labels_of(matching, "replicate"))
+    others = {1: "the other dictionary", 2: "both other dictionaries"}.get(n, f"all {n} other dictionaries")
     return (
-        f"{int((share == 1).sum())} of {count(len(confirmed), 'confirmed feature')} have a match in "
-        f"{'the other dictionary' if n == 1 else f'all {n} other dictionaries'} trained from other initial weights.",
+        f"{int((share == 1).sum())} of {count(len(confirmed), 'confirmed feature')} have a match in {others} trained "
+        "from other initial weights.",
     )
 
 
