@@ -18,7 +18,8 @@ from rlgen_stats.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from rlgen_stats.stores import StudyFolder
+    from pathlib import Path
+
     from rlgen_stats.toolkit.study import Study
 
 _HELP: Final = {
@@ -92,32 +93,36 @@ def run_and_print(
     as_json: bool,
 ) -> None:
     """Run stages, then print their states as JSON, or the verdicts if there is a report."""
-    from rlgen_stats.toolkit.study import run_study
+    from rlgen_stats.toolkit.study import further_contrasts, run_study
 
     with connect(scheduler), progress_for(quiet=quiet) as progress:
         opened = run_study(study, stages=stages, force=force, progress=progress)
-    report = opened.folder.report / "index.html"
+    studies = [opened, *further_contrasts(opened)]
+    reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
     if as_json:
-        print_json({"stages": _states(opened), "report": str(report) if report.exists() else None})
-    elif (stages is None or "report" in stages) and report.exists():
-        print_verdicts(opened.folder)
+        found = {"stages": _states(opened), "report": str(reports[0]) if reports else None}
+        print_json(found | ({"reports": list(map(str, reports))} if len(studies) > 1 else {}))
+    elif (stages is None or "report" in stages) and reports:
+        for one in reports:
+            print_verdicts(one.parent)
 
 
-def print_verdicts(folder: StudyFolder) -> None:
-    """Print the five claims with their verdicts, and the path of the report."""
+def print_verdicts(report: Path) -> None:
+    """Print the five claims of a report with their verdicts, and its path."""
     from rich.console import Console
     from rich.table import Table
 
     from rlgen_stats.stores import read_json
 
-    claims = read_json(folder.report / "report.json")["claims"]
-    table = Table(title="Verdicts", title_justify="left", show_lines=False)
+    content = read_json(report / "report.json")
+    claims, contrast = content["claims"], content.get("contrast", "")
+    table = Table(title=f"Verdicts{contrast and f', {contrast}'}", title_justify="left", show_lines=False)
     for column in ("", "claim", "verdict", "answer"):
         table.add_column(column, overflow="fold")
     for claim in claims:
         table.add_row(claim["id"], claim["statement"], claim["verdict"], claim["answer"])
     Console().print(table)
-    click.echo(f"Report: {folder.report / 'index.html'}")
+    click.echo(f"Report: {report / 'index.html'}")
 
 
 @click.command()
@@ -130,16 +135,17 @@ def status(study: str, as_json: bool) -> None:
     \b
     Example:  rlgen-stats status runs/demo
     """  # noqa: D301 - click needs the backspace itself
-    from rlgen_stats.toolkit.study import open_for_run
+    from rlgen_stats.toolkit.study import further_contrasts, open_for_run
 
     opened = open_for_run(study)
     if as_json:
         print_json({"study": opened.spec.name, "study_id": opened.study_id, "stages": _states(opened)})
         return
-    click.echo(f"{opened.spec.name}  ({opened.folder.root}, study {opened.study_id[:12]})")
-    for stage in opened.status():
-        seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""
-        click.echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
+    for one in (opened, *further_contrasts(opened)):
+        click.echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
+        for stage in one.status():
+            seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""
+            click.echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
 
 
 def _states(study: Study) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ suggested; every field says what it is for in the string below it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -339,6 +340,9 @@ class StudySpec(Spec):
     """Post-training runs, all from the base."""
     contrast: tuple[str, str] | None = None
     """Names of the two runs compared (SFT first, RL second); default: the first run of each of the first two arms."""
+    contrasts: tuple[tuple[str, str], ...] = ()
+    """Two or more such pairs instead of ``contrast``. The first is answered in the study's folder, each other one in
+    contrasts/FIRST+SECOND; tests and intervals are at alpha divided by the number of pairs (Bonferroni)."""
     generation: GenerationSpec = GenerationSpec()
     """How completions are sampled."""
     grader: GraderSpec = GraderSpec()
@@ -348,7 +352,7 @@ class StudySpec(Spec):
     summaries: SummariesSpec = SummariesSpec()
     """What the encode stage keeps of every feature and prompt."""
     crosscoders: tuple[CrosscoderSpec, ...]
-    """Crosscoders; the first whose views are the base and both contrasted runs' last checkpoints is the one encoded."""
+    """Crosscoders; the first whose views are the base and all contrasted runs' last checkpoints is the one encoded."""
     statistics: StatisticsSpec = StatisticsSpec()
     """Error rates and settings of the tests."""
     selection: SelectionSpec = SelectionSpec()
@@ -365,9 +369,7 @@ class StudySpec(Spec):
             raise ValueError(f"run names must be unique, got {repeated} more than once.")
         if len({run.arm for run in self.runs}) < 2:
             raise ValueError("a study compares two arms (for example sft and rl); give runs of at least two.")
-        for name in self.contrast or ():
-            if name not in names:
-                raise ValueError(f"contrast names run {name!r}, but the runs are {sorted(names)}.")
+        self._check_contrasts(names)
         encoded = next((c for c in self.crosscoders if set(c.views) == self._primary_views), None)
         resolved = tuple(c.resolved(encoded=c is encoded) for c in self.crosscoders)
         object.__setattr__(self, "crosscoders", resolved)  # frozen for everybody else
@@ -388,9 +390,24 @@ class StudySpec(Spec):
             )
         return self
 
+    def _check_contrasts(self, names: Collection[str]) -> None:
+        if self.contrast is not None and self.contrasts:
+            raise ValueError("give one pair of runs as 'contrast' or several as 'contrasts', not both.")
+        if len(self.contrasts) == 1 or len(set(self.contrasts)) < len(self.contrasts):
+            raise ValueError(
+                "'contrasts' takes two or more different pairs of runs (a single one is 'contrast'), got "
+                f"{[list(pair) for pair in self.contrasts]}."
+            )
+        for pair in (self.contrast,) if self.contrast else self.contrasts:
+            for name in pair:
+                if name not in names:
+                    raise ValueError(f"contrast names run {name!r}, but the runs are {sorted(names)}.")
+            if pair[0] == pair[1]:
+                raise ValueError(f"a contrast compares two runs, got {pair[0]!r} with itself.")
+
     @property
     def _primary_views(self) -> set[str]:
-        return {BASE_MODEL, *(f"{run.name}@final" for run in self.contrasted)}
+        return {BASE_MODEL, *(f"{run.name}@final" for run in self.all_contrasted)}
 
     @property
     def primary_crosscoder(self) -> CrosscoderSpec:
@@ -427,8 +444,26 @@ class StudySpec(Spec):
     def contrasted(self) -> tuple[RunSpec, RunSpec]:
         """The two runs compared, SFT-like first."""
         by_name = {run.name: run for run in self.runs}
-        if self.contrast is not None:
-            return by_name[self.contrast[0]], by_name[self.contrast[1]]
+        pair = self.contrasts[0] if self.contrasts else self.contrast
+        if pair is not None:
+            return by_name[pair[0]], by_name[pair[1]]
         arms = list(dict.fromkeys(run.arm for run in self.runs))
         first = [next(run for run in self.runs if run.arm == arm) for arm in arms[:2]]
         return first[0], first[1]
+
+    @property
+    def all_contrasted(self) -> tuple[RunSpec, ...]:
+        """The runs of all contrasts, whichever of these is answered: they share activations and dictionaries."""
+        if not self.contrasts:
+            return self.contrasted
+        named = {name for pair in self.contrasts for name in pair}
+        return tuple(run for run in self.runs if run.name in named)
+
+    def answering(self, number: int) -> StudySpec:
+        """The study as it answers one of its contrasts, counted from 1: that one first, at its share of alpha."""
+        if not self.contrasts:
+            return self
+        first = self.contrasts[number - 1]
+        statistics = self.statistics.model_copy(update={"alpha": self.statistics.alpha / len(self.contrasts)})
+        others = tuple(pair for pair in self.contrasts if pair != first)
+        return self.model_copy(update={"contrasts": (first, *others), "statistics": statistics})

@@ -85,6 +85,14 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that a crash half way leaves nothing that looks like it."""
+    condemned = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(condemned, ignore_errors=True)
+    path.replace(condemned)  # one rename, after which no reader finds the folder any more
+    shutil.rmtree(condemned)
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes left of :func:`replacing` ``path``; the caller must hold the writer's lock.
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from rlgen_stats.schemas.dims import of_dictionary
+
+CONTRASTS: Final = "contrasts"
+"""Folder of the analyses of further contrasts, below the study's."""
 
 
 @dataclass(frozen=True)
@@ -13,11 +17,17 @@ class StudyFolder:
     """Paths inside one study folder; nothing is created by asking for them."""
 
     root: Path
+    study: Path | None = None
+    """Folder of the study.yaml, where that is another: the one that a further contrast is part of."""
 
     @property
     def spec(self) -> Path:
         """study.yaml."""
-        return self.root / "study.yaml"
+        return (self.study or self.root) / "study.yaml"
+
+    def contrast(self, name: str) -> StudyFolder:
+        """Folder of a further contrast of this study."""
+        return StudyFolder(self.root / CONTRASTS / name, self.root)
 
     @property
     def activations(self) -> Path:
@@ -76,4 +86,4 @@ class StudyFolder:
 
     def resolve(self, path: str) -> Path:
         """A path of the spec: absolute, or relative to the study folder."""
-        return self.root / path
+        return (self.study or self.root) / path

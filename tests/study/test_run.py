@@ -6,54 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import xarray as xr
 import yaml
 from click.testing import CliRunner
 
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError, SpecError, StageError, StoreError, StoreLockedError
-from rlgen_stats.stores import Provenance, read_json, write_json, write_results
+from rlgen_stats.stores import read_json, write_json
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
-from rlgen_stats.toolkit.study.stage_graph import BY_NAME, with_needs
+from rlgen_stats.toolkit.study.stage_graph import with_needs
 from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
 from tests.study.conftest import MAIN, PAIR, spec_dict
-
-CALLS: list[str] = []
-
-
-def _write(study: Study, key: str, path: str) -> None:
-    target = study.folder.root / path
-    if path.startswith("results.zarr/"):
-        write_results(
-            study.folder.results, target.name + "-x", xr.Dataset(), provenance=Provenance(study.study_id, key)
-        )
-        (study.folder.results / (target.name + "-x")).rename(target)
-    else:
-        target.mkdir(parents=True, exist_ok=True) if not target.suffix else target.parent.mkdir(exist_ok=True)
-        if target.suffix in (".html", ".json"):
-            target.write_text("{}")
-        elif target.suffix == ".zarr":
-            xr.Dataset(attrs=Provenance(study.study_id, key).attrs()).to_zarr(target, consolidated=False, mode="w")
-
-
-@pytest.fixture(autouse=True)
-def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that only write their outputs: the graph is under test, not the science."""
-    CALLS.clear()
-
-    def resolve(function: str) -> Any:
-        name = next(stage.name for stage in STAGES if stage.function == function)
-
-        def call(study: Study, key: str, progress: object) -> None:
-            CALLS.append(name)
-            for path in study.outputs(BY_NAME[name]):
-                _write(study, key, str(path.relative_to(study.folder.root)))
-
-        return call
-
-    monkeypatch.setattr(run_module.pkgutil, "resolve_name", resolve)
+from tests.study.fake_stages import CALLS, recorded, write_output  # noqa: F401 - a fixture
 
 
 def change(folder: Path, **changes: Any) -> None:
@@ -166,7 +131,7 @@ def test_an_interrupted_stage_is_resumed_with_what_it_committed(
     run_study(study_folder, stages=["posttrain"])
 
     def dies(study: Study, key: str, progress: object) -> None:
-        _write(study, key, "outcomes.zarr")
+        write_output(study, key, "outcomes.zarr")
         (study.folder.outcomes / "committed").write_text("half")
         raise KeyboardInterrupt
 

@@ -71,8 +71,8 @@ def site_name(layer: int) -> str:
 
 
 def contrasted_models(spec: StudySpec, folder: StudyFolder) -> tuple[str, ...]:
-    """Base and the last checkpoints of the two contrasted runs; their completions are the texts."""
-    finals = (final_model(spec, folder, run.name).model for run in spec.contrasted)
+    """Base and the last checkpoints of all contrasted runs; their completions are the texts."""
+    finals = (final_model(spec, folder, run.name).model for run in spec.all_contrasted)
     return (BASE_MODEL, *finals)
 
 

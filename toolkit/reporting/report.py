@@ -26,7 +26,7 @@ from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_car
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
-from rlgen_stats.toolkit.reporting.headline import DOMAINS, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.headline import DOMAINS, contrast_note, domain_accuracies, lede
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
 from rlgen_stats.toolkit.reporting.result_lookup import labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
@@ -207,6 +207,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "sft": spec.contrasted[0].name,
         "rl": spec.contrasted[1].name,
         "lede": lede(report.domains, spec),
+        "contrast_note": contrast_note(spec),
         "domains": report.domains,
         "domain_names": DOMAINS,
         "claims": report.claims,
@@ -284,6 +285,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "report_schema": REPORT_SCHEMA,
         "study": report.spec.name,
+        "contrast": contrast_note(report.spec),
         "provenance": {
             "study_id": report.provenance.study_id,
             "spec_hash": report.provenance.spec_hash,

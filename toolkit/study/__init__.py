@@ -4,8 +4,19 @@ Importing this needs no torch; the stages that do are named in :mod:`rlgen_stats
 when run.
 """
 
-from rlgen_stats.toolkit.study.run import open_for_run, run_study
+from rlgen_stats.toolkit.study.contrasts import further_contrasts, open_for_run
+from rlgen_stats.toolkit.study.run import run_study
 from rlgen_stats.toolkit.study.spec_file import parse_spec, read_spec, write_spec
 from rlgen_stats.toolkit.study.stage_graph import STAGES, StageStatus, Study
 
-__all__ = ["STAGES", "StageStatus", "Study", "open_for_run", "parse_spec", "read_spec", "run_study", "write_spec"]
+__all__ = [
+    "STAGES",
+    "StageStatus",
+    "Study",
+    "further_contrasts",
+    "open_for_run",
+    "parse_spec",
+    "read_spec",
+    "run_study",
+    "write_spec",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pkgutil
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +12,15 @@ from typing import Final
 import zarr
 
 from rlgen_stats.schemas.errors import InputError, StoreError
-from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.atomic import explain_full_disk
+from rlgen_stats.stores.atomic import explain_full_disk, remove_folder
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, open_for_run
 from rlgen_stats.toolkit.study.spec_checks import check_stages
-from rlgen_stats.toolkit.study.spec_file import read_spec
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
 
 PARALLEL_STAGE: Final = "crosscoder"
 """The stage that several processes (torchrun) may run together."""
-
-
-def open_for_run(path: Path | str) -> Study:
-    """The study in a folder, ready to run or to ask for its status."""
-    return Study(StudyFolder(Path(path)), read_spec(path))
 
 
 def run_study(
@@ -69,6 +62,8 @@ def run_study(
     >>> run_study("runs/demo", stages=["drift"])  # doctest: +SKIP
     """
     study = open_for_run(path)
+    if study.folder.study is not None:
+        raise InputError(f"{path} is one contrast of the study in {study.folder.study}; run that.")
     study.forced = frozenset(force)
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
     check_stages(study.spec, plan)
@@ -81,13 +76,24 @@ def run_study(
     for stage in plan:
         study.key(stage.name)  # hashes the files the stage reads: one that is missing is named before anything runs
     with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
-        for number, stage in enumerate(plan, start=1):
-            if study.state(stage.name) == "done" and stage.name not in force:
-                progress.log(f"[{number}/{len(plan)}] {stage.name}: up to date")
-                continue
-            progress.log(f"[{number}/{len(plan)}] {stage.name}")
-            _run_stage(study, stage, forced=stage.name in force, progress=progress)
+        _run_plan(study, plan, progress)
+        done = [study]
+        for further in further_contrasts(study):
+            own = link_shared(further, done)
+            _run_plan(further, [stage for stage in plan if stage.name in own], progress)
+            done.append(further)
     return study
+
+
+def _run_plan(study: Study, plan: Sequence[Stage], progress: Progress) -> None:
+    of_contrast = "" if study.folder.study is None else f"{study.folder.root.name} "
+    for number, stage in enumerate(plan, start=1):
+        place = f"{of_contrast}[{number}/{len(plan)}] {stage.name}"
+        if study.state(stage.name) == "done" and stage.name not in study.forced:
+            progress.log(f"{place}: up to date")
+            continue
+        progress.log(place)
+        _run_stage(study, stage, forced=stage.name in study.forced, progress=progress)
 
 
 def _check_parallel(study: Study, plan: Sequence[Stage]) -> None:
@@ -132,7 +138,7 @@ def _clear_superseded(study: Study, path: Path, *, key: str, own_keys: set[str],
             "it is left untouched: use another folder or move it away."
         )
     if forced or spec_hash != key:
-        _remove(path)
+        remove_folder(path)
 
 
 def _clear_owned(path: Path, *, keep: bool, known: bool) -> None:
@@ -144,12 +150,4 @@ def _clear_owned(path: Path, *, keep: bool, known: bool) -> None:
             f"{path} exists but no stage of this study made it; it is left untouched: "
             "use another folder or move it away."
         )
-    _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder so that a crash half way leaves nothing that looks like it."""
-    condemned = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(condemned, ignore_errors=True)
-    path.replace(condemned)  # one rename, after which no reader finds the folder any more
-    shutil.rmtree(condemned)
+    remove_folder(path)

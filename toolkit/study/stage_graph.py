@@ -43,6 +43,8 @@ class Stage:
     """Plain folders among the outputs that hold only this key's files, and go when the key changes."""
     by_dictionary: tuple[str, ...] = ()
     """Outputs that exist once for each dictionary of the encoded crosscoder."""
+    answers: Literal["all", "target", "pair"] = "all"
+    """Whose result it is where a study asks several contrasts: of all, of those with one second run, or of one."""
     version: int = 1
     """Raised when the stage's code changes its numbers."""
 
@@ -113,6 +115,7 @@ STAGES: Final = (
         f"{_STATISTICS}:significance",
         ("results.zarr/behaviour",),
         optional=("results.zarr/attribution_contrast",),
+        answers="pair",
         version=2,
     ),
     Stage(
@@ -122,6 +125,7 @@ STAGES: Final = (
         f"{_STATISTICS}:select",
         (),
         by_dictionary=("results.zarr/selection",),
+        answers="target",
         version=3,
     ),
     Stage(
@@ -130,6 +134,7 @@ STAGES: Final = (
         ("statistics", "selection"),
         "rlgen_stats.toolkit.study.separation_stage:separation",
         ("results.zarr/separation",),
+        answers="target",
     ),
     Stage(
         "replicability",
@@ -138,6 +143,7 @@ STAGES: Final = (
         "rlgen_stats.toolkit.study.replicability_stage:replicability",
         (),
         optional=("results.zarr/replicability",),
+        answers="pair",
         version=2,
     ),
     Stage(
@@ -148,6 +154,7 @@ STAGES: Final = (
         ("results.zarr/intervention", "results.zarr/control_balance"),
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
+        answers="target",
         version=4,
     ),
     Stage(
@@ -156,6 +163,7 @@ STAGES: Final = (
         (),
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),
+        answers="pair",
     ),
 )
 """All stages in an order that respects their needs."""
@@ -241,8 +249,17 @@ class Study:
             parents = [self.key(need) for need in stage.needs]
             share = {path: _section(self.spec, path) for path in stage.spec}
             files = self._input_files(name)
-            self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents])
+            asked = self._asked(stage)
+            self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents, *asked])
         return self._keys[name]
+
+    def _asked(self, stage: Stage) -> list[str]:
+        """What a stage depends on of several contrasts; with one contrast, nothing."""
+        if not self.spec.contrasts:
+            return []
+        if stage.answers == "all":
+            return [run.name for run in self.spec.all_contrasted] if "contrast" in stage.spec else []
+        return [run.name for run in self.spec.contrasted][1 if stage.answers == "target" else 0 :]
 
     def forget_keys(self) -> None:
         """Compute keys anew: a stage has changed what later ones depend on."""
@@ -295,14 +312,18 @@ class Study:
         details = {"stage": name, "study": self.spec.name, "seed": self.spec.seed, "parents": parents}
         return Provenance(self.study_id, key, details)
 
+    def file(self, name: str) -> Path:
+        """File of a stage's record."""
+        return self.folder.stages / f"{name}.json"
+
     def record(self, name: str) -> dict[str, Any]:
         """What the last run of a stage left, empty if it never started."""
-        file = self.folder.stages / f"{name}.json"
+        file = self.file(name)
         return dict(read_json(file)) if file.exists() else {}
 
     def write_record(self, name: str, **facts: Any) -> None:
         """Replace a stage's record."""
-        write_json(self.folder.stages / f"{name}.json", {"stage": name, **facts})
+        write_json(self.file(name), {"stage": name, **facts})
 
     def outputs(self, stage: Stage) -> list[Path]:
         """Paths that exist once a stage is done."""

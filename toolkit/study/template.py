@@ -35,7 +35,7 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
   #   method: grpo
   #   n_checkpoints: 5
   #   trainer: {{learning_rate: 1.0e-6, num_generations: 8, max_steps: 200}}   # GRPOConfig's own names
-contrast: [sft, rl]               # the two runs compared, SFT first
+contrast: [sft, rl]               # the two runs compared, SFT first; several pairs: contrasts: [[sft, rl], [dpo, rl]]
 
 data:
   prompts: data/prompts.csv       # prompt_id, text, answer, task, domain (in|out); optional split, cluster

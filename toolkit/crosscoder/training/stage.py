@@ -140,7 +140,7 @@ class _StudyCrosscoder:
         self.seeds = [first, *others]
         is_read = spec.name == study.primary_crosscoder.name and spec.readout != "joint"
         self.judged_models = [ref.model for ref in list_models(study, folder)] if is_read else []
-        self.contrasted = [final_model(study, folder, run.name).model for run in study.contrasted]
+        self.contrasted = [final_model(study, folder, run.name).model for run in study.all_contrasted]
         self.folders = [folder.crosscoder(name) for name in spec.names]
         self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches
         self.corpus = None if spec.corpus is None else folder.resolve(spec.corpus)
