@@ -24,7 +24,7 @@ from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
-from rlgen_stats.toolkit.study.run import open_for_run
+from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, plan_trial
