@@ -50,8 +50,8 @@ DOMAINS: Final = ("in", "out")
 SPLITS: Final = ("selection", "verification")
 SEGMENTS: Final = ("prompt", "completion", "pad")
 FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
-"""Kinds of completion. answer: a final answer can be read; no_answer: ended without one; empty: no text; degenerate:
-ends in one n-gram over and over; truncated: cut off by the length limit without an answer."""
+"""Kinds of completion. answer: ended with an answer that can be read; no_answer: ended without one; empty: no text;
+degenerate: ends in one n-gram over and over; truncated: cut off by the length limit, whatever can be read in it."""
 BASE_RUN: Final = "base"
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

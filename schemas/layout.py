@@ -76,6 +76,8 @@ LAYOUTS: Final = {
             MODEL_COORDS | PROMPT_COORDS,
             PROVENANCE_ATTRS,
             where="outcomes.zarr",
+            optional=variables_on(f"{MODEL} {PROMPT} {SAMPLE}", terminated="bool", answered="bool")
+            | variables_on(f"{MODEL} {PROMPT}", greedy_terminated="bool", greedy_answered="bool"),
         ),
         Layout(
             "features",

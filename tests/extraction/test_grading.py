@@ -16,22 +16,23 @@ def complete(text: str, terminated: bool = True) -> Completion:
 @pytest.mark.parametrize(
     ("text", "terminated", "expected"),
     [
-        ("3 plus 4 so ans 7", True, Grade(True, "answer")),
-        ("ans 8 no wait ans   7 ", True, Grade(True, "answer")),
-        ("ans 7 no wait ans 8", True, Grade(False, "answer")),
-        ("ans 7 or 8", True, Grade(False, "answer")),
-        ("ans 07", True, Grade(False, "answer")),
-        ("ans 7", False, Grade(False, "answer")),
-        ("7", True, Grade(False, "no_answer")),
-        ("it depends on many things", True, Grade(False, "no_answer")),
-        ("it is 7 ans", True, Grade(False, "no_answer")),
-        ("answers 7", True, Grade(False, "no_answer")),
-        ("3 plus 4 is", False, Grade(False, "truncated")),
-        ("  ", True, Grade(False, "empty")),
-        ("", False, Grade(False, "empty")),
-        ("so so so so so so", False, Grade(False, "degenerate")),
-        ("well 1 plus 1 plus 1 plus 1 plus 1 plus 1 plus", False, Grade(False, "degenerate")),
-        ("ans 3 3 3 3 3 3", False, Grade(False, "degenerate")),
+        ("3 plus 4 so ans 7", True, Grade(True, "answer", True)),
+        ("ans 8 no wait ans   7 ", True, Grade(True, "answer", True)),
+        ("ans 7 no wait ans 8", True, Grade(False, "answer", True)),
+        ("ans 7 or 8", True, Grade(False, "answer", True)),
+        ("ans 07", True, Grade(False, "answer", True)),
+        ("ans 7", False, Grade(False, "truncated", True)),
+        ("ans 8", False, Grade(False, "truncated", True)),
+        ("7", True, Grade(False, "no_answer", False)),
+        ("it depends on many things", True, Grade(False, "no_answer", False)),
+        ("it is 7 ans", True, Grade(False, "no_answer", False)),
+        ("answers 7", True, Grade(False, "no_answer", False)),
+        ("3 plus 4 is", False, Grade(False, "truncated", False)),
+        ("  ", True, Grade(False, "empty", False)),
+        ("", False, Grade(False, "empty", False)),
+        ("so so so so so so", False, Grade(False, "degenerate", False)),
+        ("well 1 plus 1 plus 1 plus 1 plus 1 plus 1 plus", False, Grade(False, "degenerate", False)),
+        ("ans 3 3 3 3 3 3", False, Grade(False, "degenerate", True)),
     ],
 )
 def test_final_answers_are_graded_and_classed(text: str, terminated: bool, expected: Grade) -> None:
@@ -42,7 +43,7 @@ def test_final_answers_are_graded_and_classed(text: str, terminated: bool, expec
 
 def test_termination_is_required_only_where_the_study_says_so() -> None:
     lenient = make_grader(GraderSpec(marker="ans", require_termination=False))
-    assert lenient.grade(complete("ans 7", terminated=False), "7") == Grade(True, "answer")
+    assert lenient.grade(complete("ans 7", terminated=False), "7") == Grade(True, "answer", True)
 
 
 def test_markers_may_be_signs_or_phrases() -> None:
@@ -56,7 +57,7 @@ def test_markers_may_be_signs_or_phrases() -> None:
 
 def test_an_answer_of_repeated_words_is_right_if_it_is_the_answer() -> None:
     grader = make_grader(GraderSpec(marker="ans"))
-    assert grader.grade(complete("ans 3 3 3 3 3"), "3 3 3 3 3") == Grade(True, "answer")
+    assert grader.grade(complete("ans 3 3 3 3 3"), "3 3 3 3 3") == Grade(True, "answer", True)
 
 
 @pytest.mark.parametrize(
@@ -79,25 +80,26 @@ def test_degenerate_means_a_loop_at_the_end_that_fills_half(text: str, expected:
 @pytest.mark.parametrize(
     ("text", "answer", "expected"),
     [
-        (r"so \boxed{\frac{1}{2}}", "0.5", Grade(True, "answer")),
-        (r"so \boxed{\frac{1}{2}}", r"\frac{2}{4}", Grade(True, "answer")),
-        ("The answer is 42.", "42", Grade(True, "answer")),
-        ("The answer is 42.", "41", Grade(False, "answer")),
-        (r"therefore $x = 3$", "3", Grade(True, "answer")),
-        (r"the interval is \boxed{[1, 2)}", "$[1,2)$", Grade(True, "answer")),
-        ("I do not know", "42", Grade(False, "no_answer")),
-        ("", "42", Grade(False, "empty")),
-        (r"\boxed{", "42", Grade(False, "no_answer")),
+        (r"so \boxed{\frac{1}{2}}", "0.5", Grade(True, "answer", True)),
+        (r"so \boxed{\frac{1}{2}}", r"\frac{2}{4}", Grade(True, "answer", True)),
+        ("The answer is 42.", "42", Grade(True, "answer", True)),
+        ("The answer is 42.", "41", Grade(False, "answer", True)),
+        (r"therefore $x = 3$", "3", Grade(True, "answer", True)),
+        (r"the interval is \boxed{[1, 2)}", "$[1,2)$", Grade(True, "answer", True)),
+        ("I do not know", "42", Grade(False, "no_answer", False)),
+        ("", "42", Grade(False, "empty", False)),
+        (r"\boxed{", "42", Grade(False, "no_answer", False)),
     ],
 )
 def test_formulas_are_compared_by_value(text: str, answer: str, expected: Grade) -> None:
     assert make_grader(GraderSpec(name="math")).grade(complete(text), answer) == expected
 
 
-def test_formulas_cut_off_are_wrong_and_classed_as_answers() -> None:
+def test_formulas_cut_off_are_wrong_and_truncated_whatever_can_be_read() -> None:
     grader = make_grader(GraderSpec(name="math"))
-    assert grader.grade(complete("the answer is 42", terminated=False), "42") == Grade(False, "answer")
-    assert grader.grade(complete("let us see", terminated=False), "42") == Grade(False, "truncated")
+    assert grader.grade(complete("the answer is 42", terminated=False), "42") == Grade(False, "truncated", True)
+    assert grader.grade(complete("first 6 times 7", terminated=False), "42") == Grade(False, "truncated", True)
+    assert grader.grade(complete("let us see", terminated=False), "42") == Grade(False, "truncated", False)
 
 
 def test_formulas_are_graded_in_threads_too() -> None:

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from rlgen_stats.schemas.errors import ModelError, StageError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
@@ -29,11 +30,16 @@ def test_every_model_is_completed_graded_and_stored(sampled: Study) -> None:
             rows = table[table["sample"] == sample].set_index("prompt").loc[stored.prompt.values]
             here = stored.sel(model=model)
             got = (
-                (here.greedy_correct, here.greedy_tokens, here.greedy_class)
+                (here.greedy_correct, here.greedy_tokens, here.greedy_class, here.greedy_terminated)
                 if sample == -1
-                else (here.correct[:, sample], here.completion_tokens[:, sample], here.format_class[:, sample])
+                else (
+                    here.correct[:, sample],
+                    here.completion_tokens[:, sample],
+                    here.format_class[:, sample],
+                    here.terminated[:, sample],
+                )
             )
-            for column, values in zip(("correct", "n_tokens", "format_class"), got, strict=True):
+            for column, values in zip(("correct", "n_tokens", "format_class", "terminated"), got, strict=True):
                 assert list(rows[column]) == list(values.values)
     assert stored.greedy_tokens.values.std() > 0
 
@@ -121,3 +127,18 @@ def test_another_studys_store_is_refused_before_sampling(sampled: Study, monkeyp
     monkeypatch.setattr(outcomes, "load_model", None)
     with pytest.raises(StoreError, match="written for another study or settings"):
         sample_outcomes(spec, folder, provenance=Provenance("tiny-study", "other-key"))
+
+
+@pytest.mark.parametrize(("cut", "warned"), [(5, False), (6, True)])  # of 100: at 5% none, above one
+def test_completions_cut_off_are_warned_about_by_task(cut: int, warned: bool) -> None:
+    terminated = np.ones((1, 60, 5), dtype=bool)
+    terminated[0, 0, :cut] = terminated[0, 1, : max(0, cut - 5)] = False  # of task a: 20 prompts of 5 samples
+    task = ["a"] * 20 + ["b"] * 40
+    stored = xr.Dataset(
+        {"terminated": (("model", "prompt", "sample"), terminated)},
+        coords={"model": ["rl@8"], "task": ("prompt", task)},
+    )
+    warnings = outcomes.truncation_warnings(stored)
+    assert len(warnings) == warned
+    assert not warned or warnings[0].startswith("warning: 6% of rl@8's completions of task a were cut off")
+    assert outcomes.truncation_warnings(stored.drop_vars("terminated")) == []

@@ -18,7 +18,9 @@ PROVENANCE = Provenance("s", "k")
 LENGTH = 20
 
 
-def study(root: Path, values: dict[str, np.ndarray], **extraction: object) -> tuple[StudySpec, StudyFolder]:
+def study(
+    root: Path, values: dict[str, np.ndarray], *, dtype: str = "float32", **extraction: object
+) -> tuple[StudySpec, StudyFolder]:
     """Texts of 20 tokens, half of them prompt, with these activations."""
     folder, n = StudyFolder(root), len(values["base@0"])
     position = np.arange(n) % LENGTH
@@ -35,7 +37,9 @@ def study(root: Path, values: dict[str, np.ndarray], **extraction: object) -> tu
     prompts = prompts.assign(task="t", domain="in", split="selection", cluster=prompts["prompt"])
     create_activations(folder.activations, tokens, prompts, provenance=PROVENANCE)
     for model, rows in values.items():
-        with ActivationWriter(folder.activations, model=model, site=site_name(0), width=rows.shape[1]) as writer:
+        with ActivationWriter(
+            folder.activations, model=model, site=site_name(0), width=rows.shape[1], dtype=dtype
+        ) as writer:
             writer.append(rows.astype(np.float32))
     return study_spec(extraction={"layer": 0} | extraction), folder
 
@@ -70,3 +74,15 @@ def test_the_rule_can_be_changed_and_switched_off(tmp_path: Path) -> None:
     one[LENGTH // 2 - 1] = 2  # the one token that would be summarised
     with pytest.raises(InputError, match=r"no token is left whose base activation is at most 1.000001 times"):
         usable_tokens(*study(tmp_path / "one", {"base@0": one}, **how), "summary")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_sinks_are_the_same_at_every_scale_the_stored_type_holds(tmp_path: Path, dtype: str) -> None:
+    """Squares of float16 overflow from 256 on: in it, ordinary tokens were dropped and sinks of one kind kept."""
+    rows = np.random.default_rng(1).normal(size=(400, 64))
+    rows[[47, 333]] *= 40
+    largest = {"float16": 65_504.0, "bfloat16": 3.3e38, "float32": 3.4e38}[dtype]
+    for number, scale in enumerate((1.0, 1e-3 * largest, 0.99 * largest)):
+        values = {"base@0": rows / np.abs(rows).max() * scale}
+        spec, folder = study(tmp_path / str(number), values, dtype=dtype, skip_first=0)
+        assert np.flatnonzero(~usable_tokens(spec, folder)).tolist() == [47, 333]

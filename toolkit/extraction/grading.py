@@ -29,6 +29,8 @@ class Grade:
     correct: bool
     format_class: str
     """One of ``schemas.dims.FORMAT_CLASSES``."""
+    answered: bool
+    """Whether an answer can be read, right or wrong, in a text that ended or was cut off."""
 
 
 class Grader(Protocol):
@@ -50,7 +52,7 @@ def make_grader(spec: GraderSpec) -> Grader:
     >>> from rlgen_stats.schemas.study import GraderSpec
     >>> grader = make_grader(GraderSpec(marker="ans"))
     >>> grader.grade(Completion((1, 2), "3 plus 4 ans 7", True), "7")
-    Grade(correct=True, format_class='answer')
+    Grade(correct=True, format_class='answer', answered=True)
     """
     module, _, name = GRADERS[spec.name].partition(":")
     grader: type[Grader] = getattr(importlib.import_module(module), name)
@@ -87,16 +89,19 @@ def is_degenerate(text: str) -> bool:
     return False
 
 
-def _format_class(completion: Completion, *, answered: bool, correct: bool) -> str:
+def _grade(completion: Completion, *, answered: bool, equal: bool, require_termination: bool) -> Grade:
+    correct = equal and (completion.terminated or not require_termination)
     if correct:  # first: a right answer may itself repeat words, and so look degenerate
-        return "answer"
-    if not completion.text.strip():
-        return "empty"
-    if is_degenerate(completion.text):
-        return "degenerate"
-    if answered:
-        return "answer"
-    return "no_answer" if completion.terminated else "truncated"
+        ending = "answer"
+    elif not completion.text.strip():
+        ending = "empty"
+    elif is_degenerate(completion.text) and not equal:
+        ending = "degenerate"
+    elif not completion.terminated:  # what can be read in it may be a step on the way
+        ending = "truncated"
+    else:
+        ending = "answer" if answered else "no_answer"
+    return Grade(correct, ending, answered)
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,8 @@ class FinalAnswerGrader:
     def grade(self, completion: Completion, answer: str) -> Grade:
         """Grade one completion; cut off ones are wrong where termination is required."""
         given = final_answer(completion.text, self.marker)
-        equal = given is not None and given == normalize(answer)
-        correct = equal and (completion.terminated or not self.require_termination)
-        return Grade(correct, _format_class(completion, answered=given is not None, correct=equal))
+        answered, equal = given is not None, given == normalize(answer)
+        return _grade(completion, answered=answered, equal=equal, require_termination=self.require_termination)
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,8 @@ class MathGrader:
         timeout = math_timeout()
         formulas = parse(completion.text, parsing_timeout=timeout)
         equal = bool(formulas) and bool(verify(list(parse_gold(answer)), formulas, timeout_seconds=timeout))
-        correct = equal and (completion.terminated or not self.require_termination)
-        return Grade(correct, _format_class(completion, answered=bool(formulas), correct=equal))
+        answered = bool(formulas)
+        return _grade(completion, answered=answered, equal=equal, require_termination=self.require_termination)
 
 
 def math_timeout() -> int | None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 import xarray as xr
 
-from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, PROMPT_LABELS, SAMPLE
+from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, PROMPT_LABELS, SAMPLE, TASK
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, StudySpec
@@ -32,6 +32,8 @@ from rlgen_stats.toolkit.extraction.generation import Completion, generate
 from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
+TRUNCATED_WARNING: Final = 0.05
+"""Share of a task's completions cut off by the length limit above which accuracies are more about length than skill."""
 _SCHEMA: Final = pa.schema(
     [
         (PROMPT, pa.string()),
@@ -41,6 +43,7 @@ _SCHEMA: Final = pa.schema(
         ("n_tokens", pa.int32()),
         ("terminated", pa.bool_()),
         ("correct", pa.bool_()),
+        ("answered", pa.bool_()),
         ("format_class", pa.string()),
     ]
 )
@@ -108,6 +111,28 @@ def sample_outcomes(
             _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
             outcomes = _outcomes(ref, completions, grades, prompts)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
+            for warning in truncation_warnings(outcomes):
+                progress.log(warning)
+
+
+def truncation_warnings(outcomes: xr.Dataset) -> list[str]:
+    """One sentence for every model and task of which more than ``TRUNCATED_WARNING`` of the samples are cut off.
+
+    Parameters
+    ----------
+    outcomes
+        Layout ``outcomes``; stores without ``terminated`` (of older releases) give no warning.
+    """
+    if "terminated" not in outcomes:
+        return []
+    cut = (~outcomes["terminated"]).mean(SAMPLE).groupby(TASK).mean(PROMPT).transpose(MODEL, TASK)
+    return [
+        f"warning: {100 * share:.0f}% of {model}'s completions of task {task} were cut off by the length limit and "
+        "count as wrong; raise generation.max_new_tokens."
+        for model, row in zip(cut[MODEL].values, cut.values, strict=True)
+        for task, share in zip(cut[TASK].values, row, strict=True)
+        if share > TRUNCATED_WARNING
+    ]
 
 
 def sample_seeds(seed: int, prompts: Sequence[str], n_samples: int) -> list[int]:
@@ -164,6 +189,7 @@ def _write_completions(
             "n_tokens": len(completion.token_ids),
             "terminated": completion.terminated,
             "correct": grades[sample + 1][index].correct,
+            "answered": grades[sample + 1][index].answered,
             "format_class": grades[sample + 1][index].format_class,
         }
         for sample, row in enumerate(completions, start=GREEDY)
@@ -179,6 +205,8 @@ def _outcomes(
     """One model's outcomes in the declared layout."""
     # [prompt, 1 + K], in C order: Zarr's variable-length text codec scrambles transposed arrays
     correct = np.array([[grade.correct for grade in row] for row in zip(*grades, strict=True)], dtype=np.int8)
+    answered = np.array([[grade.answered for grade in row] for row in zip(*grades, strict=True)])
+    terminated = np.array([[c.terminated for c in row] for row in zip(*completions, strict=True)])
     tokens = np.array([[len(c.token_ids) for c in row] for row in zip(*completions, strict=True)], dtype=np.int32)
     classes = np.array([[grade.format_class for grade in row] for row in zip(*grades, strict=True)], dtype=np.str_)
     sampled, greedy = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
@@ -188,9 +216,13 @@ def _outcomes(
             "correct": (sampled, correct[None, :, 1:]),
             "completion_tokens": (sampled, tokens[None, :, 1:]),
             "format_class": (sampled, classes[None, :, 1:]),
+            "terminated": (sampled, terminated[None, :, 1:]),
+            "answered": (sampled, answered[None, :, 1:]),
             "greedy_correct": (greedy, correct[None, :, 0]),
             "greedy_tokens": (greedy, tokens[None, :, 0]),
             "greedy_class": (greedy, classes[None, :, 0]),
+            "greedy_terminated": (greedy, terminated[None, :, 0]),
+            "greedy_answered": (greedy, answered[None, :, 0]),
         },
         coords=ref_coords([ref]) | {SAMPLE: (SAMPLE, np.arange(correct.shape[1] - 1))} | labels,
     )

@@ -60,11 +60,13 @@ def usable_tokens(
     return mask
 
 
-def _base_norms(store: Path, layer: int) -> NDArray[np.float32]:
-    """Euclidean norm of base's activation of every token."""
+def _base_norms(store: Path, layer: int) -> NDArray[np.float64]:
+    """Euclidean norm of base's activation of every token, in float64: squares of float16 overflow from 256 on."""
     stored = open_activations(store, models=[BASE_MODEL], site=site_name(layer))
     activation = stored["activation"][0]
-    norms = np.empty(len(activation), dtype=np.float32)
+    norms = np.empty(len(activation))
     for start in range(0, len(norms), BLOCK):
-        norms[start : start + BLOCK] = np.linalg.norm(activation[start : start + BLOCK].values, axis=1)
+        norms[start : start + BLOCK] = np.linalg.norm(
+            activation[start : start + BLOCK].values.astype(np.float64), axis=1
+        )
     return norms

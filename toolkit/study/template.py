@@ -43,7 +43,7 @@ data:
 
 generation: {{max_new_tokens: 512, n_samples: 4, temperature: 1.0, batch_size: 64}}
 grader: {{name: math}}              # or final_answer: text after the last marker equals the answer
-extraction: {{layer: 18, dtype: float16, batch_size: 16}}   # middle decoder block, counted from 0
+extraction: {{layer: 18, dtype: bfloat16, batch_size: 16}}   # middle decoder block, counted from 0
 
 crosscoders:
   - name: main                    # its features are followed, selected and edited
