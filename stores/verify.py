@@ -16,13 +16,15 @@ import pandas as pd
 import zarr
 
 from rlgen_stats.schemas.dims import MODEL, PROMPT, PROMPT_LABELS
-from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError
+from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, StoreError
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
-from rlgen_stats.stores.atomic import ZARR_JSON
+from rlgen_stats.stores.atomic import ZARR_JSON, read_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
 from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, metadata_digest, read_document, zarr_nodes
+from rlgen_stats.stores.folder import StudyFolder
 from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
-from rlgen_stats.stores.locations import place, zarr_store
+from rlgen_stats.stores.locations import is_remote, place, zarr_store
+from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.results import open_results
 from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
@@ -85,7 +87,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     root = place(path)
     stores = stores_below(root)
     problems: list[str] = []
-    checks: list[_Check] = []
+    checks = [_Check(f"stages/{file.name}", partial(_check_record, root, file), chunk=False) for file in _records(root)]
     n_arrays = 0
     for store in stores:
         prefix = "" if store == root else f"{store.name}: "
@@ -119,6 +121,19 @@ def stores_below(path: Path) -> list[Path]:
             return stores
     check_is_store(path)
     return [path]
+
+
+def _records(root: Path) -> list[Path]:
+    """Records of the stages of a study folder; none for a store."""
+    return sorted(StudyFolder(root).stages.glob("*.json")) if not is_remote(root) else []
+
+
+def _check_record(root: Path, file: Path) -> None:
+    """The stores that a finished stage left are still those, with all their models."""
+    record = read_json(file)
+    faults = foreign_stores(root, record) if record.get("finished") else []
+    if faults:
+        raise StoreError("; ".join(faults))
 
 
 def _problem(check: _Check) -> str | None:

@@ -19,6 +19,7 @@ from rlgen_stats.stores import (
     open_activations,
     open_features,
     verify,
+    write_json,
     write_results,
 )
 from tests.stores.conftest import feature_table, token_table
@@ -209,3 +210,19 @@ def test_labels_that_are_all_alike_are_on_disk_too(tmp_path: Path, provenance: P
     create_activations(path, tokens.assign(source="base@0", token_id=0), prompts, provenance=provenance)
     assert verify(path).ok, verify(path).problems
     assert (path / "tokens/source/c/0").exists()
+
+
+def test_a_store_that_is_not_the_one_a_stage_wrote_is_named(study: Path, provenance: Provenance) -> None:
+    """An import with one model put in place of the study's own was sound in itself, and so passed."""
+    stores = {"activations.zarr": ["base@0", "rl@80"], "features.zarr": ["base@0", "rl@80"], "gone.zarr": []}
+    own = {"study_id": provenance.study_id, "key": provenance.spec_hash}
+    write_json(study / "stages/extract.json", {"stage": "extract", "finished": True, "stores": stores} | own)
+    assert verify(study).ok
+    shutil.rmtree(study / "activations.zarr/rl@80")
+    shutil.rmtree(study / "features.zarr")
+    append_model(study / "features.zarr", "features", feature_table("rl@80"), provenance=Provenance("another", "key"))
+    fault = verify(study).problems[0]
+    assert fault.startswith("stages/extract.json: activations.zarr: lacks rl@80, which stage extract wrote")
+    assert "; features.zarr: not what stage extract wrote, but of study another, key key" in fault
+    write_json(study / "stages/extract.json", {"stage": "extract", "finished": False, "stores": stores} | own)
+    assert verify(study).ok  # it is being written

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xarray as xr
 import yaml
 from click.testing import CliRunner
 
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError, SpecError, StageError, StoreError, StoreLockedError
-from rlgen_stats.stores import read_json, write_json
+from rlgen_stats.stores import Provenance, read_json, write_json
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
@@ -115,6 +116,20 @@ def test_a_store_of_another_study_is_refused_and_untouched(study_folder: Path) -
     assert (study_folder / "outcomes.zarr/zarr.json").exists()
     change(study_folder)
     assert open_for_run(study_folder).state("outcomes") != "waiting"
+
+
+@pytest.mark.parametrize("origin", [("another study", None), (None, "another key")])
+def test_a_store_put_in_place_of_the_stages_own_is_not_done(
+    study_folder: Path, origin: tuple[str | None, str | None]
+) -> None:
+    study = run_study(study_folder, stages=["drift"])
+    assert study.state("outcomes") == "done"
+    provenance = Provenance(origin[0] or study.study_id, origin[1] or study.key("outcomes"))
+    xr.Dataset(attrs=provenance.attrs()).to_zarr(study.folder.outcomes, consolidated=False, mode="w")
+    assert open_for_run(study_folder).state("outcomes") == "foreign"
+    assert "outcomes      foreign" in CliRunner().invoke(main, ["status", str(study_folder)]).output
+    with pytest.raises(StoreError, match=r"outcomes\.zarr was written by another study or by other settings"):
+        run_study(study_folder, stages=["select"])
 
 
 def test_unknown_completions_are_refused(study_folder: Path) -> None:

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import zarr
-
 from rlgen_stats.schemas.errors import InputError, StoreError
-from rlgen_stats.stores.atomic import explain_full_disk, remove_folder
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_folder
 from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.stores.owners import models_in, owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, open_for_run
 from rlgen_stats.toolkit.study.spec_checks import check_stages
@@ -122,18 +121,20 @@ def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) 
     began = time.perf_counter()
     facts = pkgutil.resolve_name(stage.function)(study, key, progress)
     seconds = round(time.perf_counter() - began, 2)
-    study.write_record(stage.name, key=key, finished=True, seconds=seconds, earlier=[key], facts=facts or {})
+    written = [path for path in study.stores(stage) if owner(path) is not None]
+    stores = {str(path.relative_to(study.folder.root)): models_in(path) for path in written}
+    record = {"seconds": seconds, "earlier": [key], "facts": facts or {}, "stores": stores}
+    study.write_record(stage.name, key=key, finished=True, **record)
 
 
 def _clear_superseded(study: Study, path: Path, *, key: str, own_keys: set[str], forced: bool) -> None:
     """Keep a store of this key (to resume), drop one this study superseded, refuse any other."""
-    if not (path / "zarr.json").exists():
+    if not (path / ZARR_JSON).exists():
         return
-    attrs = zarr.open_group(path, mode="r").attrs
-    study_id, spec_hash = attrs.get("study_id"), str(attrs.get("spec_hash"))
+    study_id, spec_hash = owner(path) or ("", "")
     if study_id != study.study_id or spec_hash not in own_keys | {key}:
         raise StoreError(
-            f"{path} was written by another study or by other settings (study {str(study_id)[:12]}, key "
+            f"{path} was written by another study or by other settings (study {study_id[:12]}, key "
             f"{spec_hash[:12]}; this one is {study.study_id[:12]}, {key[:12]}); "
             "it is left untouched: use another folder or move it away."
         )

@@ -19,8 +19,9 @@ from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
+from rlgen_stats.stores.owners import foreign_stores
 
-State = Literal["done", "stale", "interrupted", "waiting"]
+State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ class Study:
 
     def write_record(self, name: str, **facts: Any) -> None:
         """Replace a stage's record."""
-        write_json(self.file(name), {"stage": name, **facts})
+        write_json(self.file(name), {"stage": name, "study_id": self.study_id, **facts})
 
     def outputs(self, stage: Stage) -> list[Path]:
         """Paths that exist once a stage is done."""
@@ -340,13 +341,19 @@ class Study:
         return paths
 
     def state(self, name: str) -> State:
-        """done: key and outputs match; stale: finished under another key; interrupted: begun; waiting: never begun."""
+        """Where a stage stands.
+
+        done: its record has this key and what it wrote is there; stale: finished under another key; interrupted: begun,
+        or an output is missing; foreign: a store in its place is not the one it wrote (of another study or key, or
+        without one of its models); waiting: never begun.
+        """
         record = self.record(name)
         if not record:
             return "waiting"
         if record.get("finished") and record.get("key") == self.key(name):
-            complete = all(path.exists() for path in self.outputs(stage_named(name)))
-            return "done" if complete else "interrupted"
+            if not all(path.exists() for path in self.outputs(stage_named(name))):
+                return "interrupted"
+            return "foreign" if foreign_stores(self.folder.root, record) else "done"
         return "stale" if record.get("finished") else "interrupted"
 
     def status(self) -> tuple[StageStatus, ...]:
