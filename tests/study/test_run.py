@@ -235,6 +235,35 @@ def test_changed_prompts_are_another_study(study_folder: Path) -> None:
     assert open_for_run(study_folder).study_id != before
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("README.md", False),
+        ("optimizer.pt", False),
+        ("trainer_state.json", False),
+        ("training_args.bin", False),
+        ("config.json", True),
+        ("generation_config.json", True),
+        ("model-00001-of-00002.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("pytorch_model.bin", True),
+        ("adapter_config.json", True),
+        ("adapter_model.safetensors", True),
+        ("tokenizer.json", True),
+        ("tokenizer_config.json", True),
+        ("chat_template.jinja", True),
+        ("spiece.model", True),
+    ],
+)
+def test_only_what_a_model_is_made_of_makes_another_study(study_folder: Path, name: str, counts: bool) -> None:
+    before = run_study(study_folder, stages=["outcomes"])
+    for model in ("base", "rl-10"):
+        (study_folder / "models" / model / name).write_text("another")
+    after = open_for_run(study_folder)
+    assert (after.study_id != before.study_id) is counts
+    assert (after.state("outcomes") != "done") is counts
+
+
 def test_two_runs_at_once_are_refused(study_folder: Path) -> None:
     (study_folder / "stages").mkdir()
     with exclusive(study_folder / "stages/run"), pytest.raises(StoreLockedError, match="one writer at a time"):

@@ -6,6 +6,7 @@ stage leaves ``stages/<name>.json`` with that key; the stores it writes carry th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -378,6 +379,14 @@ def _section(spec: StudySpec, path: str) -> Any:
     return value
 
 
+_MODEL_FILES: Final = re.compile(
+    r"(.*\.safetensors|(pytorch_model|adapter_model).*\.bin)(\.index\.json)?|(config|generation_config|adapter_config)\.json"
+    r"|tokenizer.*|vocab.*|merges\.txt|.*\.(model|tiktoken)|special_tokens_map\.json|added_tokens\.json|chat_template.*"
+)
+"""Names of the files of a checkpoint that transformers and peft read; a README or an optimiser's state beside them
+changes no number."""
+
+
 class _Fingerprints:
     """Content hashes of input files, remembered by (size, modification time)."""
 
@@ -386,8 +395,10 @@ class _Fingerprints:
         self._known: dict[str, list[Any]] = dict(read_json(self._file)) if self._file.exists() else {}
 
     def of(self, path: Path) -> str:
-        """SHA-256 of a file, or of the names and contents of a folder's files."""
+        """SHA-256 of a file, or of names and contents of a folder's files; of a checkpoint's, those that are read."""
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+            files = [file for file in files if _MODEL_FILES.fullmatch(file.name)]
         hashes = [(str(file.relative_to(path)), self._hash(file)) for file in files]
         return content_hash(hashes)
 
