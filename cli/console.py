@@ -33,6 +33,9 @@ PLAIN_LINE_SECONDS: Final = 10.0
 study_argument = click.argument("study", type=click.Path(file_okay=False))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 quiet_option = click.option("--quiet", is_flag=True, help="No progress.")
+yes_option = click.option(
+    "--yes", is_flag=True, help="Replace what a change of the study made stale without asking, however long it took."
+)
 scheduler_option = click.option(
     "--scheduler",
     metavar="ADDRESS",

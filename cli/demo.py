@@ -58,7 +58,7 @@ def demo(
     with progress_for(quiet=quiet) as progress:
         spec = prepare_demo(study, seed=seed, n_seeds=n_seeds, size=size, progress=progress)
         write_spec(study, spec)
-    run_and_print(folder, None, (), scheduler, quiet, as_json)
+    run_and_print(folder, None, (), True, scheduler, quiet, as_json)
 
 
 COMMANDS = {"demo": demo}

@@ -15,6 +15,7 @@ from rlgen_stats.cli.console import (
     quiet_option,
     scheduler_option,
     study_argument,
+    yes_option,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
     is_flag=True,
     help="Run the study's own trial again although up to date.",
 )
+@yes_option
 @scheduler_option
 @quiet_option
 @json_option
@@ -63,6 +65,7 @@ def intervene(
     by_feature: bool,
     dry_run: bool,
     force: bool,
+    yes: bool,
     scheduler: str | None,
     quiet: bool,
     as_json: bool,
@@ -83,7 +86,7 @@ def intervene(
     asked = (set_name, direction, level, dictionary)
     stage = all(one is None for one in asked) and not features and not doses and not by_feature
     if stage and not dry_run:
-        run_and_print(study, ("intervene",), ("intervene",) if force else (), scheduler, quiet, as_json)
+        run_and_print(study, ("intervene",), ("intervene",) if force else (), yes, scheduler, quiet, as_json)
         return
     from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
     from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set

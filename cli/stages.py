@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -15,6 +16,7 @@ from rlgen_stats.cli.console import (
     quiet_option,
     scheduler_option,
     study_argument,
+    yes_option,
 )
 
 if TYPE_CHECKING:
@@ -65,12 +67,19 @@ def init(study: str, name: str | None) -> None:
     metavar="STAGE",
     help="Run this stage again although up to date, even on unhealthy crosscoders.",
 )
+@yes_option
 @scheduler_option
 @quiet_option
 @json_option
 @handle_errors
 def run(
-    study: str, stages: tuple[str, ...], force: tuple[str, ...], scheduler: str | None, quiet: bool, as_json: bool
+    study: str,
+    stages: tuple[str, ...],
+    force: tuple[str, ...],
+    yes: bool,
+    scheduler: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Bring a study up to date: run every stage that is missing, interrupted or stale.
 
@@ -81,13 +90,14 @@ def run(
                rlgen-stats run my-study --stage drift
                rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
     """  # noqa: D301 - click needs the backspace itself
-    run_and_print(study, stages or None, force, scheduler, quiet, as_json)
+    run_and_print(study, stages or None, force, yes, scheduler, quiet, as_json)
 
 
 def run_and_print(
     study: str,
     stages: tuple[str, ...] | None,
     force: tuple[str, ...],
+    yes: bool,
     scheduler: str | None,
     quiet: bool,
     as_json: bool,
@@ -95,8 +105,11 @@ def run_and_print(
     """Run stages, then print their states as JSON, or the verdicts if there is a report."""
     from rlgen_stats.toolkit.study import further_contrasts, run_study
 
+    def replace(costs: str) -> bool:
+        return yes or (sys.stdin.isatty() and click.confirm(f"{costs}. Go on?"))
+
     with connect(scheduler), progress_for(quiet=quiet) as progress:
-        opened = run_study(study, stages=stages, force=force, progress=progress)
+        opened = run_study(study, stages=stages, force=force, replace=replace, progress=progress)
     studies = [opened, *further_contrasts(opened)]
     reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
     if as_json:
@@ -163,12 +176,13 @@ def _stage_command(name: str) -> click.Command:
         is_flag=True,
         help="Run again although up to date, even on crosscoders that failed their health checks.",
     )
+    @yes_option
     @scheduler_option
     @quiet_option
     @json_option
     @handle_errors
-    def command(study: str, force: bool, scheduler: str | None, quiet: bool, as_json: bool) -> None:
-        run_and_print(study, (name,), (name,) if force else (), scheduler, quiet, as_json)
+    def command(study: str, force: bool, yes: bool, scheduler: str | None, quiet: bool, as_json: bool) -> None:
+        run_and_print(study, (name,), (name,) if force else (), yes, scheduler, quiet, as_json)
 
     return command
 

@@ -264,6 +264,24 @@ def test_only_what_a_model_is_made_of_makes_another_study(study_folder: Path, na
     assert (after.state("outcomes") != "done") is counts
 
 
+@pytest.mark.parametrize(("seconds", "asked"), [(600.0, False), (601.0, True)])
+def test_what_took_long_is_not_deleted_without_a_yes(study_folder: Path, seconds: float, asked: bool) -> None:
+    study = run_study(study_folder, stages=["outcomes"])
+    study.write_record("outcomes", **read_json(study.file("outcomes")) | {"seconds": seconds})
+    change(study_folder, generation={"n_samples": 3})
+    answers: list[str] = []
+    if asked:
+        with pytest.raises(InputError, match=r"outcomes \(10 minutes of work\) would be deleted and made anew.*--yes"):
+            run_study(study_folder, replace=lambda costs: bool(answers.append(costs)))
+        assert open_for_run(study_folder).state("outcomes") == "stale"
+        assert CliRunner().invoke(main, ["run", str(study_folder), "--stage", "outcomes"]).exit_code == 2
+        assert CliRunner().invoke(main, ["run", str(study_folder), "--stage", "outcomes", "--yes"]).exit_code == 0
+    else:
+        run_study(study_folder, stages=["outcomes"], replace=lambda costs: bool(answers.append(costs)))
+    assert len(answers) == asked
+    assert open_for_run(study_folder).state("outcomes") == "done"
+
+
 def test_two_runs_at_once_are_refused(study_folder: Path) -> None:
     (study_folder / "stages").mkdir()
     with exclusive(study_folder / "stages/run"), pytest.raises(StoreLockedError, match="one writer at a time"):

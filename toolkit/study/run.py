@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pkgutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,8 @@ from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, 
 from rlgen_stats.toolkit.study.spec_checks import check_stages
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
 
+COSTLY: Final = 600.0
+"""Seconds a stage took above which its results are not deleted without a question."""
 PARALLEL_STAGE: Final = "crosscoder"
 """The stage that several processes (torchrun) may run together."""
 
@@ -27,6 +29,7 @@ def run_study(
     *,
     stages: Sequence[str] | None = None,
     force: Sequence[str] = (),
+    replace: Callable[[str], bool] = lambda costs: False,
     progress: Progress = SILENT,
 ) -> Study:
     """Bring stages of a study up to date, with everything they need.
@@ -40,6 +43,9 @@ def run_study(
     force
         Stages to run again although they are up to date; their old output is removed first. They also use crosscoders
         that failed their health checks, which is noted.
+    replace
+        Asked with one sentence, before anything runs, where a change of the study makes results stale that took more
+        than ``COSTLY`` seconds and would be deleted; False keeps them and ends the run.
     progress
         Receiver of progress.
 
@@ -74,6 +80,12 @@ def run_study(
     study.folder.stages.mkdir(parents=True, exist_ok=True)
     for stage in plan:
         study.key(stage.name)  # hashes the files the stage reads: one that is missing is named before anything runs
+    costs = [cost for one in (study, *further_contrasts(study)) for cost in _costs(one, plan)]
+    if costs and not replace(f"{'; '.join(costs)} would be deleted and made anew, because the study has changed"):
+        raise InputError(
+            f"{'; '.join(costs)} would be deleted and made anew, because the study has changed; nothing was deleted. "
+            "Take the change back, or agree with --yes (in Python: replace=lambda costs: True)."
+        )
     with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
         _run_plan(study, plan, progress)
         done = [study]
@@ -82,6 +94,19 @@ def run_study(
             _run_plan(further, [stage for stage in plan if stage.name in own], progress)
             done.append(further)
     return study
+
+
+def _costs(study: Study, plan: Sequence[Stage]) -> list[str]:
+    """What a run would delete that took long to make: stale stages, unless they are forced."""
+    seconds = {one.name: one.seconds for one in study.status() if one.state == "stale" and one.name not in study.forced}
+    took = ((stage.name, seconds.get(stage.name) or 0.0) for stage in plan)
+    return [f"{study.folder.root / name} ({_spoken(time)})" for name, time in took if time > COSTLY]
+
+
+def _spoken(seconds: float) -> str:
+    """Examples: 12 minutes of work, 5.0 hours of work."""
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes of work" if minutes < 100 else f"{minutes / 60:.1f} hours of work"
 
 
 def _run_plan(study: Study, plan: Sequence[Stage], progress: Progress) -> None:
