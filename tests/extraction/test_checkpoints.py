@@ -10,7 +10,7 @@ from tokenizers import normalizers
 
 from rlgen_stats.schemas.errors import ModelError, StoreError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder, write_json
+from rlgen_stats.stores import StudyFolder, read_json, write_json
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model, list_models, resolve_view
 from rlgen_stats.toolkit.extraction import locate_layers
 from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, load_model, load_tokenizer, resolve_device
@@ -114,6 +114,24 @@ def test_a_checkpoint_that_lacks_parameters_is_refused_not_filled_at_random(tmp_
         load_model(ref_to(tmp_path / "holed"))
 
 
+def test_a_checkpoint_with_more_than_its_config_says_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "more")
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"num_hidden_layers": 2, "layer_types": config["layer_types"][:2]})
+    with pytest.raises(ModelError, match=r"tensors of .*more have no place in the model, e\.g\. model\.layers\.2"):
+        load_model(ref_to(tmp_path / "more"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    file = save_model(tmp_path / "diverged") / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"rl@1: .*NaN or infinite in model\.layers\.1\.mlp\.up_proj.*diverged"):
+        load_model(ref_to(tmp_path / "diverged"))
+
+
 def test_truncated_weights_and_configs_are_model_errors(tmp_path: Path) -> None:
     file = save_model(tmp_path / "cut") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -157,6 +175,26 @@ def test_an_adapter_is_merged_into_the_studys_base(tmp_path: Path) -> None:
     shutil.rmtree(base)
     with pytest.raises(ModelError, match=r"rl@1: no folder .*base"):
         load_model(ref_to(tmp_path / "lora", base))
+
+
+def test_an_adapter_that_finds_no_place_or_is_not_whole_is_refused(tmp_path: Path) -> None:
+    """peft warns at most: such a model was analysed as its base, bit for bit."""
+    base = save_model(tmp_path / "base")
+    save_adapter(tmp_path / "lora")
+    weights = load_file(tmp_path / "lora/adapter_model.safetensors")
+    for name, renamed, message in (
+        (
+            "renamed",
+            lambda key: key.replace("model.layers", "model.language_model.layers"),
+            "have no place in the base",
+        ),
+        ("part", lambda key: key if "layers.0" in key else None, "are missing"),
+    ):
+        shutil.copytree(tmp_path / "lora", tmp_path / name)
+        kept = {new: values for key, values in weights.items() if (new := renamed(key))}
+        save_file(kept, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=rf"rl@1: \d+ tensors of adapter .*{name} {message}, e\.g\. .*layers"):
+            load_model(ref_to(tmp_path / name, base))
 
 
 def test_equal_tokenizers_pass_and_a_missing_one_is_the_bases(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.errors import InputError, ModelError
 from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction import generate
 from rlgen_stats.toolkit.extraction.generation import Completion, draw_tokens
@@ -129,6 +129,16 @@ def test_uniforms_are_pinned() -> None:
     for seed, step in ((0, 0), (12345, 7), (2**64 - 1, 100)):
         slow = mix((mix((seed + gamma) % 2**64) + (step + 1) * gamma) % 2**64) >> 11
         assert counter_uniforms(np.array([seed], dtype=np.uint64), step)[0] == slow / 2**53
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_logits_that_are_nan_are_an_error_not_token_zero(tokenizer: Any, greedy: bool) -> None:
+    broken = tiny_model()
+    broken.lm_head.weight.data[:] = float("nan")
+    with pytest.raises(ModelError, match=r"rl@1 greedy: the model's logits are NaN"):
+        generate(
+            broken, tokenizer, ["three plus"], max_new_tokens=3, greedy=greedy, seeds=[1], description="rl@1 greedy"
+        )
 
 
 def test_bad_settings_are_refused(model: Any, tokenizer: Any) -> None:

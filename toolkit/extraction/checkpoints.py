@@ -92,10 +92,16 @@ def load_model(ref: ModelRef, *, device: torch.device | str = "cpu", dtype: torc
     Raises
     ------
     ModelError
-        If the folder is missing, has no weights, cannot be read, or lacks some of the model's parameters.
+        If the folder is missing, has no weights, cannot be read, lacks some of the model's parameters, has some that
+        find no place in it (of the adapter as of the model), or holds values that are not finite.
     """
     check_weights(ref)
     model = _load_adapter(ref, dtype) if is_adapter(ref.path) else _load_whole(ref.model, ref.path, dtype)
+    broken = next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
+    if broken is not None:
+        raise ModelError(
+            f"{ref.model}: {ref.path} has values that are NaN or infinite in {broken}; its training diverged."
+        )
     model = model.to(device)
     model.eval()
     model.requires_grad_(False)
@@ -108,7 +114,7 @@ def _load_whole(name: str, path: Path, dtype: torch.dtype) -> Any:
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, output_loading_info=True
+                path, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # loaders of many formats raise as many types; all are about this folder
         raise ModelError(f"{name}: {path} cannot be loaded as a causal language model ({_line(error)}).") from error
@@ -117,6 +123,11 @@ def _load_whole(name: str, path: Path, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{name}: {path} lacks {len(missing)} of the model's parameters, e.g. {missing[0]}; "
             "expected a complete checkpoint of the architecture in its config.json."
+        )
+    if extra := sorted(info["unexpected_keys"]):  # what they hold would be left out without a word
+        raise ModelError(
+            f"{name}: {len(extra)} tensors of {path} have no place in the model, e.g. {extra[0]}; "
+            "expected a checkpoint of the architecture, and of as many layers, as in its config.json."
         )
     return model
 
@@ -129,15 +140,22 @@ def _load_adapter(ref: ModelRef, dtype: torch.dtype) -> Any:
     base = _load_whole(f"base of {ref.model}", ref.base, dtype)
     try:
         with _quiet():
-            return PeftModel.from_pretrained(base, ref.path).merge_and_unload()
+            model = PeftModel.from_pretrained(base, ref.path)
+            loaded = model.load_adapter(ref.path, model.active_adapter)  # again: only this says what found no place
     except Exception as error:
         raise ModelError(f"{ref.model}: adapter {ref.path} does not load on {ref.base} ({_line(error)}).") from error
+    for keys, fault in ((loaded.unexpected_keys, "have no place in the base"), (loaded.missing_keys, "are missing")):
+        if keys:  # peft would only warn, and the model be the base or half of the adapter
+            raise ModelError(
+                f"{ref.model}: {len(keys)} tensors of adapter {ref.path} {fault}, e.g. {sorted(keys)[0]}; "
+                f"expected an adapter trained on {ref.base}, whole and with its layers' names."
+            )
+    return model.merge_and_unload()
 
 
 def _line(error: BaseException) -> str:
-    """First line of an error, short enough for one sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    """An error on one line, short enough for one sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -168,7 +186,7 @@ def load_tokenizer(source: ModelRef | Path | str) -> Any:
             f"{path} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}: save it beside the base."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{path}: the tokenizer cannot be loaded ({_line(error)}).") from error
     tokenizer.padding_side = "left"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.errors import InputError, ModelError
 from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
 from rlgen_stats.toolkit.progress import SILENT, Progress
@@ -123,6 +123,8 @@ def generate(
     InputError
         If seeds are missing or not one per row, a setting is out of range, a prompt is empty, or prompt and completion
         do not fit the model's context.
+    ModelError
+        If the model's logits are NaN.
     """
     _check(prompts, seeds, max_new_tokens, temperature, greedy, top_p, batch_size)
     encoded = encode_prompts(tokenizer, prompts)
@@ -132,7 +134,11 @@ def generate(
     written: list[list[int]] = [[] for _ in prompts]
     with progress.task(description, total=len(prompts), unit="completions") as task:
         for rows in by_length([len(ids) for ids in encoded], batch_size):
-            for row, ids in zip(rows, _write(model, [encoded[r] for r in rows], numbers[rows], sampling), strict=True):
+            try:
+                completed = _write(model, [encoded[r] for r in rows], numbers[rows], sampling)
+            except FloatingPointError as error:
+                raise ModelError(f"{description}: {error}.") from error
+            for row, ids in zip(rows, completed, strict=True):
                 written[row] = ids
             task.advance(len(rows))
     texts = tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
@@ -212,6 +218,8 @@ def _write(
 
 
 def _choose(logits: torch.Tensor, seeds: NDArray[np.uint64], step: int, sampling: _Sampling) -> NDArray[np.int64]:
+    if logits.isnan().any():  # argmax would take token 0
+        raise FloatingPointError("the model's logits are NaN; load it in a type that holds its values, or leave it out")
     if sampling.greedy:
         return np.asarray(logits.argmax(dim=-1).cpu().numpy())
     if logits.device.type == "mps":  # no float64 there
