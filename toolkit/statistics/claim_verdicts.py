@@ -16,7 +16,6 @@ import numpy as np
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
-from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
 
 class Verdict(StrEnum):
@@ -148,21 +147,59 @@ def shifts_match(shifts: Iterable[float]) -> bool | None:
 
 
 # -- C2 ----------------------------------------------------------------------------------------------------------------
-def timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float) -> Verdict:
-    """Verdict on "SFT stabilises early, RL keeps evolving" from both runs' status and the difference's interval.
+NEGLIGIBLE_TIME: Final = 0.05
+"""A difference in mean time to stability of less than a twentieth of training: neither "early" nor "keeps evolving"."""
+NEGLIGIBLE_TURNOVER: Final = 0.02
+"""A difference in mean excess turnover of less than one feature in fifty: the paper's sets hold fifty."""
 
-    SUPPORTED needs SFT early and stable, RL evolving or stable only late, and a difference in excess turnover (RL
-    minus SFT, at half of training) above zero; CONTRADICTED the mirror image; NOT_SUPPORTED any other determined
-    pair; UNDETERMINED if either run is, or if the statuses are as described and the interval includes zero.
+
+def difference_verdict(
+    low: float, high: float, p_value: float, each: Sequence[float], *, alpha: float, negligible: float
+) -> Verdict:
+    """Verdict on "the difference is above zero", where only a difference shown to be small counts as none.
+
+    Parameters
+    ----------
+    low, high, p_value
+        1 - alpha interval of the difference, and p-value of none.
+    each
+        The difference in every dictionary.
+    alpha
+        Level of test and interval.
+    negligible
+        Size below which a difference does not matter.
+
+    Returns
+    -------
+    Verdict
+        NOT_ESTIMABLE without an interval; NOT_SUPPORTED if it lies wholly within ``negligible`` on both sides, whatever
+        p is; SUPPORTED or CONTRADICTED if wholly above or below zero with p <= alpha and the direction of as many
+        dictionaries as must agree; else UNDETERMINED.
+
+    Examples
+    --------
+    >>> difference_verdict(0.01, 0.04, 1e-4, [0.02], alpha=0.05, negligible=0.05)
+    <Verdict.NOT_SUPPORTED: 'NOT_SUPPORTED'>
     """
-    if SetStatus.UNDETERMINED in (sft, rl):
-        return Verdict.UNDETERMINED
-    later = (SetStatus.EVOLVING, SetStatus.LATE_STABLE)
-    if sft is SetStatus.EARLY_STABLE and rl in later:
-        return Verdict.SUPPORTED if low > 0 else Verdict.UNDETERMINED
-    if rl is SetStatus.EARLY_STABLE and sft in later:
-        return Verdict.CONTRADICTED if high < 0 else Verdict.UNDETERMINED
-    return Verdict.NOT_SUPPORTED
+    if math.isnan(low) or math.isnan(high):
+        return Verdict.NOT_ESTIMABLE
+    if -negligible < low and high < negligible:
+        return Verdict.NOT_SUPPORTED
+    significant = p_value <= alpha and in_every_dictionary(Verdict.SUPPORTED, each)
+    if low > 0 and significant:
+        return Verdict.SUPPORTED
+    return Verdict.CONTRADICTED if high < 0 and significant else Verdict.UNDETERMINED
+
+
+def timing_verdict(time: Verdict, turnover: Verdict) -> Verdict:
+    """Verdict on "SFT stabilises early, RL keeps evolving" from both differences, RL minus SFT.
+
+    What both say: of mean times to stability and of mean excess turnover of the top set. Where they say different
+    things, or only the time is known, UNDETERMINED; NOT_ESTIMABLE without a time.
+    """
+    if time is Verdict.NOT_ESTIMABLE:
+        return Verdict.NOT_ESTIMABLE
+    return time if time is turnover else Verdict.UNDETERMINED
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------

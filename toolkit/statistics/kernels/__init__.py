@@ -41,6 +41,7 @@ Means, equivalence, counts, sets::
     moderated_t(x, y=None) -> ModeratedResult(statistic, p_value, prior_variance, prior_dof, effect)
     delete_group_jackknife(replicates, estimate=None, *, alpha=0.05)
         -> JackknifeResult(estimate, standard_error, low, high, lower, upper)
+    bagged_replicates(draws, counts) -> (estimate, replicates)            # of a statistic averaged over bootstrap draws
     pooled_mean(values, codes=None, *, alpha=0.05, within=None) -> Pooled          # values [dictionary, unit(, ...)]
     pooled_estimates(estimates, *, jackknife=None, draws=None, df_draws=inf, alpha=0.05)
         -> Pooled(mean, low, high, standard_error, df, between_sd, p_value, each_mean, n_dictionaries)
@@ -78,7 +79,11 @@ from rlgen_stats.toolkit.statistics.kernels.flips.signflip import SignFlipResult
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_cluster_bootstrap
 from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
 from rlgen_stats.toolkit.statistics.kernels.intervals.clustered import ClusterResult, cluster_se
-from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
+from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import (
+    JackknifeResult,
+    bagged_replicates,
+    delete_group_jackknife,
+)
 from rlgen_stats.toolkit.statistics.kernels.intervals.recovered import (
     mover_difference,
     mover_weighted_sum,
@@ -130,6 +135,7 @@ __all__ = [
     "WildResult",
     "adjust",
     "agreed",
+    "bagged_replicates",
     "bootstrap_t",
     "bootstrap_weights",
     "cluster_se",
