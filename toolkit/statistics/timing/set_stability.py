@@ -259,8 +259,8 @@ def _one_run(
     ranks = feature_ranks(features)
     chunks = (arrays[0].chunks[-1],)
     scored = Scored(arrays[0], *(da.from_array(x, chunks=chunks) for x in (ranks, testable, spread + s0)), design)
-    tops = [top_sets(scored, c + 1) for c in range(len(models))]
-    kappas = [correction_curve(scored, tops, c) for c in range(len(models))]
+    tops = top_sets(scored, len(models))
+    kappas = correction_curves(scored, tops)
     table = _table(tops, kappas, n_testable, alpha)
     table["paper_overlap"] = _paper_overlap(mean, testable, ranks, design.k)
     in_set = np.stack([np.isin(ranks[testable], top.full) for top in tops])
@@ -424,29 +424,35 @@ class Scored:
     """[feature]: what |mean D| is divided by, at every checkpoint."""
     design: HalvingDesign
 
-    def tops(self, models: list[int], score: Any, n_rows: int) -> IntArray:
-        """Top-k sets [row, k] in the rankings that ``score`` gives, from one pass over feature blocks.
+    def tops(self, rankings: list[Ranking], n_rows: int) -> list[IntArray]:
+        """Top-k sets [row, k] of every ranking, ``n_rows`` each, from one pass over feature blocks.
 
-        ``score`` takes the changes [prompt, feature] of the models (places in ``values``, without the reference),
-        the scale and the design; it returns scores [row, feature]. Only the leading k of a block are kept.
+        Only the leading k features of a block are kept.
         """
         mapped = map_features(
             _block_tops,
-            [self.values[[0, *models]], self.ids, self.usable, self.scale],
+            [self.values, self.ids, self.usable, self.scale],
             outputs={},
-            states={"top": ((2, n_rows, self.design.k), fold_leading)},
-            score=score,
+            states={"top": ((2, n_rows * len(rankings), self.design.k), fold_leading)},
+            rankings=rankings,
             design=self.design,
         )
-        return np.asarray(mapped.states["top"].compute()[1], dtype=np.int64)
+        rows = np.asarray(mapped.states["top"].compute()[1], dtype=np.int64)
+        return list(rows.reshape(len(rankings), n_rows, self.design.k))
 
 
-def top_sets(scored: Scored, c: int) -> TopSets:
-    """Top-k sets of the checkpoint at place ``c`` of the values."""
+Ranking = tuple[Callable[..., FloatArray], tuple[int, ...]]
+"""A function of the changes [prompt, feature] at these places of the values, their scale and the design, that gives
+scores [row, feature]."""
+
+
+def top_sets(scored: Scored, n_checkpoints: int) -> list[TopSets]:
+    """Top-k sets of every checkpoint."""
     design = scored.design
     shape = (1 + design.n_groups, len(design.halves), 2, design.k)
-    rows = scored.tops([c], half_scores, 1 + int(np.prod(shape[:-1])))
-    return TopSets(rows[0], rows[1:].reshape(shape))
+    rankings: list[Ranking] = [(half_scores, (1 + c,)) for c in range(n_checkpoints)]
+    tops = scored.tops(rankings, 1 + int(np.prod(shape[:-1])))
+    return [TopSets(rows[0], rows[1:].reshape(shape)) for rows in tops]
 
 
 def _block_tops(
@@ -455,18 +461,22 @@ def _block_tops(
     usable: NDArray[np.bool_],
     scale: FloatArray,
     *,
-    score: Any,
+    rankings: list[Ranking],
     design: HalvingDesign,
 ) -> Block:
-    """Leading k features of one block in every ranking, as columns of ``leading_features``: minus score, and id."""
+    """Leading k features of one block in every row, as columns of ``leading_features``: minus score, and id."""
     tops = []
     order = np.argsort(ids)
     for start in range(0, len(order), SCORED_AT_ONCE):
         few = order[start : start + SCORED_AT_ONCE]
-        changes = [model[:, few].astype(np.float64) - values[0][:, few] for model in values[1:]]
-        scores = np.round(score(*changes, np.where(scale[few] > 0, scale[few], np.inf), design), SCORE_DIGITS)
-        keys = np.where(usable[few] & (scores > 0), -scores, np.inf)
-        tops.append(leading_features(np.stack([keys, np.broadcast_to(ids[few], keys.shape)]), design.k))
+        reference, divisor = values[0][:, few].astype(np.float64), np.where(scale[few] > 0, scale[few], np.inf)
+        leading = []
+        for score, places in rankings:
+            changes = [values[place][:, few] - reference for place in places]
+            scores = np.round(score(*changes, divisor, design), SCORE_DIGITS)
+            keys = np.where(usable[few] & (scores > 0), -scores, np.inf)
+            leading.append(leading_features(np.stack([keys, np.broadcast_to(ids[few], keys.shape)]), design.k))
+        tops.append(np.concatenate(leading, axis=1))
     return {"top": merge_leading(np.stack(tops))}
 
 
@@ -494,22 +504,26 @@ Curve = Callable[[FloatArray], FloatArray]
 """Correction kappa of the geometric mean at given half-to-half overlaps of the less determined checkpoint."""
 
 
-def correction_curve(scored: Scored, tops: list[TopSets], c: int) -> Curve:
-    """Kappa of checkpoint ``c`` and the last one: what unequal noise takes off the geometric mean of their ceilings."""
-    ceiling = [float(_ceiling(tops[at])[0]) for at in (c, -1)]
-    if ceiling[0] == ceiling[1]:
-        return np.ones_like
-    places = (c, len(tops) - 1)
-    better, other = places if ceiling[0] > ceiling[1] else places[::-1]
-    design = scored.design
+def correction_curves(scored: Scored, tops: list[TopSets]) -> list[Curve]:
+    """Kappa of every checkpoint and the last one: what unequal noise takes off the geometric mean of their ceilings."""
+    design, last = scored.design, len(tops) - 1
+    ceilings = [float(_ceiling(top)[0]) for top in tops]
+    unequal = [c for c in range(last) if ceilings[c] != ceilings[last]]
+    better = {c: c if ceilings[c] > ceilings[last] else last for c in unequal}
+    rankings: list[Ranking] = [(degraded_scores, (1 + b, 1 + c + last - b)) for c, b in better.items()]
     shape = (len(ADDED_NOISE), len(design.halves), 2, design.k)
-    degraded = scored.tops([better + 1, other + 1], degraded_scores, int(np.prod(shape[:-1]))).reshape(shape)
-    undegraded = tops[better].halves[0]
-    own = np.concatenate([[max(ceiling)], _cross(degraded, degraded)])
-    mixed = np.concatenate([[max(ceiling)], _cross(degraded, np.broadcast_to(undegraded, shape))])
-    own = np.minimum.accumulate(own)
+    curves: list[Curve] = [np.ones_like] * len(tops)
+    for c, rows in zip(unequal, scored.tops(rankings, int(np.prod(shape[:-1]))) if unequal else [], strict=True):
+        degraded, undegraded = rows.reshape(shape), np.broadcast_to(tops[better[c]].halves[0], shape)
+        curves[c] = _curve(ceilings[better[c]], _cross(degraded, degraded), _cross(degraded, undegraded))
+    return curves
+
+
+def _curve(ceiling: float, degraded: FloatArray, mixed: FloatArray) -> Curve:
+    """Kappa as a function of the half-to-half overlap [added noise] of degraded sets; ``mixed``: with one as it is."""
+    own = np.minimum.accumulate(np.concatenate([[ceiling], degraded]))
     with np.errstate(invalid="ignore", divide="ignore"):
-        kappa = np.nan_to_num(mixed / np.sqrt(own * own[0]), nan=1.0)
+        kappa = np.nan_to_num(np.concatenate([[ceiling], mixed]) / np.sqrt(own * ceiling), nan=1.0)
     return lambda overlap: np.interp(overlap, own[::-1], kappa[::-1])
 
 
