@@ -241,8 +241,8 @@ RESULTS: Final = (
             stratum_difference_p="float",
         )
         | variables_on(f"stratum {TRAINED_RUN}", stratum_time="float", n_in_stratum="float")
-        | variables_on("node", training_share="float", told="bool")  # pairs of checkpoints compared
-        | variables_on(f"node {TRAINED_RUN}", checkpoint="str"),
+        | variables_on("node", training_share="float", determined="bool")  # pairs of checkpoints compared
+        | variables_on(f"node {TRAINED_RUN}", checkpoint="str", paper_overlap="float"),
         variables_on("measure", measure="str") | variables_on(TRAINED_RUN, trained_run="str"),
         ("test", "null", "unit", "seed", "alpha", "top_k"),
     ),

@@ -191,15 +191,33 @@ def difference_verdict(
     return Verdict.CONTRADICTED if high < 0 and significant else Verdict.UNDETERMINED
 
 
-def timing_verdict(time: Verdict, turnover: Verdict) -> Verdict:
+def timing_verdict(time: Verdict, turnover: Verdict, turnover_each: Sequence[float]) -> Verdict:
     """Verdict on "SFT stabilises early, RL keeps evolving" from both differences, RL minus SFT.
 
-    What both say: of mean times to stability and of mean excess turnover of the top set. Where they say different
-    things, or only the time is known, UNDETERMINED; NOT_ESTIMABLE without a time.
+    Parameters
+    ----------
+    time, turnover
+        What the differences of mean times to stability, and of mean excess turnover of the top set, say.
+    turnover_each
+        The difference in excess turnover in every dictionary.
+
+    Returns
+    -------
+    Verdict
+        NOT_ESTIMABLE without a time. What both say, if they say the same. The direction of the time also where turnover
+        is UNDETERMINED and has this direction, in as many dictionaries as must agree: the test is that of the time
+        alone, which turnover can only take back. Otherwise they are in conflict, or nothing is shown: UNDETERMINED.
+
+    Examples
+    --------
+    >>> timing_verdict(Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, [0.01])
+    <Verdict.UNDETERMINED: 'UNDETERMINED'>
     """
     if time is Verdict.NOT_ESTIMABLE:
         return Verdict.NOT_ESTIMABLE
-    return time if time is turnover else Verdict.UNDETERMINED
+    sign = {Verdict.SUPPORTED: 1.0, Verdict.CONTRADICTED: -1.0}.get(time, math.nan)
+    unopposed = turnover is Verdict.UNDETERMINED and bool(same_direction(turnover_each, sign))
+    return time if time is turnover or unopposed else Verdict.UNDETERMINED
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------

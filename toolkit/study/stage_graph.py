@@ -107,6 +107,7 @@ STAGES: Final = (
         (),
         optional=("results.zarr/timing_contrast",),
         by_dictionary=("results.zarr/stabilization", "results.zarr/set_stability"),
+        answers="pair",
         version=4,
     ),
     Stage(

@@ -65,7 +65,7 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
         )
         return C2.not_estimable(reason, caveats=caveats)
     verdicts = {name: _verdict_on(data, name, spec.statistics.alpha) for name in MEASURES}
-    verdict = timing_verdict(*verdicts.values())
+    verdict = timing_verdict(verdicts["time"], verdicts["turnover"], _by_dictionary(data, "turnover"))
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = (
             "the runs have no checkpoint before the last at the same share of training"
@@ -79,7 +79,7 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
         number(data, "p_value", measure="time"),
         verdict,
         _answer(verdict, verdicts, data, spec),
-        caveats=(*caveats, *_turnover_caveat(data, spec), *health_caveat(results, spec)),
+        caveats=(*caveats, *_turnover_caveat(data), _paper_caveat(data), *health_caveat(results, spec)),
         details={
             "test": data.attrs.get("test", ""),
             "null": data.attrs.get("null", ""),
@@ -88,15 +88,19 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             "compared_at_training_share": data["training_share"].values.tolist(),
             "measures": {name: _measure_details(data, name, verdicts[name]) for name in MEASURES},
             "time_in_stratum": _strata(data),
-            "paper_rule_overlap": _paper_overlap(results, data),
+            "paper_rule_overlap": _paper_overlap(data),
         },
     )
 
 
 def _verdict_on(data: xr.Dataset, measure: str, alpha: float) -> Verdict:
     low, high, p_value = (number(data, name, measure=measure) for name in ("low", "high", "p_value"))
-    each = data["dictionary_difference"].sel(measure=measure).values.tolist()
+    each = _by_dictionary(data, measure)
     return difference_verdict(low, high, p_value, each, alpha=alpha, negligible=NEGLIGIBLE[measure])
+
+
+def _by_dictionary(data: xr.Dataset, measure: str) -> list[float]:
+    return [float(value) for value in data["dictionary_difference"].sel(measure=measure).values]
 
 
 def _undescribed(results: Results, spec: StudySpec) -> dict[str, float]:
@@ -115,9 +119,9 @@ def _undescribed_caveat(undescribed: dict[str, float]) -> tuple[str, ...]:
     return (f"Nothing is said about {shown}: so little of its change from base do the features describe.",)
 
 
-def _turnover_caveat(data: xr.Dataset, spec: StudySpec) -> tuple[str, ...]:
-    """One sentence where the top sets could not be told from noise everywhere."""
-    hidden = data["training_share"].values[~data["told"].values.astype(bool)]
+def _turnover_caveat(data: xr.Dataset) -> tuple[str, ...]:
+    """One sentence where the prompts do not determine the top sets everywhere."""
+    hidden = data["training_share"].values[~data["determined"].values.astype(bool)]
     if not hidden.size:
         return ()
     where = listed([percent(float(share), 0) for share in hidden])
@@ -134,10 +138,10 @@ def _measure_details(data: xr.Dataset, measure: str, verdict: Verdict) -> dict[s
         **{name: hundred(number(data, name, measure=measure)) for name in names},
         "p_value": number(data, "p_value", measure=measure),
         "negligible": hundred(NEGLIGIBLE[measure]),
-        "by_dictionary": [hundred(float(x)) for x in data["dictionary_difference"].sel(measure=measure).values],
+        "by_dictionary": [hundred(value) for value in _by_dictionary(data, measure)],
         "by_run": {
             run: [
-                hundred(number(data, f"value{end}", measure=measure, trained_run=run)) for end in ("", "_low", "_high")
+                hundred(number(data, f"value{end}", measure=measure, trained_run=run)) for end in _ENDS
             ]
             for run in labels_of(data, TRAINED_RUN)
         },
@@ -163,15 +167,26 @@ def _strata(data: xr.Dataset) -> dict[str, dict[str, Any]]:
     }
 
 
-def _paper_overlap(results: Results, data: xr.Dataset) -> dict[str, dict[str, float]]:
-    """The paper's own number in the first dictionary: ``run -> checkpoint -> percent of the final set``."""
-    sets = results.get("set_stability")
+def _paper_overlap(data: xr.Dataset) -> dict[str, dict[str, float]]:
+    """The paper's own number: ``run -> checkpoint -> percent of the final set``, mean over dictionaries."""
+    by_run = zip(np.transpose(data["checkpoint"].values), np.transpose(data["paper_overlap"].values), strict=True)
     return {
-        str(run): {
-            str(model): hundred(number(sets, "paper_overlap", model=model)) for model in pairs if sets is not None
-        }
-        for run, pairs in zip(data[TRAINED_RUN].values, np.transpose(data["checkpoint"].values), strict=True)
+        run: {str(model): hundred(float(share)) for model, share in zip(models, overlap, strict=True)}
+        for run, (models, overlap) in zip(labels_of(data, TRAINED_RUN), by_run, strict=True)
     }
+
+
+def _paper_caveat(data: xr.Dataset) -> str:
+    """The paper's rule in words, its last checkpoint (which is the final set itself) left out."""
+    shares = listed([percent(float(share), 0) for share in data["training_share"].values[:-1]])
+    overlaps = [
+        f"{listed([percent(value / 100, 0) for value in list(overlap.values())[:-1]])} of {run}'s"
+        for run, overlap in _paper_overlap(data).items()
+    ]
+    return (
+        f"The paper's own rule, reported only: at {shares} of training, {listed(overlaps)} final top "
+        f"{data.attrs.get('top_k')} by model-specificity were in the set already; noise is not taken off."
+    )
 
 
 _HEADS: Final = {
@@ -180,24 +195,31 @@ _HEADS: Final = {
     Verdict.NOT_SUPPORTED: "{models} do not differ in timing by an amount that matters",
 }
 _MEASURE_WORDS: Final = {
-    "time": "{rl}'s features become stable {difference} points of training {later} than {sft}'s {interval}",
-    "turnover": "its top set had {difference} points {more} of its members still to change than {sft}'s {interval}",
+    "time": "{rl}'s features become stable {difference} points of training {later} than {sft}'s that changed as far",
+    "turnover": "of its top set {difference} points {more} were still to change than of {sft}'s",
 }
+_ALONE: Final = {Verdict.UNDETERMINED: ", alone open", Verdict.NOT_SUPPORTED: ", too little to matter"}
 
 
 def _answer(verdict: Verdict, verdicts: dict[str, Verdict], data: xr.Dataset, spec: StudySpec) -> str:
-    sft, rl = (run.name for run in spec.contrasted)
-    parts = []
-    for name in MEASURES:
-        difference, low, high = (hundred(number(data, end, measure=name)) for end in ("difference", "low", "high"))
-        if math.isnan(difference):
-            parts.append("its top set cannot be told from noise")
-            continue
-        words = {"later": "later", "more": "more"} if difference >= 0 else {"later": "earlier", "more": "fewer"}
-        interval = f"[{fixed(low)}, {fixed(high)}]"
-        parts.append(
-            _MEASURE_WORDS[name].format(sft=sft, rl=rl, difference=fixed(abs(difference)), interval=interval, **words)
-        )
     open_head = f"Whether {these_models(spec, start=False)} differ in timing is open"
     head = _HEADS.get(verdict, open_head).format(models=these_models(spec))
-    return f"{head}: {parts[0]}, and {parts[1]}."
+    return f"{head}: {listed(_measure_words(data, name, verdicts[name], spec) for name in MEASURES)}."
+
+
+def _measure_words(data: xr.Dataset, measure: str, verdict: Verdict, spec: StudySpec) -> str:
+    """The size of one difference in the direction it has, its interval in that direction, and what it says alone."""
+    difference, *ends = (hundred(number(data, name, measure=measure)) for name in ("difference", "low", "high"))
+    if math.isnan(difference):
+        return "the prompts do not determine its top set"
+    positive = difference >= 0
+    low, high = sorted(end if positive else -end for end in ends)
+    sft, rl = (run.name for run in spec.contrasted)
+    words = _MEASURE_WORDS[measure].format(
+        sft=sft,
+        rl=rl,
+        difference=fixed(abs(difference)),
+        later="later" if positive else "earlier",
+        more="more" if positive else "fewer",
+    )
+    return f"{words} [{fixed(low)}, {fixed(high)}{_ALONE.get(verdict, '')}]"

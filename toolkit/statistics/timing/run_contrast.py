@@ -46,8 +46,9 @@ def timing_contrast(
         Layout ``timing_contrast``. [measure]: ``difference`` with ``low``, ``high`` and ``p_value`` (of no difference),
         and by dictionary; [measure, trained_run]: ``value`` of each run with interval; [stratum]: the difference of
         times within it, with interval, and its ``weight``; [stratum, trained_run]: ``stratum_time`` and
-        ``n_in_stratum``, means over dictionaries; [node, trained_run]: ``checkpoint``, the pairs compared, at
-        ``training_share``, and [node] whether turnover could be ``told`` there. NaN where nothing can be compared.
+        ``n_in_stratum``, means over dictionaries; [node, trained_run]: ``checkpoint``, the pairs compared, with
+        ``paper_overlap`` (mean over dictionaries), at ``training_share``, and [node] whether the sets are
+        ``determined`` there. NaN where nothing can be compared.
 
     Raises
     ------
@@ -65,7 +66,8 @@ def timing_contrast(
     margin have no time.
 
     *Turnover.* Delta averaged over training, on straight lines between checkpoints, from the first pair at which both
-    runs' sets could be told from noise (attainable overlap >= .5) in every dictionary; pairs that fail are left out.
+    runs' sets are determined by the prompts (attainable overlap >= .5) in every dictionary; pairs that fail are left
+    out.
 
     *Intervals.* Delete-group jackknife over units shared by both runs (bagged shares: infinitesimal jackknife), with
     the variance between dictionaries (:func:`~rlgen_stats.toolkit.statistics.kernels.pooled_estimates`). The two runs
@@ -84,8 +86,8 @@ def timing_contrast(
     times = [_times(chain, pairs, shares) for chain in chains]
     sizes = np.stack([chain["n_in_stratum"].sel({TRAINED_RUN: list(runs)}).values for chain in chains]).mean(axis=0)
     weights = _weights(sizes, np.stack([estimate for estimate, _ in times]))
-    told = _told(sets, pairs)
-    turnover = [_turnover(one, pairs, shares, told) for one in sets]
+    determined = _determined(sets, pairs)
+    turnover = [_turnover(one, pairs, shares, determined) for one in sets]
     strata = _pooled_runs(times, alpha)
     measures = [_pooled_runs([(_weighted(e, weights), _weighted(r, weights)) for e, r in times], alpha)]
     measures.append(_pooled_runs(turnover, alpha))
@@ -108,7 +110,8 @@ def timing_contrast(
         "n_in_stratum": (("stratum", TRAINED_RUN), sizes.T),
         "checkpoint": (("node", TRAINED_RUN), np.array(pairs, dtype=np.str_).reshape(-1, 2)),
         "training_share": ("node", shares),
-        "told": ("node", told),
+        "determined": ("node", determined),
+        "paper_overlap": (("node", TRAINED_RUN), _paper_overlap(sets, pairs)),
     }
     return xr.Dataset(
         variables,
@@ -207,25 +210,33 @@ def _weighted(times: FloatArray, weights: FloatArray) -> FloatArray:
     return np.asarray(times[..., counts] @ weights[counts] if counts.any() else np.full(times.shape[:-1], np.nan))
 
 
-def _told(sets: Sequence[xr.Dataset], pairs: list[tuple[str, str]]) -> NDArray[np.bool_]:
-    """[pair]: whether in every dictionary both runs' sets can be told from noise, there and at the end."""
+def _determined(sets: Sequence[xr.Dataset], pairs: list[tuple[str, str]]) -> NDArray[np.bool_]:
+    """[pair]: whether in every dictionary both runs' sets can be determined from noise, there and at the end."""
     if not pairs:
         return np.zeros(0, dtype=bool)
     lowest = np.min([[run.values for run in _of_pairs(one["attainable"], pairs)] for one in sets], axis=(0, 1))
     return np.asarray((lowest >= MIN_CEILING) & (lowest[-1] >= MIN_CEILING))
 
 
+def _paper_overlap(sets: Sequence[xr.Dataset], pairs: list[tuple[str, str]]) -> FloatArray:
+    """Overlap by the paper's rule at the pairs of checkpoints, mean over dictionaries: [pair, run]."""
+    if not pairs:
+        return np.empty((0, 2))
+    each = [[run.values for run in _of_pairs(one["paper_overlap"], pairs)] for one in sets]
+    return np.asarray(np.mean(each, axis=0).T)
+
+
 def _turnover(
-    sets: xr.Dataset, pairs: list[tuple[str, str]], shares: FloatArray, told: NDArray[np.bool_]
+    sets: xr.Dataset, pairs: list[tuple[str, str]], shares: FloatArray, determined: NDArray[np.bool_]
 ) -> tuple[FloatArray, FloatArray]:
-    """Mean excess turnover [run] from the first pair that can be told on, and its replicates [replicate, run]."""
-    if told.sum() < 2:
+    """Mean excess turnover [run] over the pairs with determined sets, and its replicates [replicate, run]."""
+    if determined.sum() < 2:
         return np.full(2, np.nan), np.full((sets.sizes["replicate"], 2), np.nan)
-    span = shares[told][-1] - shares[told][0]
+    span = shares[determined][-1] - shares[determined][0]
 
     def mean(name: str) -> FloatArray:
-        each = [run.transpose(..., MODEL).values[..., told] for run in _of_pairs(sets[name], pairs)]
-        return np.stack([np.trapezoid(delta, shares[told], axis=-1) / span for delta in each], axis=-1)
+        each = [run.transpose(..., MODEL).values[..., determined] for run in _of_pairs(sets[name], pairs)]
+        return np.stack([np.trapezoid(delta, shares[determined], axis=-1) / span for delta in each], axis=-1)
 
     return mean("delta"), mean("delta_replicate")
 
