@@ -10,15 +10,9 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.statistics import set_stability, stabilization_test
-from rlgen_stats.toolkit.statistics.claim_verdicts import (
-    NEGLIGIBLE_TIME,
-    NEGLIGIBLE_TURNOVER,
-    Verdict,
-    difference_verdict,
-    timing_verdict,
-)
+from rlgen_stats.toolkit.statistics.claim_verdicts import Difference, Verdict, timing_verdict
 from rlgen_stats.toolkit.statistics.kernels import mover_difference
-from rlgen_stats.toolkit.statistics.timing.run_contrast import timing_contrast
+from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, timing_contrast
 from tests.calibration.rows import Row, rate_row
 
 ALPHA: Final = 0.05
@@ -91,16 +85,16 @@ def analysed(features: xr.Dataset, seed: int) -> tuple[xr.Dataset, xr.Dataset]:
 
 def c2_verdict(contrast: xr.Dataset) -> Verdict:
     """The verdict on a contrast of one dictionary."""
-    each = [
-        difference_verdict(
-            *(float(contrast[name].sel(measure=measure)) for name in ("low", "high", "p_value")),
-            contrast["dictionary_difference"].sel(measure=measure).values.tolist(),
-            alpha=ALPHA,
-            negligible=negligible,
+    time, turnover = (
+        Difference(
+            low=float(one["low"]),
+            high=float(one["high"]),
+            p_value=float(one["p_value"]),
+            each=one["dictionary_difference"].values.tolist(),
         )
-        for measure, negligible in (("time", NEGLIGIBLE_TIME), ("turnover", NEGLIGIBLE_TURNOVER))
-    ]
-    return timing_verdict(*each)
+        for one in (contrast.sel(measure=measure) for measure in MEASURES)
+    )
+    return timing_verdict(time, turnover, alpha=ALPHA)[0]
 
 
 def old_verdict(sets: xr.Dataset) -> Verdict:

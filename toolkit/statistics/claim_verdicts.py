@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
@@ -80,13 +81,6 @@ def agreed_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     return agreed(verdicts, Verdict.UNDETERMINED)
 
 
-def in_every_dictionary(verdict: Verdict, differences: Sequence[float]) -> bool:
-    """Whether enough dictionaries have the direction of a directed verdict; True for any other verdict."""
-    if verdict not in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
-        return True
-    return bool(same_direction(differences, float(np.mean(differences))))
-
-
 # -- C1 ----------------------------------------------------------------------------------------------------------------
 NEGLIGIBLE_TAIL: Final = 0.01
 """A difference of less than one alive feature in a hundred does not count as "more specific features"."""
@@ -153,19 +147,28 @@ NEGLIGIBLE_TURNOVER: Final = 0.02
 """A difference in mean excess turnover of less than one feature in fifty: the paper's sets hold fifty."""
 
 
-def difference_verdict(
-    low: float, high: float, p_value: float, each: Sequence[float], *, alpha: float, negligible: float
-) -> Verdict:
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A difference of two runs, the second less the first."""
+
+    low: float
+    """Lower end of its 1 - alpha interval."""
+    high: float
+    p_value: float
+    """Of no difference, two-sided."""
+    each: Sequence[float]
+    """In every dictionary."""
+
+
+def difference_verdict(difference: Difference, *, level: float, negligible: float) -> Verdict:
     """Verdict on "the difference is above zero", where only a difference shown to be small counts as none.
 
     Parameters
     ----------
-    low, high, p_value
-        1 - alpha interval of the difference, and p-value of none.
-    each
-        The difference in every dictionary.
-    alpha
-        Level of test and interval.
+    difference
+        With its interval and p-value.
+    level
+        Of the two-sided test.
     negligible
         Size below which a difference does not matter.
 
@@ -173,51 +176,51 @@ def difference_verdict(
     -------
     Verdict
         NOT_ESTIMABLE without an interval; NOT_SUPPORTED if it lies wholly within ``negligible`` on both sides, whatever
-        p is; SUPPORTED or CONTRADICTED if wholly above or below zero with p <= alpha and the direction of as many
-        dictionaries as must agree; else UNDETERMINED.
+        p is; SUPPORTED or CONTRADICTED, by the interval's centre, if p <= level and as many dictionaries as must agree
+        have its direction; else UNDETERMINED.
 
     Examples
     --------
-    >>> difference_verdict(0.01, 0.04, 1e-4, [0.02], alpha=0.05, negligible=0.05)
+    >>> small = Difference(low=0.01, high=0.04, p_value=1e-4, each=[0.02])
+    >>> difference_verdict(small, level=0.05, negligible=0.05)
     <Verdict.NOT_SUPPORTED: 'NOT_SUPPORTED'>
     """
+    low, high = difference.low, difference.high
     if math.isnan(low) or math.isnan(high):
         return Verdict.NOT_ESTIMABLE
     if -negligible < low and high < negligible:
         return Verdict.NOT_SUPPORTED
-    significant = p_value <= alpha and in_every_dictionary(Verdict.SUPPORTED, each)
-    if low > 0 and significant:
-        return Verdict.SUPPORTED
-    return Verdict.CONTRADICTED if high < 0 and significant else Verdict.UNDETERMINED
+    if difference.p_value <= level and same_direction(difference.each, low + high):
+        return Verdict.SUPPORTED if low + high > 0 else Verdict.CONTRADICTED
+    return Verdict.UNDETERMINED
 
 
-def timing_verdict(time: Verdict, turnover: Verdict, turnover_each: Sequence[float]) -> Verdict:
-    """Verdict on "SFT stabilises early, RL keeps evolving" from both differences, RL minus SFT.
+def timing_verdict(time: Difference, turnover: Difference, *, alpha: float) -> tuple[Verdict, Verdict, Verdict]:
+    """Verdict on "SFT stabilises early, RL keeps evolving", and what either difference (RL minus SFT) says alone.
 
     Parameters
     ----------
-    time, turnover
-        What the differences of mean times to stability, and of mean excess turnover of the top set, say.
-    turnover_each
-        The difference in excess turnover in every dictionary.
+    time
+        In mean time to stability, as a share of training.
+    turnover
+        In mean excess turnover of the top set, as a share of it.
+    alpha
+        Level of the verdict.
 
     Returns
     -------
-    Verdict
-        NOT_ESTIMABLE without a time. What both say, if they say the same. The direction of the time also where turnover
-        is UNDETERMINED and has this direction, in as many dictionaries as must agree: the test is that of the time
-        alone, which turnover can only take back. Otherwise they are in conflict, or nothing is shown: UNDETERMINED.
+    verdict, by_time, by_turnover : Verdict
+        NOT_ESTIMABLE without a time; else what both say, and UNDETERMINED where they say different things, or nothing.
 
-    Examples
-    --------
-    >>> timing_verdict(Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, [0.01])
-    <Verdict.UNDETERMINED: 'UNDETERMINED'>
+    Notes
+    -----
+    An intersection-union test: both must reject, so that either alone bounds the error rate. The time is tested on both
+    sides; the direction is then given, and turnover is tested on that side alone (two-sided p <= 2 alpha).
     """
-    if time is Verdict.NOT_ESTIMABLE:
-        return Verdict.NOT_ESTIMABLE
-    sign = {Verdict.SUPPORTED: 1.0, Verdict.CONTRADICTED: -1.0}.get(time, math.nan)
-    unopposed = turnover is Verdict.UNDETERMINED and bool(same_direction(turnover_each, sign))
-    return time if time is turnover or unopposed else Verdict.UNDETERMINED
+    by_time = difference_verdict(time, level=alpha, negligible=NEGLIGIBLE_TIME)
+    by_turnover = difference_verdict(turnover, level=2 * alpha, negligible=NEGLIGIBLE_TURNOVER)
+    same = by_time is by_turnover or by_time is Verdict.NOT_ESTIMABLE
+    return by_time if same else Verdict.UNDETERMINED, by_time, by_turnover
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------

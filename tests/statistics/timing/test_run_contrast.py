@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def contrast(chains: list[xr.Dataset], set_tests: list[xr.Dataset]) -> xr.Datase
 def area(shares: Sequence[float]) -> float:
     """Mean time by hand: trapezia of equal width from nothing settled at the start."""
     nodes = [0.0, *shares]
-    return 1 - sum((a + b) / 2 * 0.25 for a, b in zip(nodes, nodes[1:], strict=False))
+    return 1 - sum((a + b) / 2 * 0.25 for a, b in pairwise(nodes))
 
 
 def test_mean_times_and_their_difference_by_hand() -> None:

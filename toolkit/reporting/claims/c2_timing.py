@@ -23,8 +23,8 @@ from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, numb
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     NEGLIGIBLE_TIME,
     NEGLIGIBLE_TURNOVER,
+    Difference,
     Verdict,
-    difference_verdict,
     timing_verdict,
 )
 from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, undescribed_checkpoints
@@ -64,8 +64,8 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             else "the contrast of timing has not been computed"
         )
         return C2.not_estimable(reason, caveats=caveats)
-    verdicts = {name: _verdict_on(data, name, spec.statistics.alpha) for name in MEASURES}
-    verdict = timing_verdict(verdicts["time"], verdicts["turnover"], _by_dictionary(data, "turnover"))
+    verdict, *alone = timing_verdict(*(_difference(data, name) for name in MEASURES), alpha=spec.statistics.alpha)
+    verdicts = dict(zip(MEASURES, alone, strict=True))
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = (
             "the runs have no checkpoint before the last at the same share of training"
@@ -93,10 +93,9 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
     )
 
 
-def _verdict_on(data: xr.Dataset, measure: str, alpha: float) -> Verdict:
+def _difference(data: xr.Dataset, measure: str) -> Difference:
     low, high, p_value = (number(data, name, measure=measure) for name in ("low", "high", "p_value"))
-    each = _by_dictionary(data, measure)
-    return difference_verdict(low, high, p_value, each, alpha=alpha, negligible=NEGLIGIBLE[measure])
+    return Difference(low=low, high=high, p_value=p_value, each=_by_dictionary(data, measure))
 
 
 def _by_dictionary(data: xr.Dataset, measure: str) -> list[float]:
@@ -140,9 +139,7 @@ def _measure_details(data: xr.Dataset, measure: str, verdict: Verdict) -> dict[s
         "negligible": hundred(NEGLIGIBLE[measure]),
         "by_dictionary": [hundred(value) for value in _by_dictionary(data, measure)],
         "by_run": {
-            run: [
-                hundred(number(data, f"value{end}", measure=measure, trained_run=run)) for end in _ENDS
-            ]
+            run: [hundred(number(data, f"value{end}", measure=measure, trained_run=run)) for end in _ENDS]
             for run in labels_of(data, TRAINED_RUN)
         },
     }
