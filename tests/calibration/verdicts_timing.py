@@ -151,7 +151,7 @@ def turnover_of_sizes(scale: int, seed: int) -> list[Row]:
     worlds = 16 * scale
     kinds = {
         "grow": np.array([0.2, 0.5, 0.8, 1.0]),
-        "shrink": np.array([3.0, 2.0, 1.5, 1.0]),
+        "shrink": np.array([1.0, 0.8, 0.5, 0.3]),
         "stay": np.ones(4),
     }
     delta, old = [], []
