@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Final
+from typing import Any, Final
 
 import dask
 import numpy as np
@@ -13,11 +13,19 @@ from rlgen_stats.toolkit.statistics import set_stability, stabilization_test
 from rlgen_stats.toolkit.statistics.claim_verdicts import Difference, Verdict, timing_verdict
 from rlgen_stats.toolkit.statistics.kernels import mover_difference
 from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, timing_contrast
-from tests.calibration.rows import Row, rate_row
+from tests.calibration.rows import MOST_ERRORS, Row, rate_row
 
 ALPHA: Final = 0.05
 SHARES: Final = np.array([0.2, 0.4, 0.6, 0.8, 1.0])
 N, F, K = 60, 150, 20
+SETTLING: Final = {
+    "alike": ((0.2, 0.9), (0.2, 0.9)),
+    "later": ((0.05, 0.4), (0.5, 1.0)),
+    "earlier": ((0.5, 1.0), (0.05, 0.4)),
+    "later, both early": ((0.02, 0.15), (0.1, 0.4)),
+}
+"""Shares of training between which the features of SFT, and of RL, become complete."""
+OLD_RULE: Final = "status by half of training"
 UNBIASED: Final = 0.03
 """Mean Delta allowed where nothing but sizes differs (docs/method.md 4b)."""
 
@@ -67,12 +75,11 @@ def settling(size: np.ndarray, early: float, late: float, random: np.random.Gene
 
 def paths_of(kind: str, random: np.random.Generator) -> dict[str, np.ndarray]:
     """True changes of one study; effects are exponential, RL's six tenths of SFT's."""
-    sft, rl = (scale * random.exponential(0.6, F) * random.choice([-1, 1], F) for scale in (1.0, 0.6))
-    if kind == "alike":
-        return {"sft": settling(sft, 0.2, 0.9, random), "rl": settling(rl, 0.2, 0.9, random)}
+    sft, rl = (scale * random.exponential(0.8, F) * random.choice([-1, 1], F) for scale in (1.0, 0.6))
     if kind == "growing":
         return {"sft": np.tile(sft, (5, 1)), "rl": SHARES[:, None] * rl}
-    return {"sft": settling(sft, 0.05, 0.4, random), "rl": settling(rl, 0.5, 1.0, random)}
+    of_sft, of_rl = SETTLING[kind]
+    return {"sft": settling(sft, *of_sft, random), "rl": settling(rl, *of_rl, random)}
 
 
 def analysed(features: xr.Dataset, seed: int) -> tuple[xr.Dataset, xr.Dataset]:
@@ -119,36 +126,47 @@ def old_verdict(sets: xr.Dataset) -> Verdict:
     return Verdict.CONTRADICTED if above < 0 else Verdict.UNDETERMINED
 
 
+FALSE: Final = {
+    "alike": ("SUPPORTED", "CONTRADICTED"),
+    "growing": ("SUPPORTED", "CONTRADICTED"),
+    "later": ("CONTRADICTED", "NOT_SUPPORTED"),
+    "earlier": ("SUPPORTED", "NOT_SUPPORTED"),
+    "later, both early": ("CONTRADICTED", "NOT_SUPPORTED"),
+}
+"""Verdicts that are wrong in a study of this kind."""
+WORDS: Final = {
+    "alike": "both runs settle alike",
+    "growing": "RL's effects only grow, in one ranking",
+    "later": "RL settles later",
+    "earlier": "RL settles earlier",
+    "later, both early": "RL settles later, both before half of training",
+}
+
+
 def timing_verdicts(scale: int, seed: int) -> list[Row]:
     """How often a study is given a direction it does not have, or denied the one it has."""
-    worlds, rows = 15 * scale, []
-    for i, (kind, wrong, words) in enumerate(
-        (
-            ("alike", ("SUPPORTED", "CONTRADICTED"), "a direction, where both runs settle alike"),
-            ("growing", ("SUPPORTED", "CONTRADICTED"), "a direction, where RL's effects only grow"),
-            ("later", ("CONTRADICTED", "NOT_SUPPORTED"), "the claim denied, where RL settles later"),
-        )
-    ):
-        new, old = Counter[str](), Counter[str]()
+    worlds, rows = 4 * scale, []
+    size = f"{worlds} studies, {N} prompts, {F} features, 5 checkpoints a run"
+    for i, (kind, wrong) in enumerate(FALSE.items()):
+        new, old = Counter[Verdict](), Counter[Verdict]()
         for w in range(worlds):
             random = np.random.default_rng([seed, 31, i, w])
             chain, sets = analysed(features_of(paths_of(kind, random), random), w)
-            contrast = timing_contrast([chain], [sets], first="sft", second="rl", alpha=ALPHA)
-            new[c2_verdict(contrast).value] += 1
-            old[old_verdict(sets).value] += 1
-        size = f"{worlds} studies, {N} prompts, {F} features, 5 checkpoints a run"
-        naive = {"naive": sum(old[verdict] for verdict in wrong) / worlds, "naive_name": "status by half of training"}
-        rows.append(rate_row(words, ALPHA, sum(new[verdict] for verdict in wrong), worlds, size, at_most=True, **naive))
-        if kind == "later":
-            rate, old_rate = new["SUPPORTED"] / worlds, old["SUPPORTED"] / worlds
-            name = "supported, where RL settles later"
-            rows.append(Row(name, 0.8, rate, 0.8, 1.0, old_rate, "status by half of training", size))
+            new[c2_verdict(timing_contrast([chain], [sets], first="sft", second="rl", alpha=ALPHA))] += 1
+            old[old_verdict(sets)] += 1
+        hits, before = (sum(found[Verdict(verdict)] for verdict in wrong) for found in (new, old))
+        naive: dict[str, Any] = {"naive": before / worlds, "naive_name": OLD_RULE} if before > worlds / 2 else {}
+        rows.append(rate_row(f"false verdict, {WORDS[kind]}", ALPHA, hits, worlds, size, at_most=True, **naive))
+        if kind in ("later", "earlier"):
+            right = Verdict.SUPPORTED if kind == "later" else Verdict.CONTRADICTED
+            found, before_ = new[right] / worlds, old[right] / worlds
+            rows.append(Row(f"{right.lower()}, {WORDS[kind]}", 0.8, found, 0.8, 1.0, before_, OLD_RULE, size))
     return rows
 
 
 def turnover_of_sizes(scale: int, seed: int) -> list[Row]:
     """One ranking at every checkpoint, sizes that grow, shrink or stay; exponential, heavy-tailed or few effects."""
-    worlds = 16 * scale
+    worlds = 24 * scale
     kinds = {
         "grow": np.array([0.2, 0.5, 0.8, 1.0]),
         "shrink": np.array([1.0, 0.8, 0.5, 0.3]),
@@ -169,20 +187,16 @@ def turnover_of_sizes(scale: int, seed: int) -> list[Row]:
             )
         delta.append(sets.delta.values)
         old.append(((sets.noise_ceiling + sets.final_ceiling) / 2 - sets.cross).values)
-    mean, before = (np.mean(x, axis=0).reshape(len(kinds), -1) for x in (delta, old))
-    return [
-        Row(
-            f"mean Delta of the worst checkpoint, sizes {kind}",
-            0.0,
-            float(mean[i][np.abs(mean[i]).argmax()]),
-            -UNBIASED,
-            UNBIASED,
-            float("nan") if kind == "stay" else float(before[i][np.abs(before[i]).argmax()]),
-            "" if kind == "stay" else "arithmetic mean of ceilings",
-            f"{worlds} worlds, top 10 to 40 of {F}, {N} prompts",
-        )
-        for i, kind in enumerate(kinds)
-    ]
+    rows, size = [], f"{worlds} worlds, top 10 to 40 of {F}, {N} prompts"
+    for i, kind in enumerate(kinds):
+        of_kind = slice(4 * i, 4 * i + 3)  # at the last checkpoint Delta is 0
+        new, before = (np.array(x)[:, of_kind] for x in (delta, old))
+        worst = np.abs(new.mean(axis=0)).argmax()
+        half = max(UNBIASED, MOST_ERRORS * float(new[:, worst].std(ddof=1)) / np.sqrt(worlds))
+        naive = (np.abs(before.mean(axis=0)).max(), "arithmetic mean of ceilings") if kind != "stay" else (np.nan, "")
+        name = f"mean Delta of the worst checkpoint, sizes {kind}"
+        rows.append(Row(name, 0.0, float(new[:, worst].mean()), -half, half, float(naive[0]), naive[1], size))
+    return rows
 
 
 def timing_intervals(scale: int, seed: int) -> list[Row]:
