@@ -40,8 +40,8 @@ EXPERIMENTS = (
     Experiment(others.stable_by_chance, 8, "Selection by outcome"),
     Experiment(families.random_sets, 16, "Causal verdicts"),
     Experiment(verdicts_timing.timing_verdicts, 75, "Verdicts: C2"),
-    Experiment(verdicts_timing.turnover_of_sizes, 14, "Verdicts: C2"),
-    Experiment(verdicts_timing.timing_intervals, 20, "Verdicts: C2"),
+    Experiment(verdicts_timing.turnover_of_sizes, 20, "Verdicts: C2"),
+    Experiment(verdicts_timing.timing_intervals, 40, "Verdicts: C2"),
     Experiment(families.planned_power, 8, "Planned power"),
     Experiment(invariance.invariance, 4, "Invariance"),
 )

@@ -166,7 +166,7 @@ def timing_verdicts(scale: int, seed: int) -> list[Row]:
 
 def turnover_of_sizes(scale: int, seed: int) -> list[Row]:
     """One ranking at every checkpoint, sizes that grow, shrink or stay; exponential, heavy-tailed or few effects."""
-    worlds = 24 * scale
+    worlds = 16 * scale
     kinds = {
         "grow": np.array([0.2, 0.5, 0.8, 1.0]),
         "shrink": np.array([1.0, 0.8, 0.5, 0.3]),
@@ -201,7 +201,7 @@ def turnover_of_sizes(scale: int, seed: int) -> list[Row]:
 
 def timing_intervals(scale: int, seed: int) -> list[Row]:
     """Intervals that miss the mean over repetitions of a study, its features and their true changes held fixed."""
-    worlds = 20 * scale
+    worlds = 10 * scale
     paths = paths_of("later", np.random.default_rng([seed, 33]))
     found: dict[str, list[np.ndarray]] = {}
     for w in range(worlds):

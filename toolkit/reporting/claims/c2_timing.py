@@ -52,10 +52,10 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
     reported only. Checkpoints whose change from base the features do not describe were left out; a caveat names them.
     """
     unusable = unusable_readout(results, spec)
-    undescribed = _undescribed(results, spec)
-    caveats = (run_caveat(spec), *dictionary_caveat(spec), *_undescribed_caveat(undescribed))
     if unusable:
         return C2.not_estimable(unusable, caveats=(run_caveat(spec),))
+    undescribed = _undescribed(results, spec)
+    caveats = (run_caveat(spec), *dictionary_caveat(spec), *_undescribed_caveat(undescribed))
     data = results.get("timing_contrast")
     if data is None:
         reason = (
