@@ -249,7 +249,7 @@ def test_c2_verdict_follows_from_the_stored_table(results: Results, spec: StudyS
     """Redone with nothing but the table and the rule in the glossary."""
     generator = np.random.default_rng(0)
     seen = set()
-    for _ in range(300):
+    for _ in range(60):
         centre, half = generator.normal(0, [0.05, 0.02]), generator.exponential([0.03, 0.012])
         p = 2 * stats.norm.sf(np.abs(centre) / half * 1.96)
         each = centre[:, None] + 0 * half[:, None]
