@@ -136,6 +136,6 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
         f"Above: how much of the top-{data.attrs.get('top_k', 'k')} set is shared with the final one. Two "
         "halves of the prompts do not even agree on one and the same model, so only the gap below the overlap that is "
         "attainable with an unchanged ranking and this checkpoint's effect sizes is change. Below: that gap, the "
-        "excess turnover Δ, with its interval; values in the shaded zone count as the same set. The paper's rule ranks by "
-        "model-specificity and takes no noise off.",
+        "excess turnover Δ, with its interval; values in the shaded zone count as the same set. The paper's rule "
+        "ranks by model-specificity and takes no noise off.",
     )
