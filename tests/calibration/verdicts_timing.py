@@ -11,7 +11,6 @@ import xarray as xr
 
 from rlgen_stats.toolkit.statistics import set_stability, stabilization_test
 from rlgen_stats.toolkit.statistics.claim_verdicts import Difference, Verdict, timing_verdict
-from rlgen_stats.toolkit.statistics.kernels import mover_difference
 from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, timing_contrast
 from tests.calibration.rows import MOST_ERRORS, Row, rate_row
 
@@ -105,7 +104,7 @@ def c2_verdict(contrast: xr.Dataset) -> Verdict:
 
 
 def old_verdict(sets: xr.Dataset) -> Verdict:
-    """The rule until 0.1: turnover below the arithmetic mean of the ceilings, and a status by half of training."""
+    """The rule before: turnover below the arithmetic mean of the ceilings, and a status by half of training."""
     early, turnover = {}, {}
     for run in ("sft", "rl"):
         one = sets.isel(model=np.flatnonzero(sets["run"].values == run))
@@ -118,7 +117,8 @@ def old_verdict(sets: xr.Dataset) -> Verdict:
             return Verdict.UNDETERMINED
         early[run] = bool(stable.any() and SHARES[stable.argmax()] <= 0.5)
         turnover[run] = (delta[2], low[2], high[2])
-    _, below, above = mover_difference(turnover["rl"], turnover["sft"])
+    (sft, sft_low, sft_high), (rl, rl_low, rl_high) = turnover["sft"], turnover["rl"]
+    below, above = rl - sft - np.hypot(rl - rl_low, sft_high - sft), rl - sft + np.hypot(rl_high - rl, sft - sft_low)
     if early["sft"] == early["rl"]:
         return Verdict.NOT_SUPPORTED
     if early["sft"]:

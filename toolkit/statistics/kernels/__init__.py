@@ -47,9 +47,7 @@ Means, equivalence, counts, sets::
         -> Pooled(mean, low, high, standard_error, df, between_sd, p_value, each_mean, n_dictionaries)
     pooled_intervals(estimates, lows, highs, *, alpha=0.05) -> (mean, low, high)
     same_direction(each_mean, pooled) -> array;  dictionaries_needed(n) -> int;  agreed(answers, otherwise) -> answer
-    mover_difference(first, second) -> (difference, low, high)            # of two (estimate, low, high)
     mover_weighted_sum(estimates, lows, highs, *, weights) -> (sum, low, high)
-    p_from_interval(estimate, low, high, *, alpha) -> float
     tost_paired(x, y=0.0, *, low, high) -> array
     minimum_effect_test(x, reference, *, margin) -> MinimumEffectResult(effect, p_value)
     tost_chain(x, *, margin, alpha=0.05, relative=False, persist=0) -> TostChainResult(p_value, stabilized_at, p_beyond)
@@ -85,9 +83,7 @@ from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import (
     delete_group_jackknife,
 )
 from rlgen_stats.toolkit.statistics.kernels.intervals.recovered import (
-    mover_difference,
     mover_weighted_sum,
-    p_from_interval,
 )
 from rlgen_stats.toolkit.statistics.kernels.moderated import ModeratedResult, moderated_t
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
@@ -153,10 +149,8 @@ __all__ = [
     "mcnemar",
     "minimum_effect_test",
     "moderated_t",
-    "mover_difference",
     "mover_weighted_sum",
     "nogueira",
-    "p_from_interval",
     "paired_wasserstein",
     "partial_conjunction",
     "permutation_contrast",
