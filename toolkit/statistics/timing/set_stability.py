@@ -258,7 +258,8 @@ def _one_run(
         )
     ranks = feature_ranks(features)
     chunks = (arrays[0].chunks[-1],)
-    scored = Scored(arrays[0], *(da.from_array(x, chunks=chunks) for x in (ranks, testable, spread + s0)), design)
+    ids, usable, scale = (da.from_array(x, chunks=chunks) for x in (ranks, testable, spread + s0))
+    scored = Scored(arrays[0], ids, usable, scale, design)
     tops = top_sets(scored, len(models))
     kappas = correction_curves(scored, tops)
     table = _table(tops, kappas, n_testable, alpha)
@@ -497,7 +498,7 @@ def half_scores(d: FloatArray, scale: FloatArray, design: HalvingDesign) -> Floa
         counts[g, :, 1, 0] = rows.sum() - first.sum(axis=1)
     total, n = sums.sum(axis=0), counts.sum(axis=0)
     means = np.concatenate([(total / n)[None], (total - sums) / (n - counts)])
-    return np.abs(np.concatenate([d.mean(axis=0)[None], means.reshape(-1, d.shape[1])])) / scale
+    return np.asarray(np.abs(np.concatenate([d.mean(axis=0)[None], means.reshape(-1, d.shape[1])])) / scale)
 
 
 Curve = Callable[[FloatArray], FloatArray]
