@@ -193,10 +193,11 @@ RESULTS: Final = (
             share_in_stratum_low="float",
             share_in_stratum_high="float",
         )
+        | variables_on(f"replicate {MODEL} stratum", share_in_stratum_replicate="float")
         | variables_on(f"{TRAINED_RUN} stratum", n_in_stratum="int")
         | variables_on(MODEL, dfve="float")
         | variables_on(
-            "fraction stratum",  # arms: first minus second, share of a stratum settled by a fraction of the steps
+            "stratum",  # arms: first minus second, mean time to stability as a share of training
             difference_in_stratum="float",
             difference_in_stratum_low="float",
             difference_in_stratum_high="float",
@@ -211,17 +212,39 @@ RESULTS: Final = (
             cross="float",
             noise_ceiling="float",
             final_ceiling="float",
+            attainable="float",
             delta="float",
             delta_low="float",
             delta_high="float",
             chance="float",
             overlap_p="float",
             rbo="float",
+            paper_overlap="float",
         )
+        | variables_on(f"{MODEL} replicate", delta_replicate="float")
         | variables_on(TRAINED_RUN, verdict="str", stable_from="float", nogueira="float"),
         MODEL_COORDS | variables_on(TRAINED_RUN, trained_run="str"),
         ("test", "null", "unit", "seed", "alpha", "top_k"),
         optional=variables_on(MODEL, delta_lower="float", delta_upper="float", chance_high="float", dfve="float"),
+    ),
+    Layout(  # claim C2: second run less first, over all dictionaries; measures 'time' and 'turnover'
+        "timing_contrast",
+        variables_on("measure", difference="float", low="float", high="float", p_value="float")
+        | variables_on("measure dictionary", dictionary_difference="float")
+        | variables_on(f"measure {TRAINED_RUN}", value="float", value_low="float", value_high="float")
+        | variables_on(
+            "stratum",
+            weight="float",
+            stratum_difference="float",
+            stratum_difference_low="float",
+            stratum_difference_high="float",
+            stratum_difference_p="float",
+        )
+        | variables_on(f"stratum {TRAINED_RUN}", stratum_time="float", n_in_stratum="float")
+        | variables_on("node", training_share="float", determined="bool")  # pairs of checkpoints compared
+        | variables_on(f"node {TRAINED_RUN}", checkpoint="str", paper_overlap="float"),
+        variables_on("measure", measure="str") | variables_on(TRAINED_RUN, trained_run="str"),
+        ("test", "null", "unit", "seed", "alpha", "top_k"),
     ),
     Layout(
         "selection",

@@ -274,8 +274,8 @@ class StatisticsSpec(Spec):
     """Random prompt halvings for set stability."""
     margin: Annotated[float, Field(gt=0)] = 0.2
     """Margin of drift and stabilisation, in standard deviations of a feature's activation: less is no change."""
-    persist: PositiveInt = 3
-    """Checkpoints at the end that cannot show stability on their own."""
+    persist: Fraction = 0.2
+    """Share of a run's checkpoints (rounded, at least one) that, being the last, cannot show stability on their own."""
 
 
 class SelectionSpec(Spec):

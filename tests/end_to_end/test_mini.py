@@ -38,7 +38,7 @@ from tests.end_to_end.same_numbers import differences
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
     "latent_scaling", "matching", "movement", "replicability", "selection", "separation", "set_stability",
-    "stabilization",
+    "stabilization", "timing_contrast",
 }  # fmt: skip
 
 

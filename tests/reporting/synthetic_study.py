@@ -388,16 +388,16 @@ def stabilization() -> xr.Dataset:
             "share": ("model", curve),
             "share_low": ("model", curve - 0.04),
             "share_high": ("model", curve + 0.05),
-            "share_in_stratum": (("model", "stratum"), np.stack([curve, curve * 0.9], axis=1)),
+            "share_in_stratum": (("model", "stratum"), np.stack([np.ones(10), curve, curve * 0.9], axis=1)),
         },
         coords=coords
         | {
             "trained_run": ["sft", "rl"],
-            "stratum": ["total < 0.5 sd", "total >= 0.5 sd"],
+            "stratum": ["unchanged", "moderate", "large"],
             "feature": np.arange(N_FEATURES),
         },
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")}
-        | {"margin": 0.2, "persist": 3, "margin_unit": "standard deviations of base@0"},
+        | {"margin": 0.2, "persist": 0.2, "margin_unit": "sd of base@0"},
     )
 
 
@@ -407,13 +407,15 @@ def set_stability() -> xr.Dataset:
     half = np.array([0.05, 0.04, 0.04, 0.04, 0.0, 0.06, 0.06, 0.06, 0.05, 0.0])
     ceiling = np.array([0.80, 0.86, 0.88, 0.88, 0.88, 0.55, 0.63, 0.70, 0.76, 0.79])
     final = np.repeat([0.88, 0.79], 5)
-    cross = (ceiling + final) / 2 - delta
+    attainable = np.sqrt(ceiling * final)
+    cross = attainable - delta
     return xr.Dataset(
         {
             "overlap": ("model", np.minimum(cross + 0.12, 1)),
             "cross": ("model", cross),
             "noise_ceiling": ("model", ceiling),
             "final_ceiling": ("model", final),
+            "attainable": ("model", attainable),
             "delta": ("model", delta),
             "delta_low": ("model", delta - half),
             "delta_high": ("model", delta + half),
@@ -422,12 +424,55 @@ def set_stability() -> xr.Dataset:
             "chance": ("model", np.full(10, 0.21)),
             "overlap_p": ("model", np.full(10, 1e-9)),
             "rbo": ("model", cross),
+            "paper_overlap": ("model", PAPER_OVERLAP.ravel()),
+            "delta_replicate": (("model", "replicate"), delta[:, None] + half[:, None] * np.linspace(-0.1, 0.1, 20)),
             "verdict": ("trained_run", ["SET_STABLE", "EVOLVING"]),
             "stable_from": ("trained_run", [60.0, np.nan]),
             "nogueira": ("trained_run", [0.83, 0.52]),
             "reason": ("trained_run", ["upper bound of delta below 0.1 at 60", "delta 0.19 at the last but one"]),
         },
         coords=coords | {"trained_run": ["sft", "rl"]},
+        attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")} | {"top_k": 50},
+    )
+
+
+PAPER_OVERLAP = np.array([[0.71, 0.82, 0.90, 0.95, 1.0], [0.42, 0.53, 0.64, 0.75, 1.0]])
+
+
+def timing_contrast() -> xr.Dataset:
+    """RL settles 28 points of training later, and 12 points more of its top set are still to change."""
+    per_run = ("measure", "trained_run")
+    value, difference, half = np.array([[0.22, 0.50], [0.05, 0.17]]), np.array([0.28, 0.12]), np.array([0.08, 0.06])
+    pairs = [[f"sft@{sft}", f"rl@{rl}"] for sft, rl in zip(SFT_STEPS, RL_STEPS, strict=True)]
+    in_stratum = np.array([np.nan, 0.25, 0.34])
+    return xr.Dataset(
+        {
+            "difference": ("measure", difference),
+            "low": ("measure", difference - half),
+            "high": ("measure", difference + half),
+            "p_value": ("measure", [0.0004, 0.002]),
+            "dictionary_difference": (("measure", "dictionary"), difference[:, None]),
+            "value": (per_run, value),
+            "value_low": (per_run, value - 0.03),
+            "value_high": (per_run, value + 0.03),
+            "weight": ("stratum", [0, 2 / 3, 1 / 3]),
+            "stratum_difference": ("stratum", in_stratum),
+            "stratum_difference_low": ("stratum", in_stratum - 0.1),
+            "stratum_difference_high": ("stratum", in_stratum + 0.1),
+            "stratum_difference_p": ("stratum", [np.nan, 0.001, 0.001]),
+            "stratum_time": (("stratum", "trained_run"), np.stack([in_stratum, 2 * in_stratum], axis=1)),
+            "n_in_stratum": (("stratum", "trained_run"), [[120.0, 150.0], [60.0, 40.0], [30.0, 20.0]]),
+            "checkpoint": (("node", "trained_run"), pairs),
+            "training_share": ("node", share(SFT_STEPS)),
+            "determined": ("node", [True] * 5),
+            "paper_overlap": (("node", "trained_run"), PAPER_OVERLAP.T),
+        },
+        coords={
+            "measure": ["time", "turnover"],
+            "trained_run": ["sft", "rl"],
+            "stratum": ["unchanged", "moderate", "large"],
+            "dictionary": [1],
+        },
         attrs={k: TEST_ATTRS[k] for k in ("test", "null", "unit", "seed", "alpha")} | {"top_k": 50},
     )
 
@@ -701,6 +746,7 @@ BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
         replicability,
         stabilization,
         set_stability,
+        timing_contrast,
         selection,
         separation,
         intervention,

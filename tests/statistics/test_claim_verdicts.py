@@ -9,9 +9,11 @@ import pytest
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
     NOT_COMPARABLE,
+    Difference,
     Verdict,
     any_feature_p,
     causal_verdict,
+    difference_verdict,
     interval_verdict,
     selection_verdict,
     shifts_match,
@@ -21,15 +23,8 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     timing_verdict,
     within_minimum,
 )
-from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
 NAN = math.nan
-EARLY, LATE, EVOLVING, OPEN = (
-    SetStatus.EARLY_STABLE,
-    SetStatus.LATE_STABLE,
-    SetStatus.EVOLVING,
-    SetStatus.UNDETERMINED,
-)
 
 
 @pytest.mark.parametrize(
@@ -108,26 +103,63 @@ def test_matched_shifts_differ_by_at_most_a_quarter(shifts: tuple[float, ...], e
     assert shifts_match(shifts) is expected
 
 
+def difference(low: float, high: float, p: float, *each: float) -> Difference:
+    return Difference(low=low, high=high, p_value=p, each=each or (low + high,))
+
+
+LATER, EARLIER = difference(0.03, 0.09, 0.001), difference(-0.09, -0.03, 0.001)
+MORE, FEWER = difference(0.01, 0.05, 0.01), difference(-0.05, -0.01, 0.01)
+SAME_TIME, SAME_SET = difference(-0.04, 0.03, 0.8), difference(-0.015, 0.01, 0.8)
+WIDE, NOTHING = difference(-0.2, 0.3, 0.7), difference(NAN, NAN, NAN)
+
+
 @pytest.mark.parametrize(
-    ("sft", "rl", "low", "high", "expected"),
+    ("given", "expected"),
     [
-        (EARLY, EVOLVING, 0.1, 0.3, Verdict.SUPPORTED),
-        (EARLY, LATE, 0.1, 0.3, Verdict.SUPPORTED),
-        (EARLY, EVOLVING, -0.1, 0.3, Verdict.UNDETERMINED),
-        (EVOLVING, EARLY, -0.3, -0.1, Verdict.CONTRADICTED),
-        (LATE, EARLY, -0.3, -0.1, Verdict.CONTRADICTED),
-        (EVOLVING, EARLY, -0.3, 0.1, Verdict.UNDETERMINED),
-        (EARLY, EVOLVING, 0.0, 0.3, Verdict.UNDETERMINED),  # touches zero
-        (EVOLVING, EARLY, -0.3, 0.0, Verdict.UNDETERMINED),
-        (EARLY, EARLY, 0.1, 0.3, Verdict.NOT_SUPPORTED),  # a difference in turnover alone is not enough
-        (EVOLVING, EVOLVING, 0.1, 0.3, Verdict.NOT_SUPPORTED),
-        (LATE, EVOLVING, 0.1, 0.3, Verdict.NOT_SUPPORTED),
-        (OPEN, EVOLVING, 0.1, 0.3, Verdict.UNDETERMINED),
-        (EARLY, OPEN, 0.1, 0.3, Verdict.UNDETERMINED),
+        (LATER, Verdict.SUPPORTED),
+        (EARLIER, Verdict.CONTRADICTED),
+        (difference(0.03, 0.09, 0.05), Verdict.SUPPORTED),
+        (difference(0.03, 0.09, 0.051), Verdict.UNDETERMINED),
+        (difference(0.03, 0.09, NAN), Verdict.UNDETERMINED),
+        (difference(0.03, 0.09, 0.001, 0.05, 0.06, -0.01), Verdict.UNDETERMINED),  # a dictionary says the opposite
+        (difference(0.03, 0.09, 0.001, 0.05, 0.06, 0.05, 0.06, -0.01), Verdict.SUPPORTED),
+        (difference(-0.0499, 0.0499, 0.9), Verdict.NOT_SUPPORTED),
+        (difference(-0.0499, 0.05, 0.9), Verdict.UNDETERMINED),
+        (difference(-0.05, 0.0499, 0.9), Verdict.UNDETERMINED),
+        (difference(0.01, 0.0499, 0.001), Verdict.NOT_SUPPORTED),  # significant, and shown to be small
+        (difference(0.01, 0.05, 0.001), Verdict.SUPPORTED),
+        (NOTHING, Verdict.NOT_ESTIMABLE),
     ],
 )
-def test_timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float, expected: Verdict) -> None:
-    assert timing_verdict(sft, rl, low, high) is expected
+def test_a_difference_counts_as_none_only_if_shown_to_be_small(given: Difference, expected: Verdict) -> None:
+    assert difference_verdict(given, level=0.05, negligible=0.05) is expected
+
+
+@pytest.mark.parametrize(
+    ("time", "turnover", "expected"),
+    [
+        (LATER, MORE, Verdict.SUPPORTED),
+        (EARLIER, FEWER, Verdict.CONTRADICTED),
+        (SAME_TIME, SAME_SET, Verdict.NOT_SUPPORTED),
+        (LATER, SAME_SET, Verdict.UNDETERMINED),  # conflicts
+        (SAME_TIME, MORE, Verdict.UNDETERMINED),
+        (LATER, FEWER, Verdict.UNDETERMINED),
+        (LATER, WIDE, Verdict.UNDETERMINED),  # one of two is not both
+        (WIDE, MORE, Verdict.UNDETERMINED),
+        (SAME_TIME, WIDE, Verdict.UNDETERMINED),
+        (WIDE, WIDE, Verdict.UNDETERMINED),
+        (LATER, NOTHING, Verdict.UNDETERMINED),
+        (NOTHING, MORE, Verdict.NOT_ESTIMABLE),
+        (LATER, difference(-0.001, 0.05, 0.1), Verdict.SUPPORTED),  # one-sided, given the direction of the time
+        (LATER, difference(-0.001, 0.05, 0.101), Verdict.UNDETERMINED),
+        (difference(-0.001, 0.09, 0.06), MORE, Verdict.UNDETERMINED),
+        (difference(-0.049, 0.049, 0.9), difference(-0.019, 0.019, 0.9), Verdict.NOT_SUPPORTED),
+        (difference(-0.051, 0.049, 0.9), difference(-0.019, 0.019, 0.9), Verdict.UNDETERMINED),
+        (difference(-0.049, 0.049, 0.9), difference(-0.019, 0.021, 0.9), Verdict.UNDETERMINED),
+    ],
+)
+def test_timing_needs_both_differences(time: Difference, turnover: Difference, expected: Verdict) -> None:
+    assert timing_verdict(time, turnover, alpha=0.05)[0] is expected
 
 
 @pytest.mark.parametrize(

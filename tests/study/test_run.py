@@ -44,7 +44,11 @@ def test_accepting_a_readout_brings_the_trial_and_the_report_up_to_date(study_fo
     write_json(folder / "accepted.json", {"weights_sha256": "w", "by": "align"})  # says nothing about a readout
     assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
     write_json(folder / "accepted.json", {"weights_sha256": "w", "by": "encode", "readout": "swap"})
-    assert {s.name for s in open_for_run(study_folder).status() if s.state == "stale"} == {"intervene", "report"}
+    assert {s.name for s in open_for_run(study_folder).status() if s.state == "stale"} == {
+        "stabilize",
+        "intervene",
+        "report",
+    }
 
 
 def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:

@@ -212,5 +212,5 @@ def _crosscoders(mini: bool) -> tuple[CrosscoderSpec, ...]:
 
 def _statistics(mini: bool) -> StatisticsSpec:
     if mini:
-        return StatisticsSpec(n_resamples=199, n_bootstrap=99, n_min=5, top_k=10, n_halvings=10, persist=1)
+        return StatisticsSpec(n_resamples=199, n_bootstrap=99, n_min=5, top_k=10, n_halvings=10)
     return StatisticsSpec()

@@ -28,6 +28,7 @@ _SIMPLE: Final = {
     "control_balance": ("covariate",),
     "set_stability": ("model",),
     "stabilization": ("model",),
+    "timing_contrast": ("measure",),
 }
 """Groups written as one table over these dimensions."""
 

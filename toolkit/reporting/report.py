@@ -44,6 +44,7 @@ GROUPS: Final = (
     "drift",
     "stabilization",
     "set_stability",
+    "timing_contrast",
     "selection",
     "separation",
     "intervention",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
@@ -16,7 +17,6 @@ import numpy as np
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
-from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
 
 class Verdict(StrEnum):
@@ -81,13 +81,6 @@ def agreed_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     return agreed(verdicts, Verdict.UNDETERMINED)
 
 
-def in_every_dictionary(verdict: Verdict, differences: Sequence[float]) -> bool:
-    """Whether enough dictionaries have the direction of a directed verdict; True for any other verdict."""
-    if verdict not in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
-        return True
-    return bool(same_direction(differences, float(np.mean(differences))))
-
-
 # -- C1 ----------------------------------------------------------------------------------------------------------------
 NEGLIGIBLE_TAIL: Final = 0.01
 """A difference of less than one alive feature in a hundred does not count as "more specific features"."""
@@ -148,21 +141,86 @@ def shifts_match(shifts: Iterable[float]) -> bool | None:
 
 
 # -- C2 ----------------------------------------------------------------------------------------------------------------
-def timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float) -> Verdict:
-    """Verdict on "SFT stabilises early, RL keeps evolving" from both runs' status and the difference's interval.
+NEGLIGIBLE_TIME: Final = 0.05
+"""A difference in mean time to stability of less than a twentieth of training: neither "early" nor "keeps evolving"."""
+NEGLIGIBLE_TURNOVER: Final = 0.02
+"""A difference in mean excess turnover of less than one feature in fifty: the paper's sets hold fifty."""
 
-    SUPPORTED needs SFT early and stable, RL evolving or stable only late, and a difference in excess turnover (RL
-    minus SFT, at half of training) above zero; CONTRADICTED the mirror image; NOT_SUPPORTED any other determined
-    pair; UNDETERMINED if either run is, or if the statuses are as described and the interval includes zero.
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A difference of two runs, the second less the first."""
+
+    low: float
+    """Lower end of its 1 - alpha interval."""
+    high: float
+    p_value: float
+    """Of no difference, two-sided."""
+    each: Sequence[float]
+    """In every dictionary."""
+
+
+def difference_verdict(difference: Difference, *, level: float, negligible: float) -> Verdict:
+    """Verdict on "the difference is above zero", where only a difference shown to be small counts as none.
+
+    Parameters
+    ----------
+    difference
+        With its interval and p-value.
+    level
+        Of the two-sided test.
+    negligible
+        Size below which a difference does not matter.
+
+    Returns
+    -------
+    Verdict
+        NOT_ESTIMABLE without an interval; NOT_SUPPORTED if it lies wholly within ``negligible`` on both sides, whatever
+        p is; SUPPORTED or CONTRADICTED, by the interval's centre, if p <= level and as many dictionaries as must agree
+        have its direction; else UNDETERMINED.
+
+    Examples
+    --------
+    >>> small = Difference(low=0.01, high=0.04, p_value=1e-4, each=[0.02])
+    >>> difference_verdict(small, level=0.05, negligible=0.05)
+    <Verdict.NOT_SUPPORTED: 'NOT_SUPPORTED'>
     """
-    if SetStatus.UNDETERMINED in (sft, rl):
-        return Verdict.UNDETERMINED
-    later = (SetStatus.EVOLVING, SetStatus.LATE_STABLE)
-    if sft is SetStatus.EARLY_STABLE and rl in later:
-        return Verdict.SUPPORTED if low > 0 else Verdict.UNDETERMINED
-    if rl is SetStatus.EARLY_STABLE and sft in later:
-        return Verdict.CONTRADICTED if high < 0 else Verdict.UNDETERMINED
-    return Verdict.NOT_SUPPORTED
+    low, high = difference.low, difference.high
+    if math.isnan(low) or math.isnan(high):
+        return Verdict.NOT_ESTIMABLE
+    if -negligible < low and high < negligible:
+        return Verdict.NOT_SUPPORTED
+    if difference.p_value <= level and same_direction(difference.each, low + high):
+        return Verdict.SUPPORTED if low + high > 0 else Verdict.CONTRADICTED
+    return Verdict.UNDETERMINED
+
+
+def timing_verdict(time: Difference, turnover: Difference, *, alpha: float) -> tuple[Verdict, Verdict, Verdict]:
+    """Verdict on "SFT stabilises early, RL keeps evolving", and what either difference (RL minus SFT) says alone.
+
+    Parameters
+    ----------
+    time
+        In mean time to stability, as a share of training.
+    turnover
+        In mean excess turnover of the top set, as a share of it.
+    alpha
+        Level of the verdict.
+
+    Returns
+    -------
+    verdict, by_time, by_turnover : Verdict
+        NOT_ESTIMABLE without a time; else what both say, and UNDETERMINED where they say different things, or nothing.
+
+    Notes
+    -----
+    An intersection-union test: both must reject, so that either alone bounds the error rate. The time is tested on both
+    sides; the direction is then given, and turnover is tested on that side alone (two-sided p <= 2 alpha).
+    """
+    by_time = difference_verdict(time, level=alpha, negligible=NEGLIGIBLE_TIME)
+    by_turnover = difference_verdict(turnover, level=2 * alpha, negligible=NEGLIGIBLE_TURNOVER)
+    same = by_time is by_turnover or by_time is Verdict.NOT_ESTIMABLE
+    return by_time if same else Verdict.UNDETERMINED, by_time, by_turnover
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------

@@ -107,8 +107,10 @@ STAGES: Final = (
         ("statistics",),
         f"{_STATISTICS}:stabilize",
         (),
+        optional=("results.zarr/timing_contrast",),
         by_dictionary=("results.zarr/stabilization", "results.zarr/set_stability"),
-        version=3,
+        answers="pair",
+        version=4,
     ),
     Stage(
         "significance",
@@ -279,7 +281,7 @@ class Study:
             files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")
         primary = self.spec.primary_crosscoder
         by_note = not primary.accept_unhealthy and readout_accepted(self.folder.crosscoder(primary.name))
-        if name in ("intervene", "report") and by_note:  # a trial that was not held is held now
+        if name in ("stabilize", "intervene", "report") and by_note:  # a trial that was not held is held now
             files["readout"] = "accepted"
         return files
 

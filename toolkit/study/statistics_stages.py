@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK, of_dictionary
+from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK, of_dictionary, split_model_id
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import CrosscoderSpec, RunSpec, SelectionSpec
 from rlgen_stats.stores import Provenance, open_features, open_outcomes, open_results, write_results
@@ -23,7 +24,11 @@ from rlgen_stats.toolkit.statistics import (
     stabilization_test,
 )
 from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests
+from rlgen_stats.toolkit.statistics.timing.run_contrast import timing_contrast, undescribed_checkpoints
 from rlgen_stats.toolkit.study.stage_graph import Study
+
+MIN_CHECKPOINTS: Final = 2
+"""Checkpoints, the last among them, that a run's timing needs."""
 
 Facts = dict[str, Any]
 """What a stage's record says about its output."""
@@ -54,10 +59,16 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def stabilize(study: Study, key: str, progress: Progress) -> Facts:
-    """When features and top sets stop changing, run by run, in every dictionary."""
+    """When features and top sets stop changing, run by run, in every dictionary, and which of two runs settles later.
+
+    Checkpoints whose change from base the features do not describe are left out, in every dictionary.
+    """
     spec, settings = study.spec, study.spec.statistics
     provenance, runs, verdicts = study.provenance("stabilize", key), [run.name for run in spec.runs], {}
+    left_out, too_few = _left_out(study)
+    chains, all_sets = [], []
     for number, features in features_by_dictionary(study):
+        features = features.sel({MODEL: [model for model in features[MODEL].values if model not in left_out]})
         chain = stabilization_test(
             features,
             runs=runs,
@@ -68,7 +79,7 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
             alpha=settings.alpha,
             seed=derive_seed(spec.seed, "stabilize"),
             n_bootstrap=settings.n_bootstrap,
-        )
+        ).compute()
         _write_with_dfve(study, "stabilization", number, chain, provenance)
         sets = set_stability(
             features,
@@ -83,7 +94,29 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
         )
         _write_with_dfve(study, "set_stability", number, sets, provenance)
         verdicts[str(number)] = dict(zip(runs, sets["verdict"].values.astype(str).tolist(), strict=True))
-    return {"verdicts": verdicts}
+        chains.append(chain)
+        all_sets.append(sets)
+    first, second = (run.name for run in spec.contrasted)
+    if {first, second} & too_few:
+        progress.log("  the features describe fewer than two checkpoints of one of the two runs: no contrast of timing")
+        return {"verdicts": verdicts, "left_out": left_out, "contrast": "not estimable: too few described checkpoints"}
+    contrast = timing_contrast(chains, all_sets, first=first, second=second, alpha=settings.alpha)
+    write_results(study.folder.results, "timing_contrast", contrast, provenance=provenance)
+    return {"verdicts": verdicts, "left_out": left_out}
+
+
+def _left_out(study: Study) -> tuple[list[str], set[str]]:
+    """Checkpoints that the features of some dictionary do not describe, and runs with too few others.
+
+    Of such a run nothing is left out: its own results remain, to be looked at, and are compared with no other run's.
+    """
+    crosscoder, runs = study.spec.primary_crosscoder, {run.name for run in study.spec.runs}
+    health = open_results(study.folder.results, "health").load()
+    undescribed = {} if crosscoder.accept_unhealthy else undescribed_checkpoints(health, crosscoder.names)
+    models = [str(model) for model in open_features(study.folder.features_of(1))[MODEL].values]
+    described = Counter(split_model_id(model)[0] for model in models if model not in undescribed)
+    too_few = {run for run in runs if described[run] < MIN_CHECKPOINTS}
+    return [model for model in models if model in undescribed and split_model_id(model)[0] in runs - too_few], too_few
 
 
 def features_by_dictionary(study: Study) -> Iterator[tuple[int, xr.Dataset]]:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import xarray as xr
+from scipy import stats
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting import CLAIM_COLUMNS, Claim, Verdict, assess_claims, claims_table
 from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, verdict_label
+from rlgen_stats.toolkit.reporting.csv_tables import flat
 from rlgen_stats.toolkit.reporting.formatting import jsonable
 
 Results = dict[str, xr.Dataset]
@@ -25,8 +27,7 @@ def claim(results: Results, spec: StudySpec, name: str) -> Claim:
 def test_planted_numbers_come_through(results: Results, spec: StudySpec) -> None:
     c1, c2, c3, c4, c5 = assess_claims(results, spec)
     assert (c1.estimate, c1.low, c1.high, c1.p_value) == pytest.approx((9.7, 5.2, 14.1, 0.002))
-    assert c2.estimate == pytest.approx(30 - 2)  # excess turnover at 60% of training, RL minus SFT
-    assert c2.low == pytest.approx(28 - 100 * math.hypot(0.06, 0.04))
+    assert (c2.estimate, c2.low, c2.high, c2.p_value) == pytest.approx((28, 20, 36, 0.0004))
     assert (c3.estimate, c3.low, c3.p_value) == pytest.approx((5, 5, 0.008))
     assert (c4.estimate, c4.low, c4.high, c4.p_value) == pytest.approx((-35, -41, -29, 0.0004))
     assert (c5.estimate, c5.low, c5.high, c5.p_value) == pytest.approx((21, 15, 27, 0.0004))
@@ -44,13 +45,22 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
     ("group", "affected"),
     [
         ("attribution_contrast", {"C1"}),
-        ("set_stability", {"C2"}),
+        ("timing_contrast", {"C2"}),
         ("selection", {"C3"}),
         ("intervention", {"C4", "C5"}),
         *(
             (g, set())
             for g in (
-                *("behaviour", "movement", "health", "attribution", "drift", "stabilization", "separation"),
+                *(
+                    "behaviour",
+                    "movement",
+                    "health",
+                    "attribution",
+                    "drift",
+                    "stabilization",
+                    "set_stability",
+                    "separation",
+                ),
                 "control_balance",
             )
         ),
@@ -167,63 +177,118 @@ def test_c1_unmatched_movement_is_a_caveat_and_matched_is_not(results: Results, 
 
 
 # -- C2 ------------------------------------------------------------------------------------------------------------
-def sets(results: Results, **verdicts: tuple[list[object], ...]) -> None:
-    results["set_stability"] = results["set_stability"].assign({k: ("trained_run", v) for k, v in verdicts.items()})
+def timing(results: Results, **changes: tuple[float, ...]) -> None:
+    """The stored contrast with other values [time, turnover]."""
+    data = results["timing_contrast"]
+    results["timing_contrast"] = data.assign({name: ("measure", list(values)) for name, values in changes.items()})
 
 
-def test_c2_plain_overlap_is_never_looked_at(results: Results, spec: StudySpec) -> None:
+def test_c2_says_both_differences_and_where_they_come_from(results: Results, spec: StudySpec) -> None:
+    c2 = claim(results, spec, "C2")
+    assert c2.answer == (
+        "These two models differ as claimed: rl's features become stable 28.0 points of training later than sft's that "
+        "changed as far [20.0, 36.0] and of its top set 12.0 points more were still to change than of sft's "
+        "[6.0, 18.0]."
+    )
+    assert c2.details["measures"]["turnover"]["by_run"]["rl"] == pytest.approx([17, 14, 20])
+    assert list(c2.details["time_in_stratum"]) == ["moderate", "large"]
+    assert c2.details["time_in_stratum"]["large"]["difference"] == pytest.approx(34)
+    assert c2.details["time_in_stratum"]["large"]["n_features"] == {"sft": 30, "rl": 20}
+
+
+def test_c2_the_papers_rule_stands_beside_and_decides_nothing(results: Results, spec: StudySpec) -> None:
     before = claim(results, spec, "C2")
-    data = results["set_stability"]
-    results["set_stability"] = data.assign(overlap=xr.full_like(data.overlap, 0.01))
+    assert (
+        "The paper's own rule, reported only: at 20%, 40%, 60% and 80% of training, 71%, 82%, 90% and 95% of sft's and "
+        "42%, 53%, 64% and 75% of rl's final top 50 by model-specificity were in the set already; noise is not taken "
+        "off."
+    ) in before.caveats
+    assert before.details["paper_rule_overlap"]["rl"]["rl@16"] == pytest.approx(42)
+    data = results["timing_contrast"]
+    results["timing_contrast"] = data.assign(paper_overlap=1 - data["paper_overlap"])
     after = claim(results, spec, "C2")
-    assert (after.verdict, after.estimate, after.p_value) == (before.verdict, before.estimate, before.p_value)
+    assert (after.verdict, after.estimate, after.answer) == (before.verdict, before.estimate, before.answer)
 
 
-def test_c2_overlap_gap_without_excess_turnover_is_not_supported(results: Results, spec: StudySpec) -> None:
-    """Both sets are stable beyond noise; RL's plain overlap is low only because its effects are weak."""
-    data = results["set_stability"]
-    calm = {"delta": 0.01, "delta_low": -0.03, "delta_high": 0.05}
-    results["set_stability"] = data.assign({k: xr.full_like(data[k], v) for k, v in calm.items()})
-    sets(results, verdict=["SET_STABLE", "SET_STABLE"], stable_from=[30.0, 16.0])
-    assert claim(results, spec, "C2").verdict is Verdict.NOT_SUPPORTED
+def test_c2_that_contradicts_its_own_strata_is_not_said(results: Results, spec: StudySpec) -> None:
+    """Both top sets are stable by half of training, so that the old rule said the runs do not differ in timing.
 
-
-def test_c2_low_noise_ceiling_is_undetermined_and_says_so(results: Results, spec: StudySpec) -> None:
-    data = results["set_stability"]
-    results["set_stability"] = data.assign(final_ceiling=xr.where(data.run == "rl", 0.41, data.final_ceiling))
-    assessed = claim(results, spec, "C2")
-    assert assessed.verdict is Verdict.UNDETERMINED
-    assert any("agree on only 41%" in caveat for caveat in assessed.caveats)
-
-
-def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec) -> None:
-    data = results["set_stability"]
-    order = [*range(5, 10), *range(5)]
-    mirrored = {k: ("model", data[k].values[order]) for k in ("delta", "delta_low", "delta_high")}
-    results["set_stability"] = data.assign(mirrored)
-    sets(results, verdict=["EVOLVING", "SET_STABLE"], stable_from=[np.nan, 32.0])
-    assessed = claim(results, spec, "C2")
-    assert assessed.verdict is Verdict.CONTRADICTED
-    assert assessed.estimate == pytest.approx(-28)
-
-
-def test_c2_runs_are_found_by_name_not_by_position(results: Results, spec: StudySpec) -> None:
-    results["set_stability"] = results["set_stability"].assign_coords(trained_run=["rl", "sft"])
-    sets(results, verdict=["EVOLVING", "SET_STABLE"], stable_from=[np.nan, 60.0])
+    Within strata SFT settles earlier all the same: +.67 [.64, .70] and +.12 [.08, .15].
+    """
+    sets = results["set_stability"]
+    both_early = {"verdict": ["SET_STABLE", "SET_STABLE"], "stable_from": [30.0, 32.0]}
+    results["set_stability"] = sets.assign({name: ("trained_run", values) for name, values in both_early.items()})
+    shares = [step / last for step, last in zip((30, 32), (150, 80), strict=True)]
+    assert all(share <= 0.5 for share in shares), "the old rule: NOT_SUPPORTED"
+    timing(results, difference=(0.4, 0.001), low=(0.36, -0.01), high=(0.44, 0.012), p_value=(1e-6, 0.8))
+    assert claim(results, spec, "C2").verdict is Verdict.UNDETERMINED
+    assert "[−1.0, 1.2, too little to matter]" in claim(results, spec, "C2").answer
+    timing(results, difference=(0.4, 0.03), low=(0.36, 0.01), high=(0.44, 0.05), p_value=(1e-6, 0.002))
     assert claim(results, spec, "C2").verdict is Verdict.SUPPORTED
 
 
-def test_c2_without_a_checkpoint_in_the_second_half(results: Results, spec: StudySpec) -> None:
-    results["set_stability"] = results["set_stability"].isel(model=[0, 4, 5, 9])
-    assessed = claim(results, spec, "C2")
-    assert assessed.verdict is Verdict.NOT_ESTIMABLE
-    assert "second half" in assessed.answer
+def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec) -> None:
+    timing(results, difference=(-0.28, -0.12), low=(-0.36, -0.18), high=(-0.2, -0.06))
+    data = results["timing_contrast"]
+    results["timing_contrast"] = data.assign(dictionary_difference=-data["dictionary_difference"])
+    c2 = claim(results, spec, "C2")
+    assert (c2.verdict, c2.estimate) == (Verdict.CONTRADICTED, pytest.approx(-28))
+    assert "28.0 points of training earlier than sft's that changed as far [20.0, 36.0]" in c2.answer
+    assert "12.0 points fewer were still to change than of sft's [6.0, 18.0]" in c2.answer
 
 
-def test_c2_nan_turnover_is_not_estimable(results: Results, spec: StudySpec) -> None:
-    data = results["set_stability"]
-    results["set_stability"] = data.assign(delta=xr.where(data.run == "rl", np.nan, data.delta))
-    assert claim(results, spec, "C2").verdict is Verdict.NOT_ESTIMABLE
+def test_c2_not_supported_only_where_both_differences_are_shown_to_be_small(results: Results, spec: StudySpec) -> None:
+    small = {"difference": (0.01, 0.0), "low": (-0.02, -0.01), "high": (0.04, 0.01), "p_value": (0.5, 0.9)}
+    timing(results, **small)
+    assert claim(results, spec, "C2").verdict is Verdict.NOT_SUPPORTED
+    timing(results, **small | {"high": (0.06, 0.01)})
+    assert claim(results, spec, "C2").verdict is Verdict.UNDETERMINED
+
+
+def test_c2_verdict_follows_from_the_stored_table(results: Results, spec: StudySpec) -> None:
+    """Redone with nothing but the table and the rule in the glossary."""
+    generator = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        centre, half = generator.normal(0, [0.05, 0.02]), generator.exponential([0.03, 0.012])
+        p = 2 * stats.norm.sf(np.abs(centre) / half * 1.96)
+        each = centre[:, None] + 0 * half[:, None]
+        timing(results, difference=tuple(centre), low=tuple(centre - half), high=tuple(centre + half), p_value=tuple(p))
+        data = results["timing_contrast"].assign(dictionary_difference=(("measure", "dictionary"), each))
+        results["timing_contrast"] = data
+        table = flat(data, ("measure",)).set_index("measure")
+        small = (table["low"] > [-0.05, -0.02]) & (table["high"] < [0.05, 0.02])
+        shown = ~small & (table["p_value"] <= [0.05, 0.1])
+        if small.all():
+            expected = Verdict.NOT_SUPPORTED
+        elif shown.all() and table["difference"].prod() > 0:
+            expected = Verdict.SUPPORTED if table["difference"].sum() > 0 else Verdict.CONTRADICTED
+        else:
+            expected = Verdict.UNDETERMINED
+        assert claim(results, spec, "C2").verdict is expected
+        seen.add(expected)
+    assert len(seen) == 4
+
+
+def test_c2_top_sets_that_prompts_do_not_determine_are_a_caveat(results: Results, spec: StudySpec) -> None:
+    data = results["timing_contrast"]
+    results["timing_contrast"] = data.assign(determined=("node", [False, True, True, True, True]))
+    assert any("Top sets are not compared at 20% of training" in text for text in claim(results, spec, "C2").caveats)
+    nan = float("nan")
+    timing(results, difference=(0.28, nan), low=(0.2, nan), high=(0.36, nan), p_value=(0.0004, nan))
+    c2 = claim(results, spec, "C2")
+    assert c2.verdict is Verdict.UNDETERMINED
+    assert "the prompts do not determine its top set" in c2.answer
+
+
+def test_c2_without_a_time_is_not_estimable(results: Results, spec: StudySpec) -> None:
+    nan = float("nan")
+    timing(results, difference=(nan, 0.12), low=(nan, 0.06), high=(nan, 0.18), p_value=(nan, 0.002))
+    assert claim(results, spec, "C2").answer == (
+        "Not estimable: no stratum of total change holds features of both runs."
+    )
+    results["timing_contrast"] = results["timing_contrast"].isel(node=[4])
+    assert "no checkpoint before the last at the same share" in claim(results, spec, "C2").answer
 
 
 # -- C3 ------------------------------------------------------------------------------------------------------------
@@ -463,16 +528,16 @@ def test_features_that_explain_little_of_a_model_read_alone_are_a_caveat(
 def with_readout(results: Results, *, reasons: str = "", accepted: bool = False, **low: float) -> Results:
     """The readout of crosscoder main judged; dFVE .7 but where ``low`` says else (run_step -> value)."""
     models = [str(model) for model in results["set_stability"]["model"].values]
-    dfve = [low.get(model.replace("@", "_"), 0.7) for model in models]
     n = results["health"].sizes["crosscoder"]
+    dfve = np.tile([low.get(model.replace("@", "_"), 0.7) for model in models], (n, 1))
     health = results["health"].assign(
         readout_reasons=("crosscoder", [reasons] + [""] * (n - 1)),
         readout_accepted=("crosscoder", [accepted] + [False] * (n - 1)),
         healthy=("crosscoder", [not reasons] + [True] * (n - 1)),
         reasons=("crosscoder", [reasons or "ok"] + ["ok"] * (n - 1)),
     )
-    sets = results["set_stability"].assign(dfve=("model", dfve))
-    return results | {"health": health.assign_attrs(dfve_min=0.3), "set_stability": sets}
+    health = health.drop_dims("model", errors="ignore").assign_coords(model=models)
+    return results | {"health": health.assign(dfve=(("crosscoder", "model"), dfve)).assign_attrs(dfve_min=0.3)}
 
 
 FAILED = "reconstructions explain -4.013 of what changed between base and sft@150, at least 0.3 needed"
@@ -500,24 +565,18 @@ def test_an_accepted_readout_is_a_caveat(results: Results, spec: StudySpec, name
     assert answered.caveats[-1] == f"Crosscoder main failed its health check: {FAILED}."
 
 
-@pytest.mark.parametrize("model", ["sft_90", "rl_64"])
-def test_timing_is_open_where_a_decisive_checkpoint_is_not_described(
-    results: Results, spec: StudySpec, model: str
-) -> None:
-    answered = claim(with_readout(results, **{model: 0.12}), spec, "C2")
-    assert (answered.verdict, math.isnan(answered.estimate)) == (Verdict.UNDETERMINED, True)
-    label = model.replace("_", "@")
-    assert answered.answer == f"Undetermined, because the features do not describe what changed at {label}."
-    assert f"Nothing is said about {label} (12%): so little of its change from base do the features describe." in (
-        answered.caveats
-    )
-    assert answered.details == {"dfve_below_limit": {label: 0.12}}
-
-
-def test_an_early_checkpoint_that_is_not_described_is_left_out_of_timing(results: Results, spec: StudySpec) -> None:
-    answered, before = claim(with_readout(results, sft_30=-0.5), spec, "C2"), claim(results, spec, "C2")
+def test_checkpoints_that_are_not_described_are_named(results: Results, spec: StudySpec) -> None:
+    """They were left out of the stored contrast."""
+    read = with_readout(results, sft_30=-0.5, rl_16=0.12)
+    answered, before = claim(read, spec, "C2"), claim(results, spec, "C2")
     assert (answered.verdict, answered.estimate) == (before.verdict, before.estimate)
-    assert "Nothing is said about sft@30 (−50%)" in answered.caveats[-1]
+    named = "Nothing is said about sft@30 (−50%) and rl@16 (12%): so little of its change from base do the features"
+    assert any(caveat.startswith(named) for caveat in answered.caveats)
+    assert answered.details["dfve_below_limit"] == {"sft@30": -0.5, "rl@16": 0.12}
+    del read["timing_contrast"]
+    assert claim(read, spec, "C2").answer == (
+        "Not estimable: of one of the runs the features describe fewer than two checkpoints."
+    )
 
 
 def test_every_verdict_has_a_label_a_symbol_and_a_meaning() -> None:
@@ -558,17 +617,13 @@ def test_c3_is_open_where_a_dictionary_confirms_nothing(results: Results, spec: 
     assert (c3.low, c3.high) == (0.0, pytest.approx(10 / 3 + 4.302652730 * 5 / 3))
 
 
-def test_c2_pools_the_difference_of_the_dictionaries(results: Results, spec: StudySpec) -> None:
-    shifted = results["set_stability"].copy(deep=True)
-    rl = shifted["run"].values == "rl"
-    for name in ("delta", "delta_low", "delta_high"):
-        shifted[name].values[rl] += 0.03
-    several, of_three = three_dictionaries(results, spec, set_stability=shifted)
-    one, c2 = claim(results, spec, "C2"), claim(several, of_three, "C2")
-    assert c2.estimate == pytest.approx(one.estimate + 1)
-    assert c2.details["difference_by_dictionary"] == pytest.approx([28, 28, 31])
-    own, spread = one.estimate - one.low, 4.302652730 * 1.0  # sd sqrt(3) points, divided by sqrt(3)
-    assert c2.estimate - c2.low == pytest.approx(math.hypot(own, spread))
+def test_c2_is_open_where_a_dictionary_has_the_opposite_direction(results: Results, spec: StudySpec) -> None:
+    several, of_three = three_dictionaries(results, spec)
+    for third, verdict in ((0.3, Verdict.SUPPORTED), (-0.01, Verdict.UNDETERMINED)):
+        each = np.array([[0.3, 0.2, third], [0.1, 0.1, 0.1]])
+        data = results["timing_contrast"].drop_dims("dictionary")
+        several["timing_contrast"] = data.assign(dictionary_difference=(("measure", "dictionary"), each))
+        assert claim(several, of_three, "C2").verdict is verdict
 
 
 def test_c4_names_the_effect_in_every_dictionary(results: Results, spec: StudySpec) -> None:

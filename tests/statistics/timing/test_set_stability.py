@@ -9,7 +9,15 @@ from scipy.stats import hypergeom
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import set_stability
-from rlgen_stats.toolkit.statistics.timing.set_stability import half_scores, make_design, pool_set_stability, top_sets
+from rlgen_stats.toolkit.statistics.timing.set_stability import (
+    ADDED_NOISE,
+    COLUMNS,
+    Scored,
+    _verdict,
+    half_scores,
+    make_design,
+    top_sets,
+)
 
 STEPS = [10, 20, 30, 40]
 MODELS = ["base@0", *(f"rl@{s}" for s in STEPS)]
@@ -29,45 +37,79 @@ def run(features, **options):
 def test_scores_against_a_slow_loop():
     rng = np.random.default_rng(0)
     d = rng.normal(0.2, 1, (23, 5))
+    scale = rng.uniform(0.5, 2, 5)
     codes = np.repeat(np.arange(12), 2)[:23]
     design = make_design(23, codes, 2, 3, 4, seed=1)
-    got = half_scores(d, 0.3, design)
-    assert got[0] == pytest.approx(np.abs(d.mean(0)) / (d.std(0, ddof=1) + 0.3))
+    got = half_scores(d, scale, design)
+    assert got[0] == pytest.approx(np.abs(d.mean(0)) / scale)
     row = 1
     for replicate in range(5):
         for h in range(3):
             for half in (1, 0):
                 rows = (design.halves[h] == half) & (design.groups != replicate - 1)
-                assert got[row] == pytest.approx(np.abs(d[rows].mean(0)) / (d[rows].std(0, ddof=1) + 0.3))
+                assert got[row] == pytest.approx(np.abs(d[rows].mean(0)) / scale)
                 row += 1
     # clusters are never torn apart
     assert all(len(np.unique(design.halves[:, codes == c], axis=1).T) == 1 for c in range(12))
     assert all(len(np.unique(design.groups[codes == c])) == 1 for c in range(12))
+    assert all(np.ptp(design.noise[..., codes == c], axis=-1).max() == 0 for c in range(12))
+
+
+def top(scores, k=10):
+    return set(np.argsort(-scores)[:k].tolist())
+
+
+def shared(first, second, k=10):
+    return np.mean([len(a & b) / k for a, b in zip(first, second, strict=True)])
 
 
 def test_overlaps_against_python_sets(make_features):
     rng = np.random.default_rng(1)
-    features = make_features(static(rng, 60, 80, 0.5), MODELS)
+    truth = rng.exponential(0.5, 80)
+    base = 10 + rng.normal(0, 1, (60, 80))
+    mean = np.stack([base, *(base + size * truth + rng.normal(0, 1, base.shape) for size in (0.3, 0.6, 0.8, 1))])
+    features = make_features(mean, MODELS)
     out = validate(run(features), "set_stability")
-    d = features["mean"].values[1:] - features["mean"].values[0]
-    s0 = np.median(d.std(axis=1, ddof=1))
-
-    def top(x):
-        return set(np.argsort(-np.abs(x.mean(0)) / (x.std(0, ddof=1) + s0))[:10])
-
+    d = mean[1:] - mean[0]
+    spread = np.sqrt((d.std(axis=1, ddof=1) ** 2).mean(axis=0))  # one scale for all checkpoints
+    scale = spread + np.median(spread)
     design = make_design(60, None, 10, 20, 20, seed=4)
+    halves = [[half, ~half] for half in design.halves == 1]
+
+    def tops(means):
+        """Two sets a halving, from the means of both halves [halving][half]."""
+        return [[top(np.abs(x) / scale) for x in pair] for pair in means]
+
+    def cross(one, other):
+        pairs = [(a[i], b[1 - i]) for a, b in zip(one, other, strict=True) for i in (0, 1)]
+        return shared(*zip(*pairs, strict=True))
+
+    of_halves = [[[x[rows].mean(0) for rows in pair] for pair in halves] for x in d]
+    sets = [tops(means) for means in of_halves]
     for c in range(4):
-        both = len(top(d[c]) & top(d[3]))
+        both = len(top(np.abs(d[c].mean(0)) / scale) & top(np.abs(d[3].mean(0)) / scale))
         assert out.overlap.values[c] == both / 10
         assert out.overlap_p.values[c] == pytest.approx(hypergeom.sf(both - 1, 80, 10, 10))
-        within, cross = [], []
-        for half in design.halves == 1:
-            within.append(len(top(d[c][half]) & top(d[c][~half])) / 10)
-            cross.append(len(top(d[c][half]) & top(d[3][~half])) / 20 + len(top(d[c][~half]) & top(d[3][half])) / 20)
-        assert out.noise_ceiling.values[c] == pytest.approx(np.mean(within))
-        assert out.cross.values[c] == pytest.approx(np.mean(cross))
+        assert out.noise_ceiling.values[c] == pytest.approx(cross(sets[c], sets[c]))
+        assert out.cross.values[c] == pytest.approx(cross(sets[c], sets[3]))
+    # attainable: the last checkpoint is better determined than the first; add the first one's noise to its halves
+    residuals = d[0] - d[0].mean(0)
+    own, mixed = [cross(sets[3], sets[3])], [cross(sets[3], sets[3])]
+    for added in ADDED_NOISE:
+        noisy = [
+            [means + added * design.noise[i, h] @ residuals / np.sqrt(60 * 30) for i, means in enumerate(pair)]
+            for h, pair in enumerate(of_halves[3])
+        ]
+        own.append(cross(tops(noisy), tops(noisy)))
+        mixed.append(cross(tops(noisy), sets[3]))
+    own = np.minimum.accumulate(own)
+    low, high = out.noise_ceiling.values[[0, 3]]
+    assert low < high - 0.1
+    kappa = np.interp(low, own[::-1], (np.array(mixed) / np.sqrt(own * high))[::-1])
+    assert kappa < 0.99
+    assert out.attainable.values[0] == pytest.approx(kappa * np.sqrt(low * high))
     assert out.chance.values == pytest.approx(10 / 80)
-    assert out.delta.values == pytest.approx((out.noise_ceiling + out.final_ceiling).values / 2 - out.cross.values)
+    assert out.delta.values == pytest.approx((out.attainable - out.cross).values)
     assert out.overlap.values[-1] == 1
     assert out.delta.values[-1] == pytest.approx(0)
 
@@ -85,6 +127,33 @@ def test_delta_is_unbiased_under_a_static_truth_and_plain_overlap_is_not(make_fe
     assert abs(np.mean(deltas)) < 3 * np.std(deltas, ddof=1) / np.sqrt(40) + 1e-9
     ceiling = {0.1: 0.5, 0.3: 0.85, 1.0: 1.0}[size]
     assert np.mean(plain) < ceiling
+
+
+@pytest.mark.parametrize("sizes", [(0.25, 1.0), (3.0, 0.3)], ids=["growing", "shrinking"])
+def test_delta_is_unbiased_where_only_sizes_differ(make_features, sizes):
+    """One true ranking. The old rule, ceilings' arithmetic mean less the overlap, finds turnover."""
+    rng = np.random.default_rng(17)
+    new, old = [], []
+    for s in range(40):
+        base = 10 + rng.normal(0, 1, (60, 120))
+        truth = 0.5 * rng.exponential(1, 120)
+        stack = np.stack([base, *(base + size * truth + rng.normal(0, 0.7, base.shape) for size in sizes)])
+        out = run(make_features(stack, MODELS[:3]), n_groups=2, n_halvings=10, seed=s)
+        new.append(float(out.delta[0]))
+        old.append(float(((out.noise_ceiling + out.final_ceiling) / 2 - out.cross)[0]))
+    assert abs(np.mean(new)) <= 0.03
+    assert np.mean(old) > 0.04
+
+
+def test_the_papers_overlap_ranks_by_share_of_the_contribution(make_features):
+    mean = np.abs(static(np.random.default_rng(2), 60, 80, 0.5))
+    mean[1:, :, 5] += 3.0  # changed most, but from a base so active that its share is small
+    mean[:, :, 5] += 100.0
+    out = run(make_features(mean, MODELS))
+    m = mean.mean(axis=1)
+    sets = [top(m[c] / (m[c] + m[0])) for c in range(1, 5)]
+    assert out.paper_overlap.values == pytest.approx([len(one & sets[3]) / 10 for one in sets])
+    assert all(5 not in one for one in sets)
 
 
 def test_planted_truth(make_features):
@@ -160,7 +229,8 @@ def test_ties_do_not_depend_on_where_features_stand(make_features):
     design = make_design(60, None, 10, 5, 4, seed=1)
     for places, chunk in ((np.arange(40), 7), (rng.permutation(40), 9), (rng.permutation(40), 40)):
         values = da.from_array(mean[:2, :, places], chunks=(-1, -1, chunk))
-        tops = top_sets(values, 1, np.ones(40, dtype=bool), places, 0.5, design)
+        of_features = (places, np.ones(40, dtype=bool), np.ones(40))
+        (tops,) = top_sets(Scored(values, *(da.from_array(x, chunks=chunk) for x in of_features), design), 1)
         assert tops.full.tolist() == list(range(20, 30))
         assert np.all(tops.halves == np.arange(20, 30))
     order = rng.permutation(40)
@@ -199,38 +269,25 @@ def test_errors(make_features):
         run(lacking, k=10)
 
 
-def test_sets_of_dictionaries_are_judged_by_their_pooled_delta(make_features):
-    """Bounds with the spread between dictionaries; one side of the bound on each side of the tolerance of .10."""
-    one = run(make_features(static(np.random.default_rng(3), 80, 60, 2.0), MODELS)).load()
-    assert pool_set_stability([one]) is one
-    columns = ("delta", "delta_low", "delta_high", "delta_lower", "delta_upper")
-
-    def dictionary(delta):
-        width = {"delta": 0, "delta_low": -0.02, "delta_high": 0.02, "delta_lower": -0.01, "delta_upper": 0.01}
-        values = np.array([0.3, delta, 0.0, 0.0])
-        return one.assign({name: ("model", values + width[name]) for name in columns}).assign(
-            final_ceiling=("model", [0.9] * 4)
-        )
-
-    # one-sided 95%: t with 2 degrees of freedom is 2.920
-    for spread, stable in ((0.02, 20.0), (0.03, 30.0)):
-        pooled = pool_set_stability([dictionary(0.05 + shift) for shift in (-spread, 0.0, spread)])
-        upper = 0.05 + np.hypot(0.01, 2.919985580 * spread / np.sqrt(3))
-        assert float(pooled["delta_upper"][1]) == pytest.approx(upper)
-        assert (upper < 0.10) == (stable == 20.0)
-        assert pooled["verdict"].values.tolist() == ["SET_STABLE"]
-        assert pooled["stable_from"].values.tolist() == [stable]
-        high = 0.05 + np.hypot(0.02, 4.302652730 * spread / np.sqrt(3))
-        assert float(pooled["delta_high"][1]) == pytest.approx(high)
-
-    def says(verdict):
-        return dictionary(0.05).assign(verdict=("trained_run", np.array([verdict])))
-
-    stable, evolving, unsure = says("SET_STABLE"), says("EVOLVING"), says("UNDETERMINED")
-    for sets, verdict in (
-        ([stable, stable, evolving], "UNDETERMINED"),
-        ([stable, stable, unsure], "SET_STABLE"),
-        ([*[stable] * 4, evolving], "SET_STABLE"),
-        ([*[stable] * 3, evolving, evolving], "UNDETERMINED"),
-    ):
-        assert pool_set_stability(sets)["verdict"].values.tolist() == [verdict]
+@pytest.mark.parametrize(
+    ("changes", "verdict", "stable_from"),
+    [
+        ({}, "SET_STABLE", 20),
+        ({"delta_upper": [0.3, 0.1, 0.05, 0.0]}, "SET_STABLE", 30),  # .10 is not below .10
+        ({"attainable": [0.9, 0.49, 0.9, 0.9]}, "SET_STABLE", 30),
+        ({"attainable": [0.9, 0.9, 0.49, 0.9]}, "UNDETERMINED", np.nan),
+        ({"attainable": [0.9, 0.5, 0.5, 0.9]}, "SET_STABLE", 20),
+        ({"final_ceiling": [0.49] * 4}, "UNDETERMINED", np.nan),
+        ({"delta_upper": [0.3, 0.3, 0.3, 0.0], "delta_lower": [0.0, 0.0, 0.01, 0.0]}, "EVOLVING", np.nan),
+        ({"delta_upper": [0.3, 0.3, 0.3, 0.0]}, "UNDETERMINED", np.nan),
+    ],
+)
+def test_verdicts_of_one_run(changes, verdict, stable_from):
+    table = {name: np.zeros(4) for name in COLUMNS} | {
+        "attainable": np.full(4, 0.9),
+        "final_ceiling": np.full(4, 0.5),
+        "delta_upper": np.array([0.3, 0.09, 0.05, 0.0]),
+    }
+    got, step, _ = _verdict(table | {name: np.array(values) for name, values in changes.items()}, MODELS[1:])
+    assert got == verdict
+    assert step == pytest.approx(stable_from, nan_ok=True)

@@ -5,11 +5,14 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
+from scipy.stats import t
 from statsmodels.stats.weightstats import ttost_paired
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.layout import validate
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics import stabilization_test
+from rlgen_stats.toolkit.statistics.kernels import bootstrap_weights
 
 STEPS = [10, 20, 30, 40, 50, 60]
 MODELS = ["base@0", *(f"{run}@{s}" for run in ("sft", "rl") for s in STEPS)]
@@ -39,7 +42,7 @@ def run(features, **options):
 
 
 def test_layout_and_planted_truth(world):
-    out = validate(run(world()), "stabilization")
+    out = validate(run(world(), persist=0.5), "stabilization")
     sft, rl = (out.sel(trained_run=name) for name in ("sft", "rl"))
     assert np.mean(sft.stabilized_at.values[:10] == 20) >= 0.9
     assert np.all(rl.flag.values[:10] == "EVOLVING")
@@ -55,7 +58,7 @@ def test_layout_and_planted_truth(world):
 
 def test_p_values_and_chain_against_statsmodels(world):
     features = world()
-    out = run(features, runs=["sft"], margin=0.2, persist=2)
+    out = run(features, runs=["sft"], margin=0.2, persist=0.3)
     mean = features["mean"].values[:7]
     for k in (0, 5, 12):
         delta = 0.2 * mean[0, :, k].std(ddof=1)
@@ -70,50 +73,69 @@ def test_p_values_and_chain_against_statsmodels(world):
     assert np.isnan(out.p_value.values[5]).all()
 
 
-def test_share_counts_features(world):
-    out = run(world())
-    for r in range(2):
-        settled, tested = out.stabilized_at.values[r], ~np.isin(out.flag.values[r], ["UNTESTABLE", "NO_MARGIN"])
-        for c, step in enumerate(STEPS):
-            expected = np.sum(settled[tested] <= step) / tested.sum()
-            assert out.share.values[6 * r + c] == pytest.approx(expected)
-            size = np.abs(out.total_effect_sd.values[r])
-            large = tested & (size >= 0.5)
-            assert out.n_in_stratum.values[r, 2] == large.sum()
-            assert out.share_in_stratum.values[6 * r + c, 2] == pytest.approx(np.mean(settled[large] <= step))
+def test_expected_share_against_a_slow_loop(world):
+    """In every draw of prompts: whose mean stays within the margin of the end, until enough checkpoints are left."""
+    features = world()
+    # Features 10-19 pass near the edge of the margin, so that draws disagree.
+    features["mean"][3, :, 10:20] += np.linspace(0.16, 0.24, 10)
+    out = run(features, runs=["sft"], n_bootstrap=60, seed=5)
+    mean = features["mean"].values[:7, :, :20]
+    margin = 0.2 * mean[0].std(axis=0, ddof=1)
+    weights = bootstrap_weights(80, 60, seed=derive_seed(5, "stabilization_test")).astype(int)
+    first, stratum = np.full((60, 20), 99), np.empty((60, 20), dtype=int)
+    for draw, row in enumerate(weights):
+        means = mean[:, np.repeat(np.arange(80), row)].mean(axis=1)
+        away = np.abs(means - means[6])
+        for k in range(20):
+            c = 6
+            while c > 0 and away[c - 1, k] < margin[k]:
+                c -= 1
+            first[draw, k] = c if c <= 5 else 99
+            stratum[draw, k] = sum(away[0, k] >= edge * margin[k] for edge in (1.0, 2.5))
+    for c in range(1, 7):
+        settled = first <= c
+        assert out.share.values[c - 1] == pytest.approx(settled.mean())
+        for s, name in enumerate(("unchanged", "moderate", "large")):
+            inside = stratum == s
+            with np.errstate(invalid="ignore"):
+                expected = np.mean((settled & inside).sum(axis=1) / inside.sum(axis=1))
+            got = float(out.share_in_stratum.sel(stratum=name)[c - 1])
+            assert got == pytest.approx(np.clip(expected, 0, 1), nan_ok=True)
+    assert 0.05 < out.share.values[0] < 0.95
+    assert out.n_in_stratum.values.tolist() == [[10, 0, 10]]
     assert np.all(out.share_low <= out.share + 1e-12)
     assert np.all(out.share_high >= out.share - 1e-12)
 
 
-def test_bootstrap_band_against_a_slow_loop(world):
-    """The band's draws redo the whole chain on resampled prompts."""
+def test_band_is_that_of_leaving_out_groups_of_prompts(world):
+    """Replicates are a first-order guess of what is left without a group: beside deleting it and drawing anew."""
     features = world()
-    # Features 10-19 end near the edge of the margin, so that draws disagree.
-    features["mean"][6, :, 10:20] += np.linspace(0.12, 0.18, 10)
-    out = run(features, runs=["sft"], n_bootstrap=400, seed=5)
-    mean = features["mean"].values[:7, :, :20]
-    margin = 0.2 * mean[0].std(axis=0, ddof=1)
-    rng = np.random.default_rng(99)
-    shares = []
-    for _ in range(400):
-        x = mean[:, rng.integers(0, 80, 80)]
-        first = np.full(20, 6)
-        for k in range(20):
-            while first[k] > 0:
-                d = x[first[k] - 1, :, k] - x[6, :, k]
-                se = d.std(ddof=1) / np.sqrt(80)
-                if (margin[k] - abs(d.mean())) / se < 1.6643714:  # t(.95, 79)
-                    break
-                first[k] -= 1
-        first = np.where(first > 3, 99, first)
-        shares.append([(first <= c).mean() for c in range(1, 7)])
-    shares = np.array(shares)
-    q = np.quantile(shares, [0.025, 0.975], axis=0) - shares.mean(axis=0)
-    q = np.stack([np.minimum(q[0], 0), np.maximum(q[1], 0)])
-    expected = np.clip(out.share.values + q, 0, 1)
-    assert np.max(out.share_high - out.share_low) > 0.15
-    assert out.share_low.values == pytest.approx(expected[0], abs=0.051)
-    assert out.share_high.values == pytest.approx(expected[1], abs=0.051)
+    features["mean"][3, :, 10:20] += np.linspace(0.16, 0.24, 10)
+    options = {"runs": ["sft"], "n_bootstrap": 4000, "n_min": 1}
+    out = run(features, **options)
+    width = float((out.share_high - out.share_low)[1])
+    deleted = [
+        float(run(features.isel(prompt=np.flatnonzero(np.arange(80) % 20 != g)), **options).share[1]) for g in range(20)
+    ]
+    error = np.sqrt(19 / 20 * np.sum((np.array(deleted) - np.mean(deleted)) ** 2))
+    assert width == pytest.approx(2 * t.isf(0.025, 19) * error, rel=0.5)
+    assert width > 0.02
+
+
+@pytest.mark.parametrize(
+    ("persist", "n_checkpoints", "settles"),
+    [(0.2, 5, True), (0.29, 5, True), (0.31, 5, False), (0.5, 4, False), (0.3, 4, True)],
+)
+def test_persist_is_a_share_of_the_checkpoints(make_features, persist, n_checkpoints, settles):
+    """A feature that arrives two checkpoints before the end; three last checkpoints of five left nothing to move."""
+    base = np.random.default_rng(0).normal(5, 1, (60, 12))
+    levels = [0.0] * (n_checkpoints - 2) + [1.0, 1.0]
+    models = ["base@0", *(f"rl@{10 * c}" for c in range(1, n_checkpoints + 1))]
+    noise = np.random.default_rng(1).normal(0, 0.1, (n_checkpoints, *base.shape))
+    features = make_features(np.stack([base, *(base + x + e for x, e in zip(levels, noise, strict=True))]), models)
+    out = run(features, runs=["rl"], persist=persist)
+    assert np.all((out.flag.values == "STABILISED") == settles)
+    assert np.all(out.share.values[-1] == (1.0 if settles else 0.0))
 
 
 def test_error_of_early_stabilisation_is_alpha(make_features):
@@ -129,7 +151,7 @@ def test_error_of_early_stabilisation_is_alpha(make_features):
             # exactly delta away from the end in expectation, whatever came before
             x += 0.2 * sd
         stack.append(final if c == 5 else x)
-    out = run(make_features(np.stack(stack), MODELS[:7]), runs=["sft"], persist=1, n_bootstrap=9)
+    out = run(make_features(np.stack(stack), MODELS[:7]), runs=["sft"], persist=0.2, n_bootstrap=9)
     early = (out.stabilized_at.values[0] <= 20).mean()
     assert early <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1500)
     assert (out.stabilized_at.values[0] <= 30).mean() > 0.5
@@ -168,5 +190,8 @@ def test_errors(world):
         run(world(), runs=["dpo"])
     with pytest.raises(InputError, match="margin=0"):
         run(world(), margin=0)
+    for persist in (0, 1, 3):
+        with pytest.raises(InputError, match=f"a share of the checkpoints.*persist={persist}"):
+            run(world(), persist=persist)
     with pytest.raises(InputError, match="run 'sft' has 1 checkpoint"):
         run(world().sel(model=["base@0", "sft@10"]), runs=["sft"])

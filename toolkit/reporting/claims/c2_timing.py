@@ -3,129 +3,112 @@
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
 from typing import Any, Final
 
+import numpy as np
 import xarray as xr
 
+from rlgen_stats.schemas.dims import TRAINED_RUN, split_model_id
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import (
     dictionary_caveat,
     health_caveat,
-    readout_accepted,
     run_caveat,
     these_models,
     unusable_readout,
 )
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, listed, percent
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number
-from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, in_every_dictionary, timing_verdict
-from rlgen_stats.toolkit.statistics.timing.run_contrast import (
-    RunContrast,
-    RunTiming,
-    SetStatus,
-    contrast_runs,
-    pool_contrasts,
-    run_timing,
+from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, number
+from rlgen_stats.toolkit.statistics.claim_verdicts import (
+    NEGLIGIBLE_TIME,
+    NEGLIGIBLE_TURNOVER,
+    Difference,
+    Verdict,
+    timing_verdict,
 )
-from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE, MIN_CEILING, pool_set_stability
+from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, undescribed_checkpoints
+from rlgen_stats.toolkit.statistics.timing.set_stability import MIN_CEILING
 
 C2: Final = PaperClaim(
     id="C2",
     statement="SFT features stabilise early; RL features keep evolving",
-    unit="percentage points of the top set, beyond noise",
+    unit="percentage points of training",
     paper_figure=(
-        "A direction, read off the overlap of top-50 feature sets across checkpoints. A plain overlap mixes change "
-        "with noise: where nothing differs it falls from .96 to .16 as effects shrink, so ours is held against a noise "
-        "ceiling."
+        "A direction, read off the overlap of the top 50 features by model-specificity across checkpoints. A plain "
+        "overlap mixes change with noise: where nothing differs it falls from .96 to .16 as effects shrink, so ours is "
+        "held against the overlap that noise allows."
     ),
 )
+_ENDS: Final = ("", "_low", "_high")
+NEGLIGIBLE: Final = {"time": NEGLIGIBLE_TIME, "turnover": NEGLIGIBLE_TURNOVER}
 
 
 def assess_timing(results: Results, spec: StudySpec) -> Claim:
-    """C2 from the set test of both contrasted runs at half of training.
+    """C2 from the stored contrast of both runs: mean time to stability, and excess turnover of the top set.
 
-    The estimate is RL's minus SFT's excess turnover (the part of the set's change that sampling noise does not
-    explain); the verdict is :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.timing_verdict` on both runs' status.
-    A plain overlap is never enough.
-
-    Nothing is said about checkpoints whose change from base the features do not describe (dFVE below its limit): a
-    caveat names them, and C2 is UNDETERMINED, without numbers, if one of them lies between half of a run's training and
-    its end, where the claim is decided. A study that accepts its readout as it is keeps its numbers.
+    The estimate is RL's minus SFT's mean time to stability within strata of total change; the verdict is
+    :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.timing_verdict` on both differences. A plain overlap is
+    reported only. Checkpoints whose change from base the features do not describe were left out; a caveat names them.
     """
-    sets = by_dictionary(results, "set_stability")
-    if not sets:
-        return C2.not_estimable("the set stability analysis has not been computed", caveats=(run_caveat(spec),))
     unusable = unusable_readout(results, spec)
     if unusable:
         return C2.not_estimable(unusable, caveats=(run_caveat(spec),))
-    timings = _timings(sets, by_dictionary(results, "stabilization"), spec)
-    if not timings:
-        reason = "a run has no checkpoint in the second half of its training, before the last"
-        return C2.not_estimable(reason, caveats=(run_caveat(spec),))
     undescribed = _undescribed(results, spec)
-    decisive = [model for timing in timings[0] for model in timing.decided_at if model in undescribed]
-    if decisive:
-        return C2.answered(
-            (math.nan, math.nan, math.nan),
-            math.nan,
-            Verdict.UNDETERMINED,
-            f"Undetermined, because the features do not describe what changed at {listed(decisive)}.",
-            caveats=(run_caveat(spec), *_undescribed_caveat(undescribed), *health_caveat(results, spec)),
-            details={"dfve_below_limit": undescribed},
+    caveats = (run_caveat(spec), *dictionary_caveat(spec), *_undescribed_caveat(undescribed))
+    data = results.get("timing_contrast")
+    if data is None:
+        reason = (
+            "of one of the runs the features describe fewer than two checkpoints"
+            if undescribed
+            else "the contrast of timing has not been computed"
         )
-    alpha, data = spec.statistics.alpha, pool_set_stability(sets, alpha=spec.statistics.alpha)
-    contrasts = [contrast_runs(sft, rl, alpha=alpha) for sft, rl in timings]
-    contrast = pool_contrasts(contrasts, contrast_runs(*_timings([data], [], spec)[0], alpha=alpha), alpha=alpha)
-    sft, rl = contrast.first, contrast.second
-    interval = (contrast.difference, contrast.low, contrast.high)
-    if any(math.isnan(value) for value in interval):
-        reason = "excess turnover is not estimable for at least one run"
-        return C2.not_estimable(reason, caveats=(run_caveat(spec),))
-    verdict = timing_verdict(sft.status, rl.status, contrast.low, contrast.high)
-    if not in_every_dictionary(verdict, [one.difference for one in contrasts]):
-        verdict = Verdict.UNDETERMINED
+        return C2.not_estimable(reason, caveats=caveats)
+    verdict, *alone = timing_verdict(*(_difference(data, name) for name in MEASURES), alpha=spec.statistics.alpha)
+    verdicts = dict(zip(MEASURES, alone, strict=True))
+    if verdict is Verdict.NOT_ESTIMABLE:
+        reason = (
+            "the runs have no checkpoint before the last at the same share of training"
+            if data.sizes["node"] < 2
+            else "no stratum of total change holds features of both runs"
+        )
+        return C2.not_estimable(reason, caveats=caveats)
+    estimate, low, high = (hundred(number(data, name, measure="time")) for name in ("difference", "low", "high"))
     return C2.answered(
-        (hundred(contrast.difference), hundred(contrast.low), hundred(contrast.high)),
-        contrast.p_value,
+        (estimate, low, high),
+        number(data, "p_value", measure="time"),
         verdict,
-        _answer(verdict, contrast, spec),
-        caveats=(*_caveats(results, contrast, spec), *_undescribed_caveat(undescribed)),
+        _answer(verdict, verdicts, data, spec),
+        caveats=(*caveats, *_turnover_caveat(data), _paper_caveat(data), *health_caveat(results, spec)),
         details={
-            "test": f"{data.attrs.get('test', '')}; difference of runs by recovered variance (MOVER), p from interval",
+            "test": data.attrs.get("test", ""),
             "null": data.attrs.get("null", ""),
             "top_k": data.attrs.get("top_k"),
-            "margin_percent": hundred(DELTA_TOLERANCE),
-            "sft": _timing_details(sft),
-            "rl": _timing_details(rl),
-            "difference_by_dictionary": [hundred(one.difference) for one in contrasts],
-            "stabilised_by_half_in_stratum": _strata(results, contrast),
+            "dfve_below_limit": undescribed,
+            "compared_at_training_share": data["training_share"].values.tolist(),
+            "measures": {name: _measure_details(data, name, verdicts[name]) for name in MEASURES},
+            "time_in_stratum": _strata(data),
+            "paper_rule_overlap": _paper_overlap(data),
         },
     )
 
 
-def _timings(sets: list[xr.Dataset], chains: list[xr.Dataset], spec: StudySpec) -> list[tuple[RunTiming, RunTiming]]:
-    """Timing of both contrasted runs in every dictionary; empty if one has no checkpoint to look at."""
-    pairs = []
-    for data, chain in zip_longest(sets, chains):
-        sft, rl = (run_timing(data, run.name, stabilization=chain) for run in spec.contrasted)
-        if sft is None or rl is None:
-            return []
-        pairs.append((sft, rl))
-    return pairs
+def _difference(data: xr.Dataset, measure: str) -> Difference:
+    low, high, p_value = (number(data, name, measure=measure) for name in ("low", "high", "p_value"))
+    return Difference(low=low, high=high, p_value=p_value, each=_by_dictionary(data, measure))
+
+
+def _by_dictionary(data: xr.Dataset, measure: str) -> list[float]:
+    return [float(value) for value in data["dictionary_difference"].sel(measure=measure).values]
 
 
 def _undescribed(results: Results, spec: StudySpec) -> dict[str, float]:
     """Checkpoint of a contrasted run -> smallest dFVE of all dictionaries, where below its limit and not accepted."""
-    sets, limit = by_dictionary(results, "set_stability"), attr_number(results.get("health"), "dfve_min")
-    if not sets or readout_accepted(results, spec):
+    health, runs = results.get("health"), {run.name for run in spec.contrasted}
+    if health is None or spec.primary_crosscoder.accept_unhealthy:
         return {}
-    data = sets[0]
-    runs = {run.name for run in spec.contrasted}
-    models = [m for m, run in zip(labels_of(data, "model"), labels_of(data, "run"), strict=True) if run in runs]
-    dfve = {model: min(number(data, "dfve", model=model) for data in sets) for model in models}
-    return {model: value for model, value in dfve.items() if value < limit}
+    low = undescribed_checkpoints(health, spec.primary_crosscoder.names)
+    return {model: value for model, value in low.items() if split_model_id(model)[0] in runs}
 
 
 def _undescribed_caveat(undescribed: dict[str, float]) -> tuple[str, ...]:
@@ -135,80 +118,105 @@ def _undescribed_caveat(undescribed: dict[str, float]) -> tuple[str, ...]:
     return (f"Nothing is said about {shown}: so little of its change from base do the features describe.",)
 
 
-def _timing_details(timing: RunTiming) -> dict[str, Any]:
+def _turnover_caveat(data: xr.Dataset) -> tuple[str, ...]:
+    """One sentence where the prompts do not determine the top sets everywhere."""
+    hidden = data["training_share"].values[~data["determined"].values.astype(bool)]
+    if not hidden.size:
+        return ()
+    where = listed([percent(float(share), 0) for share in hidden])
+    return (
+        f"Top sets are not compared at {where} of training: there two halves of the prompts could agree on less than "
+        f"{percent(MIN_CEILING, 0)} of a set even if it never changed.",
+    )
+
+
+def _measure_details(data: xr.Dataset, measure: str, verdict: Verdict) -> dict[str, Any]:
+    names = ("difference", "low", "high")
     return {
-        "half_checkpoint": timing.half_checkpoint,
-        "status": timing.status.value,
-        "set_test": timing.set_verdict,
-        "set_test_reason": timing.set_reason,
-        "training_share_at_half": timing.half_share,
-        "excess_turnover_at_half": timing.turnover,
-        "plain_overlap_at_half": timing.overlap,
-        "final_noise_ceiling": timing.ceiling,
-        "stable_from_training_share": timing.stable_share,
-        "features_stabilised_by_half": timing.stabilised,
+        "verdict": verdict.value,
+        **{name: hundred(number(data, name, measure=measure)) for name in names},
+        "p_value": number(data, "p_value", measure=measure),
+        "negligible": hundred(NEGLIGIBLE[measure]),
+        "by_dictionary": [hundred(value) for value in _by_dictionary(data, measure)],
+        "by_run": {
+            run: [hundred(number(data, f"value{end}", measure=measure, trained_run=run)) for end in _ENDS]
+            for run in labels_of(data, TRAINED_RUN)
+        },
     }
 
 
-def _strata(results: Results, contrast: RunContrast) -> dict[str, dict[str, float]]:
-    """Share of features stabilised by half within strata of total effect: ``stratum -> run -> percent``."""
-    data = results.get("stabilization")
-    if data is None or "share_in_stratum" not in data:
-        return {}
+def _strata(data: xr.Dataset) -> dict[str, dict[str, Any]]:
+    """What the time rests on: ``stratum -> difference, weight, and features by run``, times in percent of training."""
     return {
         stratum: {
-            timing.run: hundred(number(data, "share_in_stratum", model=timing.half_checkpoint, stratum=stratum))
-            for timing in (contrast.first, contrast.second)
+            "weight": number(data, "weight", stratum=stratum),
+            **{
+                name: hundred(number(data, f"stratum_difference{end}", stratum=stratum))
+                for name, end in zip(("difference", "low", "high"), _ENDS, strict=True)
+            },
+            "n_features": {
+                run: number(data, "n_in_stratum", stratum=stratum, trained_run=run)
+                for run in labels_of(data, TRAINED_RUN)
+            },
         }
         for stratum in labels_of(data, "stratum")
+        if number(data, "weight", stratum=stratum) > 0
     }
 
 
-_STATUS_WORDS: Final = {
-    SetStatus.EARLY_STABLE: "is stable from the first half of training on",
-    SetStatus.LATE_STABLE: "is stable only from the second half on",
-    SetStatus.EVOLVING: "still changes up to the last checkpoint but one",
-    SetStatus.UNDETERMINED: "cannot be called stable or evolving",
-}
+def _paper_overlap(data: xr.Dataset) -> dict[str, dict[str, float]]:
+    """The paper's own number: ``run -> checkpoint -> percent of the final set``, mean over dictionaries."""
+    by_run = zip(np.transpose(data["checkpoint"].values), np.transpose(data["paper_overlap"].values), strict=True)
+    return {
+        run: {str(model): hundred(float(share)) for model, share in zip(models, overlap, strict=True)}
+        for run, (models, overlap) in zip(labels_of(data, TRAINED_RUN), by_run, strict=True)
+    }
 
 
-def _answer(verdict: Verdict, contrast: RunContrast, spec: StudySpec) -> str:
-    sft, rl = contrast.first, contrast.second
-    comparison = (
-        f"{sft.run}'s top set {_STATUS_WORDS[sft.status]} (excess turnover {fixed(100 * sft.turnover[0])}%) and "
-        f"{rl.run}'s {_STATUS_WORDS[rl.status]} ({fixed(100 * rl.turnover[0])}%)"
+def _paper_caveat(data: xr.Dataset) -> str:
+    """The paper's rule in words, its last checkpoint (which is the final set itself) left out."""
+    shares = listed([percent(float(share), 0) for share in data["training_share"].values[:-1]])
+    overlaps = [
+        f"{listed([percent(value / 100, 0) for value in list(overlap.values())[:-1]])} of {run}'s"
+        for run, overlap in _paper_overlap(data).items()
+    ]
+    return (
+        f"The paper's own rule, reported only: at {shares} of training, {listed(overlaps)} final top "
+        f"{data.attrs.get('top_k')} by model-specificity were in the set already; noise is not taken off."
     )
-    head = {
-        Verdict.SUPPORTED: f"{these_models(spec)} differ as claimed",
-        Verdict.CONTRADICTED: f"{these_models(spec)} differ in the opposite direction",
-        Verdict.NOT_SUPPORTED: f"{these_models(spec)} do not differ in timing as claimed",
-    }.get(verdict, f"Whether {these_models(spec, start=False)} differ in timing is open")
-    return f"{head}: {comparison}."
 
 
-def _caveats(results: Results, contrast: RunContrast, spec: StudySpec) -> tuple[str, ...]:
-    timings = (contrast.first, contrast.second)
-    caveats = [run_caveat(spec), *dictionary_caveat(spec)]
-    caveats += [
-        f"{timing.run}: two halves of the prompts agree on only {percent(timing.ceiling, 0)} of the final top set, "
-        f"less than the {percent(MIN_CEILING, 0)} needed to say whether it changed."
-        for timing in timings
-        if math.isnan(timing.ceiling) or timing.ceiling < MIN_CEILING
-    ]
-    stabilization = results.get("stabilization")
-    if stabilization is None:
-        caveats.append("The test of single features (stabilisation curve) has not been computed.")
-    elif "share_in_stratum" not in stabilization:
-        caveats.append("The stabilisation curves are not compared within strata of total effect size.")
-    half_shares = [timing.half_share for timing in timings]
-    if abs(half_shares[0] - half_shares[1]) > 0.1:
-        caveats.append(
-            f"The checkpoints compared are at different shares of training ({percent(half_shares[0], 0)} and "
-            f"{percent(half_shares[1], 0)})."
-        )
-    caveats += [
-        f"{timing.run}: {timing.set_reason}."
-        for timing in timings
-        if timing.status is SetStatus.UNDETERMINED and timing.set_reason and timing.ceiling >= MIN_CEILING
-    ]
-    return (*caveats, *health_caveat(results, spec))
+_HEADS: Final = {
+    Verdict.SUPPORTED: "{models} differ as claimed",
+    Verdict.CONTRADICTED: "{models} differ in the opposite direction",
+    Verdict.NOT_SUPPORTED: "{models} do not differ in timing by an amount that matters",
+}
+_MEASURE_WORDS: Final = {
+    "time": "{rl}'s features become stable {difference} points of training {later} than {sft}'s that changed as far",
+    "turnover": "of its top set {difference} points {more} were still to change than of {sft}'s",
+}
+_ALONE: Final = {Verdict.UNDETERMINED: ", alone open", Verdict.NOT_SUPPORTED: ", too little to matter"}
+
+
+def _answer(verdict: Verdict, verdicts: dict[str, Verdict], data: xr.Dataset, spec: StudySpec) -> str:
+    open_head = f"Whether {these_models(spec, start=False)} differ in timing is open"
+    head = _HEADS.get(verdict, open_head).format(models=these_models(spec))
+    return f"{head}: {listed(_measure_words(data, name, verdicts[name], spec) for name in MEASURES)}."
+
+
+def _measure_words(data: xr.Dataset, measure: str, verdict: Verdict, spec: StudySpec) -> str:
+    """The size of one difference in the direction it has, its interval in that direction, and what it says alone."""
+    difference, *ends = (hundred(number(data, name, measure=measure)) for name in ("difference", "low", "high"))
+    if math.isnan(difference):
+        return "the prompts do not determine its top set"
+    positive = difference >= 0
+    low, high = sorted(end if positive else -end for end in ends)
+    sft, rl = (run.name for run in spec.contrasted)
+    words = _MEASURE_WORDS[measure].format(
+        sft=sft,
+        rl=rl,
+        difference=fixed(abs(difference)),
+        later="later" if positive else "earlier",
+        more="more" if positive else "fewer",
+    )
+    return f"{words} [{fixed(low)}, {fixed(high)}{_ALONE.get(verdict, '')}]"

@@ -1,4 +1,4 @@
-"""Figures along training: when features stabilise, and the top set against its noise ceiling."""
+"""Figures along training: when features stabilise, and the top set against the overlap that noise allows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed, run_colours, run_markers
 from rlgen_stats.toolkit.reporting.figures.plotting import (
-    INK,
     MUTED,
     NULL,
     RULE,
@@ -22,7 +21,7 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
     to_svg,
 )
 from rlgen_stats.toolkit.reporting.formatting import fixed, percent
-from rlgen_stats.toolkit.reporting.result_lookup import Results
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number
 from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, training_share
 from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE
 
@@ -37,7 +36,7 @@ def _runs(data: xr.Dataset, spec: StudySpec) -> list[tuple[str, xr.Dataset, np.n
 
 
 def stabilization(results: Results, spec: StudySpec) -> Graphic:
-    """Share of testable features that have stabilised, along training, with band."""
+    """Share of testable features expected to have stabilised, along training, with band."""
     data = needed(results, "stabilization")
     colours, markers, descriptions = run_colours(spec), run_markers(spec), []
     with canvas(7.4, 3.0) as (figure, grid):
@@ -53,17 +52,6 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
                     f"{percent(s, 0)} by {percent(x, 0)} of training" for s, x in zip(stabilised, share, strict=True)
                 )
             )
-        axes.axvline(0.5, color=INK, lw=0.9, ls=":")
-        axes.annotate(
-            "half of training",
-            (0.5, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -2),
-            textcoords="offset points",
-            va="top",
-            fontsize=8.5,
-            color=MUTED,
-        )
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="share of training", ylabel="testable features that are stable")
         percent_axis(axes.xaxis)
         percent_axis(axes.yaxis)
@@ -71,25 +59,27 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
         axes.legend(loc="upper left", handlelength=1.4)
         alt = "Share of features stabilised along training. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="When features stabilise", alt=alt)
-    margin, persist = data.attrs.get("margin", "?"), data.attrs.get("persist", "?")
+    margin, unit = data.attrs.get("margin", "?"), data.attrs.get("margin_unit", "")
+    persist = percent(attr_number(data, "persist"), 0)
     return Graphic(
         "stabilization",
         "When features stabilise",
         svg,
         alt,
-        f"A feature is stable from the checkpoint on from which it is shown to stay within {margin} of its final "
-        f"activation, tested backwards from the last checkpoint; being stable only over the last {persist} checkpoints "
-        "does not count. Bands are bootstrapped over prompts.",
+        f"A feature is stable from the checkpoint on from which its mean stays within {margin} ({unit}) of its final "
+        f"one; being within it only over the last {persist} of the checkpoints does not count. Shown is the share "
+        "expected over bootstrap draws of the prompts, with its band.",
     )
 
 
 def _overlap_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) -> None:
-    """Overlap across halves between the noise ceiling and chance; the plain overlap, reported only, faint."""
-    names = ("noise_ceiling", "final_ceiling", "cross", "overlap", "chance")
-    ceiling, final_ceiling, cross, plain, chance = (one[name].values.astype(float) for name in names)
-    axes.plot(share, (ceiling + final_ceiling) / 2, color=MUTED, lw=1.4, ls="--", label="noise ceiling")
+    """Overlap across halves between what is attainable and chance; plain overlaps, reported only, faint."""
+    names = ("attainable", "cross", "overlap", "paper_overlap", "chance")
+    attainable, cross, plain, paper, chance = (one[name].values.astype(float) for name in names)
+    axes.plot(share, attainable, color=MUTED, lw=1.4, ls="--", label="attainable if nothing moved")
     axes.plot(share, cross, color=colour, marker="o", ms=4.5, clip_on=False, label="overlap across prompt halves")
     axes.plot(share, plain, color=colour, lw=1.2, alpha=0.45, label="plain overlap (reported only)")
+    axes.plot(share, paper, color=colour, lw=1.2, alpha=0.45, ls="-.", label="the paper's rule (reported only)")
     axes.plot(share, chance, color=NULL, lw=1.2, ls=":", label="chance")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     quiet(axes, grid="y")
@@ -109,7 +99,7 @@ def _turnover_panel(axes: Any, one: xr.Dataset, share: np.ndarray, colour: str) 
 
 
 def set_stability(results: Results, spec: StudySpec) -> Graphic:
-    """Top set: overlap with the final set between its noise ceiling and chance, and the excess turnover."""
+    """Top set: overlap with the final set between what is attainable and chance, and the excess turnover."""
     data = needed(results, "set_stability")
     runs, colours, descriptions = _runs(data, spec), run_colours(spec), []
     shape = {
@@ -135,7 +125,7 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
         grid[0, 0].set_ylabel("overlap with the final set")
         grid[1, 0].set_ylabel("excess turnover Δ")
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=1.8, columnspacing=1.4)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=1.8, columnspacing=1.4)
         alt = "Change of the top set beyond sampling noise. " + "; ".join(descriptions) + "."
         svg = to_svg(figure, title="The top set through training", alt=alt)
     return Graphic(
@@ -144,7 +134,8 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
         svg,
         alt,
         f"Above: how much of the top-{data.attrs.get('top_k', 'k')} set is shared with the final one. Two "
-        "halves of the prompts do not even agree on one and the same model (noise ceiling), so only the gap "
-        "below the ceiling is change. Below: that gap, the excess turnover Δ, with its interval; values in the shaded "
-        "zone count as the same set.",
+        "halves of the prompts do not even agree on one and the same model, so only the gap below the overlap that is "
+        "attainable with an unchanged ranking and this checkpoint's effect sizes is change. Below: that gap, the "
+        "excess turnover Δ, with its interval; values in the shaded zone count as the same set. The paper's rule "
+        "ranks by model-specificity and takes no noise off.",
     )

@@ -41,14 +41,13 @@ Means, equivalence, counts, sets::
     moderated_t(x, y=None) -> ModeratedResult(statistic, p_value, prior_variance, prior_dof, effect)
     delete_group_jackknife(replicates, estimate=None, *, alpha=0.05)
         -> JackknifeResult(estimate, standard_error, low, high, lower, upper)
+    bagged_replicates(draws, counts) -> (estimate, replicates)            # of a statistic averaged over bootstrap draws
     pooled_mean(values, codes=None, *, alpha=0.05, within=None) -> Pooled          # values [dictionary, unit(, ...)]
     pooled_estimates(estimates, *, jackknife=None, draws=None, df_draws=inf, alpha=0.05)
         -> Pooled(mean, low, high, standard_error, df, between_sd, p_value, each_mean, n_dictionaries)
     pooled_intervals(estimates, lows, highs, *, alpha=0.05) -> (mean, low, high)
     same_direction(each_mean, pooled) -> array;  dictionaries_needed(n) -> int;  agreed(answers, otherwise) -> answer
-    mover_difference(first, second) -> (difference, low, high)            # of two (estimate, low, high)
     mover_weighted_sum(estimates, lows, highs, *, weights) -> (sum, low, high)
-    p_from_interval(estimate, low, high, *, alpha) -> float
     tost_paired(x, y=0.0, *, low, high) -> array
     minimum_effect_test(x, reference, *, margin) -> MinimumEffectResult(effect, p_value)
     tost_chain(x, *, margin, alpha=0.05, relative=False, persist=0) -> TostChainResult(p_value, stabilized_at, p_beyond)
@@ -78,11 +77,13 @@ from rlgen_stats.toolkit.statistics.kernels.flips.signflip import SignFlipResult
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_cluster_bootstrap
 from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
 from rlgen_stats.toolkit.statistics.kernels.intervals.clustered import ClusterResult, cluster_se
-from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import JackknifeResult, delete_group_jackknife
+from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import (
+    JackknifeResult,
+    bagged_replicates,
+    delete_group_jackknife,
+)
 from rlgen_stats.toolkit.statistics.kernels.intervals.recovered import (
-    mover_difference,
     mover_weighted_sum,
-    p_from_interval,
 )
 from rlgen_stats.toolkit.statistics.kernels.moderated import ModeratedResult, moderated_t
 from rlgen_stats.toolkit.statistics.kernels.multiplicity.adjust import (
@@ -130,6 +131,7 @@ __all__ = [
     "WildResult",
     "adjust",
     "agreed",
+    "bagged_replicates",
     "bootstrap_t",
     "bootstrap_weights",
     "cluster_se",
@@ -147,10 +149,8 @@ __all__ = [
     "mcnemar",
     "minimum_effect_test",
     "moderated_t",
-    "mover_difference",
     "mover_weighted_sum",
     "nogueira",
-    "p_from_interval",
     "paired_wasserstein",
     "partial_conjunction",
     "permutation_contrast",

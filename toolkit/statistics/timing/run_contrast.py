@@ -1,11 +1,8 @@
-"""When two runs' top feature sets became stable, and the difference between the runs (claim C2)."""
+"""Which of two runs settles later: mean time to stability of its features, and excess turnover of its top set."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any, Final
 
 import numpy as np
@@ -13,83 +10,146 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import MODEL, RUN, STEP, TRAINED_RUN
-from rlgen_stats.toolkit.statistics.kernels import mover_difference, p_from_interval, pooled_intervals
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
+from rlgen_stats.toolkit.statistics.kernels import pooled_estimates
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 from rlgen_stats.toolkit.statistics.timing.set_stability import MIN_CEILING
+from rlgen_stats.toolkit.statistics.timing.stabilization import CHANGED, STRATA, mean_time, training_share
 
-EARLY: Final = 0.5
-"""Share of a run's training that counts as early: the first half, fixed before looking."""
+__all__ = ["MEASURES", "checkpoints_of", "timing_contrast", "training_share", "undescribed_checkpoints"]
 
+MEASURES: Final = ("time", "turnover")
+"""Mean time to stability (share of training), and excess turnover averaged over training (share of the top set)."""
 
-class SetStatus(StrEnum):
-    """How a run's top-k feature set behaved over its training."""
-
-    EARLY_STABLE = "EARLY_STABLE"
-    """Stable, beyond noise, from a checkpoint in the first half of training on."""
-    LATE_STABLE = "LATE_STABLE"
-    """Stable only from a checkpoint in the second half on."""
-    EVOLVING = "EVOLVING"
-    """Shown to differ from the final set, beyond noise, up to the last checkpoint but one."""
-    UNDETERMINED = "UNDETERMINED"
-    """The noise ceiling is too low, or the interval too wide, to say."""
+SAME_SHARE: Final = 0.05
+"""Checkpoints of two runs at shares of training this close are compared with each other."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunTiming:
-    """What the set test and the stabilisation test say about one run; triples are estimate, low and high."""
-
-    run: str
-    half_checkpoint: str
-    """Model id of the first checkpoint at or after half of training."""
-    half_share: float
-    """Its share of training."""
-    decided_at: tuple[str, ...]
-    """It and all later checkpoints: the status rests on these."""
-    status: SetStatus
-    set_verdict: str
-    """Verdict of the set test: SET_STABLE, EVOLVING or UNDETERMINED."""
-    set_reason: str
-    """Reason the set test gives for it."""
-    turnover: tuple[float, float, float]
-    """Excess turnover of the set at half of training against the final set."""
-    overlap: float
-    """Plain overlap at half of training; reported only, because it mixes change with noise."""
-    ceiling: float
-    """Noise ceiling of the final set."""
-    stable_share: float
-    """Share of training from which the set is stable, NaN if it is not."""
-    stabilised: tuple[float, float, float]
-    """Share of testable features stabilised by half of training; NaN without a stabilisation test."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunContrast:
-    """Difference in excess turnover at half of training, second run minus first."""
-
-    first: RunTiming
-    second: RunTiming
-    difference: float
-    low: float
-    high: float
-    p_value: float
-
-
-def set_status(verdict: str, stable_share: float, final_ceiling: float) -> SetStatus:
-    """Status of one run's top-k set from its set test; a plain overlap is never looked at.
+def timing_contrast(
+    chains: Sequence[xr.Dataset], sets: Sequence[xr.Dataset], *, first: str, second: str, alpha: float = 0.05
+) -> xr.Dataset:
+    """Second run less first: mean time to stability within strata of total change, and mean excess turnover.
 
     Parameters
     ----------
-    verdict
-        SET_STABLE, EVOLVING or UNDETERMINED, as the set test gives it.
-    stable_share
-        Share of training from which the set is stable, NaN if it is not.
-    final_ceiling
-        Noise ceiling at the last checkpoint; below ``MIN_CEILING`` nothing is determined.
+    chains, sets
+        Layouts ``stabilization`` and ``set_stability`` of each dictionary, with equal checkpoints, units and seeds.
+    first, second
+        Names of the runs (SFT's and RL's in claim C2).
+    alpha
+        1 - coverage.
+
+    Returns
+    -------
+    Dataset
+        Layout ``timing_contrast``. [measure]: ``difference`` with ``low``, ``high`` and ``p_value`` (of no difference),
+        and by dictionary; [measure, trained_run]: ``value`` of each run with interval; [stratum]: the difference of
+        times within it, with interval, and its ``weight``; [stratum, trained_run]: ``stratum_time`` and
+        ``n_in_stratum``, means over dictionaries; [node, trained_run]: ``checkpoint``, the pairs compared, with
+        ``paper_overlap`` (mean over dictionaries), at ``training_share``, and [node] whether the sets are
+        ``determined`` there. NaN where nothing can be compared.
+
+    Raises
+    ------
+    InputError
+        If there is not one set test for each stabilisation test.
+
+    Notes
+    -----
+    *Pairs.* Both runs are read at the shares of training at which both have a checkpoint (to within ``SAME_SHARE``, and
+    nearest to each other), so that neither is read more finely: a finer schedule finds earlier times.
+
+    *Time.* Area over S within a stratum (:func:`mean_time`); strata are combined with the Mantel-Haenszel weights
+    n_1 n_2 / (n_1 + n_2), n the numbers of features (mean over dictionaries), fixed before any time is looked at. A
+    stratum without features in either run, even in one draw of units, has no weight; features that never left the
+    margin have no time.
+
+    *Turnover.* Delta averaged over training, on straight lines between checkpoints, from the first pair at which both
+    runs' sets are determined by the prompts (attainable overlap >= .5) in every dictionary; pairs that fail are left
+    out.
+
+    *Intervals.* Delete-group jackknife over units shared by both runs (bagged shares: infinitesimal jackknife), with
+    the variance between dictionaries (:func:`~rlgen_stats.toolkit.statistics.kernels.pooled_estimates`). The two runs
+    are fixed: nothing is said about other seeds of either.
+
+    References
+    ----------
+    Mantel and Haenszel 1959; common risk difference: Greenland and Robins 1985, doi:10.2307/2530643.
     """
-    if math.isnan(final_ceiling) or final_ceiling < MIN_CEILING:
-        return SetStatus.UNDETERMINED
-    if verdict == "SET_STABLE" and not math.isnan(stable_share):
-        return SetStatus.EARLY_STABLE if stable_share <= EARLY else SetStatus.LATE_STABLE
-    return SetStatus.EVOLVING if verdict == "EVOLVING" else SetStatus.UNDETERMINED
+    if not chains or len(chains) != len(sets):
+        raise InputError(
+            f"expected one stabilisation test and one set test a dictionary, got {len(chains)} and {len(sets)}."
+        )
+    runs = (first, second)
+    pairs, shares = paired_checkpoints(chains[0], first, second)
+    times = [_times(chain, pairs, shares) for chain in chains]
+    sizes = np.stack([chain["n_in_stratum"].sel({TRAINED_RUN: list(runs)}).values for chain in chains]).mean(axis=0)
+    weights = _weights(sizes, np.stack([estimate for estimate, _ in times]))
+    determined = _determined(sets, pairs)
+    turnover = [_turnover(one, pairs, shares, determined) for one in sets]
+    strata = _pooled_runs(times, alpha)
+    measures = [_pooled_runs([(_weighted(e, weights), _weighted(r, weights)) for e, r in times], alpha)]
+    measures.append(_pooled_runs(turnover, alpha))
+    by_run = (TRAINED_RUN, np.array(runs))
+    variables: dict[str, tuple[Any, Any]] = {
+        name: ("measure", np.stack([getattr(difference, source) for difference, _ in measures]))
+        for name, source in {"difference": "mean", "low": "low", "high": "high", "p_value": "p_value"}.items()
+    }
+    variables["dictionary_difference"] = (
+        ("measure", "dictionary"),
+        np.stack([difference.each_mean for difference, _ in measures]),
+    )
+    for name, source in {"value": "mean", "value_low": "low", "value_high": "high"}.items():
+        variables[name] = (("measure", TRAINED_RUN), np.stack([getattr(each, source) for _, each in measures]))
+    for name, source in {"": "mean", "_low": "low", "_high": "high", "_p": "p_value"}.items():
+        variables[f"stratum_difference{name}"] = ("stratum", getattr(strata[0], source))
+    variables |= {
+        "weight": ("stratum", weights),
+        "stratum_time": (("stratum", TRAINED_RUN), strata[1].mean.T),
+        "n_in_stratum": (("stratum", TRAINED_RUN), sizes.T),
+        "checkpoint": (("node", TRAINED_RUN), np.array(pairs, dtype=np.str_).reshape(-1, 2)),
+        "training_share": ("node", shares),
+        "determined": ("node", determined),
+        "paper_overlap": (("node", TRAINED_RUN), _paper_overlap(sets, pairs)),
+    }
+    return xr.Dataset(
+        variables,
+        coords={
+            "measure": list(MEASURES),
+            TRAINED_RUN: by_run,
+            "stratum": list(STRATA),
+            "dictionary": np.arange(1, 1 + len(chains)),
+        },
+        attrs={
+            "test": "t test of the difference, jackknife over units and variance between dictionaries",
+            "null": "both runs have the same mean time to stability, and the same excess turnover",
+            "comparison": f"{second} less {first}",
+            "min_attainable": MIN_CEILING,
+            "alpha": alpha,
+            "seed": chains[0].attrs["seed"],
+            "unit": chains[0].attrs["unit"],
+            "top_k": sets[0].attrs["top_k"],
+            "margin": chains[0].attrs["margin"],
+            "margin_unit": chains[0].attrs["margin_unit"],
+        }
+        | source_attrs(chains[0]),
+    )
+
+
+def undescribed_checkpoints(health: xr.Dataset, dictionaries: Sequence[str]) -> dict[str, float]:
+    """Model -> smallest dFVE of these dictionaries, where below the limit: features say nothing about its change.
+
+    ``health`` is the layout of that name; empty where its readouts were not judged, or were accepted as they are.
+    """
+    if "dfve" not in health:
+        return {}
+    judged = health.sel(crosscoder=list(dictionaries))
+    if "readout_accepted" in judged and bool(judged["readout_accepted"].all()):
+        return {}
+    lowest = judged["dfve"].min("crosscoder", skipna=True)
+    low = np.flatnonzero(lowest.values < float(health.attrs["dfve_min"]))
+    return {str(lowest[MODEL].values[i]): float(lowest.values[i]) for i in low}
 
 
 def checkpoints_of(data: xr.Dataset, run: str) -> xr.Dataset:
@@ -98,133 +158,97 @@ def checkpoints_of(data: xr.Dataset, run: str) -> xr.Dataset:
     return chosen.isel({MODEL: np.argsort(chosen[STEP].values, kind="stable")})
 
 
-def training_share(steps: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Steps as a share of the last one, so that runs of different length can be laid over each other."""
-    return np.asarray(steps, dtype=np.float64) / max(float(np.max(steps, initial=1)), 1.0)
+def paired_checkpoints(data: xr.Dataset, first: str, second: str) -> tuple[list[tuple[str, str]], FloatArray]:
+    """Checkpoints of two runs at about equal shares of training, by share, and the mean share of each pair."""
+    each = [checkpoints_of(data, run) for run in (first, second)]
+    if not all(one.sizes[MODEL] for one in each):
+        return [], np.empty(0)
+    shares = [training_share(one[STEP].values) for one in each]
+    apart = np.abs(shares[0][:, None] - shares[1])
+    pairs = [
+        (i, j)
+        for i, j in enumerate(apart.argmin(axis=1).tolist())
+        if apart[i, j] <= SAME_SHARE + 1e-9 and apart[:, j].argmin() == i
+    ]
+    names = [(str(each[0][MODEL].values[i]), str(each[1][MODEL].values[j])) for i, j in pairs]
+    return names, np.array([(shares[0][i] + shares[1][j]) / 2 for i, j in pairs])
 
 
-def half_checkpoint(shares: NDArray[np.float64]) -> int | None:
-    """Index of the first checkpoint at or after half of training that is not the last; None if there is none.
+def _of_pairs(data: xr.DataArray, pairs: list[tuple[str, str]]) -> list[xr.DataArray]:
+    """Values at each run's checkpoints of the pairs, in their order."""
+    return [data.sel({MODEL: list(models)}) for models in zip(*pairs, strict=True)]
 
-    Examples
-    --------
-    >>> half_checkpoint(np.array([0.2, 0.4, 0.6, 0.8, 1.0]))
-    2
+
+def _times(chain: xr.Dataset, pairs: list[tuple[str, str]], shares: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean time to stability [run, stratum] and its replicates [replicate, run, stratum]; NaN where there is none."""
+    estimate = np.full((2, len(STRATA)), np.nan)
+    replicates = np.full((chain.sizes["replicate"], 2, len(STRATA)), np.nan)
+    if len(pairs) > 1:  # the last pair is the end of both runs
+        estimate = _run_times(chain["share_in_stratum"], pairs, shares)
+        replicates = _run_times(chain["share_in_stratum_replicate"], pairs, shares)
+    return estimate, replicates
+
+
+def _run_times(settled: xr.DataArray, pairs: list[tuple[str, str]], shares: FloatArray) -> FloatArray:
+    """[..., run, stratum] from shares settled [..., model, stratum]."""
+    each = [mean_time(shares, one.transpose(..., "stratum", MODEL).values) for one in _of_pairs(settled, pairs)]
+    times = np.stack(each, axis=-2)
+    times[..., : CHANGED.start] = np.nan
+    return times
+
+
+def _weights(sizes: FloatArray, times: FloatArray) -> FloatArray:
+    """Mantel-Haenszel weights of the strata, from numbers of features [run, stratum]; 0 where a time is missing."""
+    usable = np.isfinite(times).all(axis=(0, 1))
+    weights = np.where(usable, sizes.prod(axis=0) / np.maximum(sizes.sum(axis=0), 1), 0.0)
+    return weights / weights.sum() if weights.sum() else weights
+
+
+def _weighted(times: FloatArray, weights: FloatArray) -> FloatArray:
+    """Weighted mean over strata; NaN if no stratum counts."""
+    counts = weights > 0
+    return np.asarray(times[..., counts] @ weights[counts] if counts.any() else np.full(times.shape[:-1], np.nan))
+
+
+def _determined(sets: Sequence[xr.Dataset], pairs: list[tuple[str, str]]) -> NDArray[np.bool_]:
+    """[pair]: whether in every dictionary both runs' sets can be determined from noise, there and at the end."""
+    if not pairs:
+        return np.zeros(0, dtype=bool)
+    lowest = np.min([[run.values for run in _of_pairs(one["attainable"], pairs)] for one in sets], axis=(0, 1))
+    return np.asarray((lowest >= MIN_CEILING) & (lowest[-1] >= MIN_CEILING))
+
+
+def _paper_overlap(sets: Sequence[xr.Dataset], pairs: list[tuple[str, str]]) -> FloatArray:
+    """Overlap by the paper's rule at the pairs of checkpoints, mean over dictionaries: [pair, run]."""
+    if not pairs:
+        return np.empty((0, 2))
+    each = [[run.values for run in _of_pairs(one["paper_overlap"], pairs)] for one in sets]
+    return np.asarray(np.mean(each, axis=0).T)
+
+
+def _turnover(
+    sets: xr.Dataset, pairs: list[tuple[str, str]], shares: FloatArray, determined: NDArray[np.bool_]
+) -> tuple[FloatArray, FloatArray]:
+    """Mean excess turnover [run] over the pairs with determined sets, and its replicates [replicate, run]."""
+    if determined.sum() < 2:
+        return np.full(2, np.nan), np.full((sets.sizes["replicate"], 2), np.nan)
+    span = shares[determined][-1] - shares[determined][0]
+
+    def mean(name: str) -> FloatArray:
+        each = [run.transpose(..., MODEL).values[..., determined] for run in _of_pairs(sets[name], pairs)]
+        return np.stack([np.trapezoid(delta, shares[determined], axis=-1) / span for delta in each], axis=-1)
+
+    return mean("delta"), mean("delta_replicate")
+
+
+def _pooled_runs(each: Sequence[tuple[FloatArray, FloatArray]], alpha: float) -> tuple[Any, Any]:
+    """Difference of the runs (second less first) and their values, pooled over dictionaries.
+
+    ``each`` holds a dictionary's estimate [run(, stratum)] and replicates [replicate, run(, stratum)].
     """
-    candidates = np.flatnonzero((shares >= EARLY) & (shares < 1.0))
-    return int(candidates[0]) if candidates.size else None
-
-
-def run_timing(sets: xr.Dataset, run: str, *, stabilization: xr.Dataset | None = None) -> RunTiming | None:
-    """Timing of one run.
-
-    Parameters
-    ----------
-    sets
-        Layout ``set_stability``.
-    run
-        Name of a run.
-    stabilization
-        Layout ``stabilization``, for the share of features stabilised; may be missing.
-
-    Returns
-    -------
-    RunTiming or None
-        None if the set test has no checkpoint of the run at or after half of its training, before the last.
-    """
-    checkpoints = checkpoints_of(sets, run)
-    if not checkpoints.sizes[MODEL]:
-        return None
-    steps = checkpoints[STEP].values
-    shares = training_share(steps)
-    half = half_checkpoint(shares)
-    if half is None:
-        return None
-    at_half = checkpoints.isel({MODEL: half})
-    model = str(at_half[MODEL].values)
-    verdict, stable_from, reason = (_of_run(sets, name, run) for name in ("verdict", "stable_from", "reason"))
-    stable_share = math.nan if stable_from is None else float(stable_from) / float(steps.max())
-    ceiling = float(checkpoints["final_ceiling"].values[-1])
-    return RunTiming(
-        run=run,
-        half_checkpoint=model,
-        half_share=float(shares[half]),
-        decided_at=tuple(str(later) for later in checkpoints[MODEL].values[half:]),
-        status=set_status(str(verdict), stable_share, ceiling),
-        set_verdict=str(verdict),
-        set_reason=str(reason or ""),
-        turnover=(float(at_half["delta"]), float(at_half["delta_low"]), float(at_half["delta_high"])),
-        overlap=float(at_half["overlap"]),
-        ceiling=ceiling,
-        stable_share=stable_share,
-        stabilised=(
-            _of_model(stabilization, "share", model),
-            _of_model(stabilization, "share_low", model),
-            _of_model(stabilization, "share_high", model),
-        ),
+    estimates = np.stack([estimate for estimate, _ in each])
+    replicates = np.stack([replicate for _, replicate in each])
+    difference = pooled_estimates(
+        estimates[:, 1] - estimates[:, 0], jackknife=replicates[:, :, 1] - replicates[:, :, 0], alpha=alpha
     )
-
-
-def contrast_runs(first: RunTiming, second: RunTiming, *, alpha: float) -> RunContrast:
-    """Excess turnover at half of training, second run minus first.
-
-    Notes
-    -----
-    The interval is recovered from the runs' own (MOVER), the p-value from that interval; NaN where a run's is. The
-    runs are treated as independent, which is conservative because they answer the same prompts.
-    """
-    difference, low, high = mover_difference(second.turnover, first.turnover)
-    p_value = p_from_interval(difference, low, high, alpha=alpha)
-    return RunContrast(first=first, second=second, difference=difference, low=low, high=high, p_value=p_value)
-
-
-def pool_contrasts(contrasts: Sequence[RunContrast], pooled: RunContrast, *, alpha: float) -> RunContrast:
-    """The difference of two runs over several dictionaries, with the variance between these in its interval.
-
-    Parameters
-    ----------
-    contrasts
-        Of each dictionary.
-    pooled
-        Of the pooled set tests (:func:`~rlgen_stats.toolkit.statistics.timing.set_stability.pool_set_stability`), for
-        the runs' status and turnover. Its difference is that of the dictionaries, which share more than runs do.
-    alpha
-        1 - coverage.
-    """
-    if len(contrasts) == 1:
-        return contrasts[0]
-    difference, low, high = _pooled([(one.difference, one.low, one.high) for one in contrasts], alpha)
-    first, second = (
-        replace(getattr(pooled, name), stabilised=_pooled([getattr(one, name).stabilised for one in contrasts], alpha))
-        for name in ("first", "second")
-    )
-    return RunContrast(
-        first=first,
-        second=second,
-        difference=difference,
-        low=low,
-        high=high,
-        p_value=p_from_interval(difference, low, high, alpha=alpha),
-    )
-
-
-def _pooled(each: Sequence[tuple[float, float, float]], alpha: float) -> tuple[float, float, float]:
-    """Estimates with low and high, pooled."""
-    mean, low, high = pooled_intervals(*np.transpose(each), alpha=alpha)
-    return float(mean), float(low), float(high)
-
-
-def _of_run(sets: xr.Dataset, name: str, run: str) -> Any:
-    """Value of a per-run variable, None where the variable or the run is missing."""
-    if name not in sets or TRAINED_RUN not in sets[name].dims:
-        return None
-    position = np.flatnonzero(sets[TRAINED_RUN].values == run)
-    return sets[name].values[position[0]] if position.size else None
-
-
-def _of_model(data: xr.Dataset | None, name: str, model: str) -> float:
-    """Value of a per-checkpoint variable, NaN where the dataset, variable or checkpoint is missing."""
-    if data is None or name not in data:
-        return math.nan
-    position = np.flatnonzero(data[MODEL].values == model)
-    return float(data[name].values[position[0]]) if position.size else math.nan
+    return difference, pooled_estimates(estimates, jackknife=replicates, alpha=alpha)

@@ -1,12 +1,13 @@
 """Stabilisation: the checkpoint from which each feature stops changing (claim C2, feature by feature).
 
 In reading order: the public test, its checks, one run, the tests of one block of features (everything that needs no
-other feature), and what is counted over all features: shares settled, their bands, and the comparison of two arms.
+other feature), and what is counted over all features: expected shares settled, their bands, the mean time to stability,
+and the comparison of two arms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,7 +32,13 @@ from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     map_features,
 )
 from rlgen_stats.toolkit.statistics.core.units import check_clusters, check_unit, cluster_codes, unit_attrs, unit_means
-from rlgen_stats.toolkit.statistics.kernels import adjust, tost_chain, trend_test
+from rlgen_stats.toolkit.statistics.kernels import (
+    adjust,
+    bagged_replicates,
+    delete_group_jackknife,
+    tost_chain,
+    trend_test,
+)
 from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import bootstrap_blocks
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.kernels.unit_tables import feature_blocks
@@ -43,17 +50,23 @@ DEFAULT_MARGINS: Final = {False: 0.2, True: 0.25}
 
 FLAGS: Final = ("STABILISED", "UNCHANGED", "NOT_STABILISED", "UNTESTABLE", "NO_MARGIN", "EVOLVING")
 """Per feature and run: settled at ``stabilized_at``; base itself equivalent to the end; neither settled before the last
-``persist`` checkpoints nor evolving; fires on too few prompts; no margin (base without spread, or no total change);
-shown to differ from the end by more than the margin within the last ``persist`` checkpoints."""
+checkpoints (``persist``) nor evolving; fires on too few prompts; no margin (base without spread, or no total change);
+shown to differ from the end by more than the margin within the last checkpoints (``persist``)."""
 
-STRATA: Final = ("total < 0.2 sd", "0.2 to 0.5 sd", "total >= 0.5 sd")
-"""Features by absolute total change: below the default margin, moderate, large. Arms are compared within a stratum."""
+STRATA: Final = ("unchanged", "moderate", "large")
+"""Features by absolute total change: below the margin, up to 2.5 margins, more. Runs are compared within a stratum."""
 
-STRATA_EDGES: Final = (0.2, 0.5)
-"""Edges of ``STRATA`` in standard deviations of the reference."""
+STRATA_EDGES: Final = (1.0, 2.5)
+"""Edges of ``STRATA`` in margins (a relative margin: in default margins)."""
 
-FRACTIONS: Final = (0.25, 0.5, 0.75, 1.0)
-"""Shares of a run's steps at which arms are compared, so that their lengths and checkpoints may differ."""
+CHANGED: Final = slice(1, None)
+"""Strata that have a time to stability: what never left the margin was stable all along."""
+
+DEFAULT_PERSIST: Final = 0.2
+"""Of five checkpoints the last but one can show stability, of twenty the sixteenth."""
+
+N_GROUPS: Final = 20
+"""Groups of units of the infinitesimal jackknife, at most; half as many as units where these are few."""
 
 MIN_RUNS: Final = 4
 """Runs per arm from which a permutation of runs can fall below .05 (2 / 70)."""
@@ -81,7 +94,7 @@ def stabilization_test(
     reference: str = BASE_MODEL,
     margin: float | None = None,
     relative: bool = False,
-    persist: int = 3,
+    persist: float = DEFAULT_PERSIST,
     variable: str = "mean",
     clusters: str | None = None,
     n_min: int = DEFAULT_MIN_FIRING,
@@ -106,7 +119,8 @@ def stabilization_test(
         Equivalence margin in standard deviations of ``reference`` over units (default .2), or, if ``relative``, as a
         share of the feature's total change (default .25).
     persist
-        A feature that stabilises only within the last ``persist`` checkpoints is NOT_STABILISED.
+        Share of a run's checkpoints, rounded, at least one: a feature that stabilises only within so many last ones is
+        NOT_STABILISED, since nothing later could contradict it.
     variable
         Summary compared: mean, firing or max.
     clusters
@@ -125,9 +139,10 @@ def stabilization_test(
         one), ``effect`` (mean difference from it), ``effect_sd`` (in reference standard deviations). [trained_run,
         feature]: ``stabilized_at`` (step; 0 is the reference; NaN if not shown), ``flag``, ``total_effect``,
         ``total_effect_sd``, ``p_reference``, ``p_evolving``, ``trend_tau``, ``trend_p``, ``trend_q``. [model]:
-        ``share`` settled, with band; [model, stratum]: ``share_in_stratum`` with band; ``n_testable`` [trained_run],
-        ``n_in_stratum`` [trained_run, stratum]. With two arms, [fraction, stratum]: ``difference_in_stratum`` with
-        interval and, with four or more runs each, ``difference_in_stratum_p``.
+        ``share`` expected to be settled, with band; [model, stratum]: ``share_in_stratum`` with band, and [model,
+        stratum, replicate] its jackknife replicates; ``n_testable`` [trained_run], ``n_in_stratum`` [trained_run,
+        stratum]. With two arms, [stratum]: ``difference_in_stratum`` of mean times to stability with interval and, with
+        four or more runs each, ``difference_in_stratum_p``.
 
     Raises
     ------
@@ -150,18 +165,25 @@ def stabilization_test(
     *Trend.* Kendall's tau of each unit over reference and checkpoints, averaged; sign flips over units, because
     checkpoints are not replicates; ``trend_q`` by BH over the run's features. It describes this run, not its arm.
 
-    *Shares.* ``share`` at c is the share of testable features with ``stabilized_at`` <= c; a feature that never
-    stabilises never counts, so the curve need not reach 1. Bands come from resampling units, all features, checkpoints
-    and runs together, with reference spread and strata held fixed, re-centred on the estimate because resampled
-    differences carry their sampling noise twice; pointwise, not simultaneous. ``difference_in_stratum`` is the mean
-    over runs of the first arm less that of the second, at a fraction of each run's steps and among features of similar
-    total change: weaker changes settle earlier whatever the training method. With one run per arm its interval is about
-    these two runs, not about training methods (attribute ``comparison``).
+    *Shares.* ``share`` S(c) is the expected share of testable features whose mean stays within the margin of the end
+    from c on: the mean over bootstrap draws of units (all features, checkpoints and runs together) of the share within
+    it, strata formed anew in each draw. Counting features *shown* to be stable instead jumps with the noise of single
+    features, and its level with the number of prompts; the bagged share is smooth, and less steep than the truth where
+    the error of a mean is not small against the margin. Bands are those of a bagged estimate (infinitesimal jackknife:
+    covariance over draws of the share with how often each of ``N_GROUPS`` groups of units was drawn, whose Monte-Carlo
+    part only widens them), pointwise. The curve need not reach 1: a feature within the margin only over the last
+    checkpoints (``persist``) does not count.
+
+    *Mean time to stability*: area over S within a stratum of total change, as a share of training, S between
+    checkpoints on a straight line from 0 at the start; a feature that does not settle counts 1. Weaker changes settle
+    earlier whatever the training method, hence the strata; features that never left the margin have no time.
+    ``difference_in_stratum`` is the mean over runs of the first arm less that of the second; with one run per arm its
+    interval is about these two runs, not about training methods (attribute ``comparison``).
 
     References
     ----------
     Schuirmann 1987, doi:10.1007/BF01068419; Maurer, Hothorn and Lehmacher 1995 (a priori ordered hypotheses); Mann
-    1945, doi:10.2307/1907187.
+    1945, doi:10.2307/1907187; errors of bagged estimates: Efron 2014, doi:10.1080/01621459.2013.823775.
 
     Examples
     --------
@@ -181,6 +203,7 @@ def stabilization_test(
         alpha=alpha,
         n_min=n_min,
         codes=codes,
+        n_units=features.sizes["prompt"] if codes is None else int(codes.max()) + 1,
         seed=derive_seed(seed, "stabilization_test"),
         n_bootstrap=n_bootstrap,
     )
@@ -190,9 +213,9 @@ def stabilization_test(
         lazy = lazy or is_lazy
         results[run] = _one_run(arrays, models, settings)
     labels = model_coords(features, [model for models in checkpoints.values() for model in models])
-    variables, comparison = _collect(results, _arms(labels, checkpoints), alpha)
+    variables, comparison = _collect(results, _arms(labels, checkpoints), settings)
     coords: dict[str, Any] = labels | feature_coord(features)
-    coords |= {"stratum": ("stratum", np.array(STRATA)), "fraction": ("fraction", np.array(FRACTIONS))}
+    coords |= {"stratum": ("stratum", np.array(STRATA))}
     coords |= {TRAINED_RUN: (TRAINED_RUN, np.array(list(checkpoints), dtype=np.str_))}
     attrs = {"margin": margin, "margin_unit": "share of the total change" if relative else f"sd of {reference}"}
     attrs |= {"persist": persist, "reference": reference, "variable": variable, "n_min": n_min, "alpha": alpha}
@@ -201,11 +224,11 @@ def stabilization_test(
     return finish(xr.Dataset(variables, coords=coords, attrs=attrs), lazy)
 
 
-def _check_settings(runs: Sequence[str], margin: float, relative: bool, persist: int, alpha: float) -> None:
-    if margin <= 0 or (relative and margin >= 1) or persist < 0 or not 0 < alpha < 1 or not runs:
+def _check_settings(runs: Sequence[str], margin: float, relative: bool, persist: float, alpha: float) -> None:
+    if margin <= 0 or (relative and margin >= 1) or not 0 < persist < 1 or not 0 < alpha < 1 or not runs:
         raise InputError(
-            f"expected at least one run, margin > 0 (below 1 if relative), persist >= 0 and 0 < alpha < 1; got "
-            f"runs={list(runs)}, margin={margin}, persist={persist}, alpha={alpha}."
+            "expected at least one run, margin > 0 (below 1 if relative), 0 < persist < 1 (a share of the checkpoints) "
+            f"and 0 < alpha < 1; got runs={list(runs)}, margin={margin}, persist={persist}, alpha={alpha}."
         )
 
 
@@ -234,9 +257,11 @@ class _RunResults:
     by_checkpoint: dict[str, da.Array]
     by_feature: dict[str, da.Array]
     settled: da.Array
-    """[1 + draw, reference + checkpoint, stratum]: number of features settled, the estimate first."""
+    """[draw, reference + checkpoint, stratum]: number of features settled."""
+    drawn: da.Array
+    """[draw, stratum]: number of testable features."""
     in_stratum: da.Array
-    """[stratum]: number of testable features."""
+    """[stratum]: their number where nothing is drawn."""
 
 
 def _one_run(arrays: list[da.Array], models: list[str], settings: StabilizationSettings) -> _RunResults:
@@ -246,7 +271,8 @@ def _one_run(arrays: list[da.Array], models: list[str], settings: StabilizationS
         arrays,
         outputs=dict.fromkeys(BY_CHECKPOINT, (len(models),)) | dict.fromkeys(BY_FEATURE, ()),
         states={
-            "settled": ((1 + settings.n_bootstrap, len(steps), len(STRATA)), da.sum),
+            "settled": ((settings.n_bootstrap, len(steps), len(STRATA)), da.sum),
+            "drawn": ((settings.n_bootstrap, len(STRATA)), da.sum),
             "in_stratum": ((len(STRATA),), da.sum),
         },
         settings=settings,
@@ -259,6 +285,7 @@ def _one_run(arrays: list[da.Array], models: list[str], settings: StabilizationS
         by_checkpoint={name: mapped.features[name] for name in BY_CHECKPOINT},
         by_feature=by_feature,
         settled=mapped.states["settled"],
+        drawn=mapped.states["drawn"],
         in_stratum=mapped.states["in_stratum"],
     )
 
@@ -268,12 +295,12 @@ def _bh(p: NDArray[Any]) -> NDArray[Any]:
 
 
 def _collect(
-    results: dict[str, _RunResults], arms: dict[str, list[str]], alpha: float
+    results: dict[str, _RunResults], arms: dict[str, list[str]], settings: StabilizationSettings
 ) -> tuple[dict[str, tuple[Any, da.Array]], dict[str, Any]]:
     """Variables of the layout (``trained_run`` is the dimension of runs, ``run`` labels the models), and attributes."""
     runs = list(results.values())
-    bands = [share_curves(run.settled, run.in_stratum, alpha) for run in runs]
-    pooled, stratified = (da.concatenate(column, axis=1) for column in zip(*bands, strict=True))
+    curves = [share_curves(run, settings) for run in runs]
+    together, stratified, replicates = (da.concatenate(column, axis=-2) for column in zip(*curves, strict=True))
     sizes = da.stack([run.in_stratum for run in runs]).astype(np.int64)
     out: dict[str, tuple[Any, da.Array]] = {
         name: ((MODEL, FEATURE), da.concatenate([run.by_checkpoint[name] for run in runs])) for name in BY_CHECKPOINT
@@ -284,13 +311,14 @@ def _collect(
     out["flag"] = ((TRAINED_RUN, FEATURE), flags)
     out |= {"n_testable": (TRAINED_RUN, sizes.sum(axis=1)), "n_in_stratum": ((TRAINED_RUN, "stratum"), sizes)}
     for i, suffix in enumerate(("", "_low", "_high")):
-        out[f"share{suffix}"] = (MODEL, pooled[i])
+        out[f"share{suffix}"] = (MODEL, together[i, :, 0])
         out[f"share_in_stratum{suffix}"] = ((MODEL, "stratum"), stratified[i])
+    out["share_in_stratum_replicate"] = (("replicate", MODEL, "stratum"), replicates)
     if len(arms) != 2:
         return out, {}
-    difference = arm_difference([[results[run] for run in names] for names in arms.values()], alpha)
+    difference = arm_difference([[results[run] for run in names] for names in arms.values()], settings)
     for i, suffix in enumerate(("", "_low", "_high", "_p")):
-        out[f"difference_in_stratum{suffix}"] = (("fraction", "stratum"), difference[i])
+        out[f"difference_in_stratum{suffix}"] = ("stratum", difference[i])
     first, second = arms
     scope = "these two runs" if len(results) == 2 else f"{len(arms[first])} and {len(arms[second])} runs"
     return out, {"comparison": f"{first} less {second}, {scope}; interval over units, p-value over runs"}
@@ -306,26 +334,31 @@ class StabilizationSettings:
 
     margin: float
     relative: bool
-    persist: int
+    persist: float
     alpha: float
     n_min: int
     codes: IntArray | None
     """[prompt]: cluster of each prompt; None if prompts are the units."""
+    n_units: int
     seed: int
     n_bootstrap: int
+
+    def last_ones(self, n_checkpoints: int) -> int:
+        """Number of last checkpoints that cannot show stability on their own."""
+        return max(1, round(self.persist * n_checkpoints))
 
 
 def stabilization_block(
     values: NDArray[Any], firing: NDArray[Any], *, settings: StabilizationSettings, steps: list[int]
 ) -> Block:
     """All results of a block, a few features at a time; ``values`` [reference + checkpoints, prompt, feature]."""
-    most_rows = max(values.shape[0] * values.shape[1], settings.n_bootstrap)
+    most_rows = values.shape[0] * max(values.shape[1], settings.n_bootstrap)
     parts = [
         _few_features(values[..., few].astype(np.float64), firing[..., few], settings, steps)
         for few in feature_blocks(most_rows, values.shape[2])
     ]
     joined = {name: np.concatenate([p[name] for p in parts], axis=-1) for name in (*BY_CHECKPOINT, *BY_FEATURE)}
-    return joined | {name: np.sum([p[name] for p in parts], axis=0) for name in ("settled", "in_stratum")}
+    return joined | {name: np.sum([p[name] for p in parts], axis=0) for name in ("settled", "drawn", "in_stratum")}
 
 
 def _few_features(values: FloatArray, firing: NDArray[Any], settings: StabilizationSettings, steps: list[int]) -> Block:
@@ -340,7 +373,7 @@ def _few_features(values: FloatArray, firing: NDArray[Any], settings: Stabilizat
     p, p_beyond = _chain(x, np.where(tested, 1.0 if settings.relative else spread, np.nan), settings)
     p_evolving = _evolving(p_beyond, settings)
     first = _first_accepted(p[:-1] <= settings.alpha)
-    late = first > last - settings.persist
+    late = first > last - settings.last_ones(last)
     evolving = late & (p_evolving <= settings.alpha)
     flag = np.select([fired < settings.n_min, ~tested, evolving, late, first == 0], [3, 4, 5, 2, 1], 0)
     settled = np.where(tested & ~late, first, last + 1)
@@ -348,11 +381,9 @@ def _few_features(values: FloatArray, firing: NDArray[Any], settings: Stabilizat
         total_sd = total / spread
         effect = x[1:].mean(axis=1) - x[-1].mean(axis=0)
         effect_sd = effect / spread
-    stratum = np.where(tested, np.digitize(np.abs(total_sd), STRATA_EDGES), len(STRATA))
-    counts = [_settled_counts(settled, stratum, last)]
-    for first_drawn in _resampled(x, present, settings.margin * spread, settings):
-        settled_drawn = np.where(first_drawn > last - settings.persist, last + 1, first_drawn)
-        counts.append(_settled_counts(settled_drawn, stratum, last))
+    unit = DEFAULT_MARGINS[False] if settings.relative else settings.margin
+    edges = unit * np.where(tested, spread, np.nan) * np.array(STRATA_EDGES)[:, None]
+    n_settled, n_drawn = _drawn_counts(x, present, settings.margin * spread, edges, settings)
     p = np.where(tested, p, np.nan)
     p[-1] = np.nan  # the final checkpoint equals itself: there is nothing to test
     trend = trend_test(np.where(tested, np.moveaxis(x, 0, 1), np.nan), seed=settings.seed)
@@ -368,8 +399,9 @@ def _few_features(values: FloatArray, firing: NDArray[Any], settings: Stabilizat
         "p_evolving": np.where(tested, p_evolving, np.nan),
         "trend_tau": trend.tau,
         "trend_p": trend.p_value,
-        "settled": np.array(counts, dtype=np.float64),
-        "in_stratum": np.bincount(stratum, minlength=len(STRATA) + 1)[:-1].astype(np.float64),
+        "settled": n_settled,
+        "drawn": n_drawn,
+        "in_stratum": np.bincount(_stratum(np.abs(total), edges), minlength=len(STRATA) + 1)[:-1].astype(np.float64),
     }
 
 
@@ -394,89 +426,117 @@ def _chain(x: FloatArray, scale: FloatArray, settings: StabilizationSettings) ->
 
 
 def _evolving(p_beyond: FloatArray, settings: StabilizationSettings) -> FloatArray:
-    """Smallest Holm-adjusted p-value over the last ``persist`` checkpoints before the end, the reference excluded."""
-    window = p_beyond[max(1, len(p_beyond) - 1 - max(1, settings.persist)) : -1]
+    """Smallest Holm-adjusted p-value over the last checkpoints before the end, the reference excluded."""
+    window = p_beyond[max(1, len(p_beyond) - 1 - settings.last_ones(len(p_beyond) - 1)) : -1]
     return np.asarray(np.minimum(len(window) * window.min(axis=0), 1.0))
 
 
 def _first_accepted(accepted: NDArray[np.bool_]) -> IntArray:
     """Index of the earliest checkpoint from which all later ones are accepted; the last index + 1 is the final itself.
 
-    ``accepted`` is [checkpoint 0..C-1, feature]; the final checkpoint C equals itself.
+    ``accepted`` is [checkpoint 0..C-1, ...]; the final checkpoint C equals itself.
     """
     # Reversed, the cumulative product is 1 up to the first checkpoint that fails.
     n_accepted = np.cumprod(accepted[::-1], axis=0).sum(axis=0)
     return np.asarray(len(accepted) - n_accepted, dtype=np.int64)
 
 
-def _settled_counts(settled: IntArray, stratum: IntArray, last: int) -> FloatArray:
-    """Number of features of each stratum settled by the reference or checkpoint c, [0..last, stratum]."""
-    width = len(STRATA) + 1  # the last column holds features that are not tested
-    cells = np.bincount(settled * width + stratum, minlength=(last + 2) * width).reshape(last + 2, width)
-    return np.cumsum(cells[:-1, :-1], axis=0).astype(np.float64)
+def _stratum(total: FloatArray, edges: FloatArray) -> IntArray:
+    """Stratum of absolute total changes [..., feature], ``len(STRATA)`` where it has none; edges [2, feature]."""
+    return np.where(np.isnan(edges[0]), len(STRATA), (total >= edges[0]) + (total >= edges[1]).astype(np.int64))
 
 
-def _resampled(
-    x: FloatArray, present: NDArray[np.bool_], margin: FloatArray, settings: StabilizationSettings
-) -> Iterator[IntArray]:
-    """First accepted index per feature in each bootstrap draw of units; absolute margins fixed, moments by products.
+def _drawn_counts(
+    x: FloatArray, present: NDArray[np.bool_], margin: FloatArray, edges: FloatArray, settings: StabilizationSettings
+) -> tuple[FloatArray, FloatArray]:
+    """Number of features settled by the reference or a checkpoint [draw, 0..last, stratum], and of all [draw, stratum].
 
-    Accepted is where both m +- mean(D_c) are t errors above 0, m the margin or, if relative, r |D_0|. Units are drawn
-    among all, so that runs that lack some share the draws of the others.
+    Units are drawn among all, so that runs that lack some share the draws of the others.
     """
-    n, last = x.shape[1], len(x) - 1
-    # A draw's variance below divides by n: the usual n - 1 is moved into the critical value.
-    critical = float(stats.t.ppf(1 - settings.alpha, n - 1)) / np.sqrt(n - 1)
-    bound = x[0] - x[-1]
-    bound = settings.margin * bound * np.sign(bound.mean(axis=0)) if settings.relative else margin[None]
-    sides = [[_centred(bound + sign * (x[c] - x[-1])) for sign in (-1.0, 1.0)] for c in range(last)]
+    last, width = len(x) - 1, len(STRATA) + 1  # the last column holds features that are not tested
+    from_end = x[:-1] - x[-1]
+    counts = []
     for _, weights in bootstrap_blocks(len(present), settings.n_bootstrap, seed=settings.seed):
         weights = weights[:, present]
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
-        accepted_so_far = np.ones((len(weights), x.shape[2]), dtype=bool)
-        first = np.full(accepted_so_far.shape, last)
-        for both_sides in reversed(sides):
-            for centre, deviations, squares in both_sides:
-                shift = weights @ deviations
-                mean = centre + shift
-                variance = weights @ squares - np.square(shift)
-                accepted_so_far &= (mean > 0) & (np.square(mean) >= critical**2 * variance)
-            first -= accepted_so_far
-        yield from first
+        distance = np.abs(weights @ from_end)  # [0..last - 1, draw, feature]
+        first = _first_accepted(distance < (settings.margin * distance[0] if settings.relative else margin))
+        first = np.where(first > last - settings.last_ones(last), last + 1, first)
+        cell = first * width + _stratum(distance[0], edges)
+        cell += np.arange(len(weights))[:, None] * (last + 2) * width
+        counts.append(np.bincount(cell.reshape(-1), minlength=len(weights) * (last + 2) * width))
+    table = np.concatenate(counts).reshape(settings.n_bootstrap, last + 2, width)[..., :-1].astype(np.float64)
+    return np.cumsum(table[:, :-1], axis=1), table.sum(axis=1)
 
 
-def _centred(y: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Mean over units, deviations from it and their squares: resampled variances then do not cancel."""
-    centre = y.mean(axis=0)
-    return centre, y - centre, np.square(y - centre)
+def share_curves(run: _RunResults, settings: StabilizationSettings) -> tuple[da.Array, da.Array, da.Array]:
+    """Expected shares with bands, of all features [3, checkpoint, 1] and of each stratum [3, checkpoint, stratum].
 
-
-def share_curves(settled: da.Array, in_stratum: da.Array, alpha: float) -> tuple[da.Array, da.Array]:
-    """Shares with bands: of all testable features [3, checkpoint], and of each stratum [3, checkpoint, stratum].
-
-    ``settled`` [1 + draw, reference + checkpoint, stratum] counts features, the estimate in row 0.
+    Last, the replicates of the second [replicate, checkpoint, stratum].
     """
-    n = settled.shape[1] - 1
-    counts, sizes = _whole(settled), _whole(in_stratum)
-    pooled = _delayed(_share_band, (3, n), counts, sizes, alpha=alpha, pooled=True)
-    stratified = _delayed(_share_band, (3, n, len(STRATA)), counts, sizes, alpha=alpha, pooled=False)
-    return pooled, stratified
+    n, n_strata = len(run.steps) - 1, len(STRATA)
+    n_replicates = _n_groups(settings.n_units)
+    rows = da.from_delayed(
+        dask.delayed(_curves, pure=True)(_whole(run.settled), _whole(run.drawn), settings),
+        (3 + n_replicates, n, 1 + n_strata),
+        dtype=np.float64,
+    )
+    return rows[:3, :, :1], rows[:3, :, 1:], rows[3:, :, 1:]
 
 
-def arm_difference(arms: list[list[_RunResults]], alpha: float) -> da.Array:
-    """First of two arms less the second: share settled by each fraction of the steps.
+def _curves(settled: FloatArray, drawn: FloatArray, settings: StabilizationSettings) -> FloatArray:
+    """Estimate, low, high and replicates of the shares, [3 + replicate, checkpoint, all + stratum]."""
+    settled, drawn = (np.concatenate([x.sum(axis=-1, keepdims=True), x], axis=-1) for x in (settled, drawn))
+    estimate, replicates = _bagged(_share(settled[:, 1:], drawn[:, None]), settings)
+    bounds = delete_group_jackknife(replicates, estimate, alpha=settings.alpha)
+    band = np.clip([estimate, bounds.low, bounds.high], 0.0, 1.0)
+    return np.concatenate([band, replicates])
+
+
+def _bagged(draws: FloatArray, settings: StabilizationSettings) -> tuple[FloatArray, FloatArray]:
+    """Mean over draws of units and its jackknife replicates [group, ...], from ``draws`` [draw, ...].
+
+    The draws' groups of units, and so the replicates, are the same for all runs.
+    """
+    n_groups = _n_groups(settings.n_units)
+    group = np.random.default_rng(settings.seed).permutation(settings.n_units) % n_groups
+    blocks = bootstrap_blocks(settings.n_units, settings.n_bootstrap, seed=settings.seed)
+    counts = np.concatenate([weights @ np.eye(n_groups)[group] for _, weights in blocks])
+    return bagged_replicates(draws, counts)
+
+
+def _n_groups(n_units: int) -> int:
+    return max(2, min(N_GROUPS, n_units // 2))
+
+
+def arm_difference(arms: list[list[_RunResults]], settings: StabilizationSettings) -> da.Array:
+    """First of two arms less the second: mean time to stability in the strata.
 
     Returns
     -------
-    dask array [estimate low high p, fraction, stratum]
+    dask array [estimate low high p, stratum]
     """
-    counts = [[(_whole(run.settled), _whole(run.in_stratum)) for run in arm] for arm in arms]
-    places = [[_places(run.steps) for run in arm] for arm in arms]
-    return _delayed(_difference, (4, len(FRACTIONS), len(STRATA)), counts, places, alpha=alpha)
+    counts = [[(_whole(run.settled), _whole(run.drawn)) for run in arm] for arm in arms]
+    shares = [[training_share(np.array(run.steps)) for run in arm] for arm in arms]
+    delayed = dask.delayed(_difference, pure=True)(counts, shares, settings)
+    return da.from_delayed(delayed, (4, len(STRATA)), dtype=np.float64)
 
 
-def _delayed(function: Any, shape: tuple[int, ...], *args: Any, **options: Any) -> da.Array:
-    return da.from_delayed(dask.delayed(function, pure=True)(*args, **options), shape, dtype=np.float64)
+def training_share(steps: NDArray[np.generic]) -> FloatArray:
+    """Steps as a share of the last one, so that runs of different length can be laid over each other."""
+    return np.asarray(steps, dtype=np.float64) / max(float(np.max(steps, initial=1)), 1.0)
+
+
+def mean_time(training: FloatArray, settled: FloatArray) -> FloatArray:
+    """Area over the curve of settled shares [..., checkpoint], a straight line between checkpoints, 0 at the start.
+
+    Examples
+    --------
+    >>> mean_time(np.array([0.2, 0.6, 1.0]), np.array([0.5, 1.0, 1.0]))
+    np.float64(0.25)
+    """
+    nodes, zeros = np.concatenate([[0.0], training]), np.zeros_like(settled[..., :1])
+    return np.asarray(1 - np.trapezoid(np.concatenate([zeros, settled], axis=-1), nodes, axis=-1))[()]
 
 
 def _whole(array: da.Array) -> Any:
@@ -484,47 +544,29 @@ def _whole(array: da.Array) -> Any:
     return array.rechunk(-1).to_delayed(optimize_graph=False).reshape(-1)[0]
 
 
-def _places(steps: list[int]) -> list[int]:
-    """Last checkpoint (0: the reference) within each fraction of the steps."""
-    # The slack keeps a step that equals the fraction within it when their product is rounded down.
-    return [int(np.searchsorted(steps, fraction * steps[-1] * (1 + 1e-9), side="right")) - 1 for fraction in FRACTIONS]
-
-
 def _share(settled: NDArray[Any], size: NDArray[Any]) -> FloatArray:
-    """Quotient; NaN for a stratum without features."""
+    """Quotient; NaN for a stratum without features in some draw."""
     return np.asarray(settled / np.where(size > 0, size, np.nan))
 
 
-def _share_band(settled: NDArray[Any], size: NDArray[Any], *, alpha: float, pooled: bool) -> FloatArray:
-    """Shares at the checkpoints (without the reference) and their band, strata together or apart."""
-    if pooled:
-        settled, size = settled.sum(axis=2), size.sum()
-    return _interval(_share(settled[:, 1:], size), alpha, lowest=0.0)
-
-
-def _interval(shares: FloatArray, alpha: float, *, lowest: float) -> FloatArray:
-    """Estimate and re-centred percentile band, [3, ...]; row 0 of ``shares`` is the estimate, the others are draws."""
-    estimate, draws = shares[0], shares[1:]
-    low, high = np.quantile(draws, [alpha / 2, 1 - alpha / 2], axis=0) - draws.mean(axis=0)
-    band = [estimate, estimate + np.minimum(low, 0.0), estimate + np.maximum(high, 0.0)]
-    return np.asarray(np.clip(np.stack(band), lowest, 1.0))
-
-
 def _difference(
-    counts: list[list[tuple[NDArray[Any], NDArray[Any]]]], places: list[list[list[int]]], *, alpha: float
+    counts: list[list[tuple[FloatArray, FloatArray]]], shares: list[list[FloatArray]], settings: StabilizationSettings
 ) -> FloatArray:
     """Runs of an arm have equal weight; the draws of units are the same for both arms."""
     arms = [
-        np.stack([_share(settled[:, where], size) for (settled, size), where in zip(runs, run_places, strict=True)])
-        for runs, run_places in zip(counts, places, strict=True)
-    ]
-    first, second = (runs.mean(axis=0) for runs in arms)
-    band = _interval(first - second, alpha, lowest=-1.0)
-    p = np.full(band.shape[1:], np.nan)
+        np.stack([mean_time(t[1:], np.moveaxis(_share(s[:, 1:], n[:, None]), 1, -1)) for (s, n), t in pairs])
+        for pairs in (list(zip(runs, times, strict=True)) for runs, times in zip(counts, shares, strict=True))
+    ]  # each [run, draw, stratum]
+    for times in arms:
+        times[..., 0] = np.nan  # what never left the margin has no time
+    estimate, replicates = _bagged(arms[0].mean(axis=0) - arms[1].mean(axis=0), settings)
+    bounds = delete_group_jackknife(replicates, estimate, alpha=settings.alpha)
+    p = np.full(len(STRATA), np.nan)
     if min(map(len, arms)) >= MIN_RUNS:
-        test = stats.permutation_test([runs[:, 0] for runs in arms], _mean_difference, n_resamples=PERMUTATIONS, rng=0)
-        p = np.where(np.isfinite(band[0]), test.pvalue, np.nan)
-    return np.concatenate([band, p[None]])
+        each = [times.mean(axis=1) for times in arms]
+        test = stats.permutation_test(each, _mean_difference, n_resamples=PERMUTATIONS, rng=0)
+        p = np.where(np.isfinite(estimate), test.pvalue, np.nan)
+    return np.stack([estimate, np.clip(bounds.low, -1, 1), np.clip(bounds.high, -1, 1), p])
 
 
 def _mean_difference(first: FloatArray, second: FloatArray, axis: int) -> FloatArray:

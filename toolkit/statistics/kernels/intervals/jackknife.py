@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
 
 MIN_GROUPS: Final = 2
 """Least number of groups: one replicate has no spread. From ten on the t quantile is within 16% of the normal one."""
@@ -86,3 +87,52 @@ def delete_group_jackknife(replicates: Any, estimate: Any = None, *, alpha: floa
     value = np.where(np.isnan(error), np.nan, value)[()]
     two_sided, one_sided = (float(stats.t.isf(level, g - 1)) * error for level in (alpha / 2, alpha))
     return JackknifeResult(value, error, value - two_sided, value + two_sided, value - one_sided, value + one_sided)
+
+
+def bagged_replicates(draws: Any, counts: Any) -> tuple[FloatArray, FloatArray]:
+    """A statistic averaged over bootstrap draws, and replicates for its jackknife error.
+
+    Parameters
+    ----------
+    draws
+        [draw, ...]: the statistic in each draw of units.
+    counts
+        [draw, group]: how many units of each group were drawn.
+
+    Returns
+    -------
+    estimate : ndarray
+        [...] mean over draws.
+    replicates : ndarray
+        [group, ...] for :func:`delete_group_jackknife`, to first order what leaving the group out would give.
+
+    Notes
+    -----
+    Infinitesimal jackknife: the influence of a group is the covariance over draws of its count and the statistic. An
+    average over draws is smooth even where the statistic jumps, as shares of features within a threshold do. The error
+    is too large rather than too small: Monte-Carlo error adds units / draws times the draws' variance to its square,
+    and a jackknife overstates the error of curved statistics (Efron and Stein). For mean times to stability (60 units,
+    999 draws) it came out at twice the spread over repetitions.
+
+    References
+    ----------
+    Efron 2014, doi:10.1080/01621459.2013.823775, equation 3.20; Efron and Stein 1981, doi:10.1214/aos/1176345462.
+
+    Examples
+    --------
+    >>> x, rng = np.array([1.1, -0.4, 2.3, 0.7, -1.2, 3.1, 0.2, 1.9]), np.random.default_rng(0)
+    >>> counts = rng.multinomial(8, np.full(8, 1 / 8), 100_000)
+    >>> mean, replicates = bagged_replicates(counts @ x / 8, counts)
+    >>> round(float(delete_group_jackknife(replicates, mean).standard_error), 2)
+    0.51
+    """
+    values, drawn = np.asarray(draws, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if drawn.ndim != 2 or drawn.shape[1] < MIN_GROUPS or len(values) != len(drawn):
+        raise InputError(
+            f"expected draws [draw, ...] and counts [draw, group] of at least {MIN_GROUPS} groups, got shapes "
+            f"{values.shape} and {drawn.shape}."
+        )
+    estimate = values.mean(axis=0)
+    g = drawn.shape[1]
+    influence = np.tensordot((drawn - drawn.mean(axis=0)).T, values - estimate, axes=1) / len(drawn)
+    return estimate, estimate - g / (g - 1) * influence
