@@ -168,6 +168,18 @@ def test_inspect_archive_compressed_with_zstandard(tmp_path):
     assert read_graded(file).correct.tolist() == [1] * 50
 
 
+def test_a_summary_that_cuts_a_long_prompt_pairs_with_the_whole_one(tmp_path):
+    """Summaries keep 5,120 characters; an unfinished log has none and is read from its samples."""
+    whole = [inspect_sample(i, "C", input=f"{i}\n\n" + "word " * 3000) for i in range(8)]
+    cut = [sample | {"input": sample["input"][:5117] + "..."} for sample in whole]
+    a = read_graded(eval_archive(tmp_path / "a.eval", whole, summaries=False))
+    b = read_graded(eval_archive(tmp_path / "b.eval", cut))
+    assert int(compare_outcomes(a, b).n_prompts.item()) == 8
+    others = [sample | {"input": "other " + sample["input"]} for sample in whole]
+    with pytest.raises(InputError, match="8 prompts have another content"):
+        compare_outcomes(a, read_graded(eval_archive(tmp_path / "c.eval", others)))
+
+
 def test_inspect_json_values_and_scorers(tmp_path):
     values = ["C", "I", "N", "P", True, 0, 0.25, "yes", "False", "0.75", float("nan")]
     samples = [inspect_sample(i, value) for i, value in enumerate(values)]

@@ -152,6 +152,14 @@ def test_scores_between_0_and_1_are_flipped_and_have_no_pass_at_k():
         compare_outcomes(a, b, k=[2])
 
 
+def test_the_same_scores_in_another_order_are_a_tie():
+    """.1 + .2 + .3 and .3 + .2 + .1 differ in the last digit: eight such prompts gave p = .008."""
+    a = repeated(np.tile([0.1, 0.2, 0.3], (8, 1)))
+    got = compare_outcomes(a, a.assign(correct=np.tile([0.3, 0.2, 0.1], 8))).sel(task="all")
+    assert float(got.p_value) == 1
+    assert int(got.a_better) == int(got.b_better) == 0
+
+
 def test_ungraded_and_unpaired_are_counted():
     a = table([1, 0, np.nan, 1, 0, 1, 1, 0])
     b = table([1, 1, 1, 1, 0, 0, 1, 1])
@@ -190,6 +198,10 @@ def test_ungraded_and_unpaired_are_counted():
         (lambda t: t, {"clusters": "passage"}, "A lacks the column 'passage' of clusters"),
         (lambda t: t, {"unpaired": "keep"}, "unpaired must be error or drop, got 'keep'"),
         (lambda t: t, {"k": [0]}, "pass@0 needs"),
+        (lambda t: t, {"alpha": 1.0}, "alpha must lie between 0 and 1, got 1"),
+        (lambda t: t.assign(task=["x"] * 7 + [None]), {}, "B has 1 rows without task; fill it in"),
+        (lambda t: t.assign(prompt=[None] * 2 + list(t.prompt[2:])), {}, "B has 2 rows without prompt"),
+        (lambda t: t.assign(prompt=range(8)), {}, r"8 only in B \(e.g. 'p0' of 'all', .*'0' of 'all'"),
         (
             lambda t: pd.concat([t.assign(sample=0), t.assign(sample=1, cluster=np.arange(8))]).assign(
                 cluster=range(16)

@@ -34,6 +34,8 @@ _ZSTANDARD: Final = 93
 _HEADERS: Final = ("header.json", "start.json", "_journal/start.json")
 """Where an ``.eval`` archive names its task: finished, of the first releases, unfinished."""
 _SUMMARIES: Final = ("summaries.json", "summary.json")
+_SUMMARISED: Final = 5000
+"""Characters of a prompt that tell it apart: summaries cut it after 5,120, and the first releases joined its lines."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ def _inspect(file: Path, task: str, samples: Iterable[dict[str, Any]], cluster: 
     log, ungraded = TaskLog(file, task), []
     for sample in samples:
         text = sample.get("input")
-        content = text if isinstance(text, str) else json.dumps(sample.get("target"))
+        start = " ".join(text.split())[:_SUMMARISED] if isinstance(text, str) else ""
+        content = json.dumps([start, sample.get("target")])
         row = {
             PROMPT: str(sample["id"]),
             SAMPLE: sample.get("epoch", 1),

@@ -30,6 +30,8 @@ ALL: Final = "all"
 """Row of all tasks together, every prompt with equal weight; the task of tables that name none."""
 EXAMPLES: Final = 3
 """Prompts named in a message."""
+SCORE_DIGITS: Final = 12
+"""Digits of a prompt's mean score: the same scores summed in another order are a tie."""
 
 Unpaired = Literal["error", "drop"]
 
@@ -101,6 +103,8 @@ def compare_outcomes(
     >>> float(compare_outcomes(one, two).p_value.sel(task="all"))
     0.008780930806...
     """
+    if not 0 < alpha < 1:
+        raise InputError(f"alpha must lie between 0 and 1, got {alpha}.")
     one, two = (
         _by_prompt(_checked(table, name, clusters), name, tasks) for table, name in zip((a, b), names, strict=True)
     )
@@ -181,6 +185,9 @@ def _checked(table: pd.DataFrame, name: str, clusters: str | None) -> pd.DataFra
     if table.empty:
         raise InputError(f"{name} has no rows; expected one a graded completion.")
     known = [column for column in (PROMPT, TASK, SAMPLE, CLUSTER, CONTENT, METRIC, CORRECT) if column in table]
+    for column in (PROMPT, TASK, SAMPLE):
+        if column in table and table[column].isna().any():
+            raise InputError(f"{name} has {int(table[column].isna().sum())} rows without {column}; fill it in.")
     table = table[known].assign(**{PROMPT: table[PROMPT].astype(str)})
     table[TASK] = table[TASK].astype(str) if TASK in table else ALL
     scores = pd.to_numeric(table[CORRECT], errors="coerce").astype(float)
@@ -210,7 +217,7 @@ def _pairs(a: pd.DataFrame, b: pd.DataFrame, names: tuple[str, str], unpaired: U
     pairs = a.join(b, how="inner", lsuffix="_a", rsuffix="_b")
     only = [len(side) - len(pairs) for side in (a, b)]
     if not len(pairs) or (any(only) and unpaired == "error"):
-        alone = (a if only[0] else b).index.difference(pairs.index)[:EXAMPLES]
+        alone = [place for side in (a, b) for place in side.index.difference(pairs.index)[:EXAMPLES]]
         examples = ", ".join(f"{prompt!r} of {task!r}" for task, prompt in alone)
         raise InputError(
             f"{len(pairs)} prompts pair, {only[0]} are graded only in {names[0]} and {only[1]} only in {names[1]} "
@@ -260,7 +267,7 @@ def _tries(pairs: pd.DataFrame, k: Sequence[int] | None) -> list[int]:
 def _cells(pairs: pd.DataFrame, groups: IntArray, tries: list[int], alpha: float) -> dict[str, object]:
     """All numbers of one task."""
     n_a, n_b, total_a, total_b = (pairs[name].to_numpy() for name in ("n_a", "n_b", "total_a", "total_b"))
-    a, b = total_a / n_a, total_b / n_b
+    a, b = (np.round(total / n, SCORE_DIGITS) for total, n in ((total_a, n_a), (total_b, n_b)))
     low, high = difference_interval(b - a, groups, alpha)
     cells: dict[str, object] = {
         "n_prompts": len(pairs),
