@@ -2,26 +2,32 @@
 
 From the root of the repository::
 
-    python -P -m tests.mutation.mutants [--only health] [--workers 2] [--out tests/README.md]
+    python -m tests.mutation.mutants [--only health] [--workers 2]
 
-Mutants are of named constants (a tenth up and down, whole numbers by one), comparisons (with and without equality, and
-the opposite), numbers and arithmetic in the deciding functions, and ``and`` for ``or``. Each runs the tests that
-``decisions.py`` maps to its module, in a fork of a process that has imported the libraries, so that a mutant costs
-its tests and not six seconds of imports. A mutant survives if every test passes.
+Mutants are of the numbers in a module's named constants, and of comparisons, arithmetic and the numbers in them inside
+the functions that ``decisions.py`` names. Each runs the tests that ``decisions.py`` maps to its module, in a fork of a
+process that has imported the libraries they use, so that a mutant costs its tests and not seconds of imports. A mutant
+survives if every test passes. ``score.md`` is rewritten for the modules that ran.
+
+Why no library: mutmut 3.8 changes only what stands in functions, so that no named constant is ever changed; cosmic-ray
+8.7 changes numbers by 1 (.05 becomes 1.05, which any test notices), makes 1,100 mutants of ``pooling.py`` alone and
+starts a process with six seconds of imports for each.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib
 import importlib.machinery
+import math
 import os
+import re
+import resource
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +36,10 @@ from types import CodeType
 from tests.mutation.decisions import DECISIONS, Decision
 
 ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
-LIBRARIES = (
-    *("numpy", "scipy.stats", "scipy.special", "pandas", "xarray", "dask.array", "zarr", "pyarrow.parquet"),
-    *("sklearn.linear_model", "sklearn.isotonic", "statsmodels.api", "torch", "transformers", "pytest", "hypothesis"),
-    *("pydantic", "jinja2", "click", "rich.console", "matplotlib.pyplot"),
-)
-"""Imported before the forks; none of our own modules."""
-LEAST_SECONDS, SLOWDOWN = 20.0, 5.0
-"""A mutant that runs longer than this many times its module's tests has been noticed: it does not end."""
+OURS = ("rlgen_stats", "tests")
+SCORE = Path(__file__).with_name("score.md")
+LEAST_SECONDS, SLOWDOWN = 10, 5
+"""Processor time after which a mutant has been noticed, because it does not end: so many times its module's tests."""
 
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE),
@@ -52,7 +53,7 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.Mult: ast.Div,
     ast.Div: ast.Mult,
 }
-KINDS = ("constant", "comparison", "arithmetic", "logic")
+KINDS = ("constants", "comparisons", "arithmetic")
 
 
 @dataclass(frozen=True)
@@ -61,80 +62,87 @@ class Mutant:
 
     decision: Decision
     kind: str
-    line: int
+    where: str
+    """Name of the constant or function."""
     before: str
     after: str
     code: CodeType
 
     def __str__(self) -> str:
-        return f"{self.decision.source}:{self.line}: {self.before}  ->  {self.after}"
+        return f"{self.where}: {self.before}  ->  {self.after}"
 
 
 def mutants(decision: Decision, text: str, file: str = "module.py") -> Iterator[Mutant]:
     """All changes of a module's source."""
     tree = ast.parse(text)
-    for kind, node, changes in _sites(tree, decision):
-        before = ast.unparse(node)
-        for field, value in changes:
-            kept = getattr(node, field)
+    for kind, where, whole, node, field, values in _sites(tree, decision):
+        before, kept = ast.unparse(whole), getattr(node, field)
+        for value in values:
             setattr(node, field, value)
-            after = ast.unparse(node)
+            after = ast.unparse(whole)
             code = compile(ast.fix_missing_locations(copy.deepcopy(tree)), file, "exec")
             setattr(node, field, kept)
-            yield Mutant(decision, kind, node.lineno, before, after, code)
+            yield Mutant(decision, kind, where, before, after, code)
 
 
-def _sites(tree: ast.Module, decision: Decision) -> Iterator[tuple[str, ast.expr, list[tuple[str, object]]]]:
-    """Nodes that are changed, with every new value of one of their fields."""
+Site = tuple[str, str, ast.AST, ast.AST, str, list[object]]
+"""Kind, where, the expression that is shown, the node that is changed, its field, and the field's new values."""
+
+
+def _sites(tree: ast.Module, decision: Decision) -> Iterator[Site]:
     for statement in tree.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
-            if statement.target.id not in decision.technical:
-                for node in _numbers(statement.value):
-                    yield "constant", node, [("value", value) for value in _near(node.value)]
+        if isinstance(statement, ast.AnnAssign | ast.Assign) and statement.value is not None:
+            name = ast.unparse(statement.targets[0] if isinstance(statement, ast.Assign) else statement.target)
+            if name not in decision.technical:
+                for number in filter(_is_number, ast.walk(statement.value)):
+                    yield "constants", name, statement.value, number, "value", _near(number.value)
     for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and (
-            decision.functions is None or function.name in decision.functions
-        ):
+        if isinstance(function, ast.FunctionDef) and _named(function.name, decision):
             for statement in function.body:
-                yield from _in_function(statement)
+                yield from _computed(statement, function.name)
 
 
-def _in_function(node: ast.AST) -> Iterator[tuple[str, ast.expr, list[tuple[str, object]]]]:
-    """Of expressions that are computed: no subscripts, no axes, no text, no annotations, no functions inside."""
+def _named(name: str, decision: Decision) -> bool:
+    return decision.functions is None or name in decision.functions
+
+
+def _computed(node: ast.AST, where: str) -> Iterator[Site]:
+    """Of what is computed: no messages, positions, annotations or functions inside."""
     if isinstance(node, ast.JoinedStr | ast.Raise | ast.FunctionDef):
         return
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
-        yield "comparison", node, [("ops", [op()]) for op in COMPARISONS[type(node.ops[0])]]
+    if isinstance(node, ast.Compare):
+        if len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
+            yield "comparisons", where, node, node, "ops", [[op()] for op in COMPARISONS[type(node.ops[0])]]
+        for number in filter(_is_number, [node.left, *node.comparators]):
+            yield "comparisons", where, node, number, "value", _near(number.value)
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        yield "arithmetic", node, [("op", ARITHMETIC[type(node.op)]())]
-    if isinstance(node, ast.BoolOp):
-        yield "logic", node, [("op", ast.And() if isinstance(node.op, ast.Or) else ast.Or())]
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        yield "constant", node, [("value", value) for value in _near(node.value)]
+        yield "arithmetic", where, node, node, "op", [ARITHMETIC[type(node.op)]()]
+        for number in filter(_is_number, [node.left, node.right]):
+            yield "arithmetic", where, node, number, "value", _near(number.value)
     for name, child in ast.iter_fields(node):
-        if name in ("slice", "annotation", "returns", "decorator_list"):
-            continue
-        for one in child if isinstance(child, list) else [child]:
-            if isinstance(one, ast.keyword) and one.arg in ("axis", "ndmin", "keepdims"):
-                continue
-            if isinstance(one, ast.AST):
-                yield from _in_function(one)
+        if name not in ("slice", "annotation", "returns", "decorator_list"):
+            for one in child if isinstance(child, list) else [child]:
+                if isinstance(one, ast.AST):
+                    yield from _computed(one, where)
 
 
-def _numbers(value: ast.expr) -> list[ast.Constant]:
-    return [node for node in ast.walk(value) if isinstance(node, ast.Constant) and type(node.value) in (int, float)]
+def _is_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
 
 
-def _near(value: int | float) -> tuple[int | float, ...]:
-    """A little more and a little less: whole numbers by one, shares within (0, 1), others by a tenth."""
+def _near(value: float) -> list[object]:
+    """A little more and a little less: whole numbers by one, others by a tenth, shares so that they stay shares."""
     if isinstance(value, int):
-        return (value + 1, value - 1)
-    step = 0.05 if value == 0 else 0.1 * (min(value, 1 - value) if 0 < value < 1 else abs(value))
-    return (value + step, value - step)
+        return [value + 1, value - 1]
+    step = 0.1 * (min(value, 1 - value) if 0 < value < 1 else abs(value) or 0.5)
+    return [value + step, value - step]
 
 
-def run_tests(decision: Decision, mutant: Mutant | None) -> int:
-    """In a fork: the module's tests with this change (None: none); returns the process's id."""
+def start(decision: Decision, mutant: Mutant | None, seconds: int, imported: Path | None = None) -> int:
+    """In a fork: the module's tests with this change (None: none); the process's id.
+
+    What the tests imported beside our own modules is written to ``imported``, one name a line.
+    """
     child = os.fork()
     if child:
         return child
@@ -143,15 +151,16 @@ def run_tests(decision: Decision, mutant: Mutant | None) -> int:
     os.dup2(silence, 2)
     code = 3
     try:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         if mutant is not None:
             _replace(ROOT / decision.source, mutant.code)
         import pytest
 
         with tempfile.TemporaryDirectory() as folder:
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
-            code = int(
-                pytest.main([*options, f"--basetemp={folder}/t", *(str(ROOT / test) for test in decision.tests)])
-            )
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder}/t"]
+            code = int(pytest.main([*options, "--hypothesis-seed=0", *(str(ROOT / test) for test in decision.tests)]))
+        if imported is not None:
+            imported.write_text("\n".join(name for name in sys.modules if name.split(".")[0] not in OURS))
     finally:
         os._exit(code)
 
@@ -167,81 +176,86 @@ def _replace(source: Path, code: CodeType) -> None:
     importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
 
 
-def judge(jobs: list[tuple[Decision, Mutant | None]], limits: dict[str, float], workers: int) -> list[bool]:
-    """Whether each job's tests all passed, in order; a job over its limit has not passed."""
-    passed, running, waiting = [False] * len(jobs), dict[int, tuple[int, float]](), list(enumerate(jobs))[::-1]
-    done = 0
-    while waiting or running:
-        while waiting and len(running) < workers:
-            place, (decision, mutant) = waiting.pop()
-            limit = limits.get(decision.source, float("inf"))
-            running[run_tests(decision, mutant)] = (place, time.monotonic() + limit)
-        for child, (place, deadline) in list(running.items()):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if not ended and time.monotonic() > deadline:
-                os.kill(child, 9)
-                ended, status = os.waitpid(child, 0)
-            if ended:
-                del running[child]
-                passed[place] = status == 0
-                done += 1
-                if done % 50 == 0:
-                    sys.stderr.write(f"{done} of {len(jobs)}\n")
-        time.sleep(0.02)
+def prepare(decision: Decision) -> int:
+    """Seconds of processor time for each mutant of a module; imports the libraries that its tests use.
+
+    The tests must pass unchanged. Forks then start with the libraries, which takes most of the time of a short test.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        names = Path(folder) / "imported"
+        _, status, used = os.wait4(start(decision, None, 3600, names), 0)
+        if status:
+            sys.exit(f"{' '.join(decision.tests)} fail without any change; mend them first.")
+        for name in names.read_text().splitlines():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    return math.ceil(LEAST_SECONDS + SLOWDOWN * (used.ru_utime + used.ru_stime))
+
+
+def survivors(jobs: list[Mutant], seconds: int, workers: int) -> set[int]:
+    """Positions of the mutants whose tests all passed."""
+    running: dict[int, int] = {}
+    passed = set()
+    for place in [*range(len(jobs)), *[None] * workers]:
+        if len(running) >= workers or (place is None and running):
+            child, status = os.wait()
+            ended = running.pop(child)
+            if status == 0:
+                passed.add(ended)
+                sys.stderr.write(f"survived  {jobs[ended].decision.source}  {jobs[ended]}\n")
+        if place is not None:
+            running[start(jobs[place].decision, jobs[place], seconds)] = place
     return passed
 
 
-def baseline(decisions: list[Decision], workers: int) -> dict[str, float]:
-    """Seconds that each module's tests take unchanged; they must pass."""
-    limits = {}
-    for decision in decisions:
-        began = time.monotonic()
-        if judge([(decision, None)], {}, workers) != [True]:
-            sys.exit(f"{' '.join(decision.tests)} fail without any change; mend them first.")
-        limits[decision.source] = LEAST_SECONDS + SLOWDOWN * (time.monotonic() - began)
-    return limits
+def report(decision: Decision, made: list[Mutant], survived: list[Mutant]) -> tuple[str, list[str]]:
+    """A module's row, and its survivors, each with the reason why no test can notice it, where there is one."""
+    cells = []
+    for kind in KINDS:
+        n = sum(one.kind == kind for one in made)
+        cells.append(f"{n - sum(one.kind == kind for one in survived)} of {n}" if n else "")
+    reasons = [decision.unnoticed.get(str(one), "") for one in survived]
+    cells += [f"{len(made) - len(survived)} of {len(made)}", str(sum(not reason for reason in reasons))]
+    lines = [
+        f"- `{decision.source}` `{one}`: {reason or 'OPEN'}" for one, reason in zip(survived, reasons, strict=True)
+    ]
+    return f"| {decision.source} | {' | '.join(cells)} |", lines
 
 
-def table(results: list[tuple[Mutant, bool]], minutes: float) -> str:
-    """Killed of all, by module and kind of change, and the survivors."""
-    made = Counter((m.decision.source, m.kind) for m, _ in results)
-    killed = Counter((m.decision.source, m.kind) for m, survived in results if not survived)
-    lines = [f"| module | {' | '.join(KINDS)} | all |", "|---|" + "--:|" * (len(KINDS) + 1)]
-    for source in [*dict.fromkeys(m.decision.source for m, _ in results), "all"]:
-        cells = []
-        for kind in (*KINDS, "all"):
-            keys = [key for key in made if source in (key[0], "all") and kind in (key[1], "all")]
-            n = sum(made[key] for key in keys)
-            cells.append(f"{sum(killed[key] for key in keys)} / {n}" if n else "")
-        lines.append(f"| {source} | {' | '.join(cells)} |")
-    survivors = [f"- `{m}`" for m, survived in results if survived]
-    noticed = f"Killed of all mutants, by module; {minutes:.0f} minutes. Survivors: {len(survivors)}."
-    return "\n".join([noticed, "", *lines, ""]), "\n".join(survivors)
+def write_score(rows: dict[str, str], lines: dict[str, list[str]], file: Path = SCORE) -> None:
+    """Replace the rows and survivors of the modules that ran; drop those of modules that are no longer listed."""
+    text = file.read_text() if file.is_file() else ""
+    rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| toolkit")} | rows
+    kept: dict[str, list[str]] = {}
+    for line in re.findall(r"^- `toolkit.*", text, flags=re.MULTILINE):
+        kept.setdefault(line.split("`")[1], []).append(line)
+    kept |= lines
+    sources = [decision.source for decision in DECISIONS if decision.source in rows]
+    head = [
+        "# Mutants of decisions",
+        "",
+        "Written by `make mutants`: killed of made. Open survivors are gaps in the tests; the others change nothing",
+        "that can be observed, for the reason given.",
+        "",
+        f"| module | {' | '.join(KINDS)} | all | open survivors |",
+        "|---|" + "--:|" * (len(KINDS) + 2),
+    ]
+    body = [*head, *(rows[source] for source in sources), "", "## Survivors", ""]
+    file.write_text("\n".join([*body, *(line for source in sources for line in kept.get(source, []))]) + "\n")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default="", help="Modules whose path holds this.")
     options.add_argument("--workers", type=int, default=2)
-    options.add_argument("--out", type=Path, help="Markdown file whose table between the two marks is replaced.")
     given = options.parse_args()
-    chosen = [decision for decision in DECISIONS if given.only in decision.source]
-    for library in LIBRARIES:
-        importlib.import_module(library)
-    began = time.monotonic()
-    limits = baseline(chosen, given.workers)
-    found = [
-        mutant
-        for decision in chosen
-        for mutant in mutants(decision, (ROOT / decision.source).read_text(), decision.source)
-    ]
-    passed = judge([(mutant.decision, mutant) for mutant in found], limits, given.workers)
-    report, survivors = table(list(zip(found, passed, strict=True)), (time.monotonic() - began) / 60)
-    sys.stdout.write(f"{report}\n{survivors}\n")
-    if given.out is not None:
-        text = given.out.read_text()
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        given.out.write_text(f"{before}{BEGIN}\n{report}{END}{after}")
+    for decision in (decision for decision in DECISIONS if given.only in decision.source):
+        seconds = prepare(decision)
+        made = list(mutants(decision, (ROOT / decision.source).read_text(), decision.source))
+        survived = [made[place] for place in sorted(survivors(made, seconds, given.workers))]
+        row, lines = report(decision, made, survived)
+        sys.stdout.write(f"{row}\n")
+        write_score({decision.source: row}, {decision.source: lines})
 
 
 if __name__ == "__main__":
