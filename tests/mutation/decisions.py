@@ -20,7 +20,7 @@ class Decision:
     """Mutants that change nothing that can be observed -> why."""
 
 
-EXACT = "equal only where the statistic is exactly at the limit, which it is with probability 0"
+EXACT = "differs only exactly at the limit, which a measured number does not meet"
 
 DECISIONS = (
     Decision("toolkit/statistics/causal/criteria.py", ("tests/statistics/causal/test_verdict.py",)),
@@ -35,19 +35,26 @@ DECISIONS = (
     Decision(
         "toolkit/statistics/specificity/arm_contrast.py",
         ("tests/statistics/specificity/test_arm_contrast.py",),
-        functions=("_comparable", "comparability"),
+        functions=("comparability",),
     ),
     Decision(
         "toolkit/crosscoder/uses/health.py",
         ("tests/crosscoder/uses/test_health_limits.py",),
         functions=("judge_health", "_at_least", "dense_fraction", "dead_fraction"),
         technical=("HEALTH_TOKENS",),
+        unnoticed={"judge_health: abs(bias - 1.0) <= BIAS_TOLERANCE  ->  abs(bias - 1.0) < BIAS_TOLERANCE": EXACT},
     ),
     Decision(
         "toolkit/crosscoder/uses/readout_health.py",
         ("tests/crosscoder/uses/test_health_limits.py",),
         functions=("judge_readout", "_of_change"),
         technical=("READOUT_TOKENS",),
+        unnoticed={
+            "_of_change: float(explained.constant_share()) > CONSTANT  ->  "
+            "float(explained.constant_share()) >= CONSTANT": EXACT,
+            "judge_readout: one.fve >= least  ->  one.fve > least": EXACT,
+            "judge_readout: one.change > UNCHANGED  ->  one.change >= UNCHANGED": EXACT,
+        },
     ),
     Decision(
         "toolkit/statistics/replicability.py",
@@ -72,7 +79,15 @@ DECISIONS = (
     Decision("toolkit/statistics/core/paired_accuracy.py", ("tests/statistics/test_comparison.py",)),
     Decision(
         "toolkit/statistics/selection/linear_probe.py",
-        ("tests/statistics/selection/test_probe.py",),
+        tuple(
+            f"tests/statistics/selection/test_probe.py::{name}"
+            for name in (
+                "test_candidates_fire_on_ten_prompts_and_are_twice_as_many_as_the_selected",
+                "test_folds_need_two_units_of_either_answer_each",
+                "test_random_sets_fire_as_often_and_leave_out_the_selected",
+                "test_scores_equal_scikit_learn_written_out",
+            )
+        ),
         functions=("matched_sets", "nested_folds"),
     ),
 )
