@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.replicability import decoded_agreement, drift_counts, matched_drift, set_agreement
 
 MODELS = ["base@0", "sft@9", "rl@9"]
@@ -179,6 +180,11 @@ def test_draws_are_those_of_the_seed_and_do_not_depend_on_the_other_dictionaries
     table = matching_of(np.tile(np.arange(N), (2, 1)), matched)
     both = matched_drift(table, effects, top_k=5, n_permutations=30, seed=1)
     xr.testing.assert_identical(both, matched_drift(table, effects, top_k=5, n_permutations=30, seed=1))
+    energy = np.square(effects[1].values[0, : N - 5])
+    n_matched = int(both.n_matched[0, 0])
+    shares = [energy[stream(1, b).permutation(N - 5)[:n_matched]].sum() / energy.sum() for b in range(30)]
+    assert float(both.matched_energy_random[0, 0, 0]) == pytest.approx(np.mean(shares))
+    assert float(both.matched_energy_random_high[0, 0, 0]) == pytest.approx(np.quantile(shares, 0.95))
     alone = matched_drift(table.isel(replicate=[1]), {1: effects[1], 2: effects[3]}, top_k=5, n_permutations=30, seed=1)
     xr.testing.assert_allclose(both.isel(replicate=[1]), alone, rtol=1e-12)
     again = matched_drift(table, effects, top_k=5, n_permutations=30, seed=2)
