@@ -21,6 +21,7 @@ class Decision:
 
 
 EXACT = "differs only exactly at the limit, which a measured number does not meet"
+SLACK = "a slack for rounding, far above a double's error and far below a whole number"
 
 DECISIONS = (
     Decision("toolkit/statistics/causal/criteria.py", ("tests/statistics/causal/test_verdict.py",)),
@@ -61,13 +62,18 @@ DECISIONS = (
         ("tests/statistics/test_replicability.py",),
         functions=("decoded_agreement", "matched_drift", "set_agreement", "_common_prompts", "_levels"),
         technical=("N_RANDOM_SETS",),
+        unnoticed={"set_agreement: seed + number  ->  seed - number": "another stream of the same random draws"},
     ),
     Decision(
         "toolkit/statistics/kernels/pooling.py",
         ("tests/statistics/kernels/test_pooling.py",),
         functions=("dictionaries_needed", "agreed", "same_direction", "pooled_intervals", "_parts", "_pooled"),
         technical=("BISECTIONS", "SMALLEST_LOG_P"),
-        unnoticed={"FEW_DICTIONARIES: 5  ->  4": "four fifths of four, rounded up, are all four"},
+        unnoticed={
+            "FEW_DICTIONARIES: 5  ->  4": "four fifths of four, rounded up, are all four",
+            "dictionaries_needed: MAJORITY * n - 1e-09  ->  MAJORITY * n - 1.1000000000000001e-09": SLACK,
+            "dictionaries_needed: MAJORITY * n - 1e-09  ->  MAJORITY * n - 9e-10": SLACK,
+        },
     ),
     Decision("toolkit/statistics/kernels/intervals/clustered.py", ("tests/statistics/kernels/intervals",)),
     Decision("toolkit/statistics/kernels/proportions.py", ("tests/statistics/kernels/test_proportions.py",)),
@@ -86,7 +92,7 @@ DECISIONS = (
                 "test_candidates_fire_on_ten_prompts_and_are_twice_as_many_as_the_selected",
                 "test_folds_need_two_units_of_either_answer_each",
                 "test_random_sets_fire_as_often_and_leave_out_the_selected",
-                "test_scores_equal_scikit_learn_written_out",
+                "test_the_inner_folds_choose_one_of_three_penalties",
             )
         ),
         functions=("matched_sets", "nested_folds"),

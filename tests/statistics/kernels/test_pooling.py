@@ -189,6 +189,7 @@ def test_the_same_direction_of_all_of_a_few_and_most_of_many() -> None:
     assert same_direction([-1] * 8 + [1] * 2, -0.6)
     assert not same_direction([-1] * 7 + [1] * 3, -0.4)
     assert not same_direction([1, -1], 0)
+    assert not same_direction([0, 0], 0)
     assert not same_direction([np.nan, 1], np.nan)
     np.testing.assert_array_equal(same_direction([[1, 1], [1, -1]], [1, 0.1]), [True, False])
 

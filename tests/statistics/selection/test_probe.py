@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
-from rlgen_stats.toolkit.statistics.selection.linear_probe import matched_sets, nested_folds
+from rlgen_stats.toolkit.statistics.selection.linear_probe import fit_probe, matched_sets, nested_folds
 from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 
 FEW = {"n_random": 19, "n_outer": 3, "n_inner": 2, "seed": 4}
@@ -54,6 +54,17 @@ def test_scores_equal_scikit_learn_written_out(chosen) -> None:
     assert float(out.auc) == pytest.approx(np.mean(auc), abs=1e-4)
     assert float(out.log_loss) == pytest.approx(loss.mean(), abs=1e-4)
     assert (out.attrs["n"], out.attrs["n_right"]) == (len(y), y.sum())
+
+
+@pytest.mark.parametrize(("strength", "signal", "seed"), [(0.01, 0.5, 1), (0.1, 0.5, 0), (1.0, 4.0, 0)])
+def test_the_inner_folds_choose_one_of_three_penalties(strength: float, signal: float, seed: int) -> None:
+    """Worlds in which both outer folds choose the same: the stronger the signal, the weaker the penalty."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(200, 3))
+    y = (random.random(200) < 1 / (1 + np.exp(-signal * x[:, 0]))).astype(int)
+    folds = nested_folds(y, np.arange(200), 2, 2, seed=0)
+    by_hand = [LogisticRegression(C=strength).fit(_standard(x[a])(x[a]), y[a]).coef_[0] for a, _, _ in folds]
+    assert fit_probe(x, y, folds).coefficient == pytest.approx(np.mean(by_hand, axis=0), abs=1e-5)
 
 
 def _standard(x):
