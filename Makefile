@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-intervention benchmark-stability same-numbers wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-intervention benchmark-stability same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -50,6 +50,10 @@ pytest:
 faults: install-dev
 	RLGEN_STATS_KILLS=60 RLGEN_STATS_FLIPS=1000 RLGEN_STATS_EXAMPLES=40 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -P -m pytest -n 2 tests/stores/test_crash.py tests/stores/test_verify.py tests/stores/test_machine.py
+
+# Does a test notice when a decision changes? About 20 minutes on two cores; ONLY=health for one module.
+mutants: install-dev .namespace/rlgen_stats
+	PYTHONPATH=.namespace OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.mutants --only '$(ONLY)'
 
 # Every promised error rate at full size, about five minutes; rewrites the table of docs/calibration.md.
 calibration: install-dev

@@ -29,6 +29,10 @@ _COMMANDS: Final = {
         "rlgen_stats.cli.features",
         "Read features: the model they are specific to, where they fire, tokens they promote.",
     ),
+    "compare-outcomes": (
+        "rlgen_stats.cli.comparing",
+        "Compare two models on the same prompts, from tables, a study or evaluation logs.",
+    ),
     "simulate": ("rlgen_stats.cli.planning", "Write stores with known effects, to check analyses against the truth."),
     "power": ("rlgen_stats.cli.planning", "Say how many prompts and runs an effect needs, or what a number can show."),
     "inspect": ("rlgen_stats.cli.stores", "Say what a store or a study contains."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,14 +105,24 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object")
-            rows.append(row)
-    return pd.DataFrame(rows, dtype=object)
+    return pd.DataFrame(json_lines(path), dtype=object)
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file with one JSON object a line; only a line feed ends a line, a text may hold U+2028 or U+0085.
+
+    Raises
+    ------
+    ValueError
+        If a line is no JSON object.
+    """
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no JSON object")
+                yield row
 
 
 def _text_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:

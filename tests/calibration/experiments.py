@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.calibration import dictionaries, families, invariance, others, single, verdicts_timing
+from tests.calibration import (
+    comparisons,
+    dictionaries,
+    families,
+    invariance,
+    others,
+    single,
+    verdicts_timing,
+)
 from tests.calibration.rows import Row
 
 SEED = 20261
@@ -38,6 +46,7 @@ EXPERIMENTS = (
     Experiment(families.set_overlap, 20, "Stabilisation"),
     Experiment(families.outcome_selection, 16, "Selection by outcome"),
     Experiment(others.stable_by_chance, 8, "Selection by outcome"),
+    Experiment(comparisons.compared, 10, "Two models compared"),
     Experiment(families.random_sets, 16, "Causal verdicts"),
     Experiment(verdicts_timing.timing_verdicts, 75, "Verdicts: C2"),
     Experiment(verdicts_timing.turnover_of_sizes, 20, "Verdicts: C2"),

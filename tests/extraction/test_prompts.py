@@ -108,6 +108,14 @@ def test_csv_cells_stay_text_where_a_whole_column_is_numbers(tmp_path: Path) -> 
     assert read_table(tmp_path / "p.csv").to_dict("list") == {"answer": ["05", "7"], "cluster": ["1", ""]}
 
 
+@pytest.mark.parametrize("text", ["\u2028", "\u2029", "\x85", "\x0b", "\ufeff"])
+def test_only_a_line_feed_ends_a_jsonl_line(tmp_path: Path, text: str) -> None:
+    rows = [{"text": f"one{text}two"}, {"text": "three"}]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "p.jsonl").write_bytes(("\ufeff" + lines).encode())
+    assert read_table(tmp_path / "p.jsonl").text.tolist() == [f"one{text}two", "three"]
+
+
 def test_jsonl_numbers_beside_nulls_stay_whole(tmp_path: Path) -> None:
     rows = [{"answer": 5, "split": None}, {"answer": 12}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

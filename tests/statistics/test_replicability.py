@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.replicability import decoded_agreement, drift_counts, matched_drift, set_agreement
 
 MODELS = ["base@0", "sft@9", "rl@9"]
@@ -79,6 +80,9 @@ def test_a_dictionary_without_error_has_no_error_to_correlate() -> None:
     assert np.isnan(still.decoded_correlation[1]).all(), "what is left of a constant is rounding"
     assert np.isnan(still.error_correlation[0]).all()
     assert np.isfinite(still.decoded_cosine[1]).all()
+    assert decoded_agreement(sums_of(change, [change + 0.1])).sizes["dictionary"] == 1
+    with pytest.raises(InputError, match="got 1 parts"):
+        decoded_agreement(sums_of(change, [change]).isel(part=[0], other_part=[0]))
     with pytest.raises(InputError, match="got 2 parts"):
         decoded_agreement(sums_of(change, [change]).isel(part=[0, 1], other_part=[0, 1]))
 
@@ -143,13 +147,14 @@ def test_few_matches_can_carry_most_of_the_drift() -> None:
 def test_a_match_beyond_chance_need_not_be_close() -> None:
     effect = np.ones((2, N))
     effect[:, :5] = 3.0
+    effect[:, 5:10] = np.nan  # not tested: carry no drift
     similarity = np.where(np.arange(N) < 2, 0.7, 0.69)[None]
     table = matching_of(np.arange(N)[None], np.arange(N)[None] < 5, similarity)
     found = matched_drift(table, {1: effects_of(effect), 2: effects_of(effect)}, top_k=5, n_permutations=300)
     matched, close = (found.sel(criterion=name, model="rl@9") for name in ("matched", "close"))
     assert (matched.n_matched.item(), close.n_matched.item()) == (5, 2)
-    assert matched.matched_energy.item() == pytest.approx(45 / (45 + N - 10))
-    assert close.matched_energy.item() == pytest.approx(18 / (45 + N - 10))
+    assert matched.matched_energy.item() == pytest.approx(45 / (45 + N - 15))
+    assert close.matched_energy.item() == pytest.approx(18 / (45 + N - 15))
     assert close.matched_energy_random.item() == pytest.approx(2 / (N - 5), abs=0.02)
     assert (matched.top_shared.item(), close.top_shared.item()) == (5, 2)
     assert (matched.top_expected.item(), close.top_expected.item()) == (pytest.approx(25 / 55), pytest.approx(10 / 55))
@@ -179,6 +184,11 @@ def test_draws_are_those_of_the_seed_and_do_not_depend_on_the_other_dictionaries
     table = matching_of(np.tile(np.arange(N), (2, 1)), matched)
     both = matched_drift(table, effects, top_k=5, n_permutations=30, seed=1)
     xr.testing.assert_identical(both, matched_drift(table, effects, top_k=5, n_permutations=30, seed=1))
+    energy = np.square(effects[1].values[0, : N - 5])
+    n_matched = int(both.n_matched[0, 0])
+    shares = [energy[stream(1, b).permutation(N - 5)[:n_matched]].sum() / energy.sum() for b in range(30)]
+    assert float(both.matched_energy_random[0, 0, 0]) == pytest.approx(np.mean(shares))
+    assert float(both.matched_energy_random_high[0, 0, 0]) == pytest.approx(np.quantile(shares, 0.95))
     alone = matched_drift(table.isel(replicate=[1]), {1: effects[1], 2: effects[3]}, top_k=5, n_permutations=30, seed=1)
     xr.testing.assert_allclose(both.isel(replicate=[1]), alone, rtol=1e-12)
     again = matched_drift(table, effects, top_k=5, n_permutations=30, seed=2)
@@ -282,6 +292,11 @@ def test_what_has_no_set_or_no_others_has_no_number(make_features: MakeFeatures)
         set_agreement(features, {1: [0]}, models=MODELS[1:])
     with pytest.raises(InputError, match="must be of the same prompts"):
         set_agreement(features | {2: features[2].isel(prompt=slice(0, 100))}, sets, models=MODELS[1:])
+    verification = np.flatnonzero(features[1].split.values == "verification")
+    three, two = ({n: one.isel(prompt=verification[:k]) for n, one in features.items()} for k in (3, 2))
+    assert set_agreement(three, sets, models=MODELS[1:]).attrs["n_prompts"] == 3
+    with pytest.raises(InputError, match="at least 3 prompts, got 2 of split"):
+        set_agreement(two, sets, models=MODELS[1:])
     with pytest.raises(InputError, match="at least 3 prompts, got 0 of split 'trial'"):
         set_agreement(features, sets, models=MODELS[1:], split="trial")
 

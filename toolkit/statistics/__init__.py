@@ -1,6 +1,7 @@
 """What is computed from stored activations: labelled statistics over numpy kernels."""
 
 from rlgen_stats.toolkit.statistics.behaviour import behaviour
+from rlgen_stats.toolkit.statistics.comparison import compare_outcomes
 from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
 from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
 from rlgen_stats.toolkit.statistics.drift.mean_shift import mean_shift
@@ -39,6 +40,7 @@ __all__ = [
     "attribution_table",
     "behaviour",
     "classify_features",
+    "compare_outcomes",
     "correctness_probe",
     "decoder_clusters",
     "detectable_effect",

@@ -16,17 +16,17 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import in_prompt_order
-from rlgen_stats.toolkit.statistics.core.units import cluster_codes, cluster_sums
-from rlgen_stats.toolkit.statistics.kernels import (
-    adjust,
-    cluster_se,
-    mcnemar,
-    mover_weighted_sum,
-    sign_flip_test,
-    wilson_interval,
+from rlgen_stats.toolkit.statistics.core.paired_accuracy import (
+    CLUSTER_FLIP,
+    MCNEMAR,
+    cluster_error,
+    difference_interval,
+    paired_p_value,
+    shares_clusters,
 )
+from rlgen_stats.toolkit.statistics.core.units import cluster_codes
+from rlgen_stats.toolkit.statistics.kernels import adjust, mover_weighted_sum, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
-from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS
 
 ROLES: Final = ("in_domain", "out_of_domain", "held_out", "control", "pooled")
 
@@ -146,8 +146,8 @@ def behaviour(
     q = np.full_like(p, np.nan)
     for group in (pooled, ~pooled):
         q[:, group] = adjust(p[:, group], method="bh")
-    clustered = [_clustered(_sub(codes, index)) for index in tasks.index.values()]
-    tests = np.array(["sign flip of clusters" if c else "exact McNemar" for c in clustered])
+    clustered = [codes is not None and shares_clusters(codes[index]) for index in tasks.index.values()]
+    tests = np.array([CLUSTER_FLIP if c else MCNEMAR for c in clustered])
     return xr.Dataset(
         variables | {"q_value": ((MODEL, TASK), q), "p_test": (TASK, tests)},
         coords=model_coords(outcomes, models) | tasks.coords(),
@@ -207,10 +207,6 @@ def _sub(codes: IntArray | None, index: IntArray) -> IntArray | None:
     return None if codes is None else codes[index]
 
 
-def _clustered(codes: IntArray | None) -> bool:
-    return codes is not None and len(np.unique(codes)) < len(codes)
-
-
 def _accuracy(right: FloatArray, codes: IntArray | None, alpha: float) -> dict[str, float]:
     graded = np.isfinite(right)
     n = int(graded.sum())
@@ -220,25 +216,13 @@ def _accuracy(right: FloatArray, codes: IntArray | None, alpha: float) -> dict[s
     if n == 0:
         return counts | dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), float("nan"))
     share = float(right[graded].mean())
-    low, high = _wilson(share, n_clusters, alpha)
+    low, high = wilson_interval(share * n_clusters, n_clusters, alpha=alpha)
     if n_clusters < n:
-        error = _error(right[graded], groups)
+        error = cluster_error(right[graded], groups)
         if error > 0:
             half = float(stats.t.ppf(1 - alpha / 2, n_clusters - 1)) * error
             low, high = max(0.0, share - half), min(1.0, share + half)
     return counts | {"accuracy": share, "accuracy_low": low, "accuracy_high": high}
-
-
-def _wilson(share: float, n: int, alpha: float) -> tuple[float, float]:
-    low, high = wilson_interval(share * n, n, alpha=alpha)
-    return float(low), float(high)
-
-
-def _error(values: FloatArray, groups: IntArray) -> float:
-    """CR1 standard error of the mean; NaN with one cluster."""
-    if len(np.unique(groups)) < 2:
-        return float("nan")
-    return float(np.asarray(cluster_se(values[:, None], groups, kind="CR1").standard_error).item())
 
 
 def _pass_rate(
@@ -276,32 +260,9 @@ def _change(
         return row | nan
     d = model[graded] - base[graded]
     groups = codes[graded] if codes is not None else np.arange(len(d))
-    low, high = _difference_interval(d, groups, alpha)
-    p = _change_p(d, groups, int(row["gained"]), int(row["forgotten"]))
+    low, high = difference_interval(d, groups, alpha)
+    p = paired_p_value(d, groups)
     return row | {"p_value": p, "difference": float(d.mean()), "difference_low": low, "difference_high": high}
-
-
-def _change_p(d: FloatArray, groups: IntArray, gained: int, forgotten: int) -> float:
-    if not _clustered(groups):
-        return float(mcnemar(gained, forgotten).p_value) if gained + forgotten else 1.0
-    if len(np.unique(groups)) < MIN_CLUSTERS:
-        return float("nan")
-    if not d.any():
-        return 1.0
-    return float(np.asarray(sign_flip_test(cluster_sums(d[:, None], groups)).p_value).item())
-
-
-def _difference_interval(d: FloatArray, groups: IntArray, alpha: float) -> tuple[float, float]:
-    n, mean = len(np.unique(groups)), float(d.mean())
-    error = _error(d, groups)
-    if not np.isfinite(error):
-        return float("nan"), float("nan")
-    if error > 0:
-        half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * error
-        return max(-1.0, mean - half), min(1.0, mean + half)
-    # Every unit changed alike: another value has at most Wilson's upper share of units, and lies in [-1, 1].
-    other = _wilson(0.0, n, alpha)[1]
-    return mean - (mean + 1) * other, mean + (1 - mean) * other
 
 
 def domain_accuracy(behaviour: xr.Dataset, model: str, domain: str) -> DomainAccuracy | None:

@@ -189,6 +189,7 @@ def test_the_same_direction_of_all_of_a_few_and_most_of_many() -> None:
     assert same_direction([-1] * 8 + [1] * 2, -0.6)
     assert not same_direction([-1] * 7 + [1] * 3, -0.4)
     assert not same_direction([1, -1], 0)
+    assert not same_direction([0, 0], 0)
     assert not same_direction([np.nan, 1], np.nan)
     np.testing.assert_array_equal(same_direction([[1, 1], [1, -1]], [1, 0.1]), [True, False])
 
@@ -199,6 +200,7 @@ def test_the_same_direction_of_all_of_a_few_and_most_of_many() -> None:
         (lambda: pooled_mean([1.0, 2.0]), r"\[dictionary, unit\(, ...\)\], got shape \(2,\)"),
         (lambda: pooled_mean([[1.0], [2.0]]), "at least two of them, got 1"),
         (lambda: pooled_mean(TABLE, alpha=1.0), "alpha must lie between 0 and 1, got 1.0"),
+        (lambda: pooled_mean(TABLE, alpha=0.0), "alpha must lie between 0 and 1, got 0.0"),
         (lambda: pooled_mean(TABLE, codes=[0, 1]), "one label per unit"),
         (lambda: pooled_estimates([1.0, 2.0]), "either jackknife replicates or bootstrap draws"),
         (lambda: pooled_estimates([1.0, 2.0], jackknife=np.ones((3, 4))), r"got shapes \(2,\) and \(3, 4\)"),
@@ -224,6 +226,16 @@ def test_intervals_alone_are_pooled_by_their_halves_and_the_spread() -> None:
         pooled_intervals(each, each[:2], each)
 
 
+def test_two_dictionaries_and_two_clusters_are_enough() -> None:
+    y = np.array([[1.0, 2.0], [4.0, 6.0]])
+    mean, squared, _ = by_hand(y)
+    pooled = pooled_mean(y)
+    assert (pooled.mean, (pooled.high - pooled.mean) ** 2) == pytest.approx((mean, squared))
+    _, low, high = pooled_intervals([0.1, 0.3], [0.0, 0.2], [0.2, 0.4])
+    half = np.hypot(0.1, 12.706204736 * 0.1)
+    assert (low, high) == pytest.approx((0.2 - half, 0.2 + half))
+
+
 def test_intervals_alone_cover_at_least_what_the_whole_table_covers() -> None:
     """Forty prompts shared by three dictionaries; errors shared in part, dictionaries far apart or not."""
     random = np.random.default_rng(6)
@@ -240,7 +252,7 @@ def test_intervals_alone_cover_at_least_what_the_whole_table_covers() -> None:
 
 
 def test_how_many_dictionaries_must_agree() -> None:
-    assert [dictionaries_needed(n) for n in (1, 2, 3, 4, 5, 6, 9, 10)] == [1, 2, 3, 4, 4, 5, 8, 8]
+    assert [dictionaries_needed(n) for n in (1, 2, 3, 4, 5, 6, 9, 10, 50)] == [1, 2, 3, 4, 4, 5, 8, 8, 40]
     assert agreed(["a", "a", "b"], "open") == "open"
     assert agreed(["a", "a", "a"], "open") == "a"
     assert agreed([*"aaaab"], "open") == "a"

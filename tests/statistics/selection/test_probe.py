@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
-from rlgen_stats.toolkit.statistics.selection.linear_probe import STRENGTHS, matched_sets, nested_folds
+from rlgen_stats.toolkit.statistics.selection.linear_probe import fit_probe, matched_sets, nested_folds
 from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 
 FEW = {"n_random": 19, "n_outer": 3, "n_inner": 2, "seed": 4}
@@ -35,10 +35,10 @@ def test_scores_equal_scikit_learn_written_out(chosen) -> None:
     members = selection.feature.values[np.argsort(selection["rank"].values)]
     members = members[np.isin(members, np.arange(10, 15))]
     x = features["mean"].values[1][np.ix_(prompts, members)]
-    auc, loss = [], np.empty(len(prompts))
+    auc, loss, strengths = [], np.empty(len(prompts)), (0.01, 0.1, 1.0)
     for train, score, inner in nested_folds(y, prompts, 3, 2, seed=_fold_seed()):
         losses = []
-        for c in STRENGTHS:
+        for c in strengths:
             total = []
             for a, b in inner:
                 z = _standard(x[train][a])
@@ -47,13 +47,24 @@ def test_scores_equal_scikit_learn_written_out(chosen) -> None:
                 total.append(-np.mean(np.log(np.where(y[train][b] == 1, p, 1 - p))))
             losses.append(np.mean(total))
         z = _standard(x[train])
-        model = LogisticRegression(C=STRENGTHS[int(np.argmin(losses))]).fit(z(x[train]), y[train])
+        model = LogisticRegression(C=strengths[int(np.argmin(losses))]).fit(z(x[train]), y[train])
         p = model.predict_proba(z(x[score]))[:, 1]
         auc.append(roc_auc_score(y[score], p))
         loss[score] = -np.log(np.where(y[score] == 1, p, 1 - p))
     assert float(out.auc) == pytest.approx(np.mean(auc), abs=1e-4)
     assert float(out.log_loss) == pytest.approx(loss.mean(), abs=1e-4)
     assert (out.attrs["n"], out.attrs["n_right"]) == (len(y), y.sum())
+
+
+@pytest.mark.parametrize(("strength", "signal", "seed"), [(0.01, 0.5, 1), (0.1, 0.5, 0), (1.0, 4.0, 0)])
+def test_the_inner_folds_choose_one_of_three_penalties(strength: float, signal: float, seed: int) -> None:
+    """Worlds in which both outer folds choose the same: the stronger the signal, the weaker the penalty."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(200, 3))
+    y = (random.random(200) < 1 / (1 + np.exp(-signal * x[:, 0]))).astype(int)
+    folds = nested_folds(y, np.arange(200), 2, 2, seed=0)
+    by_hand = [LogisticRegression(C=strength).fit(_standard(x[a])(x[a]), y[a]).coef_[0] for a, _, _ in folds]
+    assert fit_probe(x, y, folds).coefficient == pytest.approx(np.mean(by_hand, axis=0), abs=1e-5)
 
 
 def _standard(x):
@@ -131,6 +142,24 @@ def test_random_sets_fire_as_often_and_leave_out_the_selected() -> None:
     assert len({tuple(drawn) for drawn in sets}) == 31
     reversed_sets, _ = matched_sets(rates[::-1], 2999 - selected, np.arange(3000)[::-1], 30, seed=6)
     np.testing.assert_array_equal(np.sort(2999 - reversed_sets[7]), np.sort(sets[7]))
+
+
+def test_candidates_fire_on_ten_prompts_and_are_twice_as_many_as_the_selected() -> None:
+    counts, selected, ranks = np.array([50, 50, 9, 9, 10, 11, 12, 13]), np.array([0, 1]), np.arange(8)
+    sets, worst = matched_sets(counts, selected, ranks, 200, seed=0)
+    assert set(np.concatenate(sets[1:])) == {4, 5, 6, 7}, "9 prompts are too few, 10 enough"
+    assert worst == 1.0, "the last of four candidates stands in for a feature beyond all of them: 4 ranks of 4"
+    with pytest.raises(InputError, match=r"need at least 4 other features that fire on 10 .*, got 3"):
+        matched_sets(np.where(counts == 10, 9, counts), selected, ranks, 9, seed=0)
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_folds_need_two_units_of_either_answer_each(answer: int) -> None:
+    right = np.where(np.arange(40) < 8, answer, 1 - answer)
+    assert len(nested_folds(right, np.arange(40), 4, 2, seed=1)) == 4
+    right[0] = 1 - answer
+    with pytest.raises(RefusedError, match=r"4 outer folds need at least 8 units with right and with wrong .* got 7"):
+        nested_folds(right, np.arange(40), 4, 2, seed=1)
 
 
 def test_whole_clusters_stay_in_one_fold(gain_world) -> None:

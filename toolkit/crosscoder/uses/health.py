@@ -225,14 +225,15 @@ def measure_health(
         ce=dict(ce or {}),
         checks=(),
     )
-    health = replace(health, checks=tuple(_judge(crosscoder, health)))
+    health = replace(health, checks=judge_health(crosscoder, health))
     if folder is not None:
         facts = {"crosscoder": crosscoder.name, "weights_sha256": crosscoder.weights_sha256, "readout": kind}
         write_json(folder / HEALTH, facts | health.describe())
     return health
 
 
-def _judge(crosscoder: Crosscoder, health: Health) -> list[Check]:
+def judge_health(crosscoder: Crosscoder, health: Health) -> tuple[Check, ...]:
+    """Hold what was measured against its limits; a value that could not be measured fails its check."""
     checks, l0, dead = [], health.l0, health.dead_fraction
     for view, value, bias in zip(crosscoder.views, health.fve.tolist(), health.bias.tolist(), strict=True):
         checks.append(_at_least("fve", view, value, FVE_MIN, "fraction of variance explained"))
@@ -255,7 +256,7 @@ def _judge(crosscoder: Crosscoder, health: Health) -> list[Check]:
     for view, loss in health.ce.items():
         checks.append(_at_least("ce_recovered", view, loss.recovered, CE_RECOVERED_MIN, "cross-entropy recovered"))
         checks.append(_at_least("kl_recovered", view, loss.kl_recovered, CE_RECOVERED_MIN, "KL recovered"))
-    return checks
+    return tuple(checks)
 
 
 def _at_least(name: str, view: str, value: float, limit: float, words: str) -> Check:

@@ -53,6 +53,7 @@ Means, equivalence, counts, sets::
     tost_chain(x, *, margin, alpha=0.05, relative=False, persist=0) -> TostChainResult(p_value, stabilized_at, p_beyond)
     mcnemar(gained, lost) -> McNemarResult(p_value, mid_p)
     wilson_interval(successes, n, *, alpha=0.05) -> (low, high)
+    pass_at_k(right, n, k) -> array
     paired_wasserstein(a, b) -> array
     hurdle(mean_a, mean_b, firing_a, firing_b) -> HurdleResult(from_firing, from_magnitude, magnitude_change)
     rbo(first, second, persistence=0.9) -> RboResult(truncated, minimum, extrapolated)
@@ -105,7 +106,7 @@ from rlgen_stats.toolkit.statistics.kernels.pooling import (
     pooled_mean,
     same_direction,
 )
-from rlgen_stats.toolkit.statistics.kernels.proportions import McNemarResult, mcnemar, wilson_interval
+from rlgen_stats.toolkit.statistics.kernels.proportions import McNemarResult, mcnemar, pass_at_k, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.set_overlap import RboResult, nogueira, rbo, set_overlap_pvalue
 from rlgen_stats.toolkit.statistics.kernels.trend import TrendResult, trend_contrast, trend_test
 
@@ -153,6 +154,7 @@ __all__ = [
     "nogueira",
     "paired_wasserstein",
     "partial_conjunction",
+    "pass_at_k",
     "permutation_contrast",
     "pooled_estimates",
     "pooled_intervals",

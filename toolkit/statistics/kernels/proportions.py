@@ -1,4 +1,4 @@
-"""Proportions: McNemar's test and Wilson's interval."""
+"""Proportions: McNemar's test, Wilson's interval, pass@k."""
 
 from __future__ import annotations
 
@@ -88,3 +88,40 @@ def wilson_interval(successes: Any, n: Any, *, alpha: float = 0.05) -> tuple[Any
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = proportion_confint(k, np.where(trials > 0, trials, np.nan), alpha=alpha, method="wilson")
     return (low, high) if np.ndim(low) else (float(low), float(high))
+
+
+def pass_at_k(right: Any, n: Any, k: Any) -> Any:
+    """Unbiased estimate of the chance that at least one of k completions is right.
+
+    Parameters
+    ----------
+    right, n
+        Right completions and completions of each prompt; numbers or arrays.
+    k
+        Completions that are tried, at most ``n``.
+
+    Returns
+    -------
+    number or array
+        1 - C(n - right, k) / C(n, k): the share of subsets of k completions that hold a right one.
+
+    Raises
+    ------
+    InputError
+        If k is no count from 1 to n, or more completions are right than there are.
+
+    References
+    ----------
+    Chen et al. 2021, arXiv 2107.03374, eq. 1.
+
+    Examples
+    --------
+    >>> round(float(pass_at_k(1, 4, 2)), 6)
+    0.5
+    """
+    c, trials, tries = np.broadcast_arrays(right, n, k)
+    if (c < 0).any() or (c > trials).any():
+        raise InputError(f"right completions must lie between 0 and their number, got {right} of {n}.")
+    if (tries < 1).any() or (tries > trials).any():
+        raise InputError(f"pass@k needs 1 <= k <= completions of every prompt, got k = {k} of {n}.")
+    return stats.hypergeom.sf(0, trials, c, tries)

@@ -23,6 +23,15 @@ def test_clustered_error_is_the_sum_over_pairs() -> None:
         cluster_se(y, clusters, kind="CR2")  # type: ignore[arg-type]
 
 
+def test_two_clusters_have_an_error_and_one_has_none() -> None:
+    """Means 1 and 3 of two clusters of two units: totals of -2 and 2 about the mean, sqrt(8) / 4 times sqrt(2 / 1)."""
+    y, clusters = np.array([1.0, 1.0, 3.0, 3.0]), np.array([0, 0, 1, 1])
+    assert cluster_se(y, clusters, kind="CR0").standard_error == pytest.approx(np.sqrt(8) / 4)
+    assert cluster_se(y, clusters).standard_error == pytest.approx(1.0)
+    with pytest.raises(InputError, match="at least two clusters, got 1"):
+        cluster_se(y, np.zeros(4))
+
+
 def test_tokens_as_units_break_the_level_that_clusters_keep() -> None:
     """docs/method.md section 3: 64 tokens a prompt with ICC .05, a t test over tokens rejects far above its level."""
     random = np.random.default_rng(58)

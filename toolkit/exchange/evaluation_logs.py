@@ -1,0 +1,186 @@
+"""Per-sample logs of lm-evaluation-harness and Inspect, read as graded completions by task and metric."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+
+from rlgen_stats.schemas.dims import CLUSTER, PROMPT, SAMPLE
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.stores.prompts import json_lines
+
+NO_TASK: Final = "all"
+"""Task of a log that does not name one."""
+
+_LM_EVAL_NAME: Final = re.compile(r"samples_(.+?)(_\d{4}-\d{2}-\d{2}T.*)?\.jsonl")
+_LM_EVAL_FIELDS: Final = (
+    *("doc_id", "doc", "target", "arguments", "resps", "filtered_resps"),
+    *("filter", "metrics", "doc_hash", "prompt_hash", "target_hash"),
+)
+"""Fields of a sample that are no metrics; older releases do not list the metrics."""
+_INSPECT_GRADES: Final = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0, "yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
+"""What Inspect's own metrics make of letters and words: correct, partial, incorrect, no answer."""
+_ZSTANDARD: Final = 93
+"""Compression of the entries of newer ``.eval`` files, which Python's zipfile reads from 3.14 on."""
+_HEADERS: Final = ("header.json", "start.json", "_journal/start.json")
+"""Where an ``.eval`` archive names its task: finished, of the first releases, unfinished."""
+_SUMMARIES: Final = ("summaries.json", "summary.json")
+_SUMMARISED: Final = 5000
+"""Characters of a prompt that tell it apart: summaries cut it after 5,120, and the first releases joined its lines."""
+
+
+@dataclass(frozen=True)
+class TaskLog:
+    """Samples of one task."""
+
+    file: Path
+    task: str
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Metric -> one row a sample: prompt, sample, correct, content, and cluster where asked for."""
+
+    def add(self, metric: str, row: Mapping[str, Any], value: Any) -> None:
+        """One graded sample; ``value`` is a float, None where ungraded, or something that is no score."""
+        self.rows.setdefault(metric, []).append({**row, "correct": value})
+
+
+def evaluation_logs(file: Path, cluster: str | None = None) -> list[TaskLog] | None:
+    """Tasks that a file logs, or None if it is no log of either framework.
+
+    Parameters
+    ----------
+    file
+        ``samples_<task>_<date>.jsonl`` or a JSON file with the samples of all tasks (lm-evaluation-harness); ``.eval``
+        or ``.json`` (Inspect).
+    cluster
+        Field of a sample that says which prompts depend on one another, with dots.
+
+    Raises
+    ------
+    InputError
+        If a sample lacks the field, or an archive is no log.
+
+    Notes
+    -----
+    lm-evaluation-harness logs a document once for every filter; a metric is called as in its results:
+    ``exact_match,strict-match``. Inspect's metrics are its scorers, ``scorer/key`` where a scorer gives several values;
+    letters and words count as Inspect counts them (C 1, P .5, I and N 0), and samples without a score are ungraded.
+    """
+    if file.suffix == ".eval":
+        return [_inspect(file, *_archive(file), cluster)]
+    if file.suffix == ".jsonl":
+        if not _is_lm_eval(next(json_lines(file), {})):
+            return None
+        name = _LM_EVAL_NAME.fullmatch(file.name)
+        return [_lm_eval(file, name[1] if name else NO_TASK, json_lines(file), cluster)]
+    content = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else None
+    if not isinstance(content, dict):
+        return None
+    samples = content.get("samples")
+    if isinstance(content.get("eval"), dict) and isinstance(samples, list):
+        return [_inspect(file, content["eval"]["task"], samples, cluster)]
+    if isinstance(samples, dict):
+        return [_lm_eval(file, str(task), rows, cluster) for task, rows in samples.items()]
+    return None
+
+
+def _is_lm_eval(row: Mapping[str, Any]) -> bool:
+    return "doc_id" in row and bool(row.keys() & {"filtered_resps", "resps", "arguments", "doc_hash"})
+
+
+def _lm_eval(file: Path, task: str, samples: Iterable[dict[str, Any]], cluster: str | None) -> TaskLog:
+    log = TaskLog(file, task)
+    for sample in samples:
+        row = {PROMPT: str(sample["doc_id"]), SAMPLE: 0, "content": sample.get("doc_hash")}
+        row |= _cluster(log, sample, cluster)
+        for metric in sample.get("metrics") or [name for name in sample if name not in _LM_EVAL_FIELDS]:
+            name = f"{metric},{sample['filter']}" if "filter" in sample else str(metric)
+            log.add(name, row, _number(sample.get(metric)))
+    return log
+
+
+def _inspect(file: Path, task: str, samples: Iterable[dict[str, Any]], cluster: str | None) -> TaskLog:
+    log, ungraded = TaskLog(file, task), []
+    for sample in samples:
+        text = sample.get("input")
+        start = " ".join(text.split())[:_SUMMARISED] if isinstance(text, str) else ""
+        content = json.dumps([start, sample.get("target")])
+        row = {
+            PROMPT: str(sample["id"]),
+            SAMPLE: sample.get("epoch", 1),
+            "content": sha256(content.encode()).hexdigest(),
+        }
+        row |= _cluster(log, sample, cluster)
+        # The first logs have one score without a name.
+        scores = sample.get("scores") or ({"score": sample["score"]} if sample.get("score") else {})
+        for scorer, score in scores.items():
+            value = score.get("value")
+            several = value if isinstance(value, dict) else {"": value}
+            for key, one in several.items():
+                log.add(f"{scorer}/{key}" if key else scorer, row, _grade(one))
+        if not scores:
+            ungraded.append(row)
+    for metric in log.rows:
+        for row in ungraded:
+            log.add(metric, row, None)
+    return log
+
+
+def _grade(value: Any) -> Any:
+    if not isinstance(value, str):
+        return _number(value)
+    if value.lower() in _INSPECT_GRADES or value in _INSPECT_GRADES:
+        return _INSPECT_GRADES.get(value, _INSPECT_GRADES.get(value.lower()))
+    return float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", value) else value
+
+
+def _number(value: Any) -> Any:
+    """Numbers and truth values as float; anything else, which is no score, as it came."""
+    return float(value) if isinstance(value, bool | int | float) else value
+
+
+def _cluster(log: TaskLog, sample: Any, name: str | None) -> dict[str, str]:
+    if name is None:
+        return {}
+    for key in name.split("."):
+        if not isinstance(sample, dict) or key not in sample:
+            raise InputError(
+                f"a sample of task {log.task!r} in {log.file} has no {name!r}; name a field that all have."
+            )
+        sample = sample[key]
+    return {CLUSTER: str(sample)}
+
+
+def _archive(file: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Task and samples of an ``.eval`` archive; its summaries hold what is needed, without the transcripts."""
+    with zipfile.ZipFile(file) as archive:
+        names = set(archive.namelist())
+        header = next((name for name in _HEADERS if name in names), None)
+        if header is None:
+            raise InputError(f"{file} is no log of Inspect: it lacks {_HEADERS[0]}; expected what inspect eval wrote.")
+        task = str(_entry(file, archive, header)["eval"]["task"])
+        summaries = next((name for name in _SUMMARIES if name in names), None)
+        if summaries is not None:
+            return task, list(_entry(file, archive, summaries))
+        single = sorted(name for name in names if re.fullmatch(r"samples/[^/]+(\.json|/sample\.json)", name))
+        return task, [_entry(file, archive, name) for name in single]
+
+
+def _entry(file: Path, archive: zipfile.ZipFile, name: str) -> Any:
+    """JSON of one entry."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != _ZSTANDARD:
+        return json.loads(archive.read(name))
+    with file.open("rb") as raw:
+        raw.seek(entry.header_offset + 26)  # lengths of name and extra field; the rest is in the central directory
+        raw.seek(sum(struct.unpack("<HH", raw.read(4))), 1)
+        packed = raw.read(entry.compress_size)
+    return json.loads(pa.CompressedInputStream(pa.BufferReader(packed), "zstd").read())
