@@ -60,7 +60,10 @@ class RunSpec(Spec):
     seed: int = 0
     """Replicate number; combined with the study's seed."""
     n_checkpoints: PositiveInt = 5
-    """Evenly spaced checkpoints kept while training here."""
+    """Checkpoints kept while training here."""
+    schedule: Literal["linear", "geometric"] = "linear"
+    """Steps of these checkpoints: evenly spaced (linear), or each the same multiple of the one before (geometric; fewer
+    where steps coincide), so that a run that moves fast also has checkpoints as near to base as the other run."""
     checkpoints: dict[int, str] = Field(default_factory=dict)
     """step -> folder, for method 'checkpoints'."""
     trainer: dict[str, Any] = Field(default_factory=dict)

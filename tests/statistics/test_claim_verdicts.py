@@ -39,7 +39,12 @@ EARLY, LATE, EVOLVING, OPEN = (
         (0.02, 0.08, 0.05, 1, Verdict.SUPPORTED),  # p equal to alpha counts
         (0.02, 0.08, 0.051, 1, Verdict.UNDETERMINED),  # interval says yes, test says no
         (0.02, 0.08, NAN, 1, Verdict.UNDETERMINED),
-        (0.0, 0.08, 0.001, 1, Verdict.UNDETERMINED),  # touches zero
+        (0.01, 0.08, 0.001, 1, Verdict.UNDETERMINED),  # touches the negligible
+        (0.0101, 0.08, 0.001, 1, Verdict.SUPPORTED),
+        (0.0002, 0.0008, 0.001, 1, Verdict.NOT_SUPPORTED),  # certain, and too small to matter
+        (-0.0008, -0.0002, 0.001, 1, Verdict.NOT_SUPPORTED),  # not the opposite either
+        (-0.08, -0.01, 0.001, 1, Verdict.NOT_SUPPORTED),
+        (-0.08, -0.0101, 0.001, 1, Verdict.CONTRADICTED),
         (-0.08, -0.02, 0.001, 1, Verdict.CONTRADICTED),
         (-0.08, -0.02, 0.2, 1, Verdict.NOT_SUPPORTED),  # not shown to be negative, but the claimed effect is excluded
         (-0.02, 0.009, 0.7, 1, Verdict.NOT_SUPPORTED),
@@ -191,3 +196,18 @@ def test_any_feature_has_the_smallest_adjusted_p() -> None:
 )
 def test_within_minimum_is_for_intervals_off_zero(low: float, high: float, expected: bool) -> None:
     assert within_minimum(low, high) is expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claimed", "expected"),
+    [
+        (0.0201, 0.2, 1, Verdict.SUPPORTED),
+        (0.02, 0.2, 1, Verdict.UNDETERMINED),  # V1 asks for more than .02, and so does the claim
+        (-0.2, -0.0201, 1, Verdict.CONTRADICTED),
+        (-0.2, -0.02, 1, Verdict.UNDETERMINED),
+        (-0.2, -0.0201, -1, Verdict.SUPPORTED),
+    ],
+)
+def test_a_causal_claim_needs_the_minimum_effect(low: float, high: float, claimed: int, expected: Verdict) -> None:
+    verdict = causal_verdict("CAUSAL_SPECIFIC", (low + high) / 2, low, high, 0.001, alpha=0.05, claimed=claimed)
+    assert verdict is expected

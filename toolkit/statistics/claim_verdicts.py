@@ -50,14 +50,19 @@ def interval_verdict(
     claimed
         Sign the claim gives the effect, +1 or -1.
     negligible
-        Effect (in the claimed direction) too small to be the claimed one, in the effect's unit.
+        Largest effect, in either direction, that is too small to matter, in the effect's unit.
 
     Returns
     -------
     Verdict
-        NOT_ESTIMABLE without an interval; SUPPORTED if the interval lies wholly on the claimed side of zero and
-        p <= alpha; CONTRADICTED if wholly on the other side and p <= alpha; NOT_SUPPORTED if the interval excludes
-        every effect of at least ``negligible`` in the claimed direction; else UNDETERMINED.
+        NOT_ESTIMABLE without an interval; SUPPORTED if p <= alpha and every effect in the interval is in the claimed
+        direction and exceeds ``negligible``; CONTRADICTED if the same holds in the other direction; NOT_SUPPORTED if
+        the interval excludes every effect of at least ``negligible`` in the claimed direction; else UNDETERMINED.
+
+    Notes
+    -----
+    A minimum-effect test and a test for non-inferiority at one margin: an effect known to be tiny is NOT_SUPPORTED,
+    however small its p-value.
 
     Examples
     --------
@@ -69,9 +74,9 @@ def interval_verdict(
     if claimed < 0:
         low, high = -high, -low
     significant = p_value <= alpha  # NaN compares false: no p-value, no verdict for either side
-    if low > 0 and significant:
+    if low > negligible and significant:
         return Verdict.SUPPORTED
-    if high < 0 and significant:
+    if high < -negligible and significant:
         return Verdict.CONTRADICTED
     return Verdict.NOT_SUPPORTED if high < negligible else Verdict.UNDETERMINED
 
@@ -243,13 +248,14 @@ def causal_verdict(
 ) -> Verdict:
     """Verdict on "editing the set changes accuracy in the claimed direction" from the causal verification.
 
-    An effect significant in the other direction is CONTRADICTED whatever the causal verdict; CAUSAL_SPECIFIC with an
-    effect of the wrong sign that is not significant is UNDETERMINED; a verdict this release does not know is too.
+    An effect in the other direction, significant and beyond V1's ``MIN_EFFECT``, is CONTRADICTED whatever the causal
+    verdict; CAUSAL_SPECIFIC with an effect that is not so in the claimed direction is UNDETERMINED; a verdict this
+    release does not know is too.
     """
     verdict = CAUSAL.get(causal, Verdict.UNDETERMINED)
     if verdict is Verdict.NOT_ESTIMABLE or math.isnan(effect):
         return Verdict.NOT_ESTIMABLE
-    direction = interval_verdict(low, high, p_value, alpha=alpha, claimed=claimed, negligible=0.0)
+    direction = interval_verdict(low, high, p_value, alpha=alpha, claimed=claimed, negligible=MIN_EFFECT)
     if direction is Verdict.CONTRADICTED:
         return Verdict.CONTRADICTED
     if verdict is Verdict.SUPPORTED and direction is not Verdict.SUPPORTED:

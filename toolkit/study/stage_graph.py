@@ -80,7 +80,7 @@ STAGES: Final = (
         by_dictionary=("features.zarr",),
         version=3,
     ),
-    Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",), version=2),
+    Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",), version=3),
     Stage(
         "align",
         ("crosscoder",),

@@ -34,6 +34,7 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
   #   arm: rl
   #   method: grpo
   #   n_checkpoints: 5
+  #   schedule: geometric         # early checkpoints, so that the run that moves fast can be compared at equal shift
   #   trainer: {{learning_rate: 1.0e-6, num_generations: 8, max_steps: 200}}   # GRPOConfig's own names
 contrast: [sft, rl]               # the two runs compared, SFT first; several pairs: contrasts: [[sft, rl], [dpo, rl]]
 
