@@ -32,7 +32,8 @@ def checkpoint_steps(total: int, n: int, schedule: Literal["linear", "geometric"
     n
         Number of checkpoints.
     schedule
-        ``"linear"``: total i / n. ``"geometric"``: total^(i / n); steps that coincide once rounded are kept once.
+        ``"linear"``: total i / n. ``"geometric"``: from the first step to the last, each the same multiple of the one
+        before; steps that coincide once rounded are kept once.
 
     Raises
     ------
@@ -44,7 +45,7 @@ def checkpoint_steps(total: int, n: int, schedule: Literal["linear", "geometric"
     >>> checkpoint_steps(80, 5)
     (16, 32, 48, 64, 80)
     >>> checkpoint_steps(150, 5, "geometric")
-    (3, 7, 20, 55, 150)
+    (1, 3, 12, 43, 150)
     """
     if n < 1 or total < n:
         raise SpecError(
@@ -52,7 +53,7 @@ def checkpoint_steps(total: int, n: int, schedule: Literal["linear", "geometric"
             "lower n_checkpoints or raise max_steps or num_train_epochs under 'trainer'."
         )
     if schedule == "geometric":
-        return tuple(sorted({round(total ** (i / n)) for i in range(1, n + 1)}))
+        return tuple(sorted({round(total ** (i / (n - 1))) for i in range(n)})) if n > 1 else (total,)
     # total * i / n, rounded to the nearest step in whole numbers
     return tuple((total * i + n // 2) // n for i in range(1, n + 1))
 

@@ -7,7 +7,7 @@ report prints them in words as its glossary and decides nothing itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final
 
@@ -15,7 +15,6 @@ import numpy as np
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
-from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
 from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
 
@@ -99,7 +98,9 @@ NEGLIGIBLE_TAIL: Final = 0.01
 NOT_COMPARABLE: Final = "not_comparable"
 """Failed guard: the models moved unequally far, or their crosscoders fit unequally well."""
 BELOW_NULL: Final = "below_null"
-"""Failed guard: the larger share does not exceed that of the base-base null crosscoder."""
+"""Failed guard: the larger share does not exceed the largest of base against itself."""
+DICTIONARIES_DISAGREE: Final = "dictionaries_disagree"
+"""Failed guard: too few dictionaries have the direction of the pooled difference."""
 
 
 def specificity_verdict(
@@ -109,6 +110,8 @@ def specificity_verdict(
     *,
     alpha: float,
     comparable: bool,
+    each: Sequence[float] = (),
+    beside: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[Verdict, tuple[str, ...]]:
     """Verdict on "SFT introduces more model-specific features than RL", and the guards that failed.
 
@@ -119,18 +122,22 @@ def specificity_verdict(
     p_value
         p-value of "no difference".
     shares
-        Share of alive features that are specific: SFT, RL, base-base null crosscoder.
+        Share of alive features that are specific: SFT, RL, and the largest of base against itself.
     alpha
         Level of test and interval.
     comparable
         Whether the counts of the two models can be compared (movement from base, fit of the crosscoders).
+    each
+        The difference in each dictionary.
+    beside
+        Name -> interval of the difference by another measure, 0 being none, which must not say the opposite.
 
     Returns
     -------
     Verdict
         As :func:`interval_verdict` with ``NEGLIGIBLE_TAIL``; UNDETERMINED if a guard failed.
     tuple of str
-        ``NOT_COMPARABLE`` and ``BELOW_NULL`` where they apply.
+        ``NOT_COMPARABLE``, ``BELOW_NULL``, ``DICTIONARIES_DISAGREE`` and names of ``beside`` where they apply.
     """
     effect, low, high = interval
     verdict = interval_verdict(low, high, p_value, alpha=alpha, negligible=NEGLIGIBLE_TAIL)
@@ -138,18 +145,15 @@ def specificity_verdict(
         return Verdict.NOT_ESTIMABLE, ()
     sft, rl, null = shares
     failed = [] if comparable else [NOT_COMPARABLE]
-    directed = verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED)
-    if directed and (sft if effect > 0 else rl) <= null:
-        failed.append(BELOW_NULL)
+    if verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
+        if (sft if effect > 0 else rl) <= null:
+            failed.append(BELOW_NULL)
+        if each and not in_every_dictionary(verdict, each):
+            failed.append(DICTIONARIES_DISAGREE)
+        for name, (lowest, highest) in (beside or {}).items():
+            if (highest if effect > 0 else -lowest) < 0:
+                failed.append(name)
     return (Verdict.UNDETERMINED if failed else verdict), tuple(failed)
-
-
-def shifts_match(shifts: Iterable[float]) -> bool | None:
-    """Whether models moved about equally far from base; None if fewer than two activation shifts are known."""
-    known = [shift for shift in shifts if math.isfinite(shift)]
-    if len(known) < 2:
-        return None
-    return min(known) > 0 and max(known) / min(known) <= MATCHED_SHIFT_RATIO
 
 
 # -- C2 ----------------------------------------------------------------------------------------------------------------

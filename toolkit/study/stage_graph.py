@@ -88,7 +88,7 @@ STAGES: Final = (
         "rlgen_stats.toolkit.study.align_stage:align",
         ("results.zarr/attribution", "results.zarr/latent_scaling"),
         optional=("results.zarr/matching",),
-        version=3,
+        version=4,
     ),
     Stage(
         "drift",
@@ -116,7 +116,7 @@ STAGES: Final = (
         ("results.zarr/behaviour",),
         optional=("results.zarr/attribution_contrast",),
         answers="pair",
-        version=2,
+        version=3,
     ),
     Stage(
         "select",
