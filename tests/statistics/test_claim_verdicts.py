@@ -14,7 +14,6 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     causal_verdict,
     interval_verdict,
     selection_verdict,
-    shifts_match,
     smallest_permutation_p,
     smallest_rank_p,
     specificity_verdict,
@@ -103,14 +102,6 @@ def test_specificity_verdict(
 def test_one_alive_feature_in_a_hundred_more_is_not_more(high: float, expected: Verdict) -> None:
     verdict = specificity_verdict((0.0, -0.01, high), 0.9, (0.1, 0.1, 0.01), alpha=0.05, comparable=True)
     assert verdict == (expected, ())
-
-
-@pytest.mark.parametrize(
-    ("shifts", "expected"),
-    [((0.4, 0.5), True), ((0.4, 0.51), False), ((0.0, 0.4), False), ((0.4, NAN), None), ((), None)],
-)
-def test_matched_shifts_differ_by_at_most_a_quarter(shifts: tuple[float, ...], expected: bool | None) -> None:
-    assert shifts_match(shifts) is expected
 
 
 @pytest.mark.parametrize(
