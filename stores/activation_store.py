@@ -134,8 +134,13 @@ def _array(path: Path, model: str, site: str, *, decoded: bool) -> ShardArray:
     first, *others = (open_shards(path / one / site / ARRAY, decoded=decoded) for one in _sources(model))
     if not others:
         return first
-    label = path / model / site / ARRAY
-    return PerturbedShards(label, first.shape, first.rows, first.stored_type, decoded, base=first, other=others[0])
+    other, label = others[0], path / model / site / ARRAY
+    if other.shape != first.shape:
+        raise StoreError(
+            f"{model!r} is base with noise as large as another model's distance from it and expects equal widths, got "
+            f"{first.shape[1]} and {other.shape[1]} channels; leave that view out."
+        )
+    return PerturbedShards(label, first.shape, first.rows, first.stored_type, decoded, base=first, other=other)
 
 
 def open_tokens(path: Path | str) -> xr.Dataset:
