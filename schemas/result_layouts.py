@@ -129,7 +129,7 @@ RESULTS: Final = (
         "attribution_contrast",
         variables_on("comparison tau", **_CONTRAST)
         | variables_on("comparison tau dictionary", effect_each="float")
-        | variables_on("tau", tail_null="float")
+        | variables_on("comparison tau", tail_null="float")
         | variables_on(
             "comparison",
             comparable="str",
@@ -146,7 +146,7 @@ RESULTS: Final = (
         # the same, counting only features that latent scaling confirms
         | variables_on("comparison tau", **{f"agreed_{name}": kind for name, kind in _CONTRAST.items()})
         | variables_on("comparison tau dictionary", agreed_effect_each="float")
-        | variables_on("tau", agreed_tail_null="float"),
+        | variables_on("comparison tau", agreed_tail_null="float"),
     ),
     Layout(
         "drift",

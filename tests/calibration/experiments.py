@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.calibration import dictionaries, families, invariance, others, single
+from tests.calibration import dictionaries, families, invariance, others, single, verdicts_specificity
 from tests.calibration.rows import Row
 
 SEED = 20261
@@ -39,6 +39,7 @@ EXPERIMENTS = (
     Experiment(families.outcome_selection, 16, "Selection by outcome"),
     Experiment(others.stable_by_chance, 8, "Selection by outcome"),
     Experiment(families.random_sets, 16, "Causal verdicts"),
+    Experiment(verdicts_specificity.specificity_verdicts, 25, "Verdicts: C1"),
     Experiment(families.planned_power, 8, "Planned power"),
     Experiment(invariance.invariance, 4, "Invariance"),
 )

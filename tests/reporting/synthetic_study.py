@@ -238,7 +238,7 @@ def attribution_contrast() -> xr.Dataset:
         {
             "tail_sft": final(0.131, 0.052),
             "tail_rl": final(0.034, 0.011),
-            "tail_null": ("tau", [0.004, 0.0]),
+            "tail_null": final(0.004, 0.0),
             "tail_floor": (("floor", "tau"), [[0.0, 0.0], [0.004, 0.0]]),
             "tail_sft_low": final(0.09, 0.03),
             "tail_sft_high": final(0.17, 0.08),

@@ -165,7 +165,9 @@ def test_c1_is_answered_where_the_runs_are_equally_far_from_base(results: Result
 
 
 def test_c1_below_the_floor_is_undetermined(results: Results, spec: StudySpec) -> None:
-    results["attribution_contrast"] = results["attribution_contrast"].assign(tail_null=("tau", [0.2, 0.2]))
+    results["attribution_contrast"] = results["attribution_contrast"].assign(
+        tail_null=with_final(results["attribution_contrast"], "tail_null", 0.2, 0.2)
+    )
     assessed = claim(results, spec, "C1")
     assert assessed.verdict is Verdict.UNDETERMINED
     assert "the largest of base against itself" in assessed.answer

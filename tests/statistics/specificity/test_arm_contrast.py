@@ -92,8 +92,8 @@ def test_masses_floors_and_layout():
     assert one.effect.values == pytest.approx(tail(t, "sft") - tail(t, "rl"))
     assert out.tail_floor.sel(floor="base read again").values == pytest.approx(tail(t, "again"))
     assert out.tail_floor.sel(floor="halves").values == pytest.approx((tail(t, "halves") + tail(t, "halves.2")) / 2)
-    assert out.tail_null.values == pytest.approx(out.tail_floor.max("floor").values), "the largest floor"
-    assert one.excess_rl.values == pytest.approx(tail(t, "rl") - out.tail_null.values)
+    assert one.tail_null.values == pytest.approx(out.tail_floor.max("floor").values), "the largest floor"
+    assert one.excess_rl.values == pytest.approx(tail(t, "rl") - one.tail_null.values)
     assert np.all((one.effect_low < 0.2) & (one.effect_high > 0.2))
     assert np.all(one.p_value < 0.01)
     assert "these two models" in out.attrs["scope"]
@@ -298,6 +298,22 @@ def test_distances_are_matched_by_divergence_too():
     one = out.sel(comparison="matched_kl", tau=0.7)
     assert one.tail_sft.item() == pytest.approx(0.25 * tail(t, "early") + 0.75 * tail(t, "late"))
     assert one.distance_rl.item() == 0.27
+
+
+def test_noise_larger_than_the_distance_compared_at_is_no_floor_there():
+    """At a shift of .2, noise of .4 says nothing; noise of .2, and within a factor 1.25 of it, does."""
+    shares = {"early": 0.05, "late": 0.25, "rl": 0.15, "by sft": 0.3, "by rl": 0.1, "halves": 0.02}
+    targets = TARGETS | {"by sft": "sft.noise@10", "by rl": "rl.noise@10", "halves": "base.halves@0"}
+    t = table(shares, n=2000, targets=targets)
+    floors = {name: [name] for name in ("by sft", "by rl", "halves")}
+    out = validate(contrast(t, floors=floors, movement=movement(SHIFTS), health=health(t)), "attribution_contrast")
+    assert out.tail_null.sel(tau=0.7, comparison="final").item() == pytest.approx(tail(t, "by sft"))
+    assert out.tail_null.sel(tau=0.7, comparison="matched_shift").item() == pytest.approx(tail(t, "by rl"))
+    for shift, name in ((0.249, "by sft"), (0.251, "by rl")):
+        near = contrast(t, floors=floors, movement=movement(SHIFTS | {"sft@10": shift}), health=health(t))
+        assert near.tail_null.sel(tau=0.7, comparison="matched_shift").item() == pytest.approx(tail(t, name))
+    only = contrast(t, floors={"by sft": ["by sft"]}, movement=movement(SHIFTS), health=health(t))
+    assert np.isnan(only.tail_null.sel(comparison="matched_shift")).all()
 
 
 def test_only_the_first_of_two_crosscoders_of_one_checkpoint_is_used():

@@ -82,9 +82,10 @@ def _details(data: xr.Dataset, tau: float, decides: str, results: Results, spec:
     prefix = AGREED if latent_scaling else ""
 
     def shares(prefix: str) -> dict[str, float]:
-        of_arms = {arm: number(data, f"{prefix}tail_{arm}", tau=tau, comparison=decides) for arm in ("sft", "rl")}
-        of_arms["null"] = number(data, f"{prefix}tail_null", tau=tau)
-        return {name: hundred(share) for name, share in of_arms.items()}
+        return {
+            name: hundred(number(data, f"{prefix}tail_{name}", tau=tau, comparison=decides))
+            for name in ("sft", "rl", "null")
+        }
 
     return {
         "test": data.attrs.get("test", ""),

@@ -160,7 +160,7 @@ def matched_drift(results: Results, spec: StudySpec) -> Graphic:
                 right.plot([last] * 2, [low, high], color=colours[run.name], lw=1.6, solid_capstyle="butt")
             right.plot(last, tail, markers[run.name], color=colours[run.name], ms=7, label=run.name, clip_on=False)
             descriptions.append(f"{run.name}: shift {compact(last)}, {percent(tail)} specific")
-        null = number(contrast, "tail_null", tau=tau)
+        null = number(contrast, "tail_null", tau=tau, comparison="final")
         if np.isfinite(null):
             right.axhline(null, color=NULL, ls="--", lw=1.3, label="largest null floor")
         left.set_title("How far each run moved", pad=8)

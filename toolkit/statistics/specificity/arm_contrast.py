@@ -16,6 +16,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 
 from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, RUN, VIEW, split_model_id
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.null_views import noise_source
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
@@ -159,7 +160,8 @@ def attribution_contrast(
     sft, rl
         Runs of the two arms; three or more on both sides make runs the unit.
     floors
-        What no difference looks like: a name -> the crosscoders of base with itself (its dictionaries).
+        What no difference looks like: a name -> the crosscoders of base with itself (its dictionaries). Noise larger
+        than either arm's distance from base at a comparison is no floor of it.
     taus, norm
         Thresholds on NRN and the norm it uses (the paper's is l1).
     movement
@@ -218,6 +220,7 @@ def attribution_contrast(
     compared = {one: _compared(one, runs, names, _distances(movement, one)) for one in COMPARISONS}
     out = _dataset({one: contrast.of(c.arms) if c.arms else {} for one, c in compared.items()}, taus, prefixes)
     out = out.assign(_floor_variables(of_base, contrast, taus, prefixes))
+    out = out.assign(_largest_floors(out, _too_far(of_base, compared, table, movement), prefixes))
     for prefix, arm in product(prefixes, ARMS):
         out[f"{prefix}excess_{arm}"] = out[f"{prefix}tail_{arm}"] - out[f"{prefix}tail_null"]
     comparable = {one: _comparable(c, table, health) for one, c in compared.items()}
@@ -271,17 +274,52 @@ def _dataset(found: Mapping[str, Mapping[str, Any]], taus: Sequence[float], pref
 def _floor_variables(
     floors: Mapping[str, Sequence[str]], contrast: _Contrast, taus: Sequence[float], prefixes: Sequence[str]
 ) -> dict[str, Any]:
-    """``tail_floor[floor, tau]``, the mean over a floor's dictionaries, and ``tail_null[tau]``, the largest."""
-    shape = (len(floors), len(prefixes), len(taus))
+    """``tail_floor[floor, tau]``, the mean over a floor's dictionaries."""
     parts = [[(name, 1 / len(group)) for name in group] for group in floors.values()]
-    tails = np.array([contrast.tails(one) for one in parts], dtype=np.float64).reshape(shape)
-    largest = tails.max(axis=0) if floors else np.full(shape[1:], np.nan)
-    variables: dict[str, Any] = {f"{prefix}tail_null": ("tau", largest[i]) for i, prefix in enumerate(prefixes)}
-    if floors:
-        names = xr.DataArray(np.array(list(floors), dtype=np.str_), dims=FLOOR)
-        for i, prefix in enumerate(prefixes):
-            variables[f"{prefix}tail_floor"] = xr.DataArray(tails[:, i], dims=(FLOOR, "tau"), coords={FLOOR: names})
-    return variables
+    tails = np.array([contrast.tails(one) for one in parts]).reshape(len(floors), len(prefixes), len(taus))
+    labels = {FLOOR: np.array(list(floors), dtype=np.str_)}
+    return {
+        f"{prefix}tail_floor": xr.DataArray(tails[:, i], dims=(FLOOR, "tau"), coords=labels)
+        for i, prefix in enumerate(prefixes)
+        if floors
+    }
+
+
+def _too_far(
+    floors: Mapping[str, Sequence[str]],
+    compared: Mapping[str, _Compared],
+    table: xr.Dataset,
+    movement: xr.Dataset | None,
+) -> dict[str, list[str]]:
+    """Comparison -> floors of noise that is larger than either arm's distance from base there."""
+    targets = dict(zip(map(str, table[CROSSCODER].values), map(str, table["target"].values), strict=True))
+    sources = {floor: noise_source(targets[group[0]]) for floor, group in floors.items()}
+    found: dict[str, list[str]] = {}
+    for comparison, one in compared.items():
+        known = {model: d for of_run in _distances(movement, comparison).values() for model, d in of_run.items()}
+        farthest = max((arm.distance for arm in one.arms.values()), default=math.nan) if one.arms else math.nan
+        found[comparison] = [
+            floor
+            for floor, model in sources.items()
+            if model is not None and known.get(model, math.nan) > MATCHED_RATIO * farthest
+        ]
+    return found
+
+
+def _largest_floors(
+    out: xr.Dataset, too_far: Mapping[str, Sequence[str]], prefixes: Sequence[str]
+) -> dict[str, xr.DataArray]:
+    """``tail_null[comparison, tau]``: the largest of the floors that hold at a comparison's distance; NaN if none."""
+    largest = {}
+    for prefix in prefixes:
+        none = xr.full_like(out["effect"], np.nan)
+        if f"{prefix}tail_floor" not in out:
+            largest[f"{prefix}tail_null"] = none
+            continue
+        kept = [out[f"{prefix}tail_floor"].drop_sel({FLOOR: list(floors)}) for floors in too_far.values()]
+        by_comparison = [one.max(FLOOR) if one.size else none.isel({COMPARISON: 0}, drop=True) for one in kept]
+        largest[f"{prefix}tail_null"] = xr.concat(by_comparison, out[COMPARISON])
+    return largest
 
 
 def _attrs(
