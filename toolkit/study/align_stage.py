@@ -60,7 +60,7 @@ def align(study: Study, key: str, progress: Progress) -> dict[str, Any]:
     if not pairwise:
         raise StageError(
             "no crosscoder has exactly two views, so no feature can be attributed by NRN; "
-            "add crosscoders with views [base@0, RUN@final] and [base@0, base@repeat] to study.yaml."
+            "add crosscoders with views [base@0, RUN@final] and [base@0, base@halves] to study.yaml."
         )
     scaling, agrees = _scaling(study, pairwise | multiview, progress)
     table = attribution_table(pairwise, multiview=multiview)

@@ -63,7 +63,11 @@ crosscoders:
     steps: 50000
   - {{name: pair-sft, views: [base@0, sft@final], k: 64, n_features: 32768, steps: 50000}}
   - {{name: pair-rl, views: [base@0, rl@final], k: 64, n_features: 32768, steps: 50000}}
-  - {{name: 'null', views: [base@0, base@repeat], k: 64, n_features: 32768, steps: 50000}}   # numerical noise alone
+  # floors: what no difference looks like. base@repeat, base read again, is zero by construction; these can fail
+  - {{name: 'null', views: [base@0, base@halves], k: 64, n_features: 32768, steps: 50000}}   # disjoint prompts
+  # - {{name: noise, views: [base@0, sft@noise], k: 64, n_features: 32768, steps: 50000}}   # noise of SFT's shift
+  # where the final models are unequally far from base, C1 compares the run that moved far at its early checkpoints:
+  # - {{name: pair-sft-early, views: [base@0, sft@20], k: 64, n_features: 32768, steps: 50000}}
 
 selection:
   held_out_tasks: []              # tasks never used in selection

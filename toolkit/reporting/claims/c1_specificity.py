@@ -22,8 +22,8 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     specificity_verdict,
 )
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
-from rlgen_stats.toolkit.statistics.specificity.arm_contrast import COMPARABLE as COMPARABLE_TEXT
-from rlgen_stats.toolkit.statistics.specificity.arm_contrast import NOT_COMPARABLE as NOT_COMPARABLE_TEXT
+from rlgen_stats.toolkit.statistics.specificity.compared_arms import COMPARABLE as COMPARABLE_TEXT
+from rlgen_stats.toolkit.statistics.specificity.compared_arms import NOT_COMPARABLE as NOT_COMPARABLE_TEXT
 
 C1: Final = PaperClaim(
     id="C1",

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from scipy import special, stats
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, RUN, VIEW, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.null_views import noise_source
 from rlgen_stats.schemas.seeds import derive_seed
@@ -22,14 +21,20 @@ from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
 from rlgen_stats.toolkit.statistics.kernels import pooled_estimates
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, IntArray
-from rlgen_stats.toolkit.statistics.specificity.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
-from rlgen_stats.toolkit.statistics.specificity.matched_movement import (
-    MATCHED_RATIO,
-    Mixture,
-    checkpoint_to_add,
-    equal,
-    matched,
+from rlgen_stats.toolkit.statistics.specificity.compared_arms import (
+    ARMS,
+    COMPARABLE,
+    COMPARISON,
+    COMPARISONS,
+    Arm,
+    Compared,
+    comparability,
+    compare_arms,
+    dictionaries_of,
+    distances_of,
 )
+from rlgen_stats.toolkit.statistics.specificity.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
+from rlgen_stats.toolkit.statistics.specificity.matched_movement import MATCHED_RATIO
 from rlgen_stats.toolkit.statistics.specificity.superiority import block_rows, cluster_draws, superiority
 
 TAUS: Final = (0.7, 0.9)
@@ -38,23 +43,9 @@ TAUS: Final = (0.7, 0.9)
 MIN_RUNS: Final = 3
 """Runs per arm from which runs, not features, are permuted: 3 against 3 is the first design whose floor is p = .10."""
 
-FVE_TOLERANCE: Final = 0.05
-"""Largest difference in fraction of variance explained between crosscoders compared."""
-
-L0_RATIO: Final = 1.25
-"""Largest ratio of active features per token between crosscoders compared."""
-
-DEAD_TOLERANCE: Final = 0.10
-"""Largest difference in dead fraction: tail mass is a share of alive features."""
-
 AGREED: Final = "agreed_"
 """Prefix of the variables that count only features whose specificity latent scaling confirms."""
 
-COMPARISON: Final = "comparison"
-MEASURES: Final = {"matched_shift": "activation_shift", "matched_kl": "kl_from_base"}
-"""Comparison -> the distance from base at which the runs are compared."""
-COMPARISONS: Final = ("final", *MEASURES)
-ARMS: Final = ("sft", "rl")
 FLOOR: Final = "floor"
 BY_TAU: Final = (
     *(f"tail_{arm}{end}" for arm in ARMS for end in ("", "_low", "_high")),
@@ -65,8 +56,6 @@ BY_COMPARISON: Final = (
     *("superiority", "superiority_low", "superiority_high"),
     *(f"n_clusters_{arm}" for arm in ARMS),
 )
-NOT_COMPARABLE: Final = "NOT_COMPARABLE"
-COMPARABLE: Final = "COMPARABLE"
 
 
 @dataclass(frozen=True)
@@ -97,38 +86,6 @@ class _Dictionary:
         """Weights [draw, leaning feature] from weights [draw, cluster]: features of one cluster share its weight."""
         cluster = self.cluster[self.leaning]
         return np.asarray((draws / self.sizes)[:, cluster], dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class _Arm:
-    """One arm at one distance from base: dictionaries with weights, the same numbers of them in every mixture."""
-
-    runs: tuple[Mixture, ...]
-    names: Mapping[str, tuple[str, ...]]
-    """Model -> its dictionaries."""
-
-    def parts(self, dictionary: int) -> list[tuple[str, float]]:
-        """Dictionaries of this number, with weights that sum to one."""
-        return [
-            (self.names[model][dictionary], weight / len(self.runs))
-            for mixture in self.runs
-            for model, weight in mixture.weights.items()
-        ]
-
-    @property
-    def n_dictionaries(self) -> int:
-        return min(len(self.names[model]) for mixture in self.runs for model in mixture.weights)
-
-    @property
-    def distance(self) -> float:
-        return float(np.mean([mixture.distance for mixture in self.runs]))
-
-    def by_run(self) -> list[_Arm]:
-        """An arm of each run alone."""
-        return [_Arm((mixture,), self.names) for mixture in self.runs]
-
-    def crosscoders(self) -> list[str]:
-        return [name for r in range(self.n_dictionaries) for name, _ in self.parts(r)]
 
 
 def attribution_contrast(
@@ -207,7 +164,7 @@ def attribution_contrast(
     """
     runs = {"sft": [sft] if isinstance(sft, str) else list(sft), "rl": [rl] if isinstance(rl, str) else list(rl)}
     check_comparable(table, *(data for data in (movement, health) if data is not None), keys=("study_id",))
-    names = {run: _dictionaries_of(table, run) for run in (*runs["sft"], *runs["rl"])}
+    names = {run: dictionaries_of(table, run) for run in (*runs["sft"], *runs["rl"])}
     of_base = dict(floors or {})
     prefixes = ("", AGREED) if "scaling_agrees" in table else ("",)
     groups = [*(group for of_run in names.values() for group in of_run.values()), *of_base.values()]
@@ -217,13 +174,13 @@ def attribution_contrast(
         for name in group
     }
     contrast = _Contrast(dictionaries, alpha=alpha, seed=seed, n_bootstrap=n_bootstrap)
-    compared = {one: _compared(one, runs, names, _distances(movement, one)) for one in COMPARISONS}
+    compared = {one: compare_arms(one, runs, names, distances_of(movement, one)) for one in COMPARISONS}
     out = _dataset({one: contrast.of(c.arms) if c.arms else {} for one, c in compared.items()}, taus, prefixes)
     out = out.assign(_floor_variables(of_base, contrast, taus, prefixes))
     out = out.assign(_largest_floors(out, _too_far(of_base, compared, table, movement), prefixes))
     for prefix, arm in product(prefixes, ARMS):
         out[f"{prefix}excess_{arm}"] = out[f"{prefix}tail_{arm}"] - out[f"{prefix}tail_null"]
-    comparable = {one: _comparable(c, table, health) for one, c in compared.items()}
+    comparable = {one: comparability(c, table, health) for one, c in compared.items()}
     out["comparable"] = (COMPARISON, np.array(list(comparable.values()), dtype=np.str_))
     for arm in ARMS:
         distance = [c.arms[arm].distance if c.arms else math.nan for c in compared.values()]
@@ -287,7 +244,7 @@ def _floor_variables(
 
 def _too_far(
     floors: Mapping[str, Sequence[str]],
-    compared: Mapping[str, _Compared],
+    compared: Mapping[str, Compared],
     table: xr.Dataset,
     movement: xr.Dataset | None,
 ) -> dict[str, list[str]]:
@@ -296,7 +253,7 @@ def _too_far(
     sources = {floor: noise_source(targets[group[0]]) for floor, group in floors.items()}
     found: dict[str, list[str]] = {}
     for comparison, one in compared.items():
-        known = {model: d for of_run in _distances(movement, comparison).values() for model, d in of_run.items()}
+        known = {model: d for of_run in distances_of(movement, comparison).values() for model, d in of_run.items()}
         farthest = max((arm.distance for arm in one.arms.values()), default=math.nan) if one.arms else math.nan
         found[comparison] = [
             floor
@@ -323,7 +280,7 @@ def _largest_floors(
 
 
 def _attrs(
-    runs: Mapping[str, Sequence[str]], finals: _Compared, floors: Mapping[str, Sequence[str]]
+    runs: Mapping[str, Sequence[str]], finals: Compared, floors: Mapping[str, Sequence[str]]
 ) -> dict[str, object]:
     n_sft, n_rl = (len(runs[arm]) for arm in ARMS)
     by_run = min(n_sft, n_rl) >= MIN_RUNS
@@ -384,7 +341,7 @@ class _Contrast:
             total += w * v * np.nan_to_num(np.concatenate(values), nan=0.5)
         return total
 
-    def of(self, arms: Mapping[str, _Arm]) -> dict[str, Any]:
+    def of(self, arms: Mapping[str, Arm]) -> dict[str, Any]:
         """Tails [count] and superiority of two arms, pooled over dictionaries, with intervals and p-values."""
         n = min(arm.n_dictionaries for arm in arms.values())
         parts = {name: [arm.parts(r) for r in range(n)] for name, arm in arms.items()}
@@ -426,7 +383,7 @@ class _Contrast:
                 low[i], high[i] = min(low[i], ends[0]), max(high[i], ends[1])
         return low, high
 
-    def _by_run(self, arms: Mapping[str, _Arm], n: int) -> dict[str, FloatArray]:
+    def _by_run(self, arms: Mapping[str, Arm], n: int) -> dict[str, FloatArray]:
         """Exact permutation of runs between arms, and Welch's interval of the difference of their means; [count]."""
         masses = {
             name: np.stack([np.mean([self.tails(one.parts(r)) for r in range(n)], axis=0) for one in arm.by_run()])
@@ -440,28 +397,6 @@ class _Contrast:
         ends = stats.ttest_ind(sft, rl, equal_var=False, axis=0).confidence_interval(1 - self._alpha)
         p = np.mean(np.abs(permuted) >= np.abs(effect) - TIE_SLACK, axis=0)
         return {"effect": effect, "effect_low": ends.low, "effect_high": ends.high, "p_value": p}
-
-
-# -- which dictionaries ------------------------------------------------------------------------------------------------
-def _dictionaries_of(table: xr.Dataset, run: str) -> dict[str, tuple[str, ...]]:
-    """Checkpoint of the run -> the dictionaries of the first crosscoder that compares it with base."""
-    labels = [str(name) for name in table[CROSSCODER].values]
-    numbers = table["dictionary"].values.tolist() if "dictionary" in table.coords else [1] * len(labels)
-    originals = table["original"].values if "original" in table.coords else [BASE_MODEL] * len(labels)
-    groups: dict[str, list[list[str]]] = {}
-    for label, target, original, number in zip(labels, table["target"].values, originals, numbers, strict=True):
-        if split_model_id(str(target))[0] != run or str(original) != BASE_MODEL:
-            continue
-        of_target = groups.setdefault(str(target), [])
-        if number == 1:
-            of_target.append([])
-        of_target[-1].append(label)
-    if not groups:
-        raise InputError(
-            f"run {run!r} has no crosscoder with base in the attribution table, whose crosscoders compare base with "
-            f"{sorted({str(target) for target in table['target'].values})}."
-        )
-    return {target: tuple(of_target[0]) for target, of_target in groups.items()}
 
 
 def _dictionary(
@@ -509,149 +444,3 @@ def _labels(table: xr.Dataset, source: xr.Dataset | IntArray, name: str) -> IntA
     labels = np.full(len(alive), -1, dtype=np.int64)
     labels[: len(given)] = given
     return np.where(alive, labels, -1)
-
-
-# -- at which distance from base ---------------------------------------------------------------------------------------
-Distances = dict[str, dict[str, float]]
-"""Run -> checkpoint -> distance from base."""
-
-
-def _distances(movement: xr.Dataset | None, comparison: str) -> Distances:
-    found: Distances = {}
-    measure = MEASURES.get(comparison, "activation_shift")
-    if movement is not None and measure in movement:
-        for model, run, value in zip(
-            movement[MODEL].values, movement[RUN].values, movement[measure].values, strict=True
-        ):
-            found.setdefault(str(run), {})[str(model)] = float(value)
-    return found
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """Both arms at the distances of one comparison, or why there are none."""
-
-    arms: Mapping[str, _Arm] | None
-    problems: tuple[str, ...] = ()
-    note: str = ""
-
-
-def _compared(
-    comparison: str,
-    runs: Mapping[str, Sequence[str]],
-    names: Mapping[str, Mapping[str, tuple[str, ...]]],
-    distances: Distances,
-) -> _Compared:
-    make = _finals if comparison == "final" else _matched
-    return make(comparison, runs, names, distances)
-
-
-def _finals(
-    comparison: str,
-    runs: Mapping[str, Sequence[str]],
-    names: Mapping[str, Mapping[str, tuple[str, ...]]],
-    distances: Distances,
-) -> _Compared:
-    mixtures = {}
-    for run, of_run in names.items():
-        final = max([*distances.get(run, {}), *of_run], key=lambda model: split_model_id(model)[1])
-        if final not in of_run:
-            return _Compared(None, (f"no crosscoder compares base with {final}, the last checkpoint of {run}",))
-        mixtures[run] = Mixture({final: 1.0}, distances.get(run, {}).get(final, math.nan))
-    arms = {arm: _Arm(tuple(mixtures[run] for run in of_arm), _union(names)) for arm, of_arm in runs.items()}
-    sft, rl = (arms[arm].distance for arm in ARMS)
-    if not distances:
-        return _Compared(arms, ("how far each run moved from base is not known",))
-    if not (math.isfinite(sft) and math.isfinite(rl)):
-        missing = next(
-            m for mixture in mixtures.values() for m in mixture.weights if not math.isfinite(mixture.distance)
-        )
-        return _Compared(arms, (f"no activation shift is recorded for {missing}",))
-    facts = f"activation shift from base {sft:.3g} (SFT) and {rl:.3g} (RL)"
-    if equal(sft, rl):
-        return _Compared(arms, note=f"{facts}, within a factor {MATCHED_RATIO}")
-    return _Compared(arms, (f"{facts} differ by more than a factor {MATCHED_RATIO}",))
-
-
-def _matched(
-    comparison: str,
-    runs: Mapping[str, Sequence[str]],
-    names: Mapping[str, Mapping[str, tuple[str, ...]]],
-    distances: Distances,
-) -> _Compared:
-    measure = MEASURES[comparison].replace("_", " ").replace("kl", "KL")
-    with_dictionary = {
-        run: {model: distances.get(run, {}).get(model, math.nan) for model in of_run} for run, of_run in names.items()
-    }
-    level, mixtures = matched(with_dictionary)
-    if not level > 0:
-        return _Compared(None, (f"the {measure} of a run is not known or zero",))
-    problems = []
-    found: dict[str, Mixture] = {}
-    for run, mixture in mixtures.items():
-        if mixture is not None:
-            found[run] = mixture
-            continue
-        add = checkpoint_to_add(distances[run], level)
-        nearest = min(with_dictionary[run], key=lambda model: with_dictionary[run][model])
-        remedy = (
-            f"add a crosscoder with views [{BASE_MODEL}, {add}]"
-            if add is not None
-            else f"no checkpoint of {run} is so near to base: train it with schedule: geometric"
-        )
-        problems.append(
-            f"at {measure} {level:.3g} there is no dictionary of {run} (the nearest, of {nearest}, is at "
-            f"{with_dictionary[run][nearest]:.3g}); {remedy}"
-        )
-    if problems:
-        return _Compared(None, tuple(problems))
-    arms = {arm: _Arm(tuple(found[run] for run in of_arm), _union(names)) for arm, of_arm in runs.items()}
-    at = " and ".join(f"{run} as {mixture.describe()}" for run, mixture in found.items())
-    return _Compared(arms, note=f"at {measure} {level:.3g} from base, {at}")
-
-
-def _union(names: Mapping[str, Mapping[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
-    return {model: group for of_run in names.values() for model, group in of_run.items()}
-
-
-def _comparable(compared: _Compared, table: xr.Dataset, health: xr.Dataset | None) -> str:
-    """``COMPARABLE`` or ``NOT_COMPARABLE``, a colon, and the reasons: distance from base and parity of fit."""
-    problems, notes = list(compared.problems), [compared.note] if compared.note else []
-    if compared.arms:
-        unequal, parity = _parity(table, compared.arms, health)
-        problems, notes = problems + unequal, notes + parity
-    return f"{NOT_COMPARABLE}: {'; '.join(problems)}" if problems else f"{COMPARABLE}: {'; '.join(notes)}"
-
-
-def _parity(table: xr.Dataset, arms: Mapping[str, _Arm], health: xr.Dataset | None) -> tuple[list[str], list[str]]:
-    if health is None:
-        return ["fit of the crosscoders (FVE, L0, dead fraction) is not known"], []
-    known = [str(name) for name in health[CROSSCODER].values]
-    missing = [name for arm in arms.values() for name in arm.crosscoders() if name not in known]
-    if missing:
-        return [f"crosscoder {missing[0]!r} has no health record"], []
-    fits = [_fit(table, arms[arm], health) for arm in ARMS]
-    fve, l0, dead = np.transpose(fits).tolist()
-    problems = []
-    if abs(fve[0] - fve[1]) > FVE_TOLERANCE:
-        problems.append(f"FVE differs ({fve[0]:.3f} and {fve[1]:.3f}, tolerance {FVE_TOLERANCE})")
-    if max(l0) > L0_RATIO * min(l0):
-        problems.append(f"L0 differs ({l0[0]:.1f} and {l0[1]:.1f}, factor {L0_RATIO} allowed)")
-    if abs(dead[0] - dead[1]) > DEAD_TOLERANCE:
-        problems.append(f"dead fractions differ ({dead[0]:.2f} and {dead[1]:.2f}, tolerance {DEAD_TOLERANCE})")
-    if not np.isfinite(fits).all():
-        problems.append("a health value is missing")
-    return problems, ["FVE, L0 and dead fraction at parity"]
-
-
-def _fit(table: xr.Dataset, arm: _Arm, health: xr.Dataset) -> FloatArray:
-    """FVE of the target view, L0 and dead fraction, averaged as the arm's dictionaries are."""
-    total = np.zeros(3)
-    for r in range(arm.n_dictionaries):
-        for name, weight in arm.parts(r):
-            one = health.sel({CROSSCODER: name})
-            target = str(table["target"].sel({CROSSCODER: name}).item())
-            views = [str(view) for view in np.atleast_1d(one[VIEW].values)]
-            fve = float(one["fve"].sel({VIEW: target})) if target in views else float("nan")
-            total += weight / arm.n_dictionaries * np.array([fve, float(one["l0"]), float(one["dead_fraction"])])
-    return total
