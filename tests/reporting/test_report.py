@@ -189,6 +189,12 @@ def test_study_facts_are_shown(page: Page) -> None:
         assert fact in page.text
 
 
+def test_what_could_not_be_tested_is_not_called_drift(report: Path) -> None:
+    text = (report / "report.md").read_text(encoding="utf-8")
+    assert "- Features untestable in the drift of rl: 30 of 240 features" in text
+    assert "- Drift of rl" not in text
+
+
 def test_one_run_per_arm_is_explained(page: Page) -> None:
     assert "It cannot show that SFT and RL differ" in page.text
 
