@@ -8,6 +8,7 @@ import pytest
 
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
+    DICTIONARIES_DISAGREE,
     NOT_COMPARABLE,
     Verdict,
     any_feature_p,
@@ -102,6 +103,30 @@ def test_specificity_verdict(
 def test_one_alive_feature_in_a_hundred_more_is_not_more(high: float, expected: Verdict) -> None:
     verdict = specificity_verdict((0.0, -0.01, high), 0.9, (0.1, 0.1, 0.01), alpha=0.05, comparable=True)
     assert verdict == (expected, ())
+
+
+@pytest.mark.parametrize(
+    ("effect", "each", "beside", "guards"),
+    [
+        (0.10, (0.2, 0.09, 0.001), {"ranks": (-0.2, 0.0)}, ()),  # 0 is not the opposite
+        (0.10, (0.2, 0.09, 0.001), {"ranks": (-0.2, -0.001)}, ("ranks",)),
+        (0.10, (0.2, 0.09, -0.001), {}, (DICTIONARIES_DISAGREE,)),
+        (0.10, (0.2, 0.2, 0.2, 0.2, -0.1), {}, ()),  # four of five are enough
+        (-0.10, (-0.2, -0.1), {"ranks": (0.0, 0.2)}, ()),
+        (-0.10, (-0.2, 0.1), {"ranks": (0.001, 0.2)}, (DICTIONARIES_DISAGREE, "ranks")),
+    ],
+)
+def test_a_direction_needs_all_dictionaries_and_no_measure_against_it(
+    effect: float, each: tuple[float, ...], beside: dict[str, tuple[float, float]], guards: tuple[str, ...]
+) -> None:
+    shares = (0.13, 0.03, 0.0) if effect > 0 else (0.03, 0.13, 0.0)
+    interval = (effect, effect - 0.05, effect + 0.05)
+    verdict, failed = specificity_verdict(
+        interval, 0.001, shares, alpha=0.05, comparable=True, each=each, beside=beside
+    )
+    assert failed == guards
+    directed = Verdict.SUPPORTED if effect > 0 else Verdict.CONTRADICTED
+    assert verdict is (Verdict.UNDETERMINED if guards else directed)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def build_tables(
             tables["health_models"] = flat(results["health"], ("crosscoder", "model")).dropna(subset=["fve_model"])
     if "attribution_contrast" in results:
         tables["attribution_comparisons"] = flat(results["attribution_contrast"], ("comparison",))
-        tables["attribution_floors"] = flat(results["attribution_contrast"], ("floor", "tau"))
+        if "tail_floor" in results["attribution_contrast"]:
+            tables["attribution_floors"] = flat(results["attribution_contrast"], ("floor", "tau"))
     if "latent_scaling" in results:
         tables["feature_classes"] = class_counts(results["latent_scaling"])
     if "matching" in results:

@@ -298,6 +298,7 @@ def test_distances_are_matched_by_divergence_too():
     one = out.sel(comparison="matched_kl", tau=0.7)
     assert one.tail_sft.item() == pytest.approx(0.25 * tail(t, "early") + 0.75 * tail(t, "late"))
     assert one.distance_rl.item() == 0.27
+    assert "at KL 0.27 from base, sft as 25% sft@3 and 75% sft@10" in str(one.comparable.item())
 
 
 def test_noise_larger_than_the_distance_compared_at_is_no_floor_there():

@@ -42,7 +42,7 @@ from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, t
 MAX_PATTERNS: Final = 14
 """Most combinations of tasks drawn; the rarest are left out and counted in the caption."""
 
-_FLOOR_STYLES: Final = ("-.", "--", ":", (0, (5, 1)))
+_FLOOR_STYLES: Final = ("--", "-.", ":")
 """Lines of the floors, one of base against itself each."""
 
 

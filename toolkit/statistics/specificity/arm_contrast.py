@@ -82,7 +82,7 @@ class _Dictionary:
         """[feature]: whether it leans to the target at least as much as the median feature does."""
         return self.lean >= 0
 
-    def weights(self, draws: FloatArray | IntArray) -> FloatArray:
+    def weights(self, draws: IntArray) -> FloatArray:
         """Weights [draw, leaning feature] from weights [draw, cluster]: features of one cluster share its weight."""
         cluster = self.cluster[self.leaning]
         return np.asarray((draws / self.sizes)[:, cluster], dtype=np.float64)
@@ -185,9 +185,8 @@ def attribution_contrast(
     for arm in ARMS:
         distance = [c.arms[arm].distance if c.arms else math.nan for c in compared.values()]
         out[f"distance_{arm}"] = (COMPARISON, np.array(distance))
-    facts = {"decided_by": _decided_by(comparable), "norm": norm}
-    facts |= {"seed": seed, "alpha": alpha, "n_bootstrap": n_bootstrap}
-    return out.assign_attrs(_attrs(runs, compared["final"], of_base) | facts)
+    how = {"norm": norm, "seed": seed, "alpha": alpha, "n_bootstrap": n_bootstrap}
+    return out.assign_attrs(_attrs(runs, compared["final"], of_base), decided_by=_decided_by(comparable), **how)
 
 
 def _decided_by(comparable: Mapping[str, str]) -> str:
@@ -332,7 +331,7 @@ class _Contrast:
             if not (a.leaning.any() and b.leaning.any()):
                 return np.full_like(total, np.nan)
             rows = block_rows(max(len(a.sizes), len(b.sizes), len(a.lean), len(b.lean)))
-            whole = np.ones((1, len(a.sizes))), np.ones((1, len(b.sizes)))
+            whole = tuple(np.ones((1, len(one.sizes)), dtype=np.int64) for one in (a, b))
             blocks = [whole, *zip(self._draws(first, rows), self._draws(second, rows), strict=True)]
             values = [
                 superiority(a.lean[a.leaning], b.lean[b.leaning], a.weights(of_a), b.weights(of_b))

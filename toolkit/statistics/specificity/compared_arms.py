@@ -177,7 +177,7 @@ def _matched(
     names: Mapping[str, Mapping[str, tuple[str, ...]]],
     distances: Distances,
 ) -> Compared:
-    measure = MEASURES[comparison].replace("_", " ").replace("kl", "KL")
+    measure = {"matched_shift": "activation shift", "matched_kl": "KL"}[comparison]
     with_dictionary = {
         run: {model: distances.get(run, {}).get(model, math.nan) for model in of_run} for run, of_run in names.items()
     }
