@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK, of_dictionary, split_model_id
-from rlgen_stats.schemas.null_views import floor_name
+from rlgen_stats.schemas.null_views import floor_name, noise_source
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import RunSpec, SelectionSpec
 from rlgen_stats.stores import Provenance, open_features, open_outcomes, open_results, write_results
@@ -118,7 +118,7 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
         {name: table["cluster"].sel(crosscoder=name).values for name in names},
         sft=sft,
         rl=rl,
-        floors=floors_of(table),
+        floors=floors_of(table, {*sft, *rl}),
         taus=tuple(sorted({settings.tau, 0.9})),
         movement=open_results(folder.results, "movement").load(),
         health=open_results(folder.results, "health").load(),
@@ -204,11 +204,11 @@ def _runs_of_arm(runs: Sequence[RunSpec], contrasted: RunSpec, table: xr.Dataset
     return [name for name in (contrasted.name, *others) if name in paired]
 
 
-def floors_of(table: xr.Dataset) -> dict[str, list[str]]:
-    """What a crosscoder of base with itself is the floor of -> its dictionaries, of all in an attribution table."""
+def floors_of(table: xr.Dataset, runs: Collection[str]) -> dict[str, list[str]]:
+    """What a crosscoder of base with itself is the floor of -> its dictionaries; of noise, only as large as these runs."""
     floors: dict[str, list[str]] = {}
-    for name, target in zip(table["crosscoder"].values, table["target"].values, strict=True):
-        floor = floor_name(str(target))
-        if floor is not None:
+    for name, target in zip(table["crosscoder"].values, map(str, table["target"].values), strict=True):
+        floor, source = floor_name(target), noise_source(target)
+        if floor is not None and (source is None or split_model_id(source)[0] in runs):
             floors.setdefault(floor, []).append(str(name))
     return floors
