@@ -205,7 +205,7 @@ def _runs_of_arm(runs: Sequence[RunSpec], contrasted: RunSpec, table: xr.Dataset
 
 
 def floors_of(table: xr.Dataset, runs: Collection[str]) -> dict[str, list[str]]:
-    """What a crosscoder of base with itself is the floor of -> its dictionaries; of noise, only as large as these runs."""
+    """What a crosscoder of base with itself is the floor of -> its dictionaries; noise only as large as these runs."""
     floors: dict[str, list[str]] = {}
     for name, target in zip(table["crosscoder"].values, map(str, table["target"].values), strict=True):
         floor, source = floor_name(target), noise_source(target)
