@@ -11,8 +11,8 @@ import torch
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, is_reserved, noise_model, noise_source
-from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder
+from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
+from rlgen_stats.stores import StudyFolder, open_activations
 from rlgen_stats.stores.study_models import find_model, resolve_view
 from rlgen_stats.toolkit.crosscoder import (
     ArrayReader,
@@ -24,6 +24,7 @@ from rlgen_stats.toolkit.crosscoder import (
 from rlgen_stats.toolkit.crosscoder.data.halves import HalvesReader, halves_weight
 from rlgen_stats.toolkit.crosscoder.data.paired import measure_views
 from rlgen_stats.toolkit.crosscoder.model import sparse as sparse_module
+from rlgen_stats.toolkit.crosscoder.training import stage as stage_module
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
 from rlgen_stats.toolkit.crosscoder.training.train import TrainingRun, compute_gradients, start_run
 from rlgen_stats.toolkit.statistics import attribution
@@ -136,6 +137,35 @@ def test_a_study_trains_its_floors(copied: Study) -> None:
     assert spread["null"] < 1e-3, "zero by construction"
     assert spread["halves"] > 0.01
     assert spread["noise"] > 0.01
+
+
+def test_halves_of_a_study_share_no_cluster_of_prompts(copied: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, folder = copied
+    given: list[Any] = []
+
+    def stop(data: Any, *_: Any, **__: Any) -> None:
+        given.append(data)
+        raise InterruptedError
+
+    monkeypatch.setattr(stage_module, "train_replicates", stop)
+    null = spec.crosscoders[1].model_dump(mode="json") | {"views": ["base@0", "base@halves"], "batch_size": 65}
+    spec = spec.model_copy(update={"crosscoders": (CrosscoderSpec.model_validate(null),)})
+    monkeypatch.setattr(StudySpec, "primary_crosscoder", study_spec().primary_crosscoder)
+    with pytest.raises(InterruptedError):
+        train_crosscoders(spec, folder, provenance=PROVENANCE)
+    stored = open_activations(folder.activations, models=["base@0"]).isel(model=0).load()
+    cluster_of: dict[bytes, set[str]] = {}
+    for row, cluster in zip(stored.activation.values, stored.cluster.values, strict=True):
+        cluster_of.setdefault(row.tobytes(), set()).add(str(cluster))
+    halves: tuple[set[str], set[str]] = (set(), set())
+    for batch in given[0].epoch(0):
+        assert batch.shape == (65, 2, 16)
+        np.testing.assert_array_equal(batch[:, 0], batch[:, 1])
+        for half, rows in zip(halves, (batch[:32, 0], batch[32:, 0]), strict=True):
+            known = [cluster_of[np.ascontiguousarray(row).tobytes()] for row in rows]
+            half.update(*(clusters for clusters in known if len(clusters) == 1))
+    assert not halves[0] & halves[1]
+    assert {len(half) for half in halves} == {7, 8}, "of 15 clusters"
 
 
 @pytest.mark.parametrize(
