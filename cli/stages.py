@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rlgen_stats.toolkit.study import Study
 
 _HELP: Final = {
-    "posttrain": "Train the study's runs with TRL from the base, keeping evenly spaced checkpoints.",
+    "posttrain": "Train the study's runs with TRL from the base, keeping the checkpoints of its schedule.",
     "extract": "Sample and grade completions of every model, then store activations of the same tokens in all of them.",
     "crosscoder": "Train every crosscoder of the study from the activation store and measure its health.",
     "encode": "Encode every checkpoint with the declared readout and summarise features per prompt.",

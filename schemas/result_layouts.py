@@ -41,6 +41,8 @@ _INTERVENTION: Final = (
 _RANDOM_LEVELS: Final = ("", "_random", "_random_high")
 """A number, its mean or median when chance decides, and the 95% quantile of that."""
 
+_CONTRAST: Final = dict.fromkeys(("tail_sft", "tail_rl", "effect", "effect_low", "effect_high", "p_value"), "float")
+
 RESULTS: Final = (
     Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
         "behaviour",
@@ -116,7 +118,7 @@ RESULTS: Final = (
         )
         | variables_on("crosscoder", readout_reasons="str", readout_accepted="bool"),
     ),
-    Layout(  # per pairwise crosscoder (dimension crosscoder: one per run plus 'null')
+    Layout(  # per pairwise crosscoder: base and a checkpoint (coordinate target), or base and itself
         "attribution",
         variables_on(
             f"crosscoder {FEATURE}", nrn_l1="float", nrn_l2="float", log_ratio="float", firing="float", alive="bool"
@@ -154,30 +156,28 @@ RESULTS: Final = (
         | variables_on("crosscoder replicate", subspace_overlap="float", subspace_overlap_chance="float"),
         attrs=("test", "null", "unit", "by", "alpha"),
     ),
-    Layout(  # claim C1: share of model-specific features, SFT against RL; dimension tau
+    Layout(  # claim C1: model-specific features, SFT against RL; the final models, and at equal distance from base
         "attribution_contrast",
-        variables_on(
-            "tau",
-            tail_sft="float",
-            tail_rl="float",
-            tail_null="float",
-            effect="float",
-            effect_low="float",
-            effect_high="float",
-            p_value="float",
+        variables_on("comparison tau", **_CONTRAST)
+        | variables_on("comparison tau dictionary", effect_each="float")
+        | variables_on("comparison tau", tail_null="float")
+        | variables_on(
+            "comparison",
+            comparable="str",
+            distance_sft="float",
+            distance_rl="float",
+            superiority="float",
+            superiority_low="float",
+            superiority_high="float",
         )
-        | variables_on("tau", comparable="str"),
-        attrs=("test", "null", "unit", "seed", "alpha"),
-        optional=variables_on(  # the same, counting only features that latent scaling confirms
-            "tau",
-            agreed_tail_sft="float",
-            agreed_tail_rl="float",
-            agreed_tail_null="float",
-            agreed_effect="float",
-            agreed_effect_low="float",
-            agreed_effect_high="float",
-            agreed_p_value="float",
-        ),
+        | variables_on("comparison dictionary", superiority_each="float"),
+        variables_on("comparison", comparison="str"),
+        ("test", "null", "unit", "seed", "alpha", "decided_by"),
+        optional=variables_on("floor tau", tail_floor="float", agreed_tail_floor="float")
+        # the same, counting only features that latent scaling confirms
+        | variables_on("comparison tau", **{f"agreed_{name}": kind for name, kind in _CONTRAST.items()})
+        | variables_on("comparison tau dictionary", agreed_effect_each="float")
+        | variables_on("comparison tau", agreed_tail_null="float"),
     ),
     Layout(
         "drift",

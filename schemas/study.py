@@ -12,8 +12,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, check_name, model_id, split_model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.null_views import BASE_VIEWS, is_reserved
 
 STUDY_SCHEMA_VERSION: Final = 1
 
@@ -60,7 +61,10 @@ class RunSpec(Spec):
     seed: int = 0
     """Replicate number; combined with the study's seed."""
     n_checkpoints: PositiveInt = 5
-    """Evenly spaced checkpoints kept while training here."""
+    """Checkpoints kept while training here."""
+    schedule: Literal["linear", "geometric"] = "linear"
+    """Steps of these checkpoints: evenly spaced (linear), or from the first step on each the same multiple of the one
+    before (geometric; fewer where steps coincide), so that a run that moves fast has checkpoints near to base too."""
     checkpoints: dict[int, str] = Field(default_factory=dict)
     """step -> folder, for method 'checkpoints'."""
     trainer: dict[str, Any] = Field(default_factory=dict)
@@ -69,8 +73,8 @@ class RunSpec(Spec):
     @model_validator(mode="after")
     def _check(self) -> RunSpec:
         check_name(self.name, "a run name")
-        if self.name == BASE_RUN:
-            raise ValueError("a run cannot be called 'base'; that name is the base model's.")
+        if is_reserved(self.name):
+            raise ValueError(f"a run cannot be called {self.name!r}; that name is the base model's.")
         if (self.method == "checkpoints") != bool(self.checkpoints):
             raise ValueError(
                 f"run {self.name!r}: method 'checkpoints' needs a 'checkpoints' mapping of step to folder, "
@@ -162,7 +166,9 @@ class CrosscoderSpec(Spec):
     name: str
     """Folder name below crosscoder/."""
     views: tuple[str, ...]
-    """Model ids; 'RUN@final' stands for a run's last checkpoint, 'base@repeat' for the base read a second time."""
+    """Model ids; 'RUN@final' stands for a run's last checkpoint. Beside base@0, as floors of no difference:
+    'base@repeat', base read a second time; 'base@halves', base again, each of the two views trained on half of the
+    prompts; 'RUN@noise', base with noise as large as RUN's distance from base on every token."""
     sparsity: Literal["l1", "batchtopk", "topk", "jumprelu", "dfc"] = "batchtopk"
     """Sparsity rule; dfc is batchtopk with features declared exclusive to one view."""
     n_features: PositiveInt = 32768
@@ -233,6 +239,14 @@ class CrosscoderSpec(Spec):
                 f"crosscoder {self.name!r}: exclusive_features must be {len(self.views)} numbers, one a view, that sum "
                 f"to 1 to {self.n_features}; got {list(n_exclusive)}."
             )
+        floor = next((view for view in self.views if view == "base@halves" or view.endswith("@noise")), None)
+        if floor is not None and (
+            set(self.views) != {BASE_MODEL, floor} or self.corpus or self.objective in ("paired", "both")
+        ):
+            raise ValueError(
+                f"crosscoder {self.name!r}: view {floor!r} is a floor of crosscoders of two models; expected views "
+                f"[{BASE_MODEL}, {floor}], objective joint and no corpus."
+            )
         if self.sparsity == "dfc" and self.objective in ("paired", "both"):
             raise ValueError(
                 f"crosscoder {self.name!r}: objective {self.objective!r} reads all views with one encoder, which the "
@@ -246,6 +260,8 @@ class CrosscoderSpec(Spec):
         open_ = {
             "objective": self.objective or ("both" if encoded and self.sparsity != "dfc" else "joint"),
             "replicates": self.replicates or (3 if encoded else 1),
+            # noise cannot be reconstructed, so the health checks of a floor made of it say nothing
+            "accept_unhealthy": self.accept_unhealthy or any(view.endswith("@noise") for view in self.views),
         }
         return self.model_copy(update=open_)
 
@@ -416,10 +432,10 @@ class StudySpec(Spec):
 
     def _model_of_view(self, crosscoder: str, view: str) -> str:
         """The model a view stands for, as far as the spec tells: steps of runs trained here are not known yet."""
-        if view in (BASE_MODEL, "base@repeat"):
-            return view
+        if view in BASE_VIEWS:
+            return BASE_VIEWS[view]
         run, _, step = view.rpartition("@")
-        if step != "final":
+        if step not in ("final", "noise"):
             try:
                 run, number = split_model_id(view)
             except InputError as error:
@@ -428,8 +444,10 @@ class StudySpec(Spec):
         if run not in runs:
             raise ValueError(
                 f"crosscoder {crosscoder!r}: view {view!r} is no model of this study; "
-                f"expected {BASE_MODEL}, base@repeat, or RUN@final / RUN@step with RUN in {sorted(runs)}."
+                f"expected {', '.join(BASE_VIEWS)}, or RUN@final / RUN@step / RUN@noise with RUN in {sorted(runs)}."
             )
+        if step == "noise":
+            return view
         steps = sorted(runs[run].checkpoints)
         if step == "final":
             return model_id(run, steps[-1]) if steps else view

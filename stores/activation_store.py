@@ -22,14 +22,15 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import CHANNEL, MODEL, RUN, STEP, TOKEN, check_name, split_model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, MODEL, RUN, STEP, TOKEN, check_name, split_model_id
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import ACTIVATION_ATTRS
+from rlgen_stats.schemas.null_views import HALVES_MODEL, noise_source
 from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.labels import TokenLabels
 from rlgen_stats.stores.locations import place
-from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
+from rlgen_stats.stores.shards import PerturbedShards, ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version
 
 ARRAY: Final = "activation"
@@ -112,13 +113,34 @@ def shard_arrays(
         site = sites[0]
     complete = [m for (m, s), n in stored.items() if n == n_tokens and s == site]
     chosen = list(models) if models is not None else complete
-    absent = [model for model in chosen if model not in complete]
+    absent = [model for one in chosen for model in _sources(one) if model not in complete]
     if absent or not chosen:
         raise StoreError(
             f"{path} has no complete activations of {absent or 'any model'} at {site!r}; it has {complete}: run the "
             "extract stage, or name others."
         )
-    return site, {model: open_shards(path / model / site / ARRAY, decoded=decoded) for model in chosen}
+    return site, {model: _array(path, model, site, decoded=decoded) for model in chosen}
+
+
+def _sources(model: str) -> tuple[str, ...]:
+    """The stored models whose activations make those of ``model``: itself, or base where it is a view of base."""
+    source = noise_source(model)
+    if source is not None:
+        return BASE_MODEL, source
+    return (BASE_MODEL if model == HALVES_MODEL else model,)
+
+
+def _array(path: Path, model: str, site: str, *, decoded: bool) -> ShardArray:
+    first, *others = (open_shards(path / one / site / ARRAY, decoded=decoded) for one in _sources(model))
+    if not others:
+        return first
+    other, label = others[0], path / model / site / ARRAY
+    if other.shape != first.shape:
+        raise StoreError(
+            f"{model!r} is base with noise as large as another model's distance from it and expects equal widths, got "
+            f"{first.shape[1]} and {other.shape[1]} channels; leave that view out."
+        )
+    return PerturbedShards(label, first.shape, first.rows, first.stored_type, decoded, base=first, other=other)
 
 
 def open_tokens(path: Path | str) -> xr.Dataset:

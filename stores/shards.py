@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from rlgen_stats.schemas.errors import StoreCorruptError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores.atomic import ZARR_JSON, sync
 from rlgen_stats.stores.locations import explain_access_errors, is_remote
 
@@ -213,6 +214,27 @@ class ShardArray:
 
     def _decode(self, values: NDArray[Any]) -> NDArray[Any]:
         return to_float32(values, self.stored_type) if self.decoded and self.stored_type == BFLOAT16 else values
+
+
+@dataclass(frozen=True)
+class PerturbedShards(ShardArray):
+    """Base with noise: to every row is added a vector of random direction, as long as another model's row is distant.
+
+    Nothing is stored. The noise is a function of the label in ``path`` and the shard, so that every reader has the
+    same.
+    """
+
+    base: ShardArray = field(kw_only=True)
+    other: ShardArray = field(kw_only=True)
+
+    def shard(self, index: int) -> NDArray[Any]:
+        """Rows of one shard in their stored type."""
+        base, other = (to_float32(array.shard(index), array.stored_type) for array in (self.base, self.other))
+        random = np.random.default_rng([derive_seed(0, *self.path.parts[-3:]), index])
+        noise = random.standard_normal(base.shape, dtype=np.float32)
+        noise *= (np.linalg.norm(other - base, axis=1) / np.linalg.norm(noise, axis=1))[:, None]
+        values = base + noise
+        return to_bfloat16(values) if self.stored_type == BFLOAT16 else values.astype(stored_dtype(self.stored_type))
 
 
 def checksum_of(raw: NDArray[np.uint8]) -> int:

@@ -9,14 +9,13 @@ from typing import Any, Final
 
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, BASE_RUN, MODEL, RUN, STEP, model_id, split_model_id
 from rlgen_stats.schemas.errors import ModelError
+from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, noise_model
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
 from rlgen_stats.stores.folder import StudyFolder
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
-REPEAT_MODEL: Final = model_id(f"{BASE_RUN}.repeat", 0)
-"""Label of the base read a second time in other batches: the null floor of attribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,32 +99,31 @@ def final_model(spec: StudySpec, folder: StudyFolder, run_name: str) -> ModelRef
 
 
 def resolve_view(view: str, spec: StudySpec, folder: StudyFolder) -> str:
-    """Model id of a view: ``rl@final`` becomes ``rl@80``, ``base@repeat`` becomes ``base.repeat@0``.
+    """Model id of a view: ``rl@final`` is ``rl@80``, ``rl@noise`` ``rl.noise@80``, ``base@repeat`` ``base.repeat@0``.
 
     Raises
     ------
     ModelError
         If there is no such run or checkpoint.
     """
+    if view in BASE_VIEWS:
+        return BASE_VIEWS[view]
     run, _, step = view.rpartition("@")
-    if step == "repeat" and run == BASE_RUN:
-        return REPEAT_MODEL
-    if step == "final":
-        return final_model(spec, folder, run).model
+    if step in ("final", "noise"):
+        final = final_model(spec, folder, run).model
+        return noise_model(final) if step == "noise" else final
     return find_model(view, spec, folder).model
 
 
 def find_model(model: str, spec: StudySpec, folder: StudyFolder) -> ModelRef:
-    """The model labelled ``run@step``; ``base.repeat@0`` is the base's own checkpoint.
+    """The model labelled ``run@step``; views that are base itself (``base.repeat@0``) have base's checkpoint.
 
     Raises
     ------
     ModelError
         If the study has no such model; the message lists the run's steps.
     """
-    run, step = split_model_id(model)
-    if model == REPEAT_MODEL:
-        run = BASE_RUN
+    run, step = split_model_id(BASE_MODEL if floor_name(model) else model)
     refs = list_models(spec, folder)
     for ref in refs:
         if (ref.run, ref.step) == (run, step):

@@ -12,6 +12,7 @@ from tests.calibration import (
     invariance,
     others,
     single,
+    verdicts_specificity,
     verdicts_timing,
 )
 from tests.calibration.rows import Row
@@ -51,6 +52,7 @@ EXPERIMENTS = (
     Experiment(verdicts_timing.timing_verdicts, 75, "Verdicts: C2"),
     Experiment(verdicts_timing.turnover_of_sizes, 20, "Verdicts: C2"),
     Experiment(verdicts_timing.timing_intervals, 40, "Verdicts: C2"),
+    Experiment(verdicts_specificity.specificity_verdicts, 25, "Verdicts: C1"),
     Experiment(families.planned_power, 8, "Planned power"),
     Experiment(invariance.invariance, 4, "Invariance"),
 )

@@ -21,6 +21,7 @@ from click.testing import Result
 
 from rlgen_stats.schemas.dims import split_dictionary
 from rlgen_stats.schemas.layout import RESULT_GROUPS
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores import (
     open_arms,
     open_features,
@@ -114,6 +115,21 @@ def test_what_dictionaries_agree_on_is_that_of_their_own_results(mini: tuple[Pat
     assert told["absent"] == ""
     assert len(told["pairs"]) == 6
     assert len(told["sentences"]) == 3
+
+
+def test_how_far_models_moved_is_of_clusters_and_of_the_studys_seed(mini: tuple[Path, Result]) -> None:
+    facts = open_results(mini[0] / "results.zarr", "movement").attrs
+    assert facts["unit"] == "group of clusters"
+    assert facts["seed"] == derive_seed(0, "movement")
+
+
+def test_null_floors_of_the_mini_can_fail(mini: tuple[Path, Result]) -> None:
+    results = mini[0] / "results.zarr"
+    table = open_results(results, "attribution").load()
+    spread = table.log_ratio.std("feature").to_series()
+    assert spread[["null", "noise"]].min() > 0.001, "base against itself is zero by construction"
+    floors = open_results(results, "attribution_contrast").floor.values.tolist()
+    assert floors == ["disjoint halves of the prompts", "noise as large as the shift of sft@6"]
 
 
 def test_raw_activations_stand_beside_the_features(mini: tuple[Path, Result]) -> None:

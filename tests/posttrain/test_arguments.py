@@ -89,6 +89,16 @@ def test_schedule_is_even_and_ends_with_training(total: int, n: int) -> None:
     assert all(abs(step - total * (i + 1) / n) <= 0.5 for i, step in enumerate(steps))
 
 
+@pytest.mark.parametrize(("total", "n", "expected"), [(150, 5, (1, 3, 12, 43, 150)), (6, 3, (1, 2, 6)), (9, 1, (9,))])
+def test_a_geometric_schedule_multiplies(total: int, n: int, expected: tuple[int, ...]) -> None:
+    steps = checkpoint_steps(total, n, "geometric")
+    assert steps == expected
+
+
+def test_steps_that_coincide_are_kept_once() -> None:
+    assert checkpoint_steps(8, 6, "geometric") == (1, 2, 3, 5, 8)  # 8^(1/5) and 8^(2/5) both round to 2
+
+
 @pytest.mark.parametrize(("total", "n"), [(3, 4), (0, 1), (5, 0)])
 def test_schedule_refuses_fewer_steps_than_checkpoints(total: int, n: int) -> None:
     with pytest.raises(SpecError, match="n_checkpoints"):

@@ -94,6 +94,12 @@ def test_run_writes_its_checkpoints_and_a_record(index: int, name: str, folder: 
     assert torch.equal(torch.get_rng_state(), torch_state)
 
 
+def test_a_run_keeps_the_checkpoints_of_its_schedule(folder: StudyFolder, make_spec: Make) -> None:
+    run = make_spec().runs[0].model_copy(update={"schedule": "geometric"})
+    assert train_run(make_spec(), run, folder) == (1, 2, 6)
+    assert sorted(path.name for path in folder.run("sft").glob("step-*")) == ["step-1", "step-2", "step-6"]
+
+
 def test_sft_learns_the_teacher_and_rl_the_reward(folder: StudyFolder, make_spec: Make) -> None:
     spec = make_spec(sft={"max_steps": 30}, rl={"max_steps": 30})
     for run in spec.runs:

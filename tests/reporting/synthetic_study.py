@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -225,28 +226,50 @@ def attribution() -> xr.Dataset:
 
 
 def attribution_contrast() -> xr.Dataset:
+    """The final models are comparable; at equal distance from base there is no dictionary of sft."""
+    dims = ("comparison", "tau")
+    unknown = [math.nan] * 2
+
+    def final(*values: float) -> tuple[tuple[str, ...], list[list[float]]]:
+        return dims, [list(values), unknown, unknown]
+
+    too_far = "NOT_COMPARABLE: no checkpoint of sft is so near to base"
     return xr.Dataset(
         {
-            "tail_sft": ("tau", [0.131, 0.052]),
-            "tail_rl": ("tau", [0.034, 0.011]),
-            "tail_null": ("tau", [0.004, 0.0]),
-            "tail_sft_low": ("tau", [0.09, 0.03]),
-            "tail_sft_high": ("tau", [0.17, 0.08]),
-            "tail_rl_low": ("tau", [0.01, 0.0]),
-            "tail_rl_high": ("tau", [0.06, 0.03]),
-            "effect": ("tau", [0.097, 0.041]),
-            "effect_low": ("tau", [0.052, 0.012]),
-            "effect_high": ("tau", [0.141, 0.069]),
-            "p_value": ("tau", [0.002, 0.012]),
-            "comparable": ("tau", ["COMPARABLE: parity of fit", "COMPARABLE: parity of fit"]),
+            "tail_sft": final(0.131, 0.052),
+            "tail_rl": final(0.034, 0.011),
+            "tail_null": final(0.004, 0.0),
+            "tail_floor": (("floor", "tau"), [[0.0, 0.0], [0.004, 0.0]]),
+            "tail_sft_low": final(0.09, 0.03),
+            "tail_sft_high": final(0.17, 0.08),
+            "tail_rl_low": final(0.01, 0.0),
+            "tail_rl_high": final(0.06, 0.03),
+            "effect": final(0.097, 0.041),
+            "effect_low": final(0.052, 0.012),
+            "effect_high": final(0.141, 0.069),
+            "effect_each": ((*dims, "dictionary"), [[[0.097], [0.041]], [[math.nan]] * 2, [[math.nan]] * 2]),
+            "p_value": final(0.002, 0.012),
+            "superiority": ("comparison", [0.61, *unknown]),
+            "superiority_low": ("comparison", [0.55, *unknown]),
+            "superiority_high": ("comparison", [0.67, *unknown]),
+            "superiority_each": (("comparison", "dictionary"), [[0.61], [math.nan], [math.nan]]),
+            "distance_sft": ("comparison", [0.55, *unknown]),
+            "distance_rl": ("comparison", [0.21, *unknown]),
+            "comparable": ("comparison", ["COMPARABLE: parity of fit", too_far, too_far]),
         },
-        coords={"tau": [0.7, 0.9]},
+        coords={
+            "comparison": ["final", "matched_shift", "matched_kl"],
+            "tau": [0.7, 0.9],
+            "dictionary": [1],
+            "floor": ["base read again", "disjoint halves of the prompts"],
+        },
         attrs={
             "test": "bootstrap over clusters",
             "null": "equal tail mass",
-            "unit": "cluster of features",
+            "unit": "cluster of features; dictionary",
             "seed": 3,
             "alpha": 0.05,
+            "decided_by": "final",
         },
     )
 

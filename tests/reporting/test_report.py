@@ -19,7 +19,7 @@ from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
 from rlgen_stats.toolkit.reporting import write_report
-from rlgen_stats.toolkit.reporting.csv_tables import class_counts, drift_summary, matching_summary
+from rlgen_stats.toolkit.reporting.csv_tables import build_tables, class_counts, drift_summary, matching_summary
 from rlgen_stats.toolkit.reporting.feature_cards import split_peak
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
@@ -187,6 +187,24 @@ def test_study_facts_are_shown(page: Page) -> None:
         "Held out: reversal and sorting; negative controls: riddle.",
     ):
         assert fact in page.text
+
+
+def test_tables_of_the_contrast(results: dict[str, xr.Dataset], spec: StudySpec) -> None:
+    rest: dict[str, Any] = {"claims": (), "domains": [], "facts": []}
+    tables = build_tables(results, spec, **rest)
+    assert tables["attribution_contrast"]["comparison"].tolist() == [
+        *("final", "final", "matched_shift", "matched_shift", "matched_kl", "matched_kl")
+    ]
+    assert tables["attribution_comparisons"]["superiority"].tolist()[0] == 0.61
+    assert tables["attribution_floors"]["tail_floor"].tolist() == [0.0, 0.0, 0.004, 0.0]
+    without = {"attribution_contrast": results["attribution_contrast"].drop_dims("floor")}
+    assert "attribution_floors" not in build_tables(without, spec, **rest)
+
+
+def test_what_could_not_be_tested_is_not_called_drift(report: Path) -> None:
+    text = (report / "report.md").read_text(encoding="utf-8")
+    assert "- Features untestable in the drift of rl: 30 of 240 features" in text
+    assert "- Drift of rl" not in text
 
 
 def test_one_run_per_arm_is_explained(page: Page) -> None:

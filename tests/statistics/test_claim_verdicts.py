@@ -8,6 +8,7 @@ import pytest
 
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
+    DICTIONARIES_DISAGREE,
     NOT_COMPARABLE,
     Difference,
     Verdict,
@@ -16,7 +17,6 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     difference_verdict,
     interval_verdict,
     selection_verdict,
-    shifts_match,
     smallest_permutation_p,
     smallest_rank_p,
     specificity_verdict,
@@ -34,7 +34,12 @@ NAN = math.nan
         (0.02, 0.08, 0.05, 1, Verdict.SUPPORTED),  # p equal to alpha counts
         (0.02, 0.08, 0.051, 1, Verdict.UNDETERMINED),  # interval says yes, test says no
         (0.02, 0.08, NAN, 1, Verdict.UNDETERMINED),
-        (0.0, 0.08, 0.001, 1, Verdict.UNDETERMINED),  # touches zero
+        (0.01, 0.08, 0.001, 1, Verdict.UNDETERMINED),  # touches the negligible
+        (0.0101, 0.08, 0.001, 1, Verdict.SUPPORTED),
+        (0.0002, 0.0008, 0.001, 1, Verdict.NOT_SUPPORTED),  # certain, and too small to matter
+        (-0.0008, -0.0002, 0.001, 1, Verdict.NOT_SUPPORTED),  # not the opposite either
+        (-0.08, -0.01, 0.001, 1, Verdict.NOT_SUPPORTED),
+        (-0.08, -0.0101, 0.001, 1, Verdict.CONTRADICTED),
         (-0.08, -0.02, 0.001, 1, Verdict.CONTRADICTED),
         (-0.08, -0.02, 0.2, 1, Verdict.NOT_SUPPORTED),  # not shown to be negative, but the claimed effect is excluded
         (-0.02, 0.009, 0.7, 1, Verdict.NOT_SUPPORTED),
@@ -96,11 +101,27 @@ def test_one_alive_feature_in_a_hundred_more_is_not_more(high: float, expected: 
 
 
 @pytest.mark.parametrize(
-    ("shifts", "expected"),
-    [((0.4, 0.5), True), ((0.4, 0.51), False), ((0.0, 0.4), False), ((0.4, NAN), None), ((), None)],
+    ("effect", "each", "beside", "guards"),
+    [
+        (0.10, (0.2, 0.09, 0.001), {"ranks": (-0.2, 0.0)}, ()),  # 0 is not the opposite
+        (0.10, (0.2, 0.09, 0.001), {"ranks": (-0.2, -0.001)}, ("ranks",)),
+        (0.10, (0.2, 0.09, -0.001), {}, (DICTIONARIES_DISAGREE,)),
+        (0.10, (0.2, 0.2, 0.2, 0.2, -0.1), {}, ()),  # four of five are enough
+        (-0.10, (-0.2, -0.1), {"ranks": (0.0, 0.2)}, ()),
+        (-0.10, (-0.2, 0.1), {"ranks": (0.001, 0.2)}, (DICTIONARIES_DISAGREE, "ranks")),
+    ],
 )
-def test_matched_shifts_differ_by_at_most_a_quarter(shifts: tuple[float, ...], expected: bool | None) -> None:
-    assert shifts_match(shifts) is expected
+def test_a_direction_needs_all_dictionaries_and_no_measure_against_it(
+    effect: float, each: tuple[float, ...], beside: dict[str, tuple[float, float]], guards: tuple[str, ...]
+) -> None:
+    shares = (0.13, 0.03, 0.0) if effect > 0 else (0.03, 0.13, 0.0)
+    interval = (effect, effect - 0.05, effect + 0.05)
+    verdict, failed = specificity_verdict(
+        interval, 0.001, shares, alpha=0.05, comparable=True, each=each, beside=beside
+    )
+    assert failed == guards
+    directed = Verdict.SUPPORTED if effect > 0 else Verdict.CONTRADICTED
+    assert verdict is (Verdict.UNDETERMINED if guards else directed)
 
 
 def difference(low: float, high: float, p: float, *each: float) -> Difference:
@@ -223,3 +244,18 @@ def test_any_feature_has_the_smallest_adjusted_p() -> None:
 )
 def test_within_minimum_is_for_intervals_off_zero(low: float, high: float, expected: bool) -> None:
     assert within_minimum(low, high) is expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claimed", "expected"),
+    [
+        (0.0201, 0.2, 1, Verdict.SUPPORTED),
+        (0.02, 0.2, 1, Verdict.UNDETERMINED),  # V1 asks for more than .02, and so does the claim
+        (-0.2, -0.0201, 1, Verdict.CONTRADICTED),
+        (-0.2, -0.02, 1, Verdict.UNDETERMINED),
+        (-0.2, -0.0201, -1, Verdict.SUPPORTED),
+    ],
+)
+def test_a_causal_claim_needs_the_minimum_effect(low: float, high: float, claimed: int, expected: Verdict) -> None:
+    verdict = causal_verdict("CAUSAL_SPECIFIC", (low + high) / 2, low, high, 0.001, alpha=0.05, claimed=claimed)
+    assert verdict is expected

@@ -202,7 +202,7 @@ def test_missing_inputs_are_named_by_their_key(study_folder: Path) -> None:
             {"crosscoders": [MAIN]},
             "the align stage attributes features by the decoder norms of two models and expects a crosscoder with "
             "exactly two views, got main with 3; add crosscoders with views [base@0, RUN@final] and "
-            "[base@0, base@repeat].",
+            "[base@0, base@halves].",
         ),
         ({"intervention": {"neutral_text": "gone.csv"}}, r"'intervention.neutral_text' names .*gone.csv, which"),
         ({"crosscoders": [MAIN, PAIR | {"weights": "gone"}]}, r"'crosscoders.pair-rl.weights' names .*gone, which"),

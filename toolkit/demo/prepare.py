@@ -206,7 +206,8 @@ def _crosscoders(mini: bool) -> tuple[CrosscoderSpec, ...]:
         one("main-l1", three, "l1", wide, 600),
         one("pair-sft", ("base@0", "sft@final"), "batchtopk", narrow, 600),
         one("pair-rl", ("base@0", "rl@final"), "batchtopk", narrow, 600),
-        one("null", ("base@0", "base@repeat"), "batchtopk", narrow, 600),
+        one("null", ("base@0", "base@halves"), "batchtopk", narrow, 600),
+        one("noise", ("base@0", "sft@noise"), "batchtopk", narrow, 600),
     )
 
 

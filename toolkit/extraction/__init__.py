@@ -1,9 +1,9 @@
 """From models to stores: completions, grades, forced-text activations, distances from base."""
 
 from rlgen_stats.schemas.dims import FORMAT_CLASSES
+from rlgen_stats.schemas.null_views import REPEAT_MODEL
 from rlgen_stats.stores.prompts import load_prompts, load_texts, read_table
 from rlgen_stats.stores.study_models import (
-    REPEAT_MODEL,
     ModelRef,
     final_model,
     find_model,

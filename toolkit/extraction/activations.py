@@ -23,11 +23,12 @@ from rlgen_stats.schemas.dims import (
     TOKEN_ID,
 )
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.null_views import REPEAT_MODEL
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, StudySpec
 from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, complete_models, create_activations
 from rlgen_stats.stores.prompts import TEXT, load_prompts
-from rlgen_stats.stores.study_models import REPEAT_MODEL, ModelRef, final_model, list_models
+from rlgen_stats.stores.study_models import ModelRef, final_model, list_models
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import (
     check_tokenizers,

@@ -1,4 +1,4 @@
-"""Post-training with TRL: supervised fine-tuning and GRPO from one base, with an evenly spaced checkpoint schedule."""
+"""Post-training with TRL: supervised fine-tuning and GRPO from one base, checkpoints evenly or geometrically spaced."""
 
 from rlgen_stats.toolkit.posttrain.arguments import trainer_arguments
 from rlgen_stats.toolkit.posttrain.rewards import FinalAnswerReward

@@ -19,7 +19,7 @@ CONFIGS: Final[Mapping[str, Any]] = {"sft": SFTConfig, "grpo": GRPOConfig}
 PEFT: Final = "peft"
 """Key of ``trainer`` that asks for a LoRA adapter: a mapping of LoraConfig's own names."""
 
-_SCHEDULE = "checkpoints follow the run's 'n_checkpoints'"
+_SCHEDULE = "checkpoints follow the run's 'n_checkpoints' and 'schedule'"
 _NO_EVALUATION = "training has no evaluation set here; the outcomes stage grades every checkpoint"
 _NO_HUB = "nothing is uploaded from a study"
 _DEVICE = "the device is the study's 'device'"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from transformers import TrainerCallback
 
 from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.schemas.study import RunSpec
 from rlgen_stats.stores import replacing, write_json
 from rlgen_stats.toolkit.progress import Progress, Task
 
@@ -21,8 +22,18 @@ _SHOWN: Final = ("loss", "reward")
 """Logged values shown in the progress."""
 
 
-def checkpoint_steps(total: int, n: int) -> tuple[int, ...]:
-    """The ``n`` optimiser steps, as evenly spaced as whole numbers allow, that end at ``total``.
+def checkpoint_steps(total: int, n: int, schedule: Literal["linear", "geometric"] = "linear") -> tuple[int, ...]:
+    """The optimiser steps of ``n`` checkpoints, the last one ``total``.
+
+    Parameters
+    ----------
+    total
+        Steps of the whole training.
+    n
+        Number of checkpoints.
+    schedule
+        ``"linear"``: total i / n. ``"geometric"``: from the first step to the last, each the same multiple of the one
+        before; steps that coincide once rounded are kept once.
 
     Raises
     ------
@@ -33,12 +44,16 @@ def checkpoint_steps(total: int, n: int) -> tuple[int, ...]:
     --------
     >>> checkpoint_steps(80, 5)
     (16, 32, 48, 64, 80)
+    >>> checkpoint_steps(150, 5, "geometric")
+    (1, 3, 12, 43, 150)
     """
     if n < 1 or total < n:
         raise SpecError(
             f"training takes {total} steps, too few for 'n_checkpoints' = {n}; "
             "lower n_checkpoints or raise max_steps or num_train_epochs under 'trainer'."
         )
+    if schedule == "geometric":
+        return tuple(sorted({round(total ** (i / (n - 1))) for i in range(n)})) if n > 1 else (total,)
     # total * i / n, rounded to the nearest step in whole numbers
     return tuple((total * i + n // 2) // n for i in range(1, n + 1))
 
@@ -55,8 +70,8 @@ class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]  # transformers
     ----------
     folder
         The run's folder.
-    n_checkpoints
-        Number of checkpoints; their steps are known once the trainer knows its own number of steps.
+    run
+        Its number of checkpoints and their schedule; the steps are known once the trainer knows its own number of them.
     tokenizer
         Saved beside each checkpoint.
     note
@@ -66,15 +81,15 @@ class CheckpointSchedule(TrainerCallback):  # type: ignore[misc]  # transformers
     """
 
     def __init__(
-        self, folder: Path, n_checkpoints: int, tokenizer: Any, note: Mapping[str, Any], *, keep_state: bool
+        self, folder: Path, run: RunSpec, tokenizer: Any, note: Mapping[str, Any], *, keep_state: bool
     ) -> None:
-        self.folder, self.n_checkpoints, self.tokenizer = folder, n_checkpoints, tokenizer
+        self.folder, self.run, self.tokenizer = folder, run, tokenizer
         self.note, self.keep_state = dict(note), keep_state
         self.steps: tuple[int, ...] = ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fix the schedule."""
-        self.steps = checkpoint_steps(state.max_steps, self.n_checkpoints)
+        self.steps = checkpoint_steps(state.max_steps, self.run.n_checkpoints, self.run.schedule)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a checkpoint where one is due."""

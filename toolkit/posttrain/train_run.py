@@ -79,7 +79,7 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     Returns
     -------
     tuple of int
-        Optimiser steps of the checkpoints, evenly spaced, the last one the end of training.
+        Optimiser steps of the checkpoints, by the run's schedule, the last one the end of training.
 
     Raises
     ------
@@ -174,7 +174,7 @@ def _train(
     trainer = _make_trainer(training, model)
     schedule = CheckpointSchedule(
         target,
-        run.n_checkpoints,
+        run,
         load_tokenizer(training.base),  # not the trainer's, to which TRL may add a pad token
         {"identity": training.identity},
         keep_state=not training.arguments.save_only_model,

@@ -24,7 +24,7 @@ TOP_DRIFT: Final = 200
 _SIMPLE: Final = {
     "behaviour": ("model", "task"),
     "movement": ("model",),
-    "attribution_contrast": ("tau",),
+    "attribution_contrast": ("comparison", "tau"),
     "control_balance": ("covariate",),
     "set_stability": ("model",),
     "stabilization": ("model",),
@@ -57,6 +57,10 @@ def build_tables(
         tables["health_views"] = views if "fve_readout" in views else views.assign(fve_readout=math.nan)
         if "dfve" in results["health"]:
             tables["health_models"] = flat(results["health"], ("crosscoder", "model")).dropna(subset=["fve_model"])
+    if "attribution_contrast" in results:
+        tables["attribution_comparisons"] = flat(results["attribution_contrast"], ("comparison",))
+        if "tail_floor" in results["attribution_contrast"]:
+            tables["attribution_floors"] = flat(results["attribution_contrast"], ("floor", "tau"))
     if "latent_scaling" in results:
         tables["feature_classes"] = class_counts(results["latent_scaling"])
     if "matching" in results:

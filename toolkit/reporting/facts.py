@@ -184,7 +184,7 @@ def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:
             p = final["p_value"].values
             flags = ", ".join(f"{flag.replace('_', ' ')} {n:,}" for flag, n in flag_counts(final["flag"]).items())
             untestable = f"{int(np.isnan(p).sum()):,} of {p.size:,} features"
-            answers[f"Drift of {run}"] = f"{untestable} ({flags})." if flags else untestable
+            answers[f"Features untestable in the drift of {run}"] = f"{untestable} ({flags})." if flags else untestable
     for run in (trained.name for trained in spec.runs):
         row = per_run(stabilization, "flag", run)
         if row is not None:
@@ -193,7 +193,7 @@ def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:
             answers[f"Stabilisation of {run}"] = f"{flags}."
     if selection is not None:
         p = selection["p_value"].values
-        answers["Selection"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features."
+        answers["Features untestable in selection"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features."
         answers["Tasks that selection could not use"] = unusable_tasks(selection) or "none"
     return _facts("Not testable", answers or {"Counts": NOT_RECORDED})
 

@@ -7,7 +7,7 @@ report prints them in words as its glossary and decides nothing itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -16,7 +16,6 @@ import numpy as np
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
-from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
 
 
 class Verdict(StrEnum):
@@ -50,14 +49,19 @@ def interval_verdict(
     claimed
         Sign the claim gives the effect, +1 or -1.
     negligible
-        Effect (in the claimed direction) too small to be the claimed one, in the effect's unit.
+        Largest effect, in either direction, that is too small to matter, in the effect's unit.
 
     Returns
     -------
     Verdict
-        NOT_ESTIMABLE without an interval; SUPPORTED if the interval lies wholly on the claimed side of zero and
-        p <= alpha; CONTRADICTED if wholly on the other side and p <= alpha; NOT_SUPPORTED if the interval excludes
-        every effect of at least ``negligible`` in the claimed direction; else UNDETERMINED.
+        NOT_ESTIMABLE without an interval; SUPPORTED if p <= alpha and every effect in the interval is in the claimed
+        direction and exceeds ``negligible``; CONTRADICTED if the same holds in the other direction; NOT_SUPPORTED if
+        the interval excludes every effect of at least ``negligible`` in the claimed direction; else UNDETERMINED.
+
+    Notes
+    -----
+    A minimum-effect test and a test for non-inferiority at one margin: an effect known to be tiny is NOT_SUPPORTED,
+    however small its p-value.
 
     Examples
     --------
@@ -69,9 +73,9 @@ def interval_verdict(
     if claimed < 0:
         low, high = -high, -low
     significant = p_value <= alpha  # NaN compares false: no p-value, no verdict for either side
-    if low > 0 and significant:
+    if low > negligible and significant:
         return Verdict.SUPPORTED
-    if high < 0 and significant:
+    if high < -negligible and significant:
         return Verdict.CONTRADICTED
     return Verdict.NOT_SUPPORTED if high < negligible else Verdict.UNDETERMINED
 
@@ -87,7 +91,9 @@ NEGLIGIBLE_TAIL: Final = 0.01
 NOT_COMPARABLE: Final = "not_comparable"
 """Failed guard: the models moved unequally far, or their crosscoders fit unequally well."""
 BELOW_NULL: Final = "below_null"
-"""Failed guard: the larger share does not exceed that of the base-base null crosscoder."""
+"""Failed guard: the larger share does not exceed the largest of base against itself."""
+DICTIONARIES_DISAGREE: Final = "dictionaries_disagree"
+"""Failed guard: too few dictionaries have the direction of the pooled difference."""
 
 
 def specificity_verdict(
@@ -97,6 +103,8 @@ def specificity_verdict(
     *,
     alpha: float,
     comparable: bool,
+    each: Sequence[float] = (),
+    beside: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[Verdict, tuple[str, ...]]:
     """Verdict on "SFT introduces more model-specific features than RL", and the guards that failed.
 
@@ -107,18 +115,22 @@ def specificity_verdict(
     p_value
         p-value of "no difference".
     shares
-        Share of alive features that are specific: SFT, RL, base-base null crosscoder.
+        Share of alive features that are specific: SFT, RL, and the largest of base against itself.
     alpha
         Level of test and interval.
     comparable
         Whether the counts of the two models can be compared (movement from base, fit of the crosscoders).
+    each
+        The difference in each dictionary.
+    beside
+        Name -> interval of the difference by another measure, 0 being none, which must not say the opposite.
 
     Returns
     -------
     Verdict
         As :func:`interval_verdict` with ``NEGLIGIBLE_TAIL``; UNDETERMINED if a guard failed.
     tuple of str
-        ``NOT_COMPARABLE`` and ``BELOW_NULL`` where they apply.
+        ``NOT_COMPARABLE``, ``BELOW_NULL``, ``DICTIONARIES_DISAGREE`` and names of ``beside`` where they apply.
     """
     effect, low, high = interval
     verdict = interval_verdict(low, high, p_value, alpha=alpha, negligible=NEGLIGIBLE_TAIL)
@@ -126,18 +138,15 @@ def specificity_verdict(
         return Verdict.NOT_ESTIMABLE, ()
     sft, rl, null = shares
     failed = [] if comparable else [NOT_COMPARABLE]
-    directed = verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED)
-    if directed and (sft if effect > 0 else rl) <= null:
-        failed.append(BELOW_NULL)
+    if verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
+        if (sft if effect > 0 else rl) <= null:
+            failed.append(BELOW_NULL)
+        if each and not in_every_dictionary(verdict, each):
+            failed.append(DICTIONARIES_DISAGREE)
+        for name, (lowest, highest) in (beside or {}).items():
+            if (highest if effect > 0 else -lowest) < 0:
+                failed.append(name)
     return (Verdict.UNDETERMINED if failed else verdict), tuple(failed)
-
-
-def shifts_match(shifts: Iterable[float]) -> bool | None:
-    """Whether models moved about equally far from base; None if fewer than two activation shifts are known."""
-    known = [shift for shift in shifts if math.isfinite(shift)]
-    if len(known) < 2:
-        return None
-    return min(known) > 0 and max(known) / min(known) <= MATCHED_SHIFT_RATIO
 
 
 # -- C2 ----------------------------------------------------------------------------------------------------------------
@@ -301,13 +310,14 @@ def causal_verdict(
 ) -> Verdict:
     """Verdict on "editing the set changes accuracy in the claimed direction" from the causal verification.
 
-    An effect significant in the other direction is CONTRADICTED whatever the causal verdict; CAUSAL_SPECIFIC with an
-    effect of the wrong sign that is not significant is UNDETERMINED; a verdict this release does not know is too.
+    An effect in the other direction, significant and beyond V1's ``MIN_EFFECT``, is CONTRADICTED whatever the causal
+    verdict; CAUSAL_SPECIFIC with an effect that is not so in the claimed direction is UNDETERMINED; a verdict this
+    release does not know is too.
     """
     verdict = CAUSAL.get(causal, Verdict.UNDETERMINED)
     if verdict is Verdict.NOT_ESTIMABLE or math.isnan(effect):
         return Verdict.NOT_ESTIMABLE
-    direction = interval_verdict(low, high, p_value, alpha=alpha, claimed=claimed, negligible=0.0)
+    direction = interval_verdict(low, high, p_value, alpha=alpha, claimed=claimed, negligible=MIN_EFFECT)
     if direction is Verdict.CONTRADICTED:
         return Verdict.CONTRADICTED
     if verdict is Verdict.SUPPORTED and direction is not Verdict.SUPPORTED:

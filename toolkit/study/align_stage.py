@@ -35,7 +35,6 @@ from rlgen_stats.toolkit.statistics import (
     scaling_table,
 )
 from rlgen_stats.toolkit.study.stage_graph import Study
-from rlgen_stats.toolkit.study.statistics_stages import pair_name
 
 LOWEST_TAU: Final = 0.5
 """Norm share above which ``scaling_agrees`` is judged, whatever tau is: the view with most of a feature's norm."""
@@ -55,17 +54,19 @@ def align(study: Study, key: str, progress: Progress) -> dict[str, Any]:
     pairwise: dict[str, xr.Dataset] = {}
     multiview: dict[str, xr.Dataset] = {}
     for crosscoder in spec.crosscoders:
-        decoders = decoder_dataset(load_crosscoder(folder.crosscoder(crosscoder.name)))
-        name = pair_name(crosscoder.name, crosscoder.views)
-        (multiview if name is None else pairwise)[name or crosscoder.name] = decoders
+        is_pair = len(crosscoder.views) == 2
+        for name in crosscoder.names if is_pair else crosscoder.names[:1]:
+            (pairwise if is_pair else multiview)[name] = decoder_dataset(load_crosscoder(folder.crosscoder(name)))
     if not pairwise:
         raise StageError(
             "no crosscoder has exactly two views, so no feature can be attributed by NRN; "
-            "add crosscoders with views [base@0, RUN@final] and [base@0, base@repeat] to study.yaml."
+            "add crosscoders with views [base@0, RUN@final] and [base@0, base@halves] to study.yaml."
         )
     scaling, agrees = _scaling(study, pairwise | multiview, progress)
     table = attribution_table(pairwise, multiview=multiview)
     width = table.sizes[FEATURE]
+    numbers = [number for c in spec.crosscoders if len(c.views) == 2 for number, _ in enumerate(c.names, start=1)]
+    table = table.assign_coords(dictionary=("crosscoder", np.array(numbers)))
     clusters = {name: decoder_clusters(decoders) for name, decoders in pairwise.items()}
     table["cluster"] = (("crosscoder", FEATURE), _padded(clusters, width, -1))
     table["scaling_agrees"] = (
@@ -95,10 +96,9 @@ def _scaling(
     spec, folder = study.spec, study.folder
     mask = usable_tokens(spec, folder)
     tables, classes, agrees = {}, {}, {}
-    for crosscoder in spec.crosscoders:
-        name = pair_name(crosscoder.name, crosscoder.views) or crosscoder.name
+    for name in decoders:
         sums = stored_scaling_sums(
-            _load(study, crosscoder.name),
+            _load(study, name),
             folder.activations,
             site_name(spec.extraction.layer),
             mask,
@@ -138,9 +138,7 @@ def _matching(study: Study, replicated: list[CrosscoderSpec], progress: Progress
                     seed=derive_seed(study.spec.seed, "match", name),
                 )
                 task.advance(1, matched=int(matches[name]["matched"].sum()))
-            by_crosscoder.append(
-                reappearance(matches).expand_dims({"crosscoder": [pair_name(first, crosscoder.views) or first]})
-            )
+            by_crosscoder.append(reappearance(matches).expand_dims({"crosscoder": [first]}))
     merged = xr.concat(by_crosscoder, "crosscoder", join="outer", combine_attrs="drop_conflicts")
     merged["matched"] = merged["matched"].fillna(False).astype(bool)
     merged["match"] = merged["match"].fillna(-1).astype(np.int64)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import ARM, FEATURE, MODEL, RUN, of_dictionary
+from rlgen_stats.schemas.dims import ARM, CLUSTER, FEATURE, MODEL, RUN, of_dictionary
 from rlgen_stats.schemas.errors import StageError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import RunSpec
 from rlgen_stats.stores import open_activations, open_by_dictionary, read_json, write_json, write_results
 from rlgen_stats.toolkit.crosscoder import (
@@ -133,7 +134,9 @@ def movement(study: Study, key: str, progress: Progress) -> Facts:
         activations,
         models=[str(model) for model in weights[MODEL].values],
         mask=usable_tokens(spec, folder),
+        clusters=CLUSTER,
         alpha=spec.statistics.alpha,
+        seed=derive_seed(spec.seed, "movement"),
         progress=progress,
     )
     dataset = weights.merge(shift, compat="override", join="exact", combine_attrs="drop_conflicts")

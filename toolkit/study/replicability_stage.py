@@ -23,7 +23,7 @@ from rlgen_stats.toolkit.statistics.replicability import (
     set_agreement,
 )
 from rlgen_stats.toolkit.study.stage_graph import Study
-from rlgen_stats.toolkit.study.statistics_stages import features_by_dictionary, pair_name
+from rlgen_stats.toolkit.study.statistics_stages import features_by_dictionary
 
 BATCH_TOKENS: Final = 4096
 """Tokens per shuffled batch where only a sample of the tokens is read."""
@@ -84,9 +84,8 @@ def _sums(study: Study, models: list[str], seed: int) -> xr.Dataset:
 def _matched(study: Study, effects: dict[int, xr.DataArray], seed: int) -> xr.Dataset:
     """Drift that matched features of the first dictionary carry."""
     primary, settings = study.spec.primary_crosscoder, study.spec.statistics
-    label = pair_name(primary.name, primary.views) or primary.name
     matching = open_results(study.folder.results, "matching")[["match", "matched", "similarity", "reappearance"]]
-    matching = matching.sel({"crosscoder": label, REPLICATE: list(primary.names[1:])}).load()
+    matching = matching.sel({"crosscoder": primary.name, REPLICATE: list(primary.names[1:])}).load()
     return matched_drift(matching, effects, top_k=settings.top_k, n_permutations=settings.n_resamples, seed=seed)
 
 

@@ -56,7 +56,7 @@ def _check_pair(spec: StudySpec) -> str:
     return (
         "attributes features by the decoder norms of two models and expects a crosscoder with exactly two views, got "
         f"{', '.join(f'{c.name} with {len(c.views)}' for c in spec.crosscoders)}; add crosscoders with views "
-        "[base@0, RUN@final] and [base@0, base@repeat]."
+        "[base@0, RUN@final] and [base@0, base@halves]."
     )
 
 

@@ -82,7 +82,7 @@ STAGES: Final = (
         by_dictionary=("features.zarr",),
         version=3,
     ),
-    Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",), version=2),
+    Stage("movement", ("extract",), ("statistics",), f"{_MODELS}:movement", ("results.zarr/movement",), version=3),
     Stage(
         "align",
         ("crosscoder",),
@@ -90,7 +90,7 @@ STAGES: Final = (
         "rlgen_stats.toolkit.study.align_stage:align",
         ("results.zarr/attribution", "results.zarr/latent_scaling"),
         optional=("results.zarr/matching",),
-        version=3,
+        version=4,
     ),
     Stage(
         "drift",
@@ -120,7 +120,7 @@ STAGES: Final = (
         ("results.zarr/behaviour",),
         optional=("results.zarr/attribution_contrast",),
         answers="pair",
-        version=2,
+        version=3,
     ),
     Stage(
         "select",

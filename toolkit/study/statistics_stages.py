@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK, of_dictionary, split_model_id
+from rlgen_stats.schemas.null_views import floor_name, noise_source
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import CrosscoderSpec, RunSpec, SelectionSpec
+from rlgen_stats.schemas.study import RunSpec, SelectionSpec
 from rlgen_stats.stores import Provenance, open_features, open_outcomes, open_results, write_results
 from rlgen_stats.toolkit.progress import Progress
 from rlgen_stats.toolkit.reporting import write_report
@@ -141,7 +142,7 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
     write_results(folder.results, "behaviour", transitions, provenance=provenance)
     table = open_results(folder.results, "attribution").load()
     names = [str(name) for name in table["crosscoder"].values]
-    sft, rl = (_pairs_of_arm(spec.runs, run, names) for run in spec.contrasted)
+    sft, rl = (_runs_of_arm(spec.runs, run, table) for run in spec.contrasted)
     if not sft or not rl:
         progress.log("  no pairwise crosscoder for one of the two runs: the contrast of specific features is skipped")
         return {"contrast": "not estimable: a pairwise crosscoder is missing"}
@@ -150,10 +151,10 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
         {name: table["cluster"].sel(crosscoder=name).values for name in names},
         sft=sft,
         rl=rl,
-        null="null" if "null" in names else None,
+        floors=floors_of(table, {*sft, *rl}),
         taus=tuple(sorted({settings.tau, 0.9})),
         movement=open_results(folder.results, "movement").load(),
-        health=_health_by_pair(spec.crosscoders, open_results(folder.results, "health").load()),
+        health=open_results(folder.results, "health").load(),
         alpha=settings.alpha,
         seed=derive_seed(spec.seed, "contrast"),
         n_bootstrap=settings.n_bootstrap,
@@ -228,27 +229,19 @@ def final_step(dataset: xr.Dataset, run: str) -> str:
     return str(checkpoints[np.argmax(dataset[STEP].sel({MODEL: checkpoints}).values)])
 
 
-def _pairs_of_arm(runs: Sequence[RunSpec], contrasted: RunSpec, pairs: Collection[str]) -> list[str]:
-    """Runs of the contrasted run's arm that have a pairwise crosscoder, the contrasted run first."""
+def _runs_of_arm(runs: Sequence[RunSpec], contrasted: RunSpec, table: xr.Dataset) -> list[str]:
+    """Runs of the contrasted run's arm of which a checkpoint has a crosscoder with base, the contrasted run first."""
+    targets = table["target"].values[table["original"].values == BASE_MODEL]
+    paired = {split_model_id(str(target))[0] for target in targets}
     others = [run.name for run in runs if run.arm == contrasted.arm and run.name != contrasted.name]
-    return [name for name in (contrasted.name, *others) if name in pairs]
+    return [name for name in (contrasted.name, *others) if name in paired]
 
 
-def _health_by_pair(crosscoders: Sequence[CrosscoderSpec], health: xr.Dataset) -> xr.Dataset:
-    """Health with crosscoders named as in the attribution table."""
-    names = {c.name: pair_name(c.name, c.views) or c.name for c in crosscoders}
-    labels = np.array([names.get(str(name), str(name)) for name in health["crosscoder"].values])
-    return health.assign_coords(crosscoder=labels)
-
-
-def pair_name(name: str, views: tuple[str, ...]) -> str | None:
-    """Label of a pairwise crosscoder in the attribution table: the run it compares with base, or ``null``.
-
-    None for crosscoders of three or more views.
-    """
-    if len(views) != 2:
-        return None
-    others = [view for view in views if not view.startswith("base@")]
-    if not others:
-        return "null"
-    return others[0].rpartition("@")[0] if len(others) == 1 else name
+def floors_of(table: xr.Dataset, runs: Collection[str]) -> dict[str, list[str]]:
+    """What a crosscoder of base with itself is the floor of -> its dictionaries; noise only as large as these runs."""
+    floors: dict[str, list[str]] = {}
+    for name, target in zip(table["crosscoder"].values, map(str, table["target"].values), strict=True):
+        floor, source = floor_name(target), noise_source(target)
+        if floor is not None and (source is None or split_model_id(source)[0] in runs):
+            floors.setdefault(floor, []).append(str(name))
+    return floors

@@ -34,6 +34,7 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
   #   arm: rl
   #   method: grpo
   #   n_checkpoints: 5
+  #   schedule: geometric         # early checkpoints, so that the run that moves fast can be compared at equal shift
   #   trainer: {{learning_rate: 1.0e-6, num_generations: 8, max_steps: 200}}   # GRPOConfig's own names
 contrast: [sft, rl]               # the two runs compared, SFT first; several pairs: contrasts: [[sft, rl], [dpo, rl]]
 
@@ -62,7 +63,11 @@ crosscoders:
     steps: 50000
   - {{name: pair-sft, views: [base@0, sft@final], k: 64, n_features: 32768, steps: 50000}}
   - {{name: pair-rl, views: [base@0, rl@final], k: 64, n_features: 32768, steps: 50000}}
-  - {{name: 'null', views: [base@0, base@repeat], k: 64, n_features: 32768, steps: 50000}}   # numerical noise alone
+  # floors: what no difference looks like. base@repeat, base read again, is zero by construction; these can fail
+  - {{name: 'null', views: [base@0, base@halves], k: 64, n_features: 32768, steps: 50000}}   # disjoint prompts
+  # - {{name: noise, views: [base@0, sft@noise], k: 64, n_features: 32768, steps: 50000}}   # noise of SFT's shift
+  # where the final models are unequally far from base, C1 compares the run that moved far at its early checkpoints:
+  # - {{name: pair-sft-early, views: [base@0, sft@20], k: 64, n_features: 32768, steps: 50000}}
 
 selection:
   held_out_tasks: []              # tasks never used in selection

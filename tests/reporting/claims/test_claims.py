@@ -100,18 +100,26 @@ def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) ->
     assert any("Latent scaling has not been done" in caveat for caveat in claim(results, spec, "C1").caveats)
 
 
+def with_final(data: xr.Dataset, name: str, *values: float) -> xr.DataArray:
+    """A variable over [comparison, tau] with other values of the final models."""
+    changed = xr.full_like(data["effect"], np.nan)
+    changed.loc[{"comparison": "final"}] = list(values)
+    return changed.rename(name)
+
+
 def test_c1_counts_only_what_latent_scaling_confirms_where_it_was_done(results: Results, spec: StudySpec) -> None:
     data = results["attribution_contrast"]
     agreed = {
         "tail_sft": 0.2,
         "tail_rl": 0.02,
-        "tail_null": 0.0,
         "effect": 0.18,
         "effect_low": 0.1,
         "effect_high": 0.25,
         "p_value": 0.001,
     }
-    results["attribution_contrast"] = data.assign({f"agreed_{k}": ("tau", [v, v / 2]) for k, v in agreed.items()})
+    confirmed = {f"agreed_{k}": with_final(data, k, v, v / 2) for k, v in agreed.items()}
+    confirmed |= {"agreed_tail_null": 0 * data.tail_null, "agreed_tail_floor": 0 * data.tail_floor}
+    results["attribution_contrast"] = data.assign(confirmed | {"agreed_effect_each": data.effect_each})
     assessed = claim(results, spec, "C1")
     assert assessed.estimate == pytest.approx(18)
     assert assessed.details["tails_percent_norms_alone"]["sft"] == pytest.approx(13.1)
@@ -129,24 +137,87 @@ def test_c1_contradicted(results: Results, spec: StudySpec) -> None:
         "effect": -data.effect,
         "effect_low": -data.effect_high,
         "effect_high": -data.effect_low,
+        "effect_each": -data.effect_each,
+        "superiority": 1 - data.superiority,
+        "superiority_low": 1 - data.superiority_high,
+        "superiority_high": 1 - data.superiority_low,
     }
     results["attribution_contrast"] = data.assign(swapped)
     assert claim(results, spec, "C1").verdict is Verdict.CONTRADICTED
 
 
 def test_c1_not_comparable_is_undetermined_and_says_why(results: Results, spec: StudySpec) -> None:
-    data = results["attribution_contrast"]
-    results["attribution_contrast"] = data.assign(comparable=("tau", ["NOT_COMPARABLE: L0 differs"] * 2))
+    comparable = results["attribution_contrast"].comparable.copy(deep=True)
+    comparable.loc["final"] = "NOT_COMPARABLE: L0 differs"
+    results["attribution_contrast"] = results["attribution_contrast"].assign(comparable=comparable)
     assessed = claim(results, spec, "C1")
     assert assessed.verdict is Verdict.UNDETERMINED
-    assert "L0 differs" in assessed.answer
+    assert "L0 differs; no checkpoint of sft is so near to base" in assessed.answer
+
+
+def test_c1_is_answered_where_the_runs_are_equally_far_from_base(results: Results, spec: StudySpec) -> None:
+    """The final models say one thing, the models at equal distance another, and only these are comparable."""
+    data = results["attribution_contrast"].copy(deep=True)
+    final, matched = {"comparison": "final"}, {"comparison": "matched_shift"}
+    for name in data.data_vars:
+        if "comparison" in data[name].dims and name != "comparable":
+            data[name].loc[matched] = -data[name].loc[final] if name.startswith("effect") else data[name].loc[final]
+    data["effect_low"].loc[matched], data["effect_high"].loc[matched] = [-0.141, -0.069], [-0.052, -0.012]
+    data["tail_sft"].loc[matched], data["tail_rl"].loc[matched] = [0.034, 0.011], [0.131, 0.052]
+    data["superiority_low"].loc[matched], data["superiority_high"].loc[matched] = 0.33, 0.45
+    data["comparable"] = data["comparable"].astype("<U80")
+    data["comparable"].loc[final] = "NOT_COMPARABLE: activation shifts differ"
+    data["comparable"].loc[matched] = "COMPARABLE: at activation shift 0.21 from base, sft as sft@3; parity"
+    results["attribution_contrast"] = data.assign_attrs(decided_by="matched_shift")
+    assessed = claim(results, spec, "C1")
+    assert assessed.verdict is Verdict.CONTRADICTED
+    assert "at activation shift 0.21 from base, sft as sft@3, 3.4% of sft's" in assessed.answer
 
 
 def test_c1_below_the_floor_is_undetermined(results: Results, spec: StudySpec) -> None:
-    results["attribution_contrast"] = results["attribution_contrast"].assign(tail_null=("tau", [0.2, 0.2]))
+    results["attribution_contrast"] = results["attribution_contrast"].assign(
+        tail_null=with_final(results["attribution_contrast"], "tail_null", 0.2, 0.2)
+    )
     assessed = claim(results, spec, "C1")
     assert assessed.verdict is Verdict.UNDETERMINED
-    assert "null crosscoder" in assessed.answer
+    assert "the largest of base against itself" in assessed.answer
+
+
+def test_c1_ranks_that_say_the_opposite_leave_it_open(results: Results, spec: StudySpec) -> None:
+    one = results["attribution_contrast"].superiority
+    opposite = {"superiority_low": 0 * one + 0.4, "superiority_high": 0 * one + 0.49}
+    results["attribution_contrast"] = results["attribution_contrast"].assign(opposite)
+    assessed = claim(results, spec, "C1")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "the ranks of all features say the opposite" in assessed.answer
+
+
+def test_c1_equal_divergence_that_says_the_opposite_leaves_it_open(results: Results, spec: StudySpec) -> None:
+    data = results["attribution_contrast"].copy(deep=True)
+    data["effect_low"].loc[{"comparison": "matched_kl"}] = -0.2
+    data["effect_high"].loc[{"comparison": "matched_kl"}] = -0.01
+    results["attribution_contrast"] = data
+    assert claim(results, spec, "C1").verdict is Verdict.SUPPORTED, "that comparison cannot be made"
+    data["comparable"].loc["matched_kl"] = "COMPARABLE: at KL"
+    assessed = claim(results, spec, "C1")
+    assert assessed.verdict is Verdict.UNDETERMINED
+    assert "at equal KL from base the opposite holds" in assessed.answer
+
+
+def test_c1_needs_the_direction_in_every_dictionary(results: Results, spec: StudySpec) -> None:
+    data = results["attribution_contrast"].drop_vars(["effect_each", "superiority_each", "dictionary"])
+    each = np.full((3, 2, 3), np.nan)
+    for last, verdict in ((0.001, Verdict.SUPPORTED), (-0.001, Verdict.UNDETERMINED)):
+        each[0] = [0.2, 0.09, last]
+        results["attribution_contrast"] = data.assign(effect_each=((*data.effect.dims, "dictionary"), each))
+        assert claim(results, spec, "C1").verdict is verdict
+
+
+def test_c1_a_floor_that_is_zero_by_construction_is_said_to_be(results: Results, spec: StudySpec) -> None:
+    words = "zero by construction"
+    assert not any(words in caveat for caveat in claim(results, spec, "C1").caveats)
+    results["attribution_contrast"] = results["attribution_contrast"].isel(floor=[0])
+    assert any(words in caveat for caveat in claim(results, spec, "C1").caveats)
 
 
 def test_c1_uses_the_tau_of_the_study(results: Results, spec_with: Callable[..., StudySpec]) -> None:
@@ -156,8 +227,9 @@ def test_c1_uses_the_tau_of_the_study(results: Results, spec_with: Callable[...,
 
 
 def test_c1_empty_contrast_is_not_estimable(results: Results, spec: StudySpec) -> None:
-    empty = dict.fromkeys(("effect", "effect_low", "effect_high", "p_value"), ("tau", [np.nan] * 2))
-    results["attribution_contrast"] = results["attribution_contrast"].assign(empty)
+    results["attribution_contrast"] = (
+        results["attribution_contrast"].where(False).assign(comparable=results["attribution_contrast"].comparable)
+    )
     assert claim(results, spec, "C1").verdict is Verdict.NOT_ESTIMABLE
 
 
@@ -167,13 +239,6 @@ def test_c1_sick_crosscoders_are_caveats(results: Results, spec: StudySpec) -> N
     results["health"] = results["health"].assign(healthy=("crosscoder", [False, False, True, True]))
     caveats = [c for c in claim(results, spec, "C1").caveats if "health check" in c]
     assert [c.split()[1] for c in caveats] == ["pair-sft"], "the primary crosscoder is not what C1 rests on"
-
-
-def test_c1_unmatched_movement_is_a_caveat_and_matched_is_not(results: Results, spec: StudySpec) -> None:
-    assert any("not at matched drift" in c for c in claim(results, spec, "C1").caveats)
-    flat = xr.full_like(results["movement"].activation_shift, 0.4)
-    results["movement"] = results["movement"].assign(activation_shift=flat)
-    assert not any("matched drift" in c for c in claim(results, spec, "C1").caveats)
 
 
 # -- C2 ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from rlgen_stats.schemas.dims import BASE_MODEL
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.null_views import HALVES_MODEL
 from rlgen_stats.schemas.study import CrosscoderSpec
+from rlgen_stats.toolkit.crosscoder.data.halves import halves_weight
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.training.auxk import AUX_WEIGHT, DeadFeatures
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
@@ -56,7 +58,8 @@ class Objective:
     Joint rows: f from all views, sum_m ||e_m||^2. Paired rows: f^m from view m's activation in every slot, as readout
     swap, e_m = D_m f^m + c s_m - x_m with the scales s_m and c, the mean of the views' offsets in raw units, and
     sum_m ||e_m||^2 + lambda sum_{m != ref} ||e_m s_ref / s_m - e_ref||^2: the last term is the error of the difference
-    between two models. One sparsity rule holds for all rows.
+    between two models. One sparsity rule holds for all rows. With the view of halves, rows are joint and each counts
+    for one of the two views (:func:`~rlgen_stats.toolkit.crosscoder.data.halves.halves_weight`).
     """
 
     def __init__(
@@ -74,6 +77,10 @@ class Objective:
         self._reference = crosscoder.views.index(BASE_MODEL) if BASE_MODEL in crosscoder.views else 0
         self._low = torch.bfloat16 if spec.precision == "bfloat16" else None
         self._variance = variance
+        self._weight: Tensor | None = None
+        if HALVES_MODEL in crosscoder.views:
+            weight = halves_weight(crosscoder.widths, spec.batch_size)
+            self._weight = self.ranks.share(weight).to(crosscoder.encoder_bias.device)
         self._buffer: Tensor | None = None
         self._rule = make_rule(spec, crosscoder, self.ranks, variance=float(variance.sum()))
         self._dead = DeadFeatures(spec, self.ranks, crosscoder.encoder_bias.device)
@@ -107,8 +114,9 @@ class Objective:
         )
 
     def _rows(self, raw: Tensor) -> list[Rows]:
-        kinds = (joint_rows, raw[: self._n_joint]), (paired_rows, raw[self._n_joint :])
-        return [make(self._crosscoder, self.ranks.share(part), low=self._low) for make, part in kinds if len(part)]
+        joint, paired = (self.ranks.share(part) for part in (raw[: self._n_joint], raw[self._n_joint :]))
+        rows = [joint_rows(self._crosscoder, joint, low=self._low, weight=self._weight)] if len(joint) else []
+        return [*rows, paired_rows(self._crosscoder, paired, low=self._low)] if len(paired) else rows
 
     @torch.no_grad()
     def _contribution(self, rows: list[Rows]) -> Tensor:

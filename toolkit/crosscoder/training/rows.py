@@ -80,6 +80,8 @@ class Rows:
         Pre-activations, in autograd.
     n_slots : int
         Parts of the decoder's channels; a row's code is decoded with its own slot's.
+    weight : Tensor [row, channel] or None
+        Factor of each error; 0 where a row does not count for a view.
     """
 
     def __init__(
@@ -91,8 +93,9 @@ class Rows:
         *,
         offset: Tensor,
         low: torch.dtype | None,
+        weight: Tensor | None = None,
     ) -> None:
-        self.x, self.target, self.n_slots = x, target, len(offset)
+        self.x, self.target, self.n_slots, self.weight = x, target, len(offset), weight
         self._encoder, self._bias, self._low = encoder, crosscoder.encoder_bias, low
         self._decoder = crosscoder.decoder_matrix.view(crosscoder.n_features, len(offset), -1)
         self._offset = offset
@@ -120,8 +123,12 @@ class Rows:
         decoded = DecodedEntries.apply(  # type: ignore[no-untyped-call]
             torch.cat([features, pre[n_live:]]), self._decoder.flatten(0, 1), self._in_slots(code, here.rows)
         )
-        error = decoded[:n_rows] + self._minus_target()
-        return Decoded(features, live, error, None if revived is None else decoded[n_rows:] + error.detach())
+        error = self._weighted(decoded[:n_rows] + self._minus_target())
+        again = None if revived is None else self._weighted(decoded[n_rows:]) + error.detach()
+        return Decoded(features, live, error, again)
+
+    def _weighted(self, error: Tensor) -> Tensor:
+        return error if self.weight is None else error * self.weight
 
     def _in_slots(self, code: SparseCode, rows: Tensor) -> SparseCode:
         """The code by which the rows of ``_decoder`` [feature, slot] are multiplied."""
@@ -135,11 +142,11 @@ class Rows:
 
     def _dense(self, chosen: Places, activate: Activate, revived: Revived | None) -> Decoded:
         features = activate(chosen.keep(self.pre), slice(None))
-        error = self._times(features, self._decoder) + self._minus_target()
+        error = self._weighted(self._times(features, self._decoder) + self._minus_target())
         if revived is None:
             return Decoded(features, slice(None), error, None)
         pre = revived.keep(self.pre.index_select(1, revived.features))
-        again = self._times(pre, self._decoder.index_select(0, revived.features))
+        again = self._weighted(self._times(pre, self._decoder.index_select(0, revived.features)))
         return Decoded(features, slice(None), error, again + error.detach())
 
     def _times(self, code: Tensor, decoder: Tensor) -> Tensor:
@@ -153,10 +160,10 @@ class Rows:
         return self._offset.repeat_interleave(len(self) // self.n_slots, dim=0) - self.target
 
 
-def joint_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None) -> Rows:
-    """One row a token: all views' activations, encoded together; raw [token, D]."""
-    x = raw * crosscoder.channel_scale()
-    return Rows(crosscoder, x, x, crosscoder.encoder_matrix, offset=crosscoder.decoder_offset[None], low=low)
+def joint_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None, weight: Tensor | None = None) -> Rows:
+    """One row a token: all views' activations, encoded together; raw and weight [token, D]."""
+    x, offset = raw * crosscoder.channel_scale(), crosscoder.decoder_offset[None]
+    return Rows(crosscoder, x, x, crosscoder.encoder_matrix, offset=offset, low=low, weight=weight)
 
 
 def paired_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None) -> Rows:

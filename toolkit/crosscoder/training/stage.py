@@ -10,8 +10,9 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import TOKEN, TOKEN_ID
+from rlgen_stats.schemas.dims import CLUSTER, TOKEN, TOKEN_ID
 from rlgen_stats.schemas.errors import InputError, StageError, StoreError
+from rlgen_stats.schemas.null_views import HALVES_MODEL
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
 from rlgen_stats.stores import (
@@ -26,8 +27,11 @@ from rlgen_stats.stores import (
 from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import HEALTH, READOUT_MODELS, add_readout, read_health
+from rlgen_stats.stores.labels import TokenLabels
 from rlgen_stats.stores.study_models import final_model, list_models
+from rlgen_stats.toolkit.crosscoder.data.halves import HalvesReader
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
+from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
 from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import import_crosscoder, weights_file
 from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import import_sae, sae_files
@@ -163,15 +167,18 @@ class _StudyCrosscoder:
                 fit_readout(crosscoder, stored).save(folder)
             self._measure(name, folder, crosscoder, stored)
 
-    def _reader(self, models: tuple[str, ...]) -> PairedReader:
-        """Stored activations of these models at the tokens trained on."""
+    def _reader(
+        self, models: tuple[str, ...], *, clusters: NDArray[np.str_] | None = None, batch_size: int | None = None
+    ) -> PairedReader:
+        """Stored activations of these models at the tokens trained on, or those of some clusters of prompts."""
         return PairedReader(
             self.folder.activations,
             models,
             self.site,
-            batch_size=self.spec.batch_size,
+            batch_size=batch_size or self.spec.batch_size,
             seed=self.order_seed,
             mask=self.mask,
+            where=None if clusters is None else {CLUSTER: clusters.tolist()},
         )
 
     def _trained(self, stored: PairedReader) -> list[Crosscoder]:
@@ -185,7 +192,7 @@ class _StudyCrosscoder:
         missing = [number for number in range(len(self.seeds)) if number not in crosscoders]
         if missing:
             trained = train_replicates(
-                stored if self.corpus is None else self._live(self.corpus),
+                self._training_data(stored),
                 self.spec,
                 views=self.views,
                 seeds=[self.seeds[number] for number in missing],
@@ -197,6 +204,17 @@ class _StudyCrosscoder:
             )
             crosscoders |= dict(zip(missing, trained, strict=True))
         return [crosscoders[number] for number in range(len(self.seeds))]
+
+    def _training_data(self, stored: PairedReader) -> PairedActivations:
+        if self.corpus is not None:
+            return self._live(self.corpus)
+        if HALVES_MODEL not in self.views:
+            return stored
+        clusters = np.unique(np.asarray(TokenLabels(self.folder.activations).legend(CLUSTER)))
+        clusters = np.random.default_rng(derive_seed(self.order_seed, "halves")).permutation(clusters)
+        size, middle = self.spec.batch_size, len(clusters) // 2
+        halves = ((clusters[:middle], size // 2), (clusters[middle:], size - size // 2))
+        return HalvesReader(*(self._reader(self.views, clusters=part, batch_size=rows) for part, rows in halves))
 
     def _imported(self, n_tokens: int) -> Crosscoder:
         """The crosscoder with weights trained elsewhere, its inference rule unchanged."""

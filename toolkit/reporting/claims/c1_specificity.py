@@ -8,18 +8,22 @@ from typing import Any, Final
 import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL
+from rlgen_stats.schemas.null_views import BASE_VIEWS, REPEAT_MODEL, floor_name
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import run_caveat, these_models
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, nearest_label, number, text
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
+    BELOW_NULL,
+    DICTIONARIES_DISAGREE,
     NOT_COMPARABLE,
     Verdict,
-    shifts_match,
     specificity_verdict,
 )
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
+from rlgen_stats.toolkit.statistics.specificity.compared_arms import COMPARABLE as COMPARABLE_TEXT
+from rlgen_stats.toolkit.statistics.specificity.compared_arms import NOT_COMPARABLE as NOT_COMPARABLE_TEXT
 
 C1: Final = PaperClaim(
     id="C1",
@@ -30,80 +34,125 @@ C1: Final = PaperClaim(
         "norm: heavier for SFT than for RL."
     ),
 )
-_NOT_COMPARABLE_PREFIX: Final = "NOT_COMPARABLE"
-"""Start of the contrast's ``comparable`` text where the two counts cannot be compared."""
+_RANKS: Final = "superiority"
+_KL: Final = "matched_kl"
 
 
 def assess_specificity(results: Results, spec: StudySpec) -> Claim:
     """C1 from the attribution contrast at the study's tau: SFT's minus RL's share of alive features that are specific.
 
-    Specific: NRN > tau, and latent scaling agrees where it was done. The verdict is
+    Specific: NRN > tau, and latent scaling agrees where it was done. Of the final models, or where both runs are
+    equally far from base, as the contrast says. The verdict is
     :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.specificity_verdict`.
     """
     data = results.get("attribution_contrast")
     if data is None:
         return C1.not_estimable("the attribution contrast has not been computed", caveats=(run_caveat(spec),))
     tau = nearest_label(data, "tau", spec.statistics.tau)
-    latent_scaling = not math.isnan(number(data, f"{AGREED}effect", tau=tau))
-    prefix = AGREED if latent_scaling else ""
-    effect, low, high, p_value, sft, rl, null = (
-        number(data, f"{prefix}{name}", tau=tau)
-        for name in ("effect", "effect_low", "effect_high", "p_value", "tail_sft", "tail_rl", "tail_null")
-    )
-    comparable = text(data, "comparable", tau=tau)
+    decides = str(data.attrs["decided_by"])
+    details = _details(data, tau, decides, results, spec)
+    effect, low, high = details["differences"][decides]["interval"]
+    shares = details["tails_percent"]
     verdict, failed_guards = specificity_verdict(
         (effect, low, high),
-        p_value,
-        (sft, rl, null),
+        details["differences"][decides]["p_value"],
+        (shares["sft"] / 100, shares["rl"] / 100, shares["null"] / 100),
         alpha=spec.statistics.alpha,
-        comparable=not comparable.startswith(_NOT_COMPARABLE_PREFIX),
+        comparable=not details["comparable"][decides].startswith(NOT_COMPARABLE_TEXT),
+        each=details["differences"][decides]["each"],
+        beside=_beside(details, decides),
     )
     if verdict is Verdict.NOT_ESTIMABLE:
-        reason = comparable or "the contrast is empty: no alive features or no null crosscoder"
+        reason = details["comparable"][decides] or "the contrast is empty: no alive features"
         return C1.not_estimable(reason, caveats=(run_caveat(spec),))
-    guards = [_guard_words(guard, comparable) for guard in failed_guards]
-    details = {
+    guards = [_guard_words(guard, details) for guard in failed_guards]
+    return C1.answered(
+        (hundred(effect), hundred(low), hundred(high)),
+        details["differences"][decides]["p_value"],
+        verdict,
+        _answer(verdict, details, guards, spec),
+        caveats=_caveats(results, spec, effect, details),
+        details=details | {"failed_guards": guards},
+    )
+
+
+def _details(data: xr.Dataset, tau: float, decides: str, results: Results, spec: StudySpec) -> dict[str, Any]:
+    """What the answer, its caveats and the report's JSON say of the contrast."""
+    latent_scaling = f"{AGREED}effect" in data
+    prefix = AGREED if latent_scaling else ""
+
+    def shares(prefix: str) -> dict[str, float]:
+        return {
+            name: hundred(number(data, f"{prefix}tail_{name}", tau=tau, comparison=decides))
+            for name in ("sft", "rl", "null")
+        }
+
+    return {
         "test": data.attrs.get("test", ""),
         "null": data.attrs.get("null", ""),
         "tau": tau,
         "latent_scaling": latent_scaling,
-        "tails_percent": {"sft": hundred(sft), "rl": hundred(rl), "null": hundred(null)},
-        "tails_percent_norms_alone": {
-            arm: hundred(number(data, f"tail_{arm}", tau=tau)) for arm in ("sft", "rl", "null")
+        "decided_by": decides,
+        "tails_percent": shares(prefix),
+        "tails_percent_norms_alone": shares(""),
+        "floors_percent": {
+            floor: hundred(number(data, f"{prefix}tail_floor", tau=tau, floor=floor))
+            for floor in labels_of(data, "floor")
         },
-        "comparable": comparable,
-        "failed_guards": guards,
-        "other_tau": _other_taus(data, tau, prefix),
+        "floors_percent_norms_alone": {
+            floor: hundred(number(data, "tail_floor", tau=tau, floor=floor)) for floor in labels_of(data, "floor")
+        },
+        "differences": {name: _difference(data, tau, name, prefix) for name in labels_of(data, "comparison")},
+        "comparable": {name: text(data, "comparable", comparison=name) for name in labels_of(data, "comparison")},
+        "superiority": {
+            name: tuple(number(data, f"superiority{end}", comparison=name) for end in ("", "_low", "_high"))
+            for name in labels_of(data, "comparison")
+        },
+        "other_tau": {
+            f"{other:g}": {
+                "estimate": hundred(number(data, f"{prefix}effect", tau=other, comparison=decides)),
+                "low": hundred(number(data, f"{prefix}effect_low", tau=other, comparison=decides)),
+                "high": hundred(number(data, f"{prefix}effect_high", tau=other, comparison=decides)),
+                "p_value": number(data, f"{prefix}p_value", tau=other, comparison=decides),
+            }
+            for other in map(float, data["tau"].values)
+            if other != tau
+        },
         "activation_shift": _shifts(results, spec),
     }
-    return C1.answered(
-        (hundred(effect), hundred(low), hundred(high)),
-        p_value,
-        verdict,
-        _answer(verdict, details, guards, spec),
-        caveats=_caveats(results, spec, effect, details),
-        details=details,
-    )
 
 
-def _guard_words(guard: str, comparable: str) -> str:
-    if guard != NOT_COMPARABLE:
-        return "the larger share does not exceed that of the base-base null crosscoder"
-    reason = comparable.removeprefix(_NOT_COMPARABLE_PREFIX).removeprefix(":").strip()
-    return f"the counts are not comparable ({reason})" if reason else "the counts are not comparable"
-
-
-def _other_taus(data: xr.Dataset, tau: float, prefix: str) -> dict[str, dict[str, float]]:
-    others = [float(t) for t in data["tau"].values if float(t) != tau] if "tau" in data.coords else []
+def _difference(data: xr.Dataset, tau: float, comparison: str, prefix: str) -> dict[str, Any]:
+    at = {"tau": tau, "comparison": comparison}
+    each = data[f"{prefix}effect_each"].sel(at).values
     return {
-        f"{other:g}": {
-            "estimate": hundred(number(data, f"{prefix}effect", tau=other)),
-            "low": hundred(number(data, f"{prefix}effect_low", tau=other)),
-            "high": hundred(number(data, f"{prefix}effect_high", tau=other)),
-            "p_value": number(data, f"{prefix}p_value", tau=other),
-        }
-        for other in others
+        "interval": tuple(number(data, f"{prefix}effect{end}", **at) for end in ("", "_low", "_high")),
+        "p_value": number(data, f"{prefix}p_value", **at),
+        "each": [float(value) for value in each if math.isfinite(value)],
     }
+
+
+def _beside(details: dict[str, Any], decides: str) -> dict[str, tuple[float, float]]:
+    """What must not say the opposite: the ranks, and the shares at equal KL from base where these are comparable."""
+    _, low, high = details["superiority"][decides]
+    beside = {_RANKS: (low - 0.5, high - 0.5)}
+    if details["comparable"].get(_KL, "").startswith(COMPARABLE_TEXT):
+        _, *ends = details["differences"][_KL]["interval"]
+        beside[_KL] = (ends[0], ends[1])
+    return beside
+
+
+def _guard_words(guard: str, details: dict[str, Any]) -> str:
+    if guard != NOT_COMPARABLE:
+        return {
+            BELOW_NULL: "the larger share does not exceed the largest of base against itself",
+            DICTIONARIES_DISAGREE: "the dictionaries do not agree on the direction",
+            _RANKS: "the ranks of all features say the opposite of the tails",
+            _KL: "at equal KL from base the opposite holds",
+        }[guard]
+    reasons = [details["comparable"][name] for name in ("final", "matched_shift") if name in details["comparable"]]
+    because = [reason.removeprefix(NOT_COMPARABLE_TEXT).removeprefix(":").strip() for reason in reasons]
+    return f"the counts are not comparable ({'; '.join(because)})"
 
 
 def _shifts(results: Results, spec: StudySpec) -> dict[str, float]:
@@ -120,7 +169,7 @@ def _answer(verdict: Verdict, details: dict[str, Any], guards: list[str], spec: 
     first, second = (run.name for run in spec.contrasted)
     shares, norms = details["tails_percent"], details["tails_percent_norms_alone"]
     specific = f"have NRN > {details['tau']:g}"
-    floor = f"null floor {percent(shares['null'] / 100)}"
+    floor = f"largest null floor {percent(shares['null'] / 100)}"
     if details["latent_scaling"]:
         specific += " and are specific by latent scaling too"
         floor += f"; by norms alone {fixed(norms['sft'])}% and {fixed(norms['rl'])}%"
@@ -128,6 +177,15 @@ def _answer(verdict: Verdict, details: dict[str, Any], guards: list[str], spec: 
         f"{fixed(shares['sft'])}% of {first}'s and {fixed(shares['rl'])}% of {second}'s alive features {specific} "
         f"({floor})"
     )
+    if details["decided_by"] != "final":
+        note = details["comparable"][details["decided_by"]].partition(": ")[2].partition(";")[0]
+        comparison = f"{note}, {comparison}"
+    ranks, low, high = details["superiority"][details["decided_by"]]
+    if math.isfinite(ranks):
+        comparison += (
+            f"; of two features that lean to their run, {first}'s leans more with probability {fixed(ranks, 2)} "
+            f"[{fixed(low, 2)}, {fixed(high, 2)}]"
+        )
     if guards:
         return f"Undetermined, because {' and '.join(guards)}; {comparison}."
     head = {
@@ -148,12 +206,19 @@ def _caveats(results: Results, spec: StudySpec, effect: float, details: dict[str
         )
     if math.isnan(details["tails_percent"]["null"]):
         caveats.append(
-            "There is no base-base null crosscoder, so the share expected without any difference is unknown."
+            "There is no null crosscoder of base with itself, so the share expected without any difference is unknown."
+        )
+    elif set(details["floors_percent"]) == {floor_name(REPEAT_MODEL)}:
+        caveats.append(
+            "The only null floor is base read again, which is zero by construction; add crosscoders with views "
+            "[base@0, base@halves] and [base@0, RUN@noise] for floors that can fail."
+        )
+    if len(details["differences"][details["decided_by"]]["each"]) < 2:
+        caveats.append(
+            "One dictionary of each run: the interval does not hold the variance between dictionaries (replicates)."
         )
     if details["tau"] != spec.statistics.tau:
         caveats.append(f"Computed at tau = {details['tau']:g}; the study asked for {spec.statistics.tau:g}.")
-    if "activation shift" not in details["comparable"]:  # otherwise the answer already says so
-        caveats += _drift_caveat(details["activation_shift"])
     signs = {math.copysign(1, other["estimate"]) for other in details["other_tau"].values() if other["estimate"]}
     if effect and signs - {math.copysign(1, effect)}:
         caveats.append("The sign of the difference depends on tau.")
@@ -167,19 +232,13 @@ def _caveats(results: Results, spec: StudySpec, effect: float, details: dict[str
 
 
 def _pairwise(spec: StudySpec) -> set[str]:
-    """Names of the crosscoders that C1 rests on: base with either run's last checkpoint, and base with itself."""
-    pairs = [{BASE_MODEL, f"{run.name}@final"} for run in spec.contrasted] + [{BASE_MODEL, "base@repeat"}]
-    return {crosscoder.name for crosscoder in spec.crosscoders if set(crosscoder.views) in pairs}
-
-
-def _drift_caveat(shifts: dict[str, float]) -> list[str]:
-    matched = shifts_match(shifts.values())
-    if matched is None:
-        return ["How far each model moved was not measured, so the counts are not matched for drift."]
-    if matched:
-        return []
-    moved = " and ".join(f"{name} {value:.3g}" for name, value in shifts.items())
-    return [
-        f"The counts are not at matched drift (activation shift: {moved}): counts of specific features grow with "
-        "how far a model moved, whatever moved it."
-    ]
+    """Dictionaries that C1 rests on: of base and a checkpoint of either run, or base itself unless it has noise."""
+    runs = {run.name for run in spec.contrasted}
+    return {
+        name
+        for crosscoder in spec.crosscoders
+        if len(crosscoder.views) == 2 and BASE_MODEL in crosscoder.views
+        for other in set(crosscoder.views) - {BASE_MODEL}
+        if other in BASE_VIEWS or (other.rpartition("@")[0] in runs and not other.endswith("@noise"))
+        for name in crosscoder.names
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import cycle
 from typing import Any, Final
 
 import numpy as np
@@ -10,6 +11,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, split_model_id
 from rlgen_stats.schemas.errors import NotEstimableError
+from rlgen_stats.schemas.null_views import floor_name
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.c3_selection import scored_tasks
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed, run_colours, run_markers
@@ -33,11 +35,15 @@ from rlgen_stats.toolkit.reporting.result_lookup import (
     labels_of,
     nearest_label,
     number,
+    text,
 )
 from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, training_share
 
 MAX_PATTERNS: Final = 14
 """Most combinations of tasks drawn; the rarest are left out and counted in the caption."""
+
+_FLOOR_STYLES: Final = ("--", "-.", ":")
+"""Lines of the floors, one of base against itself each."""
 
 
 def specificity(results: Results, spec: StudySpec) -> Graphic:
@@ -46,8 +52,12 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
     tau, colours = spec.statistics.tau, run_colours(spec)
     pairs = {run.name: crosscoder_label(data, run.name) for run in spec.contrasted}
     curves = [(run, label, colours[run], "-") for run, label in pairs.items() if label is not None]
-    if "null" in labels_of(data, "crosscoder"):
-        curves.append(("base–base null", "null", NULL, "--"))
+    floors: dict[str, str] = {}
+    for label in labels_of(data, "crosscoder"):
+        floor = floor_name(text(data, "target", crosscoder=label))
+        if floor is not None:
+            floors.setdefault(floor, label)  # the first of its dictionaries
+    curves += [(floor, label, NULL, style) for (floor, label), style in zip(floors.items(), cycle(_FLOOR_STYLES))]
     if not curves:
         raise NotEstimableError("there is no pairwise crosscoder of either run")
     with canvas(7.4, 3.2, ncols=2, sharey=False) as (figure, grid):
@@ -90,9 +100,8 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
         svg,
         alt,
         "Left: how much of each feature's decoder norm (L1) belongs to the trained model; 0.5 is shared. A curve's "
-        "height at τ is the share of features that count as specific. The null is the same measurement on base "
-        "against itself. Right: the same for each model's share (MAS) in the three-model crosscoder; one third is "
-        "shared.",
+        "height at τ is the share of features that count as specific. Grey: the same measurement on base against "
+        "itself. Right: the same for each model's share (MAS) in the three-model crosscoder; one third is shared.",
     )
 
 
@@ -144,15 +153,16 @@ def matched_drift(results: Results, spec: StudySpec) -> Graphic:
                 clip_on=False,
             )
             last = number(movement, "activation_shift", model=finals[run.name])
-            tail = number(contrast, f"tail_{arm}", tau=tau)
-            low, high = (number(contrast, f"tail_{arm}_{end}", tau=tau) for end in ("low", "high"))
+            at = {"tau": tau, "comparison": "final"}
+            tail = number(contrast, f"tail_{arm}", **at)
+            low, high = (number(contrast, f"tail_{arm}_{end}", **at) for end in ("low", "high"))
             if np.isfinite(low) and np.isfinite(high):
                 right.plot([last] * 2, [low, high], color=colours[run.name], lw=1.6, solid_capstyle="butt")
             right.plot(last, tail, markers[run.name], color=colours[run.name], ms=7, label=run.name, clip_on=False)
             descriptions.append(f"{run.name}: shift {compact(last)}, {percent(tail)} specific")
-        null = number(contrast, "tail_null", tau=tau)
+        null = number(contrast, "tail_null", tau=tau, comparison="final")
         if np.isfinite(null):
-            right.axhline(null, color=NULL, ls="--", lw=1.3, label="base–base null")
+            right.axhline(null, color=NULL, ls="--", lw=1.3, label="largest null floor")
         left.set_title("How far each run moved", pad=8)
         left.set(xlabel="share of training", ylabel="relative activation shift", xlim=(0, 1))
         percent_axis(left.xaxis)

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from rlgen_stats.schemas.dims import MODEL, RUN, STEP, VIEW
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.null_views import noise_source
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
+from rlgen_stats.toolkit.statistics.kernels import pooled_estimates
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK, FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.specificity.compared_arms import (
+    ARMS,
+    COMPARABLE,
+    COMPARISON,
+    COMPARISONS,
+    Arm,
+    Compared,
+    comparability,
+    compare_arms,
+    dictionaries_of,
+    distances_of,
+)
 from rlgen_stats.toolkit.statistics.specificity.decoder_norms import CLUSTER_COSINE, CROSSCODER, decoder_clusters
+from rlgen_stats.toolkit.statistics.specificity.matched_movement import MATCHED_RATIO
+from rlgen_stats.toolkit.statistics.specificity.superiority import block_rows, cluster_draws, superiority
 
 TAUS: Final = (0.7, 0.9)
 """Thresholds of docs/method.md 4e: target norm more than 2.3 and 9 times the original's."""
@@ -27,32 +43,49 @@ TAUS: Final = (0.7, 0.9)
 MIN_RUNS: Final = 3
 """Runs per arm from which runs, not features, are permuted: 3 against 3 is the first design whose floor is p = .10."""
 
-MATCHED_SHIFT_RATIO: Final = 1.25
-"""Largest ratio of activation shifts still called matched: counts of specific features grow with the shift."""
-
-FVE_TOLERANCE: Final = 0.05
-"""Largest difference in fraction of variance explained between crosscoders compared."""
-
-L0_RATIO: Final = 1.25
-"""Largest ratio of active features per token between crosscoders compared."""
-
-DEAD_TOLERANCE: Final = 0.10
-"""Largest difference in dead fraction: tail mass is a share of alive features."""
-
 AGREED: Final = "agreed_"
 """Prefix of the variables that count only features whose specificity latent scaling confirms."""
 
+FLOOR: Final = "floor"
+BY_TAU: Final = (
+    *(f"tail_{arm}{end}" for arm in ARMS for end in ("", "_low", "_high")),
+    *("effect", "effect_low", "effect_high", "p_value"),
+)
+"""Variables over comparison and threshold, also with the prefix ``AGREED``."""
+BY_COMPARISON: Final = (
+    *("superiority", "superiority_low", "superiority_high"),
+    *(f"n_clusters_{arm}" for arm in ARMS),
+)
+
 
 @dataclass(frozen=True)
-class _Tail:
-    """Tail mass of one crosscoder, by clusters of its alive features."""
+class _Dictionary:
+    """Alive features of one crosscoder."""
 
-    hits: FloatArray
-    """[cluster]: features beyond the threshold."""
+    name: str
+    cluster: IntArray
+    """[feature] from 0 on."""
     sizes: FloatArray
     """[cluster]: features."""
-    mass: float
-    """Share of alive features beyond the threshold."""
+    hits: FloatArray
+    """[count, cluster]: features beyond each threshold, by norms and (then) by latent scaling too."""
+    lean: FloatArray
+    """[feature]: log of target's over original's decoder norm, less the median feature's."""
+
+    @property
+    def tails(self) -> FloatArray:
+        """[count]: share of alive features."""
+        return self.hits.sum(axis=1) / self.sizes.sum() if len(self.sizes) else np.full(len(self.hits), np.nan)
+
+    @property
+    def leaning(self) -> NDArray[np.bool_]:
+        """[feature]: whether it leans to the target at least as much as the median feature does."""
+        return self.lean >= 0
+
+    def weights(self, draws: IntArray) -> FloatArray:
+        """Weights [draw, leaning feature] from weights [draw, cluster]: features of one cluster share its weight."""
+        cluster = self.cluster[self.leaning]
+        return np.asarray((draws / self.sizes)[:, cluster], dtype=np.float64)
 
 
 def attribution_contrast(
@@ -61,7 +94,7 @@ def attribution_contrast(
     *,
     sft: str | Sequence[str],
     rl: str | Sequence[str],
-    null: str | None = "null",
+    floors: Mapping[str, Sequence[str]] | None = None,
     taus: Sequence[float] = TAUS,
     norm: Literal["l1", "l2"] = "l1",
     movement: xr.Dataset | None = None,
@@ -70,19 +103,22 @@ def attribution_contrast(
     seed: int = 0,
     n_bootstrap: int = 999,
 ) -> xr.Dataset:
-    """Tail mass of model-specific features, SFT minus RL, and the floor of a crosscoder of base with itself.
+    """Model-specific features, SFT minus RL: of the final models, and where both are equally far from base.
 
     Parameters
     ----------
     table
-        Layout ``attribution`` (see ``attribution_table``); with ``scaling_agrees[crosscoder, feature]`` everything is
-        also computed for features that are specific by latent scaling too, under the prefix ``agreed_``.
+        Layout ``attribution`` (see ``attribution_table``), whose coordinate ``target`` names the checkpoint that each
+        crosscoder compares with base and ``dictionary`` its number among dictionaries of other seeds (default: all 1).
+        With ``scaling_agrees[crosscoder, feature]`` everything is also computed for features that are specific by
+        latent scaling too, under the prefix ``agreed_``.
     clusters
         Crosscoder name -> its decoders (clustered here by cosine > .7) or ready integer labels [feature].
     sft, rl
-        Crosscoder names of the two arms; three or more on both sides make runs the unit.
-    null
-        Crosscoder of base against base read again (activations of base extracted twice); None if there is none.
+        Runs of the two arms; three or more on both sides make runs the unit.
+    floors
+        What no difference looks like: a name -> the crosscoders of base with itself (its dictionaries). Noise larger
+        than either arm's distance from base at a comparison is no floor of it.
     taus, norm
         Thresholds on NRN and the norm it uses (the paper's is l1).
     movement
@@ -95,78 +131,304 @@ def attribution_contrast(
     Returns
     -------
     xr.Dataset
-        Layout ``attribution_contrast`` over ``tau``; also ``excess_sft`` and ``excess_rl`` (mass above the floor),
-        ``tail_*_low`` / ``tail_*_high``, and ``n_clusters_sft`` / ``n_clusters_rl``.
+        Layout ``attribution_contrast``. Attribute ``decided_by``: the comparison that answers the claim.
 
     Raises
     ------
     InputError
-        If a crosscoder is not in the table or has no clusters.
+        If a run has no crosscoder in the table, or a crosscoder no clusters.
     RefusedError
         If table, movement and health come from different studies.
 
     Notes
     -----
-    T = share of alive features with NRN > tau. effect = (T_sft - floor) - (T_rl - floor), in which the floor cancels;
-    it matters for ``excess_*``. With fewer than three runs per arm: percentile bootstrap over decoder-cosine clusters,
-    p = twice the smaller tail share with the +1 rule, and the statement is about *these* models. Where a bootstrap
-    distribution is a point (mass 0 or 1 on one side) the interval is Newcombe's with clusters counted as units.
-    With three or more: exact permutation of runs between arms and Welch's interval.
+    Comparisons: the runs' last checkpoints (``final``); each run at the largest activation shift that all of them
+    reach (``matched_shift``) and the same for KL from base (``matched_kl``), where a run stands for the mixture of its
+    two neighbouring checkpoints that have a dictionary, weights linear in the log of the distance. ``final`` answers
+    the claim where the final models are comparable (shifts within a factor 1.25, equal fit), else ``matched_shift``.
+
+    Tail: T = share of alive features with NRN > tau; effect = T_sft - T_rl, in which a common floor cancels.
+    Superiority, without a threshold: P(a feature of SFT leans more to its run than one of RL does) + P(equal) / 2, each
+    decoder cluster weighted once, .5 is no difference. Compared are the halves of the dictionaries that lean to the
+    run: log ratio of decoder norms at least the median, which takes off the scale that a view has as a whole.
+
+    With fewer than three runs per arm the statement is about *these* models. Clusters of features (decoder cosine) are
+    drawn within each dictionary, and the dictionaries' estimates pooled (``pooled_estimates``), so that the interval
+    holds both. Where an arm has no specific feature at all (or only such) draws of it have no width, and the interval
+    is at least Newcombe's with clusters counted as units. With three or more runs: exact permutation of runs between
+    arms and Welch's interval.
 
     References
     ----------
     Newcombe 1998, doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I.
     """
-    arms = {"sft": [sft] if isinstance(sft, str) else list(sft), "rl": [rl] if isinstance(rl, str) else list(rl)}
-    names = [*arms["sft"], *arms["rl"], *([null] if null else [])]
-    _check_names(table, clusters, names)
+    runs = {"sft": [sft] if isinstance(sft, str) else list(sft), "rl": [rl] if isinstance(rl, str) else list(rl)}
     check_comparable(table, *(data for data in (movement, health) if data is not None), keys=("study_id",))
-    labels = {name: _labels(table, clusters[name], name) for name in names}
-    by_run = min(map(len, arms.values())) >= MIN_RUNS
-    rows: dict[str, list[float]] = {}
-    for tau, prefix in product(taus, ("", AGREED) if "scaling_agrees" in table else ("",)):
-        tails = {name: _tail(table, name, labels[name], tau, norm, agreed=bool(prefix)) for name in names}
-        draws = {
-            name: _bootstrap(tails[name], n_bootstrap, derive_seed(seed, "attribution_contrast", name, tau))
-            for name in names
-        }
-        row = _arm_rows(tails, draws, arms, null, alpha)
-        row |= _runs_contrast(tails, arms, alpha) if by_run else _bootstrap_contrast(tails, draws, arms, alpha)
-        for key, value in row.items():
-            rows.setdefault(prefix + key, []).append(value)
-    comparable = comparability(table, arms["sft"], arms["rl"], movement, health)
-    variables = {key: ("tau", np.array(value, dtype=np.float64)) for key, value in rows.items()}
+    names = {run: dictionaries_of(table, run) for run in (*runs["sft"], *runs["rl"])}
+    of_base = dict(floors or {})
+    prefixes = ("", AGREED) if "scaling_agrees" in table else ("",)
+    groups = [*(group for of_run in names.values() for group in of_run.values()), *of_base.values()]
+    dictionaries = {
+        name: _dictionary(table, clusters, name, taus, norm, agreed=len(prefixes) > 1)
+        for group in groups
+        for name in group
+    }
+    contrast = _Contrast(dictionaries, alpha=alpha, seed=seed, n_bootstrap=n_bootstrap)
+    compared = {one: compare_arms(one, runs, names, distances_of(movement, one)) for one in COMPARISONS}
+    out = _dataset({one: contrast.of(c.arms) if c.arms else {} for one, c in compared.items()}, taus, prefixes)
+    out = out.assign(_floor_variables(of_base, contrast, taus, prefixes))
+    out = out.assign(_largest_floors(out, _too_far(of_base, compared, table, movement), prefixes))
+    for prefix, arm in product(prefixes, ARMS):
+        out[f"{prefix}excess_{arm}"] = out[f"{prefix}tail_{arm}"] - out[f"{prefix}tail_null"]
+    comparable = {one: comparability(c, table, health) for one, c in compared.items()}
+    out["comparable"] = (COMPARISON, np.array(list(comparable.values()), dtype=np.str_))
+    for arm in ARMS:
+        distance = [c.arms[arm].distance if c.arms else math.nan for c in compared.values()]
+        out[f"distance_{arm}"] = (COMPARISON, np.array(distance))
+    how = {"norm": norm, "seed": seed, "alpha": alpha, "n_bootstrap": n_bootstrap}
+    return out.assign_attrs(_attrs(runs, compared["final"], of_base), decided_by=_decided_by(comparable), **how)
+
+
+def _decided_by(comparable: Mapping[str, str]) -> str:
+    """The comparison that answers the claim: at matched shift where only that is comparable."""
+    known = (name for name in ("final", "matched_shift") if comparable[name].startswith(COMPARABLE))
+    return next(known, "final")
+
+
+def _dataset(found: Mapping[str, Mapping[str, Any]], taus: Sequence[float], prefixes: Sequence[str]) -> xr.Dataset:
+    """What was found over [comparison, tau] and [comparison], NaN where a comparison could not be made."""
+    n_dictionaries = max([len(one["superiority_each"]) for one in found.values() if one], default=0)
+    shape = (len(found), len(prefixes), len(taus))
+    variables: dict[str, Any] = {}
+    for name in BY_TAU:
+        values = np.full(shape, np.nan)
+        for row, one in zip(values, found.values(), strict=True):
+            if one:
+                row[:] = np.reshape(one[name], row.shape)
+        variables |= {prefix + name: ((COMPARISON, "tau"), values[:, i]) for i, prefix in enumerate(prefixes)}
+    for name in BY_COMPARISON:
+        variables[name] = (COMPARISON, np.array([float(one.get(name, np.nan)) for one in found.values()]))
+    each, above = np.full((*shape, n_dictionaries), np.nan), np.full((len(found), n_dictionaries), np.nan)
+    for i, one in enumerate(found.values()):
+        if one:
+            n = len(one["superiority_each"])
+            each[i, ..., :n] = np.moveaxis(one["effect_each"], 0, -1).reshape(*shape[1:], n)
+            above[i, :n] = one["superiority_each"]
+    dims = (COMPARISON, "tau", "dictionary")
+    variables |= {f"{prefix}effect_each": (dims, each[:, i]) for i, prefix in enumerate(prefixes)}
+    variables["superiority_each"] = ((COMPARISON, "dictionary"), above)
     return xr.Dataset(
-        variables | {"comparable": ("tau", np.array([comparable] * len(taus), dtype=np.str_))},
-        coords={"tau": np.array(list(taus), dtype=np.float64)},
-        attrs=_attrs(table, arms, null, norm, by_run) | {"seed": seed, "alpha": alpha, "n_bootstrap": n_bootstrap},
+        variables,
+        coords={
+            COMPARISON: np.array(list(found), dtype=np.str_),
+            "tau": np.array(list(taus), dtype=np.float64),
+            "dictionary": np.arange(1, n_dictionaries + 1),
+        },
     )
 
 
-def _attrs(
-    table: xr.Dataset, arms: dict[str, list[str]], null: str | None, norm: str, by_run: bool
-) -> dict[str, object]:
-    n = {arm: len(names) for arm, names in arms.items()}
+def _floor_variables(
+    floors: Mapping[str, Sequence[str]], contrast: _Contrast, taus: Sequence[float], prefixes: Sequence[str]
+) -> dict[str, Any]:
+    """``tail_floor[floor, tau]``, the mean over a floor's dictionaries."""
+    parts = [[(name, 1 / len(group)) for name in group] for group in floors.values()]
+    tails = np.array([contrast.tails(one) for one in parts]).reshape(len(floors), len(prefixes), len(taus))
+    labels = {FLOOR: np.array(list(floors), dtype=np.str_)}
     return {
-        "test": "exact permutation of runs between arms" if by_run else "bootstrap over decoder-cosine clusters",
-        "null": "arms are exchangeable over runs" if by_run else "these dictionaries have equal tail mass",
-        "unit": "run" if by_run else f"cluster of features (decoder cosine > {CLUSTER_COSINE})",
-        "scope": "SFT against RL" if by_run else f"these two models differ ({n['sft']} SFT and {n['rl']} RL run(s))",
-        "runs_per_arm": [n["sft"], n["rl"]],
-        "floor": f"crosscoder {null!r} on base and base read again" if null else "none given",
-        "floor_mass_subtracted": "from each arm (excess_*); cancels in the contrast",
-        "norm": norm,
-        "models": [str(table["target"].sel({CROSSCODER: name}).item()) for name in (*arms["sft"], *arms["rl"])],
+        f"{prefix}tail_floor": xr.DataArray(tails[:, i], dims=(FLOOR, "tau"), coords=labels)
+        for i, prefix in enumerate(prefixes)
+        if floors
     }
 
 
-def _check_names(table: xr.Dataset, clusters: Mapping[str, object], names: list[str]) -> None:
-    known = [str(name) for name in table[CROSSCODER].values]
-    for name in names:
-        if name not in known:
-            raise InputError(f"crosscoder {name!r} is not in the attribution table; it has {known}.")
-        if name not in clusters:
-            raise InputError(f"crosscoder {name!r} has no clusters; give its decoders or integer labels by name.")
+def _too_far(
+    floors: Mapping[str, Sequence[str]],
+    compared: Mapping[str, Compared],
+    table: xr.Dataset,
+    movement: xr.Dataset | None,
+) -> dict[str, list[str]]:
+    """Comparison -> floors of noise that is larger than either arm's distance from base there."""
+    targets = dict(zip(map(str, table[CROSSCODER].values), map(str, table["target"].values), strict=True))
+    sources = {floor: noise_source(targets[group[0]]) for floor, group in floors.items()}
+    found: dict[str, list[str]] = {}
+    for comparison, one in compared.items():
+        known = {model: d for of_run in distances_of(movement, comparison).values() for model, d in of_run.items()}
+        farthest = max((arm.distance for arm in one.arms.values()), default=math.nan) if one.arms else math.nan
+        found[comparison] = [
+            floor
+            for floor, model in sources.items()
+            if model is not None and known.get(model, math.nan) > MATCHED_RATIO * farthest
+        ]
+    return found
+
+
+def _largest_floors(
+    out: xr.Dataset, too_far: Mapping[str, Sequence[str]], prefixes: Sequence[str]
+) -> dict[str, xr.DataArray]:
+    """``tail_null[comparison, tau]``: the largest of the floors that hold at a comparison's distance; NaN if none."""
+    largest = {}
+    for prefix in prefixes:
+        none = xr.full_like(out["effect"], np.nan)
+        if f"{prefix}tail_floor" not in out:
+            largest[f"{prefix}tail_null"] = none
+            continue
+        kept = [out[f"{prefix}tail_floor"].drop_sel({FLOOR: list(floors)}) for floors in too_far.values()]
+        by_comparison = [one.max(FLOOR) if one.size else none.isel({COMPARISON: 0}, drop=True) for one in kept]
+        largest[f"{prefix}tail_null"] = xr.concat(by_comparison, out[COMPARISON])
+    return largest
+
+
+def _attrs(
+    runs: Mapping[str, Sequence[str]], finals: Compared, floors: Mapping[str, Sequence[str]]
+) -> dict[str, object]:
+    n_sft, n_rl = (len(runs[arm]) for arm in ARMS)
+    by_run = min(n_sft, n_rl) >= MIN_RUNS
+    return {
+        "test": "exact permutation of runs between arms"
+        if by_run
+        else "bootstrap over decoder-cosine clusters, pooled over dictionaries",
+        "null": "arms are exchangeable over runs" if by_run else "these models' dictionaries have equal tail mass",
+        "unit": "run" if by_run else f"cluster of features (decoder cosine > {CLUSTER_COSINE}); dictionary",
+        "scope": "SFT against RL" if by_run else f"these two models differ ({n_sft} SFT and {n_rl} RL run(s))",
+        "runs_per_arm": [n_sft, n_rl],
+        "floor": ", ".join(floors) or "none given",
+        "models": [model for arm in ARMS for one in finals.arms[arm].runs for model in one.weights]
+        if finals.arms
+        else [],
+    }
+
+
+class _Contrast:
+    """The statistics of two arms' dictionaries; draws of a dictionary are the same wherever it takes part."""
+
+    def __init__(self, dictionaries: Mapping[str, _Dictionary], *, alpha: float, seed: int, n_bootstrap: int) -> None:
+        self._dictionaries, self._alpha, self._seed, self._n_bootstrap = dictionaries, alpha, seed, n_bootstrap
+
+    def _draws(self, name: str, rows: int | None = None) -> Iterator[IntArray]:
+        seed = derive_seed(self._seed, "attribution_contrast", name)
+        return cluster_draws(len(self._dictionaries[name].sizes), self._n_bootstrap, seed, rows=rows)
+
+    def tails(self, parts: Sequence[tuple[str, float]]) -> FloatArray:
+        """Share beyond each threshold of a mixture of dictionaries: [count]."""
+        return np.asarray(sum(weight * self._dictionaries[name].tails for name, weight in parts), dtype=np.float64)
+
+    def tail_draws(self, parts: Sequence[tuple[str, float]]) -> FloatArray:
+        """The same in draws of clusters: [draw, count]."""
+        total = np.zeros((self._n_bootstrap, 1))
+        for name, weight in parts:
+            one = self._dictionaries[name]
+            if not len(one.sizes):
+                return np.full((self._n_bootstrap, len(one.hits)), np.nan)
+            drawn = [(draws @ one.hits.T) / (draws @ one.sizes)[:, None] for draws in self._draws(name)]
+            total = total + weight * np.concatenate(drawn)
+        return total
+
+    def superiority(self, sft: Sequence[tuple[str, float]], rl: Sequence[tuple[str, float]]) -> FloatArray:
+        """P(a feature of SFT leans more to its run than one of RL), of all clusters and in each draw: [1 + draw]."""
+        total = np.zeros(1 + self._n_bootstrap)
+        for (first, w), (second, v) in product(sft, rl):
+            a, b = self._dictionaries[first], self._dictionaries[second]
+            if not (a.leaning.any() and b.leaning.any()):
+                return np.full_like(total, np.nan)
+            rows = block_rows(max(len(a.sizes), len(b.sizes), len(a.lean), len(b.lean)))
+            whole = tuple(np.ones((1, len(one.sizes)), dtype=np.int64) for one in (a, b))
+            blocks = [whole, *zip(self._draws(first, rows), self._draws(second, rows), strict=True)]
+            values = [
+                superiority(a.lean[a.leaning], b.lean[b.leaning], a.weights(of_a), b.weights(of_b))
+                for of_a, of_b in blocks
+            ]
+            total += w * v * np.nan_to_num(np.concatenate(values), nan=0.5)
+        return total
+
+    def of(self, arms: Mapping[str, Arm]) -> dict[str, Any]:
+        """Tails [count] and superiority of two arms, pooled over dictionaries, with intervals and p-values."""
+        n = min(arm.n_dictionaries for arm in arms.values())
+        parts = {name: [arm.parts(r) for r in range(n)] for name, arm in arms.items()}
+        tails = {name: np.stack([self.tails(p) for p in of_arm]) for name, of_arm in parts.items()}
+        draws = {name: np.stack([self.tail_draws(p) for p in of_arm]) for name, of_arm in parts.items()}
+        found: dict[str, Any] = {}
+        for name in ARMS:
+            pooled = pooled_estimates(tails[name], draws=draws[name], alpha=self._alpha)
+            found[f"tail_{name}"] = pooled.mean
+            found[f"tail_{name}_low"], found[f"tail_{name}_high"] = np.clip([pooled.low, pooled.high], 0, 1)
+            found[f"n_clusters_{name}"] = self._n_clusters(parts[name])
+        each = tails["sft"] - tails["rl"]
+        if min(len(arm.runs) for arm in arms.values()) >= MIN_RUNS:
+            found |= self._by_run(arms, n)
+        else:
+            effect = pooled_estimates(each, draws=draws["sft"] - draws["rl"], alpha=self._alpha)
+            found |= {"effect": effect.mean, "p_value": effect.p_value}
+            found["effect_low"], found["effect_high"] = self._no_width_at_the_ends(found, effect.low, effect.high)
+        ranks = np.stack([self.superiority(*of_both) for of_both in zip(parts["sft"], parts["rl"], strict=True)])
+        above = pooled_estimates(ranks[:, 0], draws=ranks[:, 1:], alpha=self._alpha)
+        found |= {"superiority": above.mean, "effect_each": each, "superiority_each": ranks[:, 0]}
+        found["superiority_low"], found["superiority_high"] = np.clip([above.low, above.high], 0, 1)
+        return found
+
+    def _n_clusters(self, parts: Sequence[Sequence[tuple[str, float]]]) -> float:
+        """Clusters that as much is known from as from an arm's mixture; the mean over dictionaries."""
+        spread = [sum(w**2 / max(len(self._dictionaries[name].sizes), 1) for name, w in one) for one in parts]
+        return float(np.mean(1 / np.array(spread)))
+
+    def _no_width_at_the_ends(self, found: Mapping[str, Any], low: Any, high: Any) -> tuple[FloatArray, FloatArray]:
+        """The interval, and Newcombe's where an arm's share is 0 or 1: draws of that arm have no width."""
+        low, high = np.array(low), np.array(high)
+        n_sft, n_rl = found["n_clusters_sft"], found["n_clusters_rl"]
+        for i, (sft, rl) in enumerate(zip(found["tail_sft"], found["tail_rl"], strict=True)):
+            if {sft, rl} & {0.0, 1.0}:
+                ends = confint_proportions_2indep(
+                    sft * n_sft, n_sft, rl * n_rl, n_rl, method="newcomb", compare="diff", alpha=self._alpha
+                )
+                low[i], high[i] = min(low[i], ends[0]), max(high[i], ends[1])
+        return low, high
+
+    def _by_run(self, arms: Mapping[str, Arm], n: int) -> dict[str, FloatArray]:
+        """Exact permutation of runs between arms, and Welch's interval of the difference of their means; [count]."""
+        masses = {
+            name: np.stack([np.mean([self.tails(one.parts(r)) for r in range(n)], axis=0) for one in arm.by_run()])
+            for name, arm in arms.items()
+        }
+        sft, rl = masses["sft"], masses["rl"]
+        both, n_sft = np.concatenate([sft, rl]), len(sft)
+        effect = sft.mean(axis=0) - rl.mean(axis=0)
+        sums = np.stack([both[list(chosen)].sum(axis=0) for chosen in combinations(range(len(both)), n_sft)])
+        permuted = sums / n_sft - (both.sum(axis=0) - sums) / len(rl)
+        ends = stats.ttest_ind(sft, rl, equal_var=False, axis=0).confidence_interval(1 - self._alpha)
+        p = np.mean(np.abs(permuted) >= np.abs(effect) - TIE_SLACK, axis=0)
+        return {"effect": effect, "effect_low": ends.low, "effect_high": ends.high, "p_value": p}
+
+
+def _dictionary(
+    table: xr.Dataset,
+    clusters: Mapping[str, xr.Dataset | IntArray],
+    name: str,
+    taus: Sequence[float],
+    norm: str,
+    *,
+    agreed: bool,
+) -> _Dictionary:
+    if name not in clusters:
+        raise InputError(f"crosscoder {name!r} has no clusters; give its decoders or integer labels by name.")
+    labels = _labels(table, clusters[name], name)
+    nrn = np.asarray(table[f"nrn_{norm}"].sel({CROSSCODER: name}).values, dtype=np.float64)
+    used = (labels >= 0) & np.isfinite(nrn)
+    codes = np.unique(labels[used], return_inverse=True)[1].reshape(-1)
+    # Clusters in order of their lowest feature label, so that draws do not depend on the order of features.
+    lowest = np.full(int(codes.max(initial=-1)) + 1, len(used))
+    np.minimum.at(lowest, codes, feature_ranks(table)[used])
+    codes = np.argsort(np.argsort(lowest))[codes]
+    beyond = np.array([nrn > tau for tau in taus])
+    if agreed:
+        beyond = np.concatenate([beyond, beyond & table["scaling_agrees"].sel({CROSSCODER: name}).values.astype(bool)])
+    hits = [np.bincount(codes, weights=row[used].astype(float), minlength=len(lowest)) for row in beyond]
+    lean = special.logit(nrn[used])
+    return _Dictionary(
+        name,
+        codes,
+        np.bincount(codes, minlength=len(lowest)).astype(np.float64),
+        np.array(hits),
+        lean - np.median(lean) if len(lean) else lean,
+    )
 
 
 def _labels(table: xr.Dataset, source: xr.Dataset | IntArray, name: str) -> IntArray:
@@ -181,190 +443,3 @@ def _labels(table: xr.Dataset, source: xr.Dataset | IntArray, name: str) -> IntA
     labels = np.full(len(alive), -1, dtype=np.int64)
     labels[: len(given)] = given
     return np.where(alive, labels, -1)
-
-
-def _tail(table: xr.Dataset, name: str, labels: IntArray, tau: float, norm: str, *, agreed: bool) -> _Tail:
-    nrn = np.asarray(table[f"nrn_{norm}"].sel({CROSSCODER: name}).values, dtype=np.float64)
-    used = (labels >= 0) & np.isfinite(nrn)
-    codes = np.unique(labels[used], return_inverse=True)[1].reshape(-1)
-    # Clusters in order of their lowest feature label, so that draws do not depend on the order of features.
-    lowest = np.full(int(codes.max(initial=-1)) + 1, len(used))
-    np.minimum.at(lowest, codes, feature_ranks(table)[used])
-    codes = np.argsort(np.argsort(lowest))[codes]
-    sizes = np.bincount(codes).astype(np.float64)
-    beyond = nrn > tau
-    if agreed:
-        beyond &= np.asarray(table["scaling_agrees"].sel({CROSSCODER: name}).values, dtype=bool)
-    hits = np.bincount(codes, weights=beyond[used].astype(np.float64), minlength=len(sizes)).astype(np.float64)
-    return _Tail(hits, sizes, float(hits.sum() / sizes.sum()) if len(sizes) else float("nan"))
-
-
-def _bootstrap(tail: _Tail, n_bootstrap: int, seed: int) -> FloatArray:
-    """Tail mass in draws of clusters with replacement."""
-    n = len(tail.sizes)
-    if not n:
-        return np.full(n_bootstrap, np.nan)
-    rng = np.random.default_rng(seed)
-    draws = np.empty(n_bootstrap)
-    for b in range(n_bootstrap):
-        weights = np.bincount(rng.integers(0, n, n), minlength=n)
-        draws[b] = (weights @ tail.hits) / (weights @ tail.sizes)
-    return draws
-
-
-def _interval(draws: FloatArray, alpha: float) -> tuple[float, float]:
-    low, high = np.quantile(draws, [alpha / 2, 1 - alpha / 2])
-    return float(low), float(high)
-
-
-def _arm_rows(
-    tails: dict[str, _Tail], draws: dict[str, FloatArray], arms: dict[str, list[str]], null: str | None, alpha: float
-) -> dict[str, float]:
-    """Mass, interval and excess over the floor of each arm (mean over its runs), and of the floor."""
-    row: dict[str, float] = {}
-    floor = tails[null].mass if null else float("nan")
-    for arm, names in (*arms.items(), ("null", [null] if null else [])):
-        mass = float(np.mean([tails[name].mass for name in names])) if names else float("nan")
-        mean = np.mean([draws[name] for name in names], axis=0) if names else np.array([np.nan])
-        row[f"tail_{arm}"] = mass
-        row[f"tail_{arm}_low"], row[f"tail_{arm}_high"] = _interval(mean, alpha)
-        row[f"n_clusters_{arm}"] = float(sum(len(tails[name].sizes) for name in names))
-        if arm != "null":
-            row[f"excess_{arm}"] = mass - floor
-    return row
-
-
-def _bootstrap_contrast(
-    tails: dict[str, _Tail], draws: dict[str, FloatArray], arms: dict[str, list[str]], alpha: float
-) -> dict[str, float]:
-    masses = {arm: float(np.mean([tails[name].mass for name in names])) for arm, names in arms.items()}
-    effect = masses["sft"] - masses["rl"]
-    if not np.isfinite(effect):
-        return dict.fromkeys(("effect", "effect_low", "effect_high", "p_value"), float("nan"))
-    sampled = {arm: np.mean([draws[name] for name in names], axis=0) for arm, names in arms.items()}
-    difference = sampled["sft"] - sampled["rl"]
-    n = len(difference)
-    below = (1 + np.count_nonzero(difference <= TIE_SLACK)) / (n + 1)
-    above = (1 + np.count_nonzero(difference >= -TIE_SLACK)) / (n + 1)
-    low, high = _interval(difference, alpha)
-    if any(mass in (0.0, 1.0) for mass in masses.values()):
-        # Draws of all zeros or all ones have no width, which says nothing about the shares.
-        n_sft, n_rl = (sum(len(tails[name].sizes) for name in names) for names in (arms["sft"], arms["rl"]))
-        low, high = confint_proportions_2indep(
-            masses["sft"] * n_sft, n_sft, masses["rl"] * n_rl, n_rl, method="newcomb", compare="diff", alpha=alpha
-        )
-    p = min(1.0, 2 * min(below, above))
-    return {"effect": effect, "effect_low": float(low), "effect_high": float(high), "p_value": p}
-
-
-def _runs_contrast(tails: dict[str, _Tail], arms: dict[str, list[str]], alpha: float) -> dict[str, float]:
-    """Exact permutation of runs between arms; Welch interval of the difference of arm means."""
-    masses = np.array([tails[name].mass for name in (*arms["sft"], *arms["rl"])])
-    n = len(arms["sft"])
-    sft, rl = masses[:n], masses[n:]
-    effect = float(sft.mean() - rl.mean())
-    total = masses.sum()
-    sft_sums = [masses[list(chosen)].sum() for chosen in combinations(range(len(masses)), n)]
-    permuted = np.array([sft_sum / n - (total - sft_sum) / (len(masses) - n) for sft_sum in sft_sums])
-    p = float(np.mean(np.abs(permuted) >= abs(effect) - TIE_SLACK))
-    interval = stats.ttest_ind(sft, rl, equal_var=False).confidence_interval(1 - alpha)
-    return {"effect": effect, "effect_low": float(interval.low), "effect_high": float(interval.high), "p_value": p}
-
-
-def comparability(
-    table: xr.Dataset,
-    sft: Sequence[str],
-    rl: Sequence[str],
-    movement: xr.Dataset | None,
-    health: xr.Dataset | None,
-) -> str:
-    """``COMPARABLE`` or ``NOT_COMPARABLE``, a colon, and the reasons: matched drift and parity of fit.
-
-    Notes
-    -----
-    Counts of specific features track how far a model moved, so two finals are compared only at activation shifts
-    within a factor 1.25. Otherwise the text says at which step of the arm that moved farther the shift would be
-    equal (interpolated), or that the ranges of the two runs do not overlap; train a crosscoder on that checkpoint and
-    contrast that one.
-    """
-    problems, notes = _parity(table, sft, rl, health)
-    drift_ok, note = _matched_drift(table, sft, rl, movement)
-    (notes if drift_ok else problems).insert(0, note)
-    return f"NOT_COMPARABLE: {'; '.join(problems)}" if problems else f"COMPARABLE: {'; '.join(notes)}"
-
-
-def _matched_drift(
-    table: xr.Dataset, sft: Sequence[str], rl: Sequence[str], movement: xr.Dataset | None
-) -> tuple[bool, str]:
-    if movement is None:
-        return False, "how far each run moved from base is not known"
-    shift = {str(m): float(v) for m, v in zip(movement[MODEL].values, movement["activation_shift"].values, strict=True)}
-    targets = {name: str(table["target"].sel({CROSSCODER: name}).item()) for name in (*sft, *rl)}
-    missing = [model for model in targets.values() if not np.isfinite(shift.get(model, np.nan))]
-    if missing:
-        return False, f"no activation shift is recorded for {missing[0]}"
-    shift_sft = float(np.mean([shift[targets[name]] for name in sft]))
-    shift_rl = float(np.mean([shift[targets[name]] for name in rl]))
-    facts = f"activation shift from base {shift_sft:.3g} (SFT) and {shift_rl:.3g} (RL)"
-    if max(shift_sft, shift_rl) <= MATCHED_SHIFT_RATIO * min(shift_sft, shift_rl):
-        return True, f"{facts}, within a factor {MATCHED_SHIFT_RATIO}"
-    farther, smaller, label = (sft, shift_rl, "SFT") if shift_sft > shift_rl else (rl, shift_sft, "RL")
-    step = _step_at(movement, [targets[name] for name in farther], smaller)
-    remedy = (
-        f"{label} passes {smaller:.3g} near step {step:.0f}: contrast a crosscoder of that checkpoint"
-        if step is not None
-        else f"every checkpoint of {label} is farther, so the ranges do not overlap"
-    )
-    return False, f"{facts} differ by more than a factor {MATCHED_SHIFT_RATIO}; {remedy}"
-
-
-def _step_at(movement: xr.Dataset, models: Sequence[str], level: float) -> float | None:
-    """First step (mean over runs) at which the runs of ``models`` reach ``level``; None if their first is beyond it."""
-    steps = []
-    for model in models:
-        run = str(movement[RUN].sel({MODEL: model}).item())
-        of_run = movement.isel({MODEL: np.flatnonzero(np.asarray(movement[RUN].values).astype(np.str_) == run)})
-        order = np.argsort(of_run[STEP].values)
-        step, shift = of_run[STEP].values[order], np.asarray(of_run["activation_shift"].values, dtype=np.float64)[order]
-        beyond = np.flatnonzero(shift >= level)
-        if not len(beyond) or beyond[0] == 0:
-            return None
-        i = int(beyond[0])
-        steps.append(float(np.interp(level, shift[i - 1 : i + 1], step[i - 1 : i + 1])))
-    return float(np.mean(steps))
-
-
-def _parity(
-    table: xr.Dataset, sft: Sequence[str], rl: Sequence[str], health: xr.Dataset | None
-) -> tuple[list[str], list[str]]:
-    if health is None:
-        return ["fit of the crosscoders (FVE, L0, dead fraction) is not known"], []
-    known = [str(name) for name in health[CROSSCODER].values]
-    missing = [name for name in (*sft, *rl) if name not in known]
-    if missing:
-        return [f"crosscoder {missing[0]!r} has no health record"], []
-    fits = [_fit(table, names, health) for names in (sft, rl)]
-    fve, l0, dead = np.transpose(fits).tolist()
-    problems = []
-    if abs(fve[0] - fve[1]) > FVE_TOLERANCE:
-        problems.append(f"FVE differs ({fve[0]:.3f} and {fve[1]:.3f}, tolerance {FVE_TOLERANCE})")
-    if max(l0) > L0_RATIO * min(l0):
-        problems.append(f"L0 differs ({l0[0]:.1f} and {l0[1]:.1f}, factor {L0_RATIO} allowed)")
-    if abs(dead[0] - dead[1]) > DEAD_TOLERANCE:
-        problems.append(f"dead fractions differ ({dead[0]:.2f} and {dead[1]:.2f}, tolerance {DEAD_TOLERANCE})")
-    if not np.isfinite(fits).all():
-        problems.append("a health value is missing")
-    return problems, ["FVE, L0 and dead fraction at parity"]
-
-
-def _fit(table: xr.Dataset, names: Sequence[str], health: xr.Dataset) -> NDArray[np.float64]:
-    """FVE of the target view, L0 and dead fraction, averaged over the arm's crosscoders."""
-    rows = []
-    for name in names:
-        one = health.sel({CROSSCODER: name})
-        target = str(table["target"].sel({CROSSCODER: name}).item())
-        views = [str(view) for view in np.atleast_1d(one[VIEW].values)]
-        fve = float(one["fve"].sel({VIEW: target})) if target in views else float("nan")
-        rows.append([fve, float(one["l0"]), float(one["dead_fraction"])])
-    mean: FloatArray = np.array(rows, dtype=np.float64).mean(axis=0)
-    return mean

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from rlgen_stats.schemas.dims import CHANNEL, FEATURE, VIEW
+from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, FEATURE, VIEW
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 
@@ -161,8 +161,8 @@ def attribution_table(
     Parameters
     ----------
     pairwise
-        Name -> decoders (see :func:`attribution`) of two views each: one per run, and the null floor trained on
-        (base, base read again), by convention ``"null"``. The first view is the original, the second the target.
+        Name -> decoders (see :func:`attribution`) of two views each: base and a checkpoint of a run, or base and base
+        itself as a floor. The original is base, or the first view where base is none of them.
     multiview
         Name -> decoders of any number of views, for MAS.
     min_firing
@@ -192,7 +192,7 @@ def attribution_table(
         _check_decoders(decoders)
         if decoders.sizes[VIEW] != 2:
             raise InputError(f"crosscoder {name!r} has {decoders.sizes[VIEW]} views; a pairwise one has two.")
-    pairs = {name: attribution(d, min_firing=min_firing).compute() for name, d in pairwise.items()}
+    pairs = {name: attribution(d, **_base_first(d), min_firing=min_firing).compute() for name, d in pairwise.items()}
     many = {name: attribution(d, min_firing=min_firing).compute() for name, d in multiview.items()}
     specificity = _joined(pairs, CROSSCODER, ["nrn_l1", "nrn_l2", "log_ratio", "cosine", "firing", "alive"])
     mas = _joined(many or pairs, MAS_CROSSCODER, ["mas_l1", "mas_l2", "view_cosine"])
@@ -205,6 +205,11 @@ def attribution_table(
         views = np.array([pair.attrs[role] for pair in pairs.values()], dtype=np.str_)
         table = table.assign_coords({role: (CROSSCODER, views)})
     return table.assign_attrs(unit="feature", min_firing=min_firing, norms="decoder rows in normalised units")
+
+
+def _base_first(decoders: xr.Dataset) -> dict[str, str]:
+    first, second = (str(view) for view in decoders[VIEW].values)
+    return {"original": second, "target": first} if second == BASE_MODEL else {"original": first, "target": second}
 
 
 def _joined(tables: Mapping[str, xr.Dataset], dim: str, names: list[str]) -> xr.Dataset:

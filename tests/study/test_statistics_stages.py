@@ -1,0 +1,25 @@
+"""Which dictionaries the contrast of specific features is made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from rlgen_stats.toolkit.study.statistics_stages import floors_of
+
+
+def test_floors_are_base_with_itself_and_noise_of_the_runs_compared() -> None:
+    targets = {
+        "pair-rl": "rl@80",
+        "null": "base.repeat@0",
+        "halves": "base.halves@0",
+        "halves.2": "base.halves@0",
+        "noise-rl": "rl.noise@80",
+        "noise-dpo": "dpo.noise@80",
+    }
+    table = xr.Dataset(coords={"crosscoder": list(targets), "target": ("crosscoder", np.array(list(targets.values())))})
+    assert floors_of(table, {"sft", "rl"}) == {
+        "base read again": ["null"],
+        "disjoint halves of the prompts": ["halves", "halves.2"],
+        "noise as large as the shift of rl@80": ["noise-rl"],
+    }
