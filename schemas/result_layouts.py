@@ -226,11 +226,20 @@ RESULTS: Final = (
     Layout(
         "selection",
         variables_on(
-            f"{TASK} {FEATURE}", score="float", kept="bool", p_flip="float", contrast="float", contrast_p="float"
+            f"{TASK} {FEATURE}",
+            score="float",
+            kept="bool",
+            p_flip="float",
+            excess="float",
+            excess_p="float",
+            contrast="float",
+            contrast_p="float",
+            p_guard="float",
         )
         | variables_on(
             TASK, n_selected_prompts="int", n_gain="int", n_loss="int", n_kept="int", estimable="str", role="str"
         )
+        | variables_on(TASK, guard="str")
         | variables_on(
             FEATURE,
             paper_selected="bool",
@@ -246,9 +255,13 @@ RESULTS: Final = (
             selected="bool",
             flag="str",
         ),
-        attrs=(*TEST_ATTRS, "split_hash", "score_correlation", "shift_rank", "n_paper", "p_n1", "p_n2", "rule"),
-        optional=variables_on(f"{TASK} {FEATURE}", p_guard="float", verification_task_effect="float")
-        | variables_on(TASK, guard="str", contrast_estimable="str", used="bool")
+        attrs=(
+            *(*TEST_ATTRS, "split_hash", "score_correlation", "shift_rank", "n_paper", "p_n1", "p_n2", "rule"),
+            *(*(f"carried_{name}" for name in ("share", "low", "high", "best_high")), "n_carrying", "most_features"),
+            *("no_rise_p", "accompanying_p"),
+        ),
+        optional=variables_on(f"{TASK} {FEATURE}", verification_task_effect="float")
+        | variables_on(TASK, contrast_estimable="str", used="bool")
         | variables_on(TASK, verification_estimable="str", verification_guard="str")
         | variables_on(f"{TASK} other_task", score_correlations="float")
         # share of random half-samples of the selection prompts in which the feature is among the leading ones

@@ -281,8 +281,12 @@ class StatisticsSpec(Spec):
 class SelectionSpec(Spec):
     """How generalisation features are chosen and on which prompts they are confirmed."""
 
-    verification_fraction: Fraction = 0.5
-    """Share of prompt clusters kept out of selection (used where prompts carry no split)."""
+    verification_share: Fraction = 0.3
+    """Share of each task's prompt clusters on which chosen features are confirmed."""
+    trial_share: Fraction = 0.3
+    """Share of each task's prompt clusters on which models are edited; the rest is for selection. Shares are used where
+    prompts carry no split; of a split without trial prompts, trial / (verification + trial) of verification becomes
+    trial."""
     held_out_tasks: tuple[str, ...] = ()
     """Tasks never used in selection (LogiQA and PIQA in the paper)."""
     control_tasks: tuple[str, ...] = ()
@@ -290,9 +294,18 @@ class SelectionSpec(Spec):
     score_fraction: Fraction = 0.2
     """Paper's rule: keep features whose score is at least this share of the task's maximum."""
     min_discordant: PositiveInt = 20
-    """Discordant prompts of each kind (right to wrong, wrong to right) that the RL-specific contrast needs."""
+    """Discordant prompts of each kind (right to wrong, wrong to right) the RL-specific contrast of a task needs."""
     max_features: PositiveInt = 50
     """Largest set handed to causal verification; the highest ranked are kept."""
+
+    @model_validator(mode="after")
+    def _some_prompts_are_for_selection(self) -> SelectionSpec:
+        if self.verification_share + self.trial_share >= 1:
+            raise ValueError(
+                f"verification_share and trial_share must leave some prompts for selection, got "
+                f"{self.verification_share:g} and {self.trial_share:g}; lower one"
+            )
+        return self
 
 
 class InterventionSpec(Spec):
@@ -316,7 +329,7 @@ class InterventionSpec(Spec):
     n_samples: PositiveInt = 1
     """Sampled completions per prompt and arm."""
     max_prompts: PositiveInt = 400
-    """Verification prompts per arm, drawn evenly over tasks, never by outcome."""
+    """Trial prompts per arm, drawn evenly over tasks, never by outcome."""
     non_inferiority: Fraction = 0.05
     """Non-inferiority margin: largest accuracy loss on control tasks still called harmless."""
 

@@ -21,6 +21,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     timing_verdict,
     within_minimum,
 )
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
 from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
 NAN = math.nan
@@ -130,23 +131,41 @@ def test_timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float, 
     assert timing_verdict(sft, rl, low, high) is expected
 
 
+TRUE_SET = {
+    "n_estimable": 4,
+    "n_confirmed": 5,
+    "carried_low": 0.6,
+    "best_high": 0.9,
+    "no_rise_p": 1.0,
+    "accompanying_p": 0.01,
+    "alpha": 0.05,
+}
+
+
 @pytest.mark.parametrize(
-    ("tasks", "confirmed", "testable", "guarded", "expected"),
+    ("changed", "expected"),
     [
-        (4, 5, 210, True, Verdict.SUPPORTED),
-        (4, 21, 210, True, Verdict.SUPPORTED),  # exactly a tenth
-        (4, 22, 210, True, Verdict.NOT_SUPPORTED),  # real, not compact
-        (4, 0, 210, True, Verdict.NOT_SUPPORTED),
-        (2, 5, 210, True, Verdict.SUPPORTED),  # two tasks are the fewest that say something
-        (1, 5, 210, True, Verdict.UNDETERMINED),  # one task is not task-agnostic
-        (4, 5, 210, False, Verdict.UNDETERMINED),
-        (0, 0, 210, True, Verdict.NOT_ESTIMABLE),
-        (4, 0, 0, True, Verdict.NOT_ESTIMABLE),
+        ({}, Verdict.SUPPORTED),
+        ({"n_confirmed": 900}, Verdict.SUPPORTED),  # more power is no evidence against a compact set
+        ({"carried_low": CARRIED}, Verdict.SUPPORTED),
+        ({"carried_low": CARRIED - 1e-9}, Verdict.UNDETERMINED),
+        ({"carried_low": 0.1, "best_high": CARRIED}, Verdict.UNDETERMINED),
+        ({"carried_low": 0.1, "best_high": CARRIED - 1e-9}, Verdict.NOT_SUPPORTED),  # real, spread out
+        ({"carried_low": math.nan, "best_high": math.nan}, Verdict.UNDETERMINED),
+        ({"n_confirmed": 0, "carried_low": 0.1, "best_high": 0.2}, Verdict.UNDETERMINED),  # absence of evidence
+        ({"n_confirmed": 0, "no_rise_p": 0.05}, Verdict.NOT_SUPPORTED),
+        ({"n_confirmed": 0, "no_rise_p": 0.051}, Verdict.UNDETERMINED),
+        ({"no_rise_p": 0.05}, Verdict.NOT_SUPPORTED),  # confirmed, and too small to matter
+        ({"accompanying_p": 0.05}, Verdict.SUPPORTED),
+        ({"accompanying_p": 0.051}, Verdict.UNDETERMINED),
+        ({"accompanying_p": math.nan}, Verdict.SUPPORTED),  # every confirmed feature passed the contrast with losses
+        ({"n_estimable": 2}, Verdict.SUPPORTED),  # two tasks are the fewest that say something
+        ({"n_estimable": 1}, Verdict.UNDETERMINED),  # one task is not task-agnostic
+        ({"n_estimable": 0}, Verdict.NOT_ESTIMABLE),
     ],
 )
-def test_selection_verdict(tasks: int, confirmed: int, testable: int, guarded: bool, expected: Verdict) -> None:
-    verdict = selection_verdict(n_estimable=tasks, n_confirmed=confirmed, n_testable=testable, guarded=guarded)
-    assert verdict is expected
+def test_selection_verdict(changed: dict[str, float], expected: Verdict) -> None:
+    assert selection_verdict(**TRUE_SET | changed) is expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

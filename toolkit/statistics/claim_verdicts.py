@@ -15,6 +15,7 @@ import numpy as np
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import MATCHED_SHIFT_RATIO
 from rlgen_stats.toolkit.statistics.timing.run_contrast import SetStatus
 
@@ -166,41 +167,61 @@ def timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float) -> Ve
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------
-COMPACT_SHARE: Final = 0.10
-"""Largest share of the testable features a set may be and still be called compact (the paper's were below 0.2%)."""
 MIN_TASKS: Final = 2
 """Estimable tasks below which "task-agnostic" says nothing."""
 
 
-def selection_verdict(*, n_estimable: int, n_confirmed: int, n_testable: int, guarded: bool) -> Verdict:
+def selection_verdict(
+    *,
+    n_estimable: int,
+    n_confirmed: int,
+    carried_low: float,
+    best_high: float,
+    no_rise_p: float,
+    accompanying_p: float,
+    alpha: float,
+) -> Verdict:
     """Verdict on "a compact, task-agnostic feature set separates RL from base".
 
     Parameters
     ----------
     n_estimable
-        Tasks with enough base-wrong/RL-right prompts.
+        Tasks with enough base-wrong/RL-right prompts, and enough that both get right, for all guarded tests.
     n_confirmed
-        Features confirmed on verification prompts (Holm).
-    n_testable
-        Features that could have been confirmed.
-    guarded
-        Whether p-values carry a guard against having chosen prompts by their outcome (the RL-specific contrast, or a
-        test on all prompts); without one, "separating" features appear when models do not differ (docs/method.md 4c).
+        Features confirmed on verification prompts (Holm), each by its guarded p-value (docs/method.md 4c).
+    carried_low
+        Lower end of the interval of the share of the rise that the leading candidates carry, a compact set; NaN where
+        it is not estimable.
+    best_high
+        Upper end of the interval of the share that any set as small carries; NaN likewise.
+    no_rise_p
+        p-value of "some feature's rise is large enough to matter in every task".
+    accompanying_p
+        p-value of "these features merely accompany right answers, in base and RL alike"; NaN where losses suffice for
+        the RL-specific contrast, which each confirmed feature has passed then.
+    alpha
+        Level of the tests.
 
     Returns
     -------
     Verdict
-        NOT_ESTIMABLE without an estimable task; UNDETERMINED with fewer than two, or without a
-        guard; NOT_SUPPORTED if nothing is confirmed or the confirmed set is not a small part of the dictionary;
-        else SUPPORTED.
+        NOT_ESTIMABLE without an estimable task; UNDETERMINED with fewer than two. NOT_SUPPORTED if every feature's rise
+        is shown to be too small, or if features are confirmed and no set as small carries ``CARRIED`` of the rise;
+        SUPPORTED if features are confirmed, the leading candidates carry that much, and they do not merely accompany
+        right answers; else UNDETERMINED, for absence of evidence is no evidence of absence.
     """
-    if n_estimable == 0 or n_testable == 0:
+    if n_estimable == 0:
         return Verdict.NOT_ESTIMABLE
-    if n_estimable < MIN_TASKS or not guarded:
+    if n_estimable < MIN_TASKS:
         return Verdict.UNDETERMINED
-    if n_confirmed == 0 or n_confirmed > COMPACT_SHARE * n_testable:
+    if no_rise_p <= alpha:  # NaN compares false
         return Verdict.NOT_SUPPORTED
-    return Verdict.SUPPORTED
+    if n_confirmed == 0:
+        return Verdict.UNDETERMINED
+    if best_high < CARRIED:
+        return Verdict.NOT_SUPPORTED
+    specific = not accompanying_p > alpha
+    return Verdict.SUPPORTED if carried_low >= CARRIED and specific else Verdict.UNDETERMINED
 
 
 def agreed_p(p_values: Sequence[float]) -> float:

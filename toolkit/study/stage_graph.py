@@ -57,7 +57,7 @@ STAGES: Final = (
     Stage(
         "outcomes",
         ("posttrain",),
-        ("runs", "generation", "grader", "selection.verification_fraction"),
+        ("runs", "generation", "grader", "selection.verification_share", "selection.trial_share"),
         f"{_MODELS}:outcomes",
         ("outcomes.zarr", "completions"),
         owned=("completions",),
@@ -126,7 +126,7 @@ STAGES: Final = (
         (),
         by_dictionary=("results.zarr/selection",),
         answers="target",
-        version=3,
+        version=4,
     ),
     Stage(
         "separation",
@@ -155,7 +155,7 @@ STAGES: Final = (
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=4,
+        version=5,
     ),
     Stage(
         "report",

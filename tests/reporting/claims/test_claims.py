@@ -233,13 +233,32 @@ def tiers(results: Results, confirmed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("confirmed", "expected"), [(0, Verdict.NOT_SUPPORTED), (1, Verdict.SUPPORTED), (40, Verdict.NOT_SUPPORTED)]
+    ("confirmed", "changed", "expected", "said"),
+    [
+        (0, {}, Verdict.UNDETERMINED, "That none is does not show that none rises more where RL gained"),
+        (0, {"no_rise_p": 0.01}, Verdict.NOT_SUPPORTED, "No feature of 210 testable ones rises where RL gained by 0.2"),
+        (1, {}, Verdict.SUPPORTED, "1 feature of 210 testable ones is confirmed on prompts not used to select them"),
+        (40, {}, Verdict.SUPPORTED, "the leading candidates, 21 at most, carry 71% [58%, 84%] of the rise"),
+        (40, {"carried_low": 0.4}, Verdict.UNDETERMINED, "neither shows nor excludes that a compact set carries 50%"),
+        (
+            40,
+            {"carried_low": 0.1, "carried_best_high": 0.4},
+            Verdict.NOT_SUPPORTED,
+            "no 21 features carry more than 40%",
+        ),
+        (40, {"accompanying_p": 0.3}, Verdict.UNDETERMINED, "features that merely accompany right answers"),
+        (40, {"carried_share": np.nan, "carried_low": np.nan}, Verdict.UNDETERMINED, "cannot be estimated"),
+    ],
 )
-def test_c3_counts_confirmed_features(confirmed: int, expected: Verdict, results: Results, spec: StudySpec) -> None:
+def test_c3_needs_confirmed_features_that_carry_the_rise(
+    confirmed: int, changed: dict[str, float], expected: Verdict, said: str, results: Results, spec: StudySpec
+) -> None:
     tiers(results, confirmed)
+    results["selection"] = results["selection"].assign_attrs(changed)
     assessed = claim(results, spec, "C3")
     assert assessed.verdict is expected
     assert assessed.estimate == confirmed
+    assert said in assessed.answer
 
 
 def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
@@ -259,21 +278,12 @@ def test_c3_held_out_and_control_tasks_do_not_count_as_tasks(results: Results, s
     assert claim(results, spec, "C3").verdict is Verdict.UNDETERMINED
 
 
-def test_c3_without_any_guard_is_undetermined(results: Results, spec: StudySpec) -> None:
-    data = results["selection"]
-    nothing = xr.full_like(data.contrast_p, np.nan)
-    results["selection"] = data.assign(contrast_p=nothing, p_guard=nothing)
-    assessed = claim(results, spec, "C3")
-    assert assessed.verdict is Verdict.UNDETERMINED
-    assert "selecting prompts by outcome" in assessed.answer
-
-
 def test_c3_another_guard_is_a_caveat(results: Results, spec: StudySpec) -> None:
-    data = results["selection"]
-    results["selection"] = data.assign(contrast_p=xr.full_like(data.contrast_p, np.nan))
-    assessed = claim(results, spec, "C3")
-    assert assessed.verdict is Verdict.SUPPORTED
-    assert any("the guard is a test on all prompts instead" in caveat for caveat in assessed.caveats)
+    assert not any("RL-specific contrast needs" in caveat for caveat in claim(results, spec, "C3").caveats)
+    guard = results["selection"]["guard"].values.copy()
+    guard[1] = "all prompts"
+    results["selection"] = results["selection"].assign(guard=("task", guard))
+    assert any("RL-specific contrast needs" in caveat for caveat in claim(results, spec, "C3").caveats)
 
 
 def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
@@ -552,7 +562,7 @@ def test_c3_is_open_where_a_dictionary_confirms_nothing(results: Results, spec: 
     several, of_three = three_dictionaries(results, spec, selection=nothing)
     c3 = claim(several, of_three, "C3")
     assert c3.verdict is Verdict.UNDETERMINED
-    assert "the dictionaries disagree (supported, supported, not supported)" in c3.answer
+    assert "the dictionaries disagree (supported, supported, undetermined)" in c3.answer
     assert c3.details["n_confirmed_by_dictionary"] == [5, 5, 0]
     assert c3.estimate == pytest.approx(10 / 3)
     assert (c3.low, c3.high) == (0.0, pytest.approx(10 / 3 + 4.302652730 * 5 / 3))

@@ -31,13 +31,16 @@ def test_layout_and_planted_truth(world):
     assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1, 2, 3, 4]
     assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
     assert out.attrs["rule"] == "CONFIRMED"
-    # The confounded features look perfect on the chosen prompts; only the guard stops them.
-    assert np.all(out.p_flip.sel(task=["math", "quiz", "facts"]).values[:, 10:15] < 0.01)
-    assert np.all(out.kept.sel(task=["math", "quiz", "facts"]).values[:, 10:15])
-    assert np.all(out.paper_selected.values[10:15])
-    assert not out.selected.values[10:15].any()
+    # What follows correctness and what rises everywhere look perfect on the chosen prompts; only guards stop them.
+    used = out.sel(task=["math", "quiz", "facts"])
+    assert np.all(used.p_flip.values[:, 10:20] < 0.01)
+    assert np.all(used.kept.values[:, 10:20])
+    assert np.all(out.paper_selected.values[10:20])
+    assert not out.selected.values[10:20].any()
+    assert np.all(used.contrast_p.values[:, 10:20].max(axis=0) > 0.05)
+    assert np.all(used.excess_p.values[:, 15:20].max(axis=0) > 0.05)
     assert np.all(out.tier.values[5:30] == "REJECTED")
-    assert np.all((out.verification_low < 0.6)[:5] & (out.verification_high > 0.6)[:5])
+    assert np.all((out.verification_low < 1.5 * 0.34)[:5] & (out.verification_high > 1.5 * 0.34)[:5])
     assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "contrast")
     assert out.role.values.tolist() == ["in_domain", "out_of_domain", "out_of_domain", "control"]
     assert out.used.values.tolist() == [True, True, True, False]
@@ -56,17 +59,14 @@ def test_numbers_against_loops(world):
     assert (int(got.n_gain), int(got.n_loss), int(got.n_selected_prompts)) == (gain.sum(), loss.sum(), in_task.sum())
     assert got.score.values == pytest.approx(d[gain].mean(axis=0))
     assert np.array_equal(got.kept.values, got.score.values >= 0.2 * got.score.values.max())
-    signed = np.concatenate([d[gain], -d[loss]])
-    contrast = d[gain].mean(axis=0) + d[loss].mean(axis=0)
-    assert got.contrast.values == pytest.approx(contrast)
-    rng = np.random.default_rng(0)
-    exceed = np.zeros(30)
-    for _ in range(400):
-        order = rng.permutation(len(signed))
-        split = signed[order[: gain.sum()]].mean(axis=0) - signed[order[gain.sum() :]].mean(axis=0)
-        exceed += split >= contrast - 1e-9
-    p = exceed / 400
-    np.testing.assert_allclose(got.contrast_p.values, p, atol=4 * np.sqrt(0.25 / 199 + 0.25 / 400))
+    kept = in_task & (base == 1) & (rl == 1)
+    means = [d[rows].mean(axis=0) for rows in (gain, loss, kept)]
+    assert got.excess.values == pytest.approx(means[0] - means[2])
+    assert got.contrast.values == pytest.approx(means[0] + means[1] - 2 * means[2])
+    assert got.p_guard.values == pytest.approx(np.maximum(got.excess_p, got.contrast_p))
+    # Welch's test is the limit of the sign flips.
+    welch = stats.ttest_ind(d[gain], d[kept], equal_var=False, alternative="greater").pvalue
+    np.testing.assert_allclose(got.excess_p.values, welch, atol=0.03)
     verified = (features.split.values == "verification") & (features.task.values != "noise")
     assert out.verification_effect.values == pytest.approx(d[verified].mean(axis=0))
     assert out.p_value.values == pytest.approx(
@@ -124,14 +124,49 @@ def test_without_the_guard_confounded_features_pass(make_features, make_outcomes
     assert (out.tier == "CONFIRMED").sum() == 0
 
 
-def test_without_losses_the_guard_is_every_prompt(world):
+def test_without_losses_all_prompts_and_the_excess_guard(world):
     features, outcomes = world(losses=False)
     out = run(features, outcomes)
     assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "all prompts")
     assert np.isnan(out.contrast_p).all()
     assert str(out.contrast_estimable.values[0]).startswith("no: ")
     assert "0 losses" in str(out.contrast_estimable.values[0])
-    assert set(range(5)) <= set(np.flatnonzero(out.tier == "CONFIRMED"))
+    tier = out.tier.values
+    assert np.all(tier[:5] == "CONFIRMED")
+    assert np.all(tier[15:20] == "REJECTED"), "an equal rise on all prompts is no rise where rl gained"
+    assert np.all(out.p_flip.values[:3, 15:20] < 0.001), "by gains and all prompts alone they would have been chosen"
+    assert out.attrs["accompanying_p"] < 0.05
+
+
+def test_what_merely_accompanies_right_answers_is_told_as_a_set(make_features, make_outcomes):
+    """Without losses single features cannot be told apart; of the set, the level where rl gained can be."""
+    rng = np.random.default_rng(6)
+    n, f = 1200, 40
+    base = (rng.random(n) < 0.5).astype(int)
+    right = np.stack([base, np.maximum(base, (rng.random(n) < 0.7).astype(int))])
+    p = {}
+    for name in ("follows", "changed"):
+        mean = 5 + rng.normal(0, 1, (1, n, f)) + rng.normal(0, 0.5, (2, n, f))
+        if name == "follows":
+            mean[..., :4] += right[..., None]
+        else:
+            mean[1, (base == 0) & (right[1] == 1), :4] += 1.0
+        out = run(make_features(mean, MODELS), make_outcomes(right, MODELS), controls=[], n_bootstrap=0)
+        assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1, 2, 3]
+        p[name] = out.attrs["accompanying_p"]
+    assert p["changed"] < 0.001
+    assert p["follows"] > 0.05
+
+
+def test_an_equal_rise_is_not_the_contrast_of_gains_and_losses_alone(world):
+    """Right minus wrong model, gains against losses, is twice an equal rise: both-right prompts must be taken off."""
+    out = run(*world())
+    used = out.sel(task=["math", "quiz", "facts"])
+    assert used.contrast.values[:, 15:20].mean() == pytest.approx(0, abs=0.15)
+    assert used.excess.values[:, 15:20].mean() == pytest.approx(0, abs=0.1)
+    assert used.contrast.values[:, 10:15].mean() == pytest.approx(0, abs=0.15)
+    assert used.excess.values[:, 10:15].mean() == pytest.approx(0.6, abs=0.1)
+    assert used.contrast.values[:, :5].mean() == pytest.approx(1.5, abs=0.15)
 
 
 def test_the_fallback_guard_holds_without_a_model_difference(make_features, make_outcomes):

@@ -14,7 +14,6 @@ from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, 
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number, text
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
-    COMPACT_SHARE,
     MIN_TASKS,
     Verdict,
     agreed_p,
@@ -23,6 +22,9 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     mean_count,
     selection_verdict,
 )
+from rlgen_stats.toolkit.statistics.kernels import pooled_intervals
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
+from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
 
 C3: Final = PaperClaim(
@@ -36,7 +38,7 @@ C3: Final = PaperClaim(
         "task."
     ),
 )
-_COUNTS: Final = ("n_confirmed", "n_selected", "n_testable")
+_EACH: Final = ("n_confirmed", "n_selected", "n_testable", "no_rise_p", "accompanying_p")
 """Details that are also given dictionary by dictionary."""
 _YES: Final = "yes"
 _UNUSED: Final = "no: not selected on"
@@ -71,11 +73,12 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     unusable = unusable_readout(results, spec)
     if unusable:
         return C3.not_estimable(unusable)
-    judged = [_judge(data) for data in each]
+    judged = [_judge(data, spec.statistics.alpha) for data in each]
     verdict = agreed_verdict([verdict for verdict, _ in judged])
     data, (_, details) = each[0], judged[0]
-    for name in _COUNTS:
+    for name in _EACH:
         details[f"{name}_by_dictionary"] = [one[name] for _, one in judged]
+    details["carried"] = _carried(each, spec)
     details["separation_auc"] = _separation_auc(results)
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
@@ -84,7 +87,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
         agreed_p([any_feature_p(one["verification_q"].values) for one in each]),
         verdict,
-        _answer(verdict, details, [verdict for verdict, _ in judged]),
+        _answer(verdict, details, [verdict for verdict, _ in judged], spec.statistics.alpha),
         caveats=(
             *_caveats(data, details, spec),
             *separation_caveats(results, spec),
@@ -96,20 +99,30 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     )
 
 
-def _judge(data: xr.Dataset) -> tuple[Verdict, dict[str, Any]]:
+def _judge(data: xr.Dataset, alpha: float) -> tuple[Verdict, dict[str, Any]]:
     """Verdict of one dictionary, and what it rests on."""
     tasks = estimable_tasks(data)
-    testable = np.isfinite(data["p_value"].values)
-    contrast = bool(np.isfinite(data["contrast_p"].values).any())
-    guarded = contrast or ("p_guard" in data and bool(np.isfinite(data["p_guard"].values).any()))
-    details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
+    details = _details(data, tasks)
     verdict = selection_verdict(
-        n_estimable=len(tasks),
+        n_estimable=len(tasks) if details["n_testable"] else 0,
         n_confirmed=details["n_confirmed"],
-        n_testable=int(testable.sum()),
-        guarded=guarded,
+        carried_low=attr_number(data, "carried_low"),
+        best_high=attr_number(data, "carried_best_high"),
+        no_rise_p=details["no_rise_p"],
+        accompanying_p=details["accompanying_p"],
+        alpha=alpha,
     )
     return verdict, details
+
+
+def _carried(each: list[xr.Dataset], spec: StudySpec) -> dict[str, float]:
+    """Share of the rise that the leading candidates carry, over dictionaries with its interval, and its bounds."""
+    share, low, high = ([attr_number(data, f"carried_{name}") for data in each] for name in ("share", "low", "high"))
+    pooled = pooled_intervals(share, low, high, alpha=spec.statistics.alpha)
+    return {name: float(value) for name, value in zip(("share", "low", "high"), pooled, strict=True)} | {
+        "best_high": max(attr_number(data, "carried_best_high") for data in each),
+        "most_features": max(attr_number(data, "most_features") for data in each),
+    }
 
 
 def unusable_tasks(data: xr.Dataset) -> str:
@@ -121,16 +134,14 @@ def unusable_tasks(data: xr.Dataset) -> str:
     return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in by_reason.items())
 
 
-def _details(
-    data: xr.Dataset, tasks: list[str], testable: np.ndarray, *, contrast: bool, guarded: bool
-) -> dict[str, Any]:
+def _details(data: xr.Dataset, tasks: list[str]) -> dict[str, Any]:
     tiers, counts = np.unique(data["tier"].values.astype(str), return_counts=True)
     task_names = [str(task) for task in data["task"].values]
     return {
         "test": data.attrs.get("test", ""),
         "null": data.attrs.get("null", ""),
         "estimable_tasks": tasks,
-        "n_testable": int(testable.sum()),
+        "n_testable": int(np.isfinite(data["p_value"].values).sum()),
         "tiers": {str(tier): int(n) for tier, n in zip(tiers, counts, strict=True) if tier},
         "n_confirmed": int((data["tier"].values == "CONFIRMED").sum()),
         "n_selected": int(data["selected"].values.sum()),
@@ -139,15 +150,20 @@ def _details(
         "p_paper_rule_permuted_ids": attr_number(data, "p_n2"),
         "score_correlation": attr_number(data, "score_correlation"),
         "shift_rank": attr_number(data, "shift_rank"),
-        "rl_specific_contrast": contrast,
-        "guarded": guarded,
+        "rl_specific_contrast": all(
+            str(guard) == CONTRAST
+            for guard, task in zip(data["guard"].values, task_names, strict=True)
+            if task in tasks
+        ),
+        "no_rise_p": attr_number(data, "no_rise_p"),
+        "accompanying_p": attr_number(data, "accompanying_p"),
         "selected_by": str(data.attrs.get("rule", "")),
         "n_gain": dict(zip(task_names, (int(n) for n in data["n_gain"].values), strict=True)),
         "n_loss": dict(zip(task_names, (int(n) for n in data["n_loss"].values), strict=True)),
     }
 
 
-def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict]) -> str:
+def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alpha: float) -> str:
     counts, tasks = details["n_confirmed_by_dictionary"], details["estimable_tasks"]
     n_testable = _span(details["n_testable_by_dictionary"])
     one = max(counts) == min(counts) == 1
@@ -157,23 +173,46 @@ def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict]) -> s
     if len(counts) > 1:
         confirmed = f"in each of {len(counts)} dictionaries {confirmed}"
     where = f"on prompts not used to select them, over {count(len(tasks), 'task')}"
+    carried, most = details["carried"], int(details["carried"]["most_features"])
+    share = f"{percent(carried['share'], 0)} [{percent(carried['low'], 0)}, {percent(carried['high'], 0)}]"
     if verdict is Verdict.SUPPORTED:
-        return f"{confirmed[0].upper()}{confirmed[1:]} {where}."
+        return (
+            f"{confirmed[0].upper()}{confirmed[1:]} {where}; the leading candidates, {most} at most, carry {share} of "
+            "the rise where RL gained over that where base was right too."
+        )
     if verdict is Verdict.NOT_SUPPORTED:
-        if max(counts) == 0:
-            return f"No feature of {n_testable} testable ones is confirmed {where}."
-        too_many = f"more than the {100 * COMPACT_SHARE:.0f}% that could still be called compact"
-        return f"{confirmed[0].upper()}{confirmed[1:]} {where}, {too_many}."
+        if max(details["no_rise_p_by_dictionary"]) <= alpha:
+            return (
+                f"No feature of {n_testable} testable ones rises where RL gained by {MIN_EXCESS:g} sd more than where "
+                f"base was right too, over {count(len(tasks), 'task')}."
+            )
+        return (
+            f"{confirmed[0].upper()}{confirmed[1:]} {where}, but the rise is spread out: no {most} features carry more "
+            f"than {percent(carried['best_high'], 0)} of it."
+        )
     if len(set(each)) > 1:
         words = ", ".join(one.value.replace("_", " ").lower() for one in each)
         return f"Undetermined, because the dictionaries disagree ({words}): {confirmed}."
-    if not details["guarded"]:
+    if len(tasks) < MIN_TASKS:
+        n_tasks = count(len(tasks), "task")
+        return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
+    if min(counts) == 0:
         return (
-            f"Undetermined: {confirmed}, but RL got too few prompts wrong that base got right for the RL-specific "
-            "contrast, without which selecting prompts by outcome can make any feature separate."
+            f"Undetermined: {confirmed} {where}. That none is does not show that none rises more where RL gained than "
+            "where base was right too."
         )
-    n_tasks = count(len(tasks), "task")
-    return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
+    if not math.isfinite(carried["share"]):
+        return f"Undetermined: {confirmed} {where}, but what share of the rise they carry cannot be estimated."
+    if carried["low"] >= CARRIED:
+        return (
+            f"Undetermined: {confirmed} {where}, but RL lost too few prompts to tell features that it changed from "
+            "features that merely accompany right answers, in base and RL alike: in RL they are not shown to be higher "
+            "where it gained than where base was right too."
+        )
+    return (
+        f"Undetermined: {confirmed} {where}, but the leading candidates, {most} at most, carry {share} of the rise, "
+        f"which neither shows nor excludes that a compact set carries {percent(CARRIED, 0)}."
+    )
 
 
 def _span(counts: list[int]) -> str:
@@ -261,10 +300,11 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
         caveats.append("The correlation of scores across tasks is not estimable, so one mechanism cannot be excluded.")
     if not details["rl_specific_contrast"]:
         losses = sum(details["n_loss"].values())
-        instead = "the guard is a test on all prompts instead" if details["guarded"] else "there is no guard"
         caveats.append(
-            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind and RL lost {losses} "
-            f"in all; {instead}."
+            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind in each task and RL "
+            f"lost {losses} in all; instead all prompts guard against selection by outcome, and whether the "
+            "features merely accompany right answers is tested on all of them together (as if features were as high on "
+            "harder prompts as on easier ones)."
         )
     p_flip, p_ids, n_paper = (
         details["p_paper_rule_flip_null"],

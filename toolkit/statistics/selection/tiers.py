@@ -42,6 +42,12 @@ class Decision:
     u: tuple[int, int]
     """Tasks that had to show the effect, in the selection and in the verification half."""
 
+    @property
+    def candidates(self) -> IntArray:
+        """Positions of the candidates, confirmed or not, by p-value on the selection half."""
+        chosen = np.flatnonzero(np.isin(self.tier, (CONFIRMED, CANDIDATE)))
+        return chosen[np.argsort(self.rank[chosen], kind="stable")]
+
     def variables(self, verification: SplitTests) -> dict[str, tuple[str, NDArray[Any]]]:
         """Per-feature variables of the layout."""
         arrays = {
