@@ -76,7 +76,7 @@ def test_every_part_sees_every_task_of_three_clusters_and_trials_come_last(tmp_p
         for shares in ((0.01, 0.01), (0.49, 0.5), (0.01, 0.98)):
             prompts = load(tmp_path, table, selection={"verification_share": shares[0], "trial_share": shares[1]})
             assert set(prompts.split) == set(parts[:n_clusters])
-    with pytest.raises(ValidationError, match="must leave some prompts for selection, got 0.5 and 0.5; lower one"):
+    with pytest.raises(ValidationError, match=r"must leave some prompts for selection, got 0\.5 and 0\.5; lower one"):
         load(tmp_path, table, selection={"verification_share": 0.5, "trial_share": 0.5})
 
 

@@ -15,6 +15,8 @@ SELECTION_SCORES = (
     "kept",
     "p_flip",
     "p_guard",
+    "excess",
+    "excess_p",
     "contrast",
     "contrast_p",
     "paper_selected",
