@@ -131,9 +131,9 @@ def gain_world(
             gained = (base == 0) & (rl == 1)
             mean[1, gained, :5] += 1.5
             mean[1, gained & (task == "quiz"), 5:10] += 1.5
-            mean[1, :, 15:20] += 0.6
+            mean[1, :, 15:20] += 0.8
             for m, right in enumerate((base, rl)):
-                mean[m, right == 1, 10:15] += 0.6
+                mean[m, right == 1, 10:15] += 0.8
         labels = {"tasks": GAIN_TASKS, "domains": GAIN_DOMAINS, "per_cluster": per_cluster}
         features = make_features(mean, GAIN_MODELS, chunk=chunk, **labels)
         return features, make_outcomes(np.stack([base, rl]), GAIN_MODELS, **labels)

@@ -64,13 +64,14 @@ def test_scores_are_the_normal_limits_of_the_tests() -> None:
 
 def test_shares_equal_loops_over_half_samples(gain_world) -> None:
     """Three tasks, three pairs, four features a half: every step written out."""
-    features, outcomes = gain_world(n=240)
+    features, outcomes = gain_world(n=400)
     out = run(features, outcomes, n_pairs=3, n_per_half=4, min_discordant=5)
     d = (features["mean"][1] - features["mean"][0]).values
     base, rl = outcomes.greedy_correct.values
     sides = {"gain": (base == 0) & (rl == 1), "loss": (base == 1) & (rl == 0), "kept": (base == 1) & (rl == 1)}
     task, selection = features.task.values, features.split.values == "selection"
-    strata = np.full(240, -1)
+    assert out.guard.values[:3].tolist() == ["contrast"] * 3
+    strata = np.full(400, -1)
     used = ["math", "quiz", "facts"]
     for number, name in enumerate(used):
         strata[selection & (task == name)] = 3 * number + 1
@@ -94,12 +95,12 @@ def test_shares_equal_loops_over_half_samples(gain_world) -> None:
         for k in range(30):
             p = []
             for name in used:
-                    gain = d[(task == name) & (half == 1) & sides["gain"], k]
-                    z = [gain.sum() / np.sqrt((gain**2).sum())]
-                    for weights in ((1, 0, -1), (1, 1, -2)):
-                        c = contributions[name, weights][half == 1, k]
-                        z.append(c.sum() / np.sqrt((c**2).sum()))
-                    p.append(stats.norm.logsf(min(z)))
+                gain = d[(task == name) & (half == 1) & sides["gain"], k]
+                z = [gain.sum() / np.sqrt((gain**2).sum())]
+                for weights in ((1, 0, -1), (1, 1, -2)):
+                    c = contributions[name, weights][half == 1, k]
+                    z.append(c.sum() / np.sqrt((c**2).sum()))
+                p.append(stats.norm.logsf(min(z)))
             weakest[k] = max(p)  # all three tasks
         count[np.argsort(weakest)[:4]] += 1
     np.testing.assert_allclose(out.stability.values, count / 6)
