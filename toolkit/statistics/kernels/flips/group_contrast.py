@@ -53,7 +53,7 @@ def contrast_contributions(values: Any, groups: Sequence[IntArray], weights: Seq
     x = np.asarray(values, dtype=np.float64)
     w, n = np.asarray(weights, dtype=np.float64), np.array([len(rows) for rows in groups], dtype=np.float64)
     if len(w) != len(n) or not (n > 0).all():
-        raise InputError(f"expected one weight a group and no empty group, got {len(w)} weights for {n} rows.")
+        raise InputError(f"expected one weight a group and no empty group, got {len(w)} weights for {n.tolist()} rows.")
     means = np.stack([x[rows].mean(axis=0) for rows in groups])
     null_means = means - np.outer(w / n, w @ means) / np.sum(w * w / n)
     contributions, scale = np.zeros_like(x), np.abs(x).max(axis=0, initial=0.0)
