@@ -230,16 +230,16 @@ RESULTS: Final = (
             score="float",
             kept="bool",
             p_flip="float",
-            excess="float",
-            excess_p="float",
             contrast="float",
             contrast_p="float",
             p_guard="float",
+            excess="float",
+            excess_p="float",
         )
         | variables_on(
             TASK, n_selected_prompts="int", n_gain="int", n_loss="int", n_kept="int", estimable="str", role="str"
         )
-        | variables_on(TASK, guard="str")
+        | variables_on(TASK, guard="str", excess_estimable="str")
         | variables_on(
             FEATURE,
             paper_selected="bool",
@@ -247,6 +247,9 @@ RESULTS: Final = (
             q_value="float",
             rank="float",
             tier="str",
+            specific_p="float",
+            specific_tier="str",
+            verification_specific_q="float",
             verification_effect="float",
             verification_low="float",
             verification_high="float",

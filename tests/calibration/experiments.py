@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.calibration import dictionaries, families, invariance, others, single
+from tests.calibration import dictionaries, families, invariance, others, single, verdicts_selection
 from tests.calibration.rows import Row
 
 SEED = 20261
@@ -40,5 +40,7 @@ EXPERIMENTS = (
     Experiment(others.stable_by_chance, 8, "Selection by outcome"),
     Experiment(families.random_sets, 16, "Causal verdicts"),
     Experiment(families.planned_power, 8, "Planned power"),
+    Experiment(verdicts_selection.selection_false, 20, "Verdicts: C3"),
+    Experiment(verdicts_selection.selection_more_data, 20, "Verdicts: C3"),
     Experiment(invariance.invariance, 4, "Invariance"),
 )

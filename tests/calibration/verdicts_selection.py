@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -14,7 +16,7 @@ from rlgen_stats.toolkit.statistics.selection.options import SelectionTests
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from tests.calibration.rows import Row, rate_row
 
-ALPHA, TASKS, TRUE, FEATURES = 0.05, 2, 12, 120
+ALPHA, TASKS, TRUE, FEATURES = 0.05, 2, 6, 60
 MODELS = ["base@0", "rl@10"]
 TESTS = SelectionTests(n_resamples=9, n_bootstrap=0)
 
@@ -23,7 +25,13 @@ Change = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
 
 
 def study(
-    change: Change, n: int, seed: int, *, accuracy: tuple[float, float] = (0.5, 0.85), lost: float = 0.02
+    change: Change,
+    n: int,
+    seed: int,
+    *,
+    accuracy: tuple[float, float] = (0.5, 0.85),
+    lost: float = 0.02,
+    n_features: int = FEATURES,
 ) -> tuple[xr.Dataset, xr.Dataset]:
     """A study of ``n`` prompts in two tasks, split 40/30/30, whose activations ``change`` makes of noise.
 
@@ -34,7 +42,7 @@ def study(
     gained = (accuracy[1] - accuracy[0] * (1 - lost)) / (1 - accuracy[0])
     rl = np.where(base, random.random(n) >= lost, random.random(n) < gained)
     right = np.stack([base, rl])
-    noise = random.standard_normal((1, n, FEATURES)) + 0.5 * random.standard_normal((2, n, FEATURES))
+    noise = random.standard_normal((1, n, n_features)) + 0.5 * random.standard_normal((2, n, n_features))
     values = 5 + change(right, noise, random)
     labels = {
         "model": MODELS,
@@ -57,8 +65,8 @@ def verdicts(features: xr.Dataset, outcomes: xr.Dataset) -> tuple[Verdict, Verdi
     """The verdict by today's rule, and by the rule of earlier releases."""
     out = select_features(features, outcomes, target=MODELS[1], tests=TESTS, stability=None)
     new = selection_verdict(
-        n_estimable=int((out.estimable == "yes").sum()),
-        n_confirmed=int((out.tier == "CONFIRMED").sum()),
+        n_estimable=int((out.excess_estimable == "yes").sum()),
+        n_confirmed=int((out.specific_tier == "CONFIRMED").sum()),
         carried_low=out.attrs["carried_low"],
         best_high=out.attrs["carried_best_high"],
         no_rise_p=out.attrs["no_rise_p"],
@@ -124,7 +132,7 @@ def where_gained(
     return noise
 
 
-def _rates(change: Change, n: int, worlds: int, seed: int, **options) -> tuple[Counter, Counter]:
+def _rates(change: Change, n: int, worlds: int, seed: int, **options: Any) -> tuple[Counter[Verdict], Counter[Verdict]]:
     pairs = [verdicts(*study(change, n, seed=1000 * seed + w, **options)) for w in range(worlds)]
     return Counter(new for new, _ in pairs), Counter(old for _, old in pairs)
 
@@ -137,14 +145,14 @@ EQUAL = {"accuracy": (0.5, 0.5), "lost": 0.06}
 def selection_false(scale: int, seed: int) -> list[Row]:
     """SUPPORTED where no feature changes in particular where RL gained."""
     worlds, rows = 15 * scale, []
-    for name, change, n, options, known in (
-        ("nothing differs", nothing, 400, {}, ""),
-        ("rises everywhere", everywhere, 400, {}, ""),
-        ("rises everywhere, many losses", everywhere, 600, MANY_LOSSES, ""),
-        ("follows correctness, equal accuracy, few losses", follows, 800, EQUAL, ""),
-        ("follows correctness, many losses", follows, 600, MANY_LOSSES, ""),
-        ("follows and rises, many losses", follows_and_rises, 600, MANY_LOSSES, ""),
-        ("follows correctness, RL more accurate, few losses", follows, 400, {}, "not identified; said in the answer"),
+    for name, change, n, options in (
+        ("nothing differs", nothing, 400, {}),
+        ("rises everywhere", everywhere, 400, {}),
+        ("rises everywhere, many losses", everywhere, 600, MANY_LOSSES),
+        ("follows correctness, equal accuracy, few losses", follows, 800, EQUAL),
+        ("follows correctness, RL more accurate, few losses", follows, 400, {}),
+        ("follows correctness, many losses", follows, 600, MANY_LOSSES),
+        ("follows and rises, many losses", follows_and_rises, 600, MANY_LOSSES),
     ):
         new, old = _rates(change, n, worlds, seed, **options)
         rows.append(
@@ -155,9 +163,44 @@ def selection_false(scale: int, seed: int) -> list[Row]:
                 worlds,
                 f"{worlds} studies of {FEATURES} features, {n} prompts",
                 at_most=True,
-                naive=old[Verdict.SUPPORTED] / worlds,
-                naive_name="without the excess over both right",
-                known=known,
+                **_naive("without the excess over both right", old[Verdict.SUPPORTED] / worlds),
             )
         )
     return rows
+
+
+def selection_more_data(scale: int, seed: int) -> list[Row]:
+    """False verdicts with few prompts and with many: a true set of 60 features in 400, and a rise spread over half."""
+    worlds, rows = 15 * scale, []
+    for n in (60, 120, 400, 1200):
+        new, old = _rates(partial(where_gained, n=60), n, worlds, seed, n_features=400)
+        rows.append(
+            rate_row(
+                f"C3 NOT_SUPPORTED, true set, {n} prompts",
+                ALPHA,
+                new[Verdict.NOT_SUPPORTED],
+                worlds,
+                f"{worlds} studies, 60 of 400 features, 40 carry 67%",
+                at_most=True,
+                **_naive("at most a tenth confirmed", old[Verdict.NOT_SUPPORTED] / worlds),
+            )
+        )
+    for n in (120, 400):
+        new, old = _rates(partial(where_gained, n=30), n, worlds, seed)
+        rows.append(
+            rate_row(
+                f"C3 SUPPORTED, spread out, {n} prompts",
+                ALPHA,
+                new[Verdict.SUPPORTED],
+                worlds,
+                f"{worlds} studies, 30 of {FEATURES} features, 6 carry 20%",
+                at_most=True,
+                **_naive("at most a tenth confirmed", old[Verdict.SUPPORTED] / worlds),
+            )
+        )
+    return rows
+
+
+def _naive(name: str, rate: float) -> dict[str, Any]:
+    """The rate of the rule of earlier releases, where it is not as small as it should be."""
+    return {"naive": rate, "naive_name": name} if rate > 5 * ALPHA else {}

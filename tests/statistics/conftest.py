@@ -115,12 +115,13 @@ def no_compute() -> Callable[[], object]:
 def gain_world(
     make_features: Callable[..., xr.Dataset], make_outcomes: Callable[..., xr.Dataset]
 ) -> Callable[..., tuple[xr.Dataset, xr.Dataset]]:
-    """Features 0-4 rise where rl gained, 5-9 so in one task only; 10-14 follow correctness, 15-19 rise everywhere.
+    """Features 0-4 rise where rl gained, 5-9 so in one task only; 10-14 follow correctness; the rest is noise.
 
-    The rest is noise. A third of the prompts are gains and a quarter losses unless ``losses`` is False.
+    With ``everywhere`` 15-19 rise on all prompts alike. A third of the prompts are gains and a quarter losses unless
+    ``losses`` is False.
     """
 
-    def make(*, n=800, losses=True, gains=True, chunk=None, seed=0, planted=True, per_cluster=1):
+    def make(*, n=800, losses=True, gains=True, everywhere=False, chunk=None, seed=0, planted=True, per_cluster=1):
         rng = np.random.default_rng(seed)
         u = rng.random(n)
         base = (u < 0.5).astype(int)
@@ -131,7 +132,7 @@ def gain_world(
             gained = (base == 0) & (rl == 1)
             mean[1, gained, :5] += 1.5
             mean[1, gained & (task == "quiz"), 5:10] += 1.5
-            mean[1, :, 15:20] += 0.8
+            mean[1, :, 15:20] += 0.8 * everywhere
             for m, right in enumerate((base, rl)):
                 mean[m, right == 1, 10:15] += 0.8
         labels = {"tasks": GAIN_TASKS, "domains": GAIN_DOMAINS, "per_cluster": per_cluster}

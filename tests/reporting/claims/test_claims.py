@@ -227,18 +227,18 @@ def test_c2_nan_turnover_is_not_estimable(results: Results, spec: StudySpec) -> 
 
 
 # -- C3 ------------------------------------------------------------------------------------------------------------
-def tiers(results: Results, confirmed: int) -> None:
+def tiers(results: Results, confirmed: int, name: str = "specific_tier") -> None:
     tier = np.where(np.arange(240) < confirmed, "CONFIRMED", "REJECTED")
-    results["selection"] = results["selection"].assign(tier=("feature", tier))
+    results["selection"] = results["selection"].assign({name: ("feature", tier)})
 
 
 @pytest.mark.parametrize(
     ("confirmed", "changed", "expected", "said"),
     [
-        (0, {}, Verdict.UNDETERMINED, "That none is does not show that none rises more where RL gained"),
+        (0, {}, Verdict.UNDETERMINED, "5 rise where RL gained, but about as much elsewhere. That none"),
         (0, {"no_rise_p": 0.01}, Verdict.NOT_SUPPORTED, "No feature of 210 testable ones rises where RL gained by 0.2"),
-        (1, {}, Verdict.SUPPORTED, "1 feature of 210 testable ones is confirmed on prompts not used to select them"),
-        (40, {}, Verdict.SUPPORTED, "the leading candidates, 21 at most, carry 71% [58%, 84%] of the rise"),
+        (1, {}, Verdict.SUPPORTED, "1 feature of 210 testable ones is confirmed to rise where RL gained by more than"),
+        (40, {}, Verdict.SUPPORTED, "the leading candidates, 21 at most, carry 71% [58%, 84%] of that difference"),
         (40, {"carried_low": 0.4}, Verdict.UNDETERMINED, "neither shows nor excludes that a compact set carries 50%"),
         (
             40,
@@ -263,7 +263,7 @@ def test_c3_needs_confirmed_features_that_carry_the_rise(
 
 def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
     why = ["no: 0 base-wrong/target-right prompts"] * 3 + ["score only: 4 units"] + ["no: not selected on"] * 3
-    results["selection"] = results["selection"].assign(estimable=("task", why))
+    results["selection"] = results["selection"].assign(excess_estimable=("task", why))
     assessed = claim(results, spec, "C3")
     assert assessed.verdict is Verdict.NOT_ESTIMABLE
     assert assessed.answer == (
@@ -274,7 +274,7 @@ def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, 
 
 def test_c3_held_out_and_control_tasks_do_not_count_as_tasks(results: Results, spec: StudySpec) -> None:
     why = ["yes", "no: x", "no: x", "no: x", "yes", "yes", "yes"]
-    results["selection"] = results["selection"].assign(estimable=("task", why))
+    results["selection"] = results["selection"].assign(excess_estimable=("task", why))
     assert claim(results, spec, "C3").verdict is Verdict.UNDETERMINED
 
 
@@ -404,7 +404,7 @@ def test_c4_in_domain_targets_are_a_caveat(results: Results, spec: StudySpec) ->
 
 
 def test_c4_unconfirmed_features_are_a_caveat(results: Results, spec: StudySpec) -> None:
-    tiers(results, 8)  # of the edited features only number 7 is confirmed now
+    tiers(results, 8, "tier")  # of the edited features only number 7 is confirmed now
     assert any("Only 1 of the 5 edited features" in c for c in claim(results, spec, "C4").caveats)
 
 
@@ -558,7 +558,7 @@ def test_claims_of_dictionaries_that_agree_are_those_of_one(results: Results, sp
 
 def test_c3_is_open_where_a_dictionary_confirms_nothing(results: Results, spec: StudySpec) -> None:
     nothing = results["selection"].copy(deep=True)
-    nothing["tier"][:] = "REJECTED"
+    nothing["specific_tier"][:] = "REJECTED"
     several, of_three = three_dictionaries(results, spec, selection=nothing)
     c3 = claim(several, of_three, "C3")
     assert c3.verdict is Verdict.UNDETERMINED

@@ -84,7 +84,9 @@ def test_the_true_share_is_covered_and_the_best_choice_bounded() -> None:
 
 def test_more_prompts_do_not_lower_the_share() -> None:
     """The number of confirmed features grows with the prompts; what five of them carry does not change."""
-    shares = [carried(*world(n, np.r_[np.full(10, 0.6), np.zeros(30)], seed=1), [0, 1, 2, 3, 4], most=5) for n in (100, 2000)]
+    shares = [
+        carried(*world(n, np.r_[np.full(10, 0.6), np.zeros(30)], seed=1), [0, 1, 2, 3, 4], most=5) for n in (100, 2000)
+    ]
     assert abs(shares[1].share - 0.5) < 0.02
     assert shares[1].high - shares[1].low < shares[0].high - shares[0].low
 
@@ -100,7 +102,9 @@ def test_clusters_are_left_out_as_wholes() -> None:
     """Every prompt four times over: the same share, and an interval as wide as without the copies."""
     values, tasks = world(50, np.r_[1.0, 0.8, np.zeros(10)])
     copied = np.repeat(values, 4, axis=1)
-    of_copies = [task(*(np.flatnonzero(np.isin(np.arange(400) // 4, rows)) for rows in (t.gain, t.loss, t.kept))) for t in tasks]
+    of_copies = [
+        task(*(np.flatnonzero(np.isin(np.arange(400) // 4, rows)) for rows in (t.gain, t.loss, t.kept))) for t in tasks
+    ]
     once = carried(values, tasks, [0], most=1)
     clustered = carried(copied, of_copies, [0], most=1, codes=np.arange(400) // 4)
     naive = carried(copied, of_copies, [0], most=1)

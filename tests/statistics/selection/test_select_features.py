@@ -27,19 +27,21 @@ def run(features, outcomes, *, n_resamples=199, n_bootstrap=199, **options):
 
 
 def test_layout_and_planted_truth(world):
-    out = validate(run(*world()), "selection")
-    assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1, 2, 3, 4]
-    assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
+    out = validate(run(*world(everywhere=True)), "selection")
+    rises = [0, 1, 2, 3, 4, 15, 16, 17, 18, 19]
+    assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == rises
+    assert np.flatnonzero(out.selected).tolist() == rises
     assert out.attrs["rule"] == "CONFIRMED"
-    # What follows correctness and what rises everywhere look perfect on the chosen prompts; only guards stop them.
+    # What follows correctness looks perfect on the chosen prompts; only the guard stops it.
     used = out.sel(task=["math", "quiz", "facts"])
-    assert np.all(used.p_flip.values[:, 10:20] < 0.01)
-    assert np.all(used.kept.values[:, 10:20])
-    assert np.all(out.paper_selected.values[10:20])
-    assert not out.selected.values[10:20].any()
-    assert np.all(used.contrast_p.values[:, 10:20].max(axis=0) > 0.05)
+    assert np.all(used.p_flip.values[:, 10:15] < 0.01)
+    assert np.all(used.kept.values[:, 10:15])
+    assert np.all(out.paper_selected.values[10:15])
+    assert np.all(used.contrast_p.values[:, 10:15].max(axis=0) > 0.05)
+    # What rises everywhere is for the edit, not for the claim.
+    assert np.flatnonzero(out.specific_tier == "CONFIRMED").tolist() == [0, 1, 2, 3, 4]
     assert np.all(used.excess_p.values[:, 15:20].max(axis=0) > 0.05)
-    assert np.all(out.tier.values[5:30] == "REJECTED")
+    assert np.all(out.specific_tier.values[5:30] == "REJECTED")
     assert np.all((out.verification_low < 1.5 * 0.34)[:5] & (out.verification_high > 1.5 * 0.34)[:5])
     assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "contrast")
     assert out.role.values.tolist() == ["in_domain", "out_of_domain", "out_of_domain", "control"]
@@ -62,16 +64,29 @@ def test_numbers_against_loops(world):
     kept = in_task & (base == 1) & (rl == 1)
     means = [d[rows].mean(axis=0) for rows in (gain, loss, kept)]
     assert got.excess.values == pytest.approx(means[0] - means[2])
-    assert got.contrast.values == pytest.approx(means[0] + means[1] - 2 * means[2])
-    assert got.p_guard.values == pytest.approx(np.maximum(got.excess_p, got.contrast_p))
+    assert got.contrast.values == pytest.approx(means[0] + means[1])
+    assert got.p_guard.values == pytest.approx(got.contrast_p)
     # Welch's test is the limit of the sign flips.
-    welch = stats.ttest_ind(d[gain], d[kept], equal_var=False, alternative="greater").pvalue
-    np.testing.assert_allclose(got.excess_p.values, welch, atol=0.03)
+    parts = (d[gain], d[loss], d[kept])
+    np.testing.assert_allclose(got.contrast_p.values, _welch(parts, (1, 1, 0)), atol=0.03)
+    excess_p = np.maximum(_welch(parts, (1, 0, -1)), _welch(parts, (1, 1, -2)))
+    np.testing.assert_allclose(got.excess_p.values, excess_p, atol=0.03)
     verified = (features.split.values == "verification") & (features.task.values != "noise")
     assert out.verification_effect.values == pytest.approx(d[verified].mean(axis=0))
     assert out.p_value.values == pytest.approx(
         np.maximum(out.p_flip, out.p_guard).sel(task=["math", "quiz", "facts"]).values.max(axis=0)
     )
+    assert out.specific_p.values == pytest.approx(
+        np.maximum(out.p_flip, np.maximum(out.p_guard, out.excess_p))
+        .sel(task=["math", "quiz", "facts"])
+        .values.max(axis=0)
+    )
+
+
+def _welch(groups, weights):
+    estimate = sum(w * x.mean(axis=0) for x, w in zip(groups, weights, strict=True))
+    error = np.sqrt(sum(w * w * x.var(axis=0, ddof=1) / len(x) for x, w in zip(groups, weights, strict=True)))
+    return stats.norm.sf(estimate / error)
 
 
 def test_families_are_all_features_and_then_all_candidates(world):
@@ -125,16 +140,16 @@ def test_without_the_guard_confounded_features_pass(make_features, make_outcomes
 
 
 def test_without_losses_all_prompts_and_the_excess_guard(world):
-    features, outcomes = world(losses=False)
+    features, outcomes = world(losses=False, everywhere=True)
     out = run(features, outcomes)
     assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "all prompts")
     assert np.isnan(out.contrast_p).all()
     assert str(out.contrast_estimable.values[0]).startswith("no: ")
     assert "0 losses" in str(out.contrast_estimable.values[0])
-    tier = out.tier.values
+    tier = out.specific_tier.values
     assert np.all(tier[:5] == "CONFIRMED")
     assert np.all(tier[15:20] == "REJECTED"), "an equal rise on all prompts is no rise where rl gained"
-    assert np.all(out.p_flip.values[:3, 15:20] < 0.001), "by gains and all prompts alone they would have been chosen"
+    assert np.all(out.tier.values[15:20] == "CONFIRMED"), "by gains and all prompts alone they would have been claimed"
     assert out.attrs["accompanying_p"] < 0.05
 
 
@@ -154,21 +169,29 @@ def test_what_merely_accompanies_right_answers_is_told_as_a_set(make_features, m
                 mean[1, (base == 0) & (right[1] == 1), :4] += 1.0
             data = make_features(mean, MODELS), make_outcomes(right, MODELS)
             out = run(*data, controls=[], n_resamples=9, n_bootstrap=0, stability=None)
-            assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1, 2, 3]
+            assert np.flatnonzero(out.specific_tier == "CONFIRMED").tolist() == [0, 1, 2, 3]
             values.append(out.attrs["accompanying_p"])
     assert max(p["changed"]) < 0.001
     assert stats.kstest(p["follows"], "uniform").pvalue > 0.01
 
 
-def test_an_equal_rise_is_not_the_contrast_of_gains_and_losses_alone(world):
-    """Right minus wrong model, gains against losses, is twice an equal rise: both-right prompts must be taken off."""
-    out = run(*world())
+def test_an_equal_rise_is_twice_in_the_contrast_and_not_in_the_excess(world):
+    out = run(*world(everywhere=True))
     used = out.sel(task=["math", "quiz", "facts"])
-    assert used.contrast.values[:, 15:20].mean() == pytest.approx(0, abs=0.15)
+    assert used.contrast.values[:, 15:20].mean() == pytest.approx(1.6, abs=0.15)
     assert used.excess.values[:, 15:20].mean() == pytest.approx(0, abs=0.1)
     assert used.contrast.values[:, 10:15].mean() == pytest.approx(0, abs=0.15)
     assert used.excess.values[:, 10:15].mean() == pytest.approx(0.8, abs=0.1)
     assert used.contrast.values[:, :5].mean() == pytest.approx(1.5, abs=0.15)
+
+
+def test_rising_and_following_correctness_at_once_is_not_specific(world):
+    """Contrast and excess are each fooled; only gains and losses against twice the prompts both get right are not."""
+    features, outcomes = world()
+    features["mean"][1, :, 10:15] += 0.8
+    out = run(features, outcomes)
+    assert np.all(out.tier.values[10:15] == "CONFIRMED")
+    assert np.all(out.specific_tier.values[10:15] == "REJECTED")
 
 
 def test_the_fallback_guard_holds_without_a_model_difference(make_features, make_outcomes):

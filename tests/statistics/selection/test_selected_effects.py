@@ -15,10 +15,11 @@ SELECTION_SCORES = (
     "kept",
     "p_flip",
     "p_guard",
-    "excess",
-    "excess_p",
     "contrast",
     "contrast_p",
+    "excess",
+    "excess_p",
+    "specific_p",
     "paper_selected",
     "p_value",
     "q_value",
@@ -28,7 +29,7 @@ SELECTION_SCORES = (
     "score_correlations",
 )
 """What is computed of selection prompts alone."""
-DECISIONS = ("tier", "selected")
+DECISIONS = ("tier", "specific_tier", "selected")
 """What both halves decide."""
 COUNTS = (
     "n_selected_prompts",
@@ -37,6 +38,7 @@ COUNTS = (
     "n_kept",
     "estimable",
     "contrast_estimable",
+    "excess_estimable",
     "guard",
     "used",
     "role",

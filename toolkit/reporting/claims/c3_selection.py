@@ -38,34 +38,31 @@ C3: Final = PaperClaim(
         "task."
     ),
 )
-_EACH: Final = ("n_confirmed", "n_selected", "n_testable", "no_rise_p", "accompanying_p")
+_EACH: Final = ("n_confirmed", "n_rising", "n_selected", "n_testable", "no_rise_p", "accompanying_p")
 """Details that are also given dictionary by dictionary."""
 _YES: Final = "yes"
 _UNUSED: Final = "no: not selected on"
 """State of held-out and control tasks."""
 
 
-def estimable_tasks(selection: xr.Dataset) -> list[str]:
-    """Selection tasks with enough prompts that base got wrong and RL right to test features on."""
-    return [task for task, state in _selection_tasks(selection) if state == _YES]
-
-
 def scored_tasks(selection: xr.Dataset) -> list[str]:
-    """Selection tasks with any such prompt: those the paper's rule intersects."""
-    return [task for task, state in _selection_tasks(selection) if not state.startswith("no")]
+    """Selection tasks with any prompt that base got wrong and RL right: those the paper's rule intersects."""
+    return [task for task, state in _selection_tasks(selection, "estimable") if not state.startswith("no")]
 
 
-def _selection_tasks(selection: xr.Dataset) -> list[tuple[str, str]]:
-    rows = zip(selection["task"].values, selection["estimable"].values, selection["role"].values, strict=True)
+def _selection_tasks(selection: xr.Dataset, column: str) -> list[tuple[str, str]]:
+    """Tasks selected on, and whether they are estimable in one respect."""
+    rows = zip(selection["task"].values, selection[column].values, selection["role"].values, strict=True)
     return [(str(task), str(state)) for task, state, role in rows if str(role) not in ("held_out", "control")]
 
 
 def assess_selection(results: Results, spec: StudySpec) -> Claim:
     """C3 from the selection: features confirmed on verification prompts, with the rule ``selection_verdict``.
 
-    The rule is applied in every dictionary, and their verdicts must agree. The estimate is the mean number of CONFIRMED
-    features, its interval that over dictionaries; in each, by Holm's bound, at least so many separate the models, with
-    confidence 1 - alpha. p is that of "at least one feature separates" in as many dictionaries as must agree.
+    The rule is applied in every dictionary, and their verdicts must agree. The estimate is the mean number of features
+    confirmed to rise where RL gained by more than where both models are right, its interval that over dictionaries; in
+    each, by Holm's bound, at least so many do, with confidence 1 - alpha. p is that of "at least one feature does" in
+    as many dictionaries as must agree.
     """
     each = by_dictionary(results, "selection")
     if not each:
@@ -81,11 +78,14 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     details["carried"] = _carried(each, spec)
     details["separation_auc"] = _separation_auc(results)
     if verdict is Verdict.NOT_ESTIMABLE:
-        reason = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        reason = (
+            unusable_tasks(data, "excess_estimable")
+            or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        )
         return C3.not_estimable(reason, details=details)
     return C3.answered(
         mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
-        agreed_p([any_feature_p(one["verification_q"].values) for one in each]),
+        agreed_p([any_feature_p(one["verification_specific_q"].values) for one in each]),
         verdict,
         _answer(verdict, details, [verdict for verdict, _ in judged], spec.statistics.alpha),
         caveats=(
@@ -101,7 +101,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
 
 def _judge(data: xr.Dataset, alpha: float) -> tuple[Verdict, dict[str, Any]]:
     """Verdict of one dictionary, and what it rests on."""
-    tasks = estimable_tasks(data)
+    tasks = [task for task, state in _selection_tasks(data, "excess_estimable") if state == _YES]
     details = _details(data, tasks)
     verdict = selection_verdict(
         n_estimable=len(tasks) if details["n_testable"] else 0,
@@ -125,10 +125,10 @@ def _carried(each: list[xr.Dataset], spec: StudySpec) -> dict[str, float]:
     }
 
 
-def unusable_tasks(data: xr.Dataset) -> str:
+def unusable_tasks(data: xr.Dataset, column: str = "estimable") -> str:
     """Why tasks meant for selection could not be used, tasks with the same reason together; empty if all could."""
     by_reason: dict[str, list[str]] = {}
-    for task, state in zip(data["task"].values, data["estimable"].values, strict=True):
+    for task, state in zip(data["task"].values, data[column].values, strict=True):
         if str(state) not in (_YES, _UNUSED, ""):
             by_reason.setdefault(str(state).removeprefix("no: "), []).append(str(task))
     return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in by_reason.items())
@@ -141,10 +141,12 @@ def _details(data: xr.Dataset, tasks: list[str]) -> dict[str, Any]:
         "test": data.attrs.get("test", ""),
         "null": data.attrs.get("null", ""),
         "estimable_tasks": tasks,
-        "n_testable": int(np.isfinite(data["p_value"].values).sum()),
+        "n_testable": int(np.isfinite(data["specific_p"].values).sum()),
         "tiers": {str(tier): int(n) for tier, n in zip(tiers, counts, strict=True) if tier},
-        "n_confirmed": int((data["tier"].values == "CONFIRMED").sum()),
+        "n_confirmed": int((data["specific_tier"].values == "CONFIRMED").sum()),
+        "n_rising": int((data["tier"].values == "CONFIRMED").sum()),
         "n_selected": int(data["selected"].values.sum()),
+        "n_selected_specific": int((data["selected"].values & (data["specific_tier"].values == "CONFIRMED")).sum()),
         "n_paper_rule": attr_number(data, "n_paper"),
         "p_paper_rule_flip_null": attr_number(data, "p_n1"),
         "p_paper_rule_permuted_ids": attr_number(data, "p_n2"),
@@ -168,7 +170,8 @@ def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alph
     n_testable = _span(details["n_testable_by_dictionary"])
     one = max(counts) == min(counts) == 1
     confirmed = (
-        f"{_span(counts)} feature{'s' * (not one)} of {n_testable} testable ones {'is' if one else 'are'} confirmed"
+        f"{_span(counts)} feature{'s' * (not one)} of {n_testable} testable ones {'is' if one else 'are'} confirmed to "
+        "rise where RL gained by more than where base was right too"
     )
     if len(counts) > 1:
         confirmed = f"in each of {len(counts)} dictionaries {confirmed}"
@@ -177,8 +180,8 @@ def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alph
     share = f"{percent(carried['share'], 0)} [{percent(carried['low'], 0)}, {percent(carried['high'], 0)}]"
     if verdict is Verdict.SUPPORTED:
         return (
-            f"{confirmed[0].upper()}{confirmed[1:]} {where}; the leading candidates, {most} at most, carry {share} of "
-            "the rise where RL gained over that where base was right too."
+            f"{confirmed[0].upper()}{confirmed[1:]}, {where}; the leading candidates, {most} at most, carry {share} of "
+            "that difference."
         )
     if verdict is Verdict.NOT_SUPPORTED:
         if max(details["no_rise_p_by_dictionary"]) <= alpha:
@@ -187,8 +190,8 @@ def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alph
                 f"base was right too, over {count(len(tasks), 'task')}."
             )
         return (
-            f"{confirmed[0].upper()}{confirmed[1:]} {where}, but the rise is spread out: no {most} features carry more "
-            f"than {percent(carried['best_high'], 0)} of it."
+            f"{confirmed[0].upper()}{confirmed[1:]}, {where}, but the difference is spread out: no {most} features "
+            f"carry more than {percent(carried['best_high'], 0)} of it."
         )
     if len(set(each)) > 1:
         words = ", ".join(one.value.replace("_", " ").lower() for one in each)
@@ -197,21 +200,23 @@ def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alph
         n_tasks = count(len(tasks), "task")
         return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
     if min(counts) == 0:
+        rising = details["n_rising_by_dictionary"]
+        everywhere = f"; {_span(rising)} rise where RL gained, but about as much elsewhere" if min(rising) else ""
         return (
-            f"Undetermined: {confirmed} {where}. That none is does not show that none rises more where RL gained than "
-            "where base was right too."
+            f"Undetermined: {confirmed}, {where}{everywhere}. That none is does not show that none rises more where RL "
+            "gained than where base was right too."
         )
     if not math.isfinite(carried["share"]):
-        return f"Undetermined: {confirmed} {where}, but what share of the rise they carry cannot be estimated."
+        return f"Undetermined: {confirmed}, {where}, but what share of the rise they carry cannot be estimated."
     if carried["low"] >= CARRIED:
         return (
-            f"Undetermined: {confirmed} {where}, but RL lost too few prompts to tell features that it changed from "
+            f"Undetermined: {confirmed}, {where}, but RL lost too few prompts to tell features that it changed from "
             "features that merely accompany right answers, in base and RL alike: in RL they are not shown to be higher "
             "where it gained than where base was right too."
         )
     return (
-        f"Undetermined: {confirmed} {where}, but the leading candidates, {most} at most, carry {share} of the rise, "
-        f"which neither shows nor excludes that a compact set carries {percent(CARRIED, 0)}."
+        f"Undetermined: {confirmed}, {where}, but the leading candidates, {most} at most, carry {share} of that "
+        f"difference, which neither shows nor excludes that a compact set carries {percent(CARRIED, 0)}."
     )
 
 
@@ -224,7 +229,7 @@ def _span(counts: list[int]) -> str:
 def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[str, ...]:
     """Whether the confirmed features depend on one dictionary's initial weights."""
     matching, name = results.get("matching"), spec.primary_crosscoder.name
-    confirmed = data["feature"].values[data["tier"].values == "CONFIRMED"]
+    confirmed = data["feature"].values[data["specific_tier"].values == "CONFIRMED"]
     if matching is None or name not in labels_of(matching, "crosscoder"):
         return ()
     if not len(confirmed):
@@ -305,6 +310,11 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
             f"lost {losses} in all; instead all prompts guard against selection by outcome, and whether the "
             "features merely accompany right answers is tested on all of them together (as if features were as high on "
             "harder prompts as on easier ones)."
+        )
+    if details["n_rising"]:
+        caveats.append(
+            f"The set that is edited (C4, C5) holds {count(details['n_selected'], 'feature')} that rise where RL "
+            f"gained, {details['n_selected_specific']} of them by more than where base was right too."
         )
     p_flip, p_ids, n_paper = (
         details["p_paper_rule_flip_null"],

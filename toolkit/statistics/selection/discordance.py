@@ -1,8 +1,8 @@
-"""Tests on the gain prompts of each task: the target exceeds base there, more than where base was already right.
+"""Tests on the gain prompts of each task: the target exceeds base there, and by more than where both are right.
 
-Gain prompts (base wrong, target right) are selected by outcome. A feature that rises on all prompts alike, or that
-correlates with correctness in either model, differs on them too. Two guards must reject beside the test on gains: the
-excess over prompts that both models get right, and one against selection by outcome (docs/method.md 4c).
+Gain prompts (base wrong, target right) are selected by outcome. A feature that correlates with correctness in either
+model differs on them too, so that a guard must reject beside the test on gains. One that rises on all prompts alike
+passes that; only the excess over prompts that both models get right tells it apart (docs/method.md 4c).
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ MIN_FLIP_UNITS: Final = 6
 flips is 2^-6 = .016, below .05 by a margin."""
 
 CONTRAST, ALL_PROMPTS, NO_GUARD = GUARDS = ("contrast", "all prompts", "none")
-"""What guards a task against selection by outcome: gains and losses against prompts both get right, all prompts, or
-nothing."""
+"""What guards a task against selection by outcome: the RL-specific contrast, all prompts, or nothing."""
 
 UNUSED_TASK: Final = "no: not selected on"
 """Stands for the reason where a task is held out or a control."""
 
-STATISTICS: Final = ("p_flip", "excess", "excess_p", "contrast", "contrast_p", "p_guard", "task_effect")
+STATISTICS: Final = ("p_flip", "contrast", "contrast_p", "p_guard", "excess", "excess_p", "task_effect")
 """What is computed of every task and feature."""
 
 
@@ -44,24 +43,27 @@ class SplitTests:
     tasks: list[str]
     p_flip: FloatArray
     """One-sided sign-flip p-value on gain prompts: no guard."""
-    excess: FloatArray
-    """Mean difference on gains less that on prompts both get right: no rise everywhere."""
-    excess_p: FloatArray
-    """Its one-sided p-value, by sign flips of contributions."""
     contrast: FloatArray
-    """Sum of mean differences on gains and on losses, less twice that on prompts both get right."""
+    """RL-specific contrast: sum of the mean differences on gains and on losses."""
     contrast_p: FloatArray
     """Its one-sided p-value, by sign flips of contributions."""
     p_guard: FloatArray
-    """The larger of ``excess_p`` and ``contrast_p``, or in place of the latter the sign-flip p-value on all prompts."""
+    """``contrast_p``, or where losses are too few the sign-flip p-value on all prompts."""
     p_task: FloatArray
     """max(p_flip, p_guard)."""
+    excess: FloatArray
+    """Mean difference on gains less that on prompts both get right: zero for a rise everywhere."""
+    excess_p: FloatArray
+    """Its one-sided p-value; where losses suffice the larger of that and the p-value of the contrast less twice the
+    mean difference on prompts both get right, which is zero for what rises and follows correctness at once."""
     guard: list[str]
     """Which of ``GUARDS`` a task has."""
     contrast_estimable: list[str]
     """``yes``, or why there is no contrast."""
     estimable: list[str]
     """``yes``, or why a task is not tested."""
+    excess_estimable: list[str]
+    """``yes``, or why there is no excess."""
     task_effect: FloatArray
     """Mean difference over all prompts of the task."""
     effect: FloatArray
@@ -71,8 +73,13 @@ class SplitTests:
 
     @property
     def tested(self) -> NDArray[np.bool_]:
-        """[task]: whether any feature has a p-value."""
-        return np.asarray(np.isfinite(self.p_task).any(axis=1))
+        """[task]: whether it has p-values."""
+        return np.array([state == "yes" for state in self.estimable], dtype=bool)
+
+    @property
+    def excess_tested(self) -> NDArray[np.bool_]:
+        """[task]: whether it has an excess, too."""
+        return np.array([state == "yes" for state in self.excess_estimable], dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class _TaskPlan:
     used: bool = False
     flip: bool = False
     contrast: bool = False
+    excess: bool = False
     seed: int = 0
 
 
@@ -117,22 +125,29 @@ def discordance_tests(
     plans: dict[str, _TaskPlan] = {}
     reasons: list[str] = []
     contrast_reasons: list[str] = []
+    excess_reasons: list[str] = []
     guards: list[str] = []
     for task, of_task in prompts.items():
         if not used[task]:
             plans[task] = _TaskPlan(of_task)
-            for column in (reasons, contrast_reasons, guards):
+            for column in (reasons, contrast_reasons, excess_reasons, guards):
                 column.append(UNUSED_TASK)
             continue
         n_gain, n_loss, n_kept = (n_units(rows, codes) for rows in (of_task.gain, of_task.loss, of_task.kept))
         needed = options.min_discordant
-        can_flip = min(n_gain, n_kept) >= MIN_FLIP_UNITS
+        can_flip = n_gain >= MIN_FLIP_UNITS
         can_contrast = can_flip and min(n_gain, n_loss) >= needed
+        can_exceed = can_flip and n_kept >= MIN_FLIP_UNITS
         task_seed = derive_seed(seed, "selection", split, task)
-        plans[task] = _TaskPlan(of_task, used=True, flip=can_flip, contrast=can_contrast, seed=task_seed)
-        reasons.append(_reason(len(of_task.gain), n_gain, n_kept))
+        plans[task] = _TaskPlan(
+            of_task, used=True, flip=can_flip, contrast=can_contrast, excess=can_exceed, seed=task_seed
+        )
+        reasons.append(_reason(len(of_task.gain), n_gain))
         contrast_reasons.append(
             "yes" if can_contrast else f"no: {n_gain} gains and {n_loss} losses, {needed} of each needed"
+        )
+        excess_reasons.append(
+            "yes" if can_exceed else f"no: {n_gain} gains and {n_kept} both right, {MIN_FLIP_UNITS} of each needed"
         )
         guards.append(NO_GUARD if not can_flip else CONTRAST if can_contrast else ALL_PROMPTS)
     pooled = [np.empty(0, dtype=np.int64), *(of_task.every for task, of_task in prompts.items() if used[task])]
@@ -153,18 +168,17 @@ def discordance_tests(
         p_task=np.maximum(arrays["p_flip"], arrays["p_guard"]),
         guard=guards,
         contrast_estimable=contrast_reasons,
+        excess_estimable=excess_reasons,
         estimable=reasons,
         **arrays,
     )
 
 
-def _reason(n_prompts: int, n_gain: int, n_kept: int) -> str:
+def _reason(n_prompts: int, n_gain: int) -> str:
     if n_prompts == 0:
         return "no: 0 base-wrong/target-right prompts"
     if n_gain < MIN_FLIP_UNITS:
         return f"score only: {n_gain} base-wrong/target-right units, the flip test needs {MIN_FLIP_UNITS}"
-    if n_kept < MIN_FLIP_UNITS:
-        return f"score only: {n_kept} units that both models get right, the comparison with them needs {MIN_FLIP_UNITS}"
     return "yes"
 
 
@@ -197,13 +211,16 @@ def _block(
         if not plan.flip:
             continue
         rows["p_flip"][t] = _flip_p(unit_means(d[prompts.gain], _codes(codes, prompts.gain)), plan.seed)
-        rows["excess"][t], rows["excess_p"][t] = _contrast(d, *excess_groups(prompts), codes, plan.seed)
         if plan.contrast:
             rows["contrast"][t], rows["contrast_p"][t] = _contrast(d, *contrast_groups(prompts), codes, plan.seed)
-            selection_p = rows["contrast_p"][t]
+            rows["p_guard"][t] = rows["contrast_p"][t]
         else:
-            selection_p = _flip_p(unit_means(d[prompts.every], _codes(codes, prompts.every)), plan.seed)
-        rows["p_guard"][t] = np.maximum(rows["excess_p"][t], selection_p)
+            rows["p_guard"][t] = _flip_p(unit_means(d[prompts.every], _codes(codes, prompts.every)), plan.seed)
+        if plan.excess:
+            rows["excess"][t], rows["excess_p"][t] = _contrast(d, *excess_groups(prompts), codes, plan.seed)
+        if plan.excess and plan.contrast:
+            _, p = _contrast(d, *both_groups(prompts), codes, plan.seed)
+            rows["excess_p"][t] = np.maximum(rows["excess_p"][t], p)
     effect = np.full((3, width), np.nan)
     if len(pooled):
         pooled_codes = _codes(codes, pooled)
@@ -215,13 +232,18 @@ def _block(
     return rows | {"effect": effect, "score": score}
 
 
+def contrast_groups(prompts: TaskPrompts) -> tuple[list[IntArray], list[float]]:
+    """Groups and weights of the RL-specific contrast: zero for what follows correctness alike in both models."""
+    return [prompts.gain, prompts.loss], [1.0, 1.0]
+
+
 def excess_groups(prompts: TaskPrompts) -> tuple[list[IntArray], list[float]]:
     """Groups and weights of "rises more on gains than where both are right": zero where a feature rises everywhere."""
     return [prompts.gain, prompts.kept], [1.0, -1.0]
 
 
-def contrast_groups(prompts: TaskPrompts) -> tuple[list[IntArray], list[float]]:
-    """Groups and weights of the RL-specific contrast: zero for an equal rise and for what follows correctness alike."""
+def both_groups(prompts: TaskPrompts) -> tuple[list[IntArray], list[float]]:
+    """Groups and weights of a contrast that is zero for an equal rise, for what follows correctness, and their sum."""
     return [prompts.gain, prompts.loss, prompts.kept], [1.0, 1.0, -2.0]
 
 

@@ -108,13 +108,13 @@ def select_features(
     Returns
     -------
     xr.Dataset
-        Layout ``selection``. Further ``p_guard``, ``excess``, ``excess_p`` [task, feature], ``guard``,
-        ``contrast_estimable``, ``used`` [task], ``score_correlations`` [task, other_task], ``verification_score``
-        [feature] (mean over tasks on gain prompts) and ``verification_task_effect`` [task, feature]. Effects come from
-        verification prompts only and are called ``verification_*``; ``score``, ``excess``, ``contrast``, ``p_flip``,
-        ``p_guard``, ``p_value``, ``rank``, ``stability`` (share of random half-samples that put the feature among the
-        leading ones) and ``stable`` are selection scores:
-        they say why a feature was chosen, not how large its effect is. Computed at once.
+        Layout ``selection``. Further ``contrast_estimable``, ``excess_estimable``, ``used`` [task],
+        ``score_correlations`` [task, other_task], ``verification_score`` [feature] (mean over tasks on gain prompts)
+        and ``verification_task_effect`` [task, feature]. Effects come from verification prompts only and are called
+        ``verification_*``; ``score``, ``contrast``, ``excess``, ``p_flip``, ``p_guard``, ``p_value``, ``specific_p``,
+        ``rank``, ``stability`` (share of random half-samples that put the feature among the leading ones) and
+        ``stable`` are selection scores: they say why a feature was chosen, not how large its effect is. Computed at
+        once.
 
     Raises
     ------
@@ -126,20 +126,24 @@ def select_features(
 
     Notes
     -----
-    *Guards.* D on prompts chosen because base failed and the target did not is confounded: with no model difference at
-    all it is biased wherever activation and correctness correlate, and it says nothing about prompts in particular if a
-    feature rises everywhere. ``score``, ``kept``, ``p_flip``, ``n_paper``, ``p_n1`` and ``p_n2`` carry no guard.
-    ``excess_p`` asks that D be larger on gains than on prompts both get right, which an equal rise is not. Against
-    selection by outcome, ``contrast_p`` asks that gains and losses together exceed twice the prompts both get right:
-    zero for an equal rise, for what follows correctness alike in both models, and for their sum. It needs losses; where
-    there are fewer than ``min_discordant``, the sign flip over *all* prompts of the task takes its place. That rules
-    out selection by outcome between models of equal accuracy, but not a feature that merely accompanies right answers
-    where the target gives more of them: ``guard`` says which one a task has. A task's p-value is the largest of these:
-    it rejects only if all do. ``p_value`` is the partial conjunction over tasks. All are one-sided: target above base.
+    *Guard.* D on prompts chosen because base failed and the target did not is confounded: with no model difference at
+    all it is biased wherever activation and correctness correlate. ``score``, ``kept``, ``p_flip``, ``n_paper``,
+    ``p_n1`` and ``p_n2`` carry no guard. ``contrast_p`` does: gains against losses, both as right minus wrong model,
+    is zero for what follows correctness alike in both models. Where losses are fewer than ``min_discordant``, the sign
+    flip over *all* prompts of the task takes its place. That rules out selection by outcome between models of equal
+    accuracy, but not a feature that merely accompanies right answers where the target gives more of them: ``guard``
+    says which one a task has. A task's p-value is the larger of both: it rejects only if both do. ``p_value`` is the
+    partial conjunction over tasks. All are one-sided: target above base. ``tier`` and ``selected``, the features to
+    edit, follow from it; a feature that rises on all prompts alike may well be the cause of gains.
 
-    *Compactness.* ``carried_share`` with interval: share of the squared excess that the leading candidates (at most
-    ``max_features`` and ``COMPACT_SHARE`` of the testable) carry on verification prompts; ``carried_best_high``: upper
-    bound for any as small set. ``accompanying_p``, where losses are few: that of "these candidates merely accompany
+    *Specific.* Such a feature does not set gains apart. ``excess_p`` asks that D be larger on gains than on prompts
+    both get right and, where losses suffice, that gains and losses together exceed twice the latter (zero for an equal
+    rise, for what follows correctness alike, and for their sum). ``specific_p`` and ``specific_tier`` are ``p_value``
+    and ``tier`` of the largest of all these p-values of a task, as a family of their own: what claim C3 rests on.
+
+    *Compactness.* ``carried_share`` with interval: share of the squared excess that the leading specific candidates (at
+    most ``max_features`` and ``COMPACT_SHARE`` of the testable) carry on verification prompts; ``carried_best_high``:
+    upper bound for any as small set. ``accompanying_p``, where losses are few: that of "these candidates merely accompany
     right answers in both models", as a set. ``no_rise_p``: that of "some feature's excess reaches ``MIN_EXCESS``", on
     selection and verification prompts together.
 
@@ -172,7 +176,7 @@ def select_features(
     decision = decide(results, testable, paper, rule, tests, ranks)
     shares, stability_attrs = _stability(values, prompts, results["selection"], testable, ranks, stability, tests, seed)
     attrs = _attrs(results, paper, decision) | _shift_attrs(values[:, prompts.selection], seed)
-    attrs |= asdict(tests) | {"u": list(decision.u), "score_fraction": rule.score_fraction, "seed": seed}
+    attrs |= asdict(tests) | {"u": list(decision.rises.u), "score_fraction": rule.score_fraction, "seed": seed}
     attrs |= _compactness(values, prompts, results, testable, decision, rule, tests, seed)
     attrs |= stability_attrs | source_attrs(features) | unit_attrs(unit, clusters, prompts.codes)
     attrs |= {"base": base, "target": target, "variable": variable, "max_features": rule.max_features}
@@ -281,7 +285,7 @@ def _stability(
         ranks,
         stability,
         codes=prompts.codes,
-        u=tasks_needed(results, tests),
+        u=tasks_needed(int(results.tested.sum()), tests),
         combine=tests.combine,
         seed=seed,
     )
@@ -300,10 +304,11 @@ def _compactness(
 ) -> dict[str, float | int]:
     """Attributes on how much a compact set carries, and on whether any feature's excess can matter."""
     chosen, confirming = results[SELECTION], results[VERIFICATION]
+    in_use, unseen_in_use = chosen.excess_tested, confirming.excess_tested
     most = min(rule.max_features, max(1, int(COMPACT_SHARE * testable.sum())))
-    rising = testable & (np.nan_to_num(chosen.excess[chosen.tested].mean(axis=0)) > 0 if chosen.tested.any() else False)
-    leading = decision.candidates[:most]
-    unseen = [prompts.by_task[VERIFICATION][task] for task in np.array(confirming.tasks)[confirming.tested]]
+    rising = testable & (chosen.excess[in_use].sum(axis=0) > 0)
+    leading = decision.specific.leading(most)
+    unseen = [prompts.by_task[VERIFICATION][task] for task in np.array(confirming.tasks)[unseen_in_use]]
     share = carried_share(
         values,
         unseen,
@@ -316,11 +321,11 @@ def _compactness(
     )
     both = [
         prompts.by_task[SELECTION][task] | prompts.by_task[VERIFICATION][task]
-        for task in np.array(chosen.tasks)[chosen.tested]
+        for task in np.array(chosen.tasks)[in_use]
     ]
-    no_rise = no_rise_p(values, both, testable, u=decision.u[0], codes=prompts.codes)
+    no_rise = no_rise_p(values, both, testable, u=decision.specific.u[0], codes=prompts.codes)
     losses_suffice = all(
-        guard == CONTRAST for part in (chosen, confirming) for guard in np.array(part.guard)[part.tested]
+        guard == CONTRAST for part in (chosen, confirming) for guard in np.array(part.guard)[part.excess_tested]
     )
     flips = derive_seed(seed, "selection", "accompanying")
     accompanying = accompanying_p(values, [] if losses_suffice else unseen, leading, codes=prompts.codes, seed=flips)
@@ -344,16 +349,17 @@ def _task_variables(
         "score": score,
         "kept": kept,
         "p_flip": selection.p_flip,
-        "excess": selection.excess,
-        "excess_p": selection.excess_p,
         "contrast": selection.contrast,
         "contrast_p": selection.contrast_p,
         "p_guard": selection.p_guard,
+        "excess": selection.excess,
+        "excess_p": selection.excess_p,
         "verification_task_effect": verification.task_effect,
     }
     columns = {
         "estimable": selection.estimable,
         "contrast_estimable": selection.contrast_estimable,
+        "excess_estimable": selection.excess_estimable,
         "guard": selection.guard,
         "verification_estimable": verification.estimable,
         "verification_guard": verification.guard,
@@ -382,11 +388,8 @@ def _attrs(results: dict[str, SplitTests], paper: PaperSelection | None, decisio
     rows = zip(tests.tasks, tests.estimable, tests.guard, strict=True)
     guards = {task: guard for task, estimable, guard in rows if estimable == "yes"}
     return {
-        "test": "max(sign flip on gain prompts, guards) per task; partial conjunction over tasks; BH, then Holm",
-        "null": (
-            "in fewer than u tasks does the target exceed base on gain prompts, beyond prompts both get right and "
-            "beyond selection by outcome"
-        ),
+        "test": "max(sign flip on gain prompts, guard) per task; partial conjunction over tasks; BH, then Holm",
+        "null": "in fewer than u tasks does the target exceed base on gain prompts beyond selection by outcome",
         "family": "features (BH on the selection half); candidates (Holm on the verification half)",
         "family_size": decision.n_tested,
         "score_correlation": correlation,
@@ -399,8 +402,9 @@ def _attrs(results: dict[str, SplitTests], paper: PaperSelection | None, decisio
         "rule": decision.rule if guards or paper is not None else "nothing selected: no task is estimable",
         "guard": json.dumps(guards, sort_keys=True),
         "without_guard": "score, kept, p_flip, n_paper, p_n1, p_n2",
-        "with_guard": "excess_p, contrast_p, p_guard, p_value, q_value, verification_p, verification_effect",
-        "guard_contrast": "cancels equal rises and features that follow correctness in both models",
+        "with_guard": "contrast_p, p_guard, p_value, q_value, verification_p, verification_effect",
+        "with_guard_and_excess": "specific_p, specific_tier, verification_specific_q",
+        "guard_contrast": "cancels features that follow correctness in both models",
         "guard_all_prompts": "cancels selection by outcome between models of equal accuracy only",
     }
 

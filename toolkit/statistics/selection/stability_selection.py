@@ -25,7 +25,6 @@ from rlgen_stats.toolkit.statistics.selection.discordance import (
     SplitTests,
     contrast_groups,
     contrast_units,
-    excess_groups,
 )
 from rlgen_stats.toolkit.statistics.selection.options import DEFAULT_THRESHOLD, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
@@ -117,7 +116,7 @@ def stability_selection(
     -----
     Units are halved within strata of task and outcome (gain, loss, other), so that every half can be tested; the odd
     unit of a stratum is left out. Given the strata the two halves of a pair are exchangeable, as the bounds require. In
-    a half each task has z = min(z of the gains, z of its guards), with sum d / sqrt(sum d^2) of differences, or of
+    a half each task has z = min(z of the gains, z of its guard), with sum d / sqrt(sum d^2) of differences, or of
     contributions to a contrast of the whole sample, and features are ranked by the partial conjunction of the normal
     p-values. Close enough for ranking, not for a test: with few nonzeros these p-values are too small. Ties are broken
     at random, independently in each half.
@@ -266,13 +265,13 @@ def _block(
 
 
 def _task_z(d: FloatArray, plan: _TaskPlan) -> FloatArray:
-    """The smallest of a task's statistics, gains and both guards, in every half-sample, [half-sample, feature]."""
+    """The smaller of a task's two statistics, gains and guard, in every half-sample, [half-sample, feature]."""
     prompts = plan.prompts
     z = flip_z(plan.means(d, prompts.gain), plan.half(prompts.gain))
-    contrasts = [excess_groups(prompts), *([contrast_groups(prompts)] if plan.contrast else [])]
-    for groups, weights in contrasts:
-        z = np.minimum(z, flip_z(contrast_units(d, groups, weights, plan.codes), plan.half(*groups)))
-    return z if plan.contrast else np.minimum(z, flip_z(plan.means(d, prompts.every), plan.half(prompts.every)))
+    if not plan.contrast:
+        return np.minimum(z, flip_z(plan.means(d, prompts.every), plan.half(prompts.every)))
+    groups, weights = contrast_groups(prompts)
+    return np.minimum(z, flip_z(contrast_units(d, groups, weights, plan.codes), plan.half(*groups)))
 
 
 def flip_z(x: FloatArray, half: FloatArray) -> FloatArray:
