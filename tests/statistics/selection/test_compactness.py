@@ -95,6 +95,8 @@ def test_without_a_rise_there_is_no_share() -> None:
     values, tasks = world(100, np.zeros(20), seed=2)
     assert np.isnan(carried(values, tasks, [0, 1], most=2).share)
     assert np.isnan(carried(values, [], [0, 1], most=2).best_high)
+    nobody = carried(*world(100, np.r_[1.0, np.zeros(19)], seed=2), [], most=2)
+    assert (np.isnan(nobody.share), np.isfinite(nobody.best_high)) == (True, True)
     assert np.isnan(carried(values, tasks, [0, 1], most=2, rising=np.zeros(20, dtype=bool)).share)
 
 

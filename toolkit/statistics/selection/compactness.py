@@ -99,7 +99,7 @@ def carried_share(
     Returns
     -------
     CarriedShare
-        NaN where no task is tested or the whole is not above zero.
+        NaN where no task is tested, there are no members, or the whole is not above zero.
 
     Notes
     -----
@@ -133,10 +133,9 @@ def carried_share(
     share, best = (
         delete_group_jackknife(part[1:] / whole[1:], part[0] / whole[0], alpha=alpha) for part in (of_members, leading)
     )
+    of_share = (share.estimate, share.low, share.high) if len(members) else (nan,) * 3
     return CarriedShare(
-        share=float(share.estimate),
-        low=float(share.low),
-        high=float(share.high),
+        **dict(zip(("share", "low", "high"), map(float, of_share), strict=True)),
         best=float(best.estimate),
         best_high=float(best.high),
         n_features=len(members),
