@@ -270,6 +270,31 @@ RESULTS: Final = (
         # share of random half-samples of the selection prompts in which the feature is among the leading ones
         | variables_on(FEATURE, verification_score="float", stability="float", stable="bool"),
     ),
+    Layout(  # beside claim C3: what tokens alone explain of the selected features, and what injecting them does
+        "tokens",
+        variables_on(f"explained_by {FEATURE}", explained="float", explained_low="float", explained_high="float")
+        | variables_on(
+            f"token_class {FEATURE}",
+            odds_ratio="float",
+            odds_low="float",
+            odds_high="float",
+            odds_p="float",
+            odds_q="float",
+        )
+        | variables_on("token_class", n_class_tokens="int")
+        | variables_on(
+            FEATURE,
+            injected="float",
+            injected_matched="float",
+            injection_p="float",
+            injection_q="float",
+            fires_alone="bool",
+            detector="bool",
+            leading="str",
+        ),
+        variables_on("explained_by", explained_by="str") | variables_on("token_class", token_class="str"),
+        (*TEST_ATTRS, "n_tokens", "n_texts"),
+    ),
     Layout(  # beside claim C3: how well raw activations, their mean shift and features tell the target from base
         "separation",
         variables_on("comparison predictor", auc="float", auc_low="float", auc_high="float", pairs_right="float")

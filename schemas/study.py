@@ -6,6 +6,7 @@ suggested; every field says what it is for in the string below it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
@@ -308,6 +309,32 @@ class SelectionSpec(Spec):
         return self
 
 
+class TokensSpec(Spec):
+    """Whether selected features respond to tokens rather than to what a text is about."""
+
+    classes: dict[str, str] = {
+        "number": r"\d+([.,]\d+)*",
+        "connective": r"(?i)(so|thus|then|therefore|hence|because|since|but|however|if|first|next|finally|wait)",
+    }
+    """Token classes besides the answer marker and the first completion token: a regular expression that a token, spaces
+    stripped, matches as a whole."""
+    n_injected: PositiveInt = 3
+    """Leading tokens of a feature that are put into each text."""
+    n_texts: Annotated[int, Field(ge=10)] = 100
+    """Texts they are put into: half neutral ones (intervention.neutral_text), the rest prompts of other outcome than
+    base wrong and RL right; prompts alone where there are no neutral texts."""
+
+    @field_validator("classes")
+    @classmethod
+    def _are_expressions(cls, classes: dict[str, str]) -> dict[str, str]:
+        for name, expression in classes.items():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"token class {name!r} is no regular expression ({error}): {expression!r}") from None
+        return classes
+
+
 class InterventionSpec(Spec):
     """Causal verification."""
 
@@ -370,6 +397,8 @@ class StudySpec(Spec):
     """Error rates and settings of the tests."""
     selection: SelectionSpec = SelectionSpec()
     """How generalisation features are selected and confirmed."""
+    tokens: TokensSpec = TokensSpec()
+    """Whether selected features respond to tokens alone."""
     intervention: InterventionSpec = InterventionSpec()
     """Causal verification."""
 

@@ -46,6 +46,7 @@ GROUPS: Final = (
     "set_stability",
     "selection",
     "separation",
+    "tokens",
     "intervention",
     "control_balance",
 )

@@ -224,6 +224,11 @@ def selection_verdict(
     return Verdict.SUPPORTED if carried_low >= CARRIED and specific else Verdict.UNDETERMINED
 
 
+def mostly_token_detectors(n_detectors: Sequence[int], n_features: Sequence[int]) -> bool:
+    """Whether more than half of the features respond to tokens alone in as many dictionaries as must agree."""
+    return bool(n_features) and agreed([2 * n > of for n, of in zip(n_detectors, n_features, strict=True)], False)
+
+
 def agreed_p(p_values: Sequence[float]) -> float:
     """The p-value that as many dictionaries reach as must agree; NaN if so many have none.
 

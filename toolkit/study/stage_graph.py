@@ -28,7 +28,8 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also its command's; ``outcomes``, ``movement`` and ``separation`` have none and run with those that need them."""
+    """Also its command's; ``outcomes``, ``movement``, ``separation`` and ``tokens`` have none and run with those that
+    need them."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
@@ -137,6 +138,15 @@ STAGES: Final = (
         answers="target",
     ),
     Stage(
+        "tokens",
+        ("select",),
+        ("statistics", "tokens", "intervention.neutral_text"),
+        "rlgen_stats.toolkit.study.tokens_stage:tokens",
+        (),
+        by_dictionary=("results.zarr/tokens",),
+        answers="target",
+    ),
+    Stage(
         "replicability",
         ("select", "drift", "align"),
         ("statistics",),
@@ -159,7 +169,7 @@ STAGES: Final = (
     ),
     Stage(
         "report",
-        ("significance", "drift", "stabilize", "separation", "replicability", "intervene"),
+        ("significance", "drift", "stabilize", "separation", "tokens", "replicability", "intervene"),
         (),
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),
@@ -273,7 +283,7 @@ class Study:
             return self._crosscoder_files()
         files = {}
         neutral = self.spec.intervention.neutral_text
-        if name == "intervene" and neutral is not None:
+        if name in ("intervene", "tokens") and neutral is not None:
             files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")
         primary = self.spec.primary_crosscoder
         by_note = not primary.accept_unhealthy and readout_accepted(self.folder.crosscoder(primary.name))

@@ -20,6 +20,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     agreed_verdict,
     any_feature_p,
     mean_count,
+    mostly_token_detectors,
     selection_verdict,
 )
 from rlgen_stats.toolkit.statistics.kernels import pooled_intervals
@@ -77,6 +78,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         details[f"{name}_by_dictionary"] = [one[name] for _, one in judged]
     details["carried"] = _carried(each, spec)
     details["separation_auc"] = _separation_auc(results)
+    details |= _token_details(results)
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = (
             unusable_tasks(data, "excess_estimable")
@@ -87,9 +89,10 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
         agreed_p([any_feature_p(one["verification_specific_q"].values) for one in each]),
         verdict,
-        _answer(verdict, details, [verdict for verdict, _ in judged], spec.statistics.alpha),
+        _answer(verdict, details, [verdict for verdict, _ in judged], spec.statistics.alpha) + _token_sentence(details),
         caveats=(
             *_caveats(data, details, spec),
+            *_token_caveat(details),
             *separation_caveats(results, spec),
             *_reappearance(results, spec, data),
             *dictionary_caveat(spec),
@@ -217,6 +220,39 @@ def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alph
     return (
         f"Undetermined: {confirmed}, {where}, but the leading candidates, {most} at most, carry {share} of that "
         f"difference, which neither shows nor excludes that a compact set carries {percent(CARRIED, 0)}."
+    )
+
+
+def _token_details(results: Results) -> dict[str, list[int]]:
+    """Features of the edited set of every dictionary, and how many of them respond to tokens alone."""
+    each = by_dictionary(results, "tokens")
+    return {
+        "n_token_tested_by_dictionary": [int(data.sizes["feature"]) for data in each],
+        "n_token_detectors_by_dictionary": [int(data["detector"].values.sum()) for data in each],
+        "n_fire_alone_by_dictionary": [int(data["fires_alone"].values.sum()) for data in each],
+    }
+
+
+def _token_sentence(details: dict[str, Any]) -> str:
+    n, of = details["n_token_detectors_by_dictionary"], details["n_token_tested_by_dictionary"]
+    if not mostly_token_detectors(n, of):
+        return ""
+    counts = listed(f"{detectors} of {features}" for detectors, features in zip(n, of, strict=True))
+    return f" The set that is edited is mostly token detectors ({counts} features), not known to respond to more."
+
+
+def _token_caveat(details: dict[str, Any]) -> tuple[str, ...]:
+    of = details["n_token_tested_by_dictionary"]
+    if not sum(of):
+        return ()
+    alone, n = (
+        listed(str(value) for value in details[name])
+        for name in ("n_fire_alone_by_dictionary", "n_token_detectors_by_dictionary")
+    )
+    return (
+        f"Of the {listed(map(str, of))} edited features {n} are token detectors: {alone} fire in most unrelated texts "
+        "once their leading tokens are put there and not with others of like frequency; of the rest token and position "
+        "explain half of the activation or more.",
     )
 
 

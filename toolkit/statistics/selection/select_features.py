@@ -143,9 +143,9 @@ def select_features(
 
     *Compactness.* ``carried_share`` with interval: share of the squared excess that the leading specific candidates (at
     most ``max_features`` and ``COMPACT_SHARE`` of the testable) carry on verification prompts; ``carried_best_high``:
-    upper bound for any as small set. ``accompanying_p``, where losses are few: that of "these candidates merely accompany
-    right answers in both models", as a set. ``no_rise_p``: that of "some feature's excess reaches ``MIN_EXCESS``", on
-    selection and verification prompts together.
+    upper bound for any as small set. ``accompanying_p``, where losses are few: that of "these candidates merely
+    accompany right answers in both models", as a set. ``no_rise_p``: that of "some feature's excess reaches
+    ``MIN_EXCESS``", on selection and verification prompts together.
 
     *Stability.* Reported beside the tiers, which it does not change: whether other prompts would have given nearly the
     same ranking. The bounds in the attributes are on expected numbers of features (``stability_selection``).
