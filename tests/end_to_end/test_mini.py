@@ -38,7 +38,7 @@ from tests.end_to_end.same_numbers import differences
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
     "latent_scaling", "matching", "movement", "replicability", "selection", "separation", "set_stability",
-    "stabilization",
+    "stabilization", "tokens",
 }  # fmt: skip
 
 
@@ -126,6 +126,19 @@ def test_raw_activations_stand_beside_the_features(mini: tuple[Path, Result]) ->
     assert np.isfinite(data["share"].sel(model=data.attrs["target"]))
     tables = pd.read_csv(folder / "report/tables/separation.csv")
     assert tables["predictor"].tolist() == ["raw", "mean shift", "selected", "random"] * 3
+
+
+def test_what_tokens_explain_stands_beside_the_features(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    chosen = open_results(folder / "results.zarr", "selection").load()
+    data = open_results(folder / "results.zarr", "tokens").load()
+    assert set(data["feature"].values) == set(chosen["feature"].values[chosen["selected"].values])
+    assert {"number", "answer marker", "first completion token"} <= set(data["token_class"].values.astype(str))
+    assert (data["n_class_tokens"].sel(token_class=["number", "answer marker", "first completion token"]) > 0).all()
+    assert data.attrs["n_texts"] > 0
+    assert data["injected"].notnull().all()
+    assert (data["leading"] != "").any()
+    assert len(pd.read_csv(folder / "report/tables/token_classes.csv")) == data["odds_ratio"].size
 
 
 def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:

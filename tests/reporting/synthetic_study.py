@@ -509,6 +509,39 @@ def selection() -> xr.Dataset:
     )
 
 
+def tokens() -> xr.Dataset:
+    """The first three of the five selected features respond to tokens: two by injection, one by what they explain."""
+    by_part, by_class = ("explained_by", "feature"), ("token_class", "feature")
+    explained = np.array([[0.8, 0.1, 0.1, 0.0, 0.2], [0.1, 0.2, 0.1, 0.0, 0.1], [0.85, 0.3, 0.6, 0.01, 0.25]])
+    odds = np.array([[4.0, 0.5, 1.1, 1.0, 0.9], [9.0, 1.0, 1.0, np.nan, 1.2]])
+    return xr.Dataset(
+        {
+            "explained": (by_part, explained),
+            "explained_low": (by_part, explained - 0.05),
+            "explained_high": (by_part, explained + 0.05),
+            "odds_ratio": (by_class, odds),
+            "odds_low": (by_class, odds / 2),
+            "odds_high": (by_class, odds * 2),
+            "odds_p": (by_class, np.where(odds > 2, 0.001, 0.4)),
+            "odds_q": (by_class, np.where(odds > 2, 0.01, 0.6)),
+            "n_class_tokens": ("token_class", [900, 120]),
+            "injected": ("feature", [0.95, 0.9, 0.3, 0.1, 0.0]),
+            "injected_matched": ("feature", [0.1, 0.2, 0.2, 0.1, 0.0]),
+            "injection_p": ("feature", [1e-6, 1e-6, 0.04, 0.5, 1.0]),
+            "injection_q": ("feature", [2e-6, 2e-6, 0.06, 0.6, 1.0]),
+            "fires_alone": ("feature", [True, True, False, False, False]),
+            "detector": ("feature", [True, True, True, False, False]),
+            "leading": ("feature", ["so then", "7 12", "wait", "x y", ""]),
+        },
+        coords={
+            "explained_by": ["token", "position", "both"],
+            "token_class": ["number", "answer marker"],
+            "feature": list(SELECTED),
+        },
+        attrs=TEST_ATTRS | {"n_tokens": 9000, "n_texts": 100},
+    )
+
+
 CLASSES = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
 
 
@@ -718,6 +751,7 @@ BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
         set_stability,
         selection,
         separation,
+        tokens,
         intervention,
         control_balance,
     )

@@ -13,6 +13,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     any_feature_p,
     causal_verdict,
     interval_verdict,
+    mostly_token_detectors,
     selection_verdict,
     shifts_match,
     smallest_permutation_p,
@@ -129,6 +130,15 @@ def test_matched_shifts_differ_by_at_most_a_quarter(shifts: tuple[float, ...], e
 )
 def test_timing_verdict(sft: SetStatus, rl: SetStatus, low: float, high: float, expected: Verdict) -> None:
     assert timing_verdict(sft, rl, low, high) is expected
+
+
+def test_mostly_token_detectors_is_more_than_half_in_as_many_dictionaries_as_must_agree() -> None:
+    assert mostly_token_detectors([3], [5])
+    assert not mostly_token_detectors([2], [4])
+    assert not mostly_token_detectors([5, 5, 2], [5, 5, 5])
+    assert mostly_token_detectors([5, 5, 5, 5, 2], [5] * 5)
+    assert not mostly_token_detectors([], [])
+    assert not mostly_token_detectors([0], [0])
 
 
 TRUE_SET = {

@@ -51,7 +51,7 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
             (g, set())
             for g in (
                 *("behaviour", "movement", "health", "attribution", "drift", "stabilization", "separation"),
-                "control_balance",
+                *("tokens", "control_balance"),
             )
         ),
     ],
@@ -308,6 +308,32 @@ def test_c3_raw_activations_are_shown_beside_the_features(results: Results, spec
     nothing = data.auc.where(data.predictor.isin(["raw", "mean shift"]))
     results["separation"] = data.assign(auc=nothing)
     assert any(caveat.endswith("difference, 0.930).") for caveat in claim(results, spec, "C3").caveats)
+
+
+def test_c3_says_that_the_set_is_mostly_token_detectors(results: Results, spec: StudySpec) -> None:
+    said = "The set that is edited is mostly token detectors (3 of 5 features)"
+    assert said in claim(results, spec, "C3").answer
+    assert any(
+        c.startswith("Of the 5 edited features 3 are token detectors: 2 fire")
+        for c in claim(results, spec, "C3").caveats
+    )
+    data = results["tokens"]
+    results["tokens"] = data.assign(detector=data.fires_alone)  # two of five are not most
+    assert "token detectors" not in claim(results, spec, "C3").answer
+    assert any(
+        c.startswith("Of the 5 edited features 2 are token detectors") for c in claim(results, spec, "C3").caveats
+    )
+    del results["tokens"]
+    assert not any("token detectors" in c for c in claim(results, spec, "C3").caveats)
+
+
+def test_c3_is_about_tokens_only_where_the_dictionaries_agree(results: Results, spec: StudySpec) -> None:
+    several, of_three = three_dictionaries(results, spec)
+    data = results["tokens"]
+    several |= {"tokens.2": data, "tokens.3": data}
+    assert "(3 of 5, 3 of 5 and 3 of 5 features)" in claim(several, of_three, "C3").answer
+    several["tokens.3"] = data.assign(detector=data.fires_alone)
+    assert "token detectors" not in claim(several, of_three, "C3").answer
 
 
 def test_c3_gains_told_from_losses_are_shown_where_there_are_enough(results: Results, spec: StudySpec) -> None:
