@@ -40,7 +40,7 @@ EXPERIMENTS = (
     Experiment(others.stable_by_chance, 8, "Selection by outcome"),
     Experiment(families.random_sets, 16, "Causal verdicts"),
     Experiment(families.planned_power, 8, "Planned power"),
-    Experiment(verdicts_selection.selection_false, 20, "Verdicts: C3"),
-    Experiment(verdicts_selection.selection_more_data, 20, "Verdicts: C3"),
+    Experiment(verdicts_selection.selection_false, 60, "Verdicts: C3"),
+    Experiment(verdicts_selection.selection_more_data, 60, "Verdicts: C3"),
     Experiment(invariance.invariance, 4, "Invariance"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -144,7 +145,7 @@ EQUAL = {"accuracy": (0.5, 0.5), "lost": 0.06}
 
 def selection_false(scale: int, seed: int) -> list[Row]:
     """SUPPORTED where no feature changes in particular where RL gained."""
-    worlds, rows = 15 * scale, []
+    worlds, rows = 5 * scale, []
     for name, change, n, options in (
         ("nothing differs", nothing, 400, {}),
         ("rises everywhere", everywhere, 400, {}),
@@ -156,51 +157,50 @@ def selection_false(scale: int, seed: int) -> list[Row]:
     ):
         new, old = _rates(change, n, worlds, seed, **options)
         rows.append(
-            rate_row(
+            _row(
                 f"C3 SUPPORTED, {name}",
-                ALPHA,
                 new[Verdict.SUPPORTED],
+                old[Verdict.SUPPORTED],
                 worlds,
                 f"{worlds} studies of {FEATURES} features, {n} prompts",
-                at_most=True,
-                **_naive("without the excess over both right", old[Verdict.SUPPORTED] / worlds),
+                "without the excess over both right",
             )
         )
     return rows
 
 
 def selection_more_data(scale: int, seed: int) -> list[Row]:
-    """False verdicts with few prompts and with many: a true set of 60 features in 400, and a rise spread over half."""
-    worlds, rows = 15 * scale, []
+    """False verdicts with few prompts and with many: a true set of 30 features in 200, and a rise spread over half."""
+    worlds, rows = 5 * scale, []
     for n in (60, 120, 400, 1200):
-        new, old = _rates(partial(where_gained, n=60), n, worlds, seed, n_features=400)
+        new, old = _rates(partial(where_gained, n=30), n, worlds, seed, n_features=200)
         rows.append(
-            rate_row(
+            _row(
                 f"C3 NOT_SUPPORTED, true set, {n} prompts",
-                ALPHA,
                 new[Verdict.NOT_SUPPORTED],
+                old[Verdict.NOT_SUPPORTED],
                 worlds,
-                f"{worlds} studies, 60 of 400 features, 40 carry 67%",
-                at_most=True,
-                **_naive("at most a tenth confirmed", old[Verdict.NOT_SUPPORTED] / worlds),
+                f"{worlds} studies, 30 of 200 features, 20 carry 67%",
+                "at most a tenth confirmed",
             )
         )
     for n in (120, 400):
         new, old = _rates(partial(where_gained, n=30), n, worlds, seed)
         rows.append(
-            rate_row(
+            _row(
                 f"C3 SUPPORTED, spread out, {n} prompts",
-                ALPHA,
                 new[Verdict.SUPPORTED],
+                old[Verdict.SUPPORTED],
                 worlds,
                 f"{worlds} studies, 30 of {FEATURES} features, 6 carry 20%",
-                at_most=True,
-                **_naive("at most a tenth confirmed", old[Verdict.SUPPORTED] / worlds),
+                "at most a tenth confirmed",
             )
         )
     return rows
 
 
-def _naive(name: str, rate: float) -> dict[str, Any]:
-    """The rate of the rule of earlier releases, where it is not as small as it should be."""
-    return {"naive": rate, "naive_name": name} if rate > 5 * ALPHA else {}
+def _row(name: str, hits: int, old_hits: int, worlds: int, size: str, naive_name: str) -> Row:
+    """False verdicts; beside them those of earlier releases, where they are more than chance allows."""
+    row = rate_row(name, ALPHA, hits, worlds, size, at_most=True)
+    rate = old_hits / worlds
+    return replace(row, naive=rate, naive_name=naive_name) if rate > row.high else row
