@@ -246,6 +246,14 @@ def mean_count(counts: Sequence[int], *, alpha: float) -> tuple[float, float, fl
     return mean, max(low, 0.0), high if len(counts) > 1 else math.nan
 
 
+def mean_share(
+    shares: Sequence[float], lows: Sequence[float], highs: Sequence[float], *, alpha: float
+) -> tuple[float, float, float]:
+    """Mean over dictionaries of a share that comes with an interval each, and its interval."""
+    mean, low, high = (float(x) for x in pooled_intervals(shares, lows, highs, alpha=alpha))
+    return mean, low, high
+
+
 def any_feature_p(holm_p: Any) -> float:
     """p-value of "no feature separates the models": the smallest Holm-adjusted one; NaN if none was tested."""
     holm_p = np.asarray(holm_p, dtype=float)

@@ -235,7 +235,7 @@ def tiers(results: Results, confirmed: int, name: str = "specific_tier") -> None
 @pytest.mark.parametrize(
     ("confirmed", "changed", "expected", "said"),
     [
-        (0, {}, Verdict.UNDETERMINED, "5 rise where RL gained, but about as much elsewhere. That none"),
+        (0, {}, Verdict.UNDETERMINED, "5 rise where RL gained, not shown to do so by more than elsewhere. That none"),
         (0, {"no_rise_p": 0.01}, Verdict.NOT_SUPPORTED, "No feature of 210 testable ones rises where RL gained by 0.2"),
         (1, {}, Verdict.SUPPORTED, "1 feature of 210 testable ones is confirmed to rise where RL gained by more than"),
         (40, {}, Verdict.SUPPORTED, "the leading candidates, 21 at most, carry 71% [58%, 84%] of that difference"),

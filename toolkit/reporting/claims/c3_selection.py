@@ -20,10 +20,10 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     agreed_verdict,
     any_feature_p,
     mean_count,
+    mean_share,
     mostly_token_detectors,
     selection_verdict,
 )
-from rlgen_stats.toolkit.statistics.kernels import pooled_intervals
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
@@ -121,8 +121,8 @@ def _judge(data: xr.Dataset, alpha: float) -> tuple[Verdict, dict[str, Any]]:
 def _carried(each: list[xr.Dataset], spec: StudySpec) -> dict[str, float]:
     """Share of the rise that the leading candidates carry, over dictionaries with its interval, and its bounds."""
     share, low, high = ([attr_number(data, f"carried_{name}") for data in each] for name in ("share", "low", "high"))
-    pooled = pooled_intervals(share, low, high, alpha=spec.statistics.alpha)
-    return {name: float(value) for name, value in zip(("share", "low", "high"), pooled, strict=True)} | {
+    pooled = mean_share(share, low, high, alpha=spec.statistics.alpha)
+    return dict(zip(("share", "low", "high"), pooled, strict=True)) | {
         "best_high": max(attr_number(data, "carried_best_high") for data in each),
         "most_features": max(attr_number(data, "most_features") for data in each),
     }
@@ -203,11 +203,11 @@ def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alph
         n_tasks = count(len(tasks), "task")
         return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
     if min(counts) == 0:
-        rising = details["n_rising_by_dictionary"]
-        everywhere = f"; {_span(rising)} rise where RL gained, but about as much elsewhere" if min(rising) else ""
+        n_rising = details["n_rising_by_dictionary"]
+        rising = f"; {_span(n_rising)} rise where RL gained, not shown to do so by more than elsewhere"
         return (
-            f"Undetermined: {confirmed}, {where}{everywhere}. That none is does not show that none rises more where RL "
-            "gained than where base was right too."
+            f"Undetermined: {confirmed}, {where}{rising if min(n_rising) else ''}. That none is does not show that "
+            "none rises more where RL gained than where base was right too."
         )
     if not math.isfinite(carried["share"]):
         return f"Undetermined: {confirmed}, {where}, but what share of the rise they carry cannot be estimated."
@@ -238,7 +238,10 @@ def _token_sentence(details: dict[str, Any]) -> str:
     if not mostly_token_detectors(n, of):
         return ""
     counts = listed(f"{detectors} of {features}" for detectors, features in zip(n, of, strict=True))
-    return f" The set that is edited is mostly token detectors ({counts} features), not known to respond to more."
+    return (
+        f" The set that is edited is mostly token detectors ({counts} features): they respond to tokens and their "
+        "place, whatever the text is about."
+    )
 
 
 def _token_caveat(details: dict[str, Any]) -> tuple[str, ...]:
