@@ -37,6 +37,7 @@ from rlgen_stats.stores.study_models import final_model
 from rlgen_stats.toolkit.crosscoder import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import text_bounds
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.uses.encode import BLOCK_TOKENS, BlockFeatures, view_of
 from rlgen_stats.toolkit.crosscoder.uses.injection import Injection, injected_peaks
 from rlgen_stats.toolkit.extraction import load_model, load_tokenizer, resolve_device, site_name, usable_tokens
@@ -181,6 +182,8 @@ def _activations(
 ) -> NDArray[np.float64]:
     """[token, feature] of the rows of the store."""
     spec, folder = study.spec, study.folder
+    if not len(columns):
+        return np.empty((len(rows), 0))
     stored = open_activations(folder.activations, models=[model], site=site_name(spec.extraction.layer))["activation"]
     readout = spec.primary_crosscoder.readout
     features = BlockFeatures(crosscoder, stored.isel({MODEL: 0}), view=view, readout=readout, columns=columns)
@@ -190,7 +193,9 @@ def _activations(
         if len(inside):
             kept = np.zeros(min(BLOCK_TOKENS, stored.sizes["token"] - start), dtype=bool)
             kept[inside] = True
-            parts += [f.cpu().numpy().astype(np.float64) for _, f in features.read(start, start + BLOCK_TOKENS, kept)]
+            for _, f in features.read(start, start + BLOCK_TOKENS, kept):
+                dense = f.dense() if isinstance(f, SparseCode) else f
+                parts.append(dense.cpu().numpy().astype(np.float64))
     return np.concatenate(parts)
 
 
