@@ -211,8 +211,9 @@ def _unrelated_texts(study: Study, tokenizer: Any, target: str) -> list[_Text]:
     neutral = spec.intervention.neutral_text
     texts = [] if neutral is None else load_texts(folder.resolve(neutral))[: spec.tokens.n_texts // 2]
     prompts = load_prompts(spec, folder)
-    correct = open_outcomes(folder.outcomes)["greedy_correct"].sel({MODEL: [BASE_MODEL, target]}).to_pandas()
-    gained = correct.columns[(correct.loc[BASE_MODEL] == 0) & (correct.loc[target] == 1)].astype(str)
+    correct = open_outcomes(folder.outcomes)["greedy_correct"].sel({MODEL: [BASE_MODEL, target]}).load()
+    base, rl = correct.transpose(MODEL, PROMPT).values
+    gained = np.asarray(correct[PROMPT].values).astype(np.str_)[(base == 0) & (rl == 1)].tolist()
     prompts = prompts[(prompts[SPLIT] != TRIAL) & ~prompts[PROMPT].isin(gained)]
     order = prompts[PROMPT].map(lambda prompt: derive_seed(spec.seed, "tokens text", prompt)).sort_values().index
     prompts = prompts.loc[order[: spec.tokens.n_texts - len(texts)]]

@@ -114,10 +114,13 @@ def decide(
         [feature]: ranks of the labels, which break ties.
     """
     n = len(testable)
-    halves = tests[SELECTION], tests[VERIFICATION]
-    rises = _confirm(*(half.p_task[half.tested] for half in halves), testable, options)
+    first, second = tests[SELECTION], tests[VERIFICATION]
+    rises = _confirm(first.p_task[first.tested], second.p_task[second.tested], testable, options)
     specific = _confirm(
-        *(np.maximum(half.p_task, half.excess_p)[half.excess_tested] for half in halves), testable, options
+        np.maximum(first.p_task, first.excess_p)[first.excess_tested],
+        np.maximum(second.p_task, second.excess_p)[second.excess_tested],
+        testable,
+        options,
     )
     tested = np.isfinite(rises.p)
     in_paper = np.zeros(n, dtype=bool) if paper is None else paper.selected
