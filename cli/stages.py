@@ -33,7 +33,7 @@ _HELP: Final = {
     "drift": "Test which features' activation differs from base, per checkpoint: sign-flip p, max-T, BH, intervals.",
     "stabilize": "Find when features (equivalence chain) and top sets (with noise ceiling) stop changing.",
     "significance": "Accuracy with intervals, per-prompt transitions, and the contrast of specific-feature counts.",
-    "select": "Choose generalisation features on one half of the prompts and confirm them on the other.",
+    "select": "Choose generalisation features on one part of the prompts and confirm them on another.",
     "replicability": "Say what dictionaries of other seeds agree on: features, sets, whole changes, and their errors.",
     "report": "Write the self-contained report (HTML, Markdown, JSON, CSV, SVG) and print the five verdicts.",
 }

@@ -47,7 +47,9 @@ PROMPT_LABELS: Final = (TASK, DOMAIN, SPLIT, CLUSTER)
 """Labels of a prompt, besides its id."""
 
 DOMAINS: Final = ("in", "out")
-SPLITS: Final = ("selection", "verification")
+SELECTION, VERIFICATION, TRIAL = SPLITS = ("selection", "verification", "trial")
+"""What a prompt is used for: features are chosen on selection prompts and confirmed on verification prompts; a causal
+trial edits models on trial prompts, which decide nothing before."""
 SEGMENTS: Final = ("prompt", "completion", "pad")
 FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncated")
 """Kinds of completion. answer: ended with an answer that can be read; no_answer: ended without one; empty: no text;

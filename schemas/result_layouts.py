@@ -280,11 +280,20 @@ RESULTS: Final = (
     Layout(
         "selection",
         variables_on(
-            f"{TASK} {FEATURE}", score="float", kept="bool", p_flip="float", contrast="float", contrast_p="float"
+            f"{TASK} {FEATURE}",
+            score="float",
+            kept="bool",
+            p_flip="float",
+            contrast="float",
+            contrast_p="float",
+            p_guard="float",
+            excess="float",
+            excess_p="float",
         )
         | variables_on(
             TASK, n_selected_prompts="int", n_gain="int", n_loss="int", n_kept="int", estimable="str", role="str"
         )
+        | variables_on(TASK, guard="str", excess_estimable="str")
         | variables_on(
             FEATURE,
             paper_selected="bool",
@@ -292,6 +301,9 @@ RESULTS: Final = (
             q_value="float",
             rank="float",
             tier="str",
+            specific_p="float",
+            specific_tier="str",
+            verification_specific_q="float",
             verification_effect="float",
             verification_low="float",
             verification_high="float",
@@ -300,13 +312,42 @@ RESULTS: Final = (
             selected="bool",
             flag="str",
         ),
-        attrs=(*TEST_ATTRS, "split_hash", "score_correlation", "shift_rank", "n_paper", "p_n1", "p_n2", "rule"),
-        optional=variables_on(f"{TASK} {FEATURE}", p_guard="float", verification_task_effect="float")
-        | variables_on(TASK, guard="str", contrast_estimable="str", used="bool")
+        attrs=(
+            *(*TEST_ATTRS, "split_hash", "score_correlation", "shift_rank", "n_paper", "p_n1", "p_n2", "rule"),
+            *(*(f"carried_{name}" for name in ("share", "low", "high", "best_high")), "n_carrying", "most_features"),
+            *("no_rise_p", "accompanying_p"),
+        ),
+        optional=variables_on(f"{TASK} {FEATURE}", verification_task_effect="float")
+        | variables_on(TASK, contrast_estimable="str", used="bool")
         | variables_on(TASK, verification_estimable="str", verification_guard="str")
         | variables_on(f"{TASK} other_task", score_correlations="float")
         # share of random half-samples of the selection prompts in which the feature is among the leading ones
         | variables_on(FEATURE, verification_score="float", stability="float", stable="bool"),
+    ),
+    Layout(  # beside claim C3: what tokens alone explain of the selected features, and what injecting them does
+        "tokens",
+        variables_on(f"explained_by {FEATURE}", explained="float", explained_low="float", explained_high="float")
+        | variables_on(
+            f"token_class {FEATURE}",
+            odds_ratio="float",
+            odds_low="float",
+            odds_high="float",
+            odds_p="float",
+            odds_q="float",
+        )
+        | variables_on("token_class", n_class_tokens="int")
+        | variables_on(
+            FEATURE,
+            injected="float",
+            injected_matched="float",
+            injection_p="float",
+            injection_q="float",
+            fires_alone="bool",
+            detector="bool",
+            leading="str",
+        ),
+        variables_on("explained_by", explained_by="str") | variables_on("token_class", token_class="str"),
+        (*TEST_ATTRS, "n_tokens", "n_texts"),
     ),
     Layout(  # beside claim C3: how well raw activations, their mean shift and features tell the target from base
         "separation",

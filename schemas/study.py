@@ -6,6 +6,7 @@ suggested; every field says what it is for in the string below it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
@@ -297,8 +298,12 @@ class StatisticsSpec(Spec):
 class SelectionSpec(Spec):
     """How generalisation features are chosen and on which prompts they are confirmed."""
 
-    verification_fraction: Fraction = 0.5
-    """Share of prompt clusters kept out of selection (used where prompts carry no split)."""
+    verification_share: Fraction = 0.3
+    """Share of each task's prompt clusters on which chosen features are confirmed."""
+    trial_share: Fraction = 0.3
+    """Share of each task's prompt clusters on which models are edited; the rest is for selection. Shares are used where
+    prompts carry no split; of a split without trial prompts, trial / (verification + trial) of verification becomes
+    trial."""
     held_out_tasks: tuple[str, ...] = ()
     """Tasks never used in selection (LogiQA and PIQA in the paper)."""
     control_tasks: tuple[str, ...] = ()
@@ -306,9 +311,44 @@ class SelectionSpec(Spec):
     score_fraction: Fraction = 0.2
     """Paper's rule: keep features whose score is at least this share of the task's maximum."""
     min_discordant: PositiveInt = 20
-    """Discordant prompts of each kind (right to wrong, wrong to right) that the RL-specific contrast needs."""
+    """Discordant prompts of each kind (right to wrong, wrong to right) the RL-specific contrast of a task needs."""
     max_features: PositiveInt = 50
     """Largest set handed to causal verification; the highest ranked are kept."""
+
+    @model_validator(mode="after")
+    def _some_prompts_are_for_selection(self) -> SelectionSpec:
+        if self.verification_share + self.trial_share >= 1:
+            raise ValueError(
+                f"verification_share and trial_share must leave some prompts for selection, got "
+                f"{self.verification_share:g} and {self.trial_share:g}; lower one"
+            )
+        return self
+
+
+class TokensSpec(Spec):
+    """Whether selected features respond to tokens rather than to what a text is about."""
+
+    classes: dict[str, str] = {
+        "number": r"\d+([.,]\d+)*",
+        "connective": r"(?i)(so|thus|then|therefore|hence|because|since|but|however|if|first|next|finally|wait)",
+    }
+    """Token classes besides the answer marker and the first completion token: a regular expression that a token, spaces
+    stripped, matches as a whole."""
+    n_injected: PositiveInt = 3
+    """Leading tokens of a feature that are put into each text."""
+    n_texts: Annotated[int, Field(ge=10)] = 100
+    """Texts they are put into: half neutral ones (intervention.neutral_text), the rest prompts of other outcome than
+    base wrong and RL right; prompts alone where there are no neutral texts."""
+
+    @field_validator("classes")
+    @classmethod
+    def _are_expressions(cls, classes: dict[str, str]) -> dict[str, str]:
+        for name, expression in classes.items():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"token class {name!r} is no regular expression ({error}): {expression!r}") from None
+        return classes
 
 
 class InterventionSpec(Spec):
@@ -332,7 +372,7 @@ class InterventionSpec(Spec):
     n_samples: PositiveInt = 1
     """Sampled completions per prompt and arm."""
     max_prompts: PositiveInt = 400
-    """Verification prompts per arm, drawn evenly over tasks, never by outcome."""
+    """Trial prompts per arm, drawn evenly over tasks, never by outcome."""
     non_inferiority: Fraction = 0.05
     """Non-inferiority margin: largest accuracy loss on control tasks still called harmless."""
 
@@ -373,6 +413,8 @@ class StudySpec(Spec):
     """Error rates and settings of the tests."""
     selection: SelectionSpec = SelectionSpec()
     """How generalisation features are selected and confirmed."""
+    tokens: TokensSpec = TokensSpec()
+    """Whether selected features respond to tokens alone."""
     intervention: InterventionSpec = InterventionSpec()
     """Causal verification."""
 

@@ -1,4 +1,4 @@
-"""The table of evaluation prompts: read, checked, split into selection and verification."""
+"""The table of evaluation prompts: read, checked, split into selection, verification and trial."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from typing import Any, Final
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import CLUSTER, DOMAIN, DOMAINS, PROMPT, SPLIT, SPLITS, TASK
+from rlgen_stats.schemas.dims import (
+    CLUSTER,
+    DOMAIN,
+    DOMAINS,
+    PROMPT,
+    SELECTION,
+    SPLIT,
+    SPLITS,
+    TASK,
+    TRIAL,
+    VERIFICATION,
+)
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
@@ -32,13 +43,14 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
     DataFrame
         Columns prompt, text, answer, task, domain, split, cluster (all text), in the order of the file. Without a
         cluster column each prompt is its own cluster. Without a split column whole clusters are drawn into
-        verification by a hash of (study seed, cluster), per task.
+        verification and trial by a hash of (study seed, cluster), per task; of a column that names no trial prompts,
+        a part of the verification clusters becomes trial in the same way.
 
     Raises
     ------
     InputError
         If the file is missing, unreadable or empty; a column or id is missing or duplicated; a text or answer is
-        empty; a domain, split or task name is unknown; or a cluster has prompts in both splits.
+        empty; a domain, split or task name is unknown; or a cluster has prompts in several splits.
     """
     path = folder.resolve(spec.data.prompts)
     table = _text_columns(read_table(path), path)
@@ -47,15 +59,20 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
     if CLUSTER not in table:
         table[CLUSTER] = table[PROMPT]
     if SPLIT not in table:
-        table[SPLIT] = _split(table, spec)
+        table[SPLIT] = SELECTION
+        shares = {VERIFICATION: spec.selection.verification_share, TRIAL: spec.selection.trial_share}
+        _move(table, SELECTION, shares, spec)
     _check_values(table, path, SPLIT, SPLITS)
     spanning = table.groupby(CLUSTER, sort=False)[SPLIT].nunique()
     spanning = spanning[spanning > 1]
     if len(spanning):
         raise InputError(
-            f"{path}: {len(spanning)} cluster(s) have prompts in both splits, e.g. {spanning.index[0]!r}; "
+            f"{path}: {len(spanning)} cluster(s) have prompts in several splits, e.g. {spanning.index[0]!r}; "
             "expected whole clusters in one split: correct the split column or drop it."
         )
+    if TRIAL not in set(table[SPLIT]):
+        rest = spec.selection.verification_share + spec.selection.trial_share
+        _move(table, VERIFICATION, {TRIAL: spec.selection.trial_share / rest}, spec)
     return table[list(COLUMNS)].reset_index(drop=True)
 
 
@@ -196,18 +213,21 @@ def _check_tasks(table: pd.DataFrame, path: Path, spec: StudySpec) -> None:
         )
 
 
-def _split(table: pd.DataFrame, spec: StudySpec) -> pd.Series:
-    """Verification for a fixed share of each task's clusters, the ones with the smallest hash.
+def _move(table: pd.DataFrame, part: str, shares: dict[str, float], spec: StudySpec) -> None:
+    """Move shares of each task's clusters from one part of the split to others, those with the smallest hash first.
 
-    A cluster over several tasks counts with the task of its first prompt. Each task with two clusters or more has at
-    least one in either split, so that selection and confirmation both see it.
+    A cluster over several tasks counts with the task of its first prompt. A task with enough clusters keeps at least
+    one in every part; one with fewer serves the earlier parts, so that selection and confirmation both see it.
     """
-    first_task = table.groupby(CLUSTER, sort=False)[TASK].first()
-    verification: set[str] = set()
+    inside = table[SPLIT] == part
+    first_task = table[inside].groupby(CLUSTER, sort=False)[TASK].first()
+    moved: dict[str, str] = {}
     for _, members in first_task.groupby(first_task, sort=False):
         clusters = sorted((str(c) for c in members.index), key=lambda c: (derive_seed(spec.seed, "split", c), c))
-        n_verified = round(spec.selection.verification_fraction * len(clusters))
-        n_verified = min(max(n_verified, 1), len(clusters) - 1) if len(clusters) > 1 else n_verified
-        verification.update(clusters[:n_verified])
-    selection_name, verification_name = SPLITS
-    return table[CLUSTER].map(lambda c: verification_name if c in verification else selection_name)
+        start = 0
+        for n_later, (target, share) in zip(reversed(range(len(shares))), shares.items(), strict=True):
+            left = len(clusters) - start - 1  # one stays where it is; each part to come gets one, if that leaves any
+            size = min(max(round(share * len(clusters)), 1), left - min(n_later, max(left - 1, 0)))
+            moved |= dict.fromkeys(clusters[start : start + size], target)
+            start += size
+    table.loc[inside, SPLIT] = table.loc[inside, CLUSTER].map(lambda c: moved.get(c, part))

@@ -12,6 +12,7 @@ from tests.calibration import (
     invariance,
     others,
     single,
+    verdicts_selection,
     verdicts_specificity,
     verdicts_timing,
 )
@@ -54,5 +55,7 @@ EXPERIMENTS = (
     Experiment(verdicts_timing.timing_intervals, 40, "Verdicts: C2"),
     Experiment(verdicts_specificity.specificity_verdicts, 25, "Verdicts: C1"),
     Experiment(families.planned_power, 8, "Planned power"),
+    Experiment(verdicts_selection.selection_false, 60, "Verdicts: C3"),
+    Experiment(verdicts_selection.selection_more_data, 60, "Verdicts: C3"),
     Experiment(invariance.invariance, 4, "Invariance"),
 )

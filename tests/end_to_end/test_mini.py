@@ -32,14 +32,15 @@ from rlgen_stats.stores import (
     result_groups,
     verify,
 )
-from rlgen_stats.toolkit.study import STAGES
+from rlgen_stats.toolkit.progress import SILENT
+from rlgen_stats.toolkit.study import STAGES, open_for_run, tokens_stage
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.same_numbers import differences
 
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
     "latent_scaling", "matching", "movement", "replicability", "selection", "separation", "set_stability",
-    "stabilization", "timing_contrast",
+    "stabilization", "timing_contrast", "tokens",
 }  # fmt: skip
 
 
@@ -135,13 +136,37 @@ def test_null_floors_of_the_mini_can_fail(mini: tuple[Path, Result]) -> None:
 def test_raw_activations_stand_beside_the_features(mini: tuple[Path, Result]) -> None:
     folder, _ = mini
     data = open_results(folder / "results.zarr", "separation").load()
-    assert data["estimable"].sel(comparison="models").item() == "no: 7 units, 10 needed"  # so few clusters has the mini
+    assert data["estimable"].sel(comparison="models").item() == "no: 4 units, 10 needed"  # so few clusters has the mini
     assert np.isnan(data["auc"]).all()
     features = open_features(folder / "features.zarr")
     assert set(data["model"].values) == set(features["model"].values) - {"base@0"}
     assert np.isfinite(data["share"].sel(model=data.attrs["target"]))
     tables = pd.read_csv(folder / "report/tables/separation.csv")
     assert tables["predictor"].tolist() == ["raw", "mean shift", "selected", "random"] * 3
+
+
+def test_what_tokens_explain_stands_beside_the_features(mini: tuple[Path, Result]) -> None:
+    folder, _ = mini
+    chosen = open_results(folder / "results.zarr", "selection").load()
+    data = open_results(folder / "results.zarr", "tokens").load()
+    assert set(data["feature"].values) == set(chosen["feature"].values[chosen["selected"].values])
+    assert {"number", "answer marker", "first completion token"} <= set(data["token_class"].values.astype(str))
+    assert (data["n_class_tokens"].sel(token_class=["number", "answer marker", "first completion token"]) > 0).all()
+    assert len(pd.read_csv(folder / "report/tables/token_classes.csv")) == data["odds_ratio"].size
+
+
+def test_tokens_are_injected_into_texts_of_the_study(
+    mini: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(mini[0], tmp_path / "mini")
+    monkeypatch.setattr(tokens_stage, "ranked_features", lambda selection: [9, 3, 5])
+    study = open_for_run(tmp_path / "mini")
+    tokens_stage.tokens(study, study.key("tokens"), SILENT)
+    data = open_results(study.folder.results, "tokens").load()
+    assert data["feature"].values.tolist() == [9, 3, 5]
+    assert data.attrs["n_texts"] > 20
+    assert data["injected"].notnull().all()
+    assert (data["leading"] != "").any()
 
 
 def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:

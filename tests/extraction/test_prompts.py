@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from pydantic import ValidationError
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
@@ -37,15 +38,16 @@ def test_prompts_come_in_order_with_cluster_and_split(tmp_path: Path) -> None:
     assert list(prompts.prompt) == list(prompt_table().prompt_id)
     assert list(prompts.cluster) == list(prompts.prompt)
     assert prompts.groupby("task").split.value_counts().to_dict() == {
-        (task, split): 3 for task in ("sum", "other") for split in ("selection", "verification")
+        (task, split): 2 for task in ("sum", "other") for split in ("selection", "verification", "trial")
     }
 
 
-def test_the_split_keeps_clusters_whole_and_its_share_in_each_task(tmp_path: Path) -> None:
-    prompts = load(tmp_path, wide_table(), selection={"verification_fraction": 0.3})
+def test_the_split_keeps_clusters_whole_and_its_shares_in_each_task(tmp_path: Path) -> None:
+    prompts = load(tmp_path, wide_table(), selection={"verification_share": 0.3, "trial_share": 0.2})
     assert prompts.groupby("cluster").split.nunique().max() == 1
-    share = (prompts.split == "verification").groupby(prompts.task).mean()
-    assert share.to_dict() == {"big": pytest.approx(0.3), "small": pytest.approx(0.3)}
+    for split, expected in (("selection", 0.5), ("verification", 0.3), ("trial", 0.2)):
+        share = (prompts.split == split).groupby(prompts.task).mean()
+        assert share.to_dict() == {"big": pytest.approx(expected), "small": pytest.approx(expected)}
 
 
 def test_the_split_depends_on_seed_and_clusters_not_on_row_order(tmp_path: Path) -> None:
@@ -58,34 +60,49 @@ def test_the_split_depends_on_seed_and_clusters_not_on_row_order(tmp_path: Path)
 
 def test_the_hash_that_splits_is_that_of_earlier_releases(tmp_path: Path) -> None:
     table = wide_table()
-    prompts = load(tmp_path, table, seed=8, selection={"verification_fraction": 0.3})
-    for task, n_verified in (("big", 9), ("small", 3)):
+    prompts = load(tmp_path, table, seed=8)
+    for task, n_verified, n_tried in (("big", 9, 9), ("small", 3, 3)):
         clusters = sorted(set(table.cluster[table.task == task]), key=lambda c: derive_seed(8, "split", c))
-        verified = prompts.cluster[(prompts.task == task) & (prompts.split == "verification")]
-        assert set(verified) == set(clusters[:n_verified])
+        of_task = prompts[prompts.task == task]
+        assert set(of_task.cluster[of_task.split == "verification"]) == set(clusters[:n_verified])
+        assert set(of_task.cluster[of_task.split == "trial"]) == set(clusters[n_verified : n_verified + n_tried])
 
 
-def test_both_splits_see_every_task_of_two_clusters(tmp_path: Path) -> None:
-    table = wide_table(6)
-    table["task"] = ["big"] * 6
-    table["domain"] = "in"
-    for fraction in (0.01, 0.99):
-        prompts = load(tmp_path, table, selection={"verification_fraction": fraction})
-        assert set(prompts.split) == {"selection", "verification"}
-    alone = load(tmp_path, table.head(1), selection={"verification_fraction": 0.3})
-    assert list(alone.split) == ["selection"]
+def test_every_part_sees_every_task_of_three_clusters_and_trials_come_last(tmp_path: Path) -> None:
+    parts = ["selection", "verification", "trial"]
+    for n_clusters in (1, 2, 3, 4):
+        table = wide_table(n_clusters * 3, cluster_size=3)
+        table["task"], table["domain"] = "big", "in"
+        for shares in ((0.01, 0.01), (0.49, 0.5), (0.01, 0.98)):
+            prompts = load(tmp_path, table, selection={"verification_share": shares[0], "trial_share": shares[1]})
+            assert set(prompts.split) == set(parts[:n_clusters])
+    with pytest.raises(ValidationError, match=r"must leave some prompts for selection, got 0\.5 and 0\.5; lower one"):
+        load(tmp_path, table, selection={"verification_share": 0.5, "trial_share": 0.5})
 
 
-def test_a_given_split_is_kept_and_a_cluster_in_both_refused(tmp_path: Path) -> None:
-    table = wide_table().assign(split=lambda t: ["selection" if int(c[1:]) % 4 else "verification" for c in t.cluster])
+def test_a_given_split_is_kept_and_a_cluster_in_two_refused(tmp_path: Path) -> None:
+    names = ("selection", "verification", "trial")
+    table = wide_table().assign(split=lambda t: [names[int(c[1:]) % 3] for c in t.cluster])
     assert list(load(tmp_path, table).split) == list(table.split)
-    table.loc[0, "split"] = "selection"
-    with pytest.raises(InputError, match=r"1 cluster\(s\) have prompts in both splits, e\.g\. 'c0'"):
+    table.loc[0, "split"] = "verification"
+    with pytest.raises(InputError, match=r"1 cluster\(s\) have prompts in several splits, e\.g\. 'c0'"):
         load(tmp_path, table)
-    with pytest.raises(InputError, match=r"split must be one of \['selection', 'verification'\], got 'test'"):
+    with pytest.raises(InputError, match=r"split must be one of \['selection', 'verification', 'trial'\], got 'test'"):
         load(tmp_path, table.assign(split="test"))
     with pytest.raises(InputError, match=r"split must be one of .*got '' for prompt 'p0'"):
         load(tmp_path, table.assign(split=None))
+
+
+def test_a_given_split_without_trial_prompts_gives_up_part_of_verification(tmp_path: Path) -> None:
+    table = wide_table().assign(split=lambda t: ["selection" if int(c[1:]) % 2 else "verification" for c in t.cluster])
+    prompts = load(tmp_path, table)
+    given = table.split == "verification"
+    assert (prompts.split[~given.to_numpy()] == "selection").all()
+    assert prompts.groupby("cluster").split.nunique().max() == 1
+    tried = (prompts.split[given.to_numpy()] == "trial").groupby(prompts.task).mean()
+    assert tried.between(0.4, 0.6).all()
+    more = load(tmp_path, table, selection={"verification_share": 0.1, "trial_share": 0.4})
+    assert set(prompts.cluster[prompts.split == "trial"]) < set(more.cluster[more.split == "trial"])
 
 
 def test_csv_jsonl_and_parquet_read_the_same_text(tmp_path: Path) -> None:

@@ -528,18 +528,25 @@ def selection() -> xr.Dataset:
             "p_flip": (both, rng.uniform(size=score.shape)),
             "contrast": (both, score),
             "contrast_p": (both, contrast_p),
+            "excess": (both, score / 2),
+            "excess_p": (both, contrast_p),
             "p_guard": (both, contrast_p),
+            "guard": ("task", np.where(used, "contrast", "no: not selected on")),
             "n_selected_prompts": ("task", list(gain.values())),
             "n_gain": ("task", list(gain.values())),
             "n_loss": ("task", [22, 21, 20, 24, 20, 21, 0]),
             "n_kept": ("task", kept.sum(axis=1)),
             "estimable": ("task", ["yes"] * 4 + ["no: not selected on"] * 3),
+            "excess_estimable": ("task", ["yes"] * 4 + ["no: not selected on"] * 3),
             "role": ("task", [role for _, role in TASKS.values()]),
             "paper_selected": ("feature", kept[used].all(axis=0)),
             "p_value": ("feature", p),
             "q_value": ("feature", np.minimum(p * 20, 1)),
             "rank": ("feature", np.argsort(np.argsort(p)) + 1.0),
             "tier": ("feature", tier),
+            "specific_p": ("feature", p),
+            "specific_tier": ("feature", tier),
+            "verification_specific_q": ("feature", np.minimum(8 * verification, 1)),
             "verification_effect": ("feature", effect),
             "verification_low": ("feature", effect - 0.1),
             "verification_high": ("feature", effect + 0.1),
@@ -558,7 +565,48 @@ def selection() -> xr.Dataset:
             "p_n1": 0.001,
             "p_n2": 0.001,
             "rule": "CONFIRMED",
+            "carried_share": 0.71,
+            "carried_low": 0.58,
+            "carried_high": 0.84,
+            "carried_best_high": 0.9,
+            "n_carrying": 15,
+            "most_features": 21,
+            "no_rise_p": 1.0,
+            "accompanying_p": np.nan,
         },
+    )
+
+
+def tokens() -> xr.Dataset:
+    """The first three of the five selected features respond to tokens: two by injection, one by what they explain."""
+    by_part, by_class = ("explained_by", "feature"), ("token_class", "feature")
+    explained = np.array([[0.8, 0.1, 0.1, 0.0, 0.2], [0.1, 0.2, 0.1, 0.0, 0.1], [0.85, 0.3, 0.6, 0.01, 0.25]])
+    odds = np.array([[4.0, 0.5, 1.1, 1.0, 0.9], [9.0, 1.0, 1.0, np.nan, 1.2]])
+    return xr.Dataset(
+        {
+            "explained": (by_part, explained),
+            "explained_low": (by_part, explained - 0.05),
+            "explained_high": (by_part, explained + 0.05),
+            "odds_ratio": (by_class, odds),
+            "odds_low": (by_class, odds / 2),
+            "odds_high": (by_class, odds * 2),
+            "odds_p": (by_class, np.where(odds > 2, 0.001, 0.4)),
+            "odds_q": (by_class, np.where(odds > 2, 0.01, 0.6)),
+            "n_class_tokens": ("token_class", [900, 120]),
+            "injected": ("feature", [0.95, 0.9, 0.3, 0.1, 0.0]),
+            "injected_matched": ("feature", [0.1, 0.2, 0.2, 0.1, 0.0]),
+            "injection_p": ("feature", [1e-6, 1e-6, 0.04, 0.5, 1.0]),
+            "injection_q": ("feature", [2e-6, 2e-6, 0.06, 0.6, 1.0]),
+            "fires_alone": ("feature", [True, True, False, False, False]),
+            "detector": ("feature", [True, True, True, False, False]),
+            "leading": ("feature", ["so then", "7 12", "wait", "x y", ""]),
+        },
+        coords={
+            "explained_by": ["token", "position", "both"],
+            "token_class": ["number", "answer marker"],
+            "feature": list(SELECTED),
+        },
+        attrs=TEST_ATTRS | {"n_tokens": 9000, "n_texts": 100},
     )
 
 
@@ -772,6 +820,7 @@ BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
         timing_contrast,
         selection,
         separation,
+        tokens,
         intervention,
         control_balance,
     )

@@ -115,12 +115,13 @@ def no_compute() -> Callable[[], object]:
 def gain_world(
     make_features: Callable[..., xr.Dataset], make_outcomes: Callable[..., xr.Dataset]
 ) -> Callable[..., tuple[xr.Dataset, xr.Dataset]]:
-    """RL-specific features 0-4 in every task, 5-9 in one task only; 10-14 only follow correctness; the rest is noise.
+    """Features 0-4 rise where rl gained, 5-9 so in one task only; 10-14 follow correctness; the rest is noise.
 
-    A third of the prompts are gains and a quarter losses unless ``losses`` is False.
+    With ``everywhere`` 15-19 rise on all prompts alike. A third of the prompts are gains and a quarter losses unless
+    ``losses`` is False.
     """
 
-    def make(*, n=800, losses=True, gains=True, chunk=None, seed=0, planted=True, per_cluster=1):
+    def make(*, n=800, losses=True, gains=True, everywhere=False, chunk=None, seed=0, planted=True, per_cluster=1):
         rng = np.random.default_rng(seed)
         u = rng.random(n)
         base = (u < 0.5).astype(int)
@@ -128,10 +129,12 @@ def gain_world(
         mean = 5 + np.repeat(rng.normal(0, 1, (1, n, 30)), 2, axis=0) + rng.normal(0, 0.5, (2, n, 30))
         task = np.array([GAIN_TASKS[i % 4] for i in range(n)])
         if planted:
-            mean[1, :, :5] += 0.6
-            mean[1, task == "quiz", 5:10] += 0.6
+            gained = (base == 0) & (rl == 1)
+            mean[1, gained, :5] += 1.5
+            mean[1, gained & (task == "quiz"), 5:10] += 1.5
+            mean[1, :, 15:20] += 0.8 * everywhere
             for m, right in enumerate((base, rl)):
-                mean[m, right == 1, 10:15] += 0.6
+                mean[m, right == 1, 10:15] += 0.8
         labels = {"tasks": GAIN_TASKS, "domains": GAIN_DOMAINS, "per_cluster": per_cluster}
         features = make_features(mean, GAIN_MODELS, chunk=chunk, **labels)
         return features, make_outcomes(np.stack([base, rl]), GAIN_MODELS, **labels)

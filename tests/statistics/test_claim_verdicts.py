@@ -16,6 +16,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     causal_verdict,
     difference_verdict,
     interval_verdict,
+    mostly_token_detectors,
     selection_verdict,
     smallest_permutation_p,
     smallest_rank_p,
@@ -23,6 +24,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     timing_verdict,
     within_minimum,
 )
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
 
 NAN = math.nan
 
@@ -183,23 +185,50 @@ def test_timing_needs_both_differences(time: Difference, turnover: Difference, e
     assert timing_verdict(time, turnover, alpha=0.05)[0] is expected
 
 
+def test_mostly_token_detectors_is_more_than_half_in_as_many_dictionaries_as_must_agree() -> None:
+    assert mostly_token_detectors([3], [5])
+    assert not mostly_token_detectors([2], [4])
+    assert not mostly_token_detectors([5, 5, 2], [5, 5, 5])
+    assert mostly_token_detectors([5, 5, 5, 5, 2], [5] * 5)
+    assert not mostly_token_detectors([], [])
+    assert not mostly_token_detectors([0], [0])
+
+
+TRUE_SET = {
+    "n_estimable": 4,
+    "n_confirmed": 5,
+    "carried_low": 0.6,
+    "best_high": 0.9,
+    "no_rise_p": 1.0,
+    "accompanying_p": 0.01,
+    "alpha": 0.05,
+}
+
+
 @pytest.mark.parametrize(
-    ("tasks", "confirmed", "testable", "guarded", "expected"),
+    ("changed", "expected"),
     [
-        (4, 5, 210, True, Verdict.SUPPORTED),
-        (4, 21, 210, True, Verdict.SUPPORTED),  # exactly a tenth
-        (4, 22, 210, True, Verdict.NOT_SUPPORTED),  # real, not compact
-        (4, 0, 210, True, Verdict.NOT_SUPPORTED),
-        (2, 5, 210, True, Verdict.SUPPORTED),  # two tasks are the fewest that say something
-        (1, 5, 210, True, Verdict.UNDETERMINED),  # one task is not task-agnostic
-        (4, 5, 210, False, Verdict.UNDETERMINED),
-        (0, 0, 210, True, Verdict.NOT_ESTIMABLE),
-        (4, 0, 0, True, Verdict.NOT_ESTIMABLE),
+        ({}, Verdict.SUPPORTED),
+        ({"n_confirmed": 900}, Verdict.SUPPORTED),  # more power is no evidence against a compact set
+        ({"carried_low": CARRIED}, Verdict.SUPPORTED),
+        ({"carried_low": CARRIED - 1e-9}, Verdict.UNDETERMINED),
+        ({"carried_low": 0.1, "best_high": CARRIED}, Verdict.UNDETERMINED),
+        ({"carried_low": 0.1, "best_high": CARRIED - 1e-9}, Verdict.NOT_SUPPORTED),  # real, spread out
+        ({"carried_low": math.nan, "best_high": math.nan}, Verdict.UNDETERMINED),
+        ({"n_confirmed": 0, "carried_low": 0.1, "best_high": 0.2}, Verdict.UNDETERMINED),  # absence of evidence
+        ({"n_confirmed": 0, "no_rise_p": 0.05}, Verdict.NOT_SUPPORTED),
+        ({"n_confirmed": 0, "no_rise_p": 0.051}, Verdict.UNDETERMINED),
+        ({"no_rise_p": 0.05}, Verdict.NOT_SUPPORTED),  # confirmed, and too small to matter
+        ({"accompanying_p": 0.05}, Verdict.SUPPORTED),
+        ({"accompanying_p": 0.051}, Verdict.UNDETERMINED),
+        ({"accompanying_p": math.nan}, Verdict.SUPPORTED),  # every confirmed feature passed the contrast with losses
+        ({"n_estimable": 2}, Verdict.SUPPORTED),  # two tasks are the fewest that say something
+        ({"n_estimable": 1}, Verdict.UNDETERMINED),  # one task is not task-agnostic
+        ({"n_estimable": 0}, Verdict.NOT_ESTIMABLE),
     ],
 )
-def test_selection_verdict(tasks: int, confirmed: int, testable: int, guarded: bool, expected: Verdict) -> None:
-    verdict = selection_verdict(n_estimable=tasks, n_confirmed=confirmed, n_testable=testable, guarded=guarded)
-    assert verdict is expected
+def test_selection_verdict(changed: dict[str, float], expected: Verdict) -> None:
+    assert selection_verdict(**TRUE_SET | changed) is expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

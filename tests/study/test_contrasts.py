@@ -13,7 +13,7 @@ from tests.study.conftest import spec_dict
 from tests.study.fake_stages import CALLS, recorded  # noqa: F401 - a fixture
 
 OF_PAIR = {"stabilize", "significance", "replicability", "report"}
-OF_TARGET = {"select", "separation", "intervene"}
+OF_TARGET = {"select", "separation", "tokens", "intervene"}
 DPO = {"name": "dpo", "arm": "dpo", "checkpoints": {10: "models/rl-10", 20: "models/rl-20"}}
 ALL_FOUR = {"name": "main", "views": ["base@0", "sft@final", "rl@final", "dpo@final"]}
 PAIR = {"name": "pair-rl", "views": ["base@0", "rl@final"]}

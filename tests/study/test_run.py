@@ -68,7 +68,7 @@ def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:
         ({"intervention": {"n_controls": 19}}, {"intervene", "report"}),
         (
             {"selection": {"score_fraction": 0.3}},
-            {"significance", "select", "separation", "replicability", "intervene", "report"},
+            {"significance", "select", "separation", "tokens", "replicability", "intervene", "report"},
         ),
         (
             {"crosscoders": [MAIN | {"k": 7}, PAIR]},

@@ -131,7 +131,7 @@ def prompt_table() -> pd.DataFrame:
     """Verification prompts of every task, and as many again of one task for measuring levels."""
     draw = np.random.default_rng(5)
     rows = []
-    for task, split, n in (*((task, "verification", n) for task, n in N_PROMPTS.items()), ("math", "selection", 30)):
+    for task, split, n in (*((task, "trial", n) for task, n in N_PROMPTS.items()), ("math", "selection", 30)):
         for i in range(n):
             digit = int(draw.integers(10))
             filler = " ".join(f"w{j}" for j in draw.integers(0, 10, draw.integers(2, 5)))

@@ -34,7 +34,7 @@ def table() -> pd.DataFrame:
             "answer": "a",
             "task": task,
             "domain": "in" if task == "math" else "out",
-            "split": "verification" if i % 2 else "selection",
+            "split": "trial" if i % 2 else ("selection", "verification")[i // 2 % 2],
             "cluster": f"{task}-{i}",
         }
         for task, n in PROMPT_COUNTS.items()
@@ -59,7 +59,7 @@ def chosen(**changes: Any) -> pd.DataFrame:
 
 def test_prompts_are_spread_evenly_over_tasks_and_kept_out_of_selection() -> None:
     prompts = chosen(max_prompts=100)
-    assert (prompts["split"] == "verification").all()
+    assert (prompts["split"] == "trial").all()
     counts = prompts["task"].value_counts().to_dict()
     assert counts["rocks"] == 25
     assert counts["logiqa"] == 8, "a small task gives what it has"
@@ -79,7 +79,7 @@ def test_a_prompt_is_chosen_whatever_its_outcome_or_place_in_the_file() -> None:
 
 def test_the_hash_that_chooses_prompts_is_that_of_earlier_releases() -> None:
     prompts = chosen(max_prompts=40, seed=5, controls=())
-    pool = table()[lambda t: (t["split"] == "verification") & (t["task"] == "rocks")]["prompt"]
+    pool = table()[lambda t: (t["split"] == "trial") & (t["task"] == "rocks")]["prompt"]
     first = sorted(pool, key=lambda prompt: derive_seed(5, "intervention prompt", prompt))[:8]
     assert set(prompts["prompt"][prompts["task"] == "rocks"]) == set(first)
 

@@ -177,12 +177,12 @@ def test_without_controls_the_trial_goes_on_and_says_why(study: Any, tmp_path: P
     validate(balance, "control_balance")
 
 
-def test_no_verification_prompts_is_a_result(study: Any, tmp_path: Path) -> None:
+def test_no_trial_prompts_is_a_result(study: Any, tmp_path: Path) -> None:
     spec, folder = small(study, tmp_path)
     path = folder.root / "data" / "prompts.parquet"
     pd.read_parquet(path).assign(split="selection").to_parquet(path)
     result, _ = verify_causally(spec, folder, [F_GATE], provenance=PROVENANCE)
-    assert all("no verification prompts" in reason for reason in result["reasons"].values)
+    assert all("no trial prompts" in reason for reason in result["reasons"].values)
     validate(result, "intervention")
 
 

@@ -73,6 +73,10 @@ def build_tables(
     if "selection" in results:
         tables["selection"] = selection_frame(results["selection"])
         tables["selection_tasks"] = flat(results["selection"], ("task",))
+    if "tokens" in results:
+        tables["tokens"] = flat(results["tokens"], ("feature",))
+        tables["token_shares"] = flat(results["tokens"], ("explained_by", "feature"))
+        tables["token_classes"] = flat(results["tokens"], ("token_class", "feature"))
     if "separation" in results:
         tables["separation"] = flat(results["separation"], ("comparison", "predictor"))
         tables["mean_shift"] = flat(results["separation"], ("model",))

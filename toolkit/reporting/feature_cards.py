@@ -17,7 +17,8 @@ from rlgen_stats.stores import StudyFolder, read_contexts, read_logits
 from rlgen_stats.stores.dashboards import PEAK
 from rlgen_stats.toolkit.reporting.csv_tables import flat
 from rlgen_stats.toolkit.reporting.facts import StudyData
-from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, number, text
+from rlgen_stats.toolkit.reporting.formatting import compact, p_text, percent
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, final_models, labels_of, number, text
 
 _T = TypeVar("_T")
 
@@ -62,7 +63,13 @@ class FeatureCard:
     tokens: dict[str, list[str]]
     """Promoted tokens (largest logits of its decoder direction through the unembedding), by model."""
     origin: tuple[str, ...] = ()
-    """Its model specificity and whether it reappears with other seeds, in sentences; empty if not computed."""
+    """Model specificity, reappearance with other seeds, what tokens explain, in sentences; empty if not computed."""
+    explained: float = math.nan
+    """Share of its activation that token and position explain."""
+    injected: float = math.nan
+    """Share of unrelated texts in which it fires on its leading tokens."""
+    matched: float = math.nan
+    """The same of other tokens of like frequency."""
 
     @property
     def anchor(self) -> str:
@@ -109,7 +116,10 @@ def feature_cards(
             contexts=_in_order(contexts.get((feature, "top"), {}), list(means)),
             samples=_in_order(contexts.get((feature, "quantile"), {}), list(means)),
             tokens=_in_order(tokens.get(feature, {}), list(means)),
-            origin=_origin(results, spec.primary_crosscoder.name, feature),
+            origin=(*_origin(results, spec.primary_crosscoder.name, feature), *_token_sentences(results, feature)),
+            explained=number(results.get("tokens"), "explained", explained_by="both", feature=feature),
+            injected=number(results.get("tokens"), "injected", feature=feature),
+            matched=number(results.get("tokens"), "injected_matched", feature=feature),
         )
         for i, (feature, row) in enumerate(zip(chosen, rows.to_dict("records"), strict=True))
     ]
@@ -129,6 +139,34 @@ def _origin(results: Results, crosscoder: str, feature: int) -> tuple[str, ...]:
             sentences.append(
                 f"It reappears in {round(share * n)} of {n} dictionaries trained from other initial weights."
             )
+    return tuple(sentences)
+
+
+def _token_sentences(results: Results, feature: int) -> tuple[str, ...]:
+    """What tokens explain of a feature, what injected ones do, and the token classes in which it fires more or less."""
+    data, here = results.get("tokens"), {"feature": feature}
+    low, high = (number(data, f"explained_{end}", explained_by="both", **here) for end in ("low", "high"))
+    if data is None or not math.isfinite(low):
+        return ()
+    parts = [percent(number(data, "explained", explained_by=part, **here), 0) for part in ("both", "token", "position")]
+    sentences = [
+        f"Token and position explain {parts[0]} [{percent(low, 0)}, {percent(high, 0)}] of its activation (token alone "
+        f"{parts[1]}, position alone {parts[2]})."
+    ]
+    if math.isfinite(number(data, "injected", **here)):
+        own, matched = (percent(number(data, name, **here), 0) for name in ("injected", "injected_matched"))
+        sentences.append(
+            f"In unrelated texts it fires on its leading tokens ({text(data, 'leading', **here)}) in {own}, on others "
+            f"of like frequency in {matched} (q = {p_text(number(data, 'injection_q', **here))})."
+        )
+    alpha = attr_number(data, "alpha")
+    odds = [
+        f"{name} {compact(number(data, 'odds_ratio', token_class=name, **here))}"
+        for name in labels_of(data, "token_class")
+        if number(data, "odds_q", token_class=name, **here) <= alpha
+    ]
+    if odds:
+        sentences.append(f"Odds ratios of firing by token class (q at most {alpha:g}): {', '.join(odds)}.")
     return tuple(sentences)
 
 

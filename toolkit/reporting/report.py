@@ -47,6 +47,7 @@ GROUPS: Final = (
     "timing_contrast",
     "selection",
     "separation",
+    "tokens",
     "intervention",
     "control_balance",
 )

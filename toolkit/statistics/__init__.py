@@ -21,6 +21,7 @@ from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
 from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
 from rlgen_stats.toolkit.statistics.selection.separation import model_separation
+from rlgen_stats.toolkit.statistics.selection.token_detectors import token_detectors
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import attribution_contrast
 from rlgen_stats.toolkit.statistics.specificity.decoder_norms import attribution, attribution_table, decoder_clusters
 from rlgen_stats.toolkit.statistics.specificity.latent_scaling import classify_features, latent_scaling, scaling_table
@@ -62,5 +63,6 @@ __all__ = [
     "simulate_features",
     "stabilization_test",
     "subspace_overlap",
+    "token_detectors",
     "write_simulation",
 ]

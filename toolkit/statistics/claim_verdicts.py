@@ -16,6 +16,7 @@ import numpy as np
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
 
 
 class Verdict(StrEnum):
@@ -141,7 +142,7 @@ def specificity_verdict(
     if verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
         if (sft if effect > 0 else rl) <= null:
             failed.append(BELOW_NULL)
-        if each and not in_every_dictionary(verdict, each):
+        if directed and each and not same_direction(each, float(np.mean(each))):
             failed.append(DICTIONARIES_DISAGREE)
         for name, (lowest, highest) in (beside or {}).items():
             if (highest if effect > 0 else -lowest) < 0:
@@ -233,41 +234,66 @@ def timing_verdict(time: Difference, turnover: Difference, *, alpha: float) -> t
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------
-COMPACT_SHARE: Final = 0.10
-"""Largest share of the testable features a set may be and still be called compact (the paper's were below 0.2%)."""
 MIN_TASKS: Final = 2
 """Estimable tasks below which "task-agnostic" says nothing."""
 
 
-def selection_verdict(*, n_estimable: int, n_confirmed: int, n_testable: int, guarded: bool) -> Verdict:
+def selection_verdict(
+    *,
+    n_estimable: int,
+    n_confirmed: int,
+    carried_low: float,
+    best_high: float,
+    no_rise_p: float,
+    accompanying_p: float,
+    alpha: float,
+) -> Verdict:
     """Verdict on "a compact, task-agnostic feature set separates RL from base".
 
     Parameters
     ----------
     n_estimable
-        Tasks with enough base-wrong/RL-right prompts.
+        Tasks with enough base-wrong/RL-right prompts, and enough that both get right, for all guarded tests.
     n_confirmed
-        Features confirmed on verification prompts (Holm).
-    n_testable
-        Features that could have been confirmed.
-    guarded
-        Whether p-values carry a guard against having chosen prompts by their outcome (the RL-specific contrast, or a
-        test on all prompts); without one, "separating" features appear when models do not differ (docs/method.md 4c).
+        Features confirmed on verification prompts (Holm), each by its guarded p-value (docs/method.md 4c).
+    carried_low
+        Lower end of the interval of the share of the rise that the leading candidates carry, a compact set; NaN where
+        it is not estimable.
+    best_high
+        Upper end of the interval of the share that any set as small carries; NaN likewise.
+    no_rise_p
+        p-value of "some feature's rise is large enough to matter in every task".
+    accompanying_p
+        p-value of "these features merely accompany right answers, in base and RL alike"; NaN where losses suffice for
+        the RL-specific contrast, which each confirmed feature has passed then.
+    alpha
+        Level of the tests.
 
     Returns
     -------
     Verdict
-        NOT_ESTIMABLE without an estimable task; UNDETERMINED with fewer than two, or without a
-        guard; NOT_SUPPORTED if nothing is confirmed or the confirmed set is not a small part of the dictionary;
-        else SUPPORTED.
+        NOT_ESTIMABLE without an estimable task; UNDETERMINED with fewer than two. NOT_SUPPORTED if every feature's rise
+        is shown to be too small, or if features are confirmed and no set as small carries ``CARRIED`` of the rise;
+        SUPPORTED if features are confirmed, the leading candidates carry that much, and they do not merely accompany
+        right answers; else UNDETERMINED, for absence of evidence is no evidence of absence.
     """
-    if n_estimable == 0 or n_testable == 0:
+    if n_estimable == 0:
         return Verdict.NOT_ESTIMABLE
-    if n_estimable < MIN_TASKS or not guarded:
+    if n_estimable < MIN_TASKS:
         return Verdict.UNDETERMINED
-    if n_confirmed == 0 or n_confirmed > COMPACT_SHARE * n_testable:
+    if no_rise_p <= alpha:  # NaN compares false
         return Verdict.NOT_SUPPORTED
-    return Verdict.SUPPORTED
+    if n_confirmed == 0:
+        return Verdict.UNDETERMINED
+    if best_high < CARRIED:
+        return Verdict.NOT_SUPPORTED
+    specific = not accompanying_p > alpha
+    return Verdict.SUPPORTED if carried_low >= CARRIED and specific else Verdict.UNDETERMINED
+
+
+def mostly_token_detectors(n_detectors: Sequence[int], n_features: Sequence[int]) -> bool:
+    """Whether more than half of the features respond to tokens alone in as many dictionaries as must agree."""
+    return bool(n_features) and agreed([2 * n > of for n, of in zip(n_detectors, n_features, strict=True)], False)
 
 
 def agreed_p(p_values: Sequence[float]) -> float:
@@ -285,6 +311,14 @@ def mean_count(counts: Sequence[int], *, alpha: float) -> tuple[float, float, fl
     """Mean over dictionaries of a number of features, with its interval over them; of one, that number and no more."""
     mean, low, high = (float(x) for x in pooled_intervals(counts, counts, counts, alpha=alpha))
     return mean, max(low, 0.0), high if len(counts) > 1 else math.nan
+
+
+def mean_share(
+    shares: Sequence[float], lows: Sequence[float], highs: Sequence[float], *, alpha: float
+) -> tuple[float, float, float]:
+    """Mean over dictionaries of a share that comes with an interval each, and its interval."""
+    mean, low, high = (float(x) for x in pooled_intervals(shares, lows, highs, alpha=alpha))
+    return mean, low, high
 
 
 def any_feature_p(holm_p: Any) -> float:

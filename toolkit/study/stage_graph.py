@@ -30,7 +30,8 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also its command's; ``outcomes``, ``movement`` and ``separation`` have none and run with those that need them."""
+    """Also its command's; ``outcomes``, ``movement``, ``separation`` and ``tokens`` have none and run with those that
+    need them."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
@@ -59,7 +60,7 @@ STAGES: Final = (
     Stage(
         "outcomes",
         ("posttrain",),
-        ("runs", "generation", "grader", "selection.verification_fraction"),
+        ("runs", "generation", "grader", "selection.verification_share", "selection.trial_share"),
         f"{_MODELS}:outcomes",
         ("outcomes.zarr", "completions"),
         owned=("completions",),
@@ -130,7 +131,7 @@ STAGES: Final = (
         (),
         by_dictionary=("results.zarr/selection",),
         answers="target",
-        version=3,
+        version=4,
     ),
     Stage(
         "separation",
@@ -138,6 +139,15 @@ STAGES: Final = (
         ("statistics", "selection"),
         "rlgen_stats.toolkit.study.separation_stage:separation",
         ("results.zarr/separation",),
+        answers="target",
+    ),
+    Stage(
+        "tokens",
+        ("select",),
+        ("statistics", "tokens", "intervention.neutral_text"),
+        "rlgen_stats.toolkit.study.tokens_stage:tokens",
+        (),
+        by_dictionary=("results.zarr/tokens",),
         answers="target",
     ),
     Stage(
@@ -159,11 +169,11 @@ STAGES: Final = (
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=4,
+        version=5,
     ),
     Stage(
         "report",
-        ("significance", "drift", "stabilize", "separation", "replicability", "intervene"),
+        ("significance", "drift", "stabilize", "separation", "tokens", "replicability", "intervene"),
         (),
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),
@@ -277,7 +287,7 @@ class Study:
             return self._crosscoder_files()
         files = {}
         neutral = self.spec.intervention.neutral_text
-        if name == "intervene" and neutral is not None:
+        if name in ("intervene", "tokens") and neutral is not None:
             files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")
         primary = self.spec.primary_crosscoder
         by_note = not primary.accept_unhealthy and readout_accepted(self.folder.crosscoder(primary.name))

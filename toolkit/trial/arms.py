@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, SPLITS, TASK
+from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, TASK, TRIAL
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, Readout, StudySpec
 from rlgen_stats.toolkit.edits.edit import FeatureEdit, Positions
@@ -74,7 +74,7 @@ class Arm:
 
 
 def choose_prompts(prompts: pd.DataFrame, spec: StudySpec) -> pd.DataFrame:
-    """Verification prompts of all tasks, evenly, by a hash of the prompt's id; outcomes play no part.
+    """Trial prompts of all tasks, evenly, by a hash of the prompt's id; outcomes play no part.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def choose_prompts(prompts: pd.DataFrame, spec: StudySpec) -> pd.DataFrame:
     DataFrame
         Rows of ``prompts`` in their order.
     """
-    pool = prompts[prompts[SPLIT] == SPLITS[1]]
+    pool = prompts[prompts[SPLIT] == TRIAL]
     order = pool[PROMPT].map(lambda prompt: derive_seed(spec.seed, "intervention prompt", prompt))
     queues = {
         str(task): list(order.loc[group.index].sort_values().index) for task, group in pool.groupby(TASK, sort=True)

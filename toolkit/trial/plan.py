@@ -404,14 +404,14 @@ def _match(
     if unusable:
         raise NotEstimableError(f"readout_failed: {unusable}")
     if prompts.table.empty:
-        raise NotEstimableError("no_prompts: no verification prompts")
+        raise NotEstimableError("no_prompts: no trial prompts")
     decoder = read_decoder(place)
     unknown = [k for k in features if not 0 <= k < decoder.n_features]
     if unknown:
         raise InputError(f"feature ids run from 0 to {decoder.n_features - 1}, got {unknown[0]}.")
     rl = final_model(spec, folder, spec.contrasted[1].name)
     if not prompts.target.any():
-        raise NotEstimableError("no_target_prompts: all verification prompts are of control tasks")
+        raise NotEstimableError("no_target_prompts: all trial prompts are of control tasks")
     summaries = open_features(folder.features_of(dictionary))
     if covariates is None:
         covariates = feature_covariates(decoder, summaries, models=[BASE_MODEL, rl.model], view=rl.model)

@@ -61,7 +61,7 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
                     "set_stability",
                     "separation",
                 ),
-                "control_balance",
+                *("tokens", "control_balance"),
             )
         ),
     ],
@@ -357,24 +357,43 @@ def test_c2_without_a_time_is_not_estimable(results: Results, spec: StudySpec) -
 
 
 # -- C3 ------------------------------------------------------------------------------------------------------------
-def tiers(results: Results, confirmed: int) -> None:
+def tiers(results: Results, confirmed: int, name: str = "specific_tier") -> None:
     tier = np.where(np.arange(240) < confirmed, "CONFIRMED", "REJECTED")
-    results["selection"] = results["selection"].assign(tier=("feature", tier))
+    results["selection"] = results["selection"].assign({name: ("feature", tier)})
 
 
 @pytest.mark.parametrize(
-    ("confirmed", "expected"), [(0, Verdict.NOT_SUPPORTED), (1, Verdict.SUPPORTED), (40, Verdict.NOT_SUPPORTED)]
+    ("confirmed", "changed", "expected", "said"),
+    [
+        (0, {}, Verdict.UNDETERMINED, "5 rise where RL gained, not shown to do so by more than elsewhere. That none"),
+        (0, {"no_rise_p": 0.01}, Verdict.NOT_SUPPORTED, "No feature of 210 testable ones rises where RL gained by 0.2"),
+        (1, {}, Verdict.SUPPORTED, "1 feature of 210 testable ones is confirmed to rise where RL gained by more than"),
+        (40, {}, Verdict.SUPPORTED, "the leading candidates, 21 at most, carry 71% [58%, 84%] of that difference"),
+        (40, {"carried_low": 0.4}, Verdict.UNDETERMINED, "neither shows nor excludes that a compact set carries 50%"),
+        (
+            40,
+            {"carried_low": 0.1, "carried_best_high": 0.4},
+            Verdict.NOT_SUPPORTED,
+            "no 21 features carry more than 40%",
+        ),
+        (40, {"accompanying_p": 0.3}, Verdict.UNDETERMINED, "features that merely accompany right answers"),
+        (40, {"carried_share": np.nan, "carried_low": np.nan}, Verdict.UNDETERMINED, "cannot be estimated"),
+    ],
 )
-def test_c3_counts_confirmed_features(confirmed: int, expected: Verdict, results: Results, spec: StudySpec) -> None:
+def test_c3_needs_confirmed_features_that_carry_the_rise(
+    confirmed: int, changed: dict[str, float], expected: Verdict, said: str, results: Results, spec: StudySpec
+) -> None:
     tiers(results, confirmed)
+    results["selection"] = results["selection"].assign_attrs(changed)
     assessed = claim(results, spec, "C3")
     assert assessed.verdict is expected
     assert assessed.estimate == confirmed
+    assert said in assessed.answer
 
 
 def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
     why = ["no: 0 base-wrong/target-right prompts"] * 3 + ["score only: 4 units"] + ["no: not selected on"] * 3
-    results["selection"] = results["selection"].assign(estimable=("task", why))
+    results["selection"] = results["selection"].assign(excess_estimable=("task", why))
     assessed = claim(results, spec, "C3")
     assert assessed.verdict is Verdict.NOT_ESTIMABLE
     assert assessed.answer == (
@@ -385,25 +404,16 @@ def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, 
 
 def test_c3_held_out_and_control_tasks_do_not_count_as_tasks(results: Results, spec: StudySpec) -> None:
     why = ["yes", "no: x", "no: x", "no: x", "yes", "yes", "yes"]
-    results["selection"] = results["selection"].assign(estimable=("task", why))
+    results["selection"] = results["selection"].assign(excess_estimable=("task", why))
     assert claim(results, spec, "C3").verdict is Verdict.UNDETERMINED
 
 
-def test_c3_without_any_guard_is_undetermined(results: Results, spec: StudySpec) -> None:
-    data = results["selection"]
-    nothing = xr.full_like(data.contrast_p, np.nan)
-    results["selection"] = data.assign(contrast_p=nothing, p_guard=nothing)
-    assessed = claim(results, spec, "C3")
-    assert assessed.verdict is Verdict.UNDETERMINED
-    assert "selecting prompts by outcome" in assessed.answer
-
-
 def test_c3_another_guard_is_a_caveat(results: Results, spec: StudySpec) -> None:
-    data = results["selection"]
-    results["selection"] = data.assign(contrast_p=xr.full_like(data.contrast_p, np.nan))
-    assessed = claim(results, spec, "C3")
-    assert assessed.verdict is Verdict.SUPPORTED
-    assert any("the guard is a test on all prompts instead" in caveat for caveat in assessed.caveats)
+    assert not any("RL-specific contrast needs" in caveat for caveat in claim(results, spec, "C3").caveats)
+    guard = results["selection"]["guard"].values.copy()
+    guard[1] = "all prompts"
+    results["selection"] = results["selection"].assign(guard=("task", guard))
+    assert any("RL-specific contrast needs" in caveat for caveat in claim(results, spec, "C3").caveats)
 
 
 def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
@@ -428,6 +438,32 @@ def test_c3_raw_activations_are_shown_beside_the_features(results: Results, spec
     nothing = data.auc.where(data.predictor.isin(["raw", "mean shift"]))
     results["separation"] = data.assign(auc=nothing)
     assert any(caveat.endswith("difference, 0.930).") for caveat in claim(results, spec, "C3").caveats)
+
+
+def test_c3_says_that_the_set_is_mostly_token_detectors(results: Results, spec: StudySpec) -> None:
+    said = "The set that is edited is mostly token detectors (3 of 5 features)"
+    assert said in claim(results, spec, "C3").answer
+    assert any(
+        c.startswith("Of the 5 edited features 3 are token detectors: 2 fire")
+        for c in claim(results, spec, "C3").caveats
+    )
+    data = results["tokens"]
+    results["tokens"] = data.assign(detector=data.fires_alone)  # two of five are not most
+    assert "token detectors" not in claim(results, spec, "C3").answer
+    assert any(
+        c.startswith("Of the 5 edited features 2 are token detectors") for c in claim(results, spec, "C3").caveats
+    )
+    del results["tokens"]
+    assert not any("token detectors" in c for c in claim(results, spec, "C3").caveats)
+
+
+def test_c3_is_about_tokens_only_where_the_dictionaries_agree(results: Results, spec: StudySpec) -> None:
+    several, of_three = three_dictionaries(results, spec)
+    data = results["tokens"]
+    several |= {"tokens.2": data, "tokens.3": data}
+    assert "(3 of 5, 3 of 5 and 3 of 5 features)" in claim(several, of_three, "C3").answer
+    several["tokens.3"] = data.assign(detector=data.fires_alone)
+    assert "token detectors" not in claim(several, of_three, "C3").answer
 
 
 def test_c3_gains_told_from_losses_are_shown_where_there_are_enough(results: Results, spec: StudySpec) -> None:
@@ -524,7 +560,7 @@ def test_c4_in_domain_targets_are_a_caveat(results: Results, spec: StudySpec) ->
 
 
 def test_c4_unconfirmed_features_are_a_caveat(results: Results, spec: StudySpec) -> None:
-    tiers(results, 8)  # of the edited features only number 7 is confirmed now
+    tiers(results, 8, "tier")  # of the edited features only number 7 is confirmed now
     assert any("Only 1 of the 5 edited features" in c for c in claim(results, spec, "C4").caveats)
 
 
@@ -672,11 +708,11 @@ def test_claims_of_dictionaries_that_agree_are_those_of_one(results: Results, sp
 
 def test_c3_is_open_where_a_dictionary_confirms_nothing(results: Results, spec: StudySpec) -> None:
     nothing = results["selection"].copy(deep=True)
-    nothing["tier"][:] = "REJECTED"
+    nothing["specific_tier"][:] = "REJECTED"
     several, of_three = three_dictionaries(results, spec, selection=nothing)
     c3 = claim(several, of_three, "C3")
     assert c3.verdict is Verdict.UNDETERMINED
-    assert "the dictionaries disagree (supported, supported, not supported)" in c3.answer
+    assert "the dictionaries disagree (supported, supported, undetermined)" in c3.answer
     assert c3.details["n_confirmed_by_dictionary"] == [5, 5, 0]
     assert c3.estimate == pytest.approx(10 / 3)
     assert (c3.low, c3.high) == (0.0, pytest.approx(10 / 3 + 4.302652730 * 5 / 3))

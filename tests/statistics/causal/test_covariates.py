@@ -17,7 +17,7 @@ from rlgen_stats.toolkit.intervention import feature_covariates, near_duplicates
 from rlgen_stats.toolkit.statistics.causal.covariates import decoder_of, mean_levels
 from tests.edits.tiny import BASE, N_FEATURES, RL, tiny_crosscoder
 
-SPLIT_OF_PROMPTS = ["selection"] * 4 + ["verification"] * 3
+SPLIT_OF_PROMPTS = ["selection"] * 3 + ["verification"] + ["trial"] * 3
 
 
 def summaries(n_prompts: int = 7) -> xr.Dataset:
@@ -80,7 +80,7 @@ def test_levels_undo_the_contribution_scale() -> None:
 
 
 def test_levels_need_prompts_that_no_trial_uses() -> None:
-    data = summaries().assign_coords({SPLIT: (PROMPT, ["verification"] * 7)})
+    data = summaries().assign_coords({SPLIT: (PROMPT, ["trial"] * 7)})
     with pytest.raises(NotEstimableError, match="levels of features are measured on prompts not kept"):
         mean_levels(tiny_crosscoder(), data, model=RL)
 

@@ -21,6 +21,7 @@ FEW = {"n_random": 19, "n_outer": 3, "n_inner": 2, "seed": 4}
 def chosen(gain_world):
     """Features 10 to 14 correlate with correctness; the paper's rule keeps them, and a probe should find them."""
     features, outcomes = gain_world()
+    features["mean"][1, :, :10] = features["mean"][0, :, :10]
     tests = SelectionTests(n_resamples=99, n_bootstrap=1)
     selection = select_features(features, outcomes, target="rl@10", controls=["noise"], tests=tests, seed=2)
     inside = np.isin(np.arange(30), np.arange(10, 15))

@@ -27,17 +27,22 @@ def run(features, outcomes, *, n_resamples=199, n_bootstrap=199, **options):
 
 
 def test_layout_and_planted_truth(world):
-    out = validate(run(*world()), "selection")
-    assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1, 2, 3, 4]
-    assert np.flatnonzero(out.selected).tolist() == [0, 1, 2, 3, 4]
+    out = validate(run(*world(everywhere=True)), "selection")
+    rises = [0, 1, 2, 3, 4, 15, 16, 17, 18, 19]
+    assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == rises
+    assert np.flatnonzero(out.selected).tolist() == rises
     assert out.attrs["rule"] == "CONFIRMED"
-    # The confounded features look perfect on the chosen prompts; only the guard stops them.
-    assert np.all(out.p_flip.sel(task=["math", "quiz", "facts"]).values[:, 10:15] < 0.01)
-    assert np.all(out.kept.sel(task=["math", "quiz", "facts"]).values[:, 10:15])
+    # What follows correctness looks perfect on the chosen prompts; only the guard stops it.
+    used = out.sel(task=["math", "quiz", "facts"])
+    assert np.all(used.p_flip.values[:, 10:15] < 0.01)
+    assert np.all(used.kept.values[:, 10:15])
     assert np.all(out.paper_selected.values[10:15])
-    assert not out.selected.values[10:15].any()
-    assert np.all(out.tier.values[5:30] == "REJECTED")
-    assert np.all((out.verification_low < 0.6)[:5] & (out.verification_high > 0.6)[:5])
+    assert np.all(used.contrast_p.values[:, 10:15].max(axis=0) > 0.05)
+    # What rises everywhere is for the edit, not for the claim.
+    assert np.flatnonzero(out.specific_tier == "CONFIRMED").tolist() == [0, 1, 2, 3, 4]
+    assert np.all(used.excess_p.values[:, 15:20].max(axis=0) > 0.05)
+    assert np.all(out.specific_tier.values[5:30] == "REJECTED")
+    assert np.all((out.verification_low < 1.5 * 0.34)[:5] & (out.verification_high > 1.5 * 0.34)[:5])
     assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "contrast")
     assert out.role.values.tolist() == ["in_domain", "out_of_domain", "out_of_domain", "control"]
     assert out.used.values.tolist() == [True, True, True, False]
@@ -56,22 +61,32 @@ def test_numbers_against_loops(world):
     assert (int(got.n_gain), int(got.n_loss), int(got.n_selected_prompts)) == (gain.sum(), loss.sum(), in_task.sum())
     assert got.score.values == pytest.approx(d[gain].mean(axis=0))
     assert np.array_equal(got.kept.values, got.score.values >= 0.2 * got.score.values.max())
-    signed = np.concatenate([d[gain], -d[loss]])
-    contrast = d[gain].mean(axis=0) + d[loss].mean(axis=0)
-    assert got.contrast.values == pytest.approx(contrast)
-    rng = np.random.default_rng(0)
-    exceed = np.zeros(30)
-    for _ in range(400):
-        order = rng.permutation(len(signed))
-        split = signed[order[: gain.sum()]].mean(axis=0) - signed[order[gain.sum() :]].mean(axis=0)
-        exceed += split >= contrast - 1e-9
-    p = exceed / 400
-    np.testing.assert_allclose(got.contrast_p.values, p, atol=4 * np.sqrt(0.25 / 199 + 0.25 / 400))
+    kept = in_task & (base == 1) & (rl == 1)
+    means = [d[rows].mean(axis=0) for rows in (gain, loss, kept)]
+    assert got.excess.values == pytest.approx(means[0] - means[2])
+    assert got.contrast.values == pytest.approx(means[0] + means[1])
+    assert got.p_guard.values == pytest.approx(got.contrast_p)
+    # Welch's test is the limit of the sign flips.
+    parts = (d[gain], d[loss], d[kept])
+    np.testing.assert_allclose(got.contrast_p.values, _welch(parts, (1, 1, 0)), atol=0.03)
+    excess_p = np.maximum(_welch(parts, (1, 0, -1)), _welch(parts, (1, 1, -2)))
+    np.testing.assert_allclose(got.excess_p.values, excess_p, atol=0.03)
     verified = (features.split.values == "verification") & (features.task.values != "noise")
     assert out.verification_effect.values == pytest.approx(d[verified].mean(axis=0))
     assert out.p_value.values == pytest.approx(
         np.maximum(out.p_flip, out.p_guard).sel(task=["math", "quiz", "facts"]).values.max(axis=0)
     )
+    assert out.specific_p.values == pytest.approx(
+        np.maximum(out.p_flip, np.maximum(out.p_guard, out.excess_p))
+        .sel(task=["math", "quiz", "facts"])
+        .values.max(axis=0)
+    )
+
+
+def _welch(groups, weights):
+    estimate = sum(w * x.mean(axis=0) for x, w in zip(groups, weights, strict=True))
+    error = np.sqrt(sum(w * w * x.var(axis=0, ddof=1) / len(x) for x, w in zip(groups, weights, strict=True)))
+    return stats.norm.sf(estimate / error)
 
 
 def test_families_are_all_features_and_then_all_candidates(world):
@@ -124,14 +139,75 @@ def test_without_the_guard_confounded_features_pass(make_features, make_outcomes
     assert (out.tier == "CONFIRMED").sum() == 0
 
 
-def test_without_losses_the_guard_is_every_prompt(world):
-    features, outcomes = world(losses=False)
+def test_without_losses_all_prompts_and_the_excess_guard(world):
+    features, outcomes = world(losses=False, everywhere=True)
     out = run(features, outcomes)
     assert json.loads(out.attrs["guard"]) == dict.fromkeys(["math", "quiz", "facts"], "all prompts")
     assert np.isnan(out.contrast_p).all()
     assert str(out.contrast_estimable.values[0]).startswith("no: ")
     assert "0 losses" in str(out.contrast_estimable.values[0])
-    assert set(range(5)) <= set(np.flatnonzero(out.tier == "CONFIRMED"))
+    tier = out.specific_tier.values
+    assert np.all(tier[:5] == "CONFIRMED")
+    assert np.all(tier[15:20] == "REJECTED"), "an equal rise on all prompts is no rise where rl gained"
+    assert np.all(out.tier.values[15:20] == "CONFIRMED"), "by gains and all prompts alone they would have been claimed"
+    assert out.attrs["accompanying_p"] < 0.05
+
+
+def test_what_merely_accompanies_right_answers_is_told_as_a_set(make_features, make_outcomes):
+    """Without losses single features cannot be told apart; of the set, the level where rl gained can be."""
+    n, f = 600, 10
+    p = {"follows": [], "changed": []}
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        base = (rng.random(n) < 0.5).astype(int)
+        right = np.stack([base, np.maximum(base, (rng.random(n) < 0.7).astype(int))])
+        for name, values in p.items():
+            mean = 5 + rng.normal(0, 1, (1, n, f)) + rng.normal(0, 0.5, (2, n, f))
+            if name == "follows":
+                mean[..., :4] += right[..., None]
+            else:
+                mean[1, (base == 0) & (right[1] == 1), :4] += 1.0
+            data = make_features(mean, MODELS), make_outcomes(right, MODELS)
+            out = run(*data, controls=[], n_resamples=9, n_bootstrap=0, stability=None)
+            assert np.flatnonzero(out.specific_tier == "CONFIRMED").tolist() == [0, 1, 2, 3]
+            values.append(out.attrs["accompanying_p"])
+    assert max(p["changed"]) < 0.001
+    assert stats.kstest(p["follows"], "uniform").pvalue > 0.01
+
+
+def test_an_equal_rise_is_twice_in_the_contrast_and_not_in_the_excess(world):
+    out = run(*world(everywhere=True))
+    used = out.sel(task=["math", "quiz", "facts"])
+    assert used.contrast.values[:, 15:20].mean() == pytest.approx(1.6, abs=0.15)
+    assert used.excess.values[:, 15:20].mean() == pytest.approx(0, abs=0.1)
+    assert used.contrast.values[:, 10:15].mean() == pytest.approx(0, abs=0.15)
+    assert used.excess.values[:, 10:15].mean() == pytest.approx(0.8, abs=0.1)
+    assert used.contrast.values[:, :5].mean() == pytest.approx(1.5, abs=0.15)
+
+
+def test_rising_and_following_correctness_at_once_is_not_specific(world):
+    """Contrast and excess are each fooled; only gains and losses against twice the prompts both get right are not."""
+    features, outcomes = world()
+    features["mean"][1, :, 10:15] += 0.8
+    out = run(features, outcomes)
+    assert np.all(out.tier.values[10:15] == "CONFIRMED")
+    assert np.all(out.specific_tier.values[10:15] == "REJECTED")
+
+
+@pytest.mark.parametrize(("n_kept", "state"), [(5, "no: 20 gains and 5 both right, 6 of each needed"), (6, "yes")])
+def test_what_base_seldom_gets_right_can_be_edited_but_not_claimed(make_features, make_outcomes, n_kept, state):
+    rng = np.random.default_rng(5)
+    right = np.zeros((2, 80), dtype=int)  # prompts alternate between the parts of the split
+    right[1, :40] = 1
+    right[:, 40 : 40 + 2 * n_kept] = 1
+    mean = 5 + rng.normal(0, 1, (2, 80, 8))
+    mean[1, :, :2] += 4
+    out = run(make_features(mean, MODELS), make_outcomes(right, MODELS), controls=[], n_bootstrap=0)
+    assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1]
+    assert out.estimable.values.tolist() == ["yes"]
+    assert out.excess_estimable.values.tolist() == [state]
+    assert np.isfinite(out.specific_p).all() == (state == "yes")
+    assert np.all(np.isin(out.specific_tier, ["REJECTED"] if state == "yes" else ["UNTESTED"]))
 
 
 def test_the_fallback_guard_holds_without_a_model_difference(make_features, make_outcomes):

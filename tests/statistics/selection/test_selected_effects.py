@@ -17,6 +17,9 @@ SELECTION_SCORES = (
     "p_guard",
     "contrast",
     "contrast_p",
+    "excess",
+    "excess_p",
+    "specific_p",
     "paper_selected",
     "p_value",
     "q_value",
@@ -26,7 +29,7 @@ SELECTION_SCORES = (
     "score_correlations",
 )
 """What is computed of selection prompts alone."""
-DECISIONS = ("tier", "selected")
+DECISIONS = ("tier", "specific_tier", "selected")
 """What both halves decide."""
 COUNTS = (
     "n_selected_prompts",
@@ -35,6 +38,7 @@ COUNTS = (
     "n_kept",
     "estimable",
     "contrast_estimable",
+    "excess_estimable",
     "guard",
     "used",
     "role",

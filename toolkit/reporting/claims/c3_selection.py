@@ -14,15 +14,18 @@ from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, 
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number, text
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
-    COMPACT_SHARE,
     MIN_TASKS,
     Verdict,
     agreed_p,
     agreed_verdict,
     any_feature_p,
     mean_count,
+    mean_share,
+    mostly_token_detectors,
     selection_verdict,
 )
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
+from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
 
 C3: Final = PaperClaim(
@@ -36,34 +39,31 @@ C3: Final = PaperClaim(
         "task."
     ),
 )
-_COUNTS: Final = ("n_confirmed", "n_selected", "n_testable")
+_EACH: Final = ("n_confirmed", "n_rising", "n_selected", "n_testable", "no_rise_p", "accompanying_p")
 """Details that are also given dictionary by dictionary."""
 _YES: Final = "yes"
 _UNUSED: Final = "no: not selected on"
 """State of held-out and control tasks."""
 
 
-def estimable_tasks(selection: xr.Dataset) -> list[str]:
-    """Selection tasks with enough prompts that base got wrong and RL right to test features on."""
-    return [task for task, state in _selection_tasks(selection) if state == _YES]
-
-
 def scored_tasks(selection: xr.Dataset) -> list[str]:
-    """Selection tasks with any such prompt: those the paper's rule intersects."""
-    return [task for task, state in _selection_tasks(selection) if not state.startswith("no")]
+    """Selection tasks with any prompt that base got wrong and RL right: those the paper's rule intersects."""
+    return [task for task, state in _selection_tasks(selection, "estimable") if not state.startswith("no")]
 
 
-def _selection_tasks(selection: xr.Dataset) -> list[tuple[str, str]]:
-    rows = zip(selection["task"].values, selection["estimable"].values, selection["role"].values, strict=True)
+def _selection_tasks(selection: xr.Dataset, column: str) -> list[tuple[str, str]]:
+    """Tasks selected on, and whether they are estimable in one respect."""
+    rows = zip(selection["task"].values, selection[column].values, selection["role"].values, strict=True)
     return [(str(task), str(state)) for task, state, role in rows if str(role) not in ("held_out", "control")]
 
 
 def assess_selection(results: Results, spec: StudySpec) -> Claim:
     """C3 from the selection: features confirmed on verification prompts, with the rule ``selection_verdict``.
 
-    The rule is applied in every dictionary, and their verdicts must agree. The estimate is the mean number of CONFIRMED
-    features, its interval that over dictionaries; in each, by Holm's bound, at least so many separate the models, with
-    confidence 1 - alpha. p is that of "at least one feature separates" in as many dictionaries as must agree.
+    The rule is applied in every dictionary, and their verdicts must agree. The estimate is the mean number of features
+    confirmed to rise where RL gained by more than where both models are right, its interval that over dictionaries; in
+    each, by Holm's bound, at least so many do, with confidence 1 - alpha. p is that of "at least one feature does" in
+    as many dictionaries as must agree.
     """
     each = by_dictionary(results, "selection")
     if not each:
@@ -71,22 +71,28 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     unusable = unusable_readout(results, spec)
     if unusable:
         return C3.not_estimable(unusable)
-    judged = [_judge(data) for data in each]
+    judged = [_judge(data, spec.statistics.alpha) for data in each]
     verdict = agreed_verdict([verdict for verdict, _ in judged])
     data, (_, details) = each[0], judged[0]
-    for name in _COUNTS:
+    for name in _EACH:
         details[f"{name}_by_dictionary"] = [one[name] for _, one in judged]
+    details["carried"] = _carried(each, spec)
     details["separation_auc"] = _separation_auc(results)
+    details |= _token_details(results)
     if verdict is Verdict.NOT_ESTIMABLE:
-        reason = unusable_tasks(data) or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        reason = (
+            unusable_tasks(data, "excess_estimable")
+            or "no task has enough base-wrong, RL-right prompts, or no feature is testable"
+        )
         return C3.not_estimable(reason, details=details)
     return C3.answered(
         mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
-        agreed_p([any_feature_p(one["verification_q"].values) for one in each]),
+        agreed_p([any_feature_p(one["verification_specific_q"].values) for one in each]),
         verdict,
-        _answer(verdict, details, [verdict for verdict, _ in judged]),
+        _answer(verdict, details, [verdict for verdict, _ in judged], spec.statistics.alpha) + _token_sentence(details),
         caveats=(
             *_caveats(data, details, spec),
+            *_token_caveat(details),
             *separation_caveats(results, spec),
             *_reappearance(results, spec, data),
             *dictionary_caveat(spec),
@@ -96,84 +102,161 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     )
 
 
-def _judge(data: xr.Dataset) -> tuple[Verdict, dict[str, Any]]:
+def _judge(data: xr.Dataset, alpha: float) -> tuple[Verdict, dict[str, Any]]:
     """Verdict of one dictionary, and what it rests on."""
-    tasks = estimable_tasks(data)
-    testable = np.isfinite(data["p_value"].values)
-    contrast = bool(np.isfinite(data["contrast_p"].values).any())
-    guarded = contrast or ("p_guard" in data and bool(np.isfinite(data["p_guard"].values).any()))
-    details = _details(data, tasks, testable, contrast=contrast, guarded=guarded)
+    tasks = [task for task, state in _selection_tasks(data, "excess_estimable") if state == _YES]
+    details = _details(data, tasks)
     verdict = selection_verdict(
-        n_estimable=len(tasks),
+        n_estimable=len(tasks) if details["n_testable"] else 0,
         n_confirmed=details["n_confirmed"],
-        n_testable=int(testable.sum()),
-        guarded=guarded,
+        carried_low=attr_number(data, "carried_low"),
+        best_high=attr_number(data, "carried_best_high"),
+        no_rise_p=details["no_rise_p"],
+        accompanying_p=details["accompanying_p"],
+        alpha=alpha,
     )
     return verdict, details
 
 
-def unusable_tasks(data: xr.Dataset) -> str:
+def _carried(each: list[xr.Dataset], spec: StudySpec) -> dict[str, float]:
+    """Share of the rise that the leading candidates carry, over dictionaries with its interval, and its bounds."""
+    share, low, high = ([attr_number(data, f"carried_{name}") for data in each] for name in ("share", "low", "high"))
+    pooled = mean_share(share, low, high, alpha=spec.statistics.alpha)
+    return dict(zip(("share", "low", "high"), pooled, strict=True)) | {
+        "best_high": max(attr_number(data, "carried_best_high") for data in each),
+        "most_features": max(attr_number(data, "most_features") for data in each),
+    }
+
+
+def unusable_tasks(data: xr.Dataset, column: str = "estimable") -> str:
     """Why tasks meant for selection could not be used, tasks with the same reason together; empty if all could."""
     by_reason: dict[str, list[str]] = {}
-    for task, state in zip(data["task"].values, data["estimable"].values, strict=True):
+    for task, state in zip(data["task"].values, data[column].values, strict=True):
         if str(state) not in (_YES, _UNUSED, ""):
             by_reason.setdefault(str(state).removeprefix("no: "), []).append(str(task))
     return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in by_reason.items())
 
 
-def _details(
-    data: xr.Dataset, tasks: list[str], testable: np.ndarray, *, contrast: bool, guarded: bool
-) -> dict[str, Any]:
+def _details(data: xr.Dataset, tasks: list[str]) -> dict[str, Any]:
     tiers, counts = np.unique(data["tier"].values.astype(str), return_counts=True)
     task_names = [str(task) for task in data["task"].values]
     return {
         "test": data.attrs.get("test", ""),
         "null": data.attrs.get("null", ""),
         "estimable_tasks": tasks,
-        "n_testable": int(testable.sum()),
+        "n_testable": int(np.isfinite(data["specific_p"].values).sum()),
         "tiers": {str(tier): int(n) for tier, n in zip(tiers, counts, strict=True) if tier},
-        "n_confirmed": int((data["tier"].values == "CONFIRMED").sum()),
+        "n_confirmed": int((data["specific_tier"].values == "CONFIRMED").sum()),
+        "n_rising": int((data["tier"].values == "CONFIRMED").sum()),
         "n_selected": int(data["selected"].values.sum()),
+        "n_selected_specific": int((data["selected"].values & (data["specific_tier"].values == "CONFIRMED")).sum()),
         "n_paper_rule": attr_number(data, "n_paper"),
         "p_paper_rule_flip_null": attr_number(data, "p_n1"),
         "p_paper_rule_permuted_ids": attr_number(data, "p_n2"),
         "score_correlation": attr_number(data, "score_correlation"),
         "shift_rank": attr_number(data, "shift_rank"),
-        "rl_specific_contrast": contrast,
-        "guarded": guarded,
+        "rl_specific_contrast": all(
+            str(guard) == CONTRAST
+            for guard, task in zip(data["guard"].values, task_names, strict=True)
+            if task in tasks
+        ),
+        "no_rise_p": attr_number(data, "no_rise_p"),
+        "accompanying_p": attr_number(data, "accompanying_p"),
         "selected_by": str(data.attrs.get("rule", "")),
         "n_gain": dict(zip(task_names, (int(n) for n in data["n_gain"].values), strict=True)),
         "n_loss": dict(zip(task_names, (int(n) for n in data["n_loss"].values), strict=True)),
     }
 
 
-def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict]) -> str:
+def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alpha: float) -> str:
     counts, tasks = details["n_confirmed_by_dictionary"], details["estimable_tasks"]
     n_testable = _span(details["n_testable_by_dictionary"])
     one = max(counts) == min(counts) == 1
     confirmed = (
-        f"{_span(counts)} feature{'s' * (not one)} of {n_testable} testable ones {'is' if one else 'are'} confirmed"
+        f"{_span(counts)} feature{'s' * (not one)} of {n_testable} testable ones {'is' if one else 'are'} confirmed to "
+        "rise where RL gained by more than where base was right too"
     )
     if len(counts) > 1:
         confirmed = f"in each of {len(counts)} dictionaries {confirmed}"
     where = f"on prompts not used to select them, over {count(len(tasks), 'task')}"
+    carried, most = details["carried"], int(details["carried"]["most_features"])
+    share = f"{percent(carried['share'], 0)} [{percent(carried['low'], 0)}, {percent(carried['high'], 0)}]"
     if verdict is Verdict.SUPPORTED:
-        return f"{confirmed[0].upper()}{confirmed[1:]} {where}."
+        return (
+            f"{confirmed[0].upper()}{confirmed[1:]}, {where}; the leading candidates, {most} at most, carry {share} of "
+            "that difference."
+        )
     if verdict is Verdict.NOT_SUPPORTED:
-        if max(counts) == 0:
-            return f"No feature of {n_testable} testable ones is confirmed {where}."
-        too_many = f"more than the {100 * COMPACT_SHARE:.0f}% that could still be called compact"
-        return f"{confirmed[0].upper()}{confirmed[1:]} {where}, {too_many}."
+        if max(details["no_rise_p_by_dictionary"]) <= alpha:
+            return (
+                f"No feature of {n_testable} testable ones rises where RL gained by {MIN_EXCESS:g} sd more than where "
+                f"base was right too, over {count(len(tasks), 'task')}."
+            )
+        return (
+            f"{confirmed[0].upper()}{confirmed[1:]}, {where}, but the difference is spread out: no {most} features "
+            f"carry more than {percent(carried['best_high'], 0)} of it."
+        )
     if len(set(each)) > 1:
         words = ", ".join(one.value.replace("_", " ").lower() for one in each)
         return f"Undetermined, because the dictionaries disagree ({words}): {confirmed}."
-    if not details["guarded"]:
+    if len(tasks) < MIN_TASKS:
+        n_tasks = count(len(tasks), "task")
+        return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
+    if min(counts) == 0:
+        n_rising = details["n_rising_by_dictionary"]
+        rising = f"; {_span(n_rising)} rise where RL gained, not shown to do so by more than elsewhere"
         return (
-            f"Undetermined: {confirmed}, but RL got too few prompts wrong that base got right for the RL-specific "
-            "contrast, without which selecting prompts by outcome can make any feature separate."
+            f"Undetermined: {confirmed}, {where}{rising if min(n_rising) else ''}. That none is does not show that "
+            "none rises more where RL gained than where base was right too."
         )
-    n_tasks = count(len(tasks), "task")
-    return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
+    if not math.isfinite(carried["share"]):
+        return f"Undetermined: {confirmed}, {where}, but what share of the rise they carry cannot be estimated."
+    if carried["low"] >= CARRIED:
+        return (
+            f"Undetermined: {confirmed}, {where}, but RL lost too few prompts to tell features that it changed from "
+            "features that merely accompany right answers, in base and RL alike: in RL they are not shown to be higher "
+            "where it gained than where base was right too."
+        )
+    return (
+        f"Undetermined: {confirmed}, {where}, but the leading candidates, {most} at most, carry {share} of that "
+        f"difference, which neither shows nor excludes that a compact set carries {percent(CARRIED, 0)}."
+    )
+
+
+def _token_details(results: Results) -> dict[str, list[int]]:
+    """Features of the edited set of every dictionary, and how many of them respond to tokens alone."""
+    each = by_dictionary(results, "tokens")
+    return {
+        "n_token_tested_by_dictionary": [int(data.sizes["feature"]) for data in each],
+        "n_token_detectors_by_dictionary": [int(data["detector"].values.sum()) for data in each],
+        "n_fire_alone_by_dictionary": [int(data["fires_alone"].values.sum()) for data in each],
+    }
+
+
+def _token_sentence(details: dict[str, Any]) -> str:
+    n, of = details["n_token_detectors_by_dictionary"], details["n_token_tested_by_dictionary"]
+    if not mostly_token_detectors(n, of):
+        return ""
+    counts = listed(f"{detectors} of {features}" for detectors, features in zip(n, of, strict=True))
+    return (
+        f" The set that is edited is mostly token detectors ({counts} features): they respond to tokens and their "
+        "place, whatever the text is about."
+    )
+
+
+def _token_caveat(details: dict[str, Any]) -> tuple[str, ...]:
+    of = details["n_token_tested_by_dictionary"]
+    if not sum(of):
+        return ()
+    alone, n = (
+        listed(str(value) for value in details[name])
+        for name in ("n_fire_alone_by_dictionary", "n_token_detectors_by_dictionary")
+    )
+    return (
+        f"Of the {listed(map(str, of))} edited features {n} are token detectors: {alone} fire in most unrelated texts "
+        "once their leading tokens are put there and not with others of like frequency; of the rest token and position "
+        "explain half of the activation or more.",
+    )
 
 
 def _span(counts: list[int]) -> str:
@@ -185,7 +268,7 @@ def _span(counts: list[int]) -> str:
 def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[str, ...]:
     """Whether the confirmed features depend on one dictionary's initial weights."""
     matching, name = results.get("matching"), spec.primary_crosscoder.name
-    confirmed = data["feature"].values[data["tier"].values == "CONFIRMED"]
+    confirmed = data["feature"].values[data["specific_tier"].values == "CONFIRMED"]
     if matching is None or name not in labels_of(matching, "crosscoder"):
         return ()
     if not len(confirmed):
@@ -261,10 +344,16 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
         caveats.append("The correlation of scores across tasks is not estimable, so one mechanism cannot be excluded.")
     if not details["rl_specific_contrast"]:
         losses = sum(details["n_loss"].values())
-        instead = "the guard is a test on all prompts instead" if details["guarded"] else "there is no guard"
         caveats.append(
-            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind and RL lost {losses} "
-            f"in all; {instead}."
+            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind in each task and RL "
+            f"lost {losses} in all; instead all prompts guard against selection by outcome, and whether the "
+            "features merely accompany right answers is tested on all of them together (as if features were as high on "
+            "harder prompts as on easier ones)."
+        )
+    if details["n_rising"]:
+        caveats.append(
+            f"The set that is edited (C4, C5) holds {count(details['n_selected'], 'feature')} that rise where RL "
+            f"gained, {details['n_selected_specific']} of them by more than where base was right too."
         )
     p_flip, p_ids, n_paper = (
         details["p_paper_rule_flip_null"],

@@ -227,7 +227,7 @@ def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction:
 def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], direction: str) -> tuple[str, ...]:
     caveats = [
         "The paper's figure is on prompts chosen by their outcome, where resampling alone moves base from 0 to 36% and "
-        "RL from 100 to 65%; ours is on verification prompts not chosen by outcome, so their sizes cannot be compared."
+        "RL from 100 to 65%; ours is on trial prompts not chosen by outcome, so their sizes cannot be compared."
     ]
     in_domain = _in_domain(results) & set(details["measured_on"])
     if direction == "disable" and in_domain:

@@ -103,7 +103,7 @@ def dose_response(results: Results, spec: StudySpec) -> Graphic:
                 f"{direction}: " + ", ".join(f"{percent(a.accuracy, 0)} at dose {a.dose:g}" for a in doses)
             )
             axes.margins(x=0.08)
-        grid[0, 0].set_ylabel("accuracy on verification prompts")
+        grid[0, 0].set_ylabel("accuracy on trial prompts")
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1.8)
         alt = "Accuracy against dose. " + "; ".join(descriptions) + "."

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT, SPLIT, SPLITS
+from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT, SPLIT, TRIAL
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.stores.crosscoder_weights import Decoder
 from rlgen_stats.toolkit.statistics.causal.controls import NEAR_DUPLICATE, TINY
@@ -109,15 +109,15 @@ def mean_levels(crosscoder: Decoder | LoadedCrosscoder, summaries: xr.Dataset, *
     InputError
         If the summaries lack the model.
     NotEstimableError
-        If every prompt is kept for verification.
+        If every prompt is kept for trials.
     """
     _check_models(summaries, [model])
-    unused = summaries.isel({PROMPT: np.flatnonzero(summaries[SPLIT].values != SPLITS[1])}).sel({MODEL: model})
+    unused = summaries.isel({PROMPT: np.flatnonzero(summaries[SPLIT].values != TRIAL)}).sel({MODEL: model})
     tokens = unused["n_tokens"].astype("float64")
     if not float(tokens.sum()):
         raise NotEstimableError(
-            "levels of features are measured on prompts not kept for verification, and there are none; leave some in "
-            "the selection split, or set intervention.level to own."
+            "levels of features are measured on prompts not kept for trials, and there are none; leave some in the "
+            "selection split, or set intervention.level to own."
         )
     total = (unused["mean"].astype("float64") * tokens).sum(PROMPT).compute()
     norms = decoder_of(crosscoder).norms()

@@ -23,6 +23,7 @@ Sign flips and joint tests::
         -> TrendResult(tau, p_value, n_nonzero, flag)
     permutation_contrast(plus, minus, *, alternative="two-sided", n_resamples=9999, seed=0, min_count=1)
         -> ContrastResult(statistic, p_value, n_plus, n_minus)
+    contrast_contributions(values, groups, weights) -> array  # of rows to a contrast of group means, to be flipped
 
 Families and combinations of p-values::
 
@@ -70,6 +71,7 @@ from rlgen_stats.toolkit.statistics.kernels.equivalence import (
     tost_chain,
     tost_paired,
 )
+from rlgen_stats.toolkit.statistics.kernels.flips.group_contrast import contrast_contributions
 from rlgen_stats.toolkit.statistics.kernels.flips.histogram import HistogramResult, histogram_flip_test
 from rlgen_stats.toolkit.statistics.kernels.flips.maxt import MaxTResult, max_t, max_t_p_value
 from rlgen_stats.toolkit.statistics.kernels.flips.permutation import ContrastResult, permutation_contrast
@@ -136,6 +138,7 @@ __all__ = [
     "bootstrap_t",
     "bootstrap_weights",
     "cluster_se",
+    "contrast_contributions",
     "cpss_bound",
     "delete_group_jackknife",
     "dictionaries_needed",

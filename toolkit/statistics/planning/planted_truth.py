@@ -258,7 +258,7 @@ def _prompt_labels(simulation: Simulation) -> dict[str, NDArray[Any]]:
         PROMPT: np.array([f"p{n:07d}" for n in i]),
         TASK: task,
         DOMAIN: np.where(np.char.startswith(task, "in"), "in", "out"),
-        SPLIT: np.array(SPLITS)[(cluster // len(tasks)) % 2],
+        SPLIT: np.array(SPLITS)[(cluster // len(tasks)) % len(SPLITS)],
         CLUSTER: np.array([f"c{n:07d}" for n in cluster]),
     }
 

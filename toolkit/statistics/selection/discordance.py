@@ -1,8 +1,8 @@
-"""Tests on the discordant prompts of each task: the target exceeds base where it gained, beyond selection by outcome.
+"""Tests on the gain prompts of each task: the target exceeds base there, and by more than where both are right.
 
-Discordant prompts are those that one model answers right and the other wrong: gains (base wrong, target right) and
-losses. Gains alone are selected by outcome, so that every feature that correlates with correctness differs on them; a
-guard that selection cannot bias, the contrast of gains and losses or a test on all prompts, must reject too.
+Gain prompts (base wrong, target right) are selected by outcome. A feature that correlates with correctness in either
+model differs on them too, so that a guard must reject beside the test on gains. One that rises on all prompts alike
+passes that; only the excess over prompts that both models get right tells it apart (docs/method.md 4c).
 """
 
 from __future__ import annotations
@@ -16,46 +16,54 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.feature_blocks import Block, map_features
-from rlgen_stats.toolkit.statistics.core.units import unit_means
-from rlgen_stats.toolkit.statistics.kernels import bootstrap_t, permutation_contrast, sign_flip_test
+from rlgen_stats.toolkit.statistics.core.units import cluster_sums, unit_means
+from rlgen_stats.toolkit.statistics.kernels import bootstrap_t, contrast_contributions, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.options import SelectionTests
 from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
 
 MIN_FLIP_UNITS: Final = 6
-"""Fewest gain units tested by sign flips: the smallest one-sided p-value is then 2^-6 = .016, below .05 by a margin."""
+"""Fewest units of gains, and of prompts both get right, that are tested: the smallest one-sided p-value of six sign
+flips is 2^-6 = .016, below .05 by a margin."""
 
 CONTRAST, ALL_PROMPTS, NO_GUARD = GUARDS = ("contrast", "all prompts", "none")
-"""What guards a task's p-value against selection by outcome: gains against losses, all prompts, or nothing."""
+"""What guards a task against selection by outcome: the RL-specific contrast, all prompts, or nothing."""
 
 UNUSED_TASK: Final = "no: not selected on"
 """Stands for the reason where a task is held out or a control."""
 
-STATISTICS: Final = ("p_flip", "contrast", "contrast_p", "p_guard", "task_effect")
+STATISTICS: Final = ("p_flip", "contrast", "contrast_p", "p_guard", "excess", "excess_p", "task_effect")
 """What is computed of every task and feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitTests:
-    """Results in one half of the split; arrays are [task, feature] with NaN where not estimable."""
+    """Results in one part of the split; arrays are [task, feature] with NaN where not estimable."""
 
     tasks: list[str]
     p_flip: FloatArray
     """One-sided sign-flip p-value on gain prompts: no guard."""
     contrast: FloatArray
-    """Mean on gains less mean on losses of the difference right minus wrong model."""
+    """RL-specific contrast: sum of the mean differences on gains and on losses."""
     contrast_p: FloatArray
-    """Its one-sided permutation p-value."""
+    """Its one-sided p-value, by sign flips of contributions."""
     p_guard: FloatArray
-    """``contrast_p``, or where that is not estimable the sign-flip p-value on all prompts."""
+    """``contrast_p``, or where losses are too few the sign-flip p-value on all prompts."""
     p_task: FloatArray
     """max(p_flip, p_guard)."""
+    excess: FloatArray
+    """Mean difference on gains less that on prompts both get right: zero for a rise everywhere."""
+    excess_p: FloatArray
+    """Its one-sided p-value; where losses suffice the larger of that and the p-value of the contrast less twice the
+    mean difference on prompts both get right, which is zero for what rises and follows correctness at once."""
     guard: list[str]
     """Which of ``GUARDS`` a task has."""
     contrast_estimable: list[str]
     """``yes``, or why there is no contrast."""
     estimable: list[str]
     """``yes``, or why a task is not tested."""
+    excess_estimable: list[str]
+    """``yes``, or why there is no excess."""
     task_effect: FloatArray
     """Mean difference over all prompts of the task."""
     effect: FloatArray
@@ -65,8 +73,13 @@ class SplitTests:
 
     @property
     def tested(self) -> NDArray[np.bool_]:
-        """[task]: whether any feature has a p-value."""
-        return np.asarray(np.isfinite(self.p_task).any(axis=1))
+        """[task]: whether it has p-values."""
+        return np.array([state == "yes" for state in self.estimable], dtype=bool)
+
+    @property
+    def excess_tested(self) -> NDArray[np.bool_]:
+        """[task]: whether it has an excess, too."""
+        return np.array([state == "yes" for state in self.excess_estimable], dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class _TaskPlan:
     used: bool = False
     flip: bool = False
     contrast: bool = False
+    excess: bool = False
     seed: int = 0
 
 
@@ -111,23 +125,29 @@ def discordance_tests(
     plans: dict[str, _TaskPlan] = {}
     reasons: list[str] = []
     contrast_reasons: list[str] = []
+    excess_reasons: list[str] = []
     guards: list[str] = []
     for task, of_task in prompts.items():
         if not used[task]:
             plans[task] = _TaskPlan(of_task)
-            for column in (reasons, contrast_reasons, guards):
+            for column in (reasons, contrast_reasons, excess_reasons, guards):
                 column.append(UNUSED_TASK)
             continue
-        n_gain = n_units(of_task.gain, codes)
-        gains, losses = (len(units) for units in discordant_units(of_task, codes)[1:])
+        n_gain, n_loss, n_kept = (n_units(rows, codes) for rows in (of_task.gain, of_task.loss, of_task.kept))
         needed = options.min_discordant
-        can_contrast = min(gains, losses) >= needed
         can_flip = n_gain >= MIN_FLIP_UNITS
+        can_contrast = can_flip and min(n_gain, n_loss) >= needed
+        can_exceed = can_flip and n_kept >= MIN_FLIP_UNITS
         task_seed = derive_seed(seed, "selection", split, task)
-        plans[task] = _TaskPlan(of_task, used=True, flip=can_flip, contrast=can_contrast, seed=task_seed)
+        plans[task] = _TaskPlan(
+            of_task, used=True, flip=can_flip, contrast=can_contrast, excess=can_exceed, seed=task_seed
+        )
         reasons.append(_reason(len(of_task.gain), n_gain))
         contrast_reasons.append(
-            "yes" if can_contrast else f"no: {gains} gains and {losses} losses, {needed} of each needed"
+            "yes" if can_contrast else f"no: {n_gain} gains and {n_loss} losses, {needed} of each needed"
+        )
+        excess_reasons.append(
+            "yes" if can_exceed else f"no: {n_gain} gains and {n_kept} both right, {MIN_FLIP_UNITS} of each needed"
         )
         guards.append(NO_GUARD if not can_flip else CONTRAST if can_contrast else ALL_PROMPTS)
     pooled = [np.empty(0, dtype=np.int64), *(of_task.every for task, of_task in prompts.items() if used[task])]
@@ -138,7 +158,6 @@ def discordance_tests(
         plans=list(plans.values()),
         pooled=np.sort(np.concatenate(pooled)),
         codes=codes,
-        n_resamples=options.n_resamples,
         n_bootstrap=options.n_bootstrap if split == "verification" else 0,
         alpha=options.alpha,
         seed=derive_seed(seed, "selection", split, "interval"),
@@ -149,16 +168,17 @@ def discordance_tests(
         p_task=np.maximum(arrays["p_flip"], arrays["p_guard"]),
         guard=guards,
         contrast_estimable=contrast_reasons,
+        excess_estimable=excess_reasons,
         estimable=reasons,
         **arrays,
     )
 
 
-def _reason(n_gain: int, n_units: int) -> str:
-    if n_gain == 0:
+def _reason(n_prompts: int, n_gain: int) -> str:
+    if n_prompts == 0:
         return "no: 0 base-wrong/target-right prompts"
-    if n_units < MIN_FLIP_UNITS:
-        return f"score only: {n_units} base-wrong/target-right units, the flip test needs {MIN_FLIP_UNITS}"
+    if n_gain < MIN_FLIP_UNITS:
+        return f"score only: {n_gain} base-wrong/target-right units, the flip test needs {MIN_FLIP_UNITS}"
     return "yes"
 
 
@@ -167,33 +187,12 @@ def n_units(index: IntArray, codes: IntArray | None) -> int:
     return len(index) if codes is None else len(np.unique(codes[index]))
 
 
-def discordant_units(prompts: TaskPrompts, codes: IntArray | None) -> tuple[list[IntArray], IntArray, IntArray]:
-    """Discordant units: the prompts of each, which units are gains, and which are losses.
-
-    With clusters a unit is a cluster whose discordant prompts are all gains or all losses. Mixed clusters are left out:
-    permuting the labels of whole clusters leaves that choice as it is, so the permutation stays valid.
-    """
-    index = np.concatenate([prompts.gain, prompts.loss])
-    sign = np.concatenate([np.ones(len(prompts.gain)), -np.ones(len(prompts.loss))])
-    if codes is None:
-        units = [np.array([i]) for i in index]
-        return units, np.flatnonzero(sign > 0), np.flatnonzero(sign < 0)
-    units, signs = [], []
-    for code in np.unique(codes[index]):
-        in_cluster = codes[index] == code
-        if len(np.unique(sign[in_cluster])) == 1:
-            units.append(index[in_cluster])
-            signs.append(sign[in_cluster][0])
-    return units, np.flatnonzero(np.array(signs) > 0), np.flatnonzero(np.array(signs) < 0)
-
-
 def _block(
     values: NDArray[Any],
     *,
     plans: list[_TaskPlan],
     pooled: IntArray,
     codes: IntArray | None,
-    n_resamples: int,
     n_bootstrap: int,
     alpha: float,
     seed: int,
@@ -209,14 +208,22 @@ def _block(
             rows["task_effect"][t] = d[prompts.every].mean(axis=0)
         if plan.used and len(prompts.gain):
             scores[t] = d[prompts.gain].mean(axis=0)
+        if not plan.flip:
+            continue
+        rows["p_flip"][t] = _flip_p(unit_means(d[prompts.gain], _codes(codes, prompts.gain)), plan.seed)
         if plan.contrast:
-            rows["contrast"][t], rows["contrast_p"][t] = _contrast(d, prompts, codes, n_resamples, plan.seed)
-        if plan.flip:
-            rows["p_flip"][t] = _flip_p(d, prompts.gain, codes, plan.seed)
-            rows["p_guard"][t] = rows["contrast_p"][t] if plan.contrast else _flip_p(d, prompts.every, codes, plan.seed)
+            rows["contrast"][t], rows["contrast_p"][t] = _contrast(d, *contrast_groups(prompts), codes, plan.seed)
+            rows["p_guard"][t] = rows["contrast_p"][t]
+        else:
+            rows["p_guard"][t] = _flip_p(unit_means(d[prompts.every], _codes(codes, prompts.every)), plan.seed)
+        if plan.excess:
+            rows["excess"][t], rows["excess_p"][t] = _contrast(d, *excess_groups(prompts), codes, plan.seed)
+        if plan.excess and plan.contrast:
+            _, p = _contrast(d, *both_groups(prompts), codes, plan.seed)
+            rows["excess_p"][t] = np.maximum(rows["excess_p"][t], p)
     effect = np.full((3, width), np.nan)
     if len(pooled):
-        pooled_codes = None if codes is None else codes[pooled]
+        pooled_codes = _codes(codes, pooled)
         effect[0] = unit_means(d[pooled], pooled_codes).mean(axis=0)
         if n_bootstrap:
             effect[1:] = mean_interval(d[pooled], pooled_codes, alpha, n_bootstrap, seed)
@@ -225,26 +232,44 @@ def _block(
     return rows | {"effect": effect, "score": score}
 
 
-def _flip_p(d: FloatArray, index: IntArray, codes: IntArray | None, seed: int) -> FloatArray:
-    """One-sided sign-flip p-value (target above base) of the units in ``index``; 1 where nothing differs."""
-    units = unit_means(d[index], None if codes is None else codes[index])
+def contrast_groups(prompts: TaskPrompts) -> tuple[list[IntArray], list[float]]:
+    """Groups and weights of the RL-specific contrast: zero for what follows correctness alike in both models."""
+    return [prompts.gain, prompts.loss], [1.0, 1.0]
+
+
+def excess_groups(prompts: TaskPrompts) -> tuple[list[IntArray], list[float]]:
+    """Groups and weights of "rises more on gains than where both are right": zero where a feature rises everywhere."""
+    return [prompts.gain, prompts.kept], [1.0, -1.0]
+
+
+def both_groups(prompts: TaskPrompts) -> tuple[list[IntArray], list[float]]:
+    """Groups and weights of a contrast that is zero for an equal rise, for what follows correctness, and their sum."""
+    return [prompts.gain, prompts.loss, prompts.kept], [1.0, 1.0, -2.0]
+
+
+def _codes(codes: IntArray | None, index: IntArray) -> IntArray | None:
+    return None if codes is None else codes[index]
+
+
+def _flip_p(units: FloatArray, seed: int) -> FloatArray:
+    """One-sided sign-flip p-value (target above base) of [unit, feature]; 1 where nothing differs."""
     p = sign_flip_test(units, alternative="greater", seed=seed).p_value
     return np.where((units == 0).all(axis=0), 1.0, np.asarray(p, dtype=np.float64))
 
 
+def contrast_units(d: FloatArray, groups: list[IntArray], weights: list[float], codes: IntArray | None) -> FloatArray:
+    """Contributions of units to a contrast of group means, [unit, feature]: clusters' are sums over their prompts."""
+    used = np.sort(np.concatenate(groups))
+    positions = [np.searchsorted(used, rows) for rows in groups]
+    return cluster_sums(contrast_contributions(d[used], positions, weights), _codes(codes, used))
+
+
 def _contrast(
-    d: FloatArray, prompts: TaskPrompts, codes: IntArray | None, n_resamples: int, seed: int
+    d: FloatArray, groups: list[IntArray], weights: list[float], codes: IntArray | None, seed: int
 ) -> tuple[FloatArray, FloatArray]:
-    """mean(D* | gain) - mean(D* | loss) with D* = right minus wrong model, and its permutation p-value."""
-    units, gains, losses = discordant_units(prompts, codes)
-    signed = d.copy()
-    signed[prompts.loss] *= -1
-    order = np.concatenate(units)
-    member = np.repeat(np.arange(len(units)), [len(unit) for unit in units])
-    means = unit_means(signed[order], member)
-    test = permutation_contrast(means[gains], means[losses], alternative="greater", n_resamples=n_resamples, seed=seed)
-    # A feature that is the same in every unit gives no evidence, not a missing value.
-    return means[gains].mean(axis=0) - means[losses].mean(axis=0), np.nan_to_num(test.p_value, nan=1.0)
+    """A contrast of group means and its one-sided p-value."""
+    units = contrast_units(d, groups, weights, codes)
+    return units.sum(axis=0), _flip_p(units, seed)
 
 
 def mean_interval(d: FloatArray, codes: IntArray | None, alpha: float, n_bootstrap: int, seed: int) -> FloatArray:

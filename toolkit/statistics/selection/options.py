@@ -30,7 +30,7 @@ class SelectionTests:
     alpha: float = 0.05
     """Level of BH on the selection half and Holm on the verification half; intervals cover 1 - alpha."""
     n_resamples: int = 999
-    """Draws of the permutation contrast and of the nulls of the paper's rule."""
+    """Draws of the nulls of the paper's rule."""
     n_bootstrap: int = 999
     """Draws of the bootstrap-t interval."""
     min_discordant: int = 20

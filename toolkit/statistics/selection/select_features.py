@@ -1,7 +1,7 @@
 """Selection of the features that separate the target model from base where it gained, task by task (claim C3).
 
-Prompts are split first: features are chosen on one half and confirmed on the other, and no effect is ever reported
-from a prompt that helped to choose.
+Prompts are split first: features are chosen on one part and confirmed on another, and no effect is ever reported
+from a prompt that helped to choose. Trial prompts, the third part, are not read.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, FEATURE, SPLIT, SPLITS, TASK
+from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, FEATURE, SELECTION, SPLIT, SPLITS, TASK, VERIFICATION
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable, check_contribution_scale, source_attrs
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, feature_ranks, in_split
 from rlgen_stats.toolkit.statistics.core.feature_blocks import feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, present_prompts, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
-from rlgen_stats.toolkit.statistics.selection.discordance import SplitTests, discordance_tests
+from rlgen_stats.toolkit.statistics.selection.compactness import (
+    COMPACT_SHARE,
+    accompanying_p,
+    carried_share,
+    no_rise_p,
+)
+from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST, SplitTests, discordance_tests
 from rlgen_stats.toolkit.statistics.selection.options import RuleKind, SelectionRule, SelectionTests, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.paper_rule import (
     PaperSelection,
@@ -101,12 +108,13 @@ def select_features(
     Returns
     -------
     xr.Dataset
-        Layout ``selection``. Further ``p_guard`` [task, feature], ``guard``, ``contrast_estimable``, ``used`` [task],
+        Layout ``selection``. Further ``contrast_estimable``, ``excess_estimable``, ``used`` [task],
         ``score_correlations`` [task, other_task], ``verification_score`` [feature] (mean over tasks on gain prompts)
         and ``verification_task_effect`` [task, feature]. Effects come from verification prompts only and are called
-        ``verification_*``; ``score``, ``contrast``, ``p_flip``, ``p_guard``, ``p_value``, ``rank``, ``stability``
-        (share of random half-samples that put the feature among the leading ones) and ``stable`` are selection scores:
-        they say why a feature was chosen, not how large its effect is. Computed at once.
+        ``verification_*``; ``score``, ``contrast``, ``excess``, ``p_flip``, ``p_guard``, ``p_value``, ``specific_p``,
+        ``rank``, ``stability`` (share of random half-samples that put the feature among the leading ones) and
+        ``stable`` are selection scores: they say why a feature was chosen, not how large its effect is. Computed at
+        once.
 
     Raises
     ------
@@ -120,12 +128,24 @@ def select_features(
     -----
     *Guard.* D on prompts chosen because base failed and the target did not is confounded: with no model difference at
     all it is biased wherever activation and correctness correlate. ``score``, ``kept``, ``p_flip``, ``n_paper``,
-    ``p_n1`` and ``p_n2`` carry no guard. ``contrast_p`` does (gains against losses, both signed right minus wrong,
-    labels permuted) but needs losses; where there are fewer than ``min_discordant``, ``p_guard`` falls back to the sign
-    flip over *all* prompts of the task, chosen without looking at outcomes. That rules out selection by outcome, but
-    not that a feature merely correlates with correctness, which the contrast cancels; ``guard`` says which one a task
-    has. A task's p-value is max(p_flip, p_guard): it rejects only if both do. ``p_value`` is the partial conjunction of
-    these over tasks. All are one-sided: target above base.
+    ``p_n1`` and ``p_n2`` carry no guard. ``contrast_p`` does: gains against losses, both as right minus wrong model,
+    is zero for what follows correctness alike in both models. Where losses are fewer than ``min_discordant``, the sign
+    flip over *all* prompts of the task takes its place. That rules out selection by outcome between models of equal
+    accuracy, but not a feature that merely accompanies right answers where the target gives more of them: ``guard``
+    says which one a task has. A task's p-value is the larger of both: it rejects only if both do. ``p_value`` is the
+    partial conjunction over tasks. All are one-sided: target above base. ``tier`` and ``selected``, the features to
+    edit, follow from it; a feature that rises on all prompts alike may well be the cause of gains.
+
+    *Specific.* Such a feature does not set gains apart. ``excess_p`` asks that D be larger on gains than on prompts
+    both get right and, where losses suffice, that gains and losses together exceed twice the latter (zero for an equal
+    rise, for what follows correctness alike, and for their sum). ``specific_p`` and ``specific_tier`` are ``p_value``
+    and ``tier`` of the largest of all these p-values of a task, as a family of their own: what claim C3 rests on.
+
+    *Compactness.* ``carried_share`` with interval: share of the squared excess that the leading specific candidates (at
+    most ``max_features`` and ``COMPACT_SHARE`` of the testable) carry on verification prompts; ``carried_best_high``:
+    upper bound for any as small set. ``accompanying_p``, where losses are few: that of "these candidates merely
+    accompany right answers in both models", as a set. ``no_rise_p``: that of "some feature's excess reaches
+    ``MIN_EXCESS``", on selection and verification prompts together.
 
     *Stability.* Reported beside the tiers, which it does not change: whether other prompts would have given nearly the
     same ranking. The bounds in the attributes are on expected numbers of features (``stability_selection``).
@@ -151,12 +171,13 @@ def select_features(
     (values, firing), _ = feature_arrays(features, [variable, "firing"], [base, target])
     paper = _paper_rule(values, firing, prompts, rule, tests, seed)
     testable = (firing[:, prompts.selection] > 0).sum(axis=(0, 1)).compute() >= tests.n_min
-    results = {split: _tests(values, prompts, split, tests, seed) for split in SPLITS}
+    results = {split: _tests(values, prompts, split, tests, seed) for split in (SELECTION, VERIFICATION)}
     ranks = feature_ranks(features)
     decision = decide(results, testable, paper, rule, tests, ranks)
     shares, stability_attrs = _stability(values, prompts, results["selection"], testable, ranks, stability, tests, seed)
     attrs = _attrs(results, paper, decision) | _shift_attrs(values[:, prompts.selection], seed)
-    attrs |= asdict(tests) | {"u": list(decision.u), "score_fraction": rule.score_fraction, "seed": seed}
+    attrs |= asdict(tests) | {"u": list(decision.rises.u), "score_fraction": rule.score_fraction, "seed": seed}
+    attrs |= _compactness(values, prompts, results, testable, decision, rule, tests, seed)
     attrs |= stability_attrs | source_attrs(features) | unit_attrs(unit, clusters, prompts.codes)
     attrs |= {"base": base, "target": target, "variable": variable, "max_features": rule.max_features}
     attrs |= {"requested_rule": rule.kind, "n_shared_clusters": shared_clusters(features, prompts.codes)}
@@ -181,7 +202,7 @@ def _check(features: xr.Dataset) -> None:
 
 @dataclass(frozen=True)
 class _Prompts:
-    """Roles of tasks, and the prompts of each task in both halves of the split."""
+    """Roles of tasks, and the prompts of each task in the selection and verification parts of the split."""
 
     roles: TaskRoles
     by_task: dict[str, dict[str, TaskPrompts]]
@@ -203,7 +224,10 @@ def _prompts(
 ) -> _Prompts:
     correct = greedy_correctness(features, outcomes, models)
     present = present_prompts(features, models)
-    by_task = {split: prompts_by_task(roles, correct, present & in_split(features, split)) for split in SPLITS}
+    by_task = {
+        split: prompts_by_task(roles, correct, present & in_split(features, split))
+        for split in (SELECTION, VERIFICATION)
+    }
     selection = np.flatnonzero(present & in_split(features, "selection"))
     return _Prompts(roles, by_task, cluster_codes(features, clusters), selection)
 
@@ -261,11 +285,51 @@ def _stability(
         ranks,
         stability,
         codes=prompts.codes,
-        u=tasks_needed(results, tests),
+        u=tasks_needed(int(results.tested.sum()), tests),
         combine=tests.combine,
         seed=seed,
     )
     return {"stability": (FEATURE, outcome.share), "stable": (FEATURE, outcome.stable)}, outcome.attrs()
+
+
+def _compactness(
+    values: da.Array,
+    prompts: _Prompts,
+    results: dict[str, SplitTests],
+    testable: NDArray[np.bool_],
+    decision: Decision,
+    rule: SelectionRule,
+    tests: SelectionTests,
+    seed: int,
+) -> dict[str, float | int]:
+    """Attributes on how much a compact set carries, and on whether any feature's excess can matter."""
+    chosen, confirming = results[SELECTION], results[VERIFICATION]
+    in_use, unseen_in_use = chosen.excess_tested, confirming.excess_tested
+    most = min(rule.max_features, max(1, int(COMPACT_SHARE * testable.sum())))
+    rising = testable & (chosen.excess[in_use].sum(axis=0) > 0)
+    leading = decision.specific.leading(most)
+    unseen = [prompts.by_task[VERIFICATION][task] for task in np.array(confirming.tasks)[unseen_in_use]]
+    share = carried_share(
+        values,
+        unseen,
+        leading,
+        rising,
+        most=most,
+        codes=prompts.codes,
+        alpha=tests.alpha,
+        seed=seed,
+    )
+    both = [
+        prompts.by_task[SELECTION][task] | prompts.by_task[VERIFICATION][task]
+        for task in np.array(chosen.tasks)[in_use]
+    ]
+    no_rise = no_rise_p(values, both, testable, u=decision.specific.u[0], codes=prompts.codes)
+    losses_suffice = all(
+        guard == CONTRAST for part in (chosen, confirming) for guard in np.array(part.guard)[part.excess_tested]
+    )
+    flips = derive_seed(seed, "selection", "accompanying")
+    accompanying = accompanying_p(values, [] if losses_suffice else unseen, leading, codes=prompts.codes, seed=flips)
+    return share.attrs() | {"most_features": most, "no_rise_p": no_rise, "accompanying_p": accompanying}
 
 
 def _task_variables(
@@ -288,11 +352,14 @@ def _task_variables(
         "contrast": selection.contrast,
         "contrast_p": selection.contrast_p,
         "p_guard": selection.p_guard,
+        "excess": selection.excess,
+        "excess_p": selection.excess_p,
         "verification_task_effect": verification.task_effect,
     }
     columns = {
         "estimable": selection.estimable,
         "contrast_estimable": selection.contrast_estimable,
+        "excess_estimable": selection.excess_estimable,
         "guard": selection.guard,
         "verification_estimable": verification.estimable,
         "verification_guard": verification.guard,
@@ -336,8 +403,9 @@ def _attrs(results: dict[str, SplitTests], paper: PaperSelection | None, decisio
         "guard": json.dumps(guards, sort_keys=True),
         "without_guard": "score, kept, p_flip, n_paper, p_n1, p_n2",
         "with_guard": "contrast_p, p_guard, p_value, q_value, verification_p, verification_effect",
-        "guard_contrast": "cancels selection by outcome and features that merely correlate with correctness",
-        "guard_all_prompts": "cancels selection by outcome only",
+        "with_guard_and_excess": "specific_p, specific_tier, verification_specific_q",
+        "guard_contrast": "cancels features that follow correctness in both models",
+        "guard_all_prompts": "cancels selection by outcome between models of equal accuracy only",
     }
 
 

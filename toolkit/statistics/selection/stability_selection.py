@@ -19,8 +19,13 @@ from rlgen_stats.toolkit.statistics.core.top_features import fold_leading, leadi
 from rlgen_stats.toolkit.statistics.core.units import unit_means
 from rlgen_stats.toolkit.statistics.kernels import cpss_bound
 from rlgen_stats.toolkit.statistics.kernels.draws import stream
-from rlgen_stats.toolkit.statistics.kernels.numerics import ROUNDING, FloatArray, IntArray
-from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST, SplitTests, discordant_units
+from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
+from rlgen_stats.toolkit.statistics.selection.discordance import (
+    CONTRAST,
+    SplitTests,
+    contrast_groups,
+    contrast_units,
+)
 from rlgen_stats.toolkit.statistics.selection.options import DEFAULT_THRESHOLD, StabilityOptions
 from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
 
@@ -111,10 +116,10 @@ def stability_selection(
     -----
     Units are halved within strata of task and outcome (gain, loss, other), so that every half can be tested; the odd
     unit of a stratum is left out. Given the strata the two halves of a pair are exchangeable, as the bounds require. In
-    a half each task has z = min(z of the gains, z of its guard), with sum d / sqrt(sum d^2) for a sign flip and the
-    permutation variance for the contrast, and features are ranked by the partial conjunction of the normal p-values.
-    Close enough for ranking, not for a test: with few nonzeros these p-values are too small. Ties are broken at
-    random, independently in each half.
+    a half each task has z = min(z of the gains, z of its guard), with sum d / sqrt(sum d^2) of differences, or of
+    contributions to a contrast of the whole sample, and features are ranked by the partial conjunction of the normal
+    p-values. Close enough for ranking, not for a test: with few nonzeros these p-values are too small. Ties are broken
+    at random, independently in each half.
 
     The bounds hold for any ranking: they are on the number of *low-probability* features (chosen in at most q / F of
     halves) at or above the threshold, and are not a false discovery rate. Where more than q features are equally
@@ -151,7 +156,7 @@ def stability_selection(
         unit_strata(tasks, unit_of), options.n_pairs, derive_seed(seed, "selection", "halves")
     )
     guards = dict(zip(tests.tasks, tests.guard, strict=True))
-    plans = [_plan(of_task, guards[task] == CONTRAST, codes, unit_of, halves) for task, of_task in tasks.items()]
+    plans = [_TaskPlan(of_task, guards[task] == CONTRAST, codes, halves[:, unit_of]) for task, of_task in tasks.items()]
     widths = (values.chunks[-1],)
     mapped = map_features(
         _block,
@@ -173,7 +178,7 @@ def stability_selection(
         options=options,
         bound_mb=_bound(q, n_tested, options, "none"),
         bound_ss=_bound(q, n_tested, options, "unimodal"),
-        min_gain=min(int(plan.gains.half.sum(axis=1).min()) for plan in plans),
+        min_gain=min(int(plan.half(plan.prompts.gain).sum(axis=1).min()) for plan in plans),
     )
 
 
@@ -218,43 +223,26 @@ def complementary_halves(strata: IntArray, n_pairs: int, seed: int) -> FloatArra
 
 
 @dataclass(frozen=True)
-class _Units:
-    """Units of one test: the prompts they are means of, and the half-samples they are in."""
-
-    prompts: IntArray
-    member: IntArray | None
-    """[prompt]: unit of each prompt; None where prompts are the units."""
-    half: FloatArray
-    """[half-sample, unit] of 0 and 1."""
-
-
-@dataclass(frozen=True)
 class _TaskPlan:
-    """Tests of one task: gains, and the guard (all prompts, or the contrast of gains and losses)."""
+    """Prompts of one task, how it is guarded, and which half-samples its units are in."""
 
-    gains: _Units
-    guard: _Units
-    is_gain: NDArray[np.bool_] | None
-    """[unit of the contrast]; None where the guard is all prompts."""
-    losses: IntArray
+    prompts: TaskPrompts
+    contrast: bool
+    """Whether the guard against selection by outcome is the contrast, or all prompts."""
+    codes: IntArray | None
+    half_of_prompt: FloatArray
+    """[half-sample, prompt] of 0 and 1; the same for all prompts of a cluster."""
 
+    def half(self, *groups: IntArray) -> FloatArray:
+        """[half-sample, unit] of the units with prompts in the groups."""
+        rows = np.sort(np.concatenate(groups))
+        if self.codes is not None:
+            rows = rows[np.unique(self.codes[rows], return_index=True)[1]]
+        return self.half_of_prompt[:, rows]
 
-def _plan(
-    prompts: TaskPrompts, contrast: bool, codes: IntArray | None, unit_of: IntArray, halves: FloatArray
-) -> _TaskPlan:
-    gains = _units(prompts.gain, codes, unit_of, halves)
-    if not contrast:
-        return _TaskPlan(gains, _units(prompts.every, codes, unit_of, halves), None, prompts.loss)
-    units, gain_units, _ = discordant_units(prompts, codes)
-    member = np.repeat(np.arange(len(units)), [len(unit) for unit in units])
-    guard = _Units(np.concatenate(units), member, halves[:, [unit_of[unit[0]] for unit in units]])
-    return _TaskPlan(gains, guard, np.isin(np.arange(len(units)), gain_units), prompts.loss)
-
-
-def _units(index: IntArray, codes: IntArray | None, unit_of: IntArray, halves: FloatArray) -> _Units:
-    if codes is None:
-        return _Units(index, None, halves[:, unit_of[index]])
-    return _Units(index, codes[index], halves[:, np.unique(codes[index])])
+    def means(self, d: FloatArray, rows: IntArray) -> FloatArray:
+        """[unit, feature] means over the prompts of each unit."""
+        return unit_means(d[rows], None if self.codes is None else self.codes[rows])
 
 
 def _block(
@@ -278,35 +266,18 @@ def _block(
 
 def _task_z(d: FloatArray, plan: _TaskPlan) -> FloatArray:
     """The smaller of a task's two statistics, gains and guard, in every half-sample, [half-sample, feature]."""
-    z = flip_z(unit_means(d[plan.gains.prompts], plan.gains.member), plan.gains.half)
-    if plan.is_gain is None:
-        return np.minimum(z, flip_z(unit_means(d[plan.guard.prompts], plan.guard.member), plan.guard.half))
-    sign = np.where(np.isin(plan.guard.prompts, plan.losses), -1.0, 1.0)  # right minus wrong model
-    means = unit_means(d[plan.guard.prompts] * sign[:, None], plan.guard.member)
-    return np.minimum(z, contrast_z(means, plan.is_gain, plan.guard.half))
+    prompts = plan.prompts
+    z = flip_z(plan.means(d, prompts.gain), plan.half(prompts.gain))
+    if not plan.contrast:
+        return np.minimum(z, flip_z(plan.means(d, prompts.every), plan.half(prompts.every)))
+    groups, weights = contrast_groups(prompts)
+    return np.minimum(z, flip_z(contrast_units(d, groups, weights, plan.codes), plan.half(*groups)))
 
 
 def flip_z(x: FloatArray, half: FloatArray) -> FloatArray:
     """Sum over the root of the sum of squares of [unit, feature] in every half-sample; 0 where nothing differs."""
     squares = half @ np.square(x)
     return np.divide(half @ x, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)
-
-
-def contrast_z(x: FloatArray, is_gain: NDArray[np.bool_], half: FloatArray) -> FloatArray:
-    """Difference of group means over its permutation standard deviation in every half-sample; 0 where none varies."""
-    scale = np.abs(x).max(axis=0, initial=0.0)
-    x = x - x.mean(axis=0)  # the sums of squares below lose no digits to a common mean
-    x[np.abs(x) <= ROUNDING * scale] = 0.0
-    n_gain, n = half[:, is_gain].sum(axis=1)[:, None], half.sum(axis=1)[:, None]
-    gain_sum, total = half[:, is_gain] @ x[is_gain], half @ x
-    n_loss = n - n_gain
-    # Permutation variance of a difference of means: sample variance of all units times 1 / n_gain + 1 / n_loss.
-    variance = (half @ np.square(x) - np.square(total) / np.maximum(n, 1)) / np.maximum(n - 1, 1)
-    variance *= n / np.maximum(n_gain * n_loss, 1)
-    difference = gain_sum / np.maximum(n_gain, 1) - (total - gain_sum) / np.maximum(n_loss, 1)
-    usable = (n_gain > 0) & (n_loss > 0) & (variance > ROUNDING * np.square(scale))
-    z: FloatArray = np.divide(difference, np.sqrt(np.abs(variance)), out=np.zeros_like(variance), where=usable)
-    return z
 
 
 def conjunction_order(z: FloatArray, u: int, combine: str) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Tasks and their roles, greedy correctness, and the discordant prompts of each task in either half of the split."""
+"""Tasks and their roles, greedy correctness, and the prompts of each task by outcome in a part of the split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SPLIT, SPLITS, TASK
+from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SELECTION, SPLIT, TASK, VERIFICATION
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.toolkit.statistics.core.coordinates import in_split
@@ -33,14 +33,21 @@ class TaskRoles:
 
 @dataclass(frozen=True)
 class TaskPrompts:
-    """Indices of one task's prompts in one half of the split; gains and losses are the discordant ones."""
+    """Indices of one task's prompts in one part of the split; gains and losses are the discordant ones."""
 
     gain: IntArray
     """Base wrong, target right."""
     loss: IntArray
     """Base right, target wrong."""
+    kept: IntArray
+    """Both right."""
     every: IntArray
     """All, whatever the outcome."""
+
+    def __or__(self, other: TaskPrompts) -> TaskPrompts:
+        """The prompts of two parts of the split together."""
+        pairs = ((self.gain, other.gain), (self.loss, other.loss), (self.kept, other.kept), (self.every, other.every))
+        return TaskPrompts(*(np.union1d(*pair) for pair in pairs))
 
 
 def assign_roles(
@@ -92,26 +99,27 @@ def greedy_correctness(features: xr.Dataset, outcomes: xr.Dataset, models: list[
 
 
 def prompts_by_task(roles: TaskRoles, correct: IntArray, inside: NDArray[np.bool_]) -> dict[str, TaskPrompts]:
-    """Gains, losses and all prompts of each task among those ``inside``; ``correct`` is [base, target][prompt]."""
+    """Prompts of each task by outcome, among those ``inside``; ``correct`` is [base, target][prompt]."""
     prompts = {}
     for task in roles.tasks:
         of_task = inside & (roles.of_prompt == task)
         gain = of_task & (correct[0] == 0) & (correct[1] == 1)
         loss = of_task & (correct[0] == 1) & (correct[1] == 0)
-        prompts[task] = TaskPrompts(np.flatnonzero(gain), np.flatnonzero(loss), np.flatnonzero(of_task))
+        kept = of_task & (correct[0] == 1) & (correct[1] == 1)
+        prompts[task] = TaskPrompts(*(np.flatnonzero(part) for part in (gain, loss, kept, of_task)))
     return prompts
 
 
 def shared_clusters(features: xr.Dataset, codes: IntArray | None) -> int:
-    """Number of clusters with prompts in both halves of the split, where confirmation depends on selection."""
+    """Number of clusters with selection and verification prompts, where confirmation depends on selection."""
     if codes is None:
         return 0
-    selection, verification = (set(codes[in_split(features, split)].tolist()) for split in SPLITS)
+    selection, verification = (set(codes[in_split(features, split)].tolist()) for split in (SELECTION, VERIFICATION))
     return len(selection & verification)
 
 
 def split_hash(features: xr.Dataset) -> str:
-    """Content hash of which prompts are in which half of the split, whatever their order."""
+    """Content hash of which prompts are in which part of the split, whatever their order."""
     prompts = np.asarray(features[PROMPT].values).astype(np.str_)
     split = np.asarray(features[SPLIT].values).astype(np.str_)
     return content_hash({str(name): sorted(map(str, prompts[split == name])) for name in sorted(set(split))})
