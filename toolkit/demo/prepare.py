@@ -155,7 +155,9 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
         selection=SelectionSpec(
             held_out_tasks=HELD_OUT, control_tasks=(CONTROL,), min_discordant=5 if mini else 20, max_features=50
         ),
-        intervention=InterventionSpec(n_controls=19 if mini else 99, max_prompts=32 if mini else 224),
+        intervention=InterventionSpec(
+            n_controls=19 if mini else 99, max_prompts=32 if mini else 224, accept_undecidable=mini
+        ),
     )
 
 

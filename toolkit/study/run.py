@@ -18,6 +18,7 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, open_for_run
 from rlgen_stats.toolkit.study.spec_checks import check_stages
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
+from rlgen_stats.toolkit.trial.plan import check_size
 
 PARALLEL_STAGE: Final = "crosscoder"
 """The stage that several processes (torchrun) may run together."""
@@ -75,6 +76,8 @@ def run_study(
     study.folder.stages.mkdir(parents=True, exist_ok=True)
     for stage in plan:
         study.key(stage.name)  # hashes the files the stage reads: one that is missing is named before anything runs
+    if any(stage.name == "intervene" and study.state(stage.name) != "done" for stage in plan):
+        check_size(study.spec, study.folder)
     with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
         _run_plan(study, plan, progress)
         done = [study]

@@ -155,7 +155,7 @@ STAGES: Final = (
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=4,
+        version=5,
     ),
     Stage(
         "report",

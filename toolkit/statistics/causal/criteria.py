@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from math import nan
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.isotonic import IsotonicRegression
+from statsmodels.stats.proportion import proportion_confint
 
+from rlgen_stats.toolkit.statistics.causal.agreement import UNLIKE, Agreement, agreement_of, kinds_of_endings
+from rlgen_stats.toolkit.statistics.causal.findings import Check, Finding
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OUTCOME_CLASSES,
     Direction,
     Floats,
     OutcomeTable,
     PairedEffect,
-    class_shares,
     paired_effect,
 )
-from rlgen_stats.toolkit.statistics.kernels import adjust, dictionaries_needed, same_direction
+from rlgen_stats.toolkit.statistics.kernels import adjust, bounded_interval, dictionaries_needed, same_direction
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
 """Accuracy change that the interval must exclude before an effect counts (docs/method.md 4d, V1)."""
+AS_MUCH: Final = 0.5
+"""A random set with at least this share of the set's effect does as much as the set."""
+MANY_RANDOM: Final = 0.25
+"""Shown to be exceeded by the share of random sets that do as much, the effect is not specific to the set."""
+MIN_DOSES: Final = 3
+"""Doses strictly between no edit and the main one that a dose response is tested on, both end points left out."""
+MIN_ACCURACY: Final = 0.2
+"""Unedited accuracy below which an unrelated task has nothing to lose and says nothing about side effects."""
 NEUTRAL_KL: Final = 0.1
 """Nats per token on neutral text called harmless: perplexity changes by at most 10%."""
 RANDOM_QUANTILE: Final = 0.95
 """A larger divergence on neutral text is still harmless below this quantile of the matched random sets."""
+MIN_CLOSED: Final = 0.1
+"""Share of the way to the other model that an edit must be shown to go, in divergence and in agreement prompt by
+prompt: damage that hits hard prompts first goes a little of it too."""
 NEW_FAILURE_SHARE: Final = 0.5
 """If failures that neither model shows make up more than half of the effect, the edit broke the model."""
 NOOP_CHANGE: Final = 0.05
@@ -63,31 +77,39 @@ class Settings:
 
 @dataclass(frozen=True)
 class Criterion:
-    """Whether one of V1 to V6 holds, and what speaks for or against it."""
+    """Whether one of V1 to V6 holds, and the rows that speak for or against it."""
 
     passed: bool
-    reasons: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
-def _paired(differences: Floats, clusters: NDArray[np.str_], settings: Settings) -> PairedEffect:
-    """Paired effects at the declared level, with the declared sign flips."""
+def _paired(
+    differences: Floats,
+    clusters: NDArray[np.str_],
+    settings: Settings,
+    *,
+    alpha: float | None = None,
+    limit: float = 1.0,
+) -> PairedEffect:
+    """Paired effects at the declared level, or another, with the declared sign flips."""
     return paired_effect(
-        differences, clusters, alpha=settings.alpha, seed=settings.seed, n_resamples=settings.n_resamples
+        differences,
+        clusters,
+        alpha=settings.alpha if alpha is None else alpha,
+        seed=settings.seed,
+        n_resamples=settings.n_resamples,
+        limit=limit,
     )
 
 
-def interval(
-    table: OutcomeTable, settings: Settings, condition: int, mask: NDArray[np.bool_], alpha: float
-) -> tuple[float, float]:
-    """Interval at level 1 - alpha of one arm's effect on the masked prompts."""
-    column = table.change(mask)[..., [condition]]
-    effect = paired_effect(
-        column, table.cluster[mask], alpha=alpha, seed=settings.seed, n_resamples=settings.n_resamples
-    )
-    return float(effect.low[0]), float(effect.high[0])
+def _row(check: Check, effect: PairedEffect, passed: bool | None, i: int = 0, **numbers: float) -> Finding:
+    """A row of one effect's numbers."""
+    low, high, p = float(effect.low[i]), float(effect.high[i]), float(effect.p_value[i])
+    known: dict[str, Any] = {"statistic": float(effect.mean[i]), "low": low, "high": high, "p_value": p}
+    return Finding(check=check, passed=passed, **known | numbers)
 
 
-# -- V1, V2
+# -- V1
 
 
 def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Criterion:
@@ -95,16 +117,38 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     i = table.chosen
     bound = effects.low[i] if table.sign > 0 else -effects.high[i]
     passed = bool(effects.p_value[i] <= settings.alpha and bound > MIN_EFFECT)
-    text = f"{effects.mean[i]:+.3f} [{effects.low[i]:+.3f}, {effects.high[i]:+.3f}], p={effects.p_value[i]:.3g}"
-    reasons = [f"v1_effect: {text}"]
+    findings = [_row(Check.V1_EFFECT, effects, passed, i, bound=table.sign * MIN_EFFECT)]
     each = table.change(table.target)[:, :, i].mean(axis=1)
-    if len(each) > 1 and each.any() and not same_direction(each, effects.mean[i]):
-        passed = False
-        reasons.append(f"v1_dictionaries: they disagree on the direction, {', '.join(f'{one:+.3f}' for one in each)}")
+    if len(each) > 1 and each.any():
+        agree = bool(same_direction(each, effects.mean[i]))
+        passed = passed and agree
+        alike = int((np.sign(each) == np.sign(effects.mean[i])).sum())
+        words = ", ".join(f"{one:+.3f}" for one in each)
+        findings.append(
+            Finding(
+                check=Check.V1_DICTIONARIES,
+                passed=agree,
+                statistic=alike,
+                bound=dictionaries_needed(len(each)),
+                n=len(each),
+                detail=words,
+            )
+        )
     opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
     if effects.p_value[i] <= settings.alpha and opposite < 0:
-        reasons.append(f"v1_opposite: accuracy changed against the prediction of '{table.direction}'")
-    return Criterion(passed, tuple(reasons))
+        findings.append(_row(Check.V1_OPPOSITE, effects, False, i))
+    return Criterion(passed, tuple(findings))
+
+
+def no_effect(table: OutcomeTable, settings: Settings) -> Criterion:
+    """Equivalence to zero on target prompts: two one-sided tests, as the interval of level 1 - 2 alpha."""
+    change = table.change(table.target)[..., [table.chosen]]
+    effect = _paired(change, table.cluster[table.target], settings, alpha=2 * settings.alpha)
+    inside = bool(-settings.margin < effect.low[0] and effect.high[0] < settings.margin)
+    return Criterion(inside, (_row(Check.NO_EFFECT, effect, inside, bound=settings.margin),))
+
+
+# -- V2
 
 
 def is_futile(n_as_large: int, n_planned: int, alpha: float) -> bool:
@@ -174,26 +218,70 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
     the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact.
     """
     random = table.where("random")
-    flags = tuple(f"v2_controls: {flag}" for flag in settings.control_flags)
+    controls = Finding(
+        check=Check.V2_CONTROLS,
+        passed=settings.comparable and not settings.control_flags,
+        detail=", ".join(settings.control_flags) or ("comparable" if settings.comparable else "not comparable"),
+    )
     if settings.ranks:
         rank_p = combined_rank_p(settings.ranks)
-        each = ", ".join(f"{p:.3g}" for p in settings.ranks)
-        text = f"v2_specificity: p={rank_p:.3g}, combined from the rank p of each dictionary: {each}"
-        return Criterion(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
+        each = ", combined over dictionaries: " + ", ".join(f"{p:.3g}" for p in settings.ranks)
+        passed = bool(rank_p <= settings.alpha and settings.comparable)
+        known = {"p_value": rank_p, "bound": settings.alpha, "n": settings.n_planned}
+        row = Finding(check=Check.V2_RANK, passed=None if np.isnan(rank_p) else passed, detail=each, **known)
+        return Criterion(passed, (row, controls)), rank_p
     if not len(random):
-        return Criterion(False, (*flags, "v2_no_controls: no random sets")), float("nan")
+        return Criterion(False, (Finding(check=Check.V2_RANK, passed=None), controls)), nan
     signed = table.sign * effects.mean
     n_as_large = int((signed[random] >= signed[table.chosen] - TIE_SLACK).sum())
     stopped = len(random) < settings.n_planned
     rank_p = n_as_large / len(random) if stopped and n_as_large else (1 + n_as_large) / (len(random) + 1)
-    text = (
-        f"v2_specificity: rank p={rank_p:.3g} among {len(random)} random sets, whose effects are "
-        f"{effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
-    )
+    detail = f", whose effects are {effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
     if stopped:
-        first = f"{n_as_large} of the first {len(random)} of {settings.n_planned} sets"
-        flags += (f"v2_stopped: {first} had at least as large an effect",)
-    return Criterion(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
+        detail += f", stopped at {len(random)} of {settings.n_planned}: {n_as_large} had at least as large an effect"
+    passed = bool(rank_p <= settings.alpha and settings.comparable)
+    row = Finding(
+        check=Check.V2_RANK,
+        passed=passed,
+        statistic=n_as_large,
+        p_value=rank_p,
+        bound=settings.alpha,
+        n=len(random),
+        detail=detail,
+    )
+    return Criterion(passed, (row, controls)), rank_p
+
+
+def random_sets_do_as_much(table: OutcomeTable, settings: Settings) -> Criterion:
+    """Whether many random sets have at least half of the set's effect, and the set's effect thus is nothing special.
+
+    The share with its exact interval (Clopper and Pearson) must exceed ``MANY_RANDOM``; of several dictionaries' sets
+    together, and in as many dictionaries as must agree.
+    """
+    counts = [_as_much(part) for part in table.parts or (table,)]
+    n_sets, n_as_much = (sum(column) for column in zip(*counts, strict=True))
+    if not n_sets:
+        return Criterion(False, (Finding(check=Check.V2_RANDOM_SETS, passed=None),))
+    low, high = proportion_confint(n_as_much, n_sets, alpha=2 * settings.alpha, method="beta")
+    agree = sum(k > MANY_RANDOM * n for n, k in counts) >= dictionaries_needed(len(counts))
+    row = Finding(
+        check=Check.V2_RANDOM_SETS,
+        passed=bool(low > MANY_RANDOM and agree),
+        statistic=n_as_much / n_sets,
+        low=low,
+        high=high,
+        bound=MANY_RANDOM,
+        n=n_sets,
+    )
+    return Criterion(bool(row.passed), (row,))
+
+
+def _as_much(table: OutcomeTable) -> tuple[int, int]:
+    """Random sets, and those of them with at least ``AS_MUCH`` of the set's effect."""
+    accuracy = table.sign * table.accuracy(table.target)
+    effects = accuracy - accuracy[table.unedited]
+    random = effects[table.where("random")]
+    return len(random), int((random >= AS_MUCH * effects[table.chosen] - TIE_SLACK).sum())
 
 
 def combined_rank_p(ranks: Sequence[float]) -> float:
@@ -242,23 +330,36 @@ def isotonic_fit(table: OutcomeTable) -> Floats:
 
 
 def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
-    """V3: accuracy rises with the dose: centred-rank contrast per prompt, and no significant step down."""
+    """V3: accuracy rises with the dose between no edit and the main one, and never significantly falls.
+
+    The contrast of centred ranks leaves both end points out, which V1 has compared already; its weights make it a
+    difference of two weighted means of accuracy.
+    """
     order, _ = dose_order(table)
-    if len(order) < 3:
-        return Criterion(False, ("v3_not_estimable: no dose between no edit and the main dose",))
-    per_prompt = table.per_prompt(table.target)[:, order]
-    ranks = np.arange(len(order)) - (len(order) - 1) / 2
-    columns = np.stack([np.tensordot(per_prompt, ranks, (1, 0)), *np.diff(per_prompt, axis=1).swapaxes(0, 1)], axis=-1)
-    effect = _paired(columns, table.cluster[table.target], settings)
-    down = np.where(effect.mean[1:] < 0, effect.p_value[1:], 1.0)
-    falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
+    within = [i for i in order if i not in (table.chosen, table.unedited)]
+    if len(within) < MIN_DOSES:
+        return Criterion(False, (Finding(check=Check.V3_DOSE, passed=None, n=len(within), bound=MIN_DOSES),))
+    per_prompt, clusters = table.per_prompt(table.target), table.cluster[table.target]
+    ranks = np.arange(len(within)) - (len(within) - 1) / 2
+    trend = _paired(
+        np.tensordot(per_prompt[:, within], ranks / ranks[ranks > 0].sum(), (1, 0))[..., None], clusters, settings
+    )
+    steps = _paired(np.diff(per_prompt[:, order], axis=1).transpose(0, 2, 1), clusters, settings)
+    down = np.where(steps.mean < 0, steps.p_value, 1.0)
+    deepest = int(np.argmin(down))
+    p_fall = min(1.0, float(down[deepest]) * len(down))  # Holm rejects any if it rejects the smallest
+    falls = p_fall <= settings.alpha
+    rises = bool(trend.p_value[0] <= settings.alpha and trend.mean[0] > 0)
     doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
-    rows = zip(doses, per_prompt.mean(axis=(0, 2)), isotonic_fit(table)[order], strict=True)
+    rows = zip(doses, per_prompt[:, order].mean(axis=(0, 2)), isotonic_fit(table)[order], strict=True)
     points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in rows)
-    reasons = [f"v3_dose: contrast p={effect.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
-    if falls:
-        reasons.append("v3_not_monotone: accuracy falls between two rising doses")
-    return Criterion(bool(effect.p_value[0] <= settings.alpha and effect.mean[0] > 0 and not falls), tuple(reasons))
+    return Criterion(
+        rises and not falls,
+        (
+            replace(_row(Check.V3_DOSE, trend, rises, n=len(within), bound=0.0), detail=points),
+            _row(Check.V3_FALL, steps, not falls, deepest, p_value=p_fall, bound=settings.alpha),
+        ),
+    )
 
 
 def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> NDArray[np.bool_]:
@@ -272,13 +373,17 @@ def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     return flagged
 
 
-def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
-    """One note a dose that :func:`over_steered` finds."""
-    shares = table.broken(table.target)
-    return tuple(
-        f"over_steering: dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} "
-        "broken completions"
-        for i in np.flatnonzero(over_steered(table, effects, settings))
+def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Finding, ...]:
+    """What :func:`over_steered` finds, where there are doses beyond the main one."""
+    if not dose_order(table)[1]:
+        return ()
+    shares, flagged = table.broken(table.target), np.flatnonzero(over_steered(table, effects, settings))
+    detail = ", ".join(
+        f"dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} broken completions"
+        for i in flagged
+    )
+    return (
+        Finding(check=Check.OVER_STEERING, passed=not len(flagged), statistic=len(flagged), bound=0, detail=detail),
     )
 
 
@@ -286,37 +391,51 @@ def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings
 
 
 def side_effects(table: OutcomeTable, settings: Settings) -> Criterion:
-    """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution."""
-    if not table.unrelated.any():
-        return Criterion(False, ("v4_not_estimable: no unrelated tasks; name some under selection.control_tasks",))
+    """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution.
+
+    Unrelated tasks that the unedited model rarely gets right (``MIN_ACCURACY``) have nothing to lose and say nothing
+    about accuracy.
+    """
     i, unedited = table.chosen, table.unedited
-    low, _ = interval(table, settings, i, table.unrelated, 2 * settings.alpha)  # one-sided at alpha
-    kept = low > -settings.margin
-    broken = table.broken(table.unrelated)
-    rise = float(broken[i] - broken[unedited])
-    length = table.n_tokens[:, table.unrelated].mean(axis=(1, 2))
+    spared = {task: table.accuracy(table.task == task)[unedited] for task in np.unique(table.task[table.unrelated])}
+    mute = {str(task): accuracy for task, accuracy in spared.items() if accuracy < MIN_ACCURACY}
+    counted = table.unrelated & ~np.isin(table.task, list(mute))
+    findings = [_kept(table, settings, counted)]
+    if mute:
+        worst = max(mute.values())
+        names = ", ".join(mute)
+        findings.append(Finding(check=Check.V4_TASKS, passed=False, statistic=worst, bound=MIN_ACCURACY, detail=names))
+    if table.unrelated.any():
+        broken = table.broken(table.unrelated)
+        rise = float(broken[i] - broken[unedited])
+        held = rise <= settings.margin
+        findings.append(Finding(check=Check.V4_FORMAT, passed=held, statistic=rise, bound=settings.margin))
+        length = table.n_tokens[:, table.unrelated].mean(axis=(1, 2))
+        findings.append(Finding(check=Check.V4_LENGTH, passed=True, statistic=length[i], bound=length[unedited]))
     kl = float(table.neutral_kl[i])
     random = table.neutral_kl[table.where("random")]
     random = random[np.isfinite(random)]
     limit = max(NEUTRAL_KL, float(np.quantile(random, RANDOM_QUANTILE)) if len(random) else 0.0)
-    text_unchanged = bool(kl <= limit)
-    n = int(table.unrelated.sum())
-    reasons = (
-        f"v4_{'kept' if kept else 'not_shown'}: accuracy on {n} unrelated prompts changes by no less than {low:+.3f} "
-        f"(margin {settings.margin})",
-        f"v4_format: broken completions on unrelated tasks {rise:+.1%}",
-        f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})"
-        if np.isfinite(kl)
-        else "v4_neutral_kl_not_estimable: the prompts have no text before their last token",
-        f"v4_length: completions on unrelated tasks {length[unedited]:.1f} -> {length[i]:.1f} tokens, reported only",
-    )
-    return Criterion(bool(kept and rise <= settings.margin and text_unchanged), reasons)
+    unchanged = kl <= limit if np.isfinite(kl) else None
+    findings.append(Finding(check=Check.V4_NEUTRAL_KL, passed=unchanged, statistic=kl, bound=limit))
+    needed = (row for row in findings if row.check is not Check.V4_TASKS)
+    return Criterion(all(row.passed for row in needed), tuple(findings))
 
 
-# -- V5, V6
+def _kept(table: OutcomeTable, settings: Settings, counted: NDArray[np.bool_]) -> Finding:
+    """Non-inferiority of accuracy on the unrelated prompts that count, one-sided at alpha."""
+    if not counted.any():
+        return Finding(check=Check.V4_ACCURACY, passed=None, bound=-settings.margin, n=0)
+    change = table.change(counted)[..., [table.chosen]]
+    effect = _paired(change, table.cluster[counted], settings, alpha=2 * settings.alpha)
+    kept = bool(effect.low[0] > -settings.margin)
+    return _row(Check.V4_ACCURACY, effect, kept, bound=-settings.margin, n=int(counted.sum()))
 
 
-def replication(table: OutcomeTable, settings: Settings) -> str:
+# -- V5
+
+
+def replication(table: OutcomeTable, settings: Settings) -> tuple[Finding, ...]:
     """V5: in how many target tasks, and in how many dictionaries, the effect appears on its own.
 
     Holm-adjusted over tasks, and over dictionaries.
@@ -324,13 +443,16 @@ def replication(table: OutcomeTable, settings: Settings) -> str:
     change, tasks = table.change(table.target)[..., [table.chosen]], table.task[table.target]
     alone = {str(task): change[:, tasks == task] for task in np.unique(tasks)}
     clusters = {task: table.cluster[table.target & (table.task == task)] for task in alone}
-    words = _shown_in(table, settings, alone, clusters, "tasks on their own (Holm)")
-    if table.n_dictionaries < 2:
-        return f"{words}. One dictionary: not replicated in another"
-    numbers = [n for n in range(1, table.n_dictionaries + len(settings.missing) + 1) if n not in settings.missing]
-    each = {f"dictionary {number}": of_one for number, of_one in zip(numbers, change, strict=True)}
-    everywhere = dict.fromkeys(each, table.cluster[table.target])
-    return f"{words}. {_shown_in(table, settings, each, everywhere, 'dictionaries on their own (Holm)')}"
+    findings = [_shown_in(table, settings, alone, clusters, Check.V5_TASKS)]
+    if table.n_dictionaries + len(settings.missing) > 1:
+        numbers = [n for n in range(1, table.n_dictionaries + len(settings.missing) + 1) if n not in settings.missing]
+        each = {f"dictionary {number}": of_one for number, of_one in zip(numbers, change, strict=True)}
+        everywhere = dict.fromkeys(each, table.cluster[table.target])
+        row = _shown_in(table, settings, each, everywhere, Check.V5_DICTIONARIES)
+        lacking = ", ".join(f"dictionary {number} has no set" for number in settings.missing)
+        detail = f"{row.detail}, {lacking}" if lacking else row.detail
+        findings.append(replace(row, passed=bool(row.passed and not settings.missing), detail=detail))
+    return tuple(findings)
 
 
 def _shown_in(
@@ -338,89 +460,172 @@ def _shown_in(
     settings: Settings,
     changes: dict[str, Floats],
     clusters: dict[str, NDArray[np.str_]],
-    what: str,
-) -> str:
+    check: Check,
+) -> Finding:
     """In how many places the set's effect is significant and as predicted, from its changes of accuracy there."""
     effects = [_paired(change, clusters[place], settings) for place, change in changes.items()]
     adjusted = np.atleast_1d(np.asarray(adjust(np.array([float(e.p_value[0]) for e in effects]), method="holm")))
     means = [float(effect.mean[0]) for effect in effects]
     n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
     every = ", ".join(f"{place} {m:+.3f}" for place, m in zip(changes, means, strict=True))
-    return f"{n_shown} of {len(changes)} {what}: {every}"
+    return Finding(check=check, passed=n_shown == len(changes), statistic=n_shown, n=len(changes), detail=every)
 
 
-def failure_mode_match(table: OutcomeTable, settings: Settings) -> tuple[Criterion, bool]:
-    """V6: the edited model moves toward the other model, in distribution and in how it fails; and whether it broke.
+# -- V6
 
-    Of several dictionaries, as a whole and in as many as must agree.
+
+@dataclass(frozen=True)
+class FailureMode:
+    """V6, and what is shown against it."""
+
+    criterion: Criterion
+    broke: bool
+    """Whether failures that neither model shows are shown to make up most of the effect."""
+    away: bool
+    """Whether the edited model is shown not to move toward the other one."""
+
+
+def failure_mode_match(table: OutcomeTable, settings: Settings) -> FailureMode:
+    """V6: the edited model moves toward the other model, in distribution and prompt by prompt, and does not break.
+
+    Of several dictionaries, as a whole, with the estimates of as many as must agree on the same side.
     """
-    whole, broke = _failure_mode(table, settings)
+    whole = _failure_mode(table, settings)
     if not table.parts:
-        return whole, broke
-    each = [_failure_mode(part, settings) for part in table.parts]
-    n_match, n_broke = sum(one.passed for one, _ in each), sum(breaks for _, breaks in each)
+        return whole
+    each = [_failure_mode(part, settings).criterion.findings for part in table.parts]
     needed = dictionaries_needed(len(each))
-    text = f"v6_dictionaries: it holds in {n_match} of {len(each)}, and {n_broke} break the model"
-    passed = whole.passed and n_match >= needed
-    return Criterion(passed, (*whole.reasons, text)), broke or n_broke > len(each) - needed
-
-
-def _failure_mode(table: OutcomeTable, settings: Settings) -> tuple[Criterion, bool]:
-    i, unedited, target = table.chosen, table.unedited, table.target
-    kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
-    paired = target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
-    reasons, nearer = [], False
-    if paired.any():
-        effect = _paired((kl[i] - kl[unedited])[paired][:, None], table.cluster[paired], settings)
-        nearer = bool(effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha)
-        reasons.append(
-            f"v6_kl: divergence from the other model {kl[unedited][paired].mean():.3f} -> {kl[i][paired].mean():.3f} "
-            f"nats, p={effect.p_value[0]:.3g}"
-        )
-    else:
-        reasons.append("v6_kl_not_estimable: no divergences")
-    other = class_shares(table.other_ending[target])
-    before, after = (class_shares(table.ending[c][target]) for c in (unedited, i))
-    # Total variation: the share of completions that would have to end otherwise.
-    distance = [0.5 * float(np.abs(shares - other).sum()) for shares in (before, after)]
-    excess = np.maximum(after - np.maximum(before, other), 0.0)[1:]  # every ending but 'right'
-    new = float(excess.sum())
-    broke = new > NEW_FAILURE_SHARE * abs(float(table.change(target)[..., i].mean()))
-    worst = OUTCOME_CLASSES[1 + int(np.argmax(excess))] if new > 0 else "none"
-    reasons.append(
-        f"v6_endings: distance to the other model {distance[0]:.3f} -> {distance[1]:.3f}, "
-        f"{new:.1%} new failures (most: {worst})"
+    n_match, n_new = sum(map(_meets, each)), sum(not _row_of(one, Check.V6_NEW_FAILURES).passed for one in each)
+    row = Finding(check=Check.V6_DICTIONARIES, passed=n_match >= needed, statistic=n_match, bound=needed, n=len(each))
+    criterion = Criterion(whole.criterion.passed and n_match >= needed, (*whole.criterion.findings, row))
+    return FailureMode(
+        criterion, broke=whole.broke and n_new >= needed, away=whole.away and len(each) - n_match >= needed
     )
-    return Criterion(bool(nearer and distance[1] < distance[0] and not broke), tuple(reasons)), broke
+
+
+def _meets(findings: tuple[Finding, ...]) -> bool:
+    """Whether the estimates of one dictionary are on the side of V6, significant or not."""
+    shares = (_row_of(findings, check) for check in (Check.V6_KL, Check.V6_AGREEMENT))
+    return all(row.statistic > row.bound for row in shares) and bool(_row_of(findings, Check.V6_NEW_FAILURES).passed)
+
+
+def _row_of(findings: tuple[Finding, ...], check: Check) -> Finding:
+    return next(finding for finding in findings if finding.check is check)
+
+
+def _failure_mode(table: OutcomeTable, settings: Settings) -> FailureMode:
+    closer, recedes = _divergence_closed(table, settings)
+    agreed, disagrees = _agreement(table, settings)
+    new, broke = _new_failures(table, settings)
+    passed = bool(closer.passed and agreed[0].passed and new.passed)
+    return FailureMode(Criterion(passed, (closer, *agreed, new)), broke, recedes or disagrees)
+
+
+def _divergence_closed(table: OutcomeTable, settings: Settings) -> tuple[Finding, bool]:
+    """Whether the edit closes a share of the divergence from the other model; and whether it is shown not to."""
+    i, unedited = table.chosen, table.unedited
+    kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
+    paired = table.target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
+    before, after = kl[unedited][paired], kl[i][paired]
+    if not paired.any() or before.mean() <= 0:
+        return Finding(check=Check.V6_KL, passed=None, bound=MIN_CLOSED), False
+    short = (after - (1 - MIN_CLOSED) * before)[:, None]
+    effect = _paired(short, table.cluster[paired], settings, limit=np.inf)
+    shown = bool(effect.p_value[0] <= settings.alpha)
+    row = _row(
+        Check.V6_KL,
+        effect,
+        bool(shown and effect.mean[0] < 0),
+        statistic=1 - float(after.mean() / before.mean()),
+        low=MIN_CLOSED - float(effect.high[0] / before.mean()),
+        high=MIN_CLOSED - float(effect.low[0] / before.mean()),
+        bound=MIN_CLOSED,
+        n=int(paired.sum()),
+    )
+    return row, bool(shown and effect.mean[0] > 0)
+
+
+def _agreement(table: OutcomeTable, settings: Settings) -> tuple[tuple[Finding, ...], bool]:
+    """Whether completions that changed became the other model's beyond chance; and whether they are shown not to have.
+
+    Being right less in agreement than chance, even if endings and words agree, is no move toward the other model.
+    """
+    agreement: Agreement = agreement_of(table)
+    if not len(agreement.prompts) or agreement.attainable.mean() <= 0:
+        return (Finding(check=Check.V6_AGREEMENT, passed=None, bound=MIN_CLOSED, n=len(agreement.prompts)),), False
+    clusters, attainable = table.cluster[agreement.prompts], float(agreement.attainable.mean())
+    enough = _paired((agreement.mean - MIN_CLOSED * agreement.attainable)[:, None], clusters, settings, limit=1.1)
+    aspects = {name: _paired(values[:, None], clusters, settings) for name, values in agreement.beyond_chance.items()}
+    shown = bool(enough.p_value[0] <= settings.alpha)
+    opposite = bool(aspects["outcome"].mean[0] < 0 and aspects["outcome"].p_value[0] <= settings.alpha)
+    beyond = _paired(agreement.mean[:, None], clusters, settings)
+    row = _row(
+        Check.V6_AGREEMENT,
+        beyond,
+        bool(shown and enough.mean[0] > 0 and not opposite),
+        statistic=float(beyond.mean[0]) / attainable,
+        bound=MIN_CLOSED,
+        p_value=float(enough.p_value[0]),
+        n=len(agreement.prompts),
+    )
+    checks = {"outcome": Check.V6_OUTCOME, "ending": Check.V6_ENDING, "text": Check.V6_TEXT}
+    parts = [
+        _row(checks[name], effect, not (effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha))
+        for name, effect in aspects.items()
+    ]
+    return (row, *parts), opposite or bool(shown and enough.mean[0] < 0)
+
+
+def _new_failures(table: OutcomeTable, settings: Settings) -> tuple[Finding, bool]:
+    """Failing endings that are more frequent than in either model; and whether they are shown to be most of the effect.
+
+    Their excess over the model that has more of an ending, minus ``NEW_FAILURE_SHARE`` of the effect, is a mean over
+    prompts, whose interval decides.
+    """
+    target, n_classes = table.target, UNLIKE + 1
+    before, after = kinds_of_endings(table)
+    models = (before, after, table.other_ending)
+    shares = [np.bincount(one[target].ravel(), minlength=n_classes) / one[target].size for one in models]
+    excess = np.maximum(shares[1] - np.maximum(shares[0], shares[2]), 0.0)
+    excess[0] = 0.0  # being right is no failure
+    effect = table.change(target)[..., table.chosen].mean(axis=0)
+    beyond = -NEW_FAILURE_SHARE * np.sign(effect.mean()) * effect
+    for ending in np.flatnonzero(excess):
+        more = before if shares[0][ending] >= shares[2][ending] else table.other_ending
+        beyond += ((after == ending).mean(axis=1) - (more == ending).mean(axis=1))[target]
+    limit = 1 + NEW_FAILURE_SHARE
+    _, low, high = bounded_interval(beyond[:, None], table.cluster[target], alpha=2 * settings.alpha, limit=limit)
+    names = (*OUTCOME_CLASSES, "no_answer of a new kind")
+    row = Finding(
+        check=Check.V6_NEW_FAILURES,
+        passed=bool(beyond.mean() <= TIE_SLACK),
+        statistic=excess.sum(),
+        low=low[0],
+        high=high[0],
+        bound=NEW_FAILURE_SHARE * abs(effect.mean()),
+        detail=names[int(np.argmax(excess))] if excess.any() else "none",
+    )
+    return row, bool(low[0] > 0)
 
 
 # -- notes
 
 
-def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
-    """A warning if other seeds alone already change accuracy."""
-    fresh = table.index("fresh")
-    if fresh is not None and effects.p_value[fresh] <= settings.alpha:
-        return (f"fresh_differs: other seeds alone change accuracy by {effects.mean[fresh]:+.3f}",)
-    return ()
+def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Finding, ...]:
+    """Whether other seeds alone change accuracy."""
+    i = table.index("fresh")
+    return () if i is None else (_row(Check.FRESH, effects, bool(effects.p_value[i] > settings.alpha), i),)
 
 
-def baselines(table: OutcomeTable, settings: Settings) -> tuple[str, ...]:
+def baselines(table: OutcomeTable, settings: Settings) -> tuple[Finding, ...]:
     """Whether the set beats one mean-shift vector and a random vector of equal norm, paired over prompts."""
-    notes = []
+    findings = []
     per_prompt = table.per_prompt(table.target)
-    for kind in ("steering", "random_direction"):
+    for kind, check in (("steering", Check.STEERING), ("random_direction", Check.RANDOM_DIRECTION)):
         i = table.index(kind)
         if i is None:
             continue
-        effect = _paired(
-            table.sign * (per_prompt[:, table.chosen] - per_prompt[:, i])[..., None],
-            table.cluster[table.target],
-            settings,
-        )
-        beats = bool(effect.mean[0] > 0 and effect.p_value[0] <= settings.alpha)
-        notes.append(
-            f"{'beats' if beats else 'does_not_beat'}_{kind}: set minus {kind.replace('_', ' ')} "
-            f"{effect.mean[0]:+.3f} [{effect.low[0]:+.3f}, {effect.high[0]:+.3f}], p={effect.p_value[0]:.3g}"
-        )
-    return tuple(notes)
+        lead = table.sign * (per_prompt[:, table.chosen] - per_prompt[:, i])[..., None]
+        effect = _paired(lead, table.cluster[table.target], settings)
+        findings.append(_row(check, effect, bool(effect.mean[0] > 0 and effect.p_value[0] <= settings.alpha)))
+    return tuple(findings)

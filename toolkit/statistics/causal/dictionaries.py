@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, USABLE, comparable, unbalanced
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes, Texts
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, Together, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import judge
 
@@ -118,6 +118,11 @@ def _pool(outcomes: Sequence[DirectionOutcomes]) -> DirectionOutcomes:
         name: np.concatenate([getattr(part, name) for part in parts], axis=-1)
         for name in ("correct", "ending", "n_tokens", "other_ending")
     }
+    known = [part.texts for part in parts if part.texts is not None]
+    texts = None
+    if len(known) == len(parts):
+        sides = ([getattr(one, side) for one in known] for side in ("unedited", "edited", "other"))
+        texts = Texts(*(np.concatenate(side, axis=-1) for side in sides))
     means: dict[str, Any] = {
         name: np.mean([getattr(part, name) for part in parts], axis=0)
         for name in ("kl_to_base", "kl_to_rl", "neutral_kl")
@@ -128,7 +133,7 @@ def _pool(outcomes: Sequence[DirectionOutcomes]) -> DirectionOutcomes:
         for name in outcomes[0].divergences
     }
     return DirectionOutcomes(
-        table=replace(parts[0], parts=parts, **samples, **means),
+        table=replace(parts[0], parts=parts, texts=texts, **samples, **means),
         divergences=divergences,
         passthrough_changed=max(one.passthrough_changed for one in outcomes),
         non_finite=tuple(dict.fromkeys(name for one in outcomes for name in one.non_finite)),

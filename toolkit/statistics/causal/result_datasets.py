@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.toolkit.statistics.causal.controls import COVARIATES, MatchedControls
 from rlgen_stats.toolkit.statistics.causal.criteria import Settings
+from rlgen_stats.toolkit.statistics.causal.findings import NUMBERS, Check, State, as_columns
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     DIRECTIONS,
     N_RESAMPLES,
@@ -30,6 +31,7 @@ _PER_CONDITION: Final = (
     *("unrelated_accuracy", "unrelated_effect", "unrelated_low", "unrelated_high", "unrelated_broken"),
     "unrelated_length",
 )
+_TEXT: Final = ("verdict", "reasons", "decided_by", "v5", "kind", "criterion_state", "criterion_detail")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
     dataset = _empty(declared.tasks, names)
     dataset["reasons"][:] = "not_asked: not run"
     for one in outcomes:
-        _fill(dataset, one, _verdict(one, declared), declared.alpha)
+        verdict = judge(one.table, declared.settings(one.table.direction, noop_changed=one.passthrough_changed))
+        broken = (f"non_finite_logits: {', '.join(one.non_finite)}",) if one.non_finite else ()
+        _fill(dataset, one, verdict, (*verdict.reasons, *broken), declared.alpha)
     controls = declared.controls
     attributes = {
         **declared.attributes,
@@ -124,20 +128,11 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
     return _text(dataset).assign_attrs(attributes), _balance(controls, declared.no_controls)
 
 
-def _verdict(outcomes: DirectionOutcomes, declared: Declaration) -> Verdict:
-    table, changed = outcomes.table, outcomes.passthrough_changed
-    verdict = judge(table, declared.settings(table.direction, noop_changed=changed))
-    if outcomes.non_finite:
-        reason = f"non_finite_logits: {', '.join(outcomes.non_finite)}"
-        verdict = replace(verdict, reasons=(*verdict.reasons, reason))
-    return verdict
-
-
 def _empty(tasks: Sequence[str], conditions: Sequence[str]) -> xr.Dataset:
     """The layout with nothing known."""
     tasks = list(tasks) or ["none"]
     shape = (len(DIRECTIONS), len(conditions))
-    n_directions = len(DIRECTIONS)
+    n_directions, per_check = len(DIRECTIONS), ("direction", "criterion")
     return xr.Dataset(
         {name: (("direction", "condition"), np.full(shape, np.nan)) for name in _PER_CONDITION}
         | {"kind": (("direction", "condition"), np.full(shape, "absent", dtype="U16"))}
@@ -153,18 +148,27 @@ def _empty(tasks: Sequence[str], conditions: Sequence[str]) -> xr.Dataset:
             "reasons": ("direction", np.full(n_directions, "", dtype=object)),
             "v5": ("direction", np.full(n_directions, "", dtype=object)),
             "rank_p": ("direction", np.full(n_directions, np.nan)),
+            "decided_by": ("direction", np.full(n_directions, "", dtype=object)),
             "n_prompts": ("direction", np.zeros(n_directions, dtype=np.int64)),
+        }
+        | {f"criterion_{name}": (per_check, np.full((n_directions, len(Check)), np.nan)) for name in NUMBERS}
+        | {
+            "criterion_state": (per_check, np.full((n_directions, len(Check)), str(State.ABSENT), dtype=object)),
+            "criterion_detail": (per_check, np.full((n_directions, len(Check)), "", dtype=object)),
         },
         coords={
             "direction": list(DIRECTIONS),
             "condition": list(conditions),
             TASK: tasks,
             "class": list(OUTCOME_CLASSES),
+            "criterion": [str(check) for check in Check],
         },
     )
 
 
-def _fill(dataset: xr.Dataset, outcomes: DirectionOutcomes, verdict: Verdict, alpha: float) -> None:
+def _fill(
+    dataset: xr.Dataset, outcomes: DirectionOutcomes, verdict: Verdict, reasons: Sequence[str], alpha: float
+) -> None:
     """Put one direction into its places."""
     table = outcomes.table
     d = DIRECTIONS.index(table.direction)
@@ -178,10 +182,12 @@ def _fill(dataset: xr.Dataset, outcomes: DirectionOutcomes, verdict: Verdict, al
         mask = table.task == task
         dataset["task_accuracy"].values[d, columns, t] = table.accuracy(mask)
         dataset["task_effect"].values[d, columns, t] = table.change(mask).mean(axis=(0, 1))
+    for name, values in as_columns(verdict.findings).items():
+        dataset[name].values[d] = values
+    dataset["decided_by"].values[d] = str(verdict.decision)
     for name in ("verdict", "rank_p", "v1", "v2", "v3", "v4", "v5", "v6"):
         dataset[name].values[d] = getattr(verdict, name)
-    # Reasons are joined by semicolons, so that none may contain one.
-    dataset["reasons"].values[d] = "; ".join(reason.replace("; ", ", ") for reason in verdict.reasons)
+    dataset["reasons"].values[d] = "; ".join(reasons)
     dataset["n_prompts"].values[d] = int(table.target.sum())
 
 
@@ -224,7 +230,7 @@ def _side_effects(outcomes: DirectionOutcomes, alpha: float) -> dict[str, NDArra
 
 def _text(dataset: xr.Dataset) -> xr.Dataset:
     """Object text as fixed-width text."""
-    return dataset.assign({name: dataset[name].astype(np.str_) for name in ("verdict", "reasons", "v5", "kind")})
+    return dataset.assign({name: dataset[name].astype(np.str_) for name in _TEXT})
 
 
 def _balance(controls: MatchedControls | None, reason: str) -> xr.Dataset:
