@@ -372,7 +372,11 @@ def _outcomes(
         cluster=prompts.table[CLUSTER].to_numpy(dtype=np.str_),
         target=prompts.target,
         unrelated=prompts.unrelated,
-        texts=Texts(*(_cube([frame], "text", n)[0] for frame in (by_name["unedited"], by_name["set"], other))),
+        texts=Texts(
+            *(_cube([frame], "text", n)[0] for frame in (by_name["unedited"], by_name["set"], other)),
+            prompts=prompts.table[TEXT].to_numpy(dtype=np.object_),
+            neutral=prompts.neutral_texts or tuple(prompts.table[TEXT][prompts.unrelated | ~prompts.unrelated.any()]),
+        ),
     )
     return DirectionOutcomes(
         table=table,

@@ -90,7 +90,11 @@ def world(
         cluster=np.array([f"p{i}" for i in range(n)]),
         target=np.arange(n) < n_target,
         unrelated=np.arange(n) >= n_target,
-        texts=Texts(texts_of(endings[0]), texts_of(endings[3]), texts_of(other)),
+        texts=Texts(
+            *(texts_of(ending) for ending in (endings[0], endings[3], other)),
+            prompts=np.array([f"ask p{i}" for i in range(n)], dtype=object),
+            neutral=("plain words",),
+        ),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import nan
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +13,7 @@ from sklearn.isotonic import IsotonicRegression
 from statsmodels.stats.proportion import proportion_confint
 
 from rlgen_stats.toolkit.statistics.causal.agreement import UNLIKE, Agreement, agreement_of, kinds_of_endings
-from rlgen_stats.toolkit.statistics.causal.findings import Check, Finding
+from rlgen_stats.toolkit.statistics.causal.findings import Check, Finding, Findings
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OUTCOME_CLASSES,
     Direction,
@@ -23,6 +22,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     PairedEffect,
     paired_effect,
 )
+from rlgen_stats.toolkit.statistics.causal.telling_words import telling_words, with_any_of
 from rlgen_stats.toolkit.statistics.kernels import adjust, bounded_interval, dictionaries_needed, same_direction
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
@@ -40,6 +40,9 @@ NEUTRAL_KL: Final = 0.1
 """Nats per token on neutral text called harmless: perplexity changes by at most 10%."""
 RANDOM_QUANTILE: Final = 0.95
 """A larger divergence on neutral text is still harmless below this quantile of the matched random sets."""
+NOT_NEUTRAL: Final = 0.05
+"""Share of neutral texts that may hold words that go with where the two models differ: an edit that undoes what one of
+them learned changes such texts rightly, so that a divergence there is no side effect, nor is it shown to be none."""
 MIN_CLOSED: Final = 0.1
 """Share of the way to the other model that an edit must be shown to go, in divergence and in agreement prompt by
 prompt: damage that hits hard prompts first goes a little of it too."""
@@ -67,20 +70,14 @@ class Settings:
     """What the matching fell short of."""
     noop_changed: float = 0.0
     """Share of completions that the passthrough arm changed."""
+    non_finite: tuple[str, ...] = ()
+    """Arms in which some logits were not finite."""
     n_planned: int = 0
     """Random sets planned, where they were stopped by the :class:`FutilityRule`; 0: all were run."""
     ranks: tuple[float, ...] = ()
     """Rank p-values of the set in each dictionary, where outcomes of several are judged together."""
     missing: tuple[int, ...] = ()
     """Numbers of the dictionaries that have no set, where several are judged together."""
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """Whether one of V1 to V6 holds, and the rows that speak for or against it."""
-
-    passed: bool
-    findings: tuple[Finding, ...]
 
 
 def _paired(
@@ -109,10 +106,22 @@ def _row(check: Check, effect: PairedEffect, passed: bool | None, i: int = 0, **
     return Finding(check=check, passed=passed, **known | numbers)
 
 
+# -- the machinery
+
+
+def machinery(settings: Settings) -> Findings:
+    """Whether hooks that edit nothing change nothing, and logits were finite."""
+    changed, broken = settings.noop_changed, settings.non_finite
+    return (
+        Finding(check=Check.PASSTHROUGH, passed=changed <= NOOP_CHANGE, statistic=changed, bound=NOOP_CHANGE),
+        Finding(check=Check.NON_FINITE, passed=not broken, statistic=len(broken), bound=0, detail=", ".join(broken)),
+    )
+
+
 # -- V1
 
 
-def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Criterion:
+def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
     """V1: the set's arm differs from the unedited one as predicted, by more than MIN_EFFECT, in every dictionary."""
     i = table.chosen
     bound = effects.low[i] if table.sign > 0 else -effects.high[i]
@@ -121,7 +130,6 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     each = table.change(table.target)[:, :, i].mean(axis=1)
     if len(each) > 1 and each.any():
         agree = bool(same_direction(each, effects.mean[i]))
-        passed = passed and agree
         alike = int((np.sign(each) == np.sign(effects.mean[i])).sum())
         words = ", ".join(f"{one:+.3f}" for one in each)
         findings.append(
@@ -137,15 +145,15 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
     if effects.p_value[i] <= settings.alpha and opposite < 0:
         findings.append(_row(Check.V1_OPPOSITE, effects, False, i))
-    return Criterion(passed, tuple(findings))
+    return tuple(findings)
 
 
-def no_effect(table: OutcomeTable, settings: Settings) -> Criterion:
+def no_effect(table: OutcomeTable, settings: Settings) -> Findings:
     """Equivalence to zero on target prompts: two one-sided tests, as the interval of level 1 - 2 alpha."""
     change = table.change(table.target)[..., [table.chosen]]
     effect = _paired(change, table.cluster[table.target], settings, alpha=2 * settings.alpha)
     inside = bool(-settings.margin < effect.low[0] and effect.high[0] < settings.margin)
-    return Criterion(inside, (_row(Check.NO_EFFECT, effect, inside, bound=settings.margin),))
+    return (_row(Check.NO_EFFECT, effect, inside, bound=settings.margin),)
 
 
 # -- V2
@@ -211,27 +219,35 @@ class FutilityRule:
         )
 
 
-def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Criterion, float]:
-    """V2: rank of the set's effect among the random sets'.
+def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
+    """V2: rank of the set's effect among the random sets', and whether these match it.
 
     p = (1 + as large) / (1 + all) (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585); where the sets were stopped at
     the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact.
     """
-    random = table.where("random")
     controls = Finding(
         check=Check.V2_CONTROLS,
-        passed=settings.comparable and not settings.control_flags,
-        detail=", ".join(settings.control_flags) or ("comparable" if settings.comparable else "not comparable"),
+        passed=settings.comparable,
+        detail=", ".join(settings.control_flags) or ("" if settings.comparable else "not comparable"),
     )
-    if settings.ranks:
-        rank_p = combined_rank_p(settings.ranks)
-        each = ", combined over dictionaries: " + ", ".join(f"{p:.3g}" for p in settings.ranks)
-        passed = bool(rank_p <= settings.alpha and settings.comparable)
-        known = {"p_value": rank_p, "bound": settings.alpha, "n": settings.n_planned}
-        row = Finding(check=Check.V2_RANK, passed=None if np.isnan(rank_p) else passed, detail=each, **known)
-        return Criterion(passed, (row, controls)), rank_p
+    rank = _combined_rank(settings) if settings.ranks else _rank(table, effects, settings)
+    smallest = 1 / (max(len(table.where("random")), settings.n_planned) + 1)
+    known = np.isfinite(rank.p_value) and smallest <= settings.alpha
+    return replace(rank, passed=bool(rank.p_value <= settings.alpha) if known else None), controls
+
+
+def _combined_rank(settings: Settings) -> Finding:
+    each = ", combined over dictionaries: " + ", ".join(f"{p:.3g}" for p in settings.ranks)
+    p_value = combined_rank_p(settings.ranks)
+    return Finding(
+        check=Check.V2_RANK, passed=None, p_value=p_value, bound=settings.alpha, n=settings.n_planned, detail=each
+    )
+
+
+def _rank(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Finding:
+    random = table.where("random")
     if not len(random):
-        return Criterion(False, (Finding(check=Check.V2_RANK, passed=None), controls)), nan
+        return Finding(check=Check.V2_RANK, passed=None, bound=settings.alpha, n=0)
     signed = table.sign * effects.mean
     n_as_large = int((signed[random] >= signed[table.chosen] - TIE_SLACK).sum())
     stopped = len(random) < settings.n_planned
@@ -239,20 +255,18 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
     detail = f", whose effects are {effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
     if stopped:
         detail += f", stopped at {len(random)} of {settings.n_planned}: {n_as_large} had at least as large an effect"
-    passed = bool(rank_p <= settings.alpha and settings.comparable)
-    row = Finding(
+    return Finding(
         check=Check.V2_RANK,
-        passed=passed,
+        passed=None,
         statistic=n_as_large,
         p_value=rank_p,
         bound=settings.alpha,
         n=len(random),
         detail=detail,
     )
-    return Criterion(passed, (row, controls)), rank_p
 
 
-def random_sets_do_as_much(table: OutcomeTable, settings: Settings) -> Criterion:
+def random_sets_do_as_much(table: OutcomeTable, settings: Settings) -> Findings:
     """Whether many random sets have at least half of the set's effect, and the set's effect thus is nothing special.
 
     The share with its exact interval (Clopper and Pearson) must exceed ``MANY_RANDOM``; of several dictionaries' sets
@@ -261,7 +275,7 @@ def random_sets_do_as_much(table: OutcomeTable, settings: Settings) -> Criterion
     counts = [_as_much(part) for part in table.parts or (table,)]
     n_sets, n_as_much = (sum(column) for column in zip(*counts, strict=True))
     if not n_sets:
-        return Criterion(False, (Finding(check=Check.V2_RANDOM_SETS, passed=None),))
+        return (Finding(check=Check.V2_RANDOM_SETS, passed=None),)
     low, high = proportion_confint(n_as_much, n_sets, alpha=2 * settings.alpha, method="beta")
     agree = sum(k > MANY_RANDOM * n for n, k in counts) >= dictionaries_needed(len(counts))
     row = Finding(
@@ -273,7 +287,7 @@ def random_sets_do_as_much(table: OutcomeTable, settings: Settings) -> Criterion
         bound=MANY_RANDOM,
         n=n_sets,
     )
-    return Criterion(bool(row.passed), (row,))
+    return (row,)
 
 
 def _as_much(table: OutcomeTable) -> tuple[int, int]:
@@ -329,7 +343,7 @@ def isotonic_fit(table: OutcomeTable) -> Floats:
     return fitted
 
 
-def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
+def dose_response(table: OutcomeTable, settings: Settings) -> Findings:
     """V3: accuracy rises with the dose between no edit and the main one, and never significantly falls.
 
     The contrast of centred ranks leaves both end points out, which V1 has compared already; its weights make it a
@@ -338,7 +352,7 @@ def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
     order, _ = dose_order(table)
     within = [i for i in order if i not in (table.chosen, table.unedited)]
     if len(within) < MIN_DOSES:
-        return Criterion(False, (Finding(check=Check.V3_DOSE, passed=None, n=len(within), bound=MIN_DOSES),))
+        return (Finding(check=Check.V3_DOSE, passed=None, n=len(within), bound=MIN_DOSES),)
     per_prompt, clusters = table.per_prompt(table.target), table.cluster[table.target]
     ranks = np.arange(len(within)) - (len(within) - 1) / 2
     trend = _paired(
@@ -348,17 +362,13 @@ def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
     down = np.where(steps.mean < 0, steps.p_value, 1.0)
     deepest = int(np.argmin(down))
     p_fall = min(1.0, float(down[deepest]) * len(down))  # Holm rejects any if it rejects the smallest
-    falls = p_fall <= settings.alpha
     rises = bool(trend.p_value[0] <= settings.alpha and trend.mean[0] > 0)
     doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
     rows = zip(doses, per_prompt[:, order].mean(axis=(0, 2)), isotonic_fit(table)[order], strict=True)
     points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in rows)
-    return Criterion(
-        rises and not falls,
-        (
-            replace(_row(Check.V3_DOSE, trend, rises, n=len(within), bound=0.0), detail=points),
-            _row(Check.V3_FALL, steps, not falls, deepest, p_value=p_fall, bound=settings.alpha),
-        ),
+    return (
+        replace(_row(Check.V3_DOSE, trend, rises, n=len(within), bound=0.0), detail=points),
+        _row(Check.V3_FALL, steps, p_fall > settings.alpha, deepest, p_value=p_fall, bound=settings.alpha),
     )
 
 
@@ -373,7 +383,7 @@ def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     return flagged
 
 
-def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Finding, ...]:
+def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
     """What :func:`over_steered` finds, where there are doses beyond the main one."""
     if not dose_order(table)[1]:
         return ()
@@ -390,7 +400,7 @@ def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings
 # -- V4
 
 
-def side_effects(table: OutcomeTable, settings: Settings) -> Criterion:
+def side_effects(table: OutcomeTable, settings: Settings) -> Findings:
     """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution.
 
     Unrelated tasks that the unedited model rarely gets right (``MIN_ACCURACY``) have nothing to lose and say nothing
@@ -412,14 +422,26 @@ def side_effects(table: OutcomeTable, settings: Settings) -> Criterion:
         findings.append(Finding(check=Check.V4_FORMAT, passed=held, statistic=rise, bound=settings.margin))
         length = table.n_tokens[:, table.unrelated].mean(axis=(1, 2))
         findings.append(Finding(check=Check.V4_LENGTH, passed=True, statistic=length[i], bound=length[unedited]))
-    kl = float(table.neutral_kl[i])
+    return (*findings, *_neutral_text(table, settings))
+
+
+def _neutral_text(table: OutcomeTable, settings: Settings) -> Findings:
+    """Whether neutral text keeps its distribution; a large divergence decides only where the text is neutral."""
+    kl = float(table.neutral_kl[table.chosen])
     random = table.neutral_kl[table.where("random")]
     random = random[np.isfinite(random)]
     limit = max(NEUTRAL_KL, float(np.quantile(random, RANDOM_QUANTILE)) if len(random) else 0.0)
-    unchanged = kl <= limit if np.isfinite(kl) else None
-    findings.append(Finding(check=Check.V4_NEUTRAL_KL, passed=unchanged, statistic=kl, bound=limit))
-    needed = (row for row in findings if row.check is not Check.V4_TASKS)
-    return Criterion(all(row.passed for row in needed), tuple(findings))
+    neutral: tuple[Finding, ...] = ()
+    if table.texts is not None and table.texts.neutral:
+        differs = np.abs(table.correct[table.unedited] - table.other_correct).mean(axis=1)[table.target]
+        words = telling_words(table.texts.prompts[table.target], differs, alpha=settings.alpha)
+        share = with_any_of(table.texts.neutral, words)
+        row = Finding(check=Check.V4_NEUTRAL_TEXT, passed=share <= NOT_NEUTRAL, statistic=share, bound=NOT_NEUTRAL)
+        neutral = (replace(row, detail=", ".join(words) or "none"),)
+    unchanged: bool | None = kl <= limit
+    if not np.isfinite(kl) or (not unchanged and any(not row.passed for row in neutral)):
+        unchanged = None
+    return Finding(check=Check.V4_NEUTRAL_KL, passed=unchanged, statistic=kl, bound=limit), *neutral
 
 
 def _kept(table: OutcomeTable, settings: Settings, counted: NDArray[np.bool_]) -> Finding:
@@ -435,7 +457,7 @@ def _kept(table: OutcomeTable, settings: Settings, counted: NDArray[np.bool_]) -
 # -- V5
 
 
-def replication(table: OutcomeTable, settings: Settings) -> tuple[Finding, ...]:
+def replication(table: OutcomeTable, settings: Settings) -> Findings:
     """V5: in how many target tasks, and in how many dictionaries, the effect appears on its own.
 
     Holm-adjusted over tasks, and over dictionaries.
@@ -444,14 +466,17 @@ def replication(table: OutcomeTable, settings: Settings) -> tuple[Finding, ...]:
     alone = {str(task): change[:, tasks == task] for task in np.unique(tasks)}
     clusters = {task: table.cluster[table.target & (table.task == task)] for task in alone}
     findings = [_shown_in(table, settings, alone, clusters, Check.V5_TASKS)]
-    if table.n_dictionaries + len(settings.missing) > 1:
-        numbers = [n for n in range(1, table.n_dictionaries + len(settings.missing) + 1) if n not in settings.missing]
+    n, n_missing = table.n_dictionaries + len(settings.missing), len(settings.missing)
+    if table.n_dictionaries > 1:
+        numbers = [number for number in range(1, n + 1) if number not in settings.missing]
         each = {f"dictionary {number}": of_one for number, of_one in zip(numbers, change, strict=True)}
         everywhere = dict.fromkeys(each, table.cluster[table.target])
-        row = _shown_in(table, settings, each, everywhere, Check.V5_DICTIONARIES)
-        lacking = ", ".join(f"dictionary {number} has no set" for number in settings.missing)
-        detail = f"{row.detail}, {lacking}" if lacking else row.detail
-        findings.append(replace(row, passed=bool(row.passed and not settings.missing), detail=detail))
+        findings.append(_shown_in(table, settings, each, everywhere, Check.V5_DICTIONARIES))
+    if n > 1:
+        lacking = ", ".join(f"dictionary {number}" for number in settings.missing)
+        detail = f"none in {lacking}" if lacking else ""
+        row = Finding(check=Check.V5_SETS, passed=not n_missing, statistic=n - n_missing, bound=n, n=n, detail=detail)
+        findings.append(row)
     return tuple(findings)
 
 
@@ -474,109 +499,109 @@ def _shown_in(
 # -- V6
 
 
-@dataclass(frozen=True)
-class FailureMode:
-    """V6, and what is shown against it."""
-
-    criterion: Criterion
-    broke: bool
-    """Whether failures that neither model shows are shown to make up most of the effect."""
-    away: bool
-    """Whether the edited model is shown not to move toward the other one."""
-
-
-def failure_mode_match(table: OutcomeTable, settings: Settings) -> FailureMode:
+def failure_mode_match(table: OutcomeTable, settings: Settings) -> Findings:
     """V6: the edited model moves toward the other model, in distribution and prompt by prompt, and does not break.
 
-    Of several dictionaries, as a whole, with the estimates of as many as must agree on the same side.
+    Of several dictionaries, as a whole, with the estimates of as many as must agree on the same side; so are the two
+    findings against it.
     """
-    whole = _failure_mode(table, settings)
-    if not table.parts:
-        return whole
-    each = [_failure_mode(part, settings).criterion.findings for part in table.parts]
+    findings = _failure_mode(table, settings)
+    each = [_failure_mode(part, settings) for part in table.parts] or [findings]
     needed = dictionaries_needed(len(each))
-    n_match, n_new = sum(map(_meets, each)), sum(not _row_of(one, Check.V6_NEW_FAILURES).passed for one in each)
-    row = Finding(check=Check.V6_DICTIONARIES, passed=n_match >= needed, statistic=n_match, bound=needed, n=len(each))
-    criterion = Criterion(whole.criterion.passed and n_match >= needed, (*whole.criterion.findings, row))
-    return FailureMode(
-        criterion, broke=whole.broke and n_new >= needed, away=whole.away and len(each) - n_match >= needed
+    n_match = sum(map(_meets, each))
+    n_new, n_not = sum(not _row_of(one, Check.V6_NEW_FAILURES).passed for one in each), len(each) - n_match
+    against = (
+        replace(row, passed=bool(row.passed and count >= needed), n=count)
+        for row, count in ((_row_of(findings, Check.V6_BROKEN), n_new), (_row_of(findings, Check.V6_AWAY), n_not))
     )
+    for_it = tuple(row for row in findings if row.check not in (Check.V6_BROKEN, Check.V6_AWAY))
+    if table.parts:
+        of_each = {"statistic": n_match, "bound": needed, "n": len(each)}
+        for_it += (Finding(check=Check.V6_DICTIONARIES, passed=n_match >= needed, **of_each),)
+    return (*for_it, *against)
 
 
-def _meets(findings: tuple[Finding, ...]) -> bool:
+def _meets(findings: Findings) -> bool:
     """Whether the estimates of one dictionary are on the side of V6, significant or not."""
     shares = (_row_of(findings, check) for check in (Check.V6_KL, Check.V6_AGREEMENT))
     return all(row.statistic > row.bound for row in shares) and bool(_row_of(findings, Check.V6_NEW_FAILURES).passed)
 
 
-def _row_of(findings: tuple[Finding, ...], check: Check) -> Finding:
+def _row_of(findings: Findings, check: Check) -> Finding:
     return next(finding for finding in findings if finding.check is check)
 
 
-def _failure_mode(table: OutcomeTable, settings: Settings) -> FailureMode:
-    closer, recedes = _divergence_closed(table, settings)
-    agreed, disagrees = _agreement(table, settings)
-    new, broke = _new_failures(table, settings)
-    passed = bool(closer.passed and agreed[0].passed and new.passed)
-    return FailureMode(Criterion(passed, (closer, *agreed, new)), broke, recedes or disagrees)
+def _failure_mode(table: OutcomeTable, settings: Settings) -> Findings:
+    closed = _divergence_closed(table, settings)
+    agreed, opposite = _agreement(table, settings)
+    against = {
+        "the divergence": _short_of_its_bound(closed, settings),
+        "the agreement": _short_of_its_bound(agreed[0], settings),
+        "being right less in agreement than by chance": opposite,
+    }
+    shown = [name for name, holds in against.items() if holds]
+    away = Finding(check=Check.V6_AWAY, passed=bool(shown), statistic=len(shown), detail=", ".join(shown))
+    return (closed, *agreed, *_new_failures(table, settings), away)
 
 
-def _divergence_closed(table: OutcomeTable, settings: Settings) -> tuple[Finding, bool]:
-    """Whether the edit closes a share of the divergence from the other model; and whether it is shown not to."""
+def _short_of_its_bound(row: Finding, settings: Settings) -> bool:
+    """Whether a share is shown to be smaller than what is needed."""
+    return bool(row.p_value <= settings.alpha and row.statistic < row.bound)
+
+
+def _divergence_closed(table: OutcomeTable, settings: Settings) -> Finding:
+    """Whether the edit closes a share of the divergence from the other model."""
     i, unedited = table.chosen, table.unedited
     kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
     paired = table.target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
     before, after = kl[unedited][paired], kl[i][paired]
     if not paired.any() or before.mean() <= 0:
-        return Finding(check=Check.V6_KL, passed=None, bound=MIN_CLOSED), False
-    short = (after - (1 - MIN_CLOSED) * before)[:, None]
-    effect = _paired(short, table.cluster[paired], settings, limit=np.inf)
-    shown = bool(effect.p_value[0] <= settings.alpha)
-    row = _row(
+        return Finding(check=Check.V6_KL, passed=None, bound=MIN_CLOSED)
+    beyond = ((1 - MIN_CLOSED) * before - after)[:, None]  # what is closed beyond the least share
+    effect = _paired(beyond, table.cluster[paired], settings, limit=np.inf)
+    return _row(
         Check.V6_KL,
         effect,
-        bool(shown and effect.mean[0] < 0),
+        bool(effect.p_value[0] <= settings.alpha and effect.mean[0] > 0),
         statistic=1 - float(after.mean() / before.mean()),
-        low=MIN_CLOSED - float(effect.high[0] / before.mean()),
-        high=MIN_CLOSED - float(effect.low[0] / before.mean()),
+        low=MIN_CLOSED + float(effect.low[0] / before.mean()),
+        high=MIN_CLOSED + float(effect.high[0] / before.mean()),
         bound=MIN_CLOSED,
         n=int(paired.sum()),
     )
-    return row, bool(shown and effect.mean[0] > 0)
 
 
-def _agreement(table: OutcomeTable, settings: Settings) -> tuple[tuple[Finding, ...], bool]:
-    """Whether completions that changed became the other model's beyond chance; and whether they are shown not to have.
+def _agreement(table: OutcomeTable, settings: Settings) -> tuple[Findings, bool]:
+    """Whether completions that changed became the other model's beyond chance; and whether being right did the reverse.
 
-    Being right less in agreement than chance, even if endings and words agree, is no move toward the other model.
+    Being right less in agreement than by chance, even if endings and words agree, is no move toward the other model.
     """
     agreement: Agreement = agreement_of(table)
     if not len(agreement.prompts) or agreement.attainable.mean() <= 0:
         return (Finding(check=Check.V6_AGREEMENT, passed=None, bound=MIN_CLOSED, n=len(agreement.prompts)),), False
     clusters, attainable = table.cluster[agreement.prompts], float(agreement.attainable.mean())
     enough = _paired((agreement.mean - MIN_CLOSED * agreement.attainable)[:, None], clusters, settings, limit=1.1)
-    aspects = {name: _paired(values[:, None], clusters, settings) for name, values in agreement.beyond_chance.items()}
-    shown = bool(enough.p_value[0] <= settings.alpha)
-    opposite = bool(aspects["outcome"].mean[0] < 0 and aspects["outcome"].p_value[0] <= settings.alpha)
     beyond = _paired(agreement.mean[:, None], clusters, settings)
+    checks = {"outcome": Check.V6_OUTCOME, "ending": Check.V6_ENDING, "text": Check.V6_TEXT}
+    aspects = {}
+    for name, values in agreement.beyond_chance.items():
+        effect = _paired(values[:, None], clusters, settings)
+        opposite = bool(effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha)
+        aspects[name] = _row(checks[name], effect, not opposite)
+    opposite = not aspects["outcome"].passed
     row = _row(
         Check.V6_AGREEMENT,
         beyond,
-        bool(shown and enough.mean[0] > 0 and not opposite),
+        bool(enough.p_value[0] <= settings.alpha and enough.mean[0] > 0 and not opposite),
         statistic=float(beyond.mean[0]) / attainable,
         bound=MIN_CLOSED,
         p_value=float(enough.p_value[0]),
         n=len(agreement.prompts),
     )
-    checks = {"outcome": Check.V6_OUTCOME, "ending": Check.V6_ENDING, "text": Check.V6_TEXT}
-    parts = [
-        _row(checks[name], effect, not (effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha))
-        for name, effect in aspects.items()
-    ]
-    return (row, *parts), opposite or bool(shown and enough.mean[0] < 0)
+    return (row, *aspects.values()), opposite
 
 
-def _new_failures(table: OutcomeTable, settings: Settings) -> tuple[Finding, bool]:
+def _new_failures(table: OutcomeTable, settings: Settings) -> Findings:
     """Failing endings that are more frequent than in either model; and whether they are shown to be most of the effect.
 
     Their excess over the model that has more of an ending, minus ``NEW_FAILURE_SHARE`` of the effect, is a mean over
@@ -594,30 +619,30 @@ def _new_failures(table: OutcomeTable, settings: Settings) -> tuple[Finding, boo
         more = before if shares[0][ending] >= shares[2][ending] else table.other_ending
         beyond += ((after == ending).mean(axis=1) - (more == ending).mean(axis=1))[target]
     limit = 1 + NEW_FAILURE_SHARE
-    _, low, high = bounded_interval(beyond[:, None], table.cluster[target], alpha=2 * settings.alpha, limit=limit)
+    mean, low, high = bounded_interval(beyond[:, None], table.cluster[target], alpha=2 * settings.alpha, limit=limit)
     names = (*OUTCOME_CLASSES, "no_answer of a new kind")
-    row = Finding(
-        check=Check.V6_NEW_FAILURES,
-        passed=bool(beyond.mean() <= TIE_SLACK),
-        statistic=excess.sum(),
-        low=low[0],
-        high=high[0],
-        bound=NEW_FAILURE_SHARE * abs(effect.mean()),
-        detail=names[int(np.argmax(excess))] if excess.any() else "none",
+    return (
+        Finding(
+            check=Check.V6_NEW_FAILURES,
+            passed=bool(mean[0] <= TIE_SLACK),
+            statistic=excess.sum(),
+            bound=NEW_FAILURE_SHARE * abs(effect.mean()),
+            detail=names[int(np.argmax(excess))] if excess.any() else "none",
+        ),
+        Finding(check=Check.V6_BROKEN, passed=bool(low[0] > 0), statistic=mean[0], low=low[0], high=high[0], bound=0.0),
     )
-    return row, bool(low[0] > 0)
 
 
 # -- notes
 
 
-def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Finding, ...]:
+def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
     """Whether other seeds alone change accuracy."""
     i = table.index("fresh")
     return () if i is None else (_row(Check.FRESH, effects, bool(effects.p_value[i] > settings.alpha), i),)
 
 
-def baselines(table: OutcomeTable, settings: Settings) -> tuple[Finding, ...]:
+def baselines(table: OutcomeTable, settings: Settings) -> Findings:
     """Whether the set beats one mean-shift vector and a random vector of equal norm, paired over prompts."""
     findings = []
     per_prompt = table.per_prompt(table.target)

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, USABLE, comparable, unbalanced
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes, Texts
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, Together, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import judge
 
@@ -121,8 +121,8 @@ def _pool(outcomes: Sequence[DirectionOutcomes]) -> DirectionOutcomes:
     known = [part.texts for part in parts if part.texts is not None]
     texts = None
     if len(known) == len(parts):
-        sides = ([getattr(one, side) for one in known] for side in ("unedited", "edited", "other"))
-        texts = Texts(*(np.concatenate(side, axis=-1) for side in sides))
+        sides = {side: [getattr(one, side) for one in known] for side in ("unedited", "edited", "other")}
+        texts = replace(known[0], **{side: np.concatenate(all_of, axis=-1) for side, all_of in sides.items()})
     means: dict[str, Any] = {
         name: np.mean([getattr(part, name) for part in parts], axis=0)
         for name in ("kl_to_base", "kl_to_rl", "neutral_kl")

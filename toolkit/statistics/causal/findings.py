@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from math import nan
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,6 +16,8 @@ class Check(StrEnum):
 
     PASSTHROUGH = "passthrough"
     """statistic: share of completions that the passthrough arm changed; bound: largest share trusted."""
+    NON_FINITE = "non_finite_logits"
+    """statistic: arms in which some logits were not finite; detail: which. Reported only."""
     V1_EFFECT = "v1_effect"
     """statistic, low, high: change of accuracy; bound: what the interval must lie beyond; p: of no change."""
     V1_DICTIONARIES = "v1_dictionaries"
@@ -25,9 +28,9 @@ class Check(StrEnum):
     """statistic, low, high: change of accuracy, 1 - 2 alpha; bound: margin within which the interval must lie."""
     V2_RANK = "v2_rank"
     """statistic: random sets with at least the set's effect (NaN for combined ranks); n: random sets; p: rank p; bound:
-    alpha."""
+    alpha. Not estimable where even the best rank of so many sets exceeds alpha."""
     V2_CONTROLS = "v2_controls"
-    """Whether the random sets match the set; detail: what the matching fell short of."""
+    """Whether the random sets match the set well enough; detail: what the matching fell short of."""
     V2_RANDOM_SETS = "v2_random_sets"
     """statistic, low, high: share of random sets with at least half of the set's effect, 1 - 2 alpha; n: random sets;
     bound: share that ``low`` must exceed before random sets are said to do as much; passed: they are."""
@@ -43,7 +46,11 @@ class Check(StrEnum):
     V4_FORMAT = "v4_format"
     """statistic: rise of the share of broken completions on unrelated tasks; bound: largest harmless rise."""
     V4_NEUTRAL_KL = "v4_neutral_kl"
-    """statistic: nats per token on neutral text; bound: largest harmless divergence."""
+    """statistic: nats per token on neutral text; bound: largest harmless divergence. Not estimable where it is larger,
+    but the text is not neutral (V4_NEUTRAL_TEXT)."""
+    V4_NEUTRAL_TEXT = "v4_neutral_text"
+    """statistic: share of neutral texts with a word that goes with where the two models differ; bound: largest share
+    at which they are neutral; detail: those words."""
     V4_LENGTH = "v4_length"
     """statistic: tokens of completions on unrelated tasks; bound: unedited. Reported only."""
     V6_KL = "v6_kl"
@@ -59,10 +66,16 @@ class Check(StrEnum):
     V6_TEXT = "v6_text"
     """The same of the words of a completion. Reported only."""
     V6_NEW_FAILURES = "v6_new_failures"
-    """statistic: share of completions that fail as neither model does; bound: largest share; low, high: of their
-    difference, 1 - 2 alpha; detail: the most frequent ending of these."""
+    """statistic: share of completions that fail as neither model does; bound: largest share; detail: the most frequent
+    ending of these."""
     V6_DICTIONARIES = "v6_dictionaries"
     """statistic: dictionaries in which V6 holds; bound: how many must; n: dictionaries."""
+    V6_BROKEN = "v6_broken"
+    """statistic, low, high: share of new failures minus its bound, 1 - 2 alpha; n: dictionaries with a statistic above
+    0; passed: the edit is shown to break the model, also in as many dictionaries as must agree."""
+    V6_AWAY = "v6_away"
+    """statistic: ways in which the model is shown not to move toward the other one; detail: which; n: dictionaries in
+    which V6 does not hold; passed: there are some, also in as many dictionaries as must agree."""
     FRESH = "fresh_differs"
     """statistic, low, high, p: change of accuracy by other seeds alone; passed: none is shown. Reported only."""
     STEERING = "beats_steering"
@@ -74,7 +87,9 @@ class Check(StrEnum):
     V5_TASKS = "v5_tasks"
     """statistic: target tasks in which the effect is significant on its own (Holm); n: tasks. Reported only."""
     V5_DICTIONARIES = "v5_dictionaries"
-    """The same over dictionaries; bound: how many must have a set; detail: numbers of those without one."""
+    """The same over dictionaries."""
+    V5_SETS = "v5_sets"
+    """statistic: dictionaries that have a set; n: dictionaries, bound: as many; detail: numbers of those without."""
 
 
 class State(StrEnum):
@@ -85,6 +100,16 @@ class State(StrEnum):
     NOT_ESTIMABLE = "not_estimable"
     ABSENT = "absent"
     """Not looked at."""
+
+
+REQUIREMENTS: Final = {
+    "v1": (Check.V1_EFFECT, Check.V1_DICTIONARIES),
+    "v2": (Check.V2_RANK, Check.V2_CONTROLS),
+    "v3": (Check.V3_DOSE, Check.V3_FALL),
+    "v4": (Check.V4_ACCURACY, Check.V4_FORMAT, Check.V4_NEUTRAL_KL),
+    "v6": (Check.V6_KL, Check.V6_AGREEMENT, Check.V6_NEW_FAILURES, Check.V6_DICTIONARIES),
+}
+"""Checks that each requirement of CAUSAL_SPECIFIC consists of, where they are looked at."""
 
 
 class Decision(StrEnum):
@@ -116,7 +141,7 @@ EXPLANATIONS: Final = {
     Decision.V6_DESTROYED: "failures that neither model shows make up most of the effect",
     Decision.V3_FAILED: "accuracy is not shown to follow the dose",
     Decision.V4_FAILED: "side effects are not shown to be small",
-    Decision.V4_NOT_ESTIMABLE: "no unrelated task has accuracy to lose; name some under selection.control_tasks",
+    Decision.V4_NOT_ESTIMABLE: "what was measured cannot tell side effects",
     Decision.V6_FAILED: "the edited model does not move toward the other model",
     Decision.V6_NOT_SHOWN: "the edited model is not shown to move toward the other model",
     Decision.V5_DICTIONARIES: "no set of some dictionaries could be tried",
@@ -159,6 +184,8 @@ class Finding:
         return f"{code}: {words}"
 
 
+Findings = tuple[Finding, ...]
+
 NUMBERS: Final = ("statistic", "low", "high", "bound", "p_value", "n")
 """Columns of the table of criteria."""
 _FAILED_CODES: Final = {
@@ -170,12 +197,15 @@ _NOT_ESTIMABLE: Final = {
     Check.V2_RANK: "not estimable, no random sets",
     Check.V2_RANDOM_SETS: "not estimable, no random sets",
     Check.V3_DOSE: "not estimable, {n:g} doses between no edit and the main one, of {bound:g} needed",
-    Check.V4_ACCURACY: "not estimable, no unrelated task that the unedited model gets right often enough",
-    Check.V4_NEUTRAL_KL: "not estimable, the neutral texts have no tokens where edits act",
+    Check.V4_ACCURACY: "not estimable, no unrelated task that the unedited model gets right often enough to lose any, "
+    "name some under selection.control_tasks",
+    Check.V4_NEUTRAL_KL: "not estimable, the neutral texts have no tokens where edits act, or words that go with where "
+    "the models differ, name others under intervention.neutral_text ({statistic:.3g} nats a token, limit {bound:.3g})",
     Check.V6_KL: "not estimable, no divergences",
     Check.V6_AGREEMENT: "not estimable, fewer than two completions of a task changed",
 }
 _TEMPLATES: Final = {
+    Check.NON_FINITE: "{detail}",
     Check.PASSTHROUGH: "changed {statistic:.1%} of completions (at most {bound:.0%})",
     Check.V1_EFFECT: "{change}, p={p_value:.3g}",
     Check.V1_DICTIONARIES: "{statistic:g} of {n:g} have the direction of the mean ({bound:g} must): {detail}",
@@ -191,6 +221,8 @@ _TEMPLATES: Final = {
     Check.V4_TASKS: "nothing to lose in {detail}: right on at most {statistic:.1%} unedited ({bound:.0%} needed)",
     Check.V4_FORMAT: "broken completions on unrelated tasks {statistic:+.1%} (at most {bound:+.1%})",
     Check.V4_NEUTRAL_KL: "{statistic:.3g} nats a token (limit {bound:.3g})",
+    Check.V4_NEUTRAL_TEXT: "{statistic:.0%} of neutral texts have words that go with where the models differ (at most "
+    "{bound:.0%}): {detail}",
     Check.V4_LENGTH: "completions on unrelated tasks {bound:.1f} -> {statistic:.1f} tokens, reported only",
     Check.V6_KL: "closes {statistic:.0%} of the divergence from the other model ({bound:.0%} needed), p={p_value:.3g}",
     Check.V6_AGREEMENT: "with the other model on completions that changed, {statistic:.0%} of the way from chance to "
@@ -200,6 +232,9 @@ _TEMPLATES: Final = {
     Check.V6_TEXT: "agreement beyond chance in words {change}, p={p_value:.3g}",
     Check.V6_NEW_FAILURES: "{statistic:.1%} new failures (at most {bound:.1%}; most: {detail})",
     Check.V6_DICTIONARIES: "it holds in {statistic:g} of {n:g} ({bound:g} needed)",
+    Check.V6_BROKEN: "new failures minus their bound {change}",
+    Check.V6_AWAY: "shown by {detail}",
+    Check.V5_SETS: "{statistic:g} of {n:g} dictionaries have a set: {detail}",
     Check.FRESH: "other seeds alone change accuracy by {change}, p={p_value:.3g}",
     Check.STEERING: "set minus steering {change}, p={p_value:.3g}",
     Check.RANDOM_DIRECTION: "set minus random direction {change}, p={p_value:.3g}",
@@ -207,38 +242,57 @@ _TEMPLATES: Final = {
     Check.V5_TASKS: "{statistic:g} of {n:g} tasks on their own (Holm): {detail}",
     Check.V5_DICTIONARIES: "{statistic:g} of {n:g} dictionaries on their own (Holm): {detail}",
 }
-QUIET_IF_PASSED: Final = (
-    *(Check.PASSTHROUGH, Check.V1_DICTIONARIES, Check.V2_CONTROLS, Check.V3_FALL, Check.FRESH, Check.OVER_STEERING),
-    *(Check.V5_TASKS, Check.V5_DICTIONARIES),
-)
-"""Checks that are worth a sentence among the reasons only where they fail."""
+_QUIET: Final = dict.fromkeys(
+    (
+        *(Check.PASSTHROUGH, Check.NON_FINITE, Check.V1_DICTIONARIES, Check.V3_FALL, Check.V4_NEUTRAL_TEXT),
+        *(Check.FRESH, Check.OVER_STEERING, Check.V5_TASKS, Check.V5_DICTIONARIES, Check.V5_SETS),
+    ),
+    State.PASSED,
+) | dict.fromkeys((Check.NO_EFFECT, Check.V6_BROKEN, Check.V6_AWAY), State.FAILED)
+"""Checks that are not worth a sentence among the reasons in this state."""
 
 
 def reason(finding: Finding) -> str:
     """Its sentence; empty where it is not worth one. Reasons are joined by semicolons, so that none may contain one."""
-    if finding.passed and finding.check in QUIET_IF_PASSED:
-        return ""
-    if finding.check is Check.NO_EFFECT and not finding.passed:
+    nothing_to_say = finding.check is Check.V2_CONTROLS and not finding.detail
+    if nothing_to_say or finding.state is _QUIET.get(finding.check):
         return ""
     return str(finding).replace("; ", ", ")
 
 
-def explain(decision: Decision) -> str:
-    """``code: explanation`` of what a verdict rests on."""
-    return f"{decision}: {EXPLANATIONS[decision]}"
+def reasons(decision: Decision, findings: Findings) -> tuple[str, ...]:
+    """``code: explanation`` each, what a verdict rests on first."""
+    said = tuple(sentence for finding in findings if (sentence := reason(finding)))
+    return said if decision is Decision.ALL_PASSED else (f"{decision}: {EXPLANATIONS[decision]}", *said)
 
 
-def of_check(findings: tuple[Finding, ...], check: Check) -> Finding | None:
+# -- tables of findings
+
+
+def of_check(findings: Findings, check: Check) -> Finding | None:
     """The row of a check, None if it was not looked at."""
     return next((finding for finding in findings if finding.check is check), None)
 
 
-def with_detail(finding: Finding, detail: str) -> Finding:
-    """The same with other names."""
-    return replace(finding, detail=detail)
+def passed(findings: Findings, check: Check) -> bool:
+    """Whether a check was looked at and has passed."""
+    row = of_check(findings, check)
+    return row is not None and row.passed is True
 
 
-def as_columns(findings: tuple[Finding, ...]) -> dict[str, np.ndarray]:
+def holds(findings: Findings, requirement: str) -> bool:
+    """Whether a requirement was looked at, and all of its checks that were have passed."""
+    rows = [row for check in REQUIREMENTS[requirement] if (row := of_check(findings, check)) is not None]
+    return bool(rows) and all(row.passed is True for row in rows)
+
+
+def failed(findings: Findings, requirement: str) -> bool:
+    """Whether a check of a requirement was looked at and has failed, rather than not been estimable."""
+    rows = (of_check(findings, check) for check in REQUIREMENTS[requirement])
+    return any(row is not None and row.passed is False for row in rows)
+
+
+def as_columns(findings: Findings) -> dict[str, np.ndarray]:
     """Numbers, states and names [check], one entry for every member of :class:`Check`."""
     rows = [of_check(findings, check) for check in Check]
     columns: dict[str, np.ndarray] = {
@@ -247,3 +301,18 @@ def as_columns(findings: tuple[Finding, ...]) -> dict[str, np.ndarray]:
     columns["criterion_state"] = np.array([str(State.ABSENT if row is None else row.state) for row in rows])
     columns["criterion_detail"] = np.array(["" if row is None else row.detail for row in rows], dtype=object)
     return columns
+
+
+def from_columns(columns: Mapping[str, Any]) -> Findings:
+    """The findings that :func:`as_columns` was given, in the order of :class:`Check`."""
+    states = {State.PASSED: True, State.FAILED: False, State.NOT_ESTIMABLE: None}
+    return tuple(
+        Finding(
+            check=check,
+            passed=states[state],
+            detail=str(columns["criterion_detail"][i]),
+            **{name: columns[f"criterion_{name}"][i] for name in NUMBERS},
+        )
+        for i, check in enumerate(Check)
+        if (state := State(str(columns["criterion_state"][i]))) is not State.ABSENT
+    )

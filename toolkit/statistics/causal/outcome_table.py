@@ -41,7 +41,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Texts:
-    """Completions that V6 compares word by word, [prompt, sample] each."""
+    """Completions that V6 compares word by word, [prompt, sample] each, and what V4 needs to know of prompts."""
 
     unedited: NDArray[np.object_]
     """Of the model that is edited, as it is."""
@@ -49,6 +49,10 @@ class Texts:
     """Of the set's arm."""
     other: NDArray[np.object_]
     """Of the other model, unedited, with the same seeds."""
+    prompts: NDArray[np.object_]
+    """[prompt] the prompts themselves."""
+    neutral: tuple[str, ...] = ()
+    """Neutral texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ class OutcomeTable:
     target, unrelated
         [prompt] whether the effect is measured there, or side effects are.
     texts
-        Completions of the set's arm and both unedited models; None where they are not known.
+        Completions of the set's arm and both unedited models, prompts and neutral texts; None where not known.
     parts
         Of several dictionaries: the table of each, with the same conditions. Samples are then dictionary by dictionary,
         and divergences their means.

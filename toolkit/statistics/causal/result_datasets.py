@@ -72,7 +72,9 @@ class Declaration:
     together: Together | None = None
     """Of several dictionaries."""
 
-    def settings(self, direction: Direction, *, noop_changed: float = 0.0) -> Settings:
+    def settings(
+        self, direction: Direction, *, noop_changed: float = 0.0, non_finite: tuple[str, ...] = ()
+    ) -> Settings:
         """What :func:`judge` needs beside one direction's table."""
         controls, together = self.controls, self.together
         flags = (self.no_controls,) if controls is None else controls.flags
@@ -84,6 +86,7 @@ class Declaration:
             comparable=controls is not None and controls.comparable if together is None else together.comparable,
             control_flags=flags if together is None else together.flags,
             noop_changed=noop_changed,
+            non_finite=non_finite,
             n_planned=0 if controls is None else len(controls.sets),
             ranks=() if together is None else together.ranks[direction],
             missing=() if together is None else together.missing,
@@ -116,9 +119,8 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
     dataset = _empty(declared.tasks, names)
     dataset["reasons"][:] = "not_asked: not run"
     for one in outcomes:
-        verdict = judge(one.table, declared.settings(one.table.direction, noop_changed=one.passthrough_changed))
-        broken = (f"non_finite_logits: {', '.join(one.non_finite)}",) if one.non_finite else ()
-        _fill(dataset, one, verdict, (*verdict.reasons, *broken), declared.alpha)
+        seen = {"noop_changed": one.passthrough_changed, "non_finite": one.non_finite}
+        _fill(dataset, one, judge(one.table, declared.settings(one.table.direction, **seen)), declared.alpha)
     controls = declared.controls
     attributes = {
         **declared.attributes,
@@ -166,9 +168,7 @@ def _empty(tasks: Sequence[str], conditions: Sequence[str]) -> xr.Dataset:
     )
 
 
-def _fill(
-    dataset: xr.Dataset, outcomes: DirectionOutcomes, verdict: Verdict, reasons: Sequence[str], alpha: float
-) -> None:
+def _fill(dataset: xr.Dataset, outcomes: DirectionOutcomes, verdict: Verdict, alpha: float) -> None:
     """Put one direction into its places."""
     table = outcomes.table
     d = DIRECTIONS.index(table.direction)
@@ -184,10 +184,12 @@ def _fill(
         dataset["task_effect"].values[d, columns, t] = table.change(mask).mean(axis=(0, 1))
     for name, values in as_columns(verdict.findings).items():
         dataset[name].values[d] = values
-    dataset["decided_by"].values[d] = str(verdict.decision)
-    for name in ("verdict", "rank_p", "v1", "v2", "v3", "v4", "v5", "v6"):
+    for name in ("verdict", "rank_p", "v5"):
         dataset[name].values[d] = getattr(verdict, name)
-    dataset["reasons"].values[d] = "; ".join(reasons)
+    for name, held in verdict.requirements.items():
+        dataset[name].values[d] = held
+    dataset["decided_by"].values[d] = str(verdict.decision)
+    dataset["reasons"].values[d] = "; ".join(verdict.reasons)
     dataset["n_prompts"].values[d] = int(table.target.sum())
 
 

@@ -9,9 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.toolkit.statistics.causal.criteria import (
-    NOOP_CHANGE,
-    Criterion,
-    FailureMode,
     Settings,
     baselines,
     dose_response,
@@ -19,6 +16,7 @@ from rlgen_stats.toolkit.statistics.causal.criteria import (
     failure_mode_match,
     fresh_seeds,
     isotonic_fit,
+    machinery,
     no_effect,
     over_steered,
     over_steering,
@@ -27,7 +25,17 @@ from rlgen_stats.toolkit.statistics.causal.criteria import (
     side_effects,
     specificity,
 )
-from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Finding, explain, of_check, reason
+from rlgen_stats.toolkit.statistics.causal.findings import (
+    REQUIREMENTS,
+    Check,
+    Decision,
+    Findings,
+    failed,
+    holds,
+    of_check,
+    passed,
+    reasons,
+)
 from rlgen_stats.toolkit.statistics.causal.outcome_table import Floats, OutcomeTable, PairedEffect, paired_effect
 
 VerdictName = Literal["CAUSAL_SPECIFIC", "DESTRUCTIVE", "CAUSAL_NONSPECIFIC", "NO_EFFECT", "INCONCLUSIVE"]
@@ -44,11 +52,7 @@ class Verdict:
     decision
         What it rests on.
     findings
-        The table of criteria: every number that decided.
-    rank_p
-        Rank p-value against the random sets, NaN without any.
-    v1, v2, v3, v4, v6
-        Whether each requirement holds.
+        The table of criteria: every number that decided, and from which name and decision follow (:func:`decide`).
     effects
         Per condition on the target prompts, arm minus unedited.
     shares
@@ -61,23 +65,27 @@ class Verdict:
 
     verdict: VerdictName
     decision: Decision
-    findings: tuple[Finding, ...]
-    rank_p: float
-    v1: bool
-    v2: bool
-    v3: bool
-    v4: bool
-    v6: bool
+    findings: Findings
     effects: PairedEffect
     shares: Floats
     dose_fit: Floats
     over_steered: NDArray[np.bool_]
 
     @property
+    def requirements(self) -> dict[str, bool]:
+        """Whether each of v1, v2, v3, v4, v6 holds."""
+        return {name: holds(self.findings, name) for name in REQUIREMENTS}
+
+    @property
+    def rank_p(self) -> float:
+        """Rank p-value against the random sets, NaN without any."""
+        row = of_check(self.findings, Check.V2_RANK)
+        return np.nan if row is None else row.p_value
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """``code: numbers in words`` each, what the verdict rests on first."""
-        said = tuple(sentence for finding in self.findings if (sentence := reason(finding)))
-        return said if self.decision is Decision.ALL_PASSED else (explain(self.decision), *said)
+        return reasons(self.decision, self.findings)
 
     @property
     def v5(self) -> str:
@@ -117,32 +125,26 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     effects = paired_effect(
         differences, clusters, alpha=settings.alpha, seed=settings.seed, n_resamples=settings.n_resamples
     )
-    v1, none = effect_shown(table, effects, settings), no_effect(table, settings)
-    v2, rank_p = specificity(table, effects, settings)
-    as_much = random_sets_do_as_much(table, settings)
-    v3, v4, v6 = dose_response(table, settings), side_effects(table, settings), failure_mode_match(table, settings)
-    criteria = _Criteria(v1=v1, none=none, v2=v2, as_much=as_much, v3=v3, v4=v4, v6=v6, rank_p=rank_p)
-    name, decision = _combine(table, settings, criteria)
-    parts = (v1, none, v2, as_much, v3, v4, v6.criterion)
-    noop = settings.noop_changed
-    machinery = Finding(check=Check.PASSTHROUGH, passed=noop <= NOOP_CHANGE, statistic=noop, bound=NOOP_CHANGE)
+    found = (
+        *machinery(settings),
+        *effect_shown(table, effects, settings),
+        *no_effect(table, settings),
+        *specificity(table, effects, settings),
+        *random_sets_do_as_much(table, settings),
+        *dose_response(table, settings),
+        *side_effects(table, settings),
+        *failure_mode_match(table, settings),
+        *fresh_seeds(table, effects, settings),
+        *baselines(table, settings),
+        *over_steering(table, effects, settings),
+        *replication(table, settings),
+    )
+    findings = tuple(sorted(found, key=lambda row: list(Check).index(row.check)))
+    verdict, decision = decide(findings)
     return Verdict(
-        verdict=name,
+        verdict=verdict,
         decision=decision,
-        findings=(
-            machinery,
-            *(finding for part in parts for finding in part.findings),
-            *fresh_seeds(table, effects, settings),
-            *baselines(table, settings),
-            *over_steering(table, effects, settings),
-            *replication(table, settings),
-        ),
-        rank_p=rank_p,
-        v1=v1.passed,
-        v2=v2.passed,
-        v3=v3.passed,
-        v4=v4.passed,
-        v6=v6.criterion.passed,
+        findings=findings,
         effects=effects,
         shares=table.shares(table.target),
         dose_fit=isotonic_fit(table),
@@ -150,47 +152,38 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Criteria:
-    """What a verdict is combined from."""
+def decide(findings: Findings) -> tuple[VerdictName, Decision]:
+    """Name of a verdict and what it rests on, from the table of criteria alone; the first rule that applies decides.
 
-    v1: Criterion
-    none: Criterion
-    v2: Criterion
-    as_much: Criterion
-    v3: Criterion
-    v4: Criterion
-    v6: FailureMode
-    rank_p: float
-
-
-def _combine(table: OutcomeTable, settings: Settings, criteria: _Criteria) -> tuple[VerdictName, Decision]:
-    """Name of the verdict and what it rests on; the first rule that applies decides."""
-    if settings.noop_changed > NOOP_CHANGE:
+    Examples
+    --------
+    >>> from rlgen_stats.toolkit.statistics.causal.findings import Finding
+    >>> equivalent = Finding(check=Check.NO_EFFECT, passed=True)
+    >>> decide((Finding(check=Check.PASSTHROUGH, passed=True), equivalent))[0]
+    'NO_EFFECT'
+    """
+    if not passed(findings, Check.PASSTHROUGH):
         return "INCONCLUSIVE", Decision.PASSTHROUGH_NOT_NOOP
-    if not criteria.v1.passed:
-        if criteria.none.passed:
+    if not holds(findings, "v1"):
+        if passed(findings, Check.NO_EFFECT):
             return "NO_EFFECT", Decision.EQUIVALENT_TO_ZERO
         return "INCONCLUSIVE", Decision.V1_FAILED
-    if np.isnan(criteria.rank_p) or not settings.comparable:
+    if not passed(findings, Check.V2_CONTROLS):
         return "INCONCLUSIVE", Decision.V2_NOT_ESTIMABLE
-    if not criteria.v2.passed:
-        if criteria.as_much.passed:
+    if not passed(findings, Check.V2_RANK):
+        if passed(findings, Check.V2_RANDOM_SETS):
             return "CAUSAL_NONSPECIFIC", Decision.V2_FAILED
-        smallest = 1 / (max(len(table.where("random")), settings.n_planned) + 1)
-        return "INCONCLUSIVE", Decision.V2_NOT_ESTIMABLE if smallest > settings.alpha else Decision.V2_NOT_SHOWN
-    if criteria.v6.broke:
+        return "INCONCLUSIVE", Decision.V2_NOT_SHOWN if failed(findings, "v2") else Decision.V2_NOT_ESTIMABLE
+    if passed(findings, Check.V6_BROKEN):
         return "DESTRUCTIVE", Decision.V6_DESTROYED
-    if criteria.v6.away:
+    if passed(findings, Check.V6_AWAY):
         return "DESTRUCTIVE", Decision.V6_FAILED
-    if not criteria.v3.passed:
+    if not holds(findings, "v3"):
         return "INCONCLUSIVE", Decision.V3_FAILED
-    if not criteria.v4.passed:
-        accuracy = of_check(criteria.v4.findings, Check.V4_ACCURACY)
-        known = accuracy is not None and accuracy.passed is not None
-        return "INCONCLUSIVE", Decision.V4_FAILED if known else Decision.V4_NOT_ESTIMABLE
-    if not criteria.v6.criterion.passed:
+    if not holds(findings, "v4"):
+        return "INCONCLUSIVE", Decision.V4_FAILED if failed(findings, "v4") else Decision.V4_NOT_ESTIMABLE
+    if not holds(findings, "v6"):
         return "INCONCLUSIVE", Decision.V6_NOT_SHOWN
-    if settings.missing:
+    if of_check(findings, Check.V5_SETS) is not None and not passed(findings, Check.V5_SETS):
         return "INCONCLUSIVE", Decision.V5_DICTIONARIES
     return "CAUSAL_SPECIFIC", Decision.ALL_PASSED
