@@ -227,7 +227,7 @@ def random_sets(scale: int, seed: int) -> list[Row]:
         )
         result = judge(table, settings)
         specific += result.verdict == "CAUSAL_SPECIFIC"
-        effects += result.v1
+        effects += result.requirements["v1"]
     return [
         rate_row(
             "random set called CAUSAL_SPECIFIC",

@@ -114,7 +114,7 @@ def test_too_few_random_sets_to_show_anything_do_not_stop_at_none(n_planned: int
     table = causal(n_random=1)
     verdict = judge(table, declared(alpha=alpha).settings("disable"))
     assert verdict.rank_p == pytest.approx(0.5)
-    assert not verdict.v2
+    assert not verdict.requirements["v2"]
     rule.add("random", 0.1)
     assert rule.stop
 

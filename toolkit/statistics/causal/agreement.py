@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,9 +17,9 @@ NOVELTY_QUANTILE: Final = 0.05
 all but this share of those are like the rest of them."""
 UNLIKE: Final = len(OUTCOME_CLASSES)
 """Class of completions without an answer that are not of the other model's kind."""
+N_HASHES: Final = 2**16
+"""Columns that words are hashed to: a completion has tens of words."""
 ASPECTS: Final = ("outcome", "ending", "text")
-
-_Similarity = Callable[[Any, Any], Floats]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ class Agreement:
 
 def words_of(texts: NDArray[Any]) -> sparse.csr_matrix:
     """Unit vectors of words and pairs of words, one row a text; their products are cosine similarities."""
-    vectorizer = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", lowercase=False, alternate_sign=False)
+    vectorizer = HashingVectorizer(
+        n_features=N_HASHES, ngram_range=(1, 2), token_pattern=r"\S+", lowercase=False, alternate_sign=False
+    )
     return vectorizer.transform([str(text) for text in texts.ravel()])
 
 
@@ -70,41 +71,44 @@ def kinds_of_endings(table: OutcomeTable) -> tuple[NDArray[np.int64], NDArray[np
     return endings[0], endings[1]
 
 
-def agreement_of(table: OutcomeTable) -> Agreement:
+def agreement_of(table: OutcomeTable, endings: tuple[NDArray[np.int64], NDArray[np.int64]]) -> Agreement:
     """Agreement of the set's arm with the other model on target prompts where it changed what the model writes.
+
+    Parameters
+    ----------
+    table
+        Outcomes.
+    endings
+        As :func:`kinds_of_endings` gives them.
 
     Notes
     -----
     With A(i, j) how far the completion of prompt i agrees with the other model's of prompt j (1 or 0 for outcome and
     ending, the cosine of words and pairs of words for texts), the entry of prompt i is half of [A(i, i) - mean over
-    j of A(i, j)] of the edited minus the same of the unedited model. The mean over the other changed prompts j of the
-    same task and sample is what permuting prompts within tasks gives on average. What both models write about a prompt
+    j of A(i, j)] of the edited minus the same of the unedited model. The mean over all other target prompts j of the
+    same task and sample, changed or not, is what permuting prompts within tasks gives on average: an edit that fails
+    where the other model does is told from one that fails as often elsewhere. What both models write about a prompt
     anyway, such as its own words, cancels. Sample s is compared with sample s, which has the same seed.
     """
-    endings = kinds_of_endings(table)
     changed = (endings[0] != endings[1]) | (table.correct[table.unedited] != table.correct[table.chosen])
     if table.texts is not None:
         changed |= table.texts.unedited != table.texts.edited
     changed &= table.target[:, None]
-    triples: dict[str, tuple[_Similarity, tuple[Any, Any, Any]]] = {
-        "outcome": (_same, (table.correct[table.unedited], table.correct[table.chosen], table.other_correct)),
-        "ending": (_same, (*endings, table.other_ending)),
-    }
-    if table.texts is not None:
-        triples["text"] = (_cosine, (table.texts.unedited, table.texts.edited, table.texts.other))
+    aspects = ASPECTS if table.texts is not None else ASPECTS[:2]
     shape = table.other_ending.shape
-    gained = {name: np.full(shape, np.nan) for name in triples}
-    attainable = {name: np.full(shape, np.nan) for name in triples}
+    gained = {name: np.full(shape, np.nan) for name in aspects}
+    attainable = {name: np.full(shape, np.nan) for name in aspects}
     for sample in range(shape[1]):
+        columns = _columns(table, endings, sample)
         for task in np.unique(table.task[changed[:, sample]]):
-            rows = np.flatnonzero(changed[:, sample] & (table.task == task))
-            if len(rows) < 2:
+            pool = np.flatnonzero(table.target & (table.task == task))
+            if len(pool) < 2:
                 continue
-            for name, (similarity, columns) in triples.items():
-                before, after, other = (column[rows, sample] for column in columns)
-                start = _beyond_chance(similarity(before, other))
-                gained[name][rows, sample] = (_beyond_chance(similarity(after, other)) - start) / 2
-                attainable[name][rows, sample] = (_beyond_chance(similarity(other, other)) - start) / 2
+            own = np.flatnonzero(changed[pool, sample])
+            for name, models in columns.items():
+                before, after, other = (_beyond_chance(model[pool[own]], models[-1][pool], own) for model in models)
+                gained[name][pool[own], sample] = (after - before) / 2
+                attainable[name][pool[own], sample] = (other - before) / 2
     prompts = np.flatnonzero(np.isfinite(gained["outcome"]).any(axis=1))
     return Agreement(
         prompts,
@@ -113,16 +117,26 @@ def agreement_of(table: OutcomeTable) -> Agreement:
     )
 
 
-def _beyond_chance(agreement: Floats) -> Floats:
-    """[prompt] agreement with the own counterpart minus the mean of that with the others'."""
-    n = len(agreement)
-    own = np.diagonal(agreement)
-    return np.asarray(own - (agreement.sum(axis=1) - own) / (n - 1), dtype=np.float64)
+def _columns(
+    table: OutcomeTable, endings: tuple[NDArray[np.int64], NDArray[np.int64]], sample: int
+) -> dict[str, tuple[Any, Any, Any]]:
+    """What is compared of one sample: [prompt] of the unedited, the edited and the other model."""
+    columns: dict[str, tuple[Any, Any, Any]] = {
+        "outcome": tuple(
+            correct[:, sample]
+            for correct in (table.correct[table.unedited], table.correct[table.chosen], table.other_correct)
+        ),
+        "ending": tuple(ending[:, sample] for ending in (*endings, table.other_ending)),
+    }
+    if table.texts is not None:
+        sides = (table.texts.unedited, table.texts.edited, table.texts.other)
+        columns["text"] = tuple(words_of(side[:, sample]) for side in sides)
+    return columns
 
 
-def _same(first: Any, second: Any) -> Floats:
-    return np.asarray(first[:, None] == second[None, :], dtype=np.float64)
-
-
-def _cosine(first: Any, second: Any) -> Floats:
-    return np.asarray((words_of(first) @ words_of(second).T).toarray(), dtype=np.float64)
+def _beyond_chance(rows: Any, others: Any, own: NDArray[np.int64]) -> Floats:
+    """[row] agreement with the counterpart ``others[own[row]]`` minus the mean of that with all others."""
+    alike = (rows @ others.T).toarray() if sparse.issparse(rows) else np.equal.outer(rows, others).astype(np.float64)
+    with_own = alike[np.arange(len(own)), own]
+    by_chance = (alike.sum(axis=1) - with_own) / (alike.shape[1] - 1)
+    return np.asarray(with_own - by_chance, dtype=np.float64)

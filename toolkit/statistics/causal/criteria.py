@@ -32,6 +32,9 @@ AS_MUCH: Final = 0.5
 """A random set with at least this share of the set's effect does as much as the set."""
 MANY_RANDOM: Final = 0.25
 """Shown to be exceeded by the share of random sets that do as much, the effect is not specific to the set."""
+FEWEST_RANDOM: Final = 19
+"""Random sets that are run before futility stops them, where as many are planned: of 19, nine that do as much show that
+more than ``MANY_RANDOM`` do."""
 MIN_DOSES: Final = 3
 """Doses strictly between no edit and the main one that a dose response is tested on, both end points left out."""
 MIN_ACCURACY: Final = 0.2
@@ -204,11 +207,8 @@ class FutilityRule:
 
     @property
     def stop(self) -> bool:
-        """Whether no further random set can make the set special; not before one had as large an effect as the set.
-
-        Where so few are planned that even the best rank exceeds alpha, stopping at none would make the rank p-value 0.
-        """
-        return self.n_as_large > 0 and is_futile(self.n_as_large, self._n_planned, self._alpha)
+        """Whether no further random set can make the set special, and ``FEWEST_RANDOM`` have been run."""
+        return self.n_run >= FEWEST_RANDOM and is_futile(self.n_as_large, self._n_planned, self._alpha)
 
     @property
     def reason(self) -> str:
@@ -223,7 +223,8 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
     """V2: rank of the set's effect among the random sets', and whether these match it.
 
     p = (1 + as large) / (1 + all) (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585); where the sets were stopped at
-    the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact.
+    the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact. Sets
+    stopped at ``FEWEST_RANDOM`` were not stopped by the last of them, so that the first formula holds.
     """
     controls = Finding(
         check=Check.V2_CONTROLS,
@@ -251,7 +252,8 @@ def _rank(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Fin
     signed = table.sign * effects.mean
     n_as_large = int((signed[random] >= signed[table.chosen] - TIE_SLACK).sum())
     stopped = len(random) < settings.n_planned
-    rank_p = n_as_large / len(random) if stopped and n_as_large else (1 + n_as_large) / (len(random) + 1)
+    at_last = stopped and len(random) > FEWEST_RANDOM
+    rank_p = n_as_large / len(random) if at_last else (1 + n_as_large) / (len(random) + 1)
     detail = f", whose effects are {effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
     if stopped:
         detail += f", stopped at {len(random)} of {settings.n_planned}: {n_as_large} had at least as large an effect"
@@ -532,8 +534,9 @@ def _row_of(findings: Findings, check: Check) -> Finding:
 
 
 def _failure_mode(table: OutcomeTable, settings: Settings) -> Findings:
+    endings = kinds_of_endings(table)
     closed = _divergence_closed(table, settings)
-    agreed, opposite = _agreement(table, settings)
+    agreed, opposite = _agreement(agreement_of(table, endings), table.cluster, settings)
     against = {
         "the divergence": _short_of_its_bound(closed, settings),
         "the agreement": _short_of_its_bound(agreed[0], settings),
@@ -541,7 +544,7 @@ def _failure_mode(table: OutcomeTable, settings: Settings) -> Findings:
     }
     shown = [name for name, holds in against.items() if holds]
     away = Finding(check=Check.V6_AWAY, passed=bool(shown), statistic=len(shown), detail=", ".join(shown))
-    return (closed, *agreed, *_new_failures(table, settings), away)
+    return (closed, *agreed, *_new_failures(table, *endings, settings), away)
 
 
 def _short_of_its_bound(row: Finding, settings: Settings) -> bool:
@@ -571,15 +574,14 @@ def _divergence_closed(table: OutcomeTable, settings: Settings) -> Finding:
     )
 
 
-def _agreement(table: OutcomeTable, settings: Settings) -> tuple[Findings, bool]:
+def _agreement(agreement: Agreement, cluster: NDArray[np.str_], settings: Settings) -> tuple[Findings, bool]:
     """Whether completions that changed became the other model's beyond chance; and whether being right did the reverse.
 
     Being right less in agreement than by chance, even if endings and words agree, is no move toward the other model.
     """
-    agreement: Agreement = agreement_of(table)
     if not len(agreement.prompts) or agreement.attainable.mean() <= 0:
         return (Finding(check=Check.V6_AGREEMENT, passed=None, bound=MIN_CLOSED, n=len(agreement.prompts)),), False
-    clusters, attainable = table.cluster[agreement.prompts], float(agreement.attainable.mean())
+    clusters, attainable = cluster[agreement.prompts], float(agreement.attainable.mean())
     enough = _paired((agreement.mean - MIN_CLOSED * agreement.attainable)[:, None], clusters, settings, limit=1.1)
     beyond = _paired(agreement.mean[:, None], clusters, settings)
     checks = {"outcome": Check.V6_OUTCOME, "ending": Check.V6_ENDING, "text": Check.V6_TEXT}
@@ -601,14 +603,15 @@ def _agreement(table: OutcomeTable, settings: Settings) -> tuple[Findings, bool]
     return (row, *aspects.values()), opposite
 
 
-def _new_failures(table: OutcomeTable, settings: Settings) -> Findings:
+def _new_failures(
+    table: OutcomeTable, before: NDArray[np.int64], after: NDArray[np.int64], settings: Settings
+) -> Findings:
     """Failing endings that are more frequent than in either model; and whether they are shown to be most of the effect.
 
     Their excess over the model that has more of an ending, minus ``NEW_FAILURE_SHARE`` of the effect, is a mean over
     prompts, whose interval decides.
     """
     target, n_classes = table.target, UNLIKE + 1
-    before, after = kinds_of_endings(table)
     models = (before, after, table.other_ending)
     shares = [np.bincount(one[target].ravel(), minlength=n_classes) / one[target].size for one in models]
     excess = np.maximum(shares[1] - np.maximum(shares[0], shares[2]), 0.0)

@@ -202,7 +202,7 @@ _NOT_ESTIMABLE: Final = {
     Check.V4_NEUTRAL_KL: "not estimable, the neutral texts have no tokens where edits act, or words that go with where "
     "the models differ, name others under intervention.neutral_text ({statistic:.3g} nats a token, limit {bound:.3g})",
     Check.V6_KL: "not estimable, no divergences",
-    Check.V6_AGREEMENT: "not estimable, fewer than two completions of a task changed",
+    Check.V6_AGREEMENT: "not estimable, no completion changed in a task of several prompts",
 }
 _TEMPLATES: Final = {
     Check.NON_FINITE: "{detail}",

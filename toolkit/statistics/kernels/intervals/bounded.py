@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -102,11 +104,8 @@ def _with_one_more(
     totals: FloatArray, sizes: FloatArray, bottom: FloatArray, top: FloatArray, level: float
 ) -> tuple[FloatArray, FloatArray]:
     """Lower and upper quantile of the weighted mean with one more cluster at the bottom, and at the top."""
-    draw = np.random.default_rng(0)
-    rows = max(BLOCK // (len(sizes) + 1), 1)
     lows, highs = [], []
-    for start in range(0, N_DRAWS, rows):
-        weights: NDArray[np.float64] = draw.standard_exponential((min(rows, N_DRAWS - start), len(sizes) + 1))
+    for weights in _random_weights(len(sizes) + 1):
         of_one_more = (weights[:, -1] * sizes.mean())[:, None]
         total, weight = weights[:, :-1] @ totals, (weights[:, :-1] @ sizes)[:, None] + of_one_more
         lows.append((total + of_one_more * bottom) / weight)
@@ -115,3 +114,19 @@ def _with_one_more(
         np.asarray(np.quantile(np.concatenate(lows), level, axis=0)),
         np.asarray(np.quantile(np.concatenate(highs), 1 - level, axis=0)),
     )
+
+
+def _random_weights(n: int) -> Iterator[NDArray[np.float64]]:
+    """``N_DRAWS`` rows of n exponential weights, in blocks; always the same ones."""
+    if N_DRAWS * n <= BLOCK:
+        yield _few_weights(n)
+        return
+    draw, rows = np.random.default_rng(0), max(BLOCK // n, 1)
+    for start in range(0, N_DRAWS, rows):
+        yield draw.standard_exponential((min(rows, N_DRAWS - start), n))
+
+
+@lru_cache(maxsize=4)
+def _few_weights(n: int) -> NDArray[np.float64]:
+    """All rows at once, kept: a trial asks for the same number of clusters again and again."""
+    return np.random.default_rng(0).standard_exponential((N_DRAWS, n))
