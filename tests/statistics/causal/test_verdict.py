@@ -12,14 +12,15 @@ import pytest
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import (
+    FEWEST_RANDOM,
+    FutilityRule,
     Settings,
     dose_order,
     effect_shown,
-    is_futile,
     over_steered,
     specificity,
 )
-from rlgen_stats.toolkit.statistics.causal.findings import Check, holds, of_check
+from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, holds, of_check
 from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, ending_of, paired_effect
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval
 from tests.statistics.causal.worlds import (
@@ -71,14 +72,25 @@ def test_a_significant_but_tiny_effect_does_not_count() -> None:
     assert not verdict.requirements["v1"]
 
 
-def test_ties_count_for_the_controls() -> None:
+@pytest.mark.parametrize(("n_tied", "verdict"), [(14, "INCONCLUSIVE"), (15, "CAUSAL_NONSPECIFIC")])
+def test_ties_count_for_the_controls(n_tied: int, verdict: str) -> None:
+    """Of 39 random sets 14 that do as much leave room for a share of 25%, 15 do not."""
     table = causal(n_random=39)
     ending = table.ending.copy()
-    ending[table.where("random")[:9]] = ending[table.chosen]
-    tied = with_endings(table, ending)
-    verdict = judge(tied, SETTINGS)
-    assert verdict.rank_p == pytest.approx(10 / 40)
-    assert verdict.verdict == "CAUSAL_NONSPECIFIC"
+    ending[table.where("random")[:n_tied]] = ending[table.chosen]
+    judged = judge(with_endings(table, ending), SETTINGS)
+    assert judged.rank_p == pytest.approx((1 + n_tied) / 40)
+    assert judged.verdict == verdict
+
+
+def test_a_rank_just_above_alpha_does_not_show_that_random_sets_do_as_much() -> None:
+    """5 of 99 random sets are as large, 94 do nothing: p = .06 was called CAUSAL_NONSPECIFIC."""
+    table = causal(n_random=99)
+    ending = table.ending.copy()
+    ending[table.where("random")[:5]] = ending[table.chosen]
+    judged = judge(with_endings(table, ending), SETTINGS)
+    assert judged.rank_p == pytest.approx(0.06)
+    assert (judged.verdict, judged.decision) == ("INCONCLUSIVE", Decision.V2_NOT_SHOWN)
 
 
 def test_a_model_that_only_stops_is_destroyed() -> None:
@@ -123,6 +135,7 @@ def test_too_few_prompts_to_tell_is_inconclusive_even_when_nothing_changed() -> 
     [
         ({"unrelated_drop": 0.2}, {}, "v4_failed"),
         ({"right": {"set": 0.5, "dose": 0.2}}, {}, "v3_failed"),
+        ({"right": {"set": 0.5, "dose": 0.5}}, {}, "v3_failed"),
         ({"n_random": 5}, {}, "v2_not_estimable"),
         ({"n_random": 0}, {}, "v2_not_estimable"),
         ({}, {"comparable": False}, "v2_not_estimable"),
@@ -235,7 +248,7 @@ def test_malformed_tables_are_refused() -> None:
         replace(table, target=np.zeros_like(table.target))
 
 
-def random_only(seed: int) -> OutcomeTable:
+def random_only(seed: int, n_random: int = 19) -> OutcomeTable:
     """All edits hurt at random, the set no differently from its controls, and look like base when they do."""
     draw = np.random.default_rng([seed, 7])
     levels = 0.9 - 0.3 * draw.random(2)
@@ -243,14 +256,14 @@ def random_only(seed: int) -> OutcomeTable:
         right={"set": levels[0]},
         random_right=lambda draw: 0.9 - 0.3 * draw.random(),
         kl={"set": 0.3},
-        n_random=19,
+        n_random=n_random,
         seed=seed,
     )
 
 
 def test_random_sets_are_not_called_causal_more_often_than_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage at every Holm adjustment
-    n = 200
+    n = 60
     verdicts = Counter(judge(random_only(seed), replace(SETTINGS, n_resamples=199)).verdict for seed in range(n))
     limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
     assert verdicts["CAUSAL_SPECIFIC"] / n <= limit, verdicts
@@ -286,29 +299,31 @@ def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> Non
 
 def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable, Settings]:
     """The table with only the random sets that are run when those are stopped for futility."""
-    random = table.where("random")
-    accuracy = table.sign * table.accuracy(table.target)
-    as_large = np.cumsum(accuracy[random] >= accuracy[table.chosen] - 1e-9)
-    enough = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), len(random), settings.alpha)]
-    kept = [i for i in range(len(table.conditions)) if i not in set(random[enough[0] :] if enough else ())]
-    shorter = table.keep([table.conditions[i].name for i in kept])
-    return shorter, replace(settings, n_planned=len(random))
+    rule, kept = FutilityRule("disable", n_planned=len(table.where("random")), alpha=settings.alpha), []
+    for condition, accuracy in zip(table.conditions, table.accuracy(table.target), strict=True):
+        if rule.stop:
+            break
+        rule.add(condition.kind, accuracy)
+        kept.append(condition.name)
+    return table.keep(kept), replace(settings, n_planned=len(table.where("random")))
 
 
-def test_stopping_for_futility_changes_no_verdict_and_saves_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_for_futility_saves_most_random_sets_and_reverses_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)
-    settings, run = replace(SETTINGS, n_resamples=99), []
-    for seed in range(40):
-        table = random_only(seed)
+    settings, run, pairs = replace(SETTINGS, n_resamples=99), [], Counter[tuple[str, str]]()
+    for seed in range(20):
+        table = random_only(seed, n_random=99)
         shorter, stopped = stopped_early(table, settings)
         whole, early = judge(table, settings), judge(shorter, stopped)
-        assert early.verdict == whole.verdict
+        pairs[whole.verdict, early.verdict] += 1
         assert early.requirements["v2"] == whole.requirements["v2"]
         run.append(len(shorter.where("random")))
-        if run[-1] < 19:
+        if run[-1] < 99:
             assert early.rank_p > settings.alpha
             assert any("stopped at" in reason for reason in early.reasons)
-    assert np.mean(run) < 10
+    assert np.mean(run) < 50
+    assert {pair for pair in pairs if pair[0] != pair[1]} <= {("CAUSAL_NONSPECIFIC", "INCONCLUSIVE")}
+    assert pairs["CAUSAL_NONSPECIFIC", "CAUSAL_NONSPECIFIC"] > 10
     shorter, stopped = stopped_early(causal(), SETTINGS)
     assert len(shorter.where("random")) == 39
     assert judge(shorter, stopped).rank_p == pytest.approx(1 / 40)
@@ -317,15 +332,27 @@ def test_stopping_for_futility_changes_no_verdict_and_saves_most_of_them(monkeyp
 def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
     """Exchangeable controls: P(p <= a) <= a at every a, stopping included."""
     draw, n_planned, p_values = np.random.default_rng(0), 99, []
-    for _ in range(4000):
-        effects = draw.random(n_planned + 1)
-        as_large = np.cumsum(effects[1:] >= effects[0])
-        stop = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), n_planned, 0.05)]
-        p_values.append(as_large[stop[0] - 1] / stop[0] if stop else (1 + as_large[-1]) / (n_planned + 1))
+    table, settings = causal(n_random=n_planned), replace(SETTINGS, n_planned=n_planned)
+    arms = {
+        n: table.keep([c.name for c in table.conditions][: len(table.conditions) - n_planned + n])
+        for n in range(FEWEST_RANDOM, n_planned + 1)
+    }
+    for _ in range(2000):
+        effects = -draw.random(n_planned + 1)
+        rule = FutilityRule("disable", n_planned=n_planned, alpha=0.05)
+        rule.add("set", effects[0])
+        for accuracy in effects[1:]:
+            if rule.stop:
+                break
+            rule.add("random", accuracy)
+        run = arms[rule.n_run]
+        known = effects_of_set(run, effects[0], 0.1, 0.01)
+        known.mean[run.where("random")] = effects[1 : rule.n_run + 1]
+        p_values.append(specificity(run, known, settings)[0].p_value)
     for level in (0.01, 0.05, 0.1, 0.3, 0.6):
         share = np.mean(np.array(p_values) <= level)
-        assert share <= level + 3 * np.sqrt(level * (1 - level) / 4000)
-    assert np.mean(np.array(p_values) <= 0.05) > 0.035
+        assert share <= level + 3 * np.sqrt(level * (1 - level) / 2000)
+    assert np.mean(np.array(p_values) <= 0.05) > 0.03
 
 
 def effects_of_set(table: OutcomeTable, mean: float, half: float, p_value: float) -> PairedEffect:
@@ -345,12 +372,13 @@ def test_an_effect_needs_its_test_and_its_interval(mean: float, p_value: float, 
     assert (of_check(findings, Check.V1_OPPOSITE) is not None) == opposite
 
 
-def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one() -> None:
-    table = causal(n_random=4)
+@pytest.mark.parametrize(("n", "stopped"), [(FEWEST_RANDOM, 3 / 20), (FEWEST_RANDOM + 1, 2 / 20)])
+def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one(n: int, stopped: float) -> None:
+    table = causal(n_random=n)
     effects = effects_of_set(table, -0.3, 0.1, 0.001)
     effects.mean[table.where("random")[[1, 3]]] = -0.3, -0.4
-    assert specificity(table, effects, SETTINGS)[0].p_value == 3 / 5
-    assert specificity(table, effects, replace(SETTINGS, n_planned=19))[0].p_value == 2 / 4
+    assert specificity(table, effects, SETTINGS)[0].p_value == 3 / (n + 1)
+    assert specificity(table, effects, replace(SETTINGS, n_planned=99))[0].p_value == stopped
 
 
 def test_doses_on_the_other_side_of_no_edit_are_not_beyond_the_main_one() -> None:
@@ -360,15 +388,16 @@ def test_doses_on_the_other_side_of_no_edit_are_not_beyond_the_main_one() -> Non
 
 
 def test_accuracy_on_unrelated_tasks_is_tested_one_sided() -> None:
-    """Three of a hundred prompts lost and three gained: within the margin at one-sided, not at two-sided alpha."""
+    """Two of a hundred prompts lost and two gained: within the margin at one-sided, not at two-sided alpha."""
     table = causal()
     correct = table.correct.copy()
     unrelated = np.flatnonzero(table.unrelated)
     right = correct[table.unedited, unrelated, 0] == 1
     correct[:, unrelated] = correct[[table.unedited]][:, unrelated]
-    correct[table.chosen, unrelated[right][:3]], correct[table.chosen, unrelated[~right][:3]] = 0.0, 1.0
-    assert judge(replace(table, correct=correct), SETTINGS).requirements["v4"]
-    assert not judge(replace(table, correct=correct), replace(SETTINGS, alpha=0.025)).requirements["v4"]
+    correct[table.chosen, unrelated[right][:2]], correct[table.chosen, unrelated[~right][:2]] = 0.0, 1.0
+    table = replace(table, correct=correct)
+    assert judge(table, SETTINGS).requirements["v4"]
+    assert not judge(table, replace(SETTINGS, alpha=0.025)).requirements["v4"]
 
 
 def test_a_divergence_that_falls_by_chance_is_no_move_toward_the_other_model() -> None:

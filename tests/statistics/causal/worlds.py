@@ -47,7 +47,7 @@ def world(
     n_unrelated: int = N_UNRELATED,
     main: float = 0.0,
 ) -> OutcomeTable:
-    """Disabling in the RL model: each prompt has one latent draw; an arm, and base, is right on prompts below its level.
+    """Disabling in the RL model: each prompt has one latent draw; arms and base are right on prompts below their level.
 
     ``right`` overrides the accuracy of kinds; doses lie between the set and no edit. Failures are of class ``fails``,
     the set arm's of ``set_fails``. A text names its prompt; a failure's is base's on that prompt, but for the set arm's

@@ -16,8 +16,6 @@ class Check(StrEnum):
 
     PASSTHROUGH = "passthrough"
     """statistic: share of completions that the passthrough arm changed; bound: largest share trusted."""
-    NON_FINITE = "non_finite_logits"
-    """statistic: arms in which some logits were not finite; detail: which. Reported only."""
     V1_EFFECT = "v1_effect"
     """statistic, low, high: change of accuracy; bound: what the interval must lie beyond; p: of no change."""
     V1_DICTIONARIES = "v1_dictionaries"
@@ -76,6 +74,8 @@ class Check(StrEnum):
     V6_AWAY = "v6_away"
     """statistic: ways in which the model is shown not to move toward the other one; detail: which; n: dictionaries in
     which V6 does not hold; passed: there are some, also in as many dictionaries as must agree."""
+    NON_FINITE = "non_finite_logits"
+    """statistic: arms in which some logits were not finite; detail: which. Reported only."""
     FRESH = "fresh_differs"
     """statistic, low, high, p: change of accuracy by other seeds alone; passed: none is shown. Reported only."""
     STEERING = "beats_steering"
@@ -304,15 +304,22 @@ def as_columns(findings: Findings) -> dict[str, np.ndarray]:
 
 
 def from_columns(columns: Mapping[str, Any]) -> Findings:
-    """The findings that :func:`as_columns` was given, in the order of :class:`Check`."""
-    states = {State.PASSED: True, State.FAILED: False, State.NOT_ESTIMABLE: None}
+    """The findings that :func:`as_columns` was given, in the order of :class:`Check`.
+
+    Parameters
+    ----------
+    columns
+        Its columns, or one direction of a stored result.
+    """
+    known = {name: np.asarray(columns[f"criterion_{name}"]) for name in (*NUMBERS, "state", "detail")}
+    states: dict[str, bool | None] = {State.PASSED: True, State.FAILED: False, State.NOT_ESTIMABLE: None}
     return tuple(
         Finding(
             check=check,
-            passed=states[state],
-            detail=str(columns["criterion_detail"][i]),
-            **{name: columns[f"criterion_{name}"][i] for name in NUMBERS},
+            passed=states[str(known["state"][i])],
+            detail=str(known["detail"][i]),
+            **{name: known[name][i] for name in NUMBERS},
         )
         for i, check in enumerate(Check)
-        if (state := State(str(columns["criterion_state"][i]))) is not State.ABSENT
+        if known["state"][i] != State.ABSENT
     )
