@@ -579,11 +579,11 @@ def _agreement(agreement: Agreement, cluster: NDArray[np.str_], settings: Settin
 
     Being right less in agreement than by chance, even if endings and words agree, is no move toward the other model.
     """
-    if not len(agreement.prompts) or agreement.attainable.mean() <= 0:
-        return (Finding(check=Check.V6_AGREEMENT, passed=None, bound=MIN_CLOSED, n=len(agreement.prompts)),), False
-    clusters, attainable = cluster[agreement.prompts], float(agreement.attainable.mean())
-    enough = _paired((agreement.mean - MIN_CLOSED * agreement.attainable)[:, None], clusters, settings, limit=1.1)
-    beyond = _paired(agreement.mean[:, None], clusters, settings)
+    if not len(agreement.prompts):
+        return (Finding(check=Check.V6_AGREEMENT, passed=None, n=0),), False
+    clusters, least = cluster[agreement.prompts], MIN_CLOSED * np.maximum(agreement.attainable, 0.0)
+    enough = _paired((agreement.mean - least)[:, None], clusters, settings, limit=1 + MIN_CLOSED)
+    gained = _paired(agreement.mean[:, None], clusters, settings)
     checks = {"outcome": Check.V6_OUTCOME, "ending": Check.V6_ENDING, "text": Check.V6_TEXT}
     aspects = {}
     for name, values in agreement.beyond_chance.items():
@@ -593,10 +593,9 @@ def _agreement(agreement: Agreement, cluster: NDArray[np.str_], settings: Settin
     opposite = not aspects["outcome"].passed
     row = _row(
         Check.V6_AGREEMENT,
-        beyond,
+        gained,
         bool(enough.p_value[0] <= settings.alpha and enough.mean[0] > 0 and not opposite),
-        statistic=float(beyond.mean[0]) / attainable,
-        bound=MIN_CLOSED,
+        bound=float(least.mean()),
         p_value=float(enough.p_value[0]),
         n=len(agreement.prompts),
     )

@@ -55,8 +55,8 @@ class Check(StrEnum):
     """statistic: share of the divergence from the other model that the edit closes; bound: least share; p: that it
     is not this share."""
     V6_AGREEMENT = "v6_agreement"
-    """statistic: agreement with the other model on completions that changed, 0 at chance and 1 for that model itself;
-    low, high: of agreement beyond chance; bound: least share; p: that it is not this share; n: prompts."""
+    """statistic, low, high: agreement with the other model gained on completions that changed, beyond chance; bound: a
+    share of what that model itself would gain; p: that it is not this share; n: prompts."""
     V6_OUTCOME = "v6_outcome"
     """statistic, low, high: the part of the agreement beyond chance that is about being right; p: that it is 0."""
     V6_ENDING = "v6_ending"
@@ -225,8 +225,8 @@ _TEMPLATES: Final = {
     "{bound:.0%}): {detail}",
     Check.V4_LENGTH: "completions on unrelated tasks {bound:.1f} -> {statistic:.1f} tokens, reported only",
     Check.V6_KL: "closes {statistic:.0%} of the divergence from the other model ({bound:.0%} needed), p={p_value:.3g}",
-    Check.V6_AGREEMENT: "with the other model on completions that changed, {statistic:.0%} of the way from chance to "
-    "that model ({bound:.0%} needed), {n:g} prompts, p={p_value:.3g}",
+    Check.V6_AGREEMENT: "with the other model beyond chance, on completions of {n:g} prompts that changed, {change} "
+    "({bound:+.3f} needed), p={p_value:.3g}",
     Check.V6_OUTCOME: "agreement beyond chance in being right {change}, p={p_value:.3g}",
     Check.V6_ENDING: "agreement beyond chance in the ending {change}, p={p_value:.3g}",
     Check.V6_TEXT: "agreement beyond chance in words {change}, p={p_value:.3g}",
