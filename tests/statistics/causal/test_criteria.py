@@ -30,6 +30,7 @@ from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Find
 from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, paired_effect
 from rlgen_stats.toolkit.statistics.causal.telling_words import MIN_TEXTS, telling_words, with_any_of
 from rlgen_stats.toolkit.trial.plan import refuse_undecidable
+from tests.statistics.causal.old_rules import invented_clusters
 from tests.statistics.causal.worlds import RIGHT, SETTINGS, SILENT, causal, with_endings, world
 
 
@@ -66,9 +67,9 @@ def test_the_interval_lies_beyond_the_least_effect(high: float, holds_: bool) ->
     assert holds(effect_shown(table, set_effect(table, -0.5, high), SETTINGS), "v1") == holds_
 
 
-@pytest.mark.parametrize(("n_lost", "inside"), [(9, True), (10, False)])
+@pytest.mark.parametrize(("n_lost", "inside"), [(8, True), (9, False)])
 def test_no_effect_is_an_equivalence_test_one_sided_at_alpha(n_lost: int, inside: bool) -> None:
-    """Of 300 prompts nine lost leave a loss of 5% improbable at one-sided .05, ten at one-sided .05 do not."""
+    """Of 300 prompts eight lost leave a loss of 5% improbable at one-sided .05, at one-sided .025 they do not."""
     table = world(fresh_noise=False)
     table = losing(n_lost, on=table.target, table=table, arm=table.chosen)
     findings = no_effect(table, SETTINGS)
@@ -87,16 +88,15 @@ def test_an_edit_that_changes_nothing_has_no_effect_and_no_side_effects_on_sixty
     assert not fewer.requirements["v4"]
 
 
-def test_a_true_effect_of_a_tenth_is_shown_on_two_hundred_prompts() -> None:
-    """Twenty of 200 lost, none gained: with two invented clusters the interval reached to -.03."""
-    table = world(fresh_noise=False, n_target=200)
-    table = losing(20, on=table.target, table=table, arm=table.chosen)
-    effects = paired_effect(
-        table.change(table.target), table.cluster[table.target], alpha=0.05, seed=0, n_resamples=999
-    )
-    findings = effect_shown(table, effects, SETTINGS)
-    assert holds(findings, "v1")
-    assert row(findings, Check.V1_EFFECT).high < -0.06
+def test_a_true_effect_of_a_tenth_is_shown_on_twenty_eight_clusters_of_five() -> None:
+    """One of every ten lost, in half of the clusters: two invented clusters at +-1 left it open."""
+    change = np.zeros((140, 1))
+    change[::10] = -1.0
+    clusters = np.repeat(np.arange(28), 5).astype(str)
+    effect = paired_effect(change, clusters, alpha=0.05, seed=0, n_resamples=999)
+    old = invented_clusters(change[:, 0], np.repeat(np.arange(28), 5), alpha=0.05)
+    assert old[1] > -MIN_EFFECT > effect.high[0]
+    assert effect.low[0] < -0.1 < effect.high[0]
 
 
 # -- V2
@@ -189,9 +189,8 @@ def test_a_fall_between_two_doses_is_tested_over_all_steps(n_lost: int, falls: b
 def test_accuracy_on_unrelated_prompts_is_kept_up_to_the_margin(n_lost: int, kept: bool) -> None:
     """One of a hundred lost leaves at most 4.7% at one-sided .05, two 6.2%."""
     table = causal(unrelated=0.9)
-    found = row(
-        side_effects(losing(n_lost, on=table.unrelated, table=table, arm=table.chosen), SETTINGS), Check.V4_ACCURACY
-    )
+    table = losing(n_lost, on=table.unrelated, table=table, arm=table.chosen)
+    found = row(side_effects(table, SETTINGS), Check.V4_ACCURACY)
     assert found.passed == kept, found
 
 
@@ -281,7 +280,7 @@ def test_a_design_names_what_it_lacks(changes: dict[str, Any], lacking: list[Che
 
 
 def test_five_clusters_cannot_show_any_effect() -> None:
-    assert [one.check for one in shortfalls(**SIZE | {"n_target": 5})][0] is Check.V1_EFFECT  # type: ignore[arg-type]
+    assert Check.V1_EFFECT in [one.check for one in shortfalls(**SIZE | {"n_target": 5})]  # type: ignore[arg-type]
 
 
 def test_only_what_rules_out_a_cause_is_refused() -> None:
