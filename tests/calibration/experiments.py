@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.calibration import dictionaries, families, invariance, others, single
+from tests.calibration import dictionaries, families, invariance, others, single, verdicts_causal
 from tests.calibration.rows import Row
 
 SEED = 20261
@@ -39,6 +39,9 @@ EXPERIMENTS = (
     Experiment(families.outcome_selection, 16, "Selection by outcome"),
     Experiment(others.stable_by_chance, 8, "Selection by outcome"),
     Experiment(families.random_sets, 16, "Causal verdicts"),
+    Experiment(verdicts_causal.trials, 75, "Verdicts: C4 and C5"),
+    Experiment(verdicts_causal.borders, 30, "Verdicts: C4 and C5"),
+    Experiment(verdicts_causal.changed_answers, 20, "Verdicts: C4 and C5"),
     Experiment(families.planned_power, 8, "Planned power"),
     Experiment(invariance.invariance, 4, "Invariance"),
 )

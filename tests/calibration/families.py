@@ -219,7 +219,7 @@ def random_sets(scale: int, seed: int) -> list[Row]:
 
         level = hurt(random)
         table = world(
-            right={"set": level, "dose": (level + 0.9) / 2},
+            right={"set": level},
             kl={"set": 0.3, "random": 0.3},
             random_right=hurt,
             seed=w,
