@@ -208,7 +208,7 @@ def _features(mean: np.ndarray) -> xr.Dataset:
 
 def random_sets(scale: int, seed: int) -> list[Row]:
     """The set is another random set and every edit hurts: CAUSAL_SPECIFIC at most alpha of the time."""
-    worlds = 150 * scale
+    worlds = 30 * scale
     settings = Settings(alpha=ALPHA, margin=0.05, n_resamples=199, seed=seed)
     specific, effects = 0, 0
     for w in range(worlds):
