@@ -42,7 +42,10 @@ from tests.trial.trials import (
 
 def test_the_planted_gate_is_the_cause_in_both_directions(gate: Any) -> None:
     result, balance = gate
-    assert result["verdict"].values.tolist() == ["CAUSAL_SPECIFIC", "CAUSAL_SPECIFIC"], result["reasons"].values
+    assert result["verdict"].sel(direction="amplify").item() == "CAUSAL_SPECIFIC", result["reasons"].values
+    disable = result.sel(direction="disable")
+    assert all(bool(disable[name]) for name in ("v1", "v2", "v3", "v4"))
+    assert disable["decided_by"].item() == "v6_not_shown", "zeroing silences every prompt, also those that base answers"
     assert result["rank_p"].values == pytest.approx([1 / 20] * 2)
     assert balance["balanced"].sel(covariate=["log_firing", "decoder_norm", "mas_bin"]).all()
     assert pick(result, "effect", "disable", "set") < -0.7
