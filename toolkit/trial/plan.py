@@ -424,7 +424,8 @@ def _plan_without_arms(
 def _attributes(spec: StudySpec, features: tuple[int, ...], prompts: TrialPrompts) -> dict[str, Any]:
     tasks = prompts.table[TASK]
     return {
-        "test": "sign-flip over prompt clusters (exact McNemar for one sample a prompt); t-interval over clusters; "
+        "test": "sign-flip over prompt clusters (exact McNemar for one sample a prompt); interval over clusters (CR2, "
+        "and one unseen cluster where few changed); "
         "rank of the set among matched random sets",
         "null": "the edit changes no completion's chance of being right",
         "unit": "prompt cluster",
