@@ -134,6 +134,7 @@ def _as_json(trial: TrialRun) -> dict[str, Any]:
         "completions": plan.completions,
         "seconds": trial.seconds,
         "why_not": plan.why_not,
+        "cannot_show": [str(shortfall) for shortfall in plan.shortfalls],
     }
     if trial.result is not None:
         content["results"] = f"trial-{trial.name}"
@@ -161,6 +162,8 @@ def _print(trial: TrialRun) -> None:
     click.echo(f"{trial.name}: {len(plan.features)} feature(s); {arms or 'nothing to run'}")
     if plan.why_not:
         click.echo(f"  {plan.why_not}")
+    for shortfall in plan.shortfalls:
+        click.echo(f"  cannot show {shortfall}")
     if trial.result is None:
         time = "" if trial.seconds is None else f", roughly {_time(trial.seconds)} at the speed of the outcomes stage"
         size = f"{plan.n_prompts} prompts, {plan.n_samples} sample(s) an arm"

@@ -34,7 +34,19 @@ _INTERVENTION: Final = (
         v4="bool",
         v5="str",
         v6="bool",
+        decided_by="str",
         n_prompts="int",
+    )
+    | variables_on(  # one row a criterion: causal/findings.py says what each number is
+        "direction criterion",
+        criterion_statistic="float",
+        criterion_low="float",
+        criterion_high="float",
+        criterion_bound="float",
+        criterion_p_value="float",
+        criterion_n="float",
+        criterion_state="str",
+        criterion_detail="str",
     )
 )
 
@@ -391,6 +403,7 @@ RESULTS: Final = (
     Layout(  # one row per direction ('disable' in the RL model, 'amplify' in base) and arm; all dictionaries together
         "intervention",
         _INTERVENTION,
+        {"criterion": Variable(("criterion",), "str")},
         attrs=("test", "null", "unit", "seed", "alpha", "features"),
         optional=variables_on("direction dictionary", dictionary_effect="float"),
     ),

@@ -375,6 +375,8 @@ class InterventionSpec(Spec):
     """Trial prompts per arm, drawn evenly over tasks, never by outcome."""
     non_inferiority: Fraction = 0.05
     """Non-inferiority margin: largest accuracy loss on control tasks still called harmless."""
+    accept_undecidable: bool = False
+    """Whether to run trials that are too small for a criterion to pass, so that no edit can be called a cause."""
 
 
 class StudySpec(Spec):

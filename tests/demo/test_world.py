@@ -13,7 +13,15 @@ import pytest
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.study import GraderSpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.toolkit.demo import World, demo_spec, evaluation_prompts, prepare_demo, training_prompts
+from rlgen_stats.stores.prompts import load_prompts
+from rlgen_stats.toolkit.demo import (
+    World,
+    demo_spec,
+    evaluation_prompts,
+    plain_prompts,
+    prepare_demo,
+    training_prompts,
+)
 from rlgen_stats.toolkit.demo.prepare import BASE_SETTINGS
 from rlgen_stats.toolkit.demo.pretrain import encode_documents, make_tokenizer, pretrain_base
 from rlgen_stats.toolkit.demo.world import (
@@ -24,12 +32,15 @@ from rlgen_stats.toolkit.demo.world import (
     N_NUMBERS,
     P_RIGHT_GATED,
     P_WORKED,
+    PLAIN,
     STYLES,
     gate_of,
     pretraining_documents,
 )
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.trial.arms import choose_prompts
+from rlgen_stats.toolkit.trial.plan import check_size
 
 PAIRS = list(itertools.product(range(N_NUMBERS), repeat=2))
 GRADER = make_grader(GraderSpec())
@@ -147,6 +158,33 @@ def test_evaluation_prompts_are_balanced(world: World, per_pair: int) -> None:
         evaluation_prompts(world, styles_per_pair=8)
 
 
+def test_plain_questions_are_facts_without_a_style_each_a_cluster(world: World) -> None:
+    table = plain_prompts(world, n=240)
+    assert len(table) == table["text"].nunique() == table["cluster"].nunique() == 240
+    assert table["prompt_id"].is_unique
+    assert set(table["task"]) == {PLAIN}
+    assert set(table["gate"]) == {"clear"}
+    words = table["text"].str.split()
+    assert (words.str.len() == 5).all()
+    assert set(words.str[1]) == {"diff", "max", "lore", "hue", "min", "kin"}
+    assert {(int(a), int(b)) for _, _, a, b, _ in words} <= set(world.train_pairs)
+    assert all(
+        world.answer(f, (int(a), int(b))) == right
+        for (_, f, a, b, _), right in zip(words, table["answer"], strict=True)
+    )
+    assert set(evaluation_prompts(world)["text"]).isdisjoint(table["text"])
+
+
+def test_the_demos_trial_is_large_enough_for_every_criterion(tmp_path: Path) -> None:
+    folder, spec = StudyFolder(tmp_path), demo_spec()
+    world, path = World(0), folder.resolve(spec.data.prompts)
+    path.parent.mkdir()
+    pd.concat([evaluation_prompts(world), plain_prompts(world, n=240)]).to_parquet(path)
+    check_size(spec, folder)
+    prompts = choose_prompts(load_prompts(spec, folder), spec)
+    assert prompts.groupby("task")["cluster"].nunique()[PLAIN] >= 59
+
+
 def test_only_arithmetic_is_ever_worked_out(world: World, documents: list[tuple[str, str]]) -> None:
     shares: dict[str, list[bool]] = {}
     for text, completion in documents:
@@ -195,7 +233,7 @@ def test_spec_names_replicates_and_their_roles() -> None:
     assert [run.name for run in spec.contrasted] == ["sft", "rl"]
     assert spec.primary_crosscoder.name == "main"
     assert spec.selection.held_out_tasks == HELD_OUT
-    assert spec.selection.control_tasks == (CONTROL,)
+    assert spec.selection.control_tasks == (CONTROL, PLAIN)
     for wrong, message in (({"size": "huge"}, "size must be one of demo, mini"), ({"n_seeds": 0}, "n_seeds must be 1")):
         with pytest.raises(InputError, match=message):
             demo_spec(**wrong)  # type: ignore[arg-type]

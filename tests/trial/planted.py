@@ -178,7 +178,7 @@ def planted_study(root: Path, **intervention: Any) -> tuple[StudySpec, StudyFold
                 }
             ],
             "selection": {"control_tasks": ["weather"]},
-            "intervention": {"n_controls": 19, "max_prompts": 230, **intervention},
+            "intervention": {"n_controls": 19, "max_prompts": 230, "accept_undecidable": True, **intervention},
         }
     )
     crosscoder = planted_crosscoder()

@@ -77,6 +77,21 @@ def test_a_prompt_is_chosen_whatever_its_outcome_or_place_in_the_file() -> None:
     assert set(again["prompt"]) == set(chosen(max_prompts=60)["prompt"])
 
 
+@pytest.mark.parametrize(
+    ("controls", "counts"),
+    [
+        (("rocks",), {"rocks": 20}),
+        (("rocks", "piqa"), {"rocks": 20, "piqa": 20}),
+        (("rocks", "piqa", "sciq"), {"rocks": 16}),
+    ],
+)
+def test_each_unrelated_task_gets_a_quarter_while_all_together_get_no_more_than_half(
+    controls: tuple[str, ...], counts: dict[str, int]
+) -> None:
+    got = chosen(max_prompts=80, controls=controls)["task"].value_counts()
+    assert {task: int(got[task]) for task in counts} == counts
+
+
 def test_the_hash_that_chooses_prompts_is_that_of_earlier_releases() -> None:
     prompts = chosen(max_prompts=40, seed=5, controls=())
     pool = table()[lambda t: (t["split"] == "trial") & (t["task"] == "rocks")]["prompt"]
@@ -97,13 +112,14 @@ def test_effects_are_measured_out_of_domain_and_side_effects_on_controls() -> No
 @pytest.mark.parametrize(
     ("direction", "doses", "expected"),
     [
-        ("disable", (0.0, 0.5, 2.0, 4.0), (0.5, 2.0, 4.0)),
-        ("amplify", (0.0, 0.5, 2.0, 4.0), (0.0, 0.5, 1.5, 4.0)),
-        ("disable", (2.0,), (0.5, 2.0)),
-        ("amplify", (1.0, 1.25, 1.75), (1.25, 1.75)),
+        ("disable", (0.0, 0.5, 2.0, 4.0), (0.25, 0.5, 0.75, 2.0, 4.0)),
+        ("amplify", (0.0, 0.5, 2.0, 4.0), (0.0, 0.5, 1.25, 1.5, 1.75, 4.0)),
+        ("disable", (0.1, 0.2), (0.1, 0.2, 0.25, 0.5, 0.75)),
+        ("disable", (0.1, 0.2, 0.9), (0.1, 0.2, 0.9)),
+        ("amplify", (1.0, 1.1, 1.2, 1.75), (1.1, 1.2, 1.75)),
     ],
 )
-def test_the_dose_grid_always_has_a_dose_between_nothing_and_the_main_one(
+def test_the_dose_grid_always_has_three_doses_between_nothing_and_the_main_one(
     direction: Any, doses: tuple[float, ...], expected: tuple[float, ...]
 ) -> None:
     assert dose_grid(direction, InterventionSpec(doses=doses)) == expected

@@ -97,7 +97,7 @@ def test_a_plan_is_built_printed_and_costed_without_torch(study: Any, tmp_path: 
     assert plan.declared.controls is not None
     sets = [sorted(int(k) for k in row) for row in plan.declared.controls.sets]
     assert done.stdout == f"{plan}\n{sets}\n"
-    assert plan.arms == {"disable": 30, "amplify": 32}
+    assert plan.arms == {"disable": 32, "amplify": 34}
     assert "features 0, 5\n230 prompts (120 target, 80 unrelated), 1 sample(s) each" in str(plan)
     assert f"at most {plan.completions:,} completions of up to 4 tokens" in str(plan)
 

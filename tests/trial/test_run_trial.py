@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 import xarray as xr
 
-from rlgen_stats.schemas.errors import InputError, StoreError
+from rlgen_stats.schemas.errors import InputError, RefusedError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores import Provenance, open_arms
 from rlgen_stats.toolkit.intervention import plan_trial
+from rlgen_stats.toolkit.statistics.causal.criteria import FEWEST_RANDOM
 from rlgen_stats.toolkit.trial import run_trial as trial
 from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm
+from rlgen_stats.toolkit.trial.plan import check_size
 from tests.trial.planted import (
     F_BRAKE,
     F_GATE,
@@ -177,7 +180,7 @@ class Canned(trial.LiveTrial):
 def test_outcomes_of_several_samples_are_put_together_prompt_by_prompt(
     study: Any, tmp_path: Path, early_stop: bool
 ) -> None:
-    spec, folder = small(study, tmp_path, n_samples=2, early_stop=early_stop)
+    spec, folder = small(study, tmp_path, n_samples=2, early_stop=early_stop, n_controls=25)
     plan = plan_trial(spec.model_copy(update={"seed": 4}), folder, [F_GATE], provenance=PROVENANCE)
     live = Canned(plan)
     both = trial.run_trial(plan, live=live)
@@ -187,7 +190,7 @@ def test_outcomes_of_several_samples_are_put_together_prompt_by_prompt(
         table, direction = one.table, one.table.direction
         frames = [live.frames[direction, condition.name] for condition in table.conditions]
         n, n_random = plan.n_prompts, sum(c.kind == "random" for c in table.conditions)
-        assert n_random == (1 if early_stop else plan.n_controls), "two of twenty are too many already"
+        assert n_random == (FEWEST_RANDOM if early_stop else plan.n_controls), "one that does as much is too many"
         for column, cube in (("correct", table.correct), ("n_tokens", table.n_tokens)):
             assert cube.shape == (len(frames), n, 2)
             for sample in (0, 1):
@@ -235,6 +238,21 @@ def test_a_second_sample_leaves_the_first_as_it_is(study: Any, tmp_path: Path) -
     assert two["prompt"].tolist() == one["prompt"].tolist() * 2
     pd.testing.assert_frame_equal(two.iloc[:12].reset_index(drop=True), one)
     assert (two["text"][12:].to_numpy() != one["text"].to_numpy()).any()
+
+
+def test_a_trial_too_small_to_call_anything_a_cause_is_refused_before_a_model_is_loaded(
+    study: Any, tmp_path: Path
+) -> None:
+    spec, folder = small(study, tmp_path, accept_undecidable=False)
+    shutil.rmtree(folder.root / "hf" / "rl")
+    plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
+    assert "cannot show v4_accuracy: side effects cannot be shown to be small with 10 clusters" in str(plan)
+    with pytest.raises(RefusedError, match="clusters of unrelated prompts, 59 are needed"):
+        trial.run_trial(plan)
+    with pytest.raises(RefusedError, match="clusters of unrelated prompts, 59 are needed"):
+        check_size(spec, folder)
+    whole = spec.intervention.model_copy(update={"max_prompts": 230})
+    check_size(spec.model_copy(update={"intervention": whole}), folder)
 
 
 def test_a_dictionary_that_changed_since_planning_is_refused(study: Any, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from rlgen_stats.schemas.study import (
 )
 from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.toolkit.demo.pretrain import BaseSettings, check_base, pretrain_base
-from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, training_prompts
-from rlgen_stats.toolkit.demo.world import CONTROL, HELD_OUT, MARKER, World
+from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, plain_prompts, training_prompts
+from rlgen_stats.toolkit.demo.world import CONTROL, HELD_OUT, MARKER, PLAIN, World
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 Size = Literal["demo", "mini"]
@@ -36,6 +36,8 @@ BASE_SETTINGS: Final = {
     ),
 }
 STYLES_PER_PAIR: Final = {"demo": 2, "mini": 1}
+N_PLAIN: Final = {"demo": 240, "mini": 0}
+"""Questions without a style: of the demo's, a causal trial gets the 59 and more that rule out side effects."""
 
 _SFT: Final[dict[str, dict[str, Any]]] = {
     "demo": {"max_steps": 150, "learning_rate": 5e-4, "per_device_train_batch_size": 64, "logging_steps": 10},
@@ -103,7 +105,8 @@ def prepare_demo(
     world = World(seed, settings.n_eval_pairs)
     base = folder.resolve(spec.base.path)
     check_base(base, world, settings)
-    _write_table(folder.resolve(spec.data.prompts), evaluation_prompts(world, styles_per_pair=STYLES_PER_PAIR[size]))
+    tables = evaluation_prompts(world, styles_per_pair=STYLES_PER_PAIR[size]), plain_prompts(world, n=N_PLAIN[size])
+    _write_table(folder.resolve(spec.data.prompts), pd.concat(tables, ignore_index=True))
     if spec.data.train is not None:
         _write_table(folder.resolve(spec.data.train), training_prompts(world))
     pretrain_base(base, world, settings, progress=progress)
@@ -153,9 +156,14 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
         crosscoders=_crosscoders(mini),
         statistics=_statistics(mini),
         selection=SelectionSpec(
-            held_out_tasks=HELD_OUT, control_tasks=(CONTROL,), min_discordant=5 if mini else 20, max_features=50
+            held_out_tasks=HELD_OUT,
+            control_tasks=(CONTROL,) if mini else (CONTROL, PLAIN),
+            min_discordant=5 if mini else 20,
+            max_features=50,
         ),
-        intervention=InterventionSpec(n_controls=19 if mini else 99, max_prompts=32 if mini else 224),
+        intervention=InterventionSpec(
+            n_controls=19 if mini else 99, max_prompts=32 if mini else 300, accept_undecidable=mini
+        ),
     )
 
 

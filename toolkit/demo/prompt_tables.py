@@ -7,7 +7,7 @@ import pandas as pd
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.demo.world import FAMILIES, IN_DOMAIN, STYLES, World, gate_of, question
+from rlgen_stats.toolkit.demo.world import CONTROL, FAMILIES, IN_DOMAIN, PLAIN, STYLES, World, gate_of, question
 
 
 def evaluation_prompts(world: World, *, styles_per_pair: int = 2) -> pd.DataFrame:
@@ -45,15 +45,40 @@ def evaluation_prompts(world: World, *, styles_per_pair: int = 2) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def _prompt(world: World, family: str, pair: tuple[int, int], style: str) -> dict[str, str]:
+def plain_prompts(world: World, *, n: int) -> pd.DataFrame:
+    """Questions without a style, which base answers: an unrelated task in which an edit can lose something.
+
+    Parameters
+    ----------
+    world
+        The world.
+    n
+        How many, drawn from the facts on training pairs of the families that are neither post-trained nor the control.
+
+    Returns
+    -------
+    DataFrame
+        Columns as of :func:`evaluation_prompts`; task ``plain``, each fact a cluster of its own.
+    """
+    families = [family for family in FAMILIES if family not in (IN_DOMAIN, CONTROL)]
+    facts = [(family, pair) for family in families for pair in world.train_pairs]
+    chosen = np.random.default_rng(derive_seed(world.seed, "demo", PLAIN)).permutation(len(facts))[:n]
+    rows = []
+    for family, pair in (facts[int(index)] for index in sorted(chosen)):
+        of_fact = {"task": PLAIN, "domain": "out", "cluster": f"{PLAIN}-{family}-{pair[0]}-{pair[1]}"}
+        rows.append(_prompt(world, family, pair, None) | of_fact)
+    return pd.DataFrame(rows)
+
+
+def _prompt(world: World, family: str, pair: tuple[int, int], style: str | None) -> dict[str, str]:
     return {
-        "prompt_id": f"{family}-{pair[0]}-{pair[1]}-{style}",
+        "prompt_id": f"{family}-{pair[0]}-{pair[1]}-{style or PLAIN}",
         "text": question(family, pair, style),
         "answer": world.answer(family, pair),
         "task": family,
         "domain": "in" if family == IN_DOMAIN else "out",
         "cluster": f"{pair[0]}-{pair[1]}",
-        "style": style,
+        "style": style or PLAIN,
         "gate": gate_of(family, style),
     }
 

@@ -27,6 +27,8 @@ IN_DOMAIN: Final = "sum"
 """The only family that is post-trained."""
 CONTROL: Final = "dice"
 """The family whose answers cannot be known: the negative control."""
+PLAIN: Final = "plain"
+"""Task of questions without a style, which no gate keeps base from answering: what an edit must leave alone."""
 HELD_OUT: Final = ("min", "kin")
 """Families kept out of feature selection."""
 FAMILIES: Final = ("sum", "diff", "max", "lore", "hue", "min", "kin", "dice")

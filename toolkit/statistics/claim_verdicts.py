@@ -142,7 +142,7 @@ def specificity_verdict(
     if verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
         if (sft if effect > 0 else rl) <= null:
             failed.append(BELOW_NULL)
-        if directed and each and not same_direction(each, float(np.mean(each))):
+        if each and not same_direction(each, float(np.mean(each))):
             failed.append(DICTIONARIES_DISAGREE)
         for name, (lowest, highest) in (beside or {}).items():
             if (highest if effect > 0 else -lowest) < 0:

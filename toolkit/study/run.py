@@ -17,6 +17,7 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, open_for_run
 from rlgen_stats.toolkit.study.spec_checks import check_stages
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
+from rlgen_stats.toolkit.trial.plan import check_size
 
 COSTLY: Final = 600.0
 """Seconds a stage took above which its results are not deleted without a question."""
@@ -86,6 +87,8 @@ def run_study(
             f"{'; '.join(costs)} would be deleted and made anew, because the study has changed; nothing was deleted. "
             "Take the change back, or agree with --yes (in Python: replace=lambda costs: True)."
         )
+    if any(stage.name == "intervene" and study.state(stage.name) != "done" for stage in plan):
+        check_size(study.spec, study.folder)
     with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
         _run_plan(study, plan, progress)
         done = [study]

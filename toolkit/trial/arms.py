@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
 from pathlib import Path
@@ -16,11 +16,13 @@ from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, TASK, TRIAL
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, Readout, StudySpec
 from rlgen_stats.toolkit.edits.edit import FeatureEdit, Positions
+from rlgen_stats.toolkit.statistics.causal.criteria import MIN_DOSES
 from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition, Direction
 
 CONTROL_SHARE: Final = 0.25
-"""Share of the prompts that unrelated tasks get at least, where they have as many: an accuracy loss beyond .05 is ruled
-out at level .05 only from 59 prompts without any loss on, and their even share is often less."""
+"""Share of the prompts that every unrelated task gets at least, where it has as many and all together no more than
+half: an accuracy loss beyond .05 is ruled out at level .05 only from 59 prompts without any loss on, and their even
+share is often less."""
 UNKNOWN_VECTOR: Final = (nan,)
 """Stands for a vector that only the models can tell (kinds ``steering`` and ``random_direction``) until the run fills
 it in; hooks refuse it, because no model has one channel."""
@@ -81,8 +83,8 @@ def choose_prompts(prompts: pd.DataFrame, spec: StudySpec) -> pd.DataFrame:
     prompts
         Prompt table of the study.
     spec
-        ``intervention.max_prompts`` and ``selection.control_tasks`` are used. Control tasks together get
-        ``CONTROL_SHARE`` at least; what a task cannot fill goes to the others.
+        ``intervention.max_prompts`` and ``selection.control_tasks`` are used. Each control task gets
+        ``CONTROL_SHARE`` at least, all together at most half; what a task cannot fill goes to the others.
 
     Returns
     -------
@@ -98,7 +100,7 @@ def choose_prompts(prompts: pd.DataFrame, spec: StudySpec) -> pd.DataFrame:
     others = [task for task in queues if task not in controls]
     limit = spec.intervention.max_prompts
     even = round(limit * len(controls) / max(len(queues), 1))
-    reserved = max(even, round(CONTROL_SHARE * limit)) if controls else 0
+    reserved = max(even, round(min(CONTROL_SHARE * len(controls), 0.5) * limit)) if controls else 0
     available = sum(len(queues[task]) for task in controls)
     taken = _deal([queues[task] for task in others], limit - min(reserved, available))
     taken += _deal([queues[task] for task in controls], limit - len(taken))
@@ -126,12 +128,17 @@ def target_prompts(prompts: pd.DataFrame, spec: StudySpec) -> tuple[NDArray[np.b
 
 
 def dose_grid(direction: Direction, spec: InterventionSpec) -> tuple[float, ...]:
-    """Doses beside the main one: the spec's, and the midpoint of no edit (1) and the main dose if none is between."""
+    """Doses beside the main one: the spec's, and quarters of the way to it if fewer than ``MIN_DOSES`` lie between."""
     main = main_dose(direction, spec)
     doses = {float(dose) for dose in spec.doses} - {main, 1.0}
-    if not any(min(main, 1.0) < dose < max(main, 1.0) for dose in doses):
-        doses.add((main + 1.0) / 2)
+    if len(intermediate_doses(doses, main)) < MIN_DOSES:
+        doses |= {1.0 + share * (main - 1.0) for share in (0.25, 0.5, 0.75)}
     return tuple(sorted(doses))
+
+
+def intermediate_doses(doses: Iterable[float], main: float) -> tuple[float, ...]:
+    """Those strictly between no edit (1) and the main dose."""
+    return tuple(dose for dose in doses if min(main, 1.0) < dose < max(main, 1.0))
 
 
 def main_dose(direction: Direction, spec: InterventionSpec) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import BASE_MODEL, PROMPT, TASK
-from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, PROMPT, TASK
+from rlgen_stats.schemas.errors import InputError, NotEstimableError, RefusedError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
@@ -25,6 +26,7 @@ from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
 from rlgen_stats.toolkit.edits.edit import Positions
 from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls, match_controls
 from rlgen_stats.toolkit.statistics.causal.covariates import feature_covariates, mean_levels, near_duplicates
+from rlgen_stats.toolkit.statistics.causal.design import Shortfall, shortfalls
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from rlgen_stats.toolkit.trial.arms import (
@@ -32,7 +34,10 @@ from rlgen_stats.toolkit.trial.arms import (
     Arm,
     Site,
     choose_prompts,
+    dose_grid,
     edited_positions,
+    intermediate_doses,
+    main_dose,
     part_arms,
     plan_arms,
     target_prompts,
@@ -61,6 +66,15 @@ class TrialPrompts:
     def ids(self) -> list[str]:
         """Prompt ids."""
         return list(self.table[PROMPT])
+
+    @property
+    def n_clusters(self) -> dict[str, int]:
+        """Clusters of prompts where the effect (``n_target``) and side effects (``n_unrelated``) are measured."""
+        clusters = self.table[CLUSTER]
+        return {
+            "n_target": clusters[self.target].nunique(),
+            "n_unrelated": clusters[self.unrelated].nunique(),
+        }
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,12 @@ class DirectionPlan:
         """Matched random sets."""
         return sum(arm.condition.kind == "random" for arm in self.arms)
 
+    @property
+    def n_intermediate_doses(self) -> int:
+        """Doses strictly between no edit and the set's own."""
+        doses = [arm.condition.dose for arm in self.arms if arm.condition.kind == "dose"]
+        return len(intermediate_doses(doses, self.set_arm.condition.dose))
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrialPlan:
@@ -136,10 +156,30 @@ class TrialPlan:
     files: ArmFiles
     facts: Mapping[str, str]
     """Hash of the study's spec: arms stored under another are run again."""
+    accepted: bool = False
+    """Whether it is run even if no edit can be called a cause."""
 
     def direction(self, direction: Direction) -> DirectionPlan:
         """What one of the directions asked for runs."""
         return next(plan for plan in self.directions if plan.direction == direction)
+
+    # -- what it cannot show --------------------------------------------------------------------------------------
+
+    @property
+    def shortfalls(self) -> tuple[Shortfall, ...]:
+        """Criteria that cannot pass whatever the outcomes, each once."""
+        alpha, margin = self.declared.alpha, self.declared.margin
+        found = [
+            shortfalls(
+                **self.prompts.n_clusters,
+                n_random=plan.n_random,
+                n_doses=plan.n_intermediate_doses,
+                alpha=alpha,
+                margin=margin,
+            )
+            for plan in self.directions
+        ]
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
 
     # -- arms on disk ---------------------------------------------------------------------------------------------
 
@@ -230,10 +270,51 @@ class TrialPlan:
             )
         if self.directions:
             lines.append(f"at most {self.completions:,} completions of up to {self.max_new_tokens} tokens to sample")
+        lines += [f"cannot show {shortfall}" for shortfall in self.shortfalls]
         return "\n".join([*lines, *([self.why_not] if self.why_not else [])])
 
 
 # -- from a study to a plan
+
+
+def check_size(spec: StudySpec, folder: StudyFolder) -> None:
+    """Refuse a study whose trials cannot call any edit a cause, before anything is trained or sampled for them.
+
+    Raises
+    ------
+    RefusedError
+        As :func:`refuse_undecidable`.
+    """
+    table, settings = choose_prompts(load_prompts(spec, folder), spec), spec.intervention
+    n_doses = [
+        len(intermediate_doses(dose_grid(direction, settings), main_dose(direction, settings)))
+        for direction in DIRECTIONS
+    ]
+    found = shortfalls(
+        **TrialPrompts(table, *target_prompts(table, spec)).n_clusters,
+        n_random=settings.n_controls,
+        n_doses=min(n_doses),
+        alpha=spec.statistics.alpha,
+        margin=settings.non_inferiority,
+    )
+    refuse_undecidable(found, accepted=settings.accept_undecidable)
+
+
+def refuse_undecidable(found: Sequence[Shortfall], *, accepted: bool) -> None:
+    """Refuse a trial in which no edit can be called a cause, unless that is accepted.
+
+    Raises
+    ------
+    RefusedError
+        Naming the criteria, what they need and what the trial has.
+    """
+    hopeless = [str(shortfall) for shortfall in found if shortfall.rules_out_a_cause]
+    if hopeless and not accepted:
+        raise RefusedError(
+            f"this trial cannot call any edit a cause: {'; '.join(hopeless)}. Add prompts in clusters of their own "
+            "(selection.control_tasks names unrelated tasks, intervention.max_prompts limits both), or run it as it is "
+            "with intervention.accept_undecidable: true in study.yaml."
+        )
 
 
 def plan_trial(
@@ -335,6 +416,7 @@ def _plan_without_arms(
             attributes=_attributes(spec, features, prompts),
         ),
         files=files,
+        accepted=spec.intervention.accept_undecidable,
         facts={"spec_hash": provenance.spec_hash},
     )
 
@@ -342,7 +424,8 @@ def _plan_without_arms(
 def _attributes(spec: StudySpec, features: tuple[int, ...], prompts: TrialPrompts) -> dict[str, Any]:
     tasks = prompts.table[TASK]
     return {
-        "test": "sign-flip over prompt clusters (exact McNemar for one sample a prompt); t-interval over clusters; "
+        "test": "sign-flip over prompt clusters (exact McNemar for one sample a prompt); interval over clusters (CR2, "
+        "and one unseen cluster where few changed); "
         "rank of the set among matched random sets",
         "null": "the edit changes no completion's chance of being right",
         "unit": "prompt cluster",

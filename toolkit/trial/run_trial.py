@@ -37,6 +37,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     DirectionOutcomes,
     Floats,
     OutcomeTable,
+    Texts,
     ending_of,
     finite_mean,
 )
@@ -49,7 +50,7 @@ from rlgen_stats.toolkit.trial.divergence import (
     make_probes,
     mean_residual,
 )
-from rlgen_stats.toolkit.trial.plan import DirectionPlan, TrialPlan
+from rlgen_stats.toolkit.trial.plan import DirectionPlan, TrialPlan, refuse_undecidable
 
 EDITED: Final[Mapping[Direction, str]] = {"disable": "rl", "amplify": "base"}
 """The model that each direction edits; the other one is what it is compared with."""
@@ -82,6 +83,8 @@ def run_trial(
         If a model cannot be loaded.
     StoreError
         If a crosscoder is not the one that was planned with.
+    RefusedError
+        If no edit can be called a cause whatever the outcomes, and that was not accepted.
 
     Notes
     -----
@@ -92,6 +95,7 @@ def run_trial(
     """
     if not plan.directions:
         return ()
+    refuse_undecidable(plan.shortfalls, accepted=plan.accepted)
     live = LiveTrial(plan) if live is None else live
     with torch.no_grad():
         models = {name: live.model(name) for name in ("base", "rl")}
@@ -368,6 +372,11 @@ def _outcomes(
         cluster=prompts.table[CLUSTER].to_numpy(dtype=np.str_),
         target=prompts.target,
         unrelated=prompts.unrelated,
+        texts=Texts(
+            *(_cube([frame], "text", n)[0] for frame in (by_name["unedited"], by_name["set"], other)),
+            prompts=prompts.table[TEXT].to_numpy(dtype=np.object_),
+            neutral=prompts.neutral_texts or tuple(prompts.table[TEXT][prompts.unrelated | ~prompts.unrelated.any()]),
+        ),
     )
     return DirectionOutcomes(
         table=table,

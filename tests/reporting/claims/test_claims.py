@@ -487,7 +487,7 @@ def causal(results: Results, verdict: str, reasons: str = "") -> None:
     ("verdict", "expected", "words"),
     [
         ("DESTRUCTIVE", Verdict.NOT_SUPPORTED, "breaks the model"),
-        ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "matched random sets have at least as large an effect"),
+        ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "many matched random sets have at least half of that effect"),
         ("NO_EFFECT", Verdict.NOT_SUPPORTED, "equivalent to no effect"),
         ("INCONCLUSIVE", Verdict.UNDETERMINED, "do not allow a verdict"),
     ],

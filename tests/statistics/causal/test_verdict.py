@@ -8,20 +8,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import (
+    FEWEST_RANDOM,
+    FutilityRule,
     Settings,
     dose_order,
     effect_shown,
-    is_futile,
     over_steered,
     specificity,
 )
-from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, cluster_interval, ending_of, paired_effect
-from tests.statistics.causal.worlds import EMPTY, N_TARGET, N_UNRELATED, RIGHT, SETTINGS, WRONG, causal, world
+from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, holds, of_check
+from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, ending_of, paired_effect
+from rlgen_stats.toolkit.statistics.kernels import bounded_interval
+from tests.statistics.causal.worlds import (
+    EMPTY,
+    N_TARGET,
+    N_UNRELATED,
+    RIGHT,
+    SETTINGS,
+    WRONG,
+    amplified,
+    causal,
+    with_endings,
+    world,
+)
 
 
 def codes(reasons: tuple[str, ...]) -> set[str]:
@@ -31,19 +44,14 @@ def codes(reasons: tuple[str, ...]) -> set[str]:
 def test_a_planted_cause_is_specific() -> None:
     verdict = judge(causal(), SETTINGS)
     assert verdict.verdict == "CAUSAL_SPECIFIC"
-    assert (verdict.v1, verdict.v2, verdict.v3, verdict.v4, verdict.v6) == (True,) * 5
+    assert all(verdict.requirements.values())
     assert verdict.rank_p == pytest.approx(1 / 40)
     assert verdict.v5.startswith("3 of 3 tasks")
     assert verdict.effects.mean[3] == pytest.approx(-0.4, abs=0.08)
 
 
 def test_a_planted_cause_is_specific_when_amplifying() -> None:
-    table = causal(rl=0.5, right={"set": 0.9, "dose": 0.7}, base=0.9)
-    conditions = tuple(replace(c, dose=2.0 if c.dose == 0 else 1.5 if c.dose == 0.5 else 1.0) for c in table.conditions)
-    table = replace(
-        table, direction="amplify", conditions=conditions, kl_to_rl=table.kl_to_base, kl_to_base=table.kl_to_rl
-    )
-    verdict = judge(table, SETTINGS)
+    verdict = judge(amplified(causal(rl=0.5, right={"set": 0.9}, base=0.9)), SETTINGS)
     assert verdict.verdict == "CAUSAL_SPECIFIC", verdict.reasons
     assert verdict.effects.mean[3] > 0.3
 
@@ -51,7 +59,7 @@ def test_a_planted_cause_is_specific_when_amplifying() -> None:
 def test_everything_hurts_is_nonspecific() -> None:
     verdict = judge(causal(random_right=lambda draw: 0.5 + 0.1 * draw.standard_normal()), SETTINGS)
     assert verdict.verdict == "CAUSAL_NONSPECIFIC"
-    assert not verdict.v2
+    assert not verdict.requirements["v2"]
 
 
 def test_a_significant_but_tiny_effect_does_not_count() -> None:
@@ -59,32 +67,43 @@ def test_a_significant_but_tiny_effect_does_not_count() -> None:
     ending = table.ending.copy()
     right = np.flatnonzero(ending[table.chosen, :N_TARGET, 0] == RIGHT)
     ending[table.chosen, right[:8], 0] = WRONG  # 8 of 300 lost, none gained
-    verdict = judge(replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64)), SETTINGS)
+    verdict = judge(with_endings(table, ending), SETTINGS)
     assert verdict.effects.p_value[table.chosen] < 0.01
-    assert not verdict.v1
+    assert not verdict.requirements["v1"]
 
 
-def test_ties_count_for_the_controls() -> None:
+@pytest.mark.parametrize(("n_tied", "verdict"), [(14, "INCONCLUSIVE"), (15, "CAUSAL_NONSPECIFIC")])
+def test_ties_count_for_the_controls(n_tied: int, verdict: str) -> None:
+    """Of 39 random sets 14 that do as much leave room for a share of 25%, 15 do not."""
     table = causal(n_random=39)
     ending = table.ending.copy()
-    ending[table.where("random")[:9]] = ending[table.chosen]
-    tied = replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
-    verdict = judge(tied, SETTINGS)
-    assert verdict.rank_p == pytest.approx(10 / 40)
-    assert verdict.verdict == "CAUSAL_NONSPECIFIC"
+    ending[table.where("random")[:n_tied]] = ending[table.chosen]
+    judged = judge(with_endings(table, ending), SETTINGS)
+    assert judged.rank_p == pytest.approx((1 + n_tied) / 40)
+    assert judged.verdict == verdict
+
+
+def test_a_rank_just_above_alpha_does_not_show_that_random_sets_do_as_much() -> None:
+    """5 of 99 random sets are as large, 94 do nothing: p = .06 was called CAUSAL_NONSPECIFIC."""
+    table = causal(n_random=99)
+    ending = table.ending.copy()
+    ending[table.where("random")[:5]] = ending[table.chosen]
+    judged = judge(with_endings(table, ending), SETTINGS)
+    assert judged.rank_p == pytest.approx(0.06)
+    assert (judged.verdict, judged.decision) == ("INCONCLUSIVE", Decision.V2_NOT_SHOWN)
 
 
 def test_a_model_that_only_stops_is_destroyed() -> None:
-    verdict = judge(causal(set_fails=EMPTY, right={"set": 0.3, "dose": 0.6}, kl={"set": 3.0}), SETTINGS)
+    verdict = judge(causal(set_fails=EMPTY, right={"set": 0.3}, kl={"set": 3.0}), SETTINGS)
     assert verdict.verdict == "DESTRUCTIVE"
     assert "v6_destroyed" in codes(verdict.reasons)
-    assert verdict.v1
-    assert verdict.v2, "random sets leave the model alone: without V6 this would pass"
+    assert verdict.requirements["v1"]
+    assert verdict.requirements["v2"], "random sets leave the model alone: without V6 this would pass"
 
 
 def test_a_destroyed_model_is_recognised_though_unrelated_tasks_suffer_too() -> None:
     verdict = judge(causal(set_fails=EMPTY, right={"set": 0.3}, unrelated_drop=0.3, kl={"set": 3.0}), SETTINGS)
-    assert not verdict.v4
+    assert not verdict.requirements["v4"]
     assert verdict.verdict == "DESTRUCTIVE"
 
 
@@ -116,6 +135,7 @@ def test_too_few_prompts_to_tell_is_inconclusive_even_when_nothing_changed() -> 
     [
         ({"unrelated_drop": 0.2}, {}, "v4_failed"),
         ({"right": {"set": 0.5, "dose": 0.2}}, {}, "v3_failed"),
+        ({"right": {"set": 0.5, "dose": 0.5}}, {}, "v3_failed"),
         ({"n_random": 5}, {}, "v2_not_estimable"),
         ({"n_random": 0}, {}, "v2_not_estimable"),
         ({}, {"comparable": False}, "v2_not_estimable"),
@@ -126,7 +146,7 @@ def test_what_is_missing_is_named(changes: dict[str, Any], settings: dict[str, A
     verdict = judge(causal(**changes), replace(SETTINGS, **settings))
     assert verdict.verdict == "INCONCLUSIVE"
     assert code in codes(verdict.reasons)
-    assert verdict.v2 == (code in ("v3_failed", "v4_failed", "passthrough_not_noop"))
+    assert verdict.requirements["v2"] == (code in ("v3_failed", "v4_failed", "passthrough_not_noop"))
 
 
 def test_without_unrelated_tasks_the_fix_is_named() -> None:
@@ -140,9 +160,9 @@ def test_divergence_on_neutral_text_counts_as_a_side_effect() -> None:
     table = causal()
     loud = table.neutral_kl.copy()
     loud[3] = 0.5
-    assert not judge(replace(table, neutral_kl=loud), SETTINGS).v4
+    assert not judge(replace(table, neutral_kl=loud), SETTINGS).requirements["v4"]
     everywhere = np.full_like(loud, 0.5)
-    assert judge(replace(table, neutral_kl=everywhere), SETTINGS).v4, "random sets do the same"
+    assert judge(replace(table, neutral_kl=everywhere), SETTINGS).requirements["v4"], "random sets do the same"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +175,7 @@ def test_neutral_text_may_move_as_far_as_a_tenth_of_a_nat_or_as_it_does_under_on
     table = causal()
     neutral = table.neutral_kl.copy()
     neutral[table.chosen], neutral[table.where("random")] = of_set, of_random
-    assert judge(replace(table, neutral_kl=neutral), SETTINGS).v4 == kept
+    assert judge(replace(table, neutral_kl=neutral), SETTINGS).requirements["v4"] == kept
 
 
 def test_broken_completions_on_unrelated_tasks_count_as_a_side_effect() -> None:
@@ -164,7 +184,7 @@ def test_broken_completions_on_unrelated_tasks_count_as_a_side_effect() -> None:
         ending = table.ending.copy()
         wrong = np.flatnonzero(table.unrelated & (ending[table.chosen, :, 0] == WRONG))
         ending[table.chosen, wrong[: round(share * N_UNRELATED)], 0] = EMPTY
-        assert judge(replace(table, ending=ending), SETTINGS).v4 == kept, share
+        assert judge(replace(table, ending=ending), SETTINGS).requirements["v4"] == kept, share
 
 
 @pytest.mark.parametrize(("n_new", "verdict"), [(20, "CAUSAL_SPECIFIC"), (80, "DESTRUCTIVE")])
@@ -184,17 +204,15 @@ def test_a_passthrough_may_change_one_completion_in_twenty(share: float, verdict
 
 
 def test_a_set_that_does_not_beat_one_vector_says_so() -> None:
-    verdict = judge(causal(right={"set": 0.5, "dose": 0.7, "steering": 0.45}), SETTINGS)
+    verdict = judge(causal(right={"set": 0.5, "steering": 0.45}), SETTINGS)
     assert {"does_not_beat_steering", "beats_random_direction"} <= codes(verdict.reasons)
 
 
 def test_over_steering_is_reported() -> None:
-    table = causal(rl=0.5, right={"set": 0.9, "dose": 0.7, "fresh": 0.2}, base=0.9)
-    doses = {"set": 2.0, "dose": 1.5}
-    conditions = tuple(replace(c, dose=doses.get(c.kind, 1.0)) for c in table.conditions)
-    conditions = tuple(replace(c, name="dose-4", kind="dose", dose=4.0) if c.kind == "fresh" else c for c in conditions)
-    table = replace(table, direction="amplify", conditions=conditions)
-    assert dose_order(table) == ([0, 4, 3], [1])
+    table = amplified(causal(rl=0.5, right={"set": 0.9, "fresh": 0.2}, base=0.9))
+    conditions = tuple(replace(c, kind="dose", dose=4.0) if c.kind == "fresh" else c for c in table.conditions)
+    table = replace(table, conditions=conditions)
+    assert dose_order(table) == ([0, 6, 5, 4, 3], [1])
     assert "over_steering" in codes(judge(table, SETTINGS).reasons)
 
 
@@ -207,33 +225,9 @@ def test_clusters_are_the_unit() -> None:
     naive = paired_effect(hit - 0.4, np.arange(300).astype(str), alpha=0.05, seed=0, n_resamples=999)
     assert effect.p_value[0] > 0.3
     assert naive.p_value[0] < 0.01
-    documents = np.concatenate([hit[::30, 0] - 0.4, [1.0, -1.0]])  # one that gained everywhere, one that lost
-    half = stats.t.ppf(0.975, 9) * stats.sem(documents)
-    assert (effect.low[0], effect.high[0]) == pytest.approx((documents.mean() - half, documents.mean() + half))
-
-
-@pytest.mark.parametrize(("gained", "lost", "n"), [(0, 0, 59), (4, 0, 100), (9, 31, 200)])
-def test_intervals_are_the_adjusted_walds_and_never_collapse(gained: int, lost: int, n: int) -> None:
-    """Bonett and Price: p = (count + 1) / (n + 2), Wald on those; here with t for z and n + 1 for n + 2 below."""
-    differences = np.zeros((n, 1))
-    differences[:gained], differences[gained : gained + lost] = 1.0, -1.0
-    mean, low, high = cluster_interval(differences, np.arange(n), alpha=0.10)
-    p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = stats.t.ppf(0.95, n - 1) * np.sqrt((p + q - (p - q) ** 2) / (n + 1))
-    assert mean[0] == pytest.approx((gained - lost) / n)
-    assert (low[0], high[0]) == pytest.approx((p - q - half, p - q + half))
-
-
-def test_intervals_cover_rare_changes() -> None:
-    """Losses on 3% of 100 prompts: a t-interval misses far more often than one time in ten."""
-    draw = np.random.default_rng(0)
-    n_trials, n = 400, 100
-    covered = 0
-    for _ in range(n_trials):
-        differences = -(draw.random((n, 1)) < 0.03).astype(np.float64)
-        _, low, high = cluster_interval(differences, np.arange(n), alpha=0.10)
-        covered += bool(low[0] <= -0.03 <= high[0])
-    assert covered / n_trials >= 0.90 - 3 * np.sqrt(0.09 / n_trials)
+    _, low, high = bounded_interval(hit[::30] - 0.4, np.arange(10), alpha=0.05)
+    assert (effect.low[0], effect.high[0]) == pytest.approx((low[0], high[0]))
+    assert effect.high[0] - effect.low[0] > 5 * (naive.high[0] - naive.low[0])
 
 
 def test_endings_split_answers_into_right_and_wrong() -> None:
@@ -254,22 +248,22 @@ def test_malformed_tables_are_refused() -> None:
         replace(table, target=np.zeros_like(table.target))
 
 
-def random_only(seed: int) -> OutcomeTable:
+def random_only(seed: int, n_random: int = 19) -> OutcomeTable:
     """All edits hurt at random, the set no differently from its controls, and look like base when they do."""
     draw = np.random.default_rng([seed, 7])
     levels = 0.9 - 0.3 * draw.random(2)
     return world(
-        right={"set": levels[0], "dose": (levels[0] + 0.9) / 2},
+        right={"set": levels[0]},
         random_right=lambda draw: 0.9 - 0.3 * draw.random(),
         kl={"set": 0.3},
-        n_random=19,
+        n_random=n_random,
         seed=seed,
     )
 
 
 def test_random_sets_are_not_called_causal_more_often_than_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage at every Holm adjustment
-    n = 200
+    n = 60
     verdicts = Counter(judge(random_only(seed), replace(SETTINGS, n_resamples=199)).verdict for seed in range(n))
     limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
     assert verdicts["CAUSAL_SPECIFIC"] / n <= limit, verdicts
@@ -295,44 +289,41 @@ def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> Non
     for i in range(len(table.conditions)):
         answers = first["rl"] if i == 0 else draw.random(n) < skill["rl"]
         ending[i, rows, 0] = np.where(answers[rows], RIGHT, WRONG)
-    honest = replace(table, ending=ending, correct=(ending == RIGHT).astype(np.float64))
+    honest = with_endings(table, ending)
     verdict = judge(honest, SETTINGS)
     assert verdict.verdict in ("INCONCLUSIVE", "NO_EFFECT")
-    assert not verdict.v1
+    assert not verdict.requirements["v1"]
     trapped = replace(honest, target=honest.target & np.pad(picked[rows], (0, len(honest.target) - N_TARGET)))
-    assert judge(trapped, SETTINGS).v1, "selection by outcome manufactures an effect out of resampling"
+    assert judge(trapped, SETTINGS).requirements["v1"], "selection by outcome manufactures an effect out of resampling"
 
 
 def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable, Settings]:
     """The table with only the random sets that are run when those are stopped for futility."""
-    random = table.where("random")
-    accuracy = table.sign * table.accuracy(table.target)
-    as_large = np.cumsum(accuracy[random] >= accuracy[table.chosen] - 1e-9)
-    enough = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), len(random), settings.alpha)]
-    kept = [i for i in range(len(table.conditions)) if i not in set(random[enough[0] :] if enough else ())]
-    names = ("correct", "ending", "kl_to_base", "kl_to_rl", "neutral_kl")
-    shorter = replace(
-        table,
-        conditions=tuple(table.conditions[i] for i in kept),
-        **{name: getattr(table, name)[kept] for name in names},
-    )
-    return shorter, replace(settings, n_planned=len(random))
+    rule, kept = FutilityRule("disable", n_planned=len(table.where("random")), alpha=settings.alpha), []
+    for condition, accuracy in zip(table.conditions, table.accuracy(table.target), strict=True):
+        if rule.stop:
+            break
+        rule.add(condition.kind, accuracy)
+        kept.append(condition.name)
+    return table.keep(kept), replace(settings, n_planned=len(table.where("random")))
 
 
-def test_stopping_for_futility_changes_no_verdict_and_saves_most_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_for_futility_saves_most_random_sets_and_reverses_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)
-    settings, run = replace(SETTINGS, n_resamples=99), []
-    for seed in range(40):
-        table = random_only(seed)
+    settings, run, pairs = replace(SETTINGS, n_resamples=99), [], Counter[tuple[str, str]]()
+    for seed in range(20):
+        table = random_only(seed, n_random=99)
         shorter, stopped = stopped_early(table, settings)
         whole, early = judge(table, settings), judge(shorter, stopped)
-        assert early.verdict == whole.verdict
-        assert early.v2 == whole.v2
+        pairs[whole.verdict, early.verdict] += 1
+        assert early.requirements["v2"] == whole.requirements["v2"]
         run.append(len(shorter.where("random")))
-        if run[-1] < 19:
+        if run[-1] < 99:
             assert early.rank_p > settings.alpha
-            assert "v2_stopped" in codes(early.reasons)
-    assert np.mean(run) < 10
+            assert any("stopped at" in reason for reason in early.reasons)
+    assert np.mean(run) < 50
+    assert {pair for pair in pairs if pair[0] != pair[1]} <= {("CAUSAL_NONSPECIFIC", "INCONCLUSIVE")}
+    assert pairs["CAUSAL_NONSPECIFIC", "CAUSAL_NONSPECIFIC"] > 10
     shorter, stopped = stopped_early(causal(), SETTINGS)
     assert len(shorter.where("random")) == 39
     assert judge(shorter, stopped).rank_p == pytest.approx(1 / 40)
@@ -341,15 +332,27 @@ def test_stopping_for_futility_changes_no_verdict_and_saves_most_of_them(monkeyp
 def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
     """Exchangeable controls: P(p <= a) <= a at every a, stopping included."""
     draw, n_planned, p_values = np.random.default_rng(0), 99, []
-    for _ in range(4000):
-        effects = draw.random(n_planned + 1)
-        as_large = np.cumsum(effects[1:] >= effects[0])
-        stop = [i for i, n in enumerate(as_large, start=1) if is_futile(int(n), n_planned, 0.05)]
-        p_values.append(as_large[stop[0] - 1] / stop[0] if stop else (1 + as_large[-1]) / (n_planned + 1))
+    table, settings = causal(n_random=n_planned), replace(SETTINGS, n_planned=n_planned)
+    arms = {
+        n: table.keep([c.name for c in table.conditions][: len(table.conditions) - n_planned + n])
+        for n in range(FEWEST_RANDOM, n_planned + 1)
+    }
+    for _ in range(2000):
+        effects = -draw.random(n_planned + 1)
+        rule = FutilityRule("disable", n_planned=n_planned, alpha=0.05)
+        rule.add("set", effects[0])
+        for accuracy in effects[1:]:
+            if rule.stop:
+                break
+            rule.add("random", accuracy)
+        run = arms[rule.n_run]
+        known = effects_of_set(run, effects[0], 0.1, 0.01)
+        known.mean[run.where("random")] = effects[1 : rule.n_run + 1]
+        p_values.append(specificity(run, known, settings)[0].p_value)
     for level in (0.01, 0.05, 0.1, 0.3, 0.6):
         share = np.mean(np.array(p_values) <= level)
-        assert share <= level + 3 * np.sqrt(level * (1 - level) / 4000)
-    assert np.mean(np.array(p_values) <= 0.05) > 0.035
+        assert share <= level + 3 * np.sqrt(level * (1 - level) / 2000)
+    assert np.mean(np.array(p_values) <= 0.05) > 0.03
 
 
 def effects_of_set(table: OutcomeTable, mean: float, half: float, p_value: float) -> PairedEffect:
@@ -364,35 +367,37 @@ def effects_of_set(table: OutcomeTable, mean: float, half: float, p_value: float
 )
 def test_an_effect_needs_its_test_and_its_interval(mean: float, p_value: float, passed: bool, opposite: bool) -> None:
     table = causal()
-    criterion = effect_shown(table, effects_of_set(table, mean, 0.1, p_value), SETTINGS)
-    assert criterion.passed == passed
-    assert ("v1_opposite" in codes(criterion.reasons)) == opposite
+    findings = effect_shown(table, effects_of_set(table, mean, 0.1, p_value), SETTINGS)
+    assert holds(findings, "v1") == passed
+    assert (of_check(findings, Check.V1_OPPOSITE) is not None) == opposite
 
 
-def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one() -> None:
-    table = causal(n_random=4)
+@pytest.mark.parametrize(("n", "stopped"), [(FEWEST_RANDOM, 3 / 20), (FEWEST_RANDOM + 1, 2 / 20)])
+def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one(n: int, stopped: float) -> None:
+    table = causal(n_random=n)
     effects = effects_of_set(table, -0.3, 0.1, 0.001)
     effects.mean[table.where("random")[[1, 3]]] = -0.3, -0.4
-    assert specificity(table, effects, SETTINGS)[1] == 3 / 5
-    assert specificity(table, effects, replace(SETTINGS, n_planned=19))[1] == 2 / 4
+    assert specificity(table, effects, SETTINGS)[0].p_value == 3 / (n + 1)
+    assert specificity(table, effects, replace(SETTINGS, n_planned=99))[0].p_value == stopped
 
 
 def test_doses_on_the_other_side_of_no_edit_are_not_beyond_the_main_one() -> None:
     table = causal()
     conditions = tuple(replace(c, kind="dose", dose=2.0) if c.kind == "fresh" else c for c in table.conditions)
-    assert dose_order(replace(table, conditions=conditions)) == ([3, 4, 0], [])
+    assert dose_order(replace(table, conditions=conditions)) == ([3, 4, 5, 6, 0], [])
 
 
 def test_accuracy_on_unrelated_tasks_is_tested_one_sided() -> None:
-    """Three of a hundred prompts lost and three gained: within the margin at one-sided, not at two-sided alpha."""
+    """Two of a hundred prompts lost and two gained: within the margin at one-sided, not at two-sided alpha."""
     table = causal()
     correct = table.correct.copy()
     unrelated = np.flatnonzero(table.unrelated)
     right = correct[table.unedited, unrelated, 0] == 1
     correct[:, unrelated] = correct[[table.unedited]][:, unrelated]
-    correct[table.chosen, unrelated[right][:3]], correct[table.chosen, unrelated[~right][:3]] = 0.0, 1.0
-    assert judge(replace(table, correct=correct), SETTINGS).v4
-    assert not judge(replace(table, correct=correct), replace(SETTINGS, alpha=0.025)).v4
+    correct[table.chosen, unrelated[right][:2]], correct[table.chosen, unrelated[~right][:2]] = 0.0, 1.0
+    table = replace(table, correct=correct)
+    assert judge(table, SETTINGS).requirements["v4"]
+    assert not judge(table, replace(SETTINGS, alpha=0.025)).requirements["v4"]
 
 
 def test_a_divergence_that_falls_by_chance_is_no_move_toward_the_other_model() -> None:
@@ -402,13 +407,11 @@ def test_a_divergence_that_falls_by_chance_is_no_move_toward_the_other_model() -
     step[1] = -0.1
     kl[table.chosen] = kl[table.unedited] + step
     assert (kl[table.chosen] - kl[table.unedited])[table.target].mean() < 0
-    assert not judge(replace(table, kl_to_base=kl), SETTINGS).v6
+    assert not judge(replace(table, kl_to_base=kl), SETTINGS).requirements["v6"]
 
 
 def test_more_right_answers_than_the_other_model_gives_are_no_failures() -> None:
-    table = causal(rl=0.5, right={"set": 0.9, "dose": 0.7}, base=0.6)
-    conditions = tuple(replace(c, dose=2.0 if c.dose == 0 else 1.5 if c.dose == 0.5 else 1.0) for c in table.conditions)
-    table = replace(table, direction="amplify", conditions=conditions)
+    table = amplified(causal(rl=0.5, right={"set": 0.9}, base=0.6))
     assert "v6_destroyed" not in codes(judge(table, SETTINGS).reasons)
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.statistics.causal.outcome_table import cluster_interval, padded_error
 from rlgen_stats.toolkit.statistics.kernels import (
     agreed,
+    bounded_interval,
     cluster_se,
     delete_group_jackknife,
     dictionaries_needed,
@@ -115,29 +115,34 @@ def test_columns_are_independent_of_each_other() -> None:
             assert getattr(together, name)[k] == pytest.approx(getattr(alone, name), rel=1e-12), name
 
 
-def test_another_centre_and_error_replace_those_over_clusters() -> None:
+def test_other_bounds_replace_those_over_clusters() -> None:
     y = TABLE[..., None]
     usual = pooled_mean(y)
     over = cluster_se(TABLE.mean(axis=0), np.arange(4))
-    same = pooled_mean(y, within=(np.array([over.mean]), np.array([over.standard_error])))
-    assert same.high == pytest.approx(usual.high)
-    wider = pooled_mean(y, within=(np.array([over.mean - 0.5]), np.array([3 * over.standard_error])))
-    assert (wider.low + wider.high) / 2 == pytest.approx(over.mean - 0.5)
-    assert wider.high - wider.low > usual.high - usual.low
-    assert wider.mean == usual.mean
+    half = stats.t.ppf(0.975, 3) * over.standard_error
+    same = pooled_mean(y, within=(np.array([over.mean - half]), np.array([over.mean + half])))
+    assert (same.low, same.high) == (pytest.approx(usual.low), pytest.approx(usual.high))
+    skewed = pooled_mean(y, within=(np.array([over.mean - 3 * half]), np.array([over.mean + half])))
+    assert skewed.high == pytest.approx(usual.high)
+    # by hand: the clusters' part is 3 times as wide, less their noise, plus the spread of dictionaries
+    t_g, t_r = stats.t.ppf(0.975, 3), stats.t.ppf(0.975, 2)
+    below = (3 * half) ** 2 - t_g**2 * (8 / 9) / 12 + t_r**2 * (28 / 3) / 12
+    assert (skewed.mean - skewed.low) ** 2 == pytest.approx(below)
+    assert (skewed.mean, skewed.p_value) == (usual.mean, usual.p_value)
 
 
-def test_accuracy_differences_keep_their_padded_interval() -> None:
+def test_accuracy_differences_keep_their_interval() -> None:
     """One dictionary: the interval of a causal trial; three that agree: still never of width 0."""
     random = np.random.default_rng(10)
     codes = random.integers(0, 12, 40)
     changes = random.choice([-1.0, 0.0, 0.0, 0.0, 1.0], (40, 2))
-    one = pooled_mean(changes[None], codes, within=padded_error(changes, codes))
-    mean, low, high = cluster_interval(changes, codes, alpha=0.05)
+    mean, low, high = bounded_interval(changes, codes, alpha=0.05)
+    one = pooled_mean(changes[None], codes, within=(low, high))
     np.testing.assert_allclose([one.mean, one.low, one.high], [mean, low, high], rtol=1e-12)
     unchanged = np.zeros((3, 40))
-    pooled = pooled_mean(unchanged, codes, within=tuple(part[0] for part in padded_error(unchanged[0][:, None], codes)))
-    assert pooled.low < -0.05 < 0.05 < pooled.high
+    _, low, high = bounded_interval(unchanged[0][:, None], codes, alpha=0.05)
+    pooled = pooled_mean(unchanged, codes, within=(low[0], high[0]))
+    assert (pooled.low, pooled.high) == (pytest.approx(low[0]), pytest.approx(high[0]))
     assert pooled_mean(unchanged, codes).high == 0
 
 

@@ -217,7 +217,7 @@ def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction:
         )
     explanation = {
         "DESTRUCTIVE": "but it breaks the model rather than moving it toward the other one",
-        "CAUSAL_NONSPECIFIC": "but matched random sets have at least as large an effect",
+        "CAUSAL_NONSPECIFIC": "but many matched random sets have at least half of that effect",
         "NO_EFFECT": "which is equivalent to no effect",
         "INCONCLUSIVE": _open_question(details["checks"], near_zero),
     }.get(causal, f"and the causal verdict is {causal or 'missing'}")

@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.isotonic import IsotonicRegression
+from statsmodels.stats.proportion import proportion_confint
 
+from rlgen_stats.toolkit.statistics.causal.agreement import UNLIKE, Agreement, agreement_of, kinds_of_endings
+from rlgen_stats.toolkit.statistics.causal.findings import Check, Finding, Findings
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OUTCOME_CLASSES,
     Direction,
     Floats,
     OutcomeTable,
     PairedEffect,
-    class_shares,
     paired_effect,
 )
-from rlgen_stats.toolkit.statistics.kernels import adjust, dictionaries_needed, same_direction
+from rlgen_stats.toolkit.statistics.causal.telling_words import telling_words, with_any_of
+from rlgen_stats.toolkit.statistics.kernels import adjust, bounded_interval, dictionaries_needed, same_direction
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
 """Accuracy change that the interval must exclude before an effect counts (docs/method.md 4d, V1)."""
+AS_MUCH: Final = 0.5
+"""A random set with at least this share of the set's effect does as much as the set."""
+MANY_RANDOM: Final = 0.25
+"""Shown to be exceeded by the share of random sets that do as much, the effect is not specific to the set."""
+FEWEST_RANDOM: Final = 19
+"""Random sets that are run before futility stops them, where as many are planned: of 19, nine that do as much show that
+more than ``MANY_RANDOM`` do."""
+MIN_DOSES: Final = 3
+"""Doses strictly between no edit and the main one that a dose response is tested on, both end points left out."""
+MIN_ACCURACY: Final = 0.2
+"""Unedited accuracy below which an unrelated task has nothing to lose and says nothing about side effects."""
 NEUTRAL_KL: Final = 0.1
 """Nats per token on neutral text called harmless: perplexity changes by at most 10%."""
 RANDOM_QUANTILE: Final = 0.95
 """A larger divergence on neutral text is still harmless below this quantile of the matched random sets."""
+NOT_NEUTRAL: Final = 0.05
+"""Share of neutral texts that may hold words that go with where the two models differ: an edit that undoes what one of
+them learned changes such texts rightly, so that a divergence there is no side effect, nor is it shown to be none."""
+MIN_CLOSED: Final = 0.1
+"""Share of the way to the other model that an edit must be shown to go, in divergence and in agreement prompt by
+prompt: damage that hits hard prompts first goes a little of it too."""
 NEW_FAILURE_SHARE: Final = 0.5
 """If failures that neither model shows make up more than half of the effect, the edit broke the model."""
 NOOP_CHANGE: Final = 0.05
@@ -53,6 +73,8 @@ class Settings:
     """What the matching fell short of."""
     noop_changed: float = 0.0
     """Share of completions that the passthrough arm changed."""
+    non_finite: tuple[str, ...] = ()
+    """Arms in which some logits were not finite."""
     n_planned: int = 0
     """Random sets planned, where they were stopped by the :class:`FutilityRule`; 0: all were run."""
     ranks: tuple[float, ...] = ()
@@ -61,50 +83,83 @@ class Settings:
     """Numbers of the dictionaries that have no set, where several are judged together."""
 
 
-@dataclass(frozen=True)
-class Criterion:
-    """Whether one of V1 to V6 holds, and what speaks for or against it."""
-
-    passed: bool
-    reasons: tuple[str, ...]
-
-
-def _paired(differences: Floats, clusters: NDArray[np.str_], settings: Settings) -> PairedEffect:
-    """Paired effects at the declared level, with the declared sign flips."""
+def _paired(
+    differences: Floats,
+    clusters: NDArray[np.str_],
+    settings: Settings,
+    *,
+    alpha: float | None = None,
+    limit: float = 1.0,
+) -> PairedEffect:
+    """Paired effects at the declared level, or another, with the declared sign flips."""
     return paired_effect(
-        differences, clusters, alpha=settings.alpha, seed=settings.seed, n_resamples=settings.n_resamples
+        differences,
+        clusters,
+        alpha=settings.alpha if alpha is None else alpha,
+        seed=settings.seed,
+        n_resamples=settings.n_resamples,
+        limit=limit,
     )
 
 
-def interval(
-    table: OutcomeTable, settings: Settings, condition: int, mask: NDArray[np.bool_], alpha: float
-) -> tuple[float, float]:
-    """Interval at level 1 - alpha of one arm's effect on the masked prompts."""
-    column = table.change(mask)[..., [condition]]
-    effect = paired_effect(
-        column, table.cluster[mask], alpha=alpha, seed=settings.seed, n_resamples=settings.n_resamples
+def _row(check: Check, effect: PairedEffect, passed: bool | None, i: int = 0, **numbers: float) -> Finding:
+    """A row of one effect's numbers."""
+    low, high, p = float(effect.low[i]), float(effect.high[i]), float(effect.p_value[i])
+    known: dict[str, Any] = {"statistic": float(effect.mean[i]), "low": low, "high": high, "p_value": p}
+    return Finding(check=check, passed=passed, **known | numbers)
+
+
+# -- the machinery
+
+
+def machinery(settings: Settings) -> Findings:
+    """Whether hooks that edit nothing change nothing, and logits were finite."""
+    changed, broken = settings.noop_changed, settings.non_finite
+    return (
+        Finding(check=Check.PASSTHROUGH, passed=changed <= NOOP_CHANGE, statistic=changed, bound=NOOP_CHANGE),
+        Finding(check=Check.NON_FINITE, passed=not broken, statistic=len(broken), bound=0, detail=", ".join(broken)),
     )
-    return float(effect.low[0]), float(effect.high[0])
 
 
-# -- V1, V2
+# -- V1
 
 
-def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Criterion:
+def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
     """V1: the set's arm differs from the unedited one as predicted, by more than MIN_EFFECT, in every dictionary."""
     i = table.chosen
     bound = effects.low[i] if table.sign > 0 else -effects.high[i]
     passed = bool(effects.p_value[i] <= settings.alpha and bound > MIN_EFFECT)
-    text = f"{effects.mean[i]:+.3f} [{effects.low[i]:+.3f}, {effects.high[i]:+.3f}], p={effects.p_value[i]:.3g}"
-    reasons = [f"v1_effect: {text}"]
+    findings = [_row(Check.V1_EFFECT, effects, passed, i, bound=table.sign * MIN_EFFECT)]
     each = table.change(table.target)[:, :, i].mean(axis=1)
-    if len(each) > 1 and each.any() and not same_direction(each, effects.mean[i]):
-        passed = False
-        reasons.append(f"v1_dictionaries: they disagree on the direction, {', '.join(f'{one:+.3f}' for one in each)}")
+    if len(each) > 1 and each.any():
+        agree = bool(same_direction(each, effects.mean[i]))
+        alike = int((np.sign(each) == np.sign(effects.mean[i])).sum())
+        words = ", ".join(f"{one:+.3f}" for one in each)
+        findings.append(
+            Finding(
+                check=Check.V1_DICTIONARIES,
+                passed=agree,
+                statistic=alike,
+                bound=dictionaries_needed(len(each)),
+                n=len(each),
+                detail=words,
+            )
+        )
     opposite = effects.high[i] if table.sign > 0 else -effects.low[i]
     if effects.p_value[i] <= settings.alpha and opposite < 0:
-        reasons.append(f"v1_opposite: accuracy changed against the prediction of '{table.direction}'")
-    return Criterion(passed, tuple(reasons))
+        findings.append(_row(Check.V1_OPPOSITE, effects, False, i))
+    return tuple(findings)
+
+
+def no_effect(table: OutcomeTable, settings: Settings) -> Findings:
+    """Equivalence to zero on target prompts: two one-sided tests, as the interval of level 1 - 2 alpha."""
+    change = table.change(table.target)[..., [table.chosen]]
+    effect = _paired(change, table.cluster[table.target], settings, alpha=2 * settings.alpha)
+    inside = bool(-settings.margin < effect.low[0] and effect.high[0] < settings.margin)
+    return (_row(Check.NO_EFFECT, effect, inside, bound=settings.margin),)
+
+
+# -- V2
 
 
 def is_futile(n_as_large: int, n_planned: int, alpha: float) -> bool:
@@ -152,11 +207,8 @@ class FutilityRule:
 
     @property
     def stop(self) -> bool:
-        """Whether no further random set can make the set special; not before one had as large an effect as the set.
-
-        Where so few are planned that even the best rank exceeds alpha, stopping at none would make the rank p-value 0.
-        """
-        return self.n_as_large > 0 and is_futile(self.n_as_large, self._n_planned, self._alpha)
+        """Whether no further random set can make the set special, and ``FEWEST_RANDOM`` have been run."""
+        return self.n_run >= FEWEST_RANDOM and is_futile(self.n_as_large, self._n_planned, self._alpha)
 
     @property
     def reason(self) -> str:
@@ -167,33 +219,85 @@ class FutilityRule:
         )
 
 
-def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[Criterion, float]:
-    """V2: rank of the set's effect among the random sets'.
+def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
+    """V2: rank of the set's effect among the random sets', and whether these match it.
 
     p = (1 + as large) / (1 + all) (Phipson & Smyth 2010, doi:10.2202/1544-6115.1585); where the sets were stopped at
-    the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact.
+    the h-th that is as large, p = h / sets run (Besag & Clifford 1991, doi:10.1093/biomet/78.2.301), also exact. Sets
+    stopped at ``FEWEST_RANDOM`` were not stopped by the last of them, so that the first formula holds.
     """
+    controls = Finding(
+        check=Check.V2_CONTROLS,
+        passed=settings.comparable,
+        detail=", ".join(settings.control_flags) or ("" if settings.comparable else "not comparable"),
+    )
+    rank = _combined_rank(settings) if settings.ranks else _rank(table, effects, settings)
+    smallest = 1 / (max(len(table.where("random")), settings.n_planned) + 1)
+    known = np.isfinite(rank.p_value) and smallest <= settings.alpha
+    return replace(rank, passed=bool(rank.p_value <= settings.alpha) if known else None), controls
+
+
+def _combined_rank(settings: Settings) -> Finding:
+    each = ", combined over dictionaries: " + ", ".join(f"{p:.3g}" for p in settings.ranks)
+    p_value = combined_rank_p(settings.ranks)
+    return Finding(
+        check=Check.V2_RANK, passed=None, p_value=p_value, bound=settings.alpha, n=settings.n_planned, detail=each
+    )
+
+
+def _rank(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Finding:
     random = table.where("random")
-    flags = tuple(f"v2_controls: {flag}" for flag in settings.control_flags)
-    if settings.ranks:
-        rank_p = combined_rank_p(settings.ranks)
-        each = ", ".join(f"{p:.3g}" for p in settings.ranks)
-        text = f"v2_specificity: p={rank_p:.3g}, combined from the rank p of each dictionary: {each}"
-        return Criterion(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
     if not len(random):
-        return Criterion(False, (*flags, "v2_no_controls: no random sets")), float("nan")
+        return Finding(check=Check.V2_RANK, passed=None, bound=settings.alpha, n=0)
     signed = table.sign * effects.mean
     n_as_large = int((signed[random] >= signed[table.chosen] - TIE_SLACK).sum())
     stopped = len(random) < settings.n_planned
-    rank_p = n_as_large / len(random) if stopped and n_as_large else (1 + n_as_large) / (len(random) + 1)
-    text = (
-        f"v2_specificity: rank p={rank_p:.3g} among {len(random)} random sets, whose effects are "
-        f"{effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
-    )
+    at_last = stopped and len(random) > FEWEST_RANDOM
+    rank_p = n_as_large / len(random) if at_last else (1 + n_as_large) / (len(random) + 1)
+    detail = f", whose effects are {effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
     if stopped:
-        first = f"{n_as_large} of the first {len(random)} of {settings.n_planned} sets"
-        flags += (f"v2_stopped: {first} had at least as large an effect",)
-    return Criterion(bool(rank_p <= settings.alpha and settings.comparable), (text, *flags)), rank_p
+        detail += f", stopped at {len(random)} of {settings.n_planned}: {n_as_large} had at least as large an effect"
+    return Finding(
+        check=Check.V2_RANK,
+        passed=None,
+        statistic=n_as_large,
+        p_value=rank_p,
+        bound=settings.alpha,
+        n=len(random),
+        detail=detail,
+    )
+
+
+def random_sets_do_as_much(table: OutcomeTable, settings: Settings) -> Findings:
+    """Whether many random sets have at least half of the set's effect, and the set's effect thus is nothing special.
+
+    The share with its exact interval (Clopper and Pearson) must exceed ``MANY_RANDOM``; of several dictionaries' sets
+    together, and in as many dictionaries as must agree.
+    """
+    counts = [_as_much(part) for part in table.parts or (table,)]
+    n_sets, n_as_much = (sum(column) for column in zip(*counts, strict=True))
+    if not n_sets:
+        return (Finding(check=Check.V2_RANDOM_SETS, passed=None),)
+    low, high = proportion_confint(n_as_much, n_sets, alpha=2 * settings.alpha, method="beta")
+    agree = sum(k > MANY_RANDOM * n for n, k in counts) >= dictionaries_needed(len(counts))
+    row = Finding(
+        check=Check.V2_RANDOM_SETS,
+        passed=bool(low > MANY_RANDOM and agree),
+        statistic=n_as_much / n_sets,
+        low=low,
+        high=high,
+        bound=MANY_RANDOM,
+        n=n_sets,
+    )
+    return (row,)
+
+
+def _as_much(table: OutcomeTable) -> tuple[int, int]:
+    """Random sets, and those of them with at least ``AS_MUCH`` of the set's effect."""
+    accuracy = table.sign * table.accuracy(table.target)
+    effects = accuracy - accuracy[table.unedited]
+    random = effects[table.where("random")]
+    return len(random), int((random >= AS_MUCH * effects[table.chosen] - TIE_SLACK).sum())
 
 
 def combined_rank_p(ranks: Sequence[float]) -> float:
@@ -241,24 +345,33 @@ def isotonic_fit(table: OutcomeTable) -> Floats:
     return fitted
 
 
-def dose_response(table: OutcomeTable, settings: Settings) -> Criterion:
-    """V3: accuracy rises with the dose: centred-rank contrast per prompt, and no significant step down."""
+def dose_response(table: OutcomeTable, settings: Settings) -> Findings:
+    """V3: accuracy rises with the dose between no edit and the main one, and never significantly falls.
+
+    The contrast of centred ranks leaves both end points out, which V1 has compared already; its weights make it a
+    difference of two weighted means of accuracy.
+    """
     order, _ = dose_order(table)
-    if len(order) < 3:
-        return Criterion(False, ("v3_not_estimable: no dose between no edit and the main dose",))
-    per_prompt = table.per_prompt(table.target)[:, order]
-    ranks = np.arange(len(order)) - (len(order) - 1) / 2
-    columns = np.stack([np.tensordot(per_prompt, ranks, (1, 0)), *np.diff(per_prompt, axis=1).swapaxes(0, 1)], axis=-1)
-    effect = _paired(columns, table.cluster[table.target], settings)
-    down = np.where(effect.mean[1:] < 0, effect.p_value[1:], 1.0)
-    falls = bool(down.min() <= settings.alpha / len(down))  # Holm rejects any if it rejects the smallest
+    within = [i for i in order if i not in (table.chosen, table.unedited)]
+    if len(within) < MIN_DOSES:
+        return (Finding(check=Check.V3_DOSE, passed=None, n=len(within), bound=MIN_DOSES),)
+    per_prompt, clusters = table.per_prompt(table.target), table.cluster[table.target]
+    ranks = np.arange(len(within)) - (len(within) - 1) / 2
+    trend = _paired(
+        np.tensordot(per_prompt[:, within], ranks / ranks[ranks > 0].sum(), (1, 0))[..., None], clusters, settings
+    )
+    steps = _paired(np.diff(per_prompt[:, order], axis=1).transpose(0, 2, 1), clusters, settings)
+    down = np.where(steps.mean < 0, steps.p_value, 1.0)
+    deepest = int(np.argmin(down))
+    p_fall = min(1.0, float(down[deepest]) * len(down))  # Holm rejects any if it rejects the smallest
+    rises = bool(trend.p_value[0] <= settings.alpha and trend.mean[0] > 0)
     doses = [1.0 if i == table.unedited else table.conditions[i].dose for i in order]
-    rows = zip(doses, per_prompt.mean(axis=(0, 2)), isotonic_fit(table)[order], strict=True)
+    rows = zip(doses, per_prompt[:, order].mean(axis=(0, 2)), isotonic_fit(table)[order], strict=True)
     points = ", ".join(f"{d:g}: {a:.3f} ({f:.3f})" for d, a, f in rows)
-    reasons = [f"v3_dose: contrast p={effect.p_value[0]:.3g}, dose: accuracy (isotonic fit) {points}"]
-    if falls:
-        reasons.append("v3_not_monotone: accuracy falls between two rising doses")
-    return Criterion(bool(effect.p_value[0] <= settings.alpha and effect.mean[0] > 0 and not falls), tuple(reasons))
+    return (
+        replace(_row(Check.V3_DOSE, trend, rises, n=len(within), bound=0.0), detail=points),
+        _row(Check.V3_FALL, steps, p_fall > settings.alpha, deepest, p_value=p_fall, bound=settings.alpha),
+    )
 
 
 def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> NDArray[np.bool_]:
@@ -272,51 +385,81 @@ def over_steered(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     return flagged
 
 
-def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
-    """One note a dose that :func:`over_steered` finds."""
-    shares = table.broken(table.target)
-    return tuple(
-        f"over_steering: dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} "
-        "broken completions"
-        for i in np.flatnonzero(over_steered(table, effects, settings))
+def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
+    """What :func:`over_steered` finds, where there are doses beyond the main one."""
+    if not dose_order(table)[1]:
+        return ()
+    shares, flagged = table.broken(table.target), np.flatnonzero(over_steered(table, effects, settings))
+    detail = ", ".join(
+        f"dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} broken completions"
+        for i in flagged
+    )
+    return (
+        Finding(check=Check.OVER_STEERING, passed=not len(flagged), statistic=len(flagged), bound=0, detail=detail),
     )
 
 
 # -- V4
 
 
-def side_effects(table: OutcomeTable, settings: Settings) -> Criterion:
-    """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution."""
-    if not table.unrelated.any():
-        return Criterion(False, ("v4_not_estimable: no unrelated tasks; name some under selection.control_tasks",))
+def side_effects(table: OutcomeTable, settings: Settings) -> Findings:
+    """V4: unrelated tasks keep their accuracy and format, and neutral text its distribution.
+
+    Unrelated tasks that the unedited model rarely gets right (``MIN_ACCURACY``) have nothing to lose and say nothing
+    about accuracy.
+    """
     i, unedited = table.chosen, table.unedited
-    low, _ = interval(table, settings, i, table.unrelated, 2 * settings.alpha)  # one-sided at alpha
-    kept = low > -settings.margin
-    broken = table.broken(table.unrelated)
-    rise = float(broken[i] - broken[unedited])
-    length = table.n_tokens[:, table.unrelated].mean(axis=(1, 2))
-    kl = float(table.neutral_kl[i])
+    spared = {task: table.accuracy(table.task == task)[unedited] for task in np.unique(table.task[table.unrelated])}
+    mute = {str(task): accuracy for task, accuracy in spared.items() if accuracy < MIN_ACCURACY}
+    counted = table.unrelated & ~np.isin(table.task, list(mute))
+    findings = [_kept(table, settings, counted)]
+    if mute:
+        worst = max(mute.values())
+        names = ", ".join(mute)
+        findings.append(Finding(check=Check.V4_TASKS, passed=False, statistic=worst, bound=MIN_ACCURACY, detail=names))
+    if table.unrelated.any():
+        broken = table.broken(table.unrelated)
+        rise = float(broken[i] - broken[unedited])
+        held = rise <= settings.margin
+        findings.append(Finding(check=Check.V4_FORMAT, passed=held, statistic=rise, bound=settings.margin))
+        length = table.n_tokens[:, table.unrelated].mean(axis=(1, 2))
+        findings.append(Finding(check=Check.V4_LENGTH, passed=True, statistic=length[i], bound=length[unedited]))
+    return (*findings, *_neutral_text(table, settings))
+
+
+def _neutral_text(table: OutcomeTable, settings: Settings) -> Findings:
+    """Whether neutral text keeps its distribution; a large divergence decides only where the text is neutral."""
+    kl = float(table.neutral_kl[table.chosen])
     random = table.neutral_kl[table.where("random")]
     random = random[np.isfinite(random)]
     limit = max(NEUTRAL_KL, float(np.quantile(random, RANDOM_QUANTILE)) if len(random) else 0.0)
-    text_unchanged = bool(kl <= limit)
-    n = int(table.unrelated.sum())
-    reasons = (
-        f"v4_{'kept' if kept else 'not_shown'}: accuracy on {n} unrelated prompts changes by no less than {low:+.3f} "
-        f"(margin {settings.margin})",
-        f"v4_format: broken completions on unrelated tasks {rise:+.1%}",
-        f"v4_neutral_kl: {kl:.3g} nats a token (limit {limit:.3g})"
-        if np.isfinite(kl)
-        else "v4_neutral_kl_not_estimable: the prompts have no text before their last token",
-        f"v4_length: completions on unrelated tasks {length[unedited]:.1f} -> {length[i]:.1f} tokens, reported only",
-    )
-    return Criterion(bool(kept and rise <= settings.margin and text_unchanged), reasons)
+    neutral: tuple[Finding, ...] = ()
+    if table.texts is not None and table.texts.neutral:
+        differs = np.abs(table.correct[table.unedited] - table.other_correct).mean(axis=1)[table.target]
+        words = telling_words(table.texts.prompts[table.target], differs, alpha=settings.alpha)
+        share = with_any_of(table.texts.neutral, words)
+        row = Finding(check=Check.V4_NEUTRAL_TEXT, passed=share <= NOT_NEUTRAL, statistic=share, bound=NOT_NEUTRAL)
+        neutral = (replace(row, detail=", ".join(words) or "none"),)
+    unchanged: bool | None = kl <= limit
+    if not np.isfinite(kl) or (not unchanged and any(not row.passed for row in neutral)):
+        unchanged = None
+    return Finding(check=Check.V4_NEUTRAL_KL, passed=unchanged, statistic=kl, bound=limit), *neutral
 
 
-# -- V5, V6
+def _kept(table: OutcomeTable, settings: Settings, counted: NDArray[np.bool_]) -> Finding:
+    """Non-inferiority of accuracy on the unrelated prompts that count, one-sided at alpha."""
+    if not counted.any():
+        return Finding(check=Check.V4_ACCURACY, passed=None, bound=-settings.margin, n=0)
+    change = table.change(counted)[..., [table.chosen]]
+    effect = _paired(change, table.cluster[counted], settings, alpha=2 * settings.alpha)
+    kept = bool(effect.low[0] > -settings.margin)
+    return _row(Check.V4_ACCURACY, effect, kept, bound=-settings.margin, n=int(counted.sum()))
 
 
-def replication(table: OutcomeTable, settings: Settings) -> str:
+# -- V5
+
+
+def replication(table: OutcomeTable, settings: Settings) -> Findings:
     """V5: in how many target tasks, and in how many dictionaries, the effect appears on its own.
 
     Holm-adjusted over tasks, and over dictionaries.
@@ -324,13 +467,19 @@ def replication(table: OutcomeTable, settings: Settings) -> str:
     change, tasks = table.change(table.target)[..., [table.chosen]], table.task[table.target]
     alone = {str(task): change[:, tasks == task] for task in np.unique(tasks)}
     clusters = {task: table.cluster[table.target & (table.task == task)] for task in alone}
-    words = _shown_in(table, settings, alone, clusters, "tasks on their own (Holm)")
-    if table.n_dictionaries < 2:
-        return f"{words}. One dictionary: not replicated in another"
-    numbers = [n for n in range(1, table.n_dictionaries + len(settings.missing) + 1) if n not in settings.missing]
-    each = {f"dictionary {number}": of_one for number, of_one in zip(numbers, change, strict=True)}
-    everywhere = dict.fromkeys(each, table.cluster[table.target])
-    return f"{words}. {_shown_in(table, settings, each, everywhere, 'dictionaries on their own (Holm)')}"
+    findings = [_shown_in(table, settings, alone, clusters, Check.V5_TASKS)]
+    n, n_missing = table.n_dictionaries + len(settings.missing), len(settings.missing)
+    if table.n_dictionaries > 1:
+        numbers = [number for number in range(1, n + 1) if number not in settings.missing]
+        each = {f"dictionary {number}": of_one for number, of_one in zip(numbers, change, strict=True)}
+        everywhere = dict.fromkeys(each, table.cluster[table.target])
+        findings.append(_shown_in(table, settings, each, everywhere, Check.V5_DICTIONARIES))
+    if n > 1:
+        lacking = ", ".join(f"dictionary {number}" for number in settings.missing)
+        detail = f"none in {lacking}" if lacking else ""
+        row = Finding(check=Check.V5_SETS, passed=not n_missing, statistic=n - n_missing, bound=n, n=n, detail=detail)
+        findings.append(row)
+    return tuple(findings)
 
 
 def _shown_in(
@@ -338,89 +487,172 @@ def _shown_in(
     settings: Settings,
     changes: dict[str, Floats],
     clusters: dict[str, NDArray[np.str_]],
-    what: str,
-) -> str:
+    check: Check,
+) -> Finding:
     """In how many places the set's effect is significant and as predicted, from its changes of accuracy there."""
     effects = [_paired(change, clusters[place], settings) for place, change in changes.items()]
     adjusted = np.atleast_1d(np.asarray(adjust(np.array([float(e.p_value[0]) for e in effects]), method="holm")))
     means = [float(effect.mean[0]) for effect in effects]
     n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
     every = ", ".join(f"{place} {m:+.3f}" for place, m in zip(changes, means, strict=True))
-    return f"{n_shown} of {len(changes)} {what}: {every}"
+    return Finding(check=check, passed=n_shown == len(changes), statistic=n_shown, n=len(changes), detail=every)
 
 
-def failure_mode_match(table: OutcomeTable, settings: Settings) -> tuple[Criterion, bool]:
-    """V6: the edited model moves toward the other model, in distribution and in how it fails; and whether it broke.
+# -- V6
 
-    Of several dictionaries, as a whole and in as many as must agree.
+
+def failure_mode_match(table: OutcomeTable, settings: Settings) -> Findings:
+    """V6: the edited model moves toward the other model, in distribution and prompt by prompt, and does not break.
+
+    Of several dictionaries, as a whole, with the estimates of as many as must agree on the same side; so are the two
+    findings against it.
     """
-    whole, broke = _failure_mode(table, settings)
-    if not table.parts:
-        return whole, broke
-    each = [_failure_mode(part, settings) for part in table.parts]
-    n_match, n_broke = sum(one.passed for one, _ in each), sum(breaks for _, breaks in each)
+    findings = _failure_mode(table, settings)
+    each = [_failure_mode(part, settings) for part in table.parts] or [findings]
     needed = dictionaries_needed(len(each))
-    text = f"v6_dictionaries: it holds in {n_match} of {len(each)}, and {n_broke} break the model"
-    passed = whole.passed and n_match >= needed
-    return Criterion(passed, (*whole.reasons, text)), broke or n_broke > len(each) - needed
-
-
-def _failure_mode(table: OutcomeTable, settings: Settings) -> tuple[Criterion, bool]:
-    i, unedited, target = table.chosen, table.unedited, table.target
-    kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
-    paired = target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
-    reasons, nearer = [], False
-    if paired.any():
-        effect = _paired((kl[i] - kl[unedited])[paired][:, None], table.cluster[paired], settings)
-        nearer = bool(effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha)
-        reasons.append(
-            f"v6_kl: divergence from the other model {kl[unedited][paired].mean():.3f} -> {kl[i][paired].mean():.3f} "
-            f"nats, p={effect.p_value[0]:.3g}"
-        )
-    else:
-        reasons.append("v6_kl_not_estimable: no divergences")
-    other = class_shares(table.other_ending[target])
-    before, after = (class_shares(table.ending[c][target]) for c in (unedited, i))
-    # Total variation: the share of completions that would have to end otherwise.
-    distance = [0.5 * float(np.abs(shares - other).sum()) for shares in (before, after)]
-    excess = np.maximum(after - np.maximum(before, other), 0.0)[1:]  # every ending but 'right'
-    new = float(excess.sum())
-    broke = new > NEW_FAILURE_SHARE * abs(float(table.change(target)[..., i].mean()))
-    worst = OUTCOME_CLASSES[1 + int(np.argmax(excess))] if new > 0 else "none"
-    reasons.append(
-        f"v6_endings: distance to the other model {distance[0]:.3f} -> {distance[1]:.3f}, "
-        f"{new:.1%} new failures (most: {worst})"
+    n_match = sum(map(_meets, each))
+    n_new, n_not = sum(not _row_of(one, Check.V6_NEW_FAILURES).passed for one in each), len(each) - n_match
+    against = (
+        replace(row, passed=bool(row.passed and count >= needed), n=count)
+        for row, count in ((_row_of(findings, Check.V6_BROKEN), n_new), (_row_of(findings, Check.V6_AWAY), n_not))
     )
-    return Criterion(bool(nearer and distance[1] < distance[0] and not broke), tuple(reasons)), broke
+    for_it = tuple(row for row in findings if row.check not in (Check.V6_BROKEN, Check.V6_AWAY))
+    if table.parts:
+        of_each = {"statistic": n_match, "bound": needed, "n": len(each)}
+        for_it += (Finding(check=Check.V6_DICTIONARIES, passed=n_match >= needed, **of_each),)
+    return (*for_it, *against)
+
+
+def _meets(findings: Findings) -> bool:
+    """Whether the estimates of one dictionary are on the side of V6, significant or not."""
+    shares = (_row_of(findings, check) for check in (Check.V6_KL, Check.V6_AGREEMENT))
+    return all(row.statistic > row.bound for row in shares) and bool(_row_of(findings, Check.V6_NEW_FAILURES).passed)
+
+
+def _row_of(findings: Findings, check: Check) -> Finding:
+    return next(finding for finding in findings if finding.check is check)
+
+
+def _failure_mode(table: OutcomeTable, settings: Settings) -> Findings:
+    endings = kinds_of_endings(table)
+    closed = _divergence_closed(table, settings)
+    agreed, opposite = _agreement(agreement_of(table, endings), table.cluster, settings)
+    against = {
+        "the divergence": _short_of_its_bound(closed, settings),
+        "the agreement": _short_of_its_bound(agreed[0], settings),
+        "being right less in agreement than by chance": opposite,
+    }
+    shown = [name for name, holds in against.items() if holds]
+    away = Finding(check=Check.V6_AWAY, passed=bool(shown), statistic=len(shown), detail=", ".join(shown))
+    return (closed, *agreed, *_new_failures(table, *endings, settings), away)
+
+
+def _short_of_its_bound(row: Finding, settings: Settings) -> bool:
+    """Whether a share is shown to be smaller than what is needed."""
+    return bool(row.p_value <= settings.alpha and row.statistic < row.bound)
+
+
+def _divergence_closed(table: OutcomeTable, settings: Settings) -> Finding:
+    """Whether the edit closes a share of the divergence from the other model."""
+    i, unedited = table.chosen, table.unedited
+    kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
+    paired = table.target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
+    before, after = kl[unedited][paired], kl[i][paired]
+    if not paired.any() or before.mean() <= 0:
+        return Finding(check=Check.V6_KL, passed=None, bound=MIN_CLOSED)
+    beyond = ((1 - MIN_CLOSED) * before - after)[:, None]  # what is closed beyond the least share
+    effect = _paired(beyond, table.cluster[paired], settings, limit=np.inf)
+    return _row(
+        Check.V6_KL,
+        effect,
+        bool(effect.p_value[0] <= settings.alpha and effect.mean[0] > 0),
+        statistic=1 - float(after.mean() / before.mean()),
+        low=MIN_CLOSED + float(effect.low[0] / before.mean()),
+        high=MIN_CLOSED + float(effect.high[0] / before.mean()),
+        bound=MIN_CLOSED,
+        n=int(paired.sum()),
+    )
+
+
+def _agreement(agreement: Agreement, cluster: NDArray[np.str_], settings: Settings) -> tuple[Findings, bool]:
+    """Whether completions that changed became the other model's beyond chance; and whether being right did the reverse.
+
+    Being right less in agreement than by chance, even if endings and words agree, is no move toward the other model.
+    """
+    if not len(agreement.prompts):
+        return (Finding(check=Check.V6_AGREEMENT, passed=None, n=0),), False
+    clusters, least = cluster[agreement.prompts], MIN_CLOSED * np.maximum(agreement.attainable, 0.0)
+    enough = _paired((agreement.mean - least)[:, None], clusters, settings, limit=1 + MIN_CLOSED)
+    gained = _paired(agreement.mean[:, None], clusters, settings)
+    checks = {"outcome": Check.V6_OUTCOME, "ending": Check.V6_ENDING, "text": Check.V6_TEXT}
+    aspects = {}
+    for name, values in agreement.beyond_chance.items():
+        effect = _paired(values[:, None], clusters, settings)
+        opposite = bool(effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha)
+        aspects[name] = _row(checks[name], effect, not opposite)
+    opposite = not aspects["outcome"].passed
+    row = _row(
+        Check.V6_AGREEMENT,
+        gained,
+        bool(enough.p_value[0] <= settings.alpha and enough.mean[0] > 0 and not opposite),
+        bound=float(least.mean()),
+        p_value=float(enough.p_value[0]),
+        n=len(agreement.prompts),
+    )
+    return (row, *aspects.values()), opposite
+
+
+def _new_failures(
+    table: OutcomeTable, before: NDArray[np.int64], after: NDArray[np.int64], settings: Settings
+) -> Findings:
+    """Failing endings that are more frequent than in either model; and whether they are shown to be most of the effect.
+
+    Their excess over the model that has more of an ending, minus ``NEW_FAILURE_SHARE`` of the effect, is a mean over
+    prompts, whose interval decides.
+    """
+    target, n_classes = table.target, UNLIKE + 1
+    models = (before, after, table.other_ending)
+    shares = [np.bincount(one[target].ravel(), minlength=n_classes) / one[target].size for one in models]
+    excess = np.maximum(shares[1] - np.maximum(shares[0], shares[2]), 0.0)
+    excess[0] = 0.0  # being right is no failure
+    effect = table.change(target)[..., table.chosen].mean(axis=0)
+    beyond = -NEW_FAILURE_SHARE * np.sign(effect.mean()) * effect
+    for ending in np.flatnonzero(excess):
+        more = before if shares[0][ending] >= shares[2][ending] else table.other_ending
+        beyond += ((after == ending).mean(axis=1) - (more == ending).mean(axis=1))[target]
+    limit = 1 + NEW_FAILURE_SHARE
+    mean, low, high = bounded_interval(beyond[:, None], table.cluster[target], alpha=2 * settings.alpha, limit=limit)
+    names = (*OUTCOME_CLASSES, "no_answer of a new kind")
+    return (
+        Finding(
+            check=Check.V6_NEW_FAILURES,
+            passed=bool(mean[0] <= TIE_SLACK),
+            statistic=excess.sum(),
+            bound=NEW_FAILURE_SHARE * abs(effect.mean()),
+            detail=names[int(np.argmax(excess))] if excess.any() else "none",
+        ),
+        Finding(check=Check.V6_BROKEN, passed=bool(low[0] > 0), statistic=mean[0], low=low[0], high=high[0], bound=0.0),
+    )
 
 
 # -- notes
 
 
-def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> tuple[str, ...]:
-    """A warning if other seeds alone already change accuracy."""
-    fresh = table.index("fresh")
-    if fresh is not None and effects.p_value[fresh] <= settings.alpha:
-        return (f"fresh_differs: other seeds alone change accuracy by {effects.mean[fresh]:+.3f}",)
-    return ()
+def fresh_seeds(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Findings:
+    """Whether other seeds alone change accuracy."""
+    i = table.index("fresh")
+    return () if i is None else (_row(Check.FRESH, effects, bool(effects.p_value[i] > settings.alpha), i),)
 
 
-def baselines(table: OutcomeTable, settings: Settings) -> tuple[str, ...]:
+def baselines(table: OutcomeTable, settings: Settings) -> Findings:
     """Whether the set beats one mean-shift vector and a random vector of equal norm, paired over prompts."""
-    notes = []
+    findings = []
     per_prompt = table.per_prompt(table.target)
-    for kind in ("steering", "random_direction"):
+    for kind, check in (("steering", Check.STEERING), ("random_direction", Check.RANDOM_DIRECTION)):
         i = table.index(kind)
         if i is None:
             continue
-        effect = _paired(
-            table.sign * (per_prompt[:, table.chosen] - per_prompt[:, i])[..., None],
-            table.cluster[table.target],
-            settings,
-        )
-        beats = bool(effect.mean[0] > 0 and effect.p_value[0] <= settings.alpha)
-        notes.append(
-            f"{'beats' if beats else 'does_not_beat'}_{kind}: set minus {kind.replace('_', ' ')} "
-            f"{effect.mean[0]:+.3f} [{effect.low[0]:+.3f}, {effect.high[0]:+.3f}], p={effect.p_value[0]:.3g}"
-        )
-    return tuple(notes)
+        lead = table.sign * (per_prompt[:, table.chosen] - per_prompt[:, i])[..., None]
+        effect = _paired(lead, table.cluster[table.target], settings)
+        findings.append(_row(check, effect, bool(effect.mean[0] > 0 and effect.p_value[0] <= settings.alpha)))
+    return tuple(findings)

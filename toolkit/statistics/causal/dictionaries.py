@@ -118,6 +118,11 @@ def _pool(outcomes: Sequence[DirectionOutcomes]) -> DirectionOutcomes:
         name: np.concatenate([getattr(part, name) for part in parts], axis=-1)
         for name in ("correct", "ending", "n_tokens", "other_ending")
     }
+    known = [part.texts for part in parts if part.texts is not None]
+    texts = None
+    if len(known) == len(parts):
+        sides = {side: [getattr(one, side) for one in known] for side in ("unedited", "edited", "other")}
+        texts = replace(known[0], **{side: np.concatenate(all_of, axis=-1) for side, all_of in sides.items()})
     means: dict[str, Any] = {
         name: np.mean([getattr(part, name) for part in parts], axis=0)
         for name in ("kl_to_base", "kl_to_rl", "neutral_kl")
@@ -128,7 +133,7 @@ def _pool(outcomes: Sequence[DirectionOutcomes]) -> DirectionOutcomes:
         for name in outcomes[0].divergences
     }
     return DirectionOutcomes(
-        table=replace(parts[0], parts=parts, **samples, **means),
+        table=replace(parts[0], parts=parts, texts=texts, **samples, **means),
         divergences=divergences,
         passthrough_changed=max(one.passthrough_changed for one in outcomes),
         non_finite=tuple(dict.fromkeys(name for one in outcomes for name in one.non_finite)),

@@ -8,11 +8,10 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from rlgen_stats.schemas.dims import FORMAT_CLASSES
 from rlgen_stats.schemas.errors import InputError, RefusedError
-from rlgen_stats.toolkit.statistics.kernels import cluster_se, pooled_mean, sign_flip_test
+from rlgen_stats.toolkit.statistics.kernels import bounded_interval, pooled_mean, sign_flip_test
 
 Direction = Literal["disable", "amplify"]
 Floats = NDArray[np.float64]
@@ -38,6 +37,22 @@ class Condition:
     name: str
     kind: str
     dose: float
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Completions that V6 compares word by word, [prompt, sample] each, and what V4 needs to know of prompts."""
+
+    unedited: NDArray[np.object_]
+    """Of the model that is edited, as it is."""
+    edited: NDArray[np.object_]
+    """Of the set's arm."""
+    other: NDArray[np.object_]
+    """Of the other model, unedited, with the same seeds."""
+    prompts: NDArray[np.object_]
+    """[prompt] the prompts themselves."""
+    neutral: tuple[str, ...] = ()
+    """Neutral texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +82,8 @@ class OutcomeTable:
         [prompt] labels.
     target, unrelated
         [prompt] whether the effect is measured there, or side effects are.
+    texts
+        Completions of the set's arm and both unedited models, prompts and neutral texts; None where not known.
     parts
         Of several dictionaries: the table of each, with the same conditions. Samples are then dictionary by dictionary,
         and divergences their means.
@@ -85,6 +102,7 @@ class OutcomeTable:
     cluster: NDArray[np.str_]
     target: NDArray[np.bool_]
     unrelated: NDArray[np.bool_]
+    texts: Texts | None = None
     parts: tuple[OutcomeTable, ...] = ()
 
     def __post_init__(self) -> None:
@@ -124,6 +142,11 @@ class OutcomeTable:
     def chosen(self) -> int:
         """Position of the set's arm."""
         return next(i for i, condition in enumerate(self.conditions) if condition.kind == "set")
+
+    @property
+    def other_correct(self) -> Floats:
+        """[prompt, sample] 1 where the other model, unedited, is right."""
+        return np.asarray(self.other_ending == OUTCOME_CLASSES.index("right"), dtype=np.float64)
 
     def accuracy(self, mask: NDArray[np.bool_]) -> Floats:
         """[condition] accuracy over the masked prompts; NaN without any."""
@@ -209,7 +232,7 @@ class PairedEffect:
 
 
 def paired_effect(
-    differences: Floats, clusters: NDArray[np.str_], *, alpha: float, seed: int, n_resamples: int
+    differences: Floats, clusters: NDArray[np.str_], *, alpha: float, seed: int, n_resamples: int, limit: float = 1.0
 ) -> PairedEffect:
     """Effects of arms from per-prompt differences; the unit is the cluster, and the dictionary where there are several.
 
@@ -223,6 +246,8 @@ def paired_effect(
         1 - coverage.
     seed, n_resamples
         Of the Monte-Carlo sign flips, where enumeration is too long.
+    limit
+        Largest absolute difference possible; infinite for divergences, whose intervals are plain t-intervals.
 
     Returns
     -------
@@ -233,58 +258,22 @@ def paired_effect(
     codes = np.unique(clusters, return_inverse=True)[1]
     if differences.ndim == 3:
         if len(differences) > 1 and codes.any():
-            return _pooled_effect(differences, codes, alpha)
+            return _pooled_effect(differences, codes, alpha, limit)
         differences = differences.mean(axis=0)
     try:
         test = sign_flip_test(differences, n_resamples=n_resamples, seed=seed, clusters=codes)
         p_value = np.atleast_1d(np.asarray(test.p_value, dtype=np.float64))
     except RefusedError:  # too few clusters to find anything
         p_value = np.full(differences.shape[1], np.nan)
-    mean, low, high = cluster_interval(differences, codes, alpha=alpha)
+    mean, low, high = bounded_interval(differences, codes, alpha=alpha, limit=limit)
     return PairedEffect(mean, low, high, np.where(np.isnan(p_value), 1.0, p_value))
 
 
-def _pooled_effect(differences: Floats, codes: NDArray[np.int64], alpha: float) -> PairedEffect:
-    within = padded_error(differences.mean(axis=0), codes)
-    pooled = pooled_mean(differences, codes, alpha=alpha, within=within)
+def _pooled_effect(differences: Floats, codes: NDArray[np.int64], alpha: float, limit: float) -> PairedEffect:
+    _, low, high = bounded_interval(differences.mean(axis=0), codes, alpha=alpha, limit=limit)
+    pooled = pooled_mean(differences, codes, alpha=alpha, within=(low, high))
     p_value = np.where(np.isnan(pooled.p_value), 1.0, pooled.p_value)
-    return PairedEffect(pooled.mean, pooled.low, pooled.high, p_value)
-
-
-def cluster_interval(differences: Floats, codes: NDArray[np.int64], *, alpha: float) -> tuple[Floats, Floats, Floats]:
-    """Mean of accuracy differences in [-1, 1] and an interval, one each a column; NaN bounds with one cluster.
-
-    Notes
-    -----
-    t-interval about :func:`padded_error`'s centre, with clusters - 1 degrees of freedom.
-    """
-    mean = np.asarray(differences.mean(axis=0), dtype=np.float64)
-    n_clusters = len(np.unique(codes))
-    if n_clusters < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    centre, error = padded_error(differences, codes)
-    half = stats.t.ppf(1 - alpha / 2, n_clusters - 1) * error
-    return mean, centre - half, centre + half
-
-
-def padded_error(differences: Floats, codes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Centre and standard error of an interval of accuracy differences in [-1, 1], one each a column.
-
-    Give them to :func:`~rlgen_stats.toolkit.statistics.kernels.pooled_mean` as ``within``, of the mean over
-    dictionaries.
-
-    Notes
-    -----
-    Cluster-robust (CR1), after adding one cluster that gained everywhere and one that lost everywhere: with one prompt
-    a cluster this gives the adjusted Wald interval of Bonett & Price (2012, J. Educ. Behav. Stat. 37:479-488) with t
-    for z. Without them, prompts that all stay the same would give width 0 however few they are.
-    """
-    size = max(round(len(differences) / len(np.unique(codes))), 1)
-    extra = np.repeat([[1.0], [-1.0]], size, axis=0) * np.ones(differences.shape[1])
-    padded = np.concatenate([differences, extra])
-    labels = np.concatenate([codes, np.repeat([codes.max() + 1, codes.max() + 2], size)])
-    error = np.asarray(cluster_se(padded, labels, kind="CR1").standard_error, dtype=np.float64)
-    return np.asarray(padded.mean(axis=0), dtype=np.float64), error
+    return PairedEffect(pooled.mean, np.maximum(pooled.low, -limit), np.minimum(pooled.high, limit), p_value)
 
 
 def finite_mean(values: Floats) -> float:

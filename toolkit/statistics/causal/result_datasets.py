@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.toolkit.statistics.causal.controls import COVARIATES, MatchedControls
 from rlgen_stats.toolkit.statistics.causal.criteria import Settings
+from rlgen_stats.toolkit.statistics.causal.findings import NUMBERS, Check, State, as_columns
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     DIRECTIONS,
     N_RESAMPLES,
@@ -30,6 +31,7 @@ _PER_CONDITION: Final = (
     *("unrelated_accuracy", "unrelated_effect", "unrelated_low", "unrelated_high", "unrelated_broken"),
     "unrelated_length",
 )
+_TEXT: Final = ("verdict", "reasons", "decided_by", "v5", "kind", "criterion_state", "criterion_detail")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Declaration:
     together: Together | None = None
     """Of several dictionaries."""
 
-    def settings(self, direction: Direction, *, noop_changed: float = 0.0) -> Settings:
+    def settings(
+        self, direction: Direction, *, noop_changed: float = 0.0, non_finite: tuple[str, ...] = ()
+    ) -> Settings:
         """What :func:`judge` needs beside one direction's table."""
         controls, together = self.controls, self.together
         flags = (self.no_controls,) if controls is None else controls.flags
@@ -82,6 +86,7 @@ class Declaration:
             comparable=controls is not None and controls.comparable if together is None else together.comparable,
             control_flags=flags if together is None else together.flags,
             noop_changed=noop_changed,
+            non_finite=non_finite,
             n_planned=0 if controls is None else len(controls.sets),
             ranks=() if together is None else together.ranks[direction],
             missing=() if together is None else together.missing,
@@ -114,7 +119,8 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
     dataset = _empty(declared.tasks, names)
     dataset["reasons"][:] = "not_asked: not run"
     for one in outcomes:
-        _fill(dataset, one, _verdict(one, declared), declared.alpha)
+        seen = {"noop_changed": one.passthrough_changed, "non_finite": one.non_finite}
+        _fill(dataset, one, judge(one.table, declared.settings(one.table.direction, **seen)), declared.alpha)
     controls = declared.controls
     attributes = {
         **declared.attributes,
@@ -124,20 +130,11 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
     return _text(dataset).assign_attrs(attributes), _balance(controls, declared.no_controls)
 
 
-def _verdict(outcomes: DirectionOutcomes, declared: Declaration) -> Verdict:
-    table, changed = outcomes.table, outcomes.passthrough_changed
-    verdict = judge(table, declared.settings(table.direction, noop_changed=changed))
-    if outcomes.non_finite:
-        reason = f"non_finite_logits: {', '.join(outcomes.non_finite)}"
-        verdict = replace(verdict, reasons=(*verdict.reasons, reason))
-    return verdict
-
-
 def _empty(tasks: Sequence[str], conditions: Sequence[str]) -> xr.Dataset:
     """The layout with nothing known."""
     tasks = list(tasks) or ["none"]
     shape = (len(DIRECTIONS), len(conditions))
-    n_directions = len(DIRECTIONS)
+    n_directions, per_check = len(DIRECTIONS), ("direction", "criterion")
     return xr.Dataset(
         {name: (("direction", "condition"), np.full(shape, np.nan)) for name in _PER_CONDITION}
         | {"kind": (("direction", "condition"), np.full(shape, "absent", dtype="U16"))}
@@ -153,13 +150,20 @@ def _empty(tasks: Sequence[str], conditions: Sequence[str]) -> xr.Dataset:
             "reasons": ("direction", np.full(n_directions, "", dtype=object)),
             "v5": ("direction", np.full(n_directions, "", dtype=object)),
             "rank_p": ("direction", np.full(n_directions, np.nan)),
+            "decided_by": ("direction", np.full(n_directions, "", dtype=object)),
             "n_prompts": ("direction", np.zeros(n_directions, dtype=np.int64)),
+        }
+        | {f"criterion_{name}": (per_check, np.full((n_directions, len(Check)), np.nan)) for name in NUMBERS}
+        | {
+            "criterion_state": (per_check, np.full((n_directions, len(Check)), str(State.ABSENT), dtype=object)),
+            "criterion_detail": (per_check, np.full((n_directions, len(Check)), "", dtype=object)),
         },
         coords={
             "direction": list(DIRECTIONS),
             "condition": list(conditions),
             TASK: tasks,
             "class": list(OUTCOME_CLASSES),
+            "criterion": [str(check) for check in Check],
         },
     )
 
@@ -178,10 +182,14 @@ def _fill(dataset: xr.Dataset, outcomes: DirectionOutcomes, verdict: Verdict, al
         mask = table.task == task
         dataset["task_accuracy"].values[d, columns, t] = table.accuracy(mask)
         dataset["task_effect"].values[d, columns, t] = table.change(mask).mean(axis=(0, 1))
-    for name in ("verdict", "rank_p", "v1", "v2", "v3", "v4", "v5", "v6"):
+    for name, values in as_columns(verdict.findings).items():
+        dataset[name].values[d] = values
+    for name in ("verdict", "rank_p", "v5"):
         dataset[name].values[d] = getattr(verdict, name)
-    # Reasons are joined by semicolons, so that none may contain one.
-    dataset["reasons"].values[d] = "; ".join(reason.replace("; ", ", ") for reason in verdict.reasons)
+    for name, held in verdict.requirements.items():
+        dataset[name].values[d] = held
+    dataset["decided_by"].values[d] = str(verdict.decision)
+    dataset["reasons"].values[d] = "; ".join(verdict.reasons)
     dataset["n_prompts"].values[d] = int(table.target.sum())
 
 
@@ -224,7 +232,7 @@ def _side_effects(outcomes: DirectionOutcomes, alpha: float) -> dict[str, NDArra
 
 def _text(dataset: xr.Dataset) -> xr.Dataset:
     """Object text as fixed-width text."""
-    return dataset.assign({name: dataset[name].astype(np.str_) for name in ("verdict", "reasons", "v5", "kind")})
+    return dataset.assign({name: dataset[name].astype(np.str_) for name in _TEXT})
 
 
 def _balance(controls: MatchedControls | None, reason: str) -> xr.Dataset:

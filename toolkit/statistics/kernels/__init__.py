@@ -38,7 +38,8 @@ Means, equivalence, counts, sets::
     bootstrap_t(x, *, alpha=0.05, n_resamples=999, seed=0, clusters=None)
         -> BootstrapResult(mean, low, high, standard_error)
     bootstrap_weights(n_units, n_resamples, *, seed) -> array [resample, unit]
-    cluster_se(values, clusters, *, kind="CR1") -> ClusterResult(mean, standard_error, n_clusters)
+    bounded_interval(values, clusters, *, alpha, limit=1.0) -> (mean, low, high)         # accuracies, few changes
+    cluster_se(values, clusters, *, kind="CR1") -> ClusterResult(mean, standard_error, n_clusters, df)
     moderated_t(x, y=None) -> ModeratedResult(statistic, p_value, prior_variance, prior_dof, effect)
     delete_group_jackknife(replicates, estimate=None, *, alpha=0.05)
         -> JackknifeResult(estimate, standard_error, low, high, lower, upper)
@@ -79,6 +80,7 @@ from rlgen_stats.toolkit.statistics.kernels.flips.saddlepoint import flip_tail, 
 from rlgen_stats.toolkit.statistics.kernels.flips.signflip import SignFlipResult, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.flips.wild import WildResult, wild_cluster_bootstrap
 from rlgen_stats.toolkit.statistics.kernels.intervals.bootstrap import BootstrapResult, bootstrap_t, bootstrap_weights
+from rlgen_stats.toolkit.statistics.kernels.intervals.bounded import bounded_interval
 from rlgen_stats.toolkit.statistics.kernels.intervals.clustered import ClusterResult, cluster_se
 from rlgen_stats.toolkit.statistics.kernels.intervals.jackknife import (
     JackknifeResult,
@@ -137,6 +139,7 @@ __all__ = [
     "bagged_replicates",
     "bootstrap_t",
     "bootstrap_weights",
+    "bounded_interval",
     "cluster_se",
     "contrast_contributions",
     "cpss_bound",

@@ -70,9 +70,9 @@ def pooled_mean(
     alpha
         1 - coverage.
     within
-        Centre and standard error [...] of the interval that the mean over dictionaries would have if its dictionaries
-        were the only ones, in place of the mean and its cluster-robust (CR1) error, both with clusters - 1 degrees of
-        freedom.
+        Low and high [...] of the 1 - alpha interval that the mean over dictionaries would have if its dictionaries were
+        the only ones, in place of the t-interval with the cluster-robust (CR1) error. It replaces the bounds alone, not
+        standard error and p-value.
 
     Returns
     -------
@@ -314,10 +314,7 @@ def _pooled(each: FloatArray, parts: _Parts, alpha: float, within: tuple[Any, An
     if not 0 < alpha < 1:
         raise InputError(f"alpha must lie between 0 and 1, got {alpha}.")
     n = len(each)
-    mean = each.mean(axis=0)
-    centre, inside = mean, parts.within
-    if within is not None:
-        centre, inside = np.asarray(within[0], dtype=np.float64), np.square(np.asarray(within[1], dtype=np.float64))
+    mean, inside = each.mean(axis=0), parts.within
     shared, between = inside, np.zeros_like(inside)
     between_sd = np.full_like(mean, np.nan)
     if n > 1:
@@ -325,24 +322,32 @@ def _pooled(each: FloatArray, parts: _Parts, alpha: float, within: tuple[Any, An
         shared = np.maximum(inside - parts.noise / n, 0.0)
         between_sd = np.sqrt(np.maximum(between * n - parts.noise, 0.0))
 
+    def widened(over_clusters: FloatArray, noise: FloatArray, log_level: Any) -> FloatArray:
+        """Half-width over clusters and dictionaries from that over clusters, squared, and its part that is noise."""
+        if n == 1:
+            return np.asarray(np.sqrt(over_clusters), dtype=np.float64)
+        both = np.maximum(over_clusters - noise, 0.0) + np.square(_t(n - 1, log_level)) * between
+        return np.asarray(np.sqrt(np.maximum(over_clusters, both)), dtype=np.float64)
+
     def half(log_level: Any) -> FloatArray:
         """Half-width at a two-sided level, given as its logarithm."""
-        over_clusters = _t(parts.df, log_level)
-        squared = np.square(over_clusters) * inside
-        if n > 1:
-            both = np.square(over_clusters) * shared + np.square(_t(n - 1, log_level)) * between
-            squared = np.maximum(squared, both)
-        return np.asarray(np.sqrt(squared), dtype=np.float64)
+        squared_t = np.square(_t(parts.df, log_level))
+        return widened(squared_t * inside, squared_t * parts.noise / n, log_level)
 
-    width, error = half(np.log(alpha)), np.sqrt(np.maximum(inside, shared + between))
+    level = np.log(alpha)
+    width, error = half(level), np.sqrt(np.maximum(inside, shared + between))
+    below = above = width
+    if within is not None:
+        noise = np.square(_t(parts.df, level)) * parts.noise / n
+        below, above = (widened(np.square(end - mean), noise, level) for end in map(np.asarray, within))
     return Pooled(
         mean=mean[()],
-        low=(centre - width)[()],
-        high=(centre + width)[()],
+        low=(mean - below)[()],
+        high=(mean + above)[()],
         standard_error=error[()],
         df=_implied_df(width, error, alpha, parts.df, n)[()],
         between_sd=between_sd[()],
-        p_value=_level(half, np.abs(centre), width)[()],
+        p_value=_level(half, np.abs(mean), width)[()],
         each_mean=each,
         n_dictionaries=n,
     )

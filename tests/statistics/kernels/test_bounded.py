@@ -1,0 +1,103 @@
+"""Intervals of bounded means: exact binomial where nothing or one sign changed, and coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.statistics.kernels import bounded_interval, cluster_se
+from rlgen_stats.toolkit.statistics.kernels.intervals.bounded import ENOUGH_BEYOND
+
+
+def changes(gained: int, lost: int, n: int) -> NDArray[np.float64]:
+    column = np.zeros((n, 1))
+    column[:gained], column[gained : gained + lost] = 1.0, -1.0
+    return column
+
+
+@pytest.mark.parametrize(("n", "inside"), [(58, False), (59, True)])
+def test_an_edit_that_changes_nothing_has_the_exact_binomial_bound(n: int, inside: bool) -> None:
+    """Two invented clusters at +-1 gave +-.08 with 28 clusters and never came within .05 below 59 either."""
+    mean, low, high = bounded_interval(changes(0, 0, n), np.arange(n), alpha=0.10)
+    assert mean[0] == 0
+    assert high[0] == -low[0] == pytest.approx(proportion_confint(0, n, alpha=0.10, method="beta")[1])
+    assert (high[0] < 0.05) == inside
+
+
+@pytest.mark.parametrize(("lost", "n"), [(1, 40), (3, 100), (12, 200)])
+def test_losses_alone_have_clopper_and_pearsons_bound(lost: int, n: int) -> None:
+    _, low, _ = bounded_interval(changes(0, lost, n), np.arange(n), alpha=0.10)
+    exact = proportion_confint(lost, n, alpha=0.10, method="beta")[1]
+    half = stats.t.ppf(0.95, n - 1) * stats.sem(changes(0, lost, n))[0]
+    expected = max(exact, lost / n + half)
+    assert -low[0] == pytest.approx(expected, rel=0.03), "the draws' Monte-Carlo error is 2-3%"
+
+
+def test_many_changed_clusters_have_the_interval_of_cr2() -> None:
+    draw = np.random.default_rng(0)
+    codes = np.repeat(np.arange(80), 3)
+    x = np.clip(0.3 * draw.standard_normal((80, 2))[codes] + 0.2 * draw.standard_normal((240, 2)), -1, 1)
+    mean, low, high = bounded_interval(x, codes, alpha=0.05)
+    fit = cluster_se(x, codes, kind="CR2")
+    half = stats.t.ppf(0.975, fit.df) * fit.standard_error
+    np.testing.assert_allclose(high - mean, half, rtol=0.1)
+    assert np.all(high - mean >= half)
+    assert np.all(mean - low >= half)
+    unbounded = bounded_interval(10 * x, codes, alpha=0.05, limit=np.inf)
+    np.testing.assert_allclose(unbounded[2] - unbounded[0], 10 * half)
+
+
+@pytest.mark.parametrize(("n_lost", "to_the_limit"), [(ENOUGH_BEYOND - 1, True), (ENOUGH_BEYOND, False)])
+def test_few_observed_on_a_side_leave_the_limit_possible(n_lost: int, to_the_limit: bool) -> None:
+    """Forty clusters, some of which lost a tenth: with five of them a loss of a tenth is as far as one can lie."""
+    x = np.full((40, 1), 0.02)
+    x[:n_lost] = -0.1
+    _, low, _ = bounded_interval(x, np.arange(40), alpha=0.05)
+    assert (low[0] < -0.05) == to_the_limit
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
+def test_rare_losses_are_covered_where_a_t_interval_misses(share: float) -> None:
+    draw, n = np.random.default_rng(0), 60
+    x = -(draw.random((n, 2000)) < share).astype(np.float64)
+    _, low, high = bounded_interval(x, np.arange(n), alpha=0.10)
+    missed = (low > -share) | (high < -share)
+    assert missed.mean() <= 0.10 + 3 * np.sqrt(0.09 / 2000)
+    half = stats.t.ppf(0.95, n - 1) * stats.sem(x, axis=0)
+    if share == 0.02:
+        assert (np.abs(x.mean(axis=0) + share) > half).mean() > 0.25
+
+
+def test_clusters_of_unequal_size_have_fewer_degrees_of_freedom() -> None:
+    """CR2 of independent units is unbiased whatever the sizes; its degrees of freedom by simulation."""
+    draw = np.random.default_rng(1)
+    codes = np.repeat(np.arange(6), [1, 2, 3, 4, 10, 40])
+    fits = cluster_se(draw.standard_normal((60, 4000)), codes, kind="CR2")
+    variance = np.square(fits.standard_error)
+    assert variance.mean() == pytest.approx(1 / 60, rel=0.05)
+    assert fits.df == pytest.approx(2 * variance.mean() ** 2 / variance.var(), rel=0.15)
+    assert fits.df < 4
+    even = cluster_se(draw.standard_normal((60, 1)), np.repeat(np.arange(6), 10), kind="CR2")
+    assert even.df == pytest.approx(5)
+
+
+def test_what_is_refused_and_what_is_unknown() -> None:
+    with pytest.raises(InputError, match=r"within \+-1, got 1.5"):
+        bounded_interval(np.array([[1.5], [0.0]]), [0, 1], alpha=0.05)
+    mean, low, high = bounded_interval(np.array([[0.5], [0.1]]), [0, 0], alpha=0.05)
+    assert mean[0] == pytest.approx(0.3)
+    assert np.isnan([low[0], high[0]]).all()
+
+
+def test_columns_do_not_depend_on_each_other_and_the_draws_are_fixed() -> None:
+    draw = np.random.default_rng(3)
+    x = draw.choice([-1.0, 0.0, 0.0, 1.0], (50, 4))
+    together = bounded_interval(x, np.arange(50), alpha=0.05)
+    alone = [bounded_interval(x[:, [k]], np.arange(50), alpha=0.05) for k in range(4)]
+    np.testing.assert_allclose(together[1], [one[1][0] for one in alone])
+    mirrored = bounded_interval(-x, np.arange(50), alpha=0.05)
+    np.testing.assert_allclose(mirrored[2], -together[1], rtol=0.05)
