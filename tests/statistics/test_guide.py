@@ -22,5 +22,5 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     )
     said = capsys.readouterr().out
     assert "drifting" in said
-    assert "total >= 0.5 sd" in said
+    assert "moderate" in said
     assert "p_holm" in said

@@ -212,7 +212,7 @@ def test_analyses_find_the_planted_truth():
         tests = SelectionTests(n_resamples=2999, n_bootstrap=9)
         chosen = select_features(study.features, study.outcomes, target="rl1@100", tests=tests)
         settled = stabilization_test(
-            study.features, runs=["sft1"], relative=True, margin=0.4, persist=1, n_bootstrap=5
+            study.features, runs=["sft1"], relative=True, margin=0.4, persist=0.2, n_bootstrap=5
         ).compute()
     drifting = drift.call.values[0] == "DRIFT"
     assert drifting[np.isin(kind, ("drifting", "generalising"))].mean() > 0.99
