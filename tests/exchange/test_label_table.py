@@ -90,7 +90,7 @@ def change(column: str, row: int, value: Any) -> pd.DataFrame:
         (change("position", 5, -1), "position in labels.* must lie in 0 to 2147483647, got -1"),
         (change("token_id", 5, 2**31), "token_id in labels.* must lie in 0 to 2147483647, got 2147483648"),
         (change("domain", 5, "inside"), "domain in labels.* must be in or out, got 'inside'"),
-        (change("split", 5, "test"), "split in labels.* must be selection or verification, got 'test'"),
+        (change("split", 5, "test"), "split in labels.* must be selection or verification or trial, got 'test'"),
         (
             change("task", 5, "math"),
             "prompt '000' of labels.* has the task 'sciq' and, in row 5, 'math'; expected one task a prompt",

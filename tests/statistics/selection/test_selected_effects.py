@@ -106,7 +106,7 @@ def test_every_variable_of_a_selection_comes_from_the_half_it_says(chosen, gain_
     verification = {str(name) for name in first.data_vars if str(name).startswith("verification_")} - set(COUNTS)
     assert set(map(str, first.data_vars)) == verification | {*SELECTION_SCORES, *DECISIONS, *COUNTS}
     assert not changed["verification"] & {*SELECTION_SCORES, *COUNTS}
-    # who is confirmed depends on who was a candidate; sizes of effects do not depend on the selection half at all
+    # who is confirmed depends on who was a candidate; sizes of effects do not depend on the selection part at all
     assert not changed["selection"] & {
         "verification_effect",
         "verification_low",

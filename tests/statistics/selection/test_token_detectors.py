@@ -124,12 +124,12 @@ def test_who_fires_alone_is_decided_by_the_difference_of_shares() -> None:
     just, short = DETECTS + 0.01, DETECTS - 0.01
     tokens = replace(world(), activation=np.random.default_rng(1).standard_normal((N_TEXTS * LENGTH, 5)))
     out = token_detectors(
-        tokens, injections([just, short, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.2, 0.0], n=100), [0, 1, 2, 3, 4]
+        tokens, injections([just, short, 1.0, 1.0, 0.9], [0.0, 0.0, 1.0, 0.2, 0.5], n=100), [0, 1, 2, 3, 4]
     )
     assert out.fires_alone.values.tolist() == [True, False, False, True, False]
     assert (out.detector == out.fires_alone).all()
-    assert out.injected.values == pytest.approx([just, short, 1, 1, 0])
-    assert out.injected_matched.values == pytest.approx([0, 0, 1, 0.2, 0])
+    assert out.injected.values == pytest.approx([just, short, 1, 1, 0.9])
+    assert out.injected_matched.values == pytest.approx([0, 0, 1, 0.2, 0.5])
     assert out.leading.values.tolist() == ["a b"] * 5
 
 

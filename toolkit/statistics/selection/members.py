@@ -17,7 +17,7 @@ from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.selection.tasks import split_hash
 
 Members = Literal["selected", "candidate", "paper", "stable"]
-"""Features of a selection by how they were chosen; all but ``selected`` by the selection half alone."""
+"""Features of a selection by how they were chosen; all but ``selected`` by the selection part alone."""
 
 _INDEPENDENT: Final = "verification prompts took no part in choosing these features"
 _CONFIRMED: Final = (

@@ -28,7 +28,7 @@ class SelectionTests:
     """
 
     alpha: float = 0.05
-    """Level of BH on the selection half and Holm on the verification half; intervals cover 1 - alpha."""
+    """Level of BH on the selection part and Holm on the verification part; intervals cover 1 - alpha."""
     n_resamples: int = 999
     """Draws of the nulls of the paper's rule."""
     n_bootstrap: int = 999

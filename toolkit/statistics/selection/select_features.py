@@ -152,7 +152,7 @@ def select_features(
 
     *Effects.* ``selected_effects`` gives those of any model. Over all candidates the verification effects are free of
     selection; those of the CONFIRMED among them passed a test on the same prompts and are a little optimistic.
-    ``n_shared_clusters`` counts clusters with prompts in both halves of the split; it should be 0.
+    ``n_shared_clusters`` counts clusters with prompts in both parts of the split; it should be 0.
 
     References
     ----------
@@ -210,11 +210,11 @@ class _Prompts:
     codes: IntArray | None
     """Cluster per prompt, None if prompts are the units."""
     selection: IntArray
-    """Prompts of the selection half."""
+    """Prompts of the selection part."""
 
     @property
     def gain(self) -> dict[str, IntArray]:
-        """Gain prompts of the selection half, by task selected on that has any."""
+        """Gain prompts of the selection part, by task selected on that has any."""
         gains = {task: of_task.gain for task, of_task in self.by_task["selection"].items() if self.roles.used[task]}
         return {task: gain for task, gain in gains.items() if len(gain)}
 
@@ -247,11 +247,11 @@ def _tests(values: da.Array, prompts: _Prompts, split: str, tests: SelectionTest
 def _paper_rule(
     values: da.Array, firing: da.Array, prompts: _Prompts, rule: SelectionRule, tests: SelectionTests, seed: int
 ) -> PaperSelection | None:
-    """The paper's rule on the selection half; None where no task has gains."""
+    """The paper's rule on the selection part; None where no task has gains."""
     if not prompts.gain:
         return None
     selection, codes = prompts.selection, prompts.codes
-    position = np.full(values.shape[1], -1, dtype=np.int64)  # of every prompt among those of the selection half
+    position = np.full(values.shape[1], -1, dtype=np.int64)  # of every prompt among those of the selection part
     position[selection] = np.arange(len(selection))
     return paper_rule(
         values[:, selection],
@@ -274,7 +274,7 @@ def _stability(
     tests: SelectionTests,
     seed: int,
 ) -> tuple[dict[str, tuple[str, NDArray[Any]]], dict[str, Any]]:
-    """Variables and attributes of stability selection on the selection half; none if it was not asked for."""
+    """Variables and attributes of stability selection on the selection part; none if it was not asked for."""
     if stability is None:
         return {}, {}
     outcome = stability_selection(
@@ -390,7 +390,7 @@ def _attrs(results: dict[str, SplitTests], paper: PaperSelection | None, decisio
     return {
         "test": "max(sign flip on gain prompts, guard) per task; partial conjunction over tasks; BH, then Holm",
         "null": "in fewer than u tasks does the target exceed base on gain prompts beyond selection by outcome",
-        "family": "features (BH on the selection half); candidates (Holm on the verification half)",
+        "family": "features (BH on the selection part); candidates (Holm on the verification part)",
         "family_size": decision.n_tested,
         "score_correlation": correlation,
         "one_mechanism": bool(correlation > ONE_MECHANISM),

@@ -95,7 +95,7 @@ def stability_selection(
     values
         [2 (base, target), prompt, feature], chunked over features; read once.
     prompts, tests
-        Prompts of each task in the selection half, and the tests run on them: a task is ranked as it was tested.
+        Prompts of each task in the selection part, and the tests run on them: a task is ranked as it was tested.
     testable, ranks
         [feature]: which features are in the family, and ranks of their labels, by which ties are broken.
     options

@@ -1,4 +1,4 @@
-"""From p-values to tiers: candidates on the selection half, confirmation on the verification half."""
+"""From p-values to tiers: candidates on the selection part, confirmation on the verification part."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ CONFIRMED, CANDIDATE, REJECTED, UNTESTED = "CONFIRMED", "CANDIDATE", "REJECTED",
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
-    """One hypothesis about every feature, tested on the selection half and, of candidates, on the verification half."""
+    """One hypothesis about every feature, tested on the selection part and, of candidates, on the verification part."""
 
     p: FloatArray
-    """[feature]: partial conjunction over tasks, selection half."""
+    """[feature]: partial conjunction over tasks, selection part."""
     q: FloatArray
     """``p`` corrected by BH over all testable features."""
     verification_p: FloatArray
-    """Partial conjunction over tasks, verification half, of candidates (q at most alpha) only."""
+    """Partial conjunction over tasks, verification part, of candidates (q at most alpha) only."""
     verification_q: FloatArray
     """``verification_p`` corrected by Holm over the candidates."""
     tier: NDArray[np.str_]
     u: tuple[int, int]
-    """Tasks that had to show the effect, in the selection and in the verification half."""
+    """Tasks that had to show the effect, in the selection and in the verification part."""
 
     @property
     def confirmed(self) -> NDArray[np.bool_]:
@@ -45,7 +45,7 @@ class Confirmation:
         return np.isin(self.tier, (CONFIRMED, CANDIDATE))
 
     def leading(self, most: int) -> IntArray:
-        """Positions of at most ``most`` candidates, by p-value on the selection half, then by position."""
+        """Positions of at most ``most`` candidates, by p-value on the selection part, then by position."""
         chosen = np.flatnonzero(self.candidate)
         return chosen[np.argsort(self.p[chosen], kind="stable")][:most]
 
@@ -103,13 +103,13 @@ def decide(
     Parameters
     ----------
     tests
-        Tests of both halves of the split.
+        Tests of both parts of the split.
     testable
         [feature]; the others are in no family.
     paper
         Outcome of the paper's rule, None if no task could be scored.
     rule, options
-        As in ``select_features``. Ranks and selection do not depend on the verification half except through the tier.
+        As in ``select_features``. Ranks and selection do not depend on the verification part except through the tier.
     ranks
         [feature]: ranks of the labels, which break ties.
     """
@@ -156,7 +156,7 @@ def decide(
 def _confirm(
     selection: FloatArray, verification: FloatArray, testable: NDArray[np.bool_], options: SelectionTests
 ) -> Confirmation:
-    """BH on the selection half, Holm on the verification half, of [task, feature] p-values of estimable tasks."""
+    """BH on the selection part, Holm on the verification part, of [task, feature] p-values of estimable tasks."""
     p = np.where(testable, _conjunction(selection, options), np.nan)
     q = np.asarray(adjust(p, method="bh"))
     candidate = np.nan_to_num(q, nan=1.0) <= options.alpha
