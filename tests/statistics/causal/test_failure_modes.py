@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
-from rlgen_stats.toolkit.statistics.causal.failure_modes import UNLIKE, agreement_of, kinds_of_endings
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_CLOSED, failure_mode_match
+from rlgen_stats.toolkit.statistics.causal.failure_modes import UNLIKE, agreement_of, kinds_of_endings
 from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Findings, holds, of_check
 from tests.statistics.causal.old_rules import matching_shares
 from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, SILENT, WRONG, causal, with_endings
