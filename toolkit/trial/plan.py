@@ -286,6 +286,8 @@ def check_size(spec: StudySpec, folder: StudyFolder) -> None:
         As :func:`refuse_undecidable`.
     """
     table, settings = choose_prompts(load_prompts(spec, folder), spec), spec.intervention
+    if not len(table):
+        return  # no trial is held, and its result says why
     n_doses = [
         len(intermediate_doses(dose_grid(direction, settings), main_dose(direction, settings)))
         for direction in DIRECTIONS

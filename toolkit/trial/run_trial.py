@@ -373,7 +373,9 @@ def _outcomes(
         target=prompts.target,
         unrelated=prompts.unrelated,
         texts=Texts(
-            *(_cube([frame], "text", n)[0] for frame in (by_name["unedited"], by_name["set"], other)),
+            unedited=_cube([by_name["unedited"]], "text", n)[0],
+            edited=_cube([by_name["set"]], "text", n)[0],
+            other=_cube([other], "text", n)[0],
             prompts=prompts.table[TEXT].to_numpy(dtype=np.object_),
             neutral=prompts.neutral_texts or tuple(prompts.table[TEXT][prompts.unrelated | ~prompts.unrelated.any()]),
         ),

@@ -11,13 +11,6 @@ import pytest
 from rlgen_stats.schemas.errors import RefusedError
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import (
-    AS_MUCH,
-    FEWEST_RANDOM,
-    MANY_RANDOM,
-    MIN_ACCURACY,
-    MIN_DOSES,
-    MIN_EFFECT,
-    NOT_NEUTRAL,
     FutilityRule,
     dose_response,
     effect_shown,
@@ -28,7 +21,7 @@ from rlgen_stats.toolkit.statistics.causal.criteria import (
 from rlgen_stats.toolkit.statistics.causal.design import shortfalls
 from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Finding, Findings, holds, of_check, passed
 from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, paired_effect
-from rlgen_stats.toolkit.statistics.causal.telling_words import MIN_TEXTS, telling_words, with_any_of
+from rlgen_stats.toolkit.statistics.causal.telling_words import telling_words, with_any_of
 from rlgen_stats.toolkit.trial.plan import refuse_undecidable
 from tests.statistics.causal.old_rules import invented_clusters
 from tests.statistics.causal.worlds import RIGHT, SETTINGS, SILENT, causal, with_endings, world
@@ -61,7 +54,7 @@ def losing(n_lost: int, *, on: Any, table: OutcomeTable, arm: int) -> OutcomeTab
 # -- V1 and its absence
 
 
-@pytest.mark.parametrize(("high", "holds_"), [(-MIN_EFFECT - 1e-6, True), (-MIN_EFFECT + 1e-6, False)])
+@pytest.mark.parametrize(("high", "holds_"), [(-0.02 - 1e-6, True), (-0.02 + 1e-6, False)])
 def test_the_interval_lies_beyond_the_least_effect(high: float, holds_: bool) -> None:
     table = causal()
     assert holds(effect_shown(table, set_effect(table, -0.5, high), SETTINGS), "v1") == holds_
@@ -95,14 +88,14 @@ def test_a_true_effect_of_a_tenth_is_shown_on_twenty_eight_clusters_of_five() ->
     clusters = np.repeat(np.arange(28), 5).astype(str)
     effect = paired_effect(change, clusters, alpha=0.05, seed=0, n_resamples=999)
     old = invented_clusters(change[:, 0], np.repeat(np.arange(28), 5), alpha=0.05)
-    assert old[1] > -MIN_EFFECT > effect.high[0]
+    assert old[1] > -0.02 > effect.high[0]
     assert effect.low[0] < -0.1 < effect.high[0]
 
 
 # -- V2
 
 
-@pytest.mark.parametrize(("share", "counted"), [(AS_MUCH, True), (AS_MUCH - 0.05, False)])
+@pytest.mark.parametrize(("share", "counted"), [(0.5, True), (0.5 - 0.05, False)])
 def test_random_sets_do_as_much_from_half_of_the_effect_on(share: float, counted: bool) -> None:
     table = causal(fresh_noise=False)
     table = losing(100, on=table.target, table=table, arm=table.chosen)
@@ -115,17 +108,17 @@ def test_random_sets_do_as_much_from_half_of_the_effect_on(share: float, counted
 
 @pytest.mark.parametrize(("n_as_much", "shown"), [(8, False), (9, True)])
 def test_nine_of_nineteen_show_that_more_than_a_quarter_do_as_much(n_as_much: int, shown: bool) -> None:
-    table = causal(n_random=FEWEST_RANDOM)
+    table = causal(n_random=19)
     ending = table.ending.copy()
     ending[table.where("random")[:n_as_much]] = ending[table.chosen]
     table = with_endings(table, ending)
     found = row(random_sets_do_as_much(table, SETTINGS), Check.V2_RANDOM_SETS)
-    assert (found.low > MANY_RANDOM) == shown
+    assert (found.low > 0.25) == shown
     assert found.passed == shown
     assert (judge(table, SETTINGS).verdict == "CAUSAL_NONSPECIFIC") == shown
 
 
-@pytest.mark.parametrize(("n_run", "stop"), [(FEWEST_RANDOM - 1, False), (FEWEST_RANDOM, True)])
+@pytest.mark.parametrize(("n_run", "stop"), [(19 - 1, False), (19, True)])
 def test_random_sets_are_not_stopped_before_enough_were_run(n_run: int, stop: bool) -> None:
     rule = FutilityRule("disable", n_planned=99, alpha=0.05)
     rule.add("set", 0.5)
@@ -137,7 +130,7 @@ def test_random_sets_are_not_stopped_before_enough_were_run(n_run: int, stop: bo
 # -- V3
 
 
-@pytest.mark.parametrize(("n_doses", "known"), [(MIN_DOSES - 1, False), (MIN_DOSES, True)])
+@pytest.mark.parametrize(("n_doses", "known"), [(3 - 1, False), (3, True)])
 def test_a_dose_response_needs_three_intermediate_doses(n_doses: int, known: bool) -> None:
     table = causal()
     doses = [table.conditions[i].name for i in table.where("dose")[n_doses:]]
@@ -194,7 +187,7 @@ def test_accuracy_on_unrelated_prompts_is_kept_up_to_the_margin(n_lost: int, kep
     assert found.passed == kept, found
 
 
-@pytest.mark.parametrize(("accuracy", "speaks"), [(MIN_ACCURACY, True), (MIN_ACCURACY - 0.01, False)])
+@pytest.mark.parametrize(("accuracy", "speaks"), [(0.2, True), (0.2 - 0.01, False)])
 def test_a_task_that_is_rarely_right_has_nothing_to_lose(accuracy: float, speaks: bool) -> None:
     """The demo's only unrelated task sits at 3%: no loss there was called no side effect."""
     table = causal(fresh_noise=False)
@@ -225,7 +218,7 @@ def triggered(share: float, kl: float) -> OutcomeTable:
 
 @pytest.mark.parametrize(
     ("share", "kl", "expected"),
-    [(NOT_NEUTRAL, 0.5, False), (NOT_NEUTRAL + 0.01, 0.5, None), (1.0, 0.01, True), (0.0, 0.01, True)],
+    [(0.05, 0.5, False), (0.05 + 0.01, 0.5, None), (1.0, 0.01, True), (0.0, 0.01, True)],
 )
 def test_a_divergence_on_text_that_is_not_neutral_is_no_side_effect(
     share: float, kl: float, expected: bool | None
@@ -239,7 +232,7 @@ def test_a_divergence_on_text_that_is_not_neutral_is_no_side_effect(
     assert verdict.decision is decisions[expected]
 
 
-@pytest.mark.parametrize(("n", "told"), [(MIN_TEXTS - 1, []), (MIN_TEXTS, ["hmm"])])
+@pytest.mark.parametrize(("n", "told"), [(5 - 1, []), (5, ["hmm"])])
 def test_words_of_a_few_prompts_are_not_looked_at(n: int, told: list[str]) -> None:
     prompts = ["hmm 2"] * n + ["please 2"] * 60
     assert telling_words(prompts, np.array([1.0] * n + [0.0] * 60), alpha=0.05) == told

@@ -10,7 +10,6 @@ from statsmodels.stats.proportion import proportion_confint
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval, cluster_se
-from rlgen_stats.toolkit.statistics.kernels.intervals.bounded import ENOUGH_BEYOND
 
 
 def changes(gained: int, lost: int, n: int) -> NDArray[np.float64]:
@@ -51,7 +50,7 @@ def test_many_changed_clusters_have_the_interval_of_cr2() -> None:
     np.testing.assert_allclose(unbounded[2] - unbounded[0], 10 * half)
 
 
-@pytest.mark.parametrize(("n_lost", "to_the_limit"), [(ENOUGH_BEYOND - 1, True), (ENOUGH_BEYOND, False)])
+@pytest.mark.parametrize(("n_lost", "to_the_limit"), [(5 - 1, True), (5, False)])
 def test_few_observed_on_a_side_leave_the_limit_possible(n_lost: int, to_the_limit: bool) -> None:
     """Forty clusters, some of which lost a tenth: with five of them a loss of a tenth is as far as one can lie."""
     x = np.full((40, 1), 0.02)

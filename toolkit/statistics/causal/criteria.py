@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 from statsmodels.stats.proportion import proportion_confint
 
-from rlgen_stats.toolkit.statistics.causal.agreement import UNLIKE, Agreement, agreement_of, kinds_of_endings
+from rlgen_stats.toolkit.statistics.causal.failure_modes import UNLIKE, Agreement, agreement_of, kinds_of_endings
 from rlgen_stats.toolkit.statistics.causal.findings import Check, Finding, Findings
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OUTCOME_CLASSES,
@@ -518,8 +518,9 @@ def failure_mode_match(table: OutcomeTable, settings: Settings) -> Findings:
     )
     for_it = tuple(row for row in findings if row.check not in (Check.V6_BROKEN, Check.V6_AWAY))
     if table.parts:
-        of_each = {"statistic": n_match, "bound": needed, "n": len(each)}
-        for_it += (Finding(check=Check.V6_DICTIONARIES, passed=n_match >= needed, **of_each),)
+        holds = n_match >= needed
+        row = Finding(check=Check.V6_DICTIONARIES, passed=holds, statistic=n_match, bound=needed, n=len(each))
+        for_it += (row,)
     return (*for_it, *against)
 
 

@@ -121,8 +121,10 @@ def _pool(outcomes: Sequence[DirectionOutcomes]) -> DirectionOutcomes:
     known = [part.texts for part in parts if part.texts is not None]
     texts = None
     if len(known) == len(parts):
-        sides = {side: [getattr(one, side) for one in known] for side in ("unedited", "edited", "other")}
-        texts = replace(known[0], **{side: np.concatenate(all_of, axis=-1) for side, all_of in sides.items()})
+        unedited, edited, other = (
+            np.concatenate([getattr(one, side) for one in known], axis=-1) for side in ("unedited", "edited", "other")
+        )
+        texts = replace(known[0], unedited=unedited, edited=edited, other=other)
     means: dict[str, Any] = {
         name: np.mean([getattr(part, name) for part in parts], axis=0)
         for name in ("kl_to_base", "kl_to_rl", "neutral_kl")

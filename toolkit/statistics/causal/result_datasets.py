@@ -119,8 +119,10 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
     dataset = _empty(declared.tasks, names)
     dataset["reasons"][:] = "not_asked: not run"
     for one in outcomes:
-        seen = {"noop_changed": one.passthrough_changed, "non_finite": one.non_finite}
-        _fill(dataset, one, judge(one.table, declared.settings(one.table.direction, **seen)), declared.alpha)
+        settings = declared.settings(
+            one.table.direction, noop_changed=one.passthrough_changed, non_finite=one.non_finite
+        )
+        _fill(dataset, one, judge(one.table, settings), declared.alpha)
     controls = declared.controls
     attributes = {
         **declared.attributes,

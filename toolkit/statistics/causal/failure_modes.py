@@ -119,9 +119,9 @@ def agreement_of(table: OutcomeTable, endings: tuple[NDArray[np.int64], NDArray[
 
 def _columns(
     table: OutcomeTable, endings: tuple[NDArray[np.int64], NDArray[np.int64]], sample: int
-) -> dict[str, tuple[Any, Any, Any]]:
+) -> dict[str, tuple[Any, ...]]:
     """What is compared of one sample: [prompt] of the unedited, the edited and the other model."""
-    columns: dict[str, tuple[Any, Any, Any]] = {
+    columns: dict[str, tuple[Any, ...]] = {
         "outcome": tuple(
             correct[:, sample]
             for correct in (table.correct[table.unedited], table.correct[table.chosen], table.other_correct)
