@@ -222,14 +222,14 @@ def report(decision: Decision, made: list[Mutant], survived: list[Mutant]) -> tu
     return f"| {decision.source} | {' | '.join(cells)} |", lines
 
 
-def write_score(rows: dict[str, str], lines: dict[str, list[str]], file: Path = SCORE) -> None:
-    """Replace the rows and survivors of the modules that ran; drop those of modules that are no longer listed."""
+def write_score(source: str, row: str, lines: list[str], file: Path = SCORE) -> None:
+    """Replace the row and survivors of a module; drop those of modules that are no longer listed."""
     text = file.read_text() if file.is_file() else ""
-    rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| toolkit")} | rows
+    rows = {line.split(" | ")[0][2:]: line for line in text.splitlines() if line.startswith("| toolkit")}
     kept: dict[str, list[str]] = {}
     for line in re.findall(r"^- `toolkit.*", text, flags=re.MULTILINE):
         kept.setdefault(line.split("`")[1], []).append(line)
-    kept |= lines
+    rows[source], kept[source] = row, lines
     sources = [decision.source for decision in DECISIONS if decision.source in rows]
     head = [
         "# Mutants of decisions",
@@ -255,7 +255,7 @@ def main() -> None:
         survived = [made[place] for place in sorted(survivors(made, seconds, given.workers))]
         row, lines = report(decision, made, survived)
         sys.stdout.write(f"{row}\n")
-        write_score({decision.source: row}, {decision.source: lines})
+        write_score(decision.source, row, lines)
 
 
 if __name__ == "__main__":
