@@ -448,7 +448,8 @@ def test_a_full_patch_puts_the_source_models_residual_at_the_edited_positions(
 
 def test_from_a_patched_block_on_everything_is_the_source_where_later_blocks_are_equal(crosscoder: Crosscoder) -> None:
     model, source, text = tiny_model(), tiny_model(seed=5), batch_of(7)[0]
-    source.model.layers[LAYER + 1 :] = model.model.layers[LAYER + 1 :]
+    for later in range(LAYER + 1, len(model.model.layers)):
+        source.model.layers[later] = model.model.layers[later]
     source.model.norm, source.lm_head = model.model.norm, model.lm_head
     with editing(model, FeatureEdit((), "patch"), site(crosscoder, BASE), source=SourceModel(source, RL)):
         got = model(input_ids=text).logits
@@ -474,7 +475,7 @@ def test_with_a_shared_offset_none_is_left_between_the_models(crosscoder: Crossc
 
 
 def test_lowering_undoes_what_lifting_did_in_models_that_differ_by_one_vector(crosscoder: Crosscoder) -> None:
-    """Up to there the models are equal, so that the lifted base's residual is the other's, and lowering gives base's."""
+    """Up to the block the models are equal: lowering takes away exactly what lifting adds."""
     text = batch_of(7)[0]
     base, planted = tiny_model(), tiny_model()
     shift = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))

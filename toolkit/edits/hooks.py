@@ -183,7 +183,7 @@ def editing(
     -----
     Features are read from the block's own output in the same pass. Nested edits of one site compose outside in: the
     inner edit reads what the outer one left. An empty edit installs no hook. With a source the cache is created
-    here so that the source model's follows it; with a cache of the caller's, rows must keep their places (no beam search).
+    here so that the source's follows it; with a cache of the caller's, rows must keep their places (no beam search).
     """
     if donor is not None:
         warnings.warn("editing(donor=...) is now called source=...", DeprecationWarning, stacklevel=3)
