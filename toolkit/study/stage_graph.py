@@ -152,10 +152,11 @@ STAGES: Final = (
         ("intervention",),
         f"{_MODELS}:intervene",
         ("results.zarr/intervention", "results.zarr/control_balance"),
+        optional=("results.zarr/mediated_share",),
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=4,
+        version=5,
     ),
     Stage(
         "report",

@@ -40,7 +40,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     ending_of,
     finite_mean,
 )
-from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm
+from rlgen_stats.toolkit.trial.arms import RANDOM_KINDS, UNEDITED, Arm
 from rlgen_stats.toolkit.trial.divergence import (
     EncodedTexts,
     Probes,
@@ -85,10 +85,10 @@ def run_trial(
 
     Notes
     -----
-    Sample s of prompt i has the same seed in every arm but ``fresh``. ``lift`` (activation patching) copies levels from
-    the RL model reading the same tokens in parallel. The steering vector is the mean residual of RL minus base where
-    the same forced texts' completion tokens are predicted: both models' unedited completions of the target prompts,
-    which favours that baseline, since the set was chosen on other prompts.
+    Sample s of prompt i has the same seed in every arm but ``fresh``. ``patch``, ``lift`` and ``lower`` copy from the
+    other model, which reads the same tokens in parallel. The steering vector is the mean residual of RL minus base
+    where the same forced texts' completion tokens are predicted: both models' unedited completions of the target
+    prompts, which favours that baseline, since the set was chosen on other prompts.
     """
     if not plan.directions:
         return ()
@@ -227,11 +227,15 @@ class LiveTrial:
         with ExitStack() as stack:
             active = None
             if arm.edit is not None:
-                lifted = arm.edit.kind == "lift"
-                source = SourceModel(self.model("rl"), self.plan.sites["disable"].view) if lifted else None
+                source = self._other(direction) if arm.edit.needs_source else None
                 model, site = self.model(EDITED[direction]), self.edit_site(direction)
                 active = stack.enter_context(editing(model, arm.edit, site, source=source))
             yield active
+
+    def _other(self, direction: Direction) -> SourceModel:
+        """The model that the direction does not edit."""
+        other: Direction = "amplify" if direction == "disable" else "disable"
+        return SourceModel(self.model(EDITED[other]), self.plan.sites[other].view)
 
     def run_arm(
         self, direction: Direction, arm: Arm, probes: Probes | None = None, progress: Progress = SILENT
@@ -314,7 +318,9 @@ class LiveTrial:
             first = log_probabilities(model, probes.first, active)
             for name in ("base", "rl"):
                 measured[f"kl_to_{name}"] = divergences(first, references["first"][name], probes.first, n)
-            if arm.condition.kind != "random":  # a hundred sets on whole completions would cost more than the rest
+            if (
+                arm.condition.kind not in RANDOM_KINDS
+            ):  # a hundred sets on whole completions would cost more than the rest
                 forced = log_probabilities(model, probes.forced, active)
                 for name in ("base", "rl"):
                     measured[f"forced_kl_to_{name}"] = divergences(forced, references["forced"][name], probes.forced, n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,20 +15,26 @@ from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
 
-COVARIATES: Final = ("log_firing", "decoder_norm", "contribution_energy", "mas_bin")
-"""What controls are matched on (docs/method.md 4d)."""
+EDIT_NORMS: Final = ("edit_norm_disable", "edit_norm_amplify")
+"""Norms of the whole edit, the vector that all features of a set write together, in the model each direction edits."""
 STRENGTHS: Final = ("log_firing", "decoder_norm", "contribution_energy")
-"""Covariates that say how much an edit of the feature moves the residual stream."""
+"""Covariates of single features that say how much an edit of the feature moves the residual stream."""
+COVARIATES: Final = (*EDIT_NORMS, *STRENGTHS, "mas_bin")
+"""What controls are matched on, first things first (docs/method.md 4d)."""
+CALIPER: Final = 0.1
+"""Difference of a control's edit norm from the set's, as a share of the larger one, within which controls are taken
+(caliper matching: Rosenbaum & Rubin 1985, doi:10.1080/00031305.1985.10479383); a set whose edit is larger than its
+controls' by more than this on average cannot be told from a larger edit."""
 BALANCED: Final = 0.1
 """Standardised difference below which a covariate counts as balanced (Austin 2009, doi:10.1002/sim.3697)."""
 USABLE: Final = 0.25
-"""Standardised difference beyond which a comparison leans on the model, not on the data (Rubin 2001,
-doi:10.1023/A:1020363010465): controls weaker than that cannot show that a set is special."""
+"""Standardised difference of attribution classes beyond which a comparison leans on the model, not on the data (Rubin
+2001, doi:10.1023/A:1020363010465)."""
 NEAR_DUPLICATE: Final = 0.7
 """Decoder cosine above which a feature says nearly the same as a member of the set (docs/method.md 4d)."""
 MIN_POOL: Final = 10
 """Nearest candidates per member from which controls are drawn, at least."""
-OVERDRAW: Final = 20
+OVERDRAW: Final = 40
 """Candidate sets drawn per set kept; the best balanced are kept (rerandomisation: Morgan & Rubin 2012,
 doi:10.1214/12-AOS1008)."""
 BIN_PENALTY: Final = 4.0
@@ -47,13 +53,14 @@ class MatchedControls:
     sets
         [control, member] feature ids; member j of a control was drawn for member j of the set.
     balance
-        Layout ``control_balance``: one row a covariate, plus ``worst_difference`` (largest over single controls).
+        Layout ``control_balance``: one row a covariate, plus ``worst_difference`` (largest over single controls). The
+        difference of edit norms is a share of the larger norm, those of the other covariates are standardised.
     requested
         Control sets asked for.
     flags
         What is not as asked: ``fewer_sets:...``, ``unbalanced:...``; empty if all is well.
     comparable
-        Whether no covariate is so far off that the set would look special for being stronger or of another class.
+        Whether the set cannot look special for being a larger edit or of another class.
     """
 
     sets: NDArray[np.int64]
@@ -63,15 +70,20 @@ class MatchedControls:
     comparable: bool
 
 
+EditNorms = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""[set, member] feature ids -> [set, 2] norms of their edits, by ``EDIT_NORMS``."""
+
+
 def match_controls(
     covariates: xr.Dataset,
     features: Sequence[int],
+    edit_norms: EditNorms,
     *,
     n_sets: int,
     seed: int,
     near_duplicates: NDArray[np.bool_] | None = None,
 ) -> MatchedControls:
-    """Random sets of the set's size, nearest in firing rate, decoder norm, contribution energy and attribution bin.
+    """Random sets of the set's size whose edits are as large, nearest in firing, decoder norm, energy and attribution.
 
     Parameters
     ----------
@@ -80,6 +92,8 @@ def match_controls(
         ``contribution_energy`` (all float) and ``mas_bin`` (integer).
     features
         The set.
+    edit_norms
+        Measures the edits of sets.
     n_sets
         Number of control sets (B).
     seed
@@ -102,9 +116,11 @@ def match_controls(
     Notes
     -----
     Each member's controls come from its nearest unused candidates, standardised over alive features; of
-    ``OVERDRAW * n_sets`` such sets the best balanced are kept. Standardised difference = (mean of the set - mean of the
-    controls) / sqrt((variance of the set + variance of the controls) / 2), with the alive features' standard deviation
-    where the set has fewer than three members or no spread.
+    ``OVERDRAW * n_sets`` such sets those whose edit norms lie within ``CALIPER`` of the set's are kept, best balanced
+    first, and where they are too few those that come nearest. Firing rate, norm and energy of single features do not
+    tell the norm of a joint edit: features that fire together and point the same way add up. Standardised difference =
+    (mean of the set - mean of the controls) / sqrt((variance of the set + variance of the controls) / 2), with the
+    alive features' standard deviation where the set has fewer than three members or no spread.
     """
     chosen, values, bins = _prepare(covariates, features, n_sets)
     alive = np.asarray(np.isfinite(values).all(axis=1), dtype=np.bool_)
@@ -129,8 +145,21 @@ def match_controls(
     )
     candidates = _draw(distance, pool, n_sets, np.random.default_rng(seed))
     table = np.column_stack([values, bins.astype(np.float64)])
-    sets = _best_balanced(candidates, chosen, table, alive, n_sets)
-    return _result(sets, chosen, table, alive, n_sets)
+    distinct = _distinct(candidates)
+    of_set, of_candidates = edit_norms(chosen[None])[0], edit_norms(distinct)
+    kept = _best(distinct, norm_difference(of_set, of_candidates), chosen, table, alive)[:n_sets]
+    return _result(distinct[kept], (of_set, of_candidates[kept]), chosen, table, alive, n_sets)
+
+
+def norm_difference(of_set: NDArray[np.float64], of_controls: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Set's norm minus a control's as a share of the larger one, between -1 and 1; 0 where both are 0.
+
+    Examples
+    --------
+    >>> [round(float(d), 2) for d in norm_difference(np.array([3.36, 1.0]), np.array([2.59, 2.0]))]
+    [0.23, -0.5]
+    """
+    return np.asarray((of_set - of_controls) / np.maximum(np.maximum(of_set, of_controls), TINY))
 
 
 def _noise(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -141,9 +170,10 @@ def _noise(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _prepare(
     covariates: xr.Dataset, features: Sequence[int], n_sets: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    missing = [name for name in COVARIATES if name not in covariates]
+    needed = COVARIATES[len(EDIT_NORMS) :]
+    missing = [name for name in needed if name not in covariates]
     if missing:
-        raise InputError(f"controls are matched on {', '.join(COVARIATES)}; missing: {', '.join(missing)}.")
+        raise InputError(f"controls are matched on {', '.join(needed)}; missing: {', '.join(missing)}.")
     n_features = covariates.sizes[FEATURE]
     chosen = np.asarray(list(features), dtype=np.int64)
     if not len(chosen) or n_sets < 1:
@@ -202,32 +232,45 @@ def _spread(
     return np.asarray(np.where(pooled > _noise(table[alive]), pooled, population), dtype=np.float64)
 
 
-def _best_balanced(
-    candidates: NDArray[np.int64],
+def _distinct(candidates: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sets in the order of their first draw, each once."""
+    _, first = np.unique(np.sort(candidates, axis=1), axis=0, return_index=True)
+    return candidates[np.sort(first)]
+
+
+def _best(
+    sets: NDArray[np.int64],
+    norm_differences: NDArray[np.float64],
     chosen: NDArray[np.int64],
     table: NDArray[np.float64],
     alive: NDArray[np.bool_],
-    n_sets: int,
 ) -> NDArray[np.int64]:
-    _, first = np.unique(np.sort(candidates, axis=1), axis=0, return_index=True)
-    distinct = candidates[np.sort(first)]
-    spread = _spread(table, chosen, table[distinct.ravel()], alive)
-    worst = np.abs((table[distinct].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
-    return distinct[np.sort(np.argsort(worst, kind="stable")[:n_sets])]
+    """Places of the sets, best first: least beyond the caliper, then best balanced."""
+    beyond = np.maximum(np.abs(norm_differences) - CALIPER, 0.0).max(axis=1)
+    spread = _spread(table, chosen, table[sets.ravel()], alive)
+    worst = np.abs((table[sets].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
+    return np.lexsort((worst, beyond))
 
 
 def _result(
     sets: NDArray[np.int64],
+    norms: tuple[NDArray[np.float64], NDArray[np.float64]],
     chosen: NDArray[np.int64],
     table: NDArray[np.float64],
     alive: NDArray[np.bool_],
     n_sets: int,
 ) -> MatchedControls:
     spread = _spread(table, chosen, table[sets.ravel()], alive)
-    set_mean, control_mean = table[chosen].mean(axis=0), table[sets].mean(axis=(0, 1))
-    difference = (set_mean - control_mean) / spread
-    worst = np.abs((set_mean - table[sets].mean(axis=1)) / spread).max(axis=0)
-    balanced = np.abs(difference) < BALANCED
+    set_mean = np.concatenate([norms[0], table[chosen].mean(axis=0)])
+    each = np.concatenate([norms[1], table[sets].mean(axis=1)], axis=1)
+    control_mean = each.mean(axis=0)
+    n_norms = len(EDIT_NORMS)
+
+    def differences(controls: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_norms = norm_difference(set_mean[:n_norms], controls[..., :n_norms])
+        return np.concatenate([of_norms, (set_mean - controls)[..., n_norms:] / spread], axis=-1)
+
+    difference = differences(control_mean)
     flags = [f"fewer_sets:{len(sets)} of {n_sets}"] if len(sets) < n_sets else []
     flags += unbalanced(difference)
     usable = comparable(difference)
@@ -236,8 +279,8 @@ def _result(
             "set_mean": ("covariate", set_mean),
             "control_mean": ("covariate", control_mean),
             "standardized_difference": ("covariate", difference),
-            "balanced": ("covariate", balanced),
-            "worst_difference": ("covariate", worst),
+            "balanced": ("covariate", np.abs(difference) < BALANCED),
+            "worst_difference": ("covariate", np.abs(differences(each)).max(axis=0)),
         },
         coords={"covariate": list(COVARIATES)},
         attrs={"n_sets": len(sets), "requested": n_sets, "flags": list(flags), "comparable": int(usable)},
@@ -251,9 +294,21 @@ def unbalanced(difference: NDArray[np.float64]) -> list[str]:
     return [f"unbalanced:{name}={value:+.2f}" for name, value in known if abs(value) >= BALANCED]
 
 
-def comparable(difference: NDArray[np.float64]) -> bool:
-    """Whether random sets with these standardised differences can be a set's controls.
+def comparable(difference: NDArray[np.float64], *, times: float = 1.0) -> bool:
+    """Whether random sets with these differences, one a covariate, can be a set's controls.
 
-    Controls that are stronger than the set only make specificity harder to show.
+    Parameters
+    ----------
+    difference
+        [covariate] by ``COVARIATES``; NaN is not comparable.
+    times
+        Factor on what may differ: of one dictionary among several, whose mean is what counts.
+
+    Notes
+    -----
+    The set's edit may not be larger than theirs, nor its features of another class; larger controls only make
+    specificity harder to show. Firing rate, decoder norm and energy of single features are balanced as far as they go
+    and reported: they stand for the size of an edit, which is measured.
     """
-    return bool((difference[: len(STRENGTHS)] <= USABLE).all() and abs(difference[-1]) <= USABLE)
+    larger, other_class = difference[: len(EDIT_NORMS)], difference[-1]
+    return bool((larger <= times * CALIPER).all() and abs(other_class) <= times * USABLE)

@@ -9,13 +9,13 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, USABLE, comparable, unbalanced
+from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, comparable, unbalanced
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, Together, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import judge
 
-WORST_USABLE: Final = 2 * USABLE
-"""Standardised difference of sets and controls that no single dictionary may exceed, whatever the others' is."""
+WORST_USABLE: Final = 2.0
+"""Times what sets and controls may differ by that no single dictionary may exceed, whatever the others' difference."""
 
 Trials = Mapping[int, tuple[Sequence[DirectionOutcomes], Declaration]]
 
@@ -81,7 +81,7 @@ def _balance(balances: Sequence[xr.Dataset]) -> xr.Dataset:
     mean = together[["set_mean", "control_mean", "standardized_difference"]].mean("dictionary", skipna=False)
     difference = mean["standardized_difference"].values
     each = together["standardized_difference"].values
-    usable = comparable(np.nan_to_num(difference, nan=np.inf)) and not (np.abs(each) > WORST_USABLE).any()
+    usable = comparable(difference) and all(comparable(one, times=WORST_USABLE) for one in each)
     return mean.assign(
         worst_difference=together["worst_difference"].max("dictionary", skipna=False),
         balanced=("covariate", np.abs(difference) < BALANCED),

@@ -32,7 +32,8 @@ BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
 class Condition:
     """One arm.
 
-    Its ``kind`` is unedited, fresh, passthrough, set, random, dose, steering, random_direction, lift or part.
+    Its ``kind`` is unedited, fresh, passthrough, set, random, dose, steering, random_direction, patch, lift, lower,
+    curve or part; or of random sets: rescaled, lift_random or curve_random.
     """
 
     name: str
