@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.stores import StudyFolder, open_features, write_json
 from rlgen_stats.stores.crosscoder_weights import weights_hash
+from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.stores.trial_completions import write_arm
 from rlgen_stats.toolkit.intervention import (
     feature_covariates,
@@ -27,7 +29,8 @@ from rlgen_stats.toolkit.intervention import (
     verify_causally,
 )
 from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
-from rlgen_stats.toolkit.trial.arms import UNEDITED
+from rlgen_stats.toolkit.trial.arms import UNEDITED, choose_prompts
+from rlgen_stats.toolkit.trial.token_codes import token_codes
 from tests.trial.planted import (
     F_BRAKE,
     F_DECOY,
@@ -74,6 +77,7 @@ class NoTorch:
 
 sys.meta_path.insert(0, NoTorch())
 
+import pickle
 from pathlib import Path
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder
@@ -81,7 +85,9 @@ from rlgen_stats.toolkit.trial.plan import plan_trial
 
 spec = StudySpec.model_validate_json(Path(sys.argv[1]).read_text())
 folder = StudyFolder(Path(sys.argv[2]))
-plan = plan_trial(spec, folder, [0, 5], provenance=Provenance("planted", "key-one"), by_feature=True)
+codes = pickle.loads(Path(sys.argv[3]).read_bytes())
+origin = Provenance("planted", "key-one")
+plan = plan_trial(spec, folder, [0, 5], provenance=origin, by_feature=True, codes=codes)
 print(plan)
 print([sorted(int(k) for k in row) for row in plan.declared.controls.sets])
 """
@@ -90,7 +96,11 @@ print([sorted(int(k) for k in row) for row in plan.declared.controls.sets])
 def test_a_plan_is_built_printed_and_costed_without_torch(study: Any, tmp_path: Path) -> None:
     spec, folder = study
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    command = [sys.executable, "-P", "-c", WITHOUT_TORCH, str(tmp_path / "spec.json"), str(folder.root)]
+    prompts = choose_prompts(load_prompts(spec, folder), spec)["prompt"]
+    codes = token_codes(spec, folder, folder.crosscoder("main"), rl="rl@1", prompts=list(prompts))
+    (tmp_path / "codes").write_bytes(pickle.dumps(codes))
+    files = [str(tmp_path / "spec.json"), str(folder.root), str(tmp_path / "codes")]
+    command = [sys.executable, "-P", "-c", WITHOUT_TORCH, *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     plan = plan_trial(spec, folder, [F_GATE, 5], provenance=PROVENANCE, by_feature=True)

@@ -28,8 +28,8 @@ UNKNOWN_VECTOR: Final = (nan,)
 it in; hooks refuse it, because no model has one channel."""
 
 
-RANDOM_KINDS: Final = ("random", "rescaled", "curve_random", "lift_random")
-"""Kinds of arm that edit matched random sets: there are many, and they are measured on fewer texts."""
+RANDOM_KINDS: Final = ("random", "rescaled")
+"""Kinds of arm that edit matched random sets: there are many, and their divergences are measured on fewer texts."""
 COPYING: Final[dict[Direction, str]] = {"amplify": "lift", "disable": "lower"}
 """What copying the other model's features is called: base's go up to the RL model's level, or the RL model's down."""
 

@@ -32,7 +32,7 @@ from rlgen_stats.toolkit.statistics.causal.covariates import (
     near_duplicates,
 )
 from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm, TokenCodes, copied, scaled
-from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, Curve, CurvePoint
+from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, Curve, CurvePoint, curve_of
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from rlgen_stats.toolkit.trial.arms import (
@@ -49,8 +49,8 @@ from rlgen_stats.toolkit.trial.arms import (
     target_prompts,
 )
 
-FILE_VERSION: Final = 3
-"""Raised when an arm's file gets other columns."""
+FILE_VERSION: Final = 4
+"""Raised when an arm's file gets other columns, or the same edit does something else."""
 _TOKEN_CODES: Final = "rlgen_stats.toolkit.trial.token_codes:token_codes"
 """Encodes stored activations, which needs torch; loaded only where a plan is made without codes."""
 SEARCH_BUDGET: Final = 2
@@ -256,7 +256,7 @@ class TrialPlan:
 
 def curves_of(plan: TrialPlan, outcomes: Sequence[DirectionOutcomes]) -> list[Curve]:
     """What a trial says about the share of the full patch's effect that features carry: one curve a direction."""
-    return [Curve(plan.direction(one.table.direction).curve, one.table) for one in outcomes]
+    return [curve_of(plan.direction(one.table.direction).curve, one) for one in outcomes]
 
 
 # -- from a study to a plan

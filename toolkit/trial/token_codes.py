@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from rlgen_stats.toolkit.extraction import site_name, usable_tokens
 from rlgen_stats.toolkit.statistics.causal.edit_norms import ModelCodes, TokenCodes
 
 N_TOKENS: Final = 1024
-"""Tokens on which edits are measured, in whole texts; a mean norm is then known to a few percent."""
+"""Tokens on which edits are measured, about: a mean norm is then known to a few percent."""
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def token_codes(
     rl
         Model id of the RL model.
     prompts
-        Ids of the trial's prompts; texts of prompts in random order are taken until there are ``N_TOKENS`` tokens.
+        Ids of the trial's prompts; as many of them are drawn as hold about ``N_TOKENS`` tokens.
 
     Returns
     -------
@@ -52,36 +53,34 @@ def token_codes(
     NotEstimableError
         If no stored token is of these prompts and at the edited positions.
     """
-    site = site_name(spec.extraction.layer)
     tokens = _sample(spec, folder, prompts)
-    raw = {model: _read(folder.activations, model, site, tokens) for model in (BASE_MODEL, rl)}
-    dictionary = load_crosscoder(crosscoder)
-    readout = spec.primary_crosscoder.readout
-    base, target = (_codes(dictionary, raw[model], model, readout) for model in (BASE_MODEL, rl))
-    return TokenCodes(base, target, float((raw[rl] - raw[BASE_MODEL]).norm(dim=1).mean()))
+    stored = open_activations(folder.activations, models=[BASE_MODEL, rl], site=site_name(spec.extraction.layer))
+    base, target = (torch.from_numpy(one) for one in stored["activation"][:, tokens].values.astype(np.float32))
+    dictionary, readout = load_crosscoder(crosscoder), spec.primary_crosscoder.readout
+    return TokenCodes(
+        _codes(dictionary, base, BASE_MODEL, readout),
+        _codes(dictionary, target, rl, readout),
+        float((target - base).norm(dim=1).mean()),
+    )
 
 
-def _sample(spec: StudySpec, folder: StudyFolder, prompts: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Indices of the sampled tokens, text by text: few texts, so that few shards are read."""
+def _sample(spec: StudySpec, folder: StudyFolder, prompts: Sequence[str]) -> NDArray[np.int64]:
+    """Sorted indices of the tokens of as many prompts as hold enough: whole prompts, so that few shards are read."""
     usable = usable_tokens(spec, folder)
-    draw = np.random.default_rng(derive_seed(spec.seed, "intervention", "edit norms"))
-    chosen: list[NDArray[np.int64]] = []
-    taken = 0
-    for prompt in draw.permutation(np.array(sorted(prompts))):
-        for start, stop in select_tokens(folder.activations, prompt=str(prompt)):
-            chosen.append(start + np.flatnonzero(usable[start:stop]))
-            taken += len(chosen[-1])
-        if taken >= N_TOKENS:
-            break
-    if not taken:
+    n_usable = len(_tokens_of(folder, list(prompts), usable))
+    if not n_usable:
         raise NotEstimableError("no_edit_norm: no stored token of the trial's prompts lies where edits are made")
-    return [text for text in chosen if len(text)]
+    draw = np.random.default_rng(derive_seed(spec.seed, "intervention", "edit norms"))
+    n_prompts = min(ceil(N_TOKENS / (n_usable / len(prompts))), len(prompts))
+    sample = _tokens_of(folder, draw.choice(sorted(prompts), n_prompts, replace=False).tolist(), usable)
+    return sample if len(sample) else _tokens_of(folder, list(prompts), usable)
 
 
-def _read(store: Path, model: str, site: str, texts: Sequence[NDArray[np.int64]]) -> torch.Tensor:
-    stored = open_activations(store, models=[model], site=site)["activation"][0]
-    parts = [np.asarray(stored[text[0] : text[-1] + 1].values, np.float32)[text - text[0]] for text in texts]
-    return torch.from_numpy(np.concatenate(parts))
+def _tokens_of(folder: StudyFolder, prompts: list[str], usable: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Usable tokens of some prompts."""
+    ranges = select_tokens(folder.activations, prompt=prompts)
+    tokens = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+    return np.asarray(tokens[usable[tokens]], dtype=np.int64)
 
 
 def _codes(crosscoder: Crosscoder, raw: torch.Tensor, model: str, readout: str) -> ModelCodes:

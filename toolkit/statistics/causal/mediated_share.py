@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, Floats, OutcomeTable
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes, Floats
 from rlgen_stats.toolkit.statistics.kernels import pooled_mean
 
 PATCH: Final = "patch"
@@ -24,10 +24,10 @@ SET: Final = "set"
 """Label of the point of the selected set."""
 ALL: Final = "all"
 """Label of the point of all features."""
-WIDEST: Final = 1e3
-"""Ratio up to which the end of an interval is looked for."""
-BISECTIONS: Final = 60
-"""Halvings of the bracket around an interval's end: more digits than are ever shown."""
+SETTLED: Final = 1e-4
+"""Change of a ratio's interval at which its ends count as found."""
+MOST_STEPS: Final = 200
+"""Steps towards them at most: where the patch is barely shown an end lies far off."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,36 @@ class CurvePoint:
     random_norm_ratios: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
-    """The points of one dictionary in one direction, with the outcomes of their arms."""
+    """The points of one dictionary in one direction, with what their arms change.
 
+    Attributes
+    ----------
+    direction
+        Which model is edited.
+    points
+        Sets that are copied.
+    changes
+        Name of an arm -> [target prompt] its accuracy minus the unedited model's; ``patch`` is the ceiling.
+    cluster
+        [target prompt] labels.
+    """
+
+    direction: Direction
     points: tuple[CurvePoint, ...]
-    table: OutcomeTable
+    changes: Mapping[str, Floats]
+    cluster: NDArray[np.str_]
+
+
+def curve_of(points: Sequence[CurvePoint], outcomes: DirectionOutcomes) -> Curve:
+    """The curve that one direction of a trial shows."""
+    table = outcomes.table
+    of_table = table.change(table.target)[0]
+    changes = {condition.name: of_table[:, i] for i, condition in enumerate(table.conditions)}
+    unedited = table.per_prompt(table.target)[0, table.unedited]
+    changes |= {name: correct[table.target] - unedited for name, correct in outcomes.curve_correct.items()}
+    return Curve(table.direction, tuple(points), changes, table.cluster[table.target])
 
 
 def mediated_share(curves: Mapping[int, Sequence[Curve]], *, alpha: float) -> xr.Dataset | None:
@@ -82,8 +106,10 @@ def mediated_share(curves: Mapping[int, Sequence[Curve]], *, alpha: float) -> xr
     Effects are changes of accuracy on target prompts, paired by prompt and seed. A share is a ratio of two means over
     the same clusters of prompts; its interval holds every ratio r for which effect - r * patch effect may have mean 0
     (Fieller 1954, doi:10.1111/j.2517-6161.1954.tb00159.x), judged by :func:`pooled_mean`, so with the variance between
-    dictionaries, and is never narrower than what no change in any cluster would leave open. Where the patch has no
-    shown effect in the direction of the claim there is nothing to have a share in, and all shares are NaN.
+    dictionaries. It is never narrower than what would be open if effect and patch agreed on every prompt: the exact
+    binomial bound on a difference not seen in as many independent prompts as these are worth, by the design effect of
+    the patch (Korn and Graubard 1998, Survey Methodology 24, 193-201). Where the patch has no shown effect in the
+    direction of the claim there is nothing to have a share in, and all shares are NaN.
     """
     numbers = list(curves)
     labels = list(dict.fromkeys(p.label for of_one in curves.values() for curve in of_one for p in curve.points))
@@ -95,8 +121,8 @@ def mediated_share(curves: Mapping[int, Sequence[Curve]], *, alpha: float) -> xr
     n_random = max((len(p.random) for of_one in curves.values() for curve in of_one for p in curve.points), default=0)
     dataset = _empty(numbers, in_all, n_random)
     for direction in DIRECTIONS:
-        of_direction = [curve for of_one in curves.values() for curve in of_one if curve.table.direction == direction]
-        if len(of_direction) == len(numbers) and numbers and of_direction[0].table.index(PATCH) is not None:
+        of_direction = [curve for of_one in curves.values() for curve in of_one if curve.direction == direction]
+        if numbers and len(of_direction) == len(numbers):
             _fill(dataset.sel(direction=direction), of_direction, in_all, alpha)
     if not np.isfinite(dataset["patch_effect"].values).any():
         return None
@@ -132,13 +158,12 @@ def _empty(numbers: Sequence[int], labels: Sequence[str], n_random: int) -> xr.D
 
 def _fill(dataset: xr.Dataset, curves: Sequence[Curve], labels: Sequence[str], alpha: float) -> None:
     """Put one direction into its places; ``dataset`` is a view of them."""
-    table = curves[0].table
-    codes = np.unique(table.cluster[table.target], return_inverse=True)[1]
-    changes = [_change(curve.table) for curve in curves]
-    patch = changes[0][PATCH]
+    codes = np.unique(curves[0].cluster, return_inverse=True)[1]
+    changes = [curve.changes for curve in curves]
     points = [[next(p for p in curve.points if p.label == label) for label in labels] for curve in curves]
     effects = np.stack([[of_one[p.arm] for p in row] for of_one, row in zip(changes, points, strict=True)])
-    ratio = RatioToPatch(patch, codes, sign=table.sign, alpha=alpha)
+    sign = -1.0 if curves[0].direction == "disable" else 1.0
+    ratio = RatioToPatch(changes[0][PATCH], codes, sign=sign, alpha=alpha)
     random = [
         [np.stack([of_one[name] for name in p.random]) if p.random else None for p in row]
         for of_one, row in zip(changes, points, strict=True)
@@ -167,12 +192,6 @@ def _fill(dataset: xr.Dataset, curves: Sequence[Curve], labels: Sequence[str], a
                 dataset["random_norm"].values[d, i, : len(chance)] = point.random_norm_ratios
 
 
-def _change(table: OutcomeTable) -> dict[str, Floats]:
-    """Arm -> [target prompt] its accuracy minus the unedited model's."""
-    changes = table.change(table.target)[0]
-    return {condition.name: changes[:, i] for i, condition in enumerate(table.conditions)}
-
-
 class RatioToPatch:
     """Ratios of effects to the effect of the full patch, over the same prompts.
 
@@ -195,11 +214,13 @@ class RatioToPatch:
 
     def __init__(self, patch: Floats, codes: NDArray[np.int64], *, sign: float, alpha: float) -> None:
         self._patch, self._codes, self._alpha = patch, codes, alpha
-        self._n_clusters = len(np.unique(codes))
-        self.patch = (float(patch.mean()), np.nan, np.nan)
-        if self._n_clusters > 1:
+        self.patch, self._unseen = (float(patch.mean()), np.nan, np.nan), np.nan
+        if codes.any():
             pooled = pooled_mean(patch[None], codes, alpha=alpha)
             self.patch = (float(pooled.mean), float(pooled.low), float(pooled.high))
+            with np.errstate(invalid="ignore"):
+                inflation = np.maximum(pooled.standard_error**2 / (patch.var(ddof=1) / len(patch)), 1.0)
+            self._unseen = 1 - (alpha / 2) ** (inflation / len(patch))
         self._shown = bool((self.patch[1] if sign > 0 else -self.patch[2]) > 0)
 
     def of(self, effects: Floats) -> Floats:
@@ -212,19 +233,24 @@ class RatioToPatch:
         ratio = self.of(table.mean(axis=(0, 1)))
         if not self._shown:
             return ratio, ratio, ratio
-        least = (1 - (self._alpha / 2) ** (1 / self._n_clusters)) / abs(self.patch[0])
-        low, high = (self._end(table, ratio, side) for side in (-1.0, 1.0))
-        return ratio, np.minimum(low, ratio - least), np.maximum(high, ratio + least)
+        least = self._unseen / abs(self.patch[0])
+        below, above = self._reach(table, ratio)
+        return ratio, ratio - np.maximum(below, least), ratio + np.maximum(above, least)
 
-    def _end(self, table: Floats, ratio: Floats, side: float) -> Floats:
-        """[point]: the last ratio on one side at which the effect may still equal the ratio times the patch's."""
-        inside, outside = ratio, ratio + side * WIDEST
-        for _ in range(BISECTIONS):
-            middle = (inside + outside) / 2
-            left = pooled_mean(table - middle * self._patch[None, :, None], self._codes, alpha=self._alpha)
-            accepted = (left.low <= 0) & (left.high >= 0)
-            inside, outside = np.where(accepted, middle, inside), np.where(accepted, outside, middle)
-        return np.asarray(inside)
+    def _reach(self, table: Floats, ratio: Floats) -> Floats:
+        """[side, point]: how far below and above a ratio the effect may still equal it times the patch's.
+
+        A fixed point of the interval's half-width, over the patch, as a function of the ratio: it contracts because the
+        patch has a shown effect, and its first step is the delta method.
+        """
+        sides, reach = np.array([[-1.0], [1.0]]), np.zeros((2, len(ratio)))
+        for _ in range(MOST_STEPS):
+            left = table[:, :, None] - (ratio + sides * reach) * self._patch[None, :, None, None]
+            pooled = pooled_mean(left, self._codes, alpha=self._alpha)
+            before, reach = reach, (pooled.high - pooled.mean) / abs(self.patch[0])
+            if np.abs(reach - before).max(initial=0.0) < SETTLED:
+                break
+        return reach
 
 
 def share_of_set(dataset: xr.Dataset | None, direction: Direction) -> tuple[float, float, float]:
