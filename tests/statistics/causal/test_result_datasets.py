@@ -14,12 +14,12 @@ from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule, is_futi
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DirectionOutcomes, OutcomeTable
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import judge
-from tests.statistics.causal.test_controls import population
+from tests.statistics.causal.test_controls import of_one_size, population
 from tests.statistics.causal.worlds import causal
 
 
 def controls() -> MatchedControls:
-    return match_controls(population(), (5, 77, 140), n_sets=39, seed=0)
+    return match_controls(population(), (5, 77, 140), of_one_size, n_sets=39, seed=0)
 
 
 def declared(**changes: Any) -> Declaration:

@@ -22,9 +22,10 @@ STRENGTHS: Final = ("log_firing", "decoder_norm", "contribution_energy")
 COVARIATES: Final = (*EDIT_NORMS, *STRENGTHS, "mas_bin")
 """What controls are matched on, first things first (docs/method.md 4d)."""
 CALIPER: Final = 0.1
-"""Difference of a control's edit norm from the set's, as a share of the larger one, within which controls are taken
-(caliper matching: Rosenbaum & Rubin 1985, doi:10.1080/00031305.1985.10479383); a set whose edit is larger than its
-controls' by more than this on average cannot be told from a larger edit."""
+"""Difference of the set's edit norm from its controls' mean, as a share of the larger one, up to which they are
+comparable (calipers: Rosenbaum & Rubin 1985, doi:10.1080/00031305.1985.10479383)."""
+EQUAL_NORM: Final = 0.02
+"""Difference of edit norms within which sets count as equally near."""
 BALANCED: Final = 0.1
 """Standardised difference below which a covariate counts as balanced (Austin 2009, doi:10.1002/sim.3697)."""
 USABLE: Final = 0.25
@@ -116,8 +117,8 @@ def match_controls(
     Notes
     -----
     Each member's controls come from its nearest unused candidates, standardised over alive features; of
-    ``OVERDRAW * n_sets`` such sets those whose edit norms lie within ``CALIPER`` of the set's are kept, best balanced
-    first, and where they are too few those that come nearest. Firing rate, norm and energy of single features do not
+    ``OVERDRAW * n_sets`` such sets those whose edit norms come nearest to the set's are kept, best balanced first among
+    those that are equally near. Firing rate, norm and energy of single features do not
     tell the norm of a joint edit: features that fire together and point the same way add up. Standardised difference =
     (mean of the set - mean of the controls) / sqrt((variance of the set + variance of the controls) / 2), with the
     alive features' standard deviation where the set has fewer than three members or no spread.
@@ -245,11 +246,11 @@ def _best(
     table: NDArray[np.float64],
     alive: NDArray[np.bool_],
 ) -> NDArray[np.int64]:
-    """Places of the sets, best first: least beyond the caliper, then best balanced."""
-    beyond = np.maximum(np.abs(norm_differences) - CALIPER, 0.0).max(axis=1)
+    """Places of the sets, best first: nearest in norm, and where equally near best balanced."""
+    near = np.ceil(np.abs(norm_differences).max(axis=1) / EQUAL_NORM)
     spread = _spread(table, chosen, table[sets.ravel()], alive)
     worst = np.abs((table[sets].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
-    return np.lexsort((worst, beyond))
+    return np.lexsort((worst, near))
 
 
 def _result(
