@@ -312,7 +312,7 @@ class InterventionSpec(Spec):
     added to the activation (rl)."""
     curve: tuple[PositiveInt, ...] = (1, 5, 15, 50, 150)
     """Numbers of features, those with the largest drift, that are copied from the other model beside the set and all,
-    for the share of the full patch's effect that they carry; numbers beyond the dictionary's are left out."""
+    for the share of the full patch's effect that they carry; numbers beyond those that differ at all are left out."""
     curve_controls: Annotated[int, Field(ge=0)] = 3
     """Matched random sets beside each of these, and random sets of which the edit is rescaled to the set's norm."""
     neutral_text: str | None = None

@@ -38,7 +38,7 @@ def larger_edits(scale: int, seed: int) -> list[Row]:
             matched = match_controls(
                 covariates,
                 chosen.tolist(),
-                (lambda sets: np.stack([norm.of_each(sets)] * 2, axis=1)) if by_norm else _nothing,
+                norm.of_each if by_norm else _nothing,
                 n_sets=N_SETS,
                 seed=study,
             )
@@ -63,7 +63,7 @@ def larger_edits(scale: int, seed: int) -> list[Row]:
 
 def _nothing(sets: NDArray[np.int64]) -> NDArray[np.float64]:
     """Edits that all have one norm: what matching on single features knows of them."""
-    return np.ones((len(sets), 2))
+    return np.ones(len(sets))
 
 
 def _dictionary(random: np.random.Generator) -> tuple[xr.Dataset, EditNorm]:

@@ -75,7 +75,7 @@ def planted_model(gate: float, *, spare_weight: float = 0.0) -> Any:
     table = model.model.embed_tokens.weight
     table.zero_()
     table[:, CONSTANT] = CONSTANT_VALUE
-    spare = torch.linspace(0.3, 1.6, N_SPARE).repeat(10, 1)
+    spare = torch.linspace(0.6, 2.0, N_SPARE).repeat(10, 1)
     for i in range(10):
         for kind, where in (("q", ANSWER), ("c", OTHER)):
             row = table[ID[f"{kind}{i}"]]

@@ -43,7 +43,7 @@ def test_the_planted_gate_is_the_cause_in_both_directions(gate: Any) -> None:
     result, balance = gate
     assert result["verdict"].values.tolist() == ["CAUSAL_SPECIFIC", "CAUSAL_SPECIFIC"], result["reasons"].values
     assert result["rank_p"].values == pytest.approx([1 / 20] * 2)
-    assert balance["balanced"].sel(covariate=["log_firing", "decoder_norm", "mas_bin"]).all()
+    assert balance["balanced"].sel(covariate=["edit_norm_disable", "log_firing_disable", "mas_bin_disable"]).all()
     assert pick(result, "effect", "disable", "set") < -0.7
     assert pick(result, "effect", "amplify", "set") > 0.6
     assert result.attrs["features"] == [F_GATE]
@@ -55,7 +55,7 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
     """Doubling base's gate gives the RL model's; so does lifting it; passing through changes nothing."""
     result, _ = gate
     unedited_rl = pick(result, "accuracy", "disable", "unedited")
-    for condition in ("set", "lift"):
+    for condition in ("set", "lift", "patch"):
         assert pick(result, "accuracy", "amplify", condition) == unedited_rl, condition
         assert pick(result, "kl_to_rl", "amplify", condition) < 1e-4
     assert pick(result, "accuracy", "disable", "dose-0.5") == pick(result, "accuracy", "amplify", "unedited")
@@ -72,6 +72,35 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
     assert (abs(weather) < 0.05).all()
     shares = result["class_share"].sel(direction="disable", condition="set")
     assert float(shares.sel({"class": "no_answer"})) > 0.9, "without the gate it says um, as base does"
+
+
+def test_the_gate_carries_all_that_the_whole_residual_does_and_random_features_nothing(
+    study: Any, tmp_path: Path
+) -> None:
+    """The models differ in the gate alone: copying it, the full patch and the other model are the same thing."""
+    spec, folder = small(study, tmp_path, max_prompts=120, curve=(1,), curve_controls=2)
+    found = verify_in_dictionaries(spec, folder, {1: [F_GATE]}, provenance=PROVENANCE)
+    shares = found.mediated
+    assert shares is not None
+    validate(shares, "mediated_share")
+    assert shares["point"].values.tolist() == ["set", "top-1", "all"]
+    assert shares["n_features"].values.tolist() == [[1, 1, N_FEATURES]]
+    for direction, other in (("disable", "amplify"), ("amplify", "disable")):
+        unedited = pick(found.intervention, "accuracy", other, "unedited")
+        assert pick(found.intervention, "accuracy", direction, "patch") == unedited
+        one = shares.sel(direction=direction)
+        assert float(one["patch_effect"]) == pick(found.intervention, "effect", direction, "patch")
+        np.testing.assert_array_equal(one["share"], 1.0)
+        assert ((one["share_low"] > 0.8) & (one["share_low"] < 1) & (one["share_high"] < 1.2)).all()
+        np.testing.assert_allclose(one["norm_ratio"], 1.0, rtol=1e-4)
+        beside = one.sel(point=["set", "top-1"])
+        assert (abs(beside["random_share"]) < 0.05).all()
+        np.testing.assert_allclose(beside["random_norm"], 0.0, atol=1e-4)
+        assert (beside["above_random"] > 0.95).all()
+        assert np.isnan(one["above_random"].sel(point="all"))
+    judged = {str(kind) for kind in np.unique(found.intervention["kind"])}
+    assert {"patch", "lift", "lower", "rescaled"} <= judged
+    assert not judged & {"curve", "curve_random", "lift_random"}, "arms of the curve alone are not judged"
 
 
 def test_the_sets_of_two_dictionaries_are_tried_and_judged_together(study: Any, tmp_path: Path) -> None:
@@ -125,7 +154,7 @@ def test_a_frequency_matched_other_feature_is_no_cause(study: Any, tmp_path: Pat
         n_random = int((result["kind"].sel(direction=direction) == "random").sum())
         assert n_random < balance.attrs["n_sets"], "the decoy does no more than its controls: most need not be run"
         assert "v2_stopped: " in str(result["reasons"].sel(direction=direction).item())
-    assert float(balance["set_mean"].sel(covariate="log_firing")) == pytest.approx(
+    assert float(balance["set_mean"].sel(covariate="log_firing_disable")) == pytest.approx(
         float(covariates_without(folder, F_BRAKE)["log_firing"][F_GATE])
     ), "the decoy fires exactly as often as the gate"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -205,8 +205,7 @@ class TrialPlan:
     @property
     def n_controls(self) -> int:
         """Matched random sets."""
-        controls = self.declared.controls
-        return 0 if controls is None else len(controls.sets)
+        return min((len(controls.sets) for controls in self.declared.controls.values()), default=0)
 
     @property
     def max_new_tokens(self) -> int:
@@ -358,7 +357,7 @@ def _plan_without_arms(
             alpha=spec.statistics.alpha,
             margin=spec.intervention.non_inferiority,
             seeds={direction: derive_seed(spec.seed, "intervention", "verdict", direction) for direction in DIRECTIONS},
-            controls=None,
+            controls={},
             not_held="",
             no_controls="",
             tasks=tuple(sorted(set(prompts.table[TASK]))),
@@ -407,7 +406,7 @@ class _Matched:
     """The last checkpoint of the second contrasted run: the set is disabled there."""
     levels: NDArray[np.float64] | None
     """[feature] what amplifying adds, where that is not the features' own activation."""
-    controls: MatchedControls | None
+    controls: Mapping[Direction, MatchedControls]
     no_controls: str
     """Why there are no controls, if so."""
     codes: TokenCodes
@@ -452,53 +451,46 @@ def _match(
         encode = pkgutil.resolve_name(_TOKEN_CODES)
         codes = encode(spec, folder, place, rl=rl.model, prompts=prompts.ids)
     raised = main_dose("amplify", spec.intervention) - 1.0
-    norms = {"disable": scaled(codes.rl, -1.0), "amplify": scaled(codes.base, raised, levels)}
+    norms: dict[Direction, EditNorm] = {
+        "disable": scaled(codes.rl, -1.0),
+        "amplify": scaled(codes.base, raised, levels),
+    }
     seed = derive_seed(spec.seed, *("intervention", "controls"), *([dictionary] if dictionary > 1 else []))
 
-    def match(members: Sequence[int], n_sets: int) -> MatchedControls:
+    def match(members: Sequence[int], norm: EditNorm, n_sets: int) -> MatchedControls:
         return match_controls(
             covariates,
             members,
-            lambda sets: np.stack([norms[direction].of_each(sets) for direction in DIRECTIONS], axis=1),
+            norm.of_each,
             n_sets=n_sets,
             seed=seed,
             near_duplicates=near_duplicates(decoder, members),
         )
 
     try:
-        controls, no_controls = match(features, spec.intervention.n_controls), ""
+        controls = {direction: match(features, norm, spec.intervention.n_controls) for direction, norm in norms.items()}
+        no_controls = ""
     except NotEstimableError as error:
-        controls, no_controls = None, str(error)
+        controls, no_controls = {}, str(error)
+
+    def beside(members: tuple[int, ...]) -> NDArray[np.int64]:
+        """Random sets whose copies are as large as these features'; none where none can be matched."""
+        n_sets = spec.intervention.curve_controls
+        try:
+            return match(members, copied(codes), n_sets).sets if n_sets else _no_sets(members)
+        except NotEstimableError:  # as of all features, where none is left
+            return _no_sets(members)
+
     ranking = drift_ranking(summaries, base=BASE_MODEL, target=rl.model)
-    sets = (
-        CopiedSet(SET, features, _sets_of(controls, features)[: spec.intervention.curve_controls]),
-        *_leading_sets(spec, ranking, decoder, match),
-    )
+    leading = {f"top-{n}": tuple(map(int, ranking[:n])) for n in sorted(spec.intervention.curve) if n <= len(ranking)}
+    copies = {SET: features, **leading, ALL: tuple(range(decoder.n_features))}
+    sets = tuple(CopiedSet(label, members, beside(members)) for label, members in copies.items())
     return _Matched(place, decoder, rl, levels, controls, no_controls, codes, norms, sets)
 
 
-def _leading_sets(
-    spec: StudySpec,
-    ranking: NDArray[np.int64],
-    decoder: Decoder,
-    match: Callable[[Sequence[int], int], MatchedControls],
-) -> Iterator[CopiedSet]:
-    """The features that drift most, with random sets where some can be matched, and all features."""
-    n_random = spec.intervention.curve_controls
-    for size in sorted({size for size in spec.intervention.curve if size < len(ranking)}):
-        top = tuple(map(int, ranking[:size]))
-        try:
-            controls = match(top, n_random) if n_random else None
-        except NotEstimableError:  # more features are taken than are left
-            controls = None
-        yield CopiedSet(f"top-{size}", top, _sets_of(controls, top))
-    everything = tuple(range(decoder.n_features))
-    yield CopiedSet(ALL, everything, _sets_of(None, everything))
-
-
-def _sets_of(controls: MatchedControls | None, members: Sequence[int]) -> NDArray[np.int64]:
-    """[control, member] of matched random sets; none where there are none."""
-    return np.empty((0, len(members)), dtype=np.int64) if controls is None else controls.sets
+def _no_sets(members: Sequence[int]) -> NDArray[np.int64]:
+    """[0, member]."""
+    return np.empty((0, len(members)), dtype=np.int64)
 
 
 def _usable_dictionary(
@@ -542,7 +534,8 @@ def _plan_direction(
     *,
     by_feature: bool,
 ) -> DirectionPlan:
-    controls = _sets_of(matched.controls, features)
+    matches = matched.controls.get(direction)
+    controls = _no_sets(features) if matches is None else matches.sets
     norm = matched.norms[direction]
     beside = norm.of_each(controls[: spec.intervention.curve_controls])
     arms = plan_arms(

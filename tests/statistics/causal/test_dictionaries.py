@@ -12,7 +12,9 @@ import pytest
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics.causal.criteria import combined_rank_p
 from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
+from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls
 from rlgen_stats.toolkit.statistics.causal.outcome_table import OutcomeTable, padded_error, paired_effect
+from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from tests.statistics.causal.test_result_datasets import controls, declared, outcomes
 from tests.statistics.causal.worlds import RIGHT, SETTINGS, WRONG, causal
 
@@ -141,7 +143,7 @@ def test_v6_must_hold_in_every_dictionary(n_away: int, verdict: str) -> None:
 def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     fixed = declared()
     fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
-    empty = replace(fixed, controls=None, not_held="no_features: no feature selected")
+    empty = replace(fixed, controls={}, not_held="no_features: no feature selected")
     trials = {1: ([outcomes(causal())], fixed), 2: ((), empty)}
     result, balance = judge_together(trials)
     assert row(result)["verdict"].item() == "INCONCLUSIVE"
@@ -156,6 +158,10 @@ def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     assert np.isnan(unknown["standardized_difference"].values).all()
 
 
+def with_controls(fixed: Declaration, found: MatchedControls) -> Declaration:
+    return replace(fixed, controls=dict.fromkeys(("disable", "amplify"), found))
+
+
 @pytest.mark.parametrize(("other", "usable"), [(0.07, True), (0.13, False)])
 def test_controls_are_compared_with_the_sets_over_all_dictionaries(other: float, usable: bool) -> None:
     """One dictionary's controls fall short by .12: what counts is the mean, as for the effects."""
@@ -165,8 +171,8 @@ def test_controls_are_compared_with_the_sets_over_all_dictionaries(other: float,
     def short_by(difference: float) -> Any:
         known = controls()
         balance = known.balance.copy(deep=True)
-        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0, 0.0, 0.0]
-        return replace(fixed, controls=replace(known, balance=balance, comparable=difference <= 0.1))
+        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0, 0.0]
+        return with_controls(fixed, replace(known, balance=balance, comparable=difference <= 0.1))
 
     trials = {1: ([outcomes(causal())], short_by(0.12)), 2: ([outcomes(causal())], short_by(other))}
     result, balance = judge_together(trials)
@@ -174,7 +180,8 @@ def test_controls_are_compared_with_the_sets_over_all_dictionaries(other: float,
     assert (row(result)["verdict"].item() == "CAUSAL_SPECIFIC") == usable
     mean = (0.12 + other) / 2
     assert float(balance["standardized_difference"][0]) == pytest.approx(mean)
-    assert balance.attrs["flags"] == ([] if usable else [f"unbalanced:edit_norm_disable={mean:+.2f}"])
+    flag = f"unbalanced:edit_norm={mean:+.2f}"
+    assert balance.attrs["flags"] == ([] if usable else [f"disable: {flag}", f"amplify: {flag}"])
     assert balance.attrs["comparable"] == int(usable)
 
 
@@ -184,8 +191,8 @@ def test_imbalances_of_opposite_sign_do_not_make_good_controls() -> None:
 
     def off_by(difference: float) -> Any:
         balance = controls().balance.copy(deep=True)
-        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0, 0.0, 0.0]
-        return replace(fixed, controls=replace(controls(), balance=balance, comparable=False))
+        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0, 0.0]
+        return with_controls(fixed, replace(controls(), balance=balance, comparable=False))
 
     for size, usable in ((0.19, True), (0.21, False)):
         trials = {i: ([outcomes(causal())], off_by(sign * size)) for i, sign in ((1, 1), (2, -1))}

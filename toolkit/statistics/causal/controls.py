@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import xarray as xr
@@ -15,11 +15,11 @@ from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
 
-EDIT_NORMS: Final = ("edit_norm_disable", "edit_norm_amplify")
-"""Norms of the whole edit, the vector that all features of a set write together, in the model each direction edits."""
+EDIT_NORM: Final = "edit_norm"
+"""Norm of the whole edit: the vector that all features of a set write together in the model that is edited."""
 STRENGTHS: Final = ("log_firing", "decoder_norm", "contribution_energy")
 """Covariates of single features that say how much an edit of the feature moves the residual stream."""
-COVARIATES: Final = (*EDIT_NORMS, *STRENGTHS, "mas_bin")
+COVARIATES: Final = (EDIT_NORM, *STRENGTHS, "mas_bin")
 """What controls are matched on, first things first (docs/method.md 4d)."""
 CALIPER: Final = 0.1
 """Difference of the set's edit norm from its controls' mean, as a share of the larger one, up to which they are
@@ -72,7 +72,7 @@ class MatchedControls:
 
 
 EditNorms = Callable[[NDArray[np.int64]], NDArray[np.float64]]
-"""[set, member] feature ids -> [set, 2] norms of their edits, by ``EDIT_NORMS``."""
+"""[set, member] feature ids -> [set] norms of their edits."""
 
 
 def match_controls(
@@ -94,7 +94,7 @@ def match_controls(
     features
         The set.
     edit_norms
-        Measures the edits of sets.
+        Measures the edits of sets in the model that is edited.
     n_sets
         Number of control sets (B).
     seed
@@ -147,20 +147,21 @@ def match_controls(
     candidates = _draw(distance, pool, n_sets, np.random.default_rng(seed))
     table = np.column_stack([values, bins.astype(np.float64)])
     distinct = _distinct(candidates)
-    of_set, of_candidates = edit_norms(chosen[None])[0], edit_norms(distinct)
+    of_set, of_candidates = float(edit_norms(chosen[None])[0]), edit_norms(distinct)
     kept = _best(distinct, norm_difference(of_set, of_candidates), chosen, table, alive)[:n_sets]
     return _result(distinct[kept], (of_set, of_candidates[kept]), chosen, table, alive, n_sets)
 
 
-def norm_difference(of_set: NDArray[np.float64], of_controls: NDArray[np.float64]) -> NDArray[np.float64]:
+def norm_difference(of_set: float, of_controls: Any) -> NDArray[np.float64]:
     """Set's norm minus a control's as a share of the larger one, between -1 and 1; 0 where both are 0.
 
     Examples
     --------
-    >>> [round(float(d), 2) for d in norm_difference(np.array([3.36, 1.0]), np.array([2.59, 2.0]))]
+    >>> [round(float(d), 2) for d in norm_difference(3.36, [2.59, 6.72])]
     [0.23, -0.5]
     """
-    return np.asarray((of_set - of_controls) / np.maximum(np.maximum(of_set, of_controls), TINY))
+    controls = np.asarray(of_controls, dtype=np.float64)
+    return np.asarray((of_set - controls) / np.maximum(np.maximum(of_set, controls), TINY))
 
 
 def _noise(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -171,7 +172,7 @@ def _noise(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _prepare(
     covariates: xr.Dataset, features: Sequence[int], n_sets: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    needed = COVARIATES[len(EDIT_NORMS) :]
+    needed = COVARIATES[1:]
     missing = [name for name in needed if name not in covariates]
     if missing:
         raise InputError(f"controls are matched on {', '.join(needed)}; missing: {', '.join(missing)}.")
@@ -247,7 +248,7 @@ def _best(
     alive: NDArray[np.bool_],
 ) -> NDArray[np.int64]:
     """Places of the sets, best first: nearest in norm, and where equally near best balanced."""
-    near = np.ceil(np.abs(norm_differences).max(axis=1) / EQUAL_NORM)
+    near = np.ceil(np.abs(norm_differences) / EQUAL_NORM)
     spread = _spread(table, chosen, table[sets.ravel()], alive)
     worst = np.abs((table[sets].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
     return np.lexsort((worst, near))
@@ -255,21 +256,20 @@ def _best(
 
 def _result(
     sets: NDArray[np.int64],
-    norms: tuple[NDArray[np.float64], NDArray[np.float64]],
+    norms: tuple[float, NDArray[np.float64]],
     chosen: NDArray[np.int64],
     table: NDArray[np.float64],
     alive: NDArray[np.bool_],
     n_sets: int,
 ) -> MatchedControls:
     spread = _spread(table, chosen, table[sets.ravel()], alive)
-    set_mean = np.concatenate([norms[0], table[chosen].mean(axis=0)])
-    each = np.concatenate([norms[1], table[sets].mean(axis=1)], axis=1)
+    set_mean = np.append(norms[0], table[chosen].mean(axis=0))
+    each = np.column_stack([norms[1], table[sets].mean(axis=1)])
     control_mean = each.mean(axis=0)
-    n_norms = len(EDIT_NORMS)
 
     def differences(controls: NDArray[np.float64]) -> NDArray[np.float64]:
-        of_norms = norm_difference(set_mean[:n_norms], controls[..., :n_norms])
-        return np.concatenate([of_norms, (set_mean - controls)[..., n_norms:] / spread], axis=-1)
+        of_norm = norm_difference(norms[0], controls[..., :1])
+        return np.concatenate([of_norm, (set_mean - controls)[..., 1:] / spread], axis=-1)
 
     difference = differences(control_mean)
     flags = [f"fewer_sets:{len(sets)} of {n_sets}"] if len(sets) < n_sets else []
@@ -284,7 +284,7 @@ def _result(
             "worst_difference": ("covariate", np.abs(differences(each)).max(axis=0)),
         },
         coords={"covariate": list(COVARIATES)},
-        attrs={"n_sets": len(sets), "requested": n_sets, "flags": list(flags), "comparable": int(usable)},
+        attrs={"n_sets": len(sets), "flags": list(flags), "comparable": int(usable)},
     )
     return MatchedControls(sets, balance, n_sets, tuple(flags), usable)
 
@@ -311,5 +311,19 @@ def comparable(difference: NDArray[np.float64], *, times: float = 1.0) -> bool:
     specificity harder to show. Firing rate, decoder norm and energy of single features are balanced as far as they go
     and reported: they stand for the size of an edit, which is measured.
     """
-    larger, other_class = difference[: len(EDIT_NORMS)], difference[-1]
-    return bool((larger <= times * CALIPER).all() and abs(other_class) <= times * USABLE)
+    larger, other_class = difference[0], difference[-1]
+    return bool(larger <= times * CALIPER and abs(other_class) <= times * USABLE)
+
+
+def by_direction(balances: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    """Balance of the controls of both directions, one row a covariate and direction: layout ``control_balance``."""
+    rows = [
+        one.assign_coords(covariate=[f"{name}_{direction}" for name in one["covariate"].values])
+        for direction, one in balances.items()
+    ]
+    attributes = [one.attrs for one in rows]
+    return xr.concat([one.drop_attrs() for one in rows], "covariate").assign_attrs(
+        n_sets=min(one["n_sets"] for one in attributes),
+        comparable=min(one["comparable"] for one in attributes),
+        flags=[f"{direction}: {flag}" for direction, one in balances.items() for flag in one.attrs["flags"]],
+    )
