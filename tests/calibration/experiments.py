@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.calibration import dictionaries, families, invariance, others, single
+from tests.calibration import dictionaries, families, invariance, others, single, verdicts_mediation
 from tests.calibration.rows import Row
 
 SEED = 20261
@@ -41,4 +41,6 @@ EXPERIMENTS = (
     Experiment(families.random_sets, 16, "Causal verdicts"),
     Experiment(families.planned_power, 8, "Planned power"),
     Experiment(invariance.invariance, 4, "Invariance"),
+    Experiment(verdicts_mediation.larger_edits, 15, "Verdicts: C4 and C5"),
+    Experiment(verdicts_mediation.mediated_shares, 30, "Verdicts: C4 and C5"),
 )

@@ -218,8 +218,10 @@ class RatioToPatch:
         if codes.any():
             pooled = pooled_mean(patch[None], codes, alpha=alpha)
             self.patch = (float(pooled.mean), float(pooled.low), float(pooled.high))
-            with np.errstate(invalid="ignore"):
-                inflation = np.maximum(pooled.standard_error**2 / (patch.var(ddof=1) / len(patch)), 1.0)
+            of_one_prompt = patch.var(ddof=1) / len(patch)
+            clustered = float(pooled.standard_error) ** 2
+            # A patch that changes every prompt alike tells nothing of clusters, so each then counts as one prompt.
+            inflation = max(clustered / of_one_prompt, 1.0) if of_one_prompt else len(patch) / len(np.unique(codes))
             self._unseen = 1 - (alpha / 2) ** (inflation / len(patch))
         self._shown = bool((self.patch[1] if sign > 0 else -self.patch[2]) > 0)
 
