@@ -41,9 +41,9 @@ def test_norms_are_those_of_the_planted_edits(study: Any, monkeypatch: pytest.Mo
     alone = np.array([scaled(codes.rl, 1.0).of([k]) for k in pair])
     joint = scaled(codes.rl, 1.0).of(pair)
     assert np.hypot(*alone) < joint < alone.sum()
-    assert scaled(codes.rl, 1.0).of([F_GATE, F_BRAKE]) < scaled(codes.rl, 1.0).of([F_GATE]) + scaled(
-        codes.rl, 1.0
-    ).of([F_BRAKE])
+    assert scaled(codes.rl, 1.0).of([F_GATE, F_BRAKE]) < scaled(codes.rl, 1.0).of([F_GATE]) + scaled(codes.rl, 1.0).of(
+        [F_BRAKE]
+    )
 
 
 def test_a_sample_of_prompts_is_whole_prompts_of_the_trial(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:

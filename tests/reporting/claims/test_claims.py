@@ -409,8 +409,14 @@ def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> 
 def test_c3_c4_c5_say_what_share_of_the_patch_the_set_carries(results: Results, spec: StudySpec) -> None:
     of_patch = "40% [25%, 55%] of what copying the whole residual does"
     for name, start in (
-        ("C4", f"Lowered to base's level in the RL model, the set changes accuracy by −12.0 points, {of_patch} (−30.0)."),
-        ("C5", f"Lifted to the RL model's level in base, the set changes accuracy by +10.0 points, {of_patch} (+25.0)."),
+        (
+            "C4",
+            f"Lowered to base's level in the RL model, the set changes accuracy by −12.0 points, {of_patch} (−30.0).",
+        ),
+        (
+            "C5",
+            f"Lifted to the RL model's level in base, the set changes accuracy by +10.0 points, {of_patch} (+25.0).",
+        ),
     ):
         assessed = claim(results, spec, name)
         assert assessed.answer.startswith(f"{start} {'Disabling' if name == 'C4' else 'Amplifying'} the set in ")

@@ -33,7 +33,11 @@ def test_scaling_writes_the_features_own_activations_or_the_declared_levels() ->
     one, levels = model(0), np.linspace(0.1, 2.0, N_FEATURES)
     codes = one.codes.toarray()
     each = np.broadcast_to(levels, codes.shape)
-    for norm, changes in ((scaled(one, -1.0), -codes), (scaled(one, 2.0), 2 * codes), (scaled(one, 2.0, levels), 2 * each)):
+    for norm, changes in (
+        (scaled(one, -1.0), -codes),
+        (scaled(one, 2.0), 2 * codes),
+        (scaled(one, 2.0, levels), 2 * each),
+    ):
         expected = [length(written(one, changes, members)) for members in SETS]
         np.testing.assert_allclose(norm.of_each(SETS), expected)
         assert norm.of(SETS[1]) == norm.of_each(SETS)[1]

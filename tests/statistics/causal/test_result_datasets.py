@@ -24,7 +24,12 @@ def controls() -> MatchedControls:
 
 def declared(**changes: Any) -> Declaration:
     known: dict[str, Any] = {
-        **{"alpha": 0.05, "margin": 0.05, "seeds": {"disable": 3, "amplify": 4}, "controls": dict.fromkeys(("disable", "amplify"), controls())},
+        **{
+            "alpha": 0.05,
+            "margin": 0.05,
+            "seeds": {"disable": 3, "amplify": 4},
+            "controls": dict.fromkeys(("disable", "amplify"), controls()),
+        },
         **{"not_held": "", "no_controls": "", "tasks": ("control", "task0", "task1", "task2")},
         "attributes": dict.fromkeys(("test", "null", "seed", "alpha", "features"), 0) | {"unit": "prompt cluster"},
     }

@@ -79,7 +79,9 @@ class Declaration:
             margin=self.margin,
             n_resamples=N_RESAMPLES,
             seed=self.seeds[direction],
-            comparable=controls is not None and controls.comparable if together is None else together.comparable[direction],
+            comparable=controls is not None and controls.comparable
+            if together is None
+            else together.comparable[direction],
             control_flags=flags if together is None else together.flags[direction],
             noop_changed=noop_changed,
             n_planned=0 if controls is None else len(controls.sets),
