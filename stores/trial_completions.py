@@ -97,10 +97,10 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
         ``correct``, ``completion_tokens``, ``format_class``, ``text`` [condition, prompt, sample]; ``kl_to_base``,
         ``kl_to_rl`` [condition, prompt], the divergence of the next-token distribution from the unedited models' where
         the completion begins, in nats, and ``forced_kl_to_base``, ``forced_kl_to_rl`` over whole completions of theirs
-        (NaN for arms where they were not measured: the random sets' on completions, parts of sets); coordinates
-        ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, dose, steering,
-        random_direction, patch, lift, lower, curve, part; rescaled, lift_random, curve_random) and ``dose``; ``prompt`` with ``task``, ``domain``, ``split``, ``cluster``;
-        ``sample``.
+        (NaN for arms where they were not measured: the random sets' on completions, parts of sets, the curve's);
+        coordinates ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, rescaled, dose, steering,
+        random_direction, patch, lift, lower, part, curve, lift_random, curve_random) and ``dose``; ``prompt`` with
+        ``task``, ``domain``, ``split``, ``cluster``; ``sample``.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How often a set that is only a larger edit passes for specific, and how often a mediated share misses the true one."""
+"""How often a set that is only a larger edit passes for specific, and how often a mediated share is missed."""
 
 from __future__ import annotations
 

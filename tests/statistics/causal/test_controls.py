@@ -14,7 +14,7 @@ from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.intervention import match_controls
-from rlgen_stats.toolkit.statistics.causal.controls import COVARIATES, STRENGTHS, comparable, norm_difference
+from rlgen_stats.toolkit.statistics.causal.controls import STRENGTHS, comparable, norm_difference
 from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm, ModelCodes
 
 SET = (5, 77, 140, 301, 302, 410)

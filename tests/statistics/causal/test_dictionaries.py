@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls
 from rlgen_stats.toolkit.statistics.causal.criteria import combined_rank_p
 from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
-from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls
 from rlgen_stats.toolkit.statistics.causal.outcome_table import OutcomeTable, padded_error, paired_effect
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from tests.statistics.causal.test_result_datasets import controls, declared, outcomes

@@ -66,9 +66,9 @@ class EditNorm:
 
     def of(self, features: Sequence[int] | NDArray[np.int64]) -> float:
         """Norm of the edit of one set."""
-        return float(self.of_each([features])[0])
+        return float(self.of_each([np.asarray(features)])[0])
 
-    def of_each(self, sets: Sequence[Sequence[int]] | NDArray[np.int64]) -> Floats:
+    def of_each(self, sets: Sequence[Sequence[int] | NDArray[np.int64]] | NDArray[np.int64]) -> Floats:
         """[set] norms of the edits of several sets.
 
         Notes
