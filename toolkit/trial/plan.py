@@ -476,9 +476,11 @@ def _match(
     def beside(members: tuple[int, ...]) -> NDArray[np.int64]:
         """Random sets whose copies are as large as these features'; none where none can be matched."""
         n_sets = spec.intervention.curve_controls
+        if not n_sets or 2 * len(members) > decoder.n_features:  # fewer are left than are needed
+            return _no_sets(members)
         try:
-            return match(members, copied(codes), n_sets).sets if n_sets else _no_sets(members)
-        except NotEstimableError:  # as of all features, where none is left
+            return match(members, copied(codes), n_sets).sets
+        except NotEstimableError:
             return _no_sets(members)
 
     ranking = drift_ranking(summaries, base=BASE_MODEL, target=rl.model)

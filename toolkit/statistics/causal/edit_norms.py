@@ -74,21 +74,29 @@ class EditNorm:
         Notes
         -----
         A token's squared norm is c' G c with G the products of the directions: nothing of the size of the residual is
-        made for the thousands of sets that matching looks at.
+        made for the thousands of sets that matching looks at. Where there are more directions than channels the
+        residual is the smaller one, and is made.
         """
         members = [np.asarray(one, dtype=np.int64) for one in sets]
-        known = np.unique(np.concatenate(members)) if members else np.empty(0, dtype=np.int64)
+        widest = self.parts[0].directions.shape[1] // len(self.parts)
+        small = [one for one in members if len(one) <= widest]
+        known = np.unique(np.concatenate(small)) if small else np.empty(0, dtype=np.int64)
         changes = np.concatenate([part.codes[:, known].toarray().T for part in self.parts]).astype(np.float64)
         directions = np.concatenate([part.directions[known] for part in self.parts]).astype(np.float64)
         products = directions @ directions.T
-        norms = np.empty(len(members))
-        for i, one in enumerate(members):
+
+        def of_small(one: NDArray[np.int64]) -> float:
             places = np.searchsorted(known, one)
             rows = np.concatenate([places + n * len(known) for n in range(len(self.parts))])
             c = changes[rows]
             squared = np.einsum("kt,kt->t", products[np.ix_(rows, rows)] @ c, c)
-            norms[i] = np.sqrt(np.maximum(squared, 0.0)).mean()
-        return norms
+            return float(np.sqrt(np.maximum(squared, 0.0)).mean())
+
+        def of_large(one: NDArray[np.int64]) -> float:
+            written = sum(part.codes[:, one] @ part.directions[one].astype(np.float64) for part in self.parts)
+            return float(np.linalg.norm(written, axis=1).mean())
+
+        return np.array([of_small(one) if len(one) <= widest else of_large(one) for one in members])
 
 
 def scaled(model: ModelCodes, factor: float, levels: Floats | None = None) -> EditNorm:
