@@ -90,7 +90,7 @@ def _alt(data: xr.Dataset, direction: str) -> str:
     for label in labels_of(data, "point"):
         point = data.sel(direction=direction, point=label)
         ratio = fixed(float(point["norm_ratio"].mean()), 2)
-        n = f"{float(point['n_features'].mean()):g} features"
-        name = {_SET: f"the set ({n})", _ALL: f"all {n}"}.get(label, f"{n} of the largest drift")
+        n = f"{float(point['n_features'].mean()):.3g}"
+        name = {_SET: f"the set ({n} features)", _ALL: f"all {n} features"}.get(label, f"the {n} of largest drift")
         shown.append(f"{name} {percent(float(point['share']), 0)} (edit {ratio} of the true difference's norm)")
     return f"{_TITLES[direction]}: {', '.join(shown)}"
