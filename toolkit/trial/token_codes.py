@@ -15,7 +15,7 @@ from scipy import sparse
 from rlgen_stats.schemas.dims import BASE_MODEL
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import Readout, StudySpec
 from rlgen_stats.stores import StudyFolder, open_activations, select_tokens
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
 from rlgen_stats.toolkit.extraction import site_name, usable_tokens
@@ -83,6 +83,6 @@ def _tokens_of(folder: StudyFolder, prompts: list[str], usable: NDArray[np.bool_
     return np.asarray(tokens[usable[tokens]], dtype=np.int64)
 
 
-def _codes(crosscoder: Crosscoder, raw: torch.Tensor, model: str, readout: str) -> ModelCodes:
+def _codes(crosscoder: Crosscoder, raw: torch.Tensor, model: str, readout: Readout) -> ModelCodes:
     features = crosscoder.readout(raw, view=model, kind=readout)
     return ModelCodes(sparse.csc_array(features.numpy()), crosscoder.feature_direction(model).numpy())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.toolkit.statistics.causal.outcome_table import Direction
 from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
 
 EDIT_NORM: Final = "edit_norm"
@@ -315,7 +316,7 @@ def comparable(difference: NDArray[np.float64], *, times: float = 1.0) -> bool:
     return bool(larger <= times * CALIPER and abs(other_class) <= times * USABLE)
 
 
-def by_direction(balances: Mapping[str, xr.Dataset]) -> xr.Dataset:
+def by_direction(balances: Mapping[Direction, xr.Dataset]) -> xr.Dataset:
     """Balance of the controls of both directions, one row a covariate and direction: layout ``control_balance``."""
     rows = [
         one.assign_coords(covariate=[f"{name}_{direction}" for name in one["covariate"].values])
