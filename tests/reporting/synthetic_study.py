@@ -803,6 +803,36 @@ def control_balance() -> xr.Dataset:
     )
 
 
+def mediated_share() -> xr.Dataset:
+    """The set carries 40% of the patch's effect, the 50 features with the largest drift 90%, random sets nothing."""
+    share = np.array([[0.4, 0.1, 0.9, 1.0]] * 2)
+    patch = np.array([-0.3, 0.25])
+    each = ("direction", "dictionary", "point")
+    random = np.array([0.02, 0.0, 0.1, np.nan])[None, None, :, None] * np.ones((2, 1, 4, 3))
+    by_point = {
+        "effect": share * patch[:, None],
+        **{"share": share, "share_low": share - 0.15, "share_high": share + 0.15},
+        **{"above_random": share - 0.02, "above_low": share - 0.2, "above_high": share + 0.2},
+    }
+    return xr.Dataset(
+        {
+            "patch_effect": ("direction", patch),
+            "patch_low": ("direction", patch - 0.1),
+            "patch_high": ("direction", patch + 0.1),
+        }
+        | {name: (("direction", "point"), values) for name, values in by_point.items()}
+        | {
+            "dictionary_share": (each, share[:, None]),
+            "norm_ratio": (each, np.array([[[0.3, 0.1, 0.6, 1.04]]] * 2)),
+            "random_share": ((*each, "random"), random),
+            "random_norm": ((*each, "random"), random),
+            "n_features": (("dictionary", "point"), [[5, 1, 50, 512]]),
+        },
+        coords={"direction": ["disable", "amplify"], "dictionary": [1], "point": ["set", "top-1", "top-50", "all"]},
+        attrs={"test": "Fieller", "null": "none of it", "unit": "prompt cluster", "alpha": 0.05, "ranking": "drift"},
+    )
+
+
 BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
     f.__name__: f
     for f in (
@@ -823,6 +853,7 @@ BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
         tokens,
         intervention,
         control_balance,
+        mediated_share,
     )
 }
 

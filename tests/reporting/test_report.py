@@ -85,7 +85,7 @@ def test_files(report: Path) -> None:
         "figures",
         "tables",
     }
-    assert len(list((report / "figures").glob("*.svg"))) == 11
+    assert len(list((report / "figures").glob("*.svg"))) == 12
     assert not [p for p in report.parent.iterdir() if p.name.endswith((".partial", ".old"))]
 
 
