@@ -205,7 +205,7 @@ def store_activations(folder: StudyFolder) -> None:
     prompts = table.rename(columns={"prompt_id": "prompt"})[["prompt", "task", "domain", "split", "cluster"]]
     create_activations(folder.activations, tokens, prompts, provenance=PROVENANCE)
     for view in ("base@0", "rl@1"):
-        residuals = planted_model(LEVEL[view]).model.embed_tokens.weight[tokens["token_id"].to_numpy()]
+        residuals = planted_model(LEVEL[view]).model.embed_tokens.weight[tokens["token_id"].to_numpy(copy=True)]
         with ActivationWriter(folder.activations, model=view, site=f"block{LAYER}", width=WIDTH) as writer:
             writer.append(residuals.numpy())
 

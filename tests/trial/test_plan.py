@@ -110,7 +110,7 @@ def test_a_plan_is_built_printed_and_costed_without_torch(study: Any, tmp_path: 
     n_copying = sum(1 + len(point.random) for point in plan.direction("disable").curve)
     assert n_copying == sum(arm.edit is not None and arm.edit.kind == "lift" for arm in plan.direction("disable").arms)
     beside = n_copying + 1 + spec.intervention.curve_controls  # the full patch, rescaled random sets
-    assert plan.arms == {"disable": 30 + beside, "amplify": 31 + beside}
+    assert plan.arms == {"disable": 32 + beside, "amplify": 33 + beside}
     assert "features 0, 5\n230 prompts (120 target, 80 unrelated), 1 sample(s) each" in str(plan)
     assert f"at most {plan.completions:,} completions of up to 4 tokens" in str(plan)
 
