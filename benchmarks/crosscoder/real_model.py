@@ -21,12 +21,15 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import pandas as pd
+import torch
 import yaml
 from transformers import AutoConfig
 
 from benchmarks.reports import Goal, report
 from rlgen_stats.cli.console import progress_for
+from rlgen_stats.schemas.dims import PROMPT, SPLIT
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import Readout, StudySpec
 from rlgen_stats.stores import PairedReader, StudyFolder, open_tokens, read_json
@@ -42,7 +45,9 @@ from rlgen_stats.toolkit.crosscoder import (
     measure_readout,
     train_crosscoder,
 )
+from rlgen_stats.toolkit.crosscoder.data.paired import views_of
 from rlgen_stats.toolkit.crosscoder.training.train import training_key
+from rlgen_stats.toolkit.crosscoder.uses.encode import view_of
 from rlgen_stats.toolkit.crosscoder.uses.readout_health import DFVE_MIN, own_fve
 from rlgen_stats.toolkit.extraction import site_name, usable_tokens
 from rlgen_stats.toolkit.study import read_spec, run_study
@@ -74,6 +79,8 @@ DICTIONARIES: Final[tuple[tuple[str, float, int, tuple[Readout, ...]], ...]] = (
     ("both", 4.0, 1, ("swap",)),
 )
 """Objective, difference_weight, seed, readouts."""
+TRAINED_ON, HELD_OUT = "selection", "verification"
+"""Splits of the prompts."""
 RUNS: Final = ("sft", "rl")
 NAMES: Final = ("Tom", "Anna", "Ben", "Mia", "Sam", "Eva", "Max", "Lea")
 THINGS: Final = ("apples", "pens", "books", "coins", "cards", "stones", "cups", "shells")
@@ -133,7 +140,7 @@ def write_study(folder: Path, base: Path, size: Size) -> None:
     rows = asked + prose(size.prompts - len(asked), 2)
     prompts = pd.DataFrame(rows).drop(columns="completion")
     prompts.insert(0, "prompt_id", [f"{row['task']}-{i:03d}" for i, row in enumerate(rows)])
-    prompts["split"] = ["verification" if i % 4 == 0 else "selection" for i in range(len(rows))]
+    prompts["split"] = [HELD_OUT if i % 4 == 0 else TRAINED_ON for i in range(len(rows))]
     prompts.to_csv(folder / "data/prompts.csv", index=False)
     train = problems(size.train_prompts, 3, without=frozenset(row["text"] for row in asked))
     pd.DataFrame(train)[["text", "answer", "completion"]].to_csv(folder / "data/train.csv", index=False)
@@ -180,7 +187,7 @@ class Measured:
         self.mask = usable_tokens(self.spec, self.folder)
         self.site = site_name(self.spec.extraction.layer)
         labels = open_tokens(self.folder.activations).attrs
-        self.data_hash = content_hash([labels.get("spec_hash"), labels.get("labels_hash"), self.site, "selection"])
+        self.data_hash = content_hash([labels.get("spec_hash"), labels.get("labels_hash"), self.site, TRAINED_ON])
 
     def reader(self, models: tuple[str, ...], split: str) -> PairedReader:
         """Activations of these models on the prompts of one split."""
@@ -190,7 +197,7 @@ class Measured:
 
     def sizes(self) -> dict[str, Any]:
         """For the report's head line."""
-        trained, held_out = (self.reader(self.views, split) for split in ("selection", "verification"))
+        trained, held_out = (self.reader(self.views, split) for split in (TRAINED_ON, HELD_OUT))
         spec = self.spec.primary_crosscoder
         return {
             "site": self.site, "width": trained.width, "features": spec.n_features, "k": spec.k, "steps": spec.steps,
@@ -206,18 +213,19 @@ class Measured:
         key = training_key(spec, self.views, seed=seed, data_hash=self.data_hash)
         if (folder / SPEC).exists() and read_json(folder / SPEC)["facts"]["key"] == key:
             return load_crosscoder(folder)
-        reader = self.reader(self.views, "selection")
+        reader = self.reader(self.views, TRAINED_ON)
         return train_crosscoder(reader, spec, views=self.views, seed=seed, folder=folder, data_hash=self.data_hash)
 
     def rows(self, objective: str, weight: float, seed: int, readouts: tuple[Readout, ...]) -> Iterator[dict[str, Any]]:
         """One row a readout."""
         crosscoder = self.dictionary(objective, weight, seed)
         if "fit" in readouts:
-            crosscoder = fit_readout(crosscoder, self.reader(self.views, "selection"))
+            crosscoder = fit_readout(crosscoder, self.reader(self.views, TRAINED_ON))
         for readout in readouts:
-            found = {split: self.judged(crosscoder, readout, split) for split in ("verification", "selection")}
-            (own, health), (_, trained_on) = found["verification"], found["selection"]
+            found = {split: self.judged(crosscoder, readout, split) for split in (HELD_OUT, TRAINED_ON)}
+            (own, health), (_, trained_on) = found[HELD_OUT], found[TRAINED_ON]
             of = {one.model: one for one in health.models}
+            on_trained = {one.model: one for one in trained_on.models}
             sft, rl = ([model for model in self.models if model.startswith(f"{run}@")] for run in RUNS)
             yield {
                 "objective": objective,
@@ -228,16 +236,20 @@ class Measured:
                 "FVE of models": _span([one.fve for one in health.models]),
                 "L0": _span([one.l0 for one in health.models]),
                 "dFVE SFT": of[sft[-1]].dfve,
-                "half way": of[sft[0]].dfve,
+                "dFVE SFT half way": of[sft[0]].dfve,
                 "dFVE RL": of[rl[-1]].dfve,
-                "RL half way": of[rl[0]].dfve,
-                "RL, prompts trained on": next(m.dfve for m in trained_on.models if m.model == rl[-1]),
+                "dFVE RL half way": of[rl[0]].dfve,
+                "dFVE SFT, prompts trained on": on_trained[sft[-1]].dfve,
+                "dFVE RL, prompts trained on": on_trained[rl[-1]].dfve,
+                "dFVE SFT, prompt means": self.dfve_of_means(crosscoder, readout, sft[-1]),
+                "dFVE RL, prompt means": self.dfve_of_means(crosscoder, readout, rl[-1]),
                 "code R2 SFT": of[sft[-1]].code_r2,
                 "code R2 RL": of[rl[-1]].code_r2,
                 "artefact RL": of[rl[-1]].artefact,
                 "change SFT": of[sft[-1]].change,
                 "change RL": of[rl[-1]].change,
-                "fails": ", ".join(dict.fromkeys(c.name.removeprefix("readout_") for c in health.checks if not c.ok)),
+                "fails": _failed(health),
+                "fails on prompts trained on": _failed(trained_on),
             }
 
     def judged(self, crosscoder: Crosscoder, readout: Readout, split: str) -> tuple[float, ReadoutHealth]:
@@ -245,6 +257,27 @@ class Measured:
         own = own_fve(crosscoder, measure_health(crosscoder, self.reader(self.views, split), readout=readout))
         models = measure_readout(crosscoder, self.reader(self.models, split), self.models, readout=readout)
         return own, judge_readout(crosscoder, models, own_fve=own, contrasted=self.final, readout=readout)
+
+    def dfve_of_means(self, crosscoder: Crosscoder, readout: Readout, model: str) -> float:
+        """Share of the variance over held-out prompts of a model's mean change that decoded features explain."""
+        tokens = open_tokens(self.folder.activations)
+        prompt = tokens[PROMPT].values[self.mask & (tokens[SPLIT].values == HELD_OUT)]
+        true, found = [], []
+        for base, changed in map(views_of, self.reader((self.models[0], model), HELD_OUT).sequential(1 << 12)):
+            pair = ((self.models[0], base), (view_of(model, crosscoder.views), changed))
+            back = [
+                crosscoder.reconstruct(crosscoder.readout(torch.from_numpy(raw.copy()), view=view, kind=readout), view)
+                for view, raw in pair
+            ]
+            true.append(changed - base)
+            found.append((back[1] - back[0]).numpy())
+        means = [pd.DataFrame(np.concatenate(part)).groupby(prompt).mean().to_numpy() for part in (true, found)]
+        residual, about_mean = means[0] - means[1], means[0] - means[0].mean(axis=0)
+        return float(1 - np.square(residual).sum() / np.square(about_mean).sum())
+
+
+def _failed(health: ReadoutHealth) -> str:
+    return ", ".join(dict.fromkeys(check.name.removeprefix("readout_") for check in health.checks if not check.ok))
 
 
 def _span(values: list[float]) -> str:
