@@ -1,9 +1,9 @@
 """Objective, lambda and readout on a real language model: what of its post-training do the features of one model show?
 
 A base (any Hugging Face causal language model, given as a folder) is post-trained twice on small sums, by imitation of
-worked answers and by GRPO on right answers, all parameters, with the study's own stages. All models then read the same
-texts, half sums and half prose. Dictionaries of base and the two final models are trained on three quarters of the
-prompts; readouts are measured and judged on the rest.
+worked answers and by GRPO on right answers, all parameters, by the study's own stage. All models then read the same
+texts, sums with their answers and prose. Two dictionaries of base and both final models are trained for each row, on
+three quarters of the texts; readouts are measured on these and on the rest. What is finished is kept and not run again.
 """
 
 from __future__ import annotations
@@ -23,69 +23,71 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
+from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from benchmarks.reports import Goal, report
 from rlgen_stats.cli.console import progress_for
-from rlgen_stats.schemas.dims import PROMPT, SPLIT
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.schemas.study import Readout, StudySpec
-from rlgen_stats.stores import PairedReader, StudyFolder, open_tokens, read_json
+from rlgen_stats.schemas.study import Readout
+from rlgen_stats.stores import read_json
+from rlgen_stats.stores.atomic import replacing
 from rlgen_stats.stores.crosscoder_weights import SPEC
 from rlgen_stats.stores.study_models import final_model, list_models
 from rlgen_stats.toolkit.crosscoder import (
+    ArrayReader,
     Crosscoder,
-    ReadoutHealth,
+    agreement_sums,
     fit_readout,
     judge_readout,
     load_crosscoder,
     measure_health,
     measure_readout,
-    train_crosscoder,
+    train_replicates,
 )
-from rlgen_stats.toolkit.crosscoder.data.paired import views_of
+from rlgen_stats.toolkit.crosscoder.data.live_activations import live_corpus
 from rlgen_stats.toolkit.crosscoder.training.train import training_key
-from rlgen_stats.toolkit.crosscoder.uses.encode import view_of
 from rlgen_stats.toolkit.crosscoder.uses.readout_health import DFVE_MIN, own_fve
-from rlgen_stats.toolkit.extraction import site_name, usable_tokens
-from rlgen_stats.toolkit.study import read_spec, run_study
+from rlgen_stats.toolkit.statistics.replicability import decoded_agreement
+from rlgen_stats.toolkit.study import Study, run_study
 
 
 @dataclass(frozen=True)
 class Size:
     """How much of everything."""
 
-    prompts: int = 240
+    sums: int = 120
+    prose: int = 360
     train_prompts: int = 512
     new_tokens: int = 32
     sft_steps: int = 40
     grpo_steps: int = 24
-    n_features: int = 1536
+    n_features: int = 1024
     k: int = 32
-    steps: int = 1500
-    batch_size: int = 512
+    steps: int = 1000
+    batch_size: int = 256
 
 
-QUICK: Final = Size(24, 32, 8, 2, 2, 64, 8, 20, 64)
-DICTIONARIES: Final[tuple[tuple[str, float, int, tuple[Readout, ...]], ...]] = (
-    ("both", 4.0, 0, ("swap",)),
-    ("both", 0.0, 0, ("swap",)),
-    ("both", 2.0, 0, ("swap",)),
-    ("both", 8.0, 0, ("swap",)),
-    ("joint", 0.0, 0, ("swap", "own", "fit")),
-    ("paired", 4.0, 0, ("swap",)),
-    ("both", 4.0, 1, ("swap",)),
+QUICK: Final = Size(12, 12, 32, 8, 2, 2, 64, 8, 20, 64)
+DICTIONARIES: Final[tuple[tuple[str, float, tuple[Readout, ...]], ...]] = (
+    ("joint", 0.0, ("swap", "own", "fit")),
+    *(("both", weight, ("swap",)) for weight in (0.0, 1.0, 2.0, 4.0, 8.0)),
+    *(("paired", weight, ("swap",)) for weight in (0.0, 1.0, 2.0, 4.0, 8.0)),
 )
-"""Objective, difference_weight, seed, readouts."""
+"""Objective, difference_weight, readouts."""
+DEFAULT: Final = {"objective": "both", "lambda": 4.0}
+SEEDS: Final = (0, 1)
+"""Of the initial weights; both see the same batches."""
 TRAINED_ON, HELD_OUT = "selection", "verification"
-"""Splits of the prompts."""
+"""Splits of the texts."""
 RUNS: Final = ("sft", "rl")
 NAMES: Final = ("Tom", "Anna", "Ben", "Mia", "Sam", "Eva", "Max", "Lea")
 THINGS: Final = ("apples", "pens", "books", "coins", "cards", "stones", "cups", "shells")
 PROSE_WORDS: Final = 18
-"""Words of a paragraph that the models go on from."""
+"""Words of a paragraph that are its prompt."""
+TEXT_WORDS: Final = 80
+"""Words of a paragraph that are read."""
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
@@ -123,12 +125,18 @@ def problems(n: int, seed: int, *, without: frozenset[str] = frozenset()) -> lis
 
 
 def prose(n: int, seed: int) -> list[dict[str, str]]:
-    """``n`` beginnings of paragraphs of the Python reference, which every Python brings along; graded by no one."""
+    """``n`` paragraphs of the Python reference, which every Python brings along; graded by no one."""
     paragraphs = sorted({" ".join(part.split()) for text in topics.values() for part in re.split(r"\n\s*\n", text)})
     words = [part.split() for part in paragraphs if re.match(r"[A-Z][a-z]* [a-z]", part)]
     long = [some for some in words if len(some) > PROSE_WORDS]
     return [
-        {"text": " ".join(some[:PROSE_WORDS]), "answer": some[PROSE_WORDS], "task": "prose", "domain": "out"}
+        {
+            "text": " ".join(some[:PROSE_WORDS]),
+            "answer": some[PROSE_WORDS],
+            "completion": " " + " ".join(some[PROSE_WORDS:TEXT_WORDS]),
+            "task": "prose",
+            "domain": "out",
+        }
         for some in random.Random(seed).sample(long, n)
     ]
 
@@ -136,12 +144,19 @@ def prose(n: int, seed: int) -> list[dict[str, str]]:
 def write_study(folder: Path, base: Path, size: Size) -> None:
     """The tables and study.yaml."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    asked = problems(size.prompts // 2, 1)
-    rows = asked + prose(size.prompts - len(asked), 2)
-    prompts = pd.DataFrame(rows).drop(columns="completion")
-    prompts.insert(0, "prompt_id", [f"{row['task']}-{i:03d}" for i, row in enumerate(rows)])
-    prompts["split"] = [HELD_OUT if i % 4 == 0 else TRAINED_ON for i in range(len(rows))]
+    asked = problems(size.sums, 1)
+    prompts = pd.DataFrame(asked + prose(size.prose, 2))
+    completion = prompts.pop("completion")
+    prompts.insert(0, "prompt_id", [f"{task}-{i:03d}" for i, task in enumerate(prompts["task"])])
+    prompts["split"] = [HELD_OUT if i % 4 == 0 else TRAINED_ON for i in range(len(prompts))]
     prompts.to_csv(folder / "data/prompts.csv", index=False)
+    worked = prompts.assign(text=prompts["text"] + completion)
+    in_words = prompts.assign(text=prompts["text"] + " The answer is " + prompts["answer"] + ".").query(
+        "domain == 'in'"
+    )
+    texts = pd.concat([worked, in_words])
+    for split, part in texts.groupby("split"):
+        part[["text"]].to_csv(folder / f"data/{split}.csv", index=False)
     train = problems(size.train_prompts, 3, without=frozenset(row["text"] for row in asked))
     pd.DataFrame(train)[["text", "answer", "completion"]].to_csv(folder / "data/train.csv", index=False)
     always = {"gradient_checkpointing": False, "logging_steps": 2, "learning_rate": 1e-5}
@@ -163,7 +178,6 @@ def write_study(folder: Path, base: Path, size: Size) -> None:
         ],
         "contrast": list(RUNS),
         "data": {"prompts": "data/prompts.csv", "train": "data/train.csv"},
-        "generation": {"max_new_tokens": size.new_tokens, "n_samples": 1, "batch_size": 64},
         "grader": {"name": "math"},
         "extraction": {"layer": AutoConfig.from_pretrained(base).num_hidden_layers // 2, "batch_size": 32},
         "crosscoders": [
@@ -174,114 +188,119 @@ def write_study(folder: Path, base: Path, size: Size) -> None:
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
 
 
-# -- dictionaries ----------------------------------------------------------------------------------------------------
-class Measured:
-    """The study's models, and readers of what they make of the prompts trained on and of the others."""
+# -- activations and dictionaries --------------------------------------------------------------------------------------
+class RealModel:
+    """The post-trained study: activations of all models on both splits, and what dictionaries make of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.spec: StudySpec = read_spec(folder)
-        self.folder = StudyFolder(folder)
-        self.models = tuple(ref.model for ref in list_models(self.spec, self.folder))
-        self.final = tuple(final_model(self.spec, self.folder, run).model for run in RUNS)
+    def __init__(self, study: Study) -> None:
+        self.study, self.spec = study, study.spec.primary_crosscoder
+        self.folder = study.folder.root
+        self.models = tuple(ref.model for ref in list_models(study.spec, study.folder))
+        self.final = tuple(final_model(study.spec, study.folder, run).model for run in RUNS)
         self.views = (self.models[0], *self.final)
-        self.mask = usable_tokens(self.spec, self.folder)
-        self.site = site_name(self.spec.extraction.layer)
-        labels = open_tokens(self.folder.activations).attrs
-        self.data_hash = content_hash([labels.get("spec_hash"), labels.get("labels_hash"), self.site, TRAINED_ON])
+        self.data_hash = content_hash(
+            [study.key("posttrain"), study.spec.extraction.layer, (self.folder / f"data/{TRAINED_ON}.csv").read_text()]
+        )
+        self.models_of = {TRAINED_ON: self.views, HELD_OUT: self.models}
+        self.read = {split: self.activations(split) for split in self.models_of}
 
-    def reader(self, models: tuple[str, ...], split: str) -> PairedReader:
-        """Activations of these models on the prompts of one split."""
-        size = self.spec.primary_crosscoder.batch_size
-        place = self.folder.activations
-        return PairedReader(place, models, self.site, batch_size=size, seed=0, mask=self.mask, where={"split": split})
+    def activations(self, split: str) -> NDArray[np.float32]:
+        """[token, model, channel] without first tokens and attention sinks; computed once.
 
-    def sizes(self) -> dict[str, Any]:
-        """For the report's head line."""
-        trained, held_out = (self.reader(self.views, split) for split in (TRAINED_ON, HELD_OUT))
-        spec = self.spec.primary_crosscoder
-        return {
-            "site": self.site, "width": trained.width, "features": spec.n_features, "k": spec.k, "steps": spec.steps,
-            "tokens trained on": trained.n_tokens, "measured on": held_out.n_tokens,
-            "left out as sinks or first": int((~self.mask).sum()),
-        }  # fmt: skip
+        Of the texts trained on those of the views, of the others those of all models.
+        """
+        file = self.folder / f"activations/{split}-{self.data_hash[:12]}.npy"
+        if not file.exists():
+            corpus = self.folder / f"data/{split}.csv"
+            live = live_corpus(self.study.spec, self.study.folder, self.models_of[split], corpus, batch_size=1, seed=0)
+            tokens = np.concatenate(list(live.sequential(1 << 16)))
+            norms = np.linalg.norm(tokens[:, 0], axis=1)
+            with replacing(file) as partial, partial.open("wb") as out:
+                np.save(out, tokens[norms <= self.study.spec.extraction.max_norm_ratio * np.median(norms)])
+        return np.load(file)
 
-    def dictionary(self, objective: str, weight: float, seed: int) -> Crosscoder:
-        """Trained on the selection prompts, or read if it has been."""
-        changed = {"objective": objective, "difference_weight": weight, "seed": seed}
-        spec = self.spec.primary_crosscoder.model_copy(update=changed)
-        folder = self.folder.root / "dictionaries" / f"{objective}-{weight:g}-{seed}"
-        key = training_key(spec, self.views, seed=seed, data_hash=self.data_hash)
-        if (folder / SPEC).exists() and read_json(folder / SPEC)["facts"]["key"] == key:
-            return load_crosscoder(folder)
+    def reader(self, models: tuple[str, ...], split: str) -> ArrayReader:
+        """Activations of these models, in batches."""
+        slots = [self.models_of[split].index(model) for model in models]
+        return ArrayReader(self.read[split][:, slots], batch_size=self.spec.batch_size, seed=0)
+
+    def dictionaries(self, objective: str, weight: float) -> list[Crosscoder]:
+        """One a seed; those that are not on disk are trained, in one pass over the data."""
+        spec = self.spec.model_copy(update={"objective": objective, "difference_weight": weight})
+        folders = [self.folder / f"dictionaries/{objective}-{weight:g}-{seed}" for seed in SEEDS]
+        keys = [training_key(spec, self.views, seed=seed, data_hash=self.data_hash) for seed in SEEDS]
+        if all(
+            (folder / SPEC).exists() and read_json(folder / SPEC)["facts"]["key"] == key
+            for folder, key in zip(folders, keys, strict=True)
+        ):
+            return [load_crosscoder(folder) for folder in folders]
         reader = self.reader(self.views, TRAINED_ON)
-        return train_crosscoder(reader, spec, views=self.views, seed=seed, folder=folder, data_hash=self.data_hash)
+        return train_replicates(reader, spec, views=self.views, seeds=SEEDS, folders=folders, data_hash=self.data_hash)
 
-    def rows(self, objective: str, weight: float, seed: int, readouts: tuple[Readout, ...]) -> Iterator[dict[str, Any]]:
-        """One row a readout."""
-        crosscoder = self.dictionary(objective, weight, seed)
-        if "fit" in readouts:
-            crosscoder = fit_readout(crosscoder, self.reader(self.views, TRAINED_ON))
+    def rows(self, objective: str, weight: float, readouts: tuple[Readout, ...]) -> Iterator[dict[str, Any]]:
+        """One row a readout: means of both dictionaries, and how far they agree."""
+        pair = self.dictionaries(objective, weight)
         for readout in readouts:
-            found = {split: self.judged(crosscoder, readout, split) for split in (HELD_OUT, TRAINED_ON)}
-            (own, health), (_, trained_on) = found[HELD_OUT], found[TRAINED_ON]
-            of = {one.model: one for one in health.models}
-            on_trained = {one.model: one for one in trained_on.models}
-            sft, rl = ([model for model in self.models if model.startswith(f"{run}@")] for run in RUNS)
+            if readout == "fit":
+                pair = [fit_readout(one, self.reader(self.views, TRAINED_ON)) for one in pair]
+            measured = pd.DataFrame([self.measured(one, readout) for one in pair])
+            sums = agreement_sums(pair, self.reader(self.models, HELD_OUT), self.models, readout=readout)
+            of_rl = decoded_agreement(sums).sel(model=self.final[-1])
             yield {
                 "objective": objective,
-                "lambda": weight if objective != "joint" else None,
-                "seed": seed,
+                "lambda": None if objective == "joint" else weight,
                 "readout": readout,
-                "FVE joint": own,
-                "FVE of models": _span([one.fve for one in health.models]),
-                "L0": _span([one.l0 for one in health.models]),
-                "dFVE SFT": of[sft[-1]].dfve,
-                "dFVE SFT half way": of[sft[0]].dfve,
-                "dFVE RL": of[rl[-1]].dfve,
-                "dFVE RL half way": of[rl[0]].dfve,
-                "dFVE SFT, prompts trained on": on_trained[sft[-1]].dfve,
-                "dFVE RL, prompts trained on": on_trained[rl[-1]].dfve,
-                "dFVE SFT, prompt means": self.dfve_of_means(crosscoder, readout, sft[-1]),
-                "dFVE RL, prompt means": self.dfve_of_means(crosscoder, readout, rl[-1]),
-                "code R2 SFT": of[sft[-1]].code_r2,
-                "code R2 RL": of[rl[-1]].code_r2,
-                "artefact RL": of[rl[-1]].artefact,
-                "change SFT": of[sft[-1]].change,
-                "change RL": of[rl[-1]].change,
-                "fails": _failed(health),
-                "fails on prompts trained on": _failed(trained_on),
+                **measured.drop(columns="fails").mean().to_dict(),
+                "RL with the true change": float(of_rl.true_correlation.mean()),
+                "of both seeds": float(of_rl.decoded_correlation[0, 1]),
+                "of their errors": float(of_rl.error_correlation[0, 1]),
+                "fails": ", ".join(dict.fromkeys(name for names in measured["fails"] for name in names)),
             }
 
-    def judged(self, crosscoder: Crosscoder, readout: Readout, split: str) -> tuple[float, ReadoutHealth]:
-        """The dictionary's own FVE, and its readout on all models, held against the limits."""
-        own = own_fve(crosscoder, measure_health(crosscoder, self.reader(self.views, split), readout=readout))
-        models = measure_readout(crosscoder, self.reader(self.models, split), self.models, readout=readout)
-        return own, judge_readout(crosscoder, models, own_fve=own, contrasted=self.final, readout=readout)
+    def measured(self, crosscoder: Crosscoder, readout: Readout) -> dict[str, Any]:
+        """One dictionary under one readout, on held-out texts where nothing else is said."""
+        own, models = {}, {}
+        for split in self.read:
+            own[split] = own_fve(crosscoder, measure_health(crosscoder, self.reader(self.views, split)))
+            there = self.models_of[split]
+            found = measure_readout(crosscoder, self.reader(there, split), there, readout=readout)
+            models[split] = {one.model: one for one in found}
+        health = judge_readout(
+            crosscoder,
+            tuple(models[HELD_OUT].values()),
+            own_fve=own[HELD_OUT],
+            contrasted=self.final,
+            readout=readout,
+        )
+        of, of_trained_on = models[HELD_OUT], models[TRAINED_ON]
+        half_way = {run: next(model for model in self.models if model.startswith(f"{run}@")) for run in RUNS}
+        row = {
+            "FVE": own[HELD_OUT],
+            "FVE, trained on": own[TRAINED_ON],
+            "FVE of models": min(one.fve for one in health.models),
+            "L0": max(one.l0 for one in health.models),
+        }
+        for run, final in zip(RUNS, self.final, strict=True):
+            row |= {
+                f"dFVE {run}": of[final].dfve,
+                f"dFVE {run}, trained on": of_trained_on[final].dfve,
+                f"dFVE {run}, half way": of[half_way[run]].dfve,
+                f"code R2 {run}": of[final].code_r2,
+            }
+        failed = [check.name.removeprefix("readout_") for check in health.checks if not check.ok]
+        return row | {"artefact": of[self.final[-1]].artefact, "fails": failed}
 
-    def dfve_of_means(self, crosscoder: Crosscoder, readout: Readout, model: str) -> float:
-        """Share of the variance over held-out prompts of a model's mean change that decoded features explain."""
-        tokens = open_tokens(self.folder.activations)
-        prompt = tokens[PROMPT].values[self.mask & (tokens[SPLIT].values == HELD_OUT)]
-        true, found = [], []
-        for base, changed in map(views_of, self.reader((self.models[0], model), HELD_OUT).sequential(1 << 12)):
-            pair = ((self.models[0], base), (view_of(model, crosscoder.views), changed))
-            back = [
-                crosscoder.reconstruct(crosscoder.readout(torch.from_numpy(raw.copy()), view=view, kind=readout), view)
-                for view, raw in pair
-            ]
-            true.append(changed - base)
-            found.append((back[1] - back[0]).numpy())
-        means = [pd.DataFrame(np.concatenate(part)).groupby(prompt).mean().to_numpy() for part in (true, found)]
-        residual, about_mean = means[0] - means[1], means[0] - means[0].mean(axis=0)
-        return float(1 - np.square(residual).sum() / np.square(about_mean).sum())
-
-
-def _failed(health: ReadoutHealth) -> str:
-    return ", ".join(dict.fromkeys(check.name.removeprefix("readout_") for check in health.checks if not check.ok))
-
-
-def _span(values: list[float]) -> str:
-    return f"{min(values):.3g} to {max(values):.3g}"
+    def settings(self) -> dict[str, Any]:
+        """What the table's head says."""
+        trained_on, held_out = self.read[TRAINED_ON].astype(np.float64), self.read[HELD_OUT].astype(np.float64)
+        spread = np.square(held_out[:, 0] - held_out[:, 0].mean(axis=0)).sum()
+        change = {
+            f"change {run}": f"{np.square(held_out[:, self.models.index(final)] - held_out[:, 0]).sum() / spread:.2g}"
+            for run, final in zip(RUNS, self.final, strict=True)
+        }
+        sizes = {"width": held_out.shape[2], "features": self.spec.n_features, "k": self.spec.k}
+        sizes |= {"steps": self.spec.steps, "batch": self.spec.batch_size}
+        return sizes | {"tokens trained on": len(trained_on), "held out": len(held_out)} | change
 
 
 def main() -> None:
@@ -292,28 +311,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny: checks the script, measures nothing")
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
-    size = QUICK if options.quick else Size()
-    write_study(options.folder, options.base, size)
+    write_study(options.folder, options.base, QUICK if options.quick else Size())
     with progress_for() as progress:
-        run_study(options.folder, stages=["extract"], progress=progress)
-    measured, rows = Measured(options.folder), []
-    for objective, weight, seed, readouts in DICTIONARIES:
+        real = RealModel(run_study(options.folder, stages=["posttrain"], progress=progress))
+    rows = []
+    for objective, weight, readouts in DICTIONARIES:
         start = time.monotonic()
-        rows += measured.rows(objective, weight, seed, readouts)
-        sys.stderr.write(f"{objective}, lambda {weight:g}, seed {seed}: {time.monotonic() - start:.0f} s\n")
-    default = rows[0]
-    settings = measured.sizes() | {name: f"{default[name]:.3g}" for name in ("change SFT", "change RL")}
-    for row in rows:
-        del row["change SFT"], row["change RL"]
+        rows += real.rows(objective, weight, readouts)
+        sys.stderr.write(f"{objective}, lambda {weight:g}: {time.monotonic() - start:.0f} s\n")
     options.repetitions = 1
-    report(
-        options,
-        options.folder,
-        "A real model",
-        settings=settings,
-        rows=rows,
-        goals=[Goal(f"{name} with the default", default[name], DFVE_MIN) for name in ("dFVE SFT", "dFVE RL")],
-    )
+    default = next(row for row in rows if row | DEFAULT == row)
+    goals = [Goal(f"dFVE of {run} with the default", default[f"dFVE {run}"], DFVE_MIN) for run in RUNS]
+    report(options, options.folder, "A real model", settings=real.settings(), rows=rows, goals=goals)
 
 
 if __name__ == "__main__":
