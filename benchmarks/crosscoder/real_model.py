@@ -72,8 +72,8 @@ class Size:
 QUICK: Final = Size(12, 12, 32, 8, 2, 2, 64, 8, 20, 64)
 DICTIONARIES: Final[tuple[tuple[str, float, tuple[Readout, ...]], ...]] = (
     ("joint", 0.0, ("swap", "own", "fit")),
-    *(("both", weight, ("swap",)) for weight in (0.0, 1.0, 2.0, 4.0, 8.0)),
-    *(("paired", weight, ("swap",)) for weight in (0.0, 1.0, 2.0, 4.0, 8.0)),
+    *(("both", weight, ("swap",)) for weight in (0.0, 1.0, 2.0, 4.0, 8.0, 32.0, 128.0)),
+    *(("paired", weight, ("swap",)) for weight in (0.0, 4.0, 32.0)),
 )
 """Objective, difference_weight, readouts."""
 DEFAULT: Final = {"objective": "both", "lambda": 4.0}
@@ -217,7 +217,7 @@ class RealModel:
             norms = np.linalg.norm(tokens[:, 0], axis=1)
             with replacing(file) as partial, partial.open("wb") as out:
                 np.save(out, tokens[norms <= self.study.spec.extraction.max_norm_ratio * np.median(norms)])
-        return np.load(file)
+        return np.asarray(np.load(file), dtype=np.float32)
 
     def reader(self, models: tuple[str, ...], split: str) -> ArrayReader:
         """Activations of these models, in batches."""
@@ -244,63 +244,55 @@ class RealModel:
             if readout == "fit":
                 pair = [fit_readout(one, self.reader(self.views, TRAINED_ON)) for one in pair]
             measured = pd.DataFrame([self.measured(one, readout) for one in pair])
+            means = {str(name): value for name, value in measured.drop(columns="fails").mean().items()}
             sums = agreement_sums(pair, self.reader(self.models, HELD_OUT), self.models, readout=readout)
             of_rl = decoded_agreement(sums).sel(model=self.final[-1])
             yield {
                 "objective": objective,
                 "lambda": None if objective == "joint" else weight,
                 "readout": readout,
-                **measured.drop(columns="fails").mean().to_dict(),
-                "RL with the true change": float(of_rl.true_correlation.mean()),
-                "of both seeds": float(of_rl.decoded_correlation[0, 1]),
-                "of their errors": float(of_rl.error_correlation[0, 1]),
+                **means,
+                "rl: true and decoded": float(of_rl.true_correlation.mean()),
+                "of two seeds": float(of_rl.decoded_correlation[0, 1]),
+                "their errors": float(of_rl.error_correlation[0, 1]),
                 "fails": ", ".join(dict.fromkeys(name for names in measured["fails"] for name in names)),
             }
 
     def measured(self, crosscoder: Crosscoder, readout: Readout) -> dict[str, Any]:
-        """One dictionary under one readout, on held-out texts where nothing else is said."""
-        own, models = {}, {}
-        for split in self.read:
-            own[split] = own_fve(crosscoder, measure_health(crosscoder, self.reader(self.views, split)))
-            there = self.models_of[split]
-            found = measure_readout(crosscoder, self.reader(there, split), there, readout=readout)
-            models[split] = {one.model: one for one in found}
-        health = judge_readout(
-            crosscoder,
-            tuple(models[HELD_OUT].values()),
-            own_fve=own[HELD_OUT],
-            contrasted=self.final,
-            readout=readout,
+        """One dictionary under one readout, on held-out texts and on as many tokens of those trained on."""
+        fve = own_fve(crosscoder, measure_health(crosscoder, self.reader(self.views, HELD_OUT), readout=readout))
+        n_tokens = len(self.read[HELD_OUT])
+        held_out, trained_on = (
+            measure_readout(crosscoder, self.reader(models, split), models, readout=readout, max_tokens=n_tokens)
+            for models, split in ((self.models, HELD_OUT), (self.views, TRAINED_ON))
         )
-        of, of_trained_on = models[HELD_OUT], models[TRAINED_ON]
-        half_way = {run: next(model for model in self.models if model.startswith(f"{run}@")) for run in RUNS}
-        row = {
-            "FVE": own[HELD_OUT],
-            "FVE, trained on": own[TRAINED_ON],
-            "FVE of models": min(one.fve for one in health.models),
-            "L0": max(one.l0 for one in health.models),
+        health = judge_readout(crosscoder, held_out, own_fve=fve, contrasted=self.final, readout=readout)
+        of, of_trained_on = ({one.model: one for one in models} for models in (held_out, trained_on))
+        sft, rl = self.final
+        first_rl = next(model for model in self.models if model.startswith("rl@"))
+        return {
+            "FVE": fve,
+            "FVE of models": min(one.fve for one in held_out),
+            "trained on": min(one.fve for one in trained_on),
+            "L0": max(one.l0 for one in held_out),
+            "dFVE sft": of[sft].dfve,
+            "sft, trained on": of_trained_on[sft].dfve,
+            "dFVE rl": of[rl].dfve,
+            "rl, trained on": of_trained_on[rl].dfve,
+            "rl, half way": of[first_rl].dfve,
+            "artefact": of[rl].artefact,
+            "fails": [check.name.removeprefix("readout_") for check in health.checks if not check.ok],
         }
-        for run, final in zip(RUNS, self.final, strict=True):
-            row |= {
-                f"dFVE {run}": of[final].dfve,
-                f"dFVE {run}, trained on": of_trained_on[final].dfve,
-                f"dFVE {run}, half way": of[half_way[run]].dfve,
-                f"code R2 {run}": of[final].code_r2,
-            }
-        failed = [check.name.removeprefix("readout_") for check in health.checks if not check.ok]
-        return row | {"artefact": of[self.final[-1]].artefact, "fails": failed}
 
     def settings(self) -> dict[str, Any]:
         """What the table's head says."""
-        trained_on, held_out = self.read[TRAINED_ON].astype(np.float64), self.read[HELD_OUT].astype(np.float64)
-        spread = np.square(held_out[:, 0] - held_out[:, 0].mean(axis=0)).sum()
-        change = {
-            f"change {run}": f"{np.square(held_out[:, self.models.index(final)] - held_out[:, 0]).sum() / spread:.2g}"
-            for run, final in zip(RUNS, self.final, strict=True)
-        }
-        sizes = {"width": held_out.shape[2], "features": self.spec.n_features, "k": self.spec.k}
-        sizes |= {"steps": self.spec.steps, "batch": self.spec.batch_size}
-        return sizes | {"tokens trained on": len(trained_on), "held out": len(held_out)} | change
+        held_out, spec = self.read[HELD_OUT].astype(np.float64), self.spec
+        base = held_out[:, 0]
+        changes = [np.square(held_out[:, self.models.index(final)] - base).sum() for final in self.final]
+        sizes = {"width": base.shape[1], "features": spec.n_features, "k": spec.k, "steps": spec.steps}
+        sizes |= {"batch": spec.batch_size, "tokens trained on": len(self.read[TRAINED_ON]), "held out": len(base)}
+        spread = np.square(base - base.mean(axis=0)).sum()
+        return sizes | {f"change of {run}": f"{c / spread:.2g}" for run, c in zip(RUNS, changes, strict=True)}
 
 
 def main() -> None:
@@ -314,7 +306,7 @@ def main() -> None:
     write_study(options.folder, options.base, QUICK if options.quick else Size())
     with progress_for() as progress:
         real = RealModel(run_study(options.folder, stages=["posttrain"], progress=progress))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for objective, weight, readouts in DICTIONARIES:
         start = time.monotonic()
         rows += real.rows(objective, weight, readouts)
