@@ -150,11 +150,9 @@ def write_study(folder: Path, base: Path, size: Size) -> None:
     prompts.insert(0, "prompt_id", [f"{task}-{i:03d}" for i, task in enumerate(prompts["task"])])
     prompts["split"] = [HELD_OUT if i % 4 == 0 else TRAINED_ON for i in range(len(prompts))]
     prompts.to_csv(folder / "data/prompts.csv", index=False)
-    worked = prompts.assign(text=prompts["text"] + completion)
-    in_words = prompts.assign(text=prompts["text"] + " The answer is " + prompts["answer"] + ".").query(
-        "domain == 'in'"
-    )
-    texts = pd.concat([worked, in_words])
+    sums = prompts[prompts["domain"] == "in"]
+    in_words = sums.assign(text=sums["text"] + " The answer is " + sums["answer"] + ".")
+    texts = pd.concat([prompts.assign(text=prompts["text"] + completion), in_words])
     for split, part in texts.groupby("split"):
         part[["text"]].to_csv(folder / f"data/{split}.csv", index=False)
     train = problems(size.train_prompts, 3, without=frozenset(row["text"] for row in asked))
