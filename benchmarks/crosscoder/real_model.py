@@ -48,7 +48,7 @@ from rlgen_stats.toolkit.crosscoder import (
 )
 from rlgen_stats.toolkit.crosscoder.data.live_activations import live_corpus
 from rlgen_stats.toolkit.crosscoder.training.train import training_key
-from rlgen_stats.toolkit.crosscoder.uses.readout_health import DFVE_MIN, own_fve
+from rlgen_stats.toolkit.crosscoder.uses.readout_health import CODE_R2_MIN, DFVE_MIN, own_fve
 from rlgen_stats.toolkit.statistics.replicability import decoded_agreement
 from rlgen_stats.toolkit.study import Study, run_study
 
@@ -278,8 +278,10 @@ class RealModel:
             "dFVE rl": of[rl].dfve,
             "rl, trained on": of_trained_on[rl].dfve,
             "rl, half way": of[first_rl].dfve,
+            "code R2 sft": of[sft].code_r2,
+            "code R2 rl": of[rl].code_r2,
             "artefact": of[rl].artefact,
-            "fails": [check.name.removeprefix("readout_") for check in health.checks if not check.ok],
+            "fails": [f"{check.name.removeprefix('readout_')} {check.view}" for check in health.checks if not check.ok],
         }
 
     def settings(self) -> dict[str, Any]:
@@ -311,7 +313,12 @@ def main() -> None:
         sys.stderr.write(f"{objective}, lambda {weight:g}: {time.monotonic() - start:.0f} s\n")
     options.repetitions = 1
     default = next(row for row in rows if row | DEFAULT == row)
-    goals = [Goal(f"dFVE of {run} with the default", default[f"dFVE {run}"], DFVE_MIN) for run in RUNS]
+    limits = {"dFVE": DFVE_MIN, "code R2": CODE_R2_MIN}
+    goals = [
+        Goal(f"{name} of {run} with the default", default[f"{name} {run}"], limit)
+        for run in RUNS
+        for name, limit in limits.items()
+    ]
     report(options, options.folder, "A real model", settings=real.settings(), rows=rows, goals=goals)
 
 
