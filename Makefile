@@ -80,7 +80,7 @@ benchmark-drift: install
 	mkdir -p .benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/crosscoder/drift_worlds.py --json .benchmarks/drift-worlds.json
 
-# An hour and a half on one core, 8 GB of disk. BASE_MODEL: folder of a Hugging Face model of about 100M parameters.
+# An hour on one core, 3 GB of disk. BASE_MODEL: folder of a Hugging Face causal language model of about 100M parameters.
 benchmark-real-model: install
 	mkdir -p .benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/crosscoder/real_model.py $(BASE_MODEL) --folder .benchmarks/real-model --json .benchmarks/real-model.json $(BENCHMARK_OPTIONS)
