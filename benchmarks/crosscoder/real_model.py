@@ -286,7 +286,7 @@ class RealModel:
             "code R2 rl": of[rl].code_r2,
             "decoders R2 rl": self.decoders_r2(crosscoder, readout, rl),
             "artefact": of[rl].artefact,
-            "fails": [f"{check.name.removeprefix('readout_')} {check.view}" for check in health.checks if not check.ok],
+            "fails": [check.name.removeprefix("readout_") for check in health.checks if not check.ok],
         }
 
     @torch.no_grad()
