@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-intervention benchmark-stability same-numbers wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest faults mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -83,6 +83,11 @@ benchmark-crosscoder: install
 benchmark-drift: install
 	mkdir -p .benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/crosscoder/drift_worlds.py --json .benchmarks/drift-worlds.json
+
+# An hour on one core, 3 GB of disk. BASE_MODEL: folder of a Hugging Face causal language model of about 100M parameters.
+benchmark-real-model: install
+	mkdir -p .benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/crosscoder/real_model.py $(BASE_MODEL) --folder .benchmarks/real-model --json .benchmarks/real-model.json $(BENCHMARK_OPTIONS)
 
 # Three minutes; the arms are of the demo's study (make demo first).
 benchmark-intervention: install

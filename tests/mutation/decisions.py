@@ -62,7 +62,7 @@ DECISIONS = (
         ("tests/statistics/test_replicability.py",),
         functions=("decoded_agreement", "matched_drift", "set_agreement", "_common_prompts", "_levels"),
         technical=("N_RANDOM_SETS",),
-        unnoticed={"set_agreement: seed + number  ->  seed - number": "another stream of the same random draws"},
+        unnoticed={"decoded_agreement: n_parts - 1  ->  n_parts - 0": "the number of parts is odd, and halved down"},
     ),
     Decision(
         "toolkit/statistics/kernels/pooling.py",

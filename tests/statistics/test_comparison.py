@@ -160,6 +160,22 @@ def test_the_same_scores_in_another_order_are_a_tie():
     assert int(got.a_better) == int(got.b_better) == 0
 
 
+@pytest.mark.parametrize(("a", "b"), [(0, 0), (0, 1), (1, 0)])
+def test_where_every_prompt_changed_alike_the_interval_is_not_of_width_0(a: int, b: int) -> None:
+    """At most Wilson's upper share of prompts has another difference, and that is -1 or 1."""
+    other = stats.binomtest(0, 20).proportion_ci(method="wilson").high
+    got = compare_outcomes(table([a] * 20), table([b] * 20)).sel(task="all")
+    mean = b - a
+    assert float(got.difference_low) == pytest.approx(mean - (mean + 1) * other)
+    assert float(got.difference_high) == pytest.approx(mean + (1 - mean) * other)
+
+
+def test_intervals_need_two_prompts_and_end_at_1() -> None:
+    assert np.isnan(float(compare_outcomes(table([0]), table([1])).difference_low.item()))
+    two = compare_outcomes(table([0, 0]), table([0, 1]))
+    assert (float(two.difference_low.item()), float(two.difference_high.item())) == (-1, 1)
+
+
 def test_ungraded_and_unpaired_are_counted():
     a = table([1, 0, np.nan, 1, 0, 1, 1, 0])
     b = table([1, 1, 1, 1, 0, 0, 1, 1])

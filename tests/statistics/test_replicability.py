@@ -83,6 +83,9 @@ def test_a_dictionary_without_error_has_no_error_to_correlate() -> None:
     assert decoded_agreement(sums_of(change, [change + 0.1])).sizes["dictionary"] == 1
     with pytest.raises(InputError, match="got 1 parts"):
         decoded_agreement(sums_of(change, [change]).isel(part=[0], other_part=[0]))
+    four = sums_of(change, [change, change]).isel(part=range(4), other_part=range(4))
+    with pytest.raises(InputError, match="got 4 parts"):
+        decoded_agreement(four)
     with pytest.raises(InputError, match="got 2 parts"):
         decoded_agreement(sums_of(change, [change]).isel(part=[0, 1], other_part=[0, 1]))
 

@@ -9,6 +9,7 @@ from scipy import stats
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels import (
     mcnemar,
+    pass_at_k,
     wilson_interval,
 )
 from tests.oracles import slow
@@ -45,3 +46,16 @@ def test_wilson_bounds_of_arrays_and_edges() -> None:
     assert all(isinstance(bound, float) for bound in wilson_interval(3, 10))
     with pytest.raises(InputError, match="between 0 and the number of trials, got 4 of 3"):
         wilson_interval(4, 3)
+
+
+def test_pass_at_k_from_none_to_all_right_and_from_one_try_to_all() -> None:
+    np.testing.assert_allclose(pass_at_k([0, 1, 4], 4, 1), [0, 0.25, 1])
+    np.testing.assert_allclose(pass_at_k([0, 1, 4], 4, 4), [0, 1, 1])
+    for right, n, k, message in (
+        (-1, 4, 1, "between 0"),
+        (5, 4, 1, "between 0"),
+        (1, 4, 0, "k = 0"),
+        (1, 4, 5, "k = 5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pass_at_k(right, n, k)
