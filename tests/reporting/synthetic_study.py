@@ -12,6 +12,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model
+from rlgen_stats.toolkit.statistics.causal.findings import Check, Finding, as_columns
 
 N_FEATURES = 240
 SFT_STEPS, RL_STEPS = (30, 60, 90, 120, 150), (16, 32, 48, 64, 80)
@@ -658,6 +659,31 @@ def separation() -> xr.Dataset:
     )
 
 
+def criteria(*effects: float) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
+    """Columns of the table of criteria, a row a direction, of trials in which everything needed was passed."""
+    each = [
+        as_columns(
+            (
+                Finding(
+                    check=Check.V1_EFFECT,
+                    passed=True,
+                    statistic=effect,
+                    low=effect - 0.06,
+                    high=effect + 0.06,
+                    bound=0.02,
+                    p_value=0.0004,
+                ),
+                Finding(check=Check.V2_RANK, passed=True, statistic=0, bound=0.05, p_value=0.04, n=24),
+                Finding(check=Check.V3_DOSE, passed=True, statistic=abs(effect) / 2, p_value=0.001, n=3),
+                Finding(check=Check.V4_ACCURACY, passed=True, statistic=0.0, low=-0.04, bound=-0.05, n=60),
+                Finding(check=Check.V6_AGREEMENT, passed=True, statistic=0.5, bound=0.1, p_value=0.001, n=90),
+            )
+        )
+        for effect in effects
+    ]
+    return {name: (("direction", "criterion"), np.array([one[name] for one in each])) for name in each[0]}
+
+
 def intervention() -> xr.Dataset:
     rng = np.random.default_rng(6)
     directions = ("disable", "amplify")
@@ -741,10 +767,13 @@ def intervention() -> xr.Dataset:
             "v4": ("direction", [True, True]),
             "v5": ("direction", ["4 of 6 tasks on their own", "5 of 6 tasks on their own"]),
             "v6": ("direction", [True, True]),
+            "decided_by": ("direction", ["all_passed", "all_passed"]),
             "n_prompts": ("direction", [180, 180]),
-        },
+        }
+        | criteria(-0.35, 0.21),
         coords={
             "direction": list(directions),
+            "criterion": [str(check) for check in Check],
             "condition": [name for name, _, _ in plan],
             "task": tasks,
             "class": list(CLASSES),

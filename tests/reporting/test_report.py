@@ -351,7 +351,7 @@ def test_an_empty_study_has_a_report_that_says_so(
     data = json.loads((empty_folder.report / "report.json").read_text(encoding="utf-8"))
     assert {c["verdict"] for c in data["claims"]} == {"NOT_ESTIMABLE"}
     assert data["claims"][0]["estimate"] is None
-    assert len(data["analyses"]["missing"]) == 14
+    assert len(data["analyses"]["missing"]) == 15
     assert page.text.count("○ not estimable") >= 10
     assert "has not been computed" in page.text
     Page((empty_folder.report / "features.html").read_text(encoding="utf-8"))
