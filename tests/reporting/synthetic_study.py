@@ -821,14 +821,15 @@ def other_parts() -> xr.Dataset:
 
 
 def control_balance() -> xr.Dataset:
+    covariates = ("edit_norm", "log_firing", "decoder_norm", "contribution_energy", "mas_bin")
     return xr.Dataset(
         {
-            "set_mean": ("covariate", [-1.2, 1.5, 0.3, 2.0]),
-            "control_mean": ("covariate", [-1.25, 1.46, 0.29, 1.9]),
-            "standardized_difference": ("covariate", [0.05, 0.04, 0.02, 0.06]),
-            "balanced": ("covariate", [True] * 4),
+            "set_mean": ("covariate", [3.1, -1.2, 1.5, 0.3, 2.0] * 2),
+            "control_mean": ("covariate", [3.0, -1.25, 1.46, 0.29, 1.9] * 2),
+            "standardized_difference": ("covariate", [0.03, 0.05, 0.04, 0.02, 0.06] * 2),
+            "balanced": ("covariate", [True] * 10),
         },
-        coords={"covariate": ["log_firing", "decoder_norm", "contribution_energy", "mas_bin"]},
+        coords={"covariate": [f"{name}_{direction}" for direction in ("disable", "amplify") for name in covariates]},
     )
 
 

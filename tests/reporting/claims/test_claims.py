@@ -601,12 +601,17 @@ def test_without_a_shown_patch_effect_no_share_is_named(results: Results, spec: 
 
 
 def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: StudySpec) -> None:
+    """Each claim speaks of the random sets of its own direction."""
     balance = results["control_balance"]
-    results["control_balance"] = balance.assign(balanced=("covariate", [True, False, True, True]))
-    assert any("match the set in decoder norm" in c for c in claim(results, spec, "C4").caveats)
+    row = balance["covariate"] == "decoder_norm_disable"
+    results["control_balance"] = balance.assign(balanced=~row)
+    assert any("match the set in decoder norm." in c for c in claim(results, spec, "C4").caveats)
+    assert not any("match the set in" in c for c in claim(results, spec, "C5").caveats)
     none = xr.full_like(balance.standardized_difference, np.nan)
-    results["control_balance"] = balance.assign(standardized_difference=none).assign_attrs(flags=["too few features."])
+    flags = ["disable: too few features.", "amplify: none alike"]
+    results["control_balance"] = balance.assign(standardized_difference=none).assign_attrs(flags=flags)
     assert "There are no matched random sets: too few features." in claim(results, spec, "C4").caveats
+    assert "There are no matched random sets: none alike." in claim(results, spec, "C5").caveats
 
 
 # -- table ---------------------------------------------------------------------------------------------------------

@@ -185,14 +185,18 @@ def _in_domain(results: Results) -> set[str]:
     return {task for task, domain in rows if domain == "in"}
 
 
-def _balance_caveat(balance: xr.Dataset | None) -> list[str]:
+def _balance_caveat(balance: xr.Dataset | None, direction: str) -> list[str]:
+    """Where the random sets of a direction fall short; rows and flags of both directions stand in one table."""
     if balance is None:
         return ["How well the random sets match the set is not recorded."]
-    if not np.isfinite(balance["standardized_difference"].values).any():
-        flags = "; ".join(str(flag).rstrip(".") for flag in np.atleast_1d(balance.attrs.get("flags", [])) if str(flag))
-        return [f"There are no matched random sets{': ' + flags if flags else ''}."]
-    rows = zip(labels_of(balance, "covariate"), balance["balanced"].values, strict=True)
-    unbalanced = [label.replace("_", " ") for label, balanced in rows if not balanced]
+    suffix, prefix = f"_{direction}", f"{direction}: "
+    own = balance.isel(covariate=[label.endswith(suffix) for label in labels_of(balance, "covariate")])
+    if not np.isfinite(own["standardized_difference"].values).any():
+        flags = [str(flag) for flag in np.atleast_1d(balance.attrs.get("flags", []))]
+        why = "; ".join(flag.removeprefix(prefix).rstrip(".") for flag in flags if flag.startswith(prefix))
+        return [f"There are no matched random sets{': ' + why if why else ''}."]
+    rows = zip(labels_of(own, "covariate"), own["balanced"].values, strict=True)
+    unbalanced = [label.removesuffix(suffix).replace("_", " ") for label, balanced in rows if not balanced]
     return [f"The random sets do not fully match the set in {listed(unbalanced)}."] if unbalanced else []
 
 
@@ -287,7 +291,7 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
     edited, confirmed = _edited_and_confirmed(results)
     if confirmed < edited:
         caveats.append(f"Only {confirmed} of the {edited} edited features are confirmed (C3).")
-    caveats += _balance_caveat(results.get("control_balance"))
+    caveats += _balance_caveat(results.get("control_balance"), direction)
     floor = smallest_rank_p(details["n_controls"])
     if details["n_controls"] and floor > spec.statistics.alpha:
         caveats.append(
