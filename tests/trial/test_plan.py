@@ -30,6 +30,7 @@ from rlgen_stats.toolkit.intervention import (
 )
 from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
 from rlgen_stats.toolkit.statistics.causal.edit_norms import scaled
+from rlgen_stats.toolkit.statistics.causal.findings import Check
 from rlgen_stats.toolkit.trial.arms import UNEDITED, choose_prompts
 from rlgen_stats.toolkit.trial.token_codes import token_codes
 from tests.trial.planted import (
@@ -133,6 +134,23 @@ def test_a_plan_of_nothing_says_why(study: Any) -> None:
     assert (plan.arms, plan.stored, plan.completions, plan.n_prompts) == ({}, {}, 0, 0)
     assert plan.why_not == "no_features: no feature selected"
     assert str(plan) == "features none\nno_features: no feature selected"
+
+
+@pytest.mark.parametrize(("n_asked", "refused"), [(19, False), (18, True)])
+def test_a_set_without_matches_is_tried_where_enough_random_sets_were_asked_for(
+    study: Any, n_asked: int, refused: bool
+) -> None:
+    """What cannot be matched is said by the verdict; refused is only what no set could pass."""
+    spec, folder = study
+    covariates = covariates_without(folder, F_BRAKE)
+    covariates["contribution_energy"].values[F_GATE] += 40
+    asked = spec.intervention.model_copy(update={"n_controls": n_asked})
+    plan = plan_trial(
+        spec.model_copy(update={"intervention": asked}), folder, [F_GATE], covariates, provenance=PROVENANCE
+    )
+    assert plan.direction("disable").n_random == 0
+    assert plan.why_not
+    assert [shortfall.check for shortfall in plan.shortfalls] == ([Check.V2_RANK] if refused else [])
 
 
 def test_a_readout_that_failed_is_not_tried_unless_accepted(study: Any, tmp_path: Path) -> None:

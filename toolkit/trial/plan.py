@@ -175,6 +175,8 @@ class TrialPlan:
     files: ArmFiles
     facts: Mapping[str, str]
     """Hash of the study's spec: arms stored under another are run again."""
+    n_asked: int
+    """Random sets asked for; a dictionary may hold fewer that match, which the verdict then says."""
     accepted: bool = False
     """Whether it is run even if no edit can be called a cause."""
 
@@ -186,12 +188,12 @@ class TrialPlan:
 
     @property
     def shortfalls(self) -> tuple[Shortfall, ...]:
-        """Criteria that cannot pass whatever the outcomes, each once."""
+        """Criteria that cannot pass by design, whatever the set and the outcomes, each once."""
         alpha, margin = self.declared.alpha, self.declared.margin
         found = [
             shortfalls(
                 **self.prompts.n_clusters,
-                n_random=plan.n_random,
+                n_random=self.n_asked,
                 n_doses=plan.n_intermediate_doses,
                 alpha=alpha,
                 margin=margin,
@@ -446,6 +448,7 @@ def _plan_without_arms(
             attributes=_attributes(spec, features, prompts),
         ),
         files=files,
+        n_asked=spec.intervention.n_controls,
         accepted=spec.intervention.accept_undecidable,
         facts={"spec_hash": provenance.spec_hash},
     )
