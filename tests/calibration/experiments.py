@@ -59,10 +59,10 @@ EXPERIMENTS = (
     Experiment(verdicts_causal.trials, 75, "Verdicts: C4 and C5"),
     Experiment(verdicts_causal.borders, 30, "Verdicts: C4 and C5"),
     Experiment(verdicts_causal.changed_answers, 20, "Verdicts: C4 and C5"),
+    Experiment(verdicts_mediation.larger_edits, 15, "Verdicts: C4 and C5"),
+    Experiment(verdicts_mediation.mediated_shares, 30, "Verdicts: C4 and C5"),
     Experiment(families.planned_power, 8, "Planned power"),
     Experiment(verdicts_selection.selection_false, 60, "Verdicts: C3"),
     Experiment(verdicts_selection.selection_more_data, 60, "Verdicts: C3"),
     Experiment(invariance.invariance, 4, "Invariance"),
-    Experiment(verdicts_mediation.larger_edits, 15, "Verdicts: C4 and C5"),
-    Experiment(verdicts_mediation.mediated_shares, 30, "Verdicts: C4 and C5"),
 )
