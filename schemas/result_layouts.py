@@ -407,6 +407,25 @@ RESULTS: Final = (
         attrs=("test", "null", "unit", "seed", "alpha", "features"),
         optional=variables_on("direction dictionary", dictionary_effect="float"),
     ),
+    Layout(  # share of the full patch's effect that features copied from the other model carry; lift and lower
+        "mediated_share",
+        variables_on("direction", patch_effect="float", patch_low="float", patch_high="float")
+        | variables_on(
+            "direction point",
+            effect="float",
+            share="float",
+            share_low="float",
+            share_high="float",
+            above_random="float",  # the same, less the mean of the random sets
+            above_low="float",
+            above_high="float",
+        )
+        | variables_on("direction dictionary point", dictionary_share="float", norm_ratio="float")
+        | variables_on("direction dictionary point random", random_share="float", random_norm="float")
+        | variables_on("dictionary point", n_features="int"),
+        variables_on("point", point="str"),  # set, top-K, all
+        attrs=("test", "null", "unit", "alpha", "ranking"),
+    ),
     Layout(  # balance of the matched random sets against the selected set, one row per covariate
         "control_balance",
         variables_on(

@@ -366,6 +366,11 @@ class InterventionSpec(Spec):
     level: Literal["own", "rl"] = "own"
     """What amplification multiplies: a feature's own activation (own), or its mean level in the RL model, which is then
     added to the activation (rl)."""
+    curve: tuple[PositiveInt, ...] = (1, 5, 15, 50, 150)
+    """Numbers of features, those with the largest drift, that are copied from the other model beside the set and all,
+    for the share of the full patch's effect that they carry; numbers beyond those that differ at all are left out."""
+    curve_controls: Annotated[int, Field(ge=0)] = 3
+    """Matched random sets beside each of these, and random sets of which the edit is rescaled to the set's norm."""
     neutral_text: str | None = None
     """Table of texts of no task (column text), on which edits should change nothing; default: prompts of unrelated
     tasks."""

@@ -11,9 +11,8 @@ import pandas as pd
 
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
 from rlgen_stats.stores.activation_store import ARRAY, root_attributes, stored_groups, stored_models
-from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import COMMITTED_MODELS, arrays_of, read_document
-from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
+from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import filesystem, is_remote, place
 from rlgen_stats.stores.results import result_groups
 from rlgen_stats.stores.shards import open_shards
@@ -63,7 +62,7 @@ def describe(path: Path | str) -> dict[str, dict[str, Any]]:
 
 def _facts(store: Path) -> dict[str, Any]:
     attrs = read_document(store).get("attributes", {})
-    facts = _activation_facts(store) if (store / TOKENS_GROUP / ZARR_JSON).exists() else _table_facts(store, attrs)
+    facts = _activation_facts(store) if has_labels(store) else _table_facts(store, attrs)
     sizes = _files(store)
     facts["bytes"], facts["files"] = sum(sizes), len(sizes)
     if facts.get("uncompressed_bytes"):

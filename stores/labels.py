@@ -34,6 +34,7 @@ from rlgen_stats.schemas.dims import (
 )
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
+from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.locations import zarr_store
 from rlgen_stats.stores.prompt_index import label_values, selected_labels
@@ -44,6 +45,11 @@ PROMPTS_GROUP: Final = "prompts"
 SPANS_GROUP: Final = "spans"
 SELECTABLE: Final = (PROMPT, TASK, DOMAIN, SPLIT, CLUSTER, SOURCE, SEGMENT)
 """Labels that select tokens without reading the tokens."""
+
+
+def has_labels(store: Path) -> bool:
+    """Whether a store is one of activations; a group called tokens alone may also be a result."""
+    return any((store / group / ZARR_JSON).exists() for group in (PROMPTS_GROUP, SPANS_GROUP))
 
 
 class TokenLabels:

@@ -19,7 +19,7 @@ from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, stored_groups
 from rlgen_stats.stores.atomic import ZARR_JSON, write_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder, write_table
 from rlgen_stats.stores.digests import read_document, write_digest, write_digests
-from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP
+from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP, has_labels
 from rlgen_stats.stores.locations import is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.shards import (
@@ -84,7 +84,7 @@ def _version(store: Path) -> int:
 def _from_1(store: Path) -> None:
     """Layout 1 -> 2: flat shard files, checksums in commit records, spans, digests, and every chunk present."""
     attributes: dict[str, Any] = {"schema_version": 2}
-    if (store / TOKENS_GROUP / ZARR_JSON).exists():
+    if has_labels(store):
         attributes |= _spans_from_1(store)
         root = read_document(store)["attributes"]
         for model, site in stored_groups(store):

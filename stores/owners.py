@@ -9,7 +9,7 @@ from typing import Any
 from rlgen_stats.stores.activation_store import stored_groups
 from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import COMMITTED_MODELS, read_document
-from rlgen_stats.stores.labels import TOKENS_GROUP
+from rlgen_stats.stores.labels import has_labels
 
 
 def owner(path: Path) -> tuple[str, str] | None:
@@ -24,7 +24,7 @@ def models_in(path: Path) -> list[str]:
     """Models that a store holds whole, sorted; none for stores of another kind and where there is no store."""
     if not (path / ZARR_JSON).exists():
         return []
-    if (path / TOKENS_GROUP / ZARR_JSON).exists():
+    if has_labels(path):
         groups = stored_groups(path)
         return sorted({model for model, site in groups if read_document(path / model / site)["attributes"]["complete"]})
     return sorted(map(str, read_document(path).get("attributes", {}).get(COMMITTED_MODELS, [])))

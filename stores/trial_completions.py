@@ -21,9 +21,9 @@ from rlgen_stats.stores.folder import StudyFolder
 
 CONDITION: Final = b"rlgen_stats_condition"
 """Key of an arm's name, kind and dose (JSON) in its file."""
-FEATURELESS_KINDS: Final = ("unedited", "fresh", "steering", "random_direction")
+FEATURELESS_KINDS: Final = ("unedited", "fresh", "steering", "random_direction", "patch")
 """Arms that read no feature: the same whatever the dictionary, and so shared by all trials."""
-SHARED_KINDS: Final = (*FEATURELESS_KINDS, "passthrough")
+DICTIONARY_KINDS: Final = ("passthrough", "curve", "curve_random")
 """Arms that are the same whatever the set: shared by all trials with one dictionary."""
 _VARIABLES: Final = {"correct": bool, "n_tokens": np.int64, "format_class": np.str_, "text": np.str_}
 PROMPT_DIVERGENCES: Final = ("kl_to_base", "kl_to_rl", "forced_kl_to_base", "forced_kl_to_rl")
@@ -54,7 +54,7 @@ class ArmFiles:
         if kind in FEATURELESS_KINDS:
             return self.root
         of_dictionary = self.root if self.dictionary == 1 else self.root / f"dictionary-{self.dictionary}"
-        return of_dictionary if kind in SHARED_KINDS or not self.trial else of_dictionary / self.trial
+        return of_dictionary if kind in DICTIONARY_KINDS or not self.trial else of_dictionary / self.trial
 
 
 def has_arm(path: Path, arm_hash: str) -> bool:
@@ -97,10 +97,10 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
         ``correct``, ``completion_tokens``, ``format_class``, ``text`` [condition, prompt, sample]; ``kl_to_base``,
         ``kl_to_rl`` [condition, prompt], the divergence of the next-token distribution from the unedited models' where
         the completion begins, in nats, and ``forced_kl_to_base``, ``forced_kl_to_rl`` over whole completions of theirs
-        (NaN for arms where they were not measured: the random sets' on completions, parts of sets); coordinates
-        ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, dose, steering,
-        random_direction, lift, part) and ``dose``; ``prompt`` with ``task``, ``domain``, ``split``, ``cluster``;
-        ``sample``.
+        (NaN for arms where they were not measured: the random sets' on completions, parts of sets, the curve's);
+        coordinates ``condition`` with ``kind`` (unedited, fresh, passthrough, set, random, rescaled, dose, steering,
+        random_direction, patch, lift, lower, part, curve, lift_random, curve_random) and ``dose``; ``prompt`` with
+        ``task``, ``domain``, ``split``, ``cluster``; ``sample``.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     folder = study if isinstance(study, StudyFolder) else StudyFolder(Path(study))
     where = ArmFiles(folder.root / "intervention", trial, dictionary)
     files: dict[str, Path] = {}
-    for kinds in (FEATURELESS_KINDS, ("passthrough",), ("set",)):  # from what is shared most to the trial's own
+    for kinds in (FEATURELESS_KINDS, DICTIONARY_KINDS, ("set",)):  # from what is shared most to the trial's own
         found = {file.stem: file for file in sorted((where.folder(kinds[0]) / direction).glob("*.parquet"))}
         own = kinds == ("set",)
         files |= {name: file for name, file in found.items() if own or _condition(file)["kind"] in kinds}

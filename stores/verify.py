@@ -22,7 +22,7 @@ from rlgen_stats.stores.atomic import ZARR_JSON, read_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
 from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, metadata_digest, read_document, zarr_nodes
 from rlgen_stats.stores.folder import StudyFolder
-from rlgen_stats.stores.labels import TOKENS_GROUP, TokenLabels
+from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import is_remote, place, zarr_store
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.results import open_results
@@ -153,7 +153,7 @@ def _checks(store: Path) -> Iterator[_Check]:
     attrs = read_document(store).get("attributes", {})
     yield _Check("root", partial(_check_root, store, attrs), chunk=False)
     yield from _group_checks(store, store)
-    if (store / TOKENS_GROUP / ZARR_JSON).exists():
+    if has_labels(store):
         yield _Check("labels", partial(_check_labels, store), chunk=False)
         for model, site in stored_groups(store):
             yield from _shard_checks(store / model / site, model, site)
@@ -168,7 +168,7 @@ def _check_root(store: Path, attrs: dict[str, Any]) -> None:
             open_results(store, name)
         return
     check_store_version(store, attrs)
-    if (store / TOKENS_GROUP / ZARR_JSON).exists():
+    if has_labels(store):
         root_attributes(store)
 
 

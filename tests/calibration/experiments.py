@@ -13,6 +13,7 @@ from tests.calibration import (
     others,
     single,
     verdicts_causal,
+    verdicts_mediation,
     verdicts_selection,
     verdicts_specificity,
     verdicts_timing,
@@ -62,4 +63,6 @@ EXPERIMENTS = (
     Experiment(verdicts_selection.selection_false, 60, "Verdicts: C3"),
     Experiment(verdicts_selection.selection_more_data, 60, "Verdicts: C3"),
     Experiment(invariance.invariance, 4, "Invariance"),
+    Experiment(verdicts_mediation.larger_edits, 15, "Verdicts: C4 and C5"),
+    Experiment(verdicts_mediation.mediated_shares, 30, "Verdicts: C4 and C5"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -398,25 +399,113 @@ def test_columns_equal_the_crosscoders_readout(crosscoder: Crosscoder) -> None:
 # -- lift, vectors, generation
 
 
-def test_lift_sets_features_to_the_source_models_level_on_the_same_text(model: Any, crosscoder: Crosscoder) -> None:
+def residual_after_the_block(model: Any, ids: Tensor) -> Tensor:
+    """[token, channel] that reaches the next block, read at its input."""
+    seen: list[Tensor] = []
+    handle = model.model.layers[LAYER + 1].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    model(input_ids=ids)
+    handle.remove()
+    return seen[0]
+
+
+def test_lift_writes_each_models_features_with_its_own_decoder(model: Any, crosscoder: Crosscoder) -> None:
     source, text = tiny_model(seed=5), batch_of(7)[0]
     residuals: list[Tensor] = []
     reference_logits(source, text[0], lambda a: residuals.append(a) or a)
-    with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), source=SourceModel(source, RL)):
+    with editing(model, FeatureEdit(SET, "lift", 0.5), site(crosscoder, BASE), source=SourceModel(source, RL)):
         got = model(input_ids=text).logits[0]
 
     def lift(a: Tensor) -> Tensor:
-        change = crosscoder.readout(residuals[0], kind="swap") - crosscoder.readout(a, kind="swap")
-        return a + change[:, list(SET)] @ crosscoder.feature_direction(BASE)[list(SET)]
+        change = torch.zeros_like(a)
+        for k in SET:
+            of_source, own = (crosscoder.readout(x, kind="swap")[:, k] for x in (residuals[0], a))
+            change += torch.outer(of_source, crosscoder.feature_direction(RL)[k])
+            change -= torch.outer(own, crosscoder.feature_direction(BASE)[k])
+        return a + 0.5 * change
 
     torch.testing.assert_close(got, reference_logits(model, text[0], lift), **CLOSE)
 
 
 def test_lift_from_itself_is_a_no_op(model: Any, crosscoder: Crosscoder) -> None:
     text = batch_of(7)[0]
-    with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), source=SourceModel(tiny_model(), RL)):
+    with editing(model, FeatureEdit(SET, "lift"), site(crosscoder, BASE), source=SourceModel(tiny_model(), BASE)):
         got = model(input_ids=text).logits
     torch.testing.assert_close(got, model(input_ids=text).logits, **CLOSE)
+
+
+def test_a_full_patch_puts_the_source_models_residual_at_the_edited_positions(
+    model: Any, crosscoder: Crosscoder
+) -> None:
+    source, text = tiny_model(seed=5), batch_of(7)[0]
+    plain, other = residual_after_the_block(model, text), residual_after_the_block(source, text)
+    for positions, edited in (("all", range(2, 7)), ("last_prompt", [6])):
+        edit = FeatureEdit((), "patch", positions=positions, skip_first=2)
+        with editing(model, edit, site(crosscoder, BASE), source=SourceModel(source, RL)):
+            got = residual_after_the_block(model, text)
+        for token in range(7):
+            torch.testing.assert_close(got[token], (other if token in edited else plain)[token], **CLOSE)
+
+
+def test_from_a_patched_block_on_everything_is_the_source_where_later_blocks_are_equal(crosscoder: Crosscoder) -> None:
+    model, source, text = tiny_model(), tiny_model(seed=5), batch_of(7)[0]
+    for later in range(LAYER + 1, len(model.model.layers)):
+        source.model.layers[later] = model.model.layers[later]
+    source.model.norm, source.lm_head = model.model.norm, model.lm_head
+    with editing(model, FeatureEdit((), "patch"), site(crosscoder, BASE), source=SourceModel(source, RL)):
+        got = model(input_ids=text).logits
+    torch.testing.assert_close(got, source(input_ids=text).logits, **CLOSE)
+
+
+def test_all_features_their_offsets_and_the_errors_make_up_the_full_patch(model: Any, crosscoder: Crosscoder) -> None:
+    source, text = tiny_model(seed=5), batch_of(7)[0]
+    plain, other = residual_after_the_block(model, text), residual_after_the_block(source, text)
+    everything = FeatureEdit(tuple(range(crosscoder.n_features)), "lift")
+    with editing(model, everything, site(crosscoder, BASE), source=SourceModel(source, RL)):
+        lifted = residual_after_the_block(model, text)
+    codes = {view: crosscoder.readout(a, kind="swap") for view, a in ((BASE, plain), (RL, other))}
+    errors = (other - crosscoder.reconstruct(codes[RL], RL)) - (plain - crosscoder.reconstruct(codes[BASE], BASE))
+    offsets = crosscoder.offset(RL) - crosscoder.offset(BASE)
+    assert float(errors.norm()) > 0.1
+    torch.testing.assert_close(lifted + errors + offsets, other, **CLOSE)
+
+
+def test_with_a_shared_offset_none_is_left_between_the_models(crosscoder: Crosscoder) -> None:
+    crosscoder.facts = {"objective": "both"}
+    torch.testing.assert_close(crosscoder.offset(RL), crosscoder.offset(BASE))
+
+
+def test_lowering_undoes_what_lifting_did_in_models_that_differ_by_one_vector(crosscoder: Crosscoder) -> None:
+    """Up to the block the models are equal: lowering takes away exactly what lifting adds."""
+    text = batch_of(7)[0]
+    base, planted = tiny_model(), tiny_model()
+    shift = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    planted.model.layers[LAYER].register_forward_hook(lambda module, args, output: output + shift)
+    edit = FeatureEdit((), "patch")
+    with editing(base, edit, site(crosscoder, BASE), source=SourceModel(planted, RL)):
+        up = residual_after_the_block(base, text)
+    with editing(planted, edit, site(crosscoder, RL), source=SourceModel(base, BASE)):
+        down = residual_after_the_block(planted, text)
+    torch.testing.assert_close(up - down, shift.expand(7, WIDTH), **CLOSE)
+    lift = FeatureEdit(SET, "lift")
+    with editing(base, lift, site(crosscoder, BASE), source=SourceModel(planted, RL)):
+        lifted = residual_after_the_block(base, text)
+    with editing(planted, lift, site(crosscoder, RL), source=SourceModel(base, BASE)):
+        lowered = residual_after_the_block(planted, text)
+    raised = lifted - residual_after_the_block(base, text)
+    assert float(raised.norm()) > 0.1
+    torch.testing.assert_close(lowered - residual_after_the_block(planted, text), -raised, **CLOSE)
+
+
+@pytest.mark.parametrize("edit", [FeatureEdit(SET, "disable"), FeatureEdit(SET, "amplify", 3.0)])
+def test_a_gain_multiplies_the_whole_change(model: Any, crosscoder: Crosscoder, edit: FeatureEdit) -> None:
+    text = batch_of(7)[0]
+    plain = residual_after_the_block(model, text)
+    changes = []
+    for gain in (1.0, 2.5):
+        with editing(model, replace(edit, gain=gain), site(crosscoder, BASE)):
+            changes.append(residual_after_the_block(model, text) - plain)
+    assert float(changes[0].norm()) > 0.1
+    torch.testing.assert_close(2.5 * changes[0], changes[1], **CLOSE)
 
 
 class Tokens:
@@ -440,13 +529,14 @@ def completions(model: Any, batch_size: int) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
-@pytest.mark.parametrize("kind", ["disable", "amplify", "lift", "add_vector"])
+@pytest.mark.parametrize("kind", ["disable", "amplify", "lift", "patch", "add_vector"])
 def test_completions_do_not_depend_on_the_batch(model: Any, crosscoder: Crosscoder, kind: Any) -> None:
-    source = SourceModel(tiny_model(seed=5), RL) if kind == "lift" else None
+    source = SourceModel(tiny_model(seed=5), RL) if kind in ("lift", "patch") else None
     edit = {
         "disable": FeatureEdit(SET, "disable", skip_first=1),
         "amplify": FeatureEdit(SET, "amplify", 3.0, positions="completion"),
         "lift": FeatureEdit(SET, "lift"),
+        "patch": FeatureEdit((), "patch", 0.5),
         "add_vector": FeatureEdit((), "add_vector", vector=tuple(0.5 * (i % 3) for i in range(WIDTH))),
     }[kind]
     plain = completions(model, 16)
@@ -493,6 +583,8 @@ def test_lift_while_generating_equals_reading_the_finished_texts(model: Any, cro
         ({"features": (1, 2), "kind": "amplify", "dose": 2.0, "level": (1.0,)}, "one for each of 2 features"),
         ({"features": (1,), "kind": "disable", "level": (1.0,)}, "levels are for kind 'amplify'"),
         ({"features": (1,), "kind": "amplify", "dose": 2.0, "level": (-1.0,)}, "not negative"),
+        ({"features": (1,), "kind": "patch"}, "takes no features"),
+        ({"features": (1,), "kind": "disable", "gain": 0.0}, "finite and positive"),
     ],
 )
 def test_contradictory_edits_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -46,7 +46,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         statistics={"n_resamples": 199, "n_bootstrap": 199, "n_halvings": 10, "top_k": 10},
         selection={"max_features": 4},
-        intervention={"n_controls": 19, "max_prompts": 160, "doses": [0.0, 0.5, 2.0]},
+        intervention={
+            **{"n_controls": 19, "max_prompts": 160, "doses": [0.0, 0.5, 2.0]},
+            "accept_undecidable": True,  # all tasks are shifted alike: none is unrelated
+        },
     )
     run_study(root)
     return root

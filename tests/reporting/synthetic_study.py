@@ -821,14 +821,45 @@ def other_parts() -> xr.Dataset:
 
 
 def control_balance() -> xr.Dataset:
+    covariates = ("edit_norm", "log_firing", "decoder_norm", "contribution_energy", "mas_bin")
     return xr.Dataset(
         {
-            "set_mean": ("covariate", [-1.2, 1.5, 0.3, 2.0]),
-            "control_mean": ("covariate", [-1.25, 1.46, 0.29, 1.9]),
-            "standardized_difference": ("covariate", [0.05, 0.04, 0.02, 0.06]),
-            "balanced": ("covariate", [True] * 4),
+            "set_mean": ("covariate", [3.1, -1.2, 1.5, 0.3, 2.0] * 2),
+            "control_mean": ("covariate", [3.0, -1.25, 1.46, 0.29, 1.9] * 2),
+            "standardized_difference": ("covariate", [0.03, 0.05, 0.04, 0.02, 0.06] * 2),
+            "balanced": ("covariate", [True] * 10),
         },
-        coords={"covariate": ["log_firing", "decoder_norm", "contribution_energy", "mas_bin"]},
+        coords={"covariate": [f"{name}_{direction}" for direction in ("disable", "amplify") for name in covariates]},
+    )
+
+
+def mediated_share() -> xr.Dataset:
+    """The set carries 40% of the patch's effect, the 50 features with the largest drift 90%, random sets nothing."""
+    share = np.array([[0.4, 0.1, 0.9, 1.0]] * 2)
+    patch = np.array([-0.3, 0.25])
+    each = ("direction", "dictionary", "point")
+    random = np.array([0.02, 0.0, 0.1, np.nan])[None, None, :, None] * np.ones((2, 1, 4, 3))
+    by_point = {
+        "effect": share * patch[:, None],
+        **{"share": share, "share_low": share - 0.15, "share_high": share + 0.15},
+        **{"above_random": share - 0.02, "above_low": share - 0.2, "above_high": share + 0.2},
+    }
+    return xr.Dataset(
+        {
+            "patch_effect": ("direction", patch),
+            "patch_low": ("direction", patch - 0.1),
+            "patch_high": ("direction", patch + 0.1),
+        }
+        | {name: (("direction", "point"), values) for name, values in by_point.items()}
+        | {
+            "dictionary_share": (each, share[:, None]),
+            "norm_ratio": (each, np.array([[[0.3, 0.1, 0.6, 1.04]]] * 2)),
+            "random_share": ((*each, "random"), random),
+            "random_norm": ((*each, "random"), random),
+            "n_features": (("dictionary", "point"), [[5, 1, 50, 512]]),
+        },
+        coords={"direction": ["disable", "amplify"], "dictionary": [1], "point": ["set", "top-1", "top-50", "all"]},
+        attrs={"test": "Fieller", "null": "none of it", "unit": "prompt cluster", "alpha": 0.05, "ranking": "drift"},
     )
 
 
@@ -852,6 +883,7 @@ BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
         tokens,
         intervention,
         control_balance,
+        mediated_share,
     )
 }
 

@@ -22,6 +22,7 @@ from rlgen_stats.stores import (
     write_json,
     write_results,
 )
+from tests.reporting.synthetic_study import tokens
 from tests.stores.conftest import feature_table, token_table
 
 N, WIDTH, SHARD = 1000, 5, 128
@@ -195,6 +196,11 @@ def test_an_unfinished_model_is_no_fault(study: Path) -> None:
     with ActivationWriter(study / "activations.zarr", model="sft@5", site="block2", width=WIDTH) as writer:
         writer.append(values)
     assert verify(study).ok
+
+
+def test_a_result_called_tokens_is_no_table_of_tokens(study: Path, provenance: Provenance) -> None:
+    write_results(study / "results.zarr", "tokens", tokens(), provenance=provenance)
+    assert verify(study).problems == ()
 
 
 def test_no_store_is_explained(tmp_path: Path) -> None:

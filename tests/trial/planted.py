@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import Provenance, StudyFolder, append_model
+from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, append_model, create_activations
 from rlgen_stats.toolkit.crosscoder import Crosscoder
 
 WIDTH, LAYER = 36, 0
@@ -75,7 +75,7 @@ def planted_model(gate: float, *, spare_weight: float = 0.0) -> Any:
     table = model.model.embed_tokens.weight
     table.zero_()
     table[:, CONSTANT] = CONSTANT_VALUE
-    spare = torch.linspace(0.3, 1.6, N_SPARE).repeat(10, 1)
+    spare = torch.linspace(0.6, 2.0, N_SPARE).repeat(10, 1)
     for i in range(10):
         for kind, where in (("q", ANSWER), ("c", OTHER)):
             row = table[ID[f"{kind}{i}"]]
@@ -128,7 +128,7 @@ def planted_crosscoder() -> Crosscoder:
 
 
 def prompt_table() -> pd.DataFrame:
-    """Verification prompts of every task, and as many again of one task for measuring levels."""
+    """Trial prompts of every task, and as many again of one task for measuring levels."""
     draw = np.random.default_rng(5)
     rows = []
     for task, split, n in (*((task, "trial", n) for task, n in N_PROMPTS.items()), ("math", "selection", 30)):
@@ -183,9 +183,31 @@ def planted_study(root: Path, **intervention: Any) -> tuple[StudySpec, StudyFold
     )
     crosscoder = planted_crosscoder()
     crosscoder.save(folder.crosscoder("main"))
+    store_activations(folder)
     for view in ("base@0", "rl@1"):
         append_model(folder.features, "features", planted_summaries(crosscoder, view), provenance=PROVENANCE)
     return spec, folder
+
+
+def store_activations(folder: StudyFolder) -> None:
+    """The prompts' own tokens as read by base and by the RL model: blocks are the identity."""
+    table = prompt_table()
+    words = [text.split() for text in table["text"]]
+    tokens = pd.DataFrame(
+        {
+            "prompt": np.repeat(table["prompt_id"].to_numpy(object), [len(text) for text in words]),
+            "source": "base@0",
+            "position": np.concatenate([np.arange(len(text)) for text in words]),
+            "token_id": [ID[word] for text in words for word in text],
+            "segment": "prompt",
+        }
+    )
+    prompts = table.rename(columns={"prompt_id": "prompt"})[["prompt", "task", "domain", "split", "cluster"]]
+    create_activations(folder.activations, tokens, prompts, provenance=PROVENANCE)
+    for view in ("base@0", "rl@1"):
+        residuals = planted_model(LEVEL[view]).model.embed_tokens.weight[tokens["token_id"].to_numpy(copy=True)]
+        with ActivationWriter(folder.activations, model=view, site=f"block{LAYER}", width=WIDTH) as writer:
+            writer.append(residuals.numpy())
 
 
 PROVENANCE = Provenance("planted", "key-one")

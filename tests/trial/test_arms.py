@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec
 from rlgen_stats.toolkit.edits.edit import FeatureEdit
+from rlgen_stats.toolkit.statistics.causal.edit_norms import ModelCodes, TokenCodes, copied
 from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition
 from rlgen_stats.toolkit.trial.arms import (
     Arm,
+    CopiedSet,
     choose_prompts,
+    copying_arms,
     dose_grid,
     edited_positions,
     part_arm,
@@ -145,10 +149,9 @@ def test_the_plan_has_every_arm_once(direction: Any) -> None:
     names = [arm.name for arm in arms]
     assert len(set(names)) == len(names)
     kinds = [arm.condition.kind for arm in arms]
-    for kind in ("fresh", "passthrough", "set", "steering", "random_direction"):
+    for kind in ("fresh", "passthrough", "set", "steering", "random_direction", "patch"):
         assert kinds.count(kind) == 1
     assert kinds.count("random") == 2
-    assert kinds.count("lift") == (direction == "amplify")
     by_name = {arm.name: arm for arm in arms}
     assert by_name["set"].edit == FeatureEdit(
         (4, 2),
@@ -168,7 +171,47 @@ def test_the_plan_has_every_arm_once(direction: Any) -> None:
 def test_a_vector_that_adds_nothing_has_no_arm() -> None:
     no_sets = np.empty((0, 1), dtype=np.int64)
     arms = plan_arms("disable", [4], no_sets, Plan(), steering=np.zeros(2))  # type: ignore[arg-type]
-    assert {arm.condition.kind for arm in arms} == {"fresh", "passthrough", "set", "dose"}
+    assert {arm.condition.kind for arm in arms} == {"fresh", "passthrough", "set", "dose", "patch"}
+
+
+def test_random_sets_are_also_run_at_the_norm_of_the_set_where_they_have_one() -> None:
+    sets = np.array([[1, 3], [5, 6], [7, 8]])
+    arms = plan_arms("disable", [4, 2], sets, Plan(), gains=[1.5, 0.0])  # type: ignore[arg-type]
+    by_name = {arm.name: arm for arm in arms}
+    assert [name for name in by_name if name.startswith("rescaled")] == ["rescaled-001"]
+    assert by_name["rescaled-001"].edit == FeatureEdit((1, 3), "disable", skip_first=1, gain=1.5)
+    assert [name for name in by_name if name.startswith("random-0")] == ["random-001", "random-002", "random-003"]
+
+
+@pytest.mark.parametrize(("direction", "name"), [("disable", "lower"), ("amplify", "lift")])
+def test_sets_are_copied_from_the_other_model_with_their_random_sets(direction: Any, name: str) -> None:
+    own = ModelCodes(sparse.csc_array(np.array([[3.0, 0.0, 1.0], [1.0, 0.0, 1.0]])), np.eye(3, dtype=np.float32))
+    other = ModelCodes(sparse.csc_array(np.zeros((2, 3))), np.eye(3, dtype=np.float32))
+    none = np.empty((0, 1), dtype=np.int64)
+    sets = (
+        CopiedSet("set", (0,), np.array([[2], [1]])),
+        CopiedSet("top-1", (0,), np.array([[1]])),
+        CopiedSet("all", (0, 1, 2), none),
+    )
+    arms, points = copying_arms(direction, sets, Plan(), copied(TokenCodes(own, other, 4.0)), 4.0)  # type: ignore[arg-type]
+    assert {arm.name: (arm.condition.kind, arm.edit) for arm in arms} == {
+        arm: (kind, FeatureEdit(features, "lift", skip_first=1))
+        for arm, kind, features in (
+            (name, name, (0,)),
+            (f"{name}-random-1", "lift_random", (2,)),
+            (f"{name}-random-2", "lift_random", (1,)),
+            (f"{name}-top-1", "curve", (0,)),
+            (f"{name}-top-1-random-1", "curve_random", (1,)),
+            (f"{name}-all", "curve", (0, 1, 2)),
+        )
+    }
+    assert [(p.label, p.n_features, p.arm, p.random) for p in points] == [
+        ("set", 1, name, (f"{name}-random-1", f"{name}-random-2")),
+        ("top-1", 1, f"{name}-top-1", (f"{name}-top-1-random-1",)),
+        ("all", 3, f"{name}-all", ()),
+    ]
+    assert (points[0].norm_ratio, points[0].random_norm_ratios) == (0.5, (0.25, 0.0))
+    assert points[2].norm_ratio == pytest.approx((10**0.5 + 2**0.5) / 2 / 4)
 
 
 def test_a_part_edits_its_features_as_the_set_does_and_has_one_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.stores import StudyFolder, open_features, write_json
 from rlgen_stats.stores.crosscoder_weights import weights_hash
+from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.stores.trial_completions import write_arm
 from rlgen_stats.toolkit.intervention import (
     feature_covariates,
@@ -27,7 +29,10 @@ from rlgen_stats.toolkit.intervention import (
     verify_causally,
 )
 from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
-from rlgen_stats.toolkit.trial.arms import UNEDITED
+from rlgen_stats.toolkit.statistics.causal.edit_norms import scaled
+from rlgen_stats.toolkit.statistics.causal.findings import Check
+from rlgen_stats.toolkit.trial.arms import UNEDITED, choose_prompts
+from rlgen_stats.toolkit.trial.token_codes import token_codes
 from tests.trial.planted import (
     F_BRAKE,
     F_DECOY,
@@ -74,6 +79,7 @@ class NoTorch:
 
 sys.meta_path.insert(0, NoTorch())
 
+import pickle
 from pathlib import Path
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder
@@ -81,23 +87,31 @@ from rlgen_stats.toolkit.trial.plan import plan_trial
 
 spec = StudySpec.model_validate_json(Path(sys.argv[1]).read_text())
 folder = StudyFolder(Path(sys.argv[2]))
-plan = plan_trial(spec, folder, [0, 5], provenance=Provenance("planted", "key-one"), by_feature=True)
+codes = pickle.loads(Path(sys.argv[3]).read_bytes())
+origin = Provenance("planted", "key-one")
+plan = plan_trial(spec, folder, [0, 5], provenance=origin, by_feature=True, codes=codes)
 print(plan)
-print([sorted(int(k) for k in row) for row in plan.declared.controls.sets])
+print({d: [sorted(int(k) for k in row) for row in one.sets] for d, one in plan.declared.controls.items()})
 """
 
 
 def test_a_plan_is_built_printed_and_costed_without_torch(study: Any, tmp_path: Path) -> None:
     spec, folder = study
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
-    command = [sys.executable, "-P", "-c", WITHOUT_TORCH, str(tmp_path / "spec.json"), str(folder.root)]
+    prompts = choose_prompts(load_prompts(spec, folder), spec)["prompt"]
+    codes = token_codes(spec, folder, folder.crosscoder("main"), rl="rl@1", prompts=list(prompts))
+    (tmp_path / "codes").write_bytes(pickle.dumps(codes))
+    files = [str(tmp_path / "spec.json"), str(folder.root), str(tmp_path / "codes")]
+    command = [sys.executable, "-P", "-c", WITHOUT_TORCH, *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     plan = plan_trial(spec, folder, [F_GATE, 5], provenance=PROVENANCE, by_feature=True)
-    assert plan.declared.controls is not None
-    sets = [sorted(int(k) for k in row) for row in plan.declared.controls.sets]
+    sets = {d: [sorted(int(k) for k in row) for row in one.sets] for d, one in plan.declared.controls.items()}
     assert done.stdout == f"{plan}\n{sets}\n"
-    assert plan.arms == {"disable": 32, "amplify": 34}
+    n_copying = sum(1 + len(point.random) for point in plan.direction("disable").curve)
+    assert n_copying == sum(arm.edit is not None and arm.edit.kind == "lift" for arm in plan.direction("disable").arms)
+    beside = n_copying + 1 + spec.intervention.curve_controls  # the full patch, rescaled random sets
+    assert plan.arms == {"disable": 32 + beside, "amplify": 33 + beside}
     assert "features 0, 5\n230 prompts (120 target, 80 unrelated), 1 sample(s) each" in str(plan)
     assert f"at most {plan.completions:,} completions of up to 4 tokens" in str(plan)
 
@@ -122,6 +136,23 @@ def test_a_plan_of_nothing_says_why(study: Any) -> None:
     assert str(plan) == "features none\nno_features: no feature selected"
 
 
+@pytest.mark.parametrize(("n_asked", "refused"), [(19, False), (18, True)])
+def test_a_set_without_matches_is_tried_where_enough_random_sets_were_asked_for(
+    study: Any, n_asked: int, refused: bool
+) -> None:
+    """What cannot be matched is said by the verdict; refused is only what no set could pass."""
+    spec, folder = study
+    covariates = covariates_without(folder, F_BRAKE)
+    covariates["contribution_energy"].values[F_GATE] += 40
+    asked = spec.intervention.model_copy(update={"n_controls": n_asked})
+    plan = plan_trial(
+        spec.model_copy(update={"intervention": asked}), folder, [F_GATE], covariates, provenance=PROVENANCE
+    )
+    assert plan.direction("disable").n_random == 0
+    assert plan.why_not
+    assert [shortfall.check for shortfall in plan.shortfalls] == ([Check.V2_RANK] if refused else [])
+
+
 def test_a_readout_that_failed_is_not_tried_unless_accepted(study: Any, tmp_path: Path) -> None:
     spec, folder = study[0], StudyFolder(tmp_path / "study")
     shutil.copytree(study[1].root, folder.root)
@@ -141,10 +172,10 @@ def test_the_hash_of_an_arm_is_that_of_earlier_releases(study: Any) -> None:
     plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE, directions=["disable"])
     edit = {
         **{"features": [F_GATE], "kind": "disable", "dose": None, "positions": "all"},
-        **{"phases": ["prefill", "decode"], "skip_first": 1, "vector": [], "level": []},
+        **{"phases": ["prefill", "decode"], "skip_first": 1, "vector": [], "level": [], "gain": 1.0},
     }
     expected = {
-        "version": 3,
+        "version": 4,
         "facts": {"spec_hash": "key-one"},
         "site": ["disable", "rl@1", 0, "swap"],
         "arm": [edit, False, weights_hash(folder.crosscoder("main"))],
@@ -175,17 +206,20 @@ def test_seeds_and_controls_of_a_trial_are_those_of_earlier_releases(study: Any)
     crosscoder = planted_crosscoder()
     near = near_duplicates(crosscoder, chosen)
     assert near.sum() > len(chosen), "some decoys are too like the chosen one to be its controls"
-    expected = match_controls(
-        feature_covariates(crosscoder, open_features(folder.features), models=["base@0", "rl@1"], view="rl@1"),
-        chosen,
-        n_sets=19,
-        seed=derive_seed(3, "intervention", "controls"),
-        near_duplicates=near,
-    )
-    assert plan.declared.controls is not None
-    np.testing.assert_array_equal(plan.declared.controls.sets, expected.sets)
-    assert not near[plan.declared.controls.sets].any()
-    xr.testing.assert_identical(plan.declared.controls.balance, expected.balance)
+    codes = token_codes(spec, folder, folder.crosscoder("main"), rl="rl@1", prompts=ids)
+    norms = {"disable": scaled(codes.rl, -1.0), "amplify": scaled(codes.base, 1.0)}
+    for direction, controls in plan.declared.controls.items():
+        expected = match_controls(
+            feature_covariates(crosscoder, open_features(folder.features), models=["base@0", "rl@1"], view="rl@1"),
+            chosen,
+            norms[direction].of_each,
+            n_sets=19,
+            seed=derive_seed(3, "intervention", "controls"),
+            near_duplicates=near,
+        )
+        np.testing.assert_array_equal(controls.sets, expected.sets)
+        assert not near[controls.sets].any()
+        xr.testing.assert_identical(controls.balance, expected.balance)
 
 
 def test_each_direction_edits_its_model_at_its_view(study: Any) -> None:
@@ -207,7 +241,8 @@ def test_the_rl_models_levels_are_added_in_every_amplified_set_and_nowhere_else(
     levels = mean_levels(planted_crosscoder(), open_features(folder.features), model="rl@1")
     edits = {d: [arm.edit for arm in plan.direction(d).arms if arm.edit] for d in ("disable", "amplify")}
     amplified = [edit for edit in edits["amplify"] if edit.kind == "amplify"]
-    assert len(amplified) == 1 + len([a for a in plan.direction("amplify").arms if a.condition.kind == "dose"]) + 19
+    n_doses = sum(arm.condition.kind == "dose" for arm in plan.direction("amplify").arms)
+    assert len(amplified) == 1 + n_doses + 19 + spec.intervention.curve_controls
     for edit in amplified:
         assert edit.level == tuple(levels[list(edit.features)].tolist())
     assert all(edit.level == () for edit in edits["disable"])
@@ -239,5 +274,5 @@ def test_arms_that_read_no_feature_are_shared_by_all_dictionaries(study: Any, tm
         twin = next(other for other in second.direction("amplify").arms if other.name == arm.name)
         same_hash = first.arm_hash("amplify", arm) == second.arm_hash("amplify", twin)
         same_path = first.arm_path("amplify", arm) == second.arm_path("amplify", twin)
-        shared = arm.condition.kind in ("unedited", "fresh", "steering", "random_direction")
+        shared = arm.condition.kind in ("unedited", "fresh", "steering", "random_direction", "patch")
         assert (same_hash, same_path) == (shared, shared), arm.name

@@ -47,7 +47,7 @@ def test_the_planted_gate_is_the_cause_in_both_directions(gate: Any) -> None:
     assert all(bool(disable[name]) for name in ("v1", "v2", "v3", "v4"))
     assert disable["decided_by"].item() == "v6_not_shown", "zeroing silences every prompt, also those that base answers"
     assert result["rank_p"].values == pytest.approx([1 / 20] * 2)
-    assert balance["balanced"].sel(covariate=["log_firing", "decoder_norm", "mas_bin"]).all()
+    assert balance["balanced"].sel(covariate=["edit_norm_disable", "log_firing_disable", "mas_bin_disable"]).all()
     assert pick(result, "effect", "disable", "set") < -0.7
     assert pick(result, "effect", "amplify", "set") > 0.6
     assert result.attrs["features"] == [F_GATE]
@@ -59,7 +59,7 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
     """Doubling base's gate gives the RL model's; so does lifting it; passing through changes nothing."""
     result, _ = gate
     unedited_rl = pick(result, "accuracy", "disable", "unedited")
-    for condition in ("set", "lift"):
+    for condition in ("set", "lift", "patch"):
         assert pick(result, "accuracy", "amplify", condition) == unedited_rl, condition
         assert pick(result, "kl_to_rl", "amplify", condition) < 1e-4
     assert pick(result, "accuracy", "disable", "dose-0.5") == pick(result, "accuracy", "amplify", "unedited")
@@ -76,6 +76,35 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
     assert (abs(weather) < 0.05).all()
     shares = result["class_share"].sel(direction="disable", condition="set")
     assert float(shares.sel({"class": "no_answer"})) > 0.9, "without the gate it says um, as base does"
+
+
+def test_the_gate_carries_all_that_the_whole_residual_does_and_random_features_nothing(
+    study: Any, tmp_path: Path
+) -> None:
+    """The models differ in the gate alone: copying it, the full patch and the other model are the same thing."""
+    spec, folder = small(study, tmp_path, max_prompts=120, curve=(1,), curve_controls=2)
+    found = verify_in_dictionaries(spec, folder, {1: [F_GATE]}, provenance=PROVENANCE)
+    shares = found.mediated
+    assert shares is not None
+    validate(shares, "mediated_share")
+    assert shares["point"].values.tolist() == ["set", "top-1", "all"]
+    assert shares["n_features"].values.tolist() == [[1, 1, N_FEATURES]]
+    for direction, other in (("disable", "amplify"), ("amplify", "disable")):
+        unedited = pick(found.intervention, "accuracy", other, "unedited")
+        assert pick(found.intervention, "accuracy", direction, "patch") == unedited
+        one = shares.sel(direction=direction)
+        assert float(one["patch_effect"]) == pick(found.intervention, "effect", direction, "patch")
+        np.testing.assert_array_equal(one["share"], 1.0)
+        assert ((one["share_low"] > 0.8) & (one["share_low"] < 1) & (one["share_high"] < 1.2)).all()
+        beside = one.sel(point=["set", "top-1"])
+        np.testing.assert_allclose(beside["norm_ratio"], 1.0, rtol=1e-4)
+        assert (abs(beside["random_share"]) < 0.05).all()
+        assert (beside["random_norm"] < 0.8).all(), "no decoy differs between the models, and the brake a little"
+        assert (beside["above_random"] > 0.95).all()
+        assert np.isnan(one["above_random"].sel(point="all"))
+    judged = {str(kind) for kind in np.unique(found.intervention["kind"])}
+    assert {"patch", "lift", "lower", "rescaled"} <= judged
+    assert not judged & {"curve", "curve_random", "lift_random"}, "arms of the curve alone are not judged"
 
 
 def test_the_sets_of_two_dictionaries_are_tried_and_judged_together(study: Any, tmp_path: Path) -> None:
@@ -129,7 +158,7 @@ def test_a_frequency_matched_other_feature_is_no_cause(study: Any, tmp_path: Pat
         n_random = int((result["kind"].sel(direction=direction) == "random").sum())
         assert n_random == FEWEST_RANDOM < balance.attrs["n_sets"], "the decoy does no more than its controls"
         assert "stopped at 19 of 25" in str(result["reasons"].sel(direction=direction).item())
-    assert float(balance["set_mean"].sel(covariate="log_firing")) == pytest.approx(
+    assert float(balance["set_mean"].sel(covariate="log_firing_disable")) == pytest.approx(
         float(covariates_without(folder, F_BRAKE)["log_firing"][F_GATE])
     ), "the decoy fires exactly as often as the gate"
 

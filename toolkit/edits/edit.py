@@ -8,14 +8,16 @@ from typing import Final, Literal
 
 from rlgen_stats.schemas.errors import InputError
 
-Kind = Literal["disable", "amplify", "passthrough", "lift", "add_vector"]
+Kind = Literal["disable", "amplify", "passthrough", "lift", "patch", "add_vector"]
 Positions = Literal["all", "prompt", "last_prompt", "completion"]
 Phase = Literal["prefill", "decode"]
 
-KINDS: Final = ("disable", "amplify", "passthrough", "lift", "add_vector")
+KINDS: Final = ("disable", "amplify", "passthrough", "lift", "patch", "add_vector")
+FROM_SOURCE: Final = ("lift", "patch")
+"""Kinds that copy from a source model, which reads the same text."""
 POSITIONS: Final = ("all", "prompt", "last_prompt", "completion")
 PHASES: Final = ("prefill", "decode")
-_DEFAULT_DOSE: Final = {"disable": 0.0, "passthrough": 1.0, "lift": 1.0, "add_vector": 1.0}
+_DEFAULT_DOSE: Final = {"disable": 0.0, "passthrough": 1.0, "lift": 1.0, "patch": 1.0, "add_vector": 1.0}
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class FeatureEdit:
         Ids k of the set; empty means no edit (``passthrough`` then takes the whole dictionary through the code).
     kind
         ``disable``: f' = 0. ``amplify``: f' = dose * f (a dose below 1 weakens); with ``level``, f' = f + (dose - 1) *
-        level, not below 0. ``passthrough``: encode, decode, add back the error. ``lift`` (activation patching): f' = f
-        + dose * (f_source - f), the source model reading the same text. ``add_vector``: a' = a + dose * vector, no
-        features.
+        level, not below 0. ``passthrough``: encode, decode, add back the error. ``lift`` (activation patching through
+        features, up or down): a' = a + dose * sum_k (f_source,k d_source,k - f_k d_k), the source model reading the
+        same text and each model's features written with its own decoder. ``patch``: a' = a + dose * (a_source - a),
+        no features. ``add_vector``: a' = a + dose * vector, no features.
     dose
         See ``kind``; ``amplify`` needs one, ``disable`` takes none, the others default to 1.
     positions
@@ -45,6 +48,8 @@ class FeatureEdit:
     level
         For ``amplify``: one declared level a feature, in units of f, to be added instead of the feature's own; so that
         dose 1 is no edit either way.
+    gain
+        Factor on the whole change of the residual, by which a random set's edit is given the norm of another edit.
 
     Raises
     ------
@@ -53,7 +58,7 @@ class FeatureEdit:
 
     Notes
     -----
-    a' = a + sum_k (f'_k - f_k) d_k: what the dictionary does not explain stays as it is (docs/method.md 4d).
+    a' = a + gain * sum_k (f'_k - f_k) d_k: what the dictionary does not explain stays as it is (docs/method.md 4d).
     """
 
     features: tuple[int, ...]
@@ -64,6 +69,7 @@ class FeatureEdit:
     skip_first: int = 0
     vector: tuple[float, ...] = ()
     level: tuple[float, ...] = ()
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(int(k) for k in self.features))
@@ -77,6 +83,10 @@ class FeatureEdit:
             raise InputError(f"an edit's features are distinct ids from 0 up, got {self.features}.")
         if (self.kind == "add_vector") != bool(self.vector) or (self.vector and self.features):
             raise InputError("kind 'add_vector' takes a vector and no features; the other kinds take no vector.")
+        if self.kind == "patch" and self.features:
+            raise InputError(f"kind 'patch' copies the whole residual and takes no features, got {self.features[:5]}.")
+        if not (math.isfinite(self.gain) and self.gain > 0):
+            raise InputError(f"an edit's gain must be finite and positive, got {self.gain}.")
         if self.level and (self.kind != "amplify" or len(self.level) != len(self.features)):
             raise InputError(
                 f"levels are for kind 'amplify', one for each of {len(self.features)} features; "
@@ -102,6 +112,11 @@ class FeatureEdit:
     def strength(self) -> float:
         """The dose, with the default of its kind."""
         return _DEFAULT_DOSE[self.kind] if self.dose is None else float(self.dose)
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether it copies from another model."""
+        return self.kind in FROM_SOURCE
 
     @property
     def is_empty(self) -> bool:

@@ -24,7 +24,7 @@ SAFE_SKIP: Final = 1
 
 @dataclass(frozen=True)
 class SourceModel:
-    """The model whose feature levels activation patching (``lift``) copies."""
+    """The model whose features (``lift``) or whole residual (``patch``) activation patching copies."""
 
     model: PreTrainedModel
     view: str
@@ -163,7 +163,7 @@ def editing(
     site
         Crosscoder, view and block.
     source
-        Model that ``lift`` copies levels from; it reads the same tokens in parallel with its own cache.
+        Model that ``lift`` and ``patch`` copy from; it reads the same tokens in parallel with its own cache.
     donor
         Deprecated name of ``source``.
 
@@ -182,8 +182,8 @@ def editing(
     Notes
     -----
     Features are read from the block's own output in the same pass. Nested edits of one site compose outside in: the
-    inner edit reads what the outer one left. An empty edit installs no hook. Under ``lift`` the cache is created here
-    so that the source model's follows it; with a cache of the caller's, rows must keep their places (no beam search).
+    inner edit reads what the outer one left. An empty edit installs no hook. With a source the cache is created
+    here so that the source's follows it; with a cache of the caller's, rows must keep their places (no beam search).
     """
     if donor is not None:
         warnings.warn("editing(donor=...) is now called source=...", DeprecationWarning, stacklevel=3)
@@ -231,8 +231,8 @@ def _check_fits(model: PreTrainedModel, edit: FeatureEdit, site: EditSite, sourc
         )
     if edit.vector and len(edit.vector) != width:
         raise InputError(f"the vector to add must have {width} channels, got {len(edit.vector)}.")
-    if (edit.kind == "lift") != (source is not None):
-        raise InputError("kind 'lift' needs a source model, and no other kind takes one.")
+    if edit.needs_source != (source is not None):
+        raise InputError("kinds 'lift' and 'patch' need a source model, and no other kind takes one.")
     return layers
 
 
@@ -251,11 +251,11 @@ class _Hook:
         self.level = torch.tensor(edit.level, device=device, dtype=torch.float32)
         self.source_capture: Any = None
         self.source_columns: FeatureColumns | None = None
-        if source is not None:
+        if source is not None and edit.kind == "lift":
             source_site = EditSite(site.crosscoder, source.view, site.layer, site.readout)
             self.source_columns = FeatureColumns(source_site, edit.features, device=device)
         self.source_cache: DynamicCache | None = None
-        self.source_levels: Tensor | None = None
+        self.copied: Tensor | None = None  # the source's residual, or the share of it that the features write
         self.mask: Tensor | None = None
         self.skip = False
 
@@ -345,9 +345,11 @@ class _Hook:
                 logits_to_keep=1,
                 **more,
             )
+        residual: Tensor = self.source_capture.value
+        self.copied = residual
         if self.source_columns is not None:
-            residual: Tensor = self.source_capture.value
-            self.source_levels = self.source_columns.to(residual.device).read(residual)
+            columns = self.source_columns.to(residual.device)
+            self.copied = columns.write(columns.read(residual))
 
     # -- after the block: the change --------------------------------------------------------------------------------
 
@@ -356,7 +358,8 @@ class _Hook:
             return output
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         self._move_to(hidden.device)
-        edited = self._edited(hidden.to(torch.float32)).to(hidden.dtype)
+        before = hidden.to(torch.float32)
+        edited = (before + self.edit.gain * self._change(before)).to(hidden.dtype)
         if self.mask is not None:
             self.mask = self.mask.to(hidden.device)
             edited = torch.where(self.mask[..., None], edited, hidden)
@@ -369,24 +372,26 @@ class _Hook:
         if self.vector.device != device:
             self.columns.to(device)
             self.vector, self.level = self.vector.to(device), self.level.to(device)
-        if self.source_levels is not None:
-            self.source_levels = self.source_levels.to(device)
+        if self.copied is not None:
+            self.copied = self.copied.to(device)
 
-    def _edited(self, hidden: Tensor) -> Tensor:
-        kind, columns = self.edit.kind, self.columns
+    def _change(self, hidden: Tensor) -> Tensor:
+        """What the edit adds to the residual [row, token, channel], before its gain."""
+        kind, columns, strength = self.edit.kind, self.columns, self.edit.strength
         if kind == "add_vector":
-            return hidden + self.vector
+            return self.vector
+        if kind == "patch" and self.copied is not None:
+            return strength * (self.copied - hidden)
         levels = columns.read(hidden)
         if kind == "disable":
-            return hidden - columns.write(levels)
+            return -columns.write(levels)
         if kind == "amplify" and self.edit.level:
-            raised = (levels + (self.edit.strength - 1.0) * self.level).clamp_min(0.0)
-            return hidden + columns.write(raised - levels)
+            return columns.write((levels + (strength - 1.0) * self.level).clamp_min(0.0) - levels)
         if kind == "amplify":
-            return hidden + columns.write((self.edit.strength - 1.0) * levels)
-        if kind == "lift" and self.source_levels is not None:
-            return hidden + columns.write(self.edit.strength * (self.source_levels - levels))
-        # passthrough: what is read, plus what was not explained. Not shortened to ``hidden``: the arm is run to show
-        # what the way through the dictionary changes by rounding.
+            return columns.write((strength - 1.0) * levels)
+        if kind == "lift" and self.copied is not None:
+            return strength * (self.copied - columns.write(levels))
+        # passthrough: what is read, plus what was not explained. Not shortened to 0: the arm is run to show what the
+        # way through the dictionary changes by rounding.
         decoded = columns.write(levels) + columns.offset
-        return decoded + (hidden - decoded)
+        return decoded + (hidden - decoded) - hidden

@@ -18,7 +18,9 @@ _KIND_LABELS: Final = {
     "unedited": "unedited",
     "steering": "mean-shift steering",
     "random_direction": "random direction",
-    "lift": "activation patching",
+    "patch": "full patch of the site",
+    "lift": "the set lifted to the RL model's level",
+    "lower": "the set lowered to base's level",
 }
 """Labels of the kinds of arm that occur once; the other kinds are labelled by their condition."""
 
@@ -31,10 +33,15 @@ ARM_ORDER: Final = (
     "replicate",
     "steering",
     "random_direction",
+    "patch",
     "lift",
+    "lower",
     "random",
+    "rescaled",
 )
 """Kinds of arm in reading order."""
+RANDOM_KINDS: Final = {"random": "random sets", "rescaled": "random sets at the set's edit norm"}
+"""Kinds of arm that are shown together, and what they are called."""
 _NUMBERS: Final = (
     "dose",
     "accuracy",
@@ -136,7 +143,7 @@ def random_band(arms: list[Arm]) -> dict[float, tuple[float, float, float]]:
 
 
 def direction_blocks(data: xr.Dataset | None) -> list[dict[str, Any]]:
-    """Per direction: verdict, checks, arms in reading order with the random sets summarised, side effects."""
+    """Per direction: verdict, checks, arms in reading order, summaries of the random sets, side effects."""
     if data is None:
         return []
     blocks = []
@@ -147,21 +154,23 @@ def direction_blocks(data: xr.Dataset | None) -> list[dict[str, Any]]:
                 "direction": direction,
                 "verdict": text(data, "verdict", direction=direction),
                 "checks": {label: text(data, check, direction=direction) for check, label in CHECKS.items()},
-                "arms": [arm for arm in in_order(arms) if arm.kind != "random"],
-                "random": _random_summary([arm for arm in arms if arm.kind == "random"]),
+                "arms": [arm for arm in in_order(arms) if arm.kind not in RANDOM_KINDS],
+                "random": [
+                    _random_summary(label, random)
+                    for kind, label in RANDOM_KINDS.items()
+                    if (random := [arm for arm in arms if arm.kind == kind])
+                ],
                 "side_effects": side_effect_rows(data, direction),
             }
         )
     return blocks
 
 
-def _random_summary(arms: list[Arm]) -> dict[str, Any] | None:
-    """Median and range of the random sets; means where only a rough size matters."""
-    if not arms:
-        return None
+def _random_summary(label: str, arms: list[Arm]) -> dict[str, Any]:
+    """Median and range of random sets; means where only a rough size matters."""
     accuracy, effect = (np.array([getattr(arm, name) for arm in arms]) for name in ("accuracy", "effect"))
     return {
-        "n": len(arms),
+        "label": f"{len(arms)} {label}",
         "accuracy": float(np.median(accuracy)),
         "low": float(effect.min()),
         "high": float(effect.max()),
@@ -178,10 +187,12 @@ def side_effect_rows(data: xr.Dataset, direction: str) -> list[dict[str, Any]]:
     if any(name not in data for name in _SIDE_EFFECTS):
         return []
     arms = in_order(arms_of(data, direction))
-    rows = [_side_effects(data, [arm]) | {"label": arm.label, "kind": arm.kind} for arm in arms if arm.kind != "random"]
-    random = [arm for arm in arms if arm.kind == "random"]
-    if random:
-        rows.append(_side_effects(data, random) | {"label": f"{len(random)} random sets", "kind": "random"})
+    single = [arm for arm in arms if arm.kind not in RANDOM_KINDS]
+    rows = [_side_effects(data, [arm]) | {"label": arm.label, "kind": arm.kind} for arm in single]
+    for kind, label in RANDOM_KINDS.items():
+        random = [arm for arm in arms if arm.kind == kind]
+        if random:
+            rows.append(_side_effects(data, random) | {"label": f"{len(random)} {label}", "kind": kind})
     return rows if any(np.isfinite(row["unrelated_accuracy"]) for row in rows) else []
 
 

@@ -26,6 +26,7 @@ _SIMPLE: Final = {
     "movement": ("model",),
     "attribution_contrast": ("comparison", "tau"),
     "control_balance": ("covariate",),
+    "mediated_share": ("direction", "point"),
     "set_stability": ("model",),
     "stabilization": ("model",),
     "timing_contrast": ("measure",),

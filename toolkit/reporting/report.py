@@ -50,13 +50,14 @@ GROUPS: Final = (
     "tokens",
     "intervention",
     "control_balance",
+    "mediated_share",
 )
 """Analyses of a complete study, in reading order."""
 CLAIM_FIGURES: Final = {
     "C1": ("specificity", "matched-drift"),
     "C2": ("set-stability", "stabilization"),
     "C3": ("intersection",),
-    "C4": ("dose-response",),
+    "C4": ("mediated-share", "dose-response"),
     "C5": (),
 }
 """Figures shown in a claim's section; C4's shows both directions."""

@@ -155,6 +155,8 @@ def intervene(study: Study, key: str, progress: Progress) -> Facts:
         write_results(results, of_dictionary("trial-dictionary-balance", number), balance, provenance=provenance)
     write_results(results, "intervention", found.intervention, provenance=provenance)
     write_results(results, "control_balance", found.balance, provenance=provenance)
+    if found.mediated is not None:
+        write_results(results, "mediated_share", found.mediated, provenance=provenance)
     return {"features": sets, "verdicts": [str(verdict) for verdict in found.intervention["verdict"].values]}
 
 

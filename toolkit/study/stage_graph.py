@@ -166,10 +166,11 @@ STAGES: Final = (
         ("intervention",),
         f"{_MODELS}:intervene",
         ("results.zarr/intervention", "results.zarr/control_balance"),
+        optional=("results.zarr/mediated_share",),
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=5,
+        version=6,
     ),
     Stage(
         "report",

@@ -22,12 +22,13 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, open_outcomes, open_results, write_results
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics.causal.mediated_share import mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 from rlgen_stats.toolkit.trial.parts import measure_parts
-from rlgen_stats.toolkit.trial.plan import TrialPlan, plan_trial
+from rlgen_stats.toolkit.trial.plan import TrialPlan, curves_of, plan_trial
 
 SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
@@ -152,10 +153,15 @@ def _run(
     step = pkgutil.resolve_name(_RUN_STEP)
     live = step.LiveTrial(plan)
     with exclusive(study.folder.stages / "run"):
-        result, balance = judge_trial(step.run_trial(plan, live=live, progress=progress), plan.declared)
+        outcomes = step.run_trial(plan, live=live, progress=progress)
+        result, balance = judge_trial(outcomes, plan.declared)
         validate(result, "intervention")
         write(f"trial-{name}", result)
         write(f"trial-{name}-balance", balance)
+        curves = {plan.files.dictionary: curves_of(plan, outcomes)} if outcomes else {}
+        shares = mediated_share(curves, alpha=plan.declared.alpha)
+        if shares is not None:
+            write(f"trial-{name}-mediated", shares)
         if not by_feature:
             return result, None
         parts = measure_parts(plan, live.share_correct, progress=progress)

@@ -17,6 +17,8 @@ from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, Readout, StudySpec
 from rlgen_stats.toolkit.edits.edit import FeatureEdit, Positions
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_DOSES
+from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm
+from rlgen_stats.toolkit.statistics.causal.mediated_share import PATCH, SET, CurvePoint
 from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition, Direction
 
 CONTROL_SHARE: Final = 0.25
@@ -26,6 +28,12 @@ share is often less."""
 UNKNOWN_VECTOR: Final = (nan,)
 """Stands for a vector that only the models can tell (kinds ``steering`` and ``random_direction``) until the run fills
 it in; hooks refuse it, because no model has one channel."""
+
+
+RANDOM_KINDS: Final = ("random", "rescaled")
+"""Kinds of arm that edit matched random sets: there are many, and their divergences are measured on fewer texts."""
+COPYING: Final[dict[Direction, str]] = {"amplify": "lift", "disable": "lower"}
+"""What copying the other model's features is called: base's go up to the RL model's level, or the RL model's down."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Arm:
     @property
     def reads_features(self) -> bool:
         """Whether its edit looks at or changes features, so that it depends on the dictionary."""
-        return self.edit is not None and self.edit.kind != "add_vector"
+        return self.edit is not None and self.edit.kind not in ("add_vector", PATCH)
 
     @property
     def needs_vector(self) -> bool:
@@ -190,8 +198,9 @@ def plan_arms(
     steering: NDArray[np.float64] | None = None,
     random_direction: NDArray[np.float64] | None = None,
     levels: NDArray[np.float64] | None = None,
+    gains: Sequence[float] = (),
 ) -> tuple[Arm, ...]:
-    """All arms of a direction but the unedited one.
+    """All arms of a direction but the unedited one and those that copy features of the other model.
 
     Parameters
     ----------
@@ -210,11 +219,13 @@ def plan_arms(
         [channel] vector of the same norm, or None.
     levels
         As in :func:`scaled_edit`, for set, doses and random sets.
+    gains
+        Factors that give the edits of the first random sets the norm of the set's; 0 where none does.
 
     Returns
     -------
     tuple of Arm
-        fresh, passthrough, set, dose-*, steering, random-direction, lift (amplify only), random-001...
+        fresh, passthrough, set, dose-*, steering, random-direction, patch, rescaled-001..., random-001...
     """
     main, where = main_dose(direction, spec.intervention), _where(spec)
     chosen = tuple(int(k) for k in features)
@@ -236,12 +247,69 @@ def plan_arms(
     if steering is None or np.linalg.norm(steering) > 0:
         arms.append(Arm(Condition("steering", "steering", 1.0), shift(steering)))
         arms.append(Arm(Condition("random-direction", "random_direction", 1.0), shift(random_direction)))
-    if direction == "amplify":
-        arms.append(Arm(Condition("lift", "lift", 1.0), FeatureEdit(chosen, "lift", **where)))
-    for number, row in enumerate(controls, start=1):
-        edit = scaled_edit(tuple(map(int, row)), main, spec, levels)
+    arms.append(Arm(Condition(PATCH, PATCH, 1.0), FeatureEdit((), PATCH, **where)))
+    random = [scaled_edit(tuple(map(int, row)), main, spec, levels) for row in controls]
+    for number, (edit, gain) in enumerate(zip(random, gains, strict=False), start=1):
+        if gain > 0:
+            arms.append(Arm(Condition(f"rescaled-{number:03d}", "rescaled", main), replace(edit, gain=gain)))
+    for number, edit in enumerate(random, start=1):
         arms.append(Arm(Condition(f"random-{number:03d}", "random", main), edit))
     return tuple(arms)
+
+
+@dataclass(frozen=True, eq=False)
+class CopiedSet:
+    """Features to be copied from the other model, and random sets of their number."""
+
+    label: str
+    """``set``, ``top-K`` or ``all``."""
+    features: tuple[int, ...]
+    random: NDArray[np.int64]
+    """[control, member]."""
+
+
+def copying_arms(
+    direction: Direction, sets: Sequence[CopiedSet], spec: StudySpec, norm: EditNorm, difference: float
+) -> tuple[tuple[Arm, ...], tuple[CurvePoint, ...]]:
+    """Arms that copy features of the other model on the same text, and what the curve of mediated shares reads of them.
+
+    Parameters
+    ----------
+    direction
+        Which model is edited.
+    sets
+        What is copied.
+    spec
+        Edited positions.
+    norm
+        Measures these edits.
+    difference
+        Mean norm of the difference between the models, raw units.
+
+    Returns
+    -------
+    arms, points
+        lift, lift-random-1..., lift-top-K, lift-top-K-random-1..., lift-all, or with ``lower`` in the RL model.
+    """
+    arms: list[Arm] = []
+    points: list[CurvePoint] = []
+
+    def arm(name: str, kind: str, features: Sequence[int]) -> str:
+        ids = tuple(int(k) for k in features)
+        arms.append(Arm(Condition(name, kind, 1.0), FeatureEdit(ids, "lift", **_where(spec))))
+        return name
+
+    for copied in sets:
+        of_set = copied.label == SET
+        name = COPYING[direction] + ("" if of_set else f"-{copied.label}")
+        own = arm(name, COPYING[direction] if of_set else "curve", copied.features)
+        kind = "lift_random" if of_set else "curve_random"
+        random = tuple(arm(f"{name}-random-{i}", kind, row) for i, row in enumerate(copied.random, start=1))
+        ratios = [
+            norm.of(features) / difference if difference else nan for features in (copied.features, *copied.random)
+        ]
+        points.append(CurvePoint(copied.label, len(copied.features), own, random, ratios[0], tuple(ratios[1:])))
+    return tuple(arms), tuple(points)
 
 
 UNEDITED: Final = Arm(Condition("unedited", "unedited", 1.0), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,15 +26,24 @@ from rlgen_stats.stores.study_models import ModelRef, final_model, find_model
 from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
 from rlgen_stats.toolkit.edits.edit import Positions
 from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls, match_controls
-from rlgen_stats.toolkit.statistics.causal.covariates import feature_covariates, mean_levels, near_duplicates
+from rlgen_stats.toolkit.statistics.causal.covariates import (
+    drift_ranking,
+    feature_covariates,
+    mean_levels,
+    near_duplicates,
+)
 from rlgen_stats.toolkit.statistics.causal.design import Shortfall, shortfalls
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
+from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm, TokenCodes, copied, scaled
+from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, Curve, CurvePoint, curve_of
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from rlgen_stats.toolkit.trial.arms import (
     UNEDITED,
     Arm,
+    CopiedSet,
     Site,
     choose_prompts,
+    copying_arms,
     dose_grid,
     edited_positions,
     intermediate_doses,
@@ -43,8 +53,10 @@ from rlgen_stats.toolkit.trial.arms import (
     target_prompts,
 )
 
-FILE_VERSION: Final = 3
-"""Raised when an arm's file gets other columns."""
+FILE_VERSION: Final = 4
+"""Raised when an arm's file gets other columns, or the same edit does something else."""
+_TOKEN_CODES: Final = "rlgen_stats.toolkit.trial.token_codes:token_codes"
+"""Encodes stored activations, which needs torch; loaded only where a plan is made without codes."""
 SEARCH_BUDGET: Final = 2
 """Sets measured only to choose the next member of the smaller set, in multiples of the set's size."""
 
@@ -54,7 +66,7 @@ class TrialPrompts:
     """What a trial's models read."""
 
     table: pd.DataFrame
-    """Verification prompts, in the order of the study's file."""
+    """Trial prompts, in the order of the study's file."""
     target: NDArray[np.bool_]
     """[prompt] where the effect is measured."""
     unrelated: NDArray[np.bool_]
@@ -103,6 +115,8 @@ class DirectionPlan:
     direction: Direction
     arms: tuple[Arm, ...]
     """In the order in which they are run: the unedited one first, the random sets last."""
+    curve: tuple[CurvePoint, ...] = ()
+    """Sets of features copied from the other model, and the names of their arms."""
     parts: tuple[Arm, ...] = ()
     """Single features and sets without one feature, if asked for."""
     n_search_sets: int = 0
@@ -125,6 +139,11 @@ class DirectionPlan:
         """Doses strictly between no edit and the set's own."""
         doses = [arm.condition.dose for arm in self.arms if arm.condition.kind == "dose"]
         return len(intermediate_doses(doses, self.set_arm.condition.dose))
+
+    @property
+    def n_copying(self) -> int:
+        """Arms in which the other model reads along."""
+        return sum(arm.edit is not None and arm.edit.needs_source for arm in self.arms)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -156,6 +175,8 @@ class TrialPlan:
     files: ArmFiles
     facts: Mapping[str, str]
     """Hash of the study's spec: arms stored under another are run again."""
+    n_asked: int
+    """Random sets asked for; a dictionary may hold fewer that match, which the verdict then says."""
     accepted: bool = False
     """Whether it is run even if no edit can be called a cause."""
 
@@ -167,12 +188,12 @@ class TrialPlan:
 
     @property
     def shortfalls(self) -> tuple[Shortfall, ...]:
-        """Criteria that cannot pass whatever the outcomes, each once."""
+        """Criteria that cannot pass by design, whatever the set and the outcomes, each once."""
         alpha, margin = self.declared.alpha, self.declared.margin
         found = [
             shortfalls(
                 **self.prompts.n_clusters,
-                n_random=plan.n_random,
+                n_random=self.n_asked,
                 n_doses=plan.n_intermediate_doses,
                 alpha=alpha,
                 margin=margin,
@@ -225,8 +246,7 @@ class TrialPlan:
     @property
     def n_controls(self) -> int:
         """Matched random sets."""
-        controls = self.declared.controls
-        return 0 if controls is None else len(controls.sets)
+        return min((len(controls.sets) for controls in self.declared.controls.values()), default=0)
 
     @property
     def max_new_tokens(self) -> int:
@@ -266,12 +286,18 @@ class TrialPlan:
             site = self.sites[plan.direction]
             lines.append(
                 f"{plan.direction} in {site.view}, block {site.layer}: {self.arms[plan.direction]} arms, "
-                f"{len(plan.stored)} stored, {plan.n_random} random sets"
+                f"{len(plan.stored)} stored, {plan.n_random} random sets; {plan.n_copying} copy from the other model, "
+                f"which reads along ({', '.join(point.label for point in plan.curve)})"
             )
         if self.directions:
             lines.append(f"at most {self.completions:,} completions of up to {self.max_new_tokens} tokens to sample")
         lines += [f"cannot show {shortfall}" for shortfall in self.shortfalls]
         return "\n".join([*lines, *([self.why_not] if self.why_not else [])])
+
+
+def curves_of(plan: TrialPlan, outcomes: Sequence[DirectionOutcomes]) -> list[Curve]:
+    """What a trial says about the share of the full patch's effect that features carry: one curve a direction."""
+    return [curve_of(plan.direction(one.table.direction).curve, one) for one in outcomes]
 
 
 # -- from a study to a plan
@@ -330,8 +356,9 @@ def plan_trial(
     dictionary: int = 1,
     name: str = "",
     by_feature: bool = False,
+    codes: TokenCodes | None = None,
 ) -> TrialPlan:
-    """Fix everything about a trial; reads prompts, decoder and stored summaries, loads no model.
+    """Fix everything about a trial; reads prompts, decoder, stored summaries and activations, loads no model.
 
     Parameters
     ----------
@@ -351,6 +378,9 @@ def plan_trial(
         Folder below intervention/ for arms of a set that is not the study's own; arms without the set are shared.
     by_feature
         Whether to edit every feature alone and leave each out too, and look for a smaller set that suffices.
+    codes
+        Both models' features on tokens that are edited, from which the norms of edits are computed; encoded here, with
+        torch, if None.
 
     Raises
     ------
@@ -363,7 +393,7 @@ def plan_trial(
     files = ArmFiles(folder.root / "intervention", name, dictionary)
     plan = _plan_without_arms(spec, chosen, prompts, provenance, files)
     try:
-        matched = _match(spec, folder, chosen, prompts, covariates, dictionary)
+        matched = _match(spec, folder, chosen, prompts, covariates, codes, dictionary)
     except NotEstimableError as error:
         return replace(plan, declared=replace(plan.declared, not_held=str(error)))
     neutral = spec.intervention.neutral_text
@@ -411,13 +441,14 @@ def _plan_without_arms(
             alpha=spec.statistics.alpha,
             margin=spec.intervention.non_inferiority,
             seeds={direction: derive_seed(spec.seed, "intervention", "verdict", direction) for direction in DIRECTIONS},
-            controls=None,
+            controls={},
             not_held="",
             no_controls="",
             tasks=tuple(sorted(set(prompts.table[TASK]))),
             attributes=_attributes(spec, features, prompts),
         ),
         files=files,
+        n_asked=spec.intervention.n_controls,
         accepted=spec.intervention.accept_undecidable,
         facts={"spec_hash": provenance.spec_hash},
     )
@@ -462,9 +493,14 @@ class _Matched:
     """The last checkpoint of the second contrasted run: the set is disabled there."""
     levels: NDArray[np.float64] | None
     """[feature] what amplifying adds, where that is not the features' own activation."""
-    controls: MatchedControls | None
+    controls: Mapping[Direction, MatchedControls]
     no_controls: str
     """Why there are no controls, if so."""
+    codes: TokenCodes
+    norms: Mapping[Direction, EditNorm]
+    """Measures the edits of sets, those of each direction in the model that it edits."""
+    copied: tuple[CopiedSet, ...]
+    """Sets that are copied from the other model."""
 
 
 def _match(
@@ -473,6 +509,7 @@ def _match(
     features: tuple[int, ...],
     prompts: TrialPrompts,
     covariates: xr.Dataset | None,
+    codes: TokenCodes | None,
     dictionary: int,
 ) -> _Matched:
     """The set with its controls.
@@ -482,21 +519,8 @@ def _match(
     NotEstimableError
         If no trial can be held, as ``code: reason``.
     """
-    if not features:
-        raise NotEstimableError("no_features: no feature selected")
-    place = folder.crosscoder(spec.primary_crosscoder.names[dictionary - 1])
-    unusable = unusable_readout(place, accepted=spec.primary_crosscoder.accept_unhealthy)
-    if unusable:
-        raise NotEstimableError(f"readout_failed: {unusable}")
-    if prompts.table.empty:
-        raise NotEstimableError("no_prompts: no trial prompts")
-    decoder = read_decoder(place)
-    unknown = [k for k in features if not 0 <= k < decoder.n_features]
-    if unknown:
-        raise InputError(f"feature ids run from 0 to {decoder.n_features - 1}, got {unknown[0]}.")
+    place, decoder = _usable_dictionary(spec, folder, features, prompts, dictionary)
     rl = final_model(spec, folder, spec.contrasted[1].name)
-    if not prompts.target.any():
-        raise NotEstimableError("no_target_prompts: all trial prompts are of control tasks")
     summaries = open_features(folder.features_of(dictionary))
     if covariates is None:
         covariates = feature_covariates(decoder, summaries, models=[BASE_MODEL, rl.model], view=rl.model)
@@ -510,17 +534,73 @@ def _match(
         levels = mean_levels(decoder, summaries, model=rl.model) if spec.intervention.level == "rl" else None
     except NotEstimableError as error:
         raise NotEstimableError(f"no_levels: {error}") from error
-    try:
-        controls = match_controls(
+    if codes is None:
+        encode = pkgutil.resolve_name(_TOKEN_CODES)
+        codes = encode(spec, folder, place, rl=rl.model, prompts=prompts.ids)
+    raised = main_dose("amplify", spec.intervention) - 1.0
+    norms: dict[Direction, EditNorm] = {
+        "disable": scaled(codes.rl, -1.0),
+        "amplify": scaled(codes.base, raised, levels),
+    }
+    seed = derive_seed(spec.seed, *("intervention", "controls"), *([dictionary] if dictionary > 1 else []))
+
+    def match(members: Sequence[int], norm: EditNorm, n_sets: int) -> MatchedControls:
+        return match_controls(
             covariates,
-            features,
-            n_sets=spec.intervention.n_controls,
-            seed=derive_seed(spec.seed, *("intervention", "controls"), *([dictionary] if dictionary > 1 else [])),
-            near_duplicates=near_duplicates(decoder, features),
+            members,
+            norm.of_each,
+            n_sets=n_sets,
+            seed=seed,
+            near_duplicates=near_duplicates(decoder, members),
         )
+
+    try:
+        controls = {direction: match(features, norm, spec.intervention.n_controls) for direction, norm in norms.items()}
+        no_controls = ""
     except NotEstimableError as error:
-        return _Matched(place, decoder, rl, levels, None, str(error))
-    return _Matched(place, decoder, rl, levels, controls, "")
+        controls, no_controls = {}, str(error)
+
+    def beside(members: tuple[int, ...]) -> NDArray[np.int64]:
+        """Random sets whose copies are as large as these features'; none where none can be matched."""
+        n_sets = spec.intervention.curve_controls
+        if not n_sets or 2 * len(members) > decoder.n_features:  # fewer are left than are needed
+            return _no_sets(members)
+        try:
+            return match(members, copied(codes), n_sets).sets
+        except NotEstimableError:
+            return _no_sets(members)
+
+    ranking = drift_ranking(summaries, base=BASE_MODEL, target=rl.model)
+    leading = {f"top-{n}": tuple(map(int, ranking[:n])) for n in sorted(spec.intervention.curve) if n <= len(ranking)}
+    copies = {SET: features, **leading, ALL: tuple(range(decoder.n_features))}
+    sets = tuple(CopiedSet(label, members, beside(members)) for label, members in copies.items())
+    return _Matched(place, decoder, rl, levels, controls, no_controls, codes, norms, sets)
+
+
+def _no_sets(members: Sequence[int]) -> NDArray[np.int64]:
+    """[0, member]."""
+    return np.empty((0, len(members)), dtype=np.int64)
+
+
+def _usable_dictionary(
+    spec: StudySpec, folder: StudyFolder, features: tuple[int, ...], prompts: TrialPrompts, dictionary: int
+) -> tuple[Path, Decoder]:
+    """Folder and decoder of the dictionary, if a trial of these features can be held in it."""
+    if not features:
+        raise NotEstimableError("no_features: no feature selected")
+    place = folder.crosscoder(spec.primary_crosscoder.names[dictionary - 1])
+    unusable = unusable_readout(place, accepted=spec.primary_crosscoder.accept_unhealthy)
+    if unusable:
+        raise NotEstimableError(f"readout_failed: {unusable}")
+    if prompts.table.empty:
+        raise NotEstimableError("no_prompts: no trial prompts")
+    decoder = read_decoder(place)
+    unknown = [k for k in features if not 0 <= k < decoder.n_features]
+    if unknown:
+        raise InputError(f"feature ids run from 0 to {decoder.n_features - 1}, got {unknown[0]}.")
+    if not prompts.target.any():
+        raise NotEstimableError("no_target_prompts: all trial prompts are of control tasks")
+    return place, decoder
 
 
 def _sites(spec: StudySpec, matched: _Matched) -> dict[Direction, Site]:
@@ -543,16 +623,21 @@ def _plan_direction(
     *,
     by_feature: bool,
 ) -> DirectionPlan:
-    levels = matched.levels if direction == "amplify" else None
-    no_sets = np.empty((0, len(features)), dtype=np.int64)
+    matches = matched.controls.get(direction)
+    controls = _no_sets(features) if matches is None else matches.sets
+    norm = matched.norms[direction]
+    beside = norm.of_each(controls[: spec.intervention.curve_controls])
     arms = plan_arms(
         direction,
         features,
-        no_sets if matched.controls is None else matched.controls.sets,
+        controls,
         spec,
-        levels=levels,
+        levels=matched.levels if direction == "amplify" else None,
+        gains=[norm.of(features) / one if one else 0.0 for one in beside],
     )
-    plan = DirectionPlan(direction, (UNEDITED, *arms))
+    copying, curve = copying_arms(direction, matched.copied, spec, copied(matched.codes), matched.codes.difference)
+    last = next((i for i, arm in enumerate(arms) if arm.condition.kind == "random"), len(arms))
+    plan = DirectionPlan(direction, (UNEDITED, *arms[:last], *copying, *arms[last:]), curve)
     if not by_feature:
         return plan
     # The budget, and one set of each size from 2 to n - 1, where a member is added unmeasured: sizes 1 and n are arms

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,7 @@ from rlgen_stats.toolkit.extraction.grading import make_grader
 from rlgen_stats.toolkit.progress import SILENT, Progress, Within
 from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
+    CURVE_KINDS,
     Direction,
     DirectionOutcomes,
     Floats,
@@ -41,7 +42,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     ending_of,
     finite_mean,
 )
-from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm
+from rlgen_stats.toolkit.trial.arms import RANDOM_KINDS, UNEDITED, Arm
 from rlgen_stats.toolkit.trial.divergence import (
     EncodedTexts,
     Probes,
@@ -88,10 +89,10 @@ def run_trial(
 
     Notes
     -----
-    Sample s of prompt i has the same seed in every arm but ``fresh``. ``lift`` (activation patching) copies levels from
-    the RL model reading the same tokens in parallel. The steering vector is the mean residual of RL minus base where
-    the same forced texts' completion tokens are predicted: both models' unedited completions of the target prompts,
-    which favours that baseline, since the set was chosen on other prompts.
+    Sample s of prompt i has the same seed in every arm but ``fresh``. ``patch``, ``lift`` and ``lower`` copy from the
+    other model, which reads the same tokens in parallel. The steering vector is the mean residual of RL minus base
+    where the same forced texts' completion tokens are predicted: both models' unedited completions of the target
+    prompts, which favours that baseline, since the set was chosen on other prompts.
     """
     if not plan.directions:
         return ()
@@ -152,14 +153,21 @@ def _run_direction(
                 progress.log(f"{direction}: stopped after {rule.n_run} of {plan.n_random} random sets; {rule.reason}")
                 break
             within = Within(task)
-            frame = live.run_arm(direction, arm, probes, within)
+            frame = live.run_arm(direction, arm, None if arm.condition.kind in CURVE_KINDS else probes, within)
             frames.append(frame)
             target = _cube([frame], "correct", trial.n_prompts)[0][trial.prompts.target]
             rule.add(arm.condition.kind, float(target.mean()))
             count = task.advance if within.done else task.skip  # an arm that counted nothing was stored
             count(n_completions - within.done, arm=arm.name, accuracy=round(float(frame["correct"].mean()), 3))
     other = unedited["base" if EDITED[direction] == "rl" else "rl"]
-    return _outcomes(trial, direction, arms[: len(frames)], frames, other)
+    judged = [(arm, frame) for arm, frame in zip(arms, frames, strict=False) if arm.condition.kind not in CURVE_KINDS]
+    curve = {
+        arm.name: _cube([frame], "correct", trial.n_prompts)[0].mean(axis=1)
+        for arm, frame in zip(arms, frames, strict=False)
+        if arm.condition.kind in CURVE_KINDS
+    }
+    outcomes = _outcomes(trial, direction, [arm for arm, _ in judged], [frame for _, frame in judged], other)
+    return replace(outcomes, curve_correct=curve)
 
 
 # -- one arm on live models
@@ -231,11 +239,15 @@ class LiveTrial:
         with ExitStack() as stack:
             active = None
             if arm.edit is not None:
-                lifted = arm.edit.kind == "lift"
-                source = SourceModel(self.model("rl"), self.plan.sites["disable"].view) if lifted else None
+                source = self._other(direction) if arm.edit.needs_source else None
                 model, site = self.model(EDITED[direction]), self.edit_site(direction)
                 active = stack.enter_context(editing(model, arm.edit, site, source=source))
             yield active
+
+    def _other(self, direction: Direction) -> SourceModel:
+        """The model that the direction does not edit."""
+        other: Direction = "amplify" if direction == "disable" else "disable"
+        return SourceModel(self.model(EDITED[other]), self.plan.sites[other].view)
 
     def run_arm(
         self, direction: Direction, arm: Arm, probes: Probes | None = None, progress: Progress = SILENT
@@ -318,7 +330,7 @@ class LiveTrial:
             first = log_probabilities(model, probes.first, active)
             for name in ("base", "rl"):
                 measured[f"kl_to_{name}"] = divergences(first, references["first"][name], probes.first, n)
-            if arm.condition.kind != "random":  # a hundred sets on whole completions would cost more than the rest
+            if arm.condition.kind not in RANDOM_KINDS:  # a hundred sets on whole texts would cost more than the rest
                 forced = log_probabilities(model, probes.forced, active)
                 for name in ("base", "rl"):
                     measured[f"forced_kl_to_{name}"] = divergences(forced, references["forced"][name], probes.forced, n)

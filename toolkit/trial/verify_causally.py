@@ -11,10 +11,11 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
+from rlgen_stats.toolkit.statistics.causal.mediated_share import Curve, mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, judge_trial
 from rlgen_stats.toolkit.trial.parts import measure_parts
-from rlgen_stats.toolkit.trial.plan import plan_trial
+from rlgen_stats.toolkit.trial.plan import curves_of, plan_trial
 from rlgen_stats.toolkit.trial.run_trial import LiveTrial, run_trial
 
 
@@ -77,6 +78,8 @@ class DictionaryTrials:
     """One verdict on all, as :func:`judge_together` gives it."""
     balance: xr.Dataset
     """Balance of the controls: means over dictionaries."""
+    mediated: xr.Dataset | None
+    """Layout ``mediated_share``, of all dictionaries in which a trial was held."""
 
 
 def verify_in_dictionaries(
@@ -104,6 +107,7 @@ def verify_in_dictionaries(
     """
     trials: dict[int, tuple[xr.Dataset, xr.Dataset]] = {}
     judged: dict[int, tuple[Sequence[DirectionOutcomes], Declaration]] = {}
+    curves: dict[int, list[Curve]] = {}
     live: LiveTrial | None = None
     for number, features in sets.items():
         plan = plan_trial(spec, folder, features, provenance=provenance, dictionary=number)
@@ -111,7 +115,10 @@ def verify_in_dictionaries(
         outcomes = run_trial(plan, live=live, progress=progress)
         trials[number] = judge_trial(outcomes, plan.declared)
         judged[number] = (outcomes, plan.declared)
-    return DictionaryTrials(trials, *judge_together(judged))
+        if outcomes:
+            curves[number] = curves_of(plan, outcomes)
+    shares = mediated_share(curves, alpha=spec.statistics.alpha)
+    return DictionaryTrials(trials, *judge_together(judged), shares)
 
 
 def feature_effects(

@@ -61,7 +61,7 @@ def test_nothing_computed_is_five_times_not_estimable(spec: StudySpec) -> None:
                     "set_stability",
                     "separation",
                 ),
-                *("tokens", "control_balance"),
+                *("tokens", "control_balance", "mediated_share"),
             )
         ),
     ],
@@ -572,13 +572,46 @@ def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> 
     assert any("cannot fall below 0.0909" in c for c in assessed.caveats)
 
 
+def test_c3_c4_c5_say_what_share_of_the_patch_the_set_carries(results: Results, spec: StudySpec) -> None:
+    of_patch = "40% [25%, 55%] of what copying the whole residual does"
+    for name, start in (
+        (
+            "C4",
+            f"Lowered to base's level in the RL model, the set changes accuracy by −12.0 points, {of_patch} (−30.0).",
+        ),
+        (
+            "C5",
+            f"Lifted to the RL model's level in base, the set changes accuracy by +10.0 points, {of_patch} (+25.0).",
+        ),
+    ):
+        assessed = claim(results, spec, name)
+        assert assessed.answer.startswith(f"{start} {'Disabling' if name == 'C4' else 'Amplifying'} the set in ")
+        assert ", the paper's rule, changes accuracy by" in assessed.answer
+        assert assessed.details["share_of_patch"] == pytest.approx([0.4, 0.25, 0.55])
+        assert assessed.details["share_by_set"] == pytest.approx({"set": 0.4, "top-1": 0.1, "top-50": 0.9, "all": 1.0})
+    both = f"{of_patch} into base and {of_patch} into the RL model"
+    assert any(both in caveat for caveat in claim(results, spec, "C3").caveats)
+
+
+def test_without_a_shown_patch_effect_no_share_is_named(results: Results, spec: StudySpec) -> None:
+    known = results["mediated_share"]
+    results["mediated_share"] = known.assign(share=xr.full_like(known["share"], np.nan))
+    assert claim(results, spec, "C4").answer.startswith("Disabling the set in the RL model changes accuracy by")
+    assert not any("Copied from the other model" in caveat for caveat in claim(results, spec, "C3").caveats)
+
+
 def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: StudySpec) -> None:
+    """Each claim speaks of the random sets of its own direction."""
     balance = results["control_balance"]
-    results["control_balance"] = balance.assign(balanced=("covariate", [True, False, True, True]))
-    assert any("match the set in decoder norm" in c for c in claim(results, spec, "C4").caveats)
+    row = balance["covariate"] == "decoder_norm_disable"
+    results["control_balance"] = balance.assign(balanced=~row)
+    assert any("match the set in decoder norm." in c for c in claim(results, spec, "C4").caveats)
+    assert not any("match the set in" in c for c in claim(results, spec, "C5").caveats)
     none = xr.full_like(balance.standardized_difference, np.nan)
-    results["control_balance"] = balance.assign(standardized_difference=none).assign_attrs(flags=["too few features."])
+    flags = ["disable: too few features.", "amplify: none alike"]
+    results["control_balance"] = balance.assign(standardized_difference=none).assign_attrs(flags=flags)
     assert "There are no matched random sets: too few features." in claim(results, spec, "C4").caveats
+    assert "There are no matched random sets: none alike." in claim(results, spec, "C5").caveats
 
 
 # -- table ---------------------------------------------------------------------------------------------------------
@@ -733,6 +766,7 @@ def test_c4_names_the_effect_in_every_dictionary(results: Results, spec: StudySp
     effects = np.array([[-0.3, -0.35, -0.4], [0.1, 0.2, 0.3]])
     data = data.assign(dictionary_effect=(("direction", "dictionary"), effects))
     several["intervention"] = data.assign_attrs(features=[], n_features=[4, 5, 6], n_controls=99)
+    del several["mediated_share"]
     c4 = claim(several, of_three, "C4")
     assert c4.answer.startswith(
         "Disabling the set of each dictionary in the RL model changes accuracy by −35.0 points on"

@@ -84,6 +84,10 @@ def test_the_same_results_give_the_same_bytes(
         ("set-stability", "sft: excess turnover 21.0% at 20%, 3.0% at 40%"),
         ("intersection", "5 in all 4 tasks"),
         ("dose-response", "disable: 41% at dose 0, 60% at dose 0.5, 76% at dose 1, 77% at dose 1.5"),
+        (
+            "mediated-share",
+            "Lowered in the RL model: the set (5 features) 40% (edit 0.30 of the true difference's norm)",
+        ),
         ("failure-classes", "disable, the set: right 41%, wrong 18%, no answer 32%"),
     ],
 )
@@ -114,6 +118,7 @@ def test_specificity_tail_is_the_share_above_tau(drawn: dict[str, Graphic | Miss
         ("intersection", "selection"),
         ("dose-response", "intervention"),
         ("failure-classes", "intervention"),
+        ("mediated-share", "mediated_share"),
         ("drift", "drift"),
     ],
 )

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from numpy.typing import NDArray
+from scipy import sparse
 
 from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.intervention import match_controls
-from rlgen_stats.toolkit.statistics.causal.controls import COVARIATES
+from rlgen_stats.toolkit.statistics.causal.controls import STRENGTHS, comparable, norm_difference
+from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm, ModelCodes
 
 SET = (5, 77, 140, 301, 302, 410)
 
@@ -32,6 +35,11 @@ def population(n: int = 512, seed: int = 0) -> xr.Dataset:
     )
 
 
+def of_one_size(sets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Edits that all have one norm."""
+    return np.ones(len(sets))
+
+
 def alive(ids: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(k for k in ids if k % 16)
 
@@ -40,7 +48,7 @@ def test_controls_are_distinct_disjoint_and_balanced() -> None:
     covariates, chosen = population(), alive(SET)
     duplicates = np.zeros(512, dtype=bool)
     duplicates[[6, 78, *chosen]] = True
-    matched = match_controls(covariates, chosen, n_sets=99, seed=1, near_duplicates=duplicates)
+    matched = match_controls(covariates, chosen, of_one_size, n_sets=99, seed=1, near_duplicates=duplicates)
     assert matched.sets.shape == (99, len(chosen))
     assert not np.isin(matched.sets, np.flatnonzero(duplicates)).any()
     assert np.isfinite(covariates["log_firing"].values[matched.sets]).all()
@@ -54,8 +62,8 @@ def test_controls_are_distinct_disjoint_and_balanced() -> None:
 
 def test_balance_is_the_standardised_difference() -> None:
     covariates, chosen = population(), list(alive(SET))
-    matched = match_controls(covariates, chosen, n_sets=50, seed=1)
-    for name in COVARIATES:
+    matched = match_controls(covariates, chosen, of_one_size, n_sets=50, seed=1)
+    for name in (*STRENGTHS, "mas_bin"):
         values = covariates[name].values.astype(float)
         of_set, of_controls = values[chosen], values[matched.sets.ravel()]
         spread = np.sqrt((of_set.var(ddof=1) + of_controls.var(ddof=1)) / 2)
@@ -67,7 +75,7 @@ def test_matching_beats_random_choice() -> None:
     covariates = population()
     energy = covariates["contribution_energy"].values
     strongest = np.argsort(np.where(np.isfinite(covariates["log_firing"].values), energy, -np.inf))[-60:-40]
-    matched = match_controls(covariates, strongest, n_sets=60, seed=0)
+    matched = match_controls(covariates, strongest, of_one_size, n_sets=60, seed=0)
     free = np.setdiff1d(np.flatnonzero(np.isfinite(covariates["log_firing"].values)), strongest)
     gap = energy[strongest].mean() - energy[free].mean()
     assert gap > 1
@@ -76,45 +84,84 @@ def test_matching_beats_random_choice() -> None:
 
 def test_draws_depend_on_the_seed_alone() -> None:
     covariates, chosen = population(), alive(SET)
-    first, again, other = (match_controls(covariates, chosen, n_sets=30, seed=s).sets for s in (1, 1, 2))
+    first, again, other = (match_controls(covariates, chosen, of_one_size, n_sets=30, seed=s).sets for s in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_fewer_sets_than_asked_are_flagged() -> None:
     covariates = population(40)
-    matched = match_controls(covariates, (5,), n_sets=99, seed=0)
+    matched = match_controls(covariates, (5,), of_one_size, n_sets=99, seed=0)
     assert len(matched.sets) <= 37
     assert any(flag.startswith("fewer_sets") for flag in matched.flags)
 
 
-def test_controls_weaker_than_the_set_are_not_comparable_and_stronger_ones_are() -> None:
-    covariates = population()
-    rank = np.argsort(covariates["log_firing"].where(np.isfinite(covariates["log_firing"]), -9.0).values)
-    strong, weak = rank[-8:], rank[64:72]
-    firing = covariates["log_firing"].values
-    matched = match_controls(covariates, strong, n_sets=20, seed=0)
-    assert firing[strong].mean() > firing[matched.sets].mean()
+def features_that_add_up(n_groups: int = 8, n_each: int = 32) -> tuple[xr.Dataset, EditNorm]:
+    """Features alike one by one; those of a group fire on the same tokens and point nearly the same way."""
+    draw = np.random.default_rng(4)
+    group = np.repeat(np.arange(n_groups), n_each)
+    directions = draw.standard_normal((n_groups, 16))[group] + 0.5 * draw.standard_normal((len(group), 16))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    codes = (draw.random((64, n_groups)) < 0.3)[:, group] * np.exp(0.2 * draw.standard_normal((64, len(group))))
+    covariates = population(len(group)).assign(mas_bin=(FEATURE, np.full(len(group), 2)))
+    covariates["log_firing"] = (FEATURE, np.log(0.3) + 0.1 * draw.standard_normal(len(group)))
+    return covariates, EditNorm((ModelCodes(sparse.csc_array(codes), directions.astype(np.float32)),))
+
+
+def test_controls_are_as_large_in_the_edited_model_where_matching_single_features_leaves_them_smaller() -> None:
+    covariates, norm = features_that_add_up()
+    chosen = [0, 1, 2, 3, 40, 41]
+
+    by_feature = match_controls(covariates, chosen, of_one_size, n_sets=40, seed=0)
+    by_norm = match_controls(covariates, chosen, norm.of_each, n_sets=40, seed=0)
+    assert by_feature.comparable, "nothing in single features tells"
+    assert norm_difference(norm.of(chosen), norm.of_each(by_feature.sets).mean()) > 0.15
+    assert abs(norm_difference(norm.of(chosen), norm.of_each(by_norm.sets).mean())) < 0.03
+    assert by_norm.comparable
+    balance = by_norm.balance.sel(covariate="edit_norm")
+    assert float(balance["set_mean"]) == norm.of(chosen)
+    assert float(balance["control_mean"]) == pytest.approx(norm.of_each(by_norm.sets).mean())
+
+
+def test_a_set_no_random_one_is_as_large_as_is_not_comparable() -> None:
+    def larger(sets: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.where((sets == 5).any(axis=1), 1.2, 1.0)
+
+    matched = match_controls(population(), alive(SET), larger, n_sets=40, seed=0)
     assert not matched.comparable
-    assert any(flag.startswith("unbalanced:log_firing=+") for flag in matched.flags)
-    below = match_controls(covariates, weak, n_sets=20, seed=0)
-    assert float(below.balance["standardized_difference"].sel(covariate="log_firing")) < 0.25
+    assert "unbalanced:edit_norm=+0.17" in matched.flags
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        ([0.1, 9, 9, 9, 0.25], True),
+        ([0.101, 0, 0, 0, 0], False),
+        ([-0.9, 0, 0, 0, 0], True),
+        ([0, 0, 0, 0, 0.251], False),
+        ([0, 0, 0, 0, -0.251], False),
+        ([np.nan, 0, 0, 0, 0], False),
+    ],
+)
+def test_comparable_sets_are_no_larger_and_of_one_class(difference: list[float], expected: bool) -> None:
+    assert comparable(np.array(difference)) == expected
+    assert comparable(2 * np.array(difference), times=2.0) == expected
 
 
 def test_impossible_matches_name_the_covariate_and_the_distance() -> None:
     covariates = population()
     covariates["contribution_energy"].values[list(alive(SET))] += 50
     with pytest.raises(NotEstimableError, match=r"contribution_energy.* standard deviations away"):
-        match_controls(covariates, alive(SET), n_sets=20, seed=0)
+        match_controls(covariates, alive(SET), of_one_size, n_sets=20, seed=0)
     other_bin = population()
     other_bin["mas_bin"].values[:] = 2
     other_bin["mas_bin"].values[list(alive(SET))] = 4
     with pytest.raises(NotEstimableError, match=r"mas_bin.*\[4\].*\[2\]"):
-        match_controls(other_bin, alive(SET), n_sets=20, seed=0)
+        match_controls(other_bin, alive(SET), of_one_size, n_sets=20, seed=0)
     with pytest.raises(NotEstimableError, match="never fire"):
-        match_controls(population(), (16, 17), n_sets=20, seed=0)
+        match_controls(population(), (16, 17), of_one_size, n_sets=20, seed=0)
     with pytest.raises(NotEstimableError, match="12 of 32 are left"):
-        match_controls(population(32), [k for k in range(32) if k % 16][:18], n_sets=20, seed=0)
+        match_controls(population(32), [k for k in range(32) if k % 16][:18], of_one_size, n_sets=20, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +170,6 @@ def test_impossible_matches_name_the_covariate_and_the_distance() -> None:
 )
 def test_bad_sets_are_refused(features: Any, n_sets: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        match_controls(population(), features, n_sets=n_sets, seed=0)
+        match_controls(population(), features, of_one_size, n_sets=n_sets, seed=0)
     with pytest.raises(InputError, match="missing: mas_bin"):
-        match_controls(population().drop_vars("mas_bin"), (1,), n_sets=1, seed=0)
+        match_controls(population().drop_vars("mas_bin"), (1,), of_one_size, n_sets=1, seed=0)

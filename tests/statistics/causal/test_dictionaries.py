@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls
 from rlgen_stats.toolkit.statistics.causal.criteria import combined_rank_p
 from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
 from rlgen_stats.toolkit.statistics.causal.outcome_table import OutcomeTable, paired_effect
+from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval
 from tests.statistics.causal.test_result_datasets import controls, declared, outcomes
 from tests.statistics.causal.worlds import RIGHT, SETTINGS, WRONG, causal, with_endings
@@ -142,7 +144,7 @@ def test_v6_must_hold_in_every_dictionary(n_away: int, verdict: str) -> None:
 def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     fixed = declared()
     fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
-    empty = replace(fixed, controls=None, not_held="no_features: no feature selected")
+    empty = replace(fixed, controls={}, not_held="no_features: no feature selected")
     trials = {1: ([outcomes(causal())], fixed), 2: ((), empty)}
     result, balance = judge_together(trials)
     assert row(result)["verdict"].item() == "INCONCLUSIVE"
@@ -158,25 +160,30 @@ def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     assert np.isnan(unknown["standardized_difference"].values).all()
 
 
-@pytest.mark.parametrize(("other", "usable"), [(0.21, True), (0.28, False)])
+def with_controls(fixed: Declaration, found: MatchedControls) -> Declaration:
+    return replace(fixed, controls=dict.fromkeys(("disable", "amplify"), found))
+
+
+@pytest.mark.parametrize(("other", "usable"), [(0.07, True), (0.13, False)])
 def test_controls_are_compared_with_the_sets_over_all_dictionaries(other: float, usable: bool) -> None:
-    """One dictionary's controls fall short by .28: what counts is the mean, as for the effects."""
+    """One dictionary's controls fall short by .12: what counts is the mean, as for the effects."""
     fixed = declared()
     fixed = replace(fixed, attributes={**fixed.attributes, **FEATURES})
 
     def short_by(difference: float) -> Any:
         known = controls()
         balance = known.balance.copy(deep=True)
-        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0]
-        return replace(fixed, controls=replace(known, balance=balance, comparable=difference <= 0.25))
+        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0, 0.0]
+        return with_controls(fixed, replace(known, balance=balance, comparable=difference <= 0.1))
 
-    trials = {1: ([outcomes(causal())], short_by(0.28)), 2: ([outcomes(causal())], short_by(other))}
+    trials = {1: ([outcomes(causal())], short_by(0.12)), 2: ([outcomes(causal())], short_by(other))}
     result, balance = judge_together(trials)
     assert bool(row(result)["v2"]) == usable
     assert (row(result)["verdict"].item() == "CAUSAL_SPECIFIC") == usable
-    mean = (0.28 + other) / 2
+    mean = (0.12 + other) / 2
     assert float(balance["standardized_difference"][0]) == pytest.approx(mean)
-    assert balance.attrs["flags"] == [f"unbalanced:log_firing={mean:+.2f}"]
+    flag = f"unbalanced:edit_norm={mean:+.2f}"
+    assert balance.attrs["flags"] == ([] if usable else [f"disable: {flag}", f"amplify: {flag}"])
     assert balance.attrs["comparable"] == int(usable)
 
 
@@ -186,10 +193,10 @@ def test_imbalances_of_opposite_sign_do_not_make_good_controls() -> None:
 
     def off_by(difference: float) -> Any:
         balance = controls().balance.copy(deep=True)
-        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0]
-        return replace(fixed, controls=replace(controls(), balance=balance, comparable=False))
+        balance["standardized_difference"][:] = [difference, 0.0, 0.0, 0.0, 0.0]
+        return with_controls(fixed, replace(controls(), balance=balance, comparable=False))
 
-    for size, usable in ((0.49, True), (0.51, False)):
+    for size, usable in ((0.19, True), (0.21, False)):
         trials = {i: ([outcomes(causal())], off_by(sign * size)) for i, sign in ((1, 1), (2, -1))}
         assert bool(row(judge_together(trials)[0])["v2"]) == usable
 

@@ -15,17 +15,22 @@ from rlgen_stats.toolkit.statistics.causal.findings import REQUIREMENTS, Decisio
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DirectionOutcomes, OutcomeTable
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import decide, judge
-from tests.statistics.causal.test_controls import population
+from tests.statistics.causal.test_controls import of_one_size, population
 from tests.statistics.causal.worlds import EMPTY, causal
 
 
 def controls() -> MatchedControls:
-    return match_controls(population(), (5, 77, 140), n_sets=39, seed=0)
+    return match_controls(population(), (5, 77, 140), of_one_size, n_sets=39, seed=0)
 
 
 def declared(**changes: Any) -> Declaration:
     known: dict[str, Any] = {
-        **{"alpha": 0.05, "margin": 0.05, "seeds": {"disable": 3, "amplify": 4}, "controls": controls()},
+        **{
+            "alpha": 0.05,
+            "margin": 0.05,
+            "seeds": {"disable": 3, "amplify": 4},
+            "controls": dict.fromkeys(("disable", "amplify"), controls()),
+        },
         **{"not_held": "", "no_controls": "", "tasks": ("control", "task0", "task1", "task2")},
         "attributes": dict.fromkeys(("test", "null", "seed", "alpha", "features"), 0) | {"unit": "prompt cluster"},
     }
@@ -81,11 +86,12 @@ def test_what_running_saw_reaches_the_verdict() -> None:
 
 
 def test_a_trial_without_controls_or_without_anything_says_so() -> None:
-    alone = declared(controls=None, no_controls="controls cannot be matched on mas_bin")
+    alone = declared(controls={}, no_controls="controls cannot be matched on mas_bin")
     result, balance = judge_trial([outcomes(causal(n_random=0))], alone)
     assert "v2_controls: controls cannot be matched on mas_bin" in str(result["reasons"].values[0])
-    assert balance.attrs["flags"] == ["controls cannot be matched on mas_bin"]
-    result, balance = judge_trial([], declared(controls=None, not_held="no_prompts: none", tasks=()))
+    reason = "controls cannot be matched on mas_bin"
+    assert balance.attrs["flags"] == [f"disable: {reason}", f"amplify: {reason}"]
+    result, balance = judge_trial([], declared(controls={}, not_held="no_prompts: none", tasks=()))
     validate(result, "intervention")
     validate(balance, "control_balance")
     assert set(result["reasons"].values) == {"no_prompts: none"}

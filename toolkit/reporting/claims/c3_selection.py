@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import carried_by_set, share_words
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text, percent
@@ -93,6 +94,7 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         caveats=(
             *_caveats(data, details, spec),
             *_token_caveat(details),
+            *_carried_in_trials(results),
             *separation_caveats(results, spec),
             *_reappearance(results, spec, data),
             *dictionary_caveat(spec),
@@ -100,6 +102,16 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         ),
         details=details,
     )
+
+
+def _carried_in_trials(results: Results) -> list[str]:
+    """How much of the change the selected set carries when it is copied between the models."""
+    words = [
+        f"{share} {where}"
+        for direction, where in (("amplify", "into base"), ("disable", "into the RL model"))
+        if (share := share_words(carried_by_set(results, direction)))
+    ]
+    return [f"Copied from the other model on the same text, the selected set carries {listed(words)}."] if words else []
 
 
 def _judge(data: xr.Dataset, alpha: float) -> tuple[Verdict, dict[str, Any]]:

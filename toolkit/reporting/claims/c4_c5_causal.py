@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
-from rlgen_stats.toolkit.reporting.formatting import count, fixed, hundred, listed, p_text
+from rlgen_stats.toolkit.reporting.formatting import count, fixed, hundred, listed, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import (
     Results,
     attr_list,
@@ -103,6 +104,7 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
         "effect_by_dictionary": _by_dictionary(data, direction),
         "accuracy_percent": hundred(number(data, "accuracy", **arm)),
         "effect_by_task": _by_task(data, arm),
+        **carried_by_set(results, direction),
         "measured_on": [str(task) for task in np.atleast_1d(data.attrs.get("target_tasks", labels_of(data, "task")))],
     }
     return paper.answered(
@@ -113,6 +115,39 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
         caveats=_caveats(results, spec, details, direction),
         details=details,
     )
+
+
+_SHARES: Final = ("share", "share_low", "share_high")
+
+
+def carried_by_set(results: Results, direction: str) -> dict[str, Any]:
+    """Effects (points) of copying the set and the whole residual from the other model, and what share the set carries.
+
+    ``share_of_patch`` is the share with its interval, ``share_by_set`` that of all points of the curve; nothing where
+    they have not been measured.
+    """
+    data = results.get("mediated_share")
+    if data is None:
+        return {}
+    one = data.sel(direction=direction)
+    of_set = one.sel(point="set")
+    patch = [hundred(float(one[name])) for name in ("patch_effect", "patch_low", "patch_high")]
+    return {
+        "patch_effect": patch,
+        "copied_effect": hundred(float(of_set["effect"])),
+        "share_of_patch": [float(of_set[name]) for name in _SHARES],
+        "share_above_random": [float(of_set[name]) for name in ("above_random", "above_low", "above_high")],
+        "share_by_set": dict(zip(labels_of(one, "point"), map(float, one["share"].values), strict=True)),
+        "edit_over_difference": [float(ratio) for ratio in of_set["norm_ratio"].values],
+    }
+
+
+def share_words(details: dict[str, Any]) -> str:
+    """What share of the full patch's effect the set carries, in words; empty where it is not known."""
+    share, low, high = details.get("share_of_patch", [math.nan] * 3)
+    if not math.isfinite(share):
+        return ""
+    return f"{percent(share, 0)} [{percent(low, 0)}, {percent(high, 0)}] of what copying the whole residual does"
 
 
 def _reasons(data: xr.Dataset, direction: str) -> list[str]:
@@ -150,14 +185,18 @@ def _in_domain(results: Results) -> set[str]:
     return {task for task, domain in rows if domain == "in"}
 
 
-def _balance_caveat(balance: xr.Dataset | None) -> list[str]:
+def _balance_caveat(balance: xr.Dataset | None, direction: str) -> list[str]:
+    """Where the random sets of a direction fall short; rows and flags of both directions stand in one table."""
     if balance is None:
         return ["How well the random sets match the set is not recorded."]
-    if not np.isfinite(balance["standardized_difference"].values).any():
-        flags = "; ".join(str(flag).rstrip(".") for flag in np.atleast_1d(balance.attrs.get("flags", [])) if str(flag))
-        return [f"There are no matched random sets{': ' + flags if flags else ''}."]
-    rows = zip(labels_of(balance, "covariate"), balance["balanced"].values, strict=True)
-    unbalanced = [label.replace("_", " ") for label, balanced in rows if not balanced]
+    suffix, prefix = f"_{direction}", f"{direction}: "
+    own = balance.isel(covariate=[label.endswith(suffix) for label in labels_of(balance, "covariate")])
+    if not np.isfinite(own["standardized_difference"].values).any():
+        flags = [str(flag) for flag in np.atleast_1d(balance.attrs.get("flags", []))]
+        why = "; ".join(flag.removeprefix(prefix).rstrip(".") for flag in flags if flag.startswith(prefix))
+        return [f"There are no matched random sets{': ' + why if why else ''}."]
+    rows = zip(labels_of(own, "covariate"), own["balanced"].values, strict=True)
+    unbalanced = [label.removesuffix(suffix).replace("_", " ") for label, balanced in rows if not balanced]
     return [f"The random sets do not fully match the set in {listed(unbalanced)}."] if unbalanced else []
 
 
@@ -190,6 +229,10 @@ def _coded(reason: str) -> tuple[str, str]:
 
 
 _SUBJECT: Final = {"disable": ("Disabling", "in the RL model"), "amplify": ("Amplifying", "in base")}
+_COPIED: Final = {
+    "disable": "Lowered to base's level in the RL model",
+    "amplify": "Lifted to the RL model's level in base",
+}
 
 
 def _open_question(checks: dict[str, str], near_zero: bool) -> str:
@@ -202,9 +245,22 @@ def _open_question(checks: dict[str, str], near_zero: bool) -> str:
 
 
 def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction: str, *, near_zero: bool) -> str:
+    sentence = _by_the_papers_rule(verdict, details, effect, direction, near_zero=near_zero)
+    carried = share_words(details)
+    if not carried:
+        return sentence
+    copied, patch = (fixed(one, sign=True) for one in (details["copied_effect"], details["patch_effect"][0]))
+    return f"{_COPIED[direction]}, the set changes accuracy by {copied} points, {carried} ({patch}). {sentence}"
+
+
+def _by_the_papers_rule(
+    verdict: Verdict, details: dict[str, Any], effect: float, direction: str, *, near_zero: bool
+) -> str:
+    """What scaling the set does: zeroing it, or multiplying it."""
     verb, where = _SUBJECT[direction]
     causal, each = details["causal_verdict"], details["effect_by_dictionary"]
-    subject = f"{verb} {'the set of each dictionary' if each else 'the set'} {where}"
+    rule = ", the paper's rule," if share_words(details) else ""
+    subject = f"{verb} {'the set of each dictionary' if each else 'the set'} {where}{rule}"
     change = f"changes accuracy by {fixed(100 * effect, sign=True)} points"
     if each:
         change += f" on average ({', '.join(fixed(one, sign=True) for one in each)})"
@@ -235,7 +291,7 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
     edited, confirmed = _edited_and_confirmed(results)
     if confirmed < edited:
         caveats.append(f"Only {confirmed} of the {edited} edited features are confirmed (C3).")
-    caveats += _balance_caveat(results.get("control_balance"))
+    caveats += _balance_caveat(results.get("control_balance"), direction)
     floor = smallest_rank_p(details["n_controls"])
     if details["n_controls"] and floor > spec.statistics.alpha:
         caveats.append(

@@ -43,7 +43,7 @@ _CLASSES: Final = {
 """Colour and label of a format class; PALE for an unknown one."""
 BAND_WIDTH: Final = 0.18
 """Half-width, in doses, of the band of random sets that were run at one dose only."""
-MAX_ARMS: Final = 12
+MAX_ARMS: Final = 14
 """Most arms of one direction in the figure of format classes; random sets are averaged into one."""
 
 
@@ -149,7 +149,8 @@ def failure_classes(results: Results, spec: StudySpec) -> Graphic:
         arms: list[Arm] = []
         randoms: list[Arm] = []
         for arm in in_order(arms_of(data, direction)):
-            (randoms if arm.kind == "random" else arms).append(arm)
+            if arm.kind != "rescaled":
+                (randoms if arm.kind == "random" else arms).append(arm)
         shown = [(arm.label, arm.shares) for arm in arms[:MAX_ARMS]]
         if randoms:
             shown.append((f"random sets (mean of {len(randoms)})", np.nanmean([arm.shares for arm in randoms], axis=0)))

@@ -12,6 +12,8 @@ from rlgen_stats.toolkit.reporting.figures.along_training import set_stability, 
 from rlgen_stats.toolkit.reporting.figures.behaviour_and_drift import accuracy, drift_volcano, transitions
 from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response, failure_classes
 from rlgen_stats.toolkit.reporting.figures.dictionary import matched_drift, specificity, task_intersection
+from rlgen_stats.toolkit.reporting.figures.mediated_share import TITLE as SHARE_TITLE
+from rlgen_stats.toolkit.reporting.figures.mediated_share import mediated_share
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.result_lookup import Results, tidy
 
@@ -24,6 +26,7 @@ FIGURES: Final[dict[str, tuple[str, Callable[[Results, StudySpec], Graphic]]]] =
     "stabilization": ("When features stabilise", stabilization),
     "set-stability": ("The top set through training", set_stability),
     "intersection": ("Which tasks share the selected features", task_intersection),
+    "mediated-share": (SHARE_TITLE, mediated_share),
     "dose-response": ("Dose response of the set", dose_response),
     "failure-classes": ("How completions of the edited models end", failure_classes),
     "drift": ("Which features drifted", drift_volcano),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import xarray as xr
@@ -13,22 +13,30 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
+from rlgen_stats.toolkit.statistics.causal.outcome_table import Direction
 from rlgen_stats.toolkit.statistics.core.nearest_draws import nearest_free
 
-COVARIATES: Final = ("log_firing", "decoder_norm", "contribution_energy", "mas_bin")
-"""What controls are matched on (docs/method.md 4d)."""
+EDIT_NORM: Final = "edit_norm"
+"""Norm of the whole edit: the vector that all features of a set write together in the model that is edited."""
 STRENGTHS: Final = ("log_firing", "decoder_norm", "contribution_energy")
-"""Covariates that say how much an edit of the feature moves the residual stream."""
+"""Covariates of single features that say how much an edit of the feature moves the residual stream."""
+COVARIATES: Final = (EDIT_NORM, *STRENGTHS, "mas_bin")
+"""What controls are matched on, first things first (docs/method.md 4d)."""
+CALIPER: Final = 0.1
+"""Difference of the set's edit norm from its controls' mean, as a share of the larger one, up to which they are
+comparable (calipers: Rosenbaum & Rubin 1985, doi:10.1080/00031305.1985.10479383)."""
+EQUAL_NORM: Final = 0.02
+"""Difference of edit norms within which sets count as equally near."""
 BALANCED: Final = 0.1
 """Standardised difference below which a covariate counts as balanced (Austin 2009, doi:10.1002/sim.3697)."""
 USABLE: Final = 0.25
-"""Standardised difference beyond which a comparison leans on the model, not on the data (Rubin 2001,
-doi:10.1023/A:1020363010465): controls weaker than that cannot show that a set is special."""
+"""Standardised difference of attribution classes beyond which a comparison leans on the model, not on the data (Rubin
+2001, doi:10.1023/A:1020363010465)."""
 NEAR_DUPLICATE: Final = 0.7
 """Decoder cosine above which a feature says nearly the same as a member of the set (docs/method.md 4d)."""
 MIN_POOL: Final = 10
 """Nearest candidates per member from which controls are drawn, at least."""
-OVERDRAW: Final = 20
+OVERDRAW: Final = 40
 """Candidate sets drawn per set kept; the best balanced are kept (rerandomisation: Morgan & Rubin 2012,
 doi:10.1214/12-AOS1008)."""
 BIN_PENALTY: Final = 4.0
@@ -47,13 +55,14 @@ class MatchedControls:
     sets
         [control, member] feature ids; member j of a control was drawn for member j of the set.
     balance
-        Layout ``control_balance``: one row a covariate, plus ``worst_difference`` (largest over single controls).
+        Layout ``control_balance``: one row a covariate, plus ``worst_difference`` (largest over single controls). The
+        difference of edit norms is a share of the larger norm, those of the other covariates are standardised.
     requested
         Control sets asked for.
     flags
         What is not as asked: ``fewer_sets:...``, ``unbalanced:...``; empty if all is well.
     comparable
-        Whether no covariate is so far off that the set would look special for being stronger or of another class.
+        Whether the set cannot look special for being a larger edit or of another class.
     """
 
     sets: NDArray[np.int64]
@@ -63,15 +72,20 @@ class MatchedControls:
     comparable: bool
 
 
+EditNorms = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""[set, member] feature ids -> [set] norms of their edits."""
+
+
 def match_controls(
     covariates: xr.Dataset,
     features: Sequence[int],
+    edit_norms: EditNorms,
     *,
     n_sets: int,
     seed: int,
     near_duplicates: NDArray[np.bool_] | None = None,
 ) -> MatchedControls:
-    """Random sets of the set's size, nearest in firing rate, decoder norm, contribution energy and attribution bin.
+    """Random sets of the set's size whose edits are as large, nearest in firing, decoder norm, energy and attribution.
 
     Parameters
     ----------
@@ -80,6 +94,8 @@ def match_controls(
         ``contribution_energy`` (all float) and ``mas_bin`` (integer).
     features
         The set.
+    edit_norms
+        Measures the edits of sets in the model that is edited.
     n_sets
         Number of control sets (B).
     seed
@@ -102,9 +118,11 @@ def match_controls(
     Notes
     -----
     Each member's controls come from its nearest unused candidates, standardised over alive features; of
-    ``OVERDRAW * n_sets`` such sets the best balanced are kept. Standardised difference = (mean of the set - mean of the
-    controls) / sqrt((variance of the set + variance of the controls) / 2), with the alive features' standard deviation
-    where the set has fewer than three members or no spread.
+    ``OVERDRAW * n_sets`` such sets those whose edit norms come nearest to the set's are kept, best balanced first among
+    those that are equally near. Firing rate, norm and energy of single features do not
+    tell the norm of a joint edit: features that fire together and point the same way add up. Standardised difference =
+    (mean of the set - mean of the controls) / sqrt((variance of the set + variance of the controls) / 2), with the
+    alive features' standard deviation where the set has fewer than three members or no spread.
     """
     chosen, values, bins = _prepare(covariates, features, n_sets)
     alive = np.asarray(np.isfinite(values).all(axis=1), dtype=np.bool_)
@@ -129,8 +147,22 @@ def match_controls(
     )
     candidates = _draw(distance, pool, n_sets, np.random.default_rng(seed))
     table = np.column_stack([values, bins.astype(np.float64)])
-    sets = _best_balanced(candidates, chosen, table, alive, n_sets)
-    return _result(sets, chosen, table, alive, n_sets)
+    distinct = _distinct(candidates)
+    of_set, of_candidates = float(edit_norms(chosen[None])[0]), edit_norms(distinct)
+    kept = _best(distinct, norm_difference(of_set, of_candidates), chosen, table, alive)[:n_sets]
+    return _result(distinct[kept], (of_set, of_candidates[kept]), chosen, table, alive, n_sets)
+
+
+def norm_difference(of_set: float, of_controls: Any) -> NDArray[np.float64]:
+    """Set's norm minus a control's as a share of the larger one, between -1 and 1; 0 where both are 0.
+
+    Examples
+    --------
+    >>> [round(float(d), 2) for d in norm_difference(3.36, [2.59, 6.72])]
+    [0.23, -0.5]
+    """
+    controls = np.asarray(of_controls, dtype=np.float64)
+    return np.asarray((of_set - controls) / np.maximum(np.maximum(of_set, controls), TINY))
 
 
 def _noise(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -141,9 +173,10 @@ def _noise(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _prepare(
     covariates: xr.Dataset, features: Sequence[int], n_sets: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    missing = [name for name in COVARIATES if name not in covariates]
+    needed = COVARIATES[1:]
+    missing = [name for name in needed if name not in covariates]
     if missing:
-        raise InputError(f"controls are matched on {', '.join(COVARIATES)}; missing: {', '.join(missing)}.")
+        raise InputError(f"controls are matched on {', '.join(needed)}; missing: {', '.join(missing)}.")
     n_features = covariates.sizes[FEATURE]
     chosen = np.asarray(list(features), dtype=np.int64)
     if not len(chosen) or n_sets < 1:
@@ -202,32 +235,44 @@ def _spread(
     return np.asarray(np.where(pooled > _noise(table[alive]), pooled, population), dtype=np.float64)
 
 
-def _best_balanced(
-    candidates: NDArray[np.int64],
+def _distinct(candidates: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sets in the order of their first draw, each once."""
+    _, first = np.unique(np.sort(candidates, axis=1), axis=0, return_index=True)
+    return candidates[np.sort(first)]
+
+
+def _best(
+    sets: NDArray[np.int64],
+    norm_differences: NDArray[np.float64],
     chosen: NDArray[np.int64],
     table: NDArray[np.float64],
     alive: NDArray[np.bool_],
-    n_sets: int,
 ) -> NDArray[np.int64]:
-    _, first = np.unique(np.sort(candidates, axis=1), axis=0, return_index=True)
-    distinct = candidates[np.sort(first)]
-    spread = _spread(table, chosen, table[distinct.ravel()], alive)
-    worst = np.abs((table[distinct].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
-    return distinct[np.sort(np.argsort(worst, kind="stable")[:n_sets])]
+    """Places of the sets, best first: nearest in norm, and where equally near best balanced."""
+    near = np.ceil(np.abs(norm_differences) / EQUAL_NORM)
+    spread = _spread(table, chosen, table[sets.ravel()], alive)
+    worst = np.abs((table[sets].mean(axis=1) - table[chosen].mean(axis=0)) / spread).max(axis=1)
+    return np.lexsort((worst, near))
 
 
 def _result(
     sets: NDArray[np.int64],
+    norms: tuple[float, NDArray[np.float64]],
     chosen: NDArray[np.int64],
     table: NDArray[np.float64],
     alive: NDArray[np.bool_],
     n_sets: int,
 ) -> MatchedControls:
     spread = _spread(table, chosen, table[sets.ravel()], alive)
-    set_mean, control_mean = table[chosen].mean(axis=0), table[sets].mean(axis=(0, 1))
-    difference = (set_mean - control_mean) / spread
-    worst = np.abs((set_mean - table[sets].mean(axis=1)) / spread).max(axis=0)
-    balanced = np.abs(difference) < BALANCED
+    set_mean = np.append(norms[0], table[chosen].mean(axis=0))
+    each = np.column_stack([norms[1], table[sets].mean(axis=1)])
+    control_mean = each.mean(axis=0)
+
+    def differences(controls: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_norm = norm_difference(norms[0], controls[..., :1])
+        return np.concatenate([of_norm, (set_mean - controls)[..., 1:] / spread], axis=-1)
+
+    difference = differences(control_mean)
     flags = [f"fewer_sets:{len(sets)} of {n_sets}"] if len(sets) < n_sets else []
     flags += unbalanced(difference)
     usable = comparable(difference)
@@ -236,11 +281,11 @@ def _result(
             "set_mean": ("covariate", set_mean),
             "control_mean": ("covariate", control_mean),
             "standardized_difference": ("covariate", difference),
-            "balanced": ("covariate", balanced),
-            "worst_difference": ("covariate", worst),
+            "balanced": ("covariate", np.abs(difference) < BALANCED),
+            "worst_difference": ("covariate", np.abs(differences(each)).max(axis=0)),
         },
         coords={"covariate": list(COVARIATES)},
-        attrs={"n_sets": len(sets), "requested": n_sets, "flags": list(flags), "comparable": int(usable)},
+        attrs={"n_sets": len(sets), "flags": list(flags), "comparable": int(usable)},
     )
     return MatchedControls(sets, balance, n_sets, tuple(flags), usable)
 
@@ -251,9 +296,35 @@ def unbalanced(difference: NDArray[np.float64]) -> list[str]:
     return [f"unbalanced:{name}={value:+.2f}" for name, value in known if abs(value) >= BALANCED]
 
 
-def comparable(difference: NDArray[np.float64]) -> bool:
-    """Whether random sets with these standardised differences can be a set's controls.
+def comparable(difference: NDArray[np.float64], *, times: float = 1.0) -> bool:
+    """Whether random sets with these differences, one a covariate, can be a set's controls.
 
-    Controls that are stronger than the set only make specificity harder to show.
+    Parameters
+    ----------
+    difference
+        [covariate] by ``COVARIATES``; NaN is not comparable.
+    times
+        Factor on what may differ: of one dictionary among several, whose mean is what counts.
+
+    Notes
+    -----
+    The set's edit may not be larger than theirs, nor its features of another class; larger controls only make
+    specificity harder to show. Firing rate, decoder norm and energy of single features are balanced as far as they go
+    and reported: they stand for the size of an edit, which is measured.
     """
-    return bool((difference[: len(STRENGTHS)] <= USABLE).all() and abs(difference[-1]) <= USABLE)
+    larger, other_class = difference[0], difference[-1]
+    return bool(larger <= times * CALIPER and abs(other_class) <= times * USABLE)
+
+
+def by_direction(balances: Mapping[Direction, xr.Dataset]) -> xr.Dataset:
+    """Balance of the controls of both directions, one row a covariate and direction: layout ``control_balance``."""
+    rows = [
+        one.assign_coords(covariate=[f"{name}_{direction}" for name in one["covariate"].values])
+        for direction, one in balances.items()
+    ]
+    attributes = [one.attrs for one in rows]
+    return xr.concat([one.drop_attrs() for one in rows], "covariate").assign_attrs(
+        n_sets=min(one["n_sets"] for one in attributes),
+        comparable=min(one["comparable"] for one in attributes),
+        flags=[f"{direction}: {flag}" for direction, one in balances.items() for flag in one.attrs["flags"]],
+    )

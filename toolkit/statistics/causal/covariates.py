@@ -111,8 +111,7 @@ def mean_levels(crosscoder: Decoder | LoadedCrosscoder, summaries: xr.Dataset, *
     NotEstimableError
         If every prompt is kept for trials.
     """
-    _check_models(summaries, [model])
-    unused = summaries.isel({PROMPT: np.flatnonzero(summaries[SPLIT].values != TRIAL)}).sel({MODEL: model})
+    unused = _without_trial_prompts(summaries, [model]).sel({MODEL: model})
     tokens = unused["n_tokens"].astype("float64")
     if not float(tokens.sum()):
         raise NotEstimableError(
@@ -122,6 +121,38 @@ def mean_levels(crosscoder: Decoder | LoadedCrosscoder, summaries: xr.Dataset, *
     total = (unused["mean"].astype("float64") * tokens).sum(PROMPT).compute()
     norms = decoder_of(crosscoder).norms()
     return np.asarray(total.values / float(tokens.sum()) / np.maximum(norms, TINY), dtype=np.float64)
+
+
+def drift_ranking(summaries: xr.Dataset, *, base: str, target: str) -> NDArray[np.int64]:
+    """Features that differ in contribution between two models, by size of the mean difference, largest first.
+
+    Parameters
+    ----------
+    summaries
+        Layout ``features``.
+    base, target
+        Model ids.
+
+    Returns
+    -------
+    ndarray
+        Ids of features with any difference, by |mean over the prompts that no trial uses of target minus base|.
+
+    Raises
+    ------
+    InputError
+        If the summaries lack a model.
+    """
+    unused = _without_trial_prompts(summaries, [base, target])["mean"].astype("float64")
+    change = (unused.sel({MODEL: target}) - unused.sel({MODEL: base})).mean(PROMPT).compute().values
+    order = np.argsort(-np.abs(change), kind="stable")
+    return np.asarray(order[np.abs(change[order]) > 0], dtype=np.int64)
+
+
+def _without_trial_prompts(summaries: xr.Dataset, models: Sequence[str]) -> xr.Dataset:
+    """Prompts that no trial uses."""
+    _check_models(summaries, models)
+    return summaries.isel({PROMPT: np.flatnonzero(summaries[SPLIT].values != TRIAL)})
 
 
 def _check_models(summaries: xr.Dataset, models: Sequence[str]) -> None:

@@ -9,13 +9,13 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, USABLE, comparable, unbalanced
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, DirectionOutcomes
-from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, Together, judge_trial
+from rlgen_stats.toolkit.statistics.causal.controls import BALANCED, by_direction, comparable, unbalanced
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes
+from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, Together, balance_of, judge_trial
 from rlgen_stats.toolkit.statistics.causal.verdict import judge
 
-WORST_USABLE: Final = 2 * USABLE
-"""Standardised difference of sets and controls that no single dictionary may exceed, whatever the others' is."""
+WORST_USABLE: Final = 2.0
+"""Times what sets and controls may differ by that no single dictionary may exceed, whatever the others' difference."""
 
 Trials = Mapping[int, tuple[Sequence[DirectionOutcomes], Declaration]]
 
@@ -60,17 +60,19 @@ def judge_together(trials: Trials) -> tuple[xr.Dataset, xr.Dataset]:
     if len(trials) == 1:
         result, balance = judge_trial(pooled, declared)
     else:
-        balance = _balance([judge_trial(*trial)[1] for trial in (held or trials).values()])
+        declarations = {number: one for number, (_, one) in (held or trials).items()}
+        balances = {d: _balance([balance_of(one, d) for one in declarations.values()]) for d in DIRECTIONS}
+        balance = by_direction(balances)
         together = Together(
             ranks=ranks,
             missing=tuple(number for number in trials if number not in held),
-            comparable=bool(balance.attrs["comparable"]),
-            flags=(*balance.attrs["flags"], *_shortfalls({number: one for number, (_, one) in held.items()})),
+            comparable={d: bool(one.attrs["comparable"]) for d, one in balances.items()},
+            flags={d: (*one.attrs["flags"], *_shortfalls(declarations, d)) for d, one in balances.items()},
         )
         sizes = [len(one.attributes["features"]) for _, one in trials.values()]
         attributes = {**declared.attributes, "features": [], "n_features": sizes}
         result, _ = judge_trial(pooled, replace(declared, together=together, attributes=attributes))
-        result.attrs["control_flags"] = list(together.flags)
+        result.attrs["control_flags"] = [f"{d}: {flag}" for d, flags in together.flags.items() for flag in flags]
     result["dictionary_effect"] = (("direction", "dictionary"), effects)
     return result.assign_coords(dictionary=list(trials)), balance
 
@@ -81,7 +83,7 @@ def _balance(balances: Sequence[xr.Dataset]) -> xr.Dataset:
     mean = together[["set_mean", "control_mean", "standardized_difference"]].mean("dictionary", skipna=False)
     difference = mean["standardized_difference"].values
     each = together["standardized_difference"].values
-    usable = comparable(np.nan_to_num(difference, nan=np.inf)) and not (np.abs(each) > WORST_USABLE).any()
+    usable = comparable(difference) and all(comparable(one, times=WORST_USABLE) for one in each)
     return mean.assign(
         worst_difference=together["worst_difference"].max("dictionary", skipna=False),
         balanced=("covariate", np.abs(difference) < BALANCED),
@@ -92,9 +94,9 @@ def _balance(balances: Sequence[xr.Dataset]) -> xr.Dataset:
     )
 
 
-def _shortfalls(declared: Mapping[int, Declaration]) -> list[str]:
+def _shortfalls(declared: Mapping[int, Declaration], direction: Direction) -> list[str]:
     """What the matching fell short of in single dictionaries, balance apart."""
-    flags = {number: one.settings("disable").control_flags for number, one in declared.items()}
+    flags = {number: one.settings(direction).control_flags for number, one in declared.items()}
     return [
         f"dictionary {number}: {flag}"
         for number, of_one in flags.items()

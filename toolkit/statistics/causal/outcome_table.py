@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -23,6 +23,8 @@ N_RESAMPLES: Final = 9999
 
 OUTCOME_CLASSES: Final = ("right", "wrong", "no_answer", "empty", "degenerate", "truncated")
 """How a completion ended: right; an answer, but a wrong one; or a format class without an answer."""
+CURVE_KINDS: Final = ("curve", "curve_random", "lift_random")
+"""Kinds of arm that are run for the curve of mediated shares alone: they have no row among the arms that are judged."""
 BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
 """Endings of a model that no longer works, as opposed to one that answers wrongly or not at all."""
 
@@ -31,7 +33,8 @@ BROKEN_CLASSES: Final = ("empty", "degenerate", "truncated")
 class Condition:
     """One arm.
 
-    Its ``kind`` is unedited, fresh, passthrough, set, random, dose, steering, random_direction, lift or part.
+    Its ``kind`` is unedited, fresh, passthrough, set, dose, steering, random_direction, patch, lift, lower or part; of
+    random sets, random or rescaled; or one of ``CURVE_KINDS``.
     """
 
     name: str
@@ -205,12 +208,15 @@ class DirectionOutcomes:
         Share of completions that the passthrough arm changed: above 0 only by rounding.
     non_finite
         Arms in which some logits were not finite.
+    curve_correct
+        Name of an arm of ``CURVE_KINDS`` -> [prompt] its share of right completions.
     """
 
     table: OutcomeTable
     divergences: Mapping[str, Floats]
     passthrough_changed: float
     non_finite: tuple[str, ...]
+    curve_correct: Mapping[str, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import TASK
-from rlgen_stats.toolkit.statistics.causal.controls import COVARIATES, MatchedControls
+from rlgen_stats.toolkit.statistics.causal.controls import COVARIATES, MatchedControls, by_direction
 from rlgen_stats.toolkit.statistics.causal.criteria import Settings
 from rlgen_stats.toolkit.statistics.causal.findings import NUMBERS, Check, State, as_columns
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
@@ -42,9 +42,9 @@ class Together:
     """Rank p-value of the set in each dictionary."""
     missing: tuple[int, ...]
     """Numbers of the dictionaries whose trial could not be held."""
-    comparable: bool
-    """Whether the random sets match the set in every dictionary."""
-    flags: tuple[str, ...]
+    comparable: Mapping[Direction, bool]
+    """Whether the random sets match the sets, over all dictionaries."""
+    flags: Mapping[Direction, tuple[str, ...]]
     """What the matching fell short of."""
 
 
@@ -58,8 +58,8 @@ class Declaration:
     """Accuracy change called harmless."""
     seeds: Mapping[Direction, int]
     """Seed of each direction's sign flips."""
-    controls: MatchedControls | None
-    """Random sets; None if none could be matched."""
+    controls: Mapping[Direction, MatchedControls]
+    """Random sets of each direction; empty if none could be matched."""
     not_held: str
     """Why no trial can be held, as ``code: reason``; empty if one can."""
     no_controls: str
@@ -76,15 +76,17 @@ class Declaration:
         self, direction: Direction, *, noop_changed: float = 0.0, non_finite: tuple[str, ...] = ()
     ) -> Settings:
         """What :func:`judge` needs beside one direction's table."""
-        controls, together = self.controls, self.together
+        controls, together = self.controls.get(direction), self.together
         flags = (self.no_controls,) if controls is None else controls.flags
         return Settings(
             alpha=self.alpha,
             margin=self.margin,
             n_resamples=N_RESAMPLES,
             seed=self.seeds[direction],
-            comparable=controls is not None and controls.comparable if together is None else together.comparable,
-            control_flags=flags if together is None else together.flags,
+            comparable=controls is not None and controls.comparable
+            if together is None
+            else together.comparable[direction],
+            control_flags=flags if together is None else together.flags[direction],
             noop_changed=noop_changed,
             non_finite=non_finite,
             n_planned=0 if controls is None else len(controls.sets),
@@ -114,7 +116,8 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
     if declared.not_held:
         dataset = _empty(declared.tasks, ["unedited"])
         dataset["reasons"][:] = declared.not_held
-        return _text(dataset).assign_attrs(declared.attributes), _balance(None, declared.not_held)
+        balances = {direction: balance_of(declared, direction) for direction in DIRECTIONS}
+        return _text(dataset).assign_attrs(declared.attributes), by_direction(balances)
     names = list(dict.fromkeys(c.name for one in outcomes for c in one.table.conditions))
     dataset = _empty(declared.tasks, names)
     dataset["reasons"][:] = "not_asked: not run"
@@ -123,13 +126,13 @@ def judge_trial(outcomes: Sequence[DirectionOutcomes], declared: Declaration) ->
             one.table.direction, noop_changed=one.passthrough_changed, non_finite=one.non_finite
         )
         _fill(dataset, one, judge(one.table, settings), declared.alpha)
-    controls = declared.controls
+    balance = by_direction({direction: balance_of(declared, direction) for direction in DIRECTIONS})
     attributes = {
         **declared.attributes,
-        "n_controls": 0 if controls is None else len(controls.sets),
-        "control_flags": [] if controls is None else list(controls.flags),
+        "n_controls": balance.attrs["n_sets"],
+        "control_flags": balance.attrs["flags"] if declared.controls else [],
     }
-    return _text(dataset).assign_attrs(attributes), _balance(controls, declared.no_controls)
+    return _text(dataset).assign_attrs(attributes), balance
 
 
 def _empty(tasks: Sequence[str], conditions: Sequence[str]) -> xr.Dataset:
@@ -237,7 +240,9 @@ def _text(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.assign({name: dataset[name].astype(np.str_) for name in _TEXT})
 
 
-def _balance(controls: MatchedControls | None, reason: str) -> xr.Dataset:
+def balance_of(declared: Declaration, direction: Direction) -> xr.Dataset:
+    """How well the random sets of a direction match, by covariate; all unknown where there are none."""
+    controls = declared.controls.get(direction)
     if controls is not None:
         return controls.balance
     unknown = np.full(len(COVARIATES), np.nan)
@@ -248,5 +253,5 @@ def _balance(controls: MatchedControls | None, reason: str) -> xr.Dataset:
             "worst_difference": ("covariate", unknown),
         },
         coords={"covariate": list(COVARIATES)},
-        attrs={"n_sets": 0, "flags": [reason], "comparable": 0},
+        attrs={"n_sets": 0, "flags": [declared.not_held or declared.no_controls], "comparable": 0},
     )
