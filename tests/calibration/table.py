@@ -8,13 +8,15 @@ From the root of the repository::
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from tests.calibration.experiments import EXPERIMENTS, SEED
+from tests.calibration.experiments import EXPERIMENTS, SEED, Experiment
 from tests.calibration.rows import Row
 
 BEGIN, END = "<!-- calibration table: begin -->", "<!-- calibration table: end -->"
@@ -24,22 +26,23 @@ HEADER = "| experiment | nominal | observed | band | naive | naive estimator | s
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="The sizes of the tests.")
+    options.add_argument("--jobs", type=int, default=os.cpu_count(), help="Processes, an experiment each.")
     options.add_argument("--seed", type=int, default=SEED)
     options.add_argument("--out", type=Path, help="Markdown file whose table between the two marks is replaced.")
     given = options.parse_args()
-    began, lines, off = time.monotonic(), [], []
+    lines, off = [], []
     title = ""
-    for experiment in EXPERIMENTS:
-        start = time.monotonic()
-        rows = experiment.run(1 if given.quick else experiment.full, given.seed)
+    with ProcessPoolExecutor(given.jobs) as pool:
+        done = [pool.submit(_timed, experiment, given.quick, given.seed) for experiment in EXPERIMENTS]
+        results = [one.result() for one in done]
+    for experiment, (rows, _) in zip(EXPERIMENTS, results, strict=True):
         if experiment.title != title:
             title = experiment.title
             lines += ["", f"**{title}**", "", HEADER, "|---|--:|--:|--:|--:|---|---|---|"]
         lines += [_line(row) for row in rows]
         off += [row for row in rows if not (row.passed or row.known) or not row.bites]
-        sys.stderr.write(f"{experiment.name}: {time.monotonic() - start:.0f} s\n")
-    seconds = time.monotonic() - began
-    summary = f"Seed {given.seed}, {'quick' if given.quick else 'full'} sizes, {seconds / 60:.0f} minutes on one core."
+    seconds = sum(seconds for _, seconds in results)
+    summary = f"Seed {given.seed}, {'quick' if given.quick else 'full'} sizes, {seconds / 60:.0f} minutes of one core."
     table = "\n".join([summary, *lines, ""])
     sys.stdout.write(table)
     if given.out is not None:
@@ -48,6 +51,15 @@ def main() -> None:
         given.out.write_text(f"{before}{BEGIN}\n{table}{END}{after}")
     if off:
         sys.exit("outside their band, or not needed: " + "; ".join(row.name for row in off))
+
+
+def _timed(experiment: Experiment, quick: bool, seed: int) -> tuple[list[Row], float]:
+    """Rows of one experiment, and the seconds it took."""
+    start = time.monotonic()
+    rows = experiment.run(1 if quick else experiment.full, seed)
+    seconds = time.monotonic() - start
+    sys.stderr.write(f"{experiment.name}: {seconds:.0f} s\n")
+    return rows, seconds
 
 
 def _line(row: Row) -> str:

@@ -96,10 +96,8 @@ def timing_contrast(
         name: ("measure", np.stack([getattr(difference, source) for difference, _ in measures]))
         for name, source in {"difference": "mean", "low": "low", "high": "high", "p_value": "p_value"}.items()
     }
-    variables["dictionary_difference"] = (
-        ("measure", "dictionary"),
-        np.stack([difference.each_mean for difference, _ in measures]),
-    )
+    each_mean = np.stack([difference.each_mean for difference, _ in measures])
+    variables["dictionary_difference"] = (("measure", "dictionary"), each_mean)
     for name, source in {"value": "mean", "value_low": "low", "value_high": "high"}.items():
         variables[name] = (("measure", TRAINED_RUN), np.stack([getattr(each, source) for _, each in measures]))
     for name, source in {"": "mean", "_low": "low", "_high": "high", "_p": "p_value"}.items():

@@ -19,8 +19,8 @@ def test_clustered_error_is_the_sum_over_pairs() -> None:
         expected = slow.clustered_error(y.tolist(), clusters.tolist(), kind == "CR1")
         assert cluster_se(y, clusters, kind=kind).standard_error == pytest.approx(expected, rel=1e-12)  # type: ignore[arg-type]
     assert cluster_se(y, [f"c{c}" for c in clusters]).n_clusters == 7
-    with pytest.raises(InputError, match="CR0 or CR1, got 'CR2'"):
-        cluster_se(y, clusters, kind="CR2")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="CR0, CR1 or CR2, got 'CR3'"):
+        cluster_se(y, clusters, kind="CR3")  # type: ignore[arg-type]
 
 
 def test_two_clusters_have_an_error_and_one_has_none() -> None:
