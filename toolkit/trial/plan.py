@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError, NotEstimableError, RefusedError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, StudySpec
+from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, InterventionSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
 from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder
 from rlgen_stats.stores.health_records import unusable_readout
@@ -560,21 +560,38 @@ def _match(
     except NotEstimableError as error:
         controls, no_controls = {}, str(error)
 
+    sizes = copied(codes)
+    ranking = drift_ranking(summaries, base=BASE_MODEL, target=rl.model)
+    copies = _copied_sets(
+        spec.intervention,
+        features,
+        ranking,
+        decoder.n_features,
+        lambda members: match(members, sizes, spec.intervention.curve_controls).sets,
+    )
+    return _Matched(place, decoder, rl, levels, controls, no_controls, codes, norms, copies)
+
+
+def _copied_sets(
+    spec: InterventionSpec,
+    features: tuple[int, ...],
+    ranking: NDArray[np.int64],
+    n_features: int,
+    match: Callable[[Sequence[int]], NDArray[np.int64]],
+) -> tuple[CopiedSet, ...]:
+    """The set, the leading features of a ranking and all, with random sets that match; none where none can."""
+
     def beside(members: tuple[int, ...]) -> NDArray[np.int64]:
-        """Random sets whose copies are as large as these features'; none where none can be matched."""
-        n_sets = spec.intervention.curve_controls
-        if not n_sets or 2 * len(members) > decoder.n_features:  # fewer are left than are needed
+        if not spec.curve_controls or 2 * len(members) > n_features:  # fewer are left than are needed
             return _no_sets(members)
         try:
-            return match(members, copied(codes), n_sets).sets
+            return match(members)
         except NotEstimableError:
             return _no_sets(members)
 
-    ranking = drift_ranking(summaries, base=BASE_MODEL, target=rl.model)
-    leading = {f"top-{n}": tuple(map(int, ranking[:n])) for n in sorted(spec.intervention.curve) if n <= len(ranking)}
-    copies = {SET: features, **leading, ALL: tuple(range(decoder.n_features))}
-    sets = tuple(CopiedSet(label, members, beside(members)) for label, members in copies.items())
-    return _Matched(place, decoder, rl, levels, controls, no_controls, codes, norms, sets)
+    leading = {f"top-{n}": tuple(map(int, ranking[:n])) for n in sorted(spec.curve) if n <= len(ranking)}
+    copies = {SET: features, **leading, ALL: tuple(range(n_features))}
+    return tuple(CopiedSet(label, members, beside(members)) for label, members in copies.items())
 
 
 def _no_sets(members: Sequence[int]) -> NDArray[np.int64]:

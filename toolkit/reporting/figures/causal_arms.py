@@ -9,7 +9,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order, random_band
+from rlgen_stats.toolkit.reporting.arm_rows import RANDOM_KINDS, Arm, arms_of, in_order, random_band
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     GOLD,
@@ -140,21 +140,18 @@ def _band(axes: Any, arms: list[Arm]) -> None:
     axes.plot(doses, middle, color=MUTED, lw=1.2)
 
 
+def _bars(arms: list[Arm]) -> list[tuple[str, np.ndarray]]:
+    """Label and shares of classes of a direction's bars; the random sets are one, those rescaled are left out."""
+    shown = [(arm.label, arm.shares) for arm in arms if arm.kind not in RANDOM_KINDS][:MAX_ARMS]
+    randoms = [arm.shares for arm in arms if arm.kind == "random"]
+    return [*shown, (f"random sets (mean of {len(randoms)})", np.nanmean(randoms, axis=0))] if randoms else shown
+
+
 def failure_classes(results: Results, spec: StudySpec) -> Graphic:
     """Share of completions in every format class, one bar per arm."""
     data = needed(results, "intervention")
     directions, classes = _directions(data), labels_of(data, "class")
-    rows: list[tuple[str, str, np.ndarray]] = []
-    for direction in directions:
-        arms: list[Arm] = []
-        randoms: list[Arm] = []
-        for arm in in_order(arms_of(data, direction)):
-            if arm.kind != "rescaled":
-                (randoms if arm.kind == "random" else arms).append(arm)
-        shown = [(arm.label, arm.shares) for arm in arms[:MAX_ARMS]]
-        if randoms:
-            shown.append((f"random sets (mean of {len(randoms)})", np.nanmean([arm.shares for arm in randoms], axis=0)))
-        rows += [(direction, label, shares) for label, shares in shown]
+    rows = [(direction, *row) for direction in directions for row in _bars(in_order(arms_of(data, direction)))]
     heights = [max(sum(row[0] == direction for row in rows), 1) for direction in directions]
     with canvas(
         7.4, 1.1 + 0.29 * len(rows), nrows=len(directions), sharex=True, gridspec_kw={"height_ratios": heights}

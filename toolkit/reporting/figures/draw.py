@@ -11,9 +11,9 @@ from rlgen_stats.toolkit.reporting.figures.agreement_ladder import TITLE, agreem
 from rlgen_stats.toolkit.reporting.figures.along_training import set_stability, stabilization
 from rlgen_stats.toolkit.reporting.figures.behaviour_and_drift import accuracy, drift_volcano, transitions
 from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response, failure_classes
+from rlgen_stats.toolkit.reporting.figures.copied_features import TITLE as SHARE_TITLE
+from rlgen_stats.toolkit.reporting.figures.copied_features import mediated_share
 from rlgen_stats.toolkit.reporting.figures.dictionary import matched_drift, specificity, task_intersection
-from rlgen_stats.toolkit.reporting.figures.mediated_share import TITLE as SHARE_TITLE
-from rlgen_stats.toolkit.reporting.figures.mediated_share import mediated_share
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.result_lookup import Results, tidy
 
