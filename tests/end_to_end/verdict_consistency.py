@@ -56,7 +56,7 @@ def contradictions(folder: Path) -> list[str]:
 
 
 def _directed(claim: dict[str, Any], low: float, high: float, each: Any) -> Iterator[str]:
-    """What a verdict with a direction needs: its interval and every dictionary (four fifths of five or more) beside it."""
+    """What a directed verdict needs: its interval and every dictionary (four fifths of five or more) on its side."""
     if claim["verdict"] not in ("SUPPORTED", "CONTRADICTED"):
         return
     sign = 1 if claim["verdict"] == "SUPPORTED" else -1
