@@ -31,11 +31,13 @@ from rlgen_stats.stores import (
     read_json,
     result_groups,
     verify,
+    write_json,
 )
 from rlgen_stats.toolkit.progress import SILENT
 from rlgen_stats.toolkit.study import STAGES, open_for_run, tokens_stage
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.same_numbers import differences
+from tests.end_to_end.verdict_consistency import contradictions
 
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
@@ -85,6 +87,20 @@ def test_stores_are_sound_complete_and_open_in_plain_xarray(mini: tuple[Path, Re
     for store in ("outcomes.zarr", "features.zarr"):
         xr.open_zarr(folder / store, consolidated=False).load()
     assert {"/outcomes", "/features", "/activations", "/results/drift"} <= set(open_study(folder).groups)
+
+
+def test_every_verdict_follows_from_the_studys_own_tables(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    """And one that does not is found: each verdict of the report is replaced by one that its tables do not say."""
+    folder, _ = mini
+    assert contradictions(folder) == []
+    (tmp_path / "results.zarr").symlink_to(folder / "results.zarr")
+    report = read_json(folder / "report/report.json")
+    for claim in report["claims"]:
+        if claim["verdict"] != "NOT_ESTIMABLE":
+            wrong = "SUPPORTED" if claim["verdict"] != "SUPPORTED" else "CONTRADICTED"
+            claims = [one | ({"verdict": wrong} if one is claim else {}) for one in report["claims"]]
+            write_json(tmp_path / "report/report.json", report | {"claims": claims})
+            assert contradictions(tmp_path)[0].startswith(f"{claim['id']} {wrong}: ")
 
 
 def test_what_dictionaries_agree_on_is_that_of_their_own_results(mini: tuple[Path, Result]) -> None:

@@ -29,6 +29,7 @@ from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, encode_featu
 from rlgen_stats.toolkit.statistics import SelectionRule, SelectionTests, select_features
 from rlgen_stats.toolkit.study import read_spec, run_study
 from tests.end_to_end.planted import LAYER, planted_dictionary, write_study
+from tests.end_to_end.verdict_consistency import contradictions
 
 SMALL = {"n_features": 96, "steps": 700, "batch_size": 512, "learning_rate": 3e-3}
 VIEWS = ("base@0", "sft@2", "rl@2")
@@ -72,6 +73,10 @@ def dictionaries(planted: Path) -> list[Crosscoder]:
     spec = CrosscoderSpec.model_validate(main.facts["spec"])
     reader = ArrayReader(rows, batch_size=spec.batch_size, seed=0)
     return [main, *train_replicates(reader, spec, views=VIEWS, seeds=[1, 2])]
+
+
+def test_every_verdict_follows_from_the_studys_own_tables(planted: Path) -> None:
+    assert contradictions(planted) == []
 
 
 def features_and_selection(
