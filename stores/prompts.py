@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pandas as pd
 
 from rlgen_stats.schemas.dims import (
@@ -87,7 +87,7 @@ def load_texts(path: Path) -> list[str]:
     table = read_table(path)
     if TEXT not in table.columns:
         raise InputError(f"{path} needs a column {TEXT!r}, got {', '.join(map(str, table.columns)) or 'none'}.")
-    return [str(text) for text in table[TEXT]]
+    return text_cells(table, TEXT, path)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -144,20 +144,39 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _text_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The columns we use, as text; missing values become empty text."""
-    if PROMPT not in table and FILE_ID in table:
-        table = table.rename(columns={FILE_ID: PROMPT})
+    if FILE_ID in table:  # a column called prompt beside it is no id
+        table = table.drop(columns=PROMPT, errors="ignore").rename(columns={FILE_ID: PROMPT})
     if table.empty:
         raise InputError(f"{path} has no prompts; expected at least one row.")
     missing = [FILE_ID if c == PROMPT else c for c in (PROMPT, TEXT, ANSWER, TASK, DOMAIN) if c not in table]
     if missing:
         raise InputError(f"{path} lacks the column(s) {missing}; it has {list(table.columns)}.")
     kept = [column for column in COLUMNS if column in table]
-    return pd.DataFrame({column: [_text(value) for value in table[column]] for column in kept}, dtype=object)
+    return pd.DataFrame({column: text_cells(table, column, path) for column in kept}, dtype=object)
 
 
-def _text(value: Any) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+def text_cells(table: pd.DataFrame, column: str, path: Path) -> list[str]:
+    """A column's cells as text: missing ones empty, whole numbers without a decimal point (a column of integers with a
+    missing one is read as floats).
+
+    Raises
+    ------
+    InputError
+        If a cell is neither text nor a number nor a truth value: the text of a list or of bytes is Python's, no prompt.
+    """
+    return [_text(value, column, row, path) for row, value in enumerate(table[column], start=1)]
+
+
+def _text(value: Any, column: str, row: int, path: Path) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float | np.floating) and np.isnan(value)):
         return ""
+    if isinstance(value, float | np.floating) and value.is_integer():
+        return str(int(value))
+    if not isinstance(value, str | int | float | np.generic):
+        raise InputError(
+            f"{path}: {column} of row {row} is a {type(value).__name__}, expected text; write it as text, "
+            "chat messages as rendered by the chat template."
+        )
     return str(value)
 
 

@@ -179,3 +179,32 @@ def test_missing_and_malformed_files_are_input_errors(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(InputError, match="has no prompts"):
         load_prompts(study_spec(data={"prompts": "empty.csv"}), StudyFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "kind"),
+    [
+        ("answer", ["12"], "ndarray"),
+        ("text", [{"role": "user", "content": "1 + 1"}], "ndarray"),
+        ("text", b"12", "bytes"),
+    ],
+)
+def test_cells_that_are_no_text_are_refused_not_printed(tmp_path: Path, column: str, value: Any, kind: str) -> None:
+    """Their Python text, ['12'] or b'12', was taken for the prompt or the answer."""
+    table = prompt_table()
+    table[column] = [value] * len(table)
+    with pytest.raises(InputError, match=rf"prompts\.parquet: {column} of row 1 is a {kind}, expected text"):
+        load(tmp_path, table)
+
+
+def test_whole_numbers_read_as_floats_are_whole_numbers(tmp_path: Path) -> None:
+    table = prompt_table()
+    table["answer"] = [12.0, 2.5] * (len(table) // 2)
+    assert load(tmp_path, table).answer.tolist() == ["12", "2.5"] * (len(table) // 2)
+    table["answer"] = table["answer"].astype("float32")
+    assert load(tmp_path, table).answer.tolist() == ["12", "2.5"] * (len(table) // 2)
+
+
+def test_a_column_called_prompt_beside_prompt_id_is_no_id(tmp_path: Path) -> None:
+    table = prompt_table().assign(prompt="the same words")
+    assert load(tmp_path, table).prompt.tolist() == prompt_table().prompt_id.tolist()

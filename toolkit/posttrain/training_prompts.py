@@ -10,7 +10,7 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.toolkit.extraction import read_table
+from rlgen_stats.stores.prompts import read_table, text_cells
 
 NEEDED: Final = {"sft": ("text", "answer", "completion"), "grpo": ("text", "answer")}
 """Columns each method needs: prompt, expected answer and, to imitate, the teacher's completion."""
@@ -60,14 +60,15 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
         )
     if table.empty:
         raise InputError(f"{path} has no rows; expected at least one training prompt.")
+    texts = pd.DataFrame({column: text_cells(table, column, path) for column in needed}, dtype=object)
     for column in needed:
-        empty = table[column].isna() | (table[column].astype(str).str.strip() == "")
+        empty = texts[column].str.strip() == ""
         if empty.any():
             raise InputError(
                 f"{path}: {int(empty.sum())} of {len(table)} rows have an empty {column!r}, the first is row "
                 f"{int(empty.to_numpy().argmax())}; fill or drop them."
             )
-    return table[list(needed)].astype(str).reset_index(drop=True)
+    return texts
 
 
 def table_hash(table: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ import pandas as pd
 from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, GREEDY
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores.prompts import read_table, text_cells
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models
 
@@ -90,15 +91,13 @@ def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
     path = folder.resolve(spec.data.prompts)
     if not path.is_file() or path.suffix not in (".parquet", ".csv", ".jsonl"):
         return {}
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path)
-    else:
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
+    table = read_table(path)
     names = [name for name in ("prompt_id", "prompt") if name in table.columns]
     if not names or "text" not in table.columns:
         return {}
-    answers = table["answer"] if "answer" in table.columns else pd.Series([""] * len(table))
-    return {str(p): (str(t), str(a)) for p, t, a in zip(table[names[0]], table["text"], answers, strict=True)}
+    ids, texts = (text_cells(table, name, path) for name in (names[0], "text"))
+    answers = text_cells(table, "answer", path) if "answer" in table.columns else [""] * len(table)
+    return {prompt: (text, answer) for prompt, text, answer in zip(ids, texts, answers, strict=True)}
 
 
 def _short(text: object) -> str:
