@@ -122,6 +122,13 @@ def test_a_checkpoint_with_more_than_its_config_says_is_refused(tmp_path: Path) 
         load_model(ref_to(tmp_path / "more"))
 
 
+def test_a_value_head_and_stored_masks_are_no_part_of_the_model(tmp_path: Path) -> None:
+    file = save_model(tmp_path / "ppo") / "model.safetensors"
+    extra = {"v_head.summary.weight": torch.ones(1, 32), "model.layers.0.attn.masked_bias": torch.ones(1)}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    assert torch.equal(load_model(ref_to(tmp_path / "ppo")).lm_head.weight, tiny_model().lm_head.weight)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     file = save_model(tmp_path / "diverged") / "model.safetensors"

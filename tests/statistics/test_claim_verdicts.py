@@ -130,8 +130,8 @@ def difference(low: float, high: float, p: float, *each: float) -> Difference:
     return Difference(low=low, high=high, p_value=p, each=each or (low + high,))
 
 
-LATER, EARLIER = difference(0.03, 0.09, 0.001), difference(-0.09, -0.03, 0.001)
-MORE, FEWER = difference(0.01, 0.05, 0.01), difference(-0.05, -0.01, 0.01)
+LATER, EARLIER = difference(0.06, 0.12, 0.001), difference(-0.12, -0.06, 0.001)
+MORE, FEWER = difference(0.03, 0.07, 0.01), difference(-0.07, -0.03, 0.01)
 SAME_TIME, SAME_SET = difference(-0.04, 0.03, 0.8), difference(-0.015, 0.01, 0.8)
 WIDE, NOTHING = difference(-0.2, 0.3, 0.7), difference(NAN, NAN, NAN)
 
@@ -141,21 +141,25 @@ WIDE, NOTHING = difference(-0.2, 0.3, 0.7), difference(NAN, NAN, NAN)
     [
         (LATER, Verdict.SUPPORTED),
         (EARLIER, Verdict.CONTRADICTED),
-        (difference(0.03, 0.09, 0.05), Verdict.SUPPORTED),
-        (difference(0.03, 0.09, 0.051), Verdict.UNDETERMINED),
-        (difference(0.03, 0.09, NAN), Verdict.UNDETERMINED),
-        (difference(0.03, 0.09, 0.001, 0.05, 0.06, -0.01), Verdict.UNDETERMINED),  # a dictionary says the opposite
-        (difference(0.03, 0.09, 0.001, 0.05, 0.06, 0.05, 0.06, -0.01), Verdict.SUPPORTED),
+        (difference(0.06, 0.12, 0.05), Verdict.SUPPORTED),
+        (difference(0.06, 0.12, 0.051), Verdict.UNDETERMINED),
+        (difference(0.06, 0.12, NAN), Verdict.UNDETERMINED),
+        (difference(0.06, 0.12, 0.001, 0.05, 0.06, -0.01), Verdict.UNDETERMINED),  # a dictionary says the opposite
+        (difference(0.06, 0.12, 0.001, 0.05, 0.06, 0.05, 0.06, -0.01), Verdict.SUPPORTED),
+        (difference(0.0501, 0.12, 0.001), Verdict.SUPPORTED),
+        (difference(0.05, 0.12, 0.001), Verdict.UNDETERMINED),  # perhaps too small to matter
+        (difference(-0.12, -0.0501, 0.001), Verdict.CONTRADICTED),
+        (difference(-0.12, -0.05, 0.001), Verdict.UNDETERMINED),
         (difference(-0.0499, 0.0499, 0.9), Verdict.NOT_SUPPORTED),
         (difference(-0.0499, 0.05, 0.9), Verdict.UNDETERMINED),
         (difference(-0.05, 0.0499, 0.9), Verdict.UNDETERMINED),
         (difference(0.01, 0.0499, 0.001), Verdict.NOT_SUPPORTED),  # significant, and shown to be small
-        (difference(0.01, 0.05, 0.001), Verdict.SUPPORTED),
+        (difference(0.01, 0.05, 0.001), Verdict.UNDETERMINED),  # it was SUPPORTED, which more prompts turned
         (NOTHING, Verdict.NOT_ESTIMABLE),
     ],
 )
 def test_a_difference_counts_as_none_only_if_shown_to_be_small(given: Difference, expected: Verdict) -> None:
-    assert difference_verdict(given, level=0.05, negligible=0.05) is expected
+    assert difference_verdict(given, alpha=0.05, negligible=0.05) is expected
 
 
 @pytest.mark.parametrize(
@@ -173,8 +177,9 @@ def test_a_difference_counts_as_none_only_if_shown_to_be_small(given: Difference
         (WIDE, WIDE, Verdict.UNDETERMINED),
         (LATER, NOTHING, Verdict.UNDETERMINED),
         (NOTHING, MORE, Verdict.NOT_ESTIMABLE),
-        (LATER, difference(-0.001, 0.05, 0.1), Verdict.SUPPORTED),  # one-sided, given the direction of the time
-        (LATER, difference(-0.001, 0.05, 0.101), Verdict.UNDETERMINED),
+        (LATER, difference(0.0201, 0.05, 0.05), Verdict.SUPPORTED),
+        (LATER, difference(0.02, 0.05, 0.05), Verdict.UNDETERMINED),
+        (LATER, difference(0.0201, 0.05, 0.051), Verdict.UNDETERMINED),
         (difference(-0.001, 0.09, 0.06), MORE, Verdict.UNDETERMINED),
         (difference(-0.049, 0.049, 0.9), difference(-0.019, 0.019, 0.9), Verdict.NOT_SUPPORTED),
         (difference(-0.051, 0.049, 0.9), difference(-0.019, 0.019, 0.9), Verdict.UNDETERMINED),

@@ -268,22 +268,45 @@ def test_only_what_a_model_is_made_of_makes_another_study(study_folder: Path, na
     assert (after.state("outcomes") != "done") is counts
 
 
+@pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("seconds", "asked"), [(600.0, False), (601.0, True)])
-def test_what_took_long_is_not_deleted_without_a_yes(study_folder: Path, seconds: float, asked: bool) -> None:
+def test_what_took_long_is_not_deleted_without_a_yes(
+    study_folder: Path, seconds: float, asked: bool, finished: bool
+) -> None:
     study = run_study(study_folder, stages=["outcomes"])
-    study.write_record("outcomes", **read_json(study.file("outcomes")) | {"seconds": seconds})
+    study.write_record("outcomes", **read_json(study.file("outcomes")) | {"seconds": seconds, "finished": finished})
     change(study_folder, generation={"n_samples": 3})
     answers: list[str] = []
     if asked:
         with pytest.raises(InputError, match=r"outcomes \(10 minutes of work\) would be deleted and made anew.*--yes"):
             run_study(study_folder, replace=lambda costs: bool(answers.append(costs)))
-        assert open_for_run(study_folder).state("outcomes") == "stale"
+        assert open_for_run(study_folder).state("outcomes") == ("stale" if finished else "interrupted")
         assert CliRunner().invoke(main, ["run", str(study_folder), "--stage", "outcomes"]).exit_code == 2
         assert CliRunner().invoke(main, ["run", str(study_folder), "--stage", "outcomes", "--yes"]).exit_code == 0
     else:
         run_study(study_folder, stages=["outcomes"], replace=lambda costs: bool(answers.append(costs)))
     assert len(answers) == asked
     assert open_for_run(study_folder).state("outcomes") == "done"
+
+
+def test_the_time_of_an_interrupted_run_counts(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: float(next(clock)))
+    resolve = run_module.pkgutil.resolve_name
+
+    def dying(function: str) -> Any:
+        def call(study: Study, key: str, progress: object) -> None:
+            raise KeyboardInterrupt
+
+        return call
+
+    monkeypatch.setattr(run_module.pkgutil, "resolve_name", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study_folder, stages=["posttrain"])
+    assert read_json(study_folder / "stages/posttrain.json")["seconds"] == 100
+    monkeypatch.setattr(run_module.pkgutil, "resolve_name", resolve)
+    run_study(study_folder, stages=["posttrain"])
+    assert read_json(study_folder / "stages/posttrain.json")["seconds"] == 200
 
 
 def test_two_runs_at_once_are_refused(study_folder: Path) -> None:

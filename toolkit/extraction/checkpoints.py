@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ WEIGHT_FILES: Final = (
 """Files of which at least one makes a folder a checkpoint."""
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Files of which at least one makes a folder's tokenizer its own; otherwise the base's is used."""
+_HARMLESS: Final = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|^v_head\.")
+"""Tensors that a language model does without: masks and frequencies it computes, and the value head of PPO."""
 _SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "unk_token_id")
 """Special ids that change what is read or when a text ends. The pad id is not one: pads are masked everywhere."""
 _PROBE: Final = "What is 12 + 30? The answer: x_1 = 4.5\n\nSo  it's  42."
@@ -124,7 +127,8 @@ def _load_whole(name: str, path: Path, dtype: torch.dtype) -> Any:
             f"{name}: {path} lacks {len(missing)} of the model's parameters, e.g. {missing[0]}; "
             "expected a complete checkpoint of the architecture in its config.json."
         )
-    if extra := sorted(info["unexpected_keys"]):  # what they hold would be left out without a word
+    extra = sorted(key for key in info["unexpected_keys"] if not _HARMLESS.search(key))
+    if extra:  # what they hold would be left out without a word
         raise ModelError(
             f"{name}: {len(extra)} tensors of {path} have no place in the model, e.g. {extra[0]}; "
             "expected a checkpoint of the architecture, and of as many layers, as in its config.json."

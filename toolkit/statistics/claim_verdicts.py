@@ -170,29 +170,29 @@ class Difference:
     """In every dictionary."""
 
 
-def difference_verdict(difference: Difference, *, level: float, negligible: float) -> Verdict:
+def difference_verdict(difference: Difference, *, alpha: float, negligible: float) -> Verdict:
     """Verdict on "the difference is above zero", where only a difference shown to be small counts as none.
 
     Parameters
     ----------
     difference
         With its interval and p-value.
-    level
-        Of the two-sided test.
+    alpha
+        Level of test and interval.
     negligible
         Size below which a difference does not matter.
 
     Returns
     -------
     Verdict
-        NOT_ESTIMABLE without an interval; NOT_SUPPORTED if it lies wholly within ``negligible`` on both sides, whatever
-        p is; SUPPORTED or CONTRADICTED, by the interval's centre, if p <= level and as many dictionaries as must agree
-        have its direction; else UNDETERMINED.
+        NOT_ESTIMABLE without an interval; NOT_SUPPORTED if it lies wholly within ``negligible`` on both sides;
+        SUPPORTED or CONTRADICTED if it lies wholly beyond ``negligible`` on one side, p <= alpha, and as many
+        dictionaries as must agree have its direction; else UNDETERMINED. More data then never turn a verdict.
 
     Examples
     --------
     >>> small = Difference(low=0.01, high=0.04, p_value=1e-4, each=[0.02])
-    >>> difference_verdict(small, level=0.05, negligible=0.05)
+    >>> difference_verdict(small, alpha=0.05, negligible=0.05)
     <Verdict.NOT_SUPPORTED: 'NOT_SUPPORTED'>
     """
     low, high = difference.low, difference.high
@@ -200,8 +200,9 @@ def difference_verdict(difference: Difference, *, level: float, negligible: floa
         return Verdict.NOT_ESTIMABLE
     if -negligible < low and high < negligible:
         return Verdict.NOT_SUPPORTED
-    if difference.p_value <= level and same_direction(difference.each, low + high):
-        return Verdict.SUPPORTED if low + high > 0 else Verdict.CONTRADICTED
+    beyond = low > negligible or high < -negligible
+    if beyond and difference.p_value <= alpha and same_direction(difference.each, low + high):
+        return Verdict.SUPPORTED if low > 0 else Verdict.CONTRADICTED
     return Verdict.UNDETERMINED
 
 
@@ -224,11 +225,10 @@ def timing_verdict(time: Difference, turnover: Difference, *, alpha: float) -> t
 
     Notes
     -----
-    An intersection-union test: both must reject, so that either alone bounds the error rate. The time is tested on both
-    sides; the direction is then given, and turnover is tested on that side alone (two-sided p <= 2 alpha).
+    An intersection-union test: both must reject, so that either alone bounds the error rate.
     """
-    by_time = difference_verdict(time, level=alpha, negligible=NEGLIGIBLE_TIME)
-    by_turnover = difference_verdict(turnover, level=2 * alpha, negligible=NEGLIGIBLE_TURNOVER)
+    by_time = difference_verdict(time, alpha=alpha, negligible=NEGLIGIBLE_TIME)
+    by_turnover = difference_verdict(turnover, alpha=alpha, negligible=NEGLIGIBLE_TURNOVER)
     same = by_time is by_turnover or by_time is Verdict.NOT_ESTIMABLE
     return by_time if same else Verdict.UNDETERMINED, by_time, by_turnover
 

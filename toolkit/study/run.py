@@ -7,7 +7,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_folder
@@ -100,10 +100,15 @@ def run_study(
 
 
 def _costs(study: Study, plan: Sequence[Stage]) -> list[str]:
-    """What a run would delete that took long to make: stale stages, unless they are forced."""
-    seconds = {one.name: one.seconds for one in study.status() if one.state == "stale" and one.name not in study.forced}
-    took = ((stage.name, seconds.get(stage.name) or 0.0) for stage in plan)
-    return [f"{study.folder.root / name} ({_spoken(time)})" for name, time in took if time > COSTLY]
+    """What a run would delete that took long to make: of another key, finished or not, and not forced."""
+    costs = []
+    for stage in plan:
+        record = study.record(stage.name)
+        seconds = float(record.get("seconds") or 0)
+        changed = record.get("key") != study.key(stage.name) and stage.name not in study.forced
+        if changed and seconds > COSTLY:
+            costs.append(f"{study.folder.root / stage.name} ({_spoken(seconds)})")
+    return costs
 
 
 def _spoken(seconds: float) -> str:
@@ -144,11 +149,18 @@ def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) 
     for name in stage.owned:
         keep = previous.get("key") == key and not forced
         _clear_owned(study.folder.root / name, keep=keep, known=bool(previous))
+    resumed = previous.get("key") == key and not previous.get("finished") and not forced
+    before = float(previous.get("seconds") or 0) if resumed else 0.0
     # Written before the stage runs: after a crash the record tells which half-written stores are this study's.
-    study.write_record(stage.name, key=key, finished=False, earlier=sorted(own_keys - {"None"}))
+    begun: dict[str, Any] = {"key": key, "finished": False, "earlier": sorted(own_keys - {"None"})}
+    study.write_record(stage.name, **begun, seconds=before)
     began = time.perf_counter()
-    facts = pkgutil.resolve_name(stage.function)(study, key, progress)
-    seconds = round(time.perf_counter() - began, 2)
+    try:
+        facts = pkgutil.resolve_name(stage.function)(study, key, progress)
+    except BaseException:
+        study.write_record(stage.name, **begun, seconds=round(before + time.perf_counter() - began, 2))
+        raise
+    seconds = round(before + time.perf_counter() - began, 2)
     written = [path for path in study.stores(stage) if owner(path) is not None]
     stores = {str(path.relative_to(study.folder.root)): models_in(path) for path in written}
     record = {"seconds": seconds, "earlier": [key], "facts": facts or {}, "stores": stores}

@@ -71,7 +71,8 @@ crosscoders:
 
 selection:
   held_out_tasks: []              # tasks never used in selection
-  control_tasks: []               # negative controls: tasks that no feature should improve
+  control_tasks: []               # name unrelated tasks that base answers (one time in five or more, 200 prompts):
+                                  # only there can a trial show that an edit has no side effects
 intervention: {{n_controls: 99, max_prompts: 400}}
 """
 

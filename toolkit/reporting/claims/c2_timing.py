@@ -18,7 +18,7 @@ from rlgen_stats.toolkit.reporting.claims.replication import (
     these_models,
     unusable_readout,
 )
-from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, listed, percent
+from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, interval, listed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, number
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     NEGLIGIBLE_TIME,
@@ -79,7 +79,13 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
         number(data, "p_value", measure="time"),
         verdict,
         _answer(verdict, verdicts, data, spec),
-        caveats=(*caveats, *_turnover_caveat(data), _paper_caveat(data), *health_caveat(results, spec)),
+        caveats=(
+            *caveats,
+            *_strata_caveat(data),
+            *_turnover_caveat(data),
+            _paper_caveat(data),
+            *health_caveat(results, spec),
+        ),
         details={
             "test": data.attrs.get("test", ""),
             "null": data.attrs.get("null", ""),
@@ -162,6 +168,17 @@ def _strata(data: xr.Dataset) -> dict[str, dict[str, Any]]:
         for stratum in labels_of(data, "stratum")
         if number(data, "weight", stratum=stratum) > 0
     }
+
+
+def _strata_caveat(data: xr.Dataset) -> tuple[str, ...]:
+    """One sentence: what the strata that the time is averaged over show by themselves, and on how many features."""
+    words = [
+        f"{stratum} {fixed(one['difference'], sign=True)} points {interval(one['low'], one['high'], sign=True)} ("
+        + listed([f"{fixed(n, 0)} of {run}'s features" for run, n in one["n_features"].items()])
+        + ")"
+        for stratum, one in _strata(data).items()
+    ]
+    return (f"By how far features changed, {'; '.join(words)}.",) if words else ()
 
 
 def _paper_overlap(data: xr.Dataset) -> dict[str, dict[str, float]]:

@@ -124,10 +124,16 @@ def _judge(data: xr.Dataset, alpha: float) -> tuple[Verdict, dict[str, Any]]:
         carried_low=attr_number(data, "carried_low"),
         best_high=attr_number(data, "carried_best_high"),
         no_rise_p=details["no_rise_p"],
-        accompanying_p=details["accompanying_p"],
+        accompanying_p=_accompanying_p(details),
         alpha=alpha,
     )
     return verdict, details
+
+
+def _accompanying_p(details: dict[str, Any]) -> float:
+    """NaN where losses suffice, so that each feature was tested on its own; 1 where neither test could be made."""
+    p_value = float(details["accompanying_p"])
+    return 1.0 if math.isnan(p_value) and not details["rl_specific_contrast"] else p_value
 
 
 def _carried(each: list[xr.Dataset], spec: StudySpec) -> dict[str, float]:
@@ -251,8 +257,8 @@ def _token_sentence(details: dict[str, Any]) -> str:
         return ""
     counts = listed(f"{detectors} of {features}" for detectors, features in zip(n, of, strict=True))
     return (
-        f" The set that is edited is mostly token detectors ({counts} features): they respond to tokens and their "
-        "place, whatever the text is about."
+        f" The set that is edited is mostly token detectors ({counts} features): tokens and "
+        "their place explain most of what they do."
     )
 
 

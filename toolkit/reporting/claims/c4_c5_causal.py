@@ -13,7 +13,7 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
-from rlgen_stats.toolkit.reporting.formatting import count, fixed, hundred, listed, p_text, percent
+from rlgen_stats.toolkit.reporting.formatting import count, fixed, hundred, interval, listed, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import (
     Results,
     attr_list,
@@ -127,7 +127,7 @@ def carried_by_set(results: Results, direction: str) -> dict[str, Any]:
     they have not been measured.
     """
     data = results.get("mediated_share")
-    if data is None:
+    if data is None or "set" not in labels_of(data, "point"):
         return {}
     one = data.sel(direction=direction)
     of_set = one.sel(point="set")
@@ -148,6 +148,14 @@ def share_words(details: dict[str, Any]) -> str:
     if not math.isfinite(share):
         return ""
     return f"{percent(share, 0)} [{percent(low, 0)}, {percent(high, 0)}] of what copying the whole residual does"
+
+
+def _beyond_random(details: dict[str, Any]) -> str:
+    """The share less that of random sets, in words; empty where there were none."""
+    above, low, high = (hundred(value) for value in details["share_above_random"])
+    if not math.isfinite(above):
+        return ""
+    return f", {fixed(above, 0, sign=True)} points {interval(low, high, 0, sign=True)} beyond random sets"
 
 
 def _reasons(data: xr.Dataset, direction: str) -> list[str]:
@@ -250,7 +258,9 @@ def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction:
     if not carried:
         return sentence
     copied, patch = (fixed(one, sign=True) for one in (details["copied_effect"], details["patch_effect"][0]))
-    return f"{_COPIED[direction]}, the set changes accuracy by {copied} points, {carried} ({patch}). {sentence}"
+    return f"{_COPIED[direction]}, the set changes accuracy by {copied} points, {carried} ({patch})" + (
+        f"{_beyond_random(details)}. {sentence}"
+    )
 
 
 def _by_the_papers_rule(
