@@ -21,21 +21,109 @@ class Decision:
 
 
 EXACT = "differs only exactly at the limit, which a measured number does not meet"
+SIGN = "the claimed sign is +1 or -1, and no other number"
+NOT_ZERO = "a difference whose direction is shown is not zero"
 SLACK = "a slack for rounding, far above a double's error and far below a whole number"
 
 DECISIONS = (
-    Decision("toolkit/statistics/causal/criteria.py", ("tests/statistics/causal/test_verdict.py",)),
+    Decision(
+        "toolkit/statistics/claim_verdicts.py",
+        ("tests/statistics/test_claim_verdicts.py",),
+        unnoticed={
+            "interval_verdict: claimed < 0  ->  claimed <= 0": SIGN,
+            "interval_verdict: claimed < 0  ->  claimed < 1": SIGN,
+            "specificity_verdict: effect > 0  ->  effect >= 0": NOT_ZERO,
+            "difference_verdict: low + high > 0  ->  low + high >= 0": NOT_ZERO,
+        },
+    ),
+    Decision(
+        "toolkit/statistics/causal/criteria.py",
+        (
+            "tests/statistics/causal/test_criteria.py",
+            "tests/statistics/causal/test_failure_modes.py",
+            "tests/statistics/causal/test_verdict.py",
+        ),
+        functions=(
+            "machinery",
+            "effect_shown",
+            "no_effect",
+            "is_futile",
+            "add",
+            "stop",
+            "specificity",
+            "_rank",
+            "random_sets_do_as_much",
+            "_as_much",
+            "combined_rank_p",
+            "dose_order",
+            "dose_response",
+            "side_effects",
+            "_neutral_text",
+            "_kept",
+            "failure_mode_match",
+            "_meets",
+            "_short_of_its_bound",
+            "_divergence_closed",
+            "_agreement",
+            "_new_failures",
+        ),
+    ),
     Decision("toolkit/statistics/causal/verdict.py", ("tests/statistics/causal/test_verdict.py",)),
+    Decision("toolkit/statistics/causal/design.py", ("tests/statistics/causal/test_criteria.py",)),
+    Decision(
+        "toolkit/statistics/causal/failure_modes.py",
+        ("tests/statistics/causal/test_failure_modes.py",),
+        technical=("N_HASHES",),
+    ),
     Decision(
         "toolkit/statistics/causal/controls.py",
         ("tests/statistics/causal/test_controls.py",),
         functions=("comparable", "unbalanced", "_refuse_impossible"),
         technical=("TINY", "NOISE", "OVERDRAW", "MIN_POOL"),
     ),
-    Decision("toolkit/statistics/claim_verdicts.py", ("tests/statistics/test_claim_verdicts.py",)),
+    Decision(
+        "toolkit/statistics/causal/mediated_share.py",
+        ("tests/statistics/causal/test_mediated_share.py",),
+        functions=("_reach",),
+    ),
+    Decision("toolkit/statistics/causal/edit_norms.py", ("tests/statistics/causal/test_edit_norms.py",)),
+    Decision(
+        "toolkit/statistics/specificity/compared_arms.py",
+        ("tests/statistics/specificity/test_compared_arms.py",),
+    ),
+    Decision(
+        "toolkit/statistics/specificity/matched_movement.py",
+        ("tests/statistics/specificity/test_compared_arms.py",),
+    ),
+    Decision(
+        "toolkit/statistics/specificity/superiority.py",
+        ("tests/statistics/specificity/test_compared_arms.py",),
+        technical=("BLOCK_ENTRIES",),
+    ),
     Decision(
         "toolkit/statistics/specificity/arm_contrast.py",
         ("tests/statistics/specificity/test_arm_contrast.py",),
+        functions=(),
+    ),
+    Decision(
+        "toolkit/statistics/kernels/intervals/bounded.py",
+        ("tests/statistics/kernels/test_bounded.py",),
+        technical=("N_DRAWS", "BLOCK"),
+    ),
+    Decision(
+        "toolkit/statistics/timing/run_contrast.py",
+        ("tests/statistics/timing/test_run_contrast.py",),
+        functions=("paired_checkpoints", "_determined"),
+    ),
+    Decision(
+        "toolkit/statistics/timing/set_stability.py",
+        ("tests/statistics/timing/test_set_stability.py",),
+        functions=(),
+        technical=("SCORE_DIGITS", "SCORED_AT_ONCE"),
+    ),
+    Decision(
+        "toolkit/statistics/selection/compactness.py",
+        ("tests/statistics/selection/test_compactness.py",),
         functions=(),
     ),
     Decision(
