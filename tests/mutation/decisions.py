@@ -42,6 +42,7 @@ DECISIONS = (
             "tests/statistics/causal/test_criteria.py",
             "tests/statistics/causal/test_failure_modes.py",
             "tests/statistics/causal/test_verdict.py",
+            "tests/statistics/causal/test_dictionaries.py::test_v6_must_hold_in_every_dictionary",
         ),
         functions=(
             "machinery",
@@ -67,9 +68,30 @@ DECISIONS = (
             "_agreement",
             "_new_failures",
         ),
+        unnoticed={
+            "effect_shown: table.sign > 0  ->  table.sign >= 0": SIGN,
+            "effect_shown: table.sign > 0  ->  table.sign > -1": SIGN,
+            "effect_shown: bound > MIN_EFFECT  ->  bound >= MIN_EFFECT": EXACT,
+        },
     ),
-    Decision("toolkit/statistics/causal/verdict.py", ("tests/statistics/causal/test_verdict.py",)),
-    Decision("toolkit/statistics/causal/design.py", ("tests/statistics/causal/test_criteria.py",)),
+    Decision(
+        "toolkit/statistics/causal/verdict.py",
+        (
+            "tests/statistics/causal/test_verdict.py",
+            "tests/statistics/causal/test_dictionaries.py::test_no_verdict_is_specific_while_a_dictionary_lacks_a_set",
+        ),
+    ),
+    Decision(
+        "toolkit/statistics/causal/design.py",
+        (
+            "tests/statistics/causal/test_criteria.py::test_a_design_names_what_it_lacks",
+            "tests/statistics/causal/test_criteria.py::test_five_clusters_cannot_show_any_effect",
+        ),
+        unnoticed={
+            "shortfalls: 1 / alpha - 1e-09  ->  1 / alpha - 1.1000000000000001e-09": SLACK,
+            "shortfalls: 1 / alpha - 1e-09  ->  1 / alpha - 9e-10": SLACK,
+        },
+    ),
     Decision(
         "toolkit/statistics/causal/failure_modes.py",
         ("tests/statistics/causal/test_failure_modes.py",),
@@ -108,6 +130,7 @@ DECISIONS = (
     Decision(
         "toolkit/statistics/kernels/intervals/bounded.py",
         ("tests/statistics/kernels/test_bounded.py",),
+        functions=("bounded_interval", "_with_one_more"),
         technical=("N_DRAWS", "BLOCK"),
     ),
     Decision(

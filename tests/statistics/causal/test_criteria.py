@@ -57,7 +57,24 @@ def losing(n_lost: int, *, on: Any, table: OutcomeTable, arm: int) -> OutcomeTab
 @pytest.mark.parametrize(("high", "holds_"), [(-0.02 - 1e-6, True), (-0.02 + 1e-6, False)])
 def test_the_interval_lies_beyond_the_least_effect(high: float, holds_: bool) -> None:
     table = causal()
-    assert holds(effect_shown(table, set_effect(table, -0.5, high), SETTINGS), "v1") == holds_
+    findings = effect_shown(table, set_effect(table, -0.5, high), SETTINGS)
+    assert holds(findings, "v1") == holds_
+    assert row(findings, Check.V1_EFFECT).bound == -0.02
+
+
+@pytest.mark.parametrize(("lost", "agree"), [((), None), ((60,), None), ((60, 1), True), ((60, 0), False)])
+def test_v1_needs_the_sign_of_the_effect_in_each_of_two_dictionaries(lost: tuple[int, ...], agree: bool | None) -> None:
+    table = causal(fresh_noise=False)
+    parts = tuple(losing(n, on=table.target, table=table, arm=table.chosen) for n in lost)
+    if parts:
+        correct, ending = (
+            np.concatenate([getattr(one, name) for one in parts], axis=2) for name in ("correct", "ending")
+        )
+        table = replace(table, correct=correct, ending=ending, parts=parts)
+    found = of_check(effect_shown(table, set_effect(table, -0.5, -0.1), SETTINGS), Check.V1_DICTIONARIES)
+    assert (None if found is None else (found.passed, found.statistic)) == (
+        None if agree is None else (agree, sum(n > 0 for n in lost))
+    )
 
 
 @pytest.mark.parametrize(("n_lost", "inside"), [(8, True), (9, False)])
@@ -204,13 +221,13 @@ def test_a_task_that_is_rarely_right_has_nothing_to_lose(accuracy: float, speaks
 
 
 def triggered(share: float, kl: float) -> OutcomeTable:
-    """Prompts on which base fails hold ``hmm``, and a share of a hundred neutral texts does."""
+    """Prompts on which base fails hold ``hmm``, and a share of a thousand neutral texts does."""
     table = causal()
     assert table.texts is not None
     fails = table.other_ending[:, 0] != RIGHT
     prompts = np.array([f"ask {'hmm' if f else 'please'} p{i}" for i, f in enumerate(fails)], dtype=object)
-    n = round(100 * share)
-    texts = replace(table.texts, prompts=prompts, neutral=("so hmm",) * n + ("so please",) * (100 - n))
+    n = round(1000 * share)
+    texts = replace(table.texts, prompts=prompts, neutral=("so hmm",) * n + ("so please",) * (1000 - n))
     neutral = table.neutral_kl.copy()
     neutral[table.chosen] = kl
     return replace(table, texts=texts, neutral_kl=neutral)
@@ -218,7 +235,7 @@ def triggered(share: float, kl: float) -> OutcomeTable:
 
 @pytest.mark.parametrize(
     ("share", "kl", "expected"),
-    [(0.05, 0.5, False), (0.05 + 0.01, 0.5, None), (1.0, 0.01, True), (0.0, 0.01, True)],
+    [(0.05, 0.5, False), (0.051, 0.5, None), (1.0, 0.01, True), (0.0, 0.01, True)],
 )
 def test_a_divergence_on_text_that_is_not_neutral_is_no_side_effect(
     share: float, kl: float, expected: bool | None

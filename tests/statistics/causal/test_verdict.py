@@ -45,6 +45,7 @@ def test_a_planted_cause_is_specific() -> None:
     assert all(verdict.requirements.values())
     assert verdict.rank_p == pytest.approx(1 / 40)
     assert verdict.v5.startswith("3 of 3 tasks")
+    assert verdict.v5.endswith("One dictionary: not replicated in another")
     assert verdict.effects.mean[3] == pytest.approx(-0.4, abs=0.08)
 
 
@@ -165,7 +166,14 @@ def test_divergence_on_neutral_text_counts_as_a_side_effect() -> None:
 
 @pytest.mark.parametrize(
     ("of_set", "of_random", "kept"),
-    [(0.1, 0.01, True), (0.11, 0.01, False), (0.4, [0.01] * 36 + [0.5] * 3, True), (0.4, [0.01] * 38 + [0.5], False)],
+    [
+        (0.1, 0.01, True),
+        (0.101, 0.01, False),
+        (0.4, [0.01] * 36 + [0.5] * 3, True),
+        (0.4, [0.01] * 38 + [0.5], False),
+        (0.56, [0.2 + 0.01 * i for i in range(39)], True),  # .2 + .01 * 36.1, a nineteen twentieth of 38, is .561
+        (0.562, [0.2 + 0.01 * i for i in range(39)], False),
+    ],
 )
 def test_neutral_text_may_move_as_far_as_a_tenth_of_a_nat_or_as_it_does_under_one_random_set_in_twenty(
     of_set: float, of_random: Any, kept: bool
@@ -196,7 +204,7 @@ def test_new_failures_break_the_model_where_they_make_up_more_than_half_of_the_e
     assert judge(replace(table, ending=ending), SETTINGS).verdict == verdict
 
 
-@pytest.mark.parametrize(("share", "verdict"), [(0.05, "CAUSAL_SPECIFIC"), (0.06, "INCONCLUSIVE")])
+@pytest.mark.parametrize(("share", "verdict"), [(0.05, "CAUSAL_SPECIFIC"), (0.051, "INCONCLUSIVE")])
 def test_a_passthrough_may_change_one_completion_in_twenty(share: float, verdict: str) -> None:
     assert judge(causal(), replace(SETTINGS, noop_changed=share)).verdict == verdict
 
