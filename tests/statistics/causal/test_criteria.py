@@ -12,11 +12,15 @@ from rlgen_stats.schemas.errors import RefusedError
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import (
     FutilityRule,
+    combined_rank_p,
+    dose_order,
     dose_response,
     effect_shown,
+    is_futile,
     no_effect,
     random_sets_do_as_much,
     side_effects,
+    specificity,
 )
 from rlgen_stats.toolkit.statistics.causal.design import shortfalls
 from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Finding, Findings, holds, of_check, passed
@@ -144,6 +148,41 @@ def test_random_sets_are_not_stopped_before_enough_were_run(n_run: int, stop: bo
     assert rule.stop == stop
 
 
+@pytest.mark.parametrize(("n", "n_planned", "futile"), [(4, 99, False), (5, 99, True), (4, 98, True), (0, 19, False)])
+def test_a_rank_is_hopeless_once_it_must_exceed_alpha(n: int, n_planned: int, futile: bool) -> None:
+    """Five of a hundred, the set among them, are .05; five of ninety-nine are more."""
+    assert is_futile(n, n_planned, 0.05) == futile
+
+
+@pytest.mark.parametrize(("n_random", "known"), [(18, False), (19, True)])
+def test_the_rank_among_eighteen_says_nothing_at_a_twentieth(n_random: int, known: bool) -> None:
+    table = causal(n_random=n_random)
+    ranks = specificity(table, set_effect(table, -0.5, -0.1), SETTINGS)
+    assert row(ranks, Check.V2_RANK).p_value == 1 / (n_random + 1)
+    assert row(ranks, Check.V2_RANK).passed is (True if known else None)
+
+
+@pytest.mark.parametrize(("second", "shown"), [(4, False), (5, True)])
+def test_random_sets_do_as_much_in_each_of_two_dictionaries(second: int, shown: bool) -> None:
+    """Of nineteen 16 do as much, and in the other dictionary 4 or 5, a quarter being 4.75."""
+    table = causal(n_random=19)
+    parts = []
+    for n in (16, second):
+        ending = table.ending.copy()
+        ending[table.where("random")] = ending[table.unedited]
+        ending[table.where("random")[:n]] = ending[table.chosen]
+        parts.append(with_endings(table, ending))
+    found = row(random_sets_do_as_much(replace(table, parts=tuple(parts)), SETTINGS), Check.V2_RANDOM_SETS)
+    assert (found.n, found.statistic) == (38, pytest.approx((16 + second) / 38))
+    assert found.low > 0.25
+    assert found.passed == shown
+
+
+def test_one_rank_p_value_stays_as_it_is() -> None:
+    assert combined_rank_p([1.0]) == 1.0
+    assert combined_rank_p([0.05, 0.4]) > 0.1
+
+
 # -- V3
 
 
@@ -190,6 +229,46 @@ def test_a_fall_between_two_doses_is_tested_over_all_steps(n_lost: int, falls: b
     found = row(dose_response(with_endings(table, ending), settings), Check.V3_FALL)
     assert found.p_value == pytest.approx(4 * 2 * 0.5**n_lost)
     assert found.passed == (not falls)
+
+
+def with_doses(table: Any, main: float, *doses: float) -> Any:
+    """The table with another main dose, and these instead of the first doses and fresh seeds."""
+    conditions = list(table.conditions)
+    conditions[table.chosen] = replace(conditions[table.chosen], dose=main)
+    for i, dose in zip((*table.where("dose"), table.index("fresh")), doses, strict=False):
+        conditions[i] = replace(conditions[i], kind="dose", dose=dose)
+    return replace(table, conditions=tuple(conditions))
+
+
+@pytest.mark.parametrize(
+    ("main", "doses", "n_beyond"),
+    [
+        (0.95, (0.94, 0.97, 0.99), 1),
+        (0.95, (0.96, 0.97, 1.02), 0),  # on the other side of no edit
+        (1.05, (1.06, 1.02, 1.01), 1),
+        (1.05, (1.04, 0.98, 1.01), 0),
+        (2.0, (1.9, 1.5, 2.1), 1),
+        (-1.0, (-1.1, 0.5, 0.6), 1),
+    ],
+)
+def test_doses_beyond_the_main_one_are_farther_from_no_edit(main: float, doses: Any, n_beyond: int) -> None:
+    assert len(dose_order(with_doses(causal(), main, *doses))[1]) == n_beyond
+
+
+def test_the_trend_of_four_doses_weighs_the_outer_ones_three_times_the_inner_ones() -> None:
+    table = with_doses(causal(), 0.0, 0.2, 0.4, 0.6, 0.8)
+    accuracy = table.accuracy(table.target)
+    order, _ = dose_order(table)
+    lowest, low, high, highest = (accuracy[i] for i in order[1:-1])
+    found = row(dose_response(table, SETTINGS), Check.V3_DOSE)
+    assert (found.n, found.statistic) == (4, pytest.approx((1.5 * (highest - lowest) + 0.5 * (high - low)) / 2))
+
+
+def test_accuracy_that_falls_with_the_dose_is_no_dose_response() -> None:
+    table = with_doses(causal(), 0.0, 0.75, 0.5, 0.25)  # the least edited arm is the least accurate one
+    found = row(dose_response(table, SETTINGS), Check.V3_DOSE)
+    assert found.statistic < -0.1
+    assert found.passed is False
 
 
 # -- V4
