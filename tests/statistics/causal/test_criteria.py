@@ -28,7 +28,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, pa
 from rlgen_stats.toolkit.statistics.causal.telling_words import telling_words, with_any_of
 from rlgen_stats.toolkit.trial.plan import refuse_undecidable
 from tests.statistics.causal.old_rules import invented_clusters
-from tests.statistics.causal.worlds import RIGHT, SETTINGS, SILENT, causal, with_endings, world
+from tests.statistics.causal.worlds import EMPTY, RIGHT, SETTINGS, SILENT, amplified, causal, with_endings, world
 
 
 def row(findings: Findings, check: Check) -> Finding:
@@ -79,6 +79,13 @@ def test_v1_needs_the_sign_of_the_effect_in_each_of_two_dictionaries(lost: tuple
     assert (None if found is None else (found.passed, found.statistic)) == (
         None if agree is None else (agree, sum(n > 0 for n in lost))
     )
+
+
+@pytest.mark.parametrize(("low", "high", "opposite"), [(-0.5, -0.1, True), (-0.5, 0.1, False), (0.1, 0.5, False)])
+def test_a_loss_where_a_gain_is_predicted_is_the_opposite(low: float, high: float, opposite: bool) -> None:
+    table = amplified(causal(rl=0.5, right={"set": 0.9}, base=0.9))
+    findings = effect_shown(table, set_effect(table, low, high), SETTINGS)
+    assert (of_check(findings, Check.V1_OPPOSITE) is not None) == opposite
 
 
 @pytest.mark.parametrize(("n_lost", "inside"), [(8, True), (9, False)])
@@ -134,7 +141,7 @@ def test_nine_of_nineteen_show_that_more_than_a_quarter_do_as_much(n_as_much: in
     ending[table.where("random")[:n_as_much]] = ending[table.chosen]
     table = with_endings(table, ending)
     found = row(random_sets_do_as_much(table, SETTINGS), Check.V2_RANDOM_SETS)
-    assert (found.low > 0.25) == shown
+    assert found.low == pytest.approx(0.2737 if shown else 0.2297, abs=1e-3)  # Clopper and Pearson, one-sided .05
     assert found.passed == shown
     assert (judge(table, SETTINGS).verdict == "CAUSAL_NONSPECIFIC") == shown
 
@@ -146,6 +153,14 @@ def test_random_sets_are_not_stopped_before_enough_were_run(n_run: int, stop: bo
     for _ in range(n_run):
         rule.add("random", 0.4)
     assert rule.stop == stop
+
+
+@pytest.mark.parametrize(("accuracy", "n_as_large"), [(0.49, 1), (0.5, 1), (0.51, 0)])
+def test_a_random_set_that_leaves_the_same_accuracy_is_as_large(accuracy: float, n_as_large: int) -> None:
+    rule = FutilityRule("disable", n_planned=99, alpha=0.05)
+    rule.add("set", 0.5)
+    rule.add("random", accuracy)
+    assert (rule.n_run, rule.n_as_large) == (1, n_as_large)
 
 
 @pytest.mark.parametrize(("n", "n_planned", "futile"), [(4, 99, False), (5, 99, True), (4, 98, True), (0, 19, False)])
@@ -281,6 +296,18 @@ def test_accuracy_on_unrelated_prompts_is_kept_up_to_the_margin(n_lost: int, kep
     table = losing(n_lost, on=table.unrelated, table=table, arm=table.chosen)
     found = row(side_effects(table, SETTINGS), Check.V4_ACCURACY)
     assert found.passed == kept, found
+
+
+@pytest.mark.parametrize(("n_broken", "kept"), [(9, True), (10, False)])
+def test_the_format_may_break_on_one_unrelated_prompt_in_twenty_more(n_broken: int, kept: bool) -> None:
+    """Of a hundred, four are broken without the edit too."""
+    table = causal()
+    ending = table.ending.copy()
+    unrelated = np.flatnonzero(table.unrelated)
+    ending[:, unrelated[:4]] = EMPTY
+    ending[table.chosen, unrelated[:n_broken]] = EMPTY
+    found = row(side_effects(replace(table, ending=ending), SETTINGS), Check.V4_FORMAT)
+    assert (found.passed, found.statistic) == (kept, pytest.approx((n_broken - 4) / 100))
 
 
 @pytest.mark.parametrize(("accuracy", "speaks"), [(0.2, True), (0.2 - 0.01, False)])

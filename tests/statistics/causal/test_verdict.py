@@ -329,7 +329,8 @@ def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one
     table = causal(n_random=n)
     effects = effects_of_set(table, -0.3, 0.1, 0.001)
     effects.mean[table.where("random")[[1, 3]]] = -0.3, -0.4
-    assert specificity(table, effects, SETTINGS)[0].p_value == 3 / (n + 1)
+    for n_planned in (0, n):  # all that were planned were run
+        assert specificity(table, effects, replace(SETTINGS, n_planned=n_planned))[0].p_value == 3 / (n + 1)
     assert specificity(table, effects, replace(SETTINGS, n_planned=99))[0].p_value == stopped
 
 
