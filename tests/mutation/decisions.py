@@ -21,21 +21,148 @@ class Decision:
 
 
 EXACT = "differs only exactly at the limit, which a measured number does not meet"
+SIGN = "the claimed sign is +1 or -1, and no other number"
+NOT_ZERO = "a difference whose direction is shown is not zero"
 SLACK = "a slack for rounding, far above a double's error and far below a whole number"
 
 DECISIONS = (
-    Decision("toolkit/statistics/causal/criteria.py", ("tests/statistics/causal/test_verdict.py",)),
-    Decision("toolkit/statistics/causal/verdict.py", ("tests/statistics/causal/test_verdict.py",)),
+    Decision(
+        "toolkit/statistics/claim_verdicts.py",
+        ("tests/statistics/test_claim_verdicts.py",),
+        unnoticed={
+            "interval_verdict: claimed < 0  ->  claimed <= 0": SIGN,
+            "interval_verdict: claimed < 0  ->  claimed < 1": SIGN,
+            "specificity_verdict: effect > 0  ->  effect >= 0": NOT_ZERO,
+            "difference_verdict: low + high > 0  ->  low + high >= 0": NOT_ZERO,
+        },
+    ),
+    Decision(
+        "toolkit/statistics/causal/criteria.py",
+        (
+            "tests/statistics/causal/test_criteria.py",
+            "tests/statistics/causal/test_failure_modes.py",
+            "tests/statistics/causal/test_verdict.py",
+            "tests/statistics/causal/test_dictionaries.py::test_v6_must_hold_in_every_dictionary",
+        ),
+        functions=(
+            "machinery",
+            "effect_shown",
+            "no_effect",
+            "is_futile",
+            "add",
+            "stop",
+            "specificity",
+            "_rank",
+            "random_sets_do_as_much",
+            "_as_much",
+            "combined_rank_p",
+            "side_effects",
+            "_neutral_text",
+            "_kept",
+            "failure_mode_match",
+            "_meets",
+            "_short_of_its_bound",
+            "_new_failures",
+        ),
+        unnoticed={
+            "effect_shown: table.sign > 0  ->  table.sign >= 0": SIGN,
+            "effect_shown: bound > MIN_EFFECT  ->  bound >= MIN_EFFECT": EXACT,
+            "effect_shown: table.sign > 0  ->  table.sign > -1": SIGN,
+            "effect_shown: effects.p_value[i] <= settings.alpha  ->  effects.p_value[i] < settings.alpha": EXACT,
+            "effect_shown: opposite < 0  ->  opposite <= 0": EXACT,
+            "no_effect: -settings.margin < effect.low[0]  ->  -settings.margin <= effect.low[0]": EXACT,
+            "no_effect: effect.high[0] < settings.margin  ->  effect.high[0] <= settings.margin": EXACT,
+            "_rank: signed[random] >= signed[table.chosen] - TIE_SLACK  ->  "
+            "signed[random] > signed[table.chosen] - TIE_SLACK": EXACT,
+            "random_sets_do_as_much: k > MANY_RANDOM * n  ->  k >= MANY_RANDOM * n": EXACT,
+            "random_sets_do_as_much: low > MANY_RANDOM  ->  low >= MANY_RANDOM": EXACT,
+            "_as_much: random >= AS_MUCH * effects[table.chosen] - TIE_SLACK  ->  "
+            "random > AS_MUCH * effects[table.chosen] - TIE_SLACK": EXACT,
+            "_kept: effect.low[0] > -settings.margin  ->  effect.low[0] >= -settings.margin": EXACT,
+            "_meets: row.statistic > row.bound  ->  row.statistic >= row.bound": EXACT,
+            "_short_of_its_bound: row.p_value <= settings.alpha  ->  row.p_value < settings.alpha": EXACT,
+            "_short_of_its_bound: row.statistic < row.bound  ->  row.statistic <= row.bound": EXACT,
+            "_new_failures: UNLIKE + 1  ->  UNLIKE + 2": "one more class, of which no ending is",
+            "_new_failures: shares[0][ending] >= shares[2][ending]  ->  shares[0][ending] > shares[2][ending]": EXACT,
+            "_new_failures: mean[0] <= TIE_SLACK  ->  mean[0] < TIE_SLACK": EXACT,
+            "_new_failures: low[0] > 0  ->  low[0] >= 0": EXACT,
+            "add: self._sign * accuracy >= self._set_accuracy - TIE_SLACK  ->  "
+            "self._sign * accuracy > self._set_accuracy - TIE_SLACK": EXACT,
+        },
+    ),
+    Decision(
+        "toolkit/statistics/causal/verdict.py",
+        (
+            "tests/statistics/causal/test_verdict.py",
+            "tests/statistics/causal/test_dictionaries.py::test_no_verdict_is_specific_while_a_dictionary_lacks_a_set",
+        ),
+    ),
+    Decision(
+        "toolkit/statistics/causal/design.py",
+        (
+            "tests/statistics/causal/test_criteria.py::test_a_design_names_what_it_lacks",
+            "tests/statistics/causal/test_criteria.py::test_five_clusters_cannot_show_any_effect",
+        ),
+        unnoticed={
+            "shortfalls: 1 / alpha - 1e-09  ->  1 / alpha - 1.1000000000000001e-09": SLACK,
+            "shortfalls: 1 / alpha - 1e-09  ->  1 / alpha - 9e-10": SLACK,
+        },
+    ),
+    Decision(
+        "toolkit/statistics/causal/failure_modes.py",
+        ("tests/statistics/causal/test_failure_modes.py",),
+        technical=("N_HASHES",),
+    ),
     Decision(
         "toolkit/statistics/causal/controls.py",
         ("tests/statistics/causal/test_controls.py",),
         functions=("comparable", "unbalanced", "_refuse_impossible"),
         technical=("TINY", "NOISE", "OVERDRAW", "MIN_POOL"),
     ),
-    Decision("toolkit/statistics/claim_verdicts.py", ("tests/statistics/test_claim_verdicts.py",)),
+    Decision(
+        "toolkit/statistics/causal/mediated_share.py",
+        ("tests/statistics/causal/test_mediated_share.py",),
+        functions=("_reach",),
+    ),
+    Decision("toolkit/statistics/causal/edit_norms.py", ("tests/statistics/causal/test_edit_norms.py",)),
+    Decision(
+        "toolkit/statistics/specificity/compared_arms.py",
+        ("tests/statistics/specificity/test_compared_arms.py",),
+    ),
+    Decision(
+        "toolkit/statistics/specificity/matched_movement.py",
+        ("tests/statistics/specificity/test_compared_arms.py",),
+    ),
+    Decision(
+        "toolkit/statistics/specificity/superiority.py",
+        ("tests/statistics/specificity/test_compared_arms.py",),
+        technical=("BLOCK_ENTRIES",),
+    ),
     Decision(
         "toolkit/statistics/specificity/arm_contrast.py",
         ("tests/statistics/specificity/test_arm_contrast.py",),
+        functions=(),
+    ),
+    Decision(
+        "toolkit/statistics/kernels/intervals/bounded.py",
+        ("tests/statistics/kernels/test_bounded.py",),
+        functions=("bounded_interval", "_with_one_more"),
+        technical=("N_DRAWS", "BLOCK"),
+    ),
+    Decision(
+        "toolkit/statistics/timing/run_contrast.py",
+        ("tests/statistics/timing/test_run_contrast.py",),
+        functions=("paired_checkpoints", "_determined"),
+    ),
+    Decision(
+        "toolkit/statistics/timing/set_stability.py",
+        ("tests/statistics/timing/test_set_stability.py",),
+        functions=(),
+        technical=("SCORE_DIGITS", "SCORED_AT_ONCE"),
+    ),
+    Decision(
+        "toolkit/statistics/selection/compactness.py",
+        ("tests/statistics/selection/test_compactness.py",),
         functions=(),
     ),
     Decision(

@@ -16,6 +16,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     causal_verdict,
     difference_verdict,
     interval_verdict,
+    mean_count,
     mostly_token_detectors,
     selection_verdict,
     smallest_permutation_p,
@@ -24,7 +25,6 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     timing_verdict,
     within_minimum,
 )
-from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
 
 NAN = math.nan
 
@@ -199,6 +199,14 @@ def test_mostly_token_detectors_is_more_than_half_in_as_many_dictionaries_as_mus
     assert not mostly_token_detectors([0], [0])
 
 
+def test_the_number_of_features_of_one_dictionary_has_no_upper_bound_and_of_two_has_one() -> None:
+    assert mean_count([7], alpha=0.05)[:2] == (7.0, 7.0)
+    assert math.isnan(mean_count([7], alpha=0.05)[2])
+    mean, low, high = mean_count([4, 8], alpha=0.05)
+    assert (mean, low) == (6.0, 0.0), "no fewer than none"
+    assert 8 < high < math.inf
+
+
 TRUE_SET = {
     "n_estimable": 4,
     "n_confirmed": 5,
@@ -215,10 +223,10 @@ TRUE_SET = {
     [
         ({}, Verdict.SUPPORTED),
         ({"n_confirmed": 900}, Verdict.SUPPORTED),  # more power is no evidence against a compact set
-        ({"carried_low": CARRIED}, Verdict.SUPPORTED),
-        ({"carried_low": CARRIED - 1e-9}, Verdict.UNDETERMINED),
-        ({"carried_low": 0.1, "best_high": CARRIED}, Verdict.UNDETERMINED),
-        ({"carried_low": 0.1, "best_high": CARRIED - 1e-9}, Verdict.NOT_SUPPORTED),  # real, spread out
+        ({"carried_low": 0.5}, Verdict.SUPPORTED),
+        ({"carried_low": 0.4999}, Verdict.UNDETERMINED),
+        ({"carried_low": 0.1, "best_high": 0.5}, Verdict.UNDETERMINED),
+        ({"carried_low": 0.1, "best_high": 0.4999}, Verdict.NOT_SUPPORTED),  # real, spread out
         ({"carried_low": math.nan, "best_high": math.nan}, Verdict.UNDETERMINED),
         ({"n_confirmed": 0, "carried_low": 0.1, "best_high": 0.2}, Verdict.UNDETERMINED),  # absence of evidence
         ({"n_confirmed": 0, "no_rise_p": 0.05}, Verdict.NOT_SUPPORTED),

@@ -12,11 +12,15 @@ from rlgen_stats.schemas.errors import RefusedError
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import (
     FutilityRule,
+    combined_rank_p,
+    dose_order,
     dose_response,
     effect_shown,
+    is_futile,
     no_effect,
     random_sets_do_as_much,
     side_effects,
+    specificity,
 )
 from rlgen_stats.toolkit.statistics.causal.design import shortfalls
 from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Finding, Findings, holds, of_check, passed
@@ -24,7 +28,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, pa
 from rlgen_stats.toolkit.statistics.causal.telling_words import telling_words, with_any_of
 from rlgen_stats.toolkit.trial.plan import refuse_undecidable
 from tests.statistics.causal.old_rules import invented_clusters
-from tests.statistics.causal.worlds import RIGHT, SETTINGS, SILENT, causal, with_endings, world
+from tests.statistics.causal.worlds import EMPTY, RIGHT, SETTINGS, SILENT, amplified, causal, with_endings, world
 
 
 def row(findings: Findings, check: Check) -> Finding:
@@ -57,7 +61,31 @@ def losing(n_lost: int, *, on: Any, table: OutcomeTable, arm: int) -> OutcomeTab
 @pytest.mark.parametrize(("high", "holds_"), [(-0.02 - 1e-6, True), (-0.02 + 1e-6, False)])
 def test_the_interval_lies_beyond_the_least_effect(high: float, holds_: bool) -> None:
     table = causal()
-    assert holds(effect_shown(table, set_effect(table, -0.5, high), SETTINGS), "v1") == holds_
+    findings = effect_shown(table, set_effect(table, -0.5, high), SETTINGS)
+    assert holds(findings, "v1") == holds_
+    assert row(findings, Check.V1_EFFECT).bound == -0.02
+
+
+@pytest.mark.parametrize(("lost", "agree"), [((), None), ((60,), None), ((60, 1), True), ((60, 0), False)])
+def test_v1_needs_the_sign_of_the_effect_in_each_of_two_dictionaries(lost: tuple[int, ...], agree: bool | None) -> None:
+    table = causal(fresh_noise=False)
+    parts = tuple(losing(n, on=table.target, table=table, arm=table.chosen) for n in lost)
+    if parts:
+        correct, ending = (
+            np.concatenate([getattr(one, name) for one in parts], axis=2) for name in ("correct", "ending")
+        )
+        table = replace(table, correct=correct, ending=ending, parts=parts)
+    found = of_check(effect_shown(table, set_effect(table, -0.5, -0.1), SETTINGS), Check.V1_DICTIONARIES)
+    assert (None if found is None else (found.passed, found.statistic)) == (
+        None if agree is None else (agree, sum(n > 0 for n in lost))
+    )
+
+
+@pytest.mark.parametrize(("low", "high", "opposite"), [(-0.5, -0.1, True), (-0.5, 0.1, False), (0.1, 0.5, False)])
+def test_a_loss_where_a_gain_is_predicted_is_the_opposite(low: float, high: float, opposite: bool) -> None:
+    table = amplified(causal(rl=0.5, right={"set": 0.9}, base=0.9))
+    findings = effect_shown(table, set_effect(table, low, high), SETTINGS)
+    assert (of_check(findings, Check.V1_OPPOSITE) is not None) == opposite
 
 
 @pytest.mark.parametrize(("n_lost", "inside"), [(8, True), (9, False)])
@@ -113,7 +141,7 @@ def test_nine_of_nineteen_show_that_more_than_a_quarter_do_as_much(n_as_much: in
     ending[table.where("random")[:n_as_much]] = ending[table.chosen]
     table = with_endings(table, ending)
     found = row(random_sets_do_as_much(table, SETTINGS), Check.V2_RANDOM_SETS)
-    assert (found.low > 0.25) == shown
+    assert found.low == pytest.approx(0.2737 if shown else 0.2297, abs=1e-3)  # Clopper and Pearson, one-sided .05
     assert found.passed == shown
     assert (judge(table, SETTINGS).verdict == "CAUSAL_NONSPECIFIC") == shown
 
@@ -125,6 +153,49 @@ def test_random_sets_are_not_stopped_before_enough_were_run(n_run: int, stop: bo
     for _ in range(n_run):
         rule.add("random", 0.4)
     assert rule.stop == stop
+
+
+@pytest.mark.parametrize(("accuracy", "n_as_large"), [(0.49, 1), (0.5, 1), (0.51, 0)])
+def test_a_random_set_that_leaves_the_same_accuracy_is_as_large(accuracy: float, n_as_large: int) -> None:
+    rule = FutilityRule("disable", n_planned=99, alpha=0.05)
+    rule.add("set", 0.5)
+    rule.add("random", accuracy)
+    assert (rule.n_run, rule.n_as_large) == (1, n_as_large)
+
+
+@pytest.mark.parametrize(("n", "n_planned", "futile"), [(4, 99, False), (5, 99, True), (4, 98, True), (0, 19, False)])
+def test_a_rank_is_hopeless_once_it_must_exceed_alpha(n: int, n_planned: int, futile: bool) -> None:
+    """Five of a hundred, the set among them, are .05; five of ninety-nine are more."""
+    assert is_futile(n, n_planned, 0.05) == futile
+
+
+@pytest.mark.parametrize(("n_random", "known"), [(18, False), (19, True)])
+def test_the_rank_among_eighteen_says_nothing_at_a_twentieth(n_random: int, known: bool) -> None:
+    table = causal(n_random=n_random)
+    ranks = specificity(table, set_effect(table, -0.5, -0.1), SETTINGS)
+    assert row(ranks, Check.V2_RANK).p_value == 1 / (n_random + 1)
+    assert row(ranks, Check.V2_RANK).passed is (True if known else None)
+
+
+@pytest.mark.parametrize(("second", "shown"), [(4, False), (5, True)])
+def test_random_sets_do_as_much_in_each_of_two_dictionaries(second: int, shown: bool) -> None:
+    """Of nineteen 16 do as much, and in the other dictionary 4 or 5, a quarter being 4.75."""
+    table = causal(n_random=19)
+    parts = []
+    for n in (16, second):
+        ending = table.ending.copy()
+        ending[table.where("random")] = ending[table.unedited]
+        ending[table.where("random")[:n]] = ending[table.chosen]
+        parts.append(with_endings(table, ending))
+    found = row(random_sets_do_as_much(replace(table, parts=tuple(parts)), SETTINGS), Check.V2_RANDOM_SETS)
+    assert (found.n, found.statistic) == (38, pytest.approx((16 + second) / 38))
+    assert found.low > 0.25
+    assert found.passed == shown
+
+
+def test_one_rank_p_value_stays_as_it_is() -> None:
+    assert combined_rank_p([1.0]) == 1.0
+    assert combined_rank_p([0.05, 0.4]) > 0.1
 
 
 # -- V3
@@ -175,6 +246,46 @@ def test_a_fall_between_two_doses_is_tested_over_all_steps(n_lost: int, falls: b
     assert found.passed == (not falls)
 
 
+def with_doses(table: Any, main: float, *doses: float) -> Any:
+    """The table with another main dose, and these instead of the first doses and fresh seeds."""
+    conditions = list(table.conditions)
+    conditions[table.chosen] = replace(conditions[table.chosen], dose=main)
+    for i, dose in zip((*table.where("dose"), table.index("fresh")), doses, strict=False):
+        conditions[i] = replace(conditions[i], kind="dose", dose=dose)
+    return replace(table, conditions=tuple(conditions))
+
+
+@pytest.mark.parametrize(
+    ("main", "doses", "n_beyond"),
+    [
+        (0.95, (0.94, 0.97, 0.99), 1),
+        (0.95, (0.96, 0.97, 1.02), 0),  # on the other side of no edit
+        (1.05, (1.06, 1.02, 1.01), 1),
+        (1.05, (1.04, 0.98, 1.01), 0),
+        (2.0, (1.9, 1.5, 2.1), 1),
+        (-1.0, (-1.1, 0.5, 0.6), 1),
+    ],
+)
+def test_doses_beyond_the_main_one_are_farther_from_no_edit(main: float, doses: Any, n_beyond: int) -> None:
+    assert len(dose_order(with_doses(causal(), main, *doses))[1]) == n_beyond
+
+
+def test_the_trend_of_four_doses_weighs_the_outer_ones_three_times_the_inner_ones() -> None:
+    table = with_doses(causal(), 0.0, 0.2, 0.4, 0.6, 0.8)
+    accuracy = table.accuracy(table.target)
+    order, _ = dose_order(table)
+    lowest, low, high, highest = (accuracy[i] for i in order[1:-1])
+    found = row(dose_response(table, SETTINGS), Check.V3_DOSE)
+    assert (found.n, found.statistic) == (4, pytest.approx((1.5 * (highest - lowest) + 0.5 * (high - low)) / 2))
+
+
+def test_accuracy_that_falls_with_the_dose_is_no_dose_response() -> None:
+    table = with_doses(causal(), 0.0, 0.75, 0.5, 0.25)  # the least edited arm is the least accurate one
+    found = row(dose_response(table, SETTINGS), Check.V3_DOSE)
+    assert found.statistic < -0.1
+    assert found.passed is False
+
+
 # -- V4
 
 
@@ -185,6 +296,18 @@ def test_accuracy_on_unrelated_prompts_is_kept_up_to_the_margin(n_lost: int, kep
     table = losing(n_lost, on=table.unrelated, table=table, arm=table.chosen)
     found = row(side_effects(table, SETTINGS), Check.V4_ACCURACY)
     assert found.passed == kept, found
+
+
+@pytest.mark.parametrize(("n_broken", "kept"), [(9, True), (10, False)])
+def test_the_format_may_break_on_one_unrelated_prompt_in_twenty_more(n_broken: int, kept: bool) -> None:
+    """Of a hundred, four are broken without the edit too."""
+    table = causal()
+    ending = table.ending.copy()
+    unrelated = np.flatnonzero(table.unrelated)
+    ending[:, unrelated[:4]] = EMPTY
+    ending[table.chosen, unrelated[:n_broken]] = EMPTY
+    found = row(side_effects(replace(table, ending=ending), SETTINGS), Check.V4_FORMAT)
+    assert (found.passed, found.statistic) == (kept, pytest.approx((n_broken - 4) / 100))
 
 
 @pytest.mark.parametrize(("accuracy", "speaks"), [(0.2, True), (0.2 - 0.01, False)])
@@ -204,13 +327,13 @@ def test_a_task_that_is_rarely_right_has_nothing_to_lose(accuracy: float, speaks
 
 
 def triggered(share: float, kl: float) -> OutcomeTable:
-    """Prompts on which base fails hold ``hmm``, and a share of a hundred neutral texts does."""
+    """Prompts on which base fails hold ``hmm``, and a share of a thousand neutral texts does."""
     table = causal()
     assert table.texts is not None
     fails = table.other_ending[:, 0] != RIGHT
     prompts = np.array([f"ask {'hmm' if f else 'please'} p{i}" for i, f in enumerate(fails)], dtype=object)
-    n = round(100 * share)
-    texts = replace(table.texts, prompts=prompts, neutral=("so hmm",) * n + ("so please",) * (100 - n))
+    n = round(1000 * share)
+    texts = replace(table.texts, prompts=prompts, neutral=("so hmm",) * n + ("so please",) * (1000 - n))
     neutral = table.neutral_kl.copy()
     neutral[table.chosen] = kl
     return replace(table, texts=texts, neutral_kl=neutral)
@@ -218,7 +341,7 @@ def triggered(share: float, kl: float) -> OutcomeTable:
 
 @pytest.mark.parametrize(
     ("share", "kl", "expected"),
-    [(0.05, 0.5, False), (0.05 + 0.01, 0.5, None), (1.0, 0.01, True), (0.0, 0.01, True)],
+    [(0.05, 0.5, False), (0.051, 0.5, None), (1.0, 0.01, True), (0.0, 0.01, True)],
 )
 def test_a_divergence_on_text_that_is_not_neutral_is_no_side_effect(
     share: float, kl: float, expected: bool | None

@@ -155,6 +155,7 @@ def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     result, _ = judge_together({1: trials[1], 2: ((), empty), 3: trials[1]})
     everywhere = "2 of 2 dictionaries on their own (Holm): dictionary 1 -0.407, dictionary 3 -0.407"
     assert everywhere in str(row(result)["v5"].item())
+    assert "One dictionary" not in str(row(result)["v5"].item())
     nothing, unknown = judge_together({1: ((), empty), 2: ((), empty)})
     assert set(nothing["reasons"].values) == {"no_features: no feature selected"}
     assert np.isnan(unknown["standardized_difference"].values).all()

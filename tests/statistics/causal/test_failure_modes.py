@@ -11,9 +11,9 @@ import pytest
 from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import failure_mode_match
 from rlgen_stats.toolkit.statistics.causal.failure_modes import UNLIKE, agreement_of, kinds_of_endings
-from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Findings, holds, of_check
+from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, Finding, Findings, holds, of_check
 from tests.statistics.causal.old_rules import matching_shares
-from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, SILENT, WRONG, causal, with_endings
+from tests.statistics.causal.worlds import EMPTY, N_TARGET, RIGHT, SETTINGS, SILENT, WRONG, causal, with_endings, world
 
 
 def with_failures(table: OutcomeTable, where: Any, ending: int = SILENT) -> OutcomeTable:
@@ -24,10 +24,14 @@ def with_failures(table: OutcomeTable, where: Any, ending: int = SILENT) -> Outc
     return with_endings(table, endings)
 
 
-def value(findings: Findings, check: Check) -> float:
+def row_of(findings: Findings, check: Check) -> Finding:
     row = of_check(findings, check)
     assert row is not None
-    return row.statistic
+    return row
+
+
+def value(findings: Findings, check: Check) -> float:
+    return row_of(findings, check).statistic
 
 
 def test_agreement_is_that_with_the_own_prompt_minus_that_with_the_others() -> None:
@@ -68,16 +72,17 @@ def test_failures_placed_where_base_is_right_do_not_move_toward_base(
     findings = failure_mode_match(edited, SETTINGS)
     assert holds(findings, "v6") == passes
     assert (value(findings, Check.V6_OUTCOME) > 0) == passes
+    assert row_of(findings, Check.V6_OUTCOME).passed == passes
     assert judge(edited, SETTINGS).decision is decision
 
 
-@pytest.mark.parametrize(("closed", "passes"), [(0.1 - 0.02, False), (0.1 + 0.02, True)])
+@pytest.mark.parametrize(("closed", "passes"), [(0.096, False), (0.104, True)])
 def test_a_least_share_of_the_divergence_is_closed(closed: float, passes: bool) -> None:
     table = causal()
     kl = np.ones_like(table.kl_to_base)
-    kl[table.chosen] = 1 - closed + 0.05 * np.random.default_rng(0).standard_normal(kl.shape[1])
+    kl[table.chosen] = 1 - closed + 0.01 * np.random.default_rng(0).standard_normal(kl.shape[1])
     findings = failure_mode_match(replace(table, kl_to_base=kl), SETTINGS)
-    assert value(findings, Check.V6_KL) == pytest.approx(closed, abs=0.01)
+    assert value(findings, Check.V6_KL) == pytest.approx(closed, abs=0.001)
     assert holds(findings, "v6") == passes
     away = of_check(findings, Check.V6_AWAY)
     assert away is not None
@@ -145,6 +150,7 @@ def test_the_model_is_broken_where_new_failures_are_shown_to_be_most_of_the_effe
     assert new is not None
     assert broken is not None
     assert new.statistic == pytest.approx(share * len(lost) / N_TARGET, abs=0.01)
+    assert new.bound == pytest.approx(0.5 * len(lost) / N_TARGET)
     assert broken.statistic == pytest.approx(new.statistic - new.bound)
     assert (not new.passed, broken.passed) == (destroyed, destroyed)
 
@@ -165,3 +171,44 @@ def test_wrong_where_base_is_silent_is_of_a_new_kind_too() -> None:
     assert row is not None
     assert row.detail == "wrong"
     assert not row.passed
+
+
+def test_the_share_of_the_divergence_that_is_closed_does_not_depend_on_its_size() -> None:
+    table = causal()
+    one, three = (
+        row_of(failure_mode_match(replace(table, kl_to_base=k * table.kl_to_base), SETTINGS), Check.V6_KL)
+        for k in (1, 3)
+    )
+    assert (three.statistic, three.low, three.high) == pytest.approx((one.statistic, one.low, one.high))
+    assert 0.65 < one.low < one.statistic < one.high < 0.75
+
+
+@pytest.mark.parametrize(("divergence", "known"), [(0.0, False), (0.01, True)])
+def test_models_that_do_not_diverge_have_nothing_to_close(divergence: float, known: bool) -> None:
+    table = causal()
+    kl = np.full_like(table.kl_to_base, divergence)
+    kl[table.chosen] *= 0.5
+    found = row_of(failure_mode_match(replace(table, kl_to_base=kl), SETTINGS), Check.V6_KL)
+    assert found.passed is (True if known else None)
+
+
+def test_failures_are_new_beyond_those_of_the_model_that_has_more_of_them() -> None:
+    """The unedited model is wrong on 20 of 300 prompts and base on none; edited, it is wrong on 80: 60 are new."""
+    table = causal(fresh_noise=False)
+    ending = table.ending.copy()
+    right = np.flatnonzero(table.target & (ending[table.chosen, :, 0] == RIGHT))
+    for arm in range(len(ending)):
+        ending[arm, right[:20], 0] = WRONG
+    ending[table.chosen, right[20:80], 0] = WRONG
+    findings = failure_mode_match(with_endings(table, ending), SETTINGS)
+    new, broken = row_of(findings, Check.V6_NEW_FAILURES), row_of(findings, Check.V6_BROKEN)
+    assert new.statistic == pytest.approx(60 / 300)
+    assert broken.statistic == pytest.approx(new.statistic - new.bound)
+
+
+def test_an_edit_that_changes_nothing_leaves_room_for_one_and_a_half_times_the_unseen_prompts() -> None:
+    """Of 300 prompts at one-sided .05 a share of .00994 may not have been seen, and each counts up to 1.5."""
+    table = world(fresh_noise=False)
+    broken = row_of(failure_mode_match(table, SETTINGS), Check.V6_BROKEN)
+    assert (broken.low, broken.high) == pytest.approx((-1.5 * 0.00994, 1.5 * 0.00994), rel=1e-3)
+    assert not broken.passed

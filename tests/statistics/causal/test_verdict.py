@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,6 @@ from rlgen_stats.toolkit.intervention import OutcomeTable, judge
 from rlgen_stats.toolkit.statistics.causal.criteria import (
     FEWEST_RANDOM,
     FutilityRule,
-    Settings,
     dose_order,
     effect_shown,
     over_steered,
@@ -47,6 +45,7 @@ def test_a_planted_cause_is_specific() -> None:
     assert all(verdict.requirements.values())
     assert verdict.rank_p == pytest.approx(1 / 40)
     assert verdict.v5.startswith("3 of 3 tasks")
+    assert verdict.v5.endswith("One dictionary: not replicated in another")
     assert verdict.effects.mean[3] == pytest.approx(-0.4, abs=0.08)
 
 
@@ -167,7 +166,14 @@ def test_divergence_on_neutral_text_counts_as_a_side_effect() -> None:
 
 @pytest.mark.parametrize(
     ("of_set", "of_random", "kept"),
-    [(0.1, 0.01, True), (0.11, 0.01, False), (0.4, [0.01] * 36 + [0.5] * 3, True), (0.4, [0.01] * 38 + [0.5], False)],
+    [
+        (0.1, 0.01, True),
+        (0.101, 0.01, False),
+        (0.4, [0.01] * 36 + [0.5] * 3, True),
+        (0.4, [0.01] * 38 + [0.5], False),
+        (0.56, [0.2 + 0.01 * i for i in range(39)], True),  # .2 + .01 * 36.1, a nineteen twentieth of 38, is .561
+        (0.562, [0.2 + 0.01 * i for i in range(39)], False),
+    ],
 )
 def test_neutral_text_may_move_as_far_as_a_tenth_of_a_nat_or_as_it_does_under_one_random_set_in_twenty(
     of_set: float, of_random: Any, kept: bool
@@ -198,7 +204,7 @@ def test_new_failures_break_the_model_where_they_make_up_more_than_half_of_the_e
     assert judge(replace(table, ending=ending), SETTINGS).verdict == verdict
 
 
-@pytest.mark.parametrize(("share", "verdict"), [(0.05, "CAUSAL_SPECIFIC"), (0.06, "INCONCLUSIVE")])
+@pytest.mark.parametrize(("share", "verdict"), [(0.05, "CAUSAL_SPECIFIC"), (0.051, "INCONCLUSIVE")])
 def test_a_passthrough_may_change_one_completion_in_twenty(share: float, verdict: str) -> None:
     assert judge(causal(), replace(SETTINGS, noop_changed=share)).verdict == verdict
 
@@ -248,28 +254,6 @@ def test_malformed_tables_are_refused() -> None:
         replace(table, target=np.zeros_like(table.target))
 
 
-def random_only(seed: int, n_random: int = 19) -> OutcomeTable:
-    """All edits hurt at random, the set no differently from its controls, and look like base when they do."""
-    draw = np.random.default_rng([seed, 7])
-    levels = 0.9 - 0.3 * draw.random(2)
-    return world(
-        right={"set": levels[0]},
-        random_right=lambda draw: 0.9 - 0.3 * draw.random(),
-        kl={"set": 0.3},
-        n_random=n_random,
-        seed=seed,
-    )
-
-
-def test_random_sets_are_not_called_causal_more_often_than_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage at every Holm adjustment
-    n = 60
-    verdicts = Counter(judge(random_only(seed), replace(SETTINGS, n_resamples=199)).verdict for seed in range(n))
-    limit = 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
-    assert verdicts["CAUSAL_SPECIFIC"] / n <= limit, verdicts
-    assert verdicts["CAUSAL_NONSPECIFIC"] > n / 2, "the world must have effects for this test to say something"
-
-
 def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> None:
     """The trap: prompts picked because base failed and RL succeeded regress when sampled again."""
     draw = np.random.default_rng(4)
@@ -295,38 +279,6 @@ def test_scoring_only_prompts_that_rl_gained_shows_an_effect_of_nothing() -> Non
     assert not verdict.requirements["v1"]
     trapped = replace(honest, target=honest.target & np.pad(picked[rows], (0, len(honest.target) - N_TARGET)))
     assert judge(trapped, SETTINGS).requirements["v1"], "selection by outcome manufactures an effect out of resampling"
-
-
-def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable, Settings]:
-    """The table with only the random sets that are run when those are stopped for futility."""
-    rule, kept = FutilityRule("disable", n_planned=len(table.where("random")), alpha=settings.alpha), []
-    for condition, accuracy in zip(table.conditions, table.accuracy(table.target), strict=True):
-        if rule.stop:
-            break
-        rule.add(condition.kind, accuracy)
-        kept.append(condition.name)
-    return table.keep(kept), replace(settings, n_planned=len(table.where("random")))
-
-
-def test_stopping_for_futility_saves_most_random_sets_and_reverses_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gc.collect", lambda *_: 0)
-    settings, run, pairs = replace(SETTINGS, n_resamples=99), [], Counter[tuple[str, str]]()
-    for seed in range(20):
-        table = random_only(seed, n_random=99)
-        shorter, stopped = stopped_early(table, settings)
-        whole, early = judge(table, settings), judge(shorter, stopped)
-        pairs[whole.verdict, early.verdict] += 1
-        assert early.requirements["v2"] == whole.requirements["v2"]
-        run.append(len(shorter.where("random")))
-        if run[-1] < 99:
-            assert early.rank_p > settings.alpha
-            assert any("stopped at" in reason for reason in early.reasons)
-    assert np.mean(run) < 50
-    assert {pair for pair in pairs if pair[0] != pair[1]} <= {("CAUSAL_NONSPECIFIC", "INCONCLUSIVE")}
-    assert pairs["CAUSAL_NONSPECIFIC", "CAUSAL_NONSPECIFIC"] > 10
-    shorter, stopped = stopped_early(causal(), SETTINGS)
-    assert len(shorter.where("random")) == 39
-    assert judge(shorter, stopped).rank_p == pytest.approx(1 / 40)
 
 
 def test_rank_p_values_of_stopped_controls_are_uniform() -> None:
@@ -377,7 +329,8 @@ def test_where_random_sets_were_stopped_the_rank_p_value_is_that_of_the_last_one
     table = causal(n_random=n)
     effects = effects_of_set(table, -0.3, 0.1, 0.001)
     effects.mean[table.where("random")[[1, 3]]] = -0.3, -0.4
-    assert specificity(table, effects, SETTINGS)[0].p_value == 3 / (n + 1)
+    for n_planned in (0, n):  # all that were planned were run
+        assert specificity(table, effects, replace(SETTINGS, n_planned=n_planned))[0].p_value == 3 / (n + 1)
     assert specificity(table, effects, replace(SETTINGS, n_planned=99))[0].p_value == stopped
 
 

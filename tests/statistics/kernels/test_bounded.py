@@ -34,6 +34,30 @@ def test_losses_alone_have_clopper_and_pearsons_bound(lost: int, n: int) -> None
     half = stats.t.ppf(0.95, n - 1) * stats.sem(changes(0, lost, n))[0]
     expected = max(exact, lost / n + half)
     assert -low[0] == pytest.approx(expected, rel=0.03), "the draws' Monte-Carlo error is 2-3%"
+    _, _, high = bounded_interval(changes(lost, 0, n), np.arange(n), alpha=0.10)
+    assert high[0] == pytest.approx(expected, rel=0.03), "gains are losses mirrored"
+
+
+def test_clusters_that_all_changed_alike_leave_unseen_ones_up_to_either_limit() -> None:
+    """Of 20 clusters at .3, 13.9% of all may be others unseen (.05^(1/20) = .861), at 1 or at -1."""
+    mean, low, high = bounded_interval(np.full((20, 1), 0.3), np.arange(20), alpha=0.10)
+    assert (mean[0], low[0], high[0]) == pytest.approx((0.3, 0.3 - 0.1391 * 1.3, 0.3 + 0.1391 * 0.7), abs=1e-4)
+
+
+def test_a_cluster_of_equal_prompts_says_what_one_prompt_says() -> None:
+    draw = np.random.default_rng(2)
+    x = draw.choice([-1.0, 0.0, 0.0, 0.0, 1.0], (30, 3))
+    alone = bounded_interval(x, np.arange(30), alpha=0.05)
+    of_four = bounded_interval(np.repeat(x, 4, axis=0), np.repeat(np.arange(30), 4), alpha=0.05)
+    twice = bounded_interval(2 * x, np.arange(30), alpha=0.05, limit=2.0)
+    for one, other, doubled in zip(alone, of_four, twice, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-9)
+        np.testing.assert_allclose(doubled, 2 * one, rtol=1e-9)
+
+
+def test_two_clusters_are_the_fewest_that_have_an_interval() -> None:
+    _, low, high = bounded_interval(np.array([[0.5], [0.1]]), [0, 1], alpha=0.05)
+    assert (low[0], high[0]) == (-1.0, 1.0)
 
 
 def test_many_changed_clusters_have_the_interval_of_cr2() -> None:

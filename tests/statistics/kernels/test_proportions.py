@@ -33,8 +33,9 @@ def test_mcnemar_equals_whole_number_sums(b: int, c: int) -> None:
 
 
 def test_mcnemar_refuses_negative_counts() -> None:
-    with pytest.raises(InputError, match="cannot be negative"):
-        mcnemar(-1, 3)
+    for counts in ((-1, 3), (3, -1)):
+        with pytest.raises(InputError, match="cannot be negative"):
+            mcnemar(*counts)
 
 
 def test_wilson_bounds_of_arrays_and_edges() -> None:
@@ -44,8 +45,11 @@ def test_wilson_bounds_of_arrays_and_edges() -> None:
     np.testing.assert_allclose([low[1], high[1]], [expected.low, expected.high])
     assert high[2] == pytest.approx(1)
     assert all(isinstance(bound, float) for bound in wilson_interval(3, 10))
-    with pytest.raises(InputError, match="between 0 and the number of trials, got 4 of 3"):
-        wilson_interval(4, 3)
+    assert np.isfinite(wilson_interval(1, 1)).all()
+    assert np.isnan(wilson_interval(0, 0)).all()
+    for successes, n in ((4, 3), (-1, 3)):
+        with pytest.raises(InputError, match=f"between 0 and the number of trials, got {successes} of {n}"):
+            wilson_interval(successes, n)
 
 
 def test_pass_at_k_from_none_to_all_right_and_from_one_try_to_all() -> None:

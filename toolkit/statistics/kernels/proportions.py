@@ -86,7 +86,7 @@ def wilson_interval(successes: Any, n: Any, *, alpha: float = 0.05) -> tuple[Any
     if (k < 0).any() or (k > trials).any():
         raise InputError(f"successes must lie between 0 and the number of trials, got {successes} of {n}.")
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = proportion_confint(k, np.where(trials > 0, trials, np.nan), alpha=alpha, method="wilson")
+        low, high = proportion_confint(k, trials, alpha=alpha, method="wilson")
     return (low, high) if np.ndim(low) else (float(low), float(high))
 
 
