@@ -33,7 +33,7 @@ DECISIONS = (
             "interval_verdict: claimed < 0  ->  claimed <= 0": SIGN,
             "interval_verdict: claimed < 0  ->  claimed < 1": SIGN,
             "specificity_verdict: effect > 0  ->  effect >= 0": NOT_ZERO,
-            "difference_verdict: low + high > 0  ->  low + high >= 0": NOT_ZERO,
+            "difference_verdict: low > 0  ->  low >= 0": NOT_ZERO,
         },
     ),
     Decision(
