@@ -128,6 +128,10 @@ DECISIONS = (
     Decision(
         "toolkit/statistics/specificity/compared_arms.py",
         ("tests/statistics/specificity/test_compared_arms.py",),
+        unnoticed={
+            "_parity: abs(fve[0] - fve[1]) > FVE_TOLERANCE  ->  abs(fve[0] - fve[1]) >= FVE_TOLERANCE": EXACT,
+            "_parity: abs(dead[0] - dead[1]) > DEAD_TOLERANCE  ->  abs(dead[0] - dead[1]) >= DEAD_TOLERANCE": EXACT,
+        },
     ),
     Decision(
         "toolkit/statistics/specificity/matched_movement.py",
