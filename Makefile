@@ -55,7 +55,7 @@ faults: install-dev
 mutants: install-dev .namespace/rlgen_stats
 	PYTHONPATH=.namespace OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.mutants --only '$(ONLY)'
 
-# Every promised error rate at full size, about five minutes; rewrites the table of docs/calibration.md.
+# Every promised error rate at full size, about 20 minutes on two free cores; rewrites the table of docs/calibration.md.
 calibration: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.calibration.table --out docs/calibration.md
 
