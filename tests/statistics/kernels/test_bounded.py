@@ -124,3 +124,12 @@ def test_columns_do_not_depend_on_each_other_and_the_draws_are_fixed() -> None:
     np.testing.assert_allclose(together[1], [one[1][0] for one in alone])
     mirrored = bounded_interval(-x, np.arange(50), alpha=0.05)
     np.testing.assert_allclose(mirrored[2], -together[1], rtol=0.05)
+
+
+def test_without_a_limit_it_is_the_t_interval_of_cr2() -> None:
+    x, codes = np.array([[0.1], [0.5], [0.9], [0.2], [0.4], [1.7]]), np.array([0, 0, 1, 1, 2, 2])
+    fit = cluster_se(x, codes, kind="CR2")
+    half = stats.t.ppf(0.975, fit.df) * fit.standard_error
+    mean, low, high = bounded_interval(x, codes, limit=np.inf, alpha=0.05)
+    np.testing.assert_allclose([mean, low, high], [x.mean(axis=0), x.mean(axis=0) - half, x.mean(axis=0) + half])
+    assert low < mean < high
