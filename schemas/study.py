@@ -11,27 +11,22 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, is_reserved
+from rlgen_stats.schemas.spec import PositiveInt, Spec
+from rlgen_stats.schemas.tasks import GraderSpec, TaskSpec
 
 STUDY_SCHEMA_VERSION: Final = 1
 
-PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Readout = Literal["swap", "own", "joint", "fit"]
 """How one model's features are read from the shared code: its activation in every slot (swap), in its own slot with the
 others at their means (own), the joint code of all views, whose contribution counts the view's decoder norm only
 (joint), or one linear map for all models, fitted to the joint code (fit)."""
-
-
-class Spec(BaseModel):
-    """Base of all spec sections: frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class BaseSpec(Spec):
@@ -44,10 +39,12 @@ class BaseSpec(Spec):
 class DataSpec(Spec):
     """Tables of prompts (parquet, csv or jsonl), relative to the study folder."""
 
-    prompts: str = "data/prompts.parquet"
-    """Evaluation prompts: prompt_id, text, answer, task, domain (in|out); optional split and cluster."""
+    prompts: str | None = "data/prompts.parquet"
+    """Evaluation prompts: prompt_id, text, answer, task, domain (in|out); optional split, cluster and choices. Default:
+    none where every task has a file of its own."""
     train: str | None = "data/train.parquet"
-    """Training prompts: text, answer, and for SFT the teacher's completion."""
+    """Training prompts: text, answer, and for SFT the teacher's completion; optional task and choices, by which GRPO
+    grades where tasks are listed."""
 
 
 class RunSpec(Spec):
@@ -99,31 +96,6 @@ class GenerationSpec(Spec):
     """Nucleus mass."""
     batch_size: PositiveInt = 64
     """Prompts per generation batch."""
-
-
-GRADERS: Final = {
-    "final_answer": "rlgen_stats.toolkit.extraction.grading:FinalAnswerGrader",
-    "math": "rlgen_stats.toolkit.extraction.grading:MathGrader",
-}
-"""Grader -> ``module:class``; named, not imported, so that reading a study file needs no torch."""
-
-
-class GraderSpec(Spec):
-    """How a completion is turned into right or wrong."""
-
-    name: str = "final_answer"
-    """final_answer: text after the last marker equals the answer; math: equality by math-verify."""
-    marker: str = "ans"
-    """Word after which the final answer stands (grader final_answer)."""
-    require_termination: bool = True
-    """Whether a completion cut off by the length limit counts as wrong."""
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in GRADERS:
-            raise ValueError(f"the graders are {', '.join(map(repr, GRADERS))}, got {name!r}; name one of them.")
-        return name
 
 
 class ExtractionSpec(Spec):
@@ -305,9 +277,10 @@ class SelectionSpec(Spec):
     prompts carry no split; of a split without trial prompts, trial / (verification + trial) of verification becomes
     trial."""
     held_out_tasks: tuple[str, ...] = ()
-    """Tasks never used in selection (LogiQA and PIQA in the paper)."""
+    """Tasks never used in selection (LogiQA and PIQA in the paper); those with role held_out under tasks are added."""
     control_tasks: tuple[str, ...] = ()
-    """Negative controls: tasks that no feature should improve; excluded from selection."""
+    """Negative controls: tasks that no feature should improve, excluded from selection; those with role control under
+    tasks are added."""
     score_fraction: Fraction = 0.2
     """Paper's rule: keep features whose score is at least this share of the task's maximum."""
     min_discordant: PositiveInt = 20
@@ -328,10 +301,12 @@ class SelectionSpec(Spec):
 class TokensSpec(Spec):
     """Whether selected features respond to tokens rather than to what a text is about."""
 
-    classes: dict[str, str] = {
-        "number": r"\d+([.,]\d+)*",
-        "connective": r"(?i)(so|thus|then|therefore|hence|because|since|but|however|if|first|next|finally|wait)",
-    }
+    classes: dict[str, str] = Field(
+        default={
+            "number": r"\d+([.,]\d+)*",
+            "connective": r"(?i)(so|thus|then|therefore|hence|because|since|but|however|if|first|next|finally|wait)",
+        }
+    )
     """Token classes besides the answer marker and the first completion token: a regular expression that a token, spaces
     stripped, matches as a whole."""
     n_injected: PositiveInt = 3
@@ -409,7 +384,9 @@ class StudySpec(Spec):
     generation: GenerationSpec = GenerationSpec()
     """How completions are sampled."""
     grader: GraderSpec = GraderSpec()
-    """How completions are graded."""
+    """How completions of tasks without a grader of their own are graded."""
+    tasks: dict[str, TaskSpec] = Field(default_factory=dict)
+    """Task -> how it is asked and graded; tasks of data.prompts that are not listed have every default."""
     extraction: ExtractionSpec = ExtractionSpec()
     """Activations that are stored, and which of their tokens are used."""
     summaries: SummariesSpec = SummariesSpec()
@@ -435,6 +412,15 @@ class StudySpec(Spec):
         if len({run.arm for run in self.runs}) < 2:
             raise ValueError("a study compares two arms (for example sft and rl); give runs of at least two.")
         self._check_contrasts(names)
+        self._join_roles()
+        if (
+            self.tasks
+            and all(task.file for task in self.tasks.values())
+            and "prompts" not in self.data.model_fields_set
+        ):
+            object.__setattr__(self, "data", self.data.model_copy(update={"prompts": None}))
+        if self.data.prompts is None and not any(task.file for task in self.tasks.values()):
+            raise ValueError("a study needs prompts; name a table under 'data.prompts' or files under 'tasks'.")
         encoded = next((c for c in self.crosscoders if set(c.views) == self._primary_views), None)
         resolved = tuple(c.resolved(encoded=c is encoded) for c in self.crosscoders)
         object.__setattr__(self, "crosscoders", resolved)  # frozen for everybody else
@@ -469,6 +455,31 @@ class StudySpec(Spec):
                     raise ValueError(f"contrast names run {name!r}, but the runs are {sorted(names)}.")
             if pair[0] == pair[1]:
                 raise ValueError(f"a contrast compares two runs, got {pair[0]!r} with itself.")
+
+    def _join_roles(self) -> None:
+        """Make roles under ``tasks`` and the lists under ``selection``, where older files have them, say the same."""
+        lists = {"held_out": self.selection.held_out_tasks, "control": self.selection.control_tasks}
+        roles = {name: role for role, names in lists.items() for name in names}
+        for name, task in self.tasks.items():
+            if task.role != roles.get(name, task.role) and task.role != "selection":
+                raise ValueError(
+                    f"task {name!r} has role {task.role!r}, but selection.{roles[name]}_tasks names it too."
+                )
+        tasks = {n: task.model_copy(update={"role": roles.get(n, task.role)}) for n, task in self.tasks.items()}
+        added = {
+            f"{role}_tasks": tuple(dict.fromkeys([*names, *(n for n, task in tasks.items() if task.role == role)]))
+            for role, names in lists.items()
+        }
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "selection", self.selection.model_copy(update=added))
+
+    def task(self, name: str) -> TaskSpec:
+        """A task's settings: as listed, or every default."""
+        return self.tasks.get(name, TaskSpec())
+
+    def grader_of(self, task: str) -> GraderSpec:
+        """How a task's completions are graded."""
+        return self.task(task).grader or self.grader
 
     @property
     def _primary_views(self) -> set[str]:

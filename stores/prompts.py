@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Final
 
 import numpy as np
@@ -26,42 +27,67 @@ from rlgen_stats.schemas.dims import (
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.tasks import FIELD, TaskSpec, template_fields
 from rlgen_stats.stores.folder import StudyFolder
 
 TEXT: Final = "text"
 ANSWER: Final = "answer"
+CHOICES: Final = "choices"
 FILE_ID: Final = "prompt_id"
 """Name of the id column in files; ``prompt`` is understood too."""
-COLUMNS: Final = (PROMPT, TEXT, ANSWER, TASK, DOMAIN, SPLIT, CLUSTER)
+COLUMNS: Final = (PROMPT, TEXT, ANSWER, TASK, DOMAIN, SPLIT, CLUSTER, CHOICES)
 
 
-def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
-    """The study's prompts, checked, with split and cluster filled in.
+def prompt_files(spec: StudySpec) -> dict[str, str]:
+    """Tables of a study's prompts as the study file names them: ``data.prompts``, and ``tasks.NAME.file``."""
+    files = {} if spec.data.prompts is None else {"data.prompts": spec.data.prompts}
+    return files | {f"tasks.{name}.file": task.file for name, task in spec.tasks.items() if task.file is not None}
 
-    Returns
-    -------
-    DataFrame
-        Columns prompt, text, answer, task, domain, split, cluster (all text), in the order of the file. Without a
-        cluster column each prompt is its own cluster. Without a split column whole clusters are drawn into
-        verification and trial by a hash of (study seed, cluster), per task; of a column that names no trial prompts,
-        a part of the verification clusters becomes trial in the same way.
+
+def read_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
+    """The columns of :func:`load_prompts` before prompts are compared and split; empty cells are missing values.
 
     Raises
     ------
     InputError
-        If the file is missing, unreadable or empty; a column or id is missing or duplicated; a text or answer is
-        empty; a domain, split or task name is unknown; or a cluster has prompts in several splits.
+        If a file, column, cell or list of choices cannot be read.
     """
-    path = folder.resolve(spec.data.prompts)
-    table = _text_columns(read_table(path), path)
-    _check_cells(table, path)
+    tables = [] if spec.data.prompts is None else [_shared_rows(spec, folder.resolve(spec.data.prompts))]
+    tables += [
+        _task_rows(read_table(file), file, task, name)
+        for name, task in spec.tasks.items()
+        if task.file is not None and (file := folder.resolve(task.file))
+    ]
+    return pd.concat(tables, ignore_index=True).reindex(columns=list(COLUMNS)).astype(object)
+
+
+def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
+    """The study's prompts, checked, rendered by their tasks' templates, with split and cluster filled in.
+
+    Returns
+    -------
+    DataFrame
+        Columns prompt, text, answer, task, domain, split, cluster, choices (all text; choices is a JSON list, empty
+        where there are none), in the order of the files: ``data.prompts`` first, then the tasks with a file of their
+        own. Without a cluster column each prompt is its own cluster. Without a split column whole clusters are drawn
+        into verification and trial by a hash of (study seed, cluster), per task; of a column that names no trial
+        prompts, a part of the verification clusters becomes trial in the same way.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, unreadable or empty; a column or id is missing or duplicated; a text or answer is
+        empty; a domain, split or task name is unknown; choices are no list; or a cluster has prompts in several splits.
+    """
+    table = read_prompts(spec, folder)
+    path = " and ".join(str(folder.resolve(file)) for file in prompt_files(spec).values())
+    _check_ids(table, path)
     _check_tasks(table, path, spec)
-    if CLUSTER not in table:
-        table[CLUSTER] = table[PROMPT]
-    if SPLIT not in table:
-        table[SPLIT] = SELECTION
-        shares = {VERIFICATION: spec.selection.verification_share, TRIAL: spec.selection.trial_share}
-        _move(table, SELECTION, shares, spec)
+    table[CLUSTER] = table[CLUSTER].fillna(table[PROMPT])  # of files without the column
+    drawn = table[SPLIT].isna()
+    table.loc[drawn, SPLIT] = SELECTION
+    shares = {VERIFICATION: spec.selection.verification_share, TRIAL: spec.selection.trial_share}
+    _move(table, drawn, shares, spec)
     _check_values(table, path, SPLIT, SPLITS)
     spanning = table.groupby(CLUSTER, sort=False)[SPLIT].nunique()
     spanning = spanning[spanning > 1]
@@ -72,8 +98,8 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
         )
     if TRIAL not in set(table[SPLIT]):
         rest = spec.selection.verification_share + spec.selection.trial_share
-        _move(table, VERIFICATION, {TRIAL: spec.selection.trial_share / rest}, spec)
-    return table[list(COLUMNS)].reset_index(drop=True)
+        _move(table, table[SPLIT] == VERIFICATION, {TRIAL: spec.selection.trial_share / rest}, spec)
+    return table
 
 
 def load_texts(path: Path) -> list[str]:
@@ -108,7 +134,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"no table at {path}; correct its path in the study file.")
     try:
-        return readers[path.suffix](path)
+        return readers[path.suffix](path).reset_index(drop=True)
     except (ValueError, OSError, csv.Error) as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(f"{path} is not a readable {path.suffix[1:]} table ({first}).") from error
@@ -142,17 +168,102 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _text_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The columns we use, as text; missing values become empty text."""
-    if FILE_ID in table:  # a column called prompt beside it is no id
-        table = table.drop(columns=PROMPT, errors="ignore").rename(columns={FILE_ID: PROMPT})
+def choices_of(cell: str) -> tuple[str, ...]:
+    """Choices of one prompt, from the column ``choices`` of :func:`load_prompts`; none for an empty cell."""
+    return tuple(json.loads(cell)) if cell else ()
+
+
+def _shared_rows(spec: StudySpec, path: Path) -> pd.DataFrame:
+    """Rows of ``data.prompts``, each as its task's settings say, in the order of the file."""
+    table = read_table(path)
+    if TASK not in table or table.empty:
+        return _task_rows(table, path, TaskSpec())  # which says what is missing
+    names = pd.Series(text_cells(table, TASK, path))
+    twice = [str(name) for name in names.unique() if spec.task(name).file is not None]
+    if twice:
+        raise InputError(f"{path} has rows of task {twice[0]!r}, which names a file of its own; keep one of the two.")
+    return pd.concat(
+        _task_rows(table.loc[rows.index], path, spec.task(name)) for name, rows in names.groupby(names)
+    ).sort_index()
+
+
+def _task_rows(table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None = None) -> pd.DataFrame:
+    """Prompts of one task, rendered by its template.
+
+    ``table`` has the rows as they are in the file, numbered from 0 by their place there; ``name`` is the task's where
+    the file is its own: rows need no column task then, nor ids.
+    """
     if table.empty:
         raise InputError(f"{path} has no prompts; expected at least one row.")
-    missing = [FILE_ID if c == PROMPT else c for c in (PROMPT, TEXT, ANSWER, TASK, DOMAIN) if c not in table]
+    table = _with_labels(table, task, name)
+    fields = [field for field in template_fields(task.template) if field != CHOICES]
+    optional = [label for label in (SPLIT, CLUSTER) if label in task.columns or label in table]
+    theirs = {ours: task.columns.get(ours, ours) for ours in (FILE_ID, *fields, ANSWER, TASK, DOMAIN, *optional)}
+    choices_column = task.choices or task.columns.get(CHOICES, CHOICES)
+    asked = {task.choices, task.columns.get(CHOICES), CHOICES if CHOICES in template_fields(task.template) else None}
+    missing = [column for column in theirs.values() if column not in table]
+    if choices_column not in table and (asked != {None} or task.n_choices is not None):
+        missing.append(choices_column)
     if missing:
         raise InputError(f"{path} lacks the column(s) {missing}; it has {list(table.columns)}.")
-    kept = [column for column in COLUMNS if column in table]
-    return pd.DataFrame({column: text_cells(table, column, path) for column in kept}, dtype=object)
+    cells = {ours: text_cells(table, column, path) for ours, column in theirs.items()}
+    rows = pd.DataFrame(cells, dtype=object, index=table.index).rename(columns={FILE_ID: PROMPT})
+    _check_cells(rows, fields, path)
+    choices: list[tuple[str, ...]] = [()] * len(table)
+    if choices_column in table:
+        choices = [_choices(cell, choices_column, row, path) for row, cell in table[choices_column].items()]
+    _check_numbers(choices, rows, path, task)
+    shown = [rows[field] for field in fields]
+    rows[TEXT] = [
+        _render(task.template, dict(zip(fields, cells, strict=True)), of_row)
+        for *cells, of_row in zip(*shown, choices, strict=True)
+    ]
+    rows[CHOICES] = [json.dumps(of_row, ensure_ascii=False) if of_row else "" for of_row in choices]
+    return rows[[PROMPT, TEXT, ANSWER, TASK, DOMAIN, CHOICES, *optional]]
+
+
+def _with_labels(table: pd.DataFrame, task: TaskSpec, name: str | None) -> pd.DataFrame:
+    """The table with ids, task and domain where the task's settings stand for these columns."""
+    if name is not None:
+        table = table.assign(**{TASK: name})
+        if FILE_ID not in table and FILE_ID not in task.columns:
+            table = table.assign(**{FILE_ID: [f"{name}-{row}" for row in range(1, len(table) + 1)]})
+    elif FILE_ID not in table and PROMPT in table:
+        table = table.assign(**{FILE_ID: table[PROMPT]})
+    return table if task.domain is None else table.assign(**{DOMAIN: task.domain})
+
+
+def _choices(cell: Any, column: str, row: Any, path: Path) -> tuple[str, ...]:
+    """Choices in a cell: a list, or its JSON; none in an empty cell."""
+    wrong = f"{path}: {column} of row {row + 1} must be a list of texts, or its JSON, none of them empty; got {cell!r}."
+    if isinstance(cell, str) and cell.strip():
+        try:
+            cell = json.loads(cell)
+        except ValueError as error:
+            raise InputError(wrong) from error
+    if not isinstance(cell, list | tuple | np.ndarray):
+        if _text(cell, column, row + 1, path).strip():
+            raise InputError(wrong)
+        return ()
+    choices = tuple(_text(choice, column, row + 1, path).strip() for choice in cell)
+    if not all(choices):
+        raise InputError(wrong)
+    return choices
+
+
+def _check_numbers(choices: list[tuple[str, ...]], rows: pd.DataFrame, path: Path, task: TaskSpec) -> None:
+    expected = f"expected {task.n_choices}" if task.n_choices else f"expected up to {len(ascii_uppercase)}"
+    for of_row, prompt in zip(choices, rows[PROMPT], strict=True):
+        if len(of_row) > len(ascii_uppercase) or task.n_choices not in (None, len(of_row)):
+            raise InputError(
+                f"{path}: prompt {prompt!r} has {len(of_row)} choices, {expected}; correct n_choices or the table."
+            )
+
+
+def _render(template: str, cells: dict[str, str], choices: tuple[str, ...]) -> str:
+    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+    known = cells | {CHOICES: lines}
+    return FIELD.sub(lambda match: known[match[2]] if match[2] else f"{{{match[1]}}}", template)
 
 
 def text_cells(table: pd.DataFrame, column: str, path: Path) -> list[str]:
@@ -164,7 +275,7 @@ def text_cells(table: pd.DataFrame, column: str, path: Path) -> list[str]:
     InputError
         If a cell is neither text nor a number nor a truth value: the text of a list or of bytes is Python's, no prompt.
     """
-    return [_text(value, column, row, path) for row, value in enumerate(table[column], start=1)]
+    return [_text(value, column, row, path) for row, value in zip(table.index + 1, table[column], strict=True)]
 
 
 def _text(value: Any, column: str, row: int, path: Path) -> str:
@@ -180,24 +291,27 @@ def _text(value: Any, column: str, row: int, path: Path) -> str:
     return str(value)
 
 
-def _check_cells(table: pd.DataFrame, path: Path) -> None:
+def _check_cells(rows: pd.DataFrame, fields: list[str], path: Path) -> None:
+    for column in (PROMPT, *fields, TASK, *(label for label in (CLUSTER,) if label in rows)):
+        empty = rows[rows[column].str.strip() == ""]
+        if len(empty):
+            raise InputError(
+                f"{path}: {len(empty)} row(s) have an empty {column}, the first is row {empty.index[0] + 1} "
+                f"(prompt {empty[PROMPT].iloc[0]!r}); fill them or drop the rows."
+            )
+    _check_values(rows, path, DOMAIN, DOMAINS)
+
+
+def _check_ids(table: pd.DataFrame, path: str) -> None:
     twice = table[PROMPT][table[PROMPT].duplicated()]
     if len(twice):
         raise InputError(
             f"{path}: prompt ids must be unique, {twice.iloc[0]!r} comes more than once "
             f"({len(twice)} row(s) repeat an id); rename them."
         )
-    for column in (column for column in (PROMPT, TEXT, TASK, CLUSTER) if column in table):
-        empty = table[table[column].str.strip() == ""]
-        if len(empty):
-            raise InputError(
-                f"{path}: {len(empty)} row(s) have an empty {column}, the first is row {empty.index[0] + 1} "
-                f"(prompt {empty[PROMPT].iloc[0]!r}); fill them or drop the rows."
-            )
-    _check_values(table, path, DOMAIN, DOMAINS)
 
 
-def _check_values(table: pd.DataFrame, path: Path, column: str, allowed: tuple[str, ...]) -> None:
+def _check_values(table: pd.DataFrame, path: Path | str, column: str, allowed: tuple[str, ...]) -> None:
     other = table[~table[column].isin(allowed)]
     if len(other):
         raise InputError(
@@ -206,7 +320,7 @@ def _check_values(table: pd.DataFrame, path: Path, column: str, allowed: tuple[s
         )
 
 
-def _check_tasks(table: pd.DataFrame, path: Path, spec: StudySpec) -> None:
+def _check_tasks(table: pd.DataFrame, path: str, spec: StudySpec) -> None:
     blank = table[ANSWER].str.strip() == ""
     unanswered = [str(task) for task, empty in blank.groupby(table[TASK], sort=False) if empty.all()]
     if unanswered:
@@ -224,21 +338,20 @@ def _check_tasks(table: pd.DataFrame, path: Path, spec: StudySpec) -> None:
             f"{path}: task {domains.index[domains > 1][0]!r} has prompts in both domains; a task belongs to one."
         )
     tasks = list(dict.fromkeys(table[TASK]))
-    named = [*spec.selection.held_out_tasks, *spec.selection.control_tasks]
+    named = dict.fromkeys((*spec.tasks, *spec.selection.held_out_tasks, *spec.selection.control_tasks))
     unknown = [task for task in named if task not in tasks]
     if unknown:
         raise InputError(
-            f"selection.held_out_tasks or control_tasks names {unknown}, but the tasks of {path} are {tasks}."
+            f"'tasks' or a list of tasks under 'selection' names {unknown}, but the tasks of {path} are {tasks}."
         )
 
 
-def _move(table: pd.DataFrame, part: str, shares: dict[str, float], spec: StudySpec) -> None:
-    """Move shares of each task's clusters from one part of the split to others, those with the smallest hash first.
+def _move(table: pd.DataFrame, inside: pd.Series[bool], shares: dict[str, float], spec: StudySpec) -> None:
+    """Move shares of each task's clusters, of the rows inside, to other parts of the split, smallest hash first.
 
     A cluster over several tasks counts with the task of its first prompt. A task with enough clusters keeps at least
     one in every part; one with fewer serves the earlier parts, so that selection and confirmation both see it.
     """
-    inside = table[SPLIT] == part
     first_task = table[inside].groupby(CLUSTER, sort=False)[TASK].first()
     moved: dict[str, str] = {}
     for _, members in first_task.groupby(first_task, sort=False):
@@ -249,4 +362,4 @@ def _move(table: pd.DataFrame, part: str, shares: dict[str, float], spec: StudyS
             size = min(max(round(share * len(clusters)), 1), left - min(n_later, max(left - 1, 0)))
             moved |= dict.fromkeys(clusters[start : start + size], target)
             start += size
-    table.loc[inside, SPLIT] = table.loc[inside, CLUSTER].map(lambda c: moved.get(c, part))
+    table.loc[inside, SPLIT] = table[CLUSTER].map(moved).fillna(table[SPLIT])[inside]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from rlgen_stats.schemas.errors import InputError, StoreError
-from rlgen_stats.schemas.study import GraderSpec
+from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.toolkit.demo import (

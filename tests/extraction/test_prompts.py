@@ -34,7 +34,7 @@ def wide_table(n: int = 120, cluster_size: int = 3) -> pd.DataFrame:
 
 def test_prompts_come_in_order_with_cluster_and_split(tmp_path: Path) -> None:
     prompts = load(tmp_path, prompt_table())
-    assert list(prompts.columns) == ["prompt", "text", "answer", "task", "domain", "split", "cluster"]
+    assert list(prompts.columns) == ["prompt", "text", "answer", "task", "domain", "split", "cluster", "choices"]
     assert list(prompts.prompt) == list(prompt_table().prompt_id)
     assert list(prompts.cluster) == list(prompts.prompt)
     assert prompts.groupby("task").split.value_counts().to_dict() == {

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from rlgen_stats.schemas.errors import InputError, SpecError
-from rlgen_stats.schemas.study import DataSpec, GraderSpec, StudySpec
+from rlgen_stats.schemas.study import DataSpec, StudySpec
+from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction.grading import make_grader
 from rlgen_stats.toolkit.posttrain import FinalAnswerReward, load_training_table

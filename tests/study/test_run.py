@@ -74,6 +74,13 @@ def test_a_trial_says_which_stages_it_waits_for(study_folder: Path) -> None:
             {"crosscoders": [MAIN | {"k": 7}, PAIR]},
             {stage.name for stage in STAGES} - {"posttrain", "outcomes", "extract", "movement"},
         ),
+        ({"tasks": {"math": {"template": "Q: {text}"}}}, {stage.name for stage in STAGES} - {"posttrain"}),
+        ({"tasks": {"math": {"grader": "math"}}}, {stage.name for stage in STAGES} - {"posttrain"}),
+        (
+            {"tasks": {"math": {"role": "control"}}},
+            {"significance", "select", "separation", "tokens", "replicability", "intervene", "report"},
+        ),
+        ({"tasks": {"math": {"role": "selection"}}}, set()),
     ],
 )
 def test_a_change_reruns_what_depends_on_it_and_nothing_else(
@@ -86,6 +93,18 @@ def test_a_change_reruns_what_depends_on_it_and_nothing_else(
     assert {name for name, state in states.items() if state == "stale"} == reruns
     run_study(study_folder)
     assert set(CALLS) == reruns
+
+
+def test_tasks_graders_are_the_reward_only_where_a_run_is_trained_with_one(study_folder: Path) -> None:
+    keys = set()
+    for method in ("grpo", "sft"):
+        for tasks in ({}, {"math": {"grader": "math"}}, {"math": {"template": "Q: {text}"}}):
+            runs = [{"name": "sft", "arm": "sft", "method": method}, spec_dict()["runs"][1]]
+            change(
+                study_folder, runs=runs, tasks=tasks, data={"train": "data/prompts.csv", "prompts": "data/prompts.csv"}
+            )
+            keys.add(open_for_run(study_folder).key("posttrain"))
+    assert len(keys) == 3
 
 
 def test_stages_pull_in_their_needs_only(study_folder: Path) -> None:

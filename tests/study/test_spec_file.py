@@ -8,7 +8,7 @@ import yaml
 
 from rlgen_stats.schemas import study as study_module
 from rlgen_stats.schemas.errors import SpecError
-from rlgen_stats.schemas.study import Spec
+from rlgen_stats.schemas.spec import Spec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.study import parse_spec, read_spec, write_spec
 from rlgen_stats.toolkit.study.template import write_template

@@ -14,13 +14,13 @@ from rlgen_stats.schemas.study import (
     DataSpec,
     ExtractionSpec,
     GenerationSpec,
-    GraderSpec,
     InterventionSpec,
     RunSpec,
     SelectionSpec,
     StatisticsSpec,
     StudySpec,
 )
+from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.toolkit.demo.pretrain import BaseSettings, check_base, pretrain_base
 from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, plain_prompts, training_prompts

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from math_verify import parse, verify
 
-from rlgen_stats.schemas.study import GRADERS, GraderSpec
+from rlgen_stats.schemas.tasks import GRADERS, GraderSpec
 from rlgen_stats.toolkit.extraction.generation import Completion
 
 MAX_NGRAM: Final = 8
@@ -34,7 +34,7 @@ class Grade:
 
 
 class Grader(Protocol):
-    """Turns completions into grades; a new one is a class and a line in ``schemas.study.GRADERS``."""
+    """Turns completions into grades; a new one is a class and a line in ``schemas.tasks.GRADERS``."""
 
     @classmethod
     def from_spec(cls, spec: GraderSpec) -> Grader:
@@ -45,11 +45,11 @@ class Grader(Protocol):
 
 
 def make_grader(spec: GraderSpec) -> Grader:
-    """The grader a study asks for, one of ``schemas.study.GRADERS``.
+    """The grader a study asks for, one of ``schemas.tasks.GRADERS``.
 
     Examples
     --------
-    >>> from rlgen_stats.schemas.study import GraderSpec
+    >>> from rlgen_stats.schemas.tasks import GraderSpec
     >>> grader = make_grader(GraderSpec(marker="ans"))
     >>> grader.grade(Completion((1, 2), "3 plus 4 ans 7", True), "7")
     Grade(correct=True, format_class='answer', answered=True)

@@ -22,7 +22,8 @@ from trl import GRPOTrainer, SFTTrainer
 
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.schemas.study import GraderSpec, RunSpec, StudySpec
+from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, base_ref
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device

@@ -8,9 +8,10 @@ from typing import Final
 import pandas as pd
 
 from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, GREEDY
+from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.prompts import read_table, text_cells
+from rlgen_stats.stores.prompts import read_prompts
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models
 
@@ -87,17 +88,12 @@ def _greedy(folder: StudyFolder, model: str) -> pd.DataFrame | None:
 
 
 def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
-    """``prompt -> (text, answer)`` from the prompt table, empty if it cannot be read."""
-    path = folder.resolve(spec.data.prompts)
-    if not path.is_file() or path.suffix not in (".parquet", ".csv", ".jsonl"):
+    """``prompt -> (text, answer)``, empty if the prompts cannot be read."""
+    try:
+        prompts = read_prompts(spec, folder)
+    except InputError:
         return {}
-    table = read_table(path)
-    names = [name for name in ("prompt_id", "prompt") if name in table.columns]
-    if not names or "text" not in table.columns:
-        return {}
-    ids, texts = (text_cells(table, name, path) for name in (names[0], "text"))
-    answers = text_cells(table, "answer", path) if "answer" in table.columns else [""] * len(table)
-    return {prompt: (text, answer) for prompt, text, answer in zip(ids, texts, answers, strict=True)}
+    return {row.prompt: (row.text, row.answer) for row in prompts.itertuples()}
 
 
 def _short(text: object) -> str:

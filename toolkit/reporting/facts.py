@@ -15,6 +15,7 @@ import xarray as xr
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
+from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.toolkit.reporting.claims.c3_selection import unusable_tasks
 from rlgen_stats.toolkit.reporting.claims.replication import runs_per_arm
 from rlgen_stats.toolkit.reporting.formatting import DASH, count, listed
@@ -54,8 +55,9 @@ def read_study_data(folder: StudyFolder, spec: StudySpec) -> StudyData:
     if source is not None:
         names = ("prompt", "task", "domain", "split", "cluster")
         prompts = pd.DataFrame({name: labels_of(source, name) for name in names})
-    table = folder.resolve(spec.data.prompts)
-    digest = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else NOT_RECORDED
+    tables = [folder.resolve(file) for file in prompt_files(spec).values()]
+    content = b"".join(table.read_bytes() for table in tables if table.is_file())
+    digest = hashlib.sha256(content).hexdigest() if content else NOT_RECORDED
     return StudyData(prompts, features, digest)
 
 

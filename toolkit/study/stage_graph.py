@@ -21,6 +21,7 @@ from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
 from rlgen_stats.stores.owners import foreign_stores
+from rlgen_stats.stores.prompts import prompt_files
 
 State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
 
@@ -244,10 +245,9 @@ class Study:
         self.folder, self.spec = folder, spec
         self.forced: frozenset[str] = frozenset()
         self._fingerprints = _Fingerprints(folder)
-        inputs = {
-            "prompts": self._fingerprint(spec.data.prompts, "data.prompts"),
-            "base": self._fingerprint(spec.base.path, "base.path"),
-        }
+        prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(spec).items()}
+        shared = prompts.pop("data.prompts", None)
+        inputs = {"prompts": shared, "base": self._fingerprint(spec.base.path, "base.path"), **prompts}
         self.study_id = content_hash([spec.name, spec.seed, inputs])
         self._keys: dict[str, str] = {}
 
@@ -265,7 +265,9 @@ class Study:
             share = {path: _section(self.spec, path) for path in stage.spec}
             files = self._input_files(name)
             asked = self._asked(stage)
-            self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents, *asked])
+            self._keys[name] = content_hash(
+                [name, stage.version, self.study_id, share, files, parents, *asked, *self._task_share(name)]
+            )
         return self._keys[name]
 
     def _asked(self, stage: Stage) -> list[str]:
@@ -275,6 +277,23 @@ class Study:
         if stage.answers == "all":
             return [run.name for run in self.spec.all_contrasted] if "contrast" in stage.spec else []
         return [run.name for run in self.spec.contrasted][1 if stage.answers == "target" else 0 :]
+
+    def _task_share(self, name: str) -> list[Any]:
+        """What a stage depends on of ``tasks``, beside their files; of tasks at every default, nothing."""
+        if name == "outcomes":
+            asked = {
+                task: spec.model_dump(exclude={"role", "file"}, exclude_defaults=True)
+                for task, spec in self.spec.tasks.items()
+            }
+        elif name == "posttrain" and any(run.method == "grpo" for run in self.spec.runs):
+            asked = {
+                task: spec.model_dump(include={"grader"}, exclude_defaults=True)
+                for task, spec in self.spec.tasks.items()
+            }
+        else:
+            return []
+        kept = {task: settings for task, settings in asked.items() if settings}
+        return [kept] if kept else []
 
     def forget_keys(self) -> None:
         """Compute keys anew: a stage has changed what later ones depend on."""

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError, NotEstimableError, RefusedError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.schemas.study import GenerationSpec, GraderSpec, InterventionSpec, StudySpec
+from rlgen_stats.schemas.study import GenerationSpec, InterventionSpec, StudySpec
+from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
 from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder
 from rlgen_stats.stores.health_records import unusable_readout
