@@ -122,6 +122,10 @@ class TaskSpec(Spec):
             )
         return self
 
+    def column(self, ours: str) -> str:
+        """The table's name of one of our columns."""
+        return next((theirs for name, theirs in self.columns.items() if name == ours), ours)
+
 
 def template_fields(template: str) -> list[str]:
     """Columns that a prompt template names.

@@ -198,8 +198,8 @@ def _task_rows(table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None
     table = _with_labels(table, task, name)
     fields = [field for field in template_fields(task.template) if field != CHOICES]
     optional = [label for label in (SPLIT, CLUSTER) if label in task.columns or label in table]
-    theirs = {ours: task.columns.get(ours, ours) for ours in (FILE_ID, *fields, ANSWER, TASK, DOMAIN, *optional)}
-    choices_column = task.choices or task.columns.get(CHOICES, CHOICES)
+    theirs = {ours: task.column(ours) for ours in (FILE_ID, *fields, ANSWER, TASK, DOMAIN, *optional)}
+    choices_column = task.choices or task.column(CHOICES)
     asked = {task.choices, task.columns.get(CHOICES), CHOICES if CHOICES in template_fields(task.template) else None}
     missing = [column for column in theirs.values() if column not in table]
     if choices_column not in table and (asked != {None} or task.n_choices is not None):
