@@ -198,7 +198,8 @@ def _task_rows(table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None
     table = _with_labels(table, task, name)
     fields = [field for field in template_fields(task.template) if field != CHOICES]
     optional = [label for label in (SPLIT, CLUSTER) if label in task.columns or label in table]
-    theirs = {ours: task.column(ours) for ours in (FILE_ID, *fields, ANSWER, TASK, DOMAIN, *optional)}
+    labels = (FILE_ID, ANSWER, TASK, DOMAIN, *optional)
+    theirs = {ours: task.column(ours) for ours in (*labels, *fields)}
     choices_column = task.choices or task.column(CHOICES)
     asked = {task.choices, task.columns.get(CHOICES), CHOICES if CHOICES in template_fields(task.template) else None}
     missing = [column for column in theirs.values() if column not in table]
@@ -207,16 +208,16 @@ def _task_rows(table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None
     if missing:
         raise InputError(f"{path} lacks the column(s) {missing}; it has {list(table.columns)}.")
     cells = {ours: text_cells(table, column, path) for ours, column in theirs.items()}
-    rows = pd.DataFrame(cells, dtype=object, index=table.index).rename(columns={FILE_ID: PROMPT})
-    _check_cells(rows, fields, path)
+    rows = pd.DataFrame({label: cells[label] for label in labels}, dtype=object, index=table.index)
+    rows = rows.rename(columns={FILE_ID: PROMPT})
+    _check_filled({FILE_ID: cells[FILE_ID]} | {field: cells[field] for field in fields}, rows, path)
     choices: list[tuple[str, ...]] = [()] * len(table)
     if choices_column in table:
         choices = [_choices(cell, choices_column, row, path) for row, cell in table[choices_column].items()]
     _check_numbers(choices, rows, path, task)
-    shown = [rows[field] for field in fields]
     rows[TEXT] = [
-        _render(task.template, dict(zip(fields, cells, strict=True)), of_row)
-        for *cells, of_row in zip(*shown, choices, strict=True)
+        _render(task.template, {field: cells[field][row] for field in fields}, of_row)
+        for row, of_row in enumerate(choices)
     ]
     rows[CHOICES] = [json.dumps(of_row, ensure_ascii=False) if of_row else "" for of_row in choices]
     return rows[[PROMPT, TEXT, ANSWER, TASK, DOMAIN, CHOICES, *optional]]
@@ -291,13 +292,14 @@ def _text(value: Any, column: str, row: int, path: Path) -> str:
     return str(value)
 
 
-def _check_cells(rows: pd.DataFrame, fields: list[str], path: Path) -> None:
-    for column in (PROMPT, *fields, TASK, *(label for label in (CLUSTER,) if label in rows)):
-        empty = rows[rows[column].str.strip() == ""]
-        if len(empty):
+def _check_filled(cells: dict[str, list[str]], rows: pd.DataFrame, path: Path) -> None:
+    labels = {label: rows[label].tolist() for label in (TASK, CLUSTER) if label in rows}
+    for column, texts in (cells | labels).items():
+        empty = [row for row, text in enumerate(texts) if not text.strip()]
+        if empty:
             raise InputError(
-                f"{path}: {len(empty)} row(s) have an empty {column}, the first is row {empty.index[0] + 1} "
-                f"(prompt {empty[PROMPT].iloc[0]!r}); fill them or drop the rows."
+                f"{path}: {len(empty)} row(s) have an empty {column}, the first is row {rows.index[empty[0]] + 1} "
+                f"(prompt {rows[PROMPT].iloc[empty[0]]!r}); fill them or drop the rows."
             )
     _check_values(rows, path, DOMAIN, DOMAINS)
 

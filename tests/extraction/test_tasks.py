@@ -55,6 +55,13 @@ def test_a_task_with_a_file_is_rendered_and_comes_after_the_shared_table(tmp_pat
     assert prompts.split.notna().all()
 
 
+def test_a_template_may_name_any_column_also_one_called_prompt(tmp_path: Path) -> None:
+    own = science(prompt=["p"] * 4, task=["t"] * 4)
+    prompts = load(tmp_path, own=own, tasks={"science": SCIENCE | {"template": "{prompt} {task} {question}"}})
+    assert prompts.text[0] == "p science Which 0?"
+    assert prompts.prompt[0] == "science-1"
+
+
 def test_without_a_shared_table_the_tasks_files_are_enough(tmp_path: Path) -> None:
     spec = study_spec(tasks={"science": SCIENCE})
     assert spec.data.prompts is None
