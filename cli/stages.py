@@ -38,6 +38,9 @@ _HELP: Final = {
     "report": "Write the self-contained report (HTML, Markdown, JSON, CSV, SVG) and print the five verdicts.",
 }
 
+_ACCEPTING: Final = ("encode", "align")
+"""Stages that refuse crosscoders that failed their health checks, unless forced."""
+
 
 @click.command()
 @study_argument
@@ -65,7 +68,8 @@ def init(study: str, name: str | None) -> None:
     "force",
     multiple=True,
     metavar="STAGE",
-    help="Run this stage again although up to date, even on unhealthy crosscoders.",
+    help="Run this stage again although up to date, and what reads it; encode and align then accept crosscoders that "
+    "failed their health checks. May be repeated.",
 )
 @yes_option
 @scheduler_option
@@ -174,7 +178,8 @@ def _stage_command(name: str) -> click.Command:
     @click.option(
         "--force",
         is_flag=True,
-        help="Run again although up to date, even on crosscoders that failed their health checks.",
+        help="Run again although up to date; what reads it is then out of date."
+        + (" Crosscoders that failed their health checks are accepted." if name in _ACCEPTING else ""),
     )
     @yes_option
     @scheduler_option

@@ -68,6 +68,11 @@ class StudyFolder:
         """Records of finished stages."""
         return self.root / "stages"
 
+    @property
+    def forced(self) -> Path:
+        """How often each stage of the study, in all its contrasts, was forced to run anew."""
+        return (self.study or self.root) / "stages" / "forced.json"
+
     def run(self, name: str) -> Path:
         """Folder of a run's checkpoints."""
         return self.root / "models" / name

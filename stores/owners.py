@@ -1,15 +1,19 @@
-"""Whose a store is and which models it holds, held against the record of the stage that wrote it."""
+"""Whose a store is, which models it holds and of which dictionary, against the record of the stage that wrote it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rlgen_stats.stores.activation_store import stored_groups
 from rlgen_stats.stores.atomic import ZARR_JSON
+from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS, weights_hash
 from rlgen_stats.stores.digests import COMMITTED_MODELS, read_document
 from rlgen_stats.stores.labels import has_labels
+
+CROSSCODER: Final = "crosscoder"
+"""Attribute of features, and of results made from one dictionary's: SHA-256 of the crosscoder's weights."""
 
 
 def owner(path: Path) -> tuple[str, str] | None:
@@ -31,15 +35,17 @@ def models_in(path: Path) -> list[str]:
 
 
 def foreign_stores(root: Path, record: Mapping[str, Any]) -> list[str]:
-    """Stores below ``root`` that are not those a finished stage left: of another study or key, or without its models.
+    """Stores below ``root`` that are not those a finished stage left.
+
+    They are of another study or key, lack some of its models, or are of another dictionary.
 
     Parameters
     ----------
     root
         Study folder.
     record
-        The stage's record, with ``study_id``, ``key`` and ``stores`` (path -> models); records of older releases have
-        no stores, and nothing is said about them.
+        The stage's record, with ``study_id``, ``key``, ``stores`` (path -> models) and ``dictionaries`` (path -> folder
+        of the crosscoder); records of older releases have none, and nothing is said about them.
 
     Returns
     -------
@@ -58,4 +64,35 @@ def foreign_stores(root: Path, record: Mapping[str, Any]) -> list[str]:
             )
         elif missing := sorted(set(models) - set(models_in(root / name))):
             faults.append(f"{name}: lacks {', '.join(missing)}, which stage {stage} wrote; restore it or run the stage")
+    return faults + of_other_dictionaries(root, record.get("dictionaries", {}), stage=stage)
+
+
+def of_other_dictionaries(root: Path, dictionaries: Mapping[str, str], *, stage: str) -> list[str]:
+    """Stores below ``root`` that were not made with the weights of their dictionary, as they are now.
+
+    Parameters
+    ----------
+    root
+        Study folder.
+    dictionaries
+        Store -> folder of its crosscoder, both below ``root``. Stores that name no weights, and crosscoders that are
+        not there, are passed over.
+    stage
+        The stage that wrote the stores.
+
+    Returns
+    -------
+    list of str
+        One clause a store.
+    """
+    faults = []
+    for name, folder in dictionaries.items():
+        trained = all((root / folder / file).exists() for file in (SPEC, WEIGHTS))
+        written = read_document(root / name).get("attributes", {}).get(CROSSCODER) if owner(root / name) else None
+        expected = weights_hash(root / folder) if trained and written else written
+        if written != expected:
+            faults.append(
+                f"{name}: made with the crosscoder weights {str(written)[:12]}, but {folder} holds "
+                f"{str(expected)[:12]}; restore what was moved, or run stage {stage} again with --force"
+            )
     return faults

@@ -54,7 +54,7 @@ def further_contrasts(study: Study) -> list[Study]:
     for number in range(2, len(study.spec.contrasts) + 1):
         spec = read_spec(study.folder.root).answering(number)
         further = Study(study.folder.contrast(contrast_name(spec)), spec)
-        further.forced = study.forced
+        further.forced, further.times_forced = study.forced, study.times_forced
         found.append(further)
     return found
 

@@ -13,6 +13,7 @@ from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import RunSpec
 from rlgen_stats.stores import open_activations, open_by_dictionary, read_json, write_json, write_results
+from rlgen_stats.stores.crosscoder_weights import weights_hash
 from rlgen_stats.toolkit.crosscoder import (
     encode_features,
     forget_crosscoders,
@@ -150,9 +151,11 @@ def intervene(study: Study, key: str, progress: Progress) -> Facts:
     sets = {number: ranked_features(chosen) for number, chosen in open_by_dictionary(results, "selection").items()}
     provenance = study.provenance("intervene", key)
     found = verify_in_dictionaries(study.spec, study.folder, sets, provenance=provenance, progress=progress)
-    for number, (trial, balance) in found.trials.items():
-        write_results(results, of_dictionary("trial-dictionary", number), trial, provenance=provenance)
-        write_results(results, of_dictionary("trial-dictionary-balance", number), balance, provenance=provenance)
+    for number, of_trial in found.trials.items():
+        weights = weights_hash(study.folder.crosscoder(study.spec.primary_crosscoder.names[number - 1]))
+        for group, data in zip(("trial-dictionary", "trial-dictionary-balance"), of_trial, strict=True):
+            data = data.assign_attrs(crosscoder=weights)
+            write_results(results, of_dictionary(group, number), data, provenance=provenance)
     write_results(results, "intervention", found.intervention, provenance=provenance)
     write_results(results, "control_balance", found.balance, provenance=provenance)
     if found.mediated is not None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_folder
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.stores.owners import models_in, owner
+from rlgen_stats.stores.owners import models_in, of_other_dictionaries, owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, open_for_run
 from rlgen_stats.toolkit.study.spec_checks import check_stages
@@ -42,11 +42,12 @@ def run_study(
     stages
         Names; default all.
     force
-        Stages to run again although they are up to date; their old output is removed first. They also use crosscoders
-        that failed their health checks, which is noted.
+        Stages to run again although they are up to date; their old output is removed first, and whatever read it runs
+        again too, in this run or in a later one. ``encode`` and ``align`` then use crosscoders that failed their health
+        checks, which is noted.
     replace
-        Asked with one sentence, before anything runs, where a change of the study makes results stale that took more
-        than ``COSTLY`` seconds and would be deleted; False keeps them and ends the run.
+        Asked with one sentence, before anything runs, where a change of the study or a forced stage makes results stale
+        that took more than ``COSTLY`` seconds and would be deleted; False keeps them and ends the run.
     progress
         Receiver of progress.
 
@@ -70,8 +71,8 @@ def run_study(
     study = open_for_run(path)
     if study.folder.study is not None:
         raise InputError(f"{path} is one contrast of the study in {study.folder.study}; run that.")
-    study.forced = frozenset(force)
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
+    study.force({stage_named(name).name for name in force} & {stage.name for stage in plan})
     check_stages(study.spec, plan)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _check_parallel(study, plan)
@@ -82,14 +83,16 @@ def run_study(
     for stage in plan:
         study.key(stage.name)  # hashes the files the stage reads: one that is missing is named before anything runs
     costs = [cost for one in (study, *further_contrasts(study)) for cost in _costs(one, plan)]
-    if costs and not replace(f"{'; '.join(costs)} would be deleted and made anew, because the study has changed"):
+    changed = f"{'; '.join(costs)} would be deleted and made anew, because the study has changed or a stage was forced"
+    if costs and not replace(changed):
         raise InputError(
-            f"{'; '.join(costs)} would be deleted and made anew, because the study has changed; nothing was deleted. "
-            "Take the change back, or agree with --yes (in Python: replace=lambda costs: True)."
+            f"{changed}; nothing was deleted. Take the change back or leave --force out, or agree with --yes "
+            "(in Python: replace=lambda costs: True)."
         )
     if any(stage.name == "intervene" and study.state(stage.name) != "done" for stage in plan):
         check_size(study.spec, study.folder)
     with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
+        study.write_times_forced()
         _run_plan(study, plan, progress)
         done = [study]
         for further in further_contrasts(study):
@@ -121,11 +124,11 @@ def _run_plan(study: Study, plan: Sequence[Stage], progress: Progress) -> None:
     of_contrast = "" if study.folder.study is None else f"{study.folder.root.name} "
     for number, stage in enumerate(plan, start=1):
         place = f"{of_contrast}[{number}/{len(plan)}] {stage.name}"
-        if study.state(stage.name) == "done" and stage.name not in study.forced:
+        if study.state(stage.name) == "done":
             progress.log(f"{place}: up to date")
             continue
         progress.log(place)
-        _run_stage(study, stage, forced=stage.name in study.forced, progress=progress)
+        _run_stage(study, stage, progress=progress)
 
 
 def _check_parallel(study: Study, plan: Sequence[Stage]) -> None:
@@ -137,22 +140,26 @@ def _check_parallel(study: Study, plan: Sequence[Stage]) -> None:
             f"several processes together run the {PARALLEL_STAGE} stage only, and {', '.join(refused)} is asked for or "
             f"not done yet; run it in one process first, then torchrun ... -m rlgen_stats.cli {PARALLEL_STAGE}."
         )
-    if study.state(PARALLEL_STAGE) == "done" and PARALLEL_STAGE not in study.forced:
+    if study.state(PARALLEL_STAGE) == "done":
         raise InputError(f"the {PARALLEL_STAGE} stage is up to date; add --force to run it again.")
 
 
-def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) -> None:
-    key, previous = study.key(stage.name), study.record(stage.name)
+def _run_stage(study: Study, stage: Stage, *, progress: Progress) -> None:
+    key, previous, dictionaries = study.key(stage.name), study.record(stage.name), study.dictionaries(stage)
+    if previous.get("key") == key:
+        faults = of_other_dictionaries(study.folder.root, dictionaries, stage=stage.name)
+        if faults:
+            raise StoreError(f"{'; '.join(faults)}. Nothing was changed.")
     own_keys = {str(previous.get("key")), *map(str, previous.get("earlier", []))}
     for store in study.stores(stage):
-        _clear_superseded(study, store, key=key, own_keys=own_keys, forced=forced)
+        _clear_superseded(study, store, key=key, own_keys=own_keys)
     for name in stage.owned:
-        keep = previous.get("key") == key and not forced
-        _clear_owned(study.folder.root / name, keep=keep, known=bool(previous))
-    resumed = previous.get("key") == key and not previous.get("finished") and not forced
+        _clear_owned(study.folder.root / name, keep=previous.get("key") == key, known=bool(previous))
+    resumed = previous.get("key") == key and not previous.get("finished")
     before = float(previous.get("seconds") or 0) if resumed else 0.0
     # Written before the stage runs: after a crash the record tells which half-written stores are this study's.
-    begun: dict[str, Any] = {"key": key, "finished": False, "earlier": sorted(own_keys - {"None"})}
+    times = {"forced": study.times_forced[stage.name]} if stage.name in study.times_forced else {}
+    begun: dict[str, Any] = {"key": key, "finished": False, "earlier": sorted(own_keys - {"None"})} | times
     study.write_record(stage.name, **begun, seconds=before)
     began = time.perf_counter()
     try:
@@ -163,11 +170,11 @@ def _run_stage(study: Study, stage: Stage, *, forced: bool, progress: Progress) 
     seconds = round(before + time.perf_counter() - began, 2)
     written = [path for path in study.stores(stage) if owner(path) is not None]
     stores = {str(path.relative_to(study.folder.root)): models_in(path) for path in written}
-    record = {"seconds": seconds, "earlier": [key], "facts": facts or {}, "stores": stores}
-    study.write_record(stage.name, key=key, finished=True, **record)
+    record = {"seconds": seconds, "earlier": [key], "facts": facts or {}, "stores": stores} | times
+    study.write_record(stage.name, key=key, finished=True, **record, dictionaries=dictionaries)
 
 
-def _clear_superseded(study: Study, path: Path, *, key: str, own_keys: set[str], forced: bool) -> None:
+def _clear_superseded(study: Study, path: Path, *, key: str, own_keys: set[str]) -> None:
     """Keep a store of this key (to resume), drop one this study superseded, refuse any other."""
     if not (path / ZARR_JSON).exists():
         return
@@ -178,7 +185,7 @@ def _clear_superseded(study: Study, path: Path, *, key: str, own_keys: set[str],
             f"{spec_hash[:12]}; this one is {study.study_id[:12]}, {key[:12]}); "
             "it is left untouched: use another folder or move it away."
         )
-    if forced or spec_hash != key:
+    if spec_hash != key:
         remove_folder(path)
 
 

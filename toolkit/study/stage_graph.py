@@ -1,7 +1,8 @@
 """The stages of a study, what each depends on, and whether it is up to date.
 
-A stage's key is the hash of its share of the spec, of the files it reads and of its parents' keys. A finished
-stage leaves ``stages/<name>.json`` with that key; the stores it writes carry the same key as ``spec_hash``.
+A stage's key is the hash of its share of the spec, of the files it reads, of its parents' keys, and of how often it
+was forced to run anew: whatever was computed from what it left before is stale. A finished stage leaves
+``stages/<name>.json`` with that key; the stores it writes carry the same key as ``spec_hash``.
 """
 
 from __future__ import annotations
@@ -226,7 +227,12 @@ class StageStatus:
 class Study:
     """A study folder with its spec: keys, records and states of all stages. Opening it computes no stage.
 
-    ``forced`` names the stages that run although they are up to date or a crosscoder is unhealthy (``--force``).
+    Attributes
+    ----------
+    forced
+        Names of the stages that run although they are up to date or a crosscoder is unhealthy (:meth:`force`).
+    times_forced
+        Stage -> how often it was forced to run anew; part of its key.
 
     Parameters
     ----------
@@ -244,6 +250,7 @@ class Study:
     def __init__(self, folder: StudyFolder, spec: StudySpec) -> None:
         self.folder, self.spec = folder, spec
         self.forced: frozenset[str] = frozenset()
+        self.times_forced: dict[str, int] = read_json(folder.forced) if folder.forced.exists() else {}
         self._fingerprints = _Fingerprints(folder)
         prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(spec).items()}
         shared = prompts.pop("data.prompts", None)
@@ -265,10 +272,30 @@ class Study:
             share = {path: _section(self.spec, path) for path in stage.spec}
             files = self._input_files(name)
             asked = self._asked(stage)
-            self._keys[name] = content_hash(
-                [name, stage.version, self.study_id, share, files, parents, *asked, *self._task_share(name)]
-            )
+            extra = [*asked, *self._times(name), *self._task_share(name)]
+            self._keys[name] = content_hash([name, stage.version, self.study_id, share, files, parents, *extra])
         return self._keys[name]
+
+    def _times(self, name: str) -> list[dict[str, int]]:
+        """How often a stage was forced, as a part of its key; never, nothing."""
+        return [{"forced": self.times_forced[name]}] if name in self.times_forced else []
+
+    def force(self, names: Iterable[str]) -> None:
+        """Let stages run anew, and those an earlier run was to force and did not begin; whatever read them is stale.
+
+        A stage that never ran keeps its key. Nothing is written: :meth:`write_times_forced` does.
+        """
+        self.forced = frozenset(names)
+        for name in self.forced:
+            if self.record(name):
+                self.times_forced[name] = self.times_forced.get(name, 0) + 1
+        self.forced |= {name for name, times in self.times_forced.items() if self.record(name).get("forced") != times}
+        self.forget_keys()
+
+    def write_times_forced(self) -> None:
+        """Remember how often stages were forced: from then on their old output is out of date, whatever happens."""
+        if self.times_forced:
+            write_json(self.folder.forced, self.times_forced)
 
     def _asked(self, stage: Stage) -> list[str]:
         """What a stage depends on of several contrasts; with one contrast, nothing."""
@@ -338,7 +365,8 @@ class Study:
     def training_key(self, run: RunSpec) -> str:
         """Content key of one training run: base, training data, grader and the run's own settings."""
         share = [self.study_id, self._training_files(), self.spec.grader.model_dump(mode="json")]
-        return content_hash([*share, run.model_dump(mode="json"), BY_NAME["posttrain"].version])
+        version, again = BY_NAME["posttrain"].version, self._times("posttrain")
+        return content_hash([*share, run.model_dump(mode="json"), version, *again])
 
     def provenance(self, name: str, key: str) -> Provenance:
         """Origin of a stage's stores: study, key, seed, and the keys of the stages it read."""
@@ -365,6 +393,15 @@ class Study:
         repeated = [_of_dictionary(output, number) for output in stage.by_dictionary for number in dictionaries]
         return [self.folder.root / output for output in (*stage.outputs, *repeated)]
 
+    def dictionaries(self, stage: Stage) -> dict[str, str]:
+        """Outputs that exist once for each dictionary -> the folder of its crosscoder, both below the study's."""
+        names = self.spec.primary_crosscoder.names
+        return {
+            _of_dictionary(output, number): str(self.folder.crosscoder(name).relative_to(self.folder.root))
+            for output in stage.by_dictionary
+            for number, name in enumerate(names, start=1)
+        }
+
     def stores(self, stage: Stage) -> list[Path]:
         """Everything a stage may have written: its outputs, also of more dictionaries than there are now."""
         paths = self.outputs(stage) + [self.folder.root / output for output in stage.optional]
@@ -377,8 +414,8 @@ class Study:
         """Where a stage stands.
 
         done: its record has this key and what it wrote is there; stale: finished under another key; interrupted: begun,
-        or an output is missing; foreign: a store in its place is not the one it wrote (of another study or key, or
-        without one of its models); waiting: never begun.
+        or an output is missing; foreign: a store in its place is not the one it wrote (of another study, key or
+        dictionary, or without one of its models); waiting: never begun.
         """
         record = self.record(name)
         if not record:
@@ -386,6 +423,7 @@ class Study:
         if record.get("finished") and record.get("key") == self.key(name):
             if not all(path.exists() for path in self.outputs(stage_named(name))):
                 return "interrupted"
+            record |= {"dictionaries": self.dictionaries(stage_named(name))}
             return "foreign" if foreign_stores(self.folder.root, record) else "done"
         return "stale" if record.get("finished") else "interrupted"
 

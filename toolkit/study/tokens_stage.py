@@ -104,6 +104,7 @@ def tokens(study: Study, key: str, progress: Progress) -> dict[str, Any]:
                 n_min=spec.statistics.n_min,
                 seed=derive_seed(spec.seed, "tokens"),
             )
+            found = found.assign_attrs(crosscoder=crosscoder.weights_sha256)
             write_results(folder.results, of_dictionary("tokens", number), found, provenance=provenance)
             detectors[str(number)] = int(found["detector"].sum())
             task.advance(1, detectors=detectors[str(number)])
