@@ -91,9 +91,18 @@ def test_c1_three_runs_per_arm_speak_of_runs(results: Results, spec_with: Callab
     runs = [
         {"name": f"{arm}{i or ''}", "arm": arm, "checkpoints": {10: "x"}} for arm in ("sft", "rl") for i in range(3)
     ]
-    assessed = claim(results, spec_with(runs=runs), "C1")
+    of_three, data = spec_with(runs=runs), results["attribution_contrast"]
+    results["attribution_contrast"] = data.assign_attrs(runs_per_arm=[2, 3])
+    assessed = claim(results, of_three, "C1")
     assert "two runs compared" in assessed.answer
-    assert "p = 0.1 at best" in assessed.caveats[0]
+    assert assessed.caveats[0].startswith("The contrast is between two runs (sft, rl) of 3 and 3 trained")
+    results["attribution_contrast"] = data.assign_attrs(runs_per_arm=[3, 3])
+    assessed = claim(results, of_three, "C1")
+    assert assessed.answer.startswith("The runs of sft and of rl differ as claimed: ")
+    assert "Exact permutation of 3 and 3 runs reaches p = 0.1 at best; train more runs an arm." in assessed.caveats
+    results["attribution_contrast"] = data.assign_attrs(runs_per_arm=[4, 4])
+    said = " ".join(claim(results, of_three, "C1").caveats)
+    assert not any(words in said for words in ("two runs", "two models", "at best"))
 
 
 def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) -> None:
@@ -554,17 +563,18 @@ def test_c3_raw_activations_are_shown_beside_the_features(results: Results, spec
 
 
 def test_c3_says_that_the_set_is_mostly_token_detectors(results: Results, spec: StudySpec) -> None:
-    said = "The set that is edited is mostly token detectors (3 of 5 features)"
+    said = "The set that is edited is mostly token and token-and-position detectors (3 of 5 features)"
     assert said in claim(results, spec, "C3").answer
     assert any(
-        c.startswith("Of the 5 edited features 3 are token detectors: 2 fire")
+        c.startswith("Of the 5 edited features 2 are token detectors (2 fire in") and " and 1 token-and-position" in c
         for c in claim(results, spec, "C3").caveats
     )
     data = results["tokens"]
     results["tokens"] = data.assign(detector=data.fires_alone)  # two of five are not most
     assert "token detectors" not in claim(results, spec, "C3").answer
     assert any(
-        c.startswith("Of the 5 edited features 2 are token detectors") for c in claim(results, spec, "C3").caveats
+        c.startswith("Of the 5 edited features 2 are") and " and 0 token-and-position" in c
+        for c in claim(results, spec, "C3").caveats
     )
     del results["tokens"]
     assert not any("token detectors" in c for c in claim(results, spec, "C3").caveats)

@@ -147,9 +147,7 @@ def test_a_curve_is_made_of_judged_arms_and_of_those_run_for_it_alone() -> None:
 
 def curves(*rescaled: bool) -> dict[int, list[Curve]]:
     """A dictionary each, whose random sets are rescaled or not."""
-    points = {
-        r: (point("set", 5, n_random=2, rescaled=r), point("top-1", 1), point("all", 64)) for r in (False, True)
-    }
+    points = {r: (point("set", 5, n_random=2, rescaled=r), point("top-1", 1), point("all", 64)) for r in (False, True)}
     one = curve(**{"top-1": changes(2)})
     return {d: [replace(one, points=points[r])] for d, r in enumerate(rescaled, start=1)}
 
@@ -174,7 +172,9 @@ def test_random_sets_of_earlier_results_count_where_their_edits_are_no_smaller_b
     assert found is not None
     norms = np.full(found["random_norm"].shape, 0.3)
     norms[:, 1] = norm
-    known = of_patch(found.drop_vars("random_sets").assign(random_norm=found["random_norm"].copy(data=norms)), "amplify")
+    known = of_patch(
+        found.drop_vars("random_sets").assign(random_norm=found["random_norm"].copy(data=norms)), "amplify"
+    )
     assert (known.random_sets, np.isfinite(known.above)) == ("nearest" if comparable else "", comparable)
 
 

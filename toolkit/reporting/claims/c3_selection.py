@@ -32,6 +32,7 @@ from rlgen_stats.toolkit.statistics.kernels import dictionaries_needed
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
+from rlgen_stats.toolkit.statistics.selection.token_detectors import by_token_only
 
 C3: Final = PaperClaim(
     id="C3",
@@ -342,11 +343,12 @@ _OPEN_QUESTIONS: Final = {
 
 
 def _token_details(results: Results) -> dict[str, list[int]]:
-    """Features of the edited set of every dictionary, and how many of them respond to tokens alone."""
+    """Features of the edited set of every dictionary, and how many respond to tokens, or to tokens at their place."""
     each = by_dictionary(results, "tokens")
     return {
         "n_token_tested_by_dictionary": [int(data.sizes["feature"]) for data in each],
         "n_token_detectors_by_dictionary": [int(data["detector"].values.sum()) for data in each],
+        "n_by_token_only_by_dictionary": [int(by_token_only(data).sum()) for data in each],
         "n_fire_alone_by_dictionary": [int(data["fires_alone"].values.sum()) for data in each],
     }
 
@@ -357,7 +359,7 @@ def _token_sentence(details: dict[str, Any]) -> str:
         return ""
     counts = listed(f"{detectors} of {features}" for detectors, features in zip(n, of, strict=True))
     return (
-        f" The set that is edited is mostly token detectors ({counts} features): tokens and "
+        f" The set that is edited is mostly token and token-and-position detectors ({counts} features): tokens and "
         "their place explain most of what they do."
     )
 
@@ -366,14 +368,16 @@ def _token_caveat(details: dict[str, Any]) -> tuple[str, ...]:
     of = details["n_token_tested_by_dictionary"]
     if not sum(of):
         return ()
-    alone, n = (
-        listed(str(value) for value in details[name])
-        for name in ("n_fire_alone_by_dictionary", "n_token_detectors_by_dictionary")
+    either, only = details["n_token_detectors_by_dictionary"], details["n_by_token_only_by_dictionary"]
+    both = [n - of_token for n, of_token in zip(either, only, strict=True)]
+    tested, by_token, by_both, alone = (
+        listed(map(str, counts)) for counts in (of, only, both, details["n_fire_alone_by_dictionary"])
     )
     return (
-        f"Of the {listed(map(str, of))} edited features {n} are token detectors: {alone} fire in most unrelated texts "
-        "once their leading tokens are put there and not with others of like frequency; of the rest token and position "
-        "explain half of the activation or more.",
+        f"Of the {tested} edited features {by_token} are token detectors ({alone} fire in most unrelated texts once "
+        "their leading tokens are put there and not with others of like frequency; of the others the token alone "
+        f"explains half of the activation or more) and {by_both} token-and-position detectors (of which token and "
+        "place together explain as much, the token alone does not).",
     )
 
 
