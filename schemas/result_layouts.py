@@ -416,7 +416,7 @@ RESULTS: Final = (
             share="float",
             share_low="float",
             share_high="float",
-            above_random="float",  # the same, less the mean of the random sets
+            above_random="float",  # the same, less the mean of the random sets; NaN without comparable ones
             above_low="float",
             above_high="float",
         )
@@ -425,6 +425,8 @@ RESULTS: Final = (
         | variables_on("dictionary point", n_features="int"),
         variables_on("point", point="str"),  # set, top-K, all
         attrs=("test", "null", "unit", "alpha", "ranking"),
+        # nearest in norm, rescaled to the set's, or empty; without it the sets are nearest, whatever their norms
+        optional=variables_on("direction dictionary point", random_sets="str"),
     ),
     Layout(  # balance of the matched random sets against the selected set, one row per covariate
         "control_balance",

@@ -65,7 +65,7 @@ def study(
 def verdicts(features: xr.Dataset, outcomes: xr.Dataset) -> tuple[Verdict, Verdict]:
     """The verdict by today's rule, and by the rule of earlier releases."""
     out = select_features(features, outcomes, target=MODELS[1], tests=TESTS, stability=None)
-    new = selection_verdict(
+    new, _ = selection_verdict(
         n_estimable=int((out.excess_estimable == "yes").sum()),
         n_confirmed=int((out.specific_tier == "CONFIRMED").sum()),
         carried_low=out.attrs["carried_low"],

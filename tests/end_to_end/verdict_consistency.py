@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ def contradictions(folder: Path) -> list[str]:
     claims = {claim["id"]: claim for claim in read_json(folder / "report/report.json")["claims"]}
     results = folder / "results.zarr"
     stored = result_groups(results)
+    curve = open_results(results, "mediated_share").load() if "mediated_share" in stored else None
     checks = {
         "C1": ("attribution_contrast", _specificity),
         "C2": ("timing_contrast", _timing),
-        "C3": ("selection", _selection),
+        "C3": ("selection", partial(_selection, curve=curve)),
         "C4": ("intervention", _disabling),
         "C5": ("intervention", _amplifying),
     }
@@ -119,19 +121,44 @@ def _timing(claim: dict[str, Any], tables: list[xr.Dataset]) -> Iterator[str]:
         yield f"differences of {small[0]:g} of training and {small[1]:g} of the set are not excluded"
 
 
-def _selection(claim: dict[str, Any], tables: list[xr.Dataset]) -> Iterator[str]:
+def _selection(claim: dict[str, Any], tables: list[xr.Dataset], *, curve: xr.Dataset | None) -> Iterator[str]:
     each = [int((data["specific_tier"].values == "CONFIRMED").sum()) for data in tables]
     if not math.isclose(claim["estimate"], float(np.mean(each))):
         yield f"the claim counts {claim['estimate']}, the tables {each}"
     carried = [float(data.attrs["carried_low"]) for data in tables]
+    best = [float(data.attrs["carried_best_high"]) for data in tables]
+    lifted = None if curve is None or "set" not in curve["point"] else curve.sel(direction="amplify")
+    if lifted is not None and np.isfinite(lifted["share"].sel(point="set")):
+        most = min(float(data.attrs["most_features"]) for data in tables)
+        of_set, sizes = lifted.sel(point="set"), lifted["n_features"]
+        carried, best = [float(of_set["share_low"])] * len(tables), [_best(lifted, most)] * len(tables)
+        if claim["verdict"] == "SUPPORTED" and not (
+            sizes.sel(point="set").max() <= most and _comparable(of_set) and of_set["above_low"] > 0
+        ):
+            yield f"the set is not shown to be few features that do more than random ones of {most:g}"
     if claim["verdict"] == "SUPPORTED" and len(tables) < 5 and not (min(each) > 0 and min(carried) >= HALF):
         yield f"confirmed {each}, carried at least {carried}"
     excluded = [
-        float(data.attrs["carried_best_high"]) < HALF or float(data.attrs["no_rise_p"]) <= data.attrs["alpha"]
-        for data in tables
+        high < HALF or float(data.attrs["no_rise_p"]) <= data.attrs["alpha"]
+        for high, data in zip(best, tables, strict=True)
     ]
     if claim["verdict"] == "NOT_SUPPORTED" and len(tables) < 5 and not all(excluded):
         yield "a compact set is not excluded in every dictionary"
+
+
+def _best(lifted: xr.Dataset, most: float) -> float:
+    """Largest share not excluded of sets up to the first on the curve that is not smaller than ``most``."""
+    sizes = lifted["n_features"].values
+    reaching = sizes.min(axis=0)[sizes.min(axis=0) >= most]
+    inside = sizes.max(axis=0) <= min(reaching, default=-1)
+    return float(max(lifted["share_high"].values[inside], default=math.nan))
+
+
+def _comparable(of_set: xr.Dataset) -> bool:
+    """Whether the random sets' edits are as large as the set's but for a tenth."""
+    if "random_sets" in of_set:
+        return bool((of_set["random_sets"] != "").all())
+    return bool((of_set["random_norm"].mean("random") >= 0.9 * of_set["norm_ratio"]).all())
 
 
 def _disabling(claim: dict[str, Any], tables: list[xr.Dataset]) -> Iterator[str]:

@@ -834,8 +834,8 @@ def control_balance() -> xr.Dataset:
 
 
 def mediated_share() -> xr.Dataset:
-    """The set carries 40% of the patch's effect, the 50 features with the largest drift 90%, random sets nothing."""
-    share = np.array([[0.4, 0.1, 0.9, 1.0]] * 2)
+    """The set carries 70% of the patch's effect, the 50 features with the largest drift 90%, random sets nothing."""
+    share = np.array([[0.7, 0.1, 0.9, 1.0]] * 2)
     patch = np.array([-0.3, 0.25])
     each = ("direction", "dictionary", "point")
     random = np.array([0.02, 0.0, 0.1, np.nan])[None, None, :, None] * np.ones((2, 1, 4, 3))
@@ -855,7 +855,8 @@ def mediated_share() -> xr.Dataset:
             "dictionary_share": (each, share[:, None]),
             "norm_ratio": (each, np.array([[[0.3, 0.1, 0.6, 1.04]]] * 2)),
             "random_share": ((*each, "random"), random),
-            "random_norm": ((*each, "random"), random),
+            "random_norm": ((*each, "random"), np.array([0.3, 0.1, 0.6, np.nan])[None, None, :, None] + 0 * random),
+            "random_sets": (each, [[["nearest", "rescaled", "rescaled", ""]]] * 2),
             "n_features": (("dictionary", "point"), [[5, 1, 50, 512]]),
         },
         coords={"direction": ["disable", "amplify"], "dictionary": [1], "point": ["set", "top-1", "top-50", "all"]},

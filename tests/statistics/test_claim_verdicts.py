@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
@@ -201,7 +202,10 @@ def test_mostly_token_detectors_is_more_than_half_in_as_many_dictionaries_as_mus
 
 def test_the_number_of_features_of_one_dictionary_has_no_upper_bound_and_of_two_has_one() -> None:
     assert mean_count([7], alpha=0.05)[:2] == (7.0, 7.0)
-    assert math.isnan(mean_count([7], alpha=0.05)[2])
+    for counts, low in (([7], 7.0), ([4, 4, 4], 4.0), ([0], NAN), ([0, 0, 0], NAN)):
+        mean, *ends = mean_count(counts, alpha=0.05)
+        assert mean == counts[0]
+        np.testing.assert_equal(ends, [low, NAN], err_msg="dictionaries that do not differ tell no upper end")
     mean, low, high = mean_count([4, 8], alpha=0.05)
     assert (mean, low) == (6.0, 0.0), "no fewer than none"
     assert 8 < high < math.inf
@@ -219,29 +223,36 @@ TRUE_SET = {
 
 
 @pytest.mark.parametrize(
-    ("changed", "expected"),
+    ("changed", "expected", "because"),
     [
-        ({}, Verdict.SUPPORTED),
-        ({"n_confirmed": 900}, Verdict.SUPPORTED),  # more power is no evidence against a compact set
-        ({"carried_low": 0.5}, Verdict.SUPPORTED),
-        ({"carried_low": 0.4999}, Verdict.UNDETERMINED),
-        ({"carried_low": 0.1, "best_high": 0.5}, Verdict.UNDETERMINED),
-        ({"carried_low": 0.1, "best_high": 0.4999}, Verdict.NOT_SUPPORTED),  # real, spread out
-        ({"carried_low": math.nan, "best_high": math.nan}, Verdict.UNDETERMINED),
-        ({"n_confirmed": 0, "carried_low": 0.1, "best_high": 0.2}, Verdict.UNDETERMINED),  # absence of evidence
-        ({"n_confirmed": 0, "no_rise_p": 0.05}, Verdict.NOT_SUPPORTED),
-        ({"n_confirmed": 0, "no_rise_p": 0.051}, Verdict.UNDETERMINED),
-        ({"no_rise_p": 0.05}, Verdict.NOT_SUPPORTED),  # confirmed, and too small to matter
-        ({"accompanying_p": 0.05}, Verdict.SUPPORTED),
-        ({"accompanying_p": 0.051}, Verdict.UNDETERMINED),
-        ({"accompanying_p": math.nan}, Verdict.SUPPORTED),  # every confirmed feature passed the contrast with losses
-        ({"n_estimable": 2}, Verdict.SUPPORTED),  # two tasks are the fewest that say something
-        ({"n_estimable": 1}, Verdict.UNDETERMINED),  # one task is not task-agnostic
-        ({"n_estimable": 0}, Verdict.NOT_ESTIMABLE),
+        ({}, Verdict.SUPPORTED, "compact"),
+        ({"n_confirmed": 900}, Verdict.SUPPORTED, "compact"),  # more power is no evidence against a compact set
+        ({"carried_low": 0.5}, Verdict.SUPPORTED, "compact"),
+        ({"carried_low": 0.4999}, Verdict.UNDETERMINED, "share_open"),
+        ({"carried_low": 0.1, "best_high": 0.5}, Verdict.UNDETERMINED, "share_open"),
+        ({"carried_low": 0.1, "best_high": 0.4999}, Verdict.NOT_SUPPORTED, "spread_out"),
+        ({"carried_low": NAN, "best_high": NAN}, Verdict.UNDETERMINED, "share_unknown"),
+        # absence of evidence
+        ({"n_confirmed": 0, "carried_low": 0.1, "best_high": 0.2}, Verdict.UNDETERMINED, "none_confirmed"),
+        ({"n_confirmed": 0, "no_rise_p": 0.05}, Verdict.NOT_SUPPORTED, "no_rise"),
+        ({"n_confirmed": 0, "no_rise_p": 0.051}, Verdict.UNDETERMINED, "none_confirmed"),
+        ({"no_rise_p": 0.05}, Verdict.NOT_SUPPORTED, "no_rise"),  # confirmed, and too small to matter
+        ({"is_compact": False}, Verdict.UNDETERMINED, "too_many"),
+        ({"is_compact": False, "best_high": 0.4}, Verdict.NOT_SUPPORTED, "spread_out"),
+        ({"beyond_random_low": 1e-9}, Verdict.SUPPORTED, "compact"),
+        ({"beyond_random_low": 0.0}, Verdict.UNDETERMINED, "like_random"),
+        ({"beyond_random_low": NAN}, Verdict.UNDETERMINED, "like_random"),  # no random set is comparable
+        ({"accompanying_p": 0.05}, Verdict.SUPPORTED, "compact"),
+        ({"accompanying_p": 0.051}, Verdict.UNDETERMINED, "accompanying"),
+        ({"accompanying_p": NAN}, Verdict.SUPPORTED, "compact"),  # each feature passed the contrast with losses
+        ({"n_estimable": 2}, Verdict.SUPPORTED, "compact"),  # two tasks are the fewest that say something
+        ({"n_estimable": 1}, Verdict.UNDETERMINED, "few_tasks"),  # one task is not task-agnostic
+        ({"n_estimable": 0}, Verdict.NOT_ESTIMABLE, "no_task"),
     ],
 )
-def test_selection_verdict(changed: dict[str, float], expected: Verdict) -> None:
-    assert selection_verdict(**TRUE_SET | changed) is expected  # type: ignore[arg-type]
+def test_selection_verdict(changed: dict[str, float], expected: Verdict, because: str) -> None:
+    verdict, reason = selection_verdict(**TRUE_SET | changed)  # type: ignore[arg-type]
+    assert (verdict, reason.value) == (expected, because)
 
 
 @pytest.mark.parametrize(

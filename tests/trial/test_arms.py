@@ -214,6 +214,24 @@ def test_sets_are_copied_from_the_other_model_with_their_random_sets(direction: 
     assert points[2].norm_ratio == pytest.approx((10**0.5 + 2**0.5) / 2 / 4)
 
 
+def test_copies_of_random_sets_are_rescaled_to_the_norm_of_the_set_where_asked() -> None:
+    codes = np.array([[4.0, 0.0, 1.0, 3 / 9.9, 3 / 10.1], [2.0, 0.0, 1.0, 3 / 9.9, 3 / 10.1]])
+    own, other = (ModelCodes(sparse.csc_array(c), np.eye(5, dtype=np.float32)) for c in (codes, 0 * codes))
+    of_set = CopiedSet("set", (0,), np.array([[1], [2], [3], [4]]), rescaled=True)
+    arms, (one,) = copying_arms("amplify", [of_set], Plan(), copied(TokenCodes(own, other, 6.0)), 6.0)  # type: ignore[arg-type]
+    assert [(arm.name, arm.condition.kind) for arm in arms] == [
+        ("lift", "lift"),
+        ("lift-rescaled-2", "lift_random"),
+        ("lift-rescaled-3", "lift_random"),
+    ], "sets that change nothing, or next to nothing, have no arm"
+    assert [(arm.edit.features, arm.edit.kind, arm.edit.gain) for arm in arms[1:] if arm.edit] == [
+        ((2,), "lift", 3.0),
+        ((3,), "lift", pytest.approx(9.9)),
+    ]
+    assert (one.random, one.rescaled) == (("lift-rescaled-2", "lift-rescaled-3"), True)
+    assert (one.norm_ratio, one.random_norm_ratios) == (0.5, pytest.approx((0.5, 0.5)))
+
+
 def test_a_part_edits_its_features_as_the_set_does_and_has_one_name() -> None:
     edit = FeatureEdit((4, 2, 7, 9), "amplify", 3.0, level=(0.4, 0.2, 0.7, 0.9))
     whole = Arm(Condition("set", "set", 3.0), edit)

@@ -271,7 +271,10 @@ def test_arms_that_read_no_feature_are_shared_by_all_dictionaries(study: Any, tm
     spec, folder = two_dictionaries(study, tmp_path)
     first, second = (plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE, dictionary=d) for d in (1, 2))
     for arm in first.direction("amplify").arms:
-        twin = next(other for other in second.direction("amplify").arms if other.name == arm.name)
+        twin = next((other for other in second.direction("amplify").arms if other.name == arm.name), None)
+        if twin is None:  # other features cannot be enlarged to the norm of the set
+            assert "rescaled" in arm.name
+            continue
         same_hash = first.arm_hash("amplify", arm) == second.arm_hash("amplify", twin)
         same_path = first.arm_path("amplify", arm) == second.arm_path("amplify", twin)
         shared = arm.condition.kind in ("unedited", "fresh", "steering", "random_direction", "patch")

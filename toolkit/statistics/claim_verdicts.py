@@ -238,6 +238,33 @@ MIN_TASKS: Final = 2
 """Estimable tasks below which "task-agnostic" says nothing."""
 
 
+class SelectionReason(StrEnum):
+    """What the verdict on C3 rests on; given the evidence there is one."""
+
+    NO_TASK = "no_task"
+    """No task could be tested."""
+    FEW_TASKS = "few_tasks"
+    """Too few tasks for "task-agnostic"."""
+    NO_RISE = "no_rise"
+    """Every feature's rise is shown to be too small to matter."""
+    NONE_CONFIRMED = "none_confirmed"
+    """No feature is confirmed, which does not show that there is none."""
+    SPREAD_OUT = "spread_out"
+    """Features are confirmed, and no compact set carries enough."""
+    TOO_MANY = "too_many"
+    """Features are confirmed, and the set whose share is known is not compact."""
+    SHARE_UNKNOWN = "share_unknown"
+    """Features are confirmed, and what they carry cannot be estimated."""
+    SHARE_OPEN = "share_open"
+    """Features are confirmed, and whether a compact set carries enough is neither shown nor excluded."""
+    LIKE_RANDOM = "like_random"
+    """The set carries enough, and is not shown to carry more than comparable random sets."""
+    ACCOMPANYING = "accompanying"
+    """The features may merely accompany right answers, in base and RL alike."""
+    COMPACT = "compact"
+    """Confirmed features, and a compact set that carries enough."""
+
+
 def selection_verdict(
     *,
     n_estimable: int,
@@ -247,7 +274,9 @@ def selection_verdict(
     no_rise_p: float,
     accompanying_p: float,
     alpha: float,
-) -> Verdict:
+    is_compact: bool = True,
+    beyond_random_low: float = math.inf,
+) -> tuple[Verdict, SelectionReason]:
     """Verdict on "a compact, task-agnostic feature set separates RL from base".
 
     Parameters
@@ -257,10 +286,10 @@ def selection_verdict(
     n_confirmed
         Features confirmed on verification prompts (Holm), each by its guarded p-value (docs/method.md 4c).
     carried_low
-        Lower end of the interval of the share of the rise that the leading candidates carry, a compact set; NaN where
-        it is not estimable.
+        Lower end of the interval of what the set carries, NaN where that is not estimable: of the full patch's effect
+        in base, where the set has been lifted there; else the leading candidates' share of the rise.
     best_high
-        Upper end of the interval of the share that any set as small carries; NaN likewise.
+        Upper end of the interval of what any set as small carries; NaN likewise.
     no_rise_p
         p-value of "some feature's rise is large enough to matter in every task".
     accompanying_p
@@ -268,27 +297,42 @@ def selection_verdict(
         the RL-specific contrast, which each confirmed feature has passed then.
     alpha
         Level of the tests.
+    is_compact
+        Whether the set whose share is given is compact itself.
+    beyond_random_low
+        Lower end of the interval of that share less the share of comparable random sets, NaN where there are none;
+        infinite where the share is one of the rise, which is measured against no random sets.
 
     Returns
     -------
     Verdict
         NOT_ESTIMABLE without an estimable task; UNDETERMINED with fewer than two. NOT_SUPPORTED if every feature's rise
-        is shown to be too small, or if features are confirmed and no set as small carries ``CARRIED`` of the rise;
-        SUPPORTED if features are confirmed, the leading candidates carry that much, and they do not merely accompany
-        right answers; else UNDETERMINED, for absence of evidence is no evidence of absence.
+        is shown to be too small, or if features are confirmed and no set as small carries ``CARRIED``; SUPPORTED if
+        features are confirmed, a compact set carries that much and more than random sets do, and the features do not
+        merely accompany right answers; else UNDETERMINED, for absence of evidence is no evidence of absence.
+    SelectionReason
+        What decided.
     """
     if n_estimable == 0:
-        return Verdict.NOT_ESTIMABLE
+        return Verdict.NOT_ESTIMABLE, SelectionReason.NO_TASK
     if n_estimable < MIN_TASKS:
-        return Verdict.UNDETERMINED
+        return Verdict.UNDETERMINED, SelectionReason.FEW_TASKS
     if no_rise_p <= alpha:  # NaN compares false
-        return Verdict.NOT_SUPPORTED
+        return Verdict.NOT_SUPPORTED, SelectionReason.NO_RISE
     if n_confirmed == 0:
-        return Verdict.UNDETERMINED
+        return Verdict.UNDETERMINED, SelectionReason.NONE_CONFIRMED
     if best_high < CARRIED:
-        return Verdict.NOT_SUPPORTED
-    specific = not accompanying_p > alpha
-    return Verdict.SUPPORTED if carried_low >= CARRIED and specific else Verdict.UNDETERMINED
+        return Verdict.NOT_SUPPORTED, SelectionReason.SPREAD_OUT
+    for open_question, reason in (
+        (not is_compact, SelectionReason.TOO_MANY),
+        (math.isnan(carried_low), SelectionReason.SHARE_UNKNOWN),
+        (carried_low < CARRIED, SelectionReason.SHARE_OPEN),
+        (not beyond_random_low > 0, SelectionReason.LIKE_RANDOM),
+        (accompanying_p > alpha, SelectionReason.ACCOMPANYING),
+    ):
+        if open_question:
+            return Verdict.UNDETERMINED, reason
+    return Verdict.SUPPORTED, SelectionReason.COMPACT
 
 
 def mostly_token_detectors(n_detectors: Sequence[int], n_features: Sequence[int]) -> bool:
@@ -308,9 +352,15 @@ def agreed_p(p_values: Sequence[float]) -> float:
 
 
 def mean_count(counts: Sequence[int], *, alpha: float) -> tuple[float, float, float]:
-    """Mean over dictionaries of a number of features, with its interval over them; of one, that number and no more."""
+    """Mean over dictionaries of numbers of features, with its interval over them.
+
+    Where they do not differ, or there is one, nothing is known of how they vary: then that number, each of which is a
+    lower bound of the truth (Holm), and no upper end; of no feature at all no lower end either.
+    """
     mean, low, high = (float(x) for x in pooled_intervals(counts, counts, counts, alpha=alpha))
-    return mean, max(low, 0.0), high if len(counts) > 1 else math.nan
+    if len(set(counts)) == 1:
+        return mean, mean or math.nan, math.nan
+    return mean, max(low, 0.0), high
 
 
 def mean_share(

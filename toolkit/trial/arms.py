@@ -16,6 +16,7 @@ from rlgen_stats.schemas.dims import DOMAIN, PROMPT, SPLIT, TASK, TRIAL
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, InterventionSpec, Readout, StudySpec
 from rlgen_stats.toolkit.edits.edit import FeatureEdit, Positions
+from rlgen_stats.toolkit.statistics.causal.controls import TINY
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_DOSES
 from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm
 from rlgen_stats.toolkit.statistics.causal.mediated_share import PATCH, SET, CurvePoint
@@ -25,6 +26,9 @@ CONTROL_SHARE: Final = 0.25
 """Share of the prompts that every unrelated task gets at least, where it has as many and all together no more than
 half: an accuracy loss beyond .05 is ruled out at level .05 only from 59 prompts without any loss on, and their even
 share is often less."""
+MOST_GAIN: Final = 10.0
+"""Factor up to which copies of a random set are enlarged to the norm of another set's: what hardly differs between the
+models is rounding error, not a direction."""
 UNKNOWN_VECTOR: Final = (nan,)
 """Stands for a vector that only the models can tell (kinds ``steering`` and ``random_direction``) until the run fills
 it in; hooks refuse it, because no model has one channel."""
@@ -266,6 +270,8 @@ class CopiedSet:
     features: tuple[int, ...]
     random: NDArray[np.int64]
     """[control, member]."""
+    rescaled: bool = False
+    """Whether the random sets' edits are given the norm of this one's: none of their own is as large."""
 
 
 def copying_arms(
@@ -289,26 +295,40 @@ def copying_arms(
     Returns
     -------
     arms, points
-        lift, lift-random-1..., lift-top-K, lift-top-K-random-1..., lift-all, or with ``lower`` in the RL model.
+        lift, lift-random-1..., lift-top-K, lift-top-K-random-1..., lift-all, or with ``lower`` in the RL model; of
+        random sets that are rescaled lift-rescaled-1..., those left out that ``MOST_GAIN`` does not suffice for.
     """
     arms: list[Arm] = []
     points: list[CurvePoint] = []
 
-    def arm(name: str, kind: str, features: Sequence[int]) -> str:
+    def arm(name: str, kind: str, features: Sequence[int], gain: float = 1.0) -> str:
         ids = tuple(int(k) for k in features)
-        arms.append(Arm(Condition(name, kind, 1.0), FeatureEdit(ids, "lift", **_where(spec))))
+        arms.append(Arm(Condition(name, kind, 1.0), FeatureEdit(ids, "lift", gain=gain, **_where(spec))))
         return name
 
     for copied in sets:
         of_set = copied.label == SET
         name = COPYING[direction] + ("" if of_set else f"-{copied.label}")
         own = arm(name, COPYING[direction] if of_set else "curve", copied.features)
-        kind = "lift_random" if of_set else "curve_random"
-        random = tuple(arm(f"{name}-random-{i}", kind, row) for i, row in enumerate(copied.random, start=1))
-        ratios = [
-            norm.of(features) / difference if difference else nan for features in (copied.features, *copied.random)
+        kind, how = "lift_random" if of_set else "curve_random", "rescaled" if copied.rescaled else "random"
+        size, *sizes = norm.of_each((copied.features, *copied.random))
+        gains = [size / max(one, TINY) if copied.rescaled else 1.0 for one in sizes]
+        beside = [
+            (arm(f"{name}-{how}-{i}", kind, row, gain), gain * one)
+            for i, (row, one, gain) in enumerate(zip(copied.random, sizes, gains, strict=True), start=1)
+            if gain <= MOST_GAIN
         ]
-        points.append(CurvePoint(copied.label, len(copied.features), own, random, ratios[0], tuple(ratios[1:])))
+        points.append(
+            CurvePoint(
+                copied.label,
+                len(copied.features),
+                own,
+                tuple(random for random, _ in beside),
+                size / difference if difference else nan,
+                tuple(one / difference if difference else nan for _, one in beside),
+                copied.rescaled,
+            )
+        )
     return tuple(arms), tuple(points)
 
 

@@ -568,7 +568,7 @@ def _match(
         features,
         ranking,
         decoder.n_features,
-        lambda members: match(members, sizes, spec.intervention.curve_controls).sets,
+        lambda members: match(members, sizes, spec.intervention.curve_controls),
     )
     return _Matched(place, decoder, rl, levels, controls, no_controls, codes, norms, copies)
 
@@ -578,21 +578,25 @@ def _copied_sets(
     features: tuple[int, ...],
     ranking: NDArray[np.int64],
     n_features: int,
-    match: Callable[[Sequence[int]], NDArray[np.int64]],
+    match: Callable[[Sequence[int]], MatchedControls],
 ) -> tuple[CopiedSet, ...]:
-    """The set, the leading features of a ranking and all, with random sets that match; none where none can."""
+    """The set, the leading features of a ranking and all, with comparable random sets; none where there are none."""
 
-    def beside(members: tuple[int, ...]) -> NDArray[np.int64]:
+    def with_random(label: str, members: tuple[int, ...]) -> CopiedSet:
+        alone = CopiedSet(label, members, _no_sets(members))
         if not spec.curve_controls or 2 * len(members) > n_features:  # fewer are left than are needed
-            return _no_sets(members)
+            return alone
         try:
-            return match(members)
+            matched = match(members)
         except NotEstimableError:
-            return _no_sets(members)
+            return alone
+        if not matched.comparable_rescaled:
+            return alone
+        return replace(alone, random=matched.sets, rescaled=not matched.comparable)
 
     leading = {f"top-{n}": tuple(map(int, ranking[:n])) for n in sorted(spec.curve) if n <= len(ranking)}
     copies = {SET: features, **leading, ALL: tuple(range(n_features))}
-    return tuple(CopiedSet(label, members, beside(members)) for label, members in copies.items())
+    return tuple(with_random(label, members) for label, members in copies.items())
 
 
 def _no_sets(members: Sequence[int]) -> NDArray[np.int64]:

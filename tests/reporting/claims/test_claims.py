@@ -91,9 +91,18 @@ def test_c1_three_runs_per_arm_speak_of_runs(results: Results, spec_with: Callab
     runs = [
         {"name": f"{arm}{i or ''}", "arm": arm, "checkpoints": {10: "x"}} for arm in ("sft", "rl") for i in range(3)
     ]
-    assessed = claim(results, spec_with(runs=runs), "C1")
+    of_three, data = spec_with(runs=runs), results["attribution_contrast"]
+    results["attribution_contrast"] = data.assign_attrs(runs_per_arm=[2, 3])
+    assessed = claim(results, of_three, "C1")
     assert "two runs compared" in assessed.answer
-    assert "p = 0.1 at best" in assessed.caveats[0]
+    assert assessed.caveats[0].startswith("The contrast is between two runs (sft, rl) of 3 and 3 trained")
+    results["attribution_contrast"] = data.assign_attrs(runs_per_arm=[3, 3])
+    assessed = claim(results, of_three, "C1")
+    assert assessed.answer.startswith("The runs of sft and of rl differ as claimed: ")
+    assert "Exact permutation of 3 and 3 runs reaches p = 0.1 at best; train more runs an arm." in assessed.caveats
+    results["attribution_contrast"] = data.assign_attrs(runs_per_arm=[4, 4])
+    said = " ".join(claim(results, of_three, "C1").caveats)
+    assert not any(words in said for words in ("two runs", "two models", "at best"))
 
 
 def test_c1_says_latent_scaling_is_missing(results: Results, spec: StudySpec) -> None:
@@ -375,10 +384,15 @@ def tiers(results: Results, confirmed: int, name: str = "specific_tier") -> None
 @pytest.mark.parametrize(
     ("confirmed", "changed", "expected", "said"),
     [
-        (0, {}, Verdict.UNDETERMINED, "5 rise where RL gained, not shown to do so by more than elsewhere. That none"),
+        (0, {}, Verdict.UNDETERMINED, "5 rise where RL gained, not shown to do so by more than elsewhere, which does"),
         (0, {"no_rise_p": 0.01}, Verdict.NOT_SUPPORTED, "No feature of 210 testable ones rises where RL gained by 0.2"),
         (1, {}, Verdict.SUPPORTED, "1 feature of 210 testable ones is confirmed to rise where RL gained by more than"),
-        (40, {}, Verdict.SUPPORTED, "the leading candidates, 21 at most, carry 71% [58%, 84%] of that difference"),
+        (
+            40,
+            {},
+            Verdict.SUPPORTED,
+            "the leading candidates, 21 at most, carry 71% [58%, 84%] of that difference (no trial has measured",
+        ),
         (40, {"carried_low": 0.4}, Verdict.UNDETERMINED, "neither shows nor excludes that a compact set carries 50%"),
         (
             40,
@@ -390,15 +404,113 @@ def tiers(results: Results, confirmed: int, name: str = "specific_tier") -> None
         (40, {"carried_share": np.nan, "carried_low": np.nan}, Verdict.UNDETERMINED, "cannot be estimated"),
     ],
 )
-def test_c3_needs_confirmed_features_that_carry_the_rise(
+def test_c3_needs_confirmed_features_that_carry_the_rise_where_no_trial_has_been_run(
     confirmed: int, changed: dict[str, float], expected: Verdict, said: str, results: Results, spec: StudySpec
 ) -> None:
     tiers(results, confirmed)
+    del results["mediated_share"]
     results["selection"] = results["selection"].assign_attrs(changed)
     assessed = claim(results, spec, "C3")
     assert assessed.verdict is expected
     assert assessed.estimate == confirmed
     assert said in assessed.answer
+
+
+OF_PATCH = "of what copying the whole residual does"
+
+
+@pytest.mark.parametrize(
+    ("low", "expected", "said"),
+    [
+        (0.5, Verdict.SUPPORTED, f"; lifted into base, the set (5 features) carries 70% [50%, 85%] {OF_PATCH}, +68 "),
+        (0.4999, Verdict.UNDETERMINED, f"{OF_PATCH}, +68 points [+50, +90] beyond random sets whose edits are as "),
+    ],
+)
+def test_c3_reads_compactness_off_the_trial_where_there_is_one(
+    low: float, expected: Verdict, said: str, results: Results, spec: StudySpec
+) -> None:
+    """Whatever the rise on verification prompts says, which stands beside it."""
+    data = results["mediated_share"]
+    results["mediated_share"] = data.assign(share_low=data["share_low"].where(data.point != "set", low))
+    for best_high in (0.9, 0.3):
+        results["selection"] = results["selection"].assign_attrs(carried_low=0.1, carried_best_high=best_high)
+        c3 = claim(results, spec, "C3")
+        assert (c3.verdict, c3.details["compactness_by"]) == (expected, "mediated share")
+        assert said in c3.answer
+        assert any("21 at most, carry 71% [10%, 84%]; the verdict rests on" in caveat for caveat in c3.caveats)
+    results["mediated_share"] = data.assign(share=data["share"] * np.nan)
+    c3 = claim(results, spec, "C3")
+    assert (c3.verdict, c3.details["compactness_by"]) == (Verdict.NOT_SUPPORTED, "rise")
+    assert "copying RL's whole residual into base has no shown effect to have a share in" in c3.answer
+
+
+def test_c3_excludes_a_compact_set_by_all_points_up_to_the_first_that_is_not_smaller(
+    results: Results, spec: StudySpec
+) -> None:
+    data = results["mediated_share"]
+    low = data.assign(share_low=0 * data["share"], share_high=0 * data["share"] + 0.49)
+    results["mediated_share"] = low
+    c3 = claim(results, spec, "C3")
+    assert c3.verdict is Verdict.NOT_SUPPORTED
+    sets = "the selected set, the 1 of largest drift and the 50 of largest drift"
+    assert f"lifted into base, {sets} carry no more than 49% {OF_PATCH}" in c3.answer
+    for point, verdict in (("top-50", Verdict.UNDETERMINED), ("all", Verdict.NOT_SUPPORTED)):
+        results["mediated_share"] = low.assign(share_high=low["share_high"].where(low.point != point, 0.9))
+        assert claim(results, spec, "C3").verdict is verdict
+    for most, verdict in ((1, Verdict.NOT_SUPPORTED), (50, Verdict.NOT_SUPPORTED), (51, Verdict.UNDETERMINED)):
+        results["selection"] = results["selection"].assign_attrs(most_features=most)
+        results["mediated_share"] = low.assign(share_high=low["share_high"].where(low.point != "all", 0.9))
+        assert claim(results, spec, "C3").verdict is verdict
+
+
+def test_c3_wants_more_than_comparable_random_sets_do(results: Results, spec: StudySpec) -> None:
+    data = results["mediated_share"]
+    assert claim(results, spec, "C3").verdict is Verdict.SUPPORTED
+    results["mediated_share"] = data.assign(above_low=0 * data["above_low"])
+    assert "not shown to be more than any features would do" in claim(results, spec, "C3").answer
+    results["mediated_share"] = data.assign(random_sets=data["random_sets"].copy(data=np.full((2, 1, 4), "rescaled")))
+    assert "beyond random sets rescaled to edits as large (none is by itself)." in claim(results, spec, "C3").answer
+    results["mediated_share"] = data.assign(random_sets=data["random_sets"].copy(data=np.full((2, 1, 4), "")))
+    c3 = claim(results, spec, "C3")
+    assert c3.verdict is Verdict.UNDETERMINED
+    assert "(there is no random set of comparable edits), so that it is not shown" in c3.answer
+    assert "(there is no random set of comparable edits)" in claim(results, spec, "C4").answer
+
+
+def test_c3_set_of_too_many_features_is_not_compact(results: Results, spec: StudySpec) -> None:
+    for most, verdict in ((5, Verdict.SUPPORTED), (4, Verdict.UNDETERMINED)):
+        results["selection"] = results["selection"].assign_attrs(most_features=most)
+        assert claim(results, spec, "C3").verdict is verdict
+    assert "but these are too many for a compact set." in claim(results, spec, "C3").answer
+
+
+def test_c3_of_five_dictionaries_is_said_of_those_that_agree(results: Results, spec: StudySpec) -> None:
+    (main,) = (one for one in spec.crosscoders if one.name == spec.primary_crosscoder.name)
+    five = spec.model_copy(update={"crosscoders": (main.model_copy(update={"replicates": 5}),)})
+    data = results["selection"]
+    results |= {f"selection.{n}": data for n in range(2, 6)}
+    nothing = data.copy(deep=True)
+    nothing["specific_tier"][:] = "REJECTED"
+    results["selection.3"] = nothing
+    c3 = claim(results, five, "C3")
+    assert c3.verdict is Verdict.SUPPORTED
+    assert c3.answer.startswith("In 4 of 5 dictionaries 5 features of 210 testable ones are confirmed")
+    del results["mediated_share"]
+    excluded = {"carried_low": 0.1, "carried_best_high": 0.4}
+    for n, changed in enumerate([excluded, excluded, {"no_rise_p": 0.01}, {}, {"no_rise_p": 0.02}], start=1):
+        results[f"selection.{n}" if n > 1 else "selection"] = data.assign_attrs(changed)
+    c3 = claim(results, five, "C3")
+    assert c3.verdict is Verdict.NOT_SUPPORTED
+    spread, none = c3.answer.split(" The set that is")[0].split("; in ")
+    assert spread.startswith("In 2 of 5 dictionaries 5 features of 210 testable ones are confirmed")
+    assert "no 21 features carry more than 40% of it" in spread
+    assert none.startswith("2 of 5 dictionaries no feature of 210 testable ones rises where RL gained by 0.2 sd more")
+    results["selection.5"] = nothing
+    c3 = claim(results, five, "C3")
+    assert c3.verdict is Verdict.UNDETERMINED
+    words = "not supported, not supported, not supported, supported, undetermined"
+    assert c3.answer.startswith(f"Undetermined, because the dictionaries disagree ({words}): in 2 of 5 dictionaries 5 ")
+    assert "; in 1 of 5 dictionaries 0 features of 210 testable ones are confirmed" in c3.answer
 
 
 def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, spec: StudySpec) -> None:
@@ -451,17 +563,18 @@ def test_c3_raw_activations_are_shown_beside_the_features(results: Results, spec
 
 
 def test_c3_says_that_the_set_is_mostly_token_detectors(results: Results, spec: StudySpec) -> None:
-    said = "The set that is edited is mostly token detectors (3 of 5 features)"
+    said = "The set that is edited is mostly token and token-and-position detectors (3 of 5 features)"
     assert said in claim(results, spec, "C3").answer
     assert any(
-        c.startswith("Of the 5 edited features 3 are token detectors: 2 fire")
+        c.startswith("Of the 5 edited features 2 are token detectors (2 fire in") and " and 1 token-and-position" in c
         for c in claim(results, spec, "C3").caveats
     )
     data = results["tokens"]
     results["tokens"] = data.assign(detector=data.fires_alone)  # two of five are not most
     assert "token detectors" not in claim(results, spec, "C3").answer
     assert any(
-        c.startswith("Of the 5 edited features 2 are token detectors") for c in claim(results, spec, "C3").caveats
+        c.startswith("Of the 5 edited features 2 are") and " and 0 token-and-position" in c
+        for c in claim(results, spec, "C3").caveats
     )
     del results["tokens"]
     assert not any("token detectors" in c for c in claim(results, spec, "C3").caveats)
@@ -583,25 +696,25 @@ def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> 
 
 
 def test_c3_c4_c5_say_what_share_of_the_patch_the_set_carries(results: Results, spec: StudySpec) -> None:
-    of_patch = "40% [25%, 55%] of what copying the whole residual does"
+    of_patch = "70% [55%, 85%] of what copying the whole residual does"
     for name, start in (
         (
             "C4",
-            f"Lowered to base's level in the RL model, the set changes accuracy by −12.0 points, {of_patch} (−30.0), ",
+            f"Lowered to base's level in the RL model, the set changes accuracy by −21.0 points, {of_patch} (−30.0), ",
         ),
         (
             "C5",
-            f"Lifted to the RL model's level in base, the set changes accuracy by +10.0 points, {of_patch} (+25.0), ",
+            f"Lifted to the RL model's level in base, the set changes accuracy by +17.5 points, {of_patch} (+25.0), ",
         ),
     ):
         assessed = claim(results, spec, name)
         assert assessed.answer.startswith(start)
         beyond, low, high = (100 * value for value in assessed.details["share_above_random"])
-        said = f"{beyond:+.0f} points [{low:+.0f}, {high:+.0f}] beyond random sets".replace("-", "−")
+        said = f"{beyond:+.0f} points [{low:+.0f}, {high:+.0f}] beyond random sets whose edits are as large"
         assert f"{said}. {'Disabling' if name == 'C4' else 'Amplifying'} the set in " in assessed.answer
         assert ", the paper's rule, changes accuracy by" in assessed.answer
-        assert assessed.details["share_of_patch"] == pytest.approx([0.4, 0.25, 0.55])
-        assert assessed.details["share_by_set"] == pytest.approx({"set": 0.4, "top-1": 0.1, "top-50": 0.9, "all": 1.0})
+        assert assessed.details["share_of_patch"] == pytest.approx([0.7, 0.55, 0.85])
+        assert assessed.details["share_by_set"] == pytest.approx({"set": 0.7, "top-1": 0.1, "top-50": 0.9, "all": 1.0})
     both = f"{of_patch} into base and {of_patch} into the RL model"
     assert any(both in caveat for caveat in claim(results, spec, "C3").caveats)
 
@@ -611,6 +724,10 @@ def test_without_a_shown_patch_effect_no_share_is_named(results: Results, spec: 
     results["mediated_share"] = known.assign(share=xr.full_like(known["share"], np.nan))
     assert claim(results, spec, "C4").answer.startswith("Disabling the set in the RL model changes accuracy by")
     assert not any("Copied from the other model" in caveat for caveat in claim(results, spec, "C3").caveats)
+    said = "Copying the whole residual changes accuracy by −30.0 points [−40.0, −20.0], which is no shown effect in"
+    assert any(caveat.startswith(said) for caveat in claim(results, spec, "C4").caveats)
+    del results["mediated_share"]
+    assert not any("whole residual" in caveat for caveat in claim(results, spec, "C4").caveats)
 
 
 def test_c4_unmatched_and_missing_controls_are_caveats(results: Results, spec: StudySpec) -> None:

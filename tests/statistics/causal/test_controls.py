@@ -129,6 +129,7 @@ def test_a_set_no_random_one_is_as_large_as_is_not_comparable() -> None:
 
     matched = match_controls(population(), alive(SET), larger, n_sets=40, seed=0)
     assert not matched.comparable
+    assert matched.comparable_rescaled, "nothing but the norm is wrong, and edits can be rescaled"
     assert "unbalanced:edit_norm=+0.17" in matched.flags
 
 

@@ -13,8 +13,10 @@ from rlgen_stats.toolkit.statistics.causal.mediated_share import (
     Curve,
     CurvePoint,
     RatioToPatch,
+    compact_share,
     curve_of,
     mediated_share,
+    of_patch,
 )
 from rlgen_stats.toolkit.statistics.causal.outcome_table import Condition
 from tests.statistics.causal.test_result_datasets import outcomes
@@ -31,9 +33,9 @@ def changes(n_gained: int, n_lost: int = 0, *, start: int = 0) -> np.ndarray:
     return out
 
 
-def point(label: str, n: int, *, n_random: int = 0, ratio: float = 0.3) -> CurvePoint:
+def point(label: str, n: int, *, n_random: int = 0, ratio: float = 0.3, rescaled: bool = False) -> CurvePoint:
     random = tuple(f"{label}-random-{i}" for i in range(n_random))
-    return CurvePoint(label, n, label, random, ratio, tuple(0.1 * i for i in range(n_random)))
+    return CurvePoint(label, n, label, random, ratio, tuple(0.1 * i for i in range(n_random)), rescaled)
 
 
 def curve(sign: float = 1.0, **arms: Any) -> Curve:
@@ -61,6 +63,7 @@ def test_shares_are_ratios_of_changes_and_random_sets_are_taken_off(sign: float)
     np.testing.assert_allclose(one["random_norm"].sel(point="set").values[0], [0.0, 0.1])
     np.testing.assert_allclose(one["above_random"], [0.225, np.nan])
     np.testing.assert_allclose(one["norm_ratio"].values, [[0.3, 1.04]])
+    assert one["random_sets"].values.tolist() == [["nearest", ""]]
     assert ((one["share_low"] < one["share"]) & (one["share"] < one["share_high"])).all()
     assert np.isnan(found["share"].sel(direction="disable" if sign > 0 else "amplify")).all()
 
@@ -140,3 +143,68 @@ def test_a_curve_is_made_of_judged_arms_and_of_those_run_for_it_alone() -> None:
     np.testing.assert_array_equal(found.changes["patch"], (steering - unedited)[table.target])
     np.testing.assert_array_equal(found.changes["lower-all"], (right - unedited)[table.target])
     assert len(found.cluster) == table.target.sum()
+
+
+def curves(*rescaled: bool) -> dict[int, list[Curve]]:
+    """A dictionary each, whose random sets are rescaled or not."""
+    points = {r: (point("set", 5, n_random=2, rescaled=r), point("top-1", 1), point("all", 64)) for r in (False, True)}
+    one = curve(**{"top-1": changes(2)})
+    return {d: [replace(one, points=points[r])] for d, r in enumerate(rescaled, start=1)}
+
+
+def test_a_point_says_which_random_sets_it_is_compared_with() -> None:
+    for rescaled, expected in (((False, False), "nearest"), ((False, True), "rescaled"), ((True, True), "rescaled")):
+        found = mediated_share(curves(*rescaled), alpha=0.05)
+        assert found is not None
+        known = of_patch(found, "amplify")
+        assert (known.random_sets, known.above) == (expected, pytest.approx(0.225))
+        assert known.above_low < known.above < known.above_high
+    alone = of_patch(found, "amplify", "all")
+    assert (alone.random_sets, np.isnan(alone.above), alone.share) == ("", True, pytest.approx(1.0))
+
+
+@pytest.mark.parametrize(("norm", "comparable"), [(0.2701, True), (0.2699, False), (0.5, True)])
+def test_random_sets_of_earlier_results_count_where_their_edits_are_no_smaller_by_a_tenth(
+    norm: float, comparable: bool
+) -> None:
+    """The set's norm is .3 of the difference's in either dictionary, the random sets' .3 in the first."""
+    found = mediated_share(curves(False, False), alpha=0.05)
+    assert found is not None
+    norms = np.full(found["random_norm"].shape, 0.3)
+    norms[:, 1] = norm
+    known = of_patch(
+        found.drop_vars("random_sets").assign(random_norm=found["random_norm"].copy(data=norms)), "amplify"
+    )
+    assert (known.random_sets, np.isfinite(known.above)) == ("nearest" if comparable else "", comparable)
+
+
+@pytest.mark.parametrize(
+    ("most", "is_compact", "points"),
+    [
+        (1, False, ("top-1",)),
+        (4, False, ("set", "top-1")),
+        (5, True, ("set", "top-1")),
+        (6, True, ("set", "top-1", "all")),
+        (64, True, ("set", "top-1", "all")),
+        (65, True, ()),
+    ],
+)
+def test_sets_are_compact_up_to_a_size_and_excluded_by_the_points_that_reach_it(
+    most: int, is_compact: bool, points: tuple[str, ...]
+) -> None:
+    found = mediated_share(curves(False, False), alpha=0.05)
+    assert found is not None
+    known = compact_share(found, most)
+    assert known is not None
+    assert (known.is_compact, known.points) == (is_compact, points)
+    highs = [float(found["share_high"].sel(direction="amplify", point=label)) for label in points]
+    np.testing.assert_equal(known.best_high, max(highs, default=np.nan))
+
+
+def test_without_a_share_of_the_set_nothing_is_said_of_compactness() -> None:
+    assert compact_share(None, 5) is None
+    unshown = mediated_share({1: [curve(patch=changes(9, 4))]}, alpha=0.05)
+    assert compact_share(unshown, 5) is None
+    found = mediated_share({1: [curve()]}, alpha=0.05)
+    assert found is not None
+    assert compact_share(found.sel(point=["all"]), 5) is None

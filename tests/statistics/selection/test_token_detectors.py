@@ -16,6 +16,7 @@ from rlgen_stats.toolkit.statistics.selection.token_detectors import (
     DETECTS,
     Injections,
     TokenActivations,
+    by_token_only,
     class_odds,
     explained_share,
     leading_tokens,
@@ -159,3 +160,16 @@ def test_leading_tokens_are_frequent_and_fire_and_others_are_as_frequent() -> No
     assert leading_tokens(tokens, 3, excluded=[2]) == [[1]]
     assert like_tokens(tokens, [2, 1], 2) == [[6, 4], [6, 4]]
     assert like_tokens(tokens, [2], 2, excluded=[6]) == [[1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("explained_by_token", "fires_alone", "detector", "expected"),
+    [(0.5, False, True, True), (0.499, False, True, False), (0.1, True, True, True), (0.9, False, False, False)],
+)
+def test_a_detector_that_needs_the_position_is_another_thing(
+    explained_by_token: float, fires_alone: bool, detector: bool, expected: bool
+) -> None:
+    out = token_detectors(world(), None, list(range(5))).isel(feature=[0])
+    low = out.explained_low.where(out.explained_by != "token", explained_by_token)
+    out = out.assign(explained_low=low, fires_alone=("feature", [fires_alone]), detector=("feature", [detector]))
+    assert by_token_only(out).tolist() == [expected]

@@ -317,6 +317,25 @@ def test_noise_larger_than_the_distance_compared_at_is_no_floor_there():
     assert np.isnan(only.tail_null.sel(comparison="matched_shift")).all()
 
 
+def test_a_comparison_that_is_not_made_has_no_floor_and_noise_of_unknown_size_is_none():
+    targets = TARGETS | {"by sft": "sft.noise@10", "by rl": "rl.noise@10", "halves": "base.halves@0"}
+    t = table({"early": 0.05, "late": 0.25, "rl": 0.15, "by sft": 0.3, "by rl": 0.1, "halves": 0.02}, targets=targets)
+    floors = {name: [name] for name in ("by sft", "by rl", "halves")}
+    alone = contrast(t, floors=floors, movement=movement({"rl@10": 0.2, "sft@10": 0.4}), health=health(t))
+    made = np.isfinite(alone.tail_sft.sel(tau=0.7))
+    assert 0 < made.sum() < made.size
+    assert (np.isfinite(alone.tail_null.sel(tau=0.7)) == made).all()
+    kl = {"sft@3": 0.01, "sft@10": 0.81, "rl@5": 0.001, "rl@10": 0.27}
+    for noise, floor in ((0.33, "by sft"), (0.34, "halves"), (np.nan, "halves")):
+        known = contrast(
+            t.assign_coords(target=t.target.where(t.crosscoder != "by sft", "other.noise@10")),
+            floors={name: [name] for name in ("by sft", "halves")},
+            movement=movement(SHIFTS | {"other@10": 0.5}, kl | {"other@10": noise}),
+            health=health(t),
+        )
+        assert known.tail_null.sel(tau=0.7, comparison="matched_kl").item() == pytest.approx(tail(t, floor))
+
+
 def test_only_the_first_of_two_crosscoders_of_one_checkpoint_is_used():
     t = table({"sft": 0.3, "rl": 0.1, "sft-l1": 0.9}, targets={"sft-l1": "sft@10"})
     assert final(contrast(t)).tail_sft.values == pytest.approx(tail(t, "sft"))

@@ -13,15 +13,24 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import run_caveat, these_models
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, percent
-from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, nearest_label, number, text
+from rlgen_stats.toolkit.reporting.result_lookup import (
+    Results,
+    attr_list,
+    final_models,
+    labels_of,
+    nearest_label,
+    number,
+    text,
+)
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
     DICTIONARIES_DISAGREE,
     NOT_COMPARABLE,
     Verdict,
+    smallest_permutation_p,
     specificity_verdict,
 )
-from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
+from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED, MIN_RUNS
 from rlgen_stats.toolkit.statistics.specificity.compared_arms import COMPARABLE as COMPARABLE_TEXT
 from rlgen_stats.toolkit.statistics.specificity.compared_arms import NOT_COMPARABLE as NOT_COMPARABLE_TEXT
 
@@ -90,6 +99,7 @@ def _details(data: xr.Dataset, tau: float, decides: str, results: Results, spec:
     return {
         "test": data.attrs.get("test", ""),
         "null": data.attrs.get("null", ""),
+        "runs_per_arm": attr_list(data, "runs_per_arm"),
         "tau": tau,
         "latent_scaling": latent_scaling,
         "decided_by": decides,
@@ -188,17 +198,37 @@ def _answer(verdict: Verdict, details: dict[str, Any], guards: list[str], spec: 
         )
     if guards:
         return f"Undetermined, because {' and '.join(guards)}; {comparison}."
+    subject = these_models(spec, start=False)
+    if _arms_compared(details["runs_per_arm"]):
+        subject = "the runs of " + " and of ".join(run.arm for run in spec.contrasted)
+    starting = subject[0].upper() + subject[1:]
     head = {
-        Verdict.SUPPORTED: f"{these_models(spec)} differ as claimed",
-        Verdict.CONTRADICTED: f"{these_models(spec)} differ in the opposite direction",
-        Verdict.NOT_SUPPORTED: f"{these_models(spec)} do not differ as claimed",
-        Verdict.UNDETERMINED: f"Whether {these_models(spec, start=False)} differ is open",
+        Verdict.SUPPORTED: f"{starting} differ as claimed",
+        Verdict.CONTRADICTED: f"{starting} differ in the opposite direction",
+        Verdict.NOT_SUPPORTED: f"{starting} do not differ as claimed",
+        Verdict.UNDETERMINED: f"Whether {subject} differ is open",
     }[verdict]
     return f"{head}: {comparison}."
 
 
+def _arms_compared(runs_per_arm: list[int]) -> bool:
+    """Whether the contrast is one of arms, over enough runs of each, and not of two models."""
+    return min(runs_per_arm, default=0) >= MIN_RUNS
+
+
+def _replication_caveat(spec: StudySpec, runs_per_arm: list[int]) -> tuple[str, ...]:
+    """What so few runs cannot show; nothing where runs are compared and can reach the level."""
+    if not _arms_compared(runs_per_arm):
+        return (run_caveat(spec),)
+    best = smallest_permutation_p(*runs_per_arm)
+    if best <= spec.statistics.alpha:
+        return ()
+    n_sft, n_rl = runs_per_arm
+    return (f"Exact permutation of {n_sft} and {n_rl} runs reaches p = {best:.3g} at best; train more runs an arm.",)
+
+
 def _caveats(results: Results, spec: StudySpec, effect: float, details: dict[str, Any]) -> tuple[str, ...]:
-    caveats = [run_caveat(spec)]
+    caveats = list(_replication_caveat(spec, details["runs_per_arm"]))
     if not details["latent_scaling"]:
         caveats.append(
             "Latent scaling has not been done: features counted as specific by decoder norms alone include some that "

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import carried_by_set, share_words
+from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import beyond_random, carried_by_set, share_words
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
 from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number, text
+from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, CompactShare, compact_share
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     MIN_TASKS,
+    SelectionReason,
     Verdict,
     agreed_p,
     agreed_verdict,
@@ -25,9 +28,11 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     mostly_token_detectors,
     selection_verdict,
 )
+from rlgen_stats.toolkit.statistics.kernels import dictionaries_needed
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
+from rlgen_stats.toolkit.statistics.selection.token_detectors import by_token_only
 
 C3: Final = PaperClaim(
     id="C3",
@@ -58,10 +63,23 @@ def _selection_tasks(selection: xr.Dataset, column: str) -> list[tuple[str, str]
     return [(str(task), str(state)) for task, state, role in rows if str(role) not in ("held_out", "control")]
 
 
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """One dictionary: its selection, what the verdict rests on, and the verdict."""
+
+    data: xr.Dataset
+    details: dict[str, Any]
+    verdict: Verdict
+    reason: SelectionReason
+
+
 def assess_selection(results: Results, spec: StudySpec) -> Claim:
     """C3 from the selection: features confirmed on verification prompts, with the rule ``selection_verdict``.
 
-    The rule is applied in every dictionary, and their verdicts must agree. The estimate is the mean number of features
+    The rule is applied in every dictionary, and their verdicts must agree. Whether a compact set carries the change is
+    read off the curve of mediated shares, over all dictionaries together: the selected set lifted into base. Without a
+    trial, or where the full patch has no shown effect, it is read off the rise on verification prompts, dictionary by
+    dictionary, and the answer says so. The estimate is the mean number of features
     confirmed to rise where RL gained by more than where both models are right, its interval that over dictionaries; in
     each, by Holm's bound, at least so many do, with confidence 1 - alpha. p is that of "at least one feature does" in
     as many dictionaries as must agree.
@@ -72,12 +90,16 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     unusable = unusable_readout(results, spec)
     if unusable:
         return C3.not_estimable(unusable)
-    judged = [_judge(data, spec.statistics.alpha) for data in each]
-    verdict = agreed_verdict([verdict for verdict, _ in judged])
-    data, (_, details) = each[0], judged[0]
+    lifted = compact_share(results.get("mediated_share"), min(attr_number(data, "most_features") for data in each))
+    judged = [_judge(data, lifted, spec.statistics.alpha) for data in each]
+    verdict = agreed_verdict([one.verdict for one in judged])
+    data, details = each[0], judged[0].details
     for name in _EACH:
-        details[f"{name}_by_dictionary"] = [one[name] for _, one in judged]
+        details[f"{name}_by_dictionary"] = [one.details[name] for one in judged]
+    details["reason_by_dictionary"] = [one.reason.value for one in judged]
+    details["compactness_by"] = "rise" if lifted is None else "mediated share"
     details["carried"] = _carried(each, spec)
+    details |= carried_by_set(results, "amplify")
     details["separation_auc"] = _separation_auc(results)
     details |= _token_details(results)
     if verdict is Verdict.NOT_ESTIMABLE:
@@ -90,11 +112,12 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
         mean_count(details["n_confirmed_by_dictionary"], alpha=spec.statistics.alpha),
         agreed_p([any_feature_p(one["verification_specific_q"].values) for one in each]),
         verdict,
-        _answer(verdict, details, [verdict for verdict, _ in judged], spec.statistics.alpha) + _token_sentence(details),
+        _answer(verdict, judged, _Share(results, spec, lifted)) + _token_sentence(details),
         caveats=(
             *_caveats(data, details, spec),
             *_token_caveat(details),
             *_carried_in_trials(results),
+            *_carried_of_the_rise(details),
             *separation_caveats(results, spec),
             *_reappearance(results, spec, data),
             *dictionary_caveat(spec),
@@ -114,20 +137,41 @@ def _carried_in_trials(results: Results) -> list[str]:
     return [f"Copied from the other model on the same text, the selected set carries {listed(words)}."] if words else []
 
 
-def _judge(data: xr.Dataset, alpha: float) -> tuple[Verdict, dict[str, Any]]:
+def _carried_of_the_rise(details: dict[str, Any]) -> list[str]:
+    """The other measure of compactness, where the answer does not rest on it."""
+    carried = details["carried"]
+    if details["compactness_by"] == "rise" or not math.isfinite(carried["share"]):
+        return []
+    return [
+        f"Of the rise on verification prompts beyond that where base was right too, the leading candidates, "
+        f"{int(carried['most_features'])} at most, carry {_with_interval(carried)}; the verdict rests on what the set "
+        "does when it is lifted into base."
+    ]
+
+
+def _judge(data: xr.Dataset, lifted: CompactShare | None, alpha: float) -> _Judged:
     """Verdict of one dictionary, and what it rests on."""
     tasks = [task for task, state in _selection_tasks(data, "excess_estimable") if state == _YES]
     details = _details(data, tasks)
-    verdict = selection_verdict(
+    shares: dict[str, Any]
+    if lifted is None:
+        shares = {"carried_low": attr_number(data, "carried_low"), "best_high": attr_number(data, "carried_best_high")}
+    else:
+        shares = {
+            "carried_low": lifted.of_set.low,
+            "best_high": lifted.best_high,
+            "is_compact": lifted.is_compact,
+            "beyond_random_low": lifted.of_set.above_low,
+        }
+    verdict, reason = selection_verdict(
         n_estimable=len(tasks) if details["n_testable"] else 0,
         n_confirmed=details["n_confirmed"],
-        carried_low=attr_number(data, "carried_low"),
-        best_high=attr_number(data, "carried_best_high"),
         no_rise_p=details["no_rise_p"],
         accompanying_p=_accompanying_p(details),
         alpha=alpha,
+        **shares,
     )
-    return verdict, details
+    return _Judged(data, details, verdict, reason)
 
 
 def _accompanying_p(details: dict[str, Any]) -> float:
@@ -144,6 +188,10 @@ def _carried(each: list[xr.Dataset], spec: StudySpec) -> dict[str, float]:
         "best_high": max(attr_number(data, "carried_best_high") for data in each),
         "most_features": max(attr_number(data, "most_features") for data in each),
     }
+
+
+def _with_interval(share: dict[str, float]) -> str:
+    return f"{percent(share['share'], 0)} [{percent(share['low'], 0)}, {percent(share['high'], 0)}]"
 
 
 def unusable_tasks(data: xr.Dataset, column: str = "estimable") -> str:
@@ -186,67 +234,121 @@ def _details(data: xr.Dataset, tasks: list[str]) -> dict[str, Any]:
     }
 
 
-def _answer(verdict: Verdict, details: dict[str, Any], each: list[Verdict], alpha: float) -> str:
-    counts, tasks = details["n_confirmed_by_dictionary"], details["estimable_tasks"]
-    n_testable = _span(details["n_testable_by_dictionary"])
-    one = max(counts) == min(counts) == 1
-    confirmed = (
-        f"{_span(counts)} feature{'s' * (not one)} of {n_testable} testable ones {'is' if one else 'are'} confirmed to "
-        "rise where RL gained by more than where base was right too"
-    )
-    if len(counts) > 1:
-        confirmed = f"in each of {len(counts)} dictionaries {confirmed}"
-    where = f"on prompts not used to select them, over {count(len(tasks), 'task')}"
-    carried, most = details["carried"], int(details["carried"]["most_features"])
-    share = f"{percent(carried['share'], 0)} [{percent(carried['low'], 0)}, {percent(carried['high'], 0)}]"
-    if verdict is Verdict.SUPPORTED:
-        return (
-            f"{confirmed[0].upper()}{confirmed[1:]}, {where}; the leading candidates, {most} at most, carry {share} of "
-            "that difference."
-        )
-    if verdict is Verdict.NOT_SUPPORTED:
-        if max(details["no_rise_p_by_dictionary"]) <= alpha:
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What compact sets carry, in words: of the full patch's effect, or else of the rise."""
+
+    results: Results
+    spec: StudySpec
+    lifted: CompactShare | None
+
+    def of_set(self, each: list[xr.Dataset]) -> str:
+        """Set, share, and what it is a share of."""
+        if self.lifted is not None:
+            details = carried_by_set(self.results, "amplify")
+            sizes = self.results["mediated_share"]["n_features"].sel(point=SET).values
+            n = f"{listed(map(str, sizes))} feature{'s' * (list(sizes) != [1])}"
+            who = f"the set ({n}) carries" if len(sizes) == 1 else f"the dictionaries' sets ({n}) carry"
+            return f"lifted into base, {who} {share_words(details)}{beyond_random(details)}"
+        carried = _carried(each, self.spec)
+        share = f"the leading candidates, {int(carried['most_features'])} at most, carry {_with_interval(carried)}"
+        return f"{share} of that difference ({self._why_of_the_rise})"
+
+    def at_most(self, each: list[xr.Dataset]) -> str:
+        """What no compact set exceeds."""
+        if self.lifted is not None:
+            named = {SET: "the selected set", ALL: "all features"}
+            sets = [
+                named.get(point, f"the {point.removeprefix('top-')} of largest drift") for point in self.lifted.points
+            ]
             return (
-                f"No feature of {n_testable} testable ones rises where RL gained by {MIN_EXCESS:g} sd more than where "
-                f"base was right too, over {count(len(tasks), 'task')}."
+                f"lifted into base, {listed(sets)} carry no more than {percent(self.lifted.best_high, 0)} of what "
+                "copying the whole residual does"
             )
+        carried = _carried(each, self.spec)
         return (
-            f"{confirmed[0].upper()}{confirmed[1:]}, {where}, but the difference is spread out: no {most} features "
-            f"carry more than {percent(carried['best_high'], 0)} of it."
+            f"the difference is spread out: no {int(carried['most_features'])} features carry more than "
+            f"{percent(carried['best_high'], 0)} of it ({self._why_of_the_rise})"
         )
-    if len(set(each)) > 1:
-        words = ", ".join(one.value.replace("_", " ").lower() for one in each)
-        return f"Undetermined, because the dictionaries disagree ({words}): {confirmed}."
-    if len(tasks) < MIN_TASKS:
-        n_tasks = count(len(tasks), "task")
-        return f"Undetermined: {confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)."
-    if min(counts) == 0:
-        n_rising = details["n_rising_by_dictionary"]
+
+    @property
+    def _why_of_the_rise(self) -> str:
+        if "mediated_share" in self.results:
+            return "copying RL's whole residual into base has no shown effect to have a share in"
+        return "no trial has measured what share of RL's effect they carry"
+
+
+def _answer(verdict: Verdict, judged: list[_Judged], share: _Share) -> str:
+    """What the dictionaries that give the verdict say, those with the same reason together; if too few agree, all."""
+    agreeing = [one for one in judged if one.verdict is verdict]
+    head, shown = "Undetermined: " if verdict is Verdict.UNDETERMINED else "", agreeing
+    if len(agreeing) < dictionaries_needed(len(judged)):
+        words = ", ".join(one.verdict.value.replace("_", " ").lower() for one in judged)
+        head, shown = f"Undetermined, because the dictionaries disagree ({words}): ", judged
+    parts = []
+    for reason in dict.fromkeys(one.reason for one in shown):
+        group = [one for one in shown if one.reason is reason]
+        where = f"in {f'each of {len(judged)}' if len(group) == len(judged) else f'{len(group)} of {len(judged)}'} "
+        parts.append(f"{where + 'dictionaries ' if len(judged) > 1 else ''}{_reason_words(reason, group, share)}")
+    answer = f"{head}{'; '.join(parts)}."
+    return answer[0].upper() + answer[1:]
+
+
+def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) -> str:
+    """What dictionaries with one reason say, without a full stop."""
+    n_confirmed = [one.details["n_confirmed"] for one in group]
+    n_testable = _span([one.details["n_testable"] for one in group])
+    n_tasks = count(len(group[0].details["estimable_tasks"]), "task")
+    one_feature = max(n_confirmed) == min(n_confirmed) == 1
+    confirmed = (
+        f"{_span(n_confirmed)} feature{'s' * (not one_feature)} of {n_testable} testable ones "
+        f"{'is' if one_feature else 'are'} confirmed to rise where RL gained by more than where base was right too"
+    )
+    tested = f"{confirmed}, on prompts not used to select them, over {n_tasks}"
+    each = [one.data for one in group]
+    if reason is SelectionReason.NO_TASK:
+        return "no task could be tested"
+    if reason is SelectionReason.FEW_TASKS:
+        return f"{confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)"
+    if reason is SelectionReason.NO_RISE:
+        return (
+            f"no feature of {n_testable} testable ones rises where RL gained by {MIN_EXCESS:g} sd more than where base "
+            f"was right too, over {n_tasks}"
+        )
+    if reason is SelectionReason.NONE_CONFIRMED:
+        n_rising = [one.details["n_rising"] for one in group]
         rising = f"; {_span(n_rising)} rise where RL gained, not shown to do so by more than elsewhere"
         return (
-            f"Undetermined: {confirmed}, {where}{rising if min(n_rising) else ''}. That none is does not show that "
-            "none rises more where RL gained than where base was right too."
+            f"{tested}{rising if max(n_rising) else ''}, which does not show that none rises more where RL gained than "
+            "where base was right too"
         )
-    if not math.isfinite(carried["share"]):
-        return f"Undetermined: {confirmed}, {where}, but what share of the rise they carry cannot be estimated."
-    if carried["low"] >= CARRIED:
-        return (
-            f"Undetermined: {confirmed}, {where}, but RL lost too few prompts to tell features that it changed from "
-            "features that merely accompany right answers, in base and RL alike: in RL they are not shown to be higher "
-            "where it gained than where base was right too."
-        )
-    return (
-        f"Undetermined: {confirmed}, {where}, but the leading candidates, {most} at most, carry {share} of that "
-        f"difference, which neither shows nor excludes that a compact set carries {percent(CARRIED, 0)}."
-    )
+    if reason is SelectionReason.SPREAD_OUT:
+        return f"{tested}, but {share.at_most(each)}"
+    if reason is SelectionReason.SHARE_UNKNOWN:
+        return f"{tested}, but what share of the rise they carry cannot be estimated"
+    return f"{tested}; {share.of_set(each)}{_OPEN_QUESTIONS.get(reason, '')}"
+
+
+_OPEN_QUESTIONS: Final = {
+    SelectionReason.TOO_MANY: ", but these are too many for a compact set",
+    SelectionReason.SHARE_OPEN: f", which neither shows nor excludes that a compact set carries {percent(CARRIED, 0)}",
+    SelectionReason.LIKE_RANDOM: ", so that it is not shown to be more than any features would do",
+    SelectionReason.ACCOMPANYING: (
+        ", but RL lost too few prompts to tell features that it changed from features that merely accompany right "
+        "answers, in base and RL alike: in RL they are not shown to be higher where it gained than where base was "
+        "right too"
+    ),
+}
+"""What is missing although the share is known."""
 
 
 def _token_details(results: Results) -> dict[str, list[int]]:
-    """Features of the edited set of every dictionary, and how many of them respond to tokens alone."""
+    """Features of the edited set of every dictionary, and how many respond to tokens, or to tokens at their place."""
     each = by_dictionary(results, "tokens")
     return {
         "n_token_tested_by_dictionary": [int(data.sizes["feature"]) for data in each],
         "n_token_detectors_by_dictionary": [int(data["detector"].values.sum()) for data in each],
+        "n_by_token_only_by_dictionary": [int(by_token_only(data).sum()) for data in each],
         "n_fire_alone_by_dictionary": [int(data["fires_alone"].values.sum()) for data in each],
     }
 
@@ -257,7 +359,7 @@ def _token_sentence(details: dict[str, Any]) -> str:
         return ""
     counts = listed(f"{detectors} of {features}" for detectors, features in zip(n, of, strict=True))
     return (
-        f" The set that is edited is mostly token detectors ({counts} features): tokens and "
+        f" The set that is edited is mostly token and token-and-position detectors ({counts} features): tokens and "
         "their place explain most of what they do."
     )
 
@@ -266,14 +368,16 @@ def _token_caveat(details: dict[str, Any]) -> tuple[str, ...]:
     of = details["n_token_tested_by_dictionary"]
     if not sum(of):
         return ()
-    alone, n = (
-        listed(str(value) for value in details[name])
-        for name in ("n_fire_alone_by_dictionary", "n_token_detectors_by_dictionary")
+    either, only = details["n_token_detectors_by_dictionary"], details["n_by_token_only_by_dictionary"]
+    both = [n - of_token for n, of_token in zip(either, only, strict=True)]
+    tested, by_token, by_both, alone = (
+        listed(map(str, counts)) for counts in (of, only, both, details["n_fire_alone_by_dictionary"])
     )
     return (
-        f"Of the {listed(map(str, of))} edited features {n} are token detectors: {alone} fire in most unrelated texts "
-        "once their leading tokens are put there and not with others of like frequency; of the rest token and position "
-        "explain half of the activation or more.",
+        f"Of the {tested} edited features {by_token} are token detectors ({alone} fire in most unrelated texts once "
+        "their leading tokens are put there and not with others of like frequency; of the others the token alone "
+        f"explains half of the activation or more) and {by_both} token-and-position detectors (of which token and "
+        "place together explain as much, the token alone does not).",
     )
 
 

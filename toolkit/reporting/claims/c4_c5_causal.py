@@ -24,6 +24,7 @@ from rlgen_stats.toolkit.reporting.result_lookup import (
     text,
 )
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
+from rlgen_stats.toolkit.statistics.causal.mediated_share import NEAREST, RESCALED, SET, of_patch
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, causal_verdict, smallest_rank_p, within_minimum
 
 _UNIT: Final = "percentage points of accuracy"
@@ -117,28 +118,26 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
     )
 
 
-_SHARES: Final = ("share", "share_low", "share_high")
-
-
 def carried_by_set(results: Results, direction: str) -> dict[str, Any]:
     """Effects (points) of copying the set and the whole residual from the other model, and what share the set carries.
 
-    ``share_of_patch`` is the share with its interval, ``share_by_set`` that of all points of the curve; nothing where
-    they have not been measured.
+    ``share_of_patch`` is the share with its interval, ``share_above_random`` that beyond comparable random sets
+    (``random_sets``), ``share_by_set`` the share of all points of the curve; nothing where they were not measured.
     """
     data = results.get("mediated_share")
-    if data is None or "set" not in labels_of(data, "point"):
+    if data is None or SET not in labels_of(data, "point"):
         return {}
     one = data.sel(direction=direction)
-    of_set = one.sel(point="set")
+    of_set = of_patch(data, direction)
     patch = [hundred(float(one[name])) for name in ("patch_effect", "patch_low", "patch_high")]
     return {
         "patch_effect": patch,
-        "copied_effect": hundred(float(of_set["effect"])),
-        "share_of_patch": [float(of_set[name]) for name in _SHARES],
-        "share_above_random": [float(of_set[name]) for name in ("above_random", "above_low", "above_high")],
+        "copied_effect": hundred(float(one["effect"].sel(point=SET))),
+        "share_of_patch": [of_set.share, of_set.low, of_set.high],
+        "share_above_random": [of_set.above, of_set.above_low, of_set.above_high],
+        "random_sets": of_set.random_sets,
         "share_by_set": dict(zip(labels_of(one, "point"), map(float, one["share"].values), strict=True)),
-        "edit_over_difference": [float(ratio) for ratio in of_set["norm_ratio"].values],
+        "edit_over_difference": [float(ratio) for ratio in one["norm_ratio"].sel(point=SET).values],
     }
 
 
@@ -150,12 +149,31 @@ def share_words(details: dict[str, Any]) -> str:
     return f"{percent(share, 0)} [{percent(low, 0)}, {percent(high, 0)}] of what copying the whole residual does"
 
 
-def _beyond_random(details: dict[str, Any]) -> str:
-    """The share less that of random sets, in words; empty where there were none."""
+_RANDOM_SETS: Final = {
+    NEAREST: "random sets whose edits are as large",
+    RESCALED: "random sets rescaled to edits as large (none is by itself)",
+}
+
+
+def beyond_random(details: dict[str, Any]) -> str:
+    """The share less that of comparable random sets, in words."""
+    if not details["random_sets"]:
+        return " (there is no random set of comparable edits)"
     above, low, high = (hundred(value) for value in details["share_above_random"])
-    if not math.isfinite(above):
-        return ""
-    return f", {fixed(above, 0, sign=True)} points {interval(low, high, 0, sign=True)} beyond random sets"
+    beyond = f"{fixed(above, 0, sign=True)} points {interval(low, high, 0, sign=True)}"
+    return f", {beyond} beyond {_RANDOM_SETS[details['random_sets']]}"
+
+
+def _no_share_caveat(details: dict[str, Any]) -> list[str]:
+    """Why no share is named although sets were copied."""
+    if "patch_effect" not in details or share_words(details):
+        return []
+    effect, low, high = details["patch_effect"]
+    return [
+        f"Copying the whole residual changes accuracy by {fixed(effect, sign=True)} points "
+        f"{interval(low, high, sign=True)}, which is no shown effect in the claim's direction, so that the set carries "
+        "no share of it."
+    ]
 
 
 def _reasons(data: xr.Dataset, direction: str) -> list[str]:
@@ -259,7 +277,7 @@ def _answer(verdict: Verdict, details: dict[str, Any], effect: float, direction:
         return sentence
     copied, patch = (fixed(one, sign=True) for one in (details["copied_effect"], details["patch_effect"][0]))
     return f"{_COPIED[direction]}, the set changes accuracy by {copied} points, {carried} ({patch})" + (
-        f"{_beyond_random(details)}. {sentence}"
+        f"{beyond_random(details)}. {sentence}"
     )
 
 
@@ -295,6 +313,7 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
         "The paper's figure is on prompts chosen by their outcome, where resampling alone moves base from 0 to 36% and "
         "RL from 100 to 65%; ours is on trial prompts not chosen by outcome, so their sizes cannot be compared."
     ]
+    caveats += _no_share_caveat(details)
     in_domain = _in_domain(results) & set(details["measured_on"])
     if direction == "disable" and in_domain:
         caveats.append(f"The effect is not over out-of-domain tasks only; it includes {listed(sorted(in_domain))}.")

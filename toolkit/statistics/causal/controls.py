@@ -71,6 +71,12 @@ class MatchedControls:
     flags: tuple[str, ...]
     comparable: bool
 
+    @property
+    def comparable_rescaled(self) -> bool:
+        """Whether they are comparable once their edits are given the norm of the set's."""
+        others = self.balance["standardized_difference"].values[1:]
+        return comparable(np.append(0.0, others))
+
 
 EditNorms = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """[set, member] feature ids -> [set] norms of their edits."""

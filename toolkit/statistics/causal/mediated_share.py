@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from rlgen_stats.toolkit.statistics.causal.controls import CALIPER, norm_difference
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes, Floats
 from rlgen_stats.toolkit.statistics.kernels import pooled_mean
 
@@ -24,6 +25,10 @@ SET: Final = "set"
 """Label of the point of the selected set."""
 ALL: Final = "all"
 """Label of the point of all features."""
+NEAREST: Final = "nearest"
+"""Random sets of a point: those nearest in the norm of their edits, which come near enough to be comparable."""
+RESCALED: Final = "rescaled"
+"""The same, none of which comes near enough, so that their edits were given the norm of the point's."""
 SETTLED: Final = 1e-4
 """Change of a ratio's interval at which its ends count as found."""
 MOST_STEPS: Final = 200
@@ -44,6 +49,8 @@ class CurvePoint:
         Names of its arm, and of those of its matched random sets.
     norm_ratio, random_norm_ratios
         Mean norm of each one's edit over that of the true difference between the models.
+    rescaled
+        Whether the random sets' edits were given the norm of the set's.
     """
 
     label: str
@@ -52,6 +59,7 @@ class CurvePoint:
     random: tuple[str, ...]
     norm_ratio: float
     random_norm_ratios: tuple[float, ...]
+    rescaled: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +159,7 @@ def _empty(numbers: Sequence[int], labels: Sequence[str], n_random: int) -> xr.D
         | {name: unknown(by_point, shape) for name in _POOLED}
         | {name: unknown(by_dictionary, each) for name in ("dictionary_share", "norm_ratio")}
         | {name: unknown((*by_dictionary, "random"), (*each, n_random)) for name in ("random_share", "random_norm")}
+        | {"random_sets": (by_dictionary, np.full(each, "", dtype="<U8"))}
         | {"n_features": (by_dictionary[1:], np.zeros(each[1:], dtype=np.int64))},
         coords={"direction": list(DIRECTIONS), "dictionary": list(numbers), "point": list(labels)},
     )
@@ -188,6 +197,7 @@ def _fill(dataset: xr.Dataset, curves: Sequence[Curve], labels: Sequence[str], a
             dataset["n_features"].values[d, i] = point.n_features
             chance = random[d][i]
             if chance is not None:
+                dataset["random_sets"].values[d, i] = RESCALED if point.rescaled else NEAREST
                 dataset["random_share"].values[d, i, : len(chance)] = ratio.of(chance.mean(axis=1))
                 dataset["random_norm"].values[d, i, : len(chance)] = point.random_norm_ratios
 
@@ -255,9 +265,78 @@ class RatioToPatch:
         return reach
 
 
-def share_of_set(dataset: xr.Dataset | None, direction: Direction) -> tuple[float, float, float]:
-    """Share of the patch's effect that the selected set carries, low and high; NaN where it is not known."""
+@dataclass(frozen=True, kw_only=True)
+class OfPatch:
+    """What one set of features carries of the full patch's effect; shares are NaN where they are not known."""
+
+    share: float
+    """Over all dictionaries."""
+    low: float
+    high: float
+    above: float
+    """The same, less the mean of the random sets that are comparable; NaN where there are none."""
+    above_low: float
+    above_high: float
+    random_sets: str
+    """``nearest``, ``rescaled`` (in some dictionary), or empty: no random set is comparable."""
+
+
+def of_patch(dataset: xr.Dataset, direction: Direction, point: str = SET) -> OfPatch:
+    """One point of the curve, with the comparison with random sets only where these are comparable.
+
+    Results of earlier releases hold no ``random_sets``, and random sets whose edits may be much smaller than the set's;
+    there the stored norms tell whether they are comparable.
+    """
+    one = dataset.sel(direction=direction, point=point)
+    if "random_sets" in one:
+        kinds = {str(kind) for kind in np.ravel(one["random_sets"].values)}
+    else:
+        larger = norm_difference(one["norm_ratio"].values, one["random_norm"].mean("random").values)
+        kinds = {NEAREST if (larger <= CALIPER).all() else ""}
+    control = "" if "" in kinds else RESCALED if RESCALED in kinds else NEAREST
+    above = [float(one[name]) if control else np.nan for name in ("above_random", "above_low", "above_high")]
+    return OfPatch(
+        share=float(one["share"]),
+        low=float(one["share_low"]),
+        high=float(one["share_high"]),
+        above=above[0],
+        above_low=above[1],
+        above_high=above[2],
+        random_sets=control if np.isfinite(above[0]) else "",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactShare:
+    """What compact sets carry of the full patch's effect in base when the RL model's features are copied there."""
+
+    of_set: OfPatch
+    """The selected set."""
+    is_compact: bool
+    """Whether it is as small as ``most`` in every dictionary."""
+    best_high: float
+    """Largest upper end over ``points``; NaN where the curve has no point of ``most`` features or more."""
+    points: tuple[str, ...]
+    """Labels of the points up to the first that has ``most`` features or more."""
+
+
+def compact_share(dataset: xr.Dataset | None, most: float) -> CompactShare | None:
+    """What the curve says about sets of at most ``most`` features; None where the set's share is not known.
+
+    What no point up to the first of ``most`` features or more carries no compact set is taken to carry: the features
+    with the largest drift are those whose copies change most.
+    """
     if dataset is None or SET not in dataset["point"].values:
-        return (np.nan, np.nan, np.nan)
-    point = dataset.sel(direction=direction, point=SET)
-    return float(point["share"]), float(point["share_low"]), float(point["share_high"])
+        return None
+    of_set = of_patch(dataset, "amplify")
+    if not np.isfinite(of_set.share):
+        return None
+    fewest, largest = (dataset["n_features"].reduce(f, "dictionary") for f in (np.min, np.max))
+    reach = fewest.where(fewest >= most).min()
+    points = tuple(map(str, dataset["point"].values[(largest <= reach).values]))
+    return CompactShare(
+        of_set=of_set,
+        is_compact=bool(largest.sel(point=SET) <= most),
+        best_high=max((of_patch(dataset, "amplify", point).high for point in points), default=np.nan),
+        points=points,
+    )

@@ -36,8 +36,8 @@ CONTINUITY: Final = 0.5
 MIN_COUNT: Final = 5
 """Fewest occurrences of a token for its mean activation to count."""
 DETECTS: Final = 0.5
-"""A token detector's share: of its activation that token and position explain, or of unrelated texts in which it fires
-on its tokens and not on others."""
+"""A detector's share: of its activation that token and position explain, or of unrelated texts in which it fires on its
+tokens and not on others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +152,15 @@ def token_detectors(
             "n_texts": 0 if injections is None else len(injections.unit),
         },
     )
+
+
+def by_token_only(detectors: xr.Dataset) -> NDArray[np.bool_]:
+    """[feature] detectors that need no position: they fire on injected tokens, or the token alone explains enough.
+
+    The others of layout ``tokens`` that are detectors are token-and-position detectors.
+    """
+    of_token = detectors["explained_low"].sel(explained_by="token").values >= DETECTS
+    return np.asarray(detectors["detector"].values & (detectors["fires_alone"].values | of_token), dtype=np.bool_)
 
 
 def explained_share(tokens: TokenActivations, *, alpha: float, seed: int) -> dict[str, FloatArray]:
