@@ -47,6 +47,11 @@ def floor_name(model: str) -> str | None:
     return {REPEAT_MODEL: "base read again", HALVES_MODEL: "disjoint halves of the prompts"}.get(model)
 
 
+def floor_run_name(model: str) -> str:
+    """What a crosscoder of base with a checkpoint of a floor run is the floor of, in words."""
+    return f"the floor run {model}"
+
+
 def is_reserved(run: str) -> bool:
     """Whether a run of this name could be mistaken for one of these views."""
     return run.endswith(_NOISE) or any(split_model_id(model)[0] == run for model in BASE_VIEWS.values())

@@ -47,15 +47,21 @@ class DataSpec(Spec):
     grades where tasks are listed."""
 
 
+FLOOR_ARM: Final = "floor"
+"""Arm of runs that nothing is claimed of: how specific features of base look once it has moved without being taught."""
+
+
 class RunSpec(Spec):
     """One post-training run from the base."""
 
     name: str
     """Name of the run; its checkpoints are ``name@step``."""
     arm: str
-    """Kind of post-training this run is a replicate of, e.g. sft or rl."""
-    method: Literal["sft", "grpo", "checkpoints"] = "checkpoints"
-    """Train here with TRL (sft, grpo) or use checkpoints made elsewhere."""
+    """Kind of post-training this run is a replicate of, e.g. sft or rl. Runs of arm floor are not contrasted: their
+    crosscoders with base are null floors of claim C1."""
+    method: Literal["sft", "grpo", "pretrain", "checkpoints"] = "checkpoints"
+    """Train here with TRL (sft, grpo; pretrain: language-model loss on the texts of data.train alone, without answer or
+    completion) or use checkpoints made elsewhere."""
     seed: int = 0
     """Replicate number; combined with the study's seed."""
     n_checkpoints: PositiveInt = 5
@@ -67,6 +73,11 @@ class RunSpec(Spec):
     """step -> folder, for method 'checkpoints'."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Arguments of TRL's SFTConfig or GRPOConfig, by their own names."""
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether it is a null floor and no run that is compared."""
+        return self.arm == FLOOR_ARM
 
     @model_validator(mode="after")
     def _check(self) -> RunSpec:
@@ -409,7 +420,7 @@ class StudySpec(Spec):
         repeated = sorted(name for name, n in names.items() if n > 1)
         if repeated:
             raise ValueError(f"run names must be unique, got {repeated} more than once.")
-        if len({run.arm for run in self.runs}) < 2:
+        if len({run.arm for run in self.runs} - {FLOOR_ARM}) < 2:
             raise ValueError("a study compares two arms (for example sft and rl); give runs of at least two.")
         self._check_contrasts(names)
         self._join_roles()
@@ -449,10 +460,13 @@ class StudySpec(Spec):
                 "'contrasts' takes two or more different pairs of runs (a single one is 'contrast'), got "
                 f"{[list(pair) for pair in self.contrasts]}."
             )
+        floors = {run.name for run in self.runs if run.is_floor}
         for pair in (self.contrast,) if self.contrast else self.contrasts:
             for name in pair:
                 if name not in names:
                     raise ValueError(f"contrast names run {name!r}, but the runs are {sorted(names)}.")
+                if name in floors:
+                    raise ValueError(f"contrast names run {name!r} of arm {FLOOR_ARM!r}, which is not compared.")
             if pair[0] == pair[1]:
                 raise ValueError(f"a contrast compares two runs, got {pair[0]!r} with itself.")
 
@@ -525,7 +539,7 @@ class StudySpec(Spec):
         pair = self.contrasts[0] if self.contrasts else self.contrast
         if pair is not None:
             return by_name[pair[0]], by_name[pair[1]]
-        arms = list(dict.fromkeys(run.arm for run in self.runs))
+        arms = list(dict.fromkeys(run.arm for run in self.runs if not run.is_floor))
         first = [next(run for run in self.runs if run.arm == arm) for arm in arms[:2]]
         return first[0], first[1]
 

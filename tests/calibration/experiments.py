@@ -58,6 +58,7 @@ EXPERIMENTS = (
     Experiment(verdicts_timing.timing_intervals, 40, "Verdicts: C2"),
     Experiment(verdicts_selection.selection_false, 60, "Verdicts: C3"),
     Experiment(verdicts_selection.selection_more_data, 60, "Verdicts: C3"),
+    Experiment(verdicts_mediation.compact_sets, 60, "Verdicts: C3"),
     Experiment(verdicts_causal.trials, 75, "Verdicts: C4 and C5"),
     Experiment(verdicts_causal.borders, 30, "Verdicts: C4 and C5"),
     Experiment(verdicts_causal.changed_answers, 20, "Verdicts: C4 and C5"),

@@ -1,4 +1,4 @@
-"""How often a set that is only a larger edit passes for specific, and how often a mediated share is missed."""
+"""How often a larger edit passes for specific, a mediated share is missed, and a set is wrongly called compact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ from scipy import sparse, stats
 from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.toolkit.statistics.causal.controls import match_controls
 from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm, ModelCodes
-from rlgen_stats.toolkit.statistics.causal.mediated_share import RatioToPatch
+from rlgen_stats.toolkit.statistics.causal.mediated_share import (
+    ALL,
+    PATCH,
+    SET,
+    Curve,
+    CurvePoint,
+    RatioToPatch,
+    compact_share,
+    mediated_share,
+)
+from rlgen_stats.toolkit.statistics.claim_verdicts import SelectionReason, Verdict, selection_verdict
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
 from tests.calibration.rows import Row, rate_row
 
 ALPHA: Final = 0.05
@@ -118,15 +129,80 @@ def mediated_shares(scale: int, seed: int) -> list[Row]:
     return rows
 
 
+def compact_sets(scale: int, seed: int) -> list[Row]:
+    """C3's verdict on confirmed features where the set, the leading 50 and random sets carry known shares."""
+    n_studies, rows = 5 * scale, []
+    for carries, shares, spread, wrong, verdict, naive_name in (
+        ("half", (0.5, 0.5, 0.05), 0.15, True, Verdict.SUPPORTED, "the share without its interval"),
+        ("half", (0.5, 0.5, 0.05), 0.15, True, Verdict.NOT_SUPPORTED, "the share without its interval"),
+        ("nine tenths, as random sets do,", (0.9, 0.9, 0.9), 0.05, True, Verdict.SUPPORTED, "without random sets"),
+        ("nine tenths", (0.9, 0.95, 0.05), 0.05, False, Verdict.SUPPORTED, ""),
+        ("a tenth", (0.1, 0.2, 0.05), 0.05, False, Verdict.NOT_SUPPORTED, ""),
+    ):
+        random = np.random.default_rng([seed, 53])
+        found = [_compactness(random, shares, spread) for _ in range(n_studies)]
+        hits = sum((one is verdict) is wrong for one, _ in found)
+        naive = sum(second is verdict for _, second in found) / n_studies
+        rows.append(
+            rate_row(
+                f"C3 {'' if wrong else 'not '}{verdict.value}, the set carries {carries} of the patch's effect",
+                ALPHA if wrong else 0.2,
+                hits,
+                n_studies,
+                f"{n_studies} studies, 3 dictionaries that differ by {spread:g}, 60 clusters of 5 prompts, ICC .3",
+                naive=naive if naive_name else np.nan,
+                naive_name=naive_name,
+                at_most=True,
+            )
+        )
+    return rows
+
+
+def _compactness(
+    random: np.random.Generator, shares: tuple[float, float, float], spread: float
+) -> tuple[Verdict, Verdict]:
+    """The verdict in one study, and the naive one: by the share alone, or without random sets where they do much."""
+    of_set, leading, of_random = shares
+    arms = (of_set, leading, *[of_random] * 3, 1.0)
+    patch, effects, code = _study(random, arms, 3, spread, n_clusters=60)
+    names = ("set", "top-50", "r-1", "r-2", "r-3", "all")
+    points = (
+        CurvePoint(SET, 8, "set", ("r-1", "r-2", "r-3"), 0.3, (0.3, 0.3, 0.3)),
+        CurvePoint("top-50", 50, "top-50", (), 0.6, ()),
+        CurvePoint(ALL, 512, "all", (), 1.0, ()),
+    )
+    curves = {
+        d: [Curve("amplify", points, dict(zip(names, one, strict=True)) | {PATCH: patch}, code.astype(str))]
+        for d, one in enumerate(effects, start=1)
+    }
+    found = compact_share(mediated_share(curves, alpha=ALPHA), 50)
+    if found is None:  # no shown effect of the patch, and so no share
+        return Verdict.UNDETERMINED, Verdict.UNDETERMINED
+    verdict, reason = selection_verdict(
+        n_estimable=5,
+        n_confirmed=5,
+        carried_low=found.of_set.low,
+        best_high=found.best_high,
+        no_rise_p=1.0,
+        accompanying_p=np.nan,
+        alpha=ALPHA,
+        is_compact=found.is_compact,
+        beyond_random_low=found.of_set.above_low,
+    )
+    if of_random > CARRIED:
+        return verdict, Verdict.SUPPORTED if reason is SelectionReason.LIKE_RANDOM else verdict
+    return verdict, Verdict.SUPPORTED if found.of_set.share >= CARRIED else Verdict.NOT_SUPPORTED
+
+
 def _study(
-    random: np.random.Generator, shares: tuple[float, ...], n_dictionaries: int, spread: float
+    random: np.random.Generator, shares: tuple[float, ...], n_dictionaries: int, spread: float, n_clusters: int = 30
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """Changes that the patch makes [prompt], that features make [dictionary, share, prompt], and clusters [prompt].
 
     A patch changes 35% of the prompts, one in seven for the worse. Features do the same on a share of these, clusters
     of which are alike, and something of their own on 2% of the rest.
     """
-    n_clusters, size, icc = 30, 5, 0.3
+    size, icc = 5, 0.3
     code = np.repeat(np.arange(n_clusters), size)
 
     def latent(*shape: int) -> NDArray[np.float64]:

@@ -117,6 +117,24 @@ def test_sft_learns_the_teacher_and_rl_the_reward(folder: StudyFolder, make_spec
     assert typical(rl, "so ans") < 0.05
 
 
+def test_pretraining_reads_the_prompts_alone_and_teaches_no_ending(folder: StudyFolder, make_spec: Make) -> None:
+    """The questions become likelier; after them the model still answers, where texts with an end token would end it."""
+    conftest.train_table()[["text"]].to_parquet(folder.root / "data" / "train.parquet")
+    run = RunSpec(
+        name="aside", arm="floor", method="pretrain", n_checkpoints=1, trainer=conftest.SFT | {"max_steps": 30}
+    )
+    spec = make_spec()
+    spec = spec.model_copy(update={"runs": (run,)})
+    assert train_run(spec, run, folder) == (30,)
+    base, moved = (load_model(ref) for ref in list_models(spec, folder) if ref.run in ("base", "aside"))
+    ids = torch.tensor(conftest.tokenizer()(list(conftest.QUESTIONS))["input_ids"])
+    with torch.no_grad():
+        before, after = (model(input_ids=ids).logits.log_softmax(-1) for model in (base, moved))
+    likelihood = [x[:, :-1].gather(-1, ids[:, 1:, None]).sum().item() for x in (before, after)]
+    assert likelihood[1] > likelihood[0] + 1
+    assert (after[:, -1, 1].exp() < 0.1).all(), "the end token"
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_same_seed_same_weights_other_seed_other_weights(index: int, make_spec: Make, tmp_path: Path) -> None:
     results = []

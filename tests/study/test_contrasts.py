@@ -9,6 +9,8 @@ import yaml
 
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.toolkit.study import further_contrasts, open_for_run, parse_spec, run_study
+from rlgen_stats.toolkit.study.spec_checks import check_stages
+from rlgen_stats.toolkit.study.stage_graph import stage_named
 from tests.study.conftest import spec_dict
 from tests.study.fake_stages import CALLS, recorded  # noqa: F401 - a fixture
 
@@ -80,6 +82,21 @@ def test_one_contrast_can_be_read_but_is_run_with_its_study(study_folder: Path) 
         InputError, match=r"does not ask the contrast 'rl\+dpo'; its further contrasts are dpo\+rl, sft\+dpo"
     ):
         open_for_run(study_folder / "contrasts" / "rl+dpo")
+
+
+FLOOR = {"name": "aside", "arm": "floor", "method": "pretrain", "n_checkpoints": 1}
+
+
+def test_a_floor_run_is_not_compared() -> None:
+    runs = spec_dict()["runs"]
+    spec = parse_spec(spec_dict(runs=[FLOOR, *runs], contrast=None))
+    assert [run.name for run in spec.contrasted] == ["sft", "rl"], "by default, too"
+    assert [run.is_floor for run in spec.runs] == [True, False, False]
+    with pytest.raises(SpecError, match="contrast names run 'aside' of arm 'floor', which is not compared"):
+        parse_spec(spec_dict(runs=[FLOOR, *runs], contrast=["aside", "rl"]))
+    with pytest.raises(SpecError, match="a study compares two arms"):
+        parse_spec(spec_dict(runs=[FLOOR, runs[0]], contrast=None))
+    check_stages(spec, [stage_named("stabilize")])  # which one checkpoint of a floor run is enough for
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,24 @@ def test_floors_are_base_with_itself_and_noise_of_the_runs_compared() -> None:
         "halves.2": "base.halves@0",
         "noise-rl": "rl.noise@80",
         "noise-dpo": "dpo.noise@80",
+        "aside": "aside@40",
+        "aside.2": "aside@40",
+        "early": "aside@20",
+        "other": "rl@80",
     }
-    table = xr.Dataset(coords={"crosscoder": list(targets), "target": ("crosscoder", np.array(list(targets.values())))})
-    assert floors_of(table, {"sft", "rl"}) == {
+    originals = np.where(np.array(list(targets)) == "other", "aside@40", "base@0")
+    table = xr.Dataset(
+        coords={
+            "crosscoder": list(targets),
+            "target": ("crosscoder", np.array(list(targets.values()))),
+            "original": ("crosscoder", originals),
+        }
+    )
+    known = {
         "base read again": ["null"],
         "disjoint halves of the prompts": ["halves", "halves.2"],
         "noise as large as the shift of rl@80": ["noise-rl"],
     }
+    assert floors_of(table, {"sft", "rl"}) == known
+    of_runs = {"the floor run aside@40": ["aside", "aside.2"], "the floor run aside@20": ["early"]}
+    assert floors_of(table, {"sft", "rl"}, {"aside"}) == known | of_runs

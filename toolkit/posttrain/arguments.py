@@ -15,7 +15,7 @@ from trl import GRPOConfig, SFTConfig
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import RunSpec
 
-CONFIGS: Final[Mapping[str, Any]] = {"sft": SFTConfig, "grpo": GRPOConfig}
+CONFIGS: Final[Mapping[str, Any]] = {"sft": SFTConfig, "grpo": GRPOConfig, "pretrain": SFTConfig}
 PEFT: Final = "peft"
 """Key of ``trainer`` that asks for a LoRA adapter: a mapping of LoraConfig's own names."""
 

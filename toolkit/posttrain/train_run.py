@@ -64,14 +64,16 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     """Train one run from the base with TRL, unless it is finished; an interrupted one resumes at its last checkpoint.
 
     SFT is cross-entropy on the completions of ``data.train`` (the prompt carries no loss); GRPO's only reward is the
-    study's grader. All parameters are trained unless ``trainer`` has a ``peft`` section.
+    study's grader; ``pretrain`` reads the prompts alone, every token of them under the language-model loss and no end
+    token after them, so that nothing is taught about answers. All parameters are trained unless ``trainer`` has a
+    ``peft`` section.
 
     Parameters
     ----------
     spec
         The study.
     run
-        One of its runs, method sft or grpo.
+        One of its runs, method sft, grpo or pretrain.
     folder
         The study's folder; checkpoints go to ``models/<run>/step-N``, the record to ``models/<run>/posttrain.json``.
     progress
@@ -99,7 +101,9 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     ``scale_rewards``.
     """
     if run.method == "checkpoints":
-        raise SpecError(f"run {run.name!r} brings its own checkpoints; only methods sft and grpo are trained here.")
+        raise SpecError(
+            f"run {run.name!r} brings its own checkpoints; only methods sft, grpo and pretrain are trained here."
+        )
     target = folder.run(run.name)
     table = load_training_table(spec, run, folder)
     device = resolve_device(spec.device)
@@ -206,6 +210,9 @@ def _make_trainer(training: _Training, model: Any) -> Any:
         "processing_class": tokenizer,
         "peft_config": adapter_config(training.run),
     }
+    if training.run.method == "pretrain":  # token ids, for to texts TRL would add an end token
+        ids = tokenizer(list(training.table["text"]))["input_ids"]
+        return SFTTrainer(train_dataset=datasets.Dataset.from_dict({"input_ids": ids}), **common)
     if training.run.method == "sft":
         check_boundary(training.table, tokenizer)
         data = datasets.Dataset.from_pandas(columns[["prompt", "completion"]], preserve_index=False)

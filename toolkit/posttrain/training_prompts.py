@@ -12,8 +12,8 @@ from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import read_table, text_cells
 
-NEEDED: Final = {"sft": ("text", "answer", "completion"), "grpo": ("text", "answer")}
-"""Columns each method needs: prompt, expected answer and, to imitate, the teacher's completion."""
+NEEDED: Final = {"sft": ("text", "answer", "completion"), "grpo": ("text", "answer"), "pretrain": ("text",)}
+"""Columns each method needs: prompt or text, expected answer and, to imitate, the teacher's completion."""
 N_PROBED: Final = 64
 """Rows whose tokenization across the prompt's end is checked; a mistake there is in every row or in none."""
 
@@ -33,7 +33,7 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
     Returns
     -------
     DataFrame
-        text, answer and, for SFT, completion; other columns are left out.
+        The columns that its method needs; others are left out.
 
     Raises
     ------

@@ -39,7 +39,7 @@ def _check_scale(spec: StudySpec) -> str:
 
 
 def _check_checkpoints(spec: StudySpec) -> str:
-    for run in spec.runs:
+    for run in (run for run in spec.runs if not run.is_floor):
         trained_here = run.method != "checkpoints"
         n_checkpoints = run.n_checkpoints if trained_here else len(run.checkpoints)
         if n_checkpoints < 2:

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, FEATURE, MODEL, RUN, STEP, TASK, of_dictionary, split_model_id
-from rlgen_stats.schemas.null_views import floor_name, noise_source
+from rlgen_stats.schemas.null_views import floor_name, floor_run_name, noise_source
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import RunSpec, SelectionSpec
 from rlgen_stats.stores import Provenance, open_features, open_outcomes, open_results, write_results
@@ -65,7 +65,8 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
     Checkpoints whose change from base the features do not describe are left out, in every dictionary.
     """
     spec, settings = study.spec, study.spec.statistics
-    provenance, runs, verdicts = study.provenance("stabilize", key), [run.name for run in spec.runs], {}
+    provenance, verdicts = study.provenance("stabilize", key), {}
+    runs = [run.name for run in spec.runs if not run.is_floor]
     left_out, too_few = _left_out(study)
     chains, all_sets = [], []
     for number, features in features_by_dictionary(study):
@@ -151,7 +152,7 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
         {name: table["cluster"].sel(crosscoder=name).values for name in names},
         sft=sft,
         rl=rl,
-        floors=floors_of(table, {*sft, *rl}),
+        floors=floors_of(table, {*sft, *rl}, {run.name for run in spec.runs if run.is_floor}),
         taus=tuple(sorted({settings.tau, 0.9})),
         movement=open_results(folder.results, "movement").load(),
         health=open_results(folder.results, "health").load(),
@@ -237,11 +238,17 @@ def _runs_of_arm(runs: Sequence[RunSpec], contrasted: RunSpec, table: xr.Dataset
     return [name for name in (contrasted.name, *others) if name in paired]
 
 
-def floors_of(table: xr.Dataset, runs: Collection[str]) -> dict[str, list[str]]:
-    """What a crosscoder of base with itself is the floor of -> its dictionaries; noise only as large as these runs."""
+def floors_of(table: xr.Dataset, runs: Collection[str], floor_runs: Collection[str] = ()) -> dict[str, list[str]]:
+    """What a crosscoder of base with itself is the floor of -> its dictionaries; noise only as large as these runs.
+
+    Crosscoders of base with a checkpoint of ``floor_runs`` are floors too.
+    """
     floors: dict[str, list[str]] = {}
-    for name, target in zip(table["crosscoder"].values, map(str, table["target"].values), strict=True):
-        floor, source = floor_name(target), noise_source(target)
+    for name, target, original in zip(*(table[x].values for x in ("crosscoder", "target", "original")), strict=True):
+        model = str(target)
+        floor, source = floor_name(model), noise_source(model)
+        if original == BASE_MODEL and split_model_id(model)[0] in floor_runs:
+            floor = floor_run_name(model)
         if floor is not None and (source is None or split_model_id(source)[0] in runs):
             floors.setdefault(floor, []).append(str(name))
     return floors

@@ -24,7 +24,7 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
                                   # more a run, five or more to see when features stop changing
   - name: sft
     arm: sft                      # replicates of one kind of training share an arm
-    method: checkpoints           # or 'sft' / 'grpo' to train here with TRL from data.train
+    method: checkpoints           # or 'sft' / 'grpo' / 'pretrain' to train here with TRL from data.train
     checkpoints: {{20: models/sft/step-20, 40: models/sft/step-40}}
   - name: rl
     arm: rl

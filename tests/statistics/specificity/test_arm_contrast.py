@@ -336,6 +336,18 @@ def test_a_comparison_that_is_not_made_has_no_floor_and_noise_of_unknown_size_is
         assert known.tail_null.sel(tau=0.7, comparison="matched_kl").item() == pytest.approx(tail(t, floor))
 
 
+@pytest.mark.parametrize(("shift", "holds"), [(0.249, True), (0.251, False), (np.nan, False)])
+def test_a_floor_run_counts_where_it_is_no_farther_from_base_than_the_arms(shift, holds):
+    """The arms are compared at a shift of .2; the final models, one of which is at .4, are farther than the floor."""
+    t = table({"early": 0.05, "late": 0.25, "rl": 0.15, "aside": 0.3}, n=2000, targets=TARGETS | {"aside": "aside@40"})
+    moved = movement(SHIFTS | {"aside@40": shift})
+    out = contrast(t, floors={"the floor run aside@40": ["aside"]}, movement=moved, health=health(t))
+    at_shift = out.tail_null.sel(tau=0.7, comparison="matched_shift").item()
+    np.testing.assert_allclose(at_shift, tail(t, "aside") if holds else np.nan)
+    final_too = np.isfinite(shift)
+    np.testing.assert_allclose(final(out).tail_null.sel(tau=0.7), tail(t, "aside") if final_too else np.nan)
+
+
 def test_only_the_first_of_two_crosscoders_of_one_checkpoint_is_used():
     t = table({"sft": 0.3, "rl": 0.1, "sft-l1": 0.9}, targets={"sft-l1": "sft@10"})
     assert final(contrast(t)).tail_sft.values == pytest.approx(tail(t, "sft"))

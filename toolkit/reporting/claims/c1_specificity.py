@@ -262,8 +262,8 @@ def _caveats(results: Results, spec: StudySpec, effect: float, details: dict[str
 
 
 def _pairwise(spec: StudySpec) -> set[str]:
-    """Dictionaries that C1 rests on: of base and a checkpoint of either run, or base itself unless it has noise."""
-    runs = {run.name for run in spec.contrasted}
+    """Dictionaries that C1 rests on: of base and a run compared or a floor run, or base itself unless it has noise."""
+    runs = {run.name for run in (*spec.contrasted, *(run for run in spec.runs if run.is_floor))}
     return {
         name
         for crosscoder in spec.crosscoders

@@ -247,26 +247,22 @@ def _too_far(
     table: xr.Dataset,
     movement: xr.Dataset | None,
 ) -> dict[str, list[str]]:
-    """Comparison -> floors that say nothing there: of noise larger than either arm's distance from base, or not known.
+    """Comparison -> floors that say nothing there: farther from base than either arm is there, or who knows how far.
 
-    All of them where a comparison could not be made. Where no distance is known at all, the final models are their own
-    noise's size.
+    Noise is as far as its source; what movement does not list is base. All of them where a comparison could not be
+    made. Where no distance is known at all, the final models are their own noise's size.
     """
     targets = dict(zip(map(str, table[CROSSCODER].values), map(str, table["target"].values), strict=True))
-    sources = {floor: noise_source(targets[group[0]]) for floor, group in floors.items()}
     found: dict[str, list[str]] = {}
     for comparison, one in compared.items():
         known = {model: d for of_run in distances_of(movement, comparison).values() for model, d in of_run.items()}
-        if not one.arms:
-            found[comparison] = list(floors)
-            continue
-        farthest = max(arm.distance for arm in one.arms.values())
-        found[comparison] = [
-            floor
-            for floor, model in sources.items()
-            if model is not None
-            and not (known.get(model, math.nan) <= MATCHED_RATIO * farthest or math.isnan(farthest))
-        ]
+        farthest = max((arm.distance for arm in one.arms.values()), default=math.nan) if one.arms else -math.inf
+        found[comparison] = []
+        for floor, group in floors.items():
+            source = noise_source(targets[group[0]])
+            distance = known.get(targets[group[0]], 0.0) if source is None else known.get(source, math.nan)
+            if not (math.isnan(farthest) or distance <= MATCHED_RATIO * farthest):
+                found[comparison].append(floor)
     return found
 
 
