@@ -118,10 +118,10 @@ def _print_pass(result: xr.Dataset) -> None:
 
 
 def _notes(result: xr.Dataset) -> list[str]:
-    """What was left out, and which test was made."""
+    """What was left out, and which tests and intervals these are."""
     attrs = result.attrs
     tests = ", ".join(dict.fromkeys(str(test) for test in result["p_test"].values))
-    notes = [f"p: {tests}; null: {attrs['null']}."]
+    notes = [f"p: {tests}; null: {attrs['null']}.", f"Intervals: {attrs['interval']}."]
     if attrs["n_unpaired_a"] or attrs["n_unpaired_b"]:
         notes.append(
             f"Left out, graded in one only: {attrs['n_unpaired_a']} prompts of A, {attrs['n_unpaired_b']} of B."

@@ -100,7 +100,10 @@ def c2_verdict(contrast: xr.Dataset) -> Verdict:
         )
         for one in (contrast.sel(measure=measure) for measure in MEASURES)
     )
-    return timing_verdict(time, turnover, alpha=ALPHA)[0]
+    counted = contrast.isel(stratum=contrast["weight"].values > 0)
+    ends = [counted[f"stratum_difference{end}"].values for end in ("_low", "_high", "_p", "")]
+    strata = [Difference(low=low, high=high, p_value=p, each=[mean]) for low, high, p, mean in zip(*ends, strict=True)]
+    return timing_verdict(time, turnover, alpha=ALPHA, strata=strata)[0]
 
 
 def old_verdict(sets: xr.Dataset) -> Verdict:

@@ -55,6 +55,13 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "accepts"), [("posttrain", False), ("extract", False), ("encode", True), ("align", True)]
+)
+def test_only_stages_that_refuse_unhealthy_crosscoders_offer_to_accept_them(name: str, accepts: bool) -> None:
+    assert ("failed their health checks" in " ".join(run(name, "--help")[1].split())) is accepts
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["stattus"], "no command is called 'stattus'; did you mean 'status'?"),

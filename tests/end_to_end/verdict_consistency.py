@@ -116,6 +116,9 @@ def _timing(claim: dict[str, Any], tables: list[xr.Dataset]) -> Iterator[str]:
         within = data["stratum_difference"].values
         if not sign * np.nansum(within * data["weight"].values) > 0:
             yield f"the comparison within strata says the opposite: {within.tolist()}"
+        opposite = sign * data["stratum_difference_high" if sign > 0 else "stratum_difference_low"] < -A_TWENTIETH
+        if bool((opposite & (data["stratum_difference_p"] <= data.attrs["alpha"])).any()):
+            yield f"a stratum shows the opposite: {within.tolist()}"
     small = [max(abs(float(one["low"])), abs(float(one["high"]))) for one in (time, turnover)]
     if claim["verdict"] == "NOT_SUPPORTED" and not (small[0] < A_TWENTIETH and small[1] < ONE_IN_FIFTY):
         yield f"differences of {small[0]:g} of training and {small[1]:g} of the set are not excluded"

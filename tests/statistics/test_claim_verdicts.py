@@ -191,6 +191,36 @@ def test_timing_needs_both_differences(time: Difference, turnover: Difference, e
     assert timing_verdict(time, turnover, alpha=0.05)[0] is expected
 
 
+@pytest.mark.parametrize(
+    ("strata", "expected"),
+    [
+        ([LATER, LATER], Verdict.SUPPORTED),
+        ([LATER, WIDE], Verdict.SUPPORTED),  # a stratum need not show it alone
+        ([LATER, SAME_TIME], Verdict.SUPPORTED),
+        ([LATER, EARLIER], Verdict.UNDETERMINED),  # their mean is that of neither
+        ([WIDE, EARLIER], Verdict.UNDETERMINED),
+        ([LATER, difference(-0.12, -0.05, 0.001)], Verdict.SUPPORTED),  # the opposite, but perhaps negligible
+        ([LATER, difference(-0.12, -0.0501, 0.05)], Verdict.UNDETERMINED),
+        ([LATER, difference(-0.12, -0.0501, 0.051)], Verdict.SUPPORTED),
+    ],
+)
+def test_a_stratum_that_shows_the_opposite_leaves_the_time_open(strata: list[Difference], expected: Verdict) -> None:
+    assert timing_verdict(LATER, MORE, alpha=0.05, strata=strata)[:2] == (expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("strata", "expected"),
+    [
+        ([LATER, EARLIER], Verdict.UNDETERMINED),  # it was "do not differ"
+        ([WIDE, LATER, EARLIER], Verdict.UNDETERMINED),
+        ([WIDE, EARLIER], Verdict.NOT_SUPPORTED),
+        ([LATER, LATER], Verdict.NOT_SUPPORTED),
+    ],
+)
+def test_opposite_strata_are_not_no_difference(strata: list[Difference], expected: Verdict) -> None:
+    assert timing_verdict(SAME_TIME, SAME_SET, alpha=0.05, strata=strata)[0] is expected
+
+
 def test_mostly_token_detectors_is_more_than_half_in_as_many_dictionaries_as_must_agree() -> None:
     assert mostly_token_detectors([3], [5])
     assert not mostly_token_detectors([2], [4])

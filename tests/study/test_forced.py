@@ -23,8 +23,10 @@ def stale(study: Study) -> set[str]:
     return {stage.name for stage in study.status() if stage.state == "stale"}
 
 
-def dying_in(monkeypatch: pytest.MonkeyPatch, name: str) -> list[frozenset[str]]:
-    """Stages as before, but one is killed after it wrote its output; a list that gets what was forced at each call."""
+def run_until_killed_in(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[frozenset[str]]:
+    """A run that is killed after a stage wrote its output; what was forced at the call of each stage until then."""
     working, seen = run_module.pkgutil.resolve_name, []
 
     def resolve(function: str) -> Any:
@@ -36,7 +38,10 @@ def dying_in(monkeypatch: pytest.MonkeyPatch, name: str) -> list[frozenset[str]]
 
         return call
 
-    monkeypatch.setattr(run_module.pkgutil, "resolve_name", resolve)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.pkgutil, "resolve_name", resolve)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(folder, **options)
     return seen
 
 
@@ -56,9 +61,7 @@ def test_what_read_a_forced_stage_runs_again_in_a_later_run(
     run_study(study_folder)
     old = open_for_run(study_folder).record("drift")["key"]
     if killed:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            dying_in(patch, "encode")
-            run_study(study_folder, force=["crosscoder"])
+        run_until_killed_in("encode", study_folder, monkeypatch, force=["crosscoder"])
     else:
         run_study(study_folder, stages=["crosscoder"], force=["crosscoder"])
     study = open_for_run(study_folder)
@@ -76,9 +79,7 @@ def test_a_forced_stage_that_was_killed_goes_on_where_it_was(
     study_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_study(study_folder)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        dying_in(patch, "outcomes")
-        run_study(study_folder, force=["outcomes"])
+    run_until_killed_in("outcomes", study_folder, monkeypatch, force=["outcomes"])
     (study_folder / "outcomes.zarr" / "committed").write_text("half")
     assert open_for_run(study_folder).state("outcomes") == "interrupted"
     assert stale(open_for_run(study_folder)) == {stage.name for stage in STAGES} - {"posttrain", "outcomes"}
@@ -97,16 +98,10 @@ def test_a_force_that_was_not_carried_out_is_carried_out_by_the_next_run(
     study_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_study(study_folder)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        dying_in(patch, "extract")
-        run_study(study_folder, force=["extract", "crosscoder"])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        seen = dying_in(patch, "encode")
-        run_study(study_folder)
+    run_until_killed_in("extract", study_folder, monkeypatch, force=["extract", "crosscoder"])
+    seen = run_until_killed_in("encode", study_folder, monkeypatch)
     assert seen == [{"crosscoder"}] * 3  # extract, begun before, goes on; crosscoder starts anew; encode
-    seen = dying_in(monkeypatch, "movement")
-    run_study(study_folder, stages=["encode"])
-    assert seen == [frozenset()]
+    assert run_until_killed_in("encode", study_folder, monkeypatch) == [frozenset()]
 
 
 def test_a_forced_stage_makes_every_contrast_run_again(study_folder: Path) -> None:
@@ -172,7 +167,7 @@ def test_forcing_a_stage_asks_for_what_took_long_after_it(study_folder: Path, an
     if answer:
         run_study(study_folder, force=["crosscoder"], replace=replace)
     else:
-        with pytest.raises(InputError, match="nothing was deleted. Take the change back or leave --force out"):
+        with pytest.raises(InputError, match=r"nothing was deleted\. Take the change back or leave --force out"):
             run_study(study_folder, force=["crosscoder"], replace=replace)
         assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
     assert set(CALLS) == calls

@@ -9,7 +9,6 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from scipy import stats
 
 from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, MODEL, PROMPT, SAMPLE, TASK, split_model_id
 from rlgen_stats.schemas.errors import InputError
@@ -18,14 +17,14 @@ from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_
 from rlgen_stats.toolkit.statistics.core.feature_blocks import in_prompt_order
 from rlgen_stats.toolkit.statistics.core.paired_accuracy import (
     CLUSTER_FLIP,
+    INTERVAL,
     MCNEMAR,
-    cluster_error,
     difference_interval,
     paired_p_value,
     shares_clusters,
 )
 from rlgen_stats.toolkit.statistics.core.units import cluster_codes
-from rlgen_stats.toolkit.statistics.kernels import adjust, mover_weighted_sum, wilson_interval
+from rlgen_stats.toolkit.statistics.kernels import adjust, bounded_interval, mover_weighted_sum, wilson_interval
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 
 ROLES: Final = ("in_domain", "out_of_domain", "held_out", "control", "pooled")
@@ -102,12 +101,11 @@ def behaviour(
 
     Notes
     -----
-    Greedy accuracy: Wilson where prompts are the units, else Student t with the CR1 cluster error and G-1 degrees of
-    freedom (Wilson with G units where that error is 0, which is not the same as certainty). ``p_value``: exact McNemar
-    where prompts are the units, else the sign flip of cluster sums, which it equals for clusters of one; NaN below six
-    clusters. ``difference`` has the CR1 t interval; where every prompt changed alike, the interval that one more
-    discordant unit could not leave. BH over all models but the reference and all tasks (pooled rows: over models and
-    pooled rows). Greedy outcomes are deterministic: intervals are over prompts, not over training runs.
+    Greedy accuracy: Wilson where prompts are the units, else :func:`bounded_interval` (NaN with one cluster).
+    ``p_value``: exact McNemar where prompts are the units, else the sign flip of cluster sums, which it equals for
+    clusters of one; NaN below six clusters. ``difference``: :func:`bounded_interval` over prompts or clusters. BH over
+    all models but the reference and all tasks (pooled rows: over models and pooled rows). Greedy outcomes are
+    deterministic: intervals are over prompts, not over training runs.
 
     References
     ----------
@@ -154,6 +152,7 @@ def behaviour(
         attrs={
             "test": "exact McNemar (sign flip of cluster sums where prompts share a cluster)",
             "null": "reference and model are exchangeable on every prompt",
+            "interval": INTERVAL,
             "unit": clusters if codes is not None else "prompt",
             "family": "model x task (pooled rows apart: model x pooled)",
             "family_size": int(np.isfinite(p[:, ~pooled]).sum()),
@@ -216,12 +215,11 @@ def _accuracy(right: FloatArray, codes: IntArray | None, alpha: float) -> dict[s
     if n == 0:
         return counts | dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high"), float("nan"))
     share = float(right[graded].mean())
-    low, high = wilson_interval(share * n_clusters, n_clusters, alpha=alpha)
-    if n_clusters < n:
-        error = cluster_error(right[graded], groups)
-        if error > 0:
-            half = float(stats.t.ppf(1 - alpha / 2, n_clusters - 1)) * error
-            low, high = max(0.0, share - half), min(1.0, share + half)
+    if n_clusters == n:
+        low, high = wilson_interval(share * n, n, alpha=alpha)
+    else:
+        centred = right[graded, None] - 0.5  # within +-1/2
+        low, high = (0.5 + float(end[0]) for end in bounded_interval(centred, groups, alpha=alpha, limit=0.5)[1:])
     return counts | {"accuracy": share, "accuracy_low": low, "accuracy_high": high}
 
 

@@ -206,7 +206,9 @@ def difference_verdict(difference: Difference, *, alpha: float, negligible: floa
     return Verdict.UNDETERMINED
 
 
-def timing_verdict(time: Difference, turnover: Difference, *, alpha: float) -> tuple[Verdict, Verdict, Verdict]:
+def timing_verdict(
+    time: Difference, turnover: Difference, *, alpha: float, strata: Sequence[Difference] = ()
+) -> tuple[Verdict, Verdict, Verdict]:
     """Verdict on "SFT stabilises early, RL keeps evolving", and what either difference (RL minus SFT) says alone.
 
     Parameters
@@ -217,17 +219,23 @@ def timing_verdict(time: Difference, turnover: Difference, *, alpha: float) -> t
         In mean excess turnover of the top set, as a share of it.
     alpha
         Level of the verdict.
+    strata
+        The differences in time within the strata that ``time`` is averaged over.
 
     Returns
     -------
     verdict, by_time, by_turnover : Verdict
         NOT_ESTIMABLE without a time; else what both say, and UNDETERMINED where they say different things, or nothing.
+        The time says nothing (UNDETERMINED) where a stratum shows the opposite of another one or of the mean: features
+        that changed little and features that changed much disagree, and their mean is that of neither.
 
     Notes
     -----
     An intersection-union test: both must reject, so that either alone bounds the error rate.
     """
-    by_time = difference_verdict(time, alpha=alpha, negligible=NEGLIGIBLE_TIME)
+    by_time, *by_stratum = (difference_verdict(d, alpha=alpha, negligible=NEGLIGIBLE_TIME) for d in (time, *strata))
+    if {Verdict.SUPPORTED, Verdict.CONTRADICTED} <= {by_time, *by_stratum}:
+        by_time = Verdict.UNDETERMINED
     by_turnover = difference_verdict(turnover, alpha=alpha, negligible=NEGLIGIBLE_TURNOVER)
     same = by_time is by_turnover or by_time is Verdict.NOT_ESTIMABLE
     return by_time if same else Verdict.UNDETERMINED, by_time, by_turnover

@@ -12,6 +12,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import CLUSTER, PROMPT, SAMPLE, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.core.paired_accuracy import (
+    INTERVAL,
     MCNEMAR,
     difference_interval,
     paired_p_value,
@@ -111,7 +112,8 @@ def compare_outcomes(
     pairs = _pairs(one, two, names, unpaired)
     groups = _groups(pairs)
     tries = _tries(pairs, k)
-    rows = {str(task): np.asarray(index) for task, index in pairs.groupby(TASK, sort=False).indices.items()}
+    found = pairs.index.get_level_values(TASK)
+    rows = {str(task): np.flatnonzero(found == task) for task in one.index.unique(TASK) if task in found}
     if len(rows) > 1:
         if ALL in rows:
             raise InputError(f"a task is called {ALL!r}, the name of the row of all tasks together; rename it.")
@@ -132,6 +134,7 @@ def compare_outcomes(
         attrs={
             "test": f"{MCNEMAR} or sign flip, see p_test",
             "null": "the models are exchangeable on every prompt" if exchangeable else "mean difference 0",
+            "interval": INTERVAL,
             "unit": clusters if shares_clusters(groups) else PROMPT,
             "family": TASK,
             "family_size": int(np.isfinite(p[:n_family]).sum()),
@@ -188,8 +191,11 @@ def _checked(table: pd.DataFrame, name: str, clusters: str | None) -> pd.DataFra
     for column in (PROMPT, TASK, SAMPLE):
         if column in table and table[column].isna().any():
             raise InputError(f"{name} has {int(table[column].isna().sum())} rows without {column}; fill it in.")
-    table = table[known].assign(**{PROMPT: table[PROMPT].astype(str)})
-    table[TASK] = table[TASK].astype(str) if TASK in table else ALL
+    table = table[known].assign(
+        **{label: _as_text(table[label]) for label in (PROMPT, TASK, CLUSTER) if label in table}
+    )
+    if TASK not in table:
+        table[TASK] = ALL
     scores = pd.to_numeric(table[CORRECT], errors="coerce").astype(float)
     wrong = (scores.isna() & table[CORRECT].notna()) | (scores < 0) | (scores > 1)
     if wrong.any():
@@ -210,11 +216,19 @@ def _checked(table: pd.DataFrame, name: str, clusters: str | None) -> pd.DataFra
     return table
 
 
+def _as_text(labels: pd.Series) -> pd.Series:
+    """Labels as text, whole numbers alike whether a table holds them as 1 or 1.0; missing ones stay missing."""
+    return labels.astype(object).map(
+        lambda label: f"{label:.0f}" if isinstance(label, float) and label.is_integer() else str(label),
+        na_action="ignore",
+    )
+
+
 def _pairs(a: pd.DataFrame, b: pd.DataFrame, names: tuple[str, str], unpaired: Unpaired) -> pd.DataFrame:
-    """One row a prompt that both have: n_a, total_a, n_b, total_b, binary, and the labels."""
+    """One row a prompt that both have, sorted: n_a, total_a, n_b, total_b, binary, and the labels."""
     if unpaired not in ("error", "drop"):
         raise InputError(f"unpaired must be error or drop, got {unpaired!r}.")
-    pairs = a.join(b, how="inner", lsuffix="_a", rsuffix="_b")
+    pairs = a.join(b, how="inner", lsuffix="_a", rsuffix="_b").sort_index()
     only = [len(side) - len(pairs) for side in (a, b)]
     if not len(pairs) or (any(only) and unpaired == "error"):
         alone = [place for side in (a, b) for place in side.index.difference(pairs.index)[:EXAMPLES]]
@@ -248,7 +262,7 @@ def _groups(pairs: pd.DataFrame) -> IntArray:
         return np.arange(len(pairs))
     if pairs[CLUSTER].isna().any():
         raise InputError(f"{int(pairs[CLUSTER].isna().sum())} prompts have no cluster; fill it in or drop the column.")
-    return np.asarray(pd.factorize(pairs[CLUSTER].astype(str))[0], dtype=np.int64)
+    return np.asarray(pd.factorize(pairs[CLUSTER], sort=True)[0], dtype=np.int64)
 
 
 def _tries(pairs: pd.DataFrame, k: Sequence[int] | None) -> list[int]:

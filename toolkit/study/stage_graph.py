@@ -123,7 +123,7 @@ STAGES: Final = (
         ("results.zarr/behaviour",),
         optional=("results.zarr/attribution_contrast",),
         answers="pair",
-        version=3,
+        version=4,
     ),
     Stage(
         "select",
@@ -281,7 +281,7 @@ class Study:
         return [{"forced": self.times_forced[name]}] if name in self.times_forced else []
 
     def force(self, names: Iterable[str]) -> None:
-        """Let stages run anew, and those an earlier run was to force and did not begin; whatever read them is stale.
+        """Let stages run anew, and those that an earlier run was to force and did not begin: what read them is stale.
 
         A stage that never ran keeps its key. Nothing is written: :meth:`write_times_forced` does.
         """

@@ -345,6 +345,18 @@ def test_c2_verdict_follows_from_the_stored_table(results: Results, spec: StudyS
     assert len(seen) == 4
 
 
+def test_c2_is_open_where_strata_show_opposite_differences(results: Results, spec: StudySpec) -> None:
+    data = results["timing_contrast"]
+    assert claim(results, spec, "C2").verdict is Verdict.SUPPORTED
+    shift = xr.DataArray([0.0, 0.0, -0.6], dims="stratum")
+    moved = {f"stratum_difference{end}": data[f"stratum_difference{end}"] + shift for end in ("", "_low", "_high")}
+    results["timing_contrast"] = data.assign(moved)
+    c2 = claim(results, spec, "C2")
+    assert c2.verdict is Verdict.UNDETERMINED
+    assert "36.0], alone open" in c2.answer or "36.0, alone open]" in c2.answer
+    assert any("large −26.0 points" in text for text in c2.caveats)
+
+
 def test_c2_says_what_each_stratum_shows_and_on_how_many_features(results: Results, spec: StudySpec) -> None:
     data = results["timing_contrast"]
     said = next(text for text in claim(results, spec, "C2").caveats if text.startswith("By how far features changed"))

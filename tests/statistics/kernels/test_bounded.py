@@ -83,6 +83,14 @@ def test_few_observed_on_a_side_leave_the_limit_possible(n_lost: int, to_the_lim
     assert (low[0] < -0.05) == to_the_limit
 
 
+@pytest.mark.parametrize("shift", [-0.5, 0.5])
+def test_clusters_beyond_are_counted_from_the_mean(shift: float) -> None:
+    """With five clusters beyond the mean on either side the limits do not matter: a shift of all shifts the bounds."""
+    x = np.concatenate([np.full(30, 0.02), np.full(5, -0.1), np.full(5, 0.1)])[:, None]
+    here, there = (bounded_interval(one, np.arange(40), alpha=0.05) for one in (x, x + shift))
+    np.testing.assert_allclose(np.subtract(there, here), shift)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
 def test_rare_losses_are_covered_where_a_t_interval_misses(share: float) -> None:
     draw, n = np.random.default_rng(0), 60

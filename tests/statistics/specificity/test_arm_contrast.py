@@ -224,6 +224,23 @@ def test_three_runs_an_arm_are_permuted():
     assert out.attrs["unit"] == "run"
 
 
+def test_two_runs_an_arm_are_not_enough_to_permute():
+    t = table({"s1": 0.3, "s2": 0.25, "s3": 0.35, "r1": 0.1, "r2": 0.12})
+    out = contrast(t, sft=["s1", "s2", "s3"], rl=["r1", "r2"], taus=(0.7,))
+    assert out.attrs["scope"] == "these two models differ (3 SFT and 2 RL run(s))"
+    assert out.attrs["unit"].startswith("cluster of features")
+
+
+def test_a_feature_is_specific_above_seven_and_nine_tenths():
+    """Twenty features each just below and just above either threshold, of 400."""
+    t = table({"sft": 0.0, "rl": 0.0})
+    for i, nrn in enumerate((0.695, 0.705, 0.895, 0.905)):
+        t["nrn_l1"][0, 20 * i : 20 * (i + 1)] = nrn
+    one = final(contrast(t))
+    assert one.tail_sft.values == pytest.approx([60 / 400, 20 / 400])
+    assert one.tau.values.tolist() == [0.7, 0.9]
+
+
 # -- at equal distance from base ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("shifts", "comparison", "message"),

@@ -158,7 +158,7 @@ def test_only_checkpoints_at_the_same_share_of_training_are_compared() -> None:
     assert float(whole["stratum_time"].values[1, 0]) < float(fewer["stratum_time"].values[1, 0])
 
 
-@pytest.mark.parametrize(("step", "n_pairs"), [(5.99, 4), (6.01, 3)])
+@pytest.mark.parametrize(("step", "n_pairs"), [(5.99, 4), (6.0, 4), (6.01, 3)])
 def test_same_share_means_within_a_twentieth(step: float, n_pairs: int) -> None:
     def moved(data: xr.Dataset) -> xr.Dataset:
         steps = np.where(data["step"].values == 5, step, data["step"].values.astype(float))

@@ -48,8 +48,9 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
     """C2 from the stored contrast of both runs: mean time to stability, and excess turnover of the top set.
 
     The estimate is RL's minus SFT's mean time to stability within strata of total change; the verdict is
-    :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.timing_verdict` on both differences. A plain overlap is
-    reported only. Checkpoints whose change from base the features do not describe were left out; a caveat names them.
+    :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.timing_verdict` on both differences and those within strata. A
+    plain overlap is reported only. Checkpoints whose change from base the features do not describe were left out; a
+    caveat names them.
     """
     unusable = unusable_readout(results, spec)
     if unusable:
@@ -64,7 +65,8 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             else "the contrast of timing has not been computed"
         )
         return C2.not_estimable(reason, caveats=caveats)
-    verdict, *alone = timing_verdict(*(_difference(data, name) for name in MEASURES), alpha=spec.statistics.alpha)
+    time, turnover = (_difference(data, name) for name in MEASURES)
+    verdict, *alone = timing_verdict(time, turnover, alpha=spec.statistics.alpha, strata=_within_strata(data))
     verdicts = dict(zip(MEASURES, alone, strict=True))
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = (
@@ -102,6 +104,13 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
 def _difference(data: xr.Dataset, measure: str) -> Difference:
     low, high, p_value = (number(data, name, measure=measure) for name in ("low", "high", "p_value"))
     return Difference(low=low, high=high, p_value=p_value, each=_by_dictionary(data, measure))
+
+
+def _within_strata(data: xr.Dataset) -> list[Difference]:
+    """The differences in time that the mean is made of; their dictionaries are not stored one by one."""
+    names = [f"stratum_difference{end}" for end in (*_ENDS, "_p")]
+    each = [[number(data, name, stratum=stratum) for name in names] for stratum in _strata(data)]
+    return [Difference(low=low, high=high, p_value=p, each=[mean]) for mean, low, high, p in each]
 
 
 def _by_dictionary(data: xr.Dataset, measure: str) -> list[float]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from scipy import stats
 
 from rlgen_stats.toolkit.statistics.core.units import cluster_sums
-from rlgen_stats.toolkit.statistics.kernels import cluster_se, mcnemar, sign_flip_test, wilson_interval
+from rlgen_stats.toolkit.statistics.kernels import bounded_interval, mcnemar, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.kernels.unit_tables import MIN_CLUSTERS
 
 MCNEMAR: Final = "exact McNemar"
 CLUSTER_FLIP: Final = "sign flip of clusters"
 PROMPT_FLIP: Final = "sign flip of prompts"
+INTERVAL: Final = "t with CR2 errors, or what clusters that were not seen leave possible, whichever is farther"
+"""What :func:`difference_interval` is, in words."""
 
 
 def shares_clusters(groups: IntArray) -> bool:
@@ -65,7 +66,7 @@ def paired_p_value(differences: FloatArray, groups: IntArray) -> float:
 
 
 def difference_interval(differences: FloatArray, groups: IntArray, alpha: float) -> tuple[float, float]:
-    """Interval of the mean difference over prompts; NaN with one cluster.
+    """Interval of the mean difference over prompts (:func:`bounded_interval`); NaN with one cluster.
 
     Parameters
     ----------
@@ -75,25 +76,6 @@ def difference_interval(differences: FloatArray, groups: IntArray, alpha: float)
         [prompt] cluster.
     alpha
         1 - coverage.
-
-    Notes
-    -----
-    Student t with the CR1 cluster error and G - 1 degrees of freedom. Where every prompt changed alike, the interval
-    that one more discordant cluster could not leave: another value has at most Wilson's upper share of clusters.
     """
-    n, mean = len(np.unique(groups)), float(differences.mean()) if len(differences) else float("nan")
-    error = cluster_error(differences, groups)
-    if not np.isfinite(error):
-        return float("nan"), float("nan")
-    if error > 0:
-        half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * error
-        return max(-1.0, mean - half), min(1.0, mean + half)
-    other = wilson_interval(0.0, n, alpha=alpha)[1]
-    return mean - (mean + 1) * other, mean + (1 - mean) * other
-
-
-def cluster_error(values: FloatArray, groups: IntArray) -> float:
-    """CR1 standard error of the mean over prompts; NaN below two clusters."""
-    if len(np.unique(groups)) < 2:
-        return float("nan")
-    return float(np.asarray(cluster_se(values[:, None], groups, kind="CR1").standard_error).item())
+    _, low, high = bounded_interval(differences[:, None], groups, alpha=alpha)
+    return float(low[0]), float(high[0])
