@@ -17,7 +17,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_mod
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, is_reserved
 from rlgen_stats.schemas.spec import PositiveInt, Spec
-from rlgen_stats.schemas.tasks import GraderSpec, TaskSpec
+from rlgen_stats.schemas.tasks import GRADING_VERSION, GraderSpec, TaskSpec
 
 STUDY_SCHEMA_VERSION: Final = 1
 
@@ -494,6 +494,23 @@ class StudySpec(Spec):
     def grader_of(self, task: str) -> GraderSpec:
         """How a task's completions are graded."""
         return self.task(task).grader or self.grader
+
+    def max_new_tokens_of(self, task: str) -> int:
+        """Length limit of a task's completions."""
+        return self.task(task).max_new_tokens or self.generation.max_new_tokens
+
+    def task_settings(self) -> dict[str, dict[str, Any]]:
+        """What decides prompts, completions and grades of the listed tasks, as far as it is no default."""
+        settings = {
+            name: task.model_dump(mode="json", exclude={"role", "file"}, exclude_defaults=True)
+            for name, task in self.tasks.items()
+        }
+        return {name: given for name, given in settings.items() if given}
+
+    def reward_settings(self) -> list[Any]:
+        """What decides the reward of training here, beside the study's grader."""
+        graders = {name: task.grader.model_dump(mode="json") for name, task in self.tasks.items() if task.grader}
+        return [GRADING_VERSION, graders]
 
     @property
     def _primary_views(self) -> set[str]:

@@ -11,8 +11,8 @@ from rlgen_stats.schemas.spec import PositiveInt, Spec
 
 _GRADERS: Final = "rlgen_stats.toolkit.extraction.graders"
 GRADERS: Final = {
-    "final_answer": "rlgen_stats.toolkit.extraction.grading:FinalAnswerGrader",
-    "math": "rlgen_stats.toolkit.extraction.grading:MathGrader",
+    "final_answer": f"{_GRADERS}.texts:FinalAnswerGrader",
+    "math": f"{_GRADERS}.formulas:MathGrader",
     "choice": f"{_GRADERS}.choices:ChoiceGrader",
     "choice_loglik": f"{_GRADERS}.choices:LoglikGrader",
     "exact": f"{_GRADERS}.texts:ExactGrader",
@@ -20,6 +20,9 @@ GRADERS: Final = {
     "python": f"{_GRADERS}.own_function:FunctionGrader",
 }
 """Grader -> ``module:class``; named, not imported, so that reading a study file needs no torch."""
+
+GRADING_VERSION: Final = 2
+"""Raised when a grader's verdicts change: completions are graded, and models rewarded, anew."""
 
 FIELD: Final = re.compile(r"\{\{(\w+)\}\}|\{([^\W\d]\w*)\}")
 """``{{word}}``, the escape, or ``{column}`` in a prompt template; other braces are text, as LaTeX needs them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Final
@@ -211,15 +211,13 @@ def _task_rows(table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None
     rows = pd.DataFrame({label: cells[label] for label in labels}, dtype=object, index=table.index)
     rows = rows.rename(columns={FILE_ID: PROMPT})
     _check_filled({FILE_ID: cells[FILE_ID]} | {field: cells[field] for field in fields}, rows, path)
-    choices: list[tuple[str, ...]] = [()] * len(table)
-    if choices_column in table:
-        choices = [_choices(cell, choices_column, row, path) for row, cell in table[choices_column].items()]
+    rows[CHOICES] = choice_cells(table, choices_column, path) if choices_column in table else ""
+    choices = rows[CHOICES].map(choices_of)
     _check_numbers(choices, rows, path, task)
     rows[TEXT] = [
         _render(task.template, {field: cells[field][row] for field in fields}, of_row)
         for row, of_row in enumerate(choices)
     ]
-    rows[CHOICES] = [json.dumps(of_row, ensure_ascii=False) if of_row else "" for of_row in choices]
     return rows[[PROMPT, TEXT, ANSWER, TASK, DOMAIN, CHOICES, *optional]]
 
 
@@ -234,25 +232,37 @@ def _with_labels(table: pd.DataFrame, task: TaskSpec, name: str | None) -> pd.Da
     return table if task.domain is None else table.assign(**{DOMAIN: task.domain})
 
 
-def _choices(cell: Any, column: str, row: Any, path: Path) -> tuple[str, ...]:
-    """Choices in a cell: a list, or its JSON; none in an empty cell."""
-    wrong = f"{path}: {column} of row {row + 1} must be a list of texts, or its JSON, none of them empty; got {cell!r}."
+def choice_cells(table: pd.DataFrame, column: str, path: Path) -> list[str]:
+    """A column's lists of choices, or JSON of them, as JSON; empty text where a cell is empty.
+
+    Raises
+    ------
+    InputError
+        If a cell is anything else, or a choice is empty.
+    """
+    cells = zip(table.index + 1, table[column], strict=True)
+    choices = [_choices(cell, column, row, path) for row, cell in cells]
+    return [json.dumps(of_row, ensure_ascii=False) if of_row else "" for of_row in choices]
+
+
+def _choices(cell: Any, column: str, row: int, path: Path) -> tuple[str, ...]:
+    wrong = f"{path}: {column} of row {row} must be a list of texts, or its JSON, none of them empty; got {cell!r}."
     if isinstance(cell, str) and cell.strip():
         try:
             cell = json.loads(cell)
         except ValueError as error:
             raise InputError(wrong) from error
     if not isinstance(cell, list | tuple | np.ndarray):
-        if _text(cell, column, row + 1, path).strip():
+        if _text(cell, column, row, path).strip():
             raise InputError(wrong)
         return ()
-    choices = tuple(_text(choice, column, row + 1, path).strip() for choice in cell)
+    choices = tuple(_text(choice, column, row, path).strip() for choice in cell)
     if not all(choices):
         raise InputError(wrong)
     return choices
 
 
-def _check_numbers(choices: list[tuple[str, ...]], rows: pd.DataFrame, path: Path, task: TaskSpec) -> None:
+def _check_numbers(choices: Iterable[tuple[str, ...]], rows: pd.DataFrame, path: Path, task: TaskSpec) -> None:
     expected = f"expected {task.n_choices}" if task.n_choices else f"expected up to {len(ascii_uppercase)}"
     for of_row, prompt in zip(choices, rows[PROMPT], strict=True):
         if len(of_row) > len(ascii_uppercase) or task.n_choices not in (None, len(of_row)):

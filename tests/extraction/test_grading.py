@@ -5,7 +5,8 @@ import pytest
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.toolkit.extraction import FORMAT_CLASSES, Completion, Grade, make_grader
-from rlgen_stats.toolkit.extraction.grading import final_answer, is_degenerate
+from rlgen_stats.toolkit.extraction.graders.texts import final_answer
+from rlgen_stats.toolkit.extraction.grading import is_degenerate
 from rlgen_stats.toolkit.study.spec_file import parse_spec
 
 
@@ -21,6 +22,8 @@ def complete(text: str, terminated: bool = True) -> Completion:
         ("ans 7 no wait ans 8", True, Grade(False, "answer", True)),
         ("ans 7 or 8", True, Grade(False, "answer", True)),
         ("ans 07", True, Grade(False, "answer", True)),
+        ("so **ans 7**.", True, Grade(True, "answer", True)),
+        ("ans 7 .. 8.", True, Grade(False, "answer", True)),
         ("ans 7", False, Grade(False, "truncated", True)),
         ("ans 8", False, Grade(False, "truncated", True)),
         ("7", True, Grade(False, "no_answer", False)),

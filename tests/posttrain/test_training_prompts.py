@@ -13,7 +13,7 @@ from rlgen_stats.schemas.study import DataSpec, StudySpec
 from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction.grading import make_grader
-from rlgen_stats.toolkit.posttrain import FinalAnswerReward, load_training_table
+from rlgen_stats.toolkit.posttrain import GradedReward, load_training_table
 from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, table_hash
 from tests.posttrain import conftest
 
@@ -102,15 +102,15 @@ def test_completions_that_change_the_prompts_tokens_are_refused() -> None:
     ],
 )
 def test_reward_is_the_grader_and_sees_termination(text: str, ids: tuple[int, ...], expected: float) -> None:
-    reward = FinalAnswerReward(make_grader(GraderSpec()), stops=(1,))
+    reward = GradedReward(make_grader(GraderSpec()), {}, stops=(1,))
     columns: dict[str, Any] = {"prompts": ["q"], "trainer_state": None}
     assert reward(completions=[text], completion_ids=[ids], answer=["3"], **columns) == [expected]
-    lenient = FinalAnswerReward(make_grader(GraderSpec(require_termination=False)), stops=(1,))
+    lenient = GradedReward(make_grader(GraderSpec(require_termination=False)), {}, stops=(1,))
     assert lenient(completions=[text], completion_ids=[ids], answer=["3"]) == [float(text == "ans 3")]
 
 
 def test_rewards_keep_the_order_of_completions() -> None:
-    reward = FinalAnswerReward(make_grader(GraderSpec()), stops=(1,))
+    reward = GradedReward(make_grader(GraderSpec()), {}, stops=(1,))
     ids = [(5, 8, 1)] * 3
     assert reward(completions=["ans 1", "ans 2", "ans 3"], completion_ids=ids, answer=["1", "1", "3"]) == [
         1.0,

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError, ModelError
+from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
 from rlgen_stats.toolkit.progress import SILENT, Progress
@@ -31,9 +32,9 @@ class Completion:
     token_ids: tuple[int, ...]
     """Tokens as generated, the end token included."""
     text: str
-    """Decoded text without special tokens."""
+    """Decoded text without special tokens, cut before a stop string."""
     terminated: bool
-    """Whether the model ended by itself, within the length limit."""
+    """Whether the model ended by itself, by an end token or a stop string, within the length limit."""
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:
@@ -70,7 +71,6 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: fl
 
 @dataclass(frozen=True)
 class _Sampling:
-    max_new_tokens: int
     temperature: float
     greedy: bool
     top_p: float
@@ -78,12 +78,47 @@ class _Sampling:
     pad: int
 
 
+class _StopStrings:
+    """Texts that end completions, looked for in the decoded text, since tokens may begin or end inside them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Decoded text without special tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def found(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether one is in the text by now; decodes its end first, where a character is at most four tokens."""
+        if not stop:
+            return False
+        tail = 4 * max(map(len, stop)) + 4
+        return _first(self.text(ids[-tail:]), stop) is not None and _first(self.text(ids), stop) is not None
+
+    def cut(self, ids: list[int], stop: Sequence[str]) -> tuple[list[int], str, bool]:
+        """Tokens and text before the first stop string, and whether there is one; a token that it begins in is kept."""
+        text = self.text(ids)
+        end = _first(text, stop)
+        if end is None:
+            return ids, text, False
+        kept = len(ids)
+        while kept > 1 and len(self.text(ids[: kept - 1])) >= end and self.text(ids[: kept - 1]).startswith(text[:end]):
+            kept -= 1
+        return ids[:kept], text[:end], True
+
+
+def _first(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of some strings begins."""
+    return min((at for string in stop if (at := text.find(string)) >= 0), default=None)
+
+
 def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
+    stop: Sequence[Sequence[str]] | None = None,
     temperature: float = 1.0,
     greedy: bool = False,
     top_p: float = 1.0,
@@ -101,7 +136,9 @@ def generate(
     prompts
         Texts, one per row; a prompt sampled K times comes K times with K seeds.
     max_new_tokens
-        Length limit.
+        Length limit, one for all rows or one each.
+    stop
+        Stop strings of each row: generation ends once the decoded text has one, and the text is cut before it.
     temperature, top_p
         Of sampling; without effect on greedy completions.
     greedy
@@ -126,50 +163,73 @@ def generate(
     ModelError
         If the model's logits are NaN.
     """
-    _check(prompts, seeds, max_new_tokens, temperature, greedy, top_p, batch_size)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    strings: list[Sequence[str]] = [()] * len(prompts) if stop is None else list(stop)
+    _check(prompts, seeds, limits, strings, temperature, greedy, top_p, batch_size)
     encoded = encode_prompts(tokenizer, prompts)
-    _check_context(model, encoded, max_new_tokens)
-    sampling = _Sampling(max_new_tokens, temperature, greedy, top_p, stop_ids(model, tokenizer), pad_id(tokenizer))
+    _check_context(model, encoded, limits)
+    sampling = _Sampling(temperature, greedy, top_p, stop_ids(model, tokenizer), pad_id(tokenizer))
+    stopping = _StopStrings(tokenizer)
     numbers = np.zeros(len(prompts), np.uint64) if seeds is None else np.array([int(s) for s in seeds], np.uint64)
     written: list[list[int]] = [[] for _ in prompts]
     with progress.task(description, total=len(prompts), unit="completions") as task:
         for rows in by_length([len(ids) for ids in encoded], batch_size):
             try:
-                completed = _write(model, [encoded[r] for r in rows], numbers[rows], sampling)
+                asked = _Rows(
+                    [encoded[r] for r in rows], numbers[rows], [limits[r] for r in rows], [strings[r] for r in rows]
+                )
+                completed = _write(model, asked, sampling, stopping)
             except FloatingPointError as error:
                 raise ModelError(f"{description}: {error}.") from error
             for row, ids in zip(rows, completed, strict=True):
                 written[row] = ids
             task.advance(len(rows))
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True) if written else []
-    ended = [bool(ids) and ids[-1] in sampling.stops for ids in written]
-    return [Completion(tuple(ids), text, end) for ids, text, end in zip(written, texts, ended, strict=True)]
+    completions = []
+    for ids, row_strings in zip(written, strings, strict=True):
+        kept, text, stopped = stopping.cut(ids, row_strings)
+        completions.append(Completion(tuple(kept), text, stopped or (bool(ids) and ids[-1] in sampling.stops)))
+    return completions
+
+
+def asked_of(spec: StudySpec, tasks: Sequence[str]) -> dict[str, Any]:
+    """Arguments of :func:`generate` that rows have by their task: length limits and stop strings."""
+    return {
+        "max_new_tokens": [spec.max_new_tokens_of(task) for task in tasks],
+        "stop": [spec.task(task).stop for task in tasks],
+    }
 
 
 def _check(
     prompts: Sequence[str],
     seeds: Sequence[int] | None,
-    max_new_tokens: int,
+    limits: Sequence[int],
+    strings: Sequence[Sequence[str]],
     temperature: float,
     greedy: bool,
     top_p: float,
     batch_size: int,
 ) -> None:
+    for name, values in (("max_new_tokens", limits), ("stop", strings)):
+        if len(values) != len(prompts):
+            raise InputError(f"one {name} per row is needed: {len(prompts)} prompts, {len(values)} given.")
+    if any(isinstance(row, str) or not all(row) for row in strings):
+        raise InputError("stop strings are one list a row, none of them empty.")
     if not greedy and seeds is None:
         raise InputError("sampling needs one seed per row; pass seeds= or greedy=True.")
     if seeds is not None and len(seeds) != len(prompts):
         raise InputError(f"one seed per row is needed: {len(prompts)} prompts, {len(seeds)} seeds.")
     if seeds is not None and any(not 0 <= int(seed) < 2**64 for seed in seeds):
         raise InputError("seeds must be between 0 and 2**64 - 1.")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(f"max_new_tokens and batch_size must be 1 or more, got {max_new_tokens} and {batch_size}.")
+    if min(limits, default=1) < 1 or batch_size < 1:
+        raise InputError(f"max_new_tokens and batch_size must be 1 or more, got {min(limits)} and {batch_size}.")
     if not greedy and (temperature <= 0 or not 0 < top_p <= 1):
         raise InputError(f"temperature must be positive and top_p in (0, 1], got {temperature} and {top_p}.")
 
 
-def _check_context(model: Any, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_context(model: Any, encoded: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max((len(ids) for ids in encoded), default=0)
+    sizes = zip((len(ids) for ids in encoded), limits, strict=True)
+    longest, max_new_tokens = max(sizes, key=sum, default=(0, 0))
     if limit is not None and longest + max_new_tokens > limit:
         raise InputError(
             f"the longest prompt has {longest} tokens and {max_new_tokens} may follow, but the model's context is "
@@ -184,26 +244,36 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}))
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What each row of a batch asks for."""
+
+    encoded: Sequence[Sequence[int]]
+    seeds: NDArray[np.uint64]
+    limits: Sequence[int]
+    strings: Sequence[Sequence[str]]
+
+
 @torch.inference_mode()
-def _write(
-    model: Any, encoded: Sequence[Sequence[int]], seeds: NDArray[np.uint64], sampling: _Sampling
-) -> list[list[int]]:
+def _write(model: Any, asked: _Rows, sampling: _Sampling, stopping: _StopStrings) -> list[list[int]]:
     """Complete one batch; finished rows are dropped from it where that saves time."""
-    ids, mask, positions = left_pad(encoded, sampling.pad, model.device)
-    rows = np.arange(len(encoded))  # prompt of each row of the shrinking batch
-    live = np.ones(len(encoded), dtype=bool)  # rows that are not finished
-    written: list[list[int]] = [[] for _ in encoded]
+    ids, mask, positions = left_pad(asked.encoded, sampling.pad, model.device)
+    rows = np.arange(len(asked.encoded))  # prompt of each row of the shrinking batch
+    live = np.ones(len(rows), dtype=bool)  # rows that are not finished
+    written: list[list[int]] = [[] for _ in rows]
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = None
-    for step in range(sampling.max_new_tokens):
+    for step in range(max(asked.limits)):
         output = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **extra
         )
-        tokens = _choose(output.logits[:, -1], seeds[rows], step, sampling)
+        tokens = _choose(output.logits[:, -1], asked.seeds[rows], step, sampling)
         for index in np.flatnonzero(live):
-            written[rows[index]].append(int(tokens[index]))
-        live &= ~np.isin(tokens, sampling.stops)
-        if not live.any() or step + 1 == sampling.max_new_tokens:
+            row = rows[index]
+            written[row].append(int(tokens[index]))
+            ended = tokens[index] in sampling.stops or len(written[row]) == asked.limits[row]
+            live[index] = not ended and not stopping.found(written[row], asked.strings[row])
+        if not live.any():
             break
         cache, positions = output.past_key_values, positions[:, -1:] + 1
         if live.mean() < SHRINK_BELOW:

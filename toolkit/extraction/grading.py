@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import importlib
-import re
-import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import ClassVar, Final, Self
 
-from math_verify import parse, verify
+import pandas as pd
 
+from rlgen_stats.schemas.dims import PROMPT, TASK
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.schemas.tasks import GRADERS, GraderSpec
+from rlgen_stats.stores.prompts import ANSWER, CHOICES, choices_of
 from rlgen_stats.toolkit.extraction.generation import Completion
 
 MAX_NGRAM: Final = 8
 """Longest repeated unit looked for, in words; loops of language models are short or a clause."""
 MIN_REPEATS: Final = 4
 """Repetitions that make a loop: three in a row occur in ordinary lists and counts."""
-MATH_TIMEOUT: Final = 5
-"""Seconds for parsing and comparing one formula; a few take minutes to simplify."""
+N_NAMED: Final = 10
+"""Prompt ids that a message about unreadable answers lists."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,49 @@ class Grade:
     """Whether an answer can be read, right or wrong, in a text that ended or was cut off."""
 
 
-class Grader(Protocol):
-    """Turns completions into grades; a new one is a class and a line in ``schemas.tasks.GRADERS``."""
+@dataclass(frozen=True)
+class Grader(ABC):
+    """Turns completions into grades; a new one is a subclass and a line in ``schemas.tasks.GRADERS``."""
+
+    require_termination: bool = True
+    """Whether a completion cut off by the length limit counts as wrong."""
+    needs_generation: ClassVar[bool] = True
+    """Whether it reads completions; False: models score the choices, and nothing is generated."""
 
     @classmethod
-    def from_spec(cls, spec: GraderSpec) -> Grader:
-        """The grader with the study's settings, of which it takes what it knows."""
+    def from_spec(cls, spec: GraderSpec) -> Self:
+        """The grader with a task's settings, of which it takes what it knows."""
+        return cls(spec.require_termination)
 
-    def grade(self, completion: Completion, answer: str) -> Grade:
-        """Grade one completion against the expected answer."""
+    @abstractmethod
+    def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
+        """Whether a completion's text gives the expected answer; None where no answer can be read in it."""
+
+    def usual_form(self, answer: str) -> str | None:
+        """A completion that gives an answer as the task's prompts ask for it; None where that is not known."""
+        return answer
+
+    def grade(self, completion: Completion, answer: str, choices: Sequence[str] = ()) -> Grade:
+        """Grade one completion; cut off ones are wrong where termination is required."""
+        text = completion.text
+        verdict = self.judge(text, answer, choices) if text.strip() else None
+        answered, equal = verdict is not None, verdict is True
+        correct = equal and (completion.terminated or not self.require_termination)
+        if correct:  # first: a right answer may itself repeat words, and so look degenerate
+            ending = "answer"
+        elif not text.strip():
+            ending = "empty"
+        elif is_degenerate(text) and not equal:
+            ending = "degenerate"
+        elif not completion.terminated:  # what can be read in it may be a step on the way
+            ending = "truncated"
+        else:
+            ending = "answer" if answered else "no_answer"
+        return Grade(correct, ending, answered)
 
 
 def make_grader(spec: GraderSpec) -> Grader:
-    """The grader a study asks for, one of ``schemas.tasks.GRADERS``.
+    """The grader a task asks for, one of ``schemas.tasks.GRADERS``.
 
     Examples
     --------
@@ -59,20 +92,42 @@ def make_grader(spec: GraderSpec) -> Grader:
     return grader.from_spec(spec)
 
 
-def normalize(text: str) -> str:
-    """Text with every run of whitespace as one space, none at the ends."""
-    return " ".join(text.split())
+def graders_of(spec: StudySpec, tasks: Iterable[str]) -> dict[str, Grader]:
+    """Task -> its grader."""
+    return {task: make_grader(spec.grader_of(task)) for task in dict.fromkeys(tasks)}
 
 
-def final_answer(text: str, marker: str) -> str | None:
-    """The text after the last ``marker``, whitespace normalised; None without a marker or with nothing after it.
+def grade_all(graders: Mapping[str, Grader], completions: Iterable[Completion], prompts: pd.DataFrame) -> list[Grade]:
+    """Grades of one completion a prompt, each by its task's grader; ``prompts`` as ``load_prompts`` returns them."""
+    rows = zip(completions, prompts[TASK], prompts[ANSWER], prompts[CHOICES].map(choices_of), strict=True)
+    return [graders[task].grade(completion, answer, choices) for completion, task, answer, choices in rows]
 
-    A marker that starts or ends with a letter or digit must stand as a word there: ``ans`` is not found in ``answer``.
+
+def check_answers(graders: Mapping[str, Grader], prompts: pd.DataFrame, *, where: str = "") -> None:
+    """Refuse expected answers that their task's grader does not find right when they are given as they stand.
+
+    Whatever a model wrote to such a prompt would be wrong. ``where`` names the table, where it is not the study's.
+
+    Raises
+    ------
+    InputError
+        With task, grader and the prompts' ids.
     """
-    before = r"(?<!\w)" if re.match(r"\w", marker) else ""
-    after = r"(?!\w)" if re.search(r"\w$", marker) else ""
-    ends = [match.end() for match in re.finditer(before + re.escape(marker) + after, text)]
-    return normalize(text[ends[-1] :]) or None if ends else None
+    for task, of_task in prompts.groupby(TASK, sort=False):
+        grader = graders[str(task)]
+        unread = []
+        for prompt, answer, choices in zip(of_task[PROMPT], of_task[ANSWER], of_task[CHOICES], strict=True):
+            text = grader.usual_form(answer)
+            if text is not None and grader.judge(text, answer, choices_of(choices)) is not True:
+                unread.append(f"{prompt} ({answer!r})")
+        if unread:
+            more = f" and {len(unread) - N_NAMED} more" if len(unread) > N_NAMED else ""
+            what = where or f"task {task!r}"
+            raise InputError(
+                f"{what}: the grader cannot read {len(unread)} of {len(of_task)} expected answer(s): "
+                f"{', '.join(unread[:N_NAMED])}{more}; correct the answers, drop the rows or name another "
+                f"grader under {f'tasks.{task}.grader' if task else 'grader'}."
+            )
 
 
 def is_degenerate(text: str) -> bool:
@@ -87,70 +142,3 @@ def is_degenerate(text: str) -> bool:
         if repeated >= n * MIN_REPEATS and 2 * repeated >= len(words):
             return True
     return False
-
-
-def _grade(completion: Completion, *, answered: bool, equal: bool, require_termination: bool) -> Grade:
-    correct = equal and (completion.terminated or not require_termination)
-    if correct:  # first: a right answer may itself repeat words, and so look degenerate
-        ending = "answer"
-    elif not completion.text.strip():
-        ending = "empty"
-    elif is_degenerate(completion.text) and not equal:
-        ending = "degenerate"
-    elif not completion.terminated:  # what can be read in it may be a step on the way
-        ending = "truncated"
-    else:
-        ending = "answer" if answered else "no_answer"
-    return Grade(correct, ending, answered)
-
-
-@dataclass(frozen=True)
-class FinalAnswerGrader:
-    """Right when the text after the last marker is the answer, letter for letter up to whitespace."""
-
-    marker: str
-    require_termination: bool = True
-
-    @classmethod
-    def from_spec(cls, spec: GraderSpec) -> FinalAnswerGrader:
-        """Uses ``marker`` and ``require_termination``."""
-        return cls(spec.marker, spec.require_termination)
-
-    def grade(self, completion: Completion, answer: str) -> Grade:
-        """Grade one completion; cut off ones are wrong where termination is required."""
-        given = final_answer(completion.text, self.marker)
-        answered, equal = given is not None, given == normalize(answer)
-        return _grade(completion, answered=answered, equal=equal, require_termination=self.require_termination)
-
-
-@dataclass(frozen=True)
-class MathGrader:
-    """Right when math-verify finds the last formula of the text equal to the answer."""
-
-    require_termination: bool = True
-
-    @classmethod
-    def from_spec(cls, spec: GraderSpec) -> MathGrader:
-        """Uses ``require_termination``."""
-        return cls(spec.require_termination)
-
-    def grade(self, completion: Completion, answer: str) -> Grade:
-        """Grade one completion; cut off ones are wrong where termination is required."""
-        timeout = math_timeout()
-        formulas = parse(completion.text, parsing_timeout=timeout)
-        equal = bool(formulas) and bool(verify(list(parse_gold(answer)), formulas, timeout_seconds=timeout))
-        answered = bool(formulas)
-        return _grade(completion, answered=answered, equal=equal, require_termination=self.require_termination)
-
-
-def math_timeout() -> int | None:
-    """Seconds a formula may take; None off the main thread, where math-verify's alarm signal cannot be set."""
-    return MATH_TIMEOUT if threading.current_thread() is threading.main_thread() else None
-
-
-@lru_cache(maxsize=1 << 16)  # an answer is compared with every model's and sample's completion
-def parse_gold(answer: str) -> tuple[Any, ...]:
-    """Parsed forms of an expected answer, read as LaTeX where it is none by itself; empty if unreadable."""
-    timeout = math_timeout()
-    wrapped = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
-    return tuple(parse(wrapped, parsing_timeout=timeout)) or tuple(parse(answer, parsing_timeout=timeout))

@@ -16,9 +16,9 @@ import xarray as xr
 from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, PROMPT_LABELS, SAMPLE, TASK
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import GenerationSpec, StudySpec
+from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
-from rlgen_stats.stores.prompts import ANSWER, TEXT, load_prompts
+from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, list_models, ref_coords
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.extraction.checkpoints import (
@@ -28,8 +28,8 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     load_tokenizer,
     resolve_device,
 )
-from rlgen_stats.toolkit.extraction.generation import Completion, generate
-from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
+from rlgen_stats.toolkit.extraction.generation import Completion, asked_of, generate
+from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, grade_all, graders_of
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 TRUNCATED_WARNING: Final = 0.05
@@ -76,7 +76,7 @@ def sample_outcomes(
     Parameters
     ----------
     spec, folder
-        The study; generation, grader and prompts are taken from it.
+        The study; generation, tasks, graders and prompts are taken from it.
     provenance
         Origin of the store.
     progress
@@ -85,7 +85,8 @@ def sample_outcomes(
     Raises
     ------
     ModelError, InputError
-        If a checkpoint, tokenizer or prompt table cannot be used; checked before any completion is drawn.
+        If a checkpoint, tokenizer, prompt table or expected answer cannot be used; checked before any completion is
+        drawn.
     StoreError
         If the folder holds another study's outcomes.
 
@@ -96,6 +97,8 @@ def sample_outcomes(
     model's parquet is written, atomically, before its outcomes are committed.
     """
     prompts = load_prompts(spec, folder)
+    graders = graders_of(spec, prompts[TASK])
+    check_answers(graders, prompts)
     refs = list_models(spec, folder)
     for ref in refs:
         check_weights(ref)
@@ -103,11 +106,11 @@ def sample_outcomes(
     done = set(committed_models(folder.outcomes))
     if done:  # refuse another study's store before hours of sampling, not after
         check_owner(folder.outcomes, provenance)
-    grader, device = make_grader(spec.grader), resolve_device(spec.device)
+    device = resolve_device(spec.device)
     for ref in refs:
         if ref.model not in done:
-            completions = _complete(ref, prompts, spec.generation, seed=spec.seed, device=device, progress=progress)
-            grades = _grade(grader, completions, prompts)
+            completions = _complete(ref, prompts, spec, device=device, progress=progress)
+            grades = [grade_all(graders, row, prompts) for row in completions]
             _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
             outcomes = _outcomes(ref, completions, grades, prompts)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
@@ -141,39 +144,28 @@ def sample_seeds(seed: int, prompts: Sequence[str], n_samples: int) -> list[int]
 
 
 def _complete(
-    ref: ModelRef,
-    prompts: pd.DataFrame,
-    generation: GenerationSpec,
-    *,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
+    ref: ModelRef, prompts: pd.DataFrame, spec: StudySpec, *, device: torch.device, progress: Progress
 ) -> list[list[Completion]]:
     """Completions [1 + K][prompt]: greedy first, then the samples."""
     model, tokenizer = load_model(ref, device=device), load_tokenizer(ref)
-    texts, n, n_samples = list(prompts[TEXT]), len(prompts), generation.n_samples
-    common: dict[str, Any] = {
-        "max_new_tokens": generation.max_new_tokens,
-        "batch_size": generation.batch_size,
-        "progress": progress,
-    }
-    greedy = generate(model, tokenizer, texts, greedy=True, description=f"{ref.model} greedy", **common)
+    generation, texts, tasks = spec.generation, list(prompts[TEXT]), list(prompts[TASK])
+    n, n_samples = len(prompts), generation.n_samples
+    common: dict[str, Any] = {"batch_size": generation.batch_size, "progress": progress}
+    greedy = generate(
+        model, tokenizer, texts, greedy=True, description=f"{ref.model} greedy", **asked_of(spec, tasks), **common
+    )
     sampled = generate(
         model,
         tokenizer,
         texts * n_samples,
-        seeds=sample_seeds(seed, list(prompts[PROMPT]), n_samples),
+        seeds=sample_seeds(spec.seed, list(prompts[PROMPT]), n_samples),
         temperature=generation.temperature,
         top_p=generation.top_p,
         description=f"{ref.model} sampled",
+        **asked_of(spec, tasks * n_samples),
         **common,
     )
     return [greedy, *(sampled[sample * n : (sample + 1) * n] for sample in range(n_samples))]
-
-
-def _grade(grader: Grader, completions: list[list[Completion]], prompts: pd.DataFrame) -> list[list[Grade]]:
-    answers = list(prompts[ANSWER])
-    return [[grader.grade(c, a) for c, a in zip(row, answers, strict=True)] for row in completions]
 
 
 def _write_completions(

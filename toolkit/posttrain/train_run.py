@@ -20,17 +20,18 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOTrainer, SFTTrainer
 
+from rlgen_stats.schemas.dims import PROMPT, TASK
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import RunSpec, StudySpec
-from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
+from rlgen_stats.stores.prompts import ANSWER, CHOICES
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, base_ref
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import stop_ids
-from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of, make_grader
 from rlgen_stats.toolkit.posttrain.arguments import adapter_config, trainer_arguments
-from rlgen_stats.toolkit.posttrain.rewards import FinalAnswerReward
+from rlgen_stats.toolkit.posttrain.rewards import GradedReward
 from rlgen_stats.toolkit.posttrain.schedule import (
     RESUME_FOLDER,
     RESUME_NOTE,
@@ -50,7 +51,7 @@ class _Training:
     """One run that is to be trained: what decides its weights, and where they go."""
 
     run: RunSpec
-    grader: GraderSpec
+    spec: StudySpec
     base: ModelRef
     table: pd.DataFrame
     arguments: Any
@@ -64,9 +65,9 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     """Train one run from the base with TRL, unless it is finished; an interrupted one resumes at its last checkpoint.
 
     SFT is cross-entropy on the completions of ``data.train`` (the prompt carries no loss); GRPO's only reward is the
-    study's grader; ``pretrain`` reads the prompts alone, every token of them under the language-model loss and no end
-    token after them, so that nothing is taught about answers. All parameters are trained unless ``trainer`` has a
-    ``peft`` section.
+    study's graders, each on its task's rows; ``pretrain`` reads the prompts alone, every token of them under the
+    language-model loss and no end token after them, so that nothing is taught about answers. All parameters are trained
+    unless ``trainer`` has a ``peft`` section.
 
     Parameters
     ----------
@@ -118,13 +119,15 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     base = folder.resolve(spec.base.path)
     training = _Training(
         run=run,
-        grader=spec.grader,
+        spec=spec,
         base=base_ref(base),
         table=table,
         arguments=arguments,
         identity=identity,
         target=target,
     )
+    if run.method == "grpo":
+        _check_answers(spec, table)
     with _quiet(), _preserved_generators():
         schedule, log = _train(training, resume, progress)
     content = {
@@ -148,7 +151,15 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
 def _identity(spec: StudySpec, run: RunSpec, table: pd.DataFrame, seed: int) -> str:
     """Hash of everything that decides the run's weights, the base's bytes aside."""
     parts = [run.model_dump(mode="json"), spec.grader.model_dump(mode="json"), spec.base.path, spec.device, seed]
-    return content_hash([*parts, table_hash(table)])
+    reward = spec.reward_settings() if run.method == "grpo" else []
+    return content_hash([*parts, table_hash(table), *reward])
+
+
+def _check_answers(spec: StudySpec, table: pd.DataFrame) -> None:
+    """Refuse answers that no completion could be rewarded for."""
+    rows = pd.DataFrame({PROMPT: [f"row {row}" for row in range(1, len(table) + 1)], TASK: "", CHOICES: ""})
+    rows = rows.assign(**{name: table[name].to_numpy() for name in (ANSWER, TASK, CHOICES) if name in table})
+    check_answers(graders_of(spec, rows[TASK]), rows, where="data.train")
 
 
 def _prepare_folder(target: Path, identity: str) -> Path | None:
@@ -217,8 +228,11 @@ def _make_trainer(training: _Training, model: Any) -> Any:
         check_boundary(training.table, tokenizer)
         data = datasets.Dataset.from_pandas(columns[["prompt", "completion"]], preserve_index=False)
         return SFTTrainer(train_dataset=data, **common)
-    data = datasets.Dataset.from_pandas(columns[["prompt", "answer"]], preserve_index=False)
-    reward = FinalAnswerReward(make_grader(training.grader), stop_ids(model, tokenizer))
+    asked = [name for name in ("prompt", ANSWER, TASK, CHOICES) if name in columns]
+    data = datasets.Dataset.from_pandas(columns[asked], preserve_index=False)
+    reward = GradedReward(
+        make_grader(training.spec.grader), graders_of(training.spec, training.spec.tasks), stop_ids(model, tokenizer)
+    )
     return GRPOTrainer(reward_funcs=reward, train_dataset=data, **common)
 
 

@@ -6,11 +6,12 @@ from typing import Any, Final
 
 import pandas as pd
 
+from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.prompts import read_table, text_cells
+from rlgen_stats.stores.prompts import CHOICES, choice_cells, read_table, text_cells
 
 NEEDED: Final = {"sft": ("text", "answer", "completion"), "grpo": ("text", "answer"), "pretrain": ("text",)}
 """Columns each method needs: prompt or text, expected answer and, to imitate, the teacher's completion."""
@@ -33,7 +34,8 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
     Returns
     -------
     DataFrame
-        The columns that its method needs; others are left out.
+        The columns that its method needs; where the study lists tasks also task and choices (a JSON list, empty where
+        there are none), if the table has them. Other columns are left out.
 
     Raises
     ------
@@ -68,6 +70,10 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
                 f"{path}: {int(empty.sum())} of {len(table)} rows have an empty {column!r}, the first is row "
                 f"{int(empty.to_numpy().argmax())}; fill or drop them."
             )
+    if spec.tasks and TASK in table:
+        texts[TASK] = text_cells(table, TASK, path)
+    if spec.tasks and CHOICES in table:
+        texts[CHOICES] = choice_cells(table, CHOICES, path)
     return texts
 
 

@@ -7,6 +7,7 @@ was forced to run anew: whatever was computed from what it left before is stale.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rlgen_stats.schemas.dims import of_dictionary
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.tasks import GRADING_VERSION
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
@@ -306,21 +308,12 @@ class Study:
         return [run.name for run in self.spec.contrasted][1 if stage.answers == "target" else 0 :]
 
     def _task_share(self, name: str) -> list[Any]:
-        """What a stage depends on of ``tasks``, beside their files; of tasks at every default, nothing."""
+        """What a stage depends on of graders and tasks, beside their files; tasks at every default add nothing."""
         if name == "outcomes":
-            asked = {
-                task: spec.model_dump(exclude={"role", "file"}, exclude_defaults=True)
-                for task, spec in self.spec.tasks.items()
-            }
-        elif name == "posttrain" and any(run.method == "grpo" for run in self.spec.runs):
-            asked = {
-                task: spec.model_dump(include={"grader"}, exclude_defaults=True)
-                for task, spec in self.spec.tasks.items()
-            }
-        else:
-            return []
-        kept = {task: settings for task, settings in asked.items() if settings}
-        return [kept] if kept else []
+            return [GRADING_VERSION, *filter(None, [self.spec.task_settings()])]
+        if name == "posttrain" and any(run.method == "grpo" for run in self.spec.runs):
+            return self.spec.reward_settings()
+        return []
 
     def forget_keys(self) -> None:
         """Compute keys anew: a stage has changed what later ones depend on."""
@@ -329,7 +322,9 @@ class Study:
     def _input_files(self, name: str) -> dict[str, str]:
         """Fingerprints of the files that a stage reads beside the study's stores."""
         if name == "posttrain":
-            return self._training_files()
+            return self._training_files() | self._grader_files()
+        if name == "outcomes":
+            return self._grader_files()
         if name == "crosscoder":
             return self._crosscoder_files()
         files = {}
@@ -354,6 +349,20 @@ class Study:
             files["train"] = self._fingerprint(self.spec.data.train, "data.train")
         return files
 
+    def _grader_files(self) -> dict[str, str]:
+        """Files of the user's own graders."""
+        graders = [self.spec.grader, *(task.grader for task in self.spec.tasks.values() if task.grader is not None)]
+        files = {}
+        for python in sorted({grader.python for grader in graders if grader.python is not None}):
+            try:
+                found = importlib.util.find_spec(python.partition(":")[0])
+            except ModuleNotFoundError:
+                found = None
+            if found is None or found.origin is None:
+                raise SpecError(f"no module of grader {python!r}; install its package or put its folder on PYTHONPATH.")
+            files[python] = self._fingerprints.of(Path(found.origin))
+        return files
+
     def _crosscoder_files(self) -> dict[str, str]:
         return {
             f"{crosscoder.name}.{kind}": self._fingerprint(path, f"crosscoders.{crosscoder.name}.{kind}")
@@ -366,7 +375,8 @@ class Study:
         """Content key of one training run: base, training data, grader and the run's own settings."""
         share = [self.study_id, self._training_files(), self.spec.grader.model_dump(mode="json")]
         version, again = BY_NAME["posttrain"].version, self._times("posttrain")
-        return content_hash([*share, run.model_dump(mode="json"), version, *again])
+        reward = [self.spec.reward_settings(), self._grader_files()] if run.method == "grpo" else []
+        return content_hash([*share, run.model_dump(mode="json"), version, *again, *reward])
 
     def provenance(self, name: str, key: str) -> Provenance:
         """Origin of a stage's stores: study, key, seed, and the keys of the stages it read."""

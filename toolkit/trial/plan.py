@@ -18,7 +18,6 @@ from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError, NotEstimableError, RefusedError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import GenerationSpec, InterventionSpec, StudySpec
-from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
 from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder
 from rlgen_stats.stores.health_records import unusable_readout
@@ -94,12 +93,20 @@ class TrialPrompts:
 class Sampling:
     """How completions are drawn and graded, the same in every arm."""
 
-    generation: GenerationSpec
-    grader: GraderSpec
+    spec: StudySpec
+    """The study, of which generation, tasks and graders are used."""
     n_samples: int
     """Completions per prompt and arm."""
-    seed: int
-    """The study's seed, from which all others are derived."""
+
+    @property
+    def generation(self) -> GenerationSpec:
+        """How completions are drawn."""
+        return self.spec.generation
+
+    @property
+    def seed(self) -> int:
+        """The study's seed, from which all others are derived."""
+        return self.spec.seed
 
     def seeds(self, prompts: Sequence[str], *, fresh: bool) -> list[int]:
         """One seed a (sample, prompt), shared by all arms but the fresh one."""
@@ -214,7 +221,8 @@ class TrialPlan:
         site = self.sites[direction]
         edit = None if arm.edit is None else asdict(arm.edit)
         dictionary = [site.weights_sha256] if arm.reads_features else []
-        generation = self.sampling.generation.model_dump(exclude={"batch_size", "n_samples"})
+        spec = self.sampling.spec
+        generation = spec.generation.model_dump(exclude={"batch_size", "n_samples"})
         return content_hash(
             {
                 "version": FILE_VERSION,
@@ -222,9 +230,10 @@ class TrialPlan:
                 "site": [direction, site.view, site.layer, site.readout],
                 "arm": [edit, arm.fresh, *dictionary],
                 "sampling": [generation, self.sampling.n_samples, self.sampling.seed],
-                "grader": self.sampling.grader.model_dump(),
+                "grader": spec.grader.model_dump(),
                 "prompts": self.prompts.ids,
             }
+            | ({"tasks": spec.task_settings()} if spec.task_settings() else {})
         )
 
     def is_stored(self, direction: Direction, arm: Arm) -> bool:
@@ -252,7 +261,7 @@ class TrialPlan:
     @property
     def max_new_tokens(self) -> int:
         """Length limit of a completion."""
-        return self.sampling.generation.max_new_tokens
+        return max(map(self.sampling.spec.max_new_tokens_of, self.prompts.table[TASK].unique()))
 
     @property
     def arms(self) -> dict[str, int]:
@@ -434,7 +443,7 @@ def _plan_without_arms(
         sites={},
         models={},
         device=spec.device,
-        sampling=Sampling(spec.generation, spec.grader, spec.intervention.n_samples, spec.seed),
+        sampling=Sampling(spec, spec.intervention.n_samples),
         positions=edited_positions(spec.extraction),
         skip_first=spec.extraction.skip_first,
         early_stop=spec.intervention.early_stop,

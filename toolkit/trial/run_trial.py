@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import CLUSTER, PROMPT, PROMPT_LABELS, SAMPLE, TASK
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.stores.prompts import ANSWER, TEXT
+from rlgen_stats.stores.prompts import TEXT
 from rlgen_stats.stores.trial_completions import DIVERGENCES, read_arm, write_arm
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, editing
 from rlgen_stats.toolkit.edits.site import EditSite
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
-from rlgen_stats.toolkit.extraction.generation import generate
-from rlgen_stats.toolkit.extraction.grading import make_grader
+from rlgen_stats.toolkit.extraction.generation import asked_of, generate
+from rlgen_stats.toolkit.extraction.grading import grade_all, graders_of
 from rlgen_stats.toolkit.progress import SILENT, Progress, Within
 from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
@@ -295,17 +295,16 @@ class LiveTrial:
                 model,
                 self.tokenizer,
                 list(prompts.table[TEXT]) * n_samples,
-                max_new_tokens=generation.max_new_tokens,
                 temperature=generation.temperature,
                 top_p=generation.top_p,
                 seeds=sampling.seeds(prompts.ids, fresh=arm.fresh),
                 batch_size=generation.batch_size,
                 progress=progress,
                 description=arm.name,
+                **asked_of(sampling.spec, list(prompts.table[TASK]) * n_samples),
             )
-        grader = make_grader(sampling.grader)
-        answers = list(prompts.table[ANSWER]) * n_samples
-        grades = [grader.grade(c, answer) for c, answer in zip(completions, answers, strict=True)]
+        graders = graders_of(sampling.spec, prompts.table[TASK])
+        grades = grade_all(graders, completions, pd.concat([prompts.table] * n_samples))
         return pd.DataFrame(
             {
                 PROMPT: prompts.ids * n_samples,

@@ -1,0 +1,110 @@
+"""Formulas compared by value, by math-verify; what it misreads is prepared before and checked after."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import sympy
+from math_verify import parse, verify
+from math_verify.errors import TimeoutException
+from math_verify.utils import timeout
+
+from rlgen_stats.toolkit.extraction.graders.normal_forms import hyphens
+from rlgen_stats.toolkit.extraction.grading import Grader
+
+TIMEOUT: Final = 5
+"""Seconds for parsing and comparing one formula; a few take minutes to simplify."""
+ROUNDING: Final = 1e-5
+"""Largest relative difference of a decimal fraction from the value it stands for; math-verify rounds to six decimals,
+by which all numbers below a millionth are equal."""
+
+_BOX: Final = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_SPACED: Final = re.compile(r"(?<=[\d,])(?:\\[,!]|\{,\})+(?=\d)")
+"""Thin spaces of LaTeX between digits, and the comma in braces: 32,\\!348, 5\\,600, 5{,}600."""
+_END: Final = re.compile(r"(?<=\d)\.(?=[\s*]|$)")
+"""A full stop after a number, which math-verify reads as a decimal point."""
+_BASE: Final = re.compile(r"(?P<digits>[0-9A-Za-z.]+)_\{?(?P<base>\d+)\}?")
+
+
+@dataclass(frozen=True)
+class MathGrader(Grader):
+    """Right when the last box, or without a box the last formula, equals the answer in value."""
+
+    def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
+        """Compare by value; numbers that say their base, digit for digit."""
+        box = last_box(text)
+        given = _parse(prepared(text)) if box is None else read_formula(box)
+        if not given:
+            return None
+        expected = read_formula(answer)
+        bases = [_BASE.fullmatch(formula.strip("$ ")) for formula in (box or "", answer)]
+        if bases[0] and bases[1] and bases[0].groups() != bases[1].groups():
+            return False
+        limit = _time_limit()
+        equal = bool(expected) and bool(verify(list(expected), list(given), timeout_seconds=limit))
+        return equal and not _equal_by_rounding_only(expected[0], given[0], limit)
+
+    def usual_form(self, answer: str) -> str:
+        """The answer in a box."""
+        return rf"\boxed{{{answer}}}"
+
+
+def last_box(text: str) -> str | None:
+    """Content of the last complete box of LaTeX, None without one."""
+    for start in reversed([match.end() for match in _BOX.finditer(text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if depth == 0:
+                return text[start:end]
+    return None
+
+
+def prepared(text: str) -> str:
+    """Text as math-verify reads it rightly: signs, currency, spaces in numbers and full stops after them."""
+    return _END.sub(",", _SPACED.sub("", hyphens(text).replace("\\$", "")))
+
+
+@lru_cache(maxsize=1 << 16)  # an answer is compared with every model's and sample's completion
+def read_formula(formula: str) -> tuple[Any, ...]:
+    """Forms of a text that is one formula, an expected answer or a box; empty if it cannot be read."""
+    inside = prepared(last_box(formula) or formula).rstrip(", ")
+    if inside.count("$") == 1:  # a currency, not a delimiter
+        inside = inside.replace("$", "")
+    return _parse(inside if "$" in inside else f"${inside}$") or _parse(inside)
+
+
+def _parse(text: str) -> tuple[Any, ...]:
+    return tuple(parse(text, parsing_timeout=_time_limit()))
+
+
+def _time_limit() -> int | None:
+    """Seconds a formula may take; None off the main thread, where math-verify's alarm signal cannot be set."""
+    return TIMEOUT if threading.current_thread() is threading.main_thread() else None
+
+
+def _equal_by_rounding_only(expected: Any, given: Any, limit: int | None) -> bool:
+    """Whether two numbers that math-verify calls equal differ: exact ones at all, decimal fractions relatively."""
+    if not (isinstance(expected, sympy.Expr) and isinstance(given, sympy.Expr)):
+        return False
+    if expected.has(sympy.UnevaluatedExpr) or given.has(sympy.UnevaluatedExpr):  # per cent, also equal without the sign
+        return False
+
+    @timeout(timeout_seconds=limit)
+    def differ() -> bool:
+        a, b = expected.doit(), given.doit()
+        if not (a.is_number and b.is_number):
+            return False
+        if a.is_Rational and b.is_Rational:
+            return bool(a != b)
+        return bool(a != 0 and abs(sympy.N((b - a) / a)) > ROUNDING)
+
+    try:
+        return bool(differ())
+    except (Exception, TimeoutException):  # sympy raises what it likes; math-verify's verdict stands
+        return False
