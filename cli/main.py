@@ -11,6 +11,7 @@ import click
 _COMMANDS: Final = {
     "demo": ("rlgen_stats.cli.demo", "Run the embedded study, from pretraining a tiny base to the report."),
     "init": ("rlgen_stats.cli.stages", "Start a study folder with a commented study.yaml."),
+    "tasks": ("rlgen_stats.cli.tasks", "List ready-made tasks (MATH-500, ARC, PIQA, ...); add them to a study."),
     "run": ("rlgen_stats.cli.stages", "Bring a study up to date: every stage that is missing or stale."),
     "status": ("rlgen_stats.cli.stages", "Show which stages are done, stale, interrupted or waiting."),
     "posttrain": ("rlgen_stats.cli.stages", "Train the runs with TRL (SFT, GRPO), keeping checkpoints."),

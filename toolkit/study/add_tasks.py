@@ -1,0 +1,170 @@
+"""Ready-made tasks written into a study: a table each, and an entry under ``tasks:`` of study.yaml."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+import yaml
+
+from rlgen_stats.schemas.errors import InputError, SpecError
+from rlgen_stats.stores import StudyFolder, replacing
+from rlgen_stats.toolkit.exchange.benchmark_files import SUFFIXES, read_benchmark
+from rlgen_stats.toolkit.exchange.benchmark_layouts import BENCHMARKS, Benchmark
+from rlgen_stats.toolkit.study.spec_file import parse_spec
+
+_FOLDER: Final = "data/tasks"
+
+
+@dataclass(frozen=True)
+class AddedTask:
+    """A task that was written into a study."""
+
+    name: str
+    file: str
+    n_prompts: int
+    settings: dict[str, Any]
+    """Its entry under ``tasks:``."""
+
+
+def add_tasks(
+    folder: StudyFolder,
+    names: Sequence[str],
+    *,
+    source: str | None = None,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    generated: bool = False,
+) -> list[AddedTask]:
+    """Write ready-made tasks into a study: all of them, or none where one cannot be read.
+
+    Parameters
+    ----------
+    folder
+        The study, with its study.yaml.
+    names
+        Of ``BENCHMARKS``.
+    source
+        File, folder or Hub id to read instead of where the benchmark is published. Of several tasks, or where it has an
+        entry of the task's name, a folder with a file or folder NAME each.
+    split, columns
+        As in :func:`read_benchmark`.
+    generated
+        Let models write the letter of a choice, instead of scoring every choice by its log-likelihood.
+
+    Raises
+    ------
+    InputError
+        If a task is unknown or cannot be read.
+    SpecError
+        If study.yaml is missing, has one of the tasks already, or cannot take them; it is left alone then.
+    """
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], BENCHMARKS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(BENCHMARKS)}."
+        raise InputError(f"no ready-made task is called {unknown[0]!r}; {hint}")
+    if not folder.spec.exists():
+        raise SpecError(f"no study file at {folder.spec}; write one with 'rlgen-stats init {folder.root}'.")
+    text = folder.spec.read_text(encoding="utf-8")
+    tables = {}
+    added = []
+    for benchmark in (BENCHMARKS[name] for name in dict.fromkeys(names)):
+        place = None if source is None else _place(source, benchmark, alone=len(names) == 1)
+        table = read_benchmark(benchmark, place, split=split, columns=columns)
+        file = f"{_FOLDER}/{benchmark.name}.parquet"
+        settings = benchmark.settings(file, generated=generated)
+        tables[file] = table
+        added.append(AddedTask(benchmark.name, file, len(table), settings))
+    edited = with_tasks(text, {task.name: task.settings for task in added}, where=str(folder.spec))
+    for file, table in tables.items():
+        _write(table, folder.root / file)
+    with replacing(folder.spec) as temporary:
+        temporary.write_text(edited, encoding="utf-8")
+    return added
+
+
+def _place(source: str, benchmark: Benchmark, *, alone: bool) -> str:
+    """Where a task is in a folder of several; the source itself if it is the only task and has no such entry."""
+    named = [Path(source) / f"{benchmark.name}{suffix}" for suffix in ("", *SUFFIXES)]
+    inside = [path for path in named if path.exists()]
+    if not inside and not alone:
+        raise InputError(
+            f"{source} has no file or folder {benchmark.name!r}; several tasks are read from a folder with one each: "
+            "name it so, or add them one by one."
+        )
+    return str(inside[0]) if inside else source
+
+
+def _write(table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def with_tasks(text: str, tasks: Mapping[str, Mapping[str, Any]], *, where: str) -> str:
+    """The text of a study.yaml with more tasks; all else, comments too, stays letter for letter.
+
+    Raises
+    ------
+    SpecError
+        If the text is no valid study, has a task of this name, or lists its tasks in a way that cannot be added to.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        before = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(before, dict) or not isinstance(root, yaml.MappingNode):
+        raise SpecError(f"{where} must be a mapping of keys to values, got {type(before).__name__}.")
+    listed = before.get("tasks") or {}
+    again = [name for name in tasks if name in listed]
+    if again:
+        raise SpecError(f"{where} has task {again[0]!r} already; remove that entry first, or edit it.")
+    edited = _inserted(text, root, tasks)
+    if edited is None or yaml.safe_load(edited) != before | {"tasks": listed | {n: dict(t) for n, t in tasks.items()}}:
+        lines = _entries(tasks, 2).rstrip()
+        raise SpecError(
+            f"{where}: its tasks are not listed one a line, so that none can be added; write them so, or add by hand:\n"
+            f"tasks:\n{lines}"
+        )
+    parse_spec(yaml.safe_load(edited), where=where)
+    return edited
+
+
+def _entries(tasks: Mapping[str, Mapping[str, Any]], indent: int) -> str:
+    dumped = yaml.safe_dump({n: dict(t) for n, t in tasks.items()}, sort_keys=False, allow_unicode=True, width=1000)
+    return "".join(" " * indent + line for line in dumped.splitlines(keepends=True))
+
+
+def _inserted(text: str, root: yaml.MappingNode, tasks: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The text with the entries after the last task; a new section at the end where there is none."""
+    lines = text.splitlines(keepends=True)
+    key, value = next(((k, v) for k, v in root.value if k.value == "tasks"), (None, None))
+    if key is None or value is None:
+        gap = "" if text.endswith("\n") else "\n"
+        return f"{text}{gap}\ntasks:\n{_entries(tasks, 2)}"
+    if not value.value or value.tag.endswith(":null"):  # 'tasks:' or 'tasks: {}'
+        line = key.start_mark.line
+        comment = lines[line][value.end_mark.column :] if value.end_mark.line == line else "\n"
+        lines[line : line + 1] = [f"tasks:{comment.rstrip()}\n", _entries(tasks, 2)]
+        return "".join(lines)
+    if value.flow_style:
+        return None
+    last = _last_line(value)
+    if not lines[last].endswith("\n"):
+        lines[last] += "\n"
+    lines.insert(last + 1, _entries(tasks, value.value[0][0].start_mark.column))
+    return "".join(lines)
+
+
+def _last_line(node: yaml.Node) -> int:
+    """Line on which a block ends, without the comments that follow it."""
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    end: int = node.end_mark.line
+    return end if node.end_mark.column or end == node.start_mark.line else end - 1  # block scalars end a line below
