@@ -62,7 +62,9 @@ LAYOUTS: Final[dict[tuple[str, str], Rows]] = {
     ],
     ("commonsenseqa", "first published"): [
         {"id": "f1", "answerKey": "E", "question": {
-         "question_concept": "coat", "stem": "Where does one hang a wet coat?", "choices": _structs(_choices("oven", "river", "pillow", "soup", "hook"))}},
+            "question_concept": "coat", "stem": "Where does one hang a wet coat?",
+            "choices": _structs(_choices("oven", "river", "pillow", "soup", "hook")),
+        }},
     ],
     ("arc_challenge", "allenai/ai2_arc"): [
         {"id": "Own_1", "question": "Which of these melts first in the sun?", "answerKey": "D",
