@@ -83,6 +83,10 @@ def _ids(name: str, read: list[Question]) -> list[str]:
 
 def _rows(benchmark: Benchmark, source: str, split: str) -> list[Row]:
     path = Path(source).expanduser()
+    if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in SUFFIXES):
+        raise InputError(
+            f"no file or folder at {path}; correct the path, or give a Hub id such as {benchmark.dataset}."
+        )
     try:
         if path.is_file():
             return _file_rows(path)
