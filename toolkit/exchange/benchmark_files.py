@@ -112,7 +112,7 @@ def _file_rows(path: Path) -> list[Row]:
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("expected a list of objects")
         case ".csv":
-            rows = read_table(path).to_dict("records")
+            rows = [{str(name): cell for name, cell in row.items()} for row in read_table(path).to_dict("records")]
         case other:
             raise ValueError(f"files are {', '.join(SUFFIXES)}, got {other or 'no suffix'!r}")
     return rows
