@@ -83,7 +83,7 @@ def add(
         print_json([asdict(task) for task in added])
         return
     for task in added:
-        click.echo(f"{task.name}: {task.n_prompts} prompts in {task.file}, an entry under 'tasks:' of study.yaml.")
+        click.echo(f"{task.name}: {task.n_prompts} prompt(s) in {task.file}, an entry under 'tasks:' of study.yaml.")
 
 
 COMMANDS = {"tasks": tasks}

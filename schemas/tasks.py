@@ -45,6 +45,10 @@ class GraderSpec(Spec):
     python: str | None = None
     """package.module:function, called with completion text, expected answer and list of choices; it returns whether the
     completion is right, or None where no answer can be read (grader python)."""
+    options: Literal["letters", "texts"] | None = None
+    """What is scored of each choice, its letter or (default) its text (grader choice_loglik)."""
+    normalize: Literal["none", "tokens", "characters"] | None = None
+    """Divide a choice's log-likelihood by its tokens or characters; default: none (grader choice_loglik)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,6 +69,8 @@ class GraderSpec(Spec):
         for grader, setting in (("regex", "pattern"), ("python", "python")):
             if (self.name == grader) != (getattr(self, setting) is not None):
                 raise ValueError(f"grader {grader!r}, and it alone, takes {setting!r}; got grader {self.name!r}.")
+        if self.name != "choice_loglik" and (self.options or self.normalize):
+            raise ValueError(f"options and normalize are for grader 'choice_loglik'; got grader {self.name!r}.")
         if self.pattern is not None:
             try:
                 re.compile(self.pattern)

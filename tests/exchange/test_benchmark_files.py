@@ -122,6 +122,9 @@ def test_published_ids_that_repeat_are_not_used(tmp_path: Path) -> None:
 
 
 def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
+    for missing in (tmp_path / "none", "none/arc.jsonl", "./arc"):
+        with pytest.raises(InputError, match=r"no file or folder at .*; correct the path, or give a Hub id"):
+            read_benchmark(ARC, str(missing))
     folder = saved(tmp_path / "arc")
     with pytest.raises(InputError, match=r"split 'dev' \(it has the splits test\); give .* another --split"):
         read_benchmark(ARC, str(folder), split="dev")

@@ -83,6 +83,10 @@ def _ids(name: str, read: list[Question]) -> list[str]:
 
 def _rows(benchmark: Benchmark, source: str, split: str) -> list[Row]:
     path = Path(source).expanduser()
+    if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in SUFFIXES):
+        raise InputError(
+            f"no file or folder at {path}; correct the path, or give a Hub id such as {benchmark.dataset}."
+        )
     try:
         if path.is_file():
             return _file_rows(path)
@@ -108,7 +112,7 @@ def _file_rows(path: Path) -> list[Row]:
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError("expected a list of objects")
         case ".csv":
-            rows = read_table(path).to_dict("records")
+            rows = [{str(name): cell for name, cell in row.items()} for row in read_table(path).to_dict("records")]
         case other:
             raise ValueError(f"files are {', '.join(SUFFIXES)}, got {other or 'no suffix'!r}")
     return rows

@@ -70,22 +70,19 @@ def add_tasks(
         raise InputError(f"no ready-made task is called {unknown[0]!r}; {hint}")
     if not folder.spec.exists():
         raise SpecError(f"no study file at {folder.spec}; write one with 'rlgen-stats init {folder.root}'.")
-    text = folder.spec.read_text(encoding="utf-8")
+    chosen = [BENCHMARKS[name] for name in dict.fromkeys(names)]
+    files = {one.name: f"{_FOLDER}/{one.name}.parquet" for one in chosen}
+    settings = {one.name: one.settings(files[one.name], generated=generated) for one in chosen}
+    edited = with_tasks(folder.spec.read_text(encoding="utf-8"), settings, where=str(folder.spec))
     tables = {}
-    added = []
-    for benchmark in (BENCHMARKS[name] for name in dict.fromkeys(names)):
-        place = None if source is None else _place(source, benchmark, alone=len(names) == 1)
-        table = read_benchmark(benchmark, place, split=split, columns=columns)
-        file = f"{_FOLDER}/{benchmark.name}.parquet"
-        settings = benchmark.settings(file, generated=generated)
-        tables[file] = table
-        added.append(AddedTask(benchmark.name, file, len(table), settings))
-    edited = with_tasks(text, {task.name: task.settings for task in added}, where=str(folder.spec))
-    for file, table in tables.items():
-        _write(table, folder.root / file)
+    for one in chosen:
+        place = None if source is None else _place(source, one, alone=len(chosen) == 1)
+        tables[one.name] = read_benchmark(one, place, split=split, columns=columns)
+    for name, table in tables.items():
+        _write(table, folder.root / files[name])
     with replacing(folder.spec) as temporary:
         temporary.write_text(edited, encoding="utf-8")
-    return added
+    return [AddedTask(name, files[name], len(table), settings[name]) for name, table in tables.items()]
 
 
 def _place(source: str, benchmark: Benchmark, *, alone: bool) -> str:
@@ -136,8 +133,18 @@ def with_tasks(text: str, tasks: Mapping[str, Mapping[str, Any]], *, where: str)
     return edited
 
 
+class _OneLineTexts(yaml.SafeDumper):
+    """Writes a text of several lines as one line, with its line feeds escaped."""
+
+
+_OneLineTexts.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if "\n" in text else None)
+)
+
+
 def _entries(tasks: Mapping[str, Mapping[str, Any]], indent: int) -> str:
-    dumped = yaml.safe_dump({n: dict(t) for n, t in tasks.items()}, sort_keys=False, allow_unicode=True, width=1000)
+    entries = {name: dict(task) for name, task in tasks.items()}
+    dumped = yaml.dump(entries, Dumper=_OneLineTexts, sort_keys=False, allow_unicode=True, width=1000)
     return "".join(" " * indent + line for line in dumped.splitlines(keepends=True))
 
 
