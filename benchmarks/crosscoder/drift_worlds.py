@@ -118,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for readout in readouts:
                 key = {"channels": n_channels, "objective": objective, "weight": weight, "readout": readout}
                 some = [row for row in rows if key.items() <= row.items()]
-                name = f"{objective}, {readout}" if objective == "joint" else f"{objective}, lambda {weight:g}"
+                name = f"{objective}, {readout}" if objective == "joint" else f"{objective}, weight {weight:g}"
                 cells = [_cell([row[column] for row in some]) for column in COLUMNS]
                 lines.append(f"| {n_channels} | {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

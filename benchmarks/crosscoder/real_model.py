@@ -1,4 +1,4 @@
-"""Objective, lambda and readout on a real language model: what of its post-training do the features of one model show?
+"""Objective, weight and readout on a real language model: what of its post-training do the features of one model show?
 
 A base (any Hugging Face causal language model, given as a folder) is post-trained twice on small sums, by imitation of
 worked answers and by GRPO on right answers, all parameters, by the study's own stage. All models then read the same
@@ -30,7 +30,7 @@ from transformers import AutoConfig
 from benchmarks.reports import Goal, report
 from rlgen_stats.cli.console import progress_for
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.schemas.study import Readout
+from rlgen_stats.schemas.study import CrosscoderSpec, Readout
 from rlgen_stats.stores import read_json
 from rlgen_stats.stores.atomic import replacing
 from rlgen_stats.stores.crosscoder_weights import SPEC
@@ -76,7 +76,7 @@ DICTIONARIES: Final[tuple[tuple[str, float, tuple[Readout, ...]], ...]] = (
     *(("paired", weight, ("swap",)) for weight in (0.0, 0.3, 1.0)),
 )
 """Objective, difference_weight, readouts."""
-DEFAULT: Final = {"objective": "both", "lambda": 4.0}
+DEFAULT: Final = {"objective": "both", "weight": CrosscoderSpec.model_fields["difference_weight"].default}
 SEEDS: Final = (0, 1)
 """Of the initial weights; both see the same batches."""
 TRAINED_ON, HELD_OUT = "selection", "verification"
@@ -247,7 +247,7 @@ class RealModel:
             of_rl = decoded_agreement(sums).sel(model=self.final[-1])
             yield {
                 "objective": objective,
-                "lambda": None if objective == "joint" else weight,
+                "weight": None if objective == "joint" else weight,
                 "readout": readout,
                 **means,
                 "rl: true and decoded": float(of_rl.true_correlation.mean()),
@@ -310,7 +310,7 @@ def main() -> None:
     for objective, weight, readouts in DICTIONARIES:
         start = time.monotonic()
         rows += real.rows(objective, weight, readouts)
-        sys.stderr.write(f"{objective}, lambda {weight:g}: {time.monotonic() - start:.0f} s\n")
+        sys.stderr.write(f"{objective}, weight {weight:g}: {time.monotonic() - start:.0f} s\n")
     options.repetitions = 1
     default = next(row for row in rows if row | DEFAULT == row)
     limits = {"dFVE": DFVE_MIN, "code R2": CODE_R2_MIN}

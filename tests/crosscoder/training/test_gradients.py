@@ -85,7 +85,9 @@ def largest(contribution: Tensor, n: int) -> Tensor:
 class Slow:
     """The loss as its definition says, from weights [view, channel, feature] in float64."""
 
-    def __init__(self, run: TrainingRun, spec: CrosscoderSpec, variance: float, difference_weights: list[float]) -> None:
+    def __init__(
+        self, run: TrainingRun, spec: CrosscoderSpec, variance: float, difference_weights: list[float]
+    ) -> None:
         c = run.crosscoder
         self.spec, self.variance, self.difference_weights = spec, variance, difference_weights
         self.encoder = c.encoder.detach().double().requires_grad_()

@@ -126,9 +126,7 @@ class ViewMoments:
     """Tokens behind these numbers."""
 
 
-def measure_views(
-    reader: PairedActivations, *, reference: int = 0, max_tokens: int = MOMENT_TOKENS
-) -> ViewMoments:
+def measure_views(reader: PairedActivations, *, reference: int = 0, max_tokens: int = MOMENT_TOKENS) -> ViewMoments:
     """Mean, mean norm and total variance of every view, and of its difference from the reference view, in float64.
 
     All tokens are read if there are at most ``max_tokens``; else the first shuffled batches that hold as many.

@@ -22,7 +22,6 @@ from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
 from rlgen_stats.toolkit.crosscoder.training.rows import Decoded, Rows, joint_rows, paired_rows
 from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import make_rule
 
-
 LEAST_CHANGE: Final = 1e-5
 """Variance of a change, relative to base's, below which it is mostly rounding: of bfloat16 activations, 1e-6."""
 
@@ -47,7 +46,7 @@ def reference_view(views: Sequence[str]) -> int:
 
 
 def difference_weights(spec: CrosscoderSpec, views: Sequence[str], moments: ViewMoments) -> Tensor:
-    """lambda of each view: ``difference_weight`` var(a_ref) / var(a_m - a_ref), so that small changes count too.
+    """Of each view, ``difference_weight`` var(a_ref) / var(a_m - a_ref), so that small changes count too.
 
     0 for the reference itself. A change below ``LEAST_CHANGE`` weighs as if it were as large.
     """
@@ -83,8 +82,8 @@ class Objective:
     Joint rows: f from all views, sum_m ||e_m||^2. Paired rows: f^m from view m's activation in every slot, as readout
     swap, e_m = (D f^m + c) s_m - x_m with the scales s_m and D and c, the means of the views' decoders and offsets in
     raw units, and sum_m ||e_m||^2 + sum_{m != ref} lambda_m ||e_m s_ref / s_m - e_ref||^2: the last term is the error
-    of the difference between two models. One sparsity rule holds for all rows. With the view of halves, rows are joint and each counts
-    for one of the two views (:func:`~rlgen_stats.toolkit.crosscoder.data.halves.halves_weight`).
+    of the difference between two models. One sparsity rule holds for all rows. With the view of halves, rows are joint
+    and each counts for one of the two views (:func:`~rlgen_stats.toolkit.crosscoder.data.halves.halves_weight`).
     """
 
     def __init__(
