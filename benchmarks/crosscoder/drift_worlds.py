@@ -35,7 +35,7 @@ WORLDS: Final = ((32, 64), (64, 120))
 """Channels and planted features."""
 ROWS: Final[tuple[tuple[str, float, tuple[Readout, ...]], ...]] = (
     ("joint", 0.0, ("swap", "own")),
-    *(("both", weight, ("swap",)) for weight in (0.0, 2.0, 4.0, 8.0)),
+    *(("both", weight, ("swap",)) for weight in (0.0, 0.3, 1.0, 3.0)),
 )
 """Objective, difference_weight, readouts."""
 N_PROMPTS: Final = 400
@@ -118,7 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for readout in readouts:
                 key = {"channels": n_channels, "objective": objective, "weight": weight, "readout": readout}
                 some = [row for row in rows if key.items() <= row.items()]
-                name = f"{objective}, {readout}" if objective == "joint" else f"{objective}, lambda {weight:g}"
+                name = f"{objective}, {readout}" if objective == "joint" else f"{objective}, weight {weight:g}"
                 cells = [_cell([row[column] for row in some]) for column in COLUMNS]
                 lines.append(f"| {n_channels} | {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,15 @@ def test_columns_equal_the_crosscoders_readout(crosscoder: Crosscoder) -> None:
         assert 0.1 < float((expected > 0).float().mean()) < 0.9
         torch.testing.assert_close(columns.read(raw), expected, **CLOSE)
         torch.testing.assert_close(columns.directions, crosscoder.feature_direction(RL)[list(SET)], **CLOSE)
+
+
+def test_after_paired_training_an_edit_writes_with_the_decoder_of_all_models(crosscoder: Crosscoder) -> None:
+    shared = deepcopy(crosscoder)
+    shared.share_decoder()
+    mean = torch.stack([crosscoder.feature_direction(view) for view in crosscoder.views]).mean(dim=0)
+    columns = FeatureColumns(EditSite(shared, RL, LAYER), SET)
+    torch.testing.assert_close(columns.directions, mean[list(SET)], **CLOSE)
+    assert (columns.directions - crosscoder.feature_direction(RL)[list(SET)]).norm() > 0.1
 
 
 # -- lift, vectors, generation

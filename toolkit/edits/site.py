@@ -59,7 +59,6 @@ class FeatureColumns:
         self, site: EditSite, features: Sequence[int] | None = None, *, device: torch.device | str = "cpu"
     ) -> None:
         crosscoder = site.crosscoder
-        slot = crosscoder.view_index(site.view)
         chosen = list(range(crosscoder.n_features)) if features is None else [int(k) for k in features]
         unknown = [k for k in chosen if not 0 <= k < crosscoder.n_features]
         if unknown:
@@ -71,10 +70,10 @@ class FeatureColumns:
         with torch.no_grad():
             readout = crosscoder.readout_map(view=site.view, kind=site.readout, features=columns, dtype=torch.float64)
         self._readout = readout.to(device, torch.float32)
-        channels = crosscoder.slot_of(site.view)
-        raw = crosscoder.decoder_matrix.detach()[columns, channels].double() / scale[slot].double()
-        self.directions = raw.to(device, torch.float32)
-        offset = crosscoder.offset(site.view, joint=site.readout == "joint").detach()
+        joint = site.readout == "joint"
+        directions = crosscoder.feature_direction(site.view, joint=joint).detach()[columns]
+        self.directions = directions.to(device, torch.float32)
+        offset = crosscoder.offset(site.view, joint=joint).detach()
         self.offset = offset.to(device, torch.float32)
 
     def to(self, device: torch.device) -> FeatureColumns:

@@ -76,7 +76,7 @@ STAGES: Final = (
         ("crosscoders",),
         f"{_MODELS}:crosscoder",
         ("crosscoder", "results.zarr/health"),
-        version=3,
+        version=4,
     ),
     Stage(
         "encode",

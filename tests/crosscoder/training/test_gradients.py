@@ -85,9 +85,11 @@ def largest(contribution: Tensor, n: int) -> Tensor:
 class Slow:
     """The loss as its definition says, from weights [view, channel, feature] in float64."""
 
-    def __init__(self, run: TrainingRun, spec: CrosscoderSpec, variance: float) -> None:
+    def __init__(
+        self, run: TrainingRun, spec: CrosscoderSpec, variance: float, difference_weights: list[float]
+    ) -> None:
         c = run.crosscoder
-        self.spec, self.variance = spec, variance
+        self.spec, self.variance, self.difference_weights = spec, variance, difference_weights
         self.encoder = c.encoder.detach().double().requires_grad_()
         self.bias = c.encoder_bias.detach().double().requires_grad_()
         self.decoder = c.decoder.detach().double().requires_grad_()
@@ -110,15 +112,16 @@ class Slow:
         error = torch.einsum("tf,vfc->tvc", joint, self.decoder) + self.offset - x[:n_joint]
         again = torch.einsum("tf,vfc->tvc", revived_joint, self.decoder) + error.detach()
         loss, aux, errors = error.square().sum(), again.square().sum(), []
+        shared = (self.decoder / self.scale[:, None, None]).mean(0)  # of all models, raw units
+        offset = (self.offset / self.scale[:, None]).mean(0)
         for view in range(3):
-            shared = (self.offset / self.scale[:, None]).mean(0) * self.scale[view]
-            error = by_view[view] @ self.decoder[view] + shared - x[n_joint:, view]
-            aux = aux + (revived[view] @ self.decoder[view] + error.detach()).square().sum()
+            error = (by_view[view] @ shared + offset) * self.scale[view] - x[n_joint:, view]
+            aux = aux + (revived[view] @ shared * self.scale[view] + error.detach()).square().sum()
             loss = loss + error.square().sum()
             errors.append(error)
         for view in (1, 2):  # in base's units
             difference = errors[view] / self.scale[view] * self.scale[0] - errors[0]
-            loss = loss + self.spec.difference_weight * difference.square().sum()
+            loss = loss + self.difference_weights[view] * difference.square().sum()
         loss = loss / TOKENS + penalty
         return loss, loss + AUX_WEIGHT * aux / TOKENS if self.spec.sparsity != "l1" else loss
 
@@ -184,7 +187,9 @@ def test_gradients_equal_those_of_the_definition(
             weight.mul_(1 + 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     raw = torch.from_numpy(truth.data[:TOKENS])
     scale = run.crosscoder.scale.double().numpy()
-    slow = Slow(run, spec, variance=float((moments.variance * scale**2).sum()))
+    base, *others = truth.data.transpose(1, 0, 2).astype(float)
+    weights = [1.7 * base.var(axis=0).sum() / (one - base).var(axis=0).sum() for one in others]
+    slow = Slow(run, spec, float((moments.variance * scale**2).sum()), [0.0, *weights])
     loss, total = slow.loss(raw)
     total.backward()  # type: ignore[no-untyped-call]
     fit = compute_gradients(run, raw.flatten(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
-from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, train_crosscoder, train_replicates
-from rlgen_stats.toolkit.crosscoder.data.paired import measure_views
+from rlgen_stats.toolkit.crosscoder import ArrayReader, Crosscoder, load_crosscoder, train_crosscoder, train_replicates
+from rlgen_stats.toolkit.crosscoder.data.paired import ViewMoments, measure_views
+from rlgen_stats.toolkit.crosscoder.training.objective import difference_weights
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
 from rlgen_stats.toolkit.crosscoder.training.train import start_run, train_step, training_key
 from tests.crosscoder.planted import crosscoder_spec, study_spec
@@ -90,6 +92,8 @@ def test_the_curve_says_what_readout_and_joint_code_explain(data: NDArray[np.flo
     joint, paired = raw[:first], raw[first:]
     with torch.no_grad():
         c = run.crosscoder
+        if second:
+            c.share_decoder()
         code = c.encode(c.normalise(joint))
         joint_errors = [c.reconstruct(code, view, joint=True) - joint[:, i] for i, view in enumerate(VIEWS)]
         codes = [c.readout(paired[:, i]) for i in range(3)]
@@ -107,7 +111,10 @@ def test_the_curve_says_what_readout_and_joint_code_explain(data: NDArray[np.flo
         float(e.square().sum()) * s**2 for es in (joint_errors, errors) for e, s in zip(es, scale, strict=True)
     ]
     differences = [float((error - errors[0]).square().sum()) for error in errors]
-    assert point["loss"] == pytest.approx((sum(normalised) + 3.0 * scale[0] ** 2 * sum(differences)) / 400, rel=1e-4)
+    base, *others = data.transpose(1, 0, 2).astype(float)
+    weights = [0.0, *(3.0 * base.var(axis=0).sum() / (one - base).var(axis=0).sum() for one in others)]
+    weighted = sum(weight * difference for weight, difference in zip(weights, differences, strict=True))
+    assert point["loss"] == pytest.approx((sum(normalised) + scale[0] ** 2 * weighted) / 400, rel=1e-4)
     if objective == "joint":
         assert "dfve" not in point
         return
@@ -178,6 +185,49 @@ def test_weights_depend_on_the_objective_and_not_on_the_number_of_replicates() -
 
     assert key() == key(objective="joint") == key(objective="joint", replicates=3)
     assert len({key(objective="joint"), key(objective="both"), key(objective="both", difference_weight=0.0)}) == 3
+
+
+@pytest.mark.parametrize("objective", ["joint", "paired", "both"])
+def test_equal_features_decode_to_equal_activations_of_all_models(
+    data: NDArray[np.float32], objective: str, tmp_path: Path
+) -> None:
+    """So that what changed between models is in their features, and nothing arises where nothing changed."""
+    reader = ArrayReader(data, batch_size=256, seed=1)
+    trained = train_crosscoder(reader, spec_of(objective, steps=30), views=VIEWS, seed=1, folder=tmp_path)
+    for crosscoder in (trained, load_crosscoder(tmp_path)):
+        of_base, _, of_rl = (crosscoder.feature_direction(view, joint=True) for view in VIEWS)
+        if objective != "paired":
+            assert (of_base - of_rl).norm() > 0.01 * of_base.norm(), "the joint code keeps a decoder for each view"
+        f = crosscoder.readout(torch.from_numpy(data[:50, 0]))
+        decoded = [crosscoder.reconstruct(f, view) for view in VIEWS]
+        assert torch.equal(decoded[0], decoded[2]) == (objective != "joint")
+        mean = torch.stack([crosscoder.feature_direction(view, joint=True) for view in VIEWS]).mean(dim=0)
+        wanted = of_rl if objective == "joint" else mean
+        torch.testing.assert_close(crosscoder.feature_direction("rl@9"), wanted)
+        torch.testing.assert_close(decoded[2], f @ wanted + crosscoder.offset("rl@9"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_difference_weighs_by_its_own_size_and_rounding_does_not() -> None:
+    """0.3 of all of base, whatever the size of the change; below 1e-5 of base's variance as if it were that."""
+    moments = ViewMoments(
+        mean=np.zeros(12),
+        mean_norm=np.ones(4),
+        variance=np.array([8.0, 5.0, 5.0, 5.0]),
+        change=8 * np.array([0.0, 0.02, 1.1e-5, 0.9e-5]),
+        widths=(3, 3, 3, 3),
+        n_tokens=9,
+    )
+    spec = spec_of("both", difference_weight=0.3)
+    weights = difference_weights(spec, ("base@0", "sft@9", "rl@9", "rl@4"), moments)
+    assert weights.tolist() == pytest.approx([0.0, 0.3 / 0.02, 0.3 / 1.1e-5, 0.3 / 1e-5])
+
+
+def test_the_size_of_a_change_is_its_variance_from_the_reference(data: NDArray[np.float32]) -> None:
+    found = measure_views(ArrayReader(data, batch_size=256, seed=1), reference=2)
+    wanted = [(data[:, view] - data[:, 2]).astype(float).var(axis=0).sum() for view in range(3)]
+    assert found.change.tolist() == pytest.approx(wanted)
+    views = [data[:, 0], data[:, 1, :8]]
+    assert np.isnan(measure_views(ArrayReader(views, batch_size=256, seed=1)).change).tolist() == [False, True]
 
 
 def test_a_shift_of_the_mean_is_told_by_features_and_not_by_offsets(data: NDArray[np.float32]) -> None:

@@ -118,14 +118,16 @@ class ViewMoments:
     """[view]: mean Euclidean norm of a token."""
     variance: NDArray[np.float64]
     """[view]: variance about the mean, summed over channels."""
+    change: NDArray[np.float64]
+    """[view]: the same of the difference from the reference view; NaN where their widths differ."""
     widths: tuple[int, ...]
     """[view]: channels."""
     n_tokens: int
     """Tokens behind these numbers."""
 
 
-def measure_views(reader: PairedActivations, *, max_tokens: int = MOMENT_TOKENS) -> ViewMoments:
-    """Mean, mean norm and total variance of every view in float64.
+def measure_views(reader: PairedActivations, *, reference: int = 0, max_tokens: int = MOMENT_TOKENS) -> ViewMoments:
+    """Mean, mean norm and total variance of every view, and of its difference from the reference view, in float64.
 
     All tokens are read if there are at most ``max_tokens``; else the first shuffled batches that hold as many.
 
@@ -136,13 +138,17 @@ def measure_views(reader: PairedActivations, *, max_tokens: int = MOMENT_TOKENS)
     """
     source = reader.sequential(1 << 14) if reader.n_tokens <= max_tokens else reader.epoch(0)
     channels: list[Moments] = []
+    changes: list[Moments] = []
     norms = Moments((0,))
     for block in source:
         parts = views_of(block)
         if not channels:
             channels, norms = [Moments(part.shape[1:]) for part in parts], Moments((len(parts),))
-        for moments, part in zip(channels, parts, strict=True):
+            changes = [Moments(part.shape[1:]) for part in parts]
+        for moments, change, part in zip(channels, changes, parts, strict=True):
             moments.update(part)
+            if part.shape == parts[reference].shape:
+                change.update(part - parts[reference])
         norms.update(np.stack([np.linalg.norm(part.astype(np.float64), axis=-1) for part in parts], axis=-1))
         if norms.n >= max_tokens:
             break
@@ -158,6 +164,7 @@ def measure_views(reader: PairedActivations, *, max_tokens: int = MOMENT_TOKENS)
         mean=np.concatenate([moments.mean for moments in channels]),
         mean_norm=norms.mean,
         variance=np.array([moments.m2.sum() / moments.n for moments in channels]),
+        change=np.array([moments.m2.sum() / moments.n if moments.n else np.nan for moments in changes]),
         widths=tuple(len(moments.mean) for moments in channels),
         n_tokens=norms.n,
     )

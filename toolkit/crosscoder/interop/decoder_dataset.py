@@ -29,9 +29,8 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
     Dataset
         ``decoder[view, feature, channel]`` and ``decoder_norm[view, feature]`` (L2) in normalised units,
         ``width[view]`` channels (NaN in ``decoder`` beyond them), ``firing[feature]``, coordinates ``view`` and
-        ``feature``; attribute ``one_decoder`` for an SAE of one model, whose views share theirs. After objective
-        ``paired``, ``untrained[view, feature]``: where the feature never fired, so that its decoder there learned
-        nothing.
+        ``feature``; attribute ``one_decoder`` where all views share one, so that its rows say nothing about them: of an
+        SAE of one model, and after objective ``paired``.
 
     Raises
     ------
@@ -40,23 +39,19 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
     StageError
         If it is not given and there is no health.json.
     """
-    untrained = None
     if firing is None:
         if crosscoder.folder is None:
             raise InputError(
                 f"crosscoder {crosscoder.name!r} was never saved; pass firing= or load it from its folder."
             )
-        health = read_health(crosscoder.folder)
-        firing = np.asarray(health["firing"])
-        if crosscoder.facts.get("objective") == "paired":
-            untrained = np.asarray(health["firing_readout"]) == 0
+        firing = np.asarray(read_health(crosscoder.folder)["firing"])
     if firing.shape != (crosscoder.n_features,):
         raise InputError(f"firing must have one rate per feature, {crosscoder.n_features}, got shape {firing.shape}.")
     rows = [part.cpu() for part in crosscoder.split(crosscoder.decoder_matrix.detach())]
     decoder = np.full((len(rows), crosscoder.n_features, max(crosscoder.widths)), np.nan, dtype=np.float32)
     for padded, part in zip(decoder, rows, strict=True):
         padded[:, : part.shape[1]] = part.numpy()
-    dataset = xr.Dataset(
+    return xr.Dataset(
         {
             "decoder": ((VIEW, FEATURE, CHANNEL), decoder),
             "decoder_norm": ((VIEW, FEATURE), torch.stack([part.double().norm(dim=1) for part in rows]).numpy()),
@@ -70,6 +65,5 @@ def decoder_dataset(crosscoder: Crosscoder, firing: NDArray[np.floating] | None 
             "sparsity": crosscoder.sparsity,
             "units": "normalised",
         }
-        | ({ONE_DECODER: True} if crosscoder.facts.get("one_model") else {}),
+        | ({} if crosscoder.has_joint_code else {ONE_DECODER: True}),
     )
-    return dataset if untrained is None else dataset.assign(untrained=((VIEW, FEATURE), untrained))

@@ -77,6 +77,8 @@ class Crosscoder(nn.Module, JointViews):
         Inference threshold(s); NaN until learned, unused for l1 and topk.
     fit_weight, fit_bias : Tensor [channel, feature], [feature], or None
         Readout ``fit``, once :func:`fit_readout` has fitted it; raw activations of one model to pre-activations.
+    shared_decoder : Tensor [feature, channel], or None
+        Raw units: decodes one model's features, whichever model, once :meth:`share_decoder` has fixed it.
     ranks_activations : bool
         Whether ``topk`` keeps a token's k largest f_k, as in SAEs trained elsewhere, instead of contributions.
     facts : dict
@@ -102,6 +104,7 @@ class Crosscoder(nn.Module, JointViews):
     threshold: Tensor
     fit_weight: Tensor | None
     fit_bias: Tensor | None
+    shared_decoder: Tensor | None
 
     def __init__(
         self,
@@ -138,6 +141,7 @@ class Crosscoder(nn.Module, JointViews):
         self.register_buffer("threshold", torch.full(shape, math.nan, dtype=torch.float64))
         self.register_buffer("fit_weight", None)
         self.register_buffer("fit_bias", None)
+        self.register_buffer("shared_decoder", None)
 
     def _partition(self, exclusive: Mapping[str, int]) -> dict[str, slice]:
         """View -> its exclusive features, after the shared ones."""
@@ -274,8 +278,12 @@ class Crosscoder(nn.Module, JointViews):
         joint
             Whether they are the joint code of all views, and not one model's: see :meth:`offset`.
         """
-        scaled = matmul(f, self.decoder_matrix[:, self.slot_of(view)]) / self.scale[self.view_index(view)]
-        return scaled + self.offset(view, joint=joint)
+        own = self.decoder_matrix[:, self.slot_of(view)]
+        if joint or self.shared_decoder is None:
+            decoded = matmul(f, own) / self.scale[self.view_index(view)]
+        else:
+            decoded = matmul(f, self.shared_decoder)
+        return decoded + self.offset(view, joint=joint)
 
     def offset(self, view: str, *, joint: bool = False) -> Tensor:
         """What a reconstruction is without any feature: [channel], RAW units.
@@ -388,9 +396,21 @@ class Crosscoder(nn.Module, JointViews):
         norm: Tensor = torch.linalg.vector_norm(self.decoder_matrix, dim=1)
         return norm
 
-    def feature_direction(self, view: str) -> Tensor:
-        """What one unit of f_k adds to that model's residual, RAW units (decoder rows / scale): [feature, channel]."""
-        return self.decoder_matrix[:, self.slot_of(view)] / self.scale[self.view_index(view)]
+    def feature_direction(self, view: str, *, joint: bool = False) -> Tensor:
+        """What one unit of f_k adds to that model's residual, RAW units (decoder rows / scale): [feature, channel].
+
+        The joint code has directions for each view. One model's features have, after training on them, the mean of
+        these for all models, so that features, not directions, must tell what changed: see
+        :func:`~rlgen_stats.toolkit.crosscoder.training.rows.paired_rows`.
+        """
+        own = self.decoder_matrix[:, self.slot_of(view)]
+        if joint or self.shared_decoder is None:
+            return own / self.scale[self.view_index(view)]
+        return self.shared_decoder
+
+    def share_decoder(self) -> None:
+        """Decode every model's own features as paired rows train them: with the mean of the views' decoders."""
+        self.shared_decoder = shared_directions(self).detach()
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -417,6 +437,12 @@ class Crosscoder(nn.Module, JointViews):
             "weights_sha256": self.weights_sha256,
             "facts": self.facts,
         } | ({"ranks_activations": True} if self.ranks_activations else {})
+
+
+def shared_directions(crosscoder: Crosscoder) -> Tensor:
+    """The mean of all views' decoders: [feature, channel], RAW units."""
+    by_view = crosscoder.decoder_matrix.view(crosscoder.n_features, len(crosscoder.views), -1)
+    return (by_view / crosscoder.scale[:, None]).mean(dim=1)
 
 
 def shared_offset(crosscoder: Crosscoder) -> Tensor:

@@ -70,6 +70,8 @@ def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -
     if "fit_weight" in tensors:  # optional: the readout fit, where it has been fitted
         crosscoder.fit_weight = torch.empty(crosscoder.width, crosscoder.n_features)
         crosscoder.fit_bias = torch.empty(crosscoder.n_features)
+    if "shared_decoder" in tensors:  # optional: after objectives paired and both
+        crosscoder.shared_decoder = torch.empty(crosscoder.n_features, crosscoder.width)
     for name, expected in crosscoder.state_dict().items():
         if name not in tensors or tensors[name].shape != expected.shape:
             got = tuple(tensors[name].shape) if name in tensors else "nothing"

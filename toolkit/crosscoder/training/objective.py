@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,11 +15,15 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.null_views import HALVES_MODEL
 from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.toolkit.crosscoder.data.halves import halves_weight
+from rlgen_stats.toolkit.crosscoder.data.paired import ViewMoments
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.training.auxk import AUX_WEIGHT, DeadFeatures
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks
 from rlgen_stats.toolkit.crosscoder.training.rows import Decoded, Rows, joint_rows, paired_rows
 from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import make_rule
+
+LEAST_CHANGE: Final = 1e-5
+"""Variance of a change, relative to base's, below which it is mostly rounding: of bfloat16 activations, 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,22 @@ class Fit:
     """The joint rows, the paired rows, or both."""
 
 
+def reference_view(views: Sequence[str]) -> int:
+    """Slot of the view from which differences are taken: base, or the first."""
+    return views.index(BASE_MODEL) if BASE_MODEL in views else 0
+
+
+def difference_weights(spec: CrosscoderSpec, views: Sequence[str], moments: ViewMoments) -> Tensor:
+    """Of each view, ``difference_weight`` var(a_ref) / var(a_m - a_ref), so that small changes count too.
+
+    0 for the reference itself. A change below ``LEAST_CHANGE`` weighs as if it were as large.
+    """
+    base = moments.variance[reference_view(views)]
+    weights = spec.difference_weight * base / np.maximum(moments.change, LEAST_CHANGE * base)
+    weights[reference_view(views)] = 0.0
+    return torch.from_numpy(weights)
+
+
 class Objective:
     """The loss of a batch, and what it keeps between steps.
 
@@ -45,6 +67,8 @@ class Objective:
         The one in training.
     variance
         Of each view, normalised units: [view].
+    difference_weights
+        lambda of each view: [view].
     ranks
         Processes that share a batch: each takes its share of the joint and of the paired tokens.
 
@@ -56,14 +80,20 @@ class Objective:
     Notes
     -----
     Joint rows: f from all views, sum_m ||e_m||^2. Paired rows: f^m from view m's activation in every slot, as readout
-    swap, e_m = D_m f^m + c s_m - x_m with the scales s_m and c, the mean of the views' offsets in raw units, and
-    sum_m ||e_m||^2 + lambda sum_{m != ref} ||e_m s_ref / s_m - e_ref||^2: the last term is the error of the difference
-    between two models. One sparsity rule holds for all rows. With the view of halves, rows are joint and each counts
-    for one of the two views (:func:`~rlgen_stats.toolkit.crosscoder.data.halves.halves_weight`).
+    swap, e_m = (D f^m + c) s_m - x_m with the scales s_m and D and c, the means of the views' decoders and offsets in
+    raw units, and sum_m ||e_m||^2 + sum_{m != ref} lambda_m ||e_m s_ref / s_m - e_ref||^2: the last term is the error
+    of the difference between two models. One sparsity rule holds for all rows. With the view of halves, rows are joint
+    and each counts for one of the two views (:func:`~rlgen_stats.toolkit.crosscoder.data.halves.halves_weight`).
     """
 
     def __init__(
-        self, spec: CrosscoderSpec, crosscoder: Crosscoder, *, variance: Tensor, ranks: Ranks | None = None
+        self,
+        spec: CrosscoderSpec,
+        crosscoder: Crosscoder,
+        *,
+        variance: Tensor,
+        difference_weights: Tensor,
+        ranks: Ranks | None = None,
     ) -> None:
         self._spec, self._crosscoder, self.ranks = spec, crosscoder, ranks or Ranks()
         kind = spec.objective or "joint"
@@ -74,7 +104,8 @@ class Objective:
             )
         self._n_joint = {"joint": spec.batch_size, "both": spec.batch_size // 2, "paired": 0}[kind]
         self._n_rows = self._n_joint + (spec.batch_size - self._n_joint) * len(crosscoder.views)
-        self._reference = crosscoder.views.index(BASE_MODEL) if BASE_MODEL in crosscoder.views else 0
+        self._reference = reference_view(crosscoder.views)
+        self._difference_weights = difference_weights.to(crosscoder.encoder_bias)
         self._low = torch.bfloat16 if spec.precision == "bfloat16" else None
         self._variance = variance
         self._weight: Tensor | None = None
@@ -133,7 +164,7 @@ class Objective:
         if rows.n_slots == 1:
             return error.square().sum()
         differences = self._differences(error.view(rows.n_slots, -1, error.shape[1]))
-        return error.square().sum() + self._spec.difference_weight * differences.square().sum()
+        return error.square().sum() + self._difference_weights @ differences.square().sum(dim=(1, 2))
 
     def _differences(self, by_view: Tensor) -> Tensor:
         """Of every view from the reference, in its units: [view, token, channel]."""

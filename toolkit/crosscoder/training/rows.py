@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder, shared_offset
+from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder, shared_directions, shared_offset
 from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.training.products import DecodedEntries, EncodedEntries, multiply
 
@@ -90,6 +90,7 @@ class Rows:
         x: Tensor,
         target: Tensor,
         encoder: Tensor,
+        decoder: Tensor,
         *,
         offset: Tensor,
         low: torch.dtype | None,
@@ -97,8 +98,7 @@ class Rows:
     ) -> None:
         self.x, self.target, self.n_slots, self.weight = x, target, len(offset), weight
         self._encoder, self._bias, self._low = encoder, crosscoder.encoder_bias, low
-        self._decoder = crosscoder.decoder_matrix.view(crosscoder.n_features, len(offset), -1)
-        self._offset = offset
+        self._decoder, self._offset = decoder, offset
         self.pre = multiply(x, encoder, self._bias, low=low)
 
     def __len__(self) -> int:
@@ -163,19 +163,22 @@ class Rows:
 def joint_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None, weight: Tensor | None = None) -> Rows:
     """One row a token: all views' activations, encoded together; raw and weight [token, D]."""
     x, offset = raw * crosscoder.channel_scale(), crosscoder.decoder_offset[None]
-    return Rows(crosscoder, x, x, crosscoder.encoder_matrix, offset=offset, low=low, weight=weight)
+    decoder = crosscoder.decoder_matrix[:, None]
+    return Rows(crosscoder, x, x, crosscoder.encoder_matrix, decoder, offset=offset, low=low, weight=weight)
 
 
 def paired_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None) -> Rows:
     """One row a view and token, as readout swap reads it: its raw activation in every slot; raw [token, D].
 
-    Equal activations of two models thus have equal features. All models have one offset in raw units: with one each,
-    92 to 98% of a planted shift of all tokens went into the offsets, and the selected features pointed along it with
-    cosine .42 to .66 (five dictionaries); with one for all, .65 to 1.00.
+    Equal activations of two models thus have equal features. All models have one decoder and one offset in raw units,
+    the means of those that the joint rows train, so that what changed must be in the features. With a decoder each, a
+    real model's change went into the decoders' differences (benchmarks: a real model); with an offset each, 92 to 98%
+    of a planted shift of all tokens went into the offsets.
     """
     n_views, width = len(crosscoder.views), crosscoder.width
     by_view = raw.view(-1, n_views, width).transpose(0, 1)
     target = (by_view * crosscoder.scale[:, None, None]).reshape(-1, width)
     encoder = (crosscoder.scale @ crosscoder.encoder_matrix.view(n_views, -1)).view(width, -1)
+    decoder = shared_directions(crosscoder)[:, None] * crosscoder.scale[:, None]
     offset = shared_offset(crosscoder) * crosscoder.scale[:, None]
-    return Rows(crosscoder, by_view.reshape(-1, width), target, encoder, offset=offset, low=low)
+    return Rows(crosscoder, by_view.reshape(-1, width), target, encoder, decoder, offset=offset, low=low)

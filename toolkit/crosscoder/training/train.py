@@ -19,7 +19,7 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, endless, joined, measure_views
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tensors
-from rlgen_stats.toolkit.crosscoder.training.objective import Fit, Objective
+from rlgen_stats.toolkit.crosscoder.training.objective import Fit, Objective, difference_weights, reference_view
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, join_ranks
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -169,7 +169,7 @@ def train_replicates(
         Each with the weights it would have got alone.
     """
     device = torch.device(device)
-    moments = measure_views(reader)
+    moments = measure_views(reader, reference=reference_view(views))
     _check_views(moments, views)
     ranks = join_ranks(device)
     run_folders = [None] * len(seeds) if folders is None else list(folders)
@@ -213,6 +213,8 @@ def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_
     """Hash of everything a crosscoder's weights depend on, which its name and its use do not."""
     left_out = {"name", "views", "readout", "replicates", "accept_unhealthy", "corpus"}
     settings = spec.resolved().model_dump(mode="json", exclude=left_out)
+    if settings["objective"] != "joint":
+        settings["decoder"] = "shared"  # the rules of paired rows; crosscoders trained under earlier ones are replaced
     return content_hash([settings, list(views), int(seed), data_hash])
 
 
@@ -248,7 +250,13 @@ def start_run(
     crosscoder.fit_normalisation(moments)
     crosscoder.to(device).train()
     scale = np.sqrt(moments.widths) / moments.mean_norm
-    objective = Objective(spec, crosscoder, variance=torch.from_numpy(moments.variance * scale**2), ranks=ranks)
+    objective = Objective(
+        spec,
+        crosscoder,
+        variance=torch.from_numpy(moments.variance * scale**2),
+        difference_weights=difference_weights(spec, views, moments),
+        ranks=ranks,
+    )
     return TrainingRun(
         crosscoder=crosscoder,
         objective=objective,
@@ -342,6 +350,8 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _finish(run: TrainingRun, spec: CrosscoderSpec, *, facts: dict[str, Any]) -> Crosscoder:
     crosscoder = run.crosscoder
     run.objective.finish()
+    if crosscoder.facts["objective"] != "joint":
+        crosscoder.share_decoder()
     crosscoder.facts = {
         **crosscoder.facts,
         **facts,

@@ -55,8 +55,8 @@ def mediated_share(results: Results, spec: StudySpec) -> Graphic:
         TITLE,
         svg,
         alt,
-        "Features are set to the other model's level on the same text, each model's written with its own decoder. 100% "
-        "is the effect of copying the whole residual of the site. Thin lines: dictionaries.",
+        "Features are set to the other model's level on the same text. 100% is the effect of copying the whole "
+        "residual of the site. Thin lines: dictionaries.",
     )
 
 
