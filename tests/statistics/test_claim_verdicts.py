@@ -24,6 +24,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     smallest_rank_p,
     specificity_verdict,
     timing_verdict,
+    verdicts_agree,
     within_minimum,
 )
 
@@ -239,6 +240,13 @@ def test_the_number_of_features_of_one_dictionary_has_no_upper_bound_and_of_two_
     mean, low, high = mean_count([4, 8], alpha=0.05)
     assert (mean, low) == (6.0, 0.0), "no fewer than none"
     assert 8 < high < math.inf
+
+
+def test_dictionaries_agree_on_undetermined_too() -> None:
+    yes, open_ = Verdict.SUPPORTED, Verdict.UNDETERMINED
+    assert [verdicts_agree(each) for each in ([yes], [open_] * 3, [yes, yes, open_], [yes] * 4 + [open_])] == [
+        *(True, True, False, True)
+    ]
 
 
 TRUE_SET = {

@@ -86,6 +86,11 @@ def agreed_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     return agreed(verdicts, Verdict.UNDETERMINED)
 
 
+def verdicts_agree(verdicts: Sequence[Verdict]) -> bool:
+    """Whether enough dictionaries give the same verdict, whichever it is."""
+    return agreed([str(verdict) for verdict in verdicts], "") != ""
+
+
 # -- C1 ----------------------------------------------------------------------------------------------------------------
 NEGLIGIBLE_TAIL: Final = 0.01
 """A difference of less than one alive feature in a hundred does not count as "more specific features"."""

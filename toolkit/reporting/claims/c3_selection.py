@@ -27,8 +27,8 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     mean_share,
     mostly_token_detectors,
     selection_verdict,
+    verdicts_agree,
 )
-from rlgen_stats.toolkit.statistics.kernels import dictionaries_needed
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
@@ -282,7 +282,7 @@ def _answer(verdict: Verdict, judged: list[_Judged], share: _Share) -> str:
     """What the dictionaries that give the verdict say, those with the same reason together; if too few agree, all."""
     agreeing = [one for one in judged if one.verdict is verdict]
     head, shown = "Undetermined: " if verdict is Verdict.UNDETERMINED else "", agreeing
-    if len(agreeing) < dictionaries_needed(len(judged)):
+    if not verdicts_agree([one.verdict for one in judged]):
         words = ", ".join(one.verdict.value.replace("_", " ").lower() for one in judged)
         head, shown = f"Undetermined, because the dictionaries disagree ({words}): ", judged
     parts = []
