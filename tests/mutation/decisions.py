@@ -192,7 +192,13 @@ DECISIONS = (
     ),
     Decision(
         "toolkit/statistics/selection/compactness.py",
-        ("tests/statistics/selection/test_compactness.py",),
+        (
+            "tests/statistics/selection/test_compactness.py::test_the_interval_is_the_jackknifes_over_twenty_groups",
+            "tests/statistics/selection/test_compactness.py::test_the_margin_of_one_feature_is_welchs_test",
+            "tests/statistics/selection/test_select_features.py"
+            "::test_a_compact_set_is_at_most_a_tenth_of_the_testable_features",
+            "tests/statistics/test_claim_verdicts.py",
+        ),
         functions=(),
     ),
     Decision(
