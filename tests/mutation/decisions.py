@@ -119,6 +119,7 @@ DECISIONS = (
         ("tests/statistics/causal/test_controls.py",),
         functions=("comparable", "unbalanced", "_refuse_impossible"),
         technical=("TINY", "NOISE", "OVERDRAW", "MIN_POOL"),
+        unnoticed={"_refuse_impossible: gap > spread  ->  gap >= spread": EXACT},
     ),
     Decision(
         "toolkit/statistics/causal/mediated_share.py",
