@@ -13,8 +13,10 @@ from scipy import sparse
 from rlgen_stats.schemas.dims import FEATURE
 from rlgen_stats.schemas.errors import InputError, NotEstimableError
 from rlgen_stats.schemas.layout import validate
+from rlgen_stats.stores.crosscoder_weights import Decoder
 from rlgen_stats.toolkit.intervention import match_controls
-from rlgen_stats.toolkit.statistics.causal.controls import STRENGTHS, comparable, norm_difference
+from rlgen_stats.toolkit.statistics.causal.controls import STRENGTHS, _best, comparable, norm_difference, unbalanced
+from rlgen_stats.toolkit.statistics.causal.covariates import near_duplicates
 from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm, ModelCodes
 
 SET = (5, 77, 140, 301, 302, 410)
@@ -149,6 +151,38 @@ def test_comparable_sets_are_no_larger_and_of_one_class(difference: list[float],
     assert comparable(2 * np.array(difference), times=2.0) == expected
 
 
+@pytest.mark.parametrize(("value", "flagged"), [(0.0999, False), (0.1, True), (-0.0999, False), (-0.1001, True)])
+def test_a_difference_of_a_tenth_is_unbalanced(value: float, flagged: bool) -> None:
+    assert unbalanced(np.array([0.0, value, 0.0, 0.0, 0.0])) == ([f"unbalanced:log_firing={value:+.2f}"] * flagged)
+
+
+@pytest.mark.parametrize(("farther", "first"), [(0.0199, 1), (0.0201, 0)])
+def test_norms_within_a_fiftieth_are_equally_near_and_balance_decides(farther: float, first: int) -> None:
+    table = np.array([[0.0], [5.0], [0.1], [1.0], [-1.0]])
+    sets, everyone = np.array([[1], [2]]), np.ones(5, dtype=bool)
+    assert _best(sets, np.array([0.005, farther]), np.array([0]), table, everyone)[0] == first
+
+
+@pytest.mark.parametrize(("n", "bin_of_controls"), [(141, 3), (158, 4)])
+def test_one_attribution_bin_is_as_far_as_four_standard_deviations(n: int, bin_of_controls: int) -> None:
+    """Ten features of the set's bin fire 3.9 (of 141) or 4.1 (of 158) deviations more, ten of the next bin alike."""
+    log_firing, bins = np.zeros(n), np.full(n, 9)
+    bins[0], bins[1:11], bins[11:21] = 3, 3, 4
+    log_firing[1:11] = 1.0
+    assert (1 / log_firing.std() < 4) == (bin_of_controls == 3)
+    columns = {"log_firing": log_firing, "decoder_norm": np.ones(n), "contribution_energy": np.ones(n), "mas_bin": bins}
+    covariates = xr.Dataset({name: (FEATURE, values) for name, values in columns.items()})
+    matched = match_controls(covariates, (0,), of_one_size, n_sets=5, seed=0)
+    assert set(bins[matched.sets.ravel()].tolist()) == {bin_of_controls}
+
+
+@pytest.mark.parametrize(("cosine", "duplicate"), [(0.69, False), (0.71, True), (-0.71, False)])
+def test_decoders_closer_than_seven_tenths_are_near_duplicates(cosine: float, duplicate: bool) -> None:
+    rows = np.array([[1.0, 0.0], [cosine, np.sqrt(1 - cosine**2)]], dtype=np.float32)
+    found = near_duplicates(Decoder("main", ("base@0",), (2,), rows), [0])
+    assert found.tolist() == [True, duplicate]
+
+
 def test_impossible_matches_name_the_covariate_and_the_distance() -> None:
     covariates = population()
     covariates["contribution_energy"].values[list(alive(SET))] += 50
@@ -163,6 +197,18 @@ def test_impossible_matches_name_the_covariate_and_the_distance() -> None:
         match_controls(population(), (16, 17), of_one_size, n_sets=20, seed=0)
     with pytest.raises(NotEstimableError, match="12 of 32 are left"):
         match_controls(population(32), [k for k in range(32) if k % 16][:18], of_one_size, n_sets=20, seed=0)
+
+
+@pytest.mark.parametrize(("apart", "refused"), [(0.009, False), (0.011, True)])
+def test_what_single_precision_makes_of_equal_numbers_is_no_distance(apart: float, refused: bool) -> None:
+    covariates = population()
+    covariates["contribution_energy"].values[:] = 1000.0
+    covariates["contribution_energy"].values[5] += apart  # a hundred-thousandth of 1000 is 0.01
+    if refused:
+        with pytest.raises(NotEstimableError, match="contribution_energy"):
+            match_controls(covariates, (5,), of_one_size, n_sets=5, seed=0)
+    else:
+        assert len(match_controls(covariates, (5,), of_one_size, n_sets=5, seed=0).sets) == 5
 
 
 @pytest.mark.parametrize(

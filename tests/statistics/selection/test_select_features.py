@@ -294,6 +294,15 @@ def test_untestable_features_are_in_no_family(world):
     np.testing.assert_array_equal(out.p_value.values[:29], whole.p_value.values[:29])
 
 
+@pytest.mark.parametrize(("n", "most"), [(9, 1), (10, 1), (20, 2), (100, 10)])
+def test_a_compact_set_is_at_most_a_tenth_of_the_testable_features(world, n, most):
+    features, outcomes = world()
+    features = features.isel(feature=np.arange(n) % features.sizes["feature"]).assign_coords(feature=np.arange(n))
+    out = run(features, outcomes, n_resamples=19, n_bootstrap=19)
+    assert out.attrs["family_size"] == n
+    assert out.attrs["most_features"] == most
+
+
 def test_one_mechanism_is_said(make_features, make_outcomes):
     rng = np.random.default_rng(5)
     direction = rng.exponential(1, 40)

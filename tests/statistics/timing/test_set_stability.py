@@ -13,6 +13,7 @@ from rlgen_stats.toolkit.statistics.timing.set_stability import (
     ADDED_NOISE,
     COLUMNS,
     Scored,
+    _rbo,
     _verdict,
     half_scores,
     make_design,
@@ -246,6 +247,28 @@ def test_chance_is_hypergeometric(make_features):
     drawn = np.array([np.intersect1d(rng.permutation(40)[:10], np.arange(10)).size for _ in range(20000)]) / 10
     assert float(out.chance[0]) == pytest.approx(drawn.mean(), abs=0.005)
     assert float(out.chance_high[0]) == pytest.approx(np.quantile(drawn, 0.95), abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [10, 13])  # P(X <= 4) = .9502 of ten, P(X <= 6) = .9480 of thirteen
+def test_chance_reaches_chance_high_one_time_in_twenty(make_features, k):
+    out = run(make_features(static(np.random.default_rng(9), 20, 40, 1.0), MODELS), k=k)
+    n_high = round(float(out.chance_high[0]) * k)
+    assert hypergeom.cdf(n_high - 1, 40, k, k) < 0.95 <= hypergeom.cdf(n_high, 40, k, k)
+
+
+def test_rank_biased_overlap_has_persistence_nine_tenths():
+    """Webber, Moffat and Zobel 2010, eq. 32, by hand: 1, 1 and 2 of the first 1, 2 and 3 are shared."""
+    agreement = {1: 1 / 1, 2: 1 / 2, 3: 2 / 3}
+    by_hand = agreement[3] * 0.9**3 + (0.1 / 0.9) * sum(share * 0.9**depth for depth, share in agreement.items())
+    assert _rbo(np.array([0, 1, 2, -1]), np.array([0, 2, 5])) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(("n", "n_groups", "known"), [(7, 3, False), (8, 4, True), (39, 19, True), (60, 20, True)])
+def test_eight_units_and_two_a_group_are_the_fewest_and_twenty_groups_the_most(make_features, n, n_groups, known):
+    features = make_features(static(np.random.default_rng(9), n, 30, 1.0)[:3], MODELS[:3])
+    out = set_stability(features, runs=["rl"], k=5, n_halvings=2, n_min=0, seed=4)
+    assert out.sizes["replicate"] == n_groups
+    assert bool(np.isfinite(out.delta[0])) is known
 
 
 def test_tokens_are_units_only_if_allowed(make_features):
