@@ -169,7 +169,7 @@ class CrosscoderSpec(Spec):
     """What is reconstructed: all views from one code of all (joint); each view from its own activation alone, and with
     it the difference between views (paired); each on half of every batch (both). The last two train what readout swap
     reads and need views of one width. Default: both for the crosscoder of a study that is encoded, else joint."""
-    difference_weight: Annotated[float, Field(ge=0)] = 0.3
+    difference_weight: Annotated[float, Field(ge=0)] = 0.5
     """What missing all of a view's difference from base costs, relative to missing all of base (paired, both)."""
     steps: PositiveInt = 10000
     """Optimiser steps."""

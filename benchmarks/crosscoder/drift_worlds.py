@@ -35,7 +35,7 @@ WORLDS: Final = ((32, 64), (64, 120))
 """Channels and planted features."""
 ROWS: Final[tuple[tuple[str, float, tuple[Readout, ...]], ...]] = (
     ("joint", 0.0, ("swap", "own")),
-    *(("both", weight, ("swap",)) for weight in (0.0, 0.3, 1.0, 3.0)),
+    *(("both", weight, ("swap",)) for weight in (0.0, 0.3, 0.5, 1.0)),
 )
 """Objective, difference_weight, readouts."""
 N_PROMPTS: Final = 400

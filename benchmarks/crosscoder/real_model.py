@@ -72,8 +72,8 @@ class Size:
 QUICK: Final = Size(12, 12, 32, 8, 2, 2, 64, 8, 20, 64)
 DICTIONARIES: Final[tuple[tuple[str, float, tuple[Readout, ...]], ...]] = (
     ("joint", 0.0, ("swap", "own", "fit")),
-    *(("both", weight, ("swap",)) for weight in (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)),
-    *(("paired", weight, ("swap",)) for weight in (0.0, 0.3, 1.0)),
+    *(("both", weight, ("swap",)) for weight in (0.0, 0.1, 0.3, 0.5, 1.0, 3.0)),
+    *(("paired", weight, ("swap",)) for weight in (0.0, 0.5)),
 )
 """Objective, difference_weight, readouts."""
 DEFAULT: Final = {"objective": "both", "weight": CrosscoderSpec.model_fields["difference_weight"].default}

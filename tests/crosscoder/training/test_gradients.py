@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ def test_gradients_equal_those_of_the_definition(
     raw = torch.from_numpy(truth.data[:TOKENS])
     scale = run.crosscoder.scale.double().numpy()
     base, *others = truth.data.transpose(1, 0, 2).astype(float)
-    weights = [1.7 * base.var(axis=0).sum() / (one - base).var(axis=0).sum() for one in others]
+    weights = [1.7 * base.var(axis=0).sum() / np.square(one - base).sum(axis=1).mean() for one in others]
     slow = Slow(run, spec, float((moments.variance * scale**2).sum()), [0.0, *weights])
     loss, total = slow.loss(raw)
     total.backward()  # type: ignore[no-untyped-call]

@@ -112,7 +112,7 @@ def test_the_curve_says_what_readout_and_joint_code_explain(data: NDArray[np.flo
     ]
     differences = [float((error - errors[0]).square().sum()) for error in errors]
     base, *others = data.transpose(1, 0, 2).astype(float)
-    weights = [0.0, *(3.0 * base.var(axis=0).sum() / (one - base).var(axis=0).sum() for one in others)]
+    weights = [0.0, *(3.0 * base.var(axis=0).sum() / np.square(one - base).sum(axis=1).mean() for one in others)]
     weighted = sum(weight * difference for weight, difference in zip(weights, differences, strict=True))
     assert point["loss"] == pytest.approx((sum(normalised) + scale[0] ** 2 * weighted) / 400, rel=1e-4)
     if objective == "joint":
@@ -222,9 +222,9 @@ def test_a_difference_weighs_by_its_own_size_and_rounding_does_not() -> None:
     assert weights.tolist() == pytest.approx([0.0, 0.3 / 0.02, 0.3 / 1.1e-5, 0.3 / 1e-5])
 
 
-def test_the_size_of_a_change_is_its_variance_from_the_reference(data: NDArray[np.float32]) -> None:
+def test_the_size_of_a_change_is_its_mean_squared_length(data: NDArray[np.float32]) -> None:
     found = measure_views(ArrayReader(data, batch_size=256, seed=1), reference=2)
-    wanted = [(data[:, view] - data[:, 2]).astype(float).var(axis=0).sum() for view in range(3)]
+    wanted = [np.square(data[:, view].astype(float) - data[:, 2]).sum(axis=1).mean() for view in range(3)]
     assert found.change.tolist() == pytest.approx(wanted)
     views = [data[:, 0], data[:, 1, :8]]
     assert np.isnan(measure_views(ArrayReader(views, batch_size=256, seed=1)).change).tolist() == [False, True]

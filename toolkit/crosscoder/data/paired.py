@@ -119,7 +119,7 @@ class ViewMoments:
     variance: NDArray[np.float64]
     """[view]: variance about the mean, summed over channels."""
     change: NDArray[np.float64]
-    """[view]: the same of the difference from the reference view; NaN where their widths differ."""
+    """[view]: mean squared length of the difference from the reference view; NaN where their widths differ."""
     widths: tuple[int, ...]
     """[view]: channels."""
     n_tokens: int
@@ -127,7 +127,7 @@ class ViewMoments:
 
 
 def measure_views(reader: PairedActivations, *, reference: int = 0, max_tokens: int = MOMENT_TOKENS) -> ViewMoments:
-    """Mean, mean norm and total variance of every view, and of its difference from the reference view, in float64.
+    """Mean, mean norm and total variance of every view, and its distance from the reference view, in float64.
 
     All tokens are read if there are at most ``max_tokens``; else the first shuffled batches that hold as many.
 
@@ -138,18 +138,16 @@ def measure_views(reader: PairedActivations, *, reference: int = 0, max_tokens: 
     """
     source = reader.sequential(1 << 14) if reader.n_tokens <= max_tokens else reader.epoch(0)
     channels: list[Moments] = []
-    changes: list[Moments] = []
-    norms = Moments((0,))
+    norms, changes = Moments((0,)), Moments((0,))
     for block in source:
         parts = views_of(block)
         if not channels:
-            channels, norms = [Moments(part.shape[1:]) for part in parts], Moments((len(parts),))
-            changes = [Moments(part.shape[1:]) for part in parts]
-        for moments, change, part in zip(channels, changes, parts, strict=True):
+            channels = [Moments(part.shape[1:]) for part in parts]
+            norms, changes = Moments((len(parts),)), Moments((len(parts),))
+        for moments, part in zip(channels, parts, strict=True):
             moments.update(part)
-            if part.shape == parts[reference].shape:
-                change.update(part - parts[reference])
         norms.update(np.stack([np.linalg.norm(part.astype(np.float64), axis=-1) for part in parts], axis=-1))
+        changes.update(np.stack([_squared_distance(part, parts[reference]) for part in parts], axis=-1))
         if norms.n >= max_tokens:
             break
     if not channels:
@@ -164,10 +162,17 @@ def measure_views(reader: PairedActivations, *, reference: int = 0, max_tokens: 
         mean=np.concatenate([moments.mean for moments in channels]),
         mean_norm=norms.mean,
         variance=np.array([moments.m2.sum() / moments.n for moments in channels]),
-        change=np.array([moments.m2.sum() / moments.n if moments.n else np.nan for moments in changes]),
+        change=changes.mean,
         widths=tuple(len(moments.mean) for moments in channels),
         n_tokens=norms.n,
     )
+
+
+def _squared_distance(part: NDArray[np.floating], reference: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Of each token from the reference view: [token]; NaN where their widths differ."""
+    if part.shape != reference.shape:
+        return np.full(len(part), np.nan)
+    return np.asarray(np.square(part.astype(np.float64) - reference).sum(axis=-1))
 
 
 def endless(reader: PairedActivations, *, start: int = 0) -> Generator[Batch, None, None]:

@@ -23,7 +23,7 @@ from rlgen_stats.toolkit.crosscoder.training.rows import Decoded, Rows, joint_ro
 from rlgen_stats.toolkit.crosscoder.training.sparsity_rules import make_rule
 
 LEAST_CHANGE: Final = 1e-5
-"""Variance of a change, relative to base's, below which it is mostly rounding: of bfloat16 activations, 1e-6."""
+"""Mean square of a change, relative to base's variance, below which it may be rounding (of bfloat16 values: 1e-6)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def reference_view(views: Sequence[str]) -> int:
 
 
 def difference_weights(spec: CrosscoderSpec, views: Sequence[str], moments: ViewMoments) -> Tensor:
-    """Of each view, ``difference_weight`` var(a_ref) / var(a_m - a_ref), so that small changes count too.
+    """Of each view, ``difference_weight`` var(a_ref) / mean |a_m - a_ref|^2, so that small changes count too.
 
     0 for the reference itself. A change below ``LEAST_CHANGE`` weighs as if it were as large.
     """
