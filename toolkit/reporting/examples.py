@@ -122,7 +122,8 @@ def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
         prompts = read_prompts(spec, folder)
     except InputError:
         return {}
-    return {row.prompt: (row.text, row.answer) for row in prompts.itertuples()}
+    ids, texts, answers = (prompts[name].tolist() for name in ("prompt", "text", "answer"))
+    return {prompt: (text, answer) for prompt, text, answer in zip(ids, texts, answers, strict=True)}
 
 
 def _short(text: object) -> str:
