@@ -77,6 +77,7 @@ RESULTS: Final = (
         ),
         MODEL_COORDS | variables_on(TASK, **{TASK: "str", DOMAIN: "str", "role": "str"}),
         TEST_ATTRS,
+        optional=variables_on(f"{MODEL} {TASK}", terminated="float", answered="float"),
     ),
     Layout(  # two models on the same prompts, of any origin; differences are B minus A
         "outcome_comparison",

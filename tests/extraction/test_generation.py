@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rlgen_stats.schemas.errors import InputError, ModelError
 from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction import generate
-from rlgen_stats.toolkit.extraction.generation import Completion, draw_tokens
+from rlgen_stats.toolkit.extraction.generation import Completion, _StopStrings, draw_tokens
 from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
 
 
@@ -54,6 +56,81 @@ def test_ends_are_where_the_end_token_is(model: Any, tokenizer: Any) -> None:
         assert 1 not in row.token_ids[:-1]
         assert len(row.token_ids) == 12 or row.terminated
         assert row.text == tokenizer.decode(row.token_ids, skip_special_tokens=True)
+
+
+def cut_before(row: Completion, tokenizer: Any, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """A slow way: the text as it is after every token."""
+    for n in range(1, len(row.token_ids) + 1):
+        text = tokenizer.decode(row.token_ids[:n], skip_special_tokens=True)
+        found = [text.index(string) for string in stop if string in text]
+        if found:
+            return text[: min(found)], True
+    return row.text, row.terminated
+
+
+def test_stop_strings_cut_each_row_as_its_text_says_whatever_its_batch(tokenizer: Any) -> None:
+    model = tiny_model(seed=1)
+    prompts, seeds = list(PROMPTS) * 3, list(range(3 * len(PROMPTS)))
+    free = sampled(model, tokenizer, prompts, seeds, max_new_tokens=20)
+    words = Counter(word for row in free for word in row.text.split())
+    pairs = Counter(pair for row in free for pair in zip(row.text.split(), row.text.split()[1:], strict=False))
+    common, pair = words.most_common(1)[0][0], " ".join(pairs.most_common(1)[0][0])
+    stop = [((), (common,), (pair, "no such text"))[row % 3] for row in range(len(prompts))]
+    one = sampled(model, tokenizer, prompts, seeds, max_new_tokens=20, stop=stop, batch_size=1)
+    many = sampled(model, tokenizer, prompts, seeds, max_new_tokens=20, stop=stop, batch_size=16)
+    order = np.random.default_rng(0).permutation(len(prompts))
+    shuffled = generate(
+        model,
+        tokenizer,
+        [prompts[i] for i in order],
+        seeds=[seeds[i] for i in order],
+        stop=[stop[i] for i in order],
+        max_new_tokens=20,
+        batch_size=7,
+    )
+    assert one == many
+    assert [one[i] for i in order] == shuffled
+    for before, after, strings in zip(free, one, stop, strict=True):
+        assert (after.text, after.terminated) == cut_before(before, tokenizer, strings)
+        assert before.token_ids[: len(after.token_ids)] == after.token_ids
+        if after.text != before.text and len(after.token_ids) > 1:  # no token beyond the text is kept
+            assert not tokenizer.decode(after.token_ids[:-1], skip_special_tokens=True).startswith(after.text)
+    assert sum(a.text != b.text for a, b in zip(free, one, strict=True)) > 8
+    assert one[0] == free[0]
+
+
+def test_a_stop_string_may_begin_inside_a_token() -> None:
+    """Tokens of a byte-level BPE join a full stop and line feeds, and a character may be several tokens."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<eos>"]
+    )
+    raw.train_from_iterator(["It is 7.\n\nQ: 7.\n\nQ: so 7.\n\n"] * 5, trainer)
+    stopping = _StopStrings(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>"))
+    ids = raw.encode("It is \u22127.\n\nQ: 1").ids
+    text_of_first = [raw.decode(ids[:n]) for n in range(len(ids) + 1)]
+    assert text_of_first[-1] == "It is \u22127.\n\nQ: 1"
+    assert any(token not in ("\n", ".") and ".\n" in token for token in map(raw.decode, [[i] for i in ids]))
+    for stop, kept in ((("\n\nQ:",), "It is \u22127."), (("\u2212",), "It is "), (("Q", "7"), "It is \u2212")):
+        found = [n for n in range(1, len(ids) + 1) if stopping.found(ids[:n], stop)]
+        assert found[0] == next(n for n, text in enumerate(text_of_first) if any(s in text for s in stop))
+        tokens, text, ended = stopping.cut(ids, stop)
+        assert (text, ended) == (kept, True)
+        assert raw.decode(tokens).startswith(kept)
+        assert not raw.decode(tokens[:-1]).startswith(kept)
+    assert stopping.cut(ids, ("zebra",)) == (ids, text_of_first[-1], False)
+    assert not stopping.found(ids, ())
+
+
+def test_rows_have_length_limits_of_their_own(model: Any, tokenizer: Any) -> None:
+    limits = [1 + row % 5 for row in range(len(PROMPTS))]
+    seeds = list(range(len(PROMPTS)))
+    free = sampled(model, tokenizer, list(PROMPTS), seeds, max_new_tokens=8)
+    rows = sampled(model, tokenizer, list(PROMPTS), seeds, max_new_tokens=limits)
+    assert [row.token_ids for row in rows] == [row.token_ids[:n] for row, n in zip(free, limits, strict=True)]
+    assert [row.terminated for row in rows] == [row.token_ids[-1] == 1 for row in rows]
 
 
 def test_a_generation_configs_own_end_tokens_stop_too(tokenizer: Any) -> None:
@@ -158,4 +235,9 @@ def test_bad_settings_are_refused(model: Any, tokenizer: Any) -> None:
         generate(model, tokenizer, ["what <eos>"], max_new_tokens=2, greedy=True)
     with pytest.raises(InputError, match=r"1 tokens and 128 may follow, but the model's context is 128"):
         generate(model, tokenizer, ["what"], max_new_tokens=128, greedy=True)
+    with pytest.raises(InputError, match="one max_new_tokens per row is needed: 1 prompts, 2 given"):
+        generate(model, tokenizer, ["what"], max_new_tokens=[2, 3], greedy=True)
+    for stop in (["so"], [["so", ""]]):
+        with pytest.raises(InputError, match="stop strings are one list a row, none of them empty"):
+            generate(model, tokenizer, ["what"], max_new_tokens=2, greedy=True, stop=stop)
     assert generate(model, tokenizer, [], max_new_tokens=2, greedy=True) == []

@@ -1,17 +1,27 @@
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 
-from rlgen_stats.schemas.errors import ModelError, StageError, StoreError
+from rlgen_stats.schemas.errors import InputError, ModelError, StageError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_outcomes
 from rlgen_stats.stores.study_models import list_models
-from rlgen_stats.toolkit.extraction import load_model, load_tokenizer, outcomes, read_completions, sample_outcomes
-from tests.extraction.conftest import prompt_table, save_model, word_tokenizer
+from rlgen_stats.toolkit.extraction import (
+    Completion,
+    load_model,
+    load_tokenizer,
+    outcomes,
+    read_completions,
+    sample_outcomes,
+)
+from rlgen_stats.toolkit.extraction.graders.texts import FinalAnswerGrader, RegexGrader
+from rlgen_stats.toolkit.progress import _Silent
+from tests.extraction.conftest import prompt_table, save_model, study_spec, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]
 
@@ -129,16 +139,47 @@ def test_another_studys_store_is_refused_before_sampling(sampled: Study, monkeyp
         sample_outcomes(spec, folder, provenance=Provenance("tiny-study", "other-key"))
 
 
-@pytest.mark.parametrize(("cut", "warned"), [(5, False), (6, True)])  # of 100: at 5% none, above one
-def test_completions_cut_off_are_warned_about_by_task(cut: int, warned: bool) -> None:
-    terminated = np.ones((1, 60, 5), dtype=bool)
-    terminated[0, 0, :cut] = terminated[0, 1, : max(0, cut - 5)] = False  # of task a: 20 prompts of 5 samples
-    task = ["a"] * 20 + ["b"] * 40
-    stored = xr.Dataset(
-        {"terminated": (("model", "prompt", "sample"), terminated)},
-        coords={"model": ["rl@8"], "task": ("prompt", task)},
-    )
-    warnings = outcomes.truncation_warnings(stored)
-    assert len(warnings) == warned
-    assert not warned or warnings[0].startswith("warning: 6% of rl@8's completions of task a were cut off")
-    assert outcomes.truncation_warnings(stored.drop_vars("terminated")) == []
+class Log(_Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_tasks_have_graders_stop_strings_and_limits_of_their_own(study: Study, provenance: Provenance) -> None:
+    spec, folder = study
+    tasks = {"sum": {"grader": {"name": "regex", "pattern": "so (.*)"}, "max_new_tokens": 3}, "other": {"stop": ["4"]}}
+    spec, log = study_spec(tasks=tasks), Log()
+    sample_outcomes(spec, folder, provenance=provenance, progress=log)
+    free = study[0]
+    free_folder = StudyFolder(Path(shutil.copytree(folder.root, folder.root.parent / "free")))
+    for path in (free_folder.outcomes, free_folder.completions):
+        shutil.rmtree(path)
+    sample_outcomes(free, free_folder, provenance=provenance)
+    task = dict(zip(prompt_table().prompt_id, prompt_table().task, strict=True))
+    table, before = (read_completions(one, "rl@8").set_index(["prompt", "sample"]) for one in (folder, free_folder))
+    sums = table.index.get_level_values("prompt").map(task) == "sum"
+    assert table.n_tokens[sums].max() == 3
+    assert before.n_tokens[sums].max() > 3
+    assert not table.text[~sums].str.contains("4").any()
+    assert (table.text[~sums] == before.text[~sums].str.split("4").str[0]).all()
+    assert (table.terminated[~sums] == (before.terminated | before.text.str.contains("4"))[~sums]).all()
+    graders = {"sum": RegexGrader(pattern="so (.*)"), "other": FinalAnswerGrader()}
+    answers = dict(zip(prompt_table().prompt_id, prompt_table().answer, strict=True))
+    for (prompt, _), row in table.iterrows():
+        completion = Completion(tuple(row.token_ids), row.text, row.terminated)
+        grade = graders[task[prompt]].grade(completion, answers[prompt])
+        assert (row.correct, row.answered) == (grade.correct, grade.answered)
+    stored = open_outcomes(folder.outcomes).sel(model="rl@8").load()
+    assert stored.answered.values.tolist() == table.answered.unstack().loc[stored.prompt.values, [0, 1]].values.tolist()
+    assert any("task sum have no answer that its grader can read" in line for line in log.lines)
+    assert sum(line.startswith("  sum p1: ") for line in log.lines) >= 1
+
+
+def test_expected_answers_are_checked_before_anything_is_sampled(study: Study, provenance: Provenance) -> None:
+    _, folder = study
+    spec = study_spec(tasks={"sum": {"grader": "choice"}})
+    with pytest.raises(InputError, match=r"task 'sum': the grader cannot read 6 of 6 expected answer\(s\): p1 \('1'\)"):
+        sample_outcomes(spec, folder, provenance=provenance)
+    assert not folder.outcomes.exists()

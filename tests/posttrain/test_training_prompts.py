@@ -10,10 +10,10 @@ import pytest
 
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.study import DataSpec, StudySpec
-from rlgen_stats.schemas.tasks import GraderSpec
+from rlgen_stats.schemas.tasks import GraderSpec, TaskSpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction.grading import make_grader
-from rlgen_stats.toolkit.posttrain import GradedReward, load_training_table
+from rlgen_stats.toolkit.posttrain import GradedReward, load_training_table, train_run
 from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, table_hash
 from tests.posttrain import conftest
 
@@ -107,6 +107,39 @@ def test_reward_is_the_grader_and_sees_termination(text: str, ids: tuple[int, ..
     assert reward(completions=[text], completion_ids=[ids], answer=["3"], **columns) == [expected]
     lenient = GradedReward(make_grader(GraderSpec(require_termination=False)), {}, stops=(1,))
     assert lenient(completions=[text], completion_ids=[ids], answer=["3"]) == [float(text == "ans 3")]
+
+
+def test_rewards_are_each_tasks_own_grader(folder: StudyFolder, make_spec: Make) -> None:
+    graders = {"quiz": make_grader(GraderSpec(name="choice"))}
+    reward = GradedReward(make_grader(GraderSpec()), graders, stops=(1,))
+    rows: dict[str, Any] = {
+        "completions": ["ans 1", "ans 1", "It is tin.", "It is tin."],
+        "completion_ids": [(5, 1)] * 4,
+        "answer": ["1", "B", "B", "tin"],
+        "task": ["sum", "quiz", "quiz", "sum"],
+        "choices": ["", '["iron", "tin"]', '["iron", "tin"]', ""],
+    }
+    assert reward(**rows) == [1.0, 0.0, 1.0, 0.0]
+    table = conftest.train_table().head(4)
+    write(folder, table.assign(task=rows["task"], choices=[None, ["iron", "tin"], ["iron", "tin"], []]))
+    spec = make_spec()
+    assert list(load_training_table(spec, spec.runs[1], folder).columns) == ["text", "answer"]
+    spec = spec.model_copy(update={"tasks": {"quiz": TaskSpec(grader=GraderSpec(name="choice"))}})
+    loaded = load_training_table(spec, spec.runs[1], folder)
+    assert loaded["task"].tolist() == rows["task"]
+    assert loaded["choices"].tolist() == rows["choices"]
+
+
+def test_training_answers_that_no_grader_can_read_are_refused_before_training(
+    folder: StudyFolder, make_spec: Make
+) -> None:
+    spec = make_spec()
+    spec = spec.model_copy(update={"tasks": {"quiz": TaskSpec(grader=GraderSpec(name="choice"))}})
+    write(folder, conftest.train_table().assign(task="quiz", choices=[["iron", "tin"]] * len(conftest.train_table())))
+    with pytest.raises(
+        InputError, match=r"data\.train: the grader cannot read .* row 1 \('.*name another grader under tasks"
+    ):
+        train_run(spec, spec.runs[1], folder)
 
 
 def test_rewards_keep_the_order_of_completions() -> None:

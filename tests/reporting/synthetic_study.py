@@ -101,6 +101,8 @@ def behaviour(*, pooled: bool = True) -> xr.Dataset:
             accuracy_low=accuracy - half,
             accuracy_high=accuracy + half,
             sampled_accuracy=accuracy - 0.01,
+            terminated=pooled_tasks.terminated.mean("task"),
+            answered=pooled_tasks.answered.mean("task"),
             p_value=xr.full_like(accuracy, 0.002),
             q_value=xr.full_like(accuracy, 0.004),
             difference=accuracy - accuracy[0],
@@ -144,6 +146,8 @@ def task_behaviour() -> xr.Dataset:
         "accuracy_low": accuracy - half,
         "accuracy_high": np.minimum(accuracy + half, 1),
         "sampled_accuracy": values["sampled_accuracy"],
+        "terminated": np.where(np.arange(len(TASKS)) == 2, 0.94, 0.97) + 0 * accuracy,
+        "answered": np.where(np.arange(len(TASKS)) == 1, 0.85, 0.95) + 0 * accuracy,
         "p_value": np.where(accuracy > 0.5, 1e-6, 0.4),
         "q_value": np.where(accuracy > 0.5, 2e-6, 0.6),
         "difference": accuracy - accuracy[0],
@@ -967,6 +971,7 @@ def write_stores(folder: StudyFolder) -> None:
                 "text": [f"{run} says <b>so</b> & ends . ans {i}" for i in range(2 * n)],
                 "n_tokens": 6,
                 "correct": np.repeat(right.astype(bool), 2),
+                "answered": np.arange(2 * n) % 4 != 1,
                 "format_class": "answer",
             }
         ).to_parquet(folder.completions / f"{model}.parquet")

@@ -98,6 +98,24 @@ def test_behaviour_comes_before_the_claims(page: Page) -> None:
     assert text.index("In domain, sft answers 80% and rl 90%") < text.index("The five claims")
 
 
+def test_completions_that_were_cut_off_or_not_read_are_warned_about(
+    report: Path, page: Page, data: dict[str, Any]
+) -> None:
+    """In the synthetic study 6% of the completions of 'maximum' are cut off, and 15% of those of 'parity' not read."""
+    warnings = data["behaviour"]["warnings"]
+    n_models = len({row["model"] for row in data["behaviour"]["tasks"]})
+    assert len(warnings) == 2 * n_models
+    assert "6% of rl@80's completions of task maximum were cut off by the length limit" in " ".join(warnings)
+    assert "15% of rl@80's completions of task parity have no answer that its grader can read" in " ".join(warnings)
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    for text in (page.text, markdown.replace("\\", "")):
+        assert all(warning in text for warning in warnings)
+    assert "parity rl@80 97.0% 85.0%" in page.text
+    assert "| parity | rl@80 | 97.0% | 85.0% |" in markdown
+    assert page.text.count("base says <b>so</b> & ends . ans") >= 5
+    assert "Not read in parity, base@0" in page.text
+
+
 # -- one set of numbers ------------------------------------------------------------------------------------------
 def test_claims_agree_between_html_json_csv_and_markdown(report: Path, page: Page, data: dict[str, Any]) -> None:
     table = pd.read_csv(report / "tables" / "claims.csv")

@@ -14,6 +14,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError, RefusedError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, open_arms
 from rlgen_stats.toolkit.intervention import plan_trial
 from rlgen_stats.toolkit.statistics.causal.criteria import FEWEST_RANDOM
@@ -240,6 +241,30 @@ def test_a_second_sample_leaves_the_first_as_it_is(study: Any, tmp_path: Path) -
     assert two["prompt"].tolist() == one["prompt"].tolist() * 2
     pd.testing.assert_frame_equal(two.iloc[:12].reset_index(drop=True), one)
     assert (two["text"][12:].to_numpy() != one["text"].to_numpy()).any()
+
+
+def test_arms_stop_and_are_graded_as_their_tasks_say(study: Any, tmp_path: Path) -> None:
+    frames, hashes = {}, set()
+    tasks = {
+        "math": {"stop": ["="], "max_new_tokens": 3},
+        "weather": {"grader": {"name": "regex", "pattern": "no such text"}},
+    }
+    for name, listed in (("free", {}), ("tasks", tasks)):
+        spec, folder = small(study, tmp_path / name, max_prompts=12)
+        spec = StudySpec.model_validate(spec.model_dump() | {"tasks": listed})
+        plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE, directions=["disable"])
+        frames[name] = trial.LiveTrial(plan).run_arm("disable", UNEDITED)
+        hashes.add(plan.arm_hash("disable", UNEDITED))
+    assert len(hashes) == 2
+    free, own = frames["free"], frames["tasks"]
+    math = free["task"] == "math"
+    assert free["text"][math].str.contains("=").any()
+    assert not own["text"][math].str.contains("=").any()
+    assert not own["correct"][math].any()
+    pd.testing.assert_series_equal(own["text"][~math], free["text"][~math])
+    weather = free["task"] == "weather"
+    assert free["correct"][weather].any()
+    assert not own["correct"][weather].any()
 
 
 def test_a_trial_too_small_to_call_anything_a_cause_is_refused_before_a_model_is_loaded(

@@ -22,6 +22,7 @@ from rlgen_stats.schemas.study import (
 )
 from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder, replacing
+from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.toolkit.demo.pretrain import BaseSettings, check_base, pretrain_base
 from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, plain_prompts, training_prompts
 from rlgen_stats.toolkit.demo.world import CONTROL, HELD_OUT, MARKER, PLAIN, World
@@ -106,7 +107,7 @@ def prepare_demo(
     base = folder.resolve(spec.base.path)
     check_base(base, world, settings)
     tables = evaluation_prompts(world, styles_per_pair=STYLES_PER_PAIR[size]), plain_prompts(world, n=N_PLAIN[size])
-    _write_table(folder.resolve(spec.data.prompts), pd.concat(tables, ignore_index=True))
+    _write_table(folder.resolve(prompt_files(spec)["data.prompts"]), pd.concat(tables, ignore_index=True))
     if spec.data.train is not None:
         _write_table(folder.resolve(spec.data.train), training_prompts(world))
     pretrain_base(base, world, settings, progress=progress)

@@ -113,8 +113,9 @@ def check_answers(graders: Mapping[str, Grader], prompts: pd.DataFrame, *, where
     InputError
         With task, grader and the prompts' ids.
     """
-    for task, of_task in prompts.groupby(TASK, sort=False):
-        grader = graders[str(task)]
+    for name, of_task in prompts.groupby(TASK, sort=False):
+        task = str(name)
+        grader = graders[task]
         unread = []
         for prompt, answer, choices in zip(of_task[PROMPT], of_task[ANSWER], of_task[CHOICES], strict=True):
             text = grader.usual_form(answer)

@@ -31,9 +31,13 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
 from rlgen_stats.toolkit.extraction.generation import Completion, asked_of, generate
 from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, grade_all, graders_of
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics.completion_shares import (
+    completion_shares,
+    share_warnings,
+    too_often_unread,
+    unread_examples,
+)
 
-TRUNCATED_WARNING: Final = 0.05
-"""Share of a task's completions cut off by the length limit above which accuracies are more about length than skill."""
 _SCHEMA: Final = pa.schema(
     [
         (PROMPT, pa.string()),
@@ -114,28 +118,17 @@ def sample_outcomes(
             _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
             outcomes = _outcomes(ref, completions, grades, prompts)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
-            for warning in truncation_warnings(outcomes):
-                progress.log(warning)
+            _warn(outcomes, read_completions(folder, ref.model), progress)
 
 
-def truncation_warnings(outcomes: xr.Dataset) -> list[str]:
-    """One sentence for every model and task of which more than ``TRUNCATED_WARNING`` of the samples are cut off.
-
-    Parameters
-    ----------
-    outcomes
-        Layout ``outcomes``; stores without ``terminated`` (of older releases) give no warning.
-    """
-    if "terminated" not in outcomes:
-        return []
-    cut = (~outcomes["terminated"]).mean(SAMPLE).groupby(TASK).mean(PROMPT).transpose(MODEL, TASK)
-    return [
-        f"warning: {100 * share:.0f}% of {model}'s completions of task {task} were cut off by the length limit and "
-        "count as wrong; raise generation.max_new_tokens."
-        for model, row in zip(cut[MODEL].values, cut.values, strict=True)
-        for task, share in zip(cut[TASK].values, row, strict=True)
-        if share > TRUNCATED_WARNING
-    ]
+def _warn(outcomes: xr.Dataset, completions: pd.DataFrame, progress: Progress) -> None:
+    shares = completion_shares(outcomes)
+    for warning in share_warnings(shares):
+        progress.log(f"warning: {warning}")
+    for task in too_often_unread(shares)[str(outcomes[MODEL].item())]:
+        of_task = outcomes[PROMPT].values[outcomes[TASK].values == task].tolist()
+        for prompt, text in unread_examples(completions, of_task):
+            progress.log(f"  {task} {prompt}: {text!r}")
 
 
 def sample_seeds(seed: int, prompts: Sequence[str], n_samples: int) -> list[int]:

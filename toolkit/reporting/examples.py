@@ -14,6 +14,7 @@ from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import read_prompts
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models
+from rlgen_stats.toolkit.statistics.completion_shares import too_often_unread, unread_examples
 
 PER_KIND: Final = 3
 """Examples of each kind (gained, forgotten), from different tasks."""
@@ -79,6 +80,34 @@ def pick_examples(folder: StudyFolder, spec: StudySpec, results: Results, data: 
     return examples
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Completions of one model and task in which too often no answer can be read."""
+
+    model: str
+    task: str
+    texts: list[tuple[str, str]]
+    """Prompt, and the end of the completion."""
+
+
+def pick_unread(folder: StudyFolder, results: Results, data: StudyData) -> list[Unread]:
+    """The first unread completions of the first model, for every task that has such models."""
+    behaviour = results.get("behaviour")
+    if behaviour is None or data.prompts is None:
+        return []
+    first: dict[str, str] = {}
+    for model, tasks in too_often_unread(behaviour).items():
+        first |= {task: model for task in tasks if task not in first}
+    unread = []
+    for task, model in first.items():
+        prompts = data.prompts["prompt"][data.prompts["task"] == task].tolist()
+        path = folder.completions / f"{model}.parquet"
+        if prompts and path.exists():  # pooled tasks have no prompts of their own
+            table = pd.read_parquet(path, columns=["prompt", "sample", "text", "answered"])
+            unread.append(Unread(model, task, unread_examples(table, prompts)))
+    return unread
+
+
 def _greedy(folder: StudyFolder, model: str) -> pd.DataFrame | None:
     path = folder.completions / f"{model}.parquet"
     if not path.exists():
@@ -93,7 +122,8 @@ def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
         prompts = read_prompts(spec, folder)
     except InputError:
         return {}
-    return {row.prompt: (row.text, row.answer) for row in prompts.itertuples()}
+    ids, texts, answers = (prompts[name].tolist() for name in ("prompt", "text", "answer"))
+    return {prompt: (text, answer) for prompt, text, answer in zip(ids, texts, answers, strict=True)}
 
 
 def _short(text: object) -> str:

@@ -11,6 +11,7 @@ import jinja2
 import pandas as pd
 import xarray as xr
 
+from rlgen_stats.schemas.dims import BASE_MODEL, split_model_id
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
@@ -20,7 +21,7 @@ from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
 from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, Claim, verdict_label
 from rlgen_stats.toolkit.reporting.claims.replication import replication_text
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables
-from rlgen_stats.toolkit.reporting.examples import Example, pick_examples
+from rlgen_stats.toolkit.reporting.examples import Example, Unread, pick_examples, pick_unread
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
 from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
@@ -28,9 +29,10 @@ from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import DOMAINS, contrast_note, domain_accuracies, lede
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
-from rlgen_stats.toolkit.reporting.result_lookup import labels_of, tidy
+from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
 from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
+from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
 
 REPORT_SCHEMA: Final = 1
 """Version of report.json."""
@@ -77,6 +79,7 @@ class Report:
     tables: dict[str, pd.DataFrame]
     features: list[FeatureCard]
     examples: list[Example]
+    unread: list[Unread]
     provenance: Provenance
 
     @property
@@ -152,6 +155,7 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
         tables=build_tables(results, spec, claims=claims, domains=domains, facts=facts),
         features=feature_cards(folder, spec, results, data),
         examples=pick_examples(folder, spec, results, data),
+        unread=pick_unread(folder, results, data),
         provenance=provenance,
     )
 
@@ -183,12 +187,12 @@ def environment(*, autoescape: bool = True) -> jinja2.Environment:
     return templates
 
 
-_MARKUP: Final = frozenset("\\`*_{}[]<>#|")
+_MARKUP: Final = {ord(sign): f"\\{sign}" for sign in "\\`*_{}[]#|"} | {ord("<"): "&lt;", ord(">"): "&gt;"}
 
 
 def _markdown(value: object) -> str:
     """Text in which every Markdown and HTML character is escaped."""
-    return "".join(f"\\{c}" if c in _MARKUP else c for c in str(value)).replace("\n", " ")
+    return str(value).translate(_MARKUP).replace("\n", " ")
 
 
 def _write_pages(target: Path, report: Report) -> None:
@@ -212,6 +216,9 @@ def page_view(report: Report) -> dict[str, Any]:
         "lede": lede(report.domains, spec),
         "contrast_note": contrast_note(spec),
         "domains": report.domains,
+        "shares": completion_rows(results, spec),
+        "share_warnings": _share_warnings(results),
+        "unread": report.unread,
         "domain_names": DOMAINS,
         "claims": report.claims,
         "verdict_meanings": VERDICT_MEANINGS,
@@ -243,6 +250,27 @@ def page_view(report: Report) -> dict[str, Any]:
         "provenance": report.provenance,
         "details": {claim.id: _flat_details(claim.details) for claim in report.claims},
     }
+
+
+def completion_rows(results: Results, spec: StudySpec) -> list[dict[str, Any]]:
+    """Terminated, answered and right shares of base and every run's final model, a row each task; none without them."""
+    behaviour = results.get("behaviour")
+    if behaviour is None or "terminated" not in behaviour or "answered" not in behaviour:
+        return []
+    finals = [BASE_MODEL, *final_models(spec, behaviour).values()]
+    chosen = behaviour.sel(model=[model for model in dict.fromkeys(finals) if model in behaviour["model"].values])
+    columns = ("terminated", "answered", "sampled_accuracy")
+    table = chosen[list(columns)].to_dataframe(dim_order=["task", "model"]).reset_index()
+    return [
+        {"task": row["task"], "model": row["model"], "run": split_model_id(row["model"])[0]}
+        | {c: row[c] for c in columns}
+        for row in table[table["role"] != "pooled"].to_dict("records")
+    ]
+
+
+def _share_warnings(results: Results) -> list[str]:
+    behaviour = results.get("behaviour")
+    return [] if behaviour is None else share_warnings(behaviour.sel(task=behaviour["role"] != "pooled"))
 
 
 def over_dictionaries(report: Report) -> dict[str, Any]:
@@ -297,6 +325,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "behaviour": {
             "domains": [asdict(row) for row in report.domains],
             "tasks": _records(report.tables, "behaviour"),
+            "warnings": _share_warnings(report.results),
         },
         "claims": [claim.as_dict() for claim in report.claims],
         "facts": [asdict(fact) for fact in report.facts],

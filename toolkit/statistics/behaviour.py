@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, MODEL, PROMPT, SAMPLE, TASK, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.toolkit.statistics.completion_shares import completion_shares
 from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import in_prompt_order
 from rlgen_stats.toolkit.statistics.core.paired_accuracy import (
@@ -89,7 +90,8 @@ def behaviour(
     -------
     xr.Dataset
         Layout ``behaviour`` over model and task, with the pooled tasks ``all:in`` and ``all:out`` (controls left out).
-        ``accuracy`` is greedy, ``sampled_accuracy`` the pass rate with ``sampled_low``/``sampled_high``. Also
+        ``accuracy`` is greedy, ``sampled_accuracy`` the pass rate with ``sampled_low``/``sampled_high``; ``terminated``
+        and ``answered`` are shares of the samples (left out of outcomes that do not say). Also
         ``n_clusters`` and ``p_test`` [task] (which test gave ``p_value``). Small; computed at once.
 
     Raises
@@ -146,6 +148,8 @@ def behaviour(
         q[:, group] = adjust(p[:, group], method="bh")
     clustered = [codes is not None and shares_clusters(codes[index]) for index in tasks.index.values()]
     tests = np.array([CLUSTER_FLIP if c else MCNEMAR for c in clustered])
+    shares = completion_shares(outcomes, tasks.index).data_vars
+    variables |= {str(name): ((MODEL, TASK), share.values) for name, share in shares.items()}
     return xr.Dataset(
         variables | {"q_value": ((MODEL, TASK), q), "p_test": (TASK, tests)},
         coords=model_coords(outcomes, models) | tasks.coords(),

@@ -43,6 +43,11 @@ class ChoiceGrader(Grader):
         expected, given = expected_choice(answer, choices), named_choice(text, choices)
         return None if given is None else given == expected
 
+    def usual_form(self, answer: str) -> str:
+        """The letter in brackets, or the text."""
+        letter = answer.strip("(). ")
+        return f"({letter})" if len(letter) == 1 else answer
+
 
 @dataclass(frozen=True)
 class LoglikGrader(Grader):
