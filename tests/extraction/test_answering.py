@@ -14,7 +14,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_activations, open_outcomes
 from rlgen_stats.stores.prompts import load_prompts
-from rlgen_stats.toolkit.extraction import extract_activations, read_completions, sample_outcomes
+from rlgen_stats.toolkit.extraction import extract_activations, outcomes, read_completions, sample_outcomes
 from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import make_grader
@@ -123,8 +123,11 @@ def test_outcomes_and_activations_of_chosen_answers(mixed: Study, provenance: Pr
     assert list(store["token_id"].values[of_prompt.values]) == list(chosen.loc["p0", "token_ids"].iloc[0])
 
 
-def test_prompts_without_choices_are_refused_before_a_model_is_loaded(mixed: Study, provenance: Provenance) -> None:
+def test_prompts_without_choices_are_refused_before_a_model_is_loaded(
+    mixed: Study, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec, folder = mixed
+    monkeypatch.setattr(outcomes, "load_model", None)
     table = pd.read_parquet(folder.root / "data/prompts.parquet")
     table.at[2, "choices"] = None
     table.to_parquet(folder.root / "data/prompts.parquet")
