@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.tasks import GraderSpec, TaskSpec
 from rlgen_stats.stores import StudyFolder, read_json, write_json
 from rlgen_stats.stores.study_models import list_models
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer
@@ -214,3 +215,10 @@ def test_refusals(folder: StudyFolder, make_spec: Make) -> None:
     own = RunSpec(name="own", arm="own", checkpoints={1: "x"})
     with pytest.raises(SpecError, match="brings its own checkpoints"):
         train_run(spec, own, folder)
+    table = conftest.train_table().assign(task="quiz", choices='["0", "1"]', answer="A")
+    table.to_parquet(folder.root / "data" / "train.parquet")
+    scored = spec.model_copy(update={"tasks": {"quiz": TaskSpec(grader=GraderSpec(name="choice_loglik"))}})
+    with pytest.raises(
+        SpecError, match=r"GRPO rewards what a model writes, but rows of task 'quiz' in data\.train are"
+    ):
+        train_run(scored, make_spec(n_checkpoints=1).runs[1], folder)

@@ -97,7 +97,7 @@ def test_completions_of_all_arms_open_with_labels(study: Any, gate: Any, parts: 
 
 def test_a_killed_trial_resumes_where_it_was(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed, other = small(study, tmp_path / "a"), small(study, tmp_path / "b")
-    calls, genuine = [0], trial.generate
+    calls, genuine = [0], trial.answer_prompts
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -105,7 +105,7 @@ def test_a_killed_trial_resumes_where_it_was(study: Any, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return genuine(*args, **kwargs)
 
-    monkeypatch.setattr(trial, "generate", counted)
+    monkeypatch.setattr(trial, "answer_prompts", counted)
     with pytest.raises(KeyboardInterrupt):
         without_controls(killed, [F_GATE])
     again = Counted()
@@ -114,7 +114,7 @@ def test_a_killed_trial_resumes_where_it_was(study: Any, tmp_path: Path, monkeyp
     total = sum(plan.stored.values())
     assert calls[0] == total + 1, "arms finished before the kill are not run again"
     assert again.before / (again.now + again.before) == pytest.approx(8 / total), "nor counted as fast"
-    monkeypatch.setattr(trial, "generate", genuine)
+    monkeypatch.setattr(trial, "answer_prompts", genuine)
     xr.testing.assert_identical(resumed, without_controls(other, [F_GATE]))
 
 

@@ -35,6 +35,10 @@ class Completion:
     """Decoded text without special tokens, cut before a stop string."""
     terminated: bool
     """Whether the model ended by itself, by an end token or a stop string, within the length limit."""
+    choice: int | None = None
+    """Number of the choice that this is, where choices were scored and nothing was generated."""
+    choice_log_likelihoods: tuple[float, ...] = ()
+    """Of all choices then, in nats; sums over tokens, not normalised."""
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, top_p: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, list_models, ref_coords
 from rlgen_stats.stores.tables import check_owner
+from rlgen_stats.toolkit.extraction.answering import answer_prompts, scores_choices
 from rlgen_stats.toolkit.extraction.checkpoints import (
     check_tokenizers,
     check_weights,
@@ -28,7 +29,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
     load_tokenizer,
     resolve_device,
 )
-from rlgen_stats.toolkit.extraction.generation import Completion, asked_of, generate
+from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, grade_all, graders_of
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.completion_shares import (
@@ -49,6 +50,7 @@ _SCHEMA: Final = pa.schema(
         ("correct", pa.bool_()),
         ("answered", pa.bool_()),
         ("format_class", pa.string()),
+        ("choice_log_likelihoods", pa.list_(pa.float64())),
     ]
 )
 
@@ -59,7 +61,8 @@ def completions_file(folder: StudyFolder, model: str) -> Path:
 
 
 def read_completions(folder: StudyFolder, model: str) -> pd.DataFrame:
-    """One model's completions, a row each: prompt, sample (-1 is greedy), text, token_ids, terminated and grades.
+    """One model's completions, a row each: prompt, sample (-1 is greedy), text, token_ids, terminated and grades;
+    the log-likelihoods of the choices where those were scored.
 
     Raises
     ------
@@ -97,12 +100,14 @@ def sample_outcomes(
     Notes
     -----
     Sample s of prompt i has the same seed in every model, hence the same uniform numbers: models differ by their
-    distributions alone, and identical models give identical completions. Models already committed are skipped; a
+    distributions alone, and identical models give identical completions. Where choices are scored, every sample is the
+    most likely choice. Models already committed are skipped; a
     model's parquet is written, atomically, before its outcomes are committed.
     """
     prompts = load_prompts(spec, folder)
     graders = graders_of(spec, prompts[TASK])
     check_answers(graders, prompts)
+    scores_choices(graders, prompts)
     refs = list_models(spec, folder)
     for ref in refs:
         check_weights(ref)
@@ -141,24 +146,18 @@ def _complete(
 ) -> list[list[Completion]]:
     """Completions [1 + K][prompt]: greedy first, then the samples."""
     model, tokenizer = load_model(ref, device=device), load_tokenizer(ref)
-    generation, texts, tasks = spec.generation, list(prompts[TEXT]), list(prompts[TASK])
-    n, n_samples = len(prompts), generation.n_samples
-    common: dict[str, Any] = {"batch_size": generation.batch_size, "progress": progress}
-    greedy = generate(
-        model, tokenizer, texts, greedy=True, description=f"{ref.model} greedy", **asked_of(spec, tasks), **common
-    )
-    sampled = generate(
+    n_samples = spec.generation.n_samples
+    return answer_prompts(
         model,
         tokenizer,
-        texts * n_samples,
+        prompts,
+        spec,
+        n_samples=n_samples,
         seeds=sample_seeds(spec.seed, list(prompts[PROMPT]), n_samples),
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        description=f"{ref.model} sampled",
-        **asked_of(spec, tasks * n_samples),
-        **common,
+        greedy=True,
+        progress=progress,
+        description=ref.model,
     )
-    return [greedy, *(sampled[sample * n : (sample + 1) * n] for sample in range(n_samples))]
 
 
 def _write_completions(
@@ -176,6 +175,7 @@ def _write_completions(
             "correct": grades[sample + 1][index].correct,
             "answered": grades[sample + 1][index].answered,
             "format_class": grades[sample + 1][index].format_class,
+            "choice_log_likelihoods": list(completion.choice_log_likelihoods) or None,
         }
         for sample, row in enumerate(completions, start=GREEDY)
         for index, completion in enumerate(row)

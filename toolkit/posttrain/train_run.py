@@ -159,7 +159,14 @@ def _check_answers(spec: StudySpec, table: pd.DataFrame) -> None:
     """Refuse answers that no completion could be rewarded for."""
     rows = pd.DataFrame({PROMPT: [f"row {row}" for row in range(1, len(table) + 1)], TASK: "", CHOICES: ""})
     rows = rows.assign(**{name: table[name].to_numpy() for name in (ANSWER, TASK, CHOICES) if name in table})
-    check_answers(graders_of(spec, rows[TASK]), rows, where="data.train")
+    graders = graders_of(spec, rows[TASK])
+    unwritten = [task for task, grader in graders.items() if not grader.needs_generation]
+    if unwritten:
+        raise SpecError(
+            f"GRPO rewards what a model writes, but rows of task {unwritten[0]!r} in data.train are graded by the "
+            "log-likelihoods of their choices; give them a task with another grader, such as 'choice'."
+        )
+    check_answers(graders, rows, where="data.train")
 
 
 def _prepare_folder(target: Path, identity: str) -> Path | None:

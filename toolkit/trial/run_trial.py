@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,9 +27,9 @@ from rlgen_stats.stores.trial_completions import DIVERGENCES, read_arm, write_ar
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, editing
 from rlgen_stats.toolkit.edits.site import EditSite
+from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
-from rlgen_stats.toolkit.extraction.generation import asked_of, generate
 from rlgen_stats.toolkit.extraction.grading import grade_all, graders_of
 from rlgen_stats.toolkit.progress import SILENT, Progress, Within
 from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
@@ -289,22 +290,22 @@ class LiveTrial:
     @torch.no_grad()
     def _complete(self, direction: Direction, arm: Arm, progress: Progress) -> pd.DataFrame:
         sampling, prompts = self.plan.sampling, self.plan.prompts
-        generation, n_samples, model = sampling.generation, sampling.n_samples, self.model(EDITED[direction])
-        with self.editing(direction, arm), finite_logits(model) as broken:
-            completions = generate(
+        n_samples, model = sampling.n_samples, self.model(EDITED[direction])
+        with self.editing(direction, arm) as active, finite_logits(model) as broken:
+            draws = answer_prompts(
                 model,
                 self.tokenizer,
-                list(prompts.table[TEXT]) * n_samples,
-                temperature=generation.temperature,
-                top_p=generation.top_p,
+                prompts.table,
+                sampling.spec,
+                n_samples=n_samples,
                 seeds=sampling.seeds(prompts.ids, fresh=arm.fresh),
-                batch_size=generation.batch_size,
+                active=active,
                 progress=progress,
                 description=arm.name,
-                **asked_of(sampling.spec, list(prompts.table[TASK]) * n_samples),
             )
+        completions = list(chain.from_iterable(draws))
         graders = graders_of(sampling.spec, prompts.table[TASK])
-        grades = grade_all(graders, completions, pd.concat([prompts.table] * n_samples))
+        grades = list(chain.from_iterable(grade_all(graders, draw, prompts.table) for draw in draws))
         return pd.DataFrame(
             {
                 PROMPT: prompts.ids * n_samples,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import ClassVar, Final
 
+from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.graders.formulas import last_box
 from rlgen_stats.toolkit.extraction.graders.normal_forms import words
-from rlgen_stats.toolkit.extraction.grading import Grader
+from rlgen_stats.toolkit.extraction.grading import Grade, Grader
 
 _VERB: Final = r"(?:is|was|are|be|would\s+be|must\s+be|should\s+be|seems\s+to\s+be)"
 _LABEL: Final = (
@@ -55,8 +56,15 @@ class LoglikGrader(Grader):
 
     needs_generation: ClassVar[bool] = False
 
+    def grade(self, completion: Completion, answer: str, choices: Sequence[str] = ()) -> Grade:
+        """Compare the most likely choice with the expected one, equal texts being the same choice."""
+        expected = expected_choice(answer, choices)
+        if completion.choice is None or expected is None:
+            return super().grade(completion, answer, choices)
+        return Grade(choices[completion.choice] == choices[expected], "answer", True)
+
     def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
-        """Compare the text of a choice, which stands for the most likely one, with the expected one."""
+        """Compare a choice given by its letter or text, where it was scored elsewhere, with the expected one."""
         given = expected_choice(text, choices)
         return None if given is None else given == expected_choice(answer, choices)
 

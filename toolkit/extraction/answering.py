@@ -1,0 +1,176 @@
+"""Completions of a study's prompts: written by the model, or the choice that it finds most likely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import PROMPT, TASK
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores.prompts import CHOICES, TEXT, choices_of
+from rlgen_stats.toolkit.extraction.choice_scoring import PromptLengths, score_choices
+from rlgen_stats.toolkit.extraction.generation import Completion, asked_of, generate
+from rlgen_stats.toolkit.extraction.grading import Grader, graders_of
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: pd.DataFrame,
+    spec: StudySpec,
+    *,
+    n_samples: int,
+    seeds: Sequence[int],
+    greedy: bool = False,
+    active: PromptLengths | None = None,
+    progress: Progress = SILENT,
+    description: str = "answer",
+) -> list[list[Completion]]:
+    """Completions of every prompt as its task asks for them: written, or chosen where the grader scores choices.
+
+    Parameters
+    ----------
+    model, tokenizer
+        Causal language model, which may carry hooks, and its tokenizer.
+    prompts
+        As ``load_prompts`` returns them.
+    spec
+        The study, of which generation, tasks and graders are used.
+    n_samples
+        Completions sampled per prompt.
+    seeds
+        One per sample and prompt, sample after sample.
+    greedy
+        Whether a greedy completion comes before the samples.
+    active
+        Handle of the edit in force.
+    progress, description
+        Receiver and title of progress.
+
+    Returns
+    -------
+    list of list of Completion
+        [draw][prompt]. A choice is not drawn: all draws of such a prompt are equal.
+
+    Raises
+    ------
+    InputError, ModelError
+        As ``generate`` and ``score_choices``; also if a prompt whose choices are to be scored has none.
+    """
+    chosen = scores_choices(graders_of(spec, prompts[TASK]), prompts)
+    best = iter(_most_likely(model, tokenizer, prompts[chosen], spec, active, progress, f"{description} choices"))
+    choice_of = {row: next(best) for row in np.flatnonzero(chosen)}
+    written = _written(
+        model,
+        tokenizer,
+        prompts[~chosen],
+        spec,
+        n_samples=n_samples,
+        seeds=np.array(seeds, dtype=np.uint64).reshape(n_samples, len(prompts))[:, ~chosen],
+        greedy=greedy,
+        progress=progress,
+        description=description,
+    )
+    draws = []
+    for completions in written:
+        remaining = iter(completions)
+        draws.append([choice_of[row] if row in choice_of else next(remaining) for row in range(len(prompts))])
+    return draws
+
+
+def scores_choices(graders: Mapping[str, Grader], prompts: pd.DataFrame) -> NDArray[np.bool_]:
+    """[prompt] whether its choices are scored, and nothing is written.
+
+    Raises
+    ------
+    InputError
+        If such a prompt has no choices.
+    """
+    scored = np.array([not graders[task].needs_generation for task in prompts[TASK]], dtype=bool)
+    without = prompts[scored & (prompts[CHOICES] == "").to_numpy()]
+    if len(without):
+        raise InputError(
+            f"{len(without)} prompt(s) of task {without[TASK].iloc[0]!r} have no choices to be scored, the first is "
+            f"{without[PROMPT].iloc[0]!r}; add a column {CHOICES!r} or name another grader."
+        )
+    return scored
+
+
+def _most_likely(
+    model: Any,
+    tokenizer: Any,
+    prompts: pd.DataFrame,
+    spec: StudySpec,
+    active: PromptLengths | None,
+    progress: Progress,
+    description: str,
+) -> list[Completion]:
+    """The best choice of every prompt, in the form of a completion."""
+    if prompts.empty:
+        return []
+    graders = [spec.grader_of(task) for task in prompts[TASK]]
+    texts = [choices_of(cell) for cell in prompts[CHOICES]]
+    options = [
+        tuple(ascii_uppercase[: len(choices)]) if grader.options == "letters" else choices
+        for grader, choices in zip(graders, texts, strict=True)
+    ]
+    scores = score_choices(
+        model,
+        tokenizer,
+        list(prompts[TEXT]),
+        options,
+        batch_size=spec.generation.batch_size,
+        active=active,
+        progress=progress,
+        description=description,
+    )
+    completions = []
+    for of_prompt, grader in zip(scores, graders, strict=True):
+        best = of_prompt.best(grader.normalize or "none")
+        log_likelihoods = tuple(float(value) for value in of_prompt.log_likelihood)
+        completions.append(Completion(of_prompt.token_ids[best], of_prompt.choices[best], True, best, log_likelihoods))
+    return completions
+
+
+def _written(
+    model: Any,
+    tokenizer: Any,
+    prompts: pd.DataFrame,
+    spec: StudySpec,
+    *,
+    n_samples: int,
+    seeds: NDArray[np.uint64],
+    greedy: bool,
+    progress: Progress,
+    description: str,
+) -> list[list[Completion]]:
+    """[draw][prompt] completions that the model writes."""
+    if prompts.empty:
+        return [[] for _ in range(n_samples + greedy)]
+    generation, texts, tasks, n = spec.generation, list(prompts[TEXT]), list(prompts[TASK]), len(prompts)
+    common: dict[str, Any] = {"batch_size": generation.batch_size, "progress": progress}
+    draws = []
+    if greedy:
+        title = f"{description} greedy"
+        draws.append(
+            generate(model, tokenizer, texts, greedy=True, description=title, **asked_of(spec, tasks), **common)
+        )
+    sampled = generate(
+        model,
+        tokenizer,
+        texts * n_samples,
+        seeds=[int(seed) for seed in seeds.ravel()],
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        description=f"{description} sampled" if greedy else description,
+        **asked_of(spec, tasks * n_samples),
+        **common,
+    )
+    return [*draws, *(sampled[sample * n : (sample + 1) * n] for sample in range(n_samples))]
