@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, replacing
+from rlgen_stats.toolkit.study.strict_yaml import YamlError, load_yaml
 
 
 def read_spec(path: Path | str) -> StudySpec:
@@ -22,7 +23,8 @@ def read_spec(path: Path | str) -> StudySpec:
     Raises
     ------
     SpecError
-        If the file is missing, is not YAML, has an unknown key (the nearest valid one is suggested), or a bad value.
+        If the file is missing, is not YAML (or such that :func:`load_yaml` refuses it), has an unknown key (the nearest
+        valid one is suggested), or a bad value.
     """
     path = Path(path)
     file = path if path.suffix in (".yaml", ".yml") else StudyFolder(path).spec
@@ -31,9 +33,11 @@ def read_spec(path: Path | str) -> StudySpec:
             f"no study file at {file}; expected a study.yaml: write one with 'rlgen-stats init {file.parent}'."
         )
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raw = load_yaml(file.read_text(encoding="utf-8"))
+    except YamlError as error:
+        raise SpecError(f"{file} {error}.") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{file} is not valid YAML: {error}.") from error
     if not isinstance(raw, dict):
         raise SpecError(f"{file} must be a mapping of keys to values, got {type(raw).__name__}.")
     return parse_spec(raw, where=str(file))
