@@ -90,9 +90,9 @@ def _hold_file_lock(path: Path, span: tuple[int, int]) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             raise StoreError(
-                f"the file system of {path.parent} offers no file locks ({error.strerror}), and without them two writers "
-                "could spoil a store; mount it with locks (NFS with its lock service, Lustre with flock), or work on a "
-                "local disk."
+                f"the file system of {path.parent} offers no file locks ({error.strerror}), and without them two "
+                "writers could spoil a store; mount it with locks (NFS with its lock service, Lustre with flock), or "
+                "work on a local disk."
             ) from error
         if span == WHOLE:  # nobody else holds a part of it, so earlier notes are all of the dead
             handle.truncate(0)

@@ -25,6 +25,7 @@ from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
+from rlgen_stats.stores.study_models import imported_models
 
 State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
 
@@ -328,6 +329,11 @@ class Study:
         if name == "crosscoder":
             return self._crosscoder_files()
         files = {}
+        if name == "outcomes":
+            files = {
+                f"imported.{model}": self._fingerprint(str(file), "imported")
+                for model, file in imported_models(self.folder).items()
+            }
         neutral = self.spec.intervention.neutral_text
         if name in ("intervene", "tokens") and neutral is not None:
             files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")

@@ -51,9 +51,9 @@ def import_crosscoder(path: Path | str, views: Sequence[str], *, name: str = "im
     Raises
     ------
     InputError
-        If the file is missing, holds anything but tensors, lacks one of them or has NaN in it, was trained with a code per layer or
-        with a normalisation that one scalar per view cannot express, has no learned threshold, or has another number of
-        layers than ``views``.
+        If the file is missing, holds anything but tensors, lacks one of them or has NaN in it, was trained with a code
+        per layer or with a normalisation that one scalar per view cannot express, has no learned threshold, or has
+        another number of layers than ``views``.
 
     Notes
     -----
@@ -162,8 +162,9 @@ def weights_file(path: Path) -> Path:
         raise InputError(f"there is nothing at {path}; expected a weights file or its folder: fix the path.")
     held = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
     raise InputError(
-        f"{path} has none of {', '.join(WEIGHT_FILES)}, the files of crosscoder_learning and dictionary_learning, it has "
-        f"{held}; name the folder that they wrote, or write the weights as {', '.join(_NEEDED)} into {WEIGHT_FILES[0]}."
+        f"{path} has none of {', '.join(WEIGHT_FILES)}, the files of crosscoder_learning and dictionary_learning, it "
+        f"has {held}; name the folder that they wrote, or write the weights as {', '.join(_NEEDED)} into "
+        f"{WEIGHT_FILES[0]}."
     )
 
 
