@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import StudyFolder, open_outcomes
 from rlgen_stats.toolkit.extraction import outcomes, read_completions
-from rlgen_stats.toolkit.study import open_for_run, run_study
+from rlgen_stats.toolkit.reporting.facts import _measurement_facts, read_study_data
+from rlgen_stats.toolkit.study import open_for_run, read_spec, run_study
 from rlgen_stats.toolkit.study.outcome_imports import import_outcomes
 from tests.extraction.conftest import PROMPTS, prompt_table, save_model
 
@@ -399,6 +402,91 @@ def test_verdicts_that_come_along_are_kept_and_named(world: Path, study: Path, t
         assert [bool(v) for v in at.correct.sel(prompt=prompt)] == [verdicts[prompt, s] for s in (0, 1)]
     assert list(stored.graded_by.values) == ["here", "here", "correct"]
     assert (at.format_class.values[at.correct.values == 1] == "answer").all()
+    folder, spec = StudyFolder(study), read_spec(study)
+    facts = {fact.question: fact.answer for fact in _measurement_facts(read_study_data(folder, spec), spec)}
+    assert facts["Which engine sampled each model?"] == "rlgen-stats: base@0 and sft@3; table: rl@4."
+    assert facts["What graded each model's answers?"] == "rlgen-stats: base@0 and sft@3; correct: rl@4."
+    assert "Which completions were not drawn?" not in facts
+    elsewhere = StudyFolder(world)
+    assert not [
+        fact for fact in _measurement_facts(read_study_data(elsewhere, spec), spec) if "engine" in fact.question
+    ]
+
+
+def lm_eval_choice(number: int, prompt: str, right: float) -> dict[str, Any]:
+    """A multiple-choice document: a request a choice, each answered by its log-likelihood."""
+    return {
+        "doc_id": number,
+        "doc": {},
+        "target": "1",
+        "arguments": {f"gen_args_{i}": {"arg_0": text_of(prompt), "arg_1": f" {i}"} for i in range(2)},
+        "resps": [[["-3.1", "False"]], [["-2.0", "True"]]],
+        "filtered_resps": [["-3.1", "False"], ["-2.0", "True"]],
+        "filter": "none",
+        "metrics": ["acc", "acc_norm"],
+        "acc": right,
+        "acc_norm": 1.0,
+        "doc_hash": str(number),
+    }
+
+
+def test_choices_scored_by_log_likelihood_come_as_verdicts(study: Path, tmp_path: Path) -> None:
+    """One verdict a document, greedy; of a model whose texts nobody reads."""
+    spec = SPEC | {"runs": [*SPEC["runs"], {"name": "dpo", "arm": "dpo", "checkpoints": {2: "models/rl-4"}}]}
+    (study / "study.yaml").write_text(yaml.safe_dump(spec))
+    file = tmp_path / "samples_arc_2026-01-02T03-04-05.jsonl"
+    ids = list(prompt_table().prompt_id)
+    write_lines(file, [lm_eval_choice(i, prompt, float(i % 3 == 0)) for i, prompt in enumerate(ids)])
+    options: dict[str, Any] = {"stand_in": "samples", "declared": {"max_new_tokens": 6}}
+    with pytest.raises(InputError, match=r"neither text nor tokens nor a verdict; .* name the verdict with --metric"):
+        import_outcomes(study, "dpo@2", [file], **options)
+    with pytest.raises(InputError, match=r"has no metric 'f1'; it has acc,none, acc_norm,none"):
+        import_outcomes(study, "dpo@2", [file], metric="f1", **options)
+    with pytest.raises(InputError, match="is a verdict without its text, and all models read the texts of rl@4"):
+        import_outcomes(study, "rl@4", [file], metric="acc,none", **options)
+    done = import_outcomes(study, "dpo@2", [file], metric="acc,none", **options)
+    assert (done.origin.engine, done.origin.graded_by, done.n_truncated) == ("lm-eval", "acc,none", 0)
+    kept = pd.read_parquet(done.file).query("sample == -1").set_index("prompt")
+    assert list(kept.correct[ids]) == [i % 3 == 0 for i in range(len(ids))]
+
+
+def test_files_of_two_engines_and_of_none_are_refused(world: Path, study: Path, tmp_path: Path) -> None:
+    (tmp_path / "verl").mkdir()
+    verl = as_verl(world, tmp_path / "verl")["files"]
+    table = as_table(world, tmp_path)["files"]
+    with pytest.raises(InputError, match=r"the files are of verl and table \(4.jsonl, rl.parquet\); expected the"):
+        import_outcomes(study, "rl@4", [*verl, *table], declared=DECLARED)
+    with pytest.raises(InputError, match=r"there is no file .*nothing\.jsonl"):
+        import_outcomes(study, "rl@4", [tmp_path / "nothing.jsonl"], declared=DECLARED)
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match="is no log of Inspect or lm-evaluation-harness with samples"):
+        import_outcomes(study, "rl@4", [tmp_path / "x.json"], declared=DECLARED)
+    two = write_lines(tmp_path / "5.jsonl", [{"input": "a", "output": "b", "score": 1, "step": i} for i in (4, 5)])
+    with pytest.raises(InputError, match=r"holds rollouts of the steps \[4, 5\]; expected those of one model"):
+        import_outcomes(study, "rl@4", [two], declared=DECLARED)
+
+
+def test_eval_files_are_read_by_inspect_itself(
+    world: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = as_inspect(world, tmp_path)
+    contents = {f"{file.stem}.eval": json.loads(file.read_text()) for file in given["files"]}
+    files = [tmp_path / name for name in contents]
+    for file in files:
+        file.touch()
+    monkeypatch.setitem(sys.modules, "inspect_ai.log", None)
+    with pytest.raises(InputError, match=r"needs Inspect, which is not installed; pip install inspect-ai, or write"):
+        import_outcomes(study, "rl@4", files)
+
+    def read_eval_log(path: str, *, resolve_attachments: bool) -> SimpleNamespace:
+        assert resolve_attachments
+        return SimpleNamespace(model_dump=lambda mode: contents[Path(path).name])
+
+    monkeypatch.setitem(sys.modules, "inspect_ai", ModuleType("inspect_ai"))
+    monkeypatch.setitem(sys.modules, "inspect_ai.log", SimpleNamespace(read_eval_log=read_eval_log))
+    assert import_outcomes(study, "rl@4", files).origin.engine == "inspect"
+    graded = import_outcomes(study, "sft@3", files, metric="match").origin
+    assert graded.graded_by == "match"
 
 
 @pytest.mark.parametrize("kind", ["greedy", "samples"])
@@ -416,6 +504,7 @@ def test_what_was_not_drawn_is_stood_in_for_in_all_models_or_in_none(
     run_study(study, stages=["outcomes"])
     stored = open_outcomes(study / "outcomes.zarr").load()
     assert stored.sizes["sample"] == 2
+    assert list(stored.stand_in.values) == [kind] * 3
     twin = stored.correct.isel(sample=0 if kind == "greedy" else 1)
     np.testing.assert_array_equal(stored.greedy_correct.values, twin.values)
 

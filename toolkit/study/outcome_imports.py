@@ -210,5 +210,6 @@ def _keep_sampled(study: Study, before: str, model: str) -> None:
     else:
         kept = kept if "engine" in kept else with_origin(kept, None)
         rewrite_models(store, "outcomes", kept, provenance=study.provenance(STAGE, key))
+    begun = {name: record[name] for name in ("seconds", "forced") if name in record}
     earlier = sorted({before, *map(str, record.get("earlier", []))})
-    study.write_record(STAGE, key=key, finished=False, earlier=earlier, seconds=record.get("seconds") or 0)
+    study.write_record(STAGE, key=key, finished=False, earlier=earlier, **begun)
