@@ -26,6 +26,12 @@ def read_spec(path: Path | str) -> StudySpec:
         If the file is missing, is not YAML (or such that :func:`load_yaml` refuses it), has an unknown key (the nearest
         valid one is suggested), or a bad value.
     """
+    file, raw = read_mapping(path)
+    return parse_spec(raw, where=str(file))
+
+
+def read_mapping(path: Path | str) -> tuple[Path, dict[str, Any]]:
+    """File and content of a study.yaml, not validated; see :func:`read_spec` for the errors."""
     path = Path(path)
     file = path if path.suffix in (".yaml", ".yml") else StudyFolder(path).spec
     if not file.exists():
@@ -40,7 +46,7 @@ def read_spec(path: Path | str) -> StudySpec:
         raise SpecError(f"{file} is not valid YAML: {error}.") from error
     if not isinstance(raw, dict):
         raise SpecError(f"{file} must be a mapping of keys to values, got {type(raw).__name__}.")
-    return parse_spec(raw, where=str(file))
+    return file, raw
 
 
 def parse_spec(raw: dict[str, Any], *, where: str = "the study") -> StudySpec:
@@ -48,9 +54,22 @@ def parse_spec(raw: dict[str, Any], *, where: str = "the study") -> StudySpec:
     try:
         return StudySpec.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
+        problems = _explain_all(error)
         more = f" (and {len(problems) - 1} more problem{'s' * (len(problems) > 2)})" if len(problems) > 1 else ""
         raise SpecError(f"{where}: {problems[0]}{more}") from error
+
+
+def spec_problems(raw: dict[str, Any]) -> list[str]:
+    """Everything that :func:`parse_spec` would refuse, one sentence each; nothing of a valid study."""
+    try:
+        StudySpec.model_validate(raw)
+    except ValidationError as error:
+        return _explain_all(error)
+    return []
+
+
+def _explain_all(error: ValidationError) -> list[str]:
+    return [_explain(dict(problem)) for problem in error.errors()]
 
 
 def _explain(problem: dict[str, Any]) -> str:
