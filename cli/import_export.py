@@ -85,7 +85,12 @@ def import_cache(
 @click.option("--greedy", metavar="FILE", multiple=True, type=click.Path(), help="File of greedy ones; repeatable.")
 @click.option("--no-greedy", is_flag=True, help="Let the first sample stand in for greedy completions.")
 @click.option("--no-samples", is_flag=True, help="Let the greedy completion stand in for samples.")
-@click.option("--metric", help="Verdicts to take: a column, a metric, a scorer; default: column correct, else none.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    help="Verdicts to take: a column, metric or scorer; repeatable where tasks differ; default: column correct.",
+)
 @click.option("--temperature", type=float, help="Sampling temperature, where the files do not record it.")
 @click.option("--top-p", type=float, help="Nucleus mass, where the files do not record it.")
 @click.option("--max-new-tokens", type=int, help="Length limit in tokens, where the files do not record it.")
@@ -100,7 +105,7 @@ def import_outcomes_command(
     greedy: tuple[str, ...],
     no_greedy: bool,
     no_samples: bool,
-    metric: str | None,
+    metrics: tuple[str, ...],
     temperature: float | None,
     top_p: float | None,
     max_new_tokens: int | None,
@@ -131,7 +136,7 @@ def import_outcomes_command(
         model,
         files,
         greedy=greedy,
-        metric=metric,
+        metrics=metrics,
         stand_in="greedy" if no_greedy else "samples" if no_samples else "",
         declared={"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
         engine=engine,

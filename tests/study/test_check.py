@@ -114,6 +114,15 @@ def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
     assert all("\n" not in message for message in found.values())
 
 
+def test_answers_that_no_grader_can_read_are_named_for_every_task(study: Path) -> None:
+    table = prompt_table().assign(answer="neither", options='["yes", "no"]')
+    table.to_csv(study / "data/prompts.csv", index=False)
+    change(study, tasks=dict.fromkeys(("sum", "other"), {"grader": {"name": "choice"}, "choices": "options"}))
+    found = problems(study)
+    assert set(found) == {"task sum", "task other"}
+    assert "the grader cannot read 6 of 6 expected answer(s): p1 ('neither')" in found["task sum"]
+
+
 def test_all_faults_of_the_study_file_come_together(study: Path) -> None:
     (study / "study.yaml").write_text(yaml.safe_dump(SPEC | {"sed": 1, "generation": {"temprature": 1, "top_p": 2}}))
     messages = [problem.message for problem in check_study(study).problems]

@@ -330,7 +330,7 @@ def change(rows: list[dict[str, Any]], chosen: slice, **cells: Any) -> list[dict
         (
             lambda rows: change(rows, slice(0, 1), token_ids=[3] * 7, text=None),
             DECLARED,
-            r"prompt 'p0' has 7 tokens, more than the 6 of generation.max_new_tokens",
+            r"prompt 'p0' has 7 tokens, more than the limit of 6 .max_new_tokens",
         ),
         (
             lambda rows: [row for row in rows if row["sample"] >= 0],
@@ -354,11 +354,11 @@ def change(rows: list[dict[str, Any]], chosen: slice, **cells: Any) -> list[dict
             {"temperature": 1.0},
             r"do not say with which top_p and max_new_tokens .*--top-p 1, --max-new-tokens 6",
         ),
-        (lambda rows: rows, DECLARED | {"temperature": 0.7}, r"sampled with temperature 0.7, expected 1 \(generation"),
+        (lambda rows: rows, DECLARED | {"temperature": 0.7}, r"completed with temperature 0.7, expected 1, as"),
         (
             lambda rows: [row | {"temperature": 0.7, "top_p": 1.0} for row in rows],
             {"temperature": 1.0, "max_new_tokens": 6},
-            r"sampled with temperature 0.7 and 1, expected 1",
+            r"was completed with temperature 0.7, expected 1, as of",
         ),
         (
             lambda rows: change(rows, slice(0, 1), correct=True),
@@ -440,12 +440,13 @@ def test_choices_scored_by_log_likelihood_come_as_verdicts(study: Path, tmp_path
     options: dict[str, Any] = {"stand_in": "samples", "declared": {"max_new_tokens": 6}}
     with pytest.raises(InputError, match=r"neither text nor tokens nor a verdict; .* name the verdict with --metric"):
         import_outcomes(study, "dpo@2", [file], **options)
-    with pytest.raises(InputError, match=r"has no metric 'f1'; it has acc,none, acc_norm,none"):
-        import_outcomes(study, "dpo@2", [file], metric="f1", **options)
+    with pytest.raises(InputError, match=r"has none of the metrics f1, expected one; it has acc,none, acc"):
+        import_outcomes(study, "dpo@2", [file], metrics=["f1"], **options)
     with pytest.raises(InputError, match="is a verdict without its text, and all models read the texts of rl@4"):
-        import_outcomes(study, "rl@4", [file], metric="acc,none", **options)
-    done = import_outcomes(study, "dpo@2", [file], metric="acc,none", **options)
-    assert (done.origin.engine, done.origin.graded_by, done.n_truncated) == ("lm-eval", "acc,none", 0)
+        import_outcomes(study, "rl@4", [file], metrics=["exact_match,none", "acc,none"], **options)
+    done = import_outcomes(study, "dpo@2", [file], metrics=["exact_match,none", "acc,none"], **options)
+    assert (done.origin.engine, done.n_truncated) == ("lm-eval", 0)
+    assert done.origin.graded_by == "exact_match,none and acc,none"
     kept = pd.read_parquet(done.file).query("sample == -1").set_index("prompt")
     assert list(kept.correct[ids]) == [i % 3 == 0 for i in range(len(ids))]
 
@@ -485,8 +486,34 @@ def test_eval_files_are_read_by_inspect_itself(
     monkeypatch.setitem(sys.modules, "inspect_ai", ModuleType("inspect_ai"))
     monkeypatch.setitem(sys.modules, "inspect_ai.log", SimpleNamespace(read_eval_log=read_eval_log))
     assert import_outcomes(study, "rl@4", files).origin.engine == "inspect"
-    graded = import_outcomes(study, "sft@3", files, metric="match").origin
+    graded = import_outcomes(study, "sft@3", files, metrics=["match"]).origin
     assert graded.graded_by == "match"
+
+
+def test_limits_and_stop_strings_are_the_tasks(world: Path, study: Path, tmp_path: Path) -> None:
+    rows = [row | {"text": "so ans 3", "token_ids": None, "max_new_tokens": 6} for row in rows_of(world)]
+    of_sum = set(prompt_table().prompt_id[prompt_table().task == "sum"])
+
+    def settings(**task: Any) -> None:
+        (study / "study.yaml").write_text(yaml.safe_dump(SPEC | {"tasks": {"sum": task}}))
+
+    declared = {"temperature": 1.0, "top_p": 1.0}
+    settings(max_new_tokens=9)
+    with pytest.raises(InputError, match=r"was completed with max_new_tokens 6, expected 9, as of the study's other"):
+        import_outcomes(study, "rl@4", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
+    own = [row | {"max_new_tokens": 9 if row["prompt_id"] in of_sum else 6} for row in rows]
+    assert import_outcomes(study, "rl@4", [write_lines(tmp_path / "b.jsonl", own)], declared=declared).changed
+    settings(stop=["so"])
+    with pytest.raises(InputError, match=r"goes on after the stop string 'so' of its task; sample with it, or cut"):
+        import_outcomes(study, "sft@3", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
+    settings(stop=["zz"])
+    done = import_outcomes(study, "sft@3", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
+    ends = pd.read_parquet(done.file).set_index("prompt").token_ids.map(lambda ids: ids[-1] == 1).groupby(level=0).all()
+    assert {prompt for prompt, ended in ends.items() if not ended} == of_sum
+    settings(grader={"name": "choice_loglik"}, choices="answers")
+    prompt_table().assign(answers=[["0", "1"]] * 12).to_parquet(study / "data/prompts.parquet")
+    with pytest.raises(InputError, match=r"task 'sum' is graded by the log-likelihood of its choices, which compl"):
+        import_outcomes(study, "base@0", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "samples"])

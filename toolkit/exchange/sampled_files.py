@@ -62,7 +62,7 @@ class SampledFiles:
     """What the verdicts are, None where there are none."""
 
 
-def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metric: str | None = None) -> SampledFiles:
+def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metrics: Sequence[str] = ()) -> SampledFiles:
     """Read completions, or verdicts alone, of one model.
 
     Parameters
@@ -74,9 +74,10 @@ def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metric: 
         Completions of one prompt without a number count in the order of the files.
     greedy
         The same, of greedy completions. What a file records as drawn at temperature 0 is greedy without it.
-    metric
+    metrics
         Verdicts to take: a column, a metric of lm-evaluation-harness (``exact_match,strict-match``), a scorer of
-        Inspect, ``score`` of verl. Default: the column ``correct`` of a table, none of the others.
+        Inspect, ``score`` of verl; several where tasks differ. Default: the column ``correct`` of a table, none of the
+        others.
 
     Raises
     ------
@@ -90,7 +91,7 @@ def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metric: 
         if not file.is_file():
             raise InputError(f"there is no file {file}; expected completions: correct the path.")
         try:
-            engine, rows = _read(file, metric)
+            engine, rows = _read(file, metrics)
             read = [Sampled(**row) for row in rows]
         except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             if isinstance(error, InputError):
@@ -108,7 +109,7 @@ def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metric: 
         )
     if not completions:
         raise InputError(f"{', '.join(map(str, [*files, *greedy]))}: no completions; expected at least one row.")
-    graded = metric or (CORRECT if any(one.correct is not None for one in completions) else None)
+    graded = " and ".join(metrics) or (CORRECT if any(one.correct is not None for one in completions) else None)
     return SampledFiles(next(iter(engines)), tuple(_numbered(completions)), graded)
 
 
@@ -122,26 +123,25 @@ def _numbered(completions: Iterable[Sampled]) -> Iterator[Sampled]:
         yield one
 
 
-def _read(file: Path, metric: str | None) -> tuple[str, Iterable[dict[str, Any]]]:
+def _read(file: Path, metrics: Sequence[str]) -> tuple[str, Iterable[dict[str, Any]]]:
     logs = evaluation_logs(file, completions=True)
     if logs is not None:
-        return logs[0].engine if logs else "inspect", [row for log in logs for row in _of_log(log, metric)]
+        return logs[0].engine if logs else "inspect", [row for log in logs for row in _of_log(log, metrics)]
     if file.suffix == ".json":
         raise InputError(f"{file} is no log of Inspect or lm-evaluation-harness with samples; expected one.")
     if file.suffix == ".jsonl" and next(json_lines(file), {}).keys() >= _VERL:
-        return "verl", _of_verl(file, metric)
+        return "verl", _of_verl(file, metrics)
     rows = [row for line in read_table(file).to_dict(orient="records") for row in _flat(line)]
     nested = next((name for name in ("vllm", "sglang") if any(row.get("engine") == name for row in rows)), "table")
-    return nested, [_of_row(row, metric, file) for row in rows]
+    return nested, [_of_row(row, metrics, file) for row in rows]
 
 
-def _of_log(log: TaskLog, metric: str | None) -> Iterator[dict[str, Any]]:
+def _of_log(log: TaskLog, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Completions of a task's log, with the verdicts of a metric where one is named."""
     n_samples = max((row[SAMPLE] for row in log.completions), default=0) + 1
     verdicts: dict[tuple[str, int], Any] = {}
+    metric = _only(metrics, log.rows, f"task {log.task!r} of {log.file}")
     if metric is not None:
-        if metric not in log.rows:
-            raise InputError(f"task {log.task!r} of {log.file} has no metric {metric!r}; it has {', '.join(log.rows)}.")
         if log.engine == "lm-eval" and n_samples > 1:
             raise InputError(
                 f"{log.file} grades the {n_samples} samples of a document as one; leave the metric {metric!r} out, so "
@@ -155,14 +155,24 @@ def _of_log(log: TaskLog, metric: str | None) -> Iterator[dict[str, Any]]:
         yield row | {CORRECT: verdicts.get((row[PROMPT], row[SAMPLE]))}
 
 
-def _of_verl(file: Path, metric: str | None) -> Iterator[dict[str, Any]]:
+def _only(metrics: Sequence[str], names: Iterable[str], what: str) -> str | None:
+    """The one of these metrics that a log or row has; None if none are asked for."""
+    found = [metric for metric in metrics if metric in names]
+    if metrics and len(found) != 1:
+        raise InputError(
+            f"{what} has {' and '.join(found) or 'none'} of the metrics {', '.join(metrics)}, expected one; it has "
+            f"{', '.join(names)}."
+        )
+    return found[0] if found else None
+
+
+def _of_verl(file: Path, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
     steps = set()
     for row in json_lines(file):
         steps.add(row["step"])
         if len(steps) > 1:
             raise InputError(f"{file} holds rollouts of the steps {sorted(steps)}; expected those of one model.")
-        if metric is not None and metric not in row:
-            raise InputError(f"{file} has no {metric!r}; its lines have {', '.join(row)}.")
+        metric = _only(metrics, row, str(file))
         yield {
             "prompt_text": str(row["input"]),
             "text": str(row["output"]),
@@ -190,14 +200,12 @@ def _flat(line: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield rest | number | dict(output) | message | {"engine": engine}
 
 
-def _of_row(row: Mapping[str, Any], metric: str | None, file: Path) -> dict[str, Any]:
+def _of_row(row: Mapping[str, Any], metrics: Sequence[str], file: Path) -> dict[str, Any]:
     named = next((name for name in _IDS if name in row), None)
     texts = [row[name] for name in ("prompt_text", PROMPT) if name in row and name != named]
     tokens = _first(row, _TOKENS)
     ended = _first(row, ("finish_reason",))
-    graded = metric or CORRECT
-    if metric is not None and metric not in row:
-        raise InputError(f"{file} has no column {metric!r}; it has {', '.join(row)}.")
+    graded = _only(metrics, row, str(file)) or CORRECT
     number, length = row.get(SAMPLE), _first(row, _LENGTHS)
     return {
         "prompt": None if named is None else _label(row[named]),

@@ -13,43 +13,60 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import GenerationSpec
 from rlgen_stats.stores.prompts import TEXT
-from rlgen_stats.toolkit.exchange.sampled_files import SETTINGS, Sampled, SampledFiles
+from rlgen_stats.toolkit.exchange.sampled_files import SETTINGS, Sampled
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.imported import StandIn
 
 
 def check_settings(
-    given: SampledFiles, declared: Mapping[str, float | None], generation: GenerationSpec
+    chosen: Mapping[tuple[str, int], Sampled],
+    declared: Mapping[str, float | None],
+    generation: GenerationSpec,
+    limits: Mapping[str, int],
 ) -> dict[str, float]:
-    """Sampling settings of files, declared or recorded, if they are the study's.
+    """Sampling settings of completions, recorded or declared, if they are the study's.
+
+    Parameters
+    ----------
+    chosen
+        (prompt, sample) -> completion.
+    declared
+        temperature, top_p and max_new_tokens that the files do not record.
+    generation
+        The study's settings.
+    limits
+        Prompt -> length limit of its task's completions.
 
     Raises
     ------
     InputError
         If one is neither declared nor recorded, or is another than the study's.
     """
-    wanted = {name: getattr(generation, name) for name in SETTINGS}
-    sampled = [one for one in given.completions if one.sample != GREEDY]
-    found: dict[str, set[float]] = {}
-    for name in SETTINGS if sampled else ("max_new_tokens",):
-        rows = given.completions if name == "max_new_tokens" else sampled
-        said = {getattr(one, name) for one in rows} | {declared.get(name)}
-        found[name] = {value for value in said if value is not None}
-    unknown = [name for name, values in found.items() if not values]
+    settings, unknown = {}, []
+    for name in SETTINGS:
+        asked = [key for key, one in chosen.items() if name == "max_new_tokens" or one.sample != GREEDY]
+        said = {key: getattr(chosen[key], name) for key in asked}
+        given = {key: declared.get(name) if value is None else value for key, value in said.items()}
+        if None in given.values():
+            unknown.append(name)
+            continue
+        if declared.get(name) is not None:  # also where the files say something else
+            given |= {(prompt, None): declared[name] for prompt, _ in asked}
+        for (prompt, _), value in given.items():
+            expected = limits[prompt] if name == "max_new_tokens" else getattr(generation, name)
+            if value != expected:
+                raise InputError(
+                    f"prompt {prompt!r} was completed with {name} {value:g}, expected {expected:g}, as of the study's "
+                    "other models; sample it so, or change the study."
+                )
+            settings[name] = float(value)
     if unknown:
-        options = ", ".join(f"--{name.replace('_', '-')} {wanted[name]:g}" for name in unknown)
+        options = ", ".join(f"--{name.replace('_', '-')} {getattr(generation, name):g}" for name in unknown)
         raise InputError(
             f"the files do not say with which {' and '.join(unknown)} they were sampled; expected what the study's "
             f"other models are sampled with: declare it, if it is so, with {options}."
         )
-    for name, values in found.items():
-        if values != {wanted[name]}:
-            raise InputError(
-                f"the completions were sampled with {name} {' and '.join(f'{value:g}' for value in sorted(values))}, "
-                f"expected {wanted[name]:g} (generation.{name}), as of the study's other models; sample them so, or "
-                "change the study."
-            )
-    return {name: next(iter(values)) for name, values in found.items()}
+    return settings
 
 
 def match_prompts(
@@ -162,7 +179,9 @@ def _wrong_number(prompt: str, found: Mapping[int, Sampled], n_samples: int) -> 
     )
 
 
-def as_completion(one: Sampled, tokenizer: Any, *, prompt: str, limit: int, engine: str) -> Completion:
+def as_completion(
+    one: Sampled, tokenizer: Any, *, prompt: str, limit: int, stop: Sequence[str] = (), engine: str = ""
+) -> Completion:
     """A completion as if sampled here: text and tokens, one from the other where a file has one only.
 
     Parameters
@@ -175,13 +194,16 @@ def as_completion(one: Sampled, tokenizer: Any, *, prompt: str, limit: int, engi
         Its id, for messages.
     limit
         Length limit, in tokens.
+    stop
+        Texts that end a completion.
     engine
         What sampled it.
 
     Raises
     ------
     InputError
-        If the tokens are not those of the text in this tokenizer, or more than the limit.
+        If the tokens are not those of the text in this tokenizer, or more than the limit, or the text goes on after
+        what should have ended it.
 
     Notes
     -----
@@ -189,31 +211,46 @@ def as_completion(one: Sampled, tokenizer: Any, *, prompt: str, limit: int, engi
     tokens are there. A text without tokens is tokenised here: where it could be written with other tokens, these are
     not those that were sampled.
     """
-    stop = tokenizer.eos_token_id
+    if one.token_ids is None and one.text is None:  # a verdict alone
+        return Completion((), "", True)
+    ids = (
+        one.token_ids
+        if one.token_ids is not None
+        else tuple(tokenizer(one.text, add_special_tokens=False)["input_ids"])
+    )
+    text = one.text if one.text is not None else str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    passed = next((string for string in stop if string in text), None)
+    if passed is not None:
+        raise InputError(
+            f"a completion of prompt {prompt!r} goes on after the stop string {passed!r} of its task; sample with it, "
+            "or cut the text there."
+        )
+    end = tokenizer.eos_token_id
     if one.token_ids is None:
-        if one.text is None:  # a verdict alone
-            return Completion((), "", True)
-        ids = tuple(tokenizer(one.text, add_special_tokens=False)["input_ids"])
         terminated = len(ids) < limit if one.terminated is None else one.terminated
-        if terminated and engine != "lm-eval" and stop is not None:  # which cuts at a stop string
-            ids += (stop,)
-        return Completion(ids, one.text, terminated)
-    ids, difference = one.token_ids, ""
+        if terminated and end is not None and not stop and engine != "lm-eval":  # else a stop string may have ended it
+            ids += (end,)
+        return Completion(ids, text, terminated)
+    _check_tokens(one, tokenizer, prompt)
+    if len(ids) > limit:
+        raise InputError(
+            f"a completion of prompt {prompt!r} has {len(ids)} tokens, more than the limit of {limit} "
+            "(max_new_tokens); expected the same limit for all models."
+        )
+    ended = (bool(ids) and ids[-1] == end) or len(ids) < limit
+    return Completion(ids, text, ended if one.terminated is None else one.terminated)
+
+
+def _check_tokens(one: Sampled, tokenizer: Any, prompt: str) -> None:
+    ids, difference = one.token_ids or (), ""
     if any(not 0 <= token < len(tokenizer) for token in ids):
         difference = f"token {max(ids)} is none of its {len(tokenizer)}"
-    else:
+    elif one.text is not None:
         text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
-        if one.text is not None and "".join(text.split()) != "".join(one.text.split()):
+        if "".join(text.split()) != "".join(one.text.split()):
             difference = f"they read {_start(text)!r}, the file says {_start(one.text)!r}"
     if difference:
         raise InputError(
             f"the tokens of a completion of prompt {prompt!r} are not of the study's tokenizer: {difference}; expected "
             "completions of a model with this tokenizer, or texts without tokens."
         )
-    if len(ids) > limit:
-        raise InputError(
-            f"a completion of prompt {prompt!r} has {len(ids)} tokens, more than the {limit} of "
-            "generation.max_new_tokens; expected the same limit for all models."
-        )
-    ended = (bool(ids) and ids[-1] == stop) or len(ids) < limit
-    return Completion(ids, text if one.text is None else one.text, ended if one.terminated is None else one.terminated)

@@ -152,6 +152,7 @@ def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> N
 
 def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> pd.DataFrame | None:
     """The prompts, with the training tables and what trials need of them; None if they cannot be read."""
+    from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
     from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
     from rlgen_stats.toolkit.trial.plan import check_size
 
@@ -163,6 +164,9 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
         return None
     with problems.collecting(" and ".join(prompt_files(spec))):
         prompts = load_prompts(spec, folder)
+        for task, rows in prompts.groupby(TASK, sort=False):
+            with problems.collecting(f"task {task}"):
+                check_answers(graders_of(spec, [str(task)]), rows)
         with problems.collecting("intervention"):
             check_size(spec, folder)
         return prompts

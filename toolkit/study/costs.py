@@ -64,9 +64,7 @@ class Costs:
 def token_limits(spec: StudySpec, prompts: pd.DataFrame) -> list[int]:
     """Length limit of each prompt's completions; 0 where nothing is generated."""
     limits = {
-        task: 0
-        if (spec.task(task).grader or spec.grader).name == "choice_loglik"
-        else spec.task(task).max_new_tokens or spec.generation.max_new_tokens
+        task: 0 if spec.grader_of(task).name == "choice_loglik" else spec.max_new_tokens_of(task)
         for task in prompts[TASK].unique()
     }
     return [limits[task] for task in prompts[TASK]]

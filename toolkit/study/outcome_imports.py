@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT
+from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.stores import committed_models, open_outcomes
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder, committed_models, open_outcomes
 from rlgen_stats.stores.atomic import remove_folder
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.locks import exclusive
@@ -19,7 +20,7 @@ from rlgen_stats.stores.owners import owner
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, find_model
 from rlgen_stats.stores.tables import rewrite_models
-from rlgen_stats.toolkit.exchange.sampled_files import SampledFiles, read_sampled
+from rlgen_stats.toolkit.exchange.sampled_files import Sampled, SampledFiles, read_sampled
 from rlgen_stats.toolkit.extraction.activations import contrasted_models
 from rlgen_stats.toolkit.extraction.checkpoints import load_tokenizer
 from rlgen_stats.toolkit.extraction.import_checks import as_completion, check_settings, complete_set, match_prompts
@@ -60,7 +61,7 @@ def import_outcomes(
     files: Sequence[Path | str],
     *,
     greedy: Sequence[Path | str] = (),
-    metric: str | None = None,
+    metrics: Sequence[str] = (),
     stand_in: StandIn = "",
     declared: Mapping[str, float | None] | None = None,
     engine: str | None = None,
@@ -74,7 +75,7 @@ def import_outcomes(
         Study folder.
     model
         ``run@step``, or ``base@0``.
-    files, greedy, metric
+    files, greedy, metrics
         As :func:`~rlgen_stats.toolkit.exchange.sampled_files.read_sampled` takes them.
     stand_in
         ``"greedy"`` lets the first sample stand in for greedy completions that were not made, ``"samples"`` the greedy
@@ -101,7 +102,7 @@ def import_outcomes(
     study = open_for_run(path)
     with exclusive(study.folder.stages / "run"):
         ref = find_model(model, study.spec, study.folder)
-        given = read_sampled([Path(file) for file in files], greedy=[Path(file) for file in greedy], metric=metric)
+        given = read_sampled([Path(file) for file in files], greedy=[Path(file) for file in greedy], metrics=metrics)
         origin, found = _checked(study, ref, given, stand_in, declared or {}, engine, [*files, *greedy])
         file = study.folder.imported / f"{ref.model}.parquet"
         changed = not file.exists() or read_origin(file) != origin
@@ -135,16 +136,17 @@ def _checked(
     """The completions, if they are the study's in every respect, and their origin."""
     spec, folder = study.spec, study.folder
     prompts, tokenizer = load_prompts(spec, folder), load_tokenizer(ref)
-    settings = check_settings(given, declared, spec.generation)
+    tasks = dict(zip(prompts[PROMPT], prompts[TASK], strict=True))
+    limits = {prompt: spec.max_new_tokens_of(task) for prompt, task in tasks.items()}
     matched = match_prompts(given.completions, prompts, [_without_special_tokens(tokenizer, prompts)])
     chosen = complete_set(given.completions, matched, prompts, n_samples=spec.generation.n_samples, stand_in=stand_in)
-    _check_content(spec, folder, ref.model, given, chosen)
+    settings = check_settings(chosen, declared, spec.generation, limits)
+    _check_content(spec, folder, ref.model, given, chosen, tasks)
     engine = engine or given.engine
-    limit = spec.generation.max_new_tokens
-    found = {
-        key: (as_completion(one, tokenizer, prompt=key[0], limit=limit, engine=engine), one.correct)
-        for key, one in chosen.items()
-    }
+    found = {}
+    for key, one in chosen.items():
+        asked: dict[str, Any] = {"limit": limits[key[0]], "stop": spec.task(tasks[key[0]]).stop}
+        found[key] = as_completion(one, tokenizer, prompt=key[0], engine=engine, **asked), one.correct
     origin = Origin(
         engine=engine,
         graded_by=given.graded_by or HERE,
@@ -162,13 +164,26 @@ def _without_special_tokens(tokenizer: Any, prompts: pd.DataFrame) -> dict[str, 
     return dict(zip(prompts[PROMPT], tokenizer.batch_decode(encoded, skip_special_tokens=True), strict=True))
 
 
-def _check_content(spec: Any, folder: Any, model: str, given: SampledFiles, chosen: Mapping[Any, Any]) -> None:
+def _check_content(
+    spec: StudySpec,
+    folder: StudyFolder,
+    model: str,
+    given: SampledFiles,
+    chosen: Mapping[tuple[str, int], Sampled],
+    tasks: Mapping[str, str],
+) -> None:
     """Refuse completions that can be neither read nor graded."""
     ungraded = next((key for key, one in chosen.items() if given.graded_by and one.correct is None), None)
     if ungraded is not None:
         raise InputError(
             f"sample {ungraded[1]} of prompt {ungraded[0]!r} has no {given.graded_by}; expected a verdict of every "
             "completion, or of none, so that the study's grader decides."
+        )
+    scored = next((task for task in tasks.values() if spec.grader_of(task).name == "choice_loglik"), None)
+    if scored is not None and given.graded_by is None:
+        raise InputError(
+            f"task {scored!r} is graded by the log-likelihood of its choices, which completions do not tell; name the "
+            "verdicts that came along with --metric, or give the task another grader."
         )
     empty = next((key for key, one in chosen.items() if one.text is None and one.token_ids is None), None)
     if empty is None:

@@ -325,15 +325,10 @@ class Study:
         if name == "posttrain":
             return self._training_files() | self._grader_files()
         if name == "outcomes":
-            return self._grader_files()
+            return self._grader_files() | self._imported_files()
         if name == "crosscoder":
             return self._crosscoder_files()
         files = {}
-        if name == "outcomes":
-            files = {
-                f"imported.{model}": self._fingerprint(str(file), "imported")
-                for model, file in imported_models(self.folder).items()
-            }
         neutral = self.spec.intervention.neutral_text
         if name in ("intervene", "tokens") and neutral is not None:
             files["neutral_text"] = self._fingerprint(neutral, "intervention.neutral_text")
@@ -342,6 +337,12 @@ class Study:
         if name in ("stabilize", "intervene", "report") and by_note:  # a trial that was not held is held now
             files["readout"] = "accepted"
         return files
+
+    def _imported_files(self) -> dict[str, str]:
+        return {
+            f"imported.{model}": self._fingerprint(str(file), "imported")
+            for model, file in imported_models(self.folder).items()
+        }
 
     def _training_files(self) -> dict[str, str]:
         files = {
