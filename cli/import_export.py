@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
-from rlgen_stats.cli.console import fail, handle_errors, json_option, print_json, progress_for, quiet_option
+from rlgen_stats.cli.console import (
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    progress_for,
+    quiet_option,
+    study_argument,
+)
 
 
 @click.command("import")
@@ -66,6 +76,83 @@ def import_cache(
         f"{into}: {done.model} at {done.site} has {done.n_tokens} tokens of {done.n_prompts} prompts, width "
         f"{done.width}, {done.dtype}, from {done.n_files} {done.format} file(s){before}."
     )
+
+
+@click.command("import-outcomes")
+@study_argument
+@click.argument("files", metavar="FILE...", type=click.Path(), nargs=-1)
+@click.option("--model", metavar="RUN@STEP", required=True, help="Model that was sampled, e.g. rl@200 or base@0.")
+@click.option("--greedy", metavar="FILE", multiple=True, type=click.Path(), help="File of greedy ones; repeatable.")
+@click.option("--no-greedy", is_flag=True, help="Let the first sample stand in for greedy completions.")
+@click.option("--no-samples", is_flag=True, help="Let the greedy completion stand in for samples.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    help="Verdicts to take: a column, metric or scorer; repeatable where tasks differ; default: column correct.",
+)
+@click.option("--temperature", type=float, help="Sampling temperature, where the files do not record it.")
+@click.option("--top-p", type=float, help="Nucleus mass, where the files do not record it.")
+@click.option("--max-new-tokens", type=int, help="Length limit in tokens, where the files do not record it.")
+@click.option("--engine", help="What sampled them, where the files do not say, e.g. vllm.")
+@click.option("--yes", is_flag=True, help="Replace completions of this model that the study has.")
+@json_option
+@handle_errors
+def import_outcomes_command(
+    study: str,
+    files: tuple[str, ...],
+    model: str,
+    greedy: tuple[str, ...],
+    no_greedy: bool,
+    no_samples: bool,
+    metrics: tuple[str, ...],
+    temperature: float | None,
+    top_p: float | None,
+    max_new_tokens: int | None,
+    engine: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Take completions of one model that were sampled elsewhere; 'run' then samples the other models only.
+
+    FILE is a table (jsonl, parquet, csv: prompt_id, sample, text or token_ids, perhaps correct), what vLLM or SGLang
+    returned as jsonl, samples_*.jsonl of lm-evaluation-harness, a log of Inspect, or STEP.jsonl that verl dumps. They
+    are graded by the study's graders unless verdicts are taken. Prompts, tokenizer and sampling settings must be the
+    study's.
+
+    \b
+    Examples:  rlgen-stats import-outcomes my-study --model rl@200 rl-200.jsonl --greedy rl-200-greedy.jsonl
+                 --temperature 1 --top-p 1 --max-new-tokens 512
+               rlgen-stats import-outcomes my-study --model base@0 samples_gsm8k_2026-01-02.jsonl --no-samples
+    """  # noqa: D301 - click needs the backspace itself
+    from dataclasses import asdict
+
+    from rlgen_stats.toolkit.study.outcome_imports import import_outcomes
+
+    if no_greedy and no_samples:
+        fail("--no-greedy and --no-samples exclude one another, expected one of them; something must have been drawn.")
+    done = import_outcomes(
+        study,
+        model,
+        files,
+        greedy=greedy,
+        metrics=metrics,
+        stand_in="greedy" if no_greedy else "samples" if no_samples else "",
+        declared={"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
+        engine=engine,
+        replace=lambda question: yes or (sys.stdin.isatty() and click.confirm(f"{question}. Go on?")),
+    )
+    if as_json:
+        print_json(asdict(done))
+        return
+    origin = done.origin
+    graded = "to be graded by the study's graders" if origin.graded_by == "here" else f"graded by {origin.graded_by}"
+    click.echo(
+        f"{done.file}: {done.model}, {done.n_prompts:,} prompts, 1 greedy and {done.n_samples} sampled completions of "
+        f"each, from {origin.engine}, {graded}; {done.n_truncated:,} cut off."
+    )
+    if not done.changed:
+        click.echo("They were imported before; nothing changed.")
 
 
 @click.command("export")
@@ -189,6 +276,7 @@ def _where(conditions: tuple[str, ...]) -> dict[str, object]:
 
 COMMANDS = {
     "import": import_cache,
+    "import-outcomes": import_outcomes_command,
     "export": export_store,
     "import-crosscoder": import_crosscoder_command,
     "export-crosscoder": export_crosscoder_command,

@@ -13,6 +13,7 @@ _COMMANDS: Final = {
     "init": ("rlgen_stats.cli.stages", "Start a study folder with a commented study.yaml."),
     "tasks": ("rlgen_stats.cli.tasks", "List ready-made tasks (MATH-500, ARC, PIQA, ...); add them to a study."),
     "run": ("rlgen_stats.cli.stages", "Bring a study up to date: every stage that is missing or stale."),
+    "check": ("rlgen_stats.cli.check", "Say what is wrong with a study, all at once, and what it will take."),
     "status": ("rlgen_stats.cli.stages", "Show which stages are done, stale, interrupted or waiting."),
     "posttrain": ("rlgen_stats.cli.stages", "Train the runs with TRL (SFT, GRPO), keeping checkpoints."),
     "extract": ("rlgen_stats.cli.stages", "Sample and grade completions; store labelled activations."),
@@ -41,6 +42,7 @@ _COMMANDS: Final = {
     "migrate": ("rlgen_stats.cli.stores", "Raise stores of an earlier release to this one's layout."),
     "schema": ("rlgen_stats.cli.stores", "Print the declared layout of a dataset as JSON."),
     "import": ("rlgen_stats.cli.import_export", "Import an activation cache made elsewhere, with its label table."),
+    "import-outcomes": ("rlgen_stats.cli.import_export", "Take completions of a model that were sampled elsewhere."),
     "export": ("rlgen_stats.cli.import_export", "Export selected activations and labels to safetensors or npy."),
     "import-crosscoder": (
         "rlgen_stats.cli.import_export",

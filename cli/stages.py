@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -87,7 +88,7 @@ def run(
 ) -> None:
     """Bring a study up to date: run every stage that is missing, interrupted or stale.
 
-    Stop it at any time; the next run continues from what was committed.
+    Stop it at any time; the next run continues from what was committed. What 'check' finds is said first.
 
     \b
     Examples:  rlgen-stats run my-study
@@ -107,12 +108,15 @@ def run_and_print(
     as_json: bool,
 ) -> None:
     """Run stages, then print their states as JSON, or the verdicts if there is a report."""
+    from rlgen_stats.cli.check import check_before_run
     from rlgen_stats.toolkit.study import further_contrasts, run_study
 
     def replace(costs: str) -> bool:
         return yes or (sys.stdin.isatty() and click.confirm(f"{costs}. Go on?"))
 
     with connect(scheduler), progress_for(quiet=quiet) as progress:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            check_before_run(study, stages)
         opened = run_study(study, stages=stages, force=force, replace=replace, progress=progress)
     studies = [opened, *further_contrasts(opened)]
     reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]

@@ -77,7 +77,8 @@ LAYOUTS: Final = {
             PROVENANCE_ATTRS,
             where="outcomes.zarr",
             optional=variables_on(f"{MODEL} {PROMPT} {SAMPLE}", terminated="bool", answered="bool")
-            | variables_on(f"{MODEL} {PROMPT}", greedy_terminated="bool", greedy_answered="bool"),
+            | variables_on(f"{MODEL} {PROMPT}", greedy_terminated="bool", greedy_answered="bool")
+            | variables_on(MODEL, engine="str", graded_by="str", stand_in="str"),  # where models were imported
         ),
         Layout(
             "features",

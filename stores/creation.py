@@ -220,7 +220,7 @@ class TokenCoder:
         """Refuse positions that do not ascend within a text.
 
         Consecutive tokens of one prompt and source may be several texts (samples): where the next text begins,
-        positions drop back to the first position of the run, or below it.
+        positions drop back to the first position of the run.
         """
         position = block[POSITION]
         if (position < 0).any():
@@ -235,7 +235,7 @@ class TokenCoder:
             new_run |= block[name] != np.append(before[name], block[name][:-1])
         run = np.maximum.accumulate(np.where(new_run, np.arange(len(position)), -1))
         first = np.where(run < 0, self._first_position, position[run])
-        wrong = ~new_run & (position <= past) & (position > first)
+        wrong = ~new_run & (position <= past) & (position != first)
         if wrong.any():
             row = int(wrong.argmax())
             raise InputError(

@@ -45,6 +45,11 @@ class StudyFolder:
         return self.root / "completions"
 
     @property
+    def imported(self) -> Path:
+        """Folder of parquet files with completions sampled elsewhere, one file a model; all contrasts share it."""
+        return (self.study or self.root) / "imported"
+
+    @property
     def features(self) -> Path:
         """Prompt summaries of the first dictionary's features."""
         return self.features_of(1)

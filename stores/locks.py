@@ -7,6 +7,7 @@ whose holder is a dead process of this host, is removed by the next writer.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
-from rlgen_stats.schemas.errors import StoreLockedError
+from rlgen_stats.schemas.errors import StoreError, StoreLockedError
 from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
 
 WHOLE: Final = (0, 1 << 62)
@@ -29,6 +30,9 @@ LEASE_SECONDS: Final = 60.0
 """A lease older than this is dead; holders renew four times as often."""
 _SET_LOCK: Final = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
 """Open-file-description locks (Linux) exclude other threads of one process too; elsewhere, process locks."""
+
+_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that have no locks: network ones mounted without their lock service, some of containers."""
 
 
 @contextmanager
@@ -48,6 +52,8 @@ def exclusive(path: Path, span: tuple[int, int] = WHOLE, *, patience: float = 0.
     ------
     StoreLockedError
         If a living writer holds it, or a part of it.
+    StoreError
+        If the file system has no locks.
     """
     with explain_access_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +86,14 @@ def _hold_file_lock(path: Path, span: tuple[int, int]) -> Iterator[None]:
             fcntl.fcntl(handle, _SET_LOCK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, stop - first, 0))
         except (BlockingIOError, PermissionError) as error:
             raise _locked_error(path, _last_holder(handle, span)) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise StoreError(
+                f"the file system of {path.parent} offers no file locks ({error.strerror}), and without them two "
+                "writers could spoil a store; mount it with locks (NFS with its lock service, Lustre with flock), or "
+                "work on a local disk."
+            ) from error
         if span == WHOLE:  # nobody else holds a part of it, so earlier notes are all of the dead
             handle.truncate(0)
         handle.write(f"{os.getpid()} {first} {stop}\n")

@@ -157,12 +157,15 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises
     ------
     ValueError
-        If a line is no JSON object.
+        If a line is no JSON object, or nests deeper than Python reads.
     """
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except RecursionError:
+                    raise ValueError(f"line {number} nests too deep") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} is no JSON object")
                 yield row
@@ -302,6 +305,19 @@ def _text(value: Any, column: str, row: int, path: Path) -> str:
     return str(value)
 
 
+def check_label(values: Iterable[str], column: str, path: Path) -> None:
+    """Refuse labels with a NUL character, which numpy drops at the end of a text: two ids would become one.
+
+    Raises
+    ------
+    InputError
+        Naming the first.
+    """
+    broken = next((value for value in values if "\0" in value), None)
+    if broken is not None:
+        raise InputError(f"{path}: {column} {broken!r} holds a NUL character; expected plain text: rename it.")
+
+
 def _check_filled(cells: dict[str, list[str]], rows: pd.DataFrame, path: Path) -> None:
     labels = {label: rows[label].tolist() for label in (TASK, CLUSTER) if label in rows}
     for column, texts in (cells | labels).items():
@@ -311,6 +327,8 @@ def _check_filled(cells: dict[str, list[str]], rows: pd.DataFrame, path: Path) -
                 f"{path}: {len(empty)} row(s) have an empty {column}, the first is row {rows.index[empty[0]] + 1} "
                 f"(prompt {rows[PROMPT].iloc[empty[0]]!r}); fill them or drop the rows."
             )
+    for column in (column for column in (PROMPT, TASK, CLUSTER) if column in rows):
+        check_label(rows[column], column, path)
     _check_values(rows, path, DOMAIN, DOMAINS)
 
 

@@ -84,6 +84,11 @@ def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
     return [(step, folder.run(run.name) / f"step-{step}") for step in sorted(steps)]
 
 
+def imported_models(folder: StudyFolder) -> dict[str, Path]:
+    """Model -> file of its completions, of the models that were sampled elsewhere."""
+    return {file.stem: file for file in sorted(folder.imported.glob("*.parquet"))} if folder.imported.is_dir() else {}
+
+
 def final_model(spec: StudySpec, folder: StudyFolder, run_name: str) -> ModelRef:
     """The last checkpoint of a run, or the base for ``"base"``.
 

@@ -119,13 +119,41 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
         done = committed_models(path)
         if not done:
             with replacing(path) as temporary:
-                write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
-                write_digest(temporary, {COMMITTED_MODELS: [model]})
+                _write_models(dataset, temporary)
         else:
             _check_fits(path, dataset, model, done, provenance)
             # Data first, then the list of committed models: until that is replaced, readers see the models before.
             _grow(path, dataset, len(done))
             write_digest(path, {COMMITTED_MODELS: [*done, model]})
+
+
+def rewrite_models(path: Path, layout: str, dataset: xr.Dataset, *, provenance: Provenance) -> None:
+    """Put these models in place of all that a store holds, atomically.
+
+    Parameters
+    ----------
+    path
+        Store of :func:`append_model`.
+    layout
+        ``"outcomes"`` or ``"features"``.
+    dataset
+        One or more models, in memory.
+    provenance
+        Origin of the store from now on.
+
+    Raises
+    ------
+    StoreError
+        If the dataset has not the declared layout.
+    """
+    dataset = as_strings(validate(dataset.assign_attrs(provenance.attrs()), layout).drop_encoding())
+    with exclusive(path), replacing(path) as temporary:
+        _write_models(dataset, temporary)
+
+
+def _write_models(dataset: xr.Dataset, path: Path) -> None:
+    write_zarr(dataset, path, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
+    write_digest(path, {COMMITTED_MODELS: [str(model) for model in dataset[MODEL].values]})
 
 
 def write_zarr(dataset: xr.Dataset, path: Path, **options: Any) -> None:

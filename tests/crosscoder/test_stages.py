@@ -347,7 +347,7 @@ def test_weights_that_do_not_fit_the_study_are_refused(encoded: Study, copied: S
     turned = with_weights(spec, weights="elsewhere", views=["sft@final", "base@0", "rl@final"])
     with pytest.raises(StoreError, match=r"they must be the same in the same order"):
         train_crosscoders(turned, folder, provenance=PROVENANCE)
-    with pytest.raises(InputError, match=r"is no weights file and no folder"):
+    with pytest.raises(InputError, match=r"there is nothing at .*fix the path"):
         train_crosscoders(with_weights(spec, weights="nowhere"), folder, provenance=PROVENANCE)
     with pytest.raises(ValueError, match="weights trained elsewhere have no replicates here"):
         with_weights(spec, weights="elsewhere", replicates=2)

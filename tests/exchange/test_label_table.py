@@ -89,6 +89,7 @@ def change(column: str, row: int, value: Any) -> pd.DataFrame:
         (change("position", 5, 1.5), "position in labels.* must be integers, got float64"),
         (change("position", 5, -1), "position in labels.* must lie in 0 to 2147483647, got -1"),
         (change("token_id", 5, 2**31), "token_id in labels.* must lie in 0 to 2147483647, got 2147483648"),
+        (change("cluster", 5, "c0\0"), r"cluster 'c0\\x00' holds a NUL character; expected plain text"),
         (change("domain", 5, "inside"), "domain in labels.* must be in or out, got 'inside'"),
         (change("split", 5, "test"), "split in labels.* must be selection or verification or trial, got 'test'"),
         (
@@ -112,6 +113,23 @@ def change(column: str, row: int, value: Any) -> pd.DataFrame:
 def test_wrong_tables_are_refused_in_one_sentence(tmp_path: Path, name: str, table: pd.DataFrame, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_labels(write(table, tmp_path / name))
+
+
+@pytest.mark.parametrize("column", ["prompt", "segment", "cluster"])
+@pytest.mark.parametrize(
+    ("cell", "kind"), [(["p0"], "list<.*string>"), ({"id": "p0"}, "struct<id: string>"), (b"p0", "binary")]
+)
+def test_cells_that_are_no_text_are_refused(tmp_path: Path, column: str, cell: Any, kind: str) -> None:
+    table = label_table()
+    table[column] = pd.Series([cell] * len(table), dtype=object)
+    with pytest.raises(InputError, match=rf"holds {kind} in the column '{column}', expected text or numbers"):
+        read_labels(write(table, tmp_path / "labels.parquet"))
+
+
+def test_whole_numbers_have_no_decimal_point(tmp_path: Path) -> None:
+    table = label_table()
+    _, prompts = read_labels(write(table.assign(cluster=7.0), tmp_path / "labels.parquet"))
+    assert set(prompts["cluster"]) == {"7"}
 
 
 def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:

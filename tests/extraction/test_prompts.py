@@ -205,6 +205,20 @@ def test_whole_numbers_read_as_floats_are_whole_numbers(tmp_path: Path) -> None:
     assert load(tmp_path, table).answer.tolist() == ["12", "2.5"] * (len(table) // 2)
 
 
+@pytest.mark.parametrize("column", ["prompt_id", "task", "cluster"])
+def test_labels_with_a_nul_are_refused(tmp_path: Path, column: str) -> None:
+    table = prompt_table().assign(cluster="c")
+    table.loc[1, column] = "a\0"
+    with pytest.raises(InputError, match=r"'a\\x00' holds a NUL character; expected plain text: rename it"):
+        load(tmp_path, table)
+
+
+def test_lines_that_nest_too_deep_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text('{"prompt_id": "a"}\n' + "[" * 200_000)
+    with pytest.raises(InputError, match=r"deep\.jsonl is not a readable jsonl table \(line 2 nests too deep\)"):
+        read_table(tmp_path / "deep.jsonl")
+
+
 def test_a_column_called_prompt_beside_prompt_id_is_no_id(tmp_path: Path) -> None:
     table = prompt_table().assign(prompt="the same words")
     assert load(tmp_path, table).prompt.tolist() == prompt_table().prompt_id.tolist()

@@ -241,6 +241,18 @@ def test_labels_can_come_in_any_blocks(tmp_path: Path, provenance: Provenance, m
         np.testing.assert_array_equal(open_tokens(path).position.values, tokens.position)
 
 
+def test_samples_of_one_prompt_begin_where_the_first_began(tmp_path: Path, provenance: Provenance) -> None:
+    tokens, prompts = token_table(6)
+    same = {name: tokens[name].iloc[0] for name in ("prompt", "source", "segment")}
+    create_activations(
+        tmp_path / "a.zarr", tokens.assign(**same, position=[2, 3, 2, 3, 4, 2]), prompts, provenance=provenance
+    )
+    with pytest.raises(InputError, match="token 2 has position 1 after 3"):
+        create_activations(
+            tmp_path / "b.zarr", tokens.assign(**same, position=[2, 3, 1, 2, 3, 4]), prompts, provenance=provenance
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -253,6 +265,7 @@ def test_labels_can_come_in_any_blocks(tmp_path: Path, provenance: Provenance, m
         (lambda t, p: (t.assign(segment="middle"), p), r"segments are .*got \['middle'\]"),
         (lambda t, p: (t.assign(position=-1), p), r"positions start at 0, got a negative one at token 0"),
         (lambda t, p: (t.iloc[[0, 2, 1, *range(3, N)]], p), r"ascend within a text, token 2 has position 1 after 2"),
+        (lambda t, p: (t.iloc[::-1], p), r"ascend within a text, token 1 has position \d+ after"),
         (lambda t, p: (t.assign(position=0.5), p), r"'position' of the tokens holds integers, got float64"),
         (lambda t, p: (t.iloc[:0], p), r"tokens table is empty"),
         (lambda t, p: (t, p.iloc[:0]), r"prompts table is empty"),

@@ -232,9 +232,10 @@ def test_missing_inputs_are_named_by_their_key(study_folder: Path) -> None:
     ],
 )
 def test_what_a_later_stage_must_refuse_is_refused_before_the_first_one_runs(
-    study_folder: Path, changes: dict[str, Any], message: str
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     change(study_folder, **changes)
+    monkeypatch.setattr("rlgen_stats.cli.check.check_before_run", lambda *_: None)  # these models are no models
     result = CliRunner().invoke(main, ["run", str(study_folder)])
     assert result.exit_code == 2
     (sentence,) = result.stderr.splitlines()
@@ -290,8 +291,9 @@ def test_only_what_a_model_is_made_of_makes_another_study(study_folder: Path, na
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("seconds", "asked"), [(600.0, False), (601.0, True)])
 def test_what_took_long_is_not_deleted_without_a_yes(
-    study_folder: Path, seconds: float, asked: bool, finished: bool
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, asked: bool, finished: bool
 ) -> None:
+    monkeypatch.setattr("rlgen_stats.cli.check.check_before_run", lambda *_: None)
     study = run_study(study_folder, stages=["outcomes"])
     study.write_record("outcomes", **read_json(study.file("outcomes")) | {"seconds": seconds, "finished": finished})
     change(study_folder, generation={"n_samples": 3})

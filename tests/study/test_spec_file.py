@@ -11,11 +11,14 @@ from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.spec import Spec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.study import parse_spec, read_spec, write_spec
+from rlgen_stats.toolkit.study.strict_yaml import YamlError, load_yaml
 from rlgen_stats.toolkit.study.template import write_template
 from tests.study.conftest import spec_dict
 
 RUNS = spec_dict()["runs"]
 MAIN = spec_dict()["crosscoders"][0]
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+"""Ten lines of aliases that stand for 9^9 values."""
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,35 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("- 1")
     with pytest.raises(SpecError, match=r"must be a mapping .* got list"):
         read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, r"stands for more than 1,000,000 values through its aliases"),
+        ("a: &a {b: *a}", "has an alias at line 1 that contains itself; write the values out"),
+        ("a: &a [1, [*a]]", "has an alias at line 1 that contains itself"),
+        ("[" * 5000, "nests more than 64 levels deep at line 1"),
+        ("a:\n" + "".join(" " * (i + 1) + "a:\n" for i in range(90)), "nests more than 64 levels deep at line 65"),
+        ("name: a\nseed: 1\nname: b\n", "has the key 'name' twice, in lines 1 and 3; keep one"),
+        ("runs:\n  - {name: a, arm: b, name: c}\n", "has the key 'name' twice, in lines 2 and 2"),
+        ("a: \x00", "is not valid YAML: unacceptable character"),
+    ],
+)
+def test_hostile_files_are_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(SpecError, match=message):
+        read_spec(tmp_path)
+
+
+def test_nesting_aliases_and_merges_within_bounds_are_read() -> None:
+    deep = "[" * 64 + "]" * 64
+    assert load_yaml(deep) == yaml.safe_load(deep)
+    with pytest.raises(YamlError):
+        load_yaml(f"[{deep}]")
+    merged = "a: &a {k: 1, n: 2}\nb: {<<: *a, k: 3}\nc: *a\n10: x\n'10': y\n"
+    assert load_yaml(merged) == yaml.safe_load(merged)
+    assert load_yaml("") is None
 
 
 def test_contrast_and_primary_crosscoder_default_to_the_first_of_each_arm() -> None:

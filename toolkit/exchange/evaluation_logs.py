@@ -44,15 +44,19 @@ class TaskLog:
 
     file: Path
     task: str
+    engine: str
+    """lm-eval or inspect."""
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Metric -> one row a sample: prompt, sample, correct, content, and cluster where asked for."""
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    """Where asked for, one row a completion: prompt, sample, prompt_text, text, terminated and how it was drawn."""
 
     def add(self, metric: str, row: Mapping[str, Any], value: Any) -> None:
         """One graded sample; ``value`` is a float, None where ungraded, or something that is no score."""
         self.rows.setdefault(metric, []).append({**row, "correct": value})
 
 
-def evaluation_logs(file: Path, cluster: str | None = None) -> list[TaskLog] | None:
+def evaluation_logs(file: Path, cluster: str | None = None, *, completions: bool = False) -> list[TaskLog] | None:
     """Tasks that a file logs, or None if it is no log of either framework.
 
     Parameters
@@ -62,11 +66,13 @@ def evaluation_logs(file: Path, cluster: str | None = None) -> list[TaskLog] | N
         or ``.json`` (Inspect).
     cluster
         Field of a sample that says which prompts depend on one another, with dots.
+    completions
+        Whether completions are read too; an ``.eval`` file is then read whole, by Inspect itself.
 
     Raises
     ------
     InputError
-        If a sample lacks the field, or an archive is no log.
+        If a sample lacks the field, an archive is no log, or Inspect is needed and not installed.
 
     Notes
     -----
@@ -75,20 +81,22 @@ def evaluation_logs(file: Path, cluster: str | None = None) -> list[TaskLog] | N
     letters and words count as Inspect counts them (C 1, P .5, I and N 0), and samples without a score are ungraded.
     """
     if file.suffix == ".eval":
+        if completions:
+            return [_inspect_document(file, _read_with_inspect(file), cluster, completions=True)]
         return [_inspect(file, *_archive(file), cluster)]
     if file.suffix == ".jsonl":
         if not _is_lm_eval(next(json_lines(file), {})):
             return None
         name = _LM_EVAL_NAME.fullmatch(file.name)
-        return [_lm_eval(file, name[1] if name else NO_TASK, json_lines(file), cluster)]
+        return [_lm_eval(file, name[1] if name else NO_TASK, json_lines(file), cluster, completions=completions)]
     content = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else None
     if not isinstance(content, dict):
         return None
     samples = content.get("samples")
     if isinstance(content.get("eval"), dict) and isinstance(samples, list):
-        return [_inspect(file, content["eval"]["task"], samples, cluster)]
+        return [_inspect_document(file, content, cluster, completions=completions)]
     if isinstance(samples, dict):
-        return [_lm_eval(file, str(task), rows, cluster) for task, rows in samples.items()]
+        return [_lm_eval(file, str(task), rows, cluster, completions=completions) for task, rows in samples.items()]
     return None
 
 
@@ -96,9 +104,14 @@ def _is_lm_eval(row: Mapping[str, Any]) -> bool:
     return "doc_id" in row and bool(row.keys() & {"filtered_resps", "resps", "arguments", "doc_hash"})
 
 
-def _lm_eval(file: Path, task: str, samples: Iterable[dict[str, Any]], cluster: str | None) -> TaskLog:
-    log = TaskLog(file, task)
-    for sample in samples:
+def _lm_eval(
+    file: Path, task: str, samples: Iterable[dict[str, Any]], cluster: str | None, *, completions: bool
+) -> TaskLog:
+    log, first_filter = TaskLog(file, task, "lm-eval"), None
+    for number, sample in enumerate(samples):
+        first_filter = sample.get("filter") if not number else first_filter
+        if completions and sample.get("filter") == first_filter:  # a document comes once for every filter
+            log.completions.extend(_lm_eval_completions(sample))
         row = {PROMPT: str(sample["doc_id"]), SAMPLE: 0, "content": sample.get("doc_hash")}
         row |= _cluster(log, sample, cluster)
         for metric in sample.get("metrics") or [name for name in sample if name not in _LM_EVAL_FIELDS]:
@@ -107,8 +120,79 @@ def _lm_eval(file: Path, task: str, samples: Iterable[dict[str, Any]], cluster: 
     return log
 
 
+def _lm_eval_completions(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of one document; without a text where choices were scored by log-likelihood."""
+    arguments = sample.get("arguments") or []
+    requests = list(arguments.values()) if isinstance(arguments, dict) else arguments
+    request = requests[0] if requests else {}
+    parts = list(request.values()) if isinstance(request, dict) else list(request)
+    settings = parts[1] if len(parts) > 1 and isinstance(parts[1], dict) else {}
+    drawn = {
+        "prompt_text": parts[0] if parts else None,
+        # the harness draws greedily unless it is told to sample
+        "temperature": settings.get("temperature") if settings.get("do_sample") or settings.get("temperature") else 0.0,
+        "top_p": settings.get("top_p"),
+        "max_new_tokens": settings.get("max_gen_toks"),
+    }
+    answers = sample.get("resps") or [[]]
+    texts = answers[0] if len(answers) == 1 and all(isinstance(text, str) for text in answers[0]) else [None]
+    return [{PROMPT: str(sample["doc_id"]), SAMPLE: i, "text": text} | drawn for i, text in enumerate(texts)]
+
+
+def _read_with_inspect(file: Path) -> dict[str, Any]:
+    """Content of an ``.eval`` file with its attachments in place, which Inspect alone can put there."""
+    try:
+        from inspect_ai.log import read_eval_log
+    except ImportError as error:
+        raise InputError(
+            f"reading completions from {file} needs Inspect, which is not installed; pip install inspect-ai, or write "
+            f"the log as JSON where it is: inspect log dump --resolve-attachments {file.name} > {file.stem}.json."
+        ) from error
+    return dict(read_eval_log(str(file), resolve_attachments=True).model_dump(mode="json"))
+
+
+def _inspect_document(file: Path, content: Mapping[str, Any], cluster: str | None, *, completions: bool) -> TaskLog:
+    samples = content["samples"] or []
+    log = _inspect(file, str(content["eval"]["task"]), samples, cluster)
+    if completions:
+        configs = [content["eval"].get("model_generate_config"), (content.get("plan") or {}).get("config")]
+        drawn = {
+            name: next((config[theirs] for config in configs if config and config.get(theirs) is not None), None)
+            for name, theirs in (("temperature", "temperature"), ("top_p", "top_p"), ("max_new_tokens", "max_tokens"))
+        }
+        log.completions.extend(_inspect_completion(sample) | drawn for sample in samples)
+    return log
+
+
+def _inspect_completion(sample: Mapping[str, Any]) -> dict[str, Any]:
+    output = sample.get("output") or {}
+    choice = (output.get("choices") or [{}])[0]
+    return {
+        PROMPT: str(sample["id"]),
+        SAMPLE: int(sample.get("epoch", 1)) - 1,
+        "prompt_text": message_text(sample.get("input")),
+        "text": _content_text((choice.get("message") or {}).get("content")),
+        "terminated": {"stop": True, "max_tokens": False, "model_length": False}.get(choice.get("stop_reason")),
+    }
+
+
+def message_text(source: Any) -> str | None:
+    """A sample's input, or the last message of the user where it is a chat."""
+    if isinstance(source, list):
+        asked = [message for message in source if message.get("role") == "user"]
+        return _content_text(asked[-1].get("content")) if asked else None
+    return source if isinstance(source, str) else None
+
+
+def _content_text(content: Any) -> str | None:
+    """Text of a message: itself, or its parts of text, without reasoning and pictures."""
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content if part.get("type") == "text")
+    return content if isinstance(content, str) else None
+
+
 def _inspect(file: Path, task: str, samples: Iterable[dict[str, Any]], cluster: str | None) -> TaskLog:
-    log, ungraded = TaskLog(file, task), []
+    log, ungraded = TaskLog(file, task, "inspect"), []
     for sample in samples:
         text = sample.get("input")
         start = " ".join(text.split())[:_SUMMARISED] if isinstance(text, str) else ""

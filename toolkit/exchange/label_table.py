@@ -26,6 +26,7 @@ from rlgen_stats.schemas.dims import (
 )
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores.locations import is_remote, place
+from rlgen_stats.stores.prompts import check_label, text_cells
 
 REQUIRED: Final = (PROMPT, POSITION, TOKEN_ID, SEGMENT, *PROMPT_LABELS)
 """Columns of a label table."""
@@ -61,9 +62,9 @@ def read_labels(path: Path | str, *, ignore: Collection[str] = ()) -> tuple[pd.D
     Raises
     ------
     InputError
-        If the file cannot be read, a column is missing, unknown or has missing values, positions or token ids are no
-        32-bit counts, a domain or split is none of the declared ones, or a prompt has two tasks, domains, splits or
-        clusters.
+        If the file cannot be read, a column is missing, unknown, of lists or bytes, or has missing values or NUL
+        characters, positions or token ids are no 32-bit counts, a domain or split is none of the declared ones, or a
+        prompt has two tasks, domains, splits or clusters.
 
     Examples
     --------
@@ -122,11 +123,29 @@ def _check_columns(path: Path, names: Sequence[str], ignore: Collection[str]) ->
 
 
 def _read_parquet(path: Path, ignore: Collection[str]) -> pd.DataFrame:
-    columns = _check_columns(path, pq.read_schema(path).names, ignore)
+    schema = pq.read_schema(path)
+    columns = _check_columns(path, schema.names, ignore)
     text = [name for name in columns if name not in _NUMBERS]
+    for name in text:
+        if not _is_text(schema.field(name).type):
+            raise InputError(
+                f"{path.name} holds {schema.field(name).type} in the column {name!r}, expected text or numbers, one "
+                "value a token; write it as text."
+            )
     table = pq.read_table(path, columns=columns, read_dictionary=text)
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, strings_to_categorical=True)
     return frame
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values of an Arrow type have one spelling as text: not lists, structs or bytes."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    tests = (
+        *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+        *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null),
+    )
+    return any(test(kind) for test in tests)
 
 
 def _read_csv(path: Path, ignore: Collection[str]) -> pd.DataFrame:
@@ -159,17 +178,19 @@ def _check_values(path: Path, table: pd.DataFrame) -> None:
         if low < 0 or high > _LARGEST:
             raise InputError(f"{name} in {path.name} must lie in 0 to {_LARGEST}, got {low if low < 0 else high}.")
     for name in set(table.columns) - set(_NUMBERS):
-        table[name] = _as_text(table[name])
+        table[name] = _as_text(path, table[name])
     for name, known in ((DOMAIN, DOMAINS), (SPLIT, SPLITS)):
         unknown = [value for value in table[name].cat.categories if value not in known]
         if unknown:
             raise InputError(f"{name} in {path.name} must be {' or '.join(known)}, got {unknown[0]!r}; rename it.")
 
 
-def _as_text(column: pd.Series[Any]) -> pd.Series[Any]:
+def _as_text(path: Path, column: pd.Series[Any]) -> pd.Series[Any]:
     """Categories of text in order of appearance, only those in use."""
     codes, values = pd.factorize(column)
-    names = pd.Index(np.array([str(value) for value in values], dtype=object))
+    texts = text_cells(pd.DataFrame({column.name: values}), str(column.name), path)
+    check_label(texts, str(column.name), path)
+    names = pd.Index(np.array(texts, dtype=object))
     if names.has_duplicates:  # 1 and "1"
         codes, names = names.factorize()[0][codes], names.unique()
     return pd.Series(pd.Categorical.from_codes(codes, categories=names), index=column.index)

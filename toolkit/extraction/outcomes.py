@@ -19,7 +19,7 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
 from rlgen_stats.stores.prompts import TEXT, load_prompts
-from rlgen_stats.stores.study_models import ModelRef, list_models, ref_coords
+from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models, ref_coords
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.extraction.answering import answer_prompts, scores_choices
 from rlgen_stats.toolkit.extraction.checkpoints import (
@@ -31,6 +31,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import (
 )
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, grade_all, graders_of
+from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import, with_origin
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.completion_shares import (
     completion_shares,
@@ -80,6 +81,8 @@ def sample_outcomes(
 ) -> None:
     """Complete and grade every prompt with every model, greedily and K times by sampling.
 
+    Models whose completions were imported are not sampled.
+
     Parameters
     ----------
     spec, folder
@@ -116,12 +119,23 @@ def sample_outcomes(
     if done:  # refuse another study's store before hours of sampling, not after
         check_owner(folder.outcomes, provenance)
     device = resolve_device(spec.device)
+    n_samples = spec.generation.n_samples
+    imported = {model: read_import(file, prompts, n_samples) for model, file in imported_models(folder).items()}
+    check_stand_ins([ref.model for ref in refs], imported)
     for ref in refs:
         if ref.model not in done:
-            completions = _complete(ref, prompts, spec, device=device, progress=progress)
+            given = imported.get(ref.model)
+            if given is None:
+                completions = _complete(ref, prompts, spec, device=device, progress=progress)
+            else:
+                completions = given.completions
             grades = [grade_all(graders, row, prompts) for row in completions]
+            if given is not None:
+                grades = given.graded(grades)
             _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
             outcomes = _outcomes(ref, completions, grades, prompts)
+            if imported:
+                outcomes = with_origin(outcomes, None if given is None else given.origin)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
             _warn(outcomes, read_completions(folder, ref.model), progress)
 

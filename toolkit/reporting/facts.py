@@ -43,14 +43,15 @@ class StudyData:
     """features.zarr, not loaded."""
     prompts_hash: str
     """SHA-256 of the prompt table."""
+    sampling: pd.DataFrame | None = None
+    """Where models were imported, one row a model: engine that sampled it, what graded it, what was stood in for."""
 
 
 def read_study_data(folder: StudyFolder, spec: StudySpec) -> StudyData:
     """Labels and settings of a study folder's stores; a missing store gives None."""
     features = open_features(folder.features) if _has_models(folder.features) else None
-    source = features
-    if source is None and _has_models(folder.outcomes):
-        source = open_outcomes(folder.outcomes)
+    outcomes = open_outcomes(folder.outcomes) if _has_models(folder.outcomes) else None
+    source = outcomes if features is None else features
     prompts = None
     if source is not None:
         names = ("prompt", "task", "domain", "split", "cluster")
@@ -58,7 +59,11 @@ def read_study_data(folder: StudyFolder, spec: StudySpec) -> StudyData:
     tables = [folder.resolve(file) for file in prompt_files(spec).values()]
     content = b"".join(table.read_bytes() for table in tables if table.is_file())
     digest = hashlib.sha256(content).hexdigest() if content else NOT_RECORDED
-    return StudyData(prompts, features, digest)
+    sampling = None
+    if outcomes is not None and "engine" in outcomes:
+        said = ("engine", "graded_by", "stand_in")
+        sampling = pd.DataFrame({name: outcomes[name].values for name in said}, outcomes["model"].values, dtype=str)
+    return StudyData(prompts, features, digest, sampling)
 
 
 def _has_models(path: Any) -> bool:
@@ -173,8 +178,35 @@ def _measurement_facts(data: StudyData, spec: StudySpec) -> list[Fact]:
                 f"{generation.n_samples} sampled (temperature {generation.temperature:g}) and one greedy per prompt "
                 "and model; the greedy one decides who is right."
             ),
-        },
+        }
+        | _sampling(data),
     )
+
+
+_SAMPLING: Final = {
+    "engine": "Which engine sampled each model?",
+    "graded_by": "What graded each model's answers?",
+    "stand_in": "Which completions were not drawn?",
+}
+_SAMPLING_WORDS: Final = {
+    "here": "rlgen-stats",
+    "greedy": "greedy ones, for which the first sample stands in",
+    "samples": "samples, for which the greedy one stands in",
+}
+
+
+def _sampling(data: StudyData) -> dict[str, str]:
+    """Where models were imported: by which engine each was sampled, who graded, what stands in; else nothing."""
+    if data.sampling is None:
+        return {}
+    answers = {}
+    for column, question in _SAMPLING.items():
+        groups = data.sampling[data.sampling[column] != ""].groupby(column, sort=False).groups
+        said = [
+            f"{_SAMPLING_WORDS.get(str(name), name)}: {listed(map(str, models))}" for name, models in groups.items()
+        ]
+        answers |= {question: f"{'; '.join(said)}."} if said else {}
+    return answers
 
 
 def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:

@@ -21,11 +21,14 @@ def check_stages(spec: StudySpec, stages: Iterable[Stage]) -> None:
     SpecError
         Naming the stage, what it expects, what the spec says, and the fix.
     """
-    for stage in stages:
-        for check in _CHECKS.get(stage.name, ()):
-            problem = check(spec)
-            if problem:
-                raise SpecError(f"the {stage.name} stage {problem}")
+    for problem in stage_problems(spec, stages):
+        raise SpecError(problem)
+
+
+def stage_problems(spec: StudySpec, stages: Iterable[Stage]) -> list[str]:
+    """Everything that :func:`check_stages` would refuse, one sentence each."""
+    found = ((stage, check(spec)) for stage in stages for check in _CHECKS.get(stage.name, ()))
+    return [f"the {stage.name} stage {problem}" for stage, problem in found if problem]
 
 
 def _check_scale(spec: StudySpec) -> str:

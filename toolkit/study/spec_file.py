@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, replacing
+from rlgen_stats.toolkit.study.strict_yaml import YamlError, load_yaml
 
 
 def read_spec(path: Path | str) -> StudySpec:
@@ -22,8 +23,15 @@ def read_spec(path: Path | str) -> StudySpec:
     Raises
     ------
     SpecError
-        If the file is missing, is not YAML, has an unknown key (the nearest valid one is suggested), or a bad value.
+        If the file is missing, is not YAML (or such that :func:`load_yaml` refuses it), has an unknown key (the nearest
+        valid one is suggested), or a bad value.
     """
+    file, raw = read_mapping(path)
+    return parse_spec(raw, where=str(file))
+
+
+def read_mapping(path: Path | str) -> tuple[Path, dict[str, Any]]:
+    """File and content of a study.yaml, not validated; see :func:`read_spec` for the errors."""
     path = Path(path)
     file = path if path.suffix in (".yaml", ".yml") else StudyFolder(path).spec
     if not file.exists():
@@ -31,12 +39,14 @@ def read_spec(path: Path | str) -> StudySpec:
             f"no study file at {file}; expected a study.yaml: write one with 'rlgen-stats init {file.parent}'."
         )
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raw = load_yaml(file.read_text(encoding="utf-8"))
+    except YamlError as error:
+        raise SpecError(f"{file} {error}.") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{file} is not valid YAML: {error}.") from error
     if not isinstance(raw, dict):
         raise SpecError(f"{file} must be a mapping of keys to values, got {type(raw).__name__}.")
-    return parse_spec(raw, where=str(file))
+    return file, raw
 
 
 def parse_spec(raw: dict[str, Any], *, where: str = "the study") -> StudySpec:
@@ -44,9 +54,22 @@ def parse_spec(raw: dict[str, Any], *, where: str = "the study") -> StudySpec:
     try:
         return StudySpec.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
+        problems = _explain_all(error)
         more = f" (and {len(problems) - 1} more problem{'s' * (len(problems) > 2)})" if len(problems) > 1 else ""
         raise SpecError(f"{where}: {problems[0]}{more}") from error
+
+
+def spec_problems(raw: dict[str, Any]) -> list[str]:
+    """Everything that :func:`parse_spec` would refuse, one sentence each; nothing of a valid study."""
+    try:
+        StudySpec.model_validate(raw)
+    except ValidationError as error:
+        return _explain_all(error)
+    return []
+
+
+def _explain_all(error: ValidationError) -> list[str]:
+    return [_explain(dict(problem)) for problem in error.errors()]
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
+from rlgen_stats.stores.study_models import imported_models
 
 State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
 
@@ -324,7 +325,7 @@ class Study:
         if name == "posttrain":
             return self._training_files() | self._grader_files()
         if name == "outcomes":
-            return self._grader_files()
+            return self._grader_files() | self._imported_files()
         if name == "crosscoder":
             return self._crosscoder_files()
         files = {}
@@ -336,6 +337,12 @@ class Study:
         if name in ("stabilize", "intervene", "report") and by_note:  # a trial that was not held is held now
             files["readout"] = "accepted"
         return files
+
+    def _imported_files(self) -> dict[str, str]:
+        return {
+            f"imported.{model}": self._fingerprint(str(file), "imported")
+            for model, file in imported_models(self.folder).items()
+        }
 
     def _training_files(self) -> dict[str, str]:
         files = {

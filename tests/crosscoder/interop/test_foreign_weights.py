@@ -140,6 +140,21 @@ def test_tensor_files_of_torch_and_compiled_prefixes_are_read(tmp_path: Path, ra
     torch.testing.assert_close(f.double(), their_output(tensors, raw)[0], rtol=1e-3, atol=1e-3)
 
 
+def test_a_folder_of_another_layout_is_named_by_what_it_has(tmp_path: Path) -> None:
+    torch.save({"W_enc": torch.zeros(2, 3, 4)}, tmp_path / "cc_weights.pt")
+    (tmp_path / "cfg.json").write_text("{}")
+    message = r"has none of model.safetensors, .* it has cc_weights.pt, cfg.json; name the folder that they wrote"
+    with pytest.raises(InputError, match=message):
+        import_crosscoder(tmp_path, VIEWS)
+
+
+def test_prefixes_of_wrapped_modules_are_no_part_of_a_name(tmp_path: Path) -> None:
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        save_file({prefix + name: tensor for name, tensor in theirs().items()}, tmp_path / "model.safetensors")
+        imported = import_crosscoder(tmp_path, VIEWS)
+        torch.testing.assert_close(imported.decoder, theirs()["decoder.weight"])
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return (Path("owned").touch, ())
@@ -163,8 +178,13 @@ def test_bad_files_are_explained_and_nothing_pickled_runs(tmp_path: Path) -> Non
     save_file({"W": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=r"is no N-layer crosscoder.*got \['W'\]"):
         import_crosscoder(tmp_path / "other.safetensors", VIEWS)
-    with pytest.raises(InputError, match="is no weights file and no folder"):
+    with pytest.raises(InputError, match=r"there is nothing at .*nothing; expected a weights file or its folder"):
         import_crosscoder(tmp_path / "nothing", VIEWS)
+    for name, value in (("decoder.weight", float("nan")), ("encoder.bias", float("inf")), ("threshold", float("nan"))):
+        broken = theirs()[name].clone()
+        broken.view(-1)[-1] = value
+        with pytest.raises(InputError, match=rf"{name} has NaN or infinite values; its training diverged"):
+            import_crosscoder(saved(**{name: broken}), VIEWS)
     torch.save({"encoder.weight": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match="nothing pickled is opened"):
         import_crosscoder(tmp_path / "evil.pt", VIEWS)

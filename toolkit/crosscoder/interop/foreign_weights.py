@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,8 +23,8 @@ from rlgen_stats.toolkit.crosscoder.model.readout import Sparsity
 WEIGHT_FILES: Final = ("model.safetensors", "model.pt", "ae.pt")
 """Names looked for in a folder; the first that exists is read."""
 CONFIG: Final = "config.json"
-_COMPILED: Final = "_orig_mod."
-"""Prefix of tensors saved from a compiled module."""
+_WRAPPERS: Final = re.compile(r"^(_orig_mod\.|module\.)+")
+"""Prefixes of tensors saved from a compiled module, or from one trained on several devices."""
 _NORMALISATIONS: Final = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
 """Number in the file -> which decoder norm scales a feature before it is compared with the threshold."""
 _NEEDED: Final = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
@@ -50,9 +51,9 @@ def import_crosscoder(path: Path | str, views: Sequence[str], *, name: str = "im
     Raises
     ------
     InputError
-        If the file is missing, holds anything but tensors, lacks one of them, was trained with a code per layer or
-        with a normalisation that one scalar per view cannot express, has no learned threshold, or has another number of
-        layers than ``views``.
+        If the file is missing, holds anything but tensors, lacks one of them or has NaN in it, was trained with a code
+        per layer or with a normalisation that one scalar per view cannot express, has no learned threshold, or has
+        another number of layers than ``views``.
 
     Notes
     -----
@@ -155,11 +156,16 @@ def weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-    if not files:
-        raise InputError(
-            f"{path} is no weights file and no folder with one of {', '.join(WEIGHT_FILES)}; fix the path."
-        )
-    return files[0]
+    if files:
+        return files[0]
+    if not path.is_dir():
+        raise InputError(f"there is nothing at {path}; expected a weights file or its folder: fix the path.")
+    held = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
+    raise InputError(
+        f"{path} has none of {', '.join(WEIGHT_FILES)}, the files of crosscoder_learning and dictionary_learning, it "
+        f"has {held}; name the folder that they wrote, or write the weights as {', '.join(_NEEDED)} into "
+        f"{WEIGHT_FILES[0]}."
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -172,7 +178,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file} holds more than tensors ({str(error)[:100]}); nothing pickled is opened.") from error
     if not isinstance(tensors, dict):
         raise InputError(f"{file} holds {type(tensors).__name__}, expected named tensors.")
-    named: dict[str, Tensor] = {name.removeprefix(_COMPILED): tensor for name, tensor in tensors.items()}
+    named: dict[str, Tensor] = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     _check(named, file)
     return named
 
@@ -193,6 +199,11 @@ def _check(tensors: dict[str, Tensor], file: Path) -> None:
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise InputError(f"{file}: {name} must have shape {shape}, got {tuple(tensors[name].shape)}.")
+    broken = [name for name in (*_NEEDED, "threshold") if name in tensors and not tensors[name].isfinite().all()]
+    if broken:
+        raise InputError(
+            f"{file}: {broken[0]} has NaN or infinite values; its training diverged, take an earlier file."
+        )
 
 
 def _normaliser(tensors: dict[str, Tensor], file: Path) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,127 @@
+"""check: what is wrong with a study, and what it will take, before anything is loaded or sampled."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from rlgen_stats.cli.console import (
+    EXIT_BAD_INPUT,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    study_argument,
+)
+from rlgen_stats.schemas.errors import RlgenStatsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rlgen_stats.toolkit.study.check import Problem, StudyCheck
+
+MAX_CHARACTERS: Final = 600
+"""Of a prompt that is shown."""
+
+
+@click.command()
+@study_argument
+@click.option(
+    "--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="Speed of sampling, to say the hours."
+)
+@json_option
+@handle_errors
+def check(study: str, tokens_per_second: float | None, as_json: bool) -> None:
+    """Say what is wrong with a study, all at once, and what it will take; no weights are loaded.
+
+    Paths, tables, answers, tokenizers, decoder blocks, weight files; then completions, tokens, hours and bytes. 'run'
+    does it first.
+
+    \b
+    Example:  rlgen-stats check my-study --tokens-per-second 4000
+    """  # noqa: D301 - click needs the backspace itself
+    from dataclasses import asdict
+
+    from rlgen_stats.toolkit.study.check import check_study
+
+    found = check_study(study)
+    if as_json:
+        costs = found.costs
+        hours = costs.hours(tokens_per_second) if costs and tokens_per_second else (None, None)
+        print_json(asdict(found) | {"hours": hours[0], "trial_hours": hours[1]})
+    else:
+        _print_examples(found)
+        _print_costs(found, tokens_per_second)
+        print_problems(found.problems)
+        if not found.problems:
+            click.echo("No problems.")
+    if found.problems:
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def check_before_run(study: str, stages: Sequence[str] | None) -> None:
+    """Print every problem of a study of which stages are still to run, and leave with exit code 2 if there is one."""
+    from rlgen_stats.stores import StudyFolder
+    from rlgen_stats.toolkit.study import STAGES, open_for_run
+    from rlgen_stats.toolkit.study.check import check_study
+    from rlgen_stats.toolkit.study.stage_graph import with_needs
+
+    plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
+    if StudyFolder(Path(study)).stages.exists():  # what was run before was checked then, and its keys are known
+        with suppress(RlgenStatsError):
+            opened = open_for_run(study)
+            if all(opened.state(stage.name) == "done" for stage in plan):
+                return
+    found = check_study(study, stages=plan)
+    if found.problems:
+        print_problems(found.problems)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def print_problems(problems: Sequence[Problem]) -> None:
+    """One line a problem, on standard error."""
+    if len(problems) > 1:
+        click.echo(f"Error: {len(problems)} problems", err=True)
+    for problem in problems:
+        click.echo(f"{'Error:' if len(problems) == 1 else ' '} {problem.where}: {problem.message}", err=True)
+
+
+def _print_examples(found: StudyCheck) -> None:
+    for task, text in found.examples.items():
+        click.echo(f"{task}, {found.n_prompts[task]:,} prompts; the first:")
+        shown = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
+        click.echo("".join(f"  | {line}\n" for line in shown.splitlines() or [""]), nl=False)
+
+
+def _print_costs(found: StudyCheck, tokens_per_second: float | None) -> None:
+    costs = found.costs
+    if costs is None:
+        return
+    imported = f", {len(found.imported)} of them imported" if found.imported else ""
+    click.echo(f"{len(found.models)} models{imported}; {found.n_blocks} decoder blocks of width {found.width:,}.")
+    header = ["sampling", "completions", "tokens at most", *(["hours at most"] if tokens_per_second else [])]
+    rows = [
+        ["outcomes", f"{costs.completions:,}", f"{costs.tokens:,}"],
+        ["trials", f"{costs.trial_completions:,}", f"{costs.trial_tokens:,}"],
+    ]
+    if tokens_per_second:
+        for row, hours in zip(rows, costs.hours(tokens_per_second), strict=True):
+            row.append(f"{hours:,.1f}")
+    print_table(header, rows)
+    print_table(["written", "bytes at most"], [[name, _size(size)] for name, size in costs.stores.items()])
+    click.echo(f"{_size(found.bytes_left or 0)} still to write, {_size(found.bytes_free or 0)} free.")
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.1f} TB"
+
+
+COMMANDS = {"check": check}

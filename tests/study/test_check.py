@@ -1,0 +1,226 @@
+"""What is wrong with a study is said all at once, without weights, and what it costs is counted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from rlgen_stats.cli import main
+from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.toolkit.extraction import checkpoints
+from rlgen_stats.toolkit.study.check import Problem, check_study
+from rlgen_stats.toolkit.study.costs import Sizes, estimate
+from tests.extraction.conftest import WORDS, prompt_table, save_model, word_tokenizer
+from tests.study.conftest import spec_dict
+
+SPEC = {
+    "name": "tiny",
+    "device": "cpu",
+    "base": {"path": "models/base"},
+    "runs": [
+        {"name": "sft", "arm": "sft", "checkpoints": {3: "models/sft-3", 6: "models/sft-6"}},
+        {"name": "rl", "arm": "rl", "checkpoints": {4: "models/rl-4", 8: "models/rl-8"}},
+    ],
+    "data": {"prompts": "data/prompts.csv", "train": None},
+    "generation": {"max_new_tokens": 6, "n_samples": 2},
+    "extraction": {"layer": 1, "dtype": "bfloat16"},
+    "crosscoders": [
+        {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "n_features": 64},
+        {"name": "pair", "views": ["base@0", "rl@final"], "n_features": 32},
+    ],
+    "intervention": {"accept_undecidable": True},
+}
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("check") / "study"
+    for seed, name in enumerate(("base", "sft-3", "sft-6", "rl-4", "rl-8")):
+        save_model(root / "models" / name, seed)
+    (root / "data").mkdir()
+    prompt_table().to_csv(root / "data/prompts.csv", index=False)
+    (root / "study.yaml").write_text(yaml.safe_dump(SPEC))
+    return root
+
+
+@pytest.fixture
+def study(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "study"))
+
+
+def change(root: Path, **changes: Any) -> None:
+    (root / "study.yaml").write_text(yaml.safe_dump(SPEC | changes))
+
+
+def problems(root: Path) -> dict[str, str]:
+    return {problem.where: problem.message for problem in check_study(root).problems}
+
+
+def test_a_sound_study_has_no_problem_and_loads_no_weights(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "load_model", lambda *a, **k: pytest.fail("weights are loaded"))
+    before = sorted(sound.rglob("*"))
+    found = check_study(sound)
+    assert found.problems == ()
+    assert found.models == ("base@0", "sft@3", "sft@6", "rl@4", "rl@8")
+    assert (found.n_blocks, found.width) == (3, 32)
+    assert found.n_prompts == {"other": 6, "sum": 6}
+    assert found.examples["sum"] == prompt_table().text[1]
+    assert found.costs is not None
+    assert found.costs.completions == 5 * 12 * 3
+    assert found.costs.tokens == 5 * 12 * 3 * 6
+    assert sorted(sound.rglob("*")) == before
+
+
+def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
+    shutil.rmtree(study / "models/sft-3")
+    save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:-2], "11", "10")))
+    weights = study / "models/rl-4/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    (study / "models/rl-8/config.json").write_text("{}")
+    crosscoders = [SPEC["crosscoders"][0] | {"readout": "joint"}, SPEC["crosscoders"][1] | {"corpus": "gone.jsonl"}]  # type: ignore[index]
+    change(
+        study,
+        extraction={"layer": 3},
+        generation={"max_new_tokens": 200, "n_samples": 2},
+        crosscoders=crosscoders,
+        intervention={"accept_undecidable": False},
+    )
+    found = problems(study)
+    assert set(found) == {
+        "runs.sft.checkpoints.3",
+        "crosscoders.pair.corpus",
+        "study.yaml",
+        "base@0",
+        "sft@6",
+        "rl@4",
+        "rl@8",
+        "intervention",
+    }
+    assert "models/sft-3, which does not exist; correct the path" in found["runs.sft.checkpoints.3"]
+    assert "the select stage compares different features" in found["study.yaml"]
+    assert "layer 3 asked for, but Qwen3ForCausalLM has blocks 0 to 2" in found["base@0"]
+    assert "sft@6 has another tokenizer than base@0" in found["sft@6"]
+    assert "model.safetensors is cut off or broken" in found["rl@4"]
+    assert "describes no causal language model" in found["rl@8"]
+    assert all("\n" not in message for message in found.values())
+
+
+def test_answers_that_no_grader_can_read_are_named_for_every_task(study: Path) -> None:
+    table = prompt_table().assign(answer="neither", options='["yes", "no"]')
+    table.to_csv(study / "data/prompts.csv", index=False)
+    change(study, tasks=dict.fromkeys(("sum", "other"), {"grader": {"name": "choice"}, "choices": "options"}))
+    found = problems(study)
+    assert set(found) == {"task sum", "task other"}
+    assert "the grader cannot read 6 of 6 expected answer(s): p1 ('neither')" in found["task sum"]
+
+
+def test_all_faults_of_the_study_file_come_together(study: Path) -> None:
+    (study / "study.yaml").write_text(yaml.safe_dump(SPEC | {"sed": 1, "generation": {"temprature": 1, "top_p": 2}}))
+    messages = [problem.message for problem in check_study(study).problems]
+    assert len(messages) == 3
+    assert {"did you mean 'seed'", "did you mean 'temperature'", "less than or equal to 1, got 2"} == {
+        hint for hint in ("did you mean 'seed'", "did you mean 'temperature'", "less than or equal to 1, got 2")
+        for message in messages if hint in message
+    }  # fmt: skip
+    with pytest.raises(SpecError, match="no study file at"):
+        check_study(study / "nothing")
+
+
+def test_prompts_must_fit_the_context_and_shards_be_there(study: Path) -> None:
+    longest = max(len(text.split()) for text in prompt_table().text)
+    change(study, generation={"max_new_tokens": 128 - longest, "n_samples": 2})
+    assert problems(study) == {}
+    change(study, generation={"max_new_tokens": 129 - longest, "n_samples": 2})
+    assert problems(study) == {
+        "prompts": f"a prompt has {longest} tokens and {129 - longest} may follow, but the model's context is 128; "
+        "lower generation.max_new_tokens or shorten the prompts."
+    }
+    change(study)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (study / "models/rl-4/model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks 1 of 2 files of weights, e.g. model-2.safetensors" in problems(study)["rl@4"]
+
+
+def test_a_full_disk_is_a_problem_before_it_is_one(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")
+    needed = check_study(sound).bytes_left
+    assert needed is not None
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
+    assert problems(sound) == {}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
+    assert "GB are free; use another disk" in problems(sound)["disk"]
+
+
+def test_costs_are_counts_times_limits() -> None:
+    """Every number by hand: 3 models, 10 prompts of which 4 are scored by log-likelihood and 2 have a limit of 3."""
+    from rlgen_stats.toolkit.study import parse_spec
+
+    crosscoder = {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "n_features": 100, "replicates": 2}
+    spec = parse_spec(
+        spec_dict(
+            generation={"max_new_tokens": 5, "n_samples": 2},
+            extraction={"dtype": "float16"},
+            crosscoders=[crosscoder],
+            tasks={"b": {"grader": "choice_loglik"}, "c": {"max_new_tokens": 3}},
+            intervention={"n_controls": 19, "doses": [0.5], "curve": [1, 2], "curve_controls": 1, "max_prompts": 400},
+        )
+    )
+    tasks = ["a"] * 4 + ["b"] * 4 + ["c"] * 2
+    splits = ["trial", *["selection"] * 8, "trial"]
+    prompts = pd.DataFrame({"prompt": [f"p{i}" for i in range(10)], "task": tasks, "split": splits})
+    sizes = Sizes(
+        models=["base@0", "sft@5", "rl@10"], to_sample=["base@0"], width=8, prompt_tokens=100, checkpoint_bytes=7
+    )
+    costs = estimate(spec, prompts, sizes)
+    n_tokens = 4 * 5 + 2 * 3
+    assert costs.completions == 1 * 3 * 6
+    assert costs.tokens == 1 * 3 * n_tokens
+    arms = 2 * (19 + 1 + (2 + 2) * (1 + 1) + 6)
+    assert costs.trial_completions == arms * 2 * 2
+    assert costs.trial_tokens == arms * 2 * (5 + 3)
+    assert costs.stores["activations.zarr"] == 3 * (100 + n_tokens) * (4 * 8 * 2 + 15)
+    assert costs.stores["features.zarr"] == 2 * 3 * 10 * 100 * 3 * 4
+    assert costs.stores["crosscoder"] == 3 * 2 * (2 * 3 * 8 * 100 * 4)
+    assert "models" not in costs.stores
+    assert costs.hours(2.0) == (costs.tokens / 7200, costs.trial_tokens / 7200)
+
+
+def test_the_command_prints_costs_and_problems(study: Path) -> None:
+    good = CliRunner().invoke(main, ["check", str(study), "--tokens-per-second", "10"])
+    assert good.exit_code == 0, good.output
+    assert "5 models; 3 decoder blocks of width 32." in good.output
+    assert "No problems." in good.output
+    assert "| what is 1 plus 0 so" in good.output
+    shutil.rmtree(study / "models/sft-3")
+    shutil.rmtree(study / "models/rl-4")
+    bad = CliRunner().invoke(main, ["check", str(study), "--json"])
+    assert bad.exit_code == 2
+    found = json.loads(bad.stdout)
+    assert [problem["where"] for problem in found["problems"]] == ["runs.sft.checkpoints.3", "runs.rl.checkpoints.4"]
+    assert found["hours"] is None
+    for command in (["run", str(study)], ["drift", str(study)]):
+        stopped = CliRunner().invoke(main, command)
+        assert stopped.exit_code == 2
+        first, *rest = stopped.stderr.splitlines()
+        assert first == "Error: 2 problems"
+        assert len(rest) == 2
+    assert not (study / "outcomes.zarr").exists()
+
+
+def test_only_stages_that_are_to_run_are_checked(study: Path) -> None:
+    change(study, crosscoders=[SPEC["crosscoders"][0] | {"readout": "joint"}, SPEC["crosscoders"][1]])  # type: ignore[index]
+    from rlgen_stats.toolkit.study.stage_graph import with_needs
+
+    assert check_study(study, stages=with_needs(["drift"])).problems == ()
+    (problem,) = check_study(study, stages=with_needs(["select"])).problems
+    assert problem == Problem("study.yaml", problem.message)
+    assert torch.get_default_device() == torch.device("cpu")

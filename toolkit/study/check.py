@@ -1,0 +1,301 @@
+"""Everything that is wrong with a study, all at once, and what it will take; no weights are loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from rlgen_stats.schemas.dims import TASK
+from rlgen_stats.schemas.errors import RlgenStatsError
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.stores import StudyFolder, committed_models
+from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
+from rlgen_stats.stores.study_models import ModelRef, base_ref, imported_models, list_models
+from rlgen_stats.toolkit.study.contrasts import open_for_run
+from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
+from rlgen_stats.toolkit.study.spec_checks import stage_problems
+from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_problems
+from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage
+
+_TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that must be changed before the study can run."""
+
+    where: str
+    """Setting, model or file."""
+    message: str
+    """Expected, got, fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyCheck:
+    """What was found; numbers are None where a problem hides them."""
+
+    problems: tuple[Problem, ...]
+    models: tuple[str, ...] = ()
+    imported: tuple[str, ...] = ()
+    n_prompts: dict[str, int] = field(default_factory=dict)
+    """Task -> prompts."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Task -> its first prompt, as a model reads it."""
+    n_blocks: int | None = None
+    """Decoder blocks of base."""
+    width: int | None = None
+    costs: Costs | None = None
+    bytes_left: int | None = None
+    """Of the costs' bytes, those that are not written yet."""
+    bytes_free: int | None = None
+
+
+class _Problems:
+    """Problems found so far."""
+
+    def __init__(self) -> None:
+        self.found: list[Problem] = []
+
+    def add(self, where: str, message: str) -> None:
+        problem = Problem(where, message)
+        if problem not in self.found:
+            self.found.append(problem)
+
+    @contextmanager
+    def collecting(self, where: str) -> Iterator[None]:
+        """Take an error of the toolkit inside the block as a problem."""
+        try:
+            yield
+        except RlgenStatsError as error:
+            self.add(where, str(error.args[-1] if isinstance(error, OSError) else error))
+
+
+def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyCheck:
+    """Find everything that would stop a study, and estimate its costs; nothing is written, no weights are loaded.
+
+    Parameters
+    ----------
+    path
+        Study folder.
+    stages
+        Stages that are to run.
+
+    Raises
+    ------
+    SpecError
+        If there is no study.yaml, or none that can be read.
+
+    Notes
+    -----
+    What depends on something broken is not checked: a model whose folder is missing has no tokenizer to compare.
+    """
+    problems = _Problems()
+    file, raw = read_mapping(path)
+    for message in spec_problems(raw):
+        problems.add("study.yaml", message)
+    if problems.found:
+        return StudyCheck(problems=tuple(problems.found))
+    spec, folder = parse_spec(raw).answering(1), StudyFolder(file.parent)
+    for message in stage_problems(spec, stages):
+        problems.add("study.yaml", message)
+    _check_paths(spec, folder, problems)
+    prompts = _check_prompts(spec, folder, problems)
+    refs = _refs(spec, folder, problems)
+    shape = _check_models(spec, refs, problems)
+    examples, prompt_tokens = _check_texts(spec, folder, refs, prompts, shape, problems)
+    found: dict[str, Any] = {}
+    if prompts is not None and shape is not None and prompt_tokens is not None:
+        found = _costs(spec, folder, prompts, refs, shape, prompt_tokens, problems)
+    imported = tuple(model for model in imported_models(folder) if model in {ref.model for ref in refs})
+    return StudyCheck(
+        problems=tuple(problems.found),
+        models=tuple(ref.model for ref in refs),
+        imported=imported,
+        n_prompts={}
+        if prompts is None
+        else {str(k): int(n) for k, n in prompts.groupby(TASK, sort=False).size().items()},
+        examples=examples,
+        n_blocks=None if shape is None else shape.n_blocks,
+        width=None if shape is None else shape.width,
+        **found,
+    )
+
+
+def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> None:
+    """Name every path of the study file that leads nowhere."""
+    paths: dict[str, str | None] = {"base.path": spec.base.path, **prompt_files(spec)}
+    if any(run.method != "checkpoints" for run in spec.runs):
+        paths["data.train"] = spec.data.train
+        if spec.data.train is None:
+            problems.add("data.train", "is required to train runs here; name a table of training prompts.")
+    for run in spec.runs:
+        paths |= {f"runs.{run.name}.checkpoints.{step}": path for step, path in run.checkpoints.items()}
+    for one in spec.crosscoders:
+        paths |= {f"crosscoders.{one.name}.weights": one.weights, f"crosscoders.{one.name}.corpus": one.corpus}
+    paths["intervention.neutral_text"] = spec.intervention.neutral_text
+    for where, path in paths.items():
+        if path is not None and not folder.resolve(path).exists():
+            problems.add(where, f"names {folder.resolve(path)}, which does not exist; correct the path.")
+    tables = {where: path for where, path in paths.items() if where.endswith((".corpus", ".neutral_text"))}
+    for where, path in tables.items():
+        if path is not None and folder.resolve(path).exists():
+            with problems.collecting(where):
+                load_texts(folder.resolve(path))
+
+
+def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> pd.DataFrame | None:
+    """The prompts, with the training tables and what trials need of them; None if they cannot be read."""
+    from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
+    from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
+    from rlgen_stats.toolkit.trial.plan import check_size
+
+    for run in spec.runs:
+        if run.method != "checkpoints" and spec.data.train and folder.resolve(spec.data.train).exists():
+            with problems.collecting("data.train"):
+                load_training_table(spec, run, folder)
+    if not all(folder.resolve(file).exists() for file in prompt_files(spec).values()):
+        return None
+    with problems.collecting(" and ".join(prompt_files(spec))):
+        prompts = load_prompts(spec, folder)
+        for task, rows in prompts.groupby(TASK, sort=False):
+            with problems.collecting(f"task {task}"):
+                check_answers(graders_of(spec, [str(task)]), rows)
+        with problems.collecting("intervention"):
+            check_size(spec, folder)
+        return prompts
+    return None
+
+
+def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
+    """Models whose folders are there; of runs that are still to be trained, none."""
+    base = folder.resolve(spec.base.path)
+    refs: tuple[ModelRef, ...] = (base_ref(base, spec.extraction.blocks),)
+    made = [
+        run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / "posttrain.json").exists()
+    ]
+    with problems.collecting("runs"):
+        refs = list_models(spec.model_copy(update={"runs": tuple(made)}), folder)
+    return tuple(ref for ref in refs if ref.path.is_dir())
+
+
+def _check_models(spec: StudySpec, refs: Sequence[ModelRef], problems: _Problems) -> Any:
+    """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
+    from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, check_weights
+    from rlgen_stats.toolkit.extraction.model_shape import check_weight_files, read_shape
+
+    shape, configs, tokenizers = None, set(), set()
+    for ref in refs:
+        with problems.collecting(ref.model):
+            check_weights(ref)
+            check_weight_files(ref)
+        config = _content(ref.path, ("config.json", "adapter_config.json"))
+        if config not in configs:
+            configs.add(config)
+            with problems.collecting(ref.model):
+                found = read_shape(ref, spec.extraction.layer)
+                shape = found if ref is refs[0] else shape
+        files = _content(ref.path, _TOKENIZER_FILES)
+        if files not in tokenizers:
+            tokenizers.add(files)
+            with problems.collecting(ref.model):
+                check_tokenizers([refs[0], ref])
+    return shape
+
+
+def _content(folder: Path, patterns: Sequence[str]) -> str:
+    """Hash of small files; the same for checkpoints that differ in their weights alone."""
+    digest = sha256()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check_texts(
+    spec: StudySpec,
+    folder: StudyFolder,
+    refs: Sequence[ModelRef],
+    prompts: pd.DataFrame | None,
+    shape: Any,
+    problems: _Problems,
+) -> tuple[dict[str, str], int | None]:
+    """One prompt a task, and the tokens of all prompts; imports that are no longer the study's are named."""
+    from rlgen_stats.toolkit.extraction.batching import encode_prompts
+    from rlgen_stats.toolkit.extraction.checkpoints import load_tokenizer
+    from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
+    from rlgen_stats.toolkit.extraction.model_shape import check_context
+
+    if prompts is None:
+        return {}, None
+    examples = {str(task): str(text) for task, text in prompts.groupby(TASK, sort=False)[TEXT].first().items()}
+    imported = {}
+    for model, file in imported_models(folder).items():
+        with problems.collecting(str(file)):
+            imported[model] = read_import(file, prompts, spec.generation.n_samples)
+    with problems.collecting("import-outcomes"):
+        check_stand_ins([ref.model for ref in refs], imported)
+    n_tokens = None
+    if refs:
+        with problems.collecting("prompts"):
+            encoded = encode_prompts(load_tokenizer(refs[0]), list(prompts[TEXT]))
+            n_tokens = sum(map(len, encoded))
+            if shape is not None:
+                check_context(shape, encoded, token_limits(spec, prompts))
+    return examples, n_tokens
+
+
+def _costs(
+    spec: StudySpec,
+    folder: StudyFolder,
+    prompts: pd.DataFrame,
+    refs: Sequence[ModelRef],
+    shape: Any,
+    prompt_tokens: int,
+    problems: _Problems,
+) -> dict[str, Any]:
+    from rlgen_stats.toolkit.extraction.model_shape import checkpoint_bytes
+
+    untrained = {run.name: run.n_checkpoints for run in spec.runs if run.name not in {ref.run for ref in refs}}
+    models = [ref.model for ref in refs]
+    models += [f"{run} checkpoint {n}" for run, count in untrained.items() for n in range(1, count + 1)]
+    study = open_for_run(folder.root) if folder.stages.exists() else None
+    pending = {stage.name: stage for stage in STAGES if study is None or study.state(stage.name) != "done"}
+    sampled = set(imported_models(folder))
+    if study is not None and study.record("outcomes").get("key") == study.key("outcomes"):
+        sampled |= set(committed_models(folder.outcomes))
+    sizes = Sizes(
+        models=models,
+        to_sample=[model for model in models if model not in sampled],
+        trials_left="intervene" in pending,
+        width=shape.width,
+        prompt_tokens=prompt_tokens,
+        checkpoint_bytes=checkpoint_bytes(folder.resolve(spec.base.path)),
+    )
+    costs = estimate(spec, prompts, sizes)
+    unfinished = {
+        Path(output).parts[0]
+        for stage in pending.values()
+        for output in (*stage.outputs, *stage.by_dictionary, *stage.optional, *stage.owned)
+    }
+    left = sum(max(0, costs.stores[name] - _written(folder.root, name)) for name in unfinished & costs.stores.keys())
+    free = shutil.disk_usage(folder.root).free
+    if left > free:
+        problems.add(
+            "disk",
+            f"{left / 1e9:.1f} GB may be written below {folder.root} and {free / 1e9:.1f} GB are free; use another "
+            "disk, or fewer features, checkpoints or prompts.",
+        )
+    return {"costs": costs, "bytes_left": left, "bytes_free": free}
+
+
+def _written(root: Path, name: str) -> int:
+    """Bytes of a store that are on disk, those of all dictionaries together."""
+    stem, dot, suffix = name.partition(".")
+    found = [root / name, *(root.glob(f"{stem}.*{dot}{suffix}") if dot else ())]
+    return sum(file.stat().st_size for path in found for file in path.rglob("*") if file.is_file())
