@@ -41,6 +41,19 @@ class BaseSpec(Spec):
     """Folder of a Hugging Face checkpoint, absolute or relative to the study folder."""
 
 
+class ModelsSpec(Spec):
+    """How every model of the study is loaded; one way for all, or their differences would be those of loading."""
+
+    dtype: Literal["float32", "auto", "bfloat16", "float16"] = "float32"
+    """Type of the weights and of the forward pass; auto: the type base's checkpoint is stored in, for every model.
+    Activations, features, losses and divergences are summed in float32 or float64 whatever it is."""
+    device_map: str | dict[str, int | str] | None = None
+    """How layers are spread over devices, in accelerate's terms: auto, balanced, sequential, or module -> device.
+    Default: all on 'device'. No layer may be offloaded to the CPU or the disk."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2 and so on; default: the one transformers chooses."""
+
+
 class DataSpec(Spec):
     """Tables of prompts (parquet, csv or jsonl), relative to the study folder."""
 
@@ -395,6 +408,8 @@ class StudySpec(Spec):
     """Seed from which every other seed is derived."""
     device: str = "auto"
     """Torch device; 'auto' takes cuda where present, else cpu."""
+    models: ModelsSpec = ModelsSpec()
+    """How models are loaded."""
     base: BaseSpec
     """The base model."""
     data: DataSpec = DataSpec()
@@ -525,6 +540,21 @@ class StudySpec(Spec):
             return self.contrasted
         named = {name for pair in self.contrasts for name in pair}
         return tuple(run for run in self.runs if run.name in named)
+
+    def training_models(self, run: RunSpec) -> ModelsSpec:
+        """How base is loaded to train a run from it: on one device, and with float32 weights where these are trained,
+        since half types round small steps away; below a LoRA adapter they are frozen and as the study says.
+        """
+        whole = {} if "peft" in run.trainer else {"dtype": "float32"}
+        return self.models.model_copy(update={"device_map": None, **whole})
+
+    def training_settings(self, run: RunSpec) -> list[Any]:
+        """What decides a run's weights besides run, grader, data and base; nothing where all are at the defaults."""
+        models = self.training_models(run)
+        settings: list[Any] = [] if models == ModelsSpec() else [models.model_dump(mode="json")]
+        if run.method == "grpo" and "max_completion_length" not in run.trainer:
+            settings.append(self.generation.max_new_tokens)
+        return settings
 
     def answering(self, number: int) -> StudySpec:
         """The study as it answers one of its contrasts, counted from 1: that one first, at its share of alpha."""

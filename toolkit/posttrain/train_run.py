@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,11 +110,10 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     if record.exists() and (done := read_json(record)).get("identity") == identity:
         return tuple(int(step) for step in done["steps"])
     resume = _prepare_folder(target, identity)
-    base = folder.resolve(spec.base.path)
     training = _Training(
         run=run,
         grader=spec.grader,
-        base=base_ref(base),
+        base=replace(base_ref(spec, folder), loading=spec.training_models(run)),
         table=table,
         arguments=arguments,
         identity=identity,
@@ -143,7 +142,7 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
 def _identity(spec: StudySpec, run: RunSpec, table: pd.DataFrame, seed: int) -> str:
     """Hash of everything that decides the run's weights, the base's bytes aside."""
     parts = [run.model_dump(mode="json"), spec.grader.model_dump(mode="json"), spec.base.path, spec.device, seed]
-    return content_hash([*parts, table_hash(table)])
+    return content_hash([*parts, table_hash(table), *spec.training_settings(run)])
 
 
 def _prepare_folder(target: Path, identity: str) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 from rlgen_stats.schemas.dims import of_dictionary
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
@@ -283,7 +283,12 @@ class Study:
     def _input_files(self, name: str) -> dict[str, str]:
         """Fingerprints of the files that a stage reads beside the study's stores."""
         if name == "posttrain":
-            return self._training_files()
+            trained = [run for run in self.spec.runs if run.method != "checkpoints"]
+            settings = {run.name: self.spec.training_settings(run) for run in trained}
+            return self._training_files() | {f"{run} settings": content_hash(s) for run, s in settings.items() if s}
+        if name == "outcomes":  # every other stage that loads models needs it
+            changed = self.spec.models != ModelsSpec()  # studies from before this section keep their keys
+            return {"models": content_hash(self.spec.models.model_dump(mode="json"))} if changed else {}
         if name == "crosscoder":
             return self._crosscoder_files()
         files = {}
@@ -319,7 +324,8 @@ class Study:
     def training_key(self, run: RunSpec) -> str:
         """Content key of one training run: base, training data, grader and the run's own settings."""
         share = [self.study_id, self._training_files(), self.spec.grader.model_dump(mode="json")]
-        return content_hash([*share, run.model_dump(mode="json"), BY_NAME["posttrain"].version])
+        settings = self.spec.training_settings(run)
+        return content_hash([*share, run.model_dump(mode="json"), BY_NAME["posttrain"].version, *settings])
 
     def provenance(self, name: str, key: str) -> Provenance:
         """Origin of a stage's stores: study, key, seed, and the keys of the stages it read."""
