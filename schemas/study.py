@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
@@ -22,6 +22,19 @@ STUDY_SCHEMA_VERSION: Final = 1
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_OrText: Final = WithJsonSchema(
+    {"anyOf": [{"type": "object", "additionalProperties": {"type": "string"}}, {"type": "string"}]}
+)
+_OrDepth: Final = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 0},
+            {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            {"const": "middle"},
+        ]
+    }
+)
+"""What a study file may say instead; it is written out when the file is read, where the folders are known."""
 Readout = Literal["swap", "own", "joint", "fit"]
 """How one model's features are read from the shared code: its activation in every slot (swap), in its own slot with the
 others at their means (own), the joint code of all views, whose contribution counts the view's decoder norm only
@@ -38,7 +51,8 @@ class BaseSpec(Spec):
     """The model every run starts from."""
 
     path: str
-    """Folder of a Hugging Face checkpoint, absolute or relative to the study folder."""
+    """Folder of a Hugging Face checkpoint, absolute or relative to the study folder, or a model of the Hub:
+    hf://OWNER/NAME, with @REVISION and /SUBFOLDER where needed."""
 
 
 class ModelsSpec(Spec):
@@ -79,8 +93,9 @@ class RunSpec(Spec):
     schedule: Literal["linear", "geometric"] = "linear"
     """Steps of these checkpoints: evenly spaced (linear), or from the first step on each the same multiple of the one
     before (geometric; fewer where steps coincide), so that a run that moves fast has checkpoints near to base too."""
-    checkpoints: dict[int, str] = Field(default_factory=dict)
-    """step -> folder, for method 'checkpoints'."""
+    checkpoints: Annotated[dict[int, str], _OrText] = Field(default_factory=dict)
+    """step -> folder or model of the Hub (as base.path), for method 'checkpoints'; or a pattern of folders, in which *
+    stands for one number, the step: runs/rl/global_step_*/hf, or hf://OWNER/NAME/step-*."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Arguments of TRL's SFTConfig or GRPOConfig, by their own names."""
 
@@ -142,8 +157,9 @@ class GraderSpec(Spec):
 class ExtractionSpec(Spec):
     """Which activations are stored."""
 
-    layer: Annotated[int, Field(ge=0)] = 0
-    """Decoder block whose output (residual stream) is stored, counted from 0."""
+    layer: Annotated[int, Field(ge=0), _OrDepth] = 0
+    """Decoder block whose output (residual stream) is stored, counted from 0; or a fraction of base's depth (0.5), or
+    middle."""
     blocks: str | None = None
     """Dotted path of the list of decoder blocks, e.g. transformer.blocks; default: the list as long as the model is
     deep."""

@@ -13,6 +13,7 @@ from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, noise_model
 from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
 from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.hub import locate_checkpoint
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
@@ -38,7 +39,7 @@ class ModelRef:
 
 def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
     """The model that everything is compared with, as it is before any training."""
-    path = folder.resolve(spec.base.path)
+    path = locate_checkpoint(spec.base.path, folder)
     return ModelRef(
         model=BASE_MODEL,
         run=BASE_RUN,
@@ -80,7 +81,7 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
 
 def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
     if run.method == "checkpoints":
-        return [(step, folder.resolve(path)) for step, path in sorted(run.checkpoints.items())]
+        return [(step, locate_checkpoint(path, folder)) for step, path in sorted(run.checkpoints.items())]
     record = folder.run(run.name) / POSTTRAIN_RECORD
     if not record.exists():
         raise ModelError(

@@ -16,6 +16,7 @@ from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.stores.study_models import ModelRef
 from rlgen_stats.toolkit.extraction.batch_check import check_batches
 from rlgen_stats.toolkit.extraction.residual_stream import name_layers
+from rlgen_stats.toolkit.extraction.training_shards import merge_command
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 WEIGHT_FILES: Final = (
@@ -68,6 +69,12 @@ def check_weights(ref: ModelRef) -> None:
         if not folder.is_dir():
             raise ModelError(f"{ref.model}: no folder {folder}; correct its path in the study file.")
         if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            merge = merge_command(folder)
+            if merge is not None:
+                raise ModelError(
+                    f"{ref.model}: {folder} has no weights but the shards of its training; merge them, copy config.json"
+                    f" and the tokenizer beside the result if they are not there, and name that folder: {merge}"
+                )
             raise ModelError(
                 f"{ref.model}: {folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}: "
                 "name the folder that save_pretrained wrote."

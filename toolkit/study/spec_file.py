@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, replacing
+from rlgen_stats.toolkit.study.spec_shorthands import fill_in
 
 
 def read_spec(path: Path | str) -> StudySpec:
@@ -23,6 +24,8 @@ def read_spec(path: Path | str) -> StudySpec:
     ------
     SpecError
         If the file is missing, is not YAML, has an unknown key (the nearest valid one is suggested), or a bad value.
+    ModelError
+        If the folders that it leaves open (see :func:`fill_in`) are on the Hub and the Hub does not give them.
     """
     path = Path(path)
     file = path if path.suffix in (".yaml", ".yml") else StudyFolder(path).spec
@@ -36,7 +39,7 @@ def read_spec(path: Path | str) -> StudySpec:
         raise SpecError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise SpecError(f"{file} must be a mapping of keys to values, got {type(raw).__name__}.")
-    return parse_spec(raw, where=str(file))
+    return parse_spec(fill_in(raw, StudyFolder(file.parent)), where=str(file))
 
 
 def parse_spec(raw: dict[str, Any], *, where: str = "the study") -> StudySpec:

@@ -20,6 +20,7 @@ from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
+from rlgen_stats.stores.hub import MODEL_FILES, hub_folder, is_on_hub
 from rlgen_stats.stores.owners import foreign_stores
 
 State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
@@ -252,9 +253,13 @@ class Study:
         self._keys: dict[str, str] = {}
 
     def _fingerprint(self, path: str, name: str) -> str:
+        if is_on_hub(path):
+            one = hub_folder(path, self.folder)
+            return content_hash([one.repo, one.commit, one.subfolder])
         full = self.folder.resolve(path)
         if not full.exists():
-            raise SpecError(f"'{name}' names {full}, which does not exist; correct the path in {self.folder.spec}.")
+            hub = f", or write hf://{path} for the model of the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+            raise SpecError(f"'{name}' names {full}, which does not exist; correct it in {self.folder.spec}{hub}.")
         return self._fingerprints.of(full)
 
     def key(self, name: str) -> str:
@@ -398,14 +403,6 @@ def _section(spec: StudySpec, path: str) -> Any:
     return value
 
 
-_MODEL_FILES: Final = re.compile(
-    r"(.*\.safetensors|(pytorch_model|adapter_model).*\.bin)(\.index\.json)?|(config|generation_config|adapter_config)\.json"
-    r"|tokenizer.*|vocab.*|merges\.txt|.*\.(model|tiktoken)|special_tokens_map\.json|added_tokens\.json|chat_template.*"
-)
-"""Names of the files of a checkpoint that transformers and peft read; a README or an optimiser's state beside them
-changes no number."""
-
-
 class _Fingerprints:
     """Content hashes of input files, remembered by (size, modification time)."""
 
@@ -417,7 +414,7 @@ class _Fingerprints:
         """SHA-256 of a file, or of names and contents of a folder's files; of a checkpoint's, those that are read."""
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
-            files = [file for file in files if _MODEL_FILES.fullmatch(file.name)]
+            files = [file for file in files if MODEL_FILES.fullmatch(file.name)]
         hashes = [(str(file.relative_to(path)), self._hash(file)) for file in files]
         return content_hash(hashes)
 
