@@ -37,7 +37,12 @@ from rlgen_stats.toolkit.posttrain.schedule import (
     ProgressReport,
     step_folder,
 )
-from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, load_training_table, table_hash
+from rlgen_stats.toolkit.posttrain.training_prompts import (
+    check_boundary,
+    check_lengths,
+    load_training_table,
+    table_hash,
+)
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 PARTIAL: Final = ".*.partial"
@@ -104,11 +109,20 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     device = resolve_device(spec.device)
     seed = derive_seed(spec.seed, "posttrain", run.method, run.seed)
     with _quiet():
-        arguments = trainer_arguments(run, output=target / RESUME_FOLDER, seed=seed, device=device)
+        arguments = trainer_arguments(
+            run,
+            output=target / RESUME_FOLDER,
+            seed=seed,
+            device=device,
+            max_new_tokens=spec.generation.max_new_tokens,
+        )
     identity = _identity(spec, run, table, seed)
     record = target / POSTTRAIN_RECORD
     if record.exists() and (done := read_json(record)).get("identity") == identity:
         return tuple(int(step) for step in done["steps"])
+    remark = check_lengths(spec, run, table, load_tokenizer(base_ref(spec, folder)), arguments)
+    if remark:
+        progress.log(f"warning: {remark}.")
     resume = _prepare_folder(target, identity)
     training = _Training(
         run=run,
