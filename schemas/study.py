@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
@@ -23,6 +23,19 @@ STUDY_SCHEMA_VERSION: Final = 1
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_OrText: Final = WithJsonSchema(
+    {"anyOf": [{"type": "object", "additionalProperties": {"type": "string"}}, {"type": "string"}]}
+)
+_OrDepth: Final = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 0},
+            {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            {"const": "middle"},
+        ]
+    }
+)
+"""What a study file may say instead; it is written out when the file is read, where the folders are known."""
 Readout = Literal["swap", "own", "joint", "fit"]
 """How one model's features are read from the shared code: its activation in every slot (swap), in its own slot with the
 others at their means (own), the joint code of all views, whose contribution counts the view's decoder norm only
@@ -33,7 +46,21 @@ class BaseSpec(Spec):
     """The model every run starts from."""
 
     path: str
-    """Folder of a Hugging Face checkpoint, absolute or relative to the study folder."""
+    """Folder of a Hugging Face checkpoint, absolute or relative to the study folder, or a model of the Hub:
+    hf://OWNER/NAME, with @REVISION and /SUBFOLDER where needed."""
+
+
+class ModelsSpec(Spec):
+    """How every model of the study is loaded; one way for all, or their differences would be those of loading."""
+
+    dtype: Literal["float32", "auto", "bfloat16", "float16"] = "float32"
+    """Type of the weights and of the forward pass; auto: the type base's checkpoint is stored in, for every model.
+    Activations, features, losses and divergences are summed in float32 or float64 whatever it is."""
+    device_map: str | dict[str, int | str] | None = None
+    """How layers are spread over devices, in accelerate's terms: auto, balanced, sequential, or module -> device.
+    Default: all on 'device'. No layer may be offloaded to the CPU or the disk."""
+    attn_implementation: str | None = None
+    """Attention of transformers: eager, sdpa, flash_attention_2 and so on; default: the one transformers chooses."""
 
 
 class DataSpec(Spec):
@@ -69,8 +96,9 @@ class RunSpec(Spec):
     schedule: Literal["linear", "geometric"] = "linear"
     """Steps of these checkpoints: evenly spaced (linear), or from the first step on each the same multiple of the one
     before (geometric; fewer where steps coincide), so that a run that moves fast has checkpoints near to base too."""
-    checkpoints: dict[int, str] = Field(default_factory=dict)
-    """step -> folder, for method 'checkpoints'."""
+    checkpoints: Annotated[dict[int, str], _OrText] = Field(default_factory=dict)
+    """step -> folder or model of the Hub (as base.path), for method 'checkpoints'; or a pattern of folders, in which *
+    stands for one number, the step: runs/rl/global_step_*/hf, or hf://OWNER/NAME/step-*."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Arguments of TRL's SFTConfig or GRPOConfig, by their own names."""
 
@@ -112,8 +140,9 @@ class GenerationSpec(Spec):
 class ExtractionSpec(Spec):
     """Which activations are stored."""
 
-    layer: Annotated[int, Field(ge=0)] = 0
-    """Decoder block whose output (residual stream) is stored, counted from 0."""
+    layer: Annotated[int, Field(ge=0), _OrDepth] = 0
+    """Decoder block whose output (residual stream) is stored, counted from 0; or a fraction of base's depth (0.5), or
+    middle."""
     blocks: str | None = None
     """Dotted path of the list of decoder blocks, e.g. transformer.blocks; default: the list as long as the model is
     deep."""
@@ -381,6 +410,8 @@ class StudySpec(Spec):
     """Seed from which every other seed is derived."""
     device: str = "auto"
     """Torch device; 'auto' takes cuda where present, else cpu."""
+    models: ModelsSpec = ModelsSpec()
+    """How models are loaded."""
     base: BaseSpec
     """The base model."""
     data: DataSpec = DataSpec()
@@ -567,6 +598,21 @@ class StudySpec(Spec):
             return self.contrasted
         named = {name for pair in self.contrasts for name in pair}
         return tuple(run for run in self.runs if run.name in named)
+
+    def training_models(self, run: RunSpec) -> ModelsSpec:
+        """How base is loaded to train a run from it: on one device, and with float32 weights where these are trained,
+        since half types round small steps away; below a LoRA adapter they are frozen and as the study says.
+        """
+        whole = {} if "peft" in run.trainer else {"dtype": "float32"}
+        return self.models.model_copy(update={"device_map": None, **whole})
+
+    def training_settings(self, run: RunSpec) -> list[Any]:
+        """What decides a run's weights besides run, grader, data and base; nothing where all are at the defaults."""
+        models = self.training_models(run)
+        settings: list[Any] = [] if models == ModelsSpec() else [models.model_dump(mode="json")]
+        if run.method == "grpo" and "max_completion_length" not in run.trainer:
+            settings.append(self.generation.max_new_tokens)
+        return settings
 
     def answering(self, number: int) -> StudySpec:
         """The study as it answers one of its contrasts, counted from 1: that one first, at its share of alpha."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, BASE_RUN, MODEL, RUN, STEP, model_id, split_model_id
 from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, noise_model
-from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
 from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.hub import locate_checkpoint
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
@@ -32,11 +33,23 @@ class ModelRef:
     """Folder of the base model; LoRA adapters are loaded on it, and its tokenizer stands in where there is none."""
     blocks: str | None = None
     """Dotted path of the decoder blocks, where they are not found."""
+    loading: ModelsSpec = field(default_factory=ModelsSpec)
+    """In which type and where it is loaded."""
 
 
-def base_ref(path: Path, blocks: str | None = None) -> ModelRef:
+def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
     """The model that everything is compared with, as it is before any training."""
-    return ModelRef(model=BASE_MODEL, run=BASE_RUN, step=0, arm=BASE_RUN, path=path, base=path, blocks=blocks)
+    path = locate_checkpoint(spec.base.path, folder)
+    return ModelRef(
+        model=BASE_MODEL,
+        run=BASE_RUN,
+        step=0,
+        arm=BASE_RUN,
+        path=path,
+        base=path,
+        blocks=spec.extraction.blocks,
+        loading=spec.models,
+    )
 
 
 def ref_coords(refs: Sequence[ModelRef]) -> dict[str, tuple[str, list[Any]]]:
@@ -57,21 +70,18 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
     ModelError
         If a run that is trained here has not been trained yet.
     """
-    base = folder.resolve(spec.base.path)
-    blocks = spec.extraction.blocks
-    refs = [base_ref(base, blocks)]
-    for run in spec.runs:
-        for step, path in _checkpoints(run, folder):
-            label = model_id(run.name, step)
-            refs.append(
-                ModelRef(model=label, run=run.name, step=step, arm=run.arm, path=path, base=base, blocks=blocks)
-            )
-    return tuple(refs)
+    base = base_ref(spec, folder)
+    refs = [
+        replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path)
+        for run in spec.runs
+        for step, path in _checkpoints(run, folder)
+    ]
+    return (base, *refs)
 
 
 def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
     if run.method == "checkpoints":
-        return [(step, folder.resolve(path)) for step, path in sorted(run.checkpoints.items())]
+        return [(step, locate_checkpoint(path, folder)) for step, path in sorted(run.checkpoints.items())]
     record = folder.run(run.name) / POSTTRAIN_RECORD
     if not record.exists():
         raise ModelError(

@@ -1,20 +1,31 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
+from transformers import AutoModelForCausalLM
 
 from rlgen_stats.schemas.errors import ModelError, StoreError
-from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder, read_json, write_json
+from rlgen_stats.schemas.study import ModelsSpec, StudySpec
+from rlgen_stats.stores import StudyFolder, open_activations, read_json, write_json
+from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model, list_models, resolve_view
-from rlgen_stats.toolkit.extraction import locate_layers
+from rlgen_stats.toolkit.extraction import (
+    checkpoints,
+    extract_activations,
+    locate_layers,
+    measure_movement,
+    sample_outcomes,
+)
+from rlgen_stats.toolkit.extraction.activations import forced_texts, read_texts
 from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, load_model, load_tokenizer, resolve_device
-from tests.extraction.conftest import WORDS, save_model, tiny_model, word_tokenizer
+from tests.extraction.conftest import PROVENANCE, WORDS, save_model, tiny_model, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]
 
@@ -69,12 +80,11 @@ def test_a_run_not_trained_yet_is_named(study: Study) -> None:
 
 
 def test_a_loaded_model_is_frozen_and_equal_to_what_was_saved(study: Study) -> None:
-    model = load_model(list_models(*study)[1], dtype=torch.float32)
+    model = load_model(list_models(*study)[1])
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     for name, value in tiny_model(seed=1).state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    assert load_model(list_models(*study)[1], dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_blocks_named_in_the_study_are_the_loaded_models(study: Study) -> None:
@@ -103,6 +113,60 @@ def test_missing_folder_and_missing_weights_are_told_apart(tmp_path: Path) -> No
     (tmp_path / "bare/model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"has no weights; expected one of \*\.safetensors, .*pytorch_model\.bin"):
         load_model(ref_to(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize(
+    ("files", "named", "command"),
+    [
+        (
+            ["actor/model_world_size_2_rank_0.pt", "actor/huggingface/config.json"],
+            ".",
+            "python -m verl.model_merger merge --backend fsdp --local_dir {0}/actor --target_dir {0}/actor/merged",
+        ),
+        (
+            ["actor/model_world_size_2_rank_0.pt", "actor/huggingface/config.json"],
+            "actor/huggingface",
+            "python -m verl.model_merger merge --backend fsdp --local_dir {0}/actor --target_dir {0}/actor/merged",
+        ),
+        (
+            ["actor/dist_ckpt/__0_0.distcp", "actor/huggingface/config.json"],
+            "actor",
+            "python -m verl.model_merger merge --backend megatron --local_dir {0}/actor --target_dir {0}/actor/merged",
+        ),
+        (
+            ["config.json", "zero_to_fp32.py", "global_step9/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+            ".",
+            "python {0}/zero_to_fp32.py {0} {0}/merged",
+        ),
+        (
+            ["config.json", "zero_to_fp32.py", "global_step9/zero_pp_rank_0_mp_rank_00_model_states.pt"],
+            "global_step9",
+            "python {0}/zero_to_fp32.py {0} {0}/merged",
+        ),
+        (
+            ["latest", "global_step9/zero_pp_rank_0_mp_rank_00_model_states.pt"],
+            ".",
+            "python -m deepspeed.utils.zero_to_fp32 {0} {0}/merged",
+        ),
+        (
+            ["config.json", "pytorch_model_fsdp_0/__0_0.distcp"],
+            ".",
+            "accelerate merge-weights {0}/pytorch_model_fsdp_0 {0}/merged",
+        ),
+    ],
+)
+def test_shards_of_a_training_are_answered_with_what_merges_them(
+    tmp_path: Path, files: list[str], named: str, command: str
+) -> None:
+    root = tmp_path / "step"
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("")
+    with pytest.raises(ModelError, match=r"^rl@1: .* has no weights but the shards of its training") as error:
+        load_model(ref_to(root / named))
+    assert str(error.value).endswith(f"name that folder: {command.format(root)}")
+    save_model(root / named)  # merged in place
+    assert load_model(ref_to(root / named)).num_parameters()
 
 
 def test_a_checkpoint_that_lacks_parameters_is_refused_not_filled_at_random(tmp_path: Path) -> None:
@@ -202,6 +266,79 @@ def test_an_adapter_that_finds_no_place_or_is_not_whole_is_refused(tmp_path: Pat
         save_file(kept, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match=rf"rl@1: \d+ tensors of adapter .*{name} {message}, e\.g\. .*layers"):
             load_model(ref_to(tmp_path / name, base))
+
+
+def loaded_as(path: Path, base: Path, **how: Any) -> Any:
+    return load_model(replace(ref_to(path, base), loading=ModelsSpec.model_validate(how)))
+
+
+def test_auto_is_the_type_base_is_stored_in_for_every_model(tmp_path: Path) -> None:
+    """A run stored in another type (verl and FSDP keep float32 weights) would differ from base by rounding alone."""
+    base, run = tmp_path / "base", save_model(tmp_path / "run", seed=1)
+    tiny_model().to(torch.bfloat16).save_pretrained(base)
+    save_adapter(tmp_path / "lora")
+    for path in (base, run, tmp_path / "lora"):
+        assert loaded_as(path, base, dtype="auto").dtype == torch.bfloat16
+        assert loaded_as(path, base).dtype == torch.float32
+        assert loaded_as(path, base, dtype="float16").dtype == torch.float16
+    assert loaded_as(base, run, dtype="auto").dtype == torch.float32
+    (base / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"rl@1: .*base.config\.json cannot be read"):
+        loaded_as(run, base, dtype="auto")
+
+
+def test_values_beyond_a_half_type_are_refused(tmp_path: Path) -> None:
+    file = save_model(tmp_path / "large") / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = 70_000.0  # float16 ends at 65,504
+    save_file(weights, file, metadata={"format": "pt"})
+    assert loaded_as(tmp_path / "large", tmp_path / "large", dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ModelError, match=r"infinite in model\.norm\.weight; .* or they are beyond torch\.float16"):
+        loaded_as(tmp_path / "large", tmp_path / "large", dtype="float16")
+
+
+def test_device_maps_and_attention_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **how: asked.append(how) or load(*a, **how))
+    folder = save_model(tmp_path / "model")
+    ids = torch.tensor([[5, 9, 12, 4]])
+    plain = loaded_as(folder, folder)
+    assert plain.config._attn_implementation == "sdpa"
+    spread = loaded_as(folder, folder, device_map={"model": "cpu", "lm_head": "cpu"}, attn_implementation="eager")
+    assert spread.config._attn_implementation == "eager"
+    assert [how.get("device_map") for how in asked] == [None, {"model": "cpu", "lm_head": "cpu"}]
+    assert all(how["trust_remote_code"] is False and how["local_files_only"] is True for how in asked)
+    torch.testing.assert_close(spread(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match=r"rl@1: .*cannot be loaded as a causal language model \(.*quick"):
+        loaded_as(folder, folder, attn_implementation="quick")
+
+
+def test_a_device_map_that_offloads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(tmp_path / "model")
+    model = tiny_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
+    monkeypatch.setattr(checkpoints, "_load_whole", lambda *_: model)
+    with pytest.raises(ModelError, match=r"device map 'auto' leaves parts of .* on the CPU or the disk; expected"):
+        loaded_as(folder, folder, device_map="auto")
+
+
+def test_a_study_in_bfloat16_keeps_activations_and_sums_in_float32(study: Study) -> None:
+    spec, folder = study
+    spec = spec.model_copy(update={"models": ModelsSpec(dtype="bfloat16")})
+    assert {ref.loading.dtype for ref in list_models(spec, folder)} == {"bfloat16"}
+    sample_outcomes(spec, folder, provenance=PROVENANCE)
+    extract_activations(spec, folder, provenance=PROVENANCE)
+    activations = open_activations(folder.activations)["activation"]
+    assert activations.dtype == np.float32
+    low = activations.sel(model="base@0").values
+    model, pad = tiny_model(), 0
+    texts = forced_texts(folder, ["base@0", "sft@6", "rl@8"], load_prompts(spec, folder), word_tokenizer())
+    full = np.concatenate([read_texts(model, [text.ids], spec.extraction.layer, pad)[0] for text in texts])
+    error = np.linalg.norm(low - full, axis=1) / np.linalg.norm(full, axis=1)
+    assert 1e-4 < np.median(error) < 0.03  # rounded once in every operation, so neither equal nor far
+    moved = measure_movement(spec, folder)
+    assert moved["kl_from_base"].values[0] == 0.0
 
 
 def test_equal_tokenizers_pass_and_a_missing_one_is_the_bases(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from rlgen_stats.schemas.declaring import MODEL_COORDS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.toolkit.extraction import load_model, measure_movement, movement
+from rlgen_stats.toolkit.extraction import load_model, measure_movement, next_token
 from rlgen_stats.toolkit.extraction.activations import Text
 from rlgen_stats.toolkit.extraction.movement import mean_divergence, token_divergence, weight_distance
 from tests.extraction.conftest import ARCHITECTURES, save_model, tiny_model
@@ -45,8 +45,8 @@ def test_divergence_is_zero_to_itself_and_has_a_direction() -> None:
 def test_divergence_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     base, other = tiny_model(), tiny_model(seed=1)
     whole = mean_divergence(base, other, TEXTS, 0)
-    monkeypatch.setattr(movement, "LOGIT_BYTES", 1)
-    monkeypatch.setattr(movement, "_CHUNK", 2)
+    monkeypatch.setattr(next_token, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(next_token, "BLOCK_BYTES", 1)
     assert mean_divergence(base, other, TEXTS, 0) == pytest.approx(whole, rel=1e-5)
 
 

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def built(method: Any, **trainer: Any) -> Any:
     run = RunSpec(name="run", arm="arm", method=method, trainer=trainer)
-    return trainer_arguments(run, output=Path("somewhere"), seed=7, device=CPU)
+    return trainer_arguments(run, output=Path("somewhere"), seed=7, device=CPU, max_new_tokens=300)
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
@@ -30,6 +30,12 @@ def test_trl_names_pass_through_and_ours_are_set(method: str) -> None:
     assert config.lr_scheduler_type == "cosine"
     assert (config.seed, config.use_cpu, config.bf16, config.save_strategy) == (7, True, False, "no")
     assert config.report_to == []
+    assert config.trust_remote_code is False
+
+
+def test_completions_in_training_are_as_long_as_elsewhere_unless_the_run_says_otherwise() -> None:
+    assert built("grpo").max_completion_length == 300
+    assert built("grpo", max_completion_length=40).max_completion_length == 40
 
 
 def test_own_names_of_each_method() -> None:
@@ -73,7 +79,7 @@ def test_yaml_scientific_notation_without_a_point_is_explained() -> None:
 
 def test_adapters_pass_through_peft() -> None:
     run = RunSpec(name="run", arm="arm", method="sft", trainer={"peft": {"r": 2, "target_modules": ["q_proj"]}})
-    assert trainer_arguments(run, output=Path("x"), seed=0, device=CPU).max_steps == -1
+    assert trainer_arguments(run, output=Path("x"), seed=0, device=CPU, max_new_tokens=9).max_steps == -1
     config = adapter_config(run)
     assert (config.r, config.task_type) == (2, "CAUSAL_LM")
     wrong = RunSpec(name="run", arm="arm", method="sft", trainer={"peft": {"target_module": ["q_proj"]}})

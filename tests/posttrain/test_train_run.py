@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlgen_stats.schemas.errors import SpecError
-from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.schemas.tasks import GraderSpec, TaskSpec
 from rlgen_stats.stores import StudyFolder, read_json, write_json
 from rlgen_stats.stores.study_models import list_models
@@ -199,6 +200,16 @@ def test_adapters_are_trained_and_read_back(folder: StudyFolder, make_spec: Make
     changed = {n for n, v in tuned.state_dict().items() if not torch.equal(v, base.state_dict()[n])}
     assert changed
     assert all("q_proj" in n or "v_proj" in n for n in changed)
+
+
+def test_an_adapter_is_trained_in_float32_on_a_base_in_bfloat16(folder: StudyFolder, make_spec: Make) -> None:
+    spec = make_spec(n_checkpoints=1, sft={"max_steps": 1, "peft": {"r": 2, "target_modules": ["q_proj", "v_proj"]}})
+    spec = spec.model_copy(update={"models": ModelsSpec(dtype="bfloat16")})
+    train_run(spec, spec.runs[0], folder)
+    adapter = load_file(folder.run("sft") / "step-1" / "adapter_model.safetensors")
+    assert {values.dtype for values in adapter.values()} == {torch.float32}
+    refs = list_models(spec.model_copy(update={"runs": spec.runs[:1]}), folder)
+    assert [load_model(ref).dtype for ref in refs] == [torch.bfloat16, torch.bfloat16]
 
 
 def test_progress_counts_every_step(folder: StudyFolder, make_spec: Make) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from rlgen_stats.schemas.errors import InputError, SpecError
-from rlgen_stats.schemas.study import DataSpec, StudySpec
+from rlgen_stats.schemas.study import DataSpec, ModelsSpec, StudySpec
 from rlgen_stats.schemas.tasks import GraderSpec, TaskSpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction.grading import make_grader
 from rlgen_stats.toolkit.posttrain import GradedReward, load_training_table, train_run
-from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, table_hash
+from rlgen_stats.toolkit.posttrain.arguments import trainer_arguments
+from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, check_lengths, table_hash
 from tests.posttrain import conftest
 
 Make = Callable[..., StudySpec]
@@ -150,3 +153,53 @@ def test_rewards_keep_the_order_of_completions() -> None:
         0.0,
         1.0,
     ]
+
+
+def lengths_of(spec: StudySpec, index: int, n_words: int) -> str:
+    """What is said of a table whose longest text has 3 + ``n_words`` tokens, the end token not counted."""
+    run = spec.runs[index]
+    table = pd.DataFrame({"text": ["q 1 :"] * 3, "completion": [" so", " so" * n_words, " so so"]})
+    arguments = trainer_arguments(
+        run,
+        output=Path("x"),
+        seed=0,
+        device=torch.device("cpu"),
+        max_new_tokens=spec.generation.max_new_tokens,
+    )
+    return check_lengths(spec, run, table, conftest.tokenizer(), arguments)
+
+
+def test_training_texts_are_not_cut_by_a_default(make_spec: Make) -> None:
+    spec = make_spec()
+    assert lengths_of(spec, 0, 1020) == ""  # with the end token 1,024, which is TRL's limit
+    with pytest.raises(
+        SpecError,
+        match=r"run 'sft': 1 of 3 training texts are longer than 1024 tokens and would be cut there, by TRL's default; "
+        r"write trainer\.max_length: 1025 to keep them whole, or 1024",
+    ):
+        lengths_of(spec, 0, 1021)
+    assert lengths_of(make_spec(sft={"max_length": 1025}), 0, 1021) == ""
+    assert lengths_of(make_spec(sft={"max_length": None}), 0, 5000) == ""
+    said = lengths_of(make_spec(sft={"max_length": 5}), 0, 1021)
+    assert "2 of 3 training texts are longer than 5 tokens and cut there, by trainer.max_length (the longest" in said
+
+
+def test_completions_cut_shorter_in_training_than_elsewhere_are_said(make_spec: Make) -> None:
+    spec = make_spec(rl={"max_completion_length": 511})  # generation.max_new_tokens is 512
+    assert "cuts completions in training at 511 tokens, generation.max_new_tokens elsewhere at 512" in lengths_of(
+        spec, 1, 1
+    )
+    assert lengths_of(make_spec(rl={"max_completion_length": 512}), 1, 1) == ""
+
+
+def test_what_training_depends_on_besides_the_run(make_spec: Make) -> None:
+    low = {"models": ModelsSpec(dtype="bfloat16", device_map="auto", attn_implementation="eager")}
+    spec = make_spec().model_copy(update=low)
+    lora = make_spec(sft={"peft": {"r": 2}}, rl={"max_completion_length": 4}).model_copy(update=low)
+    assert spec.training_models(spec.runs[0]) == ModelsSpec(attn_implementation="eager")  # float32, on one device
+    assert lora.training_models(lora.runs[0]) == ModelsSpec(dtype="bfloat16", attn_implementation="eager")
+    plain = make_spec()
+    assert [plain.training_settings(run) for run in plain.runs] == [[], []]  # keys as before these settings existed
+    open_ = plain.runs[1].model_copy(update={"trainer": {}})
+    assert plain.training_settings(open_) == [512]
+    assert len(lora.training_settings(lora.runs[0])) == 1

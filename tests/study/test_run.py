@@ -288,6 +288,20 @@ def test_only_what_a_model_is_made_of_makes_another_study(study_folder: Path, na
     assert (after.state("outcomes") != "done") is counts
 
 
+def test_how_models_are_loaded_is_in_the_keys_and_its_default_is_not(study_folder: Path) -> None:
+    """Studies finished before the section existed read models in float32 and stay up to date."""
+    before = run_study(study_folder, stages=["outcomes"])
+    change(study_folder, models={"dtype": "float32", "device_map": None, "attn_implementation": None})
+    assert open_for_run(study_folder).state("outcomes") == "done"
+    for changed in ({"dtype": "auto"}, {"attn_implementation": "eager"}, {"device_map": "auto"}):
+        change(study_folder, models=changed)
+        after = open_for_run(study_folder)
+        assert after.state("posttrain") == "done"  # checkpoints made elsewhere
+        assert after.state("outcomes") == "stale"
+        for stage in ("extract", "crosscoder", "movement", "encode", "tokens", "intervene"):
+            assert after.key(stage) != before.key(stage)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("seconds", "asked"), [(600.0, False), (601.0, True)])
 def test_what_took_long_is_not_deleted_without_a_yes(

@@ -68,13 +68,8 @@ class PairedCache(DynamicCache):  # type: ignore[misc]
         super().__init__(config=config)
         self.source = DynamicCache(config=source_config)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows, in both caches."""
-        super().batch_select_indices(indices)
-        self.source.batch_select_indices(indices)
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder rows, in both caches."""
+        """Take these rows in this order, in both caches."""
         super().reorder_cache(beam_idx)
         self.source.reorder_cache(beam_idx)
 

@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.stores.study_models import ModelRef
+from rlgen_stats.toolkit.extraction.batch_check import check_batches
 from rlgen_stats.toolkit.extraction.residual_stream import name_layers
+from rlgen_stats.toolkit.extraction.training_shards import merge_command
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 WEIGHT_FILES: Final = (
@@ -67,6 +69,12 @@ def check_weights(ref: ModelRef) -> None:
         if not folder.is_dir():
             raise ModelError(f"{ref.model}: no folder {folder}; correct its path in the study file.")
         if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            merge = merge_command(folder)
+            if merge is not None:
+                raise ModelError(
+                    f"{ref.model}: {folder} has no weights but the shards of its training; merge them, copy config.json"
+                    f" and the tokenizer beside the result if they are not there, and name that folder: {merge}"
+                )
             raise ModelError(
                 f"{ref.model}: {folder} has no weights; expected one of {', '.join(WEIGHT_FILES)}: "
                 "name the folder that save_pretrained wrote."
@@ -78,15 +86,15 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).exists()
 
 
-def load_model(ref: ModelRef, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def load_model(ref: ModelRef, *, device: torch.device | str = "cpu") -> Any:
     """Load a checkpoint for reading: local files only, evaluation mode, no gradients, adapters merged.
 
     Parameters
     ----------
     ref
-        The checkpoint.
-    device, dtype
-        Where and in which type the weights are put.
+        The checkpoint, and how it is loaded (``loading``).
+    device
+        Where the weights are put, unless ``loading`` has a device map.
 
     Returns
     -------
@@ -96,28 +104,63 @@ def load_model(ref: ModelRef, *, device: torch.device | str = "cpu", dtype: torc
     ------
     ModelError
         If the folder is missing, has no weights, cannot be read, lacks some of the model's parameters, has some that
-        find no place in it (of the adapter as of the model), or holds values that are not finite.
+        find no place in it (of the adapter as of the model), or holds values that are not finite; if its kind cannot
+        be read in padded batches; or if it does not fit its device map.
     """
     check_weights(ref)
-    model = _load_adapter(ref, dtype) if is_adapter(ref.path) else _load_whole(ref.model, ref.path, dtype)
+    model = _load_adapter(ref) if is_adapter(ref.path) else _load_whole(ref.model, ref.path, ref)
+    if any(values.is_meta for values in model.parameters()):
+        raise ModelError(
+            f"{ref.model}: device map {ref.loading.device_map!r} leaves parts of {ref.path} on the CPU or the disk; "
+            "expected devices that hold the whole model: use more of them, or a smaller models.dtype."
+        )
     broken = next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
     if broken is not None:
         raise ModelError(
-            f"{ref.model}: {ref.path} has values that are NaN or infinite in {broken}; its training diverged."
+            f"{ref.model}: {ref.path} has values that are NaN or infinite in {broken}; its training diverged, or they "
+            f"are beyond {model.dtype}."
         )
-    model = model.to(device)
+    if ref.loading.device_map is None:
+        model = model.to(device)
     model.eval()
     model.requires_grad_(False)
     if ref.blocks is not None:
         name_layers(model, ref.blocks)
+    check_batches(model, ref.model)
     return model
 
 
-def _load_whole(name: str, path: Path, dtype: torch.dtype) -> Any:
+def resolve_dtype(ref: ModelRef) -> torch.dtype:
+    """Type that a checkpoint is loaded in; ``auto`` is the one base is stored in.
+
+    One type for all models of a study: read in different ones, base and a run would differ by rounding alone.
+
+    Raises
+    ------
+    ModelError
+        If base's config cannot be read.
+    """
+    if ref.loading.dtype != "auto":
+        return cast(torch.dtype, getattr(torch, ref.loading.dtype))
+    path = ref.base or ref.path
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{ref.model}: {path / 'config.json'} cannot be read ({_line(error)}).") from error
+    return cast(torch.dtype, config.dtype or config.get_text_config().dtype or torch.float32)
+
+
+def _load_whole(name: str, path: Path, ref: ModelRef) -> Any:
+    how = ref.loading.model_dump(include={"device_map", "attn_implementation"}, exclude_none=True)
     try:
         with _quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, local_files_only=True, output_loading_info=True, trust_remote_code=False
+                path,
+                dtype=resolve_dtype(ref),
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **how,
             )
     except Exception as error:  # loaders of many formats raise as many types; all are about this folder
         raise ModelError(f"{name}: {path} cannot be loaded as a causal language model ({_line(error)}).") from error
@@ -136,12 +179,12 @@ def _load_whole(name: str, path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_adapter(ref: ModelRef, dtype: torch.dtype) -> Any:
+def _load_adapter(ref: ModelRef) -> Any:
     from peft import PeftModel  # slow to import, and most studies have no adapter
 
     if ref.base is None:
         raise ModelError(f"{ref.model}: {ref.path} is an adapter and needs a base model; name base.path.")
-    base = _load_whole(f"base of {ref.model}", ref.base, dtype)
+    base = _load_whole(f"base of {ref.model}", ref.base, ref)
     try:
         with _quiet():
             model = PeftModel.from_pretrained(base, ref.path)

@@ -282,7 +282,7 @@ def _write(model: Any, asked: _Rows, sampling: _Sampling, stopping: _StopStrings
         cache, positions = output.past_key_values, positions[:, -1:] + 1
         if live.mean() < SHRINK_BELOW:
             unfinished = torch.as_tensor(np.flatnonzero(live), device=mask.device)
-            cache.batch_select_indices(unfinished)
+            cache.reorder_cache(unfinished)  # not batch_select_indices, which layers with a state do not have
             mask, positions = mask[unfinished], positions[unfinished]
             # only unfinished rows stay, so that all of them are live
             rows, tokens, live = rows[live], tokens[live], live[live]

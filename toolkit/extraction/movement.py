@@ -17,13 +17,16 @@ from rlgen_stats.stores.study_models import list_models, ref_coords
 from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
-from rlgen_stats.toolkit.extraction.next_token_kl import kl_divergence
+from rlgen_stats.toolkit.extraction.next_token import (
+    kl_divergence,
+    log_probability_blocks,
+    logits_at,
+    positions_at_once,
+)
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
-LOGIT_BYTES: Final = 1 << 28
-"""Memory of one batch's float32 logits (256 MB): 447 tokens at a time for a vocabulary of 150,000."""
-_CHUNK: Final = 256
-"""Positions whose distributions are held in float64 at once: small divergences are lost in float32."""
+_WEIGHTS: Final = 1 << 24
+"""Weights held in float64 at once (128 MB)."""
 
 
 def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress = SILENT) -> xr.Dataset:
@@ -77,15 +80,21 @@ def weight_distance(base: torch.nn.Module, model: torch.nn.Module) -> float:
     for name, reference in base.named_parameters():
         other = parameters.get(name)
         if other is not None and other.shape == reference.shape and reference.is_floating_point():
-            change += float((other.detach() - reference.detach()).double().square().sum())
-            norm += float(reference.detach().double().square().sum())
+            for values, of_base in zip(_chunks(other, reference.device), _chunks(reference), strict=True):
+                change += float((values - of_base).square().sum())
+                norm += float(of_base.square().sum())
     return float(np.sqrt(change / norm)) if norm else float("nan")
+
+
+def _chunks(weight: torch.Tensor, device: torch.device | None = None) -> Iterator[torch.Tensor]:
+    """A parameter's values in float64, some at a time: differences of half types are not exact in these types."""
+    return (part.to(device, torch.float64) for part in weight.detach().flatten().split(_WEIGHTS))
 
 
 def mean_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> float:
     """Mean KL(base || model) of next-token distributions over the texts' completion tokens, in nats per token."""
     total, n_tokens = 0.0, 0
-    for batch in _batches(texts, _tokens_at_once(base)):
+    for batch in _batches(texts, positions_at_once(base)):
         divergence = token_divergence(base, model, batch, pad)
         total, n_tokens = total + float(divergence.sum()), n_tokens + len(divergence)
     return total / n_tokens if n_tokens else float("nan")
@@ -95,21 +104,15 @@ def mean_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> f
 def token_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> torch.Tensor:
     """KL(base || model) at every completion token of one batch, [token] float64, text after text."""
     ids, mask, positions = left_pad([text.ids for text in texts], pad, base.device)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    inputs = {"attention_mask": mask, "position_ids": positions}
     predicts = torch.zeros_like(mask, dtype=torch.bool)  # positions whose next token belongs to the completion
     for row, text in enumerate(texts):
         predicts[row, ids.shape[1] - 1 - len(text.completion_ids) : ids.shape[1] - 1] = True
-    reference = base(**inputs).logits[predicts]
-    other = reference if model is base else model(**inputs).logits[predicts]
-    divergence = []
-    for p, q in zip(reference.split(_CHUNK), other.split(_CHUNK), strict=True):
-        log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
-        divergence.append(kl_divergence(log_p, log_q).clamp_min(0.0))  # rounding may give a tiny negative sum
+    reference = logits_at(base, predicts, input_ids=ids, **inputs)
+    other = reference if model is base else logits_at(model, predicts, input_ids=ids, **inputs).to(reference.device)
+    # rounding may give a tiny negative sum
+    divergence = [kl_divergence(p, q).clamp_min(0.0) for p, q in log_probability_blocks(reference, other)]
     return torch.cat(divergence).cpu() if divergence else torch.empty(0, dtype=torch.float64)
-
-
-def _tokens_at_once(model: Any) -> int:
-    return max(1, LOGIT_BYTES // (4 * int(model.config.get_text_config().vocab_size)))
 
 
 def _batches(texts: Sequence[Text], tokens_at_once: int) -> Iterator[list[Text]]:

@@ -45,13 +45,14 @@ OWNED: Final[Mapping[str, str]] = {
     "hub_token": _NO_HUB,
     "hub_strategy": _NO_HUB,
     "model_init_kwargs": "the model is the study's 'base'",
+    "trust_remote_code": "code in a checkpoint's folder is never run",
     "remove_unused_columns": "the grader needs the answers",
     "reward_weights": "there is one reward, the study's 'grader'",
 }
 """Names the study decides, each with the reason it is refused."""
 
 
-def trainer_arguments(run: RunSpec, *, output: Path, seed: int, device: torch.device) -> Any:
+def trainer_arguments(run: RunSpec, *, output: Path, seed: int, device: torch.device, max_new_tokens: int) -> Any:
     """TRL's config for a run.
 
     Parameters
@@ -64,6 +65,8 @@ def trainer_arguments(run: RunSpec, *, output: Path, seed: int, device: torch.de
         Seed of shuffling, sampling and adapters.
     device
         Where training runs.
+    max_new_tokens
+        Length limit of the study's completions, which GRPO's have too unless ``run.trainer`` says otherwise.
 
     Returns
     -------
@@ -86,10 +89,13 @@ def trainer_arguments(run: RunSpec, *, output: Path, seed: int, device: torch.de
         "save_total_limit": 2,  # the newest state may be incomplete when killed; the one before it is not
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
+        "trust_remote_code": False,
     }
     if run.method == "grpo":
         decided["remove_unused_columns"] = False
     defaults: dict[str, Any] = {"report_to": "none"}
+    if run.method == "grpo":
+        defaults["max_completion_length"] = max_new_tokens
     if device.type == "cpu":
         defaults |= {"bf16": False, "dataloader_pin_memory": False}
     try:

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +39,12 @@ from rlgen_stats.toolkit.posttrain.schedule import (
     ProgressReport,
     step_folder,
 )
-from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, load_training_table, table_hash
+from rlgen_stats.toolkit.posttrain.training_prompts import (
+    check_boundary,
+    check_lengths,
+    load_training_table,
+    table_hash,
+)
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 PARTIAL: Final = ".*.partial"
@@ -110,17 +115,25 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     device = resolve_device(spec.device)
     seed = derive_seed(spec.seed, "posttrain", run.method, run.seed)
     with _quiet():
-        arguments = trainer_arguments(run, output=target / RESUME_FOLDER, seed=seed, device=device)
+        arguments = trainer_arguments(
+            run,
+            output=target / RESUME_FOLDER,
+            seed=seed,
+            device=device,
+            max_new_tokens=spec.generation.max_new_tokens,
+        )
     identity = _identity(spec, run, table, seed)
     record = target / POSTTRAIN_RECORD
     if record.exists() and (done := read_json(record)).get("identity") == identity:
         return tuple(int(step) for step in done["steps"])
+    remark = check_lengths(spec, run, table, load_tokenizer(base_ref(spec, folder)), arguments)
+    if remark:
+        progress.log(f"warning: {remark}.")
     resume = _prepare_folder(target, identity)
-    base = folder.resolve(spec.base.path)
     training = _Training(
         run=run,
         spec=spec,
-        base=base_ref(base),
+        base=replace(base_ref(spec, folder), loading=spec.training_models(run)),
         table=table,
         arguments=arguments,
         identity=identity,
@@ -152,7 +165,7 @@ def _identity(spec: StudySpec, run: RunSpec, table: pd.DataFrame, seed: int) -> 
     """Hash of everything that decides the run's weights, the base's bytes aside."""
     parts = [run.model_dump(mode="json"), spec.grader.model_dump(mode="json"), spec.base.path, spec.device, seed]
     reward = spec.reward_settings() if run.method == "grpo" else []
-    return content_hash([*parts, table_hash(table), *reward])
+    return content_hash([*parts, table_hash(table), *reward, *spec.training_settings(run)])
 
 
 def _check_answers(spec: StudySpec, table: pd.DataFrame) -> None:

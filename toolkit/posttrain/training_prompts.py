@@ -82,6 +82,51 @@ def table_hash(table: pd.DataFrame) -> str:
     return content_hash(table.to_dict(orient="list"))
 
 
+def check_lengths(spec: StudySpec, run: RunSpec, table: pd.DataFrame, tokenizer: Any, arguments: Any) -> str:
+    """Refuse lengths at which TRL's own default would cut training texts; what the study's own lengths cut is said.
+
+    Parameters
+    ----------
+    spec, run, table
+        The study, one of its runs, and the texts it trains on.
+    tokenizer
+        Base's.
+    arguments
+        trl.SFTConfig or trl.GRPOConfig of the run.
+
+    Returns
+    -------
+    str
+        One sentence, or nothing where nothing is cut.
+
+    Raises
+    ------
+    SpecError
+        If SFT texts are longer than a ``max_length`` that the run does not name.
+    """
+    if run.method == "grpo":
+        trained, sampled = arguments.max_completion_length, spec.generation.max_new_tokens
+        if trained is None or trained >= sampled:
+            return ""
+        return (
+            f"run {run.name!r}: trainer.max_completion_length cuts completions in training at {trained} tokens, "
+            f"generation.max_new_tokens elsewhere at {sampled}"
+        )
+    texts = (table["text"] + table["completion"]).tolist()
+    lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]  # the end token follows
+    limit = arguments.max_length
+    n_longer = sum(limit is not None and length > limit for length in lengths)
+    if not n_longer:
+        return ""
+    cut = f"run {run.name!r}: {n_longer} of {len(lengths)} training texts are longer than {limit} tokens and "
+    if "max_length" in run.trainer:
+        return f"{cut}cut there, by trainer.max_length (the longest has {max(lengths)})"
+    raise SpecError(
+        f"{cut}would be cut there, by TRL's default; write trainer.max_length: {max(lengths)} to keep them whole, or "
+        f"{limit} to cut them."
+    )
+
+
 def check_boundary(table: pd.DataFrame, tokenizer: Any) -> None:
     """Refuse completions that change the prompt's last tokens when they are appended to it.
 

@@ -17,11 +17,12 @@ from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
-from rlgen_stats.stores.study_models import ModelRef, base_ref, imported_models, list_models
+from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
 from rlgen_stats.toolkit.study.spec_checks import stage_problems
 from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_problems
+from rlgen_stats.toolkit.study.spec_shorthands import fill_in
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage
 
 _TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
@@ -98,6 +99,10 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
     """
     problems = _Problems()
     file, raw = read_mapping(path)
+    try:
+        raw = fill_in(raw, StudyFolder(file.parent))
+    except RlgenStatsError as error:
+        problems.add("study.yaml", str(error))
     for message in spec_problems(raw):
         problems.add("study.yaml", message)
     if problems.found:
@@ -175,8 +180,7 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
 
 def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
     """Models whose folders are there; of runs that are still to be trained, none."""
-    base = folder.resolve(spec.base.path)
-    refs: tuple[ModelRef, ...] = (base_ref(base, spec.extraction.blocks),)
+    refs: tuple[ModelRef, ...] = ()
     made = [
         run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / "posttrain.json").exists()
     ]

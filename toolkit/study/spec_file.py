@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, replacing
+from rlgen_stats.toolkit.study.spec_shorthands import fill_in
 from rlgen_stats.toolkit.study.strict_yaml import YamlError, load_yaml
 
 
@@ -25,9 +26,11 @@ def read_spec(path: Path | str) -> StudySpec:
     SpecError
         If the file is missing, is not YAML (or such that :func:`load_yaml` refuses it), has an unknown key (the nearest
         valid one is suggested), or a bad value.
+    ModelError
+        If the folders that it leaves open (see :func:`fill_in`) are on the Hub and the Hub does not give them.
     """
     file, raw = read_mapping(path)
-    return parse_spec(raw, where=str(file))
+    return parse_spec(fill_in(raw, StudyFolder(file.parent)), where=str(file))
 
 
 def read_mapping(path: Path | str) -> tuple[Path, dict[str, Any]]:

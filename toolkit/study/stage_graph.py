@@ -18,11 +18,12 @@ from typing import Any, Final, Literal
 from rlgen_stats.schemas.dims import of_dictionary
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.schemas.study import RunSpec, StudySpec
+from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.schemas.tasks import GRADING_VERSION
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
+from rlgen_stats.stores.hub import MODEL_FILES, hub_folder, is_on_hub
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.stores.study_models import imported_models
@@ -262,9 +263,13 @@ class Study:
         self._keys: dict[str, str] = {}
 
     def _fingerprint(self, path: str, name: str) -> str:
+        if is_on_hub(path):
+            one = hub_folder(path, self.folder)
+            return content_hash([one.repo, one.commit, one.subfolder])
         full = self.folder.resolve(path)
         if not full.exists():
-            raise SpecError(f"'{name}' names {full}, which does not exist; correct the path in {self.folder.spec}.")
+            hub = f", or write hf://{path} for the model of the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+            raise SpecError(f"'{name}' names {full}, which does not exist; correct it in {self.folder.spec}{hub}.")
         return self._fingerprints.of(full)
 
     def key(self, name: str) -> str:
@@ -323,9 +328,14 @@ class Study:
     def _input_files(self, name: str) -> dict[str, str]:
         """Fingerprints of the files that a stage reads beside the study's stores."""
         if name == "posttrain":
-            return self._training_files() | self._grader_files()
-        if name == "outcomes":
-            return self._grader_files() | self._imported_files()
+            trained = [run for run in self.spec.runs if run.method != "checkpoints"]
+            settings = {run.name: self.spec.training_settings(run) for run in trained}
+            lengths = {f"{run} settings": content_hash(given) for run, given in settings.items() if given}
+            return self._training_files() | self._grader_files() | lengths
+        if name == "outcomes":  # every other stage that loads models needs it
+            changed = self.spec.models != ModelsSpec()  # studies from before this section keep their keys
+            loading = {"models": content_hash(self.spec.models.model_dump(mode="json"))} if changed else {}
+            return self._grader_files() | self._imported_files() | loading
         if name == "crosscoder":
             return self._crosscoder_files()
         files = {}
@@ -383,7 +393,8 @@ class Study:
         share = [self.study_id, self._training_files(), self.spec.grader.model_dump(mode="json")]
         version, again = BY_NAME["posttrain"].version, self._times("posttrain")
         reward = [self.spec.reward_settings(), self._grader_files()] if run.method == "grpo" else []
-        return content_hash([*share, run.model_dump(mode="json"), version, *again, *reward])
+        settings = self.spec.training_settings(run)
+        return content_hash([*share, run.model_dump(mode="json"), version, *again, *reward, *settings])
 
     def provenance(self, name: str, key: str) -> Provenance:
         """Origin of a stage's stores: study, key, seed, and the keys of the stages it read."""
@@ -466,14 +477,6 @@ def _section(spec: StudySpec, path: str) -> Any:
     return value
 
 
-_MODEL_FILES: Final = re.compile(
-    r"(.*\.safetensors|(pytorch_model|adapter_model).*\.bin)(\.index\.json)?|(config|generation_config|adapter_config)\.json"
-    r"|tokenizer.*|vocab.*|merges\.txt|.*\.(model|tiktoken)|special_tokens_map\.json|added_tokens\.json|chat_template.*"
-)
-"""Names of the files of a checkpoint that transformers and peft read; a README or an optimiser's state beside them
-changes no number."""
-
-
 class _Fingerprints:
     """Content hashes of input files, remembered by (size, modification time)."""
 
@@ -485,7 +488,7 @@ class _Fingerprints:
         """SHA-256 of a file, or of names and contents of a folder's files; of a checkpoint's, those that are read."""
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
-            files = [file for file in files if _MODEL_FILES.fullmatch(file.name)]
+            files = [file for file in files if MODEL_FILES.fullmatch(file.name)]
         hashes = [(str(file.relative_to(path)), self._hash(file)) for file in files]
         return content_hash(hashes)
 

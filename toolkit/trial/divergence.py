@@ -17,7 +17,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
-from rlgen_stats.toolkit.extraction.next_token_kl import kl_divergence
+from rlgen_stats.toolkit.extraction.next_token import kl_divergence
 from rlgen_stats.toolkit.extraction.residual_stream import read_residual
 from rlgen_stats.toolkit.trial.plan import TrialPlan
 
@@ -161,7 +161,8 @@ def mean_residual(model: Any, layer: int, probe: Probe) -> Tensor:
     total: Tensor | None = None
     for batch in probe.batches:
         residual = read_residual(model, layer, batch.ids, batch.mask, batch.positions)
-        summed = residual[:, -batch.weight.shape[1] :][batch.weight > 0].double().sum(dim=0)
+        residual = residual.to(batch.weight.device)[:, -batch.weight.shape[1] :]  # a block may lie on another device
+        summed = residual[batch.weight > 0].double().sum(dim=0)
         total = summed if total is None else total + summed
     if total is None:
         raise InputError("a mean activation needs tokens, got none; no completion has any.")

@@ -28,7 +28,7 @@ from rlgen_stats.toolkit.crosscoder import (
     splice_ce,
 )
 from rlgen_stats.toolkit.crosscoder.uses.health import DEAD_MAX
-from rlgen_stats.toolkit.extraction import find_model, load_model
+from rlgen_stats.toolkit.extraction import find_model, load_model, next_token
 from rlgen_stats.toolkit.extraction.activations import read_texts
 from tests.crosscoder.planted import LAYER, PAIR, Planted, planted
 
@@ -237,6 +237,36 @@ def test_splicing_leaves_no_hook_behind(model: Any) -> None:
     text = SplicedText(np.array(TEXTS[0]), np.zeros((7, 16), np.float32), np.ones(7, bool))
     splice_ce(model, LAYER, [text], constant=np.zeros(16))
     assert torch.equal(model(torch.tensor([TEXTS[0]])).logits, before)
+
+
+def test_the_head_reads_a_sample_of_tokens_in_blocks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    residual = own_residual(model)
+    mean = np.concatenate(residual).mean(axis=0)
+    texts = [
+        SplicedText(np.array(t), r + np.float32(0.5), np.arange(len(t)) >= 1)
+        for t, r in zip(TEXTS, residual, strict=True)
+    ]
+    whole = splice_ce(model, LAYER, texts, constant=mean)
+    assert whole.n_tokens == 5 + 1 + 4
+    every_third = splice_ce(model, LAYER, texts, constant=mean, max_tokens=4)  # of the ten: 0, 3, 6 and 9
+    logits = [model(torch.tensor([text])).logits[0].double().log_softmax(-1) for text in TEXTS]
+    scored = [(0, 1), (0, 4), (2, 1), (2, 4)]
+    assert every_third.n_tokens == 4
+    assert every_third.clean == pytest.approx(np.mean([-logits[i][t, TEXTS[i][t + 1]].item() for i, t in scored]))
+
+    read: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: read.append(output.shape[:-1].numel()))
+    monkeypatch.setattr(next_token, "LOGIT_BYTES", 4 * 6 * model.config.vocab_size)
+    monkeypatch.setattr(next_token, "BLOCK_BYTES", 8 * 2 * model.config.vocab_size)
+    try:
+        in_blocks = splice_ce(model, LAYER, texts, constant=mean)
+    finally:
+        handle.remove()
+    assert sorted(read) == [5] * 3 + [5] * 3  # the two shorter texts together, and the long one
+    for name, value in vars(whole).items():
+        assert getattr(in_blocks, name) == pytest.approx(value, rel=1e-5)
+    monkeypatch.setattr(next_token, "LOGIT_BYTES", 4 * 3 * model.config.vocab_size)
+    assert splice_ce(model, LAYER, texts, constant=mean).n_tokens == 3 + 1 + 3  # no text has more than fit
 
 
 def test_splicing_errors(model: Any) -> None:

@@ -60,7 +60,9 @@ from rlgen_stats.toolkit.extraction import (
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 SPLICED_TEXTS: Final = 128
-"""Texts on which activations are replaced by reconstructions: enough tokens to know a mean loss to a few percent."""
+"""Texts on which activations are replaced by reconstructions, of many prompts and sources."""
+SPLICED_TOKENS: Final = 1 << 14
+"""Tokens of these texts, each read three times by every view's model; of long texts fewer are taken."""
 
 
 def train_crosscoders(
@@ -324,7 +326,8 @@ class _StudyCrosscoder:
         bounds = text_bounds(self.tokens)
         # the last token of a text has no successor to be scored on, so a text needs a masked token before it
         bounds = bounds[[bool(self.mask[start : end - 1].any()) for start, end in bounds]]
-        bounds = bounds[spread(len(bounds), SPLICED_TEXTS)]
+        affordable = int(SPLICED_TOKENS / np.diff(bounds).mean())
+        bounds = bounds[spread(len(bounds), min(SPLICED_TEXTS, max(8, affordable)))]
         rows = np.concatenate([np.arange(start, end) for start, end in bounds])
         raw = [self._activations(view, rows) for view in self.views]
         ids = self.tokens[TOKEN_ID].values[rows]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -13,9 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
-from rlgen_stats.toolkit.extraction.next_token_kl import kl_divergence
+from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread
+from rlgen_stats.toolkit.extraction.batching import left_pad
+from rlgen_stats.toolkit.extraction.next_token import (
+    kl_divergence,
+    log_probability_blocks,
+    logits_at,
+    positions_at_once,
+)
 from rlgen_stats.toolkit.extraction.residual_stream import block_output, locate_layer
+
+SCORED_TOKENS: Final = 4096
+"""Tokens at which losses are compared: a mean loss of a few nats with a spread as large is then known to 2 or 3%."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,13 @@ class SpliceCE:
 
 
 def splice_ce(
-    model: Any, layer: int, texts: Sequence[SplicedText], *, constant: NDArray[np.floating], batch_size: int = 32
+    model: Any,
+    layer: int,
+    texts: Sequence[SplicedText],
+    *,
+    constant: NDArray[np.floating],
+    batch_size: int = 32,
+    max_tokens: int = SCORED_TOKENS,
 ) -> SpliceCE:
     """Cross-entropy of forced texts with the residual stream after block ``layer`` replaced.
 
@@ -84,11 +99,13 @@ def splice_ce(
         [channel], raw units: the reference for ``ablated``, usually the mean activation.
     batch_size
         Texts per forward pass.
+    max_tokens
+        Of more replaced tokens than this, an evenly spread sample is scored; all are replaced.
 
     Returns
     -------
     SpliceCE
-        Loss of predicting token t + 1 from a replaced token t, averaged over all such t.
+        Loss of predicting token t + 1 from a replaced token t, averaged over such t.
 
     Raises
     ------
@@ -101,50 +118,84 @@ def splice_ce(
                 f"a text of {len(text.token_ids)} tokens needs replacements [{len(text.token_ids)}, {len(constant)}] "
                 f"and a mask of its length, got {text.replacement.shape} and {text.mask.shape}."
             )
-    sums, n_tokens = np.zeros(5), 0
-    for rows in by_length([len(text.token_ids) for text in texts], batch_size):
-        losses = _batch_losses(model, layer, [texts[row] for row in rows], constant)
-        sums, n_tokens = sums + losses.sum(axis=1), n_tokens + losses.shape[1]
-    if not n_tokens:
+    at_once = positions_at_once(model)
+    scored = _scored_tokens(texts, max_tokens, at_once)
+    if not scored:
         raise InputError("no replaced token is followed by another; give longer texts or a wider mask.")
+    sums, n_tokens = np.zeros(5), 0
+    for rows in _batches(texts, scored, batch_size, at_once):
+        losses = _batch_losses(model, layer, [texts[row] for row in rows], [scored[row] for row in rows], constant)
+        sums, n_tokens = sums + losses.sum(axis=1), n_tokens + losses.shape[1]
     clean, spliced, ablated, kl, kl_ablated = (sums / n_tokens).tolist()
     return SpliceCE(clean, spliced, ablated, n_tokens, kl, kl_ablated)
 
 
+def _scored_tokens(texts: Sequence[SplicedText], most: int, most_of_one: int) -> dict[int, NDArray[np.int64]]:
+    """Text -> positions at which it is scored: replaced tokens with a successor, evenly spread if too many."""
+    candidates = [np.flatnonzero(text.mask[:-1]) for text in texts]
+    candidates = [places[spread(len(places), most_of_one)] for places in candidates]
+    row = np.repeat(np.arange(len(texts)), [len(places) for places in candidates])
+    kept = spread(len(row), most)
+    row, places = row[kept], np.concatenate([*candidates, np.empty(0, np.int64)])[kept]
+    return {int(one): places[row == one] for one in np.unique(row)}
+
+
+def _batches(
+    texts: Sequence[SplicedText], scored: Mapping[int, NDArray[np.int64]], batch_size: int, most: int
+) -> Iterator[list[int]]:
+    """Scored texts of similar length in batches with at most ``most`` scored tokens (one text at least)."""
+    batch: list[int] = []
+    for row in sorted(scored, key=lambda row: len(texts[row].token_ids)):
+        if batch and (len(batch) == batch_size or sum(len(scored[other]) for other in (*batch, row)) > most):
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
 @torch.inference_mode()
 def _batch_losses(
-    model: Any, layer: int, texts: Sequence[SplicedText], constant: NDArray[np.floating]
+    model: Any,
+    layer: int,
+    texts: Sequence[SplicedText],
+    scored: Sequence[NDArray[np.int64]],
+    constant: NDArray[np.floating],
 ) -> NDArray[np.float64]:
     """[clean | spliced | ablated | KL spliced | KL ablated, token] of one left-padded batch."""
     ids, attention, positions = left_pad([text.token_ids.tolist() for text in texts], 0, model.device)
-    length = ids.shape[1]
     replacement = torch.zeros(*ids.shape, len(constant))
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    mask, chosen = torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(ids.shape, dtype=torch.bool)
     for row, text in enumerate(texts):
-        start = length - len(text.token_ids)
+        start = ids.shape[1] - len(text.token_ids)
         replacement[row, start:] = torch.from_numpy(text.replacement)
         mask[row, start:] = torch.from_numpy(text.mask)
-    replacement, mask = replacement.to(model.device), mask.to(model.device)
-    mean = torch.as_tensor(constant, dtype=torch.float32, device=model.device)
-    scored = mask.clone()
-    scored[:, -1] = False  # the last token has no successor to be scored on
+        chosen[row, start + torch.from_numpy(scored[row])] = True
+    mean = torch.as_tensor(constant, dtype=torch.float32)
 
-    def log_probabilities(replace: Callable[[Tensor], Tensor]) -> Tensor:
+    def logits(vector: Tensor | None) -> Tensor:
+        def replace(hidden: Tensor) -> Tensor:
+            if vector is None:
+                return hidden
+            where = mask.to(hidden.device)[..., None]
+            return torch.where(where, vector.to(hidden.device, hidden.dtype), hidden)
+
         with replaced_residual(model, layer, replace):
-            out = model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
-        log_p: Tensor = out.logits[scored].double().log_softmax(dim=-1)
-        return log_p
+            return logits_at(model, chosen, input_ids=ids, attention_mask=attention, position_ids=positions)
 
-    clean = log_probabilities(lambda hidden: hidden)
-    target = ids.roll(-1, dims=1)[scored][:, None]
-    losses, divergences = [-clean.gather(1, target)[:, 0]], []
-    for vector in (replacement, mean):
-        log_p = log_probabilities(
-            lambda hidden, vector=vector: torch.where(mask[..., None], vector.to(hidden.dtype), hidden)  # type: ignore[misc]
-        )
-        losses.append(-log_p.gather(1, target)[:, 0])
-        divergences.append(kl_divergence(clean, log_p))
-    return np.asarray(torch.stack([*losses, *divergences]).cpu().numpy(), dtype=np.float64)
+    clean, target = logits(None), ids.roll(-1, dims=1)[chosen.to(ids.device)][:, None]
+    of_texts, of_mean = (_compare(clean, logits(vector), target.to(clean.device)) for vector in (replacement, mean))
+    losses = [of_texts[0], of_texts[1], of_mean[1], of_texts[2], of_mean[2]]
+    return np.asarray(torch.stack(losses).cpu().numpy(), dtype=np.float64)
+
+
+def _compare(clean: Tensor, edited: Tensor, target: Tensor) -> Tensor:
+    """[loss of clean | loss of edited | KL(clean || edited), token] in float64."""
+    done, blocks = 0, []
+    for p, q in log_probability_blocks(clean, edited):
+        token = target[done : done + len(p)]
+        blocks.append(torch.stack([-p.gather(1, token)[:, 0], -q.gather(1, token)[:, 0], kl_divergence(p, q)]))
+        done += len(p)
+    return torch.cat(blocks, dim=1)
 
 
 @contextmanager

@@ -1,0 +1,106 @@
+"""What study.yaml may leave to be filled in from the folders it names: lists of checkpoints, and the middle layer."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+from rlgen_stats.schemas.errors import RlgenStatsError, SpecError
+from rlgen_stats.stores import StudyFolder, read_json
+from rlgen_stats.stores.hub import hub_folder, is_on_hub, locate_checkpoint
+
+MIDDLE: Final = "middle"
+_DEPTHS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names under which configs say how many decoder blocks a model has."""
+
+
+def fill_in(raw: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
+    """A study's mapping with its shorthands written out; anything malformed is left for the checks of the spec.
+
+    ``runs[].checkpoints`` may be a pattern of folders with ``*``, whose number is the step; ``extraction.layer`` may be
+    ``middle`` or a fraction of the depth: the fraction f of n blocks is block floor(f n), counted from 0.
+
+    Raises
+    ------
+    SpecError
+        If a pattern matches nothing, or folders without one number each, or base's depth is not known.
+    ModelError
+        If a pattern or base is on the Hub and the Hub does not give it.
+    """
+    runs = raw.get("runs")
+    if isinstance(runs, list):
+        raw = raw | {"runs": [_fill_in_run(run, folder) if isinstance(run, dict) else run for run in runs]}
+    extraction = raw.get("extraction")
+    layer = extraction.get("layer") if isinstance(extraction, dict) else None
+    if layer == MIDDLE or (isinstance(layer, float) and 0 < layer < 1):
+        base = raw.get("base")
+        path = base.get("path") if isinstance(base, dict) else None
+        if isinstance(path, str):
+            depth = _depth(path, folder)
+            raw = raw | {"extraction": {**extraction, "layer": int((0.5 if layer == MIDDLE else layer) * depth)}}
+    return raw
+
+
+def _fill_in_run(run: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
+    pattern = run.get("checkpoints")
+    return run | {"checkpoints": _matching(pattern, folder)} if isinstance(pattern, str) else run
+
+
+def _matching(pattern: str, folder: StudyFolder) -> dict[int, str]:
+    """Step -> folder of all folders that a pattern with ``*`` matches; step 0 is base and left out."""
+    if "*" not in pattern:
+        raise SpecError(
+            f"checkpoints {pattern!r} has no '*'; expected a pattern such as runs/rl/global_step_*/hf, or a mapping of "
+            "step to folder."
+        )
+    star = re.compile("([^/]*)".join(map(re.escape, re.split(r"\*+", pattern.rstrip("/")))))
+    steps: dict[int, str] = {}
+    for path in _candidates(pattern, folder):
+        match = star.fullmatch(path)
+        if match is None:
+            continue
+        numbers = re.findall(r"\d+", " ".join(match.groups()))
+        if len(numbers) != 1:
+            raise SpecError(
+                f"checkpoints {pattern!r} matches {path}, where '*' stands for {', '.join(map(repr, match.groups()))} "
+                "and not for one number, the step; write more of the name into the pattern, or map steps to folders."
+            )
+        step = int(numbers[0])
+        if step in steps:
+            raise SpecError(
+                f"checkpoints {pattern!r} matches {steps[step]} and {path} for step {step}; write more of the name."
+            )
+        steps[step] = path
+    if not steps.keys() - {0}:
+        raise SpecError(f"checkpoints {pattern!r} matches no folder of {folder.spec.parent}; correct the pattern.")
+    return {step: steps[step] for step in sorted(steps) if step}
+
+
+def _candidates(pattern: str, folder: StudyFolder) -> list[str]:
+    if not is_on_hub(pattern):
+        paths = glob.glob(pattern.rstrip("/"), root_dir=folder.spec.parent)
+        return sorted(PurePosixPath(path).as_posix() for path in paths if folder.resolve(path).is_dir())
+    repository = "/".join(pattern.split("/")[:4])
+    files = map(PurePosixPath, hub_folder(repository, folder).files)
+    return sorted({f"{repository}/{parent}" for file in files for parent in file.parents if parent.name})
+
+
+def _depth(base: str, folder: StudyFolder) -> int:
+    """Number of decoder blocks, from base's config.json."""
+    file = locate_checkpoint(base, folder, only="config.json") / "config.json"
+    try:
+        config = read_json(file)
+        config = config.get("text_config") or config
+        found = next((config[name] for name in _DEPTHS if name in config), None)
+    except (OSError, AttributeError, RlgenStatsError) as error:
+        raise SpecError(
+            f"extraction.layer is relative to base's depth, but {file} cannot be read ({error})."
+        ) from error
+    if not isinstance(found, int):
+        raise SpecError(
+            f"extraction.layer is relative to base's depth, but {file} has none of {', '.join(_DEPTHS)}; write the "
+            "number of the block."
+        )
+    return found
