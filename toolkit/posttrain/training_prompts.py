@@ -112,8 +112,9 @@ def check_lengths(spec: StudySpec, run: RunSpec, table: pd.DataFrame, tokenizer:
             f"run {run.name!r}: trainer.max_completion_length cuts completions in training at {trained} tokens, "
             f"generation.max_new_tokens elsewhere at {sampled}"
         )
-    texts = (table["text"] + table["completion"]).tolist()
-    lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]  # the end token follows
+    completed = run.method == "sft"  # and the end token follows
+    texts = (table["text"] + table["completion"] if completed else table["text"]).tolist()
+    lengths = [len(ids) + completed for ids in tokenizer(texts)["input_ids"]]
     limit = arguments.max_length
     n_longer = sum(limit is not None and length > limit for length in lengths)
     if not n_longer:

@@ -16,6 +16,7 @@ from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
+from rlgen_stats.stores.hub import is_on_hub
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
 from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models
 from rlgen_stats.toolkit.study.contrasts import open_for_run
@@ -146,7 +147,7 @@ def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> N
         paths |= {f"crosscoders.{one.name}.weights": one.weights, f"crosscoders.{one.name}.corpus": one.corpus}
     paths["intervention.neutral_text"] = spec.intervention.neutral_text
     for where, path in paths.items():
-        if path is not None and not folder.resolve(path).exists():
+        if path is not None and not is_on_hub(path) and not folder.resolve(path).exists():
             problems.add(where, f"names {folder.resolve(path)}, which does not exist; correct the path.")
     tables = {where: path for where, path in paths.items() if where.endswith((".corpus", ".neutral_text"))}
     for where, path in tables.items():
