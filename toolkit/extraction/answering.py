@@ -66,7 +66,7 @@ def answer_prompts(
     """
     chosen = scores_choices(graders_of(spec, prompts[TASK]), prompts)
     best = iter(_most_likely(model, tokenizer, prompts[chosen], spec, active, progress, f"{description} choices"))
-    choice_of = {row: next(best) for row in np.flatnonzero(chosen)}
+    choice_of = {int(row): next(best) for row in np.flatnonzero(chosen)}
     written = _written(
         model,
         tokenizer,
