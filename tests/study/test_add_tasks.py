@@ -12,6 +12,8 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.toolkit.exchange.benchmark_layouts import BENCHMARKS
+from rlgen_stats.toolkit.extraction.answering import scores_choices
+from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
 from rlgen_stats.toolkit.study.add_tasks import add_tasks, with_tasks
 from rlgen_stats.toolkit.study.spec_file import read_spec
 from rlgen_stats.toolkit.study.template import write_template
@@ -56,6 +58,9 @@ def test_every_task_is_added_and_read(study: StudyFolder, downloads: Path) -> No
         assert len(rows) == task.n_prompts == len(pd.read_parquet(study.root / task.file))
         assert set(rows["domain"]) == {BENCHMARKS[task.name].domain}
         assert (rows["choices"] == "").all() == (BENCHMARKS[task.name].options is None)
+    table = load_prompts(spec, study)
+    check_answers(graders_of(spec, table["task"]), table)  # every answer can be read by its task's grader
+    assert scores_choices(graders_of(spec, table["task"]), table).sum() == (table["choices"] != "").sum()
     texts = {task: list(rows["text"]) for task, rows in prompts}
     assert texts["aime25"] == [
         "Find $6\\cdot 7$.\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -76,6 +81,7 @@ def test_letters_to_be_generated(study: StudyFolder, downloads: Path) -> None:
     spec = read_spec(study.root)
     assert (spec.grader_of("piqa").name, spec.grader_of("math500").name) == ("choice", "math")
     prompts = load_prompts(spec, study)
+    check_answers(graders_of(spec, prompts["task"]), prompts)
     assert prompts["text"][0] == "Question: To dry a wet boot\nA. stuff it with paper\nB. stuff it with snow\nAnswer:"
 
 
