@@ -43,7 +43,10 @@ data:
   train: null                     # text, answer and, for SFT, completion; only to train here
 
 generation: {{max_new_tokens: 512, n_samples: 4, temperature: 1.0, batch_size: 64}}
-grader: {{name: math}}              # or final_answer: text after the last marker equals the answer
+tasks:                            # how each is graded, and its domain, role, template, stop strings, choices, file;
+                                  # ready-made ones: rlgen-stats tasks
+  math: {{grader: math}}            # the last box, else the last formula, equal in value
+  sciq: {{grader: exact}}           # words; others: choice, choice_loglik, final_answer, regex, a function of your own
 extraction: {{layer: 18, dtype: bfloat16, batch_size: 16}}   # middle decoder block, counted from 0
 
 crosscoders:
@@ -69,10 +72,8 @@ crosscoders:
   # where the final models are unequally far from base, C1 compares the run that moved far at its early checkpoints:
   # - {{name: pair-sft-early, views: [base@0, sft@20], k: 64, n_features: 32768, steps: 50000}}
 
-selection:
-  held_out_tasks: []              # tasks never used in selection
-  control_tasks: []               # name unrelated tasks that base answers (one time in five or more, 200 prompts):
-                                  # only there can a trial show that an edit has no side effects
+# A task with 'role: held_out' is never used in selection. Give unrelated tasks that base answers 'role: control' (one
+# time in five or more, 200 prompts): only there can a trial show that an edit has no side effects.
 intervention: {{n_controls: 99, max_prompts: 400}}
 """
 
