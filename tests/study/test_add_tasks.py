@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,46 @@ def test_all_else_in_the_file_stays_letter_for_letter(section: str, before: Any,
     assert edited.count("#") == text.count("#")
 
 
-def test_the_template_of_init_takes_tasks(tmp_path: Path) -> None:
-    text = write_template(tmp_path / "study", "study").read_text()
-    edited = with_tasks(text, ENTRY, where="study.yaml")
-    assert edited.startswith(text)
-    assert listed(edited) == ENTRY
-    assert edited.endswith('    template: "{text}\\nGo: \\\\boxed{}"\n')  # on one line
+def test_example_prompts_of_init_give_way(tmp_path: Path, downloads: Path) -> None:
+    study = StudyFolder(tmp_path / "mine")
+    text = write_template(study.root, "mine").read_text()
+    add_tasks(study, ["sciq", "math500"], source=str(downloads))
+    spec = read_spec(study.root)
+    assert list(spec.tasks) == ["sciq", "math500"]
+    assert spec.data.prompts is None
+    assert set(load_prompts(spec, study)["task"]) == {"sciq", "math500"}
+    assert not (study.root / "data/prompts.csv").exists()
+    remaining = iter(text.splitlines())
+    entries = list(_lines_of_entries(study))
+    assert all(line in remaining for line in study.spec.read_text().splitlines() if line not in entries)
+    assert len(text.splitlines()) - 4 + len(entries) == len(study.spec.read_text().splitlines())
+
+
+def _lines_of_entries(study: StudyFolder) -> Iterator[str]:
+    lines = study.spec.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("tasks:"))
+    for line in lines[start + 1 :]:
+        if not line.startswith("  "):
+            return
+        yield line
+
+
+@pytest.mark.parametrize("changed", ["study.yaml", "data/prompts.csv"])
+def test_prompts_of_ones_own_stay(changed: str, tmp_path: Path, downloads: Path) -> None:
+    study = StudyFolder(tmp_path / "mine")
+    write_template(study.root, "mine")
+    file = study.root / changed
+    file.write_text(
+        file.read_text().replace("  math: {grader: math}", "  math: {grader: exact}").replace("7 + 5", "8 + 4")
+    )
+    add_tasks(study, ["math500"], source=str(downloads))
+    assert list(read_spec(study.root).tasks) == ["math", "sciq", "math500"]
+    assert set(load_prompts(read_spec(study.root), study)["task"]) == {"math", "sciq", "math500"}
+
+
+def test_texts_of_several_lines_are_written_as_one() -> None:
+    edited = with_tasks(HEAD, ENTRY, where="study.yaml")
+    assert edited.endswith('    template: "{text}\\nGo: \\\\boxed{}"\n')
 
 
 def test_tasks_on_one_line_are_not_rewritten() -> None:
