@@ -77,11 +77,43 @@ crosscoders:
 intervention: {{n_controls: 99, max_prompts: 400}}
 """
 
+EXAMPLE_PROMPTS: Final = "data/prompts.csv"
 _PROMPTS: Final = (
     "prompt_id,text,answer,task,domain\n"
     "math-0001,What is 7 + 5?,12,math,in\n"
     "sciq-0001,Which gas do plants take in?,carbon dioxide,sciq,out\n"
 )
+
+
+_EXAMPLE: Final = (
+    "  prompts: data/prompts.csv ",
+    " " * 34 + "# ready-made ones:",
+    "  math: {grader",
+    "  sciq: {grader",
+)
+"""How the lines of study.yaml begin that are about the example prompts."""
+
+
+def without_example(text: str, prompts: Path) -> str | None:
+    """The text of a study.yaml without the example prompts and their tasks.
+
+    Parameters
+    ----------
+    text
+        Of a study.yaml.
+    prompts
+        The study's data/prompts.csv.
+
+    Returns
+    -------
+    str or None
+        None where the file or these lines are no longer as ``write_template`` wrote them.
+    """
+    template = _TEMPLATE.replace("{{", "{").replace("}}", "}")
+    written = [line for line in template.splitlines(keepends=True) if line.startswith(_EXAMPLE)]
+    kept = [line for line in text.splitlines(keepends=True) if line not in written]
+    is_example = prompts.is_file() and prompts.read_text(encoding="utf-8") == _PROMPTS
+    return "".join(kept) if is_example and len(text.splitlines()) - len(kept) == len(written) else None
 
 
 def write_template(root: Path, name: str) -> Path:
@@ -98,7 +130,7 @@ def write_template(root: Path, name: str) -> Path:
         raise SpecError(f"{folder.spec} exists already; edit it, or start in another folder.")
     with replacing(folder.spec) as temporary:
         temporary.write_text(_TEMPLATE.format(name=name), encoding="utf-8")
-    prompts = root / "data" / "prompts.csv"
+    prompts = root / EXAMPLE_PROMPTS
     if not prompts.exists():
         with replacing(prompts) as temporary:
             temporary.write_text(_PROMPTS, encoding="utf-8")
