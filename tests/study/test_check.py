@@ -17,8 +17,10 @@ from click.testing import CliRunner
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.toolkit.extraction import checkpoints
-from rlgen_stats.toolkit.study.check import Problem, check_study
+from rlgen_stats.toolkit.study import parse_spec
+from rlgen_stats.toolkit.study.check_study import Problem, check_study
 from rlgen_stats.toolkit.study.costs import Sizes, estimate
+from rlgen_stats.toolkit.study.stage_graph import with_needs
 from tests.extraction.conftest import WORDS, prompt_table, save_model, word_tokenizer
 from tests.study.conftest import spec_dict
 
@@ -117,7 +119,7 @@ def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
 def test_answers_that_no_grader_can_read_are_named_for_every_task(study: Path) -> None:
     table = prompt_table().assign(answer="neither", options='["yes", "no"]')
     table.to_csv(study / "data/prompts.csv", index=False)
-    change(study, tasks={key: {"grader": {"name": "choice"}, "choices": "options"} for key in ("sum", "other")})
+    change(study, tasks={task: {"grader": {"name": "choice"}, "choices": "options"} for task in ("sum", "other")})
     found = problems(study)
     assert set(found) == {"task sum", "task other"}
     assert "the grader cannot read 6 of 6 expected answer(s): p1 ('neither')" in found["task sum"]
@@ -162,8 +164,6 @@ def test_a_full_disk_is_a_problem_before_it_is_one(sound: Path, monkeypatch: pyt
 
 def test_costs_are_counts_times_limits() -> None:
     """Every number by hand: 3 models, 10 prompts of which 4 are scored by log-likelihood and 2 have a limit of 3."""
-    from rlgen_stats.toolkit.study import parse_spec
-
     crosscoder = {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "n_features": 100, "replicates": 2}
     spec = parse_spec(
         spec_dict(
@@ -218,8 +218,6 @@ def test_the_command_prints_costs_and_problems(study: Path) -> None:
 
 def test_only_stages_that_are_to_run_are_checked(study: Path) -> None:
     change(study, crosscoders=[SPEC["crosscoders"][0] | {"readout": "joint"}, SPEC["crosscoders"][1]])  # type: ignore[index]
-    from rlgen_stats.toolkit.study.stage_graph import with_needs
-
     assert check_study(study, stages=with_needs(["drift"])).problems == ()
     (problem,) = check_study(study, stages=with_needs(["select"])).problems
     assert problem == Problem("study.yaml", problem.message)
