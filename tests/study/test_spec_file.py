@@ -148,8 +148,13 @@ def test_spec_round_trips_and_another_is_not_overwritten(tmp_path: Path) -> None
 
 def test_template_is_a_valid_study(tmp_path: Path) -> None:
     file = write_template(tmp_path, "mine")
-    assert read_spec(tmp_path).name == "mine"
-    assert len(read_spec(tmp_path).crosscoders) == 5
+    with pytest.raises(SpecError, match=r"'base\.path' names .*models/base, which does not exist"):
+        read_spec(tmp_path)
+    (tmp_path / "models/base").mkdir(parents=True)
+    (tmp_path / "models/base/config.json").write_text('{"num_hidden_layers": 28}')
+    spec = read_spec(tmp_path)
+    assert (spec.name, spec.extraction.layer, spec.models.dtype) == ("mine", 14, "auto")
+    assert len(spec.crosscoders) == 5
     assert yaml.safe_load(file.read_text())["generation"]["n_samples"] == 4
     with pytest.raises(SpecError, match="exists already"):
         write_template(tmp_path, "mine")

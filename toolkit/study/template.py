@@ -16,9 +16,11 @@ schema_version: 1
 name: {name}
 seed: 0
 device: auto                      # cuda where present, else cpu
+models: {{dtype: auto}}             # as base is stored (bfloat16: 1% noise on activations); float32: exact and larger
+                                  # device_map: auto spreads layers over GPUs; attn_implementation: sdpa, eager, ...
 
 base:
-  path: models/base               # a Hugging Face checkpoint folder
+  path: models/base               # a Hugging Face checkpoint folder, or hf://OWNER/NAME[@REVISION][/SUBFOLDER]
 
 runs:                             # checkpoints you already have (TRL, verl, LLaMA-Factory; LoRA adapters too): two or
                                   # more a run, five or more to see when features stop changing
@@ -29,7 +31,7 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
   - name: rl
     arm: rl
     method: checkpoints
-    checkpoints: {{100: models/rl/step-100, 200: models/rl/step-200}}
+    checkpoints: {{100: models/rl/step-100, 200: models/rl/step-200}}   # or a pattern: runs/rl/global_step_*/hf
   # - name: rl
   #   arm: rl
   #   method: grpo
@@ -47,7 +49,7 @@ tasks:                            # how each is graded, and its domain, role, te
                                   # ready-made ones: rlgen-stats tasks
   math: {{grader: math}}            # the last box, else the last formula, equal in value
   sciq: {{grader: exact}}           # words; others: choice, choice_loglik, final_answer, regex, a function of your own
-extraction: {{layer: 18, dtype: bfloat16, batch_size: 16}}   # middle decoder block, counted from 0
+extraction: {{layer: middle, dtype: bfloat16, batch_size: 16}}   # or a fraction of the depth, or a block from 0 on
 
 crosscoders:
   - name: main                    # its features are followed, selected and edited
