@@ -197,10 +197,10 @@ def test_tasks_on_one_line_are_not_rewritten() -> None:
         with_tasks(HEAD + "tasks: {one: {domain: in}}\n", ENTRY, where="study.yaml")
 
 
-def test_files_that_are_no_study_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"study.yaml is not valid YAML"):
-        with_tasks("name: [", ENTRY, where="study.yaml")
-    with pytest.raises(SpecError, match=r"must be a mapping of keys to values, got list"):
-        with_tasks("- a", ENTRY, where="study.yaml")
-    with pytest.raises(SpecError, match=r"unknown key 'nmae'"):
-        with_tasks(HEAD + "nmae: x\n", ENTRY, where="study.yaml")
+@pytest.mark.parametrize(
+    ("text", "message"), [("name: [", r"study.yaml is not valid YAML"), ("- a", r"must be a mapping .*, got list")]
+)
+def test_files_that_are_no_study_are_refused(study: StudyFolder, text: str, message: str) -> None:
+    study.spec.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        add_tasks(study, ["sciq"])
