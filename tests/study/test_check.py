@@ -117,7 +117,7 @@ def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
 def test_answers_that_no_grader_can_read_are_named_for_every_task(study: Path) -> None:
     table = prompt_table().assign(answer="neither", options='["yes", "no"]')
     table.to_csv(study / "data/prompts.csv", index=False)
-    change(study, tasks={key: {"grader": {"name": "choice"}, "choices": "options"} for key in ("sum", "other")})
+    change(study, tasks={task: {"grader": {"name": "choice"}, "choices": "options"} for task in ("sum", "other")})
     found = problems(study)
     assert set(found) == {"task sum", "task other"}
     assert "the grader cannot read 6 of 6 expected answer(s): p1 ('neither')" in found["task sum"]

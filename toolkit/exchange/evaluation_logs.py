@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import struct
@@ -142,13 +143,13 @@ def _lm_eval_completions(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _read_with_inspect(file: Path) -> dict[str, Any]:
     """Content of an ``.eval`` file with its attachments in place, which Inspect alone can put there."""
     try:
-        from inspect_ai.log import read_eval_log
+        inspect_log = importlib.import_module("inspect_ai.log")
     except ImportError as error:
         raise InputError(
             f"reading completions from {file} needs Inspect, which is not installed; pip install inspect-ai, or write "
             f"the log as JSON where it is: inspect log dump --resolve-attachments {file.name} > {file.stem}.json."
         ) from error
-    return dict(read_eval_log(str(file), resolve_attachments=True).model_dump(mode="json"))
+    return dict(inspect_log.read_eval_log(str(file), resolve_attachments=True).model_dump(mode="json"))
 
 
 def _inspect_document(file: Path, content: Mapping[str, Any], cluster: str | None, *, completions: bool) -> TaskLog:

@@ -180,7 +180,7 @@ def _of_verl(file: Path, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _flat(line: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _flat(line: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
     """One row a completion of a line that holds several, or holds them nested."""
     row = {name: value for name, value in line.items() if not _is_missing(value)}
     response = row.get("response")

@@ -42,26 +42,23 @@ def check_settings(
     InputError
         If one is neither declared nor recorded, or is another than the study's.
     """
-    settings, unknown = {}, []
+    settings: dict[str, float] = {}
+    unknown: dict[str, float] = {}
     for name in SETTINGS:
-        asked = [key for key, one in chosen.items() if name == "max_new_tokens" or one.sample != GREEDY]
-        said = {key: getattr(chosen[key], name) for key in asked}
-        given = {key: declared.get(name) if value is None else value for key, value in said.items()}
-        if None in given.values():
-            unknown.append(name)
-            continue
-        if declared.get(name) is not None:  # also where the files say something else
-            given |= {(prompt, None): declared[name] for prompt, _ in asked}
-        for (prompt, _), value in given.items():
+        for (prompt, _), one in chosen.items():
+            if one.sample == GREEDY and name != "max_new_tokens":
+                continue
             expected = limits[prompt] if name == "max_new_tokens" else getattr(generation, name)
-            if value != expected:
+            said = [value for value in (getattr(one, name), declared.get(name)) if value is not None]
+            if any(value != expected for value in said):
+                other = next(value for value in said if value != expected)
                 raise InputError(
-                    f"prompt {prompt!r} was completed with {name} {value:g}, expected {expected:g}, as of the study's "
+                    f"prompt {prompt!r} was completed with {name} {other:g}, expected {expected:g}, as of the study's "
                     "other models; sample it so, or change the study."
                 )
-            settings[name] = float(value)
+            (settings if said else unknown)[name] = float(expected)
     if unknown:
-        options = ", ".join(f"--{name.replace('_', '-')} {getattr(generation, name):g}" for name in unknown)
+        options = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in unknown.items())
         raise InputError(
             f"the files do not say with which {' and '.join(unknown)} they were sampled; expected what the study's "
             f"other models are sampled with: declare it, if it is so, with {options}."
@@ -97,7 +94,7 @@ def match_prompts(
     for one in completions:
         text = one.prompt_text if one.prompt_text is not None else one.prompt
         found = list(dict.fromkeys(ids.get(text or "", ())))
-        if one.prompt in texts:
+        if one.prompt is not None and one.prompt in texts:
             if one.prompt_text is not None and one.prompt not in found:
                 raise InputError(
                     f"prompt {one.prompt!r} had another text where it was sampled: {_named(one.prompt_text)}, here it "

@@ -134,10 +134,8 @@ def read_import(file: Path, prompts: pd.DataFrame, n_samples: int) -> Imported:
     if origin.prompts != prompts_hash(prompts) or len(table) != len(samples) * len(prompts):
         raise InputError(f"{file} was imported for other prompts or samples than the study's; import it again.")
     ordered = table.loc[[(sample, prompt) for sample in samples for prompt in prompts[PROMPT]]]
-    drawn = [
-        Completion(tuple(int(token) for token in row.token_ids), row.text, bool(row.terminated))
-        for row in ordered.itertuples()
-    ]
+    columns = zip(ordered["token_ids"], ordered[TEXT], ordered["terminated"], strict=True)
+    drawn = [Completion(tuple(map(int, ids)), text, bool(terminated)) for ids, text, terminated in columns]
     n = len(prompts)
     completions = [drawn[start : start + n] for start in range(0, len(drawn), n)]
     verdicts = None

@@ -199,7 +199,7 @@ def _sampling(data: StudyData) -> dict[str, str]:
     """Where models were imported: by which engine each was sampled, who graded, what stands in; else nothing."""
     if data.sampling is None:
         return {}
-    answers = {}
+    answers: dict[str, str] = {}
     for column, question in _SAMPLING.items():
         groups = data.sampling[data.sampling[column] != ""].groupby(column, sort=False).groups
         said = [

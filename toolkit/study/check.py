@@ -168,6 +168,7 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
                 load_training_table(spec, run, folder)
     if not all(folder.resolve(file).exists() for file in prompt_files(spec).values()):
         return None
+    prompts: pd.DataFrame | None = None
     with problems.collecting(" and ".join(prompt_files(spec))):
         prompts = load_prompts(spec, folder)
         for task, rows in prompts.groupby(TASK, sort=False):
@@ -175,8 +176,7 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
                 check_answers(graders_of(spec, [str(task)]), rows)
         with problems.collecting("intervention"):
             check_size(spec, folder)
-        return prompts
-    return None
+    return prompts
 
 
 def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
