@@ -13,7 +13,7 @@ _COMMANDS: Final = {
     "init": ("rlgen_stats.cli.stages", "Start a study folder with a commented study.yaml."),
     "tasks": ("rlgen_stats.cli.tasks", "List ready-made tasks (MATH-500, ARC, PIQA, ...); add them to a study."),
     "run": ("rlgen_stats.cli.stages", "Bring a study up to date: every stage that is missing or stale."),
-    "check": ("rlgen_stats.cli.check", "Say what is wrong with a study, all at once, and what it will take."),
+    "check": ("rlgen_stats.cli.checking", "Say what is wrong with a study, all at once, and what it will take."),
     "status": ("rlgen_stats.cli.stages", "Show which stages are done, stale, interrupted or waiting."),
     "posttrain": ("rlgen_stats.cli.stages", "Train the runs with TRL (SFT, GRPO), keeping checkpoints."),
     "extract": ("rlgen_stats.cli.stages", "Sample and grade completions; store labelled activations."),

@@ -108,7 +108,7 @@ def run_and_print(
     as_json: bool,
 ) -> None:
     """Run stages, then print their states as JSON, or the verdicts if there is a report."""
-    from rlgen_stats.cli.check import check_before_run
+    from rlgen_stats.cli.checking import check_before_run
     from rlgen_stats.toolkit.study import further_contrasts, run_study
 
     def replace(costs: str) -> bool:

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.toolkit.extraction import checkpoints
-from rlgen_stats.toolkit.study.check import Problem, check_study
+from rlgen_stats.toolkit.study.check_study import Problem, check_study
 from rlgen_stats.toolkit.study.costs import Sizes, estimate
 from tests.extraction.conftest import WORDS, prompt_table, save_model, word_tokenizer
 from tests.study.conftest import spec_dict

@@ -235,7 +235,7 @@ def test_what_a_later_stage_must_refuse_is_refused_before_the_first_one_runs(
     study_folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     change(study_folder, **changes)
-    monkeypatch.setattr("rlgen_stats.cli.check.check_before_run", lambda *_: None)  # these models are no models
+    monkeypatch.setattr("rlgen_stats.cli.checking.check_before_run", lambda *_: None)  # these models are no models
     result = CliRunner().invoke(main, ["run", str(study_folder)])
     assert result.exit_code == 2
     (sentence,) = result.stderr.splitlines()
@@ -307,7 +307,7 @@ def test_how_models_are_loaded_is_in_the_keys_and_its_default_is_not(study_folde
 def test_what_took_long_is_not_deleted_without_a_yes(
     study_folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, asked: bool, finished: bool
 ) -> None:
-    monkeypatch.setattr("rlgen_stats.cli.check.check_before_run", lambda *_: None)
+    monkeypatch.setattr("rlgen_stats.cli.checking.check_before_run", lambda *_: None)
     study = run_study(study_folder, stages=["outcomes"])
     study.write_record("outcomes", **read_json(study.file("outcomes")) | {"seconds": seconds, "finished": finished})
     change(study_folder, generation={"n_samples": 3})

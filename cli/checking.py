@@ -22,7 +22,7 @@ from rlgen_stats.schemas.errors import RlgenStatsError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rlgen_stats.toolkit.study.check import Problem, StudyCheck
+    from rlgen_stats.toolkit.study.check_study import Problem, StudyCheck
 
 MAX_CHARACTERS: Final = 600
 """Of a prompt that is shown."""
@@ -46,7 +46,7 @@ def check(study: str, tokens_per_second: float | None, as_json: bool) -> None:
     """  # noqa: D301 - click needs the backspace itself
     from dataclasses import asdict
 
-    from rlgen_stats.toolkit.study.check import check_study
+    from rlgen_stats.toolkit.study.check_study import check_study
 
     found = check_study(study)
     if as_json:
@@ -67,7 +67,7 @@ def check_before_run(study: str, stages: Sequence[str] | None) -> None:
     """Print every problem of a study of which stages are still to run, and leave with exit code 2 if there is one."""
     from rlgen_stats.stores import StudyFolder
     from rlgen_stats.toolkit.study import STAGES, open_for_run
-    from rlgen_stats.toolkit.study.check import check_study
+    from rlgen_stats.toolkit.study.check_study import check_study
     from rlgen_stats.toolkit.study.stage_graph import with_needs
 
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
