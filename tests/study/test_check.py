@@ -17,8 +17,10 @@ from click.testing import CliRunner
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.toolkit.extraction import checkpoints
+from rlgen_stats.toolkit.study import parse_spec
 from rlgen_stats.toolkit.study.check_study import Problem, check_study
 from rlgen_stats.toolkit.study.costs import Sizes, estimate
+from rlgen_stats.toolkit.study.stage_graph import with_needs
 from tests.extraction.conftest import WORDS, prompt_table, save_model, word_tokenizer
 from tests.study.conftest import spec_dict
 
@@ -162,8 +164,6 @@ def test_a_full_disk_is_a_problem_before_it_is_one(sound: Path, monkeypatch: pyt
 
 def test_costs_are_counts_times_limits() -> None:
     """Every number by hand: 3 models, 10 prompts of which 4 are scored by log-likelihood and 2 have a limit of 3."""
-    from rlgen_stats.toolkit.study import parse_spec
-
     crosscoder = {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "n_features": 100, "replicates": 2}
     spec = parse_spec(
         spec_dict(
@@ -218,8 +218,6 @@ def test_the_command_prints_costs_and_problems(study: Path) -> None:
 
 def test_only_stages_that_are_to_run_are_checked(study: Path) -> None:
     change(study, crosscoders=[SPEC["crosscoders"][0] | {"readout": "joint"}, SPEC["crosscoders"][1]])  # type: ignore[index]
-    from rlgen_stats.toolkit.study.stage_graph import with_needs
-
     assert check_study(study, stages=with_needs(["drift"])).problems == ()
     (problem,) = check_study(study, stages=with_needs(["select"])).problems
     assert problem == Problem("study.yaml", problem.message)

@@ -18,13 +18,26 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
 from rlgen_stats.stores.hub import is_on_hub
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
-from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models
+from rlgen_stats.stores.study_models import ModelRef, base_ref, imported_models, list_models
+from rlgen_stats.toolkit.extraction.batching import encode_prompts
+from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, check_weights, load_tokenizer
+from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
+from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
+from rlgen_stats.toolkit.extraction.model_shape import (
+    ModelShape,
+    check_context,
+    check_weight_files,
+    checkpoint_bytes,
+    read_shape,
+)
+from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
 from rlgen_stats.toolkit.study.spec_checks import stage_problems
 from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_problems
 from rlgen_stats.toolkit.study.spec_shorthands import fill_in
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage
+from rlgen_stats.toolkit.trial.plan import check_size
 
 _TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -158,10 +171,6 @@ def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> N
 
 def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> pd.DataFrame | None:
     """The prompts, with the training tables and what trials need of them; None if they cannot be read."""
-    from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
-    from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
-    from rlgen_stats.toolkit.trial.plan import check_size
-
     for run in spec.runs:
         if run.method != "checkpoints" and spec.data.train and folder.resolve(spec.data.train).exists():
             with problems.collecting("data.train"):
@@ -190,11 +199,8 @@ def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[Mo
     return tuple(ref for ref in refs if ref.path.is_dir())
 
 
-def _check_models(spec: StudySpec, refs: Sequence[ModelRef], problems: _Problems) -> Any:
+def _check_models(spec: StudySpec, refs: Sequence[ModelRef], problems: _Problems) -> ModelShape | None:
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
-    from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, check_weights
-    from rlgen_stats.toolkit.extraction.model_shape import check_weight_files, read_shape
-
     shape, configs, tokenizers = None, set(), set()
     for ref in refs:
         with problems.collecting(ref.model):
@@ -227,15 +233,10 @@ def _check_texts(
     folder: StudyFolder,
     refs: Sequence[ModelRef],
     prompts: pd.DataFrame | None,
-    shape: Any,
+    shape: ModelShape | None,
     problems: _Problems,
 ) -> tuple[dict[str, str], int | None]:
     """One prompt a task, and the tokens of all prompts; imports that are no longer the study's are named."""
-    from rlgen_stats.toolkit.extraction.batching import encode_prompts
-    from rlgen_stats.toolkit.extraction.checkpoints import load_tokenizer
-    from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
-    from rlgen_stats.toolkit.extraction.model_shape import check_context
-
     if prompts is None:
         return {}, None
     examples = {str(task): str(text) for task, text in prompts.groupby(TASK, sort=False)[TEXT].first().items()}
@@ -260,12 +261,10 @@ def _costs(
     folder: StudyFolder,
     prompts: pd.DataFrame,
     refs: Sequence[ModelRef],
-    shape: Any,
+    shape: ModelShape | None,
     prompt_tokens: int,
     problems: _Problems,
 ) -> dict[str, Any]:
-    from rlgen_stats.toolkit.extraction.model_shape import checkpoint_bytes
-
     untrained = {run.name: run.n_checkpoints for run in spec.runs if run.name not in {ref.run for ref in refs}}
     models = [ref.model for ref in refs]
     models += [f"{run} checkpoint {n}" for run, count in untrained.items() for n in range(1, count + 1)]
