@@ -368,7 +368,7 @@ def change(rows: list[dict[str, Any]], chosen: slice, **cells: Any) -> list[dict
         (
             lambda rows: [row | {"correct": 0.5} for row in rows],
             DECLARED,
-            r"correct of .* must be true or false \\(or 1, 0\\), got 0.5",
+            r"correct of .* must be true or false \(or 1, 0\), got 0.5",
         ),
         (
             lambda rows: [row | {"text": None, "token_ids": None} for row in rows],
