@@ -91,6 +91,7 @@ def import_cache(
     multiple=True,
     help="Verdicts to take: a column, metric or scorer; repeatable where tasks differ; default: column correct.",
 )
+@click.option("--grade-here", is_flag=True, help="Let the study's graders decide although verdicts come along.")
 @click.option("--temperature", type=float, help="Sampling temperature, where the files do not record it.")
 @click.option("--top-p", type=float, help="Nucleus mass, where the files do not record it.")
 @click.option("--max-new-tokens", type=int, help="Length limit in tokens, where the files do not record it.")
@@ -106,6 +107,7 @@ def import_outcomes_command(
     no_greedy: bool,
     no_samples: bool,
     metrics: tuple[str, ...],
+    grade_here: bool,
     temperature: float | None,
     top_p: float | None,
     max_new_tokens: int | None,
@@ -137,6 +139,7 @@ def import_outcomes_command(
         files,
         greedy=greedy,
         metrics=metrics,
+        grade_here=grade_here,
         stand_in="greedy" if no_greedy else "samples" if no_samples else "",
         declared={"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens},
         engine=engine,

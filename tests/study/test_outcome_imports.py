@@ -365,7 +365,11 @@ def change(rows: list[dict[str, Any]], chosen: slice, **cells: Any) -> list[dict
             DECLARED,
             r"has no correct; expected a verdict of every completion, or of none",
         ),
-        (lambda rows: [row | {"correct": 0.5} for row in rows], DECLARED, r"correct of .* must be right or wrong"),
+        (
+            lambda rows: [row | {"correct": 0.5} for row in rows],
+            DECLARED,
+            r"correct of .* must be true or false \(or 1, 0\), got 0.5",
+        ),
         (
             lambda rows: [row | {"text": None, "token_ids": None} for row in rows],
             DECLARED,
@@ -411,6 +415,23 @@ def test_verdicts_that_come_along_are_kept_and_named(world: Path, study: Path, t
     assert not [
         fact for fact in _measurement_facts(read_study_data(elsewhere, spec), spec) if "engine" in fact.question
     ]
+
+
+def test_verdicts_can_be_left_to_the_studys_graders(world: Path, study: Path, tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "rl.jsonl", [row | {"correct": True} for row in rows_of(world)])
+    assert import_outcomes(study, "rl@4", [rows], declared=DECLARED, grade_here=True).origin.graded_by == "here"
+    assert pd.read_parquet(StudyFolder(study).imported / "rl@4.parquet").correct.isna().all()
+
+
+def test_cells_of_a_csv_are_text_and_mean_the_same(world: Path, study: Path, tmp_path: Path) -> None:
+    table = pd.DataFrame(rows_of(world))
+    table = table.assign(token_ids=table.token_ids.map(json.dumps), terminated="False", max_tokens=6, temperature="1.0")
+    table.assign(top_p=1, finish_reason="").to_csv(tmp_path / "rl.csv", index=False)
+    done = import_outcomes(study, "rl@4", [tmp_path / "rl.csv"])
+    assert done.n_truncated == len(table)
+    table.assign(top_p="", terminated="maybe").to_csv(tmp_path / "rl.csv", index=False)
+    with pytest.raises(InputError, match=r"terminated of .*rl.csv must be true or false"):
+        import_outcomes(study, "rl@4", [tmp_path / "rl.csv"])
 
 
 def lm_eval_choice(number: int, prompt: str, right: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,6 +61,10 @@ class SampledFiles:
     completions: tuple[Sampled, ...]
     graded_by: str | None
     """What the verdicts are, None where there are none."""
+
+    def without_verdicts(self) -> SampledFiles:
+        """The same, to be graded anew."""
+        return SampledFiles(self.engine, tuple(replace(one, correct=None) for one in self.completions), None)
 
 
 def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metrics: Sequence[str] = ()) -> SampledFiles:
@@ -149,7 +154,7 @@ def _of_log(log: TaskLog, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
             )
         first = 0 if log.engine == "lm-eval" else 1  # Inspect counts epochs from 1
         verdicts = {
-            (row[PROMPT], row[SAMPLE] - first): _verdict(row[CORRECT], metric, log.file) for row in log.rows[metric]
+            (row[PROMPT], row[SAMPLE] - first): _truth(row[CORRECT], metric, log.file) for row in log.rows[metric]
         }
     for row in log.completions:
         yield row | {CORRECT: verdicts.get((row[PROMPT], row[SAMPLE]))}
@@ -176,7 +181,7 @@ def _of_verl(file: Path, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield {
             "prompt_text": str(row["input"]),
             "text": str(row["output"]),
-            CORRECT: None if metric is None else _verdict(row[metric], metric, file),
+            CORRECT: None if metric is None else _truth(row[metric], metric, file),
         }
 
 
@@ -203,26 +208,34 @@ def _flat(line: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
 def _of_row(row: Mapping[str, Any], metrics: Sequence[str], file: Path) -> dict[str, Any]:
     named = next((name for name in _IDS if name in row), None)
     texts = [row[name] for name in ("prompt_text", PROMPT) if name in row and name != named]
-    tokens = _first(row, _TOKENS)
-    ended = _first(row, ("finish_reason",))
+    text, tokens = _first(row, _TEXTS), _first(row, _TOKENS)
+    reason = row.get("finish_reason")
+    ended = row.get("terminated", _ENDED.get(reason["type"] if isinstance(reason, dict) else reason))
     graded = _only(metrics, row, str(file)) or CORRECT
-    number, length = row.get(SAMPLE), _first(row, _LENGTHS)
     return {
         "prompt": None if named is None else _label(row[named]),
         "prompt_text": message_text(texts[0]) if texts else None,
-        "sample": None if number is None else int(number),
-        "text": None if _first(row, _TEXTS) is None else str(_first(row, _TEXTS)),
-        "token_ids": None if tokens is None else tuple(int(token) for token in tokens),
-        "terminated": row.get("terminated", _ENDED.get(ended["type"] if isinstance(ended, dict) else ended)),
-        "correct": _verdict(row[graded], graded, file) if graded in row else None,
-        "temperature": row.get("temperature"),
-        "top_p": row.get("top_p"),
-        "max_new_tokens": None if length is None else int(length),
+        "sample": _number(row, (SAMPLE,), int),
+        "text": None if text is None else str(text),
+        "token_ids": None
+        if tokens is None
+        else tuple(int(token) for token in (json.loads(tokens) if isinstance(tokens, str) else tokens)),
+        "terminated": None if ended is None else _truth(ended, "terminated", file),
+        "correct": _truth(row[graded], graded, file) if graded in row else None,
+        "temperature": _number(row, ("temperature",), float),
+        "top_p": _number(row, ("top_p",), float),
+        "max_new_tokens": _number(row, _LENGTHS, int),
     }
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((row[name] for name in names if name in row), None)
+
+
+def _number(row: Mapping[str, Any], names: Sequence[str], kind: type[int] | type[float]) -> Any:
+    """A number; None where there is none, or an empty cell of a csv."""
+    value = _first(row, names)
+    return None if value in (None, "") else kind(value)
 
 
 def _is_missing(value: Any) -> bool:
@@ -233,9 +246,11 @@ def _label(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _verdict(value: Any, name: str, file: Path) -> bool:
+def _truth(value: Any, name: str, file: Path) -> bool:
     words = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
     given = words.get(str(value).strip().lower())
     if given is None:
-        raise InputError(f"{name} of {file} must be right or wrong (true, false, 1, 0), got {value!r}; grade it here.")
+        raise InputError(
+            f"{name} of {file} must be true or false (or 1, 0), got {value!r}; write it so, or leave it out."
+        )
     return given

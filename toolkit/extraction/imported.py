@@ -52,7 +52,7 @@ class Origin:
     settings: Mapping[str, float]
     """temperature, top_p and max_new_tokens."""
     files: Mapping[str, str]
-    """Name -> SHA-256."""
+    """SHA-256 -> name."""
     prompts: str
     """Hash of the ids and texts of the prompts."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any, Final
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import TASK
-from rlgen_stats.schemas.errors import RlgenStatsError
+from rlgen_stats.schemas.dims import BASE_MODEL, TASK, model_id
+from rlgen_stats.schemas.errors import ModelError, RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
-from rlgen_stats.stores.hub import is_on_hub
+from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
-from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models
+from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models
 from rlgen_stats.toolkit.extraction.batching import encode_prompts
 from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, check_weights, load_tokenizer
 from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
@@ -93,7 +93,7 @@ class _Problems:
 
 
 def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyCheck:
-    """Find everything that would stop a study, and estimate its costs; nothing is written, no weights are loaded.
+    """Find everything that would stop a study, and estimate its costs; no weights are loaded or downloaded.
 
     Parameters
     ----------
@@ -127,7 +127,8 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
     refs = _refs(spec, folder, problems)
-    shape = _check_models(spec, refs, problems)
+    on_hub = {model for model, path in _paths_of(spec).items() if is_on_hub(path)}
+    shape = _check_models(spec, refs, on_hub, problems)
     examples, prompt_tokens = _check_texts(spec, folder, refs, prompts, shape, problems)
     found: dict[str, Any] = {}
     if prompts is not None and shape is not None and prompt_tokens is not None:
@@ -189,23 +190,56 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
 
 
 def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
-    """Models whose folders are there; of runs that are still to be trained, none."""
+    """Models whose folders are there; of runs that are still to be trained, none.
+
+    Of models on the Hub, only configs and tokenizers are downloaded: their weights are not looked at.
+    """
+    base = _located(spec.base.path, folder, "base.path", problems)
+    runs = []
+    for run in spec.runs:
+        if run.method != "checkpoints" and not (folder.run(run.name) / POSTTRAIN_RECORD).exists():
+            continue
+        where = f"runs.{run.name}.checkpoints"
+        found = {step: _located(path, folder, f"{where}.{step}", problems) for step, path in run.checkpoints.items()}
+        there = {step: path for step, path in found.items() if path is not None}
+        runs.append(run.model_copy(update={"checkpoints": there}))
     refs: tuple[ModelRef, ...] = ()
-    made = [
-        run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / "posttrain.json").exists()
-    ]
-    with problems.collecting("runs"):
-        refs = list_models(spec.model_copy(update={"runs": tuple(made)}), folder)
+    if base is not None:
+        local = {"base": spec.base.model_copy(update={"path": base}), "runs": tuple(runs)}
+        with problems.collecting("runs"):
+            refs = list_models(spec.model_copy(update=local), folder)
     return tuple(ref for ref in refs if ref.path.is_dir())
 
 
-def _check_models(spec: StudySpec, refs: Sequence[ModelRef], problems: _Problems) -> ModelShape | None:
+def _located(path: str, folder: StudyFolder, where: str, problems: _Problems) -> str | None:
+    """Where a checkpoint's small files are on this machine."""
+    if not is_on_hub(path):
+        return path
+    with problems.collecting(where):
+        found = locate_checkpoint(path, folder, only="config.json")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            with suppress(ModelError):  # others may stand for it
+                locate_checkpoint(path, folder, only=name)
+        return str(found)
+    return None
+
+
+def _paths_of(spec: StudySpec) -> dict[str, str]:
+    """Model -> its path in the study file, of those that have one."""
+    made = {model_id(run.name, step): path for run in spec.runs for step, path in run.checkpoints.items()}
+    return {BASE_MODEL: spec.base.path} | made
+
+
+def _check_models(
+    spec: StudySpec, refs: Sequence[ModelRef], on_hub: Collection[str], problems: _Problems
+) -> ModelShape | None:
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
     shape, configs, tokenizers = None, set(), set()
     for ref in refs:
-        with problems.collecting(ref.model):
-            check_weights(ref)
-            check_weight_files(ref)
+        if ref.model not in on_hub:
+            with problems.collecting(ref.model):
+                check_weights(ref)
+                check_weight_files(ref)
         config = _content(ref.path, ("config.json", "adapter_config.json"))
         if config not in configs:
             configs.add(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pandas as pd
 
@@ -36,7 +36,7 @@ from rlgen_stats.toolkit.extraction.imported import (
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 
-STAGE = "outcomes"
+STAGE: Final = "outcomes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ def import_outcomes(
     *,
     greedy: Sequence[Path | str] = (),
     metrics: Sequence[str] = (),
+    grade_here: bool = False,
     stand_in: StandIn = "",
     declared: Mapping[str, float | None] | None = None,
     engine: str | None = None,
@@ -77,6 +78,8 @@ def import_outcomes(
         ``run@step``, or ``base@0``.
     files, greedy, metrics
         As :func:`~rlgen_stats.toolkit.exchange.sampled_files.read_sampled` takes them.
+    grade_here
+        Whether the study's graders decide although verdicts come along.
     stand_in
         ``"greedy"`` lets the first sample stand in for greedy completions that were not made, ``"samples"`` the greedy
         one for samples.
@@ -100,9 +103,13 @@ def import_outcomes(
     Written at once or not at all. What other models' completions were sampled before stays.
     """
     study = open_for_run(path)
+    if study.folder.study is not None:
+        raise InputError(f"{path} is one contrast of the study in {study.folder.study}; import into that.")
     with exclusive(study.folder.stages / "run"):
         ref = find_model(model, study.spec, study.folder)
         given = read_sampled([Path(file) for file in files], greedy=[Path(file) for file in greedy], metrics=metrics)
+        if grade_here:
+            given = given.without_verdicts()
         origin, found = _checked(study, ref, given, stand_in, declared or {}, engine, [*files, *greedy])
         file = study.folder.imported / f"{ref.model}.parquet"
         changed = not file.exists() or read_origin(file) != origin
@@ -152,7 +159,7 @@ def _checked(
         graded_by=given.graded_by or HERE,
         stand_in=stand_in,
         settings=settings,
-        files={Path(file).name: file_sha256(Path(file)) for file in files},
+        files={file_sha256(Path(file)): Path(file).name for file in files},
         prompts=prompts_hash(prompts),
     )
     return origin, found
