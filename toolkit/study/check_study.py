@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
@@ -18,9 +18,8 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
 from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
-from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models
-from rlgen_stats.toolkit.extraction.batching import encode_prompts
-from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, check_weights, load_tokenizer
+from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights
 from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
 from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
 from rlgen_stats.toolkit.extraction.model_shape import (
@@ -30,6 +29,7 @@ from rlgen_stats.toolkit.extraction.model_shape import (
     checkpoint_bytes,
     read_shape,
 )
+from rlgen_stats.toolkit.extraction.rendering import RenderedExample, check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
@@ -38,6 +38,9 @@ from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_p
 from rlgen_stats.toolkit.study.spec_shorthands import fill_in
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage
 from rlgen_stats.toolkit.trial.plan import check_size
+
+if TYPE_CHECKING:
+    from rlgen_stats.toolkit.extraction.rendering import RenderedExample
 
 _TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -61,8 +64,8 @@ class StudyCheck:
     imported: tuple[str, ...] = ()
     n_prompts: dict[str, int] = field(default_factory=dict)
     """Task -> prompts."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """Task -> its first prompt, as a model reads it."""
+    examples: tuple[RenderedExample, ...] = ()
+    """The first prompt of every task as base and runs read it."""
     n_blocks: int | None = None
     """Decoder blocks of base."""
     width: int | None = None
@@ -126,10 +129,11 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
         problems.add("study.yaml", message)
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
-    refs = _refs(spec, folder, problems)
+    here = _on_this_machine(spec, folder, problems)
+    refs = () if here is None else _refs(here, folder, problems)
     on_hub = {model for model, path in _paths_of(spec).items() if is_on_hub(path)}
-    shape = _check_models(spec, refs, on_hub, problems)
-    examples, prompt_tokens = _check_texts(spec, folder, refs, prompts, shape, problems)
+    shape = _check_models(spec, refs, on_hub, prompts, problems)
+    examples, prompt_tokens = _check_texts(here or spec, folder, refs, prompts, shape, problems)
     found: dict[str, Any] = {}
     if prompts is not None and shape is not None and prompt_tokens is not None:
         found = _costs(spec, folder, prompts, refs, shape, prompt_tokens, problems)
@@ -189,26 +193,33 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
     return prompts
 
 
-def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
-    """Models whose folders are there; of runs that are still to be trained, none.
+def _on_this_machine(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> StudySpec | None:
+    """The study with its models of the Hub where they are here: configs and tokenizers, no weights.
 
-    Of models on the Hub, only configs and tokenizers are downloaded: their weights are not looked at.
+    Checkpoints that the Hub does not give are left out; None if it does not give base.
     """
     base = _located(spec.base.path, folder, "base.path", problems)
+    if base is None:
+        return None
     runs = []
     for run in spec.runs:
-        if run.method != "checkpoints" and not (folder.run(run.name) / POSTTRAIN_RECORD).exists():
-            continue
         where = f"runs.{run.name}.checkpoints"
         found = {step: _located(path, folder, f"{where}.{step}", problems) for step, path in run.checkpoints.items()}
         there = {step: path for step, path in found.items() if path is not None}
-        runs.append(run.model_copy(update={"checkpoints": there}))
-    refs: tuple[ModelRef, ...] = ()
-    if base is not None:
-        local = {"base": spec.base.model_copy(update={"path": base}), "runs": tuple(runs)}
-        with problems.collecting("runs"):
-            refs = list_models(spec.model_copy(update=local), folder)
-    return tuple(ref for ref in refs if ref.path.is_dir())
+        if there or run.method != "checkpoints":
+            runs.append(run.model_copy(update={"checkpoints": there}))
+    return spec.model_copy(update={"base": spec.base.model_copy(update={"path": base}), "runs": tuple(runs)})
+
+
+def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
+    """Models whose folders are there; of runs that are still to be trained, none."""
+    made = [
+        run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / POSTTRAIN_RECORD).exists()
+    ]
+    with problems.collecting("runs"):
+        refs = list_models(spec.model_copy(update={"runs": tuple(made)}), folder)
+        return tuple(ref for ref in refs if ref.path.is_dir())
+    return ()
 
 
 def _located(path: str, folder: StudyFolder, where: str, problems: _Problems) -> str | None:
@@ -231,7 +242,11 @@ def _paths_of(spec: StudySpec) -> dict[str, str]:
 
 
 def _check_models(
-    spec: StudySpec, refs: Sequence[ModelRef], on_hub: Collection[str], problems: _Problems
+    spec: StudySpec,
+    refs: Sequence[ModelRef],
+    on_hub: Collection[str],
+    prompts: pd.DataFrame | None,
+    problems: _Problems,
 ) -> ModelShape | None:
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
     shape, configs, tokenizers = None, set(), set()
@@ -246,11 +261,11 @@ def _check_models(
             with problems.collecting(ref.model):
                 found = read_shape(ref, spec.extraction.layer)
                 shape = found if ref is refs[0] else shape
-        files = _content(ref.path, _TOKENIZER_FILES)
+        files = _content(ref.path, _TOKENIZER_FILES) + ref.chat.model_dump_json()
         if files not in tokenizers:
             tokenizers.add(files)
             with problems.collecting(ref.model):
-                check_tokenizers([refs[0], ref])
+                check_tokenizers([refs[0], ref], [] if prompts is None else list(prompts[TEXT]))
     return shape
 
 
@@ -269,24 +284,26 @@ def _check_texts(
     prompts: pd.DataFrame | None,
     shape: ModelShape | None,
     problems: _Problems,
-) -> tuple[dict[str, str], int | None]:
-    """One prompt a task, and the tokens of all prompts; imports that are no longer the study's are named."""
+) -> tuple[tuple[RenderedExample, ...], int | None]:
+    """One prompt a task, and the tokens of all prompts where most; imports that are not the study's are named."""
     if prompts is None:
-        return {}, None
-    examples = {str(task): str(text) for task, text in prompts.groupby(TASK, sort=False)[TEXT].first().items()}
+        return (), None
     imported = {}
     for model, file in imported_models(folder).items():
         with problems.collecting(str(file)):
             imported[model] = read_import(file, prompts, spec.generation.n_samples)
     with problems.collecting("import-outcomes"):
         check_stand_ins([ref.model for ref in refs], imported)
+    examples: tuple[RenderedExample, ...] = ()
     n_tokens = None
     if refs:
         with problems.collecting("prompts"):
-            encoded = encode_prompts(load_tokenizer(refs[0]), list(prompts[TEXT]))
-            n_tokens = sum(map(len, encoded))
-            if shape is not None:
-                check_context(shape, encoded, token_limits(spec, prompts))
+            examples = tuple(rendered_examples(spec, folder))
+            for ref in one_of_each(spec, folder):
+                encoded = load_reader(ref).encode(list(prompts[TEXT]))
+                n_tokens = max(n_tokens or 0, sum(map(len, encoded)))
+                if shape is not None:
+                    check_context(shape, encoded, token_limits(spec, prompts))
     return examples, n_tokens
 
 
