@@ -58,7 +58,10 @@ def init(study: str, name: str | None) -> None:
     from rlgen_stats.toolkit.study.template import write_template
 
     file = write_template(Path(study), name or Path(study).resolve().name)
-    click.echo(f"Wrote {file}. Fill in the paths of your base, runs and prompts, then: rlgen-stats run {study}")
+    click.echo(
+        f"Wrote {file}. Fill in the paths of your base and runs, and of your prompts (or: rlgen-stats tasks), then: "
+        f"rlgen-stats run {study}"
+    )
 
 
 @click.command()

@@ -48,7 +48,8 @@ class GraderSpec(Spec):
     options: Literal["letters", "texts"] | None = None
     """What is scored of each choice, its letter or (default) its text (grader choice_loglik)."""
     normalize: Literal["none", "tokens", "characters"] | None = None
-    """Divide a choice's log-likelihood by its tokens or characters; default: none (grader choice_loglik)."""
+    """Divide a choice's log-likelihood by its tokens or characters; default: none (grader choice_loglik). What
+    others call acc and acc_norm is decided by none and characters."""
 
     @model_validator(mode="before")
     @classmethod
@@ -103,9 +104,6 @@ class TaskSpec(Spec):
     """Column with each prompt's choices, a list or a JSON list; default: column choices, where the table has one."""
     n_choices: Annotated[int, Field(ge=2, le=26)] | None = None
     """Number of choices every prompt must have."""
-    metric: Literal["accuracy", "acc", "acc_norm"] = "accuracy"
-    """accuracy: share of right completions; acc and acc_norm: share of prompts whose right choice has the largest
-    log-likelihood, summed or divided by the choice's length."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end a completion, such as '\\n\\nQuestion:', with which a base model begins the next question."""
     max_new_tokens: PositiveInt | None = None

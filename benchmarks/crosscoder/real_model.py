@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import yaml
 from numpy.typing import NDArray
-from transformers import AutoConfig
 
 from benchmarks.reports import Goal, report
 from rlgen_stats.cli.console import progress_for
@@ -177,7 +176,7 @@ def write_study(folder: Path, base: Path, size: Size) -> None:
         "contrast": list(RUNS),
         "data": {"prompts": "data/prompts.csv", "train": "data/train.csv"},
         "grader": {"name": "math"},
-        "extraction": {"layer": AutoConfig.from_pretrained(base).num_hidden_layers // 2, "batch_size": 32},
+        "extraction": {"layer": "middle", "batch_size": 32},
         "crosscoders": [
             {"name": "main", "views": views, "n_features": size.n_features, "k": size.k, "steps": size.steps}
             | {"batch_size": size.batch_size, "learning_rate": 1e-3}

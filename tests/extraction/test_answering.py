@@ -131,7 +131,7 @@ def test_prompts_without_choices_are_refused_before_a_model_is_loaded(
     table = pd.read_parquet(folder.root / "data/prompts.parquet")
     table.at[2, "choices"] = None
     table.to_parquet(folder.root / "data/prompts.parquet")
-    with pytest.raises(InputError, match=r"1 prompt\(s\) of task 'other' have no choices to be scored, .* 'p2'; add"):
+    with pytest.raises(InputError, match=r"task 'other': 1 prompt\(s\) have no choices to be scored, .* 'p2'; add"):
         sample_outcomes(spec, folder, provenance=provenance)
 
 

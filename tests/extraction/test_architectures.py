@@ -183,6 +183,13 @@ def test_a_model_that_takes_pads_for_text_is_refused() -> None:
         check_batches(model, "rl@1")
 
 
+def test_logits_that_are_nan_are_refused_with_the_type() -> None:
+    model = tiny("llama").to(torch.float16)
+    model.model.layers[1].mlp.down_proj.weight.fill_(6e4)  # finite, but sums of such are not
+    with pytest.raises(ModelError, match=r"rl@1: its logits are NaN in torch\.float16; .*bfloat16 or float32"):
+        check_batches(model, "rl@1")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma2", "falcon_h1"])
 def test_rounding_in_half_types_is_not_taken_for_pads(family: str) -> None:
     check_batches(tiny(family).to(torch.bfloat16), "rl@1")

@@ -113,6 +113,15 @@ DECISIONS = (
         "toolkit/statistics/causal/failure_modes.py",
         ("tests/statistics/causal/test_failure_modes.py",),
         technical=("N_HASHES",),
+        unnoticed={
+            "kinds_of_endings: known.sum() < 2  ->  known.sum() < 1": "what is known of one completion alone is -1, "
+            "below every similarity",
+            "kinds_of_endings: nearest < threshold - 1e-09  ->  nearest <= threshold - 1e-09": EXACT,
+            "kinds_of_endings: threshold - 1e-09  ->  threshold - 1.1000000000000001e-09": SLACK,
+            "kinds_of_endings: threshold - 1e-09  ->  threshold - 9e-10": SLACK,
+            "agreement_of: len(pool) < 2  ->  len(pool) < 1": "the mean over no other prompt is not a number, and left "
+            "out as well",
+        },
     ),
     Decision(
         "toolkit/statistics/causal/controls.py",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.toolkit.exchange.benchmark_layouts import BENCHMARKS
+from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
 from rlgen_stats.toolkit.study.add_tasks import add_tasks, with_tasks
 from rlgen_stats.toolkit.study.spec_file import read_spec
 from rlgen_stats.toolkit.study.template import write_template
@@ -56,6 +58,8 @@ def test_every_task_is_added_and_read(study: StudyFolder, downloads: Path) -> No
         assert len(rows) == task.n_prompts == len(pd.read_parquet(study.root / task.file))
         assert set(rows["domain"]) == {BENCHMARKS[task.name].domain}
         assert (rows["choices"] == "").all() == (BENCHMARKS[task.name].options is None)
+    table = load_prompts(spec, study)
+    check_answers(graders_of(spec, table["task"]), table)  # every answer can be read by its task's grader
     texts = {task: list(rows["text"]) for task, rows in prompts}
     assert texts["aime25"] == [
         "Find $6\\cdot 7$.\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -76,6 +80,7 @@ def test_letters_to_be_generated(study: StudyFolder, downloads: Path) -> None:
     spec = read_spec(study.root)
     assert (spec.grader_of("piqa").name, spec.grader_of("math500").name) == ("choice", "math")
     prompts = load_prompts(spec, study)
+    check_answers(graders_of(spec, prompts["task"]), prompts)
     assert prompts["text"][0] == "Question: To dry a wet boot\nA. stuff it with paper\nB. stuff it with snow\nAnswer:"
 
 
@@ -145,12 +150,46 @@ def test_all_else_in_the_file_stays_letter_for_letter(section: str, before: Any,
     assert edited.count("#") == text.count("#")
 
 
-def test_the_template_of_init_takes_tasks(tmp_path: Path) -> None:
-    text = write_template(tmp_path / "study", "study").read_text()
-    edited = with_tasks(text, ENTRY, where="study.yaml")
-    assert edited.startswith(text)
-    assert listed(edited) == ENTRY
-    assert edited.endswith('    template: "{text}\\nGo: \\\\boxed{}"\n')  # on one line
+def test_example_prompts_of_init_give_way(tmp_path: Path, downloads: Path) -> None:
+    study = StudyFolder(tmp_path / "mine")
+    text = write_template(study.root, "mine").read_text()
+    add_tasks(study, ["sciq", "math500"], source=str(downloads))
+    spec = read_spec(study.root)
+    assert list(spec.tasks) == ["sciq", "math500"]
+    assert spec.data.prompts is None
+    assert set(load_prompts(spec, study)["task"]) == {"sciq", "math500"}
+    assert not (study.root / "data/prompts.csv").exists()
+    remaining = iter(text.splitlines())
+    entries = list(_lines_of_entries(study))
+    assert all(line in remaining for line in study.spec.read_text().splitlines() if line not in entries)
+    assert len(text.splitlines()) - 4 + len(entries) == len(study.spec.read_text().splitlines())
+
+
+def _lines_of_entries(study: StudyFolder) -> Iterator[str]:
+    lines = study.spec.read_text().splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("tasks:"))
+    for line in lines[start + 1 :]:
+        if not line.startswith("  "):
+            return
+        yield line
+
+
+@pytest.mark.parametrize("changed", ["study.yaml", "data/prompts.csv"])
+def test_prompts_of_ones_own_stay(changed: str, tmp_path: Path, downloads: Path) -> None:
+    study = StudyFolder(tmp_path / "mine")
+    write_template(study.root, "mine")
+    file = study.root / changed
+    file.write_text(
+        file.read_text().replace("  math: {grader: math}", "  math: {grader: exact}").replace("7 + 5", "8 + 4")
+    )
+    add_tasks(study, ["math500"], source=str(downloads))
+    assert list(read_spec(study.root).tasks) == ["math", "sciq", "math500"]
+    assert set(load_prompts(read_spec(study.root), study)["task"]) == {"math", "sciq", "math500"}
+
+
+def test_texts_of_several_lines_are_written_as_one() -> None:
+    edited = with_tasks(HEAD, ENTRY, where="study.yaml")
+    assert edited.endswith('    template: "{text}\\nGo: \\\\boxed{}"\n')
 
 
 def test_tasks_on_one_line_are_not_rewritten() -> None:

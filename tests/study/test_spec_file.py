@@ -10,6 +10,9 @@ from rlgen_stats.schemas import study as study_module
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.spec import Spec
 from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores.prompts import load_prompts
+from rlgen_stats.toolkit.extraction import Completion
+from rlgen_stats.toolkit.extraction.grading import check_answers, grade_all, graders_of
 from rlgen_stats.toolkit.study import parse_spec, read_spec, write_spec
 from rlgen_stats.toolkit.study.strict_yaml import YamlError, load_yaml
 from rlgen_stats.toolkit.study.template import write_template
@@ -145,8 +148,24 @@ def test_spec_round_trips_and_another_is_not_overwritten(tmp_path: Path) -> None
 
 def test_template_is_a_valid_study(tmp_path: Path) -> None:
     file = write_template(tmp_path, "mine")
-    assert read_spec(tmp_path).name == "mine"
-    assert len(read_spec(tmp_path).crosscoders) == 5
+    with pytest.raises(SpecError, match=r"'base\.path' names .*models/base, which does not exist"):
+        read_spec(tmp_path)
+    (tmp_path / "models/base").mkdir(parents=True)
+    (tmp_path / "models/base/config.json").write_text('{"num_hidden_layers": 28}')
+    spec = read_spec(tmp_path)
+    assert (spec.name, spec.extraction.layer, spec.models.dtype) == ("mine", 14, "auto")
+    assert len(spec.crosscoders) == 5
     assert yaml.safe_load(file.read_text())["generation"]["n_samples"] == 4
     with pytest.raises(SpecError, match="exists already"):
         write_template(tmp_path, "mine")
+
+
+def test_the_templates_own_answers_are_graded_right_as_a_model_would_write_them(tmp_path: Path) -> None:
+    """One grader, math, was paired with a question on gases: no answer to it was ever right."""
+    write_template(tmp_path, "mine")
+    spec = read_spec(tmp_path)
+    prompts = load_prompts(spec, StudyFolder(tmp_path))
+    graders = graders_of(spec, prompts["task"])
+    check_answers(graders, prompts)
+    written = [Completion((), f"The answer is {answer}.", True) for answer in prompts["answer"]]
+    assert [grade.correct for grade in grade_all(graders, written, prompts)] == [True, True]

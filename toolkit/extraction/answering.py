@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import PROMPT, TASK
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores.prompts import CHOICES, TEXT, choices_of
 from rlgen_stats.toolkit.extraction.choice_scoring import PromptLengths, score_choices
 from rlgen_stats.toolkit.extraction.generation import Completion, asked_of, generate
-from rlgen_stats.toolkit.extraction.grading import Grader, graders_of
+from rlgen_stats.toolkit.extraction.grading import graders_of
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 
@@ -62,11 +61,12 @@ def answer_prompts(
     Raises
     ------
     InputError, ModelError
-        As ``generate`` and ``score_choices``; also if a prompt whose choices are to be scored has none.
+        As ``generate`` and ``score_choices``.
     """
-    chosen = scores_choices(graders_of(spec, prompts[TASK]), prompts)
+    graders = graders_of(spec, prompts[TASK])
+    chosen = np.array([not graders[task].needs_generation for task in prompts[TASK]], dtype=bool)
     best = iter(_most_likely(model, tokenizer, prompts[chosen], spec, active, progress, f"{description} choices"))
-    choice_of = {row: next(best) for row in np.flatnonzero(chosen)}
+    choice_of = {int(row): next(best) for row in np.flatnonzero(chosen)}
     written = _written(
         model,
         tokenizer,
@@ -83,24 +83,6 @@ def answer_prompts(
         remaining = iter(completions)
         draws.append([choice_of[row] if row in choice_of else next(remaining) for row in range(len(prompts))])
     return draws
-
-
-def scores_choices(graders: Mapping[str, Grader], prompts: pd.DataFrame) -> NDArray[np.bool_]:
-    """[prompt] whether its choices are scored, and nothing is written.
-
-    Raises
-    ------
-    InputError
-        If such a prompt has no choices.
-    """
-    scored = np.array([not graders[task].needs_generation for task in prompts[TASK]], dtype=bool)
-    without = prompts[scored & (prompts[CHOICES] == "").to_numpy()]
-    if len(without):
-        raise InputError(
-            f"{len(without)} prompt(s) of task {without[TASK].iloc[0]!r} have no choices to be scored, the first is "
-            f"{without[PROMPT].iloc[0]!r}; add a column {CHOICES!r} or name another grader."
-        )
-    return scored
 
 
 def _most_likely(

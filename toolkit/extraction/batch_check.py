@@ -31,7 +31,7 @@ def check_batches(model: Any, name: str) -> None:
     Raises
     ------
     ModelError
-        If its forward pass returns no cache, or a text's logits depend on the pads before it.
+        If its forward pass returns no cache, logits are NaN, or a text's logits depend on the pads before it.
     """
     ids = [1 + i % (int(model.config.get_text_config().vocab_size) - 1) for i in range(8)]
     short = ids[:3]
@@ -46,6 +46,11 @@ def check_batches(model: Any, name: str) -> None:
             "included: leave this one out."
         )
     padded, reference = both.logits[1, -len(short) :].double(), alone.logits[0].double()
+    if reference.isnan().any():
+        raise ModelError(
+            f"{name}: its logits are NaN in {model.dtype}; expected numbers: set models.dtype to bfloat16 or float32, "
+            "which hold larger values than float16, or leave the model out if its training diverged."
+        )
     difference = float(((padded - reference).norm(dim=-1) / reference.norm(dim=-1)).median())
     if difference > MAX_DIFFERENCE:
         raise ModelError(

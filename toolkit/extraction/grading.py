@@ -106,7 +106,8 @@ def grade_all(graders: Mapping[str, Grader], completions: Iterable[Completion], 
 def check_answers(graders: Mapping[str, Grader], prompts: pd.DataFrame, *, where: str = "") -> None:
     """Refuse expected answers that their task's grader does not find right when they are given as they stand.
 
-    Whatever a model wrote to such a prompt would be wrong. ``where`` names the table, where it is not the study's.
+    Whatever a model wrote to such a prompt would be wrong. Prompts without choices are refused where those are to be
+    scored. ``where`` names the table, where it is not the study's.
 
     Raises
     ------
@@ -115,7 +116,13 @@ def check_answers(graders: Mapping[str, Grader], prompts: pd.DataFrame, *, where
     """
     for name, of_task in prompts.groupby(TASK, sort=False):
         task = str(name)
-        grader = graders[task]
+        grader, what = graders[task], where or f"task {task!r}"
+        bare = of_task[PROMPT][(of_task[CHOICES] == "").to_numpy()]
+        if not grader.needs_generation and len(bare):
+            raise InputError(
+                f"{what}: {len(bare)} prompt(s) have no choices to be scored, the first is {bare.iloc[0]!r}; add a "
+                f"column {CHOICES!r} or name another grader."
+            )
         unread = []
         for prompt, answer, choices in zip(of_task[PROMPT], of_task[ANSWER], of_task[CHOICES], strict=True):
             text = grader.usual_form(answer)
@@ -123,7 +130,6 @@ def check_answers(graders: Mapping[str, Grader], prompts: pd.DataFrame, *, where
                 unread.append(f"{prompt} ({answer!r})")
         if unread:
             more = f" and {len(unread) - N_NAMED} more" if len(unread) > N_NAMED else ""
-            what = where or f"task {task!r}"
             raise InputError(
                 f"{what}: the grader cannot read {len(unread)} of {len(of_task)} expected answer(s): "
                 f"{', '.join(unread[:N_NAMED])}{more}; correct the answers, drop the rows or name another "

@@ -88,7 +88,7 @@ def weight_distance(base: torch.nn.Module, model: torch.nn.Module) -> float:
 
 def _chunks(weight: torch.Tensor, device: torch.device | None = None) -> Iterator[torch.Tensor]:
     """A parameter's values in float64, some at a time: differences of half types are not exact in these types."""
-    return (part.to(device, torch.float64) for part in weight.detach().flatten().split(_WEIGHTS))
+    return (part.to(device, torch.float64) for part in torch.split(weight.detach().flatten(), _WEIGHTS))
 
 
 def mean_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> float:

@@ -62,7 +62,7 @@ def log_probability_blocks(*logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
     Small divergences are lost in float32, and half types hold three digits.
     """
     size = max(1, BLOCK_BYTES // (8 * logits[0].shape[-1]))
-    for parts in zip(*(one.split(size) for one in logits), strict=True):
+    for parts in zip(*(torch.split(one, size) for one in logits), strict=True):
         yield tuple(part.double().log_softmax(dim=-1) for part in parts)
 
 

@@ -21,7 +21,7 @@ from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models, ref_coords
 from rlgen_stats.stores.tables import check_owner
-from rlgen_stats.toolkit.extraction.answering import answer_prompts, scores_choices
+from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.checkpoints import (
     check_tokenizers,
     check_weights,
@@ -110,7 +110,6 @@ def sample_outcomes(
     prompts = load_prompts(spec, folder)
     graders = graders_of(spec, prompts[TASK])
     check_answers(graders, prompts)
-    scores_choices(graders, prompts)
     refs = list_models(spec, folder)
     for ref in refs:
         check_weights(ref)

@@ -169,6 +169,9 @@ def _measurement_facts(data: StudyData, spec: StudySpec) -> list[Fact]:
                 f"Residual stream after decoder block {spec.extraction.layer}; a prompt's summary averages over its "
                 f"{tokens} tokens."
             ),
+            "In which type were the models read?": (
+                "The one base is stored in." if spec.models.dtype == "auto" else f"{spec.models.dtype}."
+            ),
             "On which scale are features compared?": scale,
             "Which dictionary?": (
                 f"{crosscoder.name}: {crosscoder.n_features:,} features, {crosscoder.sparsity}, views "

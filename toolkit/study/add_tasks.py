@@ -16,6 +16,7 @@ from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.toolkit.exchange.benchmark_files import SUFFIXES, read_benchmark
 from rlgen_stats.toolkit.exchange.benchmark_layouts import BENCHMARKS, Benchmark
 from rlgen_stats.toolkit.study.spec_file import parse_spec
+from rlgen_stats.toolkit.study.template import EXAMPLE_PROMPTS, without_example
 
 _FOLDER: Final = "data/tasks"
 
@@ -41,6 +42,8 @@ def add_tasks(
     generated: bool = False,
 ) -> list[AddedTask]:
     """Write ready-made tasks into a study: all of them, or none where one cannot be read.
+
+    The example prompts of ``rlgen-stats init``, and their tasks, go where they are still as it wrote them.
 
     Parameters
     ----------
@@ -73,7 +76,9 @@ def add_tasks(
     chosen = [BENCHMARKS[name] for name in dict.fromkeys(names)]
     files = {one.name: f"{_FOLDER}/{one.name}.parquet" for one in chosen}
     settings = {one.name: one.settings(files[one.name], generated=generated) for one in chosen}
-    edited = with_tasks(folder.spec.read_text(encoding="utf-8"), settings, where=str(folder.spec))
+    text, prompts = folder.spec.read_text(encoding="utf-8"), folder.root / EXAMPLE_PROMPTS
+    own = without_example(text, prompts)
+    edited = with_tasks(text if own is None else own, settings, where=str(folder.spec))
     tables = {}
     for one in chosen:
         place = None if source is None else _place(source, one, alone=len(chosen) == 1)
@@ -82,6 +87,8 @@ def add_tasks(
         _write(table, folder.root / files[name])
     with replacing(folder.spec) as temporary:
         temporary.write_text(edited, encoding="utf-8")
+    if own is not None:
+        prompts.unlink()
     return [AddedTask(name, files[name], len(table), settings[name]) for name, table in tables.items()]
 
 

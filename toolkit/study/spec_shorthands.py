@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from rlgen_stats.schemas.errors import RlgenStatsError, SpecError
@@ -33,14 +33,30 @@ def fill_in(raw: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
     if isinstance(runs, list):
         raw = raw | {"runs": [_fill_in_run(run, folder) if isinstance(run, dict) else run for run in runs]}
     extraction = raw.get("extraction")
-    layer = extraction.get("layer") if isinstance(extraction, dict) else None
+    extraction = extraction if isinstance(extraction, dict) else {}
+    layer = extraction.get("layer")
     if layer == MIDDLE or (isinstance(layer, float) and 0 < layer < 1):
         base = raw.get("base")
         path = base.get("path") if isinstance(base, dict) else None
         if isinstance(path, str):
             depth = _depth(path, folder)
-            raw = raw | {"extraction": {**extraction, "layer": int((0.5 if layer == MIDDLE else layer) * depth)}}
+            raw = raw | {"extraction": extraction | {"layer": int((0.5 if layer == MIDDLE else layer) * depth)}}
     return raw
+
+
+def existing(path: str, name: str, folder: StudyFolder) -> Path:
+    """The file or folder that the key ``name`` of study.yaml names.
+
+    Raises
+    ------
+    SpecError
+        If there is none.
+    """
+    full = folder.resolve(path)
+    if not full.exists():
+        hub = f", or write hf://{path} for the model of the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+        raise SpecError(f"'{name}' names {full}, which does not exist; correct it in {folder.spec}{hub}.")
+    return full
 
 
 def _fill_in_run(run: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
@@ -89,14 +105,16 @@ def _candidates(pattern: str, folder: StudyFolder) -> list[str]:
 
 def _depth(base: str, folder: StudyFolder) -> int:
     """Number of decoder blocks, from base's config.json."""
-    file = locate_checkpoint(base, folder, only="config.json") / "config.json"
+    on_hub = is_on_hub(base)
+    place = locate_checkpoint(base, folder, only="config.json") if on_hub else existing(base, "base.path", folder)
+    file = place / "config.json"
     try:
         config = read_json(file)
         config = config.get("text_config") or config
         found = next((config[name] for name in _DEPTHS if name in config), None)
     except (OSError, AttributeError, RlgenStatsError) as error:
         raise SpecError(
-            f"extraction.layer is relative to base's depth, but {file} cannot be read ({error})."
+            f"extraction.layer is relative to base's depth, but {file} cannot be read ({error}); correct base.path."
         ) from error
     if not isinstance(found, int):
         raise SpecError(

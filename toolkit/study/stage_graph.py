@@ -8,7 +8,6 @@ was forced to run anew: whatever was computed from what it left before is stale.
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -27,6 +26,7 @@ from rlgen_stats.stores.hub import MODEL_FILES, hub_folder, is_on_hub
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.stores.study_models import imported_models
+from rlgen_stats.toolkit.study.spec_shorthands import existing
 
 State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
 
@@ -266,11 +266,7 @@ class Study:
         if is_on_hub(path):
             one = hub_folder(path, self.folder)
             return content_hash([one.repo, one.commit, one.subfolder])
-        full = self.folder.resolve(path)
-        if not full.exists():
-            hub = f", or write hf://{path} for the model of the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
-            raise SpecError(f"'{name}' names {full}, which does not exist; correct it in {self.folder.spec}{hub}.")
-        return self._fingerprints.of(full)
+        return self._fingerprints.of(existing(path, name, self.folder))
 
     def key(self, name: str) -> str:
         """Content key of a stage."""

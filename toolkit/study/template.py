@@ -16,9 +16,11 @@ schema_version: 1
 name: {name}
 seed: 0
 device: auto                      # cuda where present, else cpu
+models: {{dtype: auto}}             # as base is stored (bfloat16: 1% noise on activations); float32: exact and larger
+                                  # device_map: auto spreads layers over GPUs; attn_implementation: sdpa, eager, ...
 
 base:
-  path: models/base               # a Hugging Face checkpoint folder
+  path: models/base               # a Hugging Face checkpoint folder, or hf://OWNER/NAME[@REVISION][/SUBFOLDER]
 
 runs:                             # checkpoints you already have (TRL, verl, LLaMA-Factory; LoRA adapters too): two or
                                   # more a run, five or more to see when features stop changing
@@ -29,7 +31,7 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
   - name: rl
     arm: rl
     method: checkpoints
-    checkpoints: {{100: models/rl/step-100, 200: models/rl/step-200}}
+    checkpoints: {{100: models/rl/step-100, 200: models/rl/step-200}}   # or a pattern: runs/rl/global_step_*/hf
   # - name: rl
   #   arm: rl
   #   method: grpo
@@ -43,8 +45,11 @@ data:
   train: null                     # text, answer and, for SFT, completion; only to train here
 
 generation: {{max_new_tokens: 512, n_samples: 4, temperature: 1.0, batch_size: 64}}
-grader: {{name: math}}              # or final_answer: text after the last marker equals the answer
-extraction: {{layer: 18, dtype: bfloat16, batch_size: 16}}   # middle decoder block, counted from 0
+tasks:                            # how each is graded, and its domain, role, template, stop strings, choices, file;
+                                  # ready-made ones: rlgen-stats tasks
+  math: {{grader: math}}            # the last box, else the last formula, equal in value
+  sciq: {{grader: exact}}           # words; others: choice, choice_loglik, final_answer, regex, a function of your own
+extraction: {{layer: middle, dtype: bfloat16, batch_size: 16}}   # or a fraction of the depth, or a block from 0 on
 
 crosscoders:
   - name: main                    # its features are followed, selected and edited
@@ -69,18 +74,48 @@ crosscoders:
   # where the final models are unequally far from base, C1 compares the run that moved far at its early checkpoints:
   # - {{name: pair-sft-early, views: [base@0, sft@20], k: 64, n_features: 32768, steps: 50000}}
 
-selection:
-  held_out_tasks: []              # tasks never used in selection
-  control_tasks: []               # name unrelated tasks that base answers (one time in five or more, 200 prompts):
-                                  # only there can a trial show that an edit has no side effects
+# A task with 'role: held_out' is never used in selection. Give unrelated tasks that base answers 'role: control' (one
+# time in five or more, 200 prompts): only there can a trial show that an edit has no side effects.
 intervention: {{n_controls: 99, max_prompts: 400}}
 """
 
+EXAMPLE_PROMPTS: Final = "data/prompts.csv"
 _PROMPTS: Final = (
     "prompt_id,text,answer,task,domain\n"
     "math-0001,What is 7 + 5?,12,math,in\n"
     "sciq-0001,Which gas do plants take in?,carbon dioxide,sciq,out\n"
 )
+
+
+_EXAMPLE: Final = (
+    "  prompts: data/prompts.csv ",
+    " " * 34 + "# ready-made ones:",
+    "  math: {grader",
+    "  sciq: {grader",
+)
+"""How the lines of study.yaml begin that are about the example prompts."""
+
+
+def without_example(text: str, prompts: Path) -> str | None:
+    """The text of a study.yaml without the example prompts and their tasks.
+
+    Parameters
+    ----------
+    text
+        Of a study.yaml.
+    prompts
+        The study's data/prompts.csv.
+
+    Returns
+    -------
+    str or None
+        None where the file or these lines are no longer as ``write_template`` wrote them.
+    """
+    template = _TEMPLATE.replace("{{", "{").replace("}}", "}")
+    written = [line for line in template.splitlines(keepends=True) if line.startswith(_EXAMPLE)]
+    kept = [line for line in text.splitlines(keepends=True) if line not in written]
+    is_example = prompts.is_file() and prompts.read_text(encoding="utf-8") == _PROMPTS
+    return "".join(kept) if is_example and len(text.splitlines()) - len(kept) == len(written) else None
 
 
 def write_template(root: Path, name: str) -> Path:
@@ -97,7 +132,7 @@ def write_template(root: Path, name: str) -> Path:
         raise SpecError(f"{folder.spec} exists already; edit it, or start in another folder.")
     with replacing(folder.spec) as temporary:
         temporary.write_text(_TEMPLATE.format(name=name), encoding="utf-8")
-    prompts = root / "data" / "prompts.csv"
+    prompts = root / EXAMPLE_PROMPTS
     if not prompts.exists():
         with replacing(prompts) as temporary:
             temporary.write_text(_PROMPTS, encoding="utf-8")

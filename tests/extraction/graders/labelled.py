@@ -91,10 +91,23 @@ MATH: Final = Labelled(
         (r"\[ x = 12. \]", "12", RIGHT),
         (r"so it is \(\frac{1}{2}\).", "1/2", RIGHT),
         (r"\boxed{042}", "42", RIGHT),
+        (r"$\boxed{1}$ and $\boxed{-2}$", "-2,1", RIGHT),
+        (r"\boxed{(1, 2)}, \boxed{(2, 1)}", "(2,1),(1,2)", RIGHT),
+        (r"\boxed{1}, \boxed{2} \text{ or } \boxed{3}.", r"\{1,2,3\}", RIGHT),
+        (r"\boxed{1} and \boxed{2}", "1,3", WRONG),
+        (r"\boxed{1} and \boxed{2}", "2", WRONG),
+        (r"$\boxed{4}$, and so $\boxed{4}$", "4", RIGHT),
+        (r"\boxed{4}, \boxed{4}", "4", RIGHT),
+        (r"So far \boxed{12}. Final Answer: The final answer is $15$. I hope it is correct.", "15", RIGHT),
+        (r"So far \boxed{12}. Final Answer: The final answer is $15$. I hope it is correct.", "12", WRONG),
+        (r"The final answer is \boxed{12}.", "12", RIGHT),
+        (r"\boxed{12}, which is the final answer.", "12", RIGHT),
+        (r"\boxed{1} apples and \boxed{2} pears", "1,2", RIGHT),
         ("I do not know.", "42", NONE),
         (r"\boxed{", "42", NONE),
         (r"\boxed{}", "42", NONE),
     ],
+    known_misses={r"\boxed{1} apples and \boxed{2} pears": False},  # words between boxes part them
 )
 
 GASES: Final = ("oxygen", "carbon dioxide", "nitrogen", "a mixture of carbon dioxide and water")

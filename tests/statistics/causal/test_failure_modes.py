@@ -137,6 +137,51 @@ def test_the_nearest_completion_of_base_decides_the_kind_of_silence(known: str, 
     assert (ending[at, 0] == UNLIKE) == new_kind
 
 
+def partly_shared(n_shared: int, name: str) -> str:
+    """Sixty words: ``n_shared`` are words of others, too, the rest and all pairs of words are its own."""
+    return " ".join(f"shared{i // 2}" if i % 2 == 0 and i // 2 < n_shared else f"{name}{i}" for i in range(60))
+
+
+def silent_on(others: list[str]) -> tuple[OutcomeTable, int]:
+    """Base writes these texts without an answer and is right elsewhere; one prompt where the edited model is silent."""
+    table = causal(fresh_noise=False)
+    assert table.texts is not None
+    on, texts = np.flatnonzero(table.target)[: len(others)], table.texts.other.copy()
+    ending = np.full_like(table.other_ending, RIGHT)
+    ending[on], texts[on, 0] = SILENT, others
+    at = int(np.flatnonzero(table.target & (table.ending[table.chosen, :, 0] == SILENT))[0])
+    return replace(table, other_ending=ending, texts=replace(table.texts, other=texts)), at
+
+
+def is_unlike(table: OutcomeTable, at: int, text: str) -> bool:
+    assert table.texts is not None
+    edited = table.texts.edited.copy()
+    edited[at, 0] = text
+    return bool(kinds_of_endings(replace(table, texts=replace(table.texts, edited=edited)))[1][at, 0] == UNLIKE)
+
+
+@pytest.mark.parametrize(("n_shared", "unlike"), [(19, True), (20, False)])
+def test_one_in_twenty_of_bases_own_completions_may_be_less_like_the_others(n_shared: int, unlike: bool) -> None:
+    """Of 21, one shares no word with another and one shares twenty; that one's likeness is the 5% quantile."""
+    others = [partly_shared(n, f"o{n}x{i}x") for n, times in ((0, 1), (20, 1), (30, 19)) for i in range(times)]
+    assert is_unlike(*silent_on(others), partly_shared(n_shared, "edited")) == unlike
+
+
+@pytest.mark.parametrize(("n_others", "unlike"), [(1, False), (2, True)])
+def test_two_completions_of_base_are_the_fewest_that_make_a_kind(n_others: int, unlike: bool) -> None:
+    assert is_unlike(*silent_on(["well goes on it"] * n_others), "zxq vvk") == unlike
+
+
+@pytest.mark.parametrize(("n_alone", "n_known"), [(1, 4), (2, 6)])
+def test_a_prompt_without_another_of_its_task_is_compared_with_nothing(n_alone: int, n_known: int) -> None:
+    table = causal(n_target=6, n_unrelated=0, fresh_noise=False)
+    task = np.array(["many"] * 4 + (["one", "other"] if n_alone == 1 else ["two", "two"]))
+    ending = table.ending.copy()
+    ending[table.unedited], ending[table.chosen] = RIGHT, SILENT
+    table = replace(table, task=task, texts=None, ending=ending, correct=(ending == RIGHT).astype(float))
+    assert len(agreement_of(table, kinds_of_endings(table)).prompts) == n_known
+
+
 @pytest.mark.parametrize(("share", "destroyed"), [(0.45, False), (0.75, True)])
 def test_the_model_is_broken_where_new_failures_are_shown_to_be_most_of_the_effect(
     share: float, destroyed: bool

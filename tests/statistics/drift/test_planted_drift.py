@@ -30,7 +30,7 @@ class Found:
 def found(seed: int) -> Found:
     """A world of 48 features in 32 channels, its dictionary, and the drift test on 300 prompts."""
     world = drift_world(32, 48, seed)
-    crosscoder = trained(world, seed=seed, steps=700, n_prompts=1000, objective="both", difference_weight=8.0)
+    crosscoder = trained(world, seed=seed, steps=700, n_prompts=1000, objective="both")
     data, truth = world.draw(300, 500 + seed)
     features = encoded(crosscoder, data)
     learnt, close = matched(world, crosscoder, features)

@@ -16,7 +16,7 @@ from rlgen_stats.toolkit.statistics.selection.compactness import (
     carried_share,
     no_rise_p,
 )
-from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
+from rlgen_stats.toolkit.statistics.selection.task_prompts import TaskPrompts
 
 
 def task(gain: np.ndarray, loss: np.ndarray, kept: np.ndarray) -> TaskPrompts:

@@ -13,7 +13,7 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics import model_separation
 from rlgen_stats.toolkit.statistics.selection.linear_probe import nested_folds
 from rlgen_stats.toolkit.statistics.selection.separation import PREDICTORS, _plans
-from rlgen_stats.toolkit.statistics.selection.tasks import split_hash
+from rlgen_stats.toolkit.statistics.selection.task_prompts import split_hash
 
 MODELS = ["base@0", "rl@10"]
 FEW = {"n_random": 3, "n_outer": 3, "n_inner": 2, "seed": 4}

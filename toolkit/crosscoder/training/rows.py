@@ -58,7 +58,7 @@ class Decoded:
     """[entry], or [row, feature]."""
     columns: Columns
     error: Tensor
-    """Reconstruction minus data: [row, channel]."""
+    """Reconstruction minus data, times the rows' weights: [row, channel]."""
     revived_error: Tensor | None
     """The residual's reconstruction by dead features minus the residual, which counts as data: [row, channel]."""
 
@@ -74,35 +74,39 @@ class Rows:
 
     Attributes
     ----------
-    x, target : Tensor [row, channel]
-        What is encoded, and, in normalised units, what is to be reconstructed.
+    x : Tensor [row, channel]
+        What is encoded.
     pre : Tensor [row, feature]
         Pre-activations, in autograd.
     n_slots : int
-        Parts of the decoder's channels; a row's code is decoded with its own slot's.
-    weight : Tensor [row, channel] or None
-        Factor of each error; 0 where a row does not count for a view.
+        Rows of a token.
     """
 
     def __init__(
         self,
-        crosscoder: Crosscoder,
         x: Tensor,
         target: Tensor,
-        encoder: Tensor,
-        decoder: Tensor,
         *,
+        encoder: Tensor,
+        bias: Tensor,
+        decoder: Tensor,
         offset: Tensor,
         low: torch.dtype | None,
+        n_slots: int = 1,
         weight: Tensor | None = None,
     ) -> None:
-        self.x, self.target, self.n_slots, self.weight = x, target, len(offset), weight
-        self._encoder, self._bias, self._low = encoder, crosscoder.encoder_bias, low
-        self._decoder, self._offset = decoder, offset
-        self.pre = multiply(x, encoder, self._bias, low=low)
+        self.x, self.n_slots = x, n_slots
+        self._encoder, self._bias, self._decoder, self._low = encoder, bias, decoder, low
+        self._target, self._offset, self._weight = target, offset, weight
+        self.pre = multiply(x, encoder, bias, low=low)
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def target(self) -> Tensor:
+        """What is to be reconstructed, in the units of errors: [row, channel]."""
+        return self._weighted(self._target)
 
     def decode(self, chosen: Places, activate: Activate, revived: Revived | None) -> Decoded:
         """Features at the ``chosen`` places and the errors that they leave; ``revived``: places of dead features."""
@@ -120,51 +124,40 @@ class Rows:
         here = code.with_rows(code.rows % n_rows, n_rows)
         pre = EncodedEntries.apply(self._encoder, self._bias, self.x, self.pre.detach(), here)  # type: ignore[no-untyped-call]
         features = activate(pre[:n_live], live)
-        decoded = DecodedEntries.apply(  # type: ignore[no-untyped-call]
-            torch.cat([features, pre[n_live:]]), self._decoder.flatten(0, 1), self._in_slots(code, here.rows)
-        )
-        error = self._weighted(decoded[:n_rows] + self._minus_target())
+        decoded = DecodedEntries.apply(torch.cat([features, pre[n_live:]]), self._decoder, code)  # type: ignore[no-untyped-call]
+        error = self._error(decoded[:n_rows])
         again = None if revived is None else self._weighted(decoded[n_rows:]) + error.detach()
         return Decoded(features, live, error, again)
 
-    def _weighted(self, error: Tensor) -> Tensor:
-        return error if self.weight is None else error * self.weight
-
-    def _in_slots(self, code: SparseCode, rows: Tensor) -> SparseCode:
-        """The code by which the rows of ``_decoder`` [feature, slot] are multiplied."""
-        if self.n_slots == 1:
-            return code
-        slot = rows // (len(self) // self.n_slots)
-        n_rows, n_features = code.shape
-        return SparseCode(
-            code.rows, code.columns * self.n_slots + slot, code.values, (n_rows, n_features * self.n_slots)
-        )
-
     def _dense(self, chosen: Places, activate: Activate, revived: Revived | None) -> Decoded:
         features = activate(chosen.keep(self.pre), slice(None))
-        error = self._weighted(self._times(features, self._decoder) + self._minus_target())
+        error = self._error(multiply(features, self._decoder, low=self._low))
         if revived is None:
             return Decoded(features, slice(None), error, None)
         pre = revived.keep(self.pre.index_select(1, revived.features))
-        again = self._weighted(self._times(pre, self._decoder.index_select(0, revived.features)))
-        return Decoded(features, slice(None), error, again + error.detach())
+        again = multiply(pre, self._decoder.index_select(0, revived.features), low=self._low)
+        return Decoded(features, slice(None), error, self._weighted(again) + error.detach())
 
-    def _times(self, code: Tensor, decoder: Tensor) -> Tensor:
-        """Rows [row, feature] @ their slots' parts of ``decoder`` [feature, slot, channel]."""
-        if self.n_slots == 1:
-            return multiply(code, decoder.flatten(0, 1), low=self._low)
-        slots = zip(code.chunk(self.n_slots), decoder.unbind(1), strict=True)
-        return torch.cat([multiply(part, matrix, low=self._low) for part, matrix in slots])
+    def _error(self, decoded: Tensor) -> Tensor:
+        return self._weighted(decoded + (self._offset - self._target))
 
-    def _minus_target(self) -> Tensor:
-        return self._offset.repeat_interleave(len(self) // self.n_slots, dim=0) - self.target
+    def _weighted(self, values: Tensor) -> Tensor:
+        return values if self._weight is None else values * self._weight
 
 
 def joint_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None, weight: Tensor | None = None) -> Rows:
-    """One row a token: all views' activations, encoded together; raw and weight [token, D]."""
-    x, offset = raw * crosscoder.channel_scale(), crosscoder.decoder_offset[None]
-    decoder = crosscoder.decoder_matrix[:, None]
-    return Rows(crosscoder, x, x, crosscoder.encoder_matrix, decoder, offset=offset, low=low, weight=weight)
+    """One row a token: all views' activations, encoded together; raw and weight, of each error, [token, D]."""
+    x = raw * crosscoder.channel_scale()
+    return Rows(
+        x,
+        x,
+        encoder=crosscoder.encoder_matrix,
+        bias=crosscoder.encoder_bias,
+        decoder=crosscoder.decoder_matrix,
+        offset=crosscoder.decoder_offset,
+        low=low,
+        weight=weight,
+    )
 
 
 def paired_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None) -> Rows:
@@ -177,8 +170,15 @@ def paired_rows(crosscoder: Crosscoder, raw: Tensor, *, low: torch.dtype | None)
     """
     n_views, width = len(crosscoder.views), crosscoder.width
     by_view = raw.view(-1, n_views, width).transpose(0, 1)
-    target = (by_view * crosscoder.scale[:, None, None]).reshape(-1, width)
-    encoder = (crosscoder.scale @ crosscoder.encoder_matrix.view(n_views, -1)).view(width, -1)
-    decoder = shared_directions(crosscoder)[:, None] * crosscoder.scale[:, None]
-    offset = shared_offset(crosscoder) * crosscoder.scale[:, None]
-    return Rows(crosscoder, by_view.reshape(-1, width), target, encoder, decoder, offset=offset, low=low)
+    x = by_view.reshape(-1, width)
+    return Rows(
+        x,
+        x,
+        encoder=(crosscoder.scale @ crosscoder.encoder_matrix.view(n_views, -1)).view(width, -1),
+        bias=crosscoder.encoder_bias,
+        decoder=shared_directions(crosscoder),
+        offset=shared_offset(crosscoder),
+        low=low,
+        n_slots=n_views,
+        weight=crosscoder.scale.repeat_interleave(by_view.shape[1])[:, None],
+    )

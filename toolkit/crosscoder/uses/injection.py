@@ -40,7 +40,7 @@ def injected_peaks(
     model, layer
         Causal language model, and the block whose output is read.
     readout
-        From raw activations to features, on the model's device.
+        From raw activations to features.
     injections
         Texts, read in batches of similar length.
     pad, batch_size
@@ -50,7 +50,7 @@ def injected_peaks(
     peaks = np.zeros(len(injections))
     for batch in by_length([len(injection.ids) for injection in injections], batch_size):
         ids, mask, positions = left_pad([injections[i].ids for i in batch], pad, device)
-        raw = read_residual(model, layer, ids, mask, positions)
+        raw = read_residual(model, layer, ids, mask, positions).to(readout.weight.device)
         for row, i in enumerate(batch):
             one = injections[i]
             shift = raw.shape[1] - len(one.ids)

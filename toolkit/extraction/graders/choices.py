@@ -32,7 +32,6 @@ _CONCLUDED: Final = re.compile(
     rf"\b(?i:it['’]?s|is|so|thus|therefore|hence|choose|pick|select|go\s+with)\s*,?\s*{_LABEL}\W*$"
 )
 """A completion that ends with a letter: so (B), I choose B."""
-_SENTENCE: Final = re.compile(r"[^\n]*?(?=[.!?](?:\s|$)|\n|$)")
 
 
 @dataclass(frozen=True)
@@ -93,19 +92,22 @@ def named_choice(text: str, choices: Sequence[str]) -> int | None:
         return _unannounced(_plain(box), choices)
     plain = _plain(text)
     places = sorted((*_ANNOUNCED.finditer(plain), *_CALLED_RIGHT.finditer(plain)), key=lambda match: match.end())
+    following = len(plain)
     for match in reversed(places):
         found = _number(match, choices)
         if found is None and match["said"]:
-            sentence = _SENTENCE.match(plain, match.end())
-            found = _only_text(sentence[0], choices) if sentence else None
+            sentence = re.split(r"[.!?](?:\s|$)|\n", plain[match.end() : following], maxsplit=1)[0]
+            found = _only_text(sentence, choices)
         if found is not None:
             return found
+        following = match.start()
     return _unannounced(plain, choices)
 
 
 def _plain(text: str) -> str:
     """Text without Markdown emphasis, dollar signs and commands of LaTeX."""
-    return re.sub(r"\\[A-Za-z]+\s*\{|\\(?=[()\[\]])|[*_`${}]", "", text)
+    plain = re.sub(r"\\[A-Za-z]+\s*\{|\\(?=[()\[\]])|[*_`${}]", "", text)
+    return "\n".join(" ".join(line.split()) for line in plain.splitlines() if line.strip())
 
 
 def _unannounced(text: str, choices: Sequence[str]) -> int | None:

@@ -24,6 +24,8 @@ ROUNDING: Final = 1e-5
 by which all numbers below a millionth are equal."""
 
 _BOX: Final = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_MARKS: Final = re.compile(r"\\q?quad|\\text|\\[\[\](),;!]|[\s${}]")
+"""What may stand between the boxes of one list beside a comma, and, or."""
 _SPACED: Final = re.compile(r"(?<=[\d,])(?:\\[,!]|\{,\})+(?=\d)")
 """Thin spaces of LaTeX between digits, and the comma in braces: 32,\\!348, 5\\,600, 5{,}600."""
 _END: Final = re.compile(r"(?<=\d)\.(?=[\s*]|$)")
@@ -33,12 +35,14 @@ _BASE: Final = re.compile(r"(?P<digits>[0-9A-Za-z.]+)_\{?(?P<base>\d+)\}?")
 
 @dataclass(frozen=True)
 class MathGrader(Grader):
-    """Right when the last box, or without a box the last formula, equals the answer in value."""
+    """Right when the last box, a final answer said after it, or without both the last formula equals the answer."""
 
     def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
         """Compare by value; numbers that say their base, digit for digit."""
         box = last_box(text)
-        given = _parse(prepared(text)) if box is None else read_formula(box)
+        said = text.casefold().rfind("final answer is")
+        given = _parse(prepared(text[said:])) if said > text.rfind("boxed{") else ()
+        given = given or (_parse(prepared(text)) if box is None else read_formula(box))
         if not given:
             return None
         expected = read_formula(answer)
@@ -55,13 +59,26 @@ class MathGrader(Grader):
 
 
 def last_box(text: str) -> str | None:
-    """Content of the last complete box of LaTeX, None without one."""
-    for start in reversed([match.end() for match in _BOX.finditer(text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[start:end]
+    """Content of the last complete box of LaTeX, or of the last boxes where they are one list; None without one."""
+    contents: list[str] = []
+    following = len(text)
+    for match in reversed(list(_BOX.finditer(text))):
+        end = _closing_brace(text, match.end())
+        if end is None:
+            continue
+        if contents and not re.fullmatch(",|,?and|,?or", _MARKS.sub("", text[end + 1 : following])):
+            break
+        contents.insert(0, text[match.end() : end])
+        following = match.start()
+    return ", ".join(dict.fromkeys(contents)) if contents else None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    depth = 1
+    for end in range(start, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return end
     return None
 
 

@@ -159,7 +159,7 @@ def match_controls(
     return _result(distinct[kept], (of_set, of_candidates[kept]), chosen, table, alive, n_sets)
 
 
-def norm_difference(of_set: float, of_controls: Any) -> NDArray[np.float64]:
+def norm_difference(of_set: Any, of_controls: Any) -> NDArray[np.float64]:
     """Set's norm minus a control's as a share of the larger one, between -1 and 1; 0 where both are 0.
 
     Examples

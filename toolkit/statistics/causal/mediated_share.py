@@ -281,7 +281,7 @@ class OfPatch:
     """``nearest``, ``rescaled`` (in some dictionary), or empty: no random set is comparable."""
 
 
-def of_patch(dataset: xr.Dataset, direction: Direction, point: str = SET) -> OfPatch:
+def of_patch(dataset: xr.Dataset, direction: str, point: str = SET) -> OfPatch:
     """One point of the curve, with the comparison with random sets only where these are comparable.
 
     Results of earlier releases hold no ``random_sets``, and random sets whose edits may be much smaller than the set's;

@@ -26,7 +26,7 @@ from rlgen_stats.toolkit.statistics.kernels import (
 )
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import excess_groups, n_units
-from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
+from rlgen_stats.toolkit.statistics.selection.task_prompts import TaskPrompts
 
 COMPACT_SHARE: Final = 0.10
 """Largest share of the testable features a set may be and still be called compact (the paper's were below 0.2%)."""

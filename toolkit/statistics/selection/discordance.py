@@ -20,7 +20,7 @@ from rlgen_stats.toolkit.statistics.core.units import cluster_sums, unit_means
 from rlgen_stats.toolkit.statistics.kernels import bootstrap_t, contrast_contributions, sign_flip_test
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.options import SelectionTests
-from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
+from rlgen_stats.toolkit.statistics.selection.task_prompts import TaskPrompts
 
 MIN_FLIP_UNITS: Final = 6
 """Fewest units of gains, and of prompts both get right, that are tested: the smallest one-sided p-value of six sign

@@ -14,7 +14,7 @@ from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable
 from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, in_split
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
-from rlgen_stats.toolkit.statistics.selection.tasks import split_hash
+from rlgen_stats.toolkit.statistics.selection.task_prompts import split_hash
 
 Members = Literal["selected", "candidate", "paper", "stable"]
 """Features of a selection by how they were chosen; all but ``selected`` by the selection part alone."""

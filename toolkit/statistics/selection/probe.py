@@ -24,7 +24,7 @@ from rlgen_stats.toolkit.statistics.selection.members import (
     selected_members,
     selection_unit,
 )
-from rlgen_stats.toolkit.statistics.selection.tasks import greedy_correctness
+from rlgen_stats.toolkit.statistics.selection.task_prompts import greedy_correctness
 
 
 def correctness_probe(

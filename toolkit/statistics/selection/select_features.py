@@ -39,7 +39,7 @@ from rlgen_stats.toolkit.statistics.selection.paper_rule import (
     shift_rank,
 )
 from rlgen_stats.toolkit.statistics.selection.stability_selection import stability_selection
-from rlgen_stats.toolkit.statistics.selection.tasks import (
+from rlgen_stats.toolkit.statistics.selection.task_prompts import (
     TaskPrompts,
     TaskRoles,
     assign_roles,

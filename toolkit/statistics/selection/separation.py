@@ -27,7 +27,7 @@ from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import n_units
 from rlgen_stats.toolkit.statistics.selection.linear_probe import NestedFolds, fit_probe, matched_sets, nested_folds
 from rlgen_stats.toolkit.statistics.selection.members import selected_members, selection_unit
-from rlgen_stats.toolkit.statistics.selection.tasks import greedy_correctness
+from rlgen_stats.toolkit.statistics.selection.task_prompts import greedy_correctness
 
 COMPARISONS: Final = ("models", "models on gains", "gain or loss")
 """Target from base on every prompt; on prompts base got wrong and the target right; gains from losses by difference."""

@@ -27,7 +27,7 @@ from rlgen_stats.toolkit.statistics.selection.discordance import (
     contrast_units,
 )
 from rlgen_stats.toolkit.statistics.selection.options import DEFAULT_THRESHOLD, StabilityOptions
-from rlgen_stats.toolkit.statistics.selection.tasks import TaskPrompts
+from rlgen_stats.toolkit.statistics.selection.task_prompts import TaskPrompts
 
 MOST_PER_HALF: Final = 50
 """Most features kept per half-sample by default: the size of the larger of the paper's two sets."""
