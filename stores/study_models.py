@@ -13,7 +13,7 @@ from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, noise_model
 from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
 from rlgen_stats.stores.folder import StudyFolder
-from rlgen_stats.stores.hub import locate_checkpoint
+from rlgen_stats.stores.hub import HubFolder, hub_folder, is_on_hub, locate_checkpoint
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
@@ -35,6 +35,8 @@ class ModelRef:
     """Dotted path of the decoder blocks, where they are not found."""
     loading: ModelsSpec = field(default_factory=ModelsSpec)
     """In which type and where it is loaded."""
+    hub: tuple[HubFolder, ...] = ()
+    """Folders of the Hub, its own and base's, of which the weights are downloaded before it is loaded."""
 
 
 def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
@@ -49,6 +51,7 @@ def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
         base=path,
         blocks=spec.extraction.blocks,
         loading=spec.models,
+        hub=_on_hub(spec.base.path, folder),
     )
 
 
@@ -71,17 +74,24 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
         If a run that is trained here has not been trained yet.
     """
     base = base_ref(spec, folder)
-    refs = [
-        replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path)
-        for run in spec.runs
-        for step, path in _checkpoints(run, folder)
-    ]
+    refs = []
+    for run in spec.runs:
+        for step, path, hub in _checkpoints(run, folder):
+            label = model_id(run.name, step)
+            refs.append(
+                replace(base, model=label, run=run.name, step=step, arm=run.arm, path=path, hub=(*hub, *base.hub))
+            )
     return (base, *refs)
 
 
-def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
+def _on_hub(path: str, folder: StudyFolder) -> tuple[HubFolder, ...]:
+    return (hub_folder(path, folder),) if is_on_hub(path) else ()
+
+
+def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path, tuple[HubFolder, ...]]]:
     if run.method == "checkpoints":
-        return [(step, locate_checkpoint(path, folder)) for step, path in sorted(run.checkpoints.items())]
+        named = sorted(run.checkpoints.items())
+        return [(step, locate_checkpoint(path, folder), _on_hub(path, folder)) for step, path in named]
     record = folder.run(run.name) / POSTTRAIN_RECORD
     if not record.exists():
         raise ModelError(
@@ -91,7 +101,7 @@ def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
     steps = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(steps, list) or not steps or not all(isinstance(step, int) and step > 0 for step in steps):
         raise ModelError(f"{record} must list the checkpoint 'steps', got {steps!r}; run the posttrain stage again.")
-    return [(step, folder.run(run.name) / f"step-{step}") for step in sorted(steps)]
+    return [(step, folder.run(run.name) / f"step-{step}", ()) for step in sorted(steps)]
 
 
 def imported_models(folder: StudyFolder) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
 from rlgen_stats.stores.hub import hub_folder, locate_checkpoint
 from rlgen_stats.stores.study_models import list_models
-from rlgen_stats.toolkit.extraction.checkpoints import load_model
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model
 from rlgen_stats.toolkit.study import read_spec
 from rlgen_stats.toolkit.study.run import open_for_run
 from tests.extraction.conftest import save_model
@@ -158,10 +158,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path, cache)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    find = huggingface_hub.try_to_load_from_cache
-    monkeypatch.setattr(
-        huggingface_hub, "try_to_load_from_cache", lambda repo, file, revision: find(repo, file, cache, revision)
-    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     return hub
 
 
@@ -173,10 +170,14 @@ def test_a_trajectory_on_the_hub_is_pinned_downloaded_and_loaded(study_folder: P
     key = study.key("outcomes")
     assert hub.calls == ["info org/model@dev", "info org/model@main"]
     refs = {ref.model: ref for ref in list_models(spec, study.folder)}
-    assert load_model(refs["rl@200"]).num_parameters()
     assert (refs["rl@200"].path / "tokenizer.json").exists()
+    assert "safetensors" not in " ".join(hub.calls)  # weights when they are loaded
+    check_weights(refs["rl@200"], download=False)
+    assert "safetensors" not in " ".join(hub.calls)
+    assert load_model(refs["rl@200"]).num_parameters()
     downloaded = " ".join(hub.calls[2:])
-    assert "model.safetensors" in downloaded
+    assert "step-0200/model.safetensors" in downloaded
+    assert "step-0010/model.safetensors" not in downloaded
     assert "README" not in downloaded
     assert "pytorch_model.bin" not in downloaded
 
@@ -202,7 +203,7 @@ def test_without_a_network_the_cache_answers_or_a_sentence(study_folder: Path, h
     hub.online = False
     assert hub_folder("hf://org/model", folder).commit == COMMIT
     assert locate_checkpoint("hf://org/model", folder) == place
-    with pytest.raises(ModelError, match=r"step-0010 has no checkpoint at commit 0123456789ab; expected a folder"):
+    with pytest.raises(ModelError, match=r"no checkpoint in 'step-0010' at commit 0123456789ab; expected config"):
         locate_checkpoint("hf://org/model/step-0010", folder)
 
 

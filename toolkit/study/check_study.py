@@ -204,8 +204,9 @@ def _check_models(spec: StudySpec, refs: Sequence[ModelRef], problems: _Problems
     shape, configs, tokenizers = None, set(), set()
     for ref in refs:
         with problems.collecting(ref.model):
-            check_weights(ref)
-            check_weight_files(ref)
+            check_weights(ref, download=False)
+            if ref.path not in [hub.path for hub in ref.hub]:
+                check_weight_files(ref)
         config = _content(ref.path, ("config.json", "adapter_config.json"))
         if config not in configs:
             configs.add(config)
