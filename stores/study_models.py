@@ -13,7 +13,7 @@ from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, noise_model
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
 from rlgen_stats.stores.folder import StudyFolder
-from rlgen_stats.stores.hub import locate_checkpoint
+from rlgen_stats.stores.hub import HubFolder, hub_folder, is_on_hub, locate_checkpoint
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
@@ -39,6 +39,8 @@ class ModelRef:
     """In which type and where it is loaded."""
     chat: ChatSpec = field(default_factory=ChatSpec)
     """How it reads prompts; a template file's path is absolute."""
+    hub: tuple[HubFolder, ...] = ()
+    """Folders of the Hub, its own and base's, of which the weights are downloaded before it is loaded."""
 
 
 def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
@@ -54,6 +56,7 @@ def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
         blocks=spec.extraction.blocks,
         loading=spec.models,
         chat=chat_of(spec.base, folder),
+        hub=_on_hub(spec.base.path, folder),
     )
 
 
@@ -84,12 +87,12 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
         If a run that is trained here has not been trained yet.
     """
     base = base_ref(spec, folder)
-    refs = [
-        replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path, chat=chat)
-        for run in spec.runs
-        for chat in [chat_of(run, folder)]
-        for step, path in _checkpoints(run, folder)
-    ]
+    refs = []
+    for run in spec.runs:
+        chat = chat_of(run, folder)
+        for step, path, hub in _checkpoints(run, folder):
+            own = {"model": model_id(run.name, step), "run": run.name, "step": step, "arm": run.arm, "path": path}
+            refs.append(replace(base, **own, chat=chat, hub=(*hub, *base.hub)))
     return (base, *refs)
 
 
@@ -108,9 +111,14 @@ def one_of_each(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
     return tuple((known | untrained)[name] for name in (BASE_RUN, *(run.name for run in spec.runs)))
 
 
-def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
+def _on_hub(path: str, folder: StudyFolder) -> tuple[HubFolder, ...]:
+    return (hub_folder(path, folder),) if is_on_hub(path) else ()
+
+
+def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path, tuple[HubFolder, ...]]]:
     if run.method == "checkpoints":
-        return [(step, locate_checkpoint(path, folder)) for step, path in sorted(run.checkpoints.items())]
+        named = sorted(run.checkpoints.items())
+        return [(step, locate_checkpoint(path, folder), _on_hub(path, folder)) for step, path in named]
     record = folder.run(run.name) / POSTTRAIN_RECORD
     if not record.exists():
         raise ModelError(
@@ -120,7 +128,7 @@ def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
     steps = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(steps, list) or not steps or not all(isinstance(step, int) and step > 0 for step in steps):
         raise ModelError(f"{record} must list the checkpoint 'steps', got {steps!r}; run the posttrain stage again.")
-    return [(step, folder.run(run.name) / f"step-{step}") for step in sorted(steps)]
+    return [(step, folder.run(run.name) / f"step-{step}", ()) for step in sorted(steps)]
 
 
 def imported_models(folder: StudyFolder) -> dict[str, Path]:

@@ -1,3 +1,4 @@
+import ast
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +202,40 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"rl@1: .*NaN or infinite in model\.layers\.1\.mlp\.up_proj.*diverged"):
         load_model(ref_to(tmp_path / "diverged"))
+
+
+def test_code_in_a_checkpoints_folder_is_neither_run_nor_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "code")
+    config = read_json(folder / "config.json")
+    (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    names = {"AutoConfig": "modeling_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+    write_json(folder / "config.json", config | {"model_type": "own", "auto_map": names})
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    with pytest.raises(ModelError, match=r"rl@1: .*code cannot be loaded"):
+        load_model(ref_to(folder))
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        loaded_as(folder, folder, dtype="auto")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_remote_code_is_off_wherever_something_is_loaded_by_its_class_name() -> None:
+    root = Path(checkpoints.__file__).resolve().parents[2]
+    calls = [
+        (file.name, call)
+        for part in ("toolkit", "stores", "cli", "benchmarks")
+        for file in (root / part).rglob("*.py")
+        for call in ast.walk(ast.parse(file.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("from_pretrained", "from_config")
+        and ast.unparse(call.func.value).startswith("Auto")
+    ]
+    assert len(calls) >= 4
+    for file, call in calls:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("trust_remote_code") == "False", f"{file}: {ast.unparse(call)}"
 
 
 def test_truncated_weights_and_configs_are_model_errors(tmp_path: Path) -> None:

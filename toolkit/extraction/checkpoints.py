@@ -53,15 +53,20 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def check_weights(ref: ModelRef) -> None:
-    """Refuse a folder that is missing or holds no weights.
+def check_weights(ref: ModelRef, *, download: bool = True) -> None:
+    """Refuse a folder that is missing or holds no weights; those of models of the Hub are downloaded, or left out.
 
     Raises
     ------
     ModelError
         Naming the folder and the files looked for.
     """
+    on_hub = {hub.path: hub for hub in ref.hub}
     for folder in dict.fromkeys([ref.path, *([ref.base] if ref.base and is_adapter(ref.path) else [])]):
+        if folder in on_hub:
+            if download:
+                on_hub[folder].download()
+            continue
         if not folder.is_dir():
             raise ModelError(f"{ref.model}: no folder {folder}; correct its path in the study file.")
         if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):

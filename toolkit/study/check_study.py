@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import BASE_MODEL, TASK, model_id
-from rlgen_stats.schemas.errors import ModelError, RlgenStatsError
+from rlgen_stats.schemas.dims import TASK
+from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
 from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
@@ -129,10 +129,9 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
         problems.add("study.yaml", message)
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
-    here = _on_this_machine(spec, folder, problems)
+    here = _reachable(spec, folder, problems)
     refs = () if here is None else _refs(here, folder, problems)
-    on_hub = {model for model, path in _paths_of(spec).items() if is_on_hub(path)}
-    shape = _check_models(spec, refs, on_hub, prompts, problems)
+    shape = _check_models(spec, refs, prompts, problems)
     examples, prompt_tokens = _check_texts(here or spec, folder, refs, prompts, shape, problems)
     found: dict[str, Any] = {}
     if prompts is not None and shape is not None and prompt_tokens is not None:
@@ -193,22 +192,25 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
     return prompts
 
 
-def _on_this_machine(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> StudySpec | None:
-    """The study with its models of the Hub where they are here: configs and tokenizers, no weights.
-
-    Checkpoints that the Hub does not give are left out; None if it does not give base.
-    """
-    base = _located(spec.base.path, folder, "base.path", problems)
-    if base is None:
-        return None
+def _reachable(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> StudySpec | None:
+    """The study without checkpoints that the Hub does not give; None if it does not give base. No weights are read."""
     runs = []
     for run in spec.runs:
         where = f"runs.{run.name}.checkpoints"
-        found = {step: _located(path, folder, f"{where}.{step}", problems) for step, path in run.checkpoints.items()}
-        there = {step: path for step, path in found.items() if path is not None}
+        there = {
+            step: path for step, path in run.checkpoints.items() if _is_given(path, folder, f"{where}.{step}", problems)
+        }
         if there or run.method != "checkpoints":
             runs.append(run.model_copy(update={"checkpoints": there}))
-    return spec.model_copy(update={"base": spec.base.model_copy(update={"path": base}), "runs": tuple(runs)})
+    given = _is_given(spec.base.path, folder, "base.path", problems)
+    return spec.model_copy(update={"runs": tuple(runs)}) if given else None
+
+
+def _is_given(path: str, folder: StudyFolder, where: str, problems: _Problems) -> bool:
+    with problems.collecting(where):
+        locate_checkpoint(path, folder)
+        return True
+    return False
 
 
 def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
@@ -222,38 +224,18 @@ def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[Mo
     return ()
 
 
-def _located(path: str, folder: StudyFolder, where: str, problems: _Problems) -> str | None:
-    """Where a checkpoint's small files are on this machine."""
-    if not is_on_hub(path):
-        return path
-    with problems.collecting(where):
-        found = locate_checkpoint(path, folder, only="config.json")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            with suppress(ModelError):  # others may stand for it
-                locate_checkpoint(path, folder, only=name)
-        return str(found)
-    return None
-
-
-def _paths_of(spec: StudySpec) -> dict[str, str]:
-    """Model -> its path in the study file, of those that have one."""
-    made = {model_id(run.name, step): path for run in spec.runs for step, path in run.checkpoints.items()}
-    return {BASE_MODEL: spec.base.path} | made
-
-
 def _check_models(
     spec: StudySpec,
     refs: Sequence[ModelRef],
-    on_hub: Collection[str],
     prompts: pd.DataFrame | None,
     problems: _Problems,
 ) -> ModelShape | None:
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
     shape, configs, tokenizers = None, set(), set()
     for ref in refs:
-        if ref.model not in on_hub:
-            with problems.collecting(ref.model):
-                check_weights(ref)
+        with problems.collecting(ref.model):
+            check_weights(ref, download=False)
+            if ref.path not in [hub.path for hub in ref.hub]:
                 check_weight_files(ref)
         config = _content(ref.path, ("config.json", "adapter_config.json"))
         if config not in configs:
