@@ -10,13 +10,15 @@ from typing import Any, Final
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, BASE_RUN, MODEL, RUN, STEP, model_id, split_model_id
 from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, noise_model
-from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
+from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
 from rlgen_stats.stores.folder import StudyFolder
 from rlgen_stats.stores.hub import locate_checkpoint
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
+PLAIN_TEXT: Final = ChatSpec()
+"""Prompts are read as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class ModelRef:
     """Dotted path of the decoder blocks, where they are not found."""
     loading: ModelsSpec = field(default_factory=ModelsSpec)
     """In which type and where it is loaded."""
+    chat: ChatSpec = field(default_factory=ChatSpec)
+    """How it reads prompts; a template file's path is absolute."""
 
 
 def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
@@ -49,7 +53,16 @@ def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
         base=path,
         blocks=spec.extraction.blocks,
         loading=spec.models,
+        chat=chat_of(spec.base, folder),
     )
+
+
+def chat_of(spec: ChatSpec, folder: StudyFolder) -> ChatSpec:
+    """How the base or a run reads prompts, its template's file found from the study folder."""
+    chat = spec.chat
+    if chat.template_file is None:
+        return chat
+    return chat.model_copy(update={"chat_template": str(folder.resolve(chat.template_file))})
 
 
 def ref_coords(refs: Sequence[ModelRef]) -> dict[str, tuple[str, list[Any]]]:
@@ -72,11 +85,27 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
     """
     base = base_ref(spec, folder)
     refs = [
-        replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path)
+        replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path, chat=chat)
         for run in spec.runs
+        for chat in [chat_of(run, folder)]
         for step, path in _checkpoints(run, folder)
     ]
     return (base, *refs)
+
+
+def one_of_each(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
+    """Base and every run's last checkpoint; base's folder stands in for a run that is to be trained here."""
+    trained = [
+        run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / POSTTRAIN_RECORD).exists()
+    ]
+    known = {ref.run: ref for ref in list_models(spec.model_copy(update={"runs": tuple(trained)}), folder)}
+    base = known[BASE_RUN]
+    untrained = {
+        run.name: replace(base, model=run.name, run=run.name, arm=run.arm, chat=chat_of(run, folder))
+        for run in spec.runs
+        if run not in trained
+    }
+    return tuple((known | untrained)[name] for name in (BASE_RUN, *(run.name for run in spec.runs)))
 
 
 def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:

@@ -75,7 +75,7 @@ def test_a_sound_study_has_no_problem_and_loads_no_weights(sound: Path, monkeypa
     assert found.models == ("base@0", "sft@3", "sft@6", "rl@4", "rl@8")
     assert (found.n_blocks, found.width) == (3, 32)
     assert found.n_prompts == {"other": 6, "sum": 6}
-    assert found.examples["sum"] == prompt_table().text[1]
+    assert [one.text for one in found.examples if one.task == "sum"] == [prompt_table().text[1]]
     assert found.costs is not None
     assert found.costs.completions == 5 * 12 * 3
     assert found.costs.tokens == 5 * 12 * 3 * 6

@@ -85,6 +85,7 @@ def score_choices(
     prompts: Sequence[str],
     choices: Sequence[Sequence[str]],
     *,
+    special: bool = True,
     batch_size: int = 64,
     active: PromptLengths | None = None,
     progress: Progress = SILENT,
@@ -100,6 +101,8 @@ def score_choices(
         Texts, one per row.
     choices
         Of each prompt, one text or more.
+    special
+        Whether prompts get the tokenizer's leading special tokens; those that a chat template rendered have their own.
     batch_size
         Texts per forward pass; fewer where ``MAX_LOGITS`` asks for it.
     active
@@ -125,7 +128,7 @@ def score_choices(
     Log-probabilities are computed in float32, of one text at a time, and summed in float64. A choice whose tokens but
     the last begin another choice of the prompt is read along with it: single letters cost one text a prompt.
     """
-    encoded = encode_choices(tokenizer, prompts, choices)
+    encoded = encode_choices(tokenizer, prompts, choices, special=special)
     rows = [row for index, (ids, ends) in enumerate(encoded) for row in _rows(index, ids, ends)]
     _check_context(model, rows)
     scores = [np.zeros(len(ends)) for _, ends in encoded]
@@ -149,7 +152,7 @@ def score_choices(
 
 
 def encode_choices(
-    tokenizer: Any, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    tokenizer: Any, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, special: bool = True
 ) -> list[tuple[list[int], list[tuple[int, ...]]]]:
     """Of every prompt its token ids, as for generation, and those that each choice adds; see the module for the rule.
 
@@ -158,14 +161,14 @@ def encode_choices(
     InputError
         As :func:`score_choices`.
     """
-    contexts = encode_prompts(tokenizer, prompts)
+    contexts = encode_prompts(tokenizer, prompts, special=special)
     pairs = [(prompt, choice) for prompt, texts in zip(prompts, choices, strict=True) for choice in texts]
     blank = [prompt for prompt, choice in pairs if not choice.strip()]
     if blank:
         raise InputError(f"{len(blank)} choice(s) are empty, the first of prompt {blank[0][:60]!r}; give them a text.")
     spaces = ["" if prompt[-1:].isspace() else " " for prompt, _ in pairs]
     joined = [prompt + space + choice for (prompt, choice), space in zip(pairs, spaces, strict=True)]
-    wholes = iter(encode_prompts(tokenizer, joined))
+    wholes = iter(encode_prompts(tokenizer, joined, special=special))
     encoded = []
     for prompt, ids, texts in zip(prompts, contexts, choices, strict=True):
         ends = []

@@ -18,9 +18,8 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
 from rlgen_stats.stores.hub import is_on_hub
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
-from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models
-from rlgen_stats.toolkit.extraction.batching import encode_prompts
-from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, check_weights, load_tokenizer
+from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models, one_of_each
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights
 from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
 from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
 from rlgen_stats.toolkit.extraction.model_shape import (
@@ -29,6 +28,12 @@ from rlgen_stats.toolkit.extraction.model_shape import (
     check_weight_files,
     checkpoint_bytes,
     read_shape,
+)
+from rlgen_stats.toolkit.extraction.rendering import (
+    RenderedExample,
+    check_tokenizers,
+    load_reader,
+    rendered_examples,
 )
 from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
 from rlgen_stats.toolkit.study.contrasts import open_for_run
@@ -61,8 +66,8 @@ class StudyCheck:
     imported: tuple[str, ...] = ()
     n_prompts: dict[str, int] = field(default_factory=dict)
     """Task -> prompts."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """Task -> its first prompt, as a model reads it."""
+    examples: tuple[RenderedExample, ...] = ()
+    """The first prompt of every task as base and runs read it."""
     n_blocks: int | None = None
     """Decoder blocks of base."""
     width: int | None = None
@@ -127,7 +132,7 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
     refs = _refs(spec, folder, problems)
-    shape = _check_models(spec, refs, problems)
+    shape = _check_models(spec, refs, prompts, problems)
     examples, prompt_tokens = _check_texts(spec, folder, refs, prompts, shape, problems)
     found: dict[str, Any] = {}
     if prompts is not None and shape is not None and prompt_tokens is not None:
@@ -199,7 +204,9 @@ def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[Mo
     return tuple(ref for ref in refs if ref.path.is_dir())
 
 
-def _check_models(spec: StudySpec, refs: Sequence[ModelRef], problems: _Problems) -> ModelShape | None:
+def _check_models(
+    spec: StudySpec, refs: Sequence[ModelRef], prompts: pd.DataFrame | None, problems: _Problems
+) -> ModelShape | None:
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
     shape, configs, tokenizers = None, set(), set()
     for ref in refs:
@@ -212,11 +219,11 @@ def _check_models(spec: StudySpec, refs: Sequence[ModelRef], problems: _Problems
             with problems.collecting(ref.model):
                 found = read_shape(ref, spec.extraction.layer)
                 shape = found if ref is refs[0] else shape
-        files = _content(ref.path, _TOKENIZER_FILES)
+        files = _content(ref.path, _TOKENIZER_FILES) + ref.chat.model_dump_json()
         if files not in tokenizers:
             tokenizers.add(files)
             with problems.collecting(ref.model):
-                check_tokenizers([refs[0], ref])
+                check_tokenizers([refs[0], ref], [] if prompts is None else list(prompts[TEXT]))
     return shape
 
 
@@ -235,24 +242,26 @@ def _check_texts(
     prompts: pd.DataFrame | None,
     shape: ModelShape | None,
     problems: _Problems,
-) -> tuple[dict[str, str], int | None]:
-    """One prompt a task, and the tokens of all prompts; imports that are no longer the study's are named."""
+) -> tuple[tuple[RenderedExample, ...], int | None]:
+    """One prompt a task, and the tokens of all prompts where most; imports that are not the study's are named."""
     if prompts is None:
-        return {}, None
-    examples = {str(task): str(text) for task, text in prompts.groupby(TASK, sort=False)[TEXT].first().items()}
+        return (), None
     imported = {}
     for model, file in imported_models(folder).items():
         with problems.collecting(str(file)):
             imported[model] = read_import(file, prompts, spec.generation.n_samples)
     with problems.collecting("import-outcomes"):
         check_stand_ins([ref.model for ref in refs], imported)
+    examples: tuple[RenderedExample, ...] = ()
     n_tokens = None
     if refs:
         with problems.collecting("prompts"):
-            encoded = encode_prompts(load_tokenizer(refs[0]), list(prompts[TEXT]))
-            n_tokens = sum(map(len, encoded))
-            if shape is not None:
-                check_context(shape, encoded, token_limits(spec, prompts))
+            examples = tuple(rendered_examples(spec, folder))
+            for ref in one_of_each(spec, folder):
+                encoded = load_reader(ref).encode(list(prompts[TEXT]))
+                n_tokens = max(n_tokens or 0, sum(map(len, encoded)))
+                if shape is not None:
+                    check_context(shape, encoded, token_limits(spec, prompts))
     return examples, n_tokens
 
 
