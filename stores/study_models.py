@@ -17,8 +17,6 @@ from rlgen_stats.stores.hub import locate_checkpoint
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
-PLAIN_TEXT: Final = ChatSpec()
-"""Prompts are read as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
