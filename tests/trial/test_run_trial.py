@@ -315,3 +315,8 @@ def test_each_model_reads_the_trials_prompts_by_its_own_template(study: Any, tmp
     for direction in ("disable", "amplify"):
         for condition in ("unedited", "set"):
             assert pick(found, "accuracy", direction, condition) == pick(plain, "accuracy", direction, condition)
+    other = copy_of(folder, tmp_path / "other")
+    (other.root / "chat.jinja").write_text("{{ messages[0]['content'] }} w1")  # after which there is nothing to answer
+    again = trial.LiveTrial(plan_trial(chat, other, [F_GATE], provenance=PROVENANCE))
+    assert not again.run_arm("disable", UNEDITED)["correct"].any()
+    assert again.run_arm("amplify", UNEDITED)["text"].equals(unedited["base"]["text"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import TASK
+from rlgen_stats.schemas.dims import BASE_RUN, TASK
 from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
@@ -278,7 +278,7 @@ def _check_texts(
         check_stand_ins([ref.model for ref in refs], imported)
     examples: tuple[RenderedExample, ...] = ()
     n_tokens = None
-    if refs:
+    if refs and refs[0].run == BASE_RUN:
         with problems.collecting("prompts"):
             examples = tuple(rendered_examples(spec, folder))
             for ref in one_of_each(spec, folder):
