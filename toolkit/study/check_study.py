@@ -215,13 +215,13 @@ def _located(path: str, folder: StudyFolder, where: str, problems: _Problems) ->
     """Where a checkpoint's small files are on this machine."""
     if not is_on_hub(path):
         return path
+    found: str | None = None
     with problems.collecting(where):
-        found = locate_checkpoint(path, folder, only="config.json")
+        found = str(locate_checkpoint(path, folder, only="config.json"))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             with suppress(ModelError):  # others may stand for it
                 locate_checkpoint(path, folder, only=name)
-        return str(found)
-    return None
+    return found
 
 
 def _paths_of(spec: StudySpec) -> dict[str, str]:
@@ -295,11 +295,14 @@ def _costs(
     folder: StudyFolder,
     prompts: pd.DataFrame,
     refs: Sequence[ModelRef],
-    shape: ModelShape | None,
+    shape: ModelShape,
     prompt_tokens: int,
     problems: _Problems,
 ) -> dict[str, Any]:
-    untrained = {run.name: run.n_checkpoints for run in spec.runs if run.name not in {ref.run for ref in refs}}
+    trained = {ref.run for ref in refs}
+    untrained = {
+        run.name: run.n_checkpoints for run in spec.runs if run.method != "checkpoints" and run.name not in trained
+    }
     models = [ref.model for ref in refs]
     models += [f"{run} checkpoint {n}" for run, count in untrained.items() for n in range(1, count + 1)]
     study = open_for_run(folder.root) if folder.stages.exists() else None
