@@ -210,7 +210,7 @@ def _of_row(row: Mapping[str, Any], metrics: Sequence[str], file: Path) -> dict[
     texts = [row[name] for name in ("prompt_text", PROMPT) if name in row and name != named]
     text, tokens = _first(row, _TEXTS), _first(row, _TOKENS)
     reason = row.get("finish_reason")
-    ended = row.get("terminated", _ENDED.get(reason["type"] if isinstance(reason, dict) else reason))
+    ended = row.get("terminated", _ENDED.get(str(reason["type"] if isinstance(reason, dict) else reason)))
     graded = _only(metrics, row, str(file)) or CORRECT
     return {
         "prompt": None if named is None else _label(row[named]),

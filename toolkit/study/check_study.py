@@ -207,10 +207,11 @@ def _reachable(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> Stu
 
 
 def _is_given(path: str, folder: StudyFolder, where: str, problems: _Problems) -> bool:
+    given = False
     with problems.collecting(where):
         locate_checkpoint(path, folder)
-        return True
-    return False
+        given = True
+    return given
 
 
 def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
@@ -218,10 +219,10 @@ def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[Mo
     made = [
         run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / POSTTRAIN_RECORD).exists()
     ]
+    refs: tuple[ModelRef, ...] = ()
     with problems.collecting("runs"):
         refs = list_models(spec.model_copy(update={"runs": tuple(made)}), folder)
-        return tuple(ref for ref in refs if ref.path.is_dir())
-    return ()
+    return tuple(ref for ref in refs if ref.path.is_dir())
 
 
 def _check_models(
@@ -294,11 +295,14 @@ def _costs(
     folder: StudyFolder,
     prompts: pd.DataFrame,
     refs: Sequence[ModelRef],
-    shape: ModelShape | None,
+    shape: ModelShape,
     prompt_tokens: int,
     problems: _Problems,
 ) -> dict[str, Any]:
-    untrained = {run.name: run.n_checkpoints for run in spec.runs if run.name not in {ref.run for ref in refs}}
+    trained = {ref.run for ref in refs}
+    untrained = {
+        run.name: run.n_checkpoints for run in spec.runs if run.method != "checkpoints" and run.name not in trained
+    }
     models = [ref.model for ref in refs]
     models += [f"{run} checkpoint {n}" for run, count in untrained.items() for n in range(1, count + 1)]
     study = open_for_run(folder.root) if folder.stages.exists() else None
