@@ -91,8 +91,8 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
     for run in spec.runs:
         chat = chat_of(run, folder)
         for step, path, hub in _checkpoints(run, folder):
-            own = {"model": model_id(run.name, step), "run": run.name, "step": step, "arm": run.arm, "path": path}
-            refs.append(replace(base, **own, chat=chat, hub=(*hub, *base.hub)))
+            ref = replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path)
+            refs.append(replace(ref, chat=chat, hub=(*hub, *base.hub)))
     return (base, *refs)
 
 
