@@ -133,7 +133,8 @@ DECISIONS = (
     Decision(
         "toolkit/statistics/causal/mediated_share.py",
         ("tests/statistics/causal/test_mediated_share.py",),
-        functions=("_reach",),
+        functions=("_reach", "of_patch", "compact_share"),
+        technical=("SETTLED", "MOST_STEPS"),
     ),
     Decision(
         "toolkit/statistics/causal/edit_norms.py",
