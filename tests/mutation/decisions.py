@@ -133,7 +133,14 @@ DECISIONS = (
     Decision(
         "toolkit/statistics/causal/mediated_share.py",
         ("tests/statistics/causal/test_mediated_share.py",),
-        functions=("_reach",),
+        functions=("_reach", "of_patch", "compact_share"),
+        technical=("SETTLED", "MOST_STEPS"),
+        unnoticed={
+            "of_patch: larger <= CALIPER  ->  larger < CALIPER": EXACT,
+            "_reach: np.abs(reach - before).max(initial=0.0) < SETTLED  ->  "
+            "np.abs(reach - before).max(initial=0.0) <= SETTLED": EXACT,
+            "_reach: reach - before  ->  reach + before": "only more steps towards the same ends",
+        },
     ),
     Decision(
         "toolkit/statistics/causal/edit_norms.py",
