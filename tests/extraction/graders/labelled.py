@@ -158,6 +158,9 @@ CHOICE: Final = Labelled(
         ("A plant takes in a gas.", "A", NONE),
         ("The answer is a gas.", "A", NONE),
         ("The answer is not A.", "A", NONE),
+        ("The answer is not carbon dioxide.", "B", NONE),
+        ("The answer isn't nitrogen but carbon dioxide.", "B", RIGHT),
+        ("The answer is carbon dioxide, though some answer nitrogen.", "B", RIGHT),
         ("I cannot tell.", "B", NONE),
         ("the answer is " * 3000, "B", NONE),  # minutes, if each of them is read to the end
         ("", "B", NONE),

@@ -20,7 +20,7 @@ _LABEL: Final = (
 )
 """A letter that stands for a choice: in brackets, or a capital that begins no word and is no article of a sentence."""
 _ANNOUNCED: Final = re.compile(
-    rf"\b(?i:answer|option|choice)\b\s*(?P<said>(?i:{_VERB})(?!\s+not\b)\s*[:=]?|[:=\-])?\s*"
+    rf"\b(?i:answer|option|choice)\b\s*(?P<said>(?i:{_VERB})\s*[:=]?|[:=\-])?\s*"
     rf"(?:(?i:option|choice|letter)\s+)?(?:{_LABEL})?"
 )
 """Where an answer is announced: the answer is (B), Answer: B, option B; the letter may be missing."""
@@ -127,9 +127,10 @@ def _number(match: re.Match[str], choices: Sequence[str]) -> int | None:
 
 
 def _only_text(text: str, choices: Sequence[str]) -> int | None:
-    """Number of the only choice whose words come in a text, those inside a longer choice that comes too left out."""
+    """Number of the only choice whose words come in a text, those denied, or inside a longer one, left out."""
     inside = f" {' '.join(words(text))} "
     phrases = [f" {' '.join(words(choice))} " for choice in choices]
-    coming = [number for number, phrase in enumerate(phrases) if phrase.strip() and phrase in inside]
+    denied = {phrase for phrase in phrases if f" not{phrase}" in inside or f" isnt{phrase}" in inside}
+    coming = [n for n, phrase in enumerate(phrases) if phrase.strip() and phrase in inside and phrase not in denied]
     kept = [n for n in coming if not any(phrases[n] != phrases[m] and phrases[n] in phrases[m] for m in coming)]
     return kept[0] if len(kept) == 1 else None
