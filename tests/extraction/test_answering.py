@@ -24,6 +24,7 @@ from rlgen_stats.toolkit.extraction import (
 from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import make_grader
+from tests.extraction.bpe import bpe_model, chatml_tokenizer, llama_tokenizer
 from tests.extraction.conftest import PROMPTS, prompt_table, tiny_model, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]
@@ -155,6 +156,29 @@ def test_a_choice_is_compared_by_its_number() -> None:
     assert right(0, "B", "same", "same")
     assert not right(0, "B", "1", "-1")
     assert right(1, "A", "B", "B")
+
+
+@pytest.mark.parametrize("make", [chatml_tokenizer, llama_tokenizer])
+def test_choices_follow_the_prompt_as_the_chat_template_renders_it(mixed: Study, make: Any) -> None:
+    """Read token by token after the template's text, which has the BOS token once."""
+    spec, folder = mixed
+    prompts = load_prompts(spec, folder).iloc[:1]
+    assert spec.grader_of(prompts["task"][0]).name == "choice_loglik"
+    tokenizer = make()
+    model, reader = bpe_model(tokenizer), PromptReader(tokenizer, ChatSpec(chat_template="checkpoint"), "m")
+    draws = answer_prompts(model, reader, prompts, spec, n_samples=1, seeds=[0])
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompts["text"][0]}], add_generation_prompt=True, tokenize=False
+    )
+    scores = []
+    for choice in CHOICES:
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        total = 0.0
+        for token in tokenizer(choice, add_special_tokens=False)["input_ids"]:
+            total += float(torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1)[token])
+            ids = [*ids, token]
+        scores.append(total)
+    np.testing.assert_allclose(draws[0][0].choice_log_likelihoods, scores, atol=1e-4)
 
 
 def test_settings_are_of_this_grader() -> None:
