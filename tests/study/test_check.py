@@ -84,7 +84,7 @@ def test_a_sound_study_has_no_problem_and_loads_no_weights(sound: Path, monkeypa
 
 def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
     shutil.rmtree(study / "models/sft-3")
-    save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:8], *reversed(WORDS[8:]))))
+    save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:3], *reversed(WORDS[3:]))))
     weights = study / "models/rl-4/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     (study / "models/rl-8/config.json").write_text("{}")
