@@ -91,9 +91,12 @@ def print_problems(problems: Sequence[Problem]) -> None:
 
 
 def _print_examples(found: StudyCheck) -> None:
-    for task, text in found.examples.items():
-        click.echo(f"{task}, {found.n_prompts[task]:,} prompts; the first:")
-        shown = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"
+    for one in found.examples:
+        models = ", ".join(one.models)
+        click.echo(
+            f"{one.task}, {found.n_prompts[one.task]:,} prompts; the first as {models} read it ({one.n_tokens} tokens):"
+        )
+        shown = one.text if len(one.text) <= MAX_CHARACTERS else f"{one.text[:MAX_CHARACTERS]} …"
         click.echo("".join(f"  | {line}\n" for line in shown.splitlines() or [""]), nl=False)
 
 

@@ -154,22 +154,35 @@ def print_verdicts(report: Path) -> None:
 @json_option
 @handle_errors
 def status(study: str, as_json: bool) -> None:
-    """Show which stages are done, stale, interrupted or waiting, and how long each took.
+    """Show which stages are done, stale, interrupted or waiting, how long each took, and prompts as models read them.
 
     \b
     Example:  rlgen-stats status runs/demo
     """  # noqa: D301 - click needs the backspace itself
+    from rlgen_stats.stores.tables import rendered_prompts
     from rlgen_stats.toolkit.study import further_contrasts, open_for_run
 
     opened = open_for_run(study)
+    prompts = rendered_prompts(opened.folder.outcomes)
     if as_json:
-        print_json({"study": opened.spec.name, "study_id": opened.study_id, "stages": _states(opened)})
+        found = {"study": opened.spec.name, "study_id": opened.study_id, "stages": _states(opened)}
+        print_json(found | {"rendered_prompts": prompts})
         return
     for one in (opened, *further_contrasts(opened)):
         click.echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
         for stage in one.status():
             seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""
             click.echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
+    if prompts:
+        click.echo("Prompts as models read them, the first of every task:")
+    for prompt in prompts:
+        who = f"{prompt['task']}, {prompt['prompt']}, {' '.join(prompt['models'])}"
+        click.echo(f"  {who} ({prompt['n_tokens']} tokens): {_both_ends(prompt['text'])!r}")
+
+
+def _both_ends(text: str, kept: int = 300) -> str:
+    """A text without its middle, if it is long: a chat template shows at both ends."""
+    return text if len(text) <= 2 * kept else f"{text[:kept]} … {text[-kept:]}"
 
 
 def _states(study: Study) -> list[dict[str, Any]]:

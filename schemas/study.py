@@ -42,7 +42,47 @@ others at their means (own), the joint code of all views, whose contribution cou
 (joint), or one linear map for all models, fitted to the joint code (fit)."""
 
 
-class BaseSpec(Spec):
+def _unless_default(default: Any) -> Any:
+    """A field that the keys of stages, and with them finished studies, do not know while it has its default."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
+class ChatSpec(Spec):
+    """How a model reads prompts: as plain text, or as a user's message that a chat template renders."""
+
+    chat_template: str = _unless_default("none")
+    """none: prompts are plain text; checkpoint: rendered by the chat template of the checkpoint's tokenizer; or a Jinja
+    file with a template, relative to the study folder."""
+    system: str | None = _unless_default(None)
+    """System message before the prompt; messages that have one of their own keep it."""
+    chat_template_kwargs: dict[str, Any] = _unless_default({})
+    """Arguments of the template by its own names, e.g. {enable_thinking: false}."""
+
+    @model_validator(mode="after")
+    def _rendered_by_something(self) -> ChatSpec:
+        if not self.rendered and (self.system is not None or self.chat_template_kwargs):
+            raise ValueError(
+                "'system' and 'chat_template_kwargs' need a chat template: add chat_template: checkpoint, or a file."
+            )
+        return self
+
+    @property
+    def rendered(self) -> bool:
+        """Whether a chat template renders prompts."""
+        return self.chat_template != "none"
+
+    @property
+    def template_file(self) -> str | None:
+        """File of the template, where it is not the checkpoint's."""
+        return None if self.chat_template in ("none", "checkpoint") else self.chat_template
+
+    @property
+    def chat(self) -> ChatSpec:
+        """These fields alone."""
+        return ChatSpec(**{name: getattr(self, name) for name in ChatSpec.model_fields})
+
+
+class BaseSpec(ChatSpec):
     """The model every run starts from."""
 
     path: str
@@ -78,8 +118,8 @@ FLOOR_ARM: Final = "floor"
 """Arm of runs that nothing is claimed of: how specific features of base look once it has moved without being taught."""
 
 
-class RunSpec(Spec):
-    """One post-training run from the base."""
+class RunSpec(ChatSpec):
+    """One post-training run from the base. One that is trained here reads its training prompts by its chat template."""
 
     name: str
     """Name of the run; its checkpoints are ``name@step``."""
@@ -542,6 +582,11 @@ class StudySpec(Spec):
         """What decides the reward of training here, beside the study's grader."""
         graders = {name: task.grader.model_dump(mode="json") for name, task in self.tasks.items() if task.grader}
         return [GRADING_VERSION, graders]
+
+    @property
+    def all_rendered(self) -> bool:
+        """Whether every model reads prompts by a chat template, so that prompts may be lists of messages."""
+        return all(one.rendered for one in (self.base, *self.runs))
 
     @property
     def _primary_views(self) -> set[str]:

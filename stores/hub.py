@@ -45,14 +45,48 @@ class HubFolder:
     """Paths in the repository of all files at this commit."""
 
     @property
-    def needed(self) -> list[str]:
-        """Those of the files that make this folder a checkpoint."""
+    def path(self) -> Path:
+        """Where huggingface_hub's cache has the folder, or will."""
+        from huggingface_hub import constants  # slow to import, and most studies have local folders
+
+        repository = Path(constants.HF_HUB_CACHE) / f"models--{self.repo.replace('/', '--')}"
+        return repository / "snapshots" / self.commit / self.subfolder
+
+    def download(self, *, weights: bool = True) -> Path:
+        """Bring the folder's checkpoint into the cache, what is there aside; without ``weights`` all but these.
+
+        Raises
+        ------
+        ModelError
+            If the folder has no checkpoint, or it cannot be downloaded.
+        """
+        from huggingface_hub import snapshot_download
+
+        needed = self._needed(weights)
+        if not needed:
+            raise ModelError(
+                f"hf://{self.repo} has no checkpoint in {self.subfolder or 'its root'!r} at commit {self.commit[:12]}; "
+                f"expected config.json and weights: correct the subfolder, or remove stages/{RECORD} to ask anew."
+            )
+        if all((self.path / name).exists() for name in needed):
+            return self.path
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        try:
+            snapshot_download(self.repo, revision=self.commit, allow_patterns=[prefix + name for name in needed])
+        except Exception as error:  # of the network, the Hub, the disk: all are about this download
+            raise ModelError(
+                f"hf://{self.repo} cannot be downloaded ({_line(error)}); check access and network."
+            ) from error
+        return self.path
+
+    def _needed(self, weights: bool) -> list[str]:
+        """Names of the files that make this folder a checkpoint."""
         prefix = f"{self.subfolder}/" if self.subfolder else ""
         names = [file.removeprefix(prefix) for file in self.files if file.startswith(prefix)]
         names = [name for name in names if MODEL_FILES.fullmatch(name) and not name.startswith("consolidated")]
         if any(name.endswith(".safetensors") for name in names):  # the same weights again
             names = [name for name in names if ".bin" not in name]
-        return [prefix + name for name in names]
+        return [name for name in names if weights or not name.endswith((".safetensors", ".bin"))]
 
 
 def hub_folder(path: str, folder: StudyFolder) -> HubFolder:
@@ -77,35 +111,15 @@ def hub_folder(path: str, folder: StudyFolder) -> HubFolder:
     return HubFolder(repo, known[name]["commit"], match["subfolder"] or "", tuple(known[name]["files"]))
 
 
-def locate_checkpoint(path: str, folder: StudyFolder, *, only: str | None = None) -> Path:
-    """Folder of a checkpoint on this machine: that of the spec, or the downloaded one of a model of the Hub.
-
-    ``only`` names the one file that is needed of it.
+def locate_checkpoint(path: str, folder: StudyFolder) -> Path:
+    """Folder of a checkpoint on this machine; one of the Hub has all files but the weights there.
 
     Raises
     ------
     ModelError
         If it is on the Hub and has no such folder, or cannot be downloaded.
     """
-    if not is_on_hub(path):
-        return folder.resolve(path)
-    from huggingface_hub import snapshot_download, try_to_load_from_cache  # slow, and most studies have local folders
-
-    wanted = hub_folder(path, folder)
-    needed = [file for file in wanted.needed if only in (None, file.rpartition("/")[2])]
-    if not needed:
-        raise ModelError(
-            f"{path} has no checkpoint at commit {wanted.commit[:12]}; expected a folder with config.json and weights: "
-            f"correct the subfolder, or remove {_record(folder)} to ask the Hub again."
-        )
-    cached = [try_to_load_from_cache(wanted.repo, file, revision=wanted.commit) for file in needed]
-    if all(isinstance(file, str) for file in cached):
-        return Path(str(cached[0])).parent
-    try:
-        snapshot = snapshot_download(wanted.repo, revision=wanted.commit, allow_patterns=needed)
-    except Exception as error:  # of the network, the Hub, the disk: all are about this download
-        raise ModelError(f"{path} cannot be downloaded ({_line(error)}); check access and network.") from error
-    return Path(snapshot) / wanted.subfolder
+    return hub_folder(path, folder).download(weights=False) if is_on_hub(path) else folder.resolve(path)
 
 
 def _record(folder: StudyFolder) -> Path:

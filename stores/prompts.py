@@ -54,7 +54,7 @@ def read_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
     """
     tables = [] if spec.data.prompts is None else [_shared_rows(spec, folder.resolve(spec.data.prompts))]
     tables += [
-        _task_rows(read_table(file), file, task, name)
+        _task_rows(read_table(file), file, task, name, chat=spec.all_rendered)
         for name, task in spec.tasks.items()
         if task.file is not None and (file := folder.resolve(task.file))
     ]
@@ -68,10 +68,11 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
     -------
     DataFrame
         Columns prompt, text, answer, task, domain, split, cluster, choices (all text; choices is a JSON list, empty
-        where there are none), in the order of the files: ``data.prompts`` first, then the tasks with a file of their
-        own. Without a cluster column each prompt is its own cluster. Without a split column whole clusters are drawn
-        into verification and trial by a hash of (study seed, cluster), per task; of a column that names no trial
-        prompts, a part of the verification clusters becomes trial in the same way.
+        where there are none; a text that is a list of chat messages is JSON, see :func:`chat_messages`), in the order
+        of the files: ``data.prompts`` first, then the tasks with a file of their own. Without a cluster column each
+        prompt is its own cluster. Without a split column whole clusters are drawn into verification and trial by a hash
+        of (study seed, cluster), per task; of a column that names no trial prompts, a part of the verification clusters
+        becomes trial in the same way.
 
     Raises
     ------
@@ -186,15 +187,19 @@ def _shared_rows(spec: StudySpec, path: Path) -> pd.DataFrame:
     if twice:
         raise InputError(f"{path} has rows of task {twice[0]!r}, which names a file of its own; keep one of the two.")
     return pd.concat(
-        _task_rows(table.loc[rows.index], path, spec.task(name)) for name, rows in names.groupby(names)
+        _task_rows(table.loc[rows.index], path, spec.task(name), chat=spec.all_rendered)
+        for name, rows in names.groupby(names)
     ).sort_index()
 
 
-def _task_rows(table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None = None) -> pd.DataFrame:
+def _task_rows(
+    table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None = None, *, chat: bool = False
+) -> pd.DataFrame:
     """Prompts of one task, rendered by its template.
 
     ``table`` has the rows as they are in the file, numbered from 0 by their place there; ``name`` is the task's where
-    the file is its own: rows need no column task then, nor ids.
+    the file is its own: rows need no column task then, nor ids. ``chat``: a template that is one column alone may be a
+    list of chat messages there.
     """
     if table.empty:
         raise InputError(f"{path} has no prompts; expected at least one row.")
@@ -210,7 +215,8 @@ def _task_rows(table: pd.DataFrame, path: Path, task: TaskSpec, name: str | None
         missing.append(choices_column)
     if missing:
         raise InputError(f"{path} lacks the column(s) {missing}; it has {list(table.columns)}.")
-    cells = {ours: text_cells(table, column, path) for ours, column in theirs.items()}
+    messages = fields if chat and FIELD.fullmatch(task.template) else []
+    cells = {ours: text_cells(table, column, path, chat=ours in messages) for ours, column in theirs.items()}
     rows = pd.DataFrame({label: cells[label] for label in labels}, dtype=object, index=table.index)
     rows = rows.rename(columns={FILE_ID: PROMPT})
     _check_filled({FILE_ID: cells[FILE_ID]} | {field: cells[field] for field in fields}, rows, path)
@@ -256,10 +262,10 @@ def _choices(cell: Any, column: str, row: int, path: Path) -> tuple[str, ...]:
         except ValueError as error:
             raise InputError(wrong) from error
     if not isinstance(cell, list | tuple | np.ndarray):
-        if _text(cell, column, row, path).strip():
+        if _text(cell, f"{path}: {column} of row {row}").strip():
             raise InputError(wrong)
         return ()
-    choices = tuple(_text(choice, column, row, path).strip() for choice in cell)
+    choices = tuple(_text(choice, f"{path}: {column} of row {row}").strip() for choice in cell)
     if not all(choices):
         raise InputError(wrong)
     return choices
@@ -280,28 +286,68 @@ def _render(template: str, cells: dict[str, str], choices: tuple[str, ...]) -> s
     return FIELD.sub(lambda match: known[match[2]] if match[2] else f"{{{match[1]}}}", template)
 
 
-def text_cells(table: pd.DataFrame, column: str, path: Path) -> list[str]:
+def text_cells(table: pd.DataFrame, column: str, path: Path, *, chat: bool = False) -> list[str]:
     """A column's cells as text: missing ones empty, whole numbers without a decimal point (a column of integers with a
-    missing one is read as floats).
+    missing one is read as floats), lists of chat messages as JSON where ``chat`` says that a template renders them.
 
     Raises
     ------
     InputError
         If a cell is neither text nor a number nor a truth value: the text of a list or of bytes is Python's, no prompt.
     """
-    return [_text(value, column, row, path) for row, value in zip(table.index + 1, table[column], strict=True)]
+    where = f"{path}: {column} of row "
+    return [_text(value, f"{where}{row}", chat) for row, value in zip(table.index + 1, table[column], strict=True)]
 
 
-def _text(value: Any, column: str, row: int, path: Path) -> str:
+def chat_messages(text: str) -> list[dict[str, str]] | None:
+    """The chat messages that a text is as JSON, a list of {"role": ..., "content": ...}; None of any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        return _as_messages(json.loads(text))
+    except ValueError:
+        return None
+
+
+def plain_text(text: str) -> str:
+    """What a prompt says, whether it is a text or chat messages: their contents, one after the other."""
+    messages = chat_messages(text)
+    return text if messages is None else "\n\n".join(message["content"] for message in messages)
+
+
+def _as_messages(value: Any) -> list[dict[str, str]] | None:
+    """Role and content of each message of a list of messages; None of anything else."""
+    if not isinstance(value, list | tuple | np.ndarray) or not len(value):
+        return None
+    if not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value):
+        return None
+    # structs of a table have every key that one of them has
+    return [{name: part for name, part in one.items() if part is not None} for one in value]
+
+
+def _message_text(messages: list[dict[str, str]], where: str, chat: bool) -> str:
+    if not chat:
+        raise InputError(
+            f"{where} is a list of chat messages, which no chat template renders: write chat_template: checkpoint "
+            "(or a file) for the base and the runs that read it, and no words around it in the task's template; or "
+            "write it as plain text."
+        )
+    for message in messages:
+        if not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise InputError(f"{where} has a message whose role or content is no text, got {message}; write text.")
+    return json.dumps(messages, ensure_ascii=False)
+
+
+def _text(value: Any, where: str, chat: bool = False) -> str:
+    messages = chat_messages(value) if isinstance(value, str) else _as_messages(value)
+    if messages is not None:
+        return _message_text(messages, where, chat)
     if value is None or value is pd.NA or (isinstance(value, float | np.floating) and np.isnan(value)):
         return ""
     if isinstance(value, float | np.floating) and value.is_integer():
         return str(int(value))
     if not isinstance(value, str | int | float | np.generic):
-        raise InputError(
-            f"{path}: {column} of row {row} is a {type(value).__name__}, expected text; write it as text, "
-            "chat messages as rendered by the chat template."
-        )
+        raise InputError(f"{where} is a {type(value).__name__}, expected text; write it as text.")
     return str(value)
 
 

@@ -10,13 +10,15 @@ from typing import Any, Final
 from rlgen_stats.schemas.dims import ARM, BASE_MODEL, BASE_RUN, MODEL, RUN, STEP, model_id, split_model_id
 from rlgen_stats.schemas.errors import ModelError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, floor_name, noise_model
-from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
+from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores.atomic import read_json
 from rlgen_stats.stores.folder import StudyFolder
-from rlgen_stats.stores.hub import locate_checkpoint
+from rlgen_stats.stores.hub import HubFolder, hub_folder, is_on_hub, locate_checkpoint
 
 POSTTRAIN_RECORD: Final = "posttrain.json"
 """Written by post-training into a run's folder; its ``steps`` are the checkpoints that are complete."""
+PLAIN_TEXT: Final = ChatSpec()
+"""Prompts are read as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,10 @@ class ModelRef:
     """Dotted path of the decoder blocks, where they are not found."""
     loading: ModelsSpec = field(default_factory=ModelsSpec)
     """In which type and where it is loaded."""
+    chat: ChatSpec = field(default_factory=ChatSpec)
+    """How it reads prompts; a template file's path is absolute."""
+    hub: tuple[HubFolder, ...] = ()
+    """Folders of the Hub, its own and base's, of which the weights are downloaded before it is loaded."""
 
 
 def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
@@ -49,7 +55,17 @@ def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
         base=path,
         blocks=spec.extraction.blocks,
         loading=spec.models,
+        chat=chat_of(spec.base, folder),
+        hub=_on_hub(spec.base.path, folder),
     )
+
+
+def chat_of(spec: ChatSpec, folder: StudyFolder) -> ChatSpec:
+    """How the base or a run reads prompts, its template's file found from the study folder."""
+    chat = spec.chat
+    if chat.template_file is None:
+        return chat
+    return chat.model_copy(update={"chat_template": str(folder.resolve(chat.template_file))})
 
 
 def ref_coords(refs: Sequence[ModelRef]) -> dict[str, tuple[str, list[Any]]]:
@@ -71,17 +87,38 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
         If a run that is trained here has not been trained yet.
     """
     base = base_ref(spec, folder)
-    refs = [
-        replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path)
-        for run in spec.runs
-        for step, path in _checkpoints(run, folder)
-    ]
+    refs = []
+    for run in spec.runs:
+        chat = chat_of(run, folder)
+        for step, path, hub in _checkpoints(run, folder):
+            own = {"model": model_id(run.name, step), "run": run.name, "step": step, "arm": run.arm, "path": path}
+            refs.append(replace(base, **own, chat=chat, hub=(*hub, *base.hub)))
     return (base, *refs)
 
 
-def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
+def one_of_each(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
+    """Base and every run's last checkpoint; base's folder stands in for a run that is to be trained here."""
+    trained = [
+        run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / POSTTRAIN_RECORD).exists()
+    ]
+    known = {ref.run: ref for ref in list_models(spec.model_copy(update={"runs": tuple(trained)}), folder)}
+    base = known[BASE_RUN]
+    untrained = {
+        run.name: replace(base, model=run.name, run=run.name, arm=run.arm, chat=chat_of(run, folder))
+        for run in spec.runs
+        if run not in trained
+    }
+    return tuple((known | untrained)[name] for name in (BASE_RUN, *(run.name for run in spec.runs)))
+
+
+def _on_hub(path: str, folder: StudyFolder) -> tuple[HubFolder, ...]:
+    return (hub_folder(path, folder),) if is_on_hub(path) else ()
+
+
+def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path, tuple[HubFolder, ...]]]:
     if run.method == "checkpoints":
-        return [(step, locate_checkpoint(path, folder)) for step, path in sorted(run.checkpoints.items())]
+        named = sorted(run.checkpoints.items())
+        return [(step, locate_checkpoint(path, folder), _on_hub(path, folder)) for step, path in named]
     record = folder.run(run.name) / POSTTRAIN_RECORD
     if not record.exists():
         raise ModelError(
@@ -91,7 +128,7 @@ def _checkpoints(run: RunSpec, folder: StudyFolder) -> list[tuple[int, Path]]:
     steps = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(steps, list) or not steps or not all(isinstance(step, int) and step > 0 for step in steps):
         raise ModelError(f"{record} must list the checkpoint 'steps', got {steps!r}; run the posttrain stage again.")
-    return [(step, folder.run(run.name) / f"step-{step}") for step in sorted(steps)]
+    return [(step, folder.run(run.name) / f"step-{step}", ()) for step in sorted(steps)]
 
 
 def imported_models(folder: StudyFolder) -> dict[str, Path]:

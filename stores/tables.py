@@ -7,6 +7,7 @@ half-written model is cut off before the next append.
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +32,9 @@ FEATURE_BLOCK: Final = 512
 """Features per chunk: one block x all prompts x one model is one read (4 MB at 2,000 prompts, float32)."""
 COMPRESSORS: Final = (ZstdCodec(level=1), Crc32cCodec())
 """Summaries are sparse and compress well at the fastest level; the checksum covers the compressed bytes."""
+
+RENDERED_PROMPTS: Final = "rendered_prompts"
+"""Attribute of outcomes: JSON, see :func:`rendered_prompts`."""
 
 
 def as_strings(dataset: xr.Dataset) -> xr.Dataset:
@@ -283,6 +287,17 @@ def open_outcomes(path: Path | str) -> xr.Dataset:
     >>> outcomes.greedy_correct.groupby("task").mean("prompt").compute()  # doctest: +SKIP
     """
     return open_table(path, "outcomes")
+
+
+def rendered_prompts(path: Path | str) -> list[dict[str, Any]]:
+    """The first prompt of every task as the models of an outcomes store read it: models, task, prompt, text, n_tokens.
+
+    Empty without a store, or if it does not say.
+    """
+    path = place(path)
+    if not committed_models(path):
+        return []
+    return list(json.loads(read_document(path).get("attributes", {}).get(RENDERED_PROMPTS, "[]")))
 
 
 def open_features(path: Path | str) -> xr.Dataset:

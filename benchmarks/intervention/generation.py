@@ -47,7 +47,8 @@ def model_of(*, quick: bool, device: torch.device) -> Any:
     )
     torch.manual_seed(0)
     kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_config(config).to(device, kind).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.to(device, kind).eval().requires_grad_(False)
 
 
 def crosscoder_of(model: Any, ids: torch.Tensor, n_features: int) -> Crosscoder:

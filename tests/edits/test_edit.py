@@ -506,6 +506,16 @@ def test_lowering_undoes_what_lifting_did_in_models_that_differ_by_one_vector(cr
     torch.testing.assert_close(lowered - residual_after_the_block(planted, text), -raised, **CLOSE)
 
 
+def test_a_token_that_the_source_lacks_does_not_stop_it(crosscoder: Crosscoder) -> None:
+    """An end token added to the edited model; positions before it read as ever."""
+    source, longer, text = tiny_model(seed=5), deepcopy(tiny_model()), batch_of(7)[0]  # configs are shared
+    longer.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)
+    ended = torch.cat([text, torch.tensor([[VOCABULARY]])], dim=1)
+    with editing(longer, FeatureEdit((), "patch"), site(crosscoder, BASE), source=SourceModel(source, RL)):
+        patched = residual_after_the_block(longer, ended)
+    torch.testing.assert_close(patched[:7], residual_after_the_block(source, text), **CLOSE)
+
+
 @pytest.mark.parametrize("edit", [FeatureEdit(SET, "disable"), FeatureEdit(SET, "amplify", 3.0)])
 def test_a_gain_multiplies_the_whole_change(model: Any, crosscoder: Crosscoder, edit: FeatureEdit) -> None:
     text = batch_of(7)[0]
@@ -521,9 +531,9 @@ def test_a_gain_multiplies_the_whole_change(model: Any, crosscoder: Crosscoder, 
 class Tokens:
     """Tokenizer of number words, enough for generation."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, bos_token = 0, 1, None
 
-    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
     def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:

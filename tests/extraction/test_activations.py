@@ -139,9 +139,8 @@ def test_a_prompt_without_a_completion_is_named(sampled: Study) -> None:
     file = folder.completions / "sft@6.parquet"
     table = pd.read_parquet(file)
     table[table.prompt != "p3"].to_parquet(file)
-    tokenizer = load_tokenizer(list_models(spec, folder)[0])
     with pytest.raises(InputError, match=r"sft@6 has no sampled completion of 1 prompt\(s\), e\.g\. 'p3'"):
-        forced_texts(folder, contrasted_models(spec, folder), load_prompts(spec, folder), tokenizer)
+        forced_texts(spec, folder, contrasted_models(spec, folder), load_prompts(spec, folder))
 
 
 @pytest.mark.parametrize("seed", [None, 3])

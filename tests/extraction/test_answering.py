@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import ChatSpec, StudySpec
 from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_activations, open_outcomes
 from rlgen_stats.stores.prompts import load_prompts
-from rlgen_stats.toolkit.extraction import extract_activations, outcomes, read_completions, sample_outcomes
+from rlgen_stats.toolkit.extraction import (
+    PromptReader,
+    extract_activations,
+    outcomes,
+    read_completions,
+    sample_outcomes,
+)
 from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import make_grader
@@ -59,11 +65,14 @@ def slow_scores(model: Any, tokenizer: Any, prompt: str) -> list[float]:
     return scores
 
 
+PLAIN = PromptReader(word_tokenizer(), ChatSpec(), "base@0")
+
+
 def answered(spec: StudySpec, folder: StudyFolder, **how: Any) -> tuple[pd.DataFrame, list[list[Completion]]]:
     prompts = load_prompts(spec, folder)
     seeds = range(2 * len(prompts))
     arguments: dict[str, Any] = {"n_samples": 2, "seeds": seeds, "greedy": True} | how
-    return prompts, answer_prompts(tiny_model(), word_tokenizer(), prompts, spec, **arguments)
+    return prompts, answer_prompts(tiny_model(), PLAIN, prompts, spec, **arguments)
 
 
 @pytest.mark.parametrize(

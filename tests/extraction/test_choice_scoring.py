@@ -113,21 +113,23 @@ def test_copying_from_a_source_model_acts_as_in_generation(bpe: Any) -> None:
 
 def test_few_logits_at_once_change_nothing(bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny("llama"), []
-    model.register_forward_hook(lambda module, args, output: seen.append(output.logits.numel()))
+    model.register_forward_hook(lambda module, args, output: seen.append(output.logits.shape[-2]))
     whole = score_choices(model, bpe, PROMPTS, CHOICES)
-    widest = max(len(ends) for _, texts in encode_choices(bpe, PROMPTS, CHOICES) for ends in texts) * VOCABULARY
-    assert max(seen) > widest
-    monkeypatch.setattr(choice_scoring, "MAX_LOGITS", widest)
+    longest = max(len(ends) for _, texts in encode_choices(bpe, PROMPTS, CHOICES) for ends in texts)
+    assert seen[0] > longest
+    monkeypatch.setattr(choice_scoring, "positions_at_once", lambda model: longest)
     seen.clear()
     assert_equal(score_choices(model, bpe, PROMPTS, CHOICES), [list(scores.log_likelihood) for scores in whole])
-    assert max(seen) <= widest
+    assert longest in seen
+    assert max(seen) <= longest
 
 
-def test_letters_cost_one_text_a_prompt(bpe: Any) -> None:
-    model, rows = tiny("llama"), []
-    model.register_forward_hook(lambda module, args, output: rows.append(len(output.logits)))
-    score_choices(model, bpe, PROMPTS[:2], [("A", "B", "C", "D"), ("A", "B")])
-    assert sum(rows) == 2
+def test_choices_that_begin_alike_are_read_as_one_text(bpe: Any) -> None:
+    model, positions = tiny("llama"), []
+    model.register_forward_hook(lambda module, args, output: positions.append(output.logits.shape[-2]))
+    letters = [("A", "B", "C", "D"), ("A", "B")]
+    score_choices(model, bpe, PROMPTS[:2], letters)
+    assert positions == [sum(max(map(len, ends)) for _, ends in encode_choices(bpe, PROMPTS[:2], letters))]
 
 
 def test_tokens_of_a_choice_continue_the_prompts(bpe: Any) -> None:

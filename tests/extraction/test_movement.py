@@ -10,7 +10,7 @@ from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.extraction import load_model, measure_movement, next_token
 from rlgen_stats.toolkit.extraction.activations import Text
 from rlgen_stats.toolkit.extraction.movement import mean_divergence, token_divergence, weight_distance
-from tests.extraction.conftest import ARCHITECTURES, save_model, tiny_model
+from tests.extraction.conftest import ARCHITECTURES, WORDS, save_model, tiny_model
 from tests.extraction.test_checkpoints import ref_to, save_adapter
 
 TEXTS = [
@@ -60,6 +60,20 @@ def test_weight_distance_is_the_relative_norm_of_the_change() -> None:
     moved = tiny_model(seed=4)
     flat = [torch.cat([p.double().ravel() for p in m.parameters()]) for m in (base, moved)]
     assert weight_distance(base, moved) == pytest.approx(float((flat[1] - flat[0]).norm() / flat[0].norm()), rel=1e-9)
+
+
+def test_rows_of_added_tokens_are_compared_with_nothing() -> None:
+    base, other = tiny_model(), tiny_model()
+    other.resize_token_embeddings(len(WORDS) + 2, mean_resizing=False)
+    with torch.no_grad():
+        other.lm_head.weight[len(WORDS) :] = 0.5
+    assert weight_distance(base, other) == 0.0
+    assert (
+        mean_divergence(base, other, TEXTS, 0) == mean_divergence(other, base, TEXTS, 0) == pytest.approx(0, abs=1e-9)
+    )
+    with torch.no_grad():
+        other.model.embed_tokens.weight[0] += 1.0
+    assert weight_distance(base, other) > 0.0
 
 
 def test_an_adapter_counts_as_the_change_it_makes(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rlgen_stats.toolkit.extraction import (
 )
 from rlgen_stats.toolkit.extraction.graders.texts import FinalAnswerGrader, RegexGrader
 from rlgen_stats.toolkit.progress import _Silent
-from tests.extraction.conftest import prompt_table, save_model, study_spec, word_tokenizer
+from tests.extraction.conftest import WORDS, prompt_table, save_model, study_spec, word_tokenizer
 
 Study = tuple[StudySpec, StudyFolder]
 
@@ -121,7 +121,7 @@ def test_a_commit_without_its_parquet_cannot_happen(
 
 def test_unusable_models_are_found_before_anything_is_sampled(study: Study, provenance: Provenance) -> None:
     spec, folder = study
-    save_model(folder.root / "own/rl-8", 4, tokenizer=word_tokenizer(eos="so"))
+    save_model(folder.root / "own/rl-8", 4, tokenizer=word_tokenizer((*WORDS[:3], *reversed(WORDS[3:]))))
     with pytest.raises(ModelError, match="rl@8 has another tokenizer"):
         sample_outcomes(spec, folder, provenance=provenance)
     (folder.root / "own/rl-8/model.safetensors").unlink()

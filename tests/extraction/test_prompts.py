@@ -8,7 +8,9 @@ from pydantic import ValidationError
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores.prompts import chat_messages, plain_text
 from rlgen_stats.toolkit.extraction import load_prompts, read_table
 from tests.extraction.conftest import prompt_table, study_spec
 
@@ -185,7 +187,7 @@ def test_missing_and_malformed_files_are_input_errors(tmp_path: Path) -> None:
     ("column", "value", "kind"),
     [
         ("answer", ["12"], "ndarray"),
-        ("text", [{"role": "user", "content": "1 + 1"}], "ndarray"),
+        ("text", ["12"], "ndarray"),
         ("text", b"12", "bytes"),
     ],
 )
@@ -195,6 +197,52 @@ def test_cells_that_are_no_text_are_refused_not_printed(tmp_path: Path, column: 
     table[column] = [value] * len(table)
     with pytest.raises(InputError, match=rf"prompts\.parquet: {column} of row 1 is a {kind}, expected text"):
         load(tmp_path, table)
+
+
+def chat_spec(**changes: Any) -> StudySpec:
+    """Every model reads a chat template."""
+    content = study_spec(**changes).model_dump(mode="json")
+    for one in (content["base"], *content["runs"]):
+        one["chat_template"] = "checkpoint"
+    return StudySpec.model_validate(content)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_chat_messages_are_read_where_a_template_renders_them(tmp_path: Path, suffix: str) -> None:
+    table = prompt_table()
+    cells = [[{"role": "user", "content": f"\u00bd of {i}?"}] for i in range(len(table))]
+    cells[0] = [{"role": "system", "content": "Be brief.", "name": "s"}, *cells[0]]  # a struct has all keys of a column
+    table["text"] = cells if suffix != "csv" else list(map(json.dumps, cells))
+    file = tmp_path / f"prompts.{suffix}"
+    match suffix:
+        case "parquet":
+            table.to_parquet(file)
+        case "jsonl":
+            table.to_json(file, orient="records", lines=True)
+        case "csv":
+            table.to_csv(file, index=False)
+    data = {"prompts": file.name}
+    read = load_prompts(chat_spec(data=data), StudyFolder(tmp_path))
+    assert [chat_messages(text) for text in read.text] == cells
+    assert plain_text(read.text[0]) == "Be brief.\n\n½ of 0?"
+    with pytest.raises(
+        InputError, match=r"text of row 1 is a list of chat messages, which no chat template renders: wri"
+    ):
+        load_prompts(study_spec(data=data), StudyFolder(tmp_path))
+
+
+def test_messages_that_hold_no_text_are_refused(tmp_path: Path) -> None:
+    table = prompt_table()
+    table["text"] = [json.dumps([{"role": "user", "content": [{"type": "image"}]}])] * len(table)
+    table.to_csv(tmp_path / "prompts.csv", index=False)
+    with pytest.raises(InputError, match="text of row 1 has a message whose role or content is no text"):
+        load_prompts(chat_spec(data={"prompts": "prompts.csv"}), StudyFolder(tmp_path))
+
+
+def test_a_text_in_brackets_is_no_list_of_messages() -> None:
+    for text in ("[0, 1) is an interval", "[1, 2]", '[{"role": "user"}]', "[]", "plain"):
+        assert chat_messages(text) is None
+        assert plain_text(text) == text
 
 
 def test_whole_numbers_read_as_floats_are_whole_numbers(tmp_path: Path) -> None:

@@ -174,6 +174,12 @@ DECISIONS = (
         "toolkit/statistics/kernels/intervals/bounded.py",
         ("tests/statistics/kernels/test_bounded.py",),
         functions=("bounded_interval", "_with_one_more"),
+        unnoticed={
+            "bounded_interval: np.abs(x).max(initial=0.0) > limit + TIE_SLACK  ->  "
+            "np.abs(x).max(initial=0.0) >= limit + TIE_SLACK": EXACT,
+            "bounded_interval: sign * (each - mean) > TIE_SLACK  ->  sign * (each - mean) >= TIE_SLACK": EXACT,
+            "bounded_interval: np.ptp(each, axis=0) <= TIE_SLACK  ->  np.ptp(each, axis=0) < TIE_SLACK": EXACT,
+        },
         technical=("N_DRAWS", "BLOCK"),
     ),
     Decision(

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from rlgen_stats.schemas.errors import InputError, SpecError
-from rlgen_stats.schemas.study import DataSpec, ModelsSpec, StudySpec
+from rlgen_stats.schemas.study import ChatSpec, DataSpec, ModelsSpec, StudySpec
 from rlgen_stats.schemas.tasks import GraderSpec, TaskSpec
 from rlgen_stats.stores import StudyFolder
+from rlgen_stats.toolkit.extraction import PromptReader
 from rlgen_stats.toolkit.extraction.grading import make_grader
 from rlgen_stats.toolkit.posttrain import GradedReward, load_training_table, train_run
 from rlgen_stats.toolkit.posttrain.arguments import trainer_arguments
-from rlgen_stats.toolkit.posttrain.training_prompts import check_boundary, check_lengths, table_hash
+from rlgen_stats.toolkit.posttrain.training_prompts import check_lengths, encode_training, table_hash
 from tests.posttrain import conftest
 
 Make = Callable[..., StudySpec]
@@ -87,11 +88,16 @@ def test_missing_and_broken_files(folder: StudyFolder, make_spec: Make) -> None:
 
 
 def test_completions_that_change_the_prompts_tokens_are_refused() -> None:
-    table = conftest.train_table()
-    check_boundary(table, conftest.tokenizer())
-    glued = table.assign(completion=table["completion"].str.lstrip())
-    with pytest.raises(InputError, match=r"training row 0.*start completions with the space"):
-        check_boundary(glued, conftest.tokenizer())
+    table, reader = conftest.train_table(), PromptReader(conftest.tokenizer(), ChatSpec(), "sft")
+    encoded = encode_training(table, reader)
+    assert encoded["input_ids"][3] == [3, 10, 4, 6, 5, 10, 1]  # q 3 : so ans 3 <eos>
+    assert encoded["completion_mask"][3] == [0, 0, 0, 1, 1, 1, 1]
+    assert encode_training(table.assign(completion=table["completion"] + "<eos>"), reader) == encoded
+    glued = table.assign(completion=table["completion"].where(table.index != 9, "so ans 1"))
+    with pytest.raises(
+        InputError, match=r"training row 9: the completion 'so ans 1'.*start completions with the space"
+    ):
+        encode_training(glued, reader)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +172,7 @@ def lengths_of(spec: StudySpec, index: int, n_words: int) -> str:
         device=torch.device("cpu"),
         max_new_tokens=spec.generation.max_new_tokens,
     )
-    return check_lengths(spec, run, table, conftest.tokenizer(), arguments)
+    return check_lengths(spec, run, table, PromptReader(conftest.tokenizer(), ChatSpec(), "sft"), arguments)
 
 
 def test_training_texts_are_not_cut_by_a_default(make_spec: Make) -> None:

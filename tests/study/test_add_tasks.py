@@ -150,9 +150,18 @@ def test_all_else_in_the_file_stays_letter_for_letter(section: str, before: Any,
     assert edited.count("#") == text.count("#")
 
 
-def test_example_prompts_of_init_give_way(tmp_path: Path, downloads: Path) -> None:
+def initialised(tmp_path: Path) -> StudyFolder:
+    """What ``rlgen-stats init`` writes, with as much of its base as reading study.yaml needs."""
     study = StudyFolder(tmp_path / "mine")
-    text = write_template(study.root, "mine").read_text()
+    write_template(study.root, "mine")
+    (study.root / "models/base").mkdir(parents=True)
+    (study.root / "models/base/config.json").write_text('{"num_hidden_layers": 28}')
+    return study
+
+
+def test_example_prompts_of_init_give_way(tmp_path: Path, downloads: Path) -> None:
+    study = initialised(tmp_path)
+    text = study.spec.read_text()
     add_tasks(study, ["sciq", "math500"], source=str(downloads))
     spec = read_spec(study.root)
     assert list(spec.tasks) == ["sciq", "math500"]
@@ -176,8 +185,7 @@ def _lines_of_entries(study: StudyFolder) -> Iterator[str]:
 
 @pytest.mark.parametrize("changed", ["study.yaml", "data/prompts.csv"])
 def test_prompts_of_ones_own_stay(changed: str, tmp_path: Path, downloads: Path) -> None:
-    study = StudyFolder(tmp_path / "mine")
-    write_template(study.root, "mine")
+    study = initialised(tmp_path)
     file = study.root / changed
     file.write_text(
         file.read_text().replace("  math: {grader: math}", "  math: {grader: exact}").replace("7 + 5", "8 + 4")
@@ -197,10 +205,10 @@ def test_tasks_on_one_line_are_not_rewritten() -> None:
         with_tasks(HEAD + "tasks: {one: {domain: in}}\n", ENTRY, where="study.yaml")
 
 
-def test_files_that_are_no_study_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"study.yaml is not valid YAML"):
-        with_tasks("name: [", ENTRY, where="study.yaml")
-    with pytest.raises(SpecError, match=r"must be a mapping of keys to values, got list"):
-        with_tasks("- a", ENTRY, where="study.yaml")
-    with pytest.raises(SpecError, match=r"unknown key 'nmae'"):
-        with_tasks(HEAD + "nmae: x\n", ENTRY, where="study.yaml")
+@pytest.mark.parametrize(
+    ("text", "message"), [("name: [", r"study.yaml is not valid YAML"), ("- a", r"must be a mapping .*, got list")]
+)
+def test_files_that_are_no_study_are_refused(study: StudyFolder, text: str, message: str) -> None:
+    study.spec.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        add_tasks(study, ["sciq"])

@@ -15,15 +15,14 @@ import yaml
 from click.testing import CliRunner
 
 from rlgen_stats.cli import main
-from rlgen_stats.schemas.errors import ModelError, SpecError
+from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.toolkit.extraction import checkpoints
-from rlgen_stats.toolkit.study import check_study as check_module
 from rlgen_stats.toolkit.study import parse_spec
 from rlgen_stats.toolkit.study.check_study import Problem, check_study
 from rlgen_stats.toolkit.study.costs import Sizes, estimate
 from rlgen_stats.toolkit.study.stage_graph import with_needs
 from tests.extraction.conftest import WORDS, prompt_table, save_model, word_tokenizer
-from tests.study.conftest import spec_dict
+from tests.study.conftest import Hub, spec_dict
 
 SPEC = {
     "name": "tiny",
@@ -76,7 +75,7 @@ def test_a_sound_study_has_no_problem_and_loads_no_weights(sound: Path, monkeypa
     assert found.models == ("base@0", "sft@3", "sft@6", "rl@4", "rl@8")
     assert (found.n_blocks, found.width) == (3, 32)
     assert found.n_prompts == {"other": 6, "sum": 6}
-    assert found.examples["sum"] == prompt_table().text[1]
+    assert [one.text for one in found.examples if one.task == "sum"] == [prompt_table().text[1]]
     assert found.costs is not None
     assert found.costs.completions == 5 * 12 * 3
     assert found.costs.tokens == 5 * 12 * 3 * 6
@@ -85,7 +84,7 @@ def test_a_sound_study_has_no_problem_and_loads_no_weights(sound: Path, monkeypa
 
 def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
     shutil.rmtree(study / "models/sft-3")
-    save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:-2], "11", "10")))
+    save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:8], *reversed(WORDS[8:]))))
     weights = study / "models/rl-4/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     (study / "models/rl-8/config.json").write_text("{}")
@@ -153,34 +152,17 @@ def test_prompts_must_fit_the_context_and_shards_be_there(study: Path) -> None:
     assert "lacks 1 of 2 files of weights, e.g. model-2.safetensors" in problems(study)["rl@4"]
 
 
-def test_of_models_on_the_hub_only_configs_and_tokenizers_are_asked_for(
-    study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_models_on_the_hub_only_configs_and_tokenizers_are_asked_for(study: Path, hub: Hub) -> None:
     """The one found has no weights here, which is no problem; the one that is not found is."""
-    asked: list[tuple[str, str]] = []
-    bare = study / "cache"
-    shutil.copytree(study / "models/rl-4", bare, ignore=shutil.ignore_patterns("*.safetensors"))
-
-    def locate(path: str, folder: Any, *, only: str) -> Path:
-        asked.append((path, only))
-        if path.endswith("gone"):
-            raise ModelError("hf://me/gone is neither given by the Hub nor in the cache")
-        return bare
-
-    monkeypatch.setattr(check_module, "locate_checkpoint", locate)
-    rl = {"name": "rl", "arm": "rl", "checkpoints": {4: "hf://me/rl", 8: "models/rl-8", 9: "hf://me/gone"}}
-    change(study, runs=[SPEC["runs"][0], rl])  # type: ignore[index]
+    rl = {4: "hf://org/model/step-0010", 8: "models/rl-8", 9: "hf://org/model/gone"}
+    change(study, runs=[SPEC["runs"][0], {"name": "rl", "arm": "rl", "checkpoints": rl}])  # type: ignore[index]
+    (hub.files / "step-0010/config.json").write_text((study / "models/base/config.json").read_text())
     found = check_study(study)
-    assert [(problem.where, problem.message) for problem in found.problems] == [
-        ("runs.rl.checkpoints.9", "hf://me/gone is neither given by the Hub nor in the cache")
-    ]
+    assert [problem.where for problem in found.problems] == ["runs.rl.checkpoints.9"]
+    assert "hf://org/model has no checkpoint in 'gone'" in found.problems[0].message
     assert found.models == ("base@0", "sft@3", "sft@6", "rl@4", "rl@8")
-    assert {name for path, name in asked if path == "hf://me/rl"} == {
-        "config.json", "tokenizer.json", "tokenizer_config.json"
-    }  # fmt: skip
-    save_model(study / "cache", 9, n_layers=1)
-    (study / "cache/model.safetensors").unlink()
-    assert "layer 1 asked for, but Qwen3ForCausalLM has blocks 0 to 0" in problems(study)["rl@4"]
+    assert "step-0010/config.json" in " ".join(hub.calls)
+    assert "safetensors" not in " ".join(hub.calls)
 
 
 def test_a_full_disk_is_a_problem_before_it_is_one(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:

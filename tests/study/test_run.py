@@ -302,6 +302,29 @@ def test_how_models_are_loaded_is_in_the_keys_and_its_default_is_not(study_folde
             assert after.key(stage) != before.key(stage)
 
 
+def test_how_prompts_are_read_counts_where_it_is_read(study_folder: Path) -> None:
+    """Of base in outcomes, of runs in training too; a field at its default in no key."""
+    runs = spec_dict()["runs"]
+    before = run_study(study_folder, stages=["outcomes"])
+    change(study_folder, base={"path": "models/base", "chat_template": "none", "system": None})
+    assert open_for_run(study_folder).key("outcomes") == before.key("outcomes")
+    change(study_folder, base={"path": "models/base", "chat_template": "chat.jinja"})
+    with pytest.raises(SpecError, match=r"'base\.chat_template' names .*chat\.jinja, which does not exist"):
+        open_for_run(study_folder).key("outcomes")
+    keys = []
+    for text in ("one", "two"):
+        (study_folder / "chat.jinja").write_text(text)
+        changed = open_for_run(study_folder)
+        assert changed.key("posttrain") == before.key("posttrain")
+        keys.append(changed.key("outcomes"))
+    assert len({before.key("outcomes"), *keys}) == 3
+    change(study_folder, runs=[runs[0] | {"chat_template": "chat.jinja"}, *runs[1:]])
+    keys = [open_for_run(study_folder).key("posttrain")]
+    (study_folder / "chat.jinja").write_text("three")
+    keys.append(open_for_run(study_folder).key("posttrain"))
+    assert len({before.key("posttrain"), *keys}) == 3
+
+
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("seconds", "asked"), [(600.0, False), (601.0, True)])
 def test_what_took_long_is_not_deleted_without_a_yes(

@@ -163,6 +163,8 @@ def test_template_is_a_valid_study(tmp_path: Path) -> None:
 def test_the_templates_own_answers_are_graded_right_as_a_model_would_write_them(tmp_path: Path) -> None:
     """One grader, math, was paired with a question on gases: no answer to it was ever right."""
     write_template(tmp_path, "mine")
+    (tmp_path / "models/base").mkdir(parents=True)
+    (tmp_path / "models/base/config.json").write_text('{"num_hidden_layers": 28}')
     spec = read_spec(tmp_path)
     prompts = load_prompts(spec, StudyFolder(tmp_path))
     graders = graders_of(spec, prompts["task"])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import yaml
 
@@ -17,13 +14,10 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
 from rlgen_stats.stores.hub import hub_folder, locate_checkpoint
 from rlgen_stats.stores.study_models import list_models
-from rlgen_stats.toolkit.extraction.checkpoints import load_model
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model
 from rlgen_stats.toolkit.study import read_spec
 from rlgen_stats.toolkit.study.run import open_for_run
-from tests.extraction.conftest import save_model
-from tests.study.conftest import spec_dict
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.study.conftest import COMMIT, Hub, spec_dict
 
 
 def with_runs(folder: Path, checkpoints: Any, **changes: Any) -> StudySpec:
@@ -114,57 +108,6 @@ def test_layers_that_mean_no_block_are_refused(study_folder: Path, layer: Any, c
 # -- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-class Hub:
-    """A repository with base, a trajectory and a run's readme, and what is asked of it."""
-
-    def __init__(self, root: Path, cache: Path) -> None:
-        self.files, self.cache = root / "repository", cache
-        self.commit, self.online, self.calls = COMMIT, True, []  # type: ignore[var-annotated]
-        save_model(self.files)
-        (self.files / "README.md").write_text("text")
-        (self.files / "pytorch_model.bin").write_text("the same weights again")
-        for number, step in enumerate(("step-0010", "step-0200"), start=1):
-            save_model(self.files / step, seed=number)
-
-    def model_info(self, repo: str, *, revision: str) -> Any:
-        self.calls.append(f"info {repo}@{revision}")
-        if not self.online:
-            raise ConnectionError("no route to host")
-        names = sorted(str(file.relative_to(self.files)) for file in self.files.rglob("*") if file.is_file())
-        return SimpleNamespace(sha=self.commit, siblings=[SimpleNamespace(rfilename=name) for name in names])
-
-    def snapshot_download(
-        self, repo: str, *, revision: str, allow_patterns: list[str] | None = None, local_files_only: bool = False
-    ) -> str:
-        """As huggingface_hub lays out its cache."""
-        place = self.cache / f"models--{repo.replace('/', '--')}"
-        if local_files_only:
-            commit = (place / "refs" / revision).read_text()
-            return str(place / "snapshots" / commit)
-        self.calls.append(f"download {sorted(allow_patterns or [])}")
-        if not self.online:
-            raise ConnectionError("no route to host")
-        for name in allow_patterns or []:
-            target = place / "snapshots" / revision / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.files / name, target)
-        (place / "refs").mkdir(exist_ok=True)
-        return str(place / "snapshots" / revision)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    cache = tmp_path / "cache"
-    hub = Hub(tmp_path, cache)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
-    find = huggingface_hub.try_to_load_from_cache
-    monkeypatch.setattr(
-        huggingface_hub, "try_to_load_from_cache", lambda repo, file, revision: find(repo, file, cache, revision)
-    )
-    return hub
-
-
 def test_a_trajectory_on_the_hub_is_pinned_downloaded_and_loaded(study_folder: Path, hub: Hub) -> None:
     spec = with_runs(study_folder, "hf://org/model@dev/step-*", base={"path": "hf://org/model"})
     assert spec.runs[1].checkpoints == {10: "hf://org/model@dev/step-0010", 200: "hf://org/model@dev/step-0200"}
@@ -173,10 +116,14 @@ def test_a_trajectory_on_the_hub_is_pinned_downloaded_and_loaded(study_folder: P
     key = study.key("outcomes")
     assert hub.calls == ["info org/model@dev", "info org/model@main"]
     refs = {ref.model: ref for ref in list_models(spec, study.folder)}
-    assert load_model(refs["rl@200"]).num_parameters()
     assert (refs["rl@200"].path / "tokenizer.json").exists()
+    assert "safetensors" not in " ".join(hub.calls)  # weights when they are loaded
+    check_weights(refs["rl@200"], download=False)
+    assert "safetensors" not in " ".join(hub.calls)
+    assert load_model(refs["rl@200"]).num_parameters()
     downloaded = " ".join(hub.calls[2:])
-    assert "model.safetensors" in downloaded
+    assert "step-0200/model.safetensors" in downloaded
+    assert "step-0010/model.safetensors" not in downloaded
     assert "README" not in downloaded
     assert "pytorch_model.bin" not in downloaded
 
@@ -202,7 +149,7 @@ def test_without_a_network_the_cache_answers_or_a_sentence(study_folder: Path, h
     hub.online = False
     assert hub_folder("hf://org/model", folder).commit == COMMIT
     assert locate_checkpoint("hf://org/model", folder) == place
-    with pytest.raises(ModelError, match=r"step-0010 has no checkpoint at commit 0123456789ab; expected a folder"):
+    with pytest.raises(ModelError, match=r"no checkpoint in 'step-0010' at commit 0123456789ab; expected config"):
         locate_checkpoint("hf://org/model/step-0010", folder)
 
 

@@ -20,6 +20,7 @@ from rlgen_stats.toolkit.intervention import plan_trial
 from rlgen_stats.toolkit.statistics.causal.criteria import FEWEST_RANDOM
 from rlgen_stats.toolkit.trial import run_trial as trial
 from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm
+from rlgen_stats.toolkit.trial.divergence import forced_texts
 from rlgen_stats.toolkit.trial.plan import check_size
 from tests.trial.planted import (
     F_BRAKE,
@@ -33,6 +34,7 @@ from tests.trial.planted import (
 )
 from tests.trial.trials import (
     Counted,
+    copy_of,
     pick,
     run,
     small,
@@ -291,3 +293,30 @@ def test_a_dictionary_that_changed_since_planning_is_refused(study: Any, tmp_pat
     other.save(folder.crosscoder("main"))
     with pytest.raises(StoreError, match="other weights than when the trial was planned"):
         trial.LiveTrial(plan).edit_site("disable")
+
+
+def test_each_model_reads_the_trials_prompts_by_its_own_template(study: Any, tmp_path: Path) -> None:
+    """Here a completion depends on the last token alone: the words before it change what is read, not the outcome."""
+    spec, folder = small(study, tmp_path, n_controls=19)
+    (folder.root / "chat.jinja").write_text("w1 w2 {{ messages[0]['content'] }}")
+    sft, rl = spec.runs
+    chat = spec.model_copy(update={"runs": (sft, rl.model_copy(update={"chat_template": "chat.jinja"}))})
+    live = trial.LiveTrial(plan_trial(chat, folder, [F_GATE], provenance=PROVENANCE))
+    base, read = live.texts.prompts["base"], live.texts.prompts["rl"]
+    assert read == [[ID["w1"], ID["w2"], *ids] for ids in base]
+    unedited = {name: live.run_arm(direction, UNEDITED) for direction, name in trial.EDITED.items()}
+    texts, lengths, owner = forced_texts(live.plan, live.texts, unedited, 64)
+    assert {texts[i][:2] == [ID["w1"], ID["w2"]] for i in range(0, len(texts), 2)} == {
+        True
+    }  # RL writes every other one
+    assert lengths[:2] == [len(read[owner[0]]), len(base[owner[1]])]
+    found = without_controls((chat, folder), [F_GATE])
+    plain = without_controls((spec, copy_of(folder, tmp_path / "plain")), [F_GATE])
+    for direction in ("disable", "amplify"):
+        for condition in ("unedited", "set"):
+            assert pick(found, "accuracy", direction, condition) == pick(plain, "accuracy", direction, condition)
+    other = copy_of(folder, tmp_path / "other")
+    (other.root / "chat.jinja").write_text("{{ messages[0]['content'] }} w1")  # after which there is nothing to answer
+    again = trial.LiveTrial(plan_trial(chat, other, [F_GATE], provenance=PROVENANCE))
+    assert not again.run_arm("disable", UNEDITED)["correct"].any()
+    assert again.run_arm("amplify", UNEDITED)["text"].equals(unedited["base"]["text"])

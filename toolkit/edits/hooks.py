@@ -331,9 +331,11 @@ class _Hook:
                 f"the source model has read {n_read} tokens and the edited model {past_length}; start a new pass."
             )
         more = {} if position_ids is None else {"position_ids": position_ids}
+        # a token that only the edited model has, such as its own end token, must not stop the source
+        known = tokens.clamp(max=int(source.model.get_input_embeddings().weight.shape[0]) - 1)
         with torch.no_grad():
             source.model(
-                input_ids=tokens,
+                input_ids=known,
                 attention_mask=attention,
                 past_key_values=self.source_cache,
                 use_cache=past is not None,

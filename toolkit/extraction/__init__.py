@@ -11,11 +11,18 @@ from rlgen_stats.stores.study_models import (
     resolve_view,
 )
 from rlgen_stats.toolkit.extraction.activations import extract_activations, site_name, token_mask
-from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, load_model, load_tokenizer, resolve_device
+from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
 from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
 from rlgen_stats.toolkit.extraction.movement import measure_movement
 from rlgen_stats.toolkit.extraction.outcomes import read_completions, sample_outcomes
+from rlgen_stats.toolkit.extraction.rendering import (
+    PromptReader,
+    RenderedExample,
+    check_tokenizers,
+    load_reader,
+    rendered_examples,
+)
 from rlgen_stats.toolkit.extraction.residual_stream import (
     block_output,
     capture_residual,
@@ -32,6 +39,8 @@ __all__ = [
     "Grade",
     "Grader",
     "ModelRef",
+    "PromptReader",
+    "RenderedExample",
     "block_output",
     "capture_residual",
     "check_tokenizers",
@@ -42,6 +51,7 @@ __all__ = [
     "list_models",
     "load_model",
     "load_prompts",
+    "load_reader",
     "load_texts",
     "load_tokenizer",
     "locate_layers",
@@ -51,6 +61,7 @@ __all__ = [
     "read_completions",
     "read_residual",
     "read_table",
+    "rendered_examples",
     "resolve_device",
     "resolve_view",
     "sample_outcomes",

@@ -28,16 +28,11 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import ExtractionSpec, StudySpec
 from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, complete_models, create_activations
 from rlgen_stats.stores.prompts import TEXT, load_prompts
-from rlgen_stats.stores.study_models import ModelRef, final_model, list_models
-from rlgen_stats.toolkit.extraction.batching import by_length, encode_prompts, left_pad, pad_id
-from rlgen_stats.toolkit.extraction.checkpoints import (
-    check_tokenizers,
-    check_weights,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from rlgen_stats.stores.study_models import ModelRef, final_model, find_model, list_models
+from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.outcomes import read_completions
+from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, read_by_all, shared_tokens
 from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residual
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -77,8 +72,14 @@ def contrasted_models(spec: StudySpec, folder: StudyFolder) -> tuple[str, ...]:
     return (BASE_MODEL, *finals)
 
 
-def forced_texts(folder: StudyFolder, sources: Sequence[str], prompts: pd.DataFrame, tokenizer: Any) -> list[Text]:
-    """Texts in store order: for each source model, each prompt with that model's first sampled completion.
+def forced_texts(
+    spec: StudySpec, folder: StudyFolder, sources: Sequence[str], prompts: pd.DataFrame, progress: Progress = SILENT
+) -> list[Text]:
+    """Texts in store order: for each source model, each prompt as it read it, with its first sampled completion.
+
+    A completion ends before its first token that is not the same in every model's vocabulary, such as an end token
+    that was added to one of them: no other model could read it. Completions that lose more than their last token are
+    logged.
 
     Raises
     ------
@@ -87,9 +88,10 @@ def forced_texts(folder: StudyFolder, sources: Sequence[str], prompts: pd.DataFr
     InputError
         If a source lacks the completion of a prompt.
     """
-    prompt_ids = [tuple(ids) for ids in encode_prompts(tokenizer, list(prompts[TEXT]))]
+    shared = shared_tokens(list_models(spec, folder))
     texts = []
     for source in sources:
+        prompt_ids = load_reader(find_model(source, spec, folder)).encode(list(prompts[TEXT]))
         completions = read_completions(folder, source)
         token_ids = completions[completions["sample"] == TEXT_SAMPLE].set_index(PROMPT)["token_ids"]
         missing = [prompt for prompt in prompts[PROMPT] if prompt not in token_ids.index]
@@ -98,10 +100,15 @@ def forced_texts(folder: StudyFolder, sources: Sequence[str], prompts: pd.DataFr
                 f"{source} has no sampled completion of {len(missing)} prompt(s), e.g. {missing[0]!r}; "
                 "run the outcomes stage again."
             )
-        texts += [
-            Text(prompt, source, ids, tuple(int(token) for token in token_ids[prompt]))
-            for prompt, ids in zip(prompts[PROMPT], prompt_ids, strict=True)
-        ]
+        written = [read_by_all(token_ids[prompt], shared) for prompt in prompts[PROMPT]]
+        rows = zip(prompts[PROMPT], prompt_ids, written, strict=True)
+        texts += [Text(prompt, source, tuple(ids), tuple(kept)) for prompt, ids, kept in rows]
+        n_cut = sum(len(token_ids[p]) - len(kept) > 1 for p, kept in zip(prompts[PROMPT], written, strict=True))
+        if n_cut:
+            progress.log(
+                f"warning: {n_cut} of {len(written)} completions of {source} hold a token that not every model has; "
+                "models read them up to there."
+            )
     return texts
 
 
@@ -147,9 +154,10 @@ def extract_activations(
 
     Notes
     -----
-    Texts are the first sampled completions of base and of the two contrasted runs' last checkpoints, so all models
-    are compared on the same tokens (text mode ``forced``). The base is read a second time in other batches and order
-    as ``base.repeat@0``: the two differ by numerical noise alone, the floor of any attribution.
+    Texts are the first sampled completions of base and of the two contrasted runs' last checkpoints, each after the
+    prompt as its writer read it, so all models are compared on the same tokens (text mode ``forced``). The base is read
+    a second time in other batches and order as ``base.repeat@0``: the two differ by numerical noise alone, the floor of
+    any attribution.
     Batches are a function of the texts alone; an interrupted model resumes at its first uncommitted token and ends
     with the bytes an uninterrupted run would have written on the same machine.
     """
@@ -157,9 +165,8 @@ def extract_activations(
     refs = list_models(spec, folder)
     for ref in refs:
         check_weights(ref)
-    check_tokenizers(refs)
-    tokenizer = load_tokenizer(refs[0])
-    texts = forced_texts(folder, contrasted_models(spec, folder), prompts, tokenizer)
+    check_tokenizers(refs, list(prompts[TEXT]))
+    texts = forced_texts(spec, folder, contrasted_models(spec, folder), prompts, progress)
     labels = prompts[[PROMPT, *PROMPT_LABELS]]
     create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
     site = site_name(spec.extraction.layer)
@@ -170,7 +177,7 @@ def extract_activations(
         device=resolve_device(spec.device),
         repeat_seed=derive_seed(spec.seed, "repeat"),
         texts=texts,
-        pad=pad_id(tokenizer),
+        pad=pad_id(load_tokenizer(refs[0])),
         progress=progress,
     )
     for ref in refs:

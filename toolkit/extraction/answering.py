@@ -16,12 +16,13 @@ from rlgen_stats.stores.prompts import CHOICES, TEXT, choices_of
 from rlgen_stats.toolkit.extraction.choice_scoring import PromptLengths, score_choices
 from rlgen_stats.toolkit.extraction.generation import Completion, asked_of, generate
 from rlgen_stats.toolkit.extraction.grading import graders_of
+from rlgen_stats.toolkit.extraction.rendering import PromptReader
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 
 def answer_prompts(
     model: Any,
-    tokenizer: Any,
+    reader: PromptReader,
     prompts: pd.DataFrame,
     spec: StudySpec,
     *,
@@ -36,8 +37,8 @@ def answer_prompts(
 
     Parameters
     ----------
-    model, tokenizer
-        Causal language model, which may carry hooks, and its tokenizer.
+    model, reader
+        Causal language model, which may carry hooks, and how it reads prompts.
     prompts
         As ``load_prompts`` returns them.
     spec
@@ -65,11 +66,11 @@ def answer_prompts(
     """
     graders = graders_of(spec, prompts[TASK])
     chosen = np.array([not graders[task].needs_generation for task in prompts[TASK]], dtype=bool)
-    best = iter(_most_likely(model, tokenizer, prompts[chosen], spec, active, progress, f"{description} choices"))
+    best = iter(_most_likely(model, reader, prompts[chosen], spec, active, progress, f"{description} choices"))
     choice_of = {int(row): next(best) for row in np.flatnonzero(chosen)}
     written = _written(
         model,
-        tokenizer,
+        reader,
         prompts[~chosen],
         spec,
         n_samples=n_samples,
@@ -87,7 +88,7 @@ def answer_prompts(
 
 def _most_likely(
     model: Any,
-    tokenizer: Any,
+    reader: PromptReader,
     prompts: pd.DataFrame,
     spec: StudySpec,
     active: PromptLengths | None,
@@ -105,9 +106,10 @@ def _most_likely(
     ]
     scores = score_choices(
         model,
-        tokenizer,
-        list(prompts[TEXT]),
+        reader.tokenizer,
+        [reader.render(text) for text in prompts[TEXT]],
         options,
+        special=reader.template is None,
         batch_size=spec.generation.batch_size,
         active=active,
         progress=progress,
@@ -123,7 +125,7 @@ def _most_likely(
 
 def _written(
     model: Any,
-    tokenizer: Any,
+    reader: PromptReader,
     prompts: pd.DataFrame,
     spec: StudySpec,
     *,
@@ -136,18 +138,22 @@ def _written(
     """[draw][prompt] completions that the model writes."""
     if prompts.empty:
         return [[] for _ in range(n_samples + greedy)]
-    generation, texts, tasks, n = spec.generation, list(prompts[TEXT]), list(prompts[TASK]), len(prompts)
+    generation, tasks, n = spec.generation, list(prompts[TASK]), len(prompts)
+    encoded = reader.encode(list(prompts[TEXT]))
     common: dict[str, Any] = {"batch_size": generation.batch_size, "progress": progress}
+    common["end_of_turn"] = reader.end_of_turn
     draws = []
     if greedy:
         title = f"{description} greedy"
         draws.append(
-            generate(model, tokenizer, texts, greedy=True, description=title, **asked_of(spec, tasks), **common)
+            generate(
+                model, reader.tokenizer, encoded, greedy=True, description=title, **asked_of(spec, tasks), **common
+            )
         )
     sampled = generate(
         model,
-        tokenizer,
-        texts * n_samples,
+        reader.tokenizer,
+        encoded * n_samples,
         seeds=[int(seed) for seed in seeds.ravel()],
         temperature=generation.temperature,
         top_p=generation.top_p,

@@ -11,24 +11,42 @@ from rlgen_stats.schemas.errors import InputError
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Id put into pad positions: the pad token, else the end token, else 0; it is masked out."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    """Id put into pad positions: the end token, else the pad token, else 0; it is masked out.
+
+    The end token first: a pad token may have been added to a tokenizer whose model has no row for it.
+    """
+    for candidate in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         if candidate is not None:
             return int(candidate)
     return 0
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts with the tokenizer's own leading special tokens.
+def encode(tokenizer: Any, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """Token ids of texts, with the tokenizer's own leading special tokens unless ``special`` is false.
+
+    A text that begins with the BOS token, as one that a chat template has rendered, is given no second one.
+    """
+    bos = tokenizer.bos_token
+    bare = [not special or (bool(bos) and text.startswith(bos)) for text in texts]
+    encoded: list[list[int]] = [[] for _ in texts]
+    for chosen in (False, True):
+        rows = [row for row, one in enumerate(bare) if one == chosen]
+        if rows:
+            batch = tokenizer([texts[row] for row in rows], add_special_tokens=not chosen)["input_ids"]
+            for row, ids in zip(rows, batch, strict=True):
+                encoded[row] = list(ids)
+    return encoded
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """Token ids of texts that are to be continued, see :func:`encode`.
 
     Raises
     ------
     InputError
         If a prompt has no tokens, or the tokenizer closes prompts with its end token.
     """
-    if not prompts:
-        return []
-    encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    encoded = encode(tokenizer, prompts, special=special)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise InputError(f"prompt {prompt[:60]!r} has no tokens; give it a text.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -32,10 +32,6 @@ TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.
 """Files of which at least one makes a folder's tokenizer its own; otherwise the base's is used."""
 _HARMLESS: Final = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|^v_head\.")
 """Tensors that a language model does without: masks and frequencies it computes, and the value head of PPO."""
-_SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "unk_token_id")
-"""Special ids that change what is read or when a text ends. The pad id is not one: pads are masked everywhere."""
-_PROBE: Final = "What is 12 + 30? The answer: x_1 = 4.5\n\nSo  it's  42."
-"""Text with digits, spaces, punctuation and newlines; equal vocabularies with other merges encode it differently."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -57,15 +53,20 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def check_weights(ref: ModelRef) -> None:
-    """Refuse a folder that is missing or holds no weights.
+def check_weights(ref: ModelRef, *, download: bool = True) -> None:
+    """Refuse a folder that is missing or holds no weights; those of models of the Hub are downloaded, or left out.
 
     Raises
     ------
     ModelError
         Naming the folder and the files looked for.
     """
+    on_hub = {hub.path: hub for hub in ref.hub}
     for folder in dict.fromkeys([ref.path, *([ref.base] if ref.base and is_adapter(ref.path) else [])]):
+        if folder in on_hub:
+            if download:
+                on_hub[folder].download()
+            continue
         if not folder.is_dir():
             raise ModelError(f"{ref.model}: no folder {folder}; correct its path in the study file.")
         if not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
@@ -180,24 +181,48 @@ def _load_whole(name: str, path: Path, ref: ModelRef) -> Any:
 
 
 def _load_adapter(ref: ModelRef) -> Any:
-    from peft import PeftModel  # slow to import, and most studies have no adapter
+    from peft import PeftModel, load_peft_weights  # slow to import, and most studies have no adapter
 
     if ref.base is None:
         raise ModelError(f"{ref.model}: {ref.path} is an adapter and needs a base model; name base.path.")
     base = _load_whole(f"base of {ref.model}", ref.base, ref)
     try:
         with _quiet():
+            weights = load_peft_weights(str(ref.path), device="cpu")
+            _resize_embeddings(base, weights)
             model = PeftModel.from_pretrained(base, ref.path)
             loaded = model.load_adapter(ref.path, model.active_adapter)  # again: only this says what found no place
     except Exception as error:
         raise ModelError(f"{ref.model}: adapter {ref.path} does not load on {ref.base} ({_line(error)}).") from error
-    for keys, fault in ((loaded.unexpected_keys, "have no place in the base"), (loaded.missing_keys, "are missing")):
+    extra = [key for key in loaded.unexpected_keys if not _is_saved_twice(key, weights)]
+    for keys, fault in ((extra, "have no place in the base"), (loaded.missing_keys, "are missing")):
         if keys:  # peft would only warn, and the model be the base or half of the adapter
             raise ModelError(
                 f"{ref.model}: {len(keys)} tensors of adapter {ref.path} {fault}, e.g. {sorted(keys)[0]}; "
                 f"expected an adapter trained on {ref.base}, whole and with its layers' names."
             )
     return model.merge_and_unload()
+
+
+def _is_saved_twice(key: str, adapter: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor is a copy that peft saves of resized embeddings that were trained, beside the one it loads."""
+    one, other = adapter.get(key), adapter.get(key.replace(".modules_to_save.", "."))
+    return one is not None and other is not None and one is not other and torch.equal(one, other)
+
+
+def _resize_embeddings(base: Any, adapter: Mapping[str, torch.Tensor]) -> None:
+    """Give base the rows of an adapter that was trained with more tokens, and that holds the resized embeddings."""
+    saved = {}
+    for layer in filter(None, (base.get_input_embeddings(), base.get_output_embeddings())):
+        name = next(name for name, module in base.named_modules() if module is layer)
+        key = re.compile(rf"base_model\.model\.{re.escape(name)}\.(\w+\.)?weight")
+        saved[name] = max((len(values) for full, values in adapter.items() if key.fullmatch(full)), default=None)
+    rows = {n for n in saved.values() if n is not None}
+    if not rows - {len(base.get_input_embeddings().weight)}:
+        return
+    if len(rows) > 1 or (None in saved.values() and not base.config.get_text_config().tie_word_embeddings):
+        raise ValueError(f"it resizes the embeddings and lacks some of them, rows: {saved}")
+    base.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def _line(error: BaseException) -> str:
@@ -242,52 +267,3 @@ def load_tokenizer(source: ModelRef | Path | str) -> Any:
 
 def _has_tokenizer(path: Path) -> bool:
     return any((path / name).exists() for name in TOKENIZER_FILES)
-
-
-def check_tokenizers(refs: Sequence[ModelRef]) -> None:
-    """Refuse models that do not read text as the first one does; forced texts would not be the same tokens.
-
-    Parameters
-    ----------
-    refs
-        Models, the base first.
-
-    Raises
-    ------
-    ModelError
-        Naming the model and what differs: vocabulary, a special id, or the encoding of a probe text.
-    """
-    if not refs:
-        return
-    reference = load_tokenizer(refs[0])
-    vocabulary = reference.get_vocab()
-    for ref in refs[1:]:
-        if not _has_tokenizer(ref.path):
-            continue
-        difference = _difference(reference, vocabulary, load_tokenizer(ref))
-        if difference:
-            raise ModelError(
-                f"{ref.model} has another tokenizer than {refs[0].model}: {difference}; "
-                "a study needs one tokenizer: use runs of this base, or correct the tokenizer files of the checkpoint."
-            )
-
-
-def _difference(reference: Any, vocabulary: dict[str, int], other: Any) -> str | None:
-    other_vocabulary = other.get_vocab()
-    if other_vocabulary != vocabulary:
-        changed = sorted(
-            token
-            for token in vocabulary.keys() | other_vocabulary.keys()
-            if vocabulary.get(token) != other_vocabulary.get(token)
-        )
-        first = changed[0]
-        return (
-            f"the vocabularies of {len(vocabulary)} and {len(other_vocabulary)} tokens differ in {len(changed)}, "
-            f"e.g. {first!r} is {vocabulary.get(first)} there and {other_vocabulary.get(first)} here"
-        )
-    for name in _SPECIAL_IDS:
-        if getattr(reference, name) != getattr(other, name):
-            return f"{name} is {getattr(reference, name)} there and {getattr(other, name)} here"
-    if reference(_PROBE)["input_ids"] != other(_PROBE)["input_ids"]:
-        return "the vocabulary is the same but a probe text is split into other tokens"
-    return None

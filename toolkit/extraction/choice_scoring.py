@@ -7,10 +7,9 @@ chat template) gets no space more.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +17,8 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError, ModelError
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.next_token import logits_at, positions_at_once
 from rlgen_stats.toolkit.progress import SILENT, Progress
-
-MAX_LOGITS: Final = 2**27
-"""Logits held at once (512 MB in float32): limits the rows of a batch where vocabularies are large."""
 
 
 class PromptLengths(Protocol):
@@ -85,6 +82,7 @@ def score_choices(
     prompts: Sequence[str],
     choices: Sequence[Sequence[str]],
     *,
+    special: bool = True,
     batch_size: int = 64,
     active: PromptLengths | None = None,
     progress: Progress = SILENT,
@@ -100,8 +98,10 @@ def score_choices(
         Texts, one per row.
     choices
         Of each prompt, one text or more.
+    special
+        Whether prompts get the tokenizer's leading special tokens; those that a chat template rendered have their own.
     batch_size
-        Texts per forward pass; fewer where ``MAX_LOGITS`` asks for it.
+        Texts per forward pass; fewer where their logits would take more than ``next_token.LOGIT_BYTES``.
     active
         Handle of the edit in force, which needs to know where prompts end.
     progress, description
@@ -125,14 +125,13 @@ def score_choices(
     Log-probabilities are computed in float32, of one text at a time, and summed in float64. A choice whose tokens but
     the last begin another choice of the prompt is read along with it: single letters cost one text a prompt.
     """
-    encoded = encode_choices(tokenizer, prompts, choices)
+    encoded = encode_choices(tokenizer, prompts, choices, special=special)
     rows = [row for index, (ids, ends) in enumerate(encoded) for row in _rows(index, ids, ends)]
     _check_context(model, rows)
     scores = [np.zeros(len(ends)) for _, ends in encoded]
     unread = [len(ends) for _, ends in encoded]
-    vocabulary = int(model.config.get_text_config().vocab_size)
     with progress.task(description, total=len(prompts), unit="prompts") as task:
-        for batch in _batches(rows, batch_size, vocabulary):
+        for batch in _batches(rows, batch_size, positions_at_once(model)):
             for (prompt, choice), log_likelihood in _read(model, batch, pad_id(tokenizer), active).items():
                 if np.isnan(log_likelihood):
                     raise ModelError(
@@ -149,7 +148,7 @@ def score_choices(
 
 
 def encode_choices(
-    tokenizer: Any, prompts: Sequence[str], choices: Sequence[Sequence[str]]
+    tokenizer: Any, prompts: Sequence[str], choices: Sequence[Sequence[str]], *, special: bool = True
 ) -> list[tuple[list[int], list[tuple[int, ...]]]]:
     """Of every prompt its token ids, as for generation, and those that each choice adds; see the module for the rule.
 
@@ -158,14 +157,14 @@ def encode_choices(
     InputError
         As :func:`score_choices`.
     """
-    contexts = encode_prompts(tokenizer, prompts)
+    contexts = encode_prompts(tokenizer, prompts, special=special)
     pairs = [(prompt, choice) for prompt, texts in zip(prompts, choices, strict=True) for choice in texts]
     blank = [prompt for prompt, choice in pairs if not choice.strip()]
     if blank:
         raise InputError(f"{len(blank)} choice(s) are empty, the first of prompt {blank[0][:60]!r}; give them a text.")
     spaces = ["" if prompt[-1:].isspace() else " " for prompt, _ in pairs]
     joined = [prompt + space + choice for (prompt, choice), space in zip(pairs, spaces, strict=True)]
-    wholes = iter(encode_prompts(tokenizer, joined))
+    wholes = iter(encode_prompts(tokenizer, joined, special=special))
     encoded = []
     for prompt, ids, texts in zip(prompts, contexts, choices, strict=True):
         ends = []
@@ -203,12 +202,12 @@ def _check_context(model: Any, rows: Sequence[_Row]) -> None:
         )
 
 
-def _batches(rows: Sequence[_Row], batch_size: int, vocabulary: int) -> Iterator[list[_Row]]:
-    """Rows in batches of similar length, none with more than ``MAX_LOGITS`` logits unless it is a single row."""
+def _batches(rows: Sequence[_Row], batch_size: int, n_positions: int) -> Iterator[list[_Row]]:
+    """Rows in batches of similar length, none with more positions that need logits unless it is a single row."""
     batch: list[_Row] = []
     for row in sorted(rows, key=lambda row: len(row.ids)):
-        kept = max(other.n_kept for other in (*batch, row))
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * kept * vocabulary > MAX_LOGITS):
+        n_kept = sum(other.n_kept for other in (*batch, row))
+        if batch and (len(batch) == batch_size or n_kept > n_positions):
             yield batch
             batch = []
         batch.append(row)
@@ -216,22 +215,21 @@ def _batches(rows: Sequence[_Row], batch_size: int, vocabulary: int) -> Iterator
         yield batch
 
 
-@torch.inference_mode()
 def _read(model: Any, batch: Sequence[_Row], pad: int, active: PromptLengths | None) -> dict[tuple[int, int], float]:
     """Log-likelihood of each (prompt, choice) that the texts of a batch score."""
     ids, mask, positions = left_pad([row.ids for row in batch], pad, model.device)
-    kept = max(row.n_kept for row in batch)
-    extra = {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    n_kept = [row.n_kept for row in batch]
+    kept = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(n_kept)[:, None]
     if active is not None:
         active.prompt_lengths = torch.tensor([row.prompt_length for row in batch], device=ids.device)
     try:
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **extra)
+        logits = logits_at(model, kept, input_ids=ids, attention_mask=mask, position_ids=positions)
     finally:
         if active is not None:
             active.prompt_lengths = None
     scores = {}
-    for row, logits in zip(batch, output.logits, strict=True):
-        log_p = torch.log_softmax(logits[-row.n_kept :].float(), dim=-1)
+    for row, of_row in zip(batch, torch.split(logits, n_kept), strict=True):
+        log_p = torch.log_softmax(of_row.float(), dim=-1)
         for key, tokens in row.scored.items():
             chosen = log_p[torch.arange(len(tokens)), torch.tensor(tokens)]
             scores[key] = float(chosen.cpu().double().sum())

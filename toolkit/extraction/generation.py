@@ -32,7 +32,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """Tokens as generated, the end token included."""
     text: str
-    """Decoded text without special tokens, cut before a stop string."""
+    """Decoded text without special tokens and the token that ended it, cut before a stop string."""
     terminated: bool
     """Whether the model ended by itself, by an end token or a stop string, within the length limit."""
     choice: int | None = None
@@ -119,7 +119,7 @@ def _first(text: str, stop: Sequence[str]) -> int | None:
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int],
     stop: Sequence[Sequence[str]] | None = None,
@@ -127,6 +127,7 @@ def generate(
     greedy: bool = False,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
+    end_of_turn: int | None = None,
     batch_size: int = 64,
     progress: Progress = SILENT,
     description: str = "generate",
@@ -138,7 +139,8 @@ def generate(
     model, tokenizer
         Causal language model and its tokenizer. The model may carry hooks: only its ordinary forward pass is used.
     prompts
-        Texts, one per row; a prompt sampled K times comes K times with K seeds.
+        Plain texts, or the token ids that a :class:`PromptReader` makes of them, one per row; a prompt sampled K times
+        comes K times with K seeds.
     max_new_tokens
         Length limit, one for all rows or one each.
     stop
@@ -149,6 +151,8 @@ def generate(
         Take the most likely token at each step.
     seeds
         One per row, 0 to 2**64 - 1; required unless greedy.
+    end_of_turn
+        A token that ends a completion beside those of the tokenizer and of the model's generation config.
     batch_size
         Rows per forward pass.
     progress, description
@@ -170,9 +174,11 @@ def generate(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     strings: list[Sequence[str]] = [()] * len(prompts) if stop is None else list(stop)
     _check(prompts, seeds, limits, strings, temperature, greedy, top_p, batch_size)
-    encoded = encode_prompts(tokenizer, prompts)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = encode_prompts(tokenizer, texts) if texts else [[*ids] for ids in prompts]
     _check_context(model, encoded, limits)
-    sampling = _Sampling(temperature, greedy, top_p, stop_ids(model, tokenizer), pad_id(tokenizer))
+    stops = stop_ids(model, tokenizer, end_of_turn)
+    sampling = _Sampling(temperature, greedy, top_p, stops, pad_id(tokenizer))
     stopping = _StopStrings(tokenizer)
     numbers = np.zeros(len(prompts), np.uint64) if seeds is None else np.array([int(s) for s in seeds], np.uint64)
     written: list[list[int]] = [[] for _ in prompts]
@@ -190,8 +196,9 @@ def generate(
             task.advance(len(rows))
     completions = []
     for ids, row_strings in zip(written, strings, strict=True):
-        kept, text, stopped = stopping.cut(ids, row_strings)
-        completions.append(Completion(tuple(kept), text, stopped or (bool(ids) and ids[-1] in sampling.stops)))
+        ended = bool(ids) and ids[-1] in stops
+        kept, text, stopped = stopping.cut(ids[:-1] if ended else ids, row_strings)
+        completions.append(Completion(tuple(kept if stopped else ids), text, stopped or ended))
     return completions
 
 
@@ -204,7 +211,7 @@ def asked_of(spec: StudySpec, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(
-    prompts: Sequence[str],
+    prompts: Sequence[object],
     seeds: Sequence[int] | None,
     limits: Sequence[int],
     strings: Sequence[Sequence[str]],
@@ -241,11 +248,11 @@ def _check_context(model: Any, encoded: Sequence[Sequence[int]], limits: Sequenc
         )
 
 
-def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a completion: the tokenizer's end token and those of the model's generation config."""
+def stop_ids(model: Any, tokenizer: Any, end_of_turn: int | None = None) -> tuple[int, ...]:
+    """Tokens that end a completion: of the tokenizer, of the model's generation config, and of its chat template."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    return tuple(sorted({int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}))
+    return tuple(sorted({int(token) for token in (tokenizer.eos_token_id, end_of_turn, *listed) if token is not None}))
 
 
 @dataclass(frozen=True)

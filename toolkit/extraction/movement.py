@@ -43,8 +43,9 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
     -------
     Dataset
         ``weight_distance[model]``: L2 norm of the weight change over the L2 norm of base's weights, over floating
-        parameters of the same name and shape, adapters merged. ``kl_from_base[model]``: mean over completion tokens
-        of the texts base wrote of KL(base || model), in nats per token; NaN if base wrote none.
+        parameters of the same name and shape, adapters merged; of embeddings with rows for added tokens, the common
+        rows. ``kl_from_base[model]``: mean over completion tokens of the texts base wrote of KL(base || model), in nats
+        per token, over the tokens that both predict; NaN if base wrote none.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
     """
     refs = list_models(spec, folder)
     device, tokenizer = resolve_device(spec.device), load_tokenizer(refs[0])
-    texts = forced_texts(folder, [BASE_MODEL], load_prompts(spec, folder), tokenizer)
+    texts = forced_texts(spec, folder, [BASE_MODEL], load_prompts(spec, folder))
     base = load_model(refs[0], device=device)
     distances, divergences = [], []
     with progress.task("distance from base", total=len(refs), unit="models") as task:
@@ -74,13 +75,18 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
 
 
 def weight_distance(base: torch.nn.Module, model: torch.nn.Module) -> float:
-    """L2 norm of the weight difference relative to base, over floating parameters of the same name and shape."""
+    """L2 norm of the weight difference relative to base, over floating parameters of the same name and shape.
+
+    Of those that differ in their number of rows alone, the common rows count.
+    """
     parameters = dict(model.named_parameters())
     change = norm = 0.0
     for name, reference in base.named_parameters():
         other = parameters.get(name)
-        if other is not None and other.shape == reference.shape and reference.is_floating_point():
-            for values, of_base in zip(_chunks(other, reference.device), _chunks(reference), strict=True):
+        if other is not None and other.shape[1:] == reference.shape[1:] and reference.is_floating_point():
+            rows = slice(min(len(other), len(reference)) if other.ndim else None)
+            chunks = zip(_chunks(other[rows], reference.device), _chunks(reference[rows]), strict=True)
+            for values, of_base in chunks:
                 change += float((values - of_base).square().sum())
                 norm += float(of_base.square().sum())
     return float(np.sqrt(change / norm)) if norm else float("nan")

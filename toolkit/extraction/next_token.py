@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -12,6 +12,11 @@ LOGIT_BYTES: Final = 1 << 27
 """Memory of one model's float32 logits (128 MB): 223 positions at a time for a vocabulary of 150,000."""
 BLOCK_BYTES: Final = 1 << 26
 """Memory of one block of distributions in float64 (64 MB), of which a divergence holds some six."""
+
+
+def common_vocabulary(models: Iterable[Any]) -> int:
+    """Tokens, those with the smallest ids, that all models predict: others were added to some of them."""
+    return min(int(model.config.get_text_config().vocab_size) for model in models)
 
 
 def positions_at_once(model: Any) -> int:
@@ -59,11 +64,13 @@ def logits_at(model: Any, chosen: Tensor, **inputs: Tensor) -> Tensor:
 def log_probability_blocks(*logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Float64 log-probabilities of the same positions of several [position, vocabulary] logits, some at a time.
 
-    Small divergences are lost in float32, and half types hold three digits.
+    Of vocabularies that differ in size, the common tokens are compared: others were added to some models. Small
+    divergences are lost in float32, and half types hold three digits.
     """
-    size = max(1, BLOCK_BYTES // (8 * logits[0].shape[-1]))
+    vocabulary = min(one.shape[-1] for one in logits)
+    size = max(1, BLOCK_BYTES // (8 * vocabulary))
     for parts in zip(*(torch.split(one, size) for one in logits), strict=True):
-        yield tuple(part.double().log_softmax(dim=-1) for part in parts)
+        yield tuple(part[:, :vocabulary].double().log_softmax(dim=-1) for part in parts)
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

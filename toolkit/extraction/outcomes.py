@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -20,18 +22,13 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models, ref_coords
-from rlgen_stats.stores.tables import check_owner
+from rlgen_stats.stores.tables import RENDERED_PROMPTS, check_owner
 from rlgen_stats.toolkit.extraction.answering import answer_prompts
-from rlgen_stats.toolkit.extraction.checkpoints import (
-    check_tokenizers,
-    check_weights,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, grade_all, graders_of
 from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import, with_origin
+from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.completion_shares import (
     completion_shares,
@@ -103,9 +100,10 @@ def sample_outcomes(
     Notes
     -----
     Sample s of prompt i has the same seed in every model, hence the same uniform numbers: models differ by their
-    distributions alone, and identical models give identical completions. Where choices are scored, every sample is the
-    most likely choice. Models already committed are skipped; a
-    model's parquet is written, atomically, before its outcomes are committed.
+    distributions alone, and identical models give identical completions. Each model reads prompts by its own chat
+    template; the first prompt of every task as models read it is an attribute of the store. Where choices are scored,
+    every sample is the most likely choice. Models already committed are skipped; a model's parquet is written,
+    atomically, before its outcomes are committed.
     """
     prompts = load_prompts(spec, folder)
     graders = graders_of(spec, prompts[TASK])
@@ -113,7 +111,8 @@ def sample_outcomes(
     refs = list_models(spec, folder)
     for ref in refs:
         check_weights(ref)
-    check_tokenizers(refs)
+    check_tokenizers(refs, list(prompts[TEXT]))
+    rendered = json.dumps([asdict(example) for example in rendered_examples(spec, folder)], ensure_ascii=False)
     done = set(committed_models(folder.outcomes))
     if done:  # refuse another study's store before hours of sampling, not after
         check_owner(folder.outcomes, provenance)
@@ -132,7 +131,7 @@ def sample_outcomes(
             if given is not None:
                 grades = given.graded(grades)
             _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
-            outcomes = _outcomes(ref, completions, grades, prompts)
+            outcomes = _outcomes(ref, completions, grades, prompts).assign_attrs({RENDERED_PROMPTS: rendered})
             if imported:
                 outcomes = with_origin(outcomes, None if given is None else given.origin)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
@@ -158,11 +157,10 @@ def _complete(
     ref: ModelRef, prompts: pd.DataFrame, spec: StudySpec, *, device: torch.device, progress: Progress
 ) -> list[list[Completion]]:
     """Completions [1 + K][prompt]: greedy first, then the samples."""
-    model, tokenizer = load_model(ref, device=device), load_tokenizer(ref)
     n_samples = spec.generation.n_samples
     return answer_prompts(
-        model,
-        tokenizer,
+        load_model(ref, device=device),
+        load_reader(ref),
         prompts,
         spec,
         n_samples=n_samples,

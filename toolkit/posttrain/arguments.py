@@ -24,6 +24,7 @@ _NO_EVALUATION = "training has no evaluation set here; the outcomes stage grades
 _NO_HUB = "nothing is uploaded from a study"
 _DEVICE = "the device is the study's 'device'"
 _SEED = "it is derived from the study's and the run's 'seed'"
+_TEMPLATE = "prompts are read, and end, by the run's 'chat_template'"
 OWNED: Final[Mapping[str, str]] = {
     "output_dir": "checkpoints go to models/<run>",
     "seed": _SEED,
@@ -46,6 +47,9 @@ OWNED: Final[Mapping[str, str]] = {
     "hub_strategy": _NO_HUB,
     "model_init_kwargs": "the model is the study's 'base'",
     "trust_remote_code": "code in a checkpoint's folder is never run",
+    "eos_token": _TEMPLATE,
+    "chat_template_path": _TEMPLATE,
+    "chat_template_kwargs": _TEMPLATE,
     "remove_unused_columns": "the grader needs the answers",
     "reward_weights": "there is one reward, the study's 'grader'",
 }

@@ -25,11 +25,13 @@ from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
+from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.prompts import ANSWER, CHOICES
-from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, base_ref
+from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, base_ref, chat_of
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import stop_ids
 from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of, make_grader
+from rlgen_stats.toolkit.extraction.rendering import PromptReader
 from rlgen_stats.toolkit.posttrain.arguments import adapter_config, trainer_arguments
 from rlgen_stats.toolkit.posttrain.rewards import GradedReward
 from rlgen_stats.toolkit.posttrain.schedule import (
@@ -40,8 +42,8 @@ from rlgen_stats.toolkit.posttrain.schedule import (
     step_folder,
 )
 from rlgen_stats.toolkit.posttrain.training_prompts import (
-    check_boundary,
     check_lengths,
+    encode_training,
     load_training_table,
     table_hash,
 )
@@ -58,6 +60,7 @@ class _Training:
     run: RunSpec
     spec: StudySpec
     base: ModelRef
+    """Read with the run's chat template."""
     table: pd.DataFrame
     arguments: Any
     """trl.SFTConfig or trl.GRPOConfig."""
@@ -122,18 +125,19 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
             device=device,
             max_new_tokens=spec.generation.max_new_tokens,
         )
-    identity = _identity(spec, run, table, seed)
+    base = replace(base_ref(spec, folder), loading=spec.training_models(run), chat=chat_of(run, folder))
+    identity = _identity(spec, run, table, base, seed)
     record = target / POSTTRAIN_RECORD
     if record.exists() and (done := read_json(record)).get("identity") == identity:
         return tuple(int(step) for step in done["steps"])
-    remark = check_lengths(spec, run, table, load_tokenizer(base_ref(spec, folder)), arguments)
+    remark = check_lengths(spec, run, table, _make_reader(base, run.name), arguments)
     if remark:
         progress.log(f"warning: {remark}.")
     resume = _prepare_folder(target, identity)
     training = _Training(
         run=run,
         spec=spec,
-        base=replace(base_ref(spec, folder), loading=spec.training_models(run)),
+        base=base,
         table=table,
         arguments=arguments,
         identity=identity,
@@ -161,11 +165,12 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     return schedule.steps
 
 
-def _identity(spec: StudySpec, run: RunSpec, table: pd.DataFrame, seed: int) -> str:
+def _identity(spec: StudySpec, run: RunSpec, table: pd.DataFrame, base: ModelRef, seed: int) -> str:
     """Hash of everything that decides the run's weights, the base's bytes aside."""
     parts = [run.model_dump(mode="json"), spec.grader.model_dump(mode="json"), spec.base.path, spec.device, seed]
     reward = spec.reward_settings() if run.method == "grpo" else []
-    return content_hash([*parts, table_hash(table), *reward, *spec.training_settings(run)])
+    template = [] if base.chat.template_file is None else [file_sha256(Path(base.chat.template_file))]
+    return content_hash([*parts, table_hash(table), *reward, *spec.training_settings(run), *template])
 
 
 def _check_answers(spec: StudySpec, table: pd.DataFrame) -> None:
@@ -211,7 +216,7 @@ def _train(
     schedule = CheckpointSchedule(
         target,
         run,
-        load_tokenizer(training.base),  # not the trainer's, to which TRL may add a pad token
+        _make_reader(training.base, run.name).tokenizer,  # not the trainer's, to which TRL may add a pad token
         {"identity": training.identity},
         keep_state=not training.arguments.save_only_model,
     )
@@ -232,28 +237,47 @@ def _train(
     return schedule, [_json_safe(entry) for entry in trainer.state.log_history]
 
 
+def _make_reader(base: ModelRef, name: str) -> PromptReader:
+    """How the run reads prompts: with base's tokenizer, which under a chat template ends texts as that ends a turn."""
+    reader = PromptReader(load_tokenizer(base), base.chat, name)
+    if reader.template is not None:
+        reader.tokenizer.chat_template = reader.template
+    if reader.end_of_turn is not None:
+        reader.tokenizer.eos_token = reader.tokenizer.convert_ids_to_tokens(reader.end_of_turn)
+    return reader
+
+
+class _ReadingGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped
+    """TRL's, but that prompts become tokens as everywhere in a study: TRL would add a BOS to one that has one."""
+
+    def __init__(self, *, reader: PromptReader, **how: Any) -> None:
+        self._reader = reader
+        super().__init__(**how)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return self._reader.encode(prompts), None, {}
+
+
 def _make_trainer(training: _Training, model: Any) -> Any:
-    tokenizer = load_tokenizer(training.base)
+    reader = _make_reader(training.base, training.run.name)
     columns = training.table.rename(columns={"text": "prompt"})
     common: dict[str, Any] = {
         "model": model,
         "args": training.arguments,
-        "processing_class": tokenizer,
+        "processing_class": reader.tokenizer,
         "peft_config": adapter_config(training.run),
     }
-    if training.run.method == "pretrain":  # token ids, for to texts TRL would add an end token
-        ids = tokenizer(list(training.table["text"]))["input_ids"]
-        return SFTTrainer(train_dataset=datasets.Dataset.from_dict({"input_ids": ids}), **common)
-    if training.run.method == "sft":
-        check_boundary(training.table, tokenizer)
-        data = datasets.Dataset.from_pandas(columns[["prompt", "completion"]], preserve_index=False)
+    if training.run.method == "pretrain":
+        return SFTTrainer(train_dataset=datasets.Dataset.from_dict(encode_training(training.table, reader)), **common)
+    if training.run.method == "sft":  # with the texts, by which TRL knows that completions alone are learned
+        texts: dict[Any, Any] = columns[["prompt", "completion"]].to_dict("list")
+        data = datasets.Dataset.from_dict(texts | encode_training(training.table, reader))
         return SFTTrainer(train_dataset=data, **common)
     asked = [name for name in ("prompt", ANSWER, TASK, CHOICES) if name in columns]
     data = datasets.Dataset.from_pandas(columns[asked], preserve_index=False)
-    reward = GradedReward(
-        make_grader(training.spec.grader), graders_of(training.spec, training.spec.tasks), stop_ids(model, tokenizer)
-    )
-    return GRPOTrainer(reward_funcs=reward, train_dataset=data, **common)
+    graders = make_grader(training.spec.grader), graders_of(training.spec, training.spec.tasks)
+    reward = GradedReward(*graders, stop_ids(model, reader.tokenizer))
+    return _ReadingGRPOTrainer(reader=reader, reward_funcs=reward, train_dataset=data, **common)
 
 
 def _json_safe(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
@@ -11,12 +12,12 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.prompts import CHOICES, choice_cells, read_table, text_cells
+from rlgen_stats.stores.prompts import CHOICES, chat_messages, choice_cells, read_table, text_cells
+from rlgen_stats.toolkit.extraction.batching import encode
+from rlgen_stats.toolkit.extraction.rendering import PromptReader
 
 NEEDED: Final = {"sft": ("text", "answer", "completion"), "grpo": ("text", "answer"), "pretrain": ("text",)}
 """Columns each method needs: prompt or text, expected answer and, to imitate, the teacher's completion."""
-N_PROBED: Final = 64
-"""Rows whose tokenization across the prompt's end is checked; a mistake there is in every row or in none."""
 
 
 def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> pd.DataFrame:
@@ -35,7 +36,8 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
     -------
     DataFrame
         The columns that its method needs; where the study lists tasks also task and choices (a JSON list, empty where
-        there are none), if the table has them. Other columns are left out.
+        there are none), if the table has them. Other columns are left out. Where the run reads a chat template, a text
+        may be a list of chat messages (then JSON, see :func:`chat_messages`) and a completion the assistant's message.
 
     Raises
     ------
@@ -62,7 +64,10 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
         )
     if table.empty:
         raise InputError(f"{path} has no rows; expected at least one training prompt.")
-    texts = pd.DataFrame({column: text_cells(table, column, path) for column in needed}, dtype=object)
+    cells = {column: text_cells(table, column, path, chat=run.rendered and column != "answer") for column in needed}
+    if "completion" in cells:
+        cells["completion"] = [_completion(text, row, path) for row, text in enumerate(cells["completion"], start=1)]
+    texts = pd.DataFrame(cells, dtype=object)
     for column in needed:
         empty = texts[column].str.strip() == ""
         if empty.any():
@@ -82,15 +87,15 @@ def table_hash(table: pd.DataFrame) -> str:
     return content_hash(table.to_dict(orient="list"))
 
 
-def check_lengths(spec: StudySpec, run: RunSpec, table: pd.DataFrame, tokenizer: Any, arguments: Any) -> str:
+def check_lengths(spec: StudySpec, run: RunSpec, table: pd.DataFrame, reader: PromptReader, arguments: Any) -> str:
     """Refuse lengths at which TRL's own default would cut training texts; what the study's own lengths cut is said.
 
     Parameters
     ----------
     spec, run, table
         The study, one of its runs, and the texts it trains on.
-    tokenizer
-        Base's.
+    reader
+        How the run reads them.
     arguments
         trl.SFTConfig or trl.GRPOConfig of the run.
 
@@ -112,9 +117,7 @@ def check_lengths(spec: StudySpec, run: RunSpec, table: pd.DataFrame, tokenizer:
             f"run {run.name!r}: trainer.max_completion_length cuts completions in training at {trained} tokens, "
             f"generation.max_new_tokens elsewhere at {sampled}"
         )
-    completed = run.method == "sft"  # and the end token follows
-    texts = (table["text"] + table["completion"] if completed else table["text"]).tolist()
-    lengths = [len(ids) + completed for ids in tokenizer(texts)["input_ids"]]
+    lengths = [len(ids) for ids in encode_training(table, reader)["input_ids"]]
     limit = arguments.max_length
     n_longer = sum(limit is not None and length > limit for length in lengths)
     if not n_longer:
@@ -128,23 +131,45 @@ def check_lengths(spec: StudySpec, run: RunSpec, table: pd.DataFrame, tokenizer:
     )
 
 
-def check_boundary(table: pd.DataFrame, tokenizer: Any) -> None:
-    """Refuse completions that change the prompt's last tokens when they are appended to it.
+def _completion(text: str, row: int, path: Path) -> str:
+    """A completion as text, also one that is the assistant's message."""
+    messages = chat_messages(text)
+    if messages is None:
+        return text
+    if [message["role"] for message in messages] != ["assistant"]:
+        raise InputError(
+            f"{path}: completion of row {row} holds {len(messages)} chat messages; expected one, of the assistant."
+        )
+    return messages[0]["content"]
 
-    SFT masks the prompt by its number of tokens, so a token across the boundary would be learned or masked wrongly.
+
+def encode_training(table: pd.DataFrame, reader: PromptReader) -> dict[str, list[list[int]]]:
+    """Texts as a run reads them, those with a completion with it and the tokenizer's end token behind.
+
+    Returns
+    -------
+    dict
+        ``input_ids`` of each row, and of completions ``completion_mask``, 1 where they are: SFT learns these alone.
 
     Raises
     ------
     InputError
-        Naming the first such row.
+        If a completion changes the last tokens of its prompt, so that a token across the boundary would be learned or
+        masked wrongly; naming the first such row.
     """
-    for row, (text, completion) in enumerate(
-        zip(table["text"][:N_PROBED], table["completion"][:N_PROBED], strict=True)
-    ):
-        alone = tokenizer(text)["input_ids"]
-        joined = tokenizer(text + completion)["input_ids"]
+    end, special = reader.tokenizer.eos_token or "", reader.template is None
+    prompts = [reader.render(text) for text in table["text"]]
+    if "completion" not in table:
+        return {"input_ids": encode(reader.tokenizer, prompts, special=special)}
+    whole = [prompt + text.removesuffix(end) + end for prompt, text in zip(prompts, table["completion"], strict=True)]
+    ids = encode(reader.tokenizer, whole, special=special)
+    masks = []
+    for row, (alone, joined) in enumerate(zip(encode(reader.tokenizer, prompts, special=special), ids, strict=True)):
         if joined[: len(alone)] != alone:
             raise InputError(
-                f"training row {row}: the completion {completion[:40]!r} changes the tokens of the prompt it follows; "
-                "start completions with the space or newline that separates them from the prompt."
+                f"training row {row}: the completion {table['completion'].iloc[row][:40]!r} changes the tokens of the "
+                "prompt it follows; start completions with the space or newline that separates them from the prompt, "
+                "and with neither after a chat template."
             )
+        masks.append([0] * len(alone) + [1] * (len(joined) - len(alone)))
+    return {"input_ids": ids, "completion_mask": masks}

@@ -7,11 +7,11 @@ from typing import Final
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, GREEDY
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, GREEDY, PROMPT
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.prompts import read_prompts
+from rlgen_stats.stores.prompts import ANSWER, TEXT, plain_text, read_prompts
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models
 from rlgen_stats.toolkit.statistics.completion_shares import too_often_unread, unread_examples
@@ -122,8 +122,8 @@ def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
         prompts = read_prompts(spec, folder)
     except InputError:
         return {}
-    ids, texts, answers = (prompts[name].tolist() for name in ("prompt", "text", "answer"))
-    return {prompt: (text, answer) for prompt, text, answer in zip(ids, texts, answers, strict=True)}
+    rows = zip(prompts[PROMPT], prompts[TEXT], prompts[ANSWER], strict=True)
+    return {prompt: (plain_text(text), answer) for prompt, text, answer in rows}
 
 
 def _short(text: object) -> str:

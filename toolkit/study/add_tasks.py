@@ -15,7 +15,8 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.toolkit.exchange.benchmark_files import SUFFIXES, read_benchmark
 from rlgen_stats.toolkit.exchange.benchmark_layouts import BENCHMARKS, Benchmark
-from rlgen_stats.toolkit.study.spec_file import parse_spec
+from rlgen_stats.toolkit.study.spec_file import read_mapping
+from rlgen_stats.toolkit.study.strict_yaml import load_yaml
 from rlgen_stats.toolkit.study.template import EXAMPLE_PROMPTS, without_example
 
 _FOLDER: Final = "data/tasks"
@@ -64,28 +65,27 @@ def add_tasks(
     InputError
         If a task is unknown or cannot be read.
     SpecError
-        If study.yaml is missing, has one of the tasks already, or cannot take them; it is left alone then.
+        If study.yaml is missing or malformed, has one of the tasks already, or cannot take them; it is left alone then.
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], BENCHMARKS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(BENCHMARKS)}."
         raise InputError(f"no ready-made task is called {unknown[0]!r}; {hint}")
-    if not folder.spec.exists():
-        raise SpecError(f"no study file at {folder.spec}; write one with 'rlgen-stats init {folder.root}'.")
+    file, _ = read_mapping(folder.root)
     chosen = [BENCHMARKS[name] for name in dict.fromkeys(names)]
     files = {one.name: f"{_FOLDER}/{one.name}.parquet" for one in chosen}
     settings = {one.name: one.settings(files[one.name], generated=generated) for one in chosen}
-    text, prompts = folder.spec.read_text(encoding="utf-8"), folder.root / EXAMPLE_PROMPTS
+    text, prompts = file.read_text(encoding="utf-8"), folder.root / EXAMPLE_PROMPTS
     own = without_example(text, prompts)
-    edited = with_tasks(text if own is None else own, settings, where=str(folder.spec))
+    edited = with_tasks(text if own is None else own, settings, where=str(file))
     tables = {}
     for one in chosen:
         place = None if source is None else _place(source, one, alone=len(chosen) == 1)
         tables[one.name] = read_benchmark(one, place, split=split, columns=columns)
     for name, table in tables.items():
         _write(table, folder.root / files[name])
-    with replacing(folder.spec) as temporary:
+    with replacing(file) as temporary:
         temporary.write_text(edited, encoding="utf-8")
     if own is not None:
         prompts.unlink()
@@ -116,27 +116,20 @@ def with_tasks(text: str, tasks: Mapping[str, Mapping[str, Any]], *, where: str)
     Raises
     ------
     SpecError
-        If the text is no valid study, has a task of this name, or lists its tasks in a way that cannot be added to.
+        If it has a task of this name, or lists its tasks in a way that cannot be added to.
     """
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        before = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(before, dict) or not isinstance(root, yaml.MappingNode):
-        raise SpecError(f"{where} must be a mapping of keys to values, got {type(before).__name__}.")
+    before: dict[str, Any] = load_yaml(text)
     listed = before.get("tasks") or {}
     again = [name for name in tasks if name in listed]
     if again:
         raise SpecError(f"{where} has task {again[0]!r} already; remove that entry first, or edit it.")
-    edited = _inserted(text, root, tasks)
-    if edited is None or yaml.safe_load(edited) != before | {"tasks": listed | {n: dict(t) for n, t in tasks.items()}}:
+    edited = _inserted(text, tasks)
+    if edited is None or load_yaml(edited) != before | {"tasks": listed | {n: dict(t) for n, t in tasks.items()}}:
         lines = _entries(tasks, 2).rstrip()
         raise SpecError(
             f"{where}: its tasks are not listed one a line, so that none can be added; write them so, or add by hand:\n"
             f"tasks:\n{lines}"
         )
-    parse_spec(yaml.safe_load(edited), where=where)
     return edited
 
 
@@ -155,10 +148,12 @@ def _entries(tasks: Mapping[str, Mapping[str, Any]], indent: int) -> str:
     return "".join(" " * indent + line for line in dumped.splitlines(keepends=True))
 
 
-def _inserted(text: str, root: yaml.MappingNode, tasks: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _inserted(text: str, tasks: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The text with the entries after the last task; a new section at the end where there is none."""
     lines = text.splitlines(keepends=True)
-    key, value = next(((k, v) for k, v in root.value if k.value == "tasks"), (None, None))
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    key, value = next(((k, v) for k, v in pairs if k.value == "tasks"), (None, None))
     if key is None or value is None:
         gap = "" if text.endswith("\n") else "\n"
         return f"{text}{gap}\ntasks:\n{_entries(tasks, 2)}"

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import BASE_MODEL, TASK, model_id
-from rlgen_stats.schemas.errors import ModelError, RlgenStatsError
+from rlgen_stats.schemas.dims import BASE_RUN, TASK
+from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
 from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
-from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models
-from rlgen_stats.toolkit.extraction.batching import encode_prompts
-from rlgen_stats.toolkit.extraction.checkpoints import check_tokenizers, check_weights, load_tokenizer
+from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights
 from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
 from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
 from rlgen_stats.toolkit.extraction.model_shape import (
@@ -30,6 +29,7 @@ from rlgen_stats.toolkit.extraction.model_shape import (
     checkpoint_bytes,
     read_shape,
 )
+from rlgen_stats.toolkit.extraction.rendering import RenderedExample, check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
@@ -38,6 +38,9 @@ from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_p
 from rlgen_stats.toolkit.study.spec_shorthands import fill_in
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage
 from rlgen_stats.toolkit.trial.plan import check_size
+
+if TYPE_CHECKING:
+    from rlgen_stats.toolkit.extraction.rendering import RenderedExample
 
 _TOKENIZER_FILES: Final = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
@@ -61,8 +64,8 @@ class StudyCheck:
     imported: tuple[str, ...] = ()
     n_prompts: dict[str, int] = field(default_factory=dict)
     """Task -> prompts."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """Task -> its first prompt, as a model reads it."""
+    examples: tuple[RenderedExample, ...] = ()
+    """The first prompt of every task as base and runs read it."""
     n_blocks: int | None = None
     """Decoder blocks of base."""
     width: int | None = None
@@ -126,10 +129,10 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
         problems.add("study.yaml", message)
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
-    refs = _refs(spec, folder, problems)
-    on_hub = {model for model, path in _paths_of(spec).items() if is_on_hub(path)}
-    shape = _check_models(spec, refs, on_hub, problems)
-    examples, prompt_tokens = _check_texts(spec, folder, refs, prompts, shape, problems)
+    here = _reachable(spec, folder, problems)
+    refs = () if here is None else _refs(here, folder, problems)
+    shape = _check_models(spec, refs, prompts, problems)
+    examples, prompt_tokens = _check_texts(here or spec, folder, refs, prompts, shape, problems)
     found: dict[str, Any] = {}
     if prompts is not None and shape is not None and prompt_tokens is not None:
         found = _costs(spec, folder, prompts, refs, shape, prompt_tokens, problems)
@@ -189,56 +192,50 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
     return prompts
 
 
-def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
-    """Models whose folders are there; of runs that are still to be trained, none.
-
-    Of models on the Hub, only configs and tokenizers are downloaded: their weights are not looked at.
-    """
-    base = _located(spec.base.path, folder, "base.path", problems)
+def _reachable(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> StudySpec | None:
+    """The study without checkpoints that the Hub does not give; None if it does not give base. No weights are read."""
     runs = []
     for run in spec.runs:
-        if run.method != "checkpoints" and not (folder.run(run.name) / POSTTRAIN_RECORD).exists():
-            continue
         where = f"runs.{run.name}.checkpoints"
-        found = {step: _located(path, folder, f"{where}.{step}", problems) for step, path in run.checkpoints.items()}
-        there = {step: path for step, path in found.items() if path is not None}
-        runs.append(run.model_copy(update={"checkpoints": there}))
-    refs: tuple[ModelRef, ...] = ()
-    if base is not None:
-        local = {"base": spec.base.model_copy(update={"path": base}), "runs": tuple(runs)}
-        with problems.collecting("runs"):
-            refs = list_models(spec.model_copy(update=local), folder)
-    return tuple(ref for ref in refs if ref.path.is_dir())
+        there = {
+            step: path for step, path in run.checkpoints.items() if _is_given(path, folder, f"{where}.{step}", problems)
+        }
+        if there or run.method != "checkpoints":
+            runs.append(run.model_copy(update={"checkpoints": there}))
+    given = _is_given(spec.base.path, folder, "base.path", problems)
+    return spec.model_copy(update={"runs": tuple(runs)}) if given else None
 
 
-def _located(path: str, folder: StudyFolder, where: str, problems: _Problems) -> str | None:
-    """Where a checkpoint's small files are on this machine."""
-    if not is_on_hub(path):
-        return path
-    found: str | None = None
+def _is_given(path: str, folder: StudyFolder, where: str, problems: _Problems) -> bool:
     with problems.collecting(where):
-        found = str(locate_checkpoint(path, folder, only="config.json"))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            with suppress(ModelError):  # others may stand for it
-                locate_checkpoint(path, folder, only=name)
-    return found
+        locate_checkpoint(path, folder)
+        return True
+    return False
 
 
-def _paths_of(spec: StudySpec) -> dict[str, str]:
-    """Model -> its path in the study file, of those that have one."""
-    made = {model_id(run.name, step): path for run in spec.runs for step, path in run.checkpoints.items()}
-    return {BASE_MODEL: spec.base.path} | made
+def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
+    """Models whose folders are there; of runs that are still to be trained, none."""
+    made = [
+        run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / POSTTRAIN_RECORD).exists()
+    ]
+    with problems.collecting("runs"):
+        refs = list_models(spec.model_copy(update={"runs": tuple(made)}), folder)
+        return tuple(ref for ref in refs if ref.path.is_dir())
+    return ()
 
 
 def _check_models(
-    spec: StudySpec, refs: Sequence[ModelRef], on_hub: Collection[str], problems: _Problems
+    spec: StudySpec,
+    refs: Sequence[ModelRef],
+    prompts: pd.DataFrame | None,
+    problems: _Problems,
 ) -> ModelShape | None:
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
     shape, configs, tokenizers = None, set(), set()
     for ref in refs:
-        if ref.model not in on_hub:
-            with problems.collecting(ref.model):
-                check_weights(ref)
+        with problems.collecting(ref.model):
+            check_weights(ref, download=False)
+            if ref.path not in [hub.path for hub in ref.hub]:
                 check_weight_files(ref)
         config = _content(ref.path, ("config.json", "adapter_config.json"))
         if config not in configs:
@@ -246,11 +243,11 @@ def _check_models(
             with problems.collecting(ref.model):
                 found = read_shape(ref, spec.extraction.layer)
                 shape = found if ref is refs[0] else shape
-        files = _content(ref.path, _TOKENIZER_FILES)
+        files = _content(ref.path, _TOKENIZER_FILES) + ref.chat.model_dump_json()
         if files not in tokenizers:
             tokenizers.add(files)
             with problems.collecting(ref.model):
-                check_tokenizers([refs[0], ref])
+                check_tokenizers([refs[0], ref], [] if prompts is None else list(prompts[TEXT]))
     return shape
 
 
@@ -269,24 +266,26 @@ def _check_texts(
     prompts: pd.DataFrame | None,
     shape: ModelShape | None,
     problems: _Problems,
-) -> tuple[dict[str, str], int | None]:
-    """One prompt a task, and the tokens of all prompts; imports that are no longer the study's are named."""
+) -> tuple[tuple[RenderedExample, ...], int | None]:
+    """One prompt a task, and the tokens of all prompts where most; imports that are not the study's are named."""
     if prompts is None:
-        return {}, None
-    examples = {str(task): str(text) for task, text in prompts.groupby(TASK, sort=False)[TEXT].first().items()}
+        return (), None
     imported = {}
     for model, file in imported_models(folder).items():
         with problems.collecting(str(file)):
             imported[model] = read_import(file, prompts, spec.generation.n_samples)
     with problems.collecting("import-outcomes"):
         check_stand_ins([ref.model for ref in refs], imported)
+    examples: tuple[RenderedExample, ...] = ()
     n_tokens = None
-    if refs:
+    if refs and refs[0].run == BASE_RUN:
         with problems.collecting("prompts"):
-            encoded = encode_prompts(load_tokenizer(refs[0]), list(prompts[TEXT]))
-            n_tokens = sum(map(len, encoded))
-            if shape is not None:
-                check_context(shape, encoded, token_limits(spec, prompts))
+            examples = tuple(rendered_examples(spec, folder))
+            for ref in one_of_each(spec, folder):
+                encoded = load_reader(ref).encode(list(prompts[TEXT]))
+                n_tokens = max(n_tokens or 0, sum(map(len, encoded)))
+                if shape is not None:
+                    check_context(shape, encoded, token_limits(spec, prompts))
     return examples, n_tokens
 
 
@@ -295,7 +294,7 @@ def _costs(
     folder: StudyFolder,
     prompts: pd.DataFrame,
     refs: Sequence[ModelRef],
-    shape: ModelShape,
+    shape: ModelShape | None,
     prompt_tokens: int,
     problems: _Problems,
 ) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from rlgen_stats.stores.study_models import ModelRef, find_model
 from rlgen_stats.stores.tables import rewrite_models
 from rlgen_stats.toolkit.exchange.sampled_files import Sampled, SampledFiles, read_sampled
 from rlgen_stats.toolkit.extraction.activations import contrasted_models
-from rlgen_stats.toolkit.extraction.checkpoints import load_tokenizer
 from rlgen_stats.toolkit.extraction.import_checks import as_completion, check_settings, complete_set, match_prompts
 from rlgen_stats.toolkit.extraction.imported import (
     HERE,
@@ -33,6 +32,7 @@ from rlgen_stats.toolkit.extraction.imported import (
     with_origin,
     write_import,
 )
+from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 
@@ -142,10 +142,11 @@ def _checked(
 ) -> tuple[Origin, dict[tuple[str, int], Any]]:
     """The completions, if they are the study's in every respect, and their origin."""
     spec, folder = study.spec, study.folder
-    prompts, tokenizer = load_prompts(spec, folder), load_tokenizer(ref)
+    prompts, reader = load_prompts(spec, folder), load_reader(ref)
+    tokenizer = reader.tokenizer
     tasks = dict(zip(prompts[PROMPT], prompts[TASK], strict=True))
     limits = {prompt: spec.max_new_tokens_of(task) for prompt, task in tasks.items()}
-    matched = match_prompts(given.completions, prompts, [_without_special_tokens(tokenizer, prompts)])
+    matched = match_prompts(given.completions, prompts, _readings(reader, prompts))
     chosen = complete_set(given.completions, matched, prompts, n_samples=spec.generation.n_samples, stand_in=stand_in)
     settings = check_settings(chosen, declared, spec.generation, limits)
     _check_content(spec, folder, ref.model, given, chosen, tasks)
@@ -165,10 +166,11 @@ def _checked(
     return origin, found
 
 
-def _without_special_tokens(tokenizer: Any, prompts: pd.DataFrame) -> dict[str, str]:
-    """Prompts as verl writes them: decoded again, special tokens left out."""
-    encoded = tokenizer(list(prompts[TEXT]))["input_ids"]
-    return dict(zip(prompts[PROMPT], tokenizer.batch_decode(encoded, skip_special_tokens=True), strict=True))
+def _readings(reader: PromptReader, prompts: pd.DataFrame) -> list[dict[str, str]]:
+    """Prompts as the model reads them, and as verl writes these: decoded again, special tokens left out."""
+    texts = list(prompts[TEXT])
+    decoded = reader.tokenizer.batch_decode(reader.encode(texts), skip_special_tokens=True)
+    return [dict(zip(prompts[PROMPT], form, strict=True)) for form in (map(reader.render, texts), decoded)]
 
 
 def _check_content(

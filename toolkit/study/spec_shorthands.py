@@ -106,7 +106,7 @@ def _candidates(pattern: str, folder: StudyFolder) -> list[str]:
 def _depth(base: str, folder: StudyFolder) -> int:
     """Number of decoder blocks, from base's config.json."""
     on_hub = is_on_hub(base)
-    place = locate_checkpoint(base, folder, only="config.json") if on_hub else existing(base, "base.path", folder)
+    place = locate_checkpoint(base, folder) if on_hub else existing(base, "base.path", folder)
     file = place / "config.json"
     try:
         config = read_json(file)

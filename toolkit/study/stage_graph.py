@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from rlgen_stats.schemas.dims import of_dictionary
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.schemas.study import ModelsSpec, RunSpec, StudySpec
+from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.schemas.tasks import GRADING_VERSION
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
@@ -331,7 +331,7 @@ class Study:
         if name == "outcomes":  # every other stage that loads models needs it
             changed = self.spec.models != ModelsSpec()  # studies from before this section keep their keys
             loading = {"models": content_hash(self.spec.models.model_dump(mode="json"))} if changed else {}
-            return self._grader_files() | self._imported_files() | loading
+            return self._grader_files() | self._imported_files() | self._chat_of_base() | loading
         if name == "crosscoder":
             return self._crosscoder_files()
         files = {}
@@ -356,6 +356,8 @@ class Study:
             for run in self.spec.runs
             for step, path in run.checkpoints.items()
         }
+        for run in self.spec.runs:
+            files |= self._template_files(f"runs.{run.name}", run)
         if any(run.method != "checkpoints" for run in self.spec.runs):
             if self.spec.data.train is None:
                 raise SpecError("'data.train' is required to train runs here; name a table of training prompts.")
@@ -375,6 +377,18 @@ class Study:
                 raise SpecError(f"no module of grader {python!r}; install its package or put its folder on PYTHONPATH.")
             files[python] = self._fingerprints.of(Path(found.origin))
         return files
+
+    def _chat_of_base(self) -> dict[str, str]:
+        """How base reads prompts, if it is not as plain text; no training depends on it."""
+        chat = self.spec.base.chat
+        if not chat.rendered:
+            return {}
+        return {"base.chat": content_hash(chat.model_dump(mode="json"))} | self._template_files("base", chat)
+
+    def _template_files(self, name: str, chat: ChatSpec) -> dict[str, str]:
+        if chat.template_file is None:
+            return {}
+        return {f"{name}.chat_template": self._fingerprint(chat.template_file, f"{name}.chat_template")}
 
     def _crosscoder_files(self) -> dict[str, str]:
         return {

@@ -32,6 +32,9 @@ runs:                             # checkpoints you already have (TRL, verl, LLa
     arm: rl
     method: checkpoints
     checkpoints: {{100: models/rl/step-100, 200: models/rl/step-200}}   # or a pattern: runs/rl/global_step_*/hf
+    # chat_template: checkpoint   # of base or a run: reads prompts by its tokenizer's chat template, or by a Jinja file
+    # system: Be brief.
+    # chat_template_kwargs: {{enable_thinking: false}}
   # - name: rl
   #   arm: rl
   #   method: grpo

@@ -32,7 +32,7 @@ from rlgen_stats.stores import (
     open_tokens,
     write_results,
 )
-from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts
+from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, plain_text
 from rlgen_stats.stores.study_models import final_model
 from rlgen_stats.toolkit.crosscoder import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import text_bounds
@@ -219,7 +219,7 @@ def _unrelated_texts(study: Study, tokenizer: Any, target: str) -> list[_Text]:
     order = prompts[PROMPT].map(lambda prompt: derive_seed(spec.seed, "tokens text", prompt)).sort_values().index
     prompts = prompts.loc[order[: spec.tokens.n_texts - len(texts)]]
     units = [f"neutral {i}" for i in range(len(texts))] + prompts[CLUSTER].tolist()
-    ids = encode_prompts(tokenizer, [*texts, *prompts[TEXT]])
+    ids = encode_prompts(tokenizer, [*texts, *map(plain_text, prompts[TEXT])])
     return [_Text(one[:TEXT_TOKENS], unit) for one, unit in zip(ids, units, strict=True)]
 
 

@@ -17,7 +17,8 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
-from rlgen_stats.toolkit.extraction.next_token import kl_divergence
+from rlgen_stats.toolkit.extraction.next_token import common_vocabulary, kl_divergence
+from rlgen_stats.toolkit.extraction.rendering import read_by_all
 from rlgen_stats.toolkit.extraction.residual_stream import read_residual
 from rlgen_stats.toolkit.trial.plan import TrialPlan
 
@@ -103,7 +104,9 @@ def make_probe(
 
 
 @torch.inference_mode()
-def log_probabilities(model: Any, probe: Probe, active: ActiveEdit | None = None) -> list[Tensor]:
+def log_probabilities(
+    model: Any, probe: Probe, active: ActiveEdit | None = None, *, vocabulary: int | None = None
+) -> list[Tensor]:
     """Next-token log-probabilities [row, kept position, vocabulary] of each batch of a probe.
 
     Parameters
@@ -112,6 +115,9 @@ def log_probabilities(model: Any, probe: Probe, active: ActiveEdit | None = None
         Causal language model, with or without an edit in force.
     probe
         Texts and positions.
+    vocabulary
+        Tokens, those with the smallest ids, among which the next one is predicted: what all models compared have;
+        default: all.
     active
         Handle of the edit in force, which needs to know where prompts end.
     """
@@ -129,7 +135,7 @@ def log_probabilities(model: Any, probe: Probe, active: ActiveEdit | None = None
                 use_cache=False,
                 **({"logits_to_keep": kept} if has_keep else {}),
             )
-            log_p.append(torch.log_softmax(output.logits[:, -kept:].float(), dim=-1))
+            log_p.append(torch.log_softmax(output.logits[:, -kept:, :vocabulary].float(), dim=-1))
     finally:
         if active is not None:
             active.prompt_lengths = None
@@ -176,11 +182,14 @@ def mean_residual(model: Any, layer: int, probe: Probe) -> Tensor:
 class EncodedTexts:
     """A trial's texts as token ids."""
 
-    prompts: list[list[int]]
+    prompts: Mapping[str, list[list[int]]]
+    """``base``, ``rl`` -> the prompts as that model reads them."""
     neutral: list[list[int]]
     """Texts of no task, if the study has some."""
     pad: int
     """Id put into pad positions."""
+    shared: frozenset[int] | None = None
+    """Ids that are the same token in both models, see :func:`shared_tokens`."""
 
 
 def make_probes(
@@ -191,41 +200,42 @@ def make_probes(
     Parameters
     ----------
     plan
-        Prompts and settings. Forced completions come from target prompts; without neutral texts, the prompts of
-        unrelated tasks (all tasks where none is declared) stand in, which neither model wrote.
+        Prompts and settings. Forced completions come from target prompts, as their writer read them; without neutral
+        texts, the prompts of unrelated tasks (all tasks where none is declared) stand in, which neither model wrote.
+        These, and prompts whose first completion token is predicted, are read as the RL model reads them.
     texts
         Its token ids.
     models, unedited
         "base" and "rl": the models, and their unedited arms.
     """
-    vocabulary = int(models["base"].config.get_text_config().vocab_size)
+    vocabulary = common_vocabulary(models.values())
     affordable = max(MAX_NUMBERS // vocabulary, 1)
     common: dict[str, Any] = {
         "pad": texts.pad,
         "batch_size": plan.sampling.generation.batch_size,
         "device": next(models["base"].parameters()).device,
     }
-    lengths = [len(ids) for ids in texts.prompts]
+    prompts = texts.prompts["rl"]
+    lengths = [len(ids) for ids in prompts]
     draw = np.random.default_rng(derive_seed(plan.sampling.seed, "intervention", "probes"))
     rows = sorted(int(r) for r in draw.permutation(len(lengths))[:affordable])
     last = [lengths[r] - 1 for r in rows]
-    first = make_probe(
-        [texts.prompts[r] for r in rows], [lengths[r] for r in rows], rows, first=last, last=last, **common
-    )
-    written, starts, owner = forced_texts(plan, texts.prompts, unedited, min(FORCED_TOKENS, affordable))
+    first = make_probe([prompts[r] for r in rows], [lengths[r] for r in rows], rows, first=last, last=last, **common)
+    written, starts, owner = forced_texts(plan, texts, unedited, min(FORCED_TOKENS, affordable))
     forced = make_probe(
         written, starts, owner, first=[s - 1 for s in starts], last=[len(t) - 2 for t in written], **common
     )
     neutral = _neutral(plan, texts, min(NEUTRAL_TOKENS, affordable), common)
     named = {"first": first, "forced": forced, "neutral": neutral}
     references = {
-        name: {view: log_probabilities(model, probe) for view, model in models.items()} for name, probe in named.items()
+        name: {view: log_probabilities(model, probe, vocabulary=vocabulary) for view, model in models.items()}
+        for name, probe in named.items()
     }
     return Probes(first, forced, neutral, references)
 
 
 def forced_texts(
-    plan: TrialPlan, prompts: Sequence[list[int]], unedited: Mapping[str, pd.DataFrame], limit: int
+    plan: TrialPlan, encoded: EncodedTexts, unedited: Mapping[str, pd.DataFrame], limit: int
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """Target prompts followed by an unedited completion, of the RL model and base in turn, up to ``limit`` tokens.
 
@@ -241,13 +251,14 @@ def forced_texts(
     owner: list[int] = []
     used = 0
     for turn, row in enumerate(turns):
-        writer = unedited[("rl", "base")[turn % 2]]
-        written = [int(token) for token in writer["token_ids"].iloc[int(row)]]
+        writer = ("rl", "base")[turn % 2]
+        prompt = encoded.prompts[writer][int(row)]
+        written = read_by_all(unedited[writer]["token_ids"].iloc[int(row)], encoded.shared)
         if used + len(written) > limit and texts:
             break
         if written:
-            texts.append(prompts[int(row)] + written)
-            lengths.append(len(prompts[int(row)]))
+            texts.append(prompt + written)
+            lengths.append(len(prompt))
             owner.append(int(row))
             used += len(written)
     return texts, lengths, owner
@@ -259,7 +270,7 @@ def _neutral(plan: TrialPlan, texts: EncodedTexts, limit: int, common: dict[str,
     if texts.neutral:
         pool = [ids[:NEUTRAL_LENGTH] for ids in texts.neutral]
     else:
-        pool = [ids for ids, kept in zip(texts.prompts, unrelated, strict=True) if kept or not unrelated.any()]
+        pool = [ids for ids, kept in zip(texts.prompts["rl"], unrelated, strict=True) if kept or not unrelated.any()]
     skip = plan.skip_first
     seed = derive_seed(plan.sampling.seed, "intervention", "probes")
     chosen: list[list[int]] = []

@@ -22,15 +22,17 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import CLUSTER, PROMPT, PROMPT_LABELS, SAMPLE, TASK
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.stores.prompts import TEXT
+from rlgen_stats.stores.prompts import TEXT, plain_text
 from rlgen_stats.stores.trial_completions import DIVERGENCES, read_arm, write_arm
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
 from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, editing
 from rlgen_stats.toolkit.edits.site import EditSite
 from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
-from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
+from rlgen_stats.toolkit.extraction.checkpoints import load_model, resolve_device
 from rlgen_stats.toolkit.extraction.grading import grade_all, graders_of
+from rlgen_stats.toolkit.extraction.next_token import common_vocabulary
+from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader, shared_tokens
 from rlgen_stats.toolkit.progress import SILENT, Progress, Within
 from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
@@ -191,9 +193,9 @@ class LiveTrial:
         self._crosscoders: dict[Path, Crosscoder] = {}
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The study's tokenizer."""
-        return load_tokenizer(self.plan.models["base"])
+    def readers(self) -> dict[str, PromptReader]:
+        """How ``base`` and ``rl`` read prompts."""
+        return {name: load_reader(ref) for name, ref in self.plan.models.items()}
 
     @cached_property
     def texts(self) -> EncodedTexts:
@@ -204,19 +206,20 @@ class LiveTrial:
         InputError
             If prompts are edited and some are too short for that to change anything.
         """
-        plan = self.plan
-        prompts = encode_prompts(self.tokenizer, list(plan.prompts.table[TEXT]))
+        plan, tokenizer = self.plan, self.readers["base"].tokenizer
+        prompts = {name: reader.encode(list(plan.prompts.table[TEXT])) for name, reader in self.readers.items()}
         if plan.positions == "prompt":
-            lengths = zip(plan.prompts.ids, prompts, strict=True)
-            short = [prompt for prompt, ids in lengths if len(ids) <= plan.skip_first]
+            ids = plan.prompts.ids
+            read = zip(ids, *prompts.values(), strict=True)
+            short = [prompt for prompt, *by_model in read if min(map(len, by_model)) <= plan.skip_first]
             if short:
                 raise InputError(
-                    f"{len(short)} of {len(prompts)} prompts, e.g. {short[0]!r}, have no token after the first "
+                    f"{len(short)} of {len(ids)} prompts, e.g. {short[0]!r}, have no token after the first "
                     f"{plan.skip_first}, so that an edit of prompt tokens changes nothing there; lower "
                     "extraction.skip_first or leave these prompts out."
                 )
-        neutral = encode_prompts(self.tokenizer, plan.prompts.neutral_texts)
-        return EncodedTexts(prompts, neutral, pad_id(self.tokenizer))
+        neutral = encode_prompts(tokenizer, plan.prompts.neutral_texts)
+        return EncodedTexts(prompts, neutral, pad_id(tokenizer), shared_tokens(list(plan.models.values())))
 
     def model(self, name: str) -> Any:
         """The model ``base`` or ``rl``."""
@@ -294,7 +297,7 @@ class LiveTrial:
         with self.editing(direction, arm) as active, finite_logits(model) as broken:
             draws = answer_prompts(
                 model,
-                self.tokenizer,
+                self.readers[EDITED[direction]],
                 prompts.table,
                 sampling.spec,
                 n_samples=n_samples,
@@ -324,17 +327,18 @@ class LiveTrial:
     def _diverge(self, direction: Direction, arm: Arm, probes: Probes) -> dict[str, NDArray[np.float64]]:
         """Per-prompt divergences of the arm: to both models on the first position, and where affordable on more."""
         n, model = self.plan.n_prompts, self.model(EDITED[direction])
+        vocabulary = common_vocabulary(self.model(name) for name in ("base", "rl"))
         measured = {name: np.full(n, np.nan) for name in DIVERGENCES}
         references = probes.references
         with self.editing(direction, arm) as active:
-            first = log_probabilities(model, probes.first, active)
+            first = log_probabilities(model, probes.first, active, vocabulary=vocabulary)
             for name in ("base", "rl"):
                 measured[f"kl_to_{name}"] = divergences(first, references["first"][name], probes.first, n)
             if arm.condition.kind not in RANDOM_KINDS:  # a hundred sets on whole texts would cost more than the rest
-                forced = log_probabilities(model, probes.forced, active)
+                forced = log_probabilities(model, probes.forced, active, vocabulary=vocabulary)
                 for name in ("base", "rl"):
                     measured[f"forced_kl_to_{name}"] = divergences(forced, references["forced"][name], probes.forced, n)
-            neutral = log_probabilities(model, probes.neutral, active)
+            neutral = log_probabilities(model, probes.neutral, active, vocabulary=vocabulary)
             unedited = references["neutral"][EDITED[direction]]
             moved = divergences(unedited, neutral, probes.neutral, len(probes.neutral.owner))
         measured["neutral_kl"] = np.full(n, finite_mean(moved))
@@ -365,6 +369,7 @@ def _outcomes(
     plan: TrialPlan, direction: Direction, arms: Sequence[Arm], frames: Sequence[pd.DataFrame], other: pd.DataFrame
 ) -> DirectionOutcomes:
     prompts, n = plan.prompts, plan.n_prompts
+    plain = prompts.table[TEXT].map(plain_text)
     kl = {name: _cube(frames, name, n)[:, :, 0].astype(np.float64) for name in DIVERGENCES}
     # Where the unedited models wrote nothing there are no forced completions; the first position stands in.
     forced = np.isfinite(kl["forced_kl_to_base"][0]).any()
@@ -388,8 +393,8 @@ def _outcomes(
             unedited=_cube([by_name["unedited"]], "text", n)[0],
             edited=_cube([by_name["set"]], "text", n)[0],
             other=_cube([other], "text", n)[0],
-            prompts=prompts.table[TEXT].to_numpy(dtype=np.object_),
-            neutral=prompts.neutral_texts or tuple(prompts.table[TEXT][prompts.unrelated | ~prompts.unrelated.any()]),
+            prompts=plain.to_numpy(dtype=np.object_),
+            neutral=prompts.neutral_texts or tuple(plain[prompts.unrelated | ~prompts.unrelated.any()]),
         ),
     )
     return DirectionOutcomes(

@@ -159,6 +159,7 @@ CHOICE: Final = Labelled(
         ("The answer is a gas.", "A", NONE),
         ("The answer is not A.", "A", NONE),
         ("I cannot tell.", "B", NONE),
+        ("the answer is " * 3000, "B", NONE),  # minutes, if each of them is read to the end
         ("", "B", NONE),
         ("It is photosynthesis that needs it, so CO2.", "B", RIGHT),
     ],

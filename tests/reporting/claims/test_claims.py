@@ -304,7 +304,13 @@ def test_c2_that_contradicts_its_own_strata_is_not_said(results: Results, spec: 
 def test_c2_contradicted_when_rl_settles_first(results: Results, spec: StudySpec) -> None:
     timing(results, difference=(-0.28, -0.12), low=(-0.36, -0.18), high=(-0.2, -0.06))
     data = results["timing_contrast"]
-    results["timing_contrast"] = data.assign(dictionary_difference=-data["dictionary_difference"])
+    low, high = -data["stratum_difference_high"], -data["stratum_difference_low"]
+    results["timing_contrast"] = data.assign(
+        dictionary_difference=-data["dictionary_difference"],
+        stratum_difference=-data["stratum_difference"],
+        stratum_difference_low=low,
+        stratum_difference_high=high,
+    )
     c2 = claim(results, spec, "C2")
     assert (c2.verdict, c2.estimate) == (Verdict.CONTRADICTED, pytest.approx(-28))
     assert "28.0 points of training earlier than sft's that changed as far [20.0, 36.0]" in c2.answer
@@ -323,6 +329,9 @@ def test_c2_verdict_follows_from_the_stored_table(results: Results, spec: StudyS
     """Redone with nothing but the table and the rule in the glossary."""
     generator = np.random.default_rng(0)
     seen = set()
+    silent = results["timing_contrast"]["stratum_difference"] * np.nan  # strata that say nothing of their own
+    unknown = {f"stratum_difference{end}": silent for end in ("", "_low", "_high", "_p")}
+    results["timing_contrast"] = results["timing_contrast"].assign(unknown)
     for _ in range(120):
         centre, half = generator.normal(0, [0.1, 0.05]), generator.exponential([0.03, 0.012])
         p = 2 * stats.norm.sf(np.abs(centre) / half * 1.96)

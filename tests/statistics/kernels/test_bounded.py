@@ -83,6 +83,14 @@ def test_few_observed_on_a_side_leave_the_limit_possible(n_lost: int, to_the_lim
     assert (low[0] < -0.05) == to_the_limit
 
 
+@pytest.mark.parametrize(("n_beyond", "to_the_limit"), [(5 - 1, True), (5, False)])
+def test_clusters_at_the_mean_lie_on_neither_side(n_beyond: int, to_the_limit: bool) -> None:
+    x = np.zeros((40, 1))
+    x[:n_beyond], x[n_beyond : 2 * n_beyond] = 0.125, -0.125
+    _, low, high = bounded_interval(x, np.arange(40), alpha=0.05)
+    assert (low[0] < -0.07, high[0] > 0.07) == (to_the_limit, to_the_limit)
+
+
 @pytest.mark.parametrize("shift", [-0.5, 0.5])
 def test_clusters_beyond_are_counted_from_the_mean(shift: float) -> None:
     """With five clusters beyond the mean on either side the limits do not matter: a shift of all shifts the bounds."""

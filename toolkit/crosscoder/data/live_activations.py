@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import ChatSpec, StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.crosscoder.data.paired import Batch
 from rlgen_stats.toolkit.extraction import (
@@ -184,7 +185,7 @@ def live_corpus(
     """
     texts = load_texts(corpus)
     refs = [find_model(view, spec, folder) for view in views]
-    check_tokenizers(refs)
+    check_tokenizers([replace(ref, chat=ChatSpec()) for ref in refs], texts)  # a corpus is no prompt: none renders it
     tokenizer = load_tokenizer(refs[0])
     device = resolve_device(spec.device)
     loaded = {ref.path: load_model(ref, device=device) for ref in {ref.path: ref for ref in refs}.values()}

@@ -273,7 +273,7 @@ class _Share:
 
     @property
     def _why_of_the_rise(self) -> str:
-        if "mediated_share" in self.results:
+        if SET in labels_of(self.results.get("mediated_share"), "point"):
             return "copying RL's whole residual into base has no shown effect to have a share in"
         return "no trial has measured what share of RL's effect they carry"
 
