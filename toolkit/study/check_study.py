@@ -207,10 +207,11 @@ def _reachable(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> Stu
 
 
 def _is_given(path: str, folder: StudyFolder, where: str, problems: _Problems) -> bool:
+    given = False
     with problems.collecting(where):
         locate_checkpoint(path, folder)
-        return True
-    return False
+        given = True
+    return given
 
 
 def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[ModelRef, ...]:
@@ -218,10 +219,10 @@ def _refs(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> tuple[Mo
     made = [
         run for run in spec.runs if run.method == "checkpoints" or (folder.run(run.name) / POSTTRAIN_RECORD).exists()
     ]
+    refs: tuple[ModelRef, ...] = ()
     with problems.collecting("runs"):
         refs = list_models(spec.model_copy(update={"runs": tuple(made)}), folder)
-        return tuple(ref for ref in refs if ref.path.is_dir())
-    return ()
+    return tuple(ref for ref in refs if ref.path.is_dir())
 
 
 def _check_models(
@@ -294,7 +295,7 @@ def _costs(
     folder: StudyFolder,
     prompts: pd.DataFrame,
     refs: Sequence[ModelRef],
-    shape: ModelShape | None,
+    shape: ModelShape,
     prompt_tokens: int,
     problems: _Problems,
 ) -> dict[str, Any]:
