@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.stores import StudyFolder, open_outcomes
+from rlgen_stats.stores import StudyFolder, open_outcomes, open_tokens, verify
 from rlgen_stats.toolkit.extraction import outcomes, read_completions
 from rlgen_stats.toolkit.reporting.facts import _measurement_facts, read_study_data
 from rlgen_stats.toolkit.study import open_for_run, read_spec, run_study
@@ -262,6 +262,20 @@ def test_every_layout_gives_the_outcomes_of_sampling_here(
         assert texts[0].drop(columns="n_tokens").equals(texts[1].drop(columns="n_tokens"))
     else:
         assert all(ids[-1] == 1 for ids in texts[0].token_ids[texts[0].terminated & (engine != "lm-eval")])
+
+
+def test_later_stages_read_imported_texts_and_the_store_is_sound(world: Path, study: Path, tmp_path: Path) -> None:
+    """The text that all models read of an imported model is its first sample, token for token."""
+    rows = rows_of(world)
+    for row in rows:
+        if row["sample"] == 0:
+            row["token_ids"], row["text"] = [3, 5, 8, 1], None
+    import_outcomes(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
+    run_study(study, stages=["extract"])
+    tokens = open_tokens(study / "activations.zarr")
+    of_rl = tokens.token_id.values[(tokens.source.values == "rl@4") & (tokens.segment.values == "completion")]
+    assert of_rl.tolist() == [3, 5, 8, 1] * 12
+    assert verify(study / "outcomes.zarr").ok
 
 
 def test_others_completions_stay_when_one_is_imported(
