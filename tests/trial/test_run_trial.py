@@ -306,9 +306,7 @@ def test_each_model_reads_the_trials_prompts_by_its_own_template(study: Any, tmp
     assert read == [[ID["w1"], ID["w2"], *ids] for ids in base]
     unedited = {name: live.run_arm(direction, UNEDITED) for direction, name in trial.EDITED.items()}
     texts, lengths, owner = forced_texts(live.plan, live.texts, unedited, 64)
-    assert {texts[i][:2] == [ID["w1"], ID["w2"]] for i in range(0, len(texts), 2)} == {
-        True
-    }  # RL writes every other one
+    assert all(text[:2] == [ID["w1"], ID["w2"]] for text in texts[::2])  # RL writes every other one
     assert lengths[:2] == [len(read[owner[0]]), len(base[owner[1]])]
     found = without_controls((chat, folder), [F_GATE])
     plain = without_controls((spec, copy_of(folder, tmp_path / "plain")), [F_GATE])
@@ -318,5 +316,5 @@ def test_each_model_reads_the_trials_prompts_by_its_own_template(study: Any, tmp
     other = copy_of(folder, tmp_path / "other")
     (other.root / "chat.jinja").write_text("{{ messages[0]['content'] }} w1")  # after which there is nothing to answer
     again = trial.LiveTrial(plan_trial(chat, other, [F_GATE], provenance=PROVENANCE))
-    assert not again.run_arm("disable", UNEDITED)["correct"].any()
+    assert again.run_arm("disable", UNEDITED)["correct"].mean() < 0.3 < 0.5 < unedited["rl"]["correct"].mean()
     assert again.run_arm("amplify", UNEDITED)["text"].equals(unedited["base"]["text"])
