@@ -24,7 +24,7 @@ from rlgen_stats.toolkit.extraction import (
     sample_outcomes,
 )
 from rlgen_stats.toolkit.progress import SILENT
-from tests.extraction.bpe import chatml_tokenizer, llama_tokenizer, save_bpe
+from tests.extraction.bpe import bpe_model, chatml_tokenizer, llama_tokenizer, save_bpe
 
 PROVENANCE = Provenance("chat-study", "chat-key")
 QUESTIONS = ("What is 2 + 3?", "Which gas do plants take in?", "What is 12 + 30?")
@@ -109,6 +109,21 @@ def test_the_template_is_what_completions_are_drawn_with(tmp_path: Path) -> None
     sample_outcomes(spec_of(runs={}), plain, provenance=PROVENANCE)
     assert read_completions(folder, "base@0").equals(read_completions(plain, "base@0"))
     assert not read_completions(folder, "rl@1").equals(read_completions(plain, "rl@1"))
+
+
+def test_the_templates_end_of_turn_ends_completions_of_those_that_read_it(tmp_path: Path) -> None:
+    folder = write_study(tmp_path, dict.fromkeys(("base", "sft", "rl"), chatml_tokenizer()))
+    turn = chatml_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    for name in ("base", "rl"):
+        model = bpe_model(chatml_tokenizer(), 1)
+        model.lm_head.weight[turn] *= 4  # drawn often
+        model.save_pretrained(tmp_path / name)
+    sample_outcomes(spec_of(), folder, provenance=PROVENANCE)
+    base, tuned = (read_completions(folder, name) for name in ("base@0", "rl@1"))
+    assert any(turn in ids[:-1] for ids in base["token_ids"])  # no end to a model that reads plain text
+    assert not any(turn in ids[:-1] for ids in tuned["token_ids"])
+    assert tuned["terminated"][[ids[-1] == turn for ids in tuned["token_ids"]]].all()
+    assert any(ids[-1] == turn for ids in tuned["token_ids"])
 
 
 def test_an_end_token_that_base_lacks_ends_the_text_that_all_read(tmp_path: Path) -> None:

@@ -231,6 +231,15 @@ def test_chat_messages_are_read_where_a_template_renders_them(tmp_path: Path, su
         load_prompts(study_spec(data=data), StudyFolder(tmp_path))
 
 
+def test_messages_do_not_go_into_a_text_of_a_tasks_template(tmp_path: Path) -> None:
+    table = prompt_table()
+    table["text"] = [[{"role": "user", "content": "1 + 1"}]] * len(table)
+    table.to_parquet(tmp_path / "prompts.parquet")
+    spec = chat_spec(data={"prompts": "prompts.parquet"}, tasks={"sum": {"template": "Question: {text}"}})
+    with pytest.raises(InputError, match=r"is a list of chat messages.*and no words around it in the task's template"):
+        load_prompts(spec, StudyFolder(tmp_path))
+
+
 def test_messages_that_hold_no_text_are_refused(tmp_path: Path) -> None:
     table = prompt_table()
     table["text"] = [json.dumps([{"role": "user", "content": [{"type": "image"}]}])] * len(table)
