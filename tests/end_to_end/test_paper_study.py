@@ -171,11 +171,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     study = read_spec(root)
     prompts = load_prompts(study, open_for_run(root).folder)
     rows = [
-        {
-            "prompt_id": prompt,
-            "sample": sample,
-            **({"correct": sample % 2 == 0} if choices else {"text": f" so {answer}"}),
-        }
+        {"prompt_id": prompt, "sample": sample, "correct": sample % 2 == 0, "text": "" if choices else f" so {answer}"}
         for prompt, answer, choices in zip(prompts["prompt"], prompts["answer"], prompts["choices"], strict=True)
         for sample in (GREEDY, 0, 1)
     ]

@@ -4,6 +4,7 @@ import itertools
 import math
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rlgen_stats.toolkit.crosscoder import (
     require_healthy,
     splice_ce,
 )
-from rlgen_stats.toolkit.crosscoder.uses.health import DEAD_MAX
+from rlgen_stats.toolkit.crosscoder.uses.health import DEAD_MAX, judge_health
 from rlgen_stats.toolkit.extraction import find_model, load_model, next_token
 from rlgen_stats.toolkit.extraction.activations import read_texts
 from tests.crosscoder.planted import LAYER, PAIR, Planted, planted
@@ -163,6 +164,21 @@ def test_a_threshold_that_is_off_is_noticed(batchtopk: Crosscoder, world: Plante
     off.threshold *= 0.1
     health = measure_health(off, ArrayReader(world.data, batch_size=512, seed=0))
     assert [check.ok for check in health.checks if check.name == "l0"] == [False]
+
+
+@pytest.mark.parametrize(("objective", "tolerance"), [("joint", 0.1), ("both", 0.25), ("paired", 0.25)])
+def test_a_code_that_shares_its_k_with_others_may_be_farther_from_it(
+    batchtopk: Crosscoder, world: Planted, objective: str, tolerance: float
+) -> None:
+    """Of k active features a row on average, joint rows may have more than paired ones; no threshold is off then."""
+    health = measure_health(batchtopk, ArrayReader(world.data, batch_size=512, seed=0))
+    shared = Crosscoder(PAIR, width=24, n_features=48, sparsity="batchtopk", k=2)
+    shared.load_state_dict(batchtopk.state_dict())
+    shared.facts = {"objective": objective}
+    for side in (-1, 1):
+        for off, ok in ((tolerance - 0.005, True), (tolerance + 0.005, False)):
+            checks = judge_health(shared, replace(health, l0=2 * (1 + side * off)))
+            assert [check.ok for check in checks if check.name == "l0"] == [ok]
 
 
 def test_many_tokens_are_sampled_from_all_over(batchtopk: Crosscoder) -> None:

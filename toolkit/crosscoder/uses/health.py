@@ -42,6 +42,8 @@ DEAD_MAX: Final = 0.25
 """Above it the dictionary is effectively smaller than declared, and shares of features compare badly."""
 L0_TOLERANCE: Final = 0.1
 """Relative deviation of L0 from k under the fixed threshold; more means that threshold and training disagree."""
+L0_PART_TOLERANCE: Final = 0.25
+"""The same where the code is one of several that share k: rows with more to describe get more of it."""
 DENSE_SHARE: Final = 0.5
 """An l1 code with more active features than this share of the channels is no sparse code."""
 DENSE_RATE: Final = 0.2
@@ -240,9 +242,11 @@ def judge_health(crosscoder: Crosscoder, health: Health) -> tuple[Check, ...]:
         reason = f"relative reconstruction bias of {view} {bias:.3f}, expected 1 within {BIAS_TOLERANCE:g}"
         checks.append(Check("reconstruction_bias", view, bias, 1.0, abs(bias - 1.0) <= BIAS_TOLERANCE, reason))
     if crosscoder.sparsity != "l1" and crosscoder.k > 0:
-        low, high = (1 - L0_TOLERANCE) * crosscoder.k, (1 + L0_TOLERANCE) * crosscoder.k
-        reason = f"L0 {l0:.2f}, expected {crosscoder.k} within {L0_TOLERANCE:.0%}"
-        checks.append(Check("l0", "", l0, float(crosscoder.k), low <= l0 <= high, reason))
+        shared = crosscoder.facts.get("objective", "joint") != "joint"
+        tolerance = L0_PART_TOLERANCE if shared else L0_TOLERANCE
+        ok = abs(l0 - crosscoder.k) <= tolerance * crosscoder.k
+        reason = f"L0 {l0:.2f}, expected {crosscoder.k} within {tolerance:.0%}"
+        checks.append(Check("l0", "", l0, float(crosscoder.k), ok, reason))
     else:
         limit = DENSE_SHARE * min(crosscoder.widths)
         checks.append(Check("l0", "", l0, limit, 0 < l0 <= limit, f"L0 {l0:.2f}, expected above 0 to {limit:g}"))
@@ -384,6 +388,7 @@ def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
             "fve_min": FVE_MIN,
             "dead_max": DEAD_MAX,
             "l0_tolerance": L0_TOLERANCE,
+            "l0_part_tolerance": L0_PART_TOLERANCE,
             "dense_max": DENSE_MAX,
             "bias_tolerance": BIAS_TOLERANCE,
             "ce_recovered_min": CE_RECOVERED_MIN,

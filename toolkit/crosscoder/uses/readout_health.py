@@ -21,14 +21,12 @@ from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, batches_of, views_of
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.uses.encode import contribution_scale, view_of
-from rlgen_stats.toolkit.crosscoder.uses.health import Check, Health
+from rlgen_stats.toolkit.crosscoder.uses.health import L0_PART_TOLERANCE, Check, Health
 
 READOUT_TOKENS: Final = 1 << 18
 """Tokens a readout is judged on: shares of variance are then known to well below .01."""
 FVE_SHARE_MIN: Final = 0.8
 """Smallest share of the dictionary's own FVE that one model's features keep; less describes another model."""
-L0_READOUT_TOLERANCE: Final = 0.25
-"""Relative deviation of one model's L0 from k: wider than in training, narrower than a code of another kind."""
 ARTEFACT_MAX: Final = 0.1
 """Largest share of f^A - f^base that the readouts' own difference makes on the same activations."""
 CODE_R2_MIN: Final = 0.0
@@ -255,8 +253,8 @@ def judge_readout(
         )
         checks.append(Check("readout_fve", one.model, one.fve, least, one.fve >= least, reason))
         if k > 0 and crosscoder.sparsity != "l1":
-            reason = f"L0 {one.l0:.2f} in the readout of {one.model}, expected {k} within {L0_READOUT_TOLERANCE:.0%}"
-            ok = abs(one.l0 - k) <= L0_READOUT_TOLERANCE * k
+            reason = f"L0 {one.l0:.2f} in the readout of {one.model}, expected {k} within {L0_PART_TOLERANCE:.0%}"
+            ok = abs(one.l0 - k) <= L0_PART_TOLERANCE * k
             checks.append(Check("readout_l0", one.model, one.l0, float(k), ok, reason))
     for one in (one for one in models if one.model in contrasted and one.change > UNCHANGED):
         against_base = f"of what changed between base and {one.model}"
