@@ -83,10 +83,10 @@ def paper_folder(root: Path, family: str, *, adapters: bool) -> Path:
         base.load_state_dict(weights)
         target = root / f"runs/rl/global_step_{step}/actor/huggingface"
         if adapters:
+            whole = tiny(family, 0)[0]
             torch.manual_seed(number)
-            model: Any = get_peft_model(
-                tiny(family, 0)[0], LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-            )
+            lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+            model: Any = get_peft_model(whole, lora)
             model.save_pretrained(target)
         else:
             save(target, tiny(family, 100 + number)[0], tokenizer)
@@ -155,7 +155,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     spec["generation"] |= {"max_new_tokens": 6, "n_samples": 2}
     spec["intervention"] |= {
         "n_controls": 19,
-        "max_prompts": 30,
+        "max_prompts": 12,
         "doses": [0.0, 0.5, 2.0],
         "curve": [2],
         "curve_controls": 1,
@@ -191,20 +191,28 @@ def test_it_runs_end_to_end_at_toy_size(toy: tuple[Path, Result]) -> None:
 
 
 def test_every_task_is_graded_by_its_own_grader(toy: tuple[Path, Result]) -> None:
-    root, _ = toy
-    outcomes = open_study(root)["outcomes"].to_dataset().load()
-    assert sorted(set(outcomes.task.values.tolist())) == sorted(TASKS)
-    assert set(outcomes.engine.sel(model="sft@147").values.ravel().tolist()) == {"file"} or "sft@147" in outcomes.model
-    drawn = outcomes.correct.sel(model="base@0")
+    outcomes = open_study(toy[0])["outcomes"].to_dataset().load()
+    assert set(outcomes.task.values.tolist()) == set(TASKS)
     scored = ~outcomes.task.isin(TASKS[:3])
+    drawn = outcomes.correct.sel(model="base@0")
     assert (drawn.isel(sample=0) == drawn.isel(sample=1)).where(scored, True).all()  # a choice is not drawn
-    completions = pd.read_parquet(root / "completions/base@0.parquet")
-    chosen = completions[completions["choice_log_likelihoods"].map(lambda values: values is not None)]
+    completions = pd.read_parquet(toy[0] / "completions/base@0.parquet")
+    chosen = completions[completions["choice_log_likelihoods"].notna()]
     assert set(chosen["prompt"]) == set(outcomes.prompt.values[scored.values])
 
 
-def test_adapters_moved_the_model_and_bfloat16_is_what_was_read(toy: tuple[Path, Result]) -> None:
-    root, _ = toy
-    movement = open_results(root / "results.zarr", "movement").load()
-    assert (movement.activation_shift.sel(model="rl@367") > 0.01).all()
-    assert open_study(root)["activations"].attrs  # stored
+def test_one_model_was_sampled_elsewhere_and_its_verdicts_were_kept(toy: tuple[Path, Result]) -> None:
+    outcomes = open_study(toy[0])["outcomes"].to_dataset().load()
+    assert dict(zip(outcomes.model.values.tolist(), outcomes.graded_by.values.tolist(), strict=True)) == {
+        model: "correct" if model == "sft@147" else "here" for model in outcomes.model.values.tolist()
+    }
+    elsewhere = outcomes.sel(model="sft@147")
+    assert (elsewhere.correct == (elsewhere.sample % 2 == 0)).all()
+
+
+def test_adapters_are_read_as_models_of_their_own(toy: tuple[Path, Result]) -> None:
+    movement = open_results(toy[0] / "results.zarr", "movement").load()
+    shift = movement.activation_shift.sel(model=["rl@147", "rl@367"]).values
+    assert (shift > 0.01).all()
+    assert shift[0] != shift[1]
+    assert read_json(toy[0] / "models/Qwen3-4B-Base/config.json")["dtype"] == "bfloat16"  # what dtype: auto follows
