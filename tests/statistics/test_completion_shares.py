@@ -48,6 +48,16 @@ def test_too_many_are_warned_about_and_not_one_less(name: str, n_not: int, warni
     assert too_often_unread(shares) == {"rl@8": ["a"] if warning and name == "answered" else []}
 
 
+def test_a_model_is_warned_about_once_with_all_its_tasks() -> None:
+    """A report of eleven models and nine tasks began with fifty sentences."""
+    answered = [[0.5, 0.95, 0.7], [0.9, 0.9, 0.9]]
+    shares = xr.Dataset(
+        {"answered": (("model", "task"), answered)}, coords={"model": ["base@0", "rl@8"], "task": ["a", "b", "c"]}
+    )
+    (warning,) = share_warnings(shares)
+    assert warning.startswith("50% of base@0's completions of task a, 30% of c have no answer")
+
+
 def test_older_outcomes_have_no_shares_and_rows_may_be_chosen() -> None:
     older = outcomes("terminated", 6).drop_vars("terminated")
     assert list(completion_shares(older).data_vars) == []

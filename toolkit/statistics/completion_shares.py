@@ -16,8 +16,6 @@ TRUNCATED_WARNING: Final = 0.05
 """Share of a task's completions cut off by the length limit above which accuracies are more about length than skill."""
 UNREAD_WARNING: Final = 0.10
 """Share of a task's completions without a readable answer above which its accuracy is about format or the grader."""
-
-
 N_EXAMPLES: Final = 5
 """Completions shown of a model's task in which too often no answer can be read."""
 EXCERPT: Final = 120
@@ -55,7 +53,7 @@ def completion_shares(outcomes: xr.Dataset, rows: Mapping[str, IntArray] | None 
 
 
 def share_warnings(shares: xr.Dataset) -> list[str]:
-    """One sentence for every model and task with too many completions cut off, or without a readable answer.
+    """One sentence for every model of which, in some tasks, too many completions were cut off or cannot be read.
 
     Parameters
     ----------
@@ -74,23 +72,31 @@ def share_warnings(shares: xr.Dataset) -> list[str]:
             "or template.",
         ),
     }
-    return [
-        f"{100 * (1 - share):.0f}% of {model}'s completions of task {task} {consequence}"
-        for name, (most, consequence) in kinds.items()
-        if name in shares
-        for model, row in zip(shares[MODEL].values, shares[name].transpose(MODEL, TASK).values, strict=True)
-        for task, share in zip(shares[TASK].values, row, strict=True)
-        if round(1 - share, 9) > most  # 1 - 0.95 is 0.05000000000000004
-    ]
+    warnings = []
+    for name, (most, consequence) in kinds.items():
+        for model, tasks in _missing_too_often(shares, name, most).items():
+            if tasks:
+                (first, share), *others = tasks.items()
+                rest = "".join(f", {100 * other:.0f}% of {task}" for task, other in others)
+                warnings.append(f"{100 * share:.0f}% of {model}'s completions of task {first}{rest} {consequence}")
+    return warnings
+
+
+def _missing_too_often(shares: xr.Dataset, name: str, most: float) -> dict[str, dict[str, float]]:
+    """Model -> task -> share of its completions that are not so, where that is more than ``most``."""
+    if name not in shares:
+        return {str(model): {} for model in shares[MODEL].values}
+    missing = np.round(1 - shares[name].transpose(MODEL, TASK).values, 9)  # 1 - 0.95 is 0.05000000000000004
+    tasks = np.asarray(shares[TASK].values).astype(np.str_).tolist()
+    return {
+        str(model): {task: float(share) for task, share in zip(tasks, row, strict=True) if share > most}
+        for model, row in zip(shares[MODEL].values, missing, strict=True)
+    }
 
 
 def too_often_unread(shares: xr.Dataset) -> dict[str, list[str]]:
     """Model -> tasks of which more than ``UNREAD_WARNING`` of its completions have no readable answer."""
-    tasks = np.asarray(shares[TASK].values).astype(np.str_)
-    if "answered" not in shares:
-        return {str(model): [] for model in shares[MODEL].values}
-    unread = np.round(1 - shares["answered"].transpose(MODEL, TASK).values, 9) > UNREAD_WARNING
-    return {str(model): tasks[row].tolist() for model, row in zip(shares[MODEL].values, unread, strict=True)}
+    return {model: list(tasks) for model, tasks in _missing_too_often(shares, "answered", UNREAD_WARNING).items()}
 
 
 def unread_examples(completions: pd.DataFrame, prompts: Sequence[str]) -> list[tuple[str, str]]:
