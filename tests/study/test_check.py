@@ -82,6 +82,18 @@ def test_a_sound_study_has_no_problem_and_loads_no_weights(sound: Path, monkeypa
     assert sorted(sound.rglob("*")) == before
 
 
+def test_shorthands_are_not_called_wrong_where_their_folders_are(study: Path) -> None:
+    runs = [SPEC["runs"][0] | {"checkpoints": "models/sft-*"}, SPEC["runs"][1] | {"checkpoints": "models/rl_*"}]  # type: ignore[index]
+    change(study, runs=runs, extraction={"layer": "middle", "batch_size": 0})
+    told = [problem.message for problem in check_study(study).problems]
+    assert len(told) == 2
+    assert "'models/rl_*' matches no folder" in told[0]
+    assert told[1].startswith("'extraction.batch_size'")
+    change(study, base={"path": "models/gone"}, extraction={"layer": 0.5})
+    (only,) = check_study(study).problems
+    assert "models/gone, which does not exist" in only.message
+
+
 def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
     shutil.rmtree(study / "models/sft-3")
     save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:3], *reversed(WORDS[3:]))))

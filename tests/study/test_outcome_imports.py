@@ -587,3 +587,13 @@ def test_the_command_says_what_it_took(world: Path, study: Path, tmp_path: Path)
     other = CliRunner().invoke(main, [*command, "--model", "rl@9"])
     assert other.exit_code == 2
     assert "no model is called 'rl@9'" in other.output
+
+
+def test_a_study_may_be_named_by_a_relative_path(
+    world: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study.parent)
+    import_outcomes(Path(study.name), "rl@4", **as_table(world, tmp_path))
+    run_study(Path(study.name), stages=["outcomes"])
+    assert open_outcomes(StudyFolder(study).outcomes).engine.sel(model="rl@4") == "table"
+    assert {s.name: s.state for s in open_for_run(study).status()}["outcomes"] == "done"  # whatever the path is called

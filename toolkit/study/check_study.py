@@ -35,7 +35,7 @@ from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
 from rlgen_stats.toolkit.study.spec_checks import stage_problems
 from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_problems
-from rlgen_stats.toolkit.study.spec_shorthands import fill_in
+from rlgen_stats.toolkit.study.spec_shorthands import fill_in, shorthands
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage
 from rlgen_stats.toolkit.trial.plan import check_size
 
@@ -116,12 +116,15 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
     """
     problems = _Problems()
     file, raw = read_mapping(path)
+    left_open: tuple[str, ...] = ()
     try:
         raw = fill_in(raw, StudyFolder(file.parent))
     except RlgenStatsError as error:
         problems.add("study.yaml", str(error))
+        left_open = tuple(f"'{key}'" for key in shorthands(raw))  # not wrong, but what they stand for is not known
     for message in spec_problems(raw):
-        problems.add("study.yaml", message)
+        if not message.startswith(left_open):
+            problems.add("study.yaml", message)
     if problems.found:
         return StudyCheck(problems=tuple(problems.found))
     spec, folder = parse_spec(raw).answering(1), StudyFolder(file.parent)

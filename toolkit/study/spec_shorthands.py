@@ -35,13 +35,25 @@ def fill_in(raw: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
     extraction = raw.get("extraction")
     extraction = extraction if isinstance(extraction, dict) else {}
     layer = extraction.get("layer")
-    if layer == MIDDLE or (isinstance(layer, float) and 0 < layer < 1):
+    if _is_relative(layer):
         base = raw.get("base")
         path = base.get("path") if isinstance(base, dict) else None
         if isinstance(path, str):
             depth = _depth(path, folder)
             raw = raw | {"extraction": extraction | {"layer": int((0.5 if layer == MIDDLE else layer) * depth)}}
     return raw
+
+
+def shorthands(raw: dict[str, Any]) -> list[str]:
+    """Keys of a study's mapping that :func:`fill_in` writes out, such as ``runs.0.checkpoints``."""
+    runs, extraction = raw.get("runs"), raw.get("extraction")
+    patterns = [
+        f"runs.{number}.checkpoints"
+        for number, run in enumerate(runs if isinstance(runs, list) else [])
+        if isinstance(run, dict) and isinstance(run.get("checkpoints"), str)
+    ]
+    layer = extraction.get("layer") if isinstance(extraction, dict) else None
+    return [*patterns, "extraction.layer"] if _is_relative(layer) else patterns
 
 
 def existing(path: str, name: str, folder: StudyFolder) -> Path:
@@ -57,6 +69,10 @@ def existing(path: str, name: str, folder: StudyFolder) -> Path:
         hub = f", or write hf://{path} for the model of the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
         raise SpecError(f"'{name}' names {full}, which does not exist; correct it in {folder.spec}{hub}.")
     return full
+
+
+def _is_relative(layer: Any) -> bool:
+    return layer == MIDDLE or (isinstance(layer, float) and 0 < layer < 1)
 
 
 def _fill_in_run(run: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:

@@ -346,8 +346,7 @@ class Study:
 
     def _imported_files(self) -> dict[str, str]:
         return {
-            f"imported.{model}": self._fingerprint(str(file), "imported")
-            for model, file in imported_models(self.folder).items()
+            f"imported.{model}": self._fingerprints.of(file) for model, file in imported_models(self.folder).items()
         }
 
     def _training_files(self) -> dict[str, str]:
