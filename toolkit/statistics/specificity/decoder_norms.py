@@ -63,9 +63,8 @@ def attribution(
     views' decoder rows says whether a feature writes the same direction in both; NaN where one of them is zero or their
     widths differ. All are scale-invariant: (f_k, d_k) -> (c f_k, d_k / c) changes none. A decoder that is zero in every
     compared view gives NaN. So does everything for a dictionary whose views share one decoder (attribute
-    ``one_decoder``: an SAE of one model, objective ``paired``): its norms are equal whatever the models are, no feature counts as alive, and
-    latent scaling alone speaks. A norm share alone does not make a feature specific; latent scaling must agree
-    (arXiv:2504.02922).
+    ``one_decoder``): its norms are equal whatever the models are, no feature counts as alive, and latent scaling alone
+    speaks. A norm share alone does not make a feature specific; latent scaling must agree (arXiv:2504.02922).
 
     References
     ----------
