@@ -25,8 +25,8 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     NEGLIGIBLE_TURNOVER,
     Difference,
     Verdict,
-    timing_verdict,
     times_oppose,
+    timing_verdict,
 )
 from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, undescribed_checkpoints
 from rlgen_stats.toolkit.statistics.timing.set_stability import MIN_CEILING

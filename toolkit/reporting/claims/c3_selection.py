@@ -496,8 +496,8 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
     if math.isfinite(n_paper):
         where = "in the first dictionary " if len(selected) > 1 else ""
         caveats.append(
-            f"The paper's own rule {where}keeps {count(n_paper, 'feature')} (p = {p_text(p_flip)} when labels are flipped and "
-            f"the rule re-run, {p_text(p_ids)} when feature ids are permuted)."
+            f"The paper's own rule {where}keeps {count(n_paper, 'feature')} (p = {p_text(p_flip)} when labels are "
+            f"flipped and the rule re-run, {p_text(p_ids)} when feature ids are permuted)."
         )
     held_out = [str(task) for task in data["task"].values if str(task) in spec.selection.held_out_tasks]
     if held_out:
