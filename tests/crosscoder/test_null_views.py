@@ -139,6 +139,17 @@ def test_a_study_trains_its_floors(copied: Study) -> None:
     assert spread["noise"] > 0.01
 
 
+def test_no_readout_is_judged_on_a_floor_run(copied: Study) -> None:
+    """Its features bear no claim, and it may move where a dictionary of the other models describes nothing."""
+    spec, folder = copied
+    aside = spec.runs[0].model_dump(mode="json") | {"name": "aside", "arm": "floor"}
+    main = spec.crosscoders[0].model_dump(mode="json") | {"steps": 5, "replicates": 1}
+    runs = [*(run.model_dump(mode="json") for run in spec.runs), aside]
+    train_crosscoders(study_spec(runs=runs, crosscoders=[main]), folder, provenance=PROVENANCE)
+    readout = json.loads((folder.crosscoder("main") / "health.json").read_text())["readout_models"]
+    assert [one["model"] for one in readout["models"]] == ["base@0", "sft@2", "sft@4", "rl@2", "rl@4"]
+
+
 def test_halves_of_a_study_share_no_cluster_of_prompts(copied: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, folder = copied
     given: list[Any] = []

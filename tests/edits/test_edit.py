@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -536,8 +537,8 @@ class Tokens:
     def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
-    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
-        return [" ".join(map(str, row)) for row in rows]
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
 
 
 PROMPTS = ["3 4 5 6 7", "8 9", "10 11 12", "13 14 15 16", "17 18 19", "20", "21 22 23 24 25 26"] * 2

@@ -164,6 +164,24 @@ def test_prompts_must_fit_the_context_and_shards_be_there(study: Path) -> None:
     assert "lacks 1 of 2 files of weights, e.g. model-2.safetensors" in problems(study)["rl@4"]
 
 
+def test_single_models_of_several_widths_have_no_encoder_in_common(study: Path) -> None:
+    """The crosscoder that is encoded is trained on both kinds of rows unless told otherwise; the pair is joint."""
+    for step in (4, 8):
+        config = study / f"models/rl-{step}/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 48}))
+    found = problems(study)
+    assert set(found) == {"crosscoders.main"}
+    assert found["crosscoders.main"] == (
+        "objective 'both' puts one view's activation into every slot and needs views of one width, got 32 of base, 32 "
+        "of sft, 48 of rl; write objective: joint, and readout: own where its features are read."
+    )
+    main, pair = SPEC["crosscoders"]  # type: ignore[misc]
+    change(study, crosscoders=[main | {"objective": "joint", "readout": "own"}, pair])
+    assert problems(study) == {}
+    change(study, crosscoders=[main | {"objective": "joint"}, pair | {"objective": "paired"}])
+    assert set(problems(study)) == {"crosscoders.pair"}
+
+
 def test_of_models_on_the_hub_only_configs_and_tokenizers_are_asked_for(study: Path, hub: Hub) -> None:
     """The one found has no weights here, which is no problem; the one that is not found is."""
     rl = {4: "hf://org/model/step-0010", 8: "models/rl-8", 9: "hf://org/model/gone"}

@@ -32,8 +32,8 @@ class FeatureEdit:
         ``disable``: f' = 0. ``amplify``: f' = dose * f (a dose below 1 weakens); with ``level``, f' = f + (dose - 1) *
         level, not below 0. ``passthrough``: encode, decode, add back the error. ``lift`` (activation patching through
         features, up or down): a' = a + dose * sum_k (f_source,k d_source,k - f_k d_k), the source model reading the
-        same text and each model's features written with its own decoder. ``patch``: a' = a + dose * (a_source - a),
-        no features. ``add_vector``: a' = a + dose * vector, no features.
+        same text and each model's features written with its directions d (one for all models after paired training).
+        ``patch``: a' = a + dose * (a_source - a), no features. ``add_vector``: a' = a + dose * vector, no features.
     dose
         See ``kind``; ``amplify`` needs one, ``disable`` takes none, the others default to 1.
     positions

@@ -22,7 +22,7 @@ class EditSite:
 
     crosscoder: Crosscoder
     view: str
-    """View whose decoder rows are added: base's when editing base, the RL model's when editing that."""
+    """View that stands for the edited model."""
     layer: int
     """Decoder block whose output (residual stream) is edited, counted from 0."""
     readout: Readout = "swap"
@@ -44,9 +44,9 @@ class FeatureColumns:
     Attributes
     ----------
     directions : Tensor [feature, channel]
-        Decoder rows of the site's view in raw units (decoder / scale).
+        What a unit of each feature adds to this model's residual, raw units.
     offset : Tensor [channel]
-        Decoder bias of the view in raw units.
+        What a reconstruction of this model is without any feature, raw units.
 
     Raises
     ------
@@ -70,11 +70,8 @@ class FeatureColumns:
         with torch.no_grad():
             readout = crosscoder.readout_map(view=site.view, kind=site.readout, features=columns, dtype=torch.float64)
         self._readout = readout.to(device, torch.float32)
-        joint = site.readout == "joint"
-        directions = crosscoder.feature_direction(site.view, joint=joint).detach()[columns]
-        self.directions = directions.to(device, torch.float32)
-        offset = crosscoder.offset(site.view, joint=joint).detach()
-        self.offset = offset.to(device, torch.float32)
+        self.directions = crosscoder.feature_direction(site.view).detach()[columns].to(device, torch.float32)
+        self.offset = crosscoder.offset(site.view).detach().to(device, torch.float32)
 
     def to(self, device: torch.device) -> FeatureColumns:
         """The same on the device of the activations; itself if it is there already."""

@@ -238,12 +238,18 @@ def timing_verdict(
     -----
     An intersection-union test: both must reject, so that either alone bounds the error rate.
     """
-    by_time, *by_stratum = (difference_verdict(d, alpha=alpha, negligible=NEGLIGIBLE_TIME) for d in (time, *strata))
-    if {Verdict.SUPPORTED, Verdict.CONTRADICTED} <= {by_time, *by_stratum}:
+    by_time = difference_verdict(time, alpha=alpha, negligible=NEGLIGIBLE_TIME)
+    if times_oppose(time, strata, alpha=alpha):
         by_time = Verdict.UNDETERMINED
     by_turnover = difference_verdict(turnover, alpha=alpha, negligible=NEGLIGIBLE_TURNOVER)
     same = by_time is by_turnover or by_time is Verdict.NOT_ESTIMABLE
     return by_time if same else Verdict.UNDETERMINED, by_time, by_turnover
+
+
+def times_oppose(time: Difference, strata: Sequence[Difference], *, alpha: float) -> bool:
+    """Whether a stratum shows the opposite of another one, or of the mean over strata."""
+    shown = {difference_verdict(one, alpha=alpha, negligible=NEGLIGIBLE_TIME) for one in (time, *strata)}
+    return {Verdict.SUPPORTED, Verdict.CONTRADICTED} <= shown
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -235,7 +235,8 @@ def _check_models(
     problems: _Problems,
 ) -> ModelShape | None:
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
-    shape, configs, tokenizers = None, set(), set()
+    shape, configs, tokenizers = None, dict[str, ModelShape | None](), set()
+    widths: dict[str, int] = {}
     for ref in refs:
         with problems.collecting(ref.model):
             check_weights(ref, download=False)
@@ -243,16 +244,34 @@ def _check_models(
                 check_weight_files(ref)
         config = _content(ref.path, ("config.json", "adapter_config.json"))
         if config not in configs:
-            configs.add(config)
+            configs[config] = None
             with problems.collecting(ref.model):
-                found = read_shape(ref, spec.extraction.layer)
-                shape = found if ref is refs[0] else shape
+                configs[config] = read_shape(ref, spec.extraction.layer)
+        found = configs[config]
+        if found is not None:
+            widths.setdefault(ref.run, found.width)
+            shape = found if ref is refs[0] else shape
         files = _content(ref.path, _TOKENIZER_FILES) + ref.chat.model_dump_json()
         if files not in tokenizers:
             tokenizers.add(files)
             with problems.collecting(ref.model):
                 check_tokenizers([refs[0], ref], [] if prompts is None else list(prompts[TEXT]))
+    _check_widths(spec, widths, problems)
     return shape
+
+
+def _check_widths(spec: StudySpec, widths: Mapping[str, int], problems: _Problems) -> None:
+    """Name crosscoders trained on single models (objectives paired and both) whose views differ in width."""
+    for one in spec.crosscoders:
+        runs = dict.fromkeys(view.partition("@")[0] for view in one.views)
+        known = {run: widths[run] for run in runs if run in widths}
+        if one.objective != "joint" and one.weights is None and len(set(known.values())) > 1:
+            problems.add(
+                f"crosscoders.{one.name}",
+                f"objective {one.objective!r} puts one view's activation into every slot and needs views of one "
+                f"width, got {', '.join(f'{width} of {run}' for run, width in known.items())}; write objective: joint, "
+                "and readout: own where its features are read.",
+            )
 
 
 def _content(folder: Path, patterns: Sequence[str]) -> str:

@@ -36,14 +36,14 @@ Facts = dict[str, Any]
 
 
 def drift(study: Study, key: str, progress: Progress) -> Facts:
-    """Which features' activation differs from base, at every checkpoint of every run, in every dictionary."""
+    """Which features' activation differs from base, at every checkpoint of every run compared, in every dictionary."""
     spec, settings = study.spec, study.spec.statistics
     provenance, n_drifting = study.provenance("drift", key), {}
     with progress.task("drift tests", total=len(spec.primary_crosscoder.names), unit="dictionaries") as task:
         for number, features in features_by_dictionary(study):
             changes = drift_test(
                 features,
-                models=[str(model) for model in features[MODEL].values if model != BASE_MODEL],
+                models=drift_models(features, spec.runs),
                 clusters=clusters_of(features),
                 alpha=settings.alpha,
                 n_resamples=settings.n_resamples,
@@ -57,6 +57,13 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
             n_drifting[str(number)] = dict(zip(drifting[MODEL].values.tolist(), drifting.values.tolist(), strict=True))
             task.advance(1)
     return {"drifting": n_drifting}
+
+
+def drift_models(features: xr.Dataset, runs: Sequence[RunSpec]) -> list[str]:
+    """Checkpoints of the runs that are no floors: what a floor run changes is no discovery of the family."""
+    floors = {run.name for run in runs if run.is_floor}
+    checkpoints = zip(features[MODEL].values.tolist(), features[RUN].values.tolist(), strict=True)
+    return [model for model, run in checkpoints if model != BASE_MODEL and run not in floors]
 
 
 def stabilize(study: Study, key: str, progress: Progress) -> Facts:

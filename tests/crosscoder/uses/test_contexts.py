@@ -166,7 +166,7 @@ def test_logit_effects_are_derivatives_of_the_logits_at_the_final_norm(encoded: 
     effect = logit_effects(model, main, "rl@4", everything).numpy()
     unembed, gain = model.lm_head.weight.detach().double().numpy(), model.model.norm.weight.detach().double().numpy()
     for row, feature in zip(effect, everything, strict=True):
-        direction = main.decoder[2, feature].double().numpy() / float(main.scale[2])
+        direction = main.feature_direction("rl@4")[feature].double().numpy()
         wanted = unembed @ (gain * direction) / float(main.contribution_norm()[feature])
         np.testing.assert_allclose(row, wanted - wanted.mean(), rtol=1e-4, atol=1e-6)
     table = read_logits(folder, "main")
@@ -180,9 +180,26 @@ def test_logit_effects_are_derivatives_of_the_logits_at_the_final_norm(encoded: 
             assert list(own["token"]) == [WORDS[i] for i in best]
 
 
+def test_the_joint_code_promotes_by_its_views_decoder_and_single_models_by_the_shared_one(encoded: Study) -> None:
+    shared = load_crosscoder(encoded[1].crosscoder("main"))
+    shared.share_decoder()
+    model = load_model(find_model("rl@4", *encoded))
+    unembed = model.lm_head.weight.detach().double()
+    outward = (unembed - unembed.mean(dim=0)) * model.model.norm.weight.detach().double()
+    own, mean = shared.decoder[2, 7] / shared.scale[2], (shared.decoder[:, 7] / shared.scale[:, None]).mean(dim=0)
+    for readout, direction, norm in (
+        ("joint", own, shared.decoder[2, 7].norm()),
+        ("swap", mean, shared.decoder[:, 7].norm()),
+    ):
+        effect = logit_effects(model, shared, "rl@4", [7], readout=readout)[0]
+        wanted = outward @ (direction.double() / norm)
+        np.testing.assert_allclose(effect.numpy(), wanted.numpy(), rtol=1e-3, atol=1e-5)
+
+
 def test_a_view_without_a_decoder_promotes_no_tokens(encoded: Study) -> None:
     silent = load_crosscoder(encoded[1].crosscoder("main"))
     with torch.no_grad():
         silent.decoder_matrix[3] = 0
+        silent.share_decoder()
     model = load_model(find_model("rl@4", *encoded))
     assert (logit_effects(model, silent, "rl@4", [3]) == 0).all()

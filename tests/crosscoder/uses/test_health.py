@@ -166,11 +166,14 @@ def test_a_threshold_that_is_off_is_noticed(batchtopk: Crosscoder, world: Plante
     assert [check.ok for check in health.checks if check.name == "l0"] == [False]
 
 
-@pytest.mark.parametrize(("objective", "tolerance"), [("joint", 0.1), ("both", 0.25), ("paired", 0.25)])
+@pytest.mark.parametrize(("objective", "tolerance"), [("joint", 0.1), ("both", 0.25), ("paired", 0.1)])
 def test_a_code_that_shares_its_k_with_others_may_be_farther_from_it(
     batchtopk: Crosscoder, world: Planted, objective: str, tolerance: float
 ) -> None:
-    """Of k active features a row on average, joint rows may have more than paired ones; no threshold is off then."""
+    """Of k active features a row on average, joint rows may have more than paired ones; no threshold is off then.
+
+    Of objective paired the mean over all rows is judged, which the threshold was set by.
+    """
     health = measure_health(batchtopk, ArrayReader(world.data, batch_size=512, seed=0))
     shared = Crosscoder(PAIR, width=24, n_features=48, sparsity="batchtopk", k=2)
     shared.load_state_dict(batchtopk.state_dict())

@@ -356,13 +356,16 @@ def test_c2_verdict_follows_from_the_stored_table(results: Results, spec: StudyS
 
 def test_c2_is_open_where_strata_show_opposite_differences(results: Results, spec: StudySpec) -> None:
     data = results["timing_contrast"]
-    assert claim(results, spec, "C2").verdict is Verdict.SUPPORTED
+    before = claim(results, spec, "C2")
+    assert before.verdict is Verdict.SUPPORTED
+    assert "opposite" not in before.answer
     shift = xr.DataArray([0.0, 0.0, -0.6], dims="stratum")
     moved = {f"stratum_difference{end}": data[f"stratum_difference{end}"] + shift for end in ("", "_low", "_high")}
     results["timing_contrast"] = data.assign(moved)
     c2 = claim(results, spec, "C2")
     assert c2.verdict is Verdict.UNDETERMINED
     assert "36.0], alone open" in c2.answer or "36.0, alone open]" in c2.answer
+    assert c2.answer.endswith("Features that changed little and features that changed much show opposite differences.")
     assert any("large −26.0 points" in text for text in c2.caveats)
 
 
@@ -516,6 +519,14 @@ def test_c3_of_five_dictionaries_is_said_of_those_that_agree(results: Results, s
     c3 = claim(results, five, "C3")
     assert c3.verdict is Verdict.SUPPORTED
     assert c3.answer.startswith("In 4 of 5 dictionaries 5 features of 210 testable ones are confirmed")
+    of_sets, of_paper = (next(x for x in c3.caveats if words in x) for words in ("rise where RL gained", "own rule"))
+    n = int(data.selected.sum())
+    specific = int((data.selected & (data.specific_tier == "CONFIRMED")).sum())
+    assert of_sets == (
+        f"The edited sets (C4, C5) hold {n}, {n}, {n}, {n} and {n} features that rise where RL gained, {specific}, "
+        f"{specific}, 0, {specific} and {specific} of them by more than where base was right too."
+    )
+    assert of_paper.startswith("The paper's own rule in the first dictionary keeps")
     del results["mediated_share"]
     excluded = {"carried_low": 0.1, "carried_best_high": 0.4}
     for n, changed in enumerate([excluded, excluded, {"no_rise_p": 0.01}, {}, {"no_rise_p": 0.02}], start=1):

@@ -12,6 +12,7 @@ import xarray as xr
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting import Graphic, Missing, draw_figures
 from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response
+from rlgen_stats.toolkit.reporting.figures.dictionary import specificity
 from rlgen_stats.toolkit.reporting.figures.draw import FIGURES
 from rlgen_stats.toolkit.reporting.figures.plotting import THEMED
 
@@ -104,6 +105,18 @@ def test_specificity_tail_is_the_share_above_tau(drawn: dict[str, Graphic | Miss
     one = results["attribution"].sel(crosscoder="pair-sft")
     nrn = one.nrn_l1.values[one.alive.values]
     assert f"sft: {100 * np.mean(nrn > 0.7):.1f}% of {nrn.size} alive" in graphic(drawn, "specificity").alt
+
+
+def test_a_floor_run_is_drawn_beside_base_against_itself(results: Results, spec: StudySpec) -> None:
+    aside = spec.runs[0].model_copy(update={"name": "aside", "arm": "floor"})
+    spec = spec.model_copy(update={"runs": (*spec.runs, aside)})
+    targets = ("crosscoder", ["sft@150", "rl@80", "aside@20"])
+    alt = specificity({"attribution": results["attribution"].assign_coords(target=targets)}, spec).alt
+    assert [part.split(": ")[0] for part in alt.split(". ", 1)[1].split("; ")] == [
+        "sft",
+        "rl",
+        "the floor run aside@20",
+    ]
 
 
 @pytest.mark.parametrize(

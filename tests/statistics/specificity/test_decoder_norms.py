@@ -131,22 +131,3 @@ def test_errors():
         attribution_table({"x": decoders(["base@0", "sft@1", "rl@5"])})
     with pytest.raises(InputError, match="at least one pairwise"):
         attribution_table({})
-
-
-def test_a_decoder_that_learned_nothing_attributes_nothing():
-    random = np.random.default_rng(0)
-    decoders = xr.Dataset(
-        {
-            "decoder": (("view", "feature", "channel"), random.normal(size=(2, 3, 4))),
-            "firing": ("feature", [0.1, 0.1, 0.1]),
-        },
-        coords={"view": ["base@0", "rl@80"]},
-    )
-    known = attribution(decoders)
-    untrained = np.array([[False, True, False], [False, False, False]])  # feature 1 never fired in base
-    found = attribution(decoders.assign(untrained=(("view", "feature"), untrained)))
-    assert found["alive"].values.tolist() == [True, False, True]
-    for name in ("nrn_l1", "nrn_l2", "log_ratio", "cosine", "mas_l1", "mas_l2"):
-        values, expected = found[name].values, known[name].values
-        assert np.isnan(values[..., 1]).all(), name
-        np.testing.assert_array_equal(values[..., [0, 2]], expected[..., [0, 2]])

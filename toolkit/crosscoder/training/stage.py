@@ -14,7 +14,7 @@ from rlgen_stats.schemas.dims import CLUSTER, TOKEN, TOKEN_ID
 from rlgen_stats.schemas.errors import InputError, StageError, StoreError
 from rlgen_stats.schemas.null_views import HALVES_MODEL
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
+from rlgen_stats.schemas.study import FLOOR_ARM, CrosscoderSpec, StudySpec
 from rlgen_stats.stores import (
     PairedReader,
     Provenance,
@@ -145,7 +145,9 @@ class _StudyCrosscoder:
         others = [derive_seed(first, "replicate", number) for number in range(2, len(spec.names) + 1)]
         self.seeds = [first, *others]
         is_read = spec.name == study.primary_crosscoder.name and spec.readout != "joint"
-        self.judged_models = [ref.model for ref in list_models(study, folder)] if is_read else []
+        # a floor run may end where the dictionary describes nothing; no claim rests on its features
+        judged = [ref.model for ref in list_models(study, folder) if ref.arm != FLOOR_ARM]
+        self.judged_models = judged if is_read else []
         self.contrasted = [final_model(study, folder, run.name).model for run in study.all_contrasted]
         self.folders = [folder.crosscoder(name) for name in spec.names]
         self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches

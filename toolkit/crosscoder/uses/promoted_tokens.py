@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import Readout, StudySpec
 from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
+from rlgen_stats.toolkit.crosscoder.uses.encode import contribution_scale
 from rlgen_stats.toolkit.extraction import find_model, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -73,7 +74,7 @@ def write_logits(spec: StudySpec, folder: StudyFolder, *, n: int = 8, progress: 
             size = max(1, BLOCK_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
             for start in range(0, crosscoder.n_features, size):
                 block = torch.arange(start, min(start + size, crosscoder.n_features))
-                effect = logit_effects(model, crosscoder, view, block.tolist())
+                effect = logit_effects(model, crosscoder, view, block.tolist(), readout=primary.readout)
                 writer.write_table(_strongest(effect, block, view, n, tokenizer, words))
                 task.advance(len(block), model=view)
 
@@ -102,7 +103,9 @@ def _strongest(effect: Tensor, features: Tensor, view: str, n: int, tokenizer: A
 
 
 @torch.no_grad()
-def logit_effects(model: Any, crosscoder: Crosscoder, view: str, features: Sequence[int]) -> Tensor:
+def logit_effects(
+    model: Any, crosscoder: Crosscoder, view: str, features: Sequence[int], *, readout: Readout = "swap"
+) -> Tensor:
     """Change of each logit, centred over the vocabulary, per unit of contribution: [feature, vocabulary].
 
     Parameters
@@ -113,6 +116,8 @@ def logit_effects(model: Any, crosscoder: Crosscoder, view: str, features: Seque
         Crosscoder and which of its views the model is.
     features
         Feature ids.
+    readout
+        How the features are read, which decides what a unit of contribution adds.
 
     Notes
     -----
@@ -120,8 +125,8 @@ def logit_effects(model: Any, crosscoder: Crosscoder, view: str, features: Seque
     data-dependent scale. A first look at a feature, not a measure of its effect.
     """
     chosen = list(features)
-    norm = crosscoder.contribution_norm()[chosen].clamp_min(torch.finfo(torch.float32).tiny)
-    direction = crosscoder.feature_direction(view)[chosen] / norm[:, None]
+    norm = contribution_scale(crosscoder, view, readout)[chosen].clamp_min(torch.finfo(torch.float32).tiny)
+    direction = crosscoder.feature_direction(view, joint=readout == "joint")[chosen] / norm[:, None]
     inner = getattr(model, "base_model", model)
     norms = [getattr(inner, name) for name in _FINAL_NORMS if hasattr(inner, name)]
     gain = getattr(norms[0], "weight", None) if norms else None

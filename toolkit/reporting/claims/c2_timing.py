@@ -25,6 +25,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     NEGLIGIBLE_TURNOVER,
     Difference,
     Verdict,
+    times_oppose,
     timing_verdict,
 )
 from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, undescribed_checkpoints
@@ -227,7 +228,10 @@ _ALONE: Final = {Verdict.UNDETERMINED: ", alone open", Verdict.NOT_SUPPORTED: ",
 def _answer(verdict: Verdict, verdicts: dict[str, Verdict], data: xr.Dataset, spec: StudySpec) -> str:
     open_head = f"Whether {these_models(spec, start=False)} differ in timing is open"
     head = _HEADS.get(verdict, open_head).format(models=these_models(spec))
-    return f"{head}: {listed(_measure_words(data, name, verdicts[name], spec) for name in MEASURES)}."
+    answer = f"{head}: {listed(_measure_words(data, name, verdicts[name], spec) for name in MEASURES)}."
+    if times_oppose(_difference(data, "time"), _within_strata(data), alpha=spec.statistics.alpha):
+        answer += " Features that changed little and features that changed much show opposite differences."
+    return answer
 
 
 def _measure_words(data: xr.Dataset, measure: str, verdict: Verdict, spec: StudySpec) -> str:

@@ -45,7 +45,15 @@ C3: Final = PaperClaim(
         "task."
     ),
 )
-_EACH: Final = ("n_confirmed", "n_rising", "n_selected", "n_testable", "no_rise_p", "accompanying_p")
+_EACH: Final = (
+    "n_confirmed",
+    "n_rising",
+    "n_selected",
+    "n_selected_specific",
+    "n_testable",
+    "no_rise_p",
+    "accompanying_p",
+)
 """Details that are also given dictionary by dictionary."""
 _YES: Final = "yes"
 _UNUSED: Final = "no: not selected on"
@@ -472,10 +480,13 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
             "features merely accompany right answers is tested on all of them together (as if features were as high on "
             "harder prompts as on easier ones)."
         )
-    if details["n_rising"]:
+    selected = details["n_selected_by_dictionary"]
+    if any(selected):
+        specific = listed(map(str, details["n_selected_specific_by_dictionary"]))
+        sets = f"{listed(map(str, selected))} feature{'s' * (selected != [1])}"
+        who = "The set that is edited (C4, C5) holds" if len(selected) == 1 else "The edited sets (C4, C5) hold"
         caveats.append(
-            f"The set that is edited (C4, C5) holds {count(details['n_selected'], 'feature')} that rise where RL "
-            f"gained, {details['n_selected_specific']} of them by more than where base was right too."
+            f"{who} {sets} that rise where RL gained, {specific} of them by more than where base was right too."
         )
     p_flip, p_ids, n_paper = (
         details["p_paper_rule_flip_null"],
@@ -483,9 +494,10 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
         details["n_paper_rule"],
     )
     if math.isfinite(n_paper):
+        where = "in the first dictionary " if len(selected) > 1 else ""
         caveats.append(
-            f"The paper's own rule keeps {count(n_paper, 'feature')} (p = {p_text(p_flip)} when labels are flipped and "
-            f"the rule re-run, {p_text(p_ids)} when feature ids are permuted)."
+            f"The paper's own rule {where}keeps {count(n_paper, 'feature')} (p = {p_text(p_flip)} when labels are "
+            f"flipped and the rule re-run, {p_text(p_ids)} when feature ids are permuted)."
         )
     held_out = [str(task) for task in data["task"].values if str(task) in spec.selection.held_out_tasks]
     if held_out:

@@ -68,7 +68,8 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
         alt,
         f"A feature is stable from the checkpoint on from which its mean stays within {margin} ({unit}) of its final "
         f"one; being within it only over the last {persist} of the checkpoints does not count. Shown is the share "
-        "expected over bootstrap draws of the prompts, with its band.",
+        "expected over bootstrap draws of the prompts, with its band. What never left the margin is stable throughout, "
+        "so that a run that changes fewer features lies higher: C2 compares features that changed as far.",
     )
 
 

@@ -11,7 +11,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, split_model_id
 from rlgen_stats.schemas.errors import NotEstimableError
-from rlgen_stats.schemas.null_views import floor_name
+from rlgen_stats.schemas.null_views import floor_name, floor_run_name
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.c3_selection import scored_tasks
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed, run_colours, run_markers
@@ -52,9 +52,10 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
     tau, colours = spec.statistics.tau, run_colours(spec)
     pairs = {run.name: crosscoder_label(data, run.name) for run in spec.contrasted}
     curves = [(run, label, colours[run], "-") for run, label in pairs.items() if label is not None]
-    floors: dict[str, str] = {}
+    floors, floor_runs = dict[str, str](), {run.name for run in spec.runs if run.is_floor}
     for label in labels_of(data, "crosscoder"):
-        floor = floor_name(text(data, "target", crosscoder=label))
+        target = text(data, "target", crosscoder=label)
+        floor = floor_run_name(target) if split_model_id(target)[0] in floor_runs else floor_name(target)
         if floor is not None:
             floors.setdefault(floor, label)  # the first of its dictionaries
     curves += [(floor, label, NULL, style) for (floor, label), style in zip(floors.items(), cycle(_FLOOR_STYLES))]
@@ -101,7 +102,8 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
         alt,
         "Left: how much of each feature's decoder norm (L1) belongs to the trained model; 0.5 is shared. A curve's "
         "height at τ is the share of features that count as specific. Grey: the same measurement on base against "
-        "itself. Right: the same for each model's share (MAS) in the three-model crosscoder; one third is shared.",
+        "itself, and on floor runs. Right: the same for each model's share (MAS) in the three-model crosscoder; one "
+        "third is shared.",
     )
 
 

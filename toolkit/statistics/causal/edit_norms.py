@@ -21,7 +21,7 @@ class ModelCodes:
     codes
         [token, feature] activations f_k, sparse by column.
     directions
-        [feature, channel] decoder rows of this model in raw units.
+        [feature, channel] what a unit of each adds to this model's residual, raw units.
     """
 
     codes: sparse.csc_array
@@ -106,5 +106,5 @@ def scaled(model: ModelCodes, factor: float, levels: Floats | None = None) -> Ed
 
 
 def copied(codes: TokenCodes) -> EditNorm:
-    """Norms of lifting base's features to the RL model's, each with its own decoder; of lowering, the same."""
+    """Norms of lifting base's features to the RL model's, each with that model's directions; of lowering, the same."""
     return EditNorm((codes.rl, ModelCodes(-codes.base.codes, codes.base.directions)))

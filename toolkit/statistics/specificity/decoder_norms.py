@@ -19,7 +19,7 @@ CROSSCODER: Final = "crosscoder"
 MAS_CROSSCODER: Final = "mas_crosscoder"
 OTHER_VIEW: Final = "other_view"
 ONE_DECODER: Final = "one_decoder"
-"""Attribute of decoders that all views share: an SAE of one model."""
+"""Attribute of decoders that all views share: of an SAE of one model, and after objective ``paired``."""
 
 CLUSTER_COSINE: Final = 0.7
 """Decoder cosine above which two features count as one piece of evidence (as in docs/method.md 4d)."""
@@ -37,8 +37,7 @@ def attribution(
     ----------
     decoders
         ``decoder[view, feature, channel]`` in the crosscoder's normalised units and ``firing[feature]`` (share of
-        tokens), lazy or not. Views of several widths: ``width[view]``, and NaN in ``decoder`` beyond it. Optional
-        ``untrained[view, feature]``: a decoder that learned nothing, whose feature gets NaN and is not alive.
+        tokens), lazy or not. Views of several widths: ``width[view]``, and NaN in ``decoder`` beyond it.
     original, target
         The two views NRN compares; default the first and the last of a two-view crosscoder.
     min_firing
@@ -64,9 +63,8 @@ def attribution(
     views' decoder rows says whether a feature writes the same direction in both; NaN where one of them is zero or their
     widths differ. All are scale-invariant: (f_k, d_k) -> (c f_k, d_k / c) changes none. A decoder that is zero in every
     compared view gives NaN. So does everything for a dictionary whose views share one decoder (attribute
-    ``one_decoder``: an SAE of one model): its norms are equal whatever the models are, no feature counts as alive, and
-    latent scaling alone speaks. A norm share alone does not make a feature specific; latent scaling must agree
-    (arXiv:2504.02922).
+    ``one_decoder``): its norms are equal whatever the models are, no feature counts as alive, and latent scaling alone
+    speaks. A norm share alone does not make a feature specific; latent scaling must agree (arXiv:2504.02922).
 
     References
     ----------
@@ -84,8 +82,6 @@ def attribution(
     _check_decoders(decoders)
     if decoders.attrs.get(ONE_DECODER):
         decoders = decoders.assign(decoder=decoders["decoder"] * np.nan)
-    untrained = decoders["untrained"].any(VIEW) if "untrained" in decoders else xr.DataArray(False)
-    decoders = decoders.assign(decoder=decoders["decoder"].where(~untrained))
     views = [str(view) for view in decoders[VIEW].values]
     pair = _pair(views, original, target)
     decoder = decoders["decoder"].astype(np.float64)
@@ -97,7 +93,7 @@ def attribution(
             "mas_l1": _share(l1).transpose(VIEW, FEATURE),
             "mas_l2": _share(l2).transpose(VIEW, FEATURE),
             "firing": decoders["firing"].astype(np.float64),
-            "alive": (decoders["firing"] > min_firing) & (not decoders.attrs.get(ONE_DECODER)) & ~untrained,
+            "alive": (decoders["firing"] > min_firing) & (not decoders.attrs.get(ONE_DECODER)),
             "view_cosine": _view_cosine(decoder, decoders.get("width")),
         },
         attrs={"min_firing": min_firing, "unit": "feature", "norms": "decoder rows in normalised units"},
