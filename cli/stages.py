@@ -145,7 +145,7 @@ def print_verdicts(report: Path) -> None:
         table.add_column(column, overflow="fold")
     for claim in claims:
         table.add_row(claim["id"], claim["statement"], claim["verdict"], claim["answer"])
-    Console().print(table)
+    Console().print(table, markup=False)  # answers name views, as [base@0, rl@200]
     click.echo(f"Report: {report / 'index.html'}")
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from rlgen_stats.cli import main
 from rlgen_stats.cli.console import handle_errors, print_json, progress_for
 from rlgen_stats.cli.main import _COMMANDS
+from rlgen_stats.cli.stages import print_verdicts
 from rlgen_stats.schemas.errors import OutOfSpaceError
 from rlgen_stats.stores import Provenance, append_model
 from tests.stores.conftest import feature_table
@@ -205,3 +206,10 @@ def test_inspect_is_readable_and_migrate_says_what_it_did(tmp_path: Path) -> Non
     assert "80 (64 tokens so far)" in out
     assert run("verify", str(tmp_path / "v1"))[1].startswith(f"{tmp_path / 'v1'}: sound;")
     assert json.loads(run("migrate", str(tmp_path / "v1"), "--json")[1])["features.zarr"] == {"before": 2, "now": 2}
+
+
+def test_verdicts_are_printed_as_they_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claim = {"id": "C1", "statement": "s", "verdict": "UNDETERMINED", "answer": "add [base@0, rl@1]"}
+    (tmp_path / "report.json").write_text(json.dumps({"claims": [claim]}))
+    print_verdicts(tmp_path)
+    assert "[base@0, rl@1]" in capsys.readouterr().out

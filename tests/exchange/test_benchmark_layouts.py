@@ -83,6 +83,9 @@ def test_columns_of_ones_own() -> None:
         ("mmlu", {"question": "q", "choices": ["a", "b", " ", "d"], "answer": 0}, r"has an empty choice"),
         ("mmlu", {"question": "q", "choices": list("abcd"), "answer": "E"}, r"gives 'E' as the right choice"),
         ("mmlu", {"question": "q", "choices": "a b c d", "answer": 0}, r"has text where choices is a list"),
+        ("arc_challenge", {"question": "q", "choices": "{'text': ['a']}", "answerKey": "A"}, r"row 1 .* a csv cannot"),
+        ("arc_challenge", {"question": "q", "choices": {"text": ["a"]}, "answerKey": "A"}, r"KeyError\('label'\)"),
+        ("gsm8k", {"question": "q", "answer": "6 and 1 make 7"}, r"row 1 of gsm8k has no #### before"),
     ],
 )
 def test_rows_of_another_layout_are_refused(name: str, row: dict[str, Any], message: str) -> None:

@@ -12,6 +12,7 @@ from rlgen_stats.schemas.errors import InputError, ModelError
 from rlgen_stats.toolkit.counter_random import counter_uniforms
 from rlgen_stats.toolkit.extraction import generate
 from rlgen_stats.toolkit.extraction.generation import Completion, _StopStrings, draw_tokens
+from tests.extraction.bpe import bpe_model, chatml_tokenizer
 from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
 
 
@@ -241,3 +242,21 @@ def test_bad_settings_are_refused(model: Any, tokenizer: Any) -> None:
         with pytest.raises(InputError, match="stop strings are one list a row, none of them empty"):
             generate(model, tokenizer, ["what"], max_new_tokens=2, greedy=True, stop=stop)
     assert generate(model, tokenizer, [], max_new_tokens=2, greedy=True) == []
+
+
+def test_a_stop_string_may_be_a_special_token() -> None:
+    tokenizer = chatml_tokenizer()
+    model, end = bpe_model(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    raise_end = torch.nn.functional.one_hot(torch.tensor(end), len(tokenizer)) * 8.0
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + raise_end)  # else it is too rare to see
+    prompts, seeds = ["What is 2 + 3?"] * 8, range(8)
+    free = sampled(model, tokenizer, prompts, seeds, max_new_tokens=20)
+    stop = [["<|im_end|>"], []] * 4
+    rows = sampled(model, tokenizer, prompts, seeds, max_new_tokens=20, stop=stop)
+    assert rows[1::2] == free[1::2]
+    assert any(end in row.token_ids[:-1] for row in free[::2])
+    for before, after in zip(free[::2], rows[::2], strict=True):
+        ids = before.token_ids
+        assert after.token_ids == (ids[: ids.index(end) + 1] if end in ids else ids)
+        assert after.terminated == (before.terminated or end in ids)
+        assert after.text == tokenizer.decode(after.token_ids, skip_special_tokens=True)

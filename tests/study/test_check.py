@@ -94,6 +94,19 @@ def test_shorthands_are_not_called_wrong_where_their_folders_are(study: Path) ->
     assert "models/gone, which does not exist" in only.message
 
 
+def test_letters_stand_for_choices_that_the_prompt_shows(study: Path) -> None:
+    table = prompt_table().assign(choices=[["blue sky", "red sea"]] * len(prompt_table()), answer="B")
+    table.to_json(study / "data/prompts.jsonl", orient="records", lines=True)
+    data = {"prompts": "data/prompts.jsonl", "train": None}
+    tasks = {name: {"grader": {"name": "choice_loglik", "options": "letters"}} for name in ("other", "sum")}
+    change(study, data=data, tasks=tasks)
+    assert "no prompt shows the choices that they stand for; put {choices} into" in problems(study)["task other"]
+    for task in tasks.values():
+        task["template"] = "{text} {choices}"  # type: ignore[assignment]
+    change(study, data=data, tasks=tasks)
+    assert not {where for where in problems(study) if where.startswith("task")}
+
+
 def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
     shutil.rmtree(study / "models/sft-3")
     save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:3], *reversed(WORDS[3:]))))

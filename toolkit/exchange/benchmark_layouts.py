@@ -116,6 +116,11 @@ def questions(benchmark: Benchmark, rows: Sequence[Row], columns: Mapping[str, s
                 f"row {number} of {benchmark.name} {error}; it has the columns {', '.join(map(str, row))}. Name a "
                 "column of your own with --column PUBLISHED=YOURS."
             ) from error
+        except (LookupError, TypeError, ValueError) as error:  # cells of other types than in any layout
+            raise InputError(
+                f"row {number} of {benchmark.name} has other cells than the published table ({error!r}); a csv cannot "
+                "hold lists or structs: give jsonl or parquet."
+            ) from error
         read.append(question)
     return read
 
@@ -147,6 +152,8 @@ def _text(row: Row, *names: str) -> str:
 
 def _structs(cell: Any) -> list[dict[str, Any]]:
     """A list of structs; ``datasets`` also publishes it as a struct of lists."""
+    if isinstance(cell, str):
+        raise TypeError("a text instead of a list of choices")
     if isinstance(cell, Mapping):
         return [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
     return list(cell)
@@ -192,7 +199,10 @@ def _math(row: Row) -> Question:
 
 def _gsm8k(row: Row) -> Question:
     """Columns question, answer: a solution that ends in ``#### 1,234``."""
-    return Question(_text(row, "question"), _text(row, "answer").split("####")[-1].strip().replace(",", ""))
+    _, marker, answer = _text(row, "answer").rpartition("####")
+    if not marker and len(answer.split()) > 1:
+        raise _UnreadableError("has no #### before its final answer")
+    return Question(_text(row, "question"), answer.strip().replace(",", ""))
 
 
 def _labelled(row: Row) -> Question:

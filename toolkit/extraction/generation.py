@@ -78,7 +78,6 @@ class _Sampling:
     temperature: float
     greedy: bool
     top_p: float
-    stops: tuple[int, ...]
     pad: int
 
 
@@ -144,7 +143,8 @@ def generate(
     max_new_tokens
         Length limit, one for all rows or one each.
     stop
-        Stop strings of each row: generation ends once the decoded text has one, and the text is cut before it.
+        Stop strings of each row: generation ends once the decoded text has one, and the text is cut before it. One
+        that is a special token, which no decoded text has, ends it as an end token does.
     temperature, top_p
         Of sampling; without effect on greedy completions.
     greedy
@@ -177,8 +177,10 @@ def generate(
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = encode_prompts(tokenizer, texts) if texts else [[*ids] for ids in prompts]
     _check_context(model, encoded, limits)
-    stops = stop_ids(model, tokenizer, end_of_turn)
-    sampling = _Sampling(temperature, greedy, top_p, stops, pad_id(tokenizer))
+    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    always = frozenset(stop_ids(model, tokenizer, end_of_turn))
+    ends = [always.union(special[string] for string in row if string in special) for row in strings]
+    sampling = _Sampling(temperature, greedy, top_p, pad_id(tokenizer))
     stopping = _StopStrings(tokenizer)
     numbers = np.zeros(len(prompts), np.uint64) if seeds is None else np.array([int(s) for s in seeds], np.uint64)
     written: list[list[int]] = [[] for _ in prompts]
@@ -186,7 +188,11 @@ def generate(
         for rows in by_length([len(ids) for ids in encoded], batch_size):
             try:
                 asked = _Rows(
-                    [encoded[r] for r in rows], numbers[rows], [limits[r] for r in rows], [strings[r] for r in rows]
+                    [encoded[r] for r in rows],
+                    numbers[rows],
+                    [limits[r] for r in rows],
+                    [strings[r] for r in rows],
+                    [ends[r] for r in rows],
                 )
                 completed = _write(model, asked, sampling, stopping)
             except FloatingPointError as error:
@@ -195,8 +201,8 @@ def generate(
                 written[row] = ids
             task.advance(len(rows))
     completions = []
-    for ids, row_strings in zip(written, strings, strict=True):
-        ended = bool(ids) and ids[-1] in stops
+    for ids, row_strings, row_ends in zip(written, strings, ends, strict=True):
+        ended = bool(ids) and ids[-1] in row_ends
         kept, text, stopped = stopping.cut(ids[:-1] if ended else ids, row_strings)
         completions.append(Completion(tuple(kept if stopped else ids), text, stopped or ended))
     return completions
@@ -263,6 +269,7 @@ class _Rows:
     seeds: NDArray[np.uint64]
     limits: Sequence[int]
     strings: Sequence[Sequence[str]]
+    ends: Sequence[frozenset[int]]
 
 
 @torch.inference_mode()
@@ -282,7 +289,7 @@ def _write(model: Any, asked: _Rows, sampling: _Sampling, stopping: _StopStrings
         for index in np.flatnonzero(live):
             row = rows[index]
             written[row].append(int(tokens[index]))
-            ended = tokens[index] in sampling.stops or len(written[row]) == asked.limits[row]
+            ended = tokens[index] in asked.ends[row] or len(written[row]) == asked.limits[row]
             live[index] = not ended and not stopping.found(written[row], asked.strings[row])
         if not live.any():
             break

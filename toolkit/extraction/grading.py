@@ -14,7 +14,7 @@ from rlgen_stats.schemas.dims import PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.schemas.tasks import GRADERS, GraderSpec
-from rlgen_stats.stores.prompts import ANSWER, CHOICES, choices_of
+from rlgen_stats.stores.prompts import ANSWER, CHOICES, TEXT, choices_of, plain_text
 from rlgen_stats.toolkit.extraction.generation import Completion
 
 MAX_NGRAM: Final = 8
@@ -134,6 +134,24 @@ def check_answers(graders: Mapping[str, Grader], prompts: pd.DataFrame, *, where
                 f"{what}: the grader cannot read {len(unread)} of {len(of_task)} expected answer(s): "
                 f"{', '.join(unread[:N_NAMED])}{more}; correct the answers, drop the rows or name another "
                 f"grader under {f'tasks.{task}.grader' if task else 'grader'}."
+            )
+
+
+def check_letters(spec: StudySpec, prompts: pd.DataFrame) -> None:
+    """Refuse tasks whose letters are scored although no prompt says what they stand for.
+
+    Raises
+    ------
+    InputError
+        Naming the task.
+    """
+    for name, rows in prompts.groupby(TASK, sort=False):
+        texts = zip(rows[TEXT].map(plain_text), rows[CHOICES].map(choices_of), strict=True)
+        shown = any(all(choice in text for choice in choices) for text, choices in texts)
+        if spec.grader_of(str(name)).options == "letters" and not shown:
+            raise InputError(
+                f"task {name!r}: letters are scored, but no prompt shows the choices that they stand for; put "
+                f"{{choices}} into tasks.{name}.template, or score texts (options: texts)."
             )
 
 

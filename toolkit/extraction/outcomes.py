@@ -26,7 +26,7 @@ from rlgen_stats.stores.tables import RENDERED_PROMPTS, check_owner
 from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion
-from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, grade_all, graders_of
+from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, check_letters, grade_all, graders_of
 from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import, with_origin
 from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.progress import SILENT, Progress
@@ -108,6 +108,7 @@ def sample_outcomes(
     prompts = load_prompts(spec, folder)
     graders = graders_of(spec, prompts[TASK])
     check_answers(graders, prompts)
+    check_letters(spec, prompts)
     refs = list_models(spec, folder)
     for ref in refs:
         check_weights(ref)

@@ -20,7 +20,7 @@ from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights
-from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of
+from rlgen_stats.toolkit.extraction.grading import check_answers, check_letters, graders_of
 from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
 from rlgen_stats.toolkit.extraction.model_shape import (
     ModelShape,
@@ -190,6 +190,7 @@ def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) ->
         for task, rows in prompts.groupby(TASK, sort=False):
             with problems.collecting(f"task {task}"):
                 check_answers(graders_of(spec, [str(task)]), rows)
+                check_letters(spec, rows)
         with problems.collecting("intervention"):
             check_size(spec, folder)
     return prompts
