@@ -41,6 +41,14 @@ def test_prompts_are_encoded_as_apply_chat_template_does(tokenizer: Any) -> None
     assert reader(tokenizer, PLAIN).encode([QUESTION]) == [tokenizer(QUESTION)["input_ids"]]
 
 
+@pytest.mark.parametrize("tokenizer", [chatml_tokenizer(), llama_tokenizer()])
+def test_a_prompt_that_is_rendered_already_is_not_rendered_again(tokenizer: Any) -> None:
+    written = reader(tokenizer).render(QUESTION)
+    with pytest.raises(InputError, match=r"rl@1: prompt .* begins with the special token .* rendered it already"):
+        reader(tokenizer).render(written)
+    assert reader(tokenizer, PLAIN).render(written) == written
+
+
 @pytest.mark.parametrize("chat", [PLAIN, CHAT])
 def test_bos_comes_once(chat: ChatSpec) -> None:
     tokenizer = llama_tokenizer()

@@ -59,6 +59,10 @@ class PromptReader:
                 f"{name}: the chat template reads no {unknown[0]!r}; chat_template_kwargs take the names that it reads."
             )
 
+    @cached_property
+    def _special(self) -> list[str]:
+        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
     def _template(self) -> str:
         file = self.chat.template_file
         if file is not None:
@@ -79,11 +83,17 @@ class PromptReader:
         Raises
         ------
         InputError
-            If the template refuses the prompt, or renders it otherwise on another day.
+            If the prompt is rendered already, or the template refuses it, or renders it otherwise on another day.
         """
         if self.template is None:
             return prompt
         messages = chat_messages(prompt) or [{"role": "user", "content": prompt}]
+        special = next((token for token in self._special if prompt.startswith(token)), None)
+        if special is not None:
+            raise InputError(
+                f"{self.name}: prompt {prompt[:60]!r} begins with the special token {special!r}, so a chat template has "
+                "rendered it already; write chat_template: none, or give the user's words alone."
+            )
         if messages[-1]["role"] == "assistant":
             raise InputError(
                 f"the chat messages of prompt {prompt[:60]!r} end with the assistant's, which a model cannot answer; "
