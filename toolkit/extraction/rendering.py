@@ -91,8 +91,8 @@ class PromptReader:
         special = next((token for token in self._special if prompt.startswith(token)), None)
         if special is not None:
             raise InputError(
-                f"{self.name}: prompt {prompt[:60]!r} begins with the special token {special!r}, so a chat template has "
-                "rendered it already; write chat_template: none, or give the user's words alone."
+                f"{self.name}: prompt {prompt[:60]!r} begins with the special token {special!r}, so a chat template "
+                "has rendered it already; write chat_template: none, or give the user's words alone."
             )
         if messages[-1]["role"] == "assistant":
             raise InputError(
