@@ -63,6 +63,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]
         ),
         ({"intervention": {"doses": [0.5, -1.0]}}, r"'intervention\.doses\.1': .*greater than or equal to 0, got -1"),
         ({"intervention": {"amplify": float("inf")}}, r"'intervention\.amplify': input should be a finite number"),
+        ({"tasks": {"math": {"stop": "\n\n"}}}, r"'tasks\.math\.stop': input should be a list, got"),
         ({"extraction": {"segments": []}}, r"'extraction\.segments': .*at least 1 item"),
         ({"extraction": {"summary_segments": []}}, r"'extraction\.summary_segments': .*at least 1 item"),
     ],

@@ -85,6 +85,7 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] == "missing":
         return f"'{place}' is required and missing."
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
+    message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")  # YAML's words
     got = problem.get("input")
     shown = "" if isinstance(got, dict | list | tuple) or problem["type"] == "value_error" else f", got {got!r}"
     return f"'{place}': {message[:1].lower() + message[1:]}{shown}."
