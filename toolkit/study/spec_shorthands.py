@@ -34,13 +34,13 @@ def fill_in(raw: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
         raw = raw | {"runs": [_fill_in_run(run, folder) if isinstance(run, dict) else run for run in runs]}
     extraction = raw.get("extraction")
     extraction = extraction if isinstance(extraction, dict) else {}
-    layer = extraction.get("layer")
-    if _is_relative(layer):
+    share = _share_of_depth(extraction.get("layer"))
+    if share is not None:
         base = raw.get("base")
         path = base.get("path") if isinstance(base, dict) else None
         if isinstance(path, str):
             depth = _depth(path, folder)
-            raw = raw | {"extraction": extraction | {"layer": int((0.5 if layer == MIDDLE else layer) * depth)}}
+            raw = raw | {"extraction": extraction | {"layer": int(share * depth)}}
     return raw
 
 
@@ -53,7 +53,7 @@ def shorthands(raw: dict[str, Any]) -> list[str]:
         if isinstance(run, dict) and isinstance(run.get("checkpoints"), str)
     ]
     layer = extraction.get("layer") if isinstance(extraction, dict) else None
-    return [*patterns, "extraction.layer"] if _is_relative(layer) else patterns
+    return patterns if _share_of_depth(layer) is None else [*patterns, "extraction.layer"]
 
 
 def existing(path: str, name: str, folder: StudyFolder) -> Path:
@@ -71,8 +71,11 @@ def existing(path: str, name: str, folder: StudyFolder) -> Path:
     return full
 
 
-def _is_relative(layer: Any) -> bool:
-    return layer == MIDDLE or (isinstance(layer, float) and 0 < layer < 1)
+def _share_of_depth(layer: Any) -> float | None:
+    """The fraction of the depth that a layer is given as; None of a block's number, or of anything malformed."""
+    if layer == MIDDLE:
+        return 0.5
+    return layer if isinstance(layer, float) and 0 < layer < 1 else None
 
 
 def _fill_in_run(run: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
