@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -533,6 +533,7 @@ class Tokens:
     """Tokenizer of number words, enough for generation."""
 
     pad_token_id, eos_token_id, bos_token = 0, 1, None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
