@@ -176,7 +176,7 @@ STAGES: Final = (
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=7,
+        version=8,
     ),
     Stage(
         "report",
