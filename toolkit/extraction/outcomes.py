@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xarray as xr
+from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, PROMPT_LABELS, SAMPLE, TASK
+from rlgen_stats.schemas.dims import GREEDY, MODEL, NOT_SAMPLED, PROMPT, PROMPT_LABELS, SAMPLE, TASK
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
@@ -76,7 +77,7 @@ def read_completions(folder: StudyFolder, model: str) -> pd.DataFrame:
 def sample_outcomes(
     spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
 ) -> None:
-    """Complete and grade every prompt with every model, greedily and K times by sampling.
+    """Complete and grade every prompt with every model, greedily and by sampling as often as the study says.
 
     Models whose completions were imported are not sampled.
 
@@ -114,12 +115,16 @@ def sample_outcomes(
         check_weights(ref)
     check_tokenizers(refs, list(prompts[TEXT]))
     rendered = json.dumps([asdict(example) for example in rendered_examples(spec, folder)], ensure_ascii=False)
+    n_samples = {ref.model: ref.n_samples for ref in refs}
     done = set(committed_models(folder.outcomes))
     if done:  # refuse another study's store before hours of sampling, not after
         check_owner(folder.outcomes, provenance)
     device = resolve_device(spec.device)
-    n_samples = spec.generation.n_samples
-    imported = {model: read_import(file, prompts, n_samples) for model, file in imported_models(folder).items()}
+    imported = {
+        model: read_import(file, prompts, n_samples[model])
+        for model, file in imported_models(folder).items()
+        if model in n_samples
+    }
     check_stand_ins([ref.model for ref in refs], imported)
     for ref in refs:
         if ref.model not in done:
@@ -132,7 +137,9 @@ def sample_outcomes(
             if given is not None:
                 grades = given.graded(grades)
             _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
-            outcomes = _outcomes(ref, completions, grades, prompts).assign_attrs({RENDERED_PROMPTS: rendered})
+            outcomes = _outcomes(ref, completions, grades, prompts, max(n_samples.values())).assign_attrs(
+                {RENDERED_PROMPTS: rendered}
+            )
             if imported:
                 outcomes = with_origin(outcomes, None if given is None else given.origin)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
@@ -158,14 +165,13 @@ def _complete(
     ref: ModelRef, prompts: pd.DataFrame, spec: StudySpec, *, device: torch.device, progress: Progress
 ) -> list[list[Completion]]:
     """Completions [1 + K][prompt]: greedy first, then the samples."""
-    n_samples = spec.generation.n_samples
     return answer_prompts(
         load_model(ref, device=device),
         load_reader(ref),
         prompts,
         spec,
-        n_samples=n_samples,
-        seeds=sample_seeds(spec.seed, list(prompts[PROMPT]), n_samples),
+        n_samples=ref.n_samples,
+        seeds=sample_seeds(spec.seed, list(prompts[PROMPT]), ref.n_samples),
         greedy=True,
         progress=progress,
         description=ref.model,
@@ -197,29 +203,34 @@ def _write_completions(
 
 
 def _outcomes(
-    ref: ModelRef, completions: list[list[Completion]], grades: list[list[Grade]], prompts: pd.DataFrame
+    ref: ModelRef, completions: list[list[Completion]], grades: list[list[Grade]], prompts: pd.DataFrame, n_samples: int
 ) -> xr.Dataset:
-    """One model's outcomes in the declared layout."""
+    """One model's outcomes in the declared layout; samples that it has fewer than others are -1."""
     # [prompt, 1 + K], in C order: Zarr's variable-length text codec scrambles transposed arrays
     correct = np.array([[grade.correct for grade in row] for row in zip(*grades, strict=True)], dtype=np.int8)
     answered = np.array([[grade.answered for grade in row] for row in zip(*grades, strict=True)])
     terminated = np.array([[c.terminated for c in row] for row in zip(*completions, strict=True)])
     tokens = np.array([[len(c.token_ids) for c in row] for row in zip(*completions, strict=True)], dtype=np.int32)
     classes = np.array([[grade.format_class for grade in row] for row in zip(*grades, strict=True)], dtype=np.str_)
-    sampled, greedy = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
+
+    def sampled(values: NDArray[Any], missing: Any) -> tuple[tuple[str, ...], NDArray[Any]]:
+        room = ((0, 0), (0, n_samples - ref.n_samples))
+        return (MODEL, PROMPT, SAMPLE), np.pad(values[:, 1:], room, constant_values=missing)[None]
+
+    greedy = (MODEL, PROMPT)
     labels = {name: (PROMPT, prompts[name].to_numpy(dtype=np.str_)) for name in (PROMPT, *PROMPT_LABELS)}
     return xr.Dataset(
         {
-            "correct": (sampled, correct[None, :, 1:]),
-            "completion_tokens": (sampled, tokens[None, :, 1:]),
-            "format_class": (sampled, classes[None, :, 1:]),
-            "terminated": (sampled, terminated[None, :, 1:]),
-            "answered": (sampled, answered[None, :, 1:]),
+            "correct": sampled(correct, NOT_SAMPLED),
+            "completion_tokens": sampled(tokens, NOT_SAMPLED),
+            "format_class": sampled(classes, ""),
+            "terminated": sampled(terminated, False),
+            "answered": sampled(answered, False),
             "greedy_correct": (greedy, correct[None, :, 0]),
             "greedy_tokens": (greedy, tokens[None, :, 0]),
             "greedy_class": (greedy, classes[None, :, 0]),
             "greedy_terminated": (greedy, terminated[None, :, 0]),
             "greedy_answered": (greedy, answered[None, :, 0]),
         },
-        coords=ref_coords([ref]) | {SAMPLE: (SAMPLE, np.arange(correct.shape[1] - 1))} | labels,
+        coords=ref_coords([ref]) | {SAMPLE: (SAMPLE, np.arange(n_samples))} | labels,
     )
