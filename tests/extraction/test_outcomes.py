@@ -16,6 +16,7 @@ from rlgen_stats.stores.study_models import list_models
 from rlgen_stats.toolkit.exchange import read_graded
 from rlgen_stats.toolkit.extraction import (
     Completion,
+    completion_parts,
     load_model,
     load_tokenizer,
     outcomes,
@@ -141,7 +142,7 @@ def test_a_killed_stage_goes_on_with_the_next_model(
             raise KeyboardInterrupt
         return load_model(ref, **how)
 
-    monkeypatch.setattr(outcomes, "load_model", counting)
+    monkeypatch.setattr(completion_parts, "load_model", counting)
     with pytest.raises(KeyboardInterrupt):
         sample_outcomes(spec, folder, provenance=provenance)
     assert committed_models(folder.outcomes) == ["base@0", "sft@3"]
@@ -183,7 +184,7 @@ def test_unusable_models_are_found_before_anything_is_sampled(study: Study, prov
 
 def test_another_studys_store_is_refused_before_sampling(sampled: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, folder = sampled
-    monkeypatch.setattr(outcomes, "load_model", None)
+    monkeypatch.setattr(completion_parts, "load_model", None)
     with pytest.raises(StoreError, match="written for another study or settings"):
         sample_outcomes(spec, folder, provenance=Provenance("tiny-study", "other-key"))
 
