@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from tempfile import TemporaryFile
 from typing import IO, Any, Final
 
@@ -14,7 +16,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, MODEL
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import load_prompts
-from rlgen_stats.stores.study_models import list_models, ref_coords
+from rlgen_stats.stores.study_models import ModelRef, find_model, list_models, ref_coords
 from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
@@ -25,6 +27,7 @@ from rlgen_stats.toolkit.extraction.next_token import (
     positions_at_once,
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.workers import kept, run_tasks
 
 _WEIGHTS: Final = 1 << 24
 """Weights held in float64 at once (128 MB)."""
@@ -59,24 +62,34 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
     those of base's texts, so it is the KL rate per token of the two models as sources of text, from base to model.
     """
     refs = list_models(spec, folder)
-    device, tokenizer = resolve_device(spec.device), load_tokenizer(refs[0])
-    texts = forced_texts(spec, folder, [BASE_MODEL], load_prompts(spec, folder))
-    base = load_model(refs[0], device=device)
     distances, divergences = [], []
     with (
-        TemporaryFile(dir=folder.root) as file,
         progress.task("distance from base", total=len(refs), unit="models") as task,
+        closing(run_tasks(_distances, [(spec, folder, ref) for ref in refs])) as measured,
     ):
-        base_logits = BaseLogits(base, texts, pad_id(tokenizer), file)
-        for ref in refs:
-            model = base if ref is refs[0] else load_model(ref, device=device)
-            distances.append(weight_distance(base, model))
-            divergences.append(mean_divergence(base_logits, model))
-            task.advance(1, model=ref.model, kl=divergences[-1])
+        for ref, (distance, divergence) in zip(refs, measured, strict=True):
+            distances.append(distance)
+            divergences.append(divergence)
+            task.advance(1, model=ref.model, kl=divergence)
     return xr.Dataset(
         {"weight_distance": (MODEL, distances), "kl_from_base": (MODEL, divergences, {"units": "nats per token"})},
         coords=ref_coords(refs),
     )
+
+
+def _distances(spec: StudySpec, folder: StudyFolder, ref: ModelRef, progress: Progress = SILENT) -> tuple[float, float]:
+    """One model's distance from base in weights, and its divergence."""
+    device = resolve_device(spec.device)
+    base = kept("base logits", folder, lambda: _base_logits(spec, folder, device))
+    model = base.base if ref.model == BASE_MODEL else load_model(ref, device=device)
+    return weight_distance(base.base, model), mean_divergence(base, model)
+
+
+def _base_logits(spec: StudySpec, folder: StudyFolder, device: torch.device) -> BaseLogits:
+    texts = forced_texts(spec, folder, [BASE_MODEL], load_prompts(spec, folder))
+    ref = find_model(BASE_MODEL, spec, folder)
+    file = TemporaryFile(dir=folder.root)  # noqa: SIM115 - closed with what reads it
+    return BaseLogits(load_model(ref, device=device), texts, pad_id(load_tokenizer(ref)), file)
 
 
 def weight_distance(base: torch.nn.Module, model: torch.nn.Module) -> float:
@@ -116,11 +129,12 @@ class BaseLogits:
     pad
         Id put into pad positions.
     file
-        Where the vectors are kept.
+        Where the vectors are kept; closed when these are not needed any more.
     """
 
     def __init__(self, base: Any, texts: Sequence[Text], pad: int, file: IO[bytes]) -> None:
         self.base, self._head, self._file = base, base.get_output_embeddings(), file
+        weakref.finalize(self, file.close)
         batches = by_length([len(text.ids) for text in texts], max(1, len(texts)), positions_at_once(base))
         self._batches = [_Batch([texts[i] for i in batch], pad) for batch in batches]
         self._is_kept = self._head is not None and all(self._keep(batch) for batch in self._batches)
