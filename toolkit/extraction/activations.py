@@ -35,6 +35,7 @@ from rlgen_stats.toolkit.extraction.outcomes import read_completions
 from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, read_by_all, shared_tokens
 from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residual
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
 WINDOW_BATCHES: Final = 16
 """Batches per window at most: its texts are sorted by length together, which saves padding, and put back in store
@@ -176,20 +177,29 @@ def extract_activations(
     create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
     site = site_name(spec.extraction.layer)
     done = set(complete_models(folder.activations, site))
-    reader = _Reader(
+    todo = [(ref, ref.model) for ref in refs] + [(refs[0], REPEAT_MODEL)]
+    tasks = [(spec, folder, ref, label) for ref, label in todo if label not in done]
+    with keeping(), progress.task("models that read", total=len(todo), unit="models") as task:
+        kept("texts", folder, lambda: texts)
+        task.skip(len(todo) - len(tasks))
+        for (*_, label), _ in zip(tasks, run_tasks(_read, tasks, progress=progress), strict=True):
+            task.advance(1, model=label)
+
+
+def _read(spec: StudySpec, folder: StudyFolder, ref: ModelRef, label: str, progress: Progress = SILENT) -> None:
+    kept("reader", folder, lambda: _make_reader(spec, folder)).read(ref, label, progress)
+
+
+def _make_reader(spec: StudySpec, folder: StudyFolder) -> _Reader:
+    prompts, sources = load_prompts(spec, folder), contrasted_models(spec, folder)
+    return _Reader(
         store=folder.activations,
         extraction=spec.extraction,
         device=resolve_device(spec.device),
         repeat_seed=derive_seed(spec.seed, "repeat"),
-        texts=texts,
-        pad=pad_id(load_tokenizer(refs[0])),
-        progress=progress,
+        texts=kept("texts", folder, lambda: forced_texts(spec, folder, sources, prompts)),
+        pad=pad_id(load_tokenizer(list_models(spec, folder)[0])),
     )
-    for ref in refs:
-        if ref.model not in done:
-            reader.read(ref, ref.model)
-    if REPEAT_MODEL not in done:
-        reader.read(refs[0], REPEAT_MODEL)
 
 
 @dataclass(frozen=True)
@@ -260,9 +270,8 @@ class _Reader:
     repeat_seed: int
     texts: Sequence[Text]
     pad: int
-    progress: Progress
 
-    def read(self, ref: ModelRef, label: str) -> None:
+    def read(self, ref: ModelRef, label: str, progress: Progress) -> None:
         """Store one model's activations under ``label``, resuming where an earlier attempt stopped."""
         layer, batch_size = self.extraction.layer, self.extraction.batch_size
         model = load_model(ref, device=self.device)
@@ -275,7 +284,7 @@ class _Reader:
         writer = ActivationWriter(
             self.store, model=label, site=site_name(layer), width=width, dtype=self.extraction.dtype
         )
-        with writer, self.progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
+        with writer, progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
             committed = writer.n_committed
             for window in windows:
                 n_tokens = sum(lengths[i] for i in window.texts)
