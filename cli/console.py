@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import click
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Workers: TypeAlias = "Callable[[], AbstractContextManager[Any]]"
+"""What enters the dask client of a command, or None."""
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
 PLAIN_LINE_SECONDS: Final = 10.0
@@ -36,11 +38,29 @@ quiet_option = click.option("--quiet", is_flag=True, help="No progress.")
 yes_option = click.option(
     "--yes", is_flag=True, help="Replace what a change of the study made stale without asking, however long it took."
 )
-scheduler_option = click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="A dask scheduler for the statistics, e.g. tcp://host:8786; default: threads.",
-)
+
+
+def workers_options(command: Callable[P, R]) -> Callable[..., R]:
+    """``--scheduler`` and ``--devices``, as the argument ``workers`` of a command: a context manager's function.
+
+    It enters a dask client on whose workers the stages that load models run, or None.
+    """
+
+    @click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="A dask scheduler, e.g. tcp://host:8786, whose workers run models and statistics; default: this process.",
+    )
+    @click.option(
+        "--devices",
+        metavar="LIST",
+        help="GPUs of this machine, e.g. 0,1,2,3, with a worker process for models on each; cpu stands for no GPU.",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, scheduler: str | None, devices: str | None, **options: Any) -> R:
+        return command(*args, workers=functools.partial(connect, scheduler, devices), **options)  # type: ignore[arg-type]
+
+    return wrapped
 
 
 def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -100,13 +120,19 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     click.echo("".join(f"  {line.rstrip()}\n" for line in captured.get().splitlines()), nl=False)
 
 
-def connect(scheduler: str | None) -> AbstractContextManager[Any]:
-    """A dask client for the block, or nothing."""
-    if scheduler is None:
+def connect(scheduler: str | None, devices: str | None) -> AbstractContextManager[Any]:
+    """A dask client for the block, or None; one of a scheduler becomes the default client, which statistics use."""
+    if scheduler is None and devices is None:
         return nullcontext()
-    from distributed import Client
-
     from rlgen_stats.schemas.errors import InputError
+
+    if devices is not None:
+        from rlgen_stats.toolkit.workers import local_workers
+
+        if scheduler is not None:
+            raise InputError("--devices starts workers of its own and --scheduler has others; name one of the two.")
+        return local_workers(devices)
+    from distributed import Client
 
     try:
         return Client(scheduler, timeout=10)  # type: ignore[no-any-return]

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from rlgen_stats.cli.console import (
+    Workers,
     handle_errors,
     json_option,
     print_json,
     print_table,
     progress_for,
     quiet_option,
-    scheduler_option,
     study_argument,
+    workers_options,
     yes_option,
 )
 
@@ -50,7 +51,7 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
     help="Run the study's own trial again although up to date.",
 )
 @yes_option
-@scheduler_option
+@workers_options
 @quiet_option
 @json_option
 @handle_errors
@@ -66,7 +67,7 @@ def intervene(
     dry_run: bool,
     force: bool,
     yes: bool,
-    scheduler: str | None,
+    workers: Workers,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -86,7 +87,7 @@ def intervene(
     asked = (set_name, direction, level, dictionary)
     stage = all(one is None for one in asked) and not features and not doses and not by_feature
     if stage and not dry_run:
-        run_and_print(study, ("intervene",), ("intervene",) if force else (), yes, scheduler, quiet, as_json)
+        run_and_print(study, ("intervene",), ("intervene",) if force else (), yes, workers, quiet, as_json)
         return
     from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
     from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set

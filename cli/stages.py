@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from rlgen_stats.cli.console import (
-    connect,
+    Workers,
     handle_errors,
     json_option,
     print_json,
     progress_for,
     quiet_option,
-    scheduler_option,
     study_argument,
+    workers_options,
     yes_option,
 )
 
@@ -76,7 +76,7 @@ def init(study: str, name: str | None) -> None:
     "failed their health checks. May be repeated.",
 )
 @yes_option
-@scheduler_option
+@workers_options
 @quiet_option
 @json_option
 @handle_errors
@@ -85,7 +85,7 @@ def run(
     stages: tuple[str, ...],
     force: tuple[str, ...],
     yes: bool,
-    scheduler: str | None,
+    workers: Workers,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -98,7 +98,7 @@ def run(
                rlgen-stats run my-study --stage drift
                rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
     """  # noqa: D301 - click needs the backspace itself
-    run_and_print(study, stages or None, force, yes, scheduler, quiet, as_json)
+    run_and_print(study, stages or None, force, yes, workers, quiet, as_json)
 
 
 def run_and_print(
@@ -106,7 +106,7 @@ def run_and_print(
     stages: tuple[str, ...] | None,
     force: tuple[str, ...],
     yes: bool,
-    scheduler: str | None,
+    workers: Workers,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -117,10 +117,10 @@ def run_and_print(
     def replace(costs: str) -> bool:
         return yes or (sys.stdin.isatty() and click.confirm(f"{costs}. Go on?"))
 
-    with connect(scheduler), progress_for(quiet=quiet) as progress:
+    with workers() as client, progress_for(quiet=quiet) as progress:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             check_before_run(study, stages)
-        opened = run_study(study, stages=stages, force=force, replace=replace, progress=progress)
+        opened = run_study(study, stages=stages, force=force, replace=replace, workers=client, progress=progress)
     studies = [opened, *further_contrasts(opened)]
     reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
     if as_json:
@@ -202,12 +202,12 @@ def _stage_command(name: str) -> click.Command:
         + (" Crosscoders that failed their health checks are accepted." if name in _ACCEPTING else ""),
     )
     @yes_option
-    @scheduler_option
+    @workers_options
     @quiet_option
     @json_option
     @handle_errors
-    def command(study: str, force: bool, yes: bool, scheduler: str | None, quiet: bool, as_json: bool) -> None:
-        run_and_print(study, (name,), (name,) if force else (), yes, scheduler, quiet, as_json)
+    def command(study: str, force: bool, yes: bool, workers: Workers, quiet: bool, as_json: bool) -> None:
+        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json)
 
     return command
 

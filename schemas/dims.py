@@ -15,6 +15,8 @@ SAMPLE: Final = "sample"
 """Index of a sampled completion."""
 GREEDY: Final = -1
 """What tables of completions have in its place for the greedy completion."""
+NOT_SAMPLED: Final = -1
+"""Tokens and grade of a sample that a model has fewer than other models."""
 TOKEN: Final = "token"
 """Position in the concatenation of all texts."""
 CHANNEL: Final = "channel"

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_serializer, model_validator
 
 from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
@@ -25,6 +25,22 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _OrText: Final = WithJsonSchema(
     {"anyOf": [{"type": "object", "additionalProperties": {"type": "string"}}, {"type": "string"}]}
+)
+_OrNumber: Final = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {
+                "type": "object",
+                "properties": {
+                    "final": {"type": "integer", "minimum": 1},
+                    "others": {"type": "integer", "minimum": 0},
+                },
+                "required": ["final"],
+                "additionalProperties": False,
+            },
+        ]
+    }
 )
 _OrDepth: Final = WithJsonSchema(
     {
@@ -162,13 +178,44 @@ class RunSpec(ChatSpec):
         return self
 
 
+class SampleNumbers(Spec):
+    """How many completions are sampled of models that differ in their place in a run."""
+
+    final: PositiveInt
+    """Sampled completions per prompt of base and of every run's last checkpoint."""
+    others: Annotated[int, Field(ge=0)] = 0
+    """Of the checkpoints before; with 0 these have their greedy completion alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"final": value, "others": value}
+        if not isinstance(value, dict | cls):
+            raise ValueError(f"must be a number, or a choice such as {{final: 4, others: 0}}; got {value!r}.")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleNumbers:
+        if self.others > self.final:
+            raise ValueError(
+                f"others ({self.others}) must not exceed final ({self.final}); last checkpoints are sampled most."
+            )
+        return self
+
+    @model_serializer
+    def _as_written(self) -> int | dict[str, int]:
+        return self.final if self.final == self.others else {"final": self.final, "others": self.others}
+
+
 class GenerationSpec(Spec):
     """How completions are drawn for outcomes, texts and causal arms."""
 
     max_new_tokens: PositiveInt = 512
     """Length limit of a completion, in tokens."""
-    n_samples: PositiveInt = 4
-    """Sampled completions per prompt and model (K), beside one greedy completion."""
+    n_samples: Annotated[SampleNumbers, _OrNumber] = SampleNumbers(final=4, others=4)
+    """Sampled completions per prompt and model (K), beside one greedy completion: a number, or a choice such as
+    {final: 4, others: 0}, which spares the checkpoints before each run's last one."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0

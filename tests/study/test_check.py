@@ -234,7 +234,11 @@ def test_costs_are_counts_times_limits() -> None:
     splits = ["trial", *["selection"] * 8, "trial"]
     prompts = pd.DataFrame({"prompt": [f"p{i}" for i in range(10)], "task": tasks, "split": splits})
     sizes = Sizes(
-        models=["base@0", "sft@5", "rl@10"], to_sample=["base@0"], width=8, prompt_tokens=100, checkpoint_bytes=7
+        models={"base@0": 3, "sft@5": 1, "rl@10": 3},
+        to_sample=["base@0"],
+        width=8,
+        prompt_tokens=100,
+        checkpoint_bytes=7,
     )
     costs = estimate(spec, prompts, sizes)
     n_tokens = 4 * 5 + 2 * 3

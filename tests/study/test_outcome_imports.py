@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import StudyFolder, open_outcomes, open_tokens, verify
-from rlgen_stats.toolkit.extraction import outcomes, read_completions
+from rlgen_stats.toolkit.extraction import completion_parts, read_completions
 from rlgen_stats.toolkit.reporting.facts import _measurement_facts, read_study_data
 from rlgen_stats.toolkit.study import open_for_run, read_spec, run_study
 from rlgen_stats.toolkit.study.outcome_imports import import_outcomes
@@ -245,8 +245,8 @@ def test_every_layout_gives_the_outcomes_of_sampling_here(
     done = import_outcomes(study, "rl@4", **layout(world, tmp_path / "files"))
     assert (done.origin.engine, done.origin.graded_by, done.changed) == (engine, "here", True)
     sampled = []
-    complete = outcomes._complete
-    monkeypatch.setattr(outcomes, "_complete", lambda ref, *a, **k: sampled.append(ref.model) or complete(ref, *a, **k))
+    load = completion_parts.load_model
+    monkeypatch.setattr(completion_parts, "load_model", lambda ref, **k: sampled.append(ref.model) or load(ref, **k))
     run_study(study, stages=["outcomes"])
     assert sampled == ["base@0", "sft@3"]
     got, expected = (open_outcomes(root / "outcomes.zarr").load() for root in (study, world))
@@ -297,7 +297,7 @@ def test_others_completions_stay_when_one_is_imported(
     after = open_for_run(root)
     assert after.state("outcomes") == "interrupted"
     assert after.key("extract") != before
-    monkeypatch.setattr(outcomes, "_complete", lambda *a, **k: pytest.fail("nothing is left to sample"))
+    monkeypatch.setattr(completion_parts, "load_model", lambda *a, **k: pytest.fail("nothing is left to sample"))
     run_study(root, stages=["outcomes"])
     got, expected = (open_outcomes(one / "outcomes.zarr").load() for one in (root, world))
     for name in expected.data_vars:

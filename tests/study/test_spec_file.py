@@ -90,6 +90,31 @@ def test_every_field_says_what_it_is_for(section: type[Spec]) -> None:
     assert len(set(descriptions)) == len(descriptions)
 
 
+def test_numbers_of_samples_are_one_or_two() -> None:
+    """One number is written as before, so that the keys of studies stay."""
+    for given, final, others, written in (
+        (4, 4, 4, 4),
+        ({"final": 4, "others": 4}, 4, 4, 4),
+        ({"final": 4}, 4, 0, {"final": 4, "others": 0}),
+    ):
+        generation = parse_spec(spec_dict(generation={"n_samples": given})).generation
+        assert (generation.n_samples.final, generation.n_samples.others) == (final, others)
+        assert generation.model_dump(mode="json")["n_samples"] == written
+        assert parse_spec(spec_dict(generation=generation.model_dump(mode="json"))).generation == generation
+    for wrong, message in (
+        (0, r"'generation.n_samples.final': input should be greater than or equal to 1, got 0"),
+        ({"final": 2, "others": 3}, r"others \(3\) must not exceed final \(2\)"),
+        (
+            {"last": 2},
+            r"unknown key 'generation.n_samples.last'; expected one of final, others|n_samples.final' is req",
+        ),
+        ("many", r"'generation.n_samples': must be a number, or a choice such as {final: 4, others: 0}; got 'many'"),
+        (True, r"must be a number, or a choice .*got True"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            parse_spec(spec_dict(generation={"n_samples": wrong}))
+
+
 def test_missing_and_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"no study file at .*rlgen-stats init"):
         read_spec(tmp_path)

@@ -16,7 +16,7 @@ from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.edits.edit import FeatureEdit, Kind
 from rlgen_stats.toolkit.edits.site import EditSite, FeatureColumns
 from rlgen_stats.toolkit.extraction.activations import site_name
-from rlgen_stats.toolkit.extraction.residual_stream import capture_residual, locate_layers
+from rlgen_stats.toolkit.extraction.residual_stream import capture_residual, locate_layers, run_to_layer
 
 SAFE_SKIP: Final = 1
 """With at most this many skipped tokens every decoded token is beyond them, since a prompt has one token or more."""
@@ -191,13 +191,19 @@ def editing(
     with ExitStack() as stack:
         hook = _Hook(model, edit, site, source, active)
         if source is not None:
-            hook.source_capture = stack.enter_context(capture_residual(source.model, site.layer))
+            stop = not _has_states(source.model)
+            hook.source_capture = stack.enter_context(capture_residual(source.model, site.layer, stop=stop))
         for handle in (
             model.register_forward_pre_hook(hook.before_model, with_kwargs=True),
             layers[site.layer].register_forward_hook(hook.after_block),
         ):
             stack.callback(handle.remove)
         yield active
+
+
+def _has_states(model: PreTrainedModel) -> bool:
+    """Whether some blocks keep a state instead of keys; models look for it in the last of them, so all must run."""
+    return any(hasattr(layer, "has_previous_state") for layer in DynamicCache(config=model.config).layers)
 
 
 def _check_kind(edit: FeatureEdit, kind: Kind) -> None:
@@ -334,7 +340,8 @@ class _Hook:
         # a token that only the edited model has, such as its own end token, must not stop the source
         known = tokens.clamp(max=int(source.model.get_input_embeddings().weight.shape[0]) - 1)
         with torch.no_grad():
-            source.model(
+            run_to_layer(
+                source.model,
                 input_ids=known,
                 attention_mask=attention,
                 past_key_values=self.source_cache,

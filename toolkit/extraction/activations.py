@@ -29,18 +29,24 @@ from rlgen_stats.schemas.study import ExtractionSpec, StudySpec
 from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, complete_models, create_activations
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model, list_models
-from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.batching import by_length, cut, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.outcomes import read_completions
 from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, read_by_all, shared_tokens
 from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residual
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
 WINDOW_BATCHES: Final = 16
-"""Batches per window: its texts are sorted by length together, which saves padding, and put back in store order, which
-takes the memory of one window."""
+"""Batches per window at most: its texts are sorted by length together, which saves padding, and put back in store
+order, which takes the memory of one window."""
+WINDOW_BYTES: Final = 1 << 28
+"""Float32 activations of a window at most (256 MB: 16,384 tokens of width 4,096), unless it is a single text."""
+BATCH_BYTES: Final = 1 << 27
+"""Float32 activations of a batch at most, padding included, unless it is a single text."""
 MASK_BLOCK: Final = 1 << 20
 """Tokens whose labels are in memory at once when a mask is made."""
+_FLOAT_BYTES: Final = 4
 TEXT_SAMPLE: Final = 0
 """Index of the sampled completion that becomes a text; greedy ones would show only each model's most likely tokens."""
 
@@ -171,20 +177,29 @@ def extract_activations(
     create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
     site = site_name(spec.extraction.layer)
     done = set(complete_models(folder.activations, site))
-    reader = _Reader(
+    todo = [(ref, ref.model) for ref in refs] + [(refs[0], REPEAT_MODEL)]
+    tasks = [(spec, folder, ref, label) for ref, label in todo if label not in done]
+    with keeping(), progress.task("models that read", total=len(todo), unit="models") as task:
+        kept("texts", folder, lambda: texts)
+        task.skip(len(todo) - len(tasks))
+        for (*_, label), _ in zip(tasks, run_tasks(_read, tasks, progress=progress), strict=True):
+            task.advance(1, model=label)
+
+
+def _read(spec: StudySpec, folder: StudyFolder, ref: ModelRef, label: str, progress: Progress = SILENT) -> None:
+    kept("reader", folder, lambda: _make_reader(spec, folder)).read(ref, label, progress)
+
+
+def _make_reader(spec: StudySpec, folder: StudyFolder) -> _Reader:
+    prompts, sources = load_prompts(spec, folder), contrasted_models(spec, folder)
+    return _Reader(
         store=folder.activations,
         extraction=spec.extraction,
         device=resolve_device(spec.device),
         repeat_seed=derive_seed(spec.seed, "repeat"),
-        texts=texts,
-        pad=pad_id(load_tokenizer(refs[0])),
-        progress=progress,
+        texts=kept("texts", folder, lambda: forced_texts(spec, folder, sources, prompts)),
+        pad=pad_id(load_tokenizer(list_models(spec, folder)[0])),
     )
-    for ref in refs:
-        if ref.model not in done:
-            reader.read(ref, ref.model)
-    if REPEAT_MODEL not in done:
-        reader.read(refs[0], REPEAT_MODEL)
 
 
 @dataclass(frozen=True)
@@ -197,20 +212,52 @@ class Window:
     batches: tuple[tuple[int, ...], ...]
 
 
-def plan_windows(lengths: Sequence[int], batch_size: int, shuffle_seed: int | None = None) -> Iterator[Window]:
-    """Split texts into windows of consecutive texts, each in batches of similar length, or shuffled by a seed."""
-    size = batch_size * WINDOW_BATCHES
+def plan_windows(
+    lengths: Sequence[int], batch_size: int, token_bytes: int, shuffle_seed: int | None = None
+) -> Iterator[Window]:
+    """Split texts into windows of consecutive texts, each in batches of similar length, or shuffled by a seed.
+
+    Parameters
+    ----------
+    lengths
+        [text] tokens.
+    batch_size
+        Texts of a batch at most; see ``WINDOW_BATCHES``.
+    token_bytes
+        Memory of one token's activations; see ``WINDOW_BYTES`` and ``BATCH_BYTES``.
+    shuffle_seed
+        For a second reading: texts are shuffled, in batches half as large (twice as large where those of the first are
+        single texts).
+    """
+    most_tokens = BATCH_BYTES / token_bytes
+    size = batch_size
+    if shuffle_seed is not None:
+        size = max(1, batch_size // 2) if batch_size > 1 else 2
     first_token = 0
-    for start in range(0, len(lengths), size):
-        texts = range(start, min(start + size, len(lengths)))
+    for texts in _windows(lengths, size * WINDOW_BATCHES, WINDOW_BYTES / token_bytes):
+        of_window = [lengths[i] for i in texts]
         if shuffle_seed is None:
-            batches = [[texts[row] for row in rows] for rows in by_length([lengths[i] for i in texts], batch_size)]
+            batches = [[texts[row] for row in rows] for rows in by_length(of_window, size, most_tokens)]
         else:
             # A generator for each window: a reading resumed at any window has the batches of a whole one.
-            order = [int(i) for i in np.random.default_rng([shuffle_seed, start]).permutation(texts)]
-            batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+            order = [int(i) for i in np.random.default_rng([shuffle_seed, texts.start]).permutation(texts)]
+            others = cut(order, lengths, size, most_tokens * min(size / batch_size, 1))
+            # a text too long for company was alone in the first reading: now it is read beside itself
+            batches = [batch * 2 if 2 * lengths[batch[0]] > most_tokens else batch for batch in others]
         yield Window(first_token, tuple(texts), tuple(map(tuple, batches)))
-        first_token += sum(lengths[i] for i in texts)
+        first_token += sum(of_window)
+
+
+def _windows(lengths: Sequence[int], most_texts: int, most_tokens: float) -> Iterator[range]:
+    """Consecutive texts, as many as fit, one at least."""
+    start = n_tokens = 0
+    for stop, length in enumerate(lengths):
+        if stop > start and (stop - start == most_texts or n_tokens + length > most_tokens):
+            yield range(start, stop)
+            start, n_tokens = stop, 0
+        n_tokens += length
+    if lengths:
+        yield range(start, len(lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,24 +270,21 @@ class _Reader:
     repeat_seed: int
     texts: Sequence[Text]
     pad: int
-    progress: Progress
 
-    def read(self, ref: ModelRef, label: str) -> None:
+    def read(self, ref: ModelRef, label: str, progress: Progress) -> None:
         """Store one model's activations under ``label``, resuming where an earlier attempt stopped."""
         layer, batch_size = self.extraction.layer, self.extraction.batch_size
         model = load_model(ref, device=self.device)
         locate_layer(model, layer)
         lengths = [len(text.ids) for text in self.texts]
-        if label == REPEAT_MODEL:  # other batches and order than base's first reading
-            size = max(1, batch_size // 2) if batch_size > 1 else 2
-            windows = plan_windows(lengths, size, self.repeat_seed)
-        else:
-            windows = plan_windows(lengths, batch_size)
         width = int(model.config.get_text_config().hidden_size)
+        windows = plan_windows(
+            lengths, batch_size, _FLOAT_BYTES * width, self.repeat_seed if label == REPEAT_MODEL else None
+        )
         writer = ActivationWriter(
             self.store, model=label, site=site_name(layer), width=width, dtype=self.extraction.dtype
         )
-        with writer, self.progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
+        with writer, progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
             committed = writer.n_committed
             for window in windows:
                 n_tokens = sum(lengths[i] for i in window.texts)

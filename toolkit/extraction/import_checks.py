@@ -168,6 +168,8 @@ def _wrong_number(prompt: str, found: Mapping[int, Sampled], n_samples: int) -> 
     advice = "sample them alike, or set generation.n_samples to their number"
     if not n_greedy:
         advice = "name files of greedy completions with --greedy, or let the first sample stand in (--no-greedy)"
+    elif not n_samples:
+        advice = "leave its samples out, or set generation.n_samples to one number for all checkpoints"
     elif not n_sampled:
         advice = "sample them, or let the greedy one stand in (--no-samples)"
     return InputError(

@@ -15,7 +15,7 @@ _NAMED: Final = "rlgen_stats_blocks"
 
 
 class StopReadingError(Exception):
-    """Target layer reached: raised inside a forward pass to skip the layers after it; never leaves this module."""
+    """Target layer reached: raised inside a forward pass to skip the layers after it, see :func:`run_to_layer`."""
 
 
 class Capture:
@@ -140,7 +140,7 @@ def capture_residual(model: torch.nn.Module, layer: int, *, stop: bool = False) 
         Block, counted from 0. The value equals ``output_hidden_states[layer + 1]``, except that Hugging Face applies
         the final norm to the last entry.
     stop
-        End the pass at this block by raising :class:`StopReadingError`; use :func:`read_residual`.
+        End the pass at this block by raising :class:`StopReadingError`; call the model by :func:`run_to_layer`.
 
     Yields
     ------
@@ -172,12 +172,18 @@ def capture_residual(model: torch.nn.Module, layer: int, *, stop: bool = False) 
         handle.remove()
 
 
+def run_to_layer(model: Any, **inputs: Any) -> None:
+    """Run a forward pass up to the block at which a capture with ``stop`` ends it."""
+    with suppress(StopReadingError):
+        model(**inputs)
+
+
 @torch.inference_mode()
 def read_residual(
     model: Any, layer: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     """Residual stream [batch, token, channel] after block ``layer``; later blocks and the output head are not run."""
     with capture_residual(model, layer, stop=True) as capture:
-        with suppress(StopReadingError):
-            model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        run_to_layer(model, **inputs, use_cache=False)
         return capture.value

@@ -17,7 +17,7 @@ from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.facts import Fact, families
 from rlgen_stats.toolkit.reporting.over_dictionaries import GROUP, pair_rows
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
-from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
+from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 
 TOP_DRIFT: Final = 200
 """Features per model in drift.csv, smallest p first; all of them are in results.zarr/drift."""

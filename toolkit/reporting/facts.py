@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from rlgen_stats.schemas.errors import StoreError
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import GenerationSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.toolkit.reporting.claims.c3_selection import unusable_tasks
@@ -178,8 +178,7 @@ def _measurement_facts(data: StudyData, spec: StudySpec) -> list[Fact]:
                 f"{listed(crosscoder.views)}."
             ),
             "How were completions drawn?": (
-                f"{generation.n_samples} sampled (temperature {generation.temperature:g}) and one greedy per prompt "
-                "and model; the greedy one decides who is right."
+                f"{_drawn(generation)} and one greedy per prompt and model; the greedy one decides who is right."
             ),
         }
         | _sampling(data),
@@ -196,6 +195,15 @@ _SAMPLING_WORDS: Final = {
     "greedy": "greedy ones, for which the first sample stands in",
     "samples": "samples, for which the greedy one stands in",
 }
+
+
+def _drawn(generation: GenerationSpec) -> str:
+    n, temperature = generation.n_samples, f"(temperature {generation.temperature:g})"
+    if n.others == n.final:
+        return f"{n.final} sampled {temperature}"
+    return (
+        f"{n.final} sampled {temperature} of base and each run's last checkpoint, {n.others} of the other checkpoints,"
+    )
 
 
 def _sampling(data: StudyData) -> dict[str, str]:

@@ -8,7 +8,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.formatting import listed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
-from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy, domain_accuracy
+from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy, domain_accuracy
 
 DOMAINS: Final = {"in": "In-domain", "out": "Out-of-domain"}
 """Domain -> words."""

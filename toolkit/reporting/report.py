@@ -31,8 +31,8 @@ from rlgen_stats.toolkit.reporting.headline import DOMAINS, contrast_note, domai
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
-from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
 from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
+from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 
 REPORT_SCHEMA: Final = 1
 """Version of report.json."""

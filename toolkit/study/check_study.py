@@ -294,10 +294,11 @@ def _check_texts(
     """One prompt a task, and the tokens of all prompts where most; imports that are not the study's are named."""
     if prompts is None:
         return (), None
-    imported = {}
-    for model, file in imported_models(folder).items():
-        with problems.collecting(str(file)):
-            imported[model] = read_import(file, prompts, spec.generation.n_samples)
+    imported, files = {}, imported_models(folder)
+    for ref in refs:
+        if ref.model in files:
+            with problems.collecting(str(files[ref.model])):
+                imported[ref.model] = read_import(files[ref.model], prompts, ref.n_samples)
     with problems.collecting("import-outcomes"):
         check_stand_ins([ref.model for ref in refs], imported)
     examples: tuple[RenderedExample, ...] = ()
@@ -326,8 +327,10 @@ def _costs(
     untrained = {
         run.name: run.n_checkpoints for run in spec.runs if run.method != "checkpoints" and run.name not in trained
     }
-    models = [ref.model for ref in refs]
-    models += [f"{run} checkpoint {n}" for run, count in untrained.items() for n in range(1, count + 1)]
+    models = {ref.model: 1 + ref.n_samples for ref in refs}
+    for run, count in untrained.items():
+        models |= {f"{run} checkpoint {n}": 1 + spec.generation.n_samples.others for n in range(1, count)}
+        models[f"{run} checkpoint {count}"] = 1 + spec.generation.n_samples.final
     study = open_for_run(folder.root) if folder.stages.exists() else None
     pending = {stage.name: stage for stage in STAGES if study is None or study.state(stage.name) != "done"}
     sampled = set(imported_models(folder))

@@ -125,7 +125,7 @@ def import_outcomes(
         file=str(file),
         origin=origin,
         n_prompts=len({prompt for prompt, _ in found}),
-        n_samples=study.spec.generation.n_samples,
+        n_samples=ref.n_samples,
         n_truncated=truncated,
         changed=changed,
     )
@@ -147,7 +147,7 @@ def _checked(
     tasks = dict(zip(prompts[PROMPT], prompts[TASK], strict=True))
     limits = {prompt: spec.max_new_tokens_of(task) for prompt, task in tasks.items()}
     matched = match_prompts(given.completions, prompts, _readings(reader, prompts))
-    chosen = complete_set(given.completions, matched, prompts, n_samples=spec.generation.n_samples, stand_in=stand_in)
+    chosen = complete_set(given.completions, matched, prompts, n_samples=ref.n_samples, stand_in=stand_in)
     settings = check_settings(chosen, declared, spec.generation, limits)
     _check_content(spec, folder, ref.model, given, chosen, tasks)
     engine = engine or given.engine

@@ -18,6 +18,7 @@ from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, 
 from rlgen_stats.toolkit.study.spec_checks import check_stages
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
 from rlgen_stats.toolkit.trial.plan import check_size
+from rlgen_stats.toolkit.workers import tasks_on
 
 COSTLY: Final = 600.0
 """Seconds a stage took above which its results are not deleted without a question."""
@@ -31,6 +32,7 @@ def run_study(
     stages: Sequence[str] | None = None,
     force: Sequence[str] = (),
     replace: Callable[[str], bool] = lambda costs: False,
+    workers: Any = None,
     progress: Progress = SILENT,
 ) -> Study:
     """Bring stages of a study up to date, with everything they need.
@@ -48,6 +50,9 @@ def run_study(
     replace
         Asked with one sentence, before anything runs, where a change of the study or a forced stage makes results stale
         that took more than ``COSTLY`` seconds and would be deleted; False keeps them and ends the run.
+    workers
+        A ``distributed.Client`` on whose workers models run; None: in this process. Which stages those are is in
+        docs/models.md.
     progress
         Receiver of progress.
 
@@ -68,7 +73,7 @@ def run_study(
     --------
     >>> run_study("runs/demo", stages=["drift"])  # doctest: +SKIP
     """
-    study = open_for_run(path)
+    study = open_for_run(path if workers is None else Path(path).resolve())  # workers run in other folders
     if study.folder.study is not None:
         raise InputError(f"{path} is one contrast of the study in {study.folder.study}; run that.")
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
@@ -91,7 +96,8 @@ def run_study(
         )
     if any(stage.name == "intervene" and study.state(stage.name) != "done" for stage in plan):
         check_size(study.spec, study.folder)
-    with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
+    locked = exclusive(study.folder.stages / "run")  # by this process, for its workers too
+    with locked, explain_full_disk(study.folder.root), tasks_on(workers, study.folder.spec):
         study.write_times_forced()
         _run_plan(study, plan, progress)
         done = [study]

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import FEATURE, of_dictionary
+from rlgen_stats.schemas.dims import FEATURE, NOT_SAMPLED, of_dictionary
 from rlgen_stats.schemas.errors import InputError, StageError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
@@ -135,7 +135,7 @@ def verify_set(
         else name,  # the study's own set has arms where the stage puts them
         by_feature=by_feature,
     )
-    seconds = _seconds(study, spec, plan)
+    seconds = _seconds(study, plan)
     if dry_run:
         return TrialRun(name, plan, seconds, None)
     result, parts = _run(study, name, plan, provenance, by_feature=by_feature, progress=progress)
@@ -213,8 +213,8 @@ def _name(features: tuple[int, ...]) -> str:
     return f"features-{len(features)}-{content_hash(list(features))[:8]}"
 
 
-def _seconds(study: Study, spec: StudySpec, plan: TrialPlan) -> float | None:
+def _seconds(study: Study, plan: TrialPlan) -> float | None:
     spent = study.record("outcomes").get("seconds")
-    sizes = open_outcomes(study.folder.outcomes).sizes
-    sampled = sizes["model"] * sizes["prompt"] * (1 + spec.generation.n_samples)
+    outcomes = open_outcomes(study.folder.outcomes)
+    sampled = sum(int((outcomes[name] != NOT_SAMPLED).sum()) for name in ("greedy_tokens", "completion_tokens"))
     return None if not spent else float(spent) * plan.completions / sampled

@@ -90,9 +90,10 @@ def behaviour(
     -------
     xr.Dataset
         Layout ``behaviour`` over model and task, with the pooled tasks ``all:in`` and ``all:out`` (controls left out).
-        ``accuracy`` is greedy, ``sampled_accuracy`` the pass rate with ``sampled_low``/``sampled_high``; ``terminated``
-        and ``answered`` are shares of the samples (left out of outcomes that do not say). Also
-        ``n_clusters`` and ``p_test`` [task] (which test gave ``p_value``). Small; computed at once.
+        ``accuracy`` is greedy, ``sampled_accuracy`` the pass rate with ``sampled_low``/``sampled_high``, NaN of models
+        without samples; ``terminated`` and ``answered`` are shares of the samples, else of the greedy completions (left
+        out of outcomes that do not say). Also ``n_clusters`` and ``p_test`` [task] (which test gave ``p_value``).
+        Small; computed at once.
 
     Raises
     ------

@@ -11,8 +11,8 @@ from statsmodels.stats.proportion import proportion_confint
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import behaviour
-from rlgen_stats.toolkit.statistics.behaviour import domain_accuracy
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval
+from rlgen_stats.toolkit.statistics.task_accuracy import domain_accuracy
 
 MODELS = ["base@0", "sft@10", "rl@10"]
 TASKS = ["math", "quiz", "facts", "noise"]
