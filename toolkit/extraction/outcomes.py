@@ -27,7 +27,7 @@ from rlgen_stats.toolkit.extraction.answering import answer_prompts
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, check_letters, grade_all, graders_of
-from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import, with_origin
+from rlgen_stats.toolkit.extraction.imported import check_origins, read_import, with_origin
 from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.completion_shares import (
@@ -120,7 +120,7 @@ def sample_outcomes(
     device = resolve_device(spec.device)
     n_samples = spec.generation.n_samples
     imported = {model: read_import(file, prompts, n_samples) for model, file in imported_models(folder).items()}
-    check_stand_ins([ref.model for ref in refs], imported)
+    check_origins([ref.model for ref in refs], {model: one.origin for model, one in imported.items()})
     for ref in refs:
         if ref.model not in done:
             given = imported.get(ref.model)
