@@ -7,6 +7,7 @@ import sys
 import click
 
 from rlgen_stats.cli.console import (
+    echo,
     fail,
     handle_errors,
     json_option,
@@ -82,7 +83,7 @@ def import_cache(
         print_json(asdict(done) | {"store": into})
         return
     before = f" ({done.n_resumed} of them were stored before)" if done.n_resumed else ""
-    click.echo(
+    echo(
         f"{into}: {done.model} at {done.site} has {done.n_tokens} tokens of {done.n_prompts} prompts, width "
         f"{done.width}, {done.dtype}, from {done.n_files} {done.format} file(s){before}."
     )
@@ -117,7 +118,7 @@ def export_requests_command(study: str, models: tuple[str, ...], texts: bool, in
         return
     for one in written:
         what = f"completions of {one.model} ({one.checkpoint})" if one.model else "texts; their labels: labels.parquet"
-        click.echo(f"{one.file}: {one.n_requests:,} {what}.")
+        echo(f"{one.file}: {one.n_requests:,} {what}.")
 
 
 @click.command("import-outcomes")
@@ -192,14 +193,14 @@ def import_outcomes_command(
         return
     origin = done.origin
     graded = "to be graded by the study's graders" if origin.graded_by == "here" else f"graded by {origin.graded_by}"
-    click.echo(
+    echo(
         f"{done.file}: {done.model}, {done.n_prompts:,} prompts, 1 greedy and {done.n_samples} sampled completions of "
         f"each, from {origin.engine}, {graded}; {done.n_truncated:,} cut off."
     )
     if not done.changed:
-        click.echo("They were imported before; nothing changed.")
+        echo("They were imported before; nothing changed.")
     if done.missing:
-        click.echo(f"To be imported from {origin.engine} too, before 'run': {', '.join(done.missing)}.")
+        echo(f"To be imported from {origin.engine} too, before 'run': {', '.join(done.missing)}.")
 
 
 @click.command("export")
@@ -252,9 +253,9 @@ def export_store(
     if as_json:
         print_json(asdict(done))
         return
-    click.echo(f"{done.folder}: {done.n_tokens} tokens of {', '.join(done.models)} at {done.site}.")
+    echo(f"{done.folder}: {done.n_tokens} tokens of {', '.join(done.models)} at {done.site}.")
     for file in done.files:
-        click.echo(f"  {file}")
+        echo(f"  {file}")
 
 
 @click.command("import-crosscoder")
@@ -287,7 +288,7 @@ def import_crosscoder_command(weights: str, views: tuple[str, ...], out: str, as
     if as_json:
         print_json(crosscoder.describe() | {"folder": out})
         return
-    click.echo(
+    echo(
         f"{out}: {crosscoder.n_features:,} features of {', '.join(views)}, width {crosscoder.width}, "
         f"{crosscoder.sparsity}."
     )
@@ -305,7 +306,7 @@ def export_crosscoder_command(crosscoder: str, out: str) -> None:
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.toolkit.crosscoder import export_crosscoder, load_crosscoder
 
-    click.echo(f"{export_crosscoder(load_crosscoder(crosscoder), out)}")
+    echo(f"{export_crosscoder(load_crosscoder(crosscoder), out)}")
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, object]:
