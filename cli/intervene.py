@@ -8,6 +8,7 @@ import click
 
 from rlgen_stats.cli.console import (
     Workers,
+    echo,
     handle_errors,
     json_option,
     print_json,
@@ -160,16 +161,16 @@ def _print(trial: TrialRun) -> None:
         f"{n} arms {direction}" + (f" ({plan.stored[direction]} done)" if plan.stored[direction] else "")
         for direction, n in plan.arms.items()
     )
-    click.echo(f"{trial.name}: {len(plan.features)} feature(s); {arms or 'nothing to run'}")
+    echo(f"{trial.name}: {len(plan.features)} feature(s); {arms or 'nothing to run'}")
     if plan.why_not:
-        click.echo(f"  {plan.why_not}")
+        echo(f"  {plan.why_not}")
     for shortfall in plan.shortfalls:
-        click.echo(f"  cannot show {shortfall}")
+        echo(f"  cannot show {shortfall}")
     if trial.result is None:
         time = "" if trial.seconds is None else f", roughly {_time(trial.seconds)} at the speed of the outcomes stage"
         size = f"{plan.n_prompts} prompts, {plan.n_samples} sample(s) an arm"
         most = f"{plan.completions:,} completions of up to {plan.max_new_tokens} tokens"
-        click.echo(f"  at most {most} ({size}){time}")
+        echo(f"  at most {most} ({size}){time}")
         return
     for direction in trial.result["direction"].values:
         row = trial.result.sel(direction=direction)
@@ -177,11 +178,11 @@ def _print(trial: TrialRun) -> None:
             continue
         click.secho(f"  {direction}: {row['verdict'].item()}", bold=True)
         for reason in str(row["reasons"].item()).split("; "):
-            click.echo(f"    {reason}")
-        click.echo(f"    v5_replication: {row['v5'].item()}")
+            echo(f"    {reason}")
+        echo(f"    v5_replication: {row['v5'].item()}")
         if trial.parts is not None:
             _print_parts(trial.parts.sel(direction=direction))
-    click.echo(f"  results.zarr/trial-{trial.name}; rlgen-stats report STUDY --force puts it into the report")
+    echo(f"  results.zarr/trial-{trial.name}; rlgen-stats report STUDY --force puts it into the report")
 
 
 def _print_parts(parts: xr.Dataset) -> None:
@@ -205,7 +206,7 @@ def _print_parts(parts: xr.Dataset) -> None:
             ("set_minus_subset", "difference"),
         )
     ]
-    click.echo(
+    echo(
         f"    {int(parts['subset_size'])} of {parts.sizes['feature']} features; on unused prompts {', '.join(effects)}"
     )
 

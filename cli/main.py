@@ -42,6 +42,7 @@ _COMMANDS: Final = {
     "migrate": ("rlgen_stats.cli.stores", "Raise stores of an earlier release to this one's layout."),
     "schema": ("rlgen_stats.cli.stores", "Print the declared layout of a dataset as JSON."),
     "import": ("rlgen_stats.cli.import_export", "Import an activation cache made elsewhere, with its label table."),
+    "export-requests": ("rlgen_stats.cli.import_export", "Write what another engine, such as vLLM, is to sample."),
     "import-outcomes": ("rlgen_stats.cli.import_export", "Take completions of a model that were sampled elsewhere."),
     "export": ("rlgen_stats.cli.import_export", "Export selected activations and labels to safetensors or npy."),
     "import-crosscoder": (

@@ -10,6 +10,7 @@ import click
 
 from rlgen_stats.cli.console import (
     Workers,
+    echo,
     handle_errors,
     json_option,
     print_json,
@@ -58,7 +59,7 @@ def init(study: str, name: str | None) -> None:
     from rlgen_stats.toolkit.study.template import write_template
 
     file = write_template(Path(study), name or Path(study).resolve().name)
-    click.echo(
+    echo(
         f"Wrote {file}. Fill in the paths of your base and runs, and of your prompts (or: rlgen-stats tasks), then: "
         f"rlgen-stats run {study}"
     )
@@ -146,7 +147,7 @@ def print_verdicts(report: Path) -> None:
     for claim in claims:
         table.add_row(claim["id"], claim["statement"], claim["verdict"], claim["answer"])
     Console().print(table, markup=False)  # answers name views, as [base@0, rl@200]
-    click.echo(f"Report: {report / 'index.html'}")
+    echo(f"Report: {report / 'index.html'}")
 
 
 @click.command()
@@ -169,15 +170,15 @@ def status(study: str, as_json: bool) -> None:
         print_json(found | {"rendered_prompts": prompts})
         return
     for one in (opened, *further_contrasts(opened)):
-        click.echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
+        echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
         for stage in one.status():
             seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""
-            click.echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
+            echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
     if prompts:
-        click.echo("Prompts as models read them, the first of every task:")
+        echo("Prompts as models read them, the first of every task:")
     for prompt in prompts:
         who = f"{prompt['task']}, {prompt['prompt']}, {' '.join(prompt['models'])}"
-        click.echo(f"  {who} ({prompt['n_tokens']} tokens): {_both_ends(prompt['text'])!r}")
+        echo(f"  {who} ({prompt['n_tokens']} tokens): {_both_ends(prompt['text'])!r}")
 
 
 def _both_ends(text: str, kept: int = 300) -> str:

@@ -36,7 +36,7 @@ class GraderSpec(Spec):
     of a choice found in the completion; choice_loglik: most likely choice, nothing is generated; exact: the completion
     is the answer but for case, articles and punctuation; regex: a pattern finds the answer; python: a function of your
     own."""
-    marker: str = "ans"
+    marker: Annotated[str, Field(pattern=r"\S")] = "ans"
     """Word after which the final answer stands (grader final_answer)."""
     require_termination: bool = True
     """Whether a completion cut off by the length limit counts as wrong."""

@@ -110,6 +110,11 @@ class _StopStrings:
         return ids[:kept], text[:end], True
 
 
+def cut_at_stop(tokenizer: Any, ids: Sequence[int], stop: Sequence[str]) -> tuple[list[int], str, bool]:
+    """Tokens and text before the first stop string, as completions end here, and whether there is one."""
+    return _StopStrings(tokenizer).cut(list(ids), stop)
+
+
 def _first(text: str, stop: Sequence[str]) -> int | None:
     """Where the first of some strings begins."""
     return min((at for string in stop if (at := text.find(string)) >= 0), default=None)

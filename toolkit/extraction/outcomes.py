@@ -34,7 +34,7 @@ from rlgen_stats.toolkit.extraction.completion_parts import (
     split_prompts,
 )
 from rlgen_stats.toolkit.extraction.grading import check_answers, check_letters, grade_all, graders_of
-from rlgen_stats.toolkit.extraction.imported import Imported, check_stand_ins, read_import, with_origin
+from rlgen_stats.toolkit.extraction.imported import Imported, check_origins, read_import, with_origin
 from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, rendered_examples
 from rlgen_stats.toolkit.progress import SILENT, Progress, Within
 from rlgen_stats.toolkit.statistics.completion_shares import (
@@ -118,7 +118,7 @@ def sample_outcomes(
         for model, file in imported_models(folder).items()
         if model in n_samples
     }
-    check_stand_ins([ref.model for ref in refs], imported)
+    check_origins([ref.model for ref in refs], {model: one.origin for model, one in imported.items()})
     todo = [ref for ref in refs if ref.model not in done]
     parts = folder.completions / PARTS / provenance.spec_hash[:16]
     sampled = {ref.model: split_prompts(ref, prompts, spec, parts) for ref in todo if ref.model not in imported}

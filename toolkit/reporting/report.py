@@ -360,6 +360,10 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""Beginnings of a cell that spreadsheets may read as a formula."""
+
+
 def _write_data(target: Path, report: Report) -> None:
     content = json.dumps(jsonable(as_json(report)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     (target / "report.json").write_text(content + "\n", encoding="utf-8")
@@ -369,4 +373,9 @@ def _write_data(target: Path, report: Report) -> None:
             (target / "figures" / f"{name}.svg").write_text(graphic.svg, encoding="utf-8")
     (target / "tables").mkdir()
     for name, table in report.tables.items():
-        table.to_csv(target / "tables" / f"{name}.csv", index=False, lineterminator="\n")
+        without_formulas(table).to_csv(target / "tables" / f"{name}.csv", index=False, lineterminator="\n")
+
+
+def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts no spreadsheet runs: one that begins like a formula gets an apostrophe before it."""
+    return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell)

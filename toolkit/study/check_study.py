@@ -21,7 +21,7 @@ from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_fi
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights
 from rlgen_stats.toolkit.extraction.grading import check_answers, check_letters, graders_of
-from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
+from rlgen_stats.toolkit.extraction.imported import check_origins, read_import
 from rlgen_stats.toolkit.extraction.model_shape import (
     ModelShape,
     check_context,
@@ -300,7 +300,7 @@ def _check_texts(
             with problems.collecting(str(files[ref.model])):
                 imported[ref.model] = read_import(files[ref.model], prompts, ref.n_samples)
     with problems.collecting("import-outcomes"):
-        check_stand_ins([ref.model for ref in refs], imported)
+        check_origins([ref.model for ref in refs], {model: one.origin for model, one in imported.items()})
     examples: tuple[RenderedExample, ...] = ()
     n_tokens = None
     if refs and refs[0].run == BASE_RUN:

@@ -18,15 +18,16 @@ from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.owners import owner
 from rlgen_stats.stores.prompts import TEXT, load_prompts
-from rlgen_stats.stores.study_models import ModelRef, find_model
+from rlgen_stats.stores.study_models import ModelRef, find_model, imported_models, list_models
 from rlgen_stats.stores.tables import rewrite_models
-from rlgen_stats.toolkit.exchange.sampled_files import Sampled, SampledFiles, read_sampled
+from rlgen_stats.toolkit.exchange.sampled_files import TABLE, Sampled, SampledFiles, read_sampled
 from rlgen_stats.toolkit.extraction.activations import contrasted_models
 from rlgen_stats.toolkit.extraction.import_checks import as_completion, check_settings, complete_set, match_prompts
 from rlgen_stats.toolkit.extraction.imported import (
     HERE,
     Origin,
     StandIn,
+    check_origins,
     prompts_hash,
     read_origin,
     with_origin,
@@ -53,6 +54,8 @@ class ImportedOutcomes:
     """Completions that the model did not end."""
     changed: bool
     """False where the same was imported before."""
+    missing: tuple[str, ...]
+    """Models that are to be imported too, since one engine samples all models of a study."""
 
 
 def import_outcomes(
@@ -86,7 +89,7 @@ def import_outcomes(
     declared
         temperature, top_p and max_new_tokens that the files do not record.
     engine
-        What sampled them, where the files do not say.
+        What sampled them, where the files do not say; ``here``: this toolkit.
     replace
         Asked with one sentence where the study has completions of this model already; False keeps them.
 
@@ -94,7 +97,8 @@ def import_outcomes(
     ------
     InputError
         If a file cannot be used; if prompts are missing, extra or have another text; if samples are missing; if the
-        tokens are another tokenizer's; if the settings are not the study's; or if completions are there and kept.
+        tokens are another tokenizer's; if the settings are not the study's; if it is not known what sampled them, or
+        models imported before are of another engine; or if completions are there and kept.
     ModelError
         If the study has no such model, or its tokenizer cannot be read.
 
@@ -111,6 +115,10 @@ def import_outcomes(
         if grade_here:
             given = given.without_verdicts()
         origin, found = _checked(study, ref, given, stand_in, declared or {}, engine, [*files, *greedy])
+        models = [one.model for one in list_models(study.spec, study.folder)]
+        others = {model: at for model, at in imported_models(study.folder).items() if model in models}
+        origins = {model: read_origin(at) for model, at in others.items()} | {ref.model: origin}
+        check_origins(list(origins), origins)
         file = study.folder.imported / f"{ref.model}.parquet"
         changed = not file.exists() or read_origin(file) != origin
         if changed:
@@ -128,6 +136,7 @@ def import_outcomes(
         n_samples=ref.n_samples,
         n_truncated=truncated,
         changed=changed,
+        missing=() if origin.engine == HERE else tuple(model for model in models if model not in origins),
     )
 
 
@@ -151,10 +160,15 @@ def _checked(
     settings = check_settings(chosen, declared, spec.generation, limits)
     _check_content(spec, folder, ref.model, given, chosen, tasks)
     engine = engine or given.engine
+    if engine == TABLE:
+        raise InputError(
+            "the files do not say what sampled them; expected one engine for all models of a study: name it with "
+            f"--engine, e.g. vllm, or {HERE} for completions of this toolkit."
+        )
     found = {}
     for key, one in chosen.items():
         asked: dict[str, Any] = {"limit": limits[key[0]], "stop": spec.task(tasks[key[0]]).stop}
-        found[key] = as_completion(one, tokenizer, prompt=key[0], engine=engine, **asked), one.correct
+        found[key] = as_completion(one, tokenizer, prompt=key[0], engine=given.engine, **asked), one.correct
     origin = Origin(
         engine=engine,
         graded_by=given.graded_by or HERE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from rlgen_stats.toolkit.extraction.grading import Grader
 
 TIMEOUT: Final = 5
 """Seconds for parsing and comparing one formula; a few take minutes to simplify."""
+LOGGED: Final = 120
+"""Characters of a message of math-verify."""
 ROUNDING: Final = 1e-5
 """Largest relative difference of a decimal fraction from the value it stands for; math-verify rounds to six decimals,
 by which all numbers below a millionth are equal."""
@@ -31,6 +34,17 @@ _SPACED: Final = re.compile(r"(?<=[\d,])(?:\\[,!]|\{,\})+(?=\d)")
 _END: Final = re.compile(r"(?<=\d)\.(?=[\s*]|$)")
 """A full stop after a number, which math-verify reads as a decimal point."""
 _BASE: Final = re.compile(r"(?P<digits>[0-9A-Za-z.]+)_\{?(?P<base>\d+)\}?")
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """Cut a message to a line's length; math-verify logs the whole text of which the time ran out."""
+    message = record.getMessage()
+    if len(message) > LOGGED:
+        record.msg, record.args = f"{message[:LOGGED]}…", ()
+    return True
+
+
+logging.getLogger("math_verify.parser").addFilter(_shorten)
 
 
 @dataclass(frozen=True)
