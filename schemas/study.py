@@ -204,7 +204,7 @@ class SampleNumbers(Spec):
         return self
 
     @model_serializer
-    def _as_written(self) -> int | dict[str, int]:
+    def _shortest(self) -> int | dict[str, int]:
         return self.final if self.final == self.others else {"final": self.final, "others": self.others}
 
 

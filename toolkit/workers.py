@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -93,7 +93,7 @@ def _facts(study_file: Path) -> tuple[dict[str, str], str | None]:
 
 def run_tasks(
     function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], *, progress: Progress = SILENT
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Results of ``function(*task)`` in the order of the tasks.
 
     Parameters

@@ -19,8 +19,8 @@ from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, find_model, list_models
 from rlgen_stats.toolkit.extraction.activations import contrasted_models, forced_texts, token_table
 from rlgen_stats.toolkit.extraction.checkpoints import is_adapter
+from rlgen_stats.toolkit.extraction.completion_parts import sample_seeds
 from rlgen_stats.toolkit.extraction.generation import stop_ids
-from rlgen_stats.toolkit.extraction.outcomes import sample_seeds
 from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader
 from rlgen_stats.toolkit.study.contrasts import open_for_run
 
@@ -126,11 +126,11 @@ def export_texts(path: Path | str, *, to: Path | str | None = None) -> list[Requ
     return [Requests(str(into / "texts.jsonl"), n_texts)]
 
 
-def _requests(spec: StudySpec, ref: ModelRef, prompts: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _requests(spec: StudySpec, ref: ModelRef, prompts: Sequence[dict[Any, Any]]) -> Iterator[dict[str, Any]]:
     reader = load_reader(ref)
     encoded = reader.encode([row[TEXT] for row in prompts])
     ends = _ends(ref, reader)
-    n_samples = spec.generation.n_samples
+    n_samples = ref.n_samples
     seeds = iter(sample_seeds(spec.seed, [row[PROMPT] for row in prompts], n_samples))
     for sample in range(GREEDY, n_samples):
         drawn = {"temperature": spec.generation.temperature, "top_p": spec.generation.top_p}
