@@ -167,6 +167,7 @@ def test_workers_that_cannot_do_the_study_are_refused(client: Any, tmp_path: Pat
     def hide() -> None:
         workers._facts = lambda file: (package_versions(), None)
 
+    client.wait_for_workers(2)
     first, second = client.run(os.getpid)
     client.run(hide, workers=[second])
     with pytest.raises(InputError, match=rf"worker {second} finds nothing at {file}"), tasks_on(client, file):

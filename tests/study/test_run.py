@@ -38,7 +38,7 @@ def test_every_stage_runs_once_after_its_needs(study_folder: Path) -> None:
 
 def test_workers_have_devices_of_their_own(study_folder: Path) -> None:
     change(study_folder, device="cuda:1")
-    with pytest.raises(InputError, match="'device' is 'cuda:1', .*; use 'auto' or 'cuda'"):
+    with pytest.raises(InputError, match=r"'device' is 'cuda:1', .*; use 'auto' or 'cuda'"):
         run_study(study_folder, workers=object())
     assert CALLS == []
 
