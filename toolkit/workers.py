@@ -259,4 +259,5 @@ def local_workers(devices: str) -> Iterator[Any]:
         scheduler = {"cls": Scheduler, "options": here}
         cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.WARNING)
         client = Client(stack.enter_context(cluster), set_as_default=False)  # statistics keep to this process's threads
-        yield stack.enter_context(client)
+        stack.enter_context(client).wait_for_workers(len(names))
+        yield client

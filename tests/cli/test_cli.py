@@ -72,6 +72,11 @@ def test_only_stages_that_refuse_unhealthy_crosscoders_offer_to_accept_them(name
         (["inspect", "nowhere"], "nowhere is not a Zarr v3 store (no such folder)"),
         (["verify", "nowhere"], "nowhere is not a Zarr v3 store"),
         (["run", "nowhere", "--scheduler", "tcp://127.0.0.1:1"], "no dask scheduler answers at 'tcp://127.0.0.1:1'"),
+        (
+            ["run", "nowhere", "--devices", "cuda:0"],
+            "devices are numbers of GPUs or cpu, with commas between",
+        ),
+        (["run", "nowhere", "--devices", "0", "--scheduler", "tcp://h:1"], "name one of the two"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:

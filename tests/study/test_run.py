@@ -36,6 +36,13 @@ def test_every_stage_runs_once_after_its_needs(study_folder: Path) -> None:
     assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
 
 
+def test_workers_have_devices_of_their_own(study_folder: Path) -> None:
+    change(study_folder, device="cuda:1")
+    with pytest.raises(InputError, match=r"'device' is 'cuda:1', .*; use 'auto' or 'cuda'"):
+        run_study(study_folder, workers=object())
+    assert CALLS == []
+
+
 def test_accepting_a_readout_brings_the_trial_and_the_report_up_to_date(study_folder: Path) -> None:
     run_study(study_folder)
     folder = open_for_run(study_folder).folder.crosscoder("main")

@@ -76,6 +76,11 @@ def run_study(
     study = open_for_run(path if workers is None else Path(path).resolve())  # workers run in other folders
     if study.folder.study is not None:
         raise InputError(f"{path} is one contrast of the study in {study.folder.study}; run that.")
+    if workers is not None and study.spec.device.startswith("cuda:"):
+        raise InputError(
+            f"'device' is {study.spec.device!r}, one device of one machine, but every worker has one of its own; use "
+            "'auto' or 'cuda'."
+        )
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
     study.force({stage_named(name).name for name in force} & {stage.name for stage in plan})
     check_stages(study.spec, plan)
