@@ -1,9 +1,11 @@
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_o
 from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.stores.study_models import list_models
 from rlgen_stats.toolkit.exchange import read_graded
+from rlgen_stats.toolkit.exchange.sampled_files import Sampled
 from rlgen_stats.toolkit.extraction import (
     Completion,
     completion_parts,
@@ -25,6 +28,7 @@ from rlgen_stats.toolkit.extraction import (
 )
 from rlgen_stats.toolkit.extraction.activations import contrasted_models, forced_texts
 from rlgen_stats.toolkit.extraction.graders.texts import FinalAnswerGrader, RegexGrader
+from rlgen_stats.toolkit.extraction.import_checks import complete_set
 from rlgen_stats.toolkit.progress import _Silent
 from rlgen_stats.toolkit.statistics.task_accuracy import behaviour
 from tests.extraction.conftest import WORDS, prompt_table, save_model, study_spec, word_tokenizer
@@ -122,6 +126,16 @@ def test_some_samples_are_spared(study: Study, provenance: Provenance) -> None:
     assert np.isfinite(behaviour(stored).sampled_accuracy.sel(task="sum")).all()
     assert len(read_graded(folder.outcomes, model="sft@3", metric="sampled")) == 12
     assert len(read_graded(folder.outcomes, model="sft@6", metric="sampled")) == 24
+
+
+def test_imported_samples_of_a_spared_checkpoint_are_refused() -> None:
+    prompts, one = pd.DataFrame({"prompt": ["p0"]}), Sampled(prompt="p0", text="7")
+    greedy = replace(one, sample=-1)
+    assert complete_set([greedy], ["p0"], prompts, n_samples=0, stand_in="") == {("p0", -1): greedy}
+    with pytest.raises(
+        InputError, match=r"1 greedy and 1 sampled completions, expected 1 and 0 .*leave its samples out"
+    ):
+        complete_set([greedy, replace(one, sample=0)], ["p0", "p0"], prompts, n_samples=0, stand_in="")
 
 
 def uniform(seed: Any, step: int) -> float:
