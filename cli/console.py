@@ -63,6 +63,10 @@ def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
             if sentence is None:
                 raise
             fail(sentence)
+        except RuntimeError as error:  # what pathlib makes of ELOOP
+            if not str(error).startswith("Symlink loop"):
+                raise
+            fail(f"{str(error).removeprefix('Symlink loop from ')} cannot be used; {_WHAT_TO_DO[errno.ELOOP]}.")
 
     return wrapped
 
