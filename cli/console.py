@@ -63,6 +63,8 @@ def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
             if sentence is None:
                 raise
             fail(sentence)
+        except MemoryError as error:
+            fail(f"there is not enough memory for this ({str(error)[:200] or 'out of memory'}); ask for less at once.")
         except RuntimeError as error:  # what pathlib makes of ELOOP
             if not str(error).startswith("Symlink loop"):
                 raise
