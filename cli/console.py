@@ -83,6 +83,12 @@ def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
             if sentence is None:
                 raise
             fail(sentence)
+        except MemoryError as error:
+            fail(f"there is not enough memory for this ({str(error)[:200] or 'out of memory'}); ask for less at once.")
+        except RuntimeError as error:  # what pathlib makes of ELOOP
+            if not str(error).startswith("Symlink loop"):
+                raise
+            fail(f"{str(error).removeprefix('Symlink loop from ')} cannot be used; {_WHAT_TO_DO[errno.ELOOP]}.")
 
     return wrapped
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 from importlib.metadata import version as installed_version
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -53,6 +54,14 @@ _COMMANDS: Final = {
 }
 
 
+def _finite(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """The value of an option that is a number; NaN passes every range that click checks."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, float) and not math.isfinite(one):
+            raise click.BadParameter(f"{one} is no finite number.", context, parameter)
+    return value
+
+
 class _LazyGroup(click.Group):
     """A group whose commands are imported on use; the help page needs none of them."""
 
@@ -65,6 +74,9 @@ class _LazyGroup(click.Group):
         module = importlib.import_module(_COMMANDS[cmd_name][0])
         command = module.COMMANDS[cmd_name]
         assert isinstance(command, click.Command)  # noqa: S101 - a programming error, not input
+        for parameter in command.params:
+            if isinstance(parameter.type, click.types.FloatParamType):
+                parameter.callback = parameter.callback or _finite
         return command
 
     def resolve_command(

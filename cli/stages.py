@@ -13,6 +13,7 @@ from rlgen_stats.cli.console import (
     echo,
     handle_errors,
     json_option,
+    plain,
     print_json,
     progress_for,
     quiet_option,
@@ -145,7 +146,7 @@ def print_verdicts(report: Path) -> None:
     for column in ("", "claim", "verdict", "answer"):
         table.add_column(column, overflow="fold")
     for claim in claims:
-        table.add_row(claim["id"], claim["statement"], claim["verdict"], claim["answer"])
+        table.add_row(*(plain(claim[name]) for name in ("id", "statement", "verdict", "answer")))
     Console().print(table, markup=False)  # answers name views, as [base@0, rl@200]
     echo(f"Report: {report / 'index.html'}")
 

@@ -241,7 +241,7 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
             f"{path} announces {len(done)} models but holds {dataset.sizes.get(MODEL, 0)}; "
             "restore it or compute it again."
         )
-    return validate(dataset.isel({MODEL: slice(0, len(done))}), layout)
+    return validate(dataset.isel({MODEL: slice(0, len(done))}, missing_dims="ignore"), layout)
 
 
 def check_is_store(path: Path) -> None:

@@ -224,7 +224,7 @@ def _of_row(row: Mapping[str, Any], metrics: Sequence[str], file: Path) -> dict[
         "text": None if text is None else str(text),
         "token_ids": None
         if tokens is None
-        else tuple(int(token) for token in (json.loads(tokens) if isinstance(tokens, str) else tokens)),
+        else tuple(_exactly(token, int) for token in (json.loads(tokens) if isinstance(tokens, str) else tokens)),
         "terminated": None if ended is None else _truth(ended, "terminated", file),
         "correct": _truth(row[graded], graded, file) if graded in row else None,
         "temperature": _number(row, ("temperature",), float),
@@ -240,7 +240,15 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _number(row: Mapping[str, Any], names: Sequence[str], kind: type[int] | type[float]) -> Any:
     """A number; None where there is none, or an empty cell of a csv."""
     value = _first(row, names)
-    return None if value in (None, "") else kind(value)
+    return None if value in (None, "") else _exactly(value, kind)
+
+
+def _exactly(value: Any, kind: type[int] | type[float]) -> Any:
+    """A cell as a number, if it is one: not a truth value, not half a sample, not digits of other scripts."""
+    number = math.nan if isinstance(value, bool) or not str(value).isascii() else float(value)
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError(f"{value!r} is no {'whole' if kind is int else 'finite'} number")
+    return kind(number)
 
 
 def _is_missing(value: Any) -> bool:

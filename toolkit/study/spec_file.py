@@ -19,6 +19,8 @@ from rlgen_stats.toolkit.study.strict_yaml import YamlError, load_yaml
 
 MAX_BYTES: Final = 16_000_000
 """Size of a study.yaml; hundreds of runs of a thousand checkpoints each take a tenth of it."""
+MAX_SHOWN: Final = 600
+"""Characters of a value, or of what is wrong with it, that a message shows."""
 MAX_PROBLEMS: Final = 50
 """Problems of one study file that are explained."""
 
@@ -99,8 +101,15 @@ def _explain(problem: dict[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")  # YAML's words
     got = problem.get("input")
-    shown = "" if isinstance(got, dict | list | tuple) or problem["type"] == "value_error" else f", got {got!r}"
-    return f"'{place}': {message[:1].lower() + message[1:]}{shown}."
+    shown = (
+        "" if isinstance(got, dict | list | tuple) or problem["type"] == "value_error" else f", got {_short(repr(got))}"
+    )
+    return f"'{_short(place)}': {_short(message[:1].lower() + message[1:])}{shown}."
+
+
+def _short(text: str) -> str:
+    """A text, or its beginning where it is longer than a few sentences."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:

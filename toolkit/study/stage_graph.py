@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from rlgen_stats.schemas.dims import of_dictionary
-from rlgen_stats.schemas.errors import InputError, SpecError
+from rlgen_stats.schemas.errors import InputError, SpecError, StoreError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.schemas.tasks import GRADING_VERSION
@@ -510,5 +511,6 @@ class _Fingerprints:
         digest = file_sha256(file)
         self._known[str(file.resolve())] = [*stamp, digest]
         if stat.st_size > 1 << 24:  # small files are hashed again faster than the record is written
-            write_json(self._file, self._known)
+            with suppress(OSError, StoreError):  # where nothing can be written, it is hashed again next time
+                write_json(self._file, self._known)
         return digest
