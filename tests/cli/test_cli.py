@@ -117,7 +117,7 @@ def test_inspect_and_verify_speak_json_and_find_faults(tmp_path: Path) -> None:
     [
         (OutOfSpaceError(28, "the disk holding x is full"), 2, "Error: the disk holding x is full"),
         (OSError(28, "No space left on device"), 2, "the disk or quota is full; what was committed is kept"),
-        (PermissionError(13, "denied", "/x/y"), 2, "cannot write /x/y: permission denied"),
+        (PermissionError(13, "denied", "/x/y"), 2, "/x/y cannot be used; you may not read or write it"),
         (KeyboardInterrupt(), 130, "run the same command again to continue"),
     ],
 )
