@@ -16,6 +16,7 @@ from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.edits.edit import FeatureEdit, Kind
 from rlgen_stats.toolkit.edits.site import EditSite, FeatureColumns
 from rlgen_stats.toolkit.extraction.activations import site_name
+from rlgen_stats.toolkit.extraction.cached_rows import PairedCache
 from rlgen_stats.toolkit.extraction.residual_stream import capture_residual, locate_layers
 
 SAFE_SKIP: Final = 1
@@ -59,19 +60,6 @@ class ActiveEdit:
         chosen = ratio.flatten() if mask is None else ratio[mask]
         self._ratio += float(chosen.sum())
         self._tokens += chosen.numel()
-
-
-class PairedCache(DynamicCache):  # type: ignore[misc]
-    """A cache that takes the source model's cache along when rows of the batch leave or change places."""
-
-    def __init__(self, config: Any, source_config: Any) -> None:
-        super().__init__(config=config)
-        self.source = DynamicCache(config=source_config)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take these rows in this order, in both caches."""
-        super().reorder_cache(beam_idx)
-        self.source.reorder_cache(beam_idx)
 
 
 @contextmanager
@@ -269,6 +257,11 @@ class _Hook:
             raise RefusedError(
                 f"an edit needs the padding mask [batch, token], got a mask with {attention.ndim} dimensions; "
                 "pass the tokenizer's attention_mask and a dynamic cache."
+            )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise RefusedError(
+                "an edit counts positions from the first real token of a row, got texts packed into one row "
+                "(cu_seq_lens_q); pass one text a row, padded."
             )
         self._locate(tokens, attention, past_length)
         if self.source is None:

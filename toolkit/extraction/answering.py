@@ -138,27 +138,19 @@ def _written(
     """[draw][prompt] completions that the model writes."""
     if prompts.empty:
         return [[] for _ in range(n_samples + greedy)]
-    generation, tasks, n = spec.generation, list(prompts[TASK]), len(prompts)
-    encoded = reader.encode(list(prompts[TEXT]))
-    common: dict[str, Any] = {"batch_size": generation.batch_size, "progress": progress}
-    common["end_of_turn"] = reader.end_of_turn
-    draws = []
-    if greedy:
-        title = f"{description} greedy"
-        draws.append(
-            generate(
-                model, reader.tokenizer, encoded, greedy=True, description=title, **asked_of(spec, tasks), **common
-            )
-        )
-    sampled = generate(
+    tasks, n, n_draws = list(prompts[TASK]), len(prompts), n_samples + greedy
+    drawn = generate(
         model,
         reader.tokenizer,
-        encoded * n_samples,
-        seeds=[int(seed) for seed in seeds.ravel()],
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        description=f"{description} sampled" if greedy else description,
-        **asked_of(spec, tasks * n_samples),
-        **common,
+        reader.encode(list(prompts[TEXT])) * n_draws,
+        greedy=np.repeat(np.arange(n_draws) < greedy, n).tolist(),
+        seeds=[0] * (n * greedy) + [int(seed) for seed in seeds.ravel()],
+        temperature=spec.generation.temperature,
+        top_p=spec.generation.top_p,
+        batch_size=spec.generation.batch_size,
+        end_of_turn=reader.end_of_turn,
+        progress=progress,
+        description=description,
+        **asked_of(spec, tasks * n_draws),
     )
-    return [*draws, *(sampled[sample * n : (sample + 1) * n] for sample in range(n_samples))]
+    return [drawn[draw * n : (draw + 1) * n] for draw in range(n_draws)]

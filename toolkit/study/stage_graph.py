@@ -70,6 +70,7 @@ STAGES: Final = (
         f"{_MODELS}:outcomes",
         ("outcomes.zarr", "completions"),
         owned=("completions",),
+        version=2,
     ),
     Stage("extract", ("outcomes",), ("extraction", "contrast"), f"{_MODELS}:extract", ("activations.zarr",)),
     Stage(
@@ -176,7 +177,7 @@ STAGES: Final = (
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=7,
+        version=8,
     ),
     Stage(
         "report",
