@@ -61,12 +61,18 @@ class ActiveEdit:
         return self._ratio / self._tokens if self._tokens else float("nan")
 
     def prompt_edits(self) -> list[int]:
-        """Of each edit, the number of the first one that leaves the same of a prompt before its last token; -1: all."""
-        at_completion = [
-            edit is None or edit.is_empty or (edit.positions == "completion" and len(edit.phases) == 2)
+        """Of each edit, the number of the first one under which a prompt is read alike; -1 where edits that begin at a
+        prompt's last token are among them, and it does nothing before that.
+        """
+        late = [
+            edit is not None and not edit.is_empty and edit.positions == "completion" and len(edit.phases) == 2
             for edit in self._edits
         ]
-        return [-1 if late else self._edits.index(edit) for edit, late in zip(self._edits, at_completion, strict=True)]
+        none = [edit is None or edit.is_empty for edit in self._edits]
+        return [
+            -1 if is_late or (is_none and any(late)) else (none.index(True) if is_none else self._edits.index(edit))
+            for edit, is_late, is_none in zip(self._edits, late, none, strict=True)
+        ]
 
     def add(self, before: Tensor, after: Tensor, mask: Tensor | None) -> None:
         """Track one block output, [batch, token, channel] before and after."""
@@ -426,18 +432,19 @@ class _Hook:
         if rows is self._grouped:
             return self._groups
         self._grouped = rows
+        numbers: dict[int, Tensor | None]
         if isinstance(rows, int):
             numbers = {rows: None}
         elif len(rows) != batch:
             raise RefusedError(f"the handle says which edit acts on each of {len(rows)} rows, the pass has {batch}.")
         else:
-            of_edit = {int(number): np.flatnonzero(rows == number) for number in np.unique(rows)}
+            places = {int(number): np.flatnonzero(rows == number) for number in np.unique(rows)}
             numbers = {
-                number: None if len(places) == batch else torch.as_tensor(places, device=device)
-                for number, places in of_edit.items()
+                number: None if len(of_edit) == batch else torch.as_tensor(of_edit, device=device)
+                for number, of_edit in places.items()
             }
-        changes = ((self.changes[number] if number >= 0 else None, places) for number, places in numbers.items())
-        self._groups = [(change, places) for change, places in changes if change is not None]
+        changes = ((self.changes[number] if number >= 0 else None, of_edit) for number, of_edit in numbers.items())
+        self._groups = [(change, of_edit) for change, of_edit in changes if change is not None]
         return self._groups
 
     def _read_source(

@@ -15,7 +15,7 @@ import numpy as np
 from rlgen_stats.schemas.errors import InputError, ModelError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
-from rlgen_stats.toolkit.extraction.refilled_batch import Asked, Sampling, write_rows
+from rlgen_stats.toolkit.extraction.refilled_batch import Asked, RowEdits, Sampling, write_rows
 from rlgen_stats.toolkit.extraction.stop_strings import StopStrings
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -49,6 +49,8 @@ def generate(
     seeds: Sequence[int] | None = None,
     end_of_turn: int | None = None,
     batch_size: int = 64,
+    edits: Sequence[int] | None = None,
+    active: RowEdits | None = None,
     progress: Progress = SILENT,
     description: str = "generate",
 ) -> list[Completion]:
@@ -76,6 +78,8 @@ def generate(
         A token that ends a completion beside those of the tokenizer and of the model's generation config.
     batch_size
         Rows per forward pass. Prompts that wait are read as soon as others are finished.
+    edits, active
+        Of several edits in force, the number of each row's, and their handle (``toolkit.edits.editing_rows``).
     progress, description
         Receiver and title of progress.
 
@@ -104,11 +108,14 @@ def generate(
     always = frozenset(stop_ids(model, tokenizer, end_of_turn))
     ends = [always.union(special[string] for string in row if string in special) for row in strings]
     numbers = np.zeros(n, np.uint64) if seeds is None else np.array([int(s) for s in seeds], np.uint64)
-    asked = Asked(encoded, numbers, limits, strings, ends, np.array(greedily, dtype=bool))
+    of_row = np.zeros(n, np.int64) if edits is None else np.array(edits, np.int64)
+    asked = Asked(encoded, numbers, limits, strings, ends, np.array(greedily, dtype=bool), of_row)
     sampling, stopping = Sampling(temperature, top_p, pad_id(tokenizer)), StopStrings(tokenizer)
     with progress.task(description, total=n, unit="completions") as task:
         try:
-            written = write_rows(model, asked, sampling, stopping, batch_size=batch_size, finished=task.advance)
+            written = write_rows(
+                model, asked, sampling, stopping, batch_size=batch_size, finished=task.advance, active=active
+            )
         except FloatingPointError as error:
             raise ModelError(f"{description}: {error}.") from error
     completions = []

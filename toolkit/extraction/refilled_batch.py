@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,17 @@ SHRINK_BELOW: Final = 0.75
 
 Rows = NDArray[np.int64]
 """Numbers of rows among all that are asked for."""
+_Reading = tuple[tuple[int, ...], int]
+
+
+class RowEdits(Protocol):
+    """Edits in force of which each row has one: the handle of ``toolkit.edits.editing_rows``."""
+
+    rows: int | NDArray[np.int64]
+
+    def prompt_edits(self) -> list[int]:
+        """Of each edit, the number of the one that reads a prompt alike; -1: none acts before its last token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Asked:
     strings: Sequence[Sequence[str]]
     ends: Sequence[frozenset[int]]
     greedy: NDArray[np.bool_]
+    edits: NDArray[np.int64]
+    """Number of each row's edit, where several are in force."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +117,8 @@ class _Read:
         """The first rows; they no longer are among these."""
         prompt, cache = self.prompt[:n], self.cache if n >= len(self.rows) else copy.deepcopy(self.cache)
         cache.reorder_cache(prompt)
-        rows, live = self.rows[:n], np.ones(len(prompt), dtype=bool)
-        batch = _Batch(rows, live, self.tokens[:n], self.positions[prompt], self.mask[prompt], cache)
+        live = np.ones(len(prompt), dtype=bool)
+        batch = _Batch(self.rows[:n], live, self.tokens[:n], self.positions[prompt], self.mask[prompt], cache)
         self.rows, self.tokens, self.prompt = self.rows[n:], self.tokens[n:], self.prompt[n:]
         return batch
 
@@ -118,6 +131,7 @@ def write_rows(
     *,
     batch_size: int,
     finished: Callable[[int], object],
+    active: RowEdits | None = None,
 ) -> list[list[int]]:
     """Tokens written for every row.
 
@@ -131,13 +145,19 @@ def write_rows(
         Most rows in a forward pass.
     finished
         Called with the number of rows that have just been finished.
+    active
+        Handle of the edits in force, where rows have edits of their own.
 
     Raises
     ------
     FloatingPointError
         If logits are NaN.
     """
-    return _Writing(model, asked, sampling, stopping, batch_size, finished).run()
+    try:
+        return _Writing(model, asked, sampling, stopping, batch_size, finished, active).run()
+    finally:
+        if active is not None:
+            active.rows = 0
 
 
 class _Writing:
@@ -151,13 +171,16 @@ class _Writing:
         stopping: StopStrings,
         batch_size: int,
         finished: Callable[[int], object],
+        active: RowEdits | None,
     ) -> None:
         self.model, self.asked, self.sampling, self.stopping = model, asked, sampling, stopping
-        self.batch_size, self.finished = batch_size, finished
+        self.batch_size, self.finished, self.active = batch_size, finished, active
         self.written: list[list[int]] = [[] for _ in asked.encoded]
-        self.waiting = _by_prompt(asked.encoded)
+        self.readings = _readings(asked, [0] if active is None else active.prompt_edits())
+        self.waiting = _in_order(self.readings)
         self.read: _Read | None = None
         self.joinable = True
+        self.told = self.edits = np.zeros(0, dtype=np.int64)
         takes = inspect.signature(model.forward).parameters
         self.extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
@@ -205,19 +228,24 @@ class _Writing:
 
     def _read_prompts(self, n: int) -> _Read:
         """Read the prompts of the next ``n`` rows, each once, and draw the first tokens of all their rows."""
-        encoded = self.asked.encoded
+        readings = self.readings
         if self.joinable:  # otherwise rows of the last prompt that have no place could not join later
-            while n < len(self.waiting) and encoded[self.waiting[n]] == encoded[self.waiting[n - 1]]:
+            while n < len(self.waiting) and readings[self.waiting[n]] == readings[self.waiting[n - 1]]:
                 n += 1
         rows, self.waiting = np.array(self.waiting[:n]), self.waiting[n:]
-        places: dict[tuple[int, ...], int] = {}
-        prompt = [places.setdefault(tuple(encoded[row]), len(places)) for row in rows]
-        ids, mask, positions = left_pad(list(places), self.sampling.pad, self.model.device)
-        output = self._forward(ids, mask, positions)
+        places: dict[_Reading, int] = {}
+        prompt = [places.setdefault(readings[row], len(places)) for row in rows]
+        ids, mask, positions = left_pad([ids for ids, _ in places], self.sampling.pad, self.model.device)
+        output = self._forward(ids, mask, positions, np.array([edit for _, edit in places]))
         self.joinable = can_join(output.past_key_values)
         of_row = torch.tensor(prompt, device=mask.device)
-        tokens = self._choose(output.logits[:, -1][of_row], rows)
-        live = self._record(rows, tokens)
+        tokens = torch.tensor([self.asked.encoded[row][-1] for row in rows], device=mask.device)
+        live = np.ones(len(rows), dtype=bool)
+        whole = np.array([len(readings[row][0]) == len(self.asked.encoded[row]) for row in rows])
+        if whole.any():  # of the others the last token is read next, each row under its edit
+            chosen = torch.as_tensor(np.flatnonzero(whole), device=mask.device)
+            tokens[chosen] = self._choose(output.logits[:, -1][of_row[chosen]], rows[whole])
+            live[whole] = self._record(rows[whole], tokens[chosen])
         kept = torch.as_tensor(np.flatnonzero(live), device=mask.device)
         return _Read(rows[live], tokens[kept], of_row[kept], positions[:, -1] + 1, mask, output.past_key_values)
 
@@ -225,7 +253,10 @@ class _Writing:
         """Read one token of every row and write the next; finished rows stay as they are and are not seen."""
         going_on = torch.as_tensor(batch.live, device=batch.mask.device).to(batch.mask.dtype)
         batch.mask = torch.cat([batch.mask, going_on.unsqueeze(-1)], dim=-1)
-        output = self._forward(batch.tokens.unsqueeze(-1), batch.mask, batch.positions.unsqueeze(-1), batch.cache)
+        ids, positions = batch.tokens.unsqueeze(-1), batch.positions.unsqueeze(-1)
+        if batch.rows is not self.told:  # the same array as long as the batch is the same
+            self.told, self.edits = batch.rows, self.asked.edits[batch.rows]
+        output = self._forward(ids, batch.mask, positions, self.edits, batch.cache)
         batch.cache = output.past_key_values
         batch.positions = batch.positions + going_on
         places = np.flatnonzero(batch.live)
@@ -234,7 +265,11 @@ class _Writing:
         batch.tokens[chosen] = drawn
         batch.live[places] = self._record(batch.rows[places], drawn)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Any:
+    def _forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, edits: NDArray[np.int64], cache: Any = None
+    ) -> Any:
+        if self.active is not None:
+            self.active.rows = edits
         return self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -277,9 +312,32 @@ class _Writing:
         return live
 
 
-def _by_prompt(encoded: Sequence[Sequence[int]]) -> list[int]:
-    """Rows ordered by the length of their prompts, so that little is padded, those of one prompt together."""
-    first: dict[tuple[int, ...], int] = {}
-    for row, ids in enumerate(encoded):
-        first.setdefault(tuple(ids), row)
-    return sorted(range(len(encoded)), key=lambda row: (len(encoded[row]), first[tuple(encoded[row])]))
+def _readings(asked: Asked, prompt_edits: Sequence[int]) -> list[_Reading]:
+    """What is read of each row's prompt before tokens are written, and the number of the edit it is read under.
+
+    Where edits begin at the last token of prompts, all before it is read once for all of them, unedited.
+    """
+    readings = []
+    for ids, edit in zip(map(tuple, asked.encoded), asked.edits.tolist(), strict=True):
+        same = prompt_edits[edit]
+        if same < 0 and len(ids) > 1:
+            readings.append((ids[:-1], same))
+        else:
+            readings.append((ids, edit if same < 0 else same))
+    return readings
+
+
+def _in_order(readings: Sequence[_Reading]) -> list[int]:
+    """Rows in the order in which they begin: those that are read alike together.
+
+    Few edits act in one pass then, each on many rows; and prompts are of similar length, so that little is padded.
+    """
+    first: dict[_Reading, int] = {}
+    for row, reading in enumerate(readings):
+        first.setdefault(reading, row)
+
+    def place(row: int) -> tuple[int, int, int]:
+        ids, edit = readings[row]
+        return edit, len(ids), first[readings[row]]
+
+    return sorted(range(len(readings)), key=place)

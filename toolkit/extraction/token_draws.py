@@ -47,13 +47,9 @@ def draw_tokens(logits: Tensor, keys: NDArray[np.uint64], *, temperature: float,
     if top_p < 1.0:
         return _draw_from_nucleus(scores, hashed, top_p)
     tokens = torch.arange(scores.shape[1], device=scores.device)
-    rows = 1 if scores.device.type == "cpu" else max(len(scores), 1)  # one row of hashes fits the processor's cache
-    return torch.cat(
-        [
-            (part + gumbel_noise(key, tokens)).argmax(dim=-1)
-            for part, key in zip(scores.split(rows), hashed.split(rows), strict=True)
-        ]
-    )
+    n = 1 if scores.device.type == "cpu" else max(len(scores), 1)  # one row of hashes fits the processor's cache
+    parts = (slice(start, start + n) for start in range(0, len(scores), n))
+    return torch.cat([(scores[part] + gumbel_noise(hashed[part], tokens)).argmax(dim=-1) for part in parts])
 
 
 def _draw_from_nucleus(scores: Tensor, keys: Tensor, top_p: float) -> Tensor:
