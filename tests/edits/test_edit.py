@@ -667,6 +667,9 @@ def test_unclear_positions_and_compiled_models_are_refused(model: Any, crosscode
     ids, _, _ = batch_of(6)
     with pytest.raises(RefusedError, match="dimensions"), disable(model, FeatureEdit(SET, "disable"), site(crosscoder)):
         model(input_ids=ids, attention_mask=torch.zeros(1, 1, 6, 6))
+    packed = {"cu_seq_lens_q": torch.tensor([0, 2, 6]), "cu_seq_lens_k": torch.tensor([0, 2, 6])}
+    with pytest.raises(RefusedError, match="packed"), disable(model, FeatureEdit(SET, "disable"), site(crosscoder)):
+        model(input_ids=ids, **packed)
     with editing(model, FeatureEdit(SET, "disable", positions="completion"), site(crosscoder)):
         cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
         with pytest.raises(RefusedError, match="several new tokens"):

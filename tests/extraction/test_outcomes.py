@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from rlgen_stats.schemas.errors import InputError, ModelError, StageError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
@@ -32,6 +31,7 @@ from rlgen_stats.toolkit.extraction.import_checks import complete_set
 from rlgen_stats.toolkit.progress import _Silent
 from rlgen_stats.toolkit.statistics.task_accuracy import behaviour
 from tests.extraction.conftest import WORDS, prompt_table, save_model, study_spec, word_tokenizer
+from tests.oracles.slow_generation import completed
 
 Study = tuple[StudySpec, StudyFolder]
 
@@ -76,12 +76,8 @@ def test_completions_are_the_models_own_and_paired_by_seed(study: Study, provena
     model, tokenizer = load_model(ref), load_tokenizer(ref)
     for prompt, text in list(zip(prompt_table().prompt_id, prompt_table().text, strict=True))[:4]:
         ids = tokenizer(text)["input_ids"]
-        seed = np.array([derive_seed(7, "sample", prompt, 1)], dtype=np.uint64)
-        for step, token in enumerate(table.loc[(prompt, 1), "token_ids"]):
-            probabilities = torch.softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1).numpy()
-            drawn = int(np.searchsorted(probabilities.cumsum(), uniform(seed, step), side="right"))
-            assert token == drawn
-            ids = [*ids, drawn]
+        seed = derive_seed(7, "sample", prompt, 1)
+        assert tuple(table.loc[(prompt, 1), "token_ids"]) == completed(model, ids, 6, ends={1}, seed=seed)
 
 
 def test_checkpoints_before_the_last_may_have_their_greedy_completion_alone(
@@ -136,12 +132,6 @@ def test_imported_samples_of_a_spared_checkpoint_are_refused() -> None:
         InputError, match=r"1 greedy and 1 sampled completions, expected 1 and 0 .*leave its samples out"
     ):
         complete_set([greedy, replace(one, sample=0)], ["p0", "p0"], prompts, n_samples=0, stand_in="")
-
-
-def uniform(seed: Any, step: int) -> float:
-    from rlgen_stats.toolkit.counter_random import counter_uniforms
-
-    return float(counter_uniforms(seed, step)[0])
 
 
 def test_a_killed_stage_goes_on_with_the_next_model(

@@ -14,8 +14,9 @@ from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import GenerationSpec
 from rlgen_stats.stores.prompts import TEXT
 from rlgen_stats.toolkit.exchange.sampled_files import SETTINGS, Sampled
-from rlgen_stats.toolkit.extraction.generation import Completion, cut_at_stop
+from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.imported import StandIn
+from rlgen_stats.toolkit.extraction.stop_strings import cut_at_stop
 
 
 def check_settings(

@@ -71,6 +71,7 @@ STAGES: Final = (
         f"{_MODELS}:outcomes",
         ("outcomes.zarr", "completions"),
         owned=("completions",),
+        version=2,
     ),
     Stage("extract", ("outcomes",), ("extraction", "contrast"), f"{_MODELS}:extract", ("activations.zarr",)),
     Stage(
