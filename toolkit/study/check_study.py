@@ -16,6 +16,7 @@ from rlgen_stats.schemas.dims import BASE_RUN, TASK
 from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
+from rlgen_stats.stores.folder import linked_folders
 from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
@@ -31,8 +32,8 @@ from rlgen_stats.toolkit.extraction.model_shape import (
 )
 from rlgen_stats.toolkit.extraction.rendering import RenderedExample, check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
-from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.spec_checks import stage_problems
 from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_problems
 from rlgen_stats.toolkit.study.spec_shorthands import fill_in, shorthands
@@ -247,7 +248,7 @@ def _check_models(
         if config not in configs:
             configs[config] = None
             with problems.collecting(ref.model):
-                configs[config] = read_shape(ref, spec.extraction.layer)
+                configs[config] = read_shape(ref, spec.extraction.layers or (spec.extraction.layer,))
         found = configs[config]
         if found is not None:
             widths.setdefault(ref.run, found.width)
@@ -332,7 +333,10 @@ def _costs(
         models |= {f"{run} checkpoint {n}": 1 + spec.generation.n_samples.others for n in range(1, count)}
         models[f"{run} checkpoint {count}"] = 1 + spec.generation.n_samples.final
     study = open_for_run(folder.root) if folder.stages.exists() else None
-    pending = {stage.name: stage for stage in STAGES if study is None or study.state(stage.name) != "done"}
+    answers = () if study is None else (study, *study.linked)
+    pending = {
+        stage.name: stage for stage in STAGES if not answers or any(one.state(stage.name) != "done" for one in answers)
+    }
     sampled = set(imported_models(folder))
     if study is not None and study.record("outcomes").get("key") == study.key("outcomes"):
         sampled |= set(committed_models(folder.outcomes))
@@ -362,7 +366,9 @@ def _costs(
 
 
 def _written(root: Path, name: str) -> int:
-    """Bytes of a store that are on disk, those of all dictionaries together."""
+    """Bytes of a store that are on disk, those of all layers, contrasts and dictionaries together."""
     stem, dot, suffix = name.partition(".")
-    found = [root / name, *(root.glob(f"{stem}.*{dot}{suffix}") if dot else ())]
+    folders = (root, *linked_folders(root))
+    found = [path for one in folders for path in (one / name, *(one.glob(f"{stem}.*{dot}{suffix}") if dot else ()))]
+    found = [path for path in found if not path.is_symlink()]
     return sum(file.stat().st_size for path in found for file in path.rglob("*") if file.is_file())

@@ -55,6 +55,8 @@ class Stage:
     """Outputs that exist once for each dictionary of the encoded crosscoder."""
     answers: Literal["all", "target", "pair"] = "all"
     """Whose result it is where a study asks several contrasts: of all, of those with one second run, or of one."""
+    all_layers: bool = False
+    """Whether one call does the work of all layers: models are loaded once."""
     version: int = 1
     """Raised when the stage's code changes its numbers."""
 
@@ -72,7 +74,14 @@ STAGES: Final = (
         ("outcomes.zarr", "completions"),
         owned=("completions",),
     ),
-    Stage("extract", ("outcomes",), ("extraction", "contrast"), f"{_MODELS}:extract", ("activations.zarr",)),
+    Stage(
+        "extract",
+        ("outcomes",),
+        ("extraction", "contrast"),
+        f"{_MODELS}:extract",
+        ("activations.zarr",),
+        all_layers=True,
+    ),
     Stage(
         "crosscoder",
         ("extract",),
@@ -238,6 +247,10 @@ class Study:
         Names of the stages that run although they are up to date or a crosscoder is unhealthy (:meth:`force`).
     times_forced
         Stage -> how often it was forced to run anew; part of its key.
+    linked
+        What it answers at further layers and for further contrasts, each as a study of its own.
+    beside
+        Of these, those whose work the stage that runs is to do too, at other layers.
 
     Parameters
     ----------
@@ -245,6 +258,8 @@ class Study:
         Study folder.
     spec
         Its spec.
+    part_of
+        The study that it is linked to.
 
     Raises
     ------
@@ -252,11 +267,17 @@ class Study:
         If a file that the spec names is missing.
     """
 
-    def __init__(self, folder: StudyFolder, spec: StudySpec) -> None:
+    def __init__(self, folder: StudyFolder, spec: StudySpec, part_of: Study | None = None) -> None:
         self.folder, self.spec = folder, spec
+        self.linked: tuple[Study, ...] = ()
+        self.beside: tuple[Study, ...] = ()
         self.forced: frozenset[str] = frozenset()
-        self.times_forced: dict[str, int] = read_json(folder.forced) if folder.forced.exists() else {}
-        self._fingerprints = _Fingerprints(folder)
+        self.times_forced: dict[str, int]
+        if part_of is None:
+            self.times_forced = read_json(folder.forced) if folder.forced.exists() else {}
+            self._fingerprints = _Fingerprints(folder)
+        else:
+            self.times_forced, self._fingerprints = part_of.times_forced, part_of._fingerprints
         prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(spec).items()}
         shared = prompts.pop("data.prompts", None)
         inputs = {"prompts": shared, "base": self._fingerprint(spec.base.path, "base.path"), **prompts}
@@ -290,12 +311,15 @@ class Study:
 
         A stage that never ran keeps its key. Nothing is written: :meth:`write_times_forced` does.
         """
-        self.forced = frozenset(names)
-        for name in self.forced:
+        named = frozenset(names)
+        for name in named:
             if self.record(name):
                 self.times_forced[name] = self.times_forced.get(name, 0) + 1
-        self.forced |= {name for name, times in self.times_forced.items() if self.record(name).get("forced") != times}
-        self.forget_keys()
+        for one in (self, *self.linked):
+            records = {name: one.record(name) for name in self.times_forced}
+            begun_before = {name for name, last in records.items() if last.get("forced") != self.times_forced[name]}
+            one.forced = named | {name for name in begun_before if records[name]}
+            one.forget_keys()
 
     def write_times_forced(self) -> None:
         """Remember how often stages were forced: from then on their old output is out of date, whatever happens."""
@@ -343,6 +367,9 @@ class Study:
         by_note = not primary.accept_unhealthy and readout_accepted(self.folder.crosscoder(primary.name))
         if name in ("stabilize", "intervene", "report") and by_note:  # a trial that was not held is held now
             files["readout"] = "accepted"
+        if name == "report":  # which shows the verdicts of all
+            reports = {one.folder.linked_as: one.folder.report / "report.json" for one in self.linked}
+            files |= {other: self._fingerprints.of(file) for other, file in reports.items() if file.exists()}
         return files
 
     def _imported_files(self) -> dict[str, str]:
@@ -481,7 +508,8 @@ def _of_dictionary(output: str, number: int) -> str:
 
 
 def _section(spec: StudySpec, path: str) -> Any:
-    value: Any = spec.model_dump(mode="json")
+    """A section of the spec. A layer's key does not know which others are asked: adding one leaves finished ones."""
+    value: Any = spec.model_dump(mode="json", exclude={"extraction": {"layers"}})
     for part in path.split("."):
         value = value[part]
     return value

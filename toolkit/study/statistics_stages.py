@@ -201,8 +201,10 @@ def select(study: Study, key: str, progress: Progress) -> Facts:
 
 def report(study: Study, key: str, progress: Progress) -> Facts:
     """Write the report."""
+    linked = [(one.folder, one.spec) for one in study.linked]
     provenance = study.provenance("report", key)
-    return {"path": str(write_report(study.folder, study.spec, provenance=provenance, progress=progress))}
+    path = write_report(study.folder, study.spec, linked=linked, provenance=provenance, progress=progress)
+    return {"path": str(path)}
 
 
 def _write_with_dfve(study: Study, group: str, dictionary: int, data: xr.Dataset, provenance: Provenance) -> None:
