@@ -137,7 +137,7 @@ STAGES: Final = (
         ("results.zarr/behaviour",),
         optional=("results.zarr/attribution_contrast",),
         answers="pair",
-        version=4,
+        version=5,
     ),
     Stage(
         "select",
