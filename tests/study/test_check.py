@@ -18,6 +18,7 @@ from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import ExtractionSpec
 from rlgen_stats.toolkit.extraction import checkpoints
+from rlgen_stats.toolkit.study import check_study as check_module
 from rlgen_stats.toolkit.study import parse_spec
 from rlgen_stats.toolkit.study.check_study import Problem, check_study
 from rlgen_stats.toolkit.study.costs import Sizes, estimate
@@ -260,6 +261,19 @@ def test_costs_are_counts_times_limits() -> None:
     assert (twice.tokens, twice.trial_tokens) == (costs.tokens, 2 * costs.trial_tokens)
     grown = {name for name, size in twice.stores.items() if size == 2 * costs.stores[name]}
     assert costs.stores.keys() - grown == {"completions", "outcomes.zarr"}
+
+
+def test_what_the_machine_lacks_is_a_problem(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check_module, "is_flash_attn_2_available", lambda: False)
+    change(study, device="cuda", models={"attn_implementation": "flash_attention_2"})
+    found = problems(study)
+    assert set(found) == {"device", "models.attn_implementation"}
+    assert "torch sees no CUDA device; use 'auto' or 'cpu'" in found["device"]
+    assert "needs a CUDA device and the package flash-attn" in found["models.attn_implementation"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check_module, "is_flash_attn_2_available", lambda: True)
+    assert problems(study) == {}
 
 
 def test_every_layer_must_be_one_of_the_models(study: Path) -> None:

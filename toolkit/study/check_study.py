@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
+from transformers.utils import is_flash_attn_2_available
 
 from rlgen_stats.schemas.dims import BASE_RUN, TASK
 from rlgen_stats.schemas.errors import RlgenStatsError
@@ -20,7 +21,7 @@ from rlgen_stats.stores.folder import linked_folders
 from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
-from rlgen_stats.toolkit.extraction.checkpoints import check_weights
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights, resolve_device
 from rlgen_stats.toolkit.extraction.grading import check_answers, check_letters, graders_of
 from rlgen_stats.toolkit.extraction.imported import check_origins, read_import
 from rlgen_stats.toolkit.extraction.model_shape import (
@@ -131,6 +132,7 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
     spec, folder = parse_spec(raw).answering(1), StudyFolder(file.parent)
     for message in stage_problems(spec, stages):
         problems.add("study.yaml", message)
+    _check_machine(spec, problems)
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
     here = _reachable(spec, folder, problems)
@@ -153,6 +155,18 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
         width=None if shape is None else shape.width,
         **found,
     )
+
+
+def _check_machine(spec: StudySpec, problems: _Problems) -> None:
+    """Name what models need of this machine and it has not."""
+    with problems.collecting("device"):
+        resolve_device(spec.device)
+    if spec.models.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        problems.add(
+            "models.attn_implementation",
+            "flash_attention_2 needs a CUDA device and the package flash-attn, and one is missing here; install it, or "
+            "name another such as sdpa.",
+        )
 
 
 def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> None:
