@@ -18,7 +18,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_mod
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, is_reserved
 from rlgen_stats.schemas.spec import PositiveInt, Spec
-from rlgen_stats.schemas.tasks import GRADING_VERSION, GraderSpec, TaskSpec
+from rlgen_stats.schemas.tasks import GRADER_VERSIONS, GRADING_VERSION, GraderSpec, TaskSpec
 
 STUDY_SCHEMA_VERSION: Final = 1
 
@@ -646,7 +646,13 @@ class StudySpec(Spec):
     def reward_settings(self) -> list[Any]:
         """What decides the reward of training here, beside the study's grader."""
         graders = {name: task.grader.model_dump(mode="json") for name, task in self.tasks.items() if task.grader}
-        return [GRADING_VERSION, graders]
+        return [*self.grading_versions(), graders]
+
+    def grading_versions(self) -> list[Any]:
+        """Versions of grading as a whole, and of the graders that are used and have one of their own."""
+        used = {grader.name for grader in (self.grader, *(task.grader for task in self.tasks.values())) if grader}
+        own = {name: version for name, version in GRADER_VERSIONS.items() if name in used}
+        return [GRADING_VERSION, *filter(None, [own])]
 
     @property
     def all_rendered(self) -> bool:

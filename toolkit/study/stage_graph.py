@@ -19,7 +19,6 @@ from rlgen_stats.schemas.dims import of_dictionary
 from rlgen_stats.schemas.errors import InputError, SpecError, StoreError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
-from rlgen_stats.schemas.tasks import GRADING_VERSION
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
@@ -337,7 +336,7 @@ class Study:
     def _task_share(self, name: str) -> list[Any]:
         """What a stage depends on of graders and tasks, beside their files; tasks at every default add nothing."""
         if name == "outcomes":
-            return [GRADING_VERSION, *filter(None, [self.spec.task_settings()])]
+            return [*self.spec.grading_versions(), *filter(None, [self.spec.task_settings()])]
         if name == "posttrain" and any(run.method == "grpo" for run in self.spec.runs):
             return self.spec.reward_settings()
         return []
