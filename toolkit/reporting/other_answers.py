@@ -9,8 +9,8 @@ from typing import Any
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
-from rlgen_stats.toolkit.reporting.claims.claim import Verdict
 from rlgen_stats.toolkit.reporting.formatting import listed
+from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
 
 
 @dataclass(frozen=True)

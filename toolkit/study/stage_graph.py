@@ -271,17 +271,21 @@ class Study:
         self.linked: tuple[Study, ...] = ()
         self.beside: tuple[Study, ...] = ()
         self.forced: frozenset[str] = frozenset()
+        self._keys: dict[str, str] = {}
         self.times_forced: dict[str, int]
         if part_of is None:
             self.times_forced = read_json(folder.forced) if folder.forced.exists() else {}
             self._fingerprints = _Fingerprints(folder)
+            self.study_id = self._id()
         else:
             self.times_forced, self._fingerprints = part_of.times_forced, part_of._fingerprints
-        prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(spec).items()}
+            self.study_id = part_of.study_id
+
+    def _id(self) -> str:
+        prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(self.spec).items()}
         shared = prompts.pop("data.prompts", None)
-        inputs = {"prompts": shared, "base": self._fingerprint(spec.base.path, "base.path"), **prompts}
-        self.study_id = content_hash([spec.name, spec.seed, inputs])
-        self._keys: dict[str, str] = {}
+        inputs = {"prompts": shared, "base": self._fingerprint(self.spec.base.path, "base.path"), **prompts}
+        return content_hash([self.spec.name, self.spec.seed, inputs])
 
     def _fingerprint(self, path: str, name: str) -> str:
         if is_on_hub(path):

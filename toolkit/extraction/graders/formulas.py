@@ -61,8 +61,8 @@ class MathGrader(Grader):
         """Compare by value; numbers that say their base, digit for digit."""
         box = last_box(text)
         if box is None and (in_words := _IN_WORDS.fullmatch(answer.strip())):
-            said = _said_at_end(text)
-            if in_words["words"] in said and words(said) == words(in_words["words"]):
+            given_last = _said_at_end(text)
+            if in_words["words"] in given_last and words(given_last) == words(in_words["words"]):
                 return True
         said = text.casefold().rfind("final answer is")
         given = _parse(prepared(text[said:])) if said > text.rfind("boxed{") else ()
