@@ -75,7 +75,7 @@ def check_before_run(study: str, stages: Sequence[str] | None) -> None:
     if StudyFolder(Path(study)).stages.exists():  # what was run before was checked then, and its keys are known
         with suppress(RlgenStatsError):
             opened = open_for_run(study)
-            if all(opened.state(stage.name) == "done" for stage in plan):
+            if all(one.state(stage.name) == "done" for one in (opened, *opened.linked) for stage in plan):
                 return
     found = check_study(study, stages=plan)
     if found.problems:

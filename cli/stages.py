@@ -114,7 +114,7 @@ def run_and_print(
 ) -> None:
     """Run stages, then print their states as JSON, or the verdicts if there is a report."""
     from rlgen_stats.cli.checking import check_before_run
-    from rlgen_stats.toolkit.study import further_contrasts, run_study
+    from rlgen_stats.toolkit.study import run_study
 
     def replace(costs: str) -> bool:
         return yes or (sys.stdin.isatty() and click.confirm(f"{costs}. Go on?"))
@@ -123,7 +123,7 @@ def run_and_print(
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             check_before_run(study, stages)
         opened = run_study(study, stages=stages, force=force, replace=replace, workers=client, progress=progress)
-    studies = [opened, *further_contrasts(opened)]
+    studies = [opened, *opened.linked]
     reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
     if as_json:
         found = {"stages": _states(opened), "report": str(reports[0]) if reports else None}
@@ -141,8 +141,8 @@ def print_verdicts(report: Path) -> None:
     from rlgen_stats.stores import read_json
 
     content = read_json(report / "report.json")
-    claims, contrast = content["claims"], content.get("contrast", "")
-    table = Table(title=f"Verdicts{contrast and f', {contrast}'}", title_justify="left", show_lines=False)
+    claims, answered = content["claims"], content.get("answered", "")
+    table = Table(title=f"Verdicts{answered and f', {answered}'}", title_justify="left", show_lines=False)
     for column in ("", "claim", "verdict", "answer"):
         table.add_column(column, overflow="fold")
     for claim in claims:
@@ -162,15 +162,16 @@ def status(study: str, as_json: bool) -> None:
     Example:  rlgen-stats status runs/demo
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.stores.tables import rendered_prompts
-    from rlgen_stats.toolkit.study import further_contrasts, open_for_run
+    from rlgen_stats.toolkit.study import open_for_run
 
     opened = open_for_run(study)
     prompts = rendered_prompts(opened.folder.outcomes)
     if as_json:
         found = {"study": opened.spec.name, "study_id": opened.study_id, "stages": _states(opened)}
-        print_json(found | {"rendered_prompts": prompts})
+        linked = {one.folder.linked_as: _states(one) for one in opened.linked}
+        print_json(found | ({"linked": linked} if linked else {}) | {"rendered_prompts": prompts})
         return
-    for one in (opened, *further_contrasts(opened)):
+    for one in (opened, *opened.linked):
         echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
         for stage in one.status():
             seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""

@@ -50,7 +50,7 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
     Activations are renamed, not rewritten. The version is raised last, so an interrupted migration is run again.
     """
     done = {}
-    for store in stores_below(place(path)):
+    for name, store in stores_below(place(path)).items():
         with exclusive(store):
             before = version = _version(store)
             if is_remote(store) and version < LAYOUT_VERSION:
@@ -63,7 +63,7 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
             while version < LAYOUT_VERSION:
                 _STEPS[version](store)
                 version = _version(store)
-            done[store.name] = (before, version)
+            done[name] = (before, version)
     return done
 
 

@@ -1,5 +1,6 @@
 import filecmp
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlgen_stats.stores import creation as store
 from rlgen_stats.stores import writer as writer_module
 from rlgen_stats.stores.study_models import list_models
 from rlgen_stats.toolkit.extraction import (
+    LayerStore,
     activations,
     extract_activations,
     load_model,
@@ -103,7 +105,7 @@ def test_an_interrupted_extraction_ends_with_the_same_bytes(
     extract_activations(spec, folder, provenance=provenance)
     folder.activations.rename(whole)
 
-    read, n_read = activations.read_texts, 0
+    read, n_read = activations.read_texts_at, 0
 
     def dying(*args: Any) -> Any:
         nonlocal n_read
@@ -112,7 +114,7 @@ def test_an_interrupted_extraction_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         return read(*args)
 
-    monkeypatch.setattr(activations, "read_texts", dying)
+    monkeypatch.setattr(activations, "read_texts_at", dying)
     attempts = 0
     while True:
         attempts += 1
@@ -123,13 +125,72 @@ def test_an_interrupted_extraction_ends_with_the_same_bytes(
             continue
     assert attempts > 3
     assert len(complete_models(folder.activations)) == 6
-    files = [p.relative_to(whole) for p in whole.rglob("*") if p.name.startswith("c.") or p.parent.name == "c"]
-    assert len(files) > 50
-    _, other, failed = filecmp.cmpfiles(whole, folder.activations, [str(f) for f in files], shallow=False)
-    assert (other, failed) == ([], [])
+    assert same_bytes(whole, folder.activations)
     n_read = 1
     extract_activations(spec, folder, provenance=provenance)
     assert n_read == 1  # nothing left to read
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    files = [p.relative_to(one) for p in one.rglob("*") if p.name.startswith("c.") or p.parent.name == "c"]
+    assert len(files) > 50
+    return filecmp.cmpfiles(one, other, [str(f) for f in files], shallow=False)[1:] == ([], [])
+
+
+def test_layers_read_in_one_pass_are_those_read_alone_also_after_kills(
+    sampled: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sampled[1]
+    monkeypatch.setattr(store, "SHARD_TOKENS", 37)
+    monkeypatch.setattr(activations, "WINDOW_BATCHES", 2)
+    own = {layer: Provenance("tiny-study", f"key-{layer}") for layer in (0, 1, 2)}
+
+    def extract(layer: int, *others: int, to: Path) -> None:
+        beside = [LayerStore(other, to / f"{other}.zarr", own[other]) for other in others]
+        here = study_spec(extraction={"layer": layer, "batch_size": 4})
+        extract_activations(here, folder, provenance=own[layer], beside=beside)
+        to.mkdir(exist_ok=True)
+        folder.activations.rename(to / f"{layer}.zarr")
+
+    read, passes = activations.read_texts_at, list[tuple[int, ...]]()
+
+    def counting(model: Any, texts: Any, layers: Any, pad: int) -> Any:
+        passes.append(tuple(layers))
+        return read(model, texts, layers, pad)
+
+    monkeypatch.setattr(activations, "read_texts_at", counting)
+    for layer in own:
+        extract(layer, to=tmp_path / "alone")
+    n_alone = len(passes) // 3
+    passes.clear()
+    extract(1, 0, 2, to=tmp_path / "together")
+    assert passes == [(1, 0, 2)] * n_alone
+    for layer, provenance in own.items():
+        stored = [tmp_path / name / f"{layer}.zarr" for name in ("alone", "together")]
+        assert same_bytes(*stored)
+        assert open_activations(stored[1]).attrs["site"] == f"block{layer}"
+        assert open_activations(stored[1]).attrs["spec_hash"] == provenance.spec_hash
+
+    def dying(*args: Any) -> Any:
+        if len(passes) % 15 == 0:
+            passes.append(())
+            raise KeyboardInterrupt
+        return counting(*args)
+
+    passes.clear()
+    monkeypatch.setattr(activations, "read_texts_at", dying)
+    (tmp_path / "killed").mkdir()
+    shutil.copytree(tmp_path / "alone/2.zarr", tmp_path / "killed/2.zarr")  # one layer is there already
+    attempts, whole = 0, False
+    while not whole:
+        attempts += 1
+        with suppress(KeyboardInterrupt):
+            extract(1, 0, 2, to=tmp_path / "killed")
+            whole = True
+    assert attempts > 3
+    assert set(passes) - {()} == {(1, 0)}
+    for layer in own:
+        assert same_bytes(tmp_path / "alone" / f"{layer}.zarr", tmp_path / "killed" / f"{layer}.zarr")
 
 
 def test_outcomes_come_first(study: Study, provenance: Provenance) -> None:
@@ -139,7 +200,7 @@ def test_outcomes_come_first(study: Study, provenance: Provenance) -> None:
 
 def test_a_layer_the_models_lack_is_refused(sampled: Study, provenance: Provenance) -> None:
     spec = study_spec(extraction={"layer": 3})
-    with pytest.raises(InputError, match=r"layer 3 asked for, .*blocks 0 to 2; correct extraction.layer"):
+    with pytest.raises(InputError, match=r"layer 3 asked for, .* has 3 layers, .*; correct extraction\.layer"):
         extract_activations(spec, sampled[1], provenance=provenance)
 
 

@@ -13,7 +13,7 @@ from rlgen_stats.toolkit.extraction import generate
 from rlgen_stats.toolkit.extraction.batch_check import check_batches
 from rlgen_stats.toolkit.extraction.batching import left_pad
 from rlgen_stats.toolkit.extraction.next_token import logits_at
-from rlgen_stats.toolkit.extraction.residual_stream import locate_layers, read_residual
+from rlgen_stats.toolkit.extraction.residual_stream import locate_layers, read_residual, read_residuals
 from tests.extraction.conftest import WORDS, word_tokenizer
 from tests.oracles.slow_generation import completed
 
@@ -153,8 +153,10 @@ def test_left_padded_batches_are_read_and_completed_as_texts_alone(family: str) 
     ids, mask, positions = left_pad(TEXTS, 0, "cpu")
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    together = read_residuals(model, range(N_LAYERS), **inputs)
     for layer in range(N_LAYERS):
         read = read_residual(model, layer, **inputs)
+        assert torch.equal(read, together[layer])  # no later block writes into an earlier one's output
         if layer < N_LAYERS - 1:  # the final norm is applied to the last entry
             assert torch.equal(read[mask.bool()], hidden[layer + 1][mask.bool()])
         for row, text in enumerate(TEXTS):

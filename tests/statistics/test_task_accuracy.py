@@ -74,6 +74,19 @@ def test_family_is_all_models_and_tasks(world):
     assert np.isnan(out.difference.sel(model="base@0")).all()
 
 
+def test_models_outside_the_family_are_not_corrected_with_it(world):
+    """Their p-values stay; the family has the q-values of a study without them."""
+    outcomes, compared = world(), ["base@0", "sft@10"]
+    found, without = run(outcomes, family=["sft@10"]), run(outcomes.sel(model=compared))
+    assert found.q_value.sel(model="sft@10").values == pytest.approx(without.q_value.sel(model="sft@10").values)
+    assert not np.allclose(found.q_value.sel(model="sft@10"), run(outcomes).q_value.sel(model="sft@10"))
+    assert np.isnan(found.q_value.sel(model="rl@10")).all()
+    assert not np.isnan(found.p_value.sel(model="rl@10")).any()
+    assert (found.attrs["family_size"], found.attrs["family_size_pooled"]) == (4, 2)
+    with pytest.raises(InputError, match="gone@1"):
+        run(outcomes, family=["gone@1"])
+
+
 def test_clusters_widen_intervals_and_replace_mcnemar(make_outcomes):
     """Eight copies of the same prompt are one prompt."""
     rng = np.random.default_rng(2)

@@ -64,6 +64,17 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]
         ({"intervention": {"doses": [0.5, -1.0]}}, r"'intervention\.doses\.1': .*greater than or equal to 0, got -1"),
         ({"intervention": {"amplify": float("inf")}}, r"'intervention\.amplify': input should be a finite number"),
         ({"tasks": {"math": {"stop": "\n\n"}}}, r"'tasks\.math\.stop': input should be a list, got"),
+        (
+            {"extraction": {"layer": 4, "layers": [4, 8]}},
+            "'extraction': give one layer as 'layer' or several as 'layers', not both",
+        ),
+        (
+            {"extraction": {"layers": [4, 8, 4]}},
+            r"'layers' takes different decoder blocks, got block 4 more than once in \[4, 8, 4\]",
+        ),
+        ({"extraction": {"layers": [4, -1]}}, r"'extraction\.layers\.1': .*greater than or equal to 0, got -1"),
+        ({"extraction": {"layers": [4, 1.5]}}, r"'extraction\.layers\.1': .*integer.*got 1\.5"),
+        ({"extraction": {"layers": 4}}, r"'extraction\.layers': .*list"),
         ({"extraction": {"segments": []}}, r"'extraction\.segments': .*at least 1 item"),
         ({"extraction": {"summary_segments": []}}, r"'extraction\.summary_segments': .*at least 1 item"),
     ],
@@ -161,8 +172,9 @@ def test_contrast_and_primary_crosscoder_default_to_the_first_of_each_arm() -> N
     assert spec.primary_crosscoder.name == "main"
 
 
-def test_spec_round_trips_and_another_is_not_overwritten(tmp_path: Path) -> None:
-    spec = parse_spec(spec_dict(contrast=["sft", "rl"]))
+@pytest.mark.parametrize("changes", [{"contrast": ["sft", "rl"]}, {"extraction": {"layers": [4, 8]}}])
+def test_spec_round_trips_and_another_is_not_overwritten(tmp_path: Path, changes: dict[str, Any]) -> None:
+    spec = parse_spec(spec_dict(**changes))
     folder = StudyFolder(tmp_path)
     write_spec(folder, spec)
     write_spec(folder, spec)

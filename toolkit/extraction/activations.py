@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -33,7 +34,7 @@ from rlgen_stats.toolkit.extraction.batching import by_length, cut, left_pad, pa
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.outcomes import read_completions
 from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, read_by_all, shared_tokens
-from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residual
+from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residuals
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
@@ -65,6 +66,15 @@ class Text:
     def ids(self) -> tuple[int, ...]:
         """All token ids, as generated: nothing is decoded and tokenised again."""
         return self.prompt_ids + self.completion_ids
+
+
+@dataclass(frozen=True)
+class LayerStore:
+    """Where the activations of one layer go."""
+
+    layer: int
+    path: Path
+    provenance: Provenance
 
 
 def site_name(layer: int) -> str:
@@ -136,7 +146,12 @@ def token_table(texts: Sequence[Text]) -> pd.DataFrame:
 
 
 def extract_activations(
-    spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
+    spec: StudySpec,
+    folder: StudyFolder,
+    *,
+    provenance: Provenance,
+    beside: Sequence[LayerStore] = (),
+    progress: Progress = SILENT,
 ) -> None:
     """Let every model read every text and store the residual stream at ``spec.extraction.layer``.
 
@@ -146,6 +161,8 @@ def extract_activations(
         The study, with its outcomes sampled.
     provenance
         Origin of the store.
+    beside
+        Further layers to store in the same passes, each in a store of its own.
     progress
         Receiver of progress, in tokens.
 
@@ -164,8 +181,9 @@ def extract_activations(
     prompt as its writer read it, so all models are compared on the same tokens (text mode ``forced``). The base is read
     a second time in other batches and order as ``base.repeat@0``: the two differ by numerical noise alone, the floor of
     any attribution.
-    Batches are a function of the texts alone; an interrupted model resumes at its first uncommitted token and ends
-    with the bytes an uninterrupted run would have written on the same machine.
+    Batches are a function of the texts alone: an interrupted model resumes at its first uncommitted token and ends with
+    the bytes an uninterrupted run would have written on the same machine, and a layer has the same bytes whichever
+    others are read beside it. Each of these adds a window's activations to the memory.
     """
     prompts = load_prompts(spec, folder)
     refs = list_models(spec, folder)
@@ -174,11 +192,13 @@ def extract_activations(
     check_tokenizers(refs, list(prompts[TEXT]))
     texts = forced_texts(spec, folder, contrasted_models(spec, folder), prompts, progress)
     labels = prompts[[PROMPT, *PROMPT_LABELS]]
-    create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
-    site = site_name(spec.extraction.layer)
-    done = set(complete_models(folder.activations, site))
+    table = token_table(texts)
+    stores = (LayerStore(spec.extraction.layer, folder.activations, provenance), *beside)
+    for one in stores:
+        create_activations(one.path, table, labels, provenance=one.provenance, text_mode="forced")
+    done = set.intersection(*(set(complete_models(one.path, site_name(one.layer))) for one in stores))
     todo = [(ref, ref.model) for ref in refs] + [(refs[0], REPEAT_MODEL)]
-    tasks = [(spec, folder, ref, label) for ref, label in todo if label not in done]
+    tasks = [(spec, folder, stores, ref, label) for ref, label in todo if label not in done]
     with keeping(), progress.task("models that read", total=len(todo), unit="models") as task:
         kept("texts", folder, lambda: texts)
         task.skip(len(todo) - len(tasks))
@@ -186,14 +206,21 @@ def extract_activations(
             task.advance(1, model=label)
 
 
-def _read(spec: StudySpec, folder: StudyFolder, ref: ModelRef, label: str, progress: Progress = SILENT) -> None:
-    kept("reader", folder, lambda: _make_reader(spec, folder)).read(ref, label, progress)
+def _read(
+    spec: StudySpec,
+    folder: StudyFolder,
+    stores: Sequence[LayerStore],
+    ref: ModelRef,
+    label: str,
+    progress: Progress = SILENT,
+) -> None:
+    kept("reader", folder, lambda: _make_reader(spec, folder, stores)).read(ref, label, progress)
 
 
-def _make_reader(spec: StudySpec, folder: StudyFolder) -> _Reader:
+def _make_reader(spec: StudySpec, folder: StudyFolder, stores: Sequence[LayerStore]) -> _Reader:
     prompts, sources = load_prompts(spec, folder), contrasted_models(spec, folder)
     return _Reader(
-        store=folder.activations,
+        stores=stores,
         extraction=spec.extraction,
         device=resolve_device(spec.device),
         repeat_seed=derive_seed(spec.seed, "repeat"),
@@ -262,9 +289,9 @@ def _windows(lengths: Sequence[int], most_texts: int, most_tokens: float) -> Ite
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Lets one model after the other read the same texts into one store."""
+    """Lets one model after the other read the same texts into the stores of one or more layers."""
 
-    store: Path
+    stores: Sequence[LayerStore]
     extraction: ExtractionSpec
     device: torch.device
     repeat_seed: int
@@ -273,44 +300,61 @@ class _Reader:
 
     def read(self, ref: ModelRef, label: str, progress: Progress) -> None:
         """Store one model's activations under ``label``, resuming where an earlier attempt stopped."""
-        layer, batch_size = self.extraction.layer, self.extraction.batch_size
+        batch_size = self.extraction.batch_size
         model = load_model(ref, device=self.device)
-        locate_layer(model, layer)
+        for one in self.stores:
+            locate_layer(model, one.layer)
         lengths = [len(text.ids) for text in self.texts]
         width = int(model.config.get_text_config().hidden_size)
         windows = plan_windows(
             lengths, batch_size, _FLOAT_BYTES * width, self.repeat_seed if label == REPEAT_MODEL else None
         )
-        writer = ActivationWriter(
-            self.store, model=label, site=site_name(layer), width=width, dtype=self.extraction.dtype
-        )
-        with writer, progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
-            committed = writer.n_committed
+        with ExitStack() as stack:
+            writers = {one.layer: stack.enter_context(self._writer(one, label, width)) for one in self.stores}
+            task = stack.enter_context(progress.task(f"{label} reads", total=sum(lengths), unit="tokens"))
+            committed = {layer: writer.n_committed for layer, writer in writers.items()}
             for window in windows:
                 n_tokens = sum(lengths[i] for i in window.texts)
-                skip = min(max(committed - window.first_token, 0), n_tokens)
-                if skip < n_tokens:
-                    writer.append(self._read_window(model, window, width)[skip:])
-                task.skip(skip)
-                task.advance(n_tokens - skip)
+                skip = {layer: min(max(n - window.first_token, 0), n_tokens) for layer, n in committed.items()}
+                layers = [layer for layer, n in skip.items() if n < n_tokens]
+                for layer, values in self._read_window(model, window, width, layers).items():
+                    writers[layer].append(values[skip[layer] :])
+                task.skip(min(skip.values()))
+                task.advance(n_tokens - min(skip.values()))
 
-    def _read_window(self, model: Any, window: Window, width: int) -> NDArray[np.float32]:
-        """Activations [token, channel] of a window's texts in store order."""
+    def _writer(self, store: LayerStore, label: str, width: int) -> ActivationWriter:
+        site = site_name(store.layer)
+        return ActivationWriter(store.path, model=label, site=site, width=width, dtype=self.extraction.dtype)
+
+    def _read_window(
+        self, model: Any, window: Window, width: int, layers: Sequence[int]
+    ) -> dict[int, NDArray[np.float32]]:
+        """Activations [token, channel] of a window's texts in store order, after each of the layers."""
+        if not layers:
+            return {}
         lengths = np.array([len(self.texts[i].ids) for i in window.texts])
         offsets = dict(zip(window.texts, lengths.cumsum() - lengths, strict=True))
-        values = np.empty((int(lengths.sum()), width), dtype=np.float32)
+        values = {layer: np.empty((int(lengths.sum()), width), dtype=np.float32) for layer in layers}
         for batch in window.batches:
-            residual = read_texts(model, [self.texts[i].ids for i in batch], self.extraction.layer, self.pad)
-            for index, text in zip(batch, residual, strict=True):
-                values[offsets[index] : offsets[index] + len(text)] = text
+            read = read_texts_at(model, [self.texts[i].ids for i in batch], layers, self.pad)
+            for layer, residual in zip(layers, read, strict=True):
+                for index, text in zip(batch, residual, strict=True):
+                    values[layer][offsets[index] : offsets[index] + len(text)] = text
         return values
 
 
 def read_texts(model: Any, texts: Sequence[Sequence[int]], layer: int, pad: int) -> list[NDArray[np.float32]]:
     """Residual stream [token, channel] of each text after block ``layer``, read in one left-padded batch."""
+    return read_texts_at(model, texts, [layer], pad)[0]
+
+
+def read_texts_at(
+    model: Any, texts: Sequence[Sequence[int]], layers: Sequence[int], pad: int
+) -> list[list[NDArray[np.float32]]]:
+    """Of each layer, what :func:`read_texts` gives of it; one pass for all."""
     ids, mask, positions = left_pad(texts, pad, model.device)
-    residual = read_residual(model, layer, ids, mask, positions).to(torch.float32).cpu().numpy()
-    return [row[len(row) - len(text) :] for row, text in zip(residual, texts, strict=True)]
+    read = (one.to(torch.float32).cpu().numpy() for one in read_residuals(model, layers, ids, mask, positions))
+    return [[row[len(row) - len(text) :] for row, text in zip(one, texts, strict=True)] for one in read]
 
 
 def token_mask(

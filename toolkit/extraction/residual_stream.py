@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -112,8 +112,8 @@ def locate_layer(model: torch.nn.Module, layer: int) -> torch.nn.Module:
     layers = locate_layers(model)
     if not 0 <= layer < len(layers):
         raise InputError(
-            f"layer {layer} asked for, but {type(model).__name__} has blocks 0 to {len(layers) - 1}; "
-            "correct extraction.layer."
+            f"layer {layer} asked for, but {type(model).__name__} has {len(layers)} layers, blocks 0 to "
+            f"{len(layers) - 1}; correct extraction.layer or extraction.layers."
         )
     return layers[layer]
 
@@ -178,12 +178,24 @@ def run_to_layer(model: Any, **inputs: Any) -> None:
         model(**inputs)
 
 
-@torch.inference_mode()
 def read_residual(
     model: Any, layer: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     """Residual stream [batch, token, channel] after block ``layer``; later blocks and the output head are not run."""
-    with capture_residual(model, layer, stop=True) as capture:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    return read_residuals(model, [layer], input_ids, attention_mask, position_ids)[0]
+
+
+@torch.inference_mode()
+def read_residuals(
+    model: Any,
+    layers: Sequence[int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Residual streams [batch, token, channel] after several blocks, in one pass that ends at the last of these."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    with ExitStack() as stack:
+        captures = [stack.enter_context(capture_residual(model, layer, stop=layer == max(layers))) for layer in layers]
         run_to_layer(model, **inputs, use_cache=False)
-        return capture.value
+        return [capture.value for capture in captures]

@@ -6,7 +6,7 @@ from typing import Final
 
 from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.formatting import listed, percent
+from rlgen_stats.toolkit.reporting.formatting import percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
 from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy, domain_accuracy
 
@@ -38,14 +38,3 @@ def lede(rows: list[DomainAccuracy], spec: StudySpec) -> str:
             parts.append(f"{words}, {sft} answers {first} and {rl} {second} of the prompts correctly (base {base})")
     sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}." if parts else "Behaviour was not measured."
-
-
-def contrast_note(spec: StudySpec) -> str:
-    """Which of several contrasts a report answers, and at which level; empty where one is asked."""
-    if not spec.contrasts:
-        return ""
-    this, *others = (f"{first} against {second}" for first, second in spec.contrasts)
-    n, alpha = len(spec.contrasts), spec.statistics.alpha
-    return (
-        f"{this}; {n} contrasts asked, each at level {alpha:.3g} ({alpha * n:.3g} in all), the others {listed(others)}"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,8 @@ from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_car
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
-from rlgen_stats.toolkit.reporting.headline import DOMAINS, contrast_note, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.headline import DOMAINS, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.other_answers import OtherAnswer, answered_note, asked, other_answers
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
@@ -80,6 +82,7 @@ class Report:
     features: list[FeatureCard]
     examples: list[Example]
     unread: list[Unread]
+    others: tuple[OtherAnswer, ...]
     provenance: Provenance
 
     @property
@@ -95,7 +98,14 @@ def load_results(folder: StudyFolder) -> dict[str, xr.Dataset]:
     return tidy({group: open_results(folder.results, group) for group in ordered})
 
 
-def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance, progress: Progress = SILENT) -> Path:
+def write_report(
+    folder: StudyFolder,
+    spec: StudySpec,
+    *,
+    linked: Iterable[tuple[StudyFolder, StudySpec]] = (),
+    provenance: Provenance,
+    progress: Progress = SILENT,
+) -> Path:
     """Write ``report/`` whole: index.html and features.html (self-contained), report.md, report.json, figures, tables.
 
     Parameters
@@ -104,6 +114,8 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
         Study folder; any results group may be missing, and the report says which.
     spec
         Its study.
+    linked
+        Folders of its further layers and contrasts, of which the verdicts are shown, with what each answers.
     provenance
         Origin of the report.
     progress
@@ -126,7 +138,7 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
     The same results give the same bytes: no dates, no random ids, fixed SVG salts.
     """
     with progress.task("report", total=4, unit="part") as task:
-        report = assemble(folder, spec, provenance)
+        report = assemble(folder, spec, provenance, linked)
         task.advance(2, claims=len(report.claims))
         with replacing(folder.report) as target:
             target.mkdir()
@@ -137,7 +149,12 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
     return folder.report / "index.html"
 
 
-def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Report:
+def assemble(
+    folder: StudyFolder,
+    spec: StudySpec,
+    provenance: Provenance,
+    linked: Iterable[tuple[StudyFolder, StudySpec]] = (),
+) -> Report:
     """Read a study folder and put together everything the report shows."""
     results = load_results(folder)
     data: StudyData = read_study_data(folder, spec)
@@ -156,6 +173,7 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
         features=feature_cards(folder, spec, results, data),
         examples=pick_examples(folder, spec, results, data),
         unread=pick_unread(folder, results, data),
+        others=other_answers(folder, linked),
         provenance=provenance,
     )
 
@@ -214,7 +232,9 @@ def page_view(report: Report) -> dict[str, Any]:
         "sft": spec.contrasted[0].name,
         "rl": spec.contrasted[1].name,
         "lede": lede(report.domains, spec),
-        "contrast_note": contrast_note(spec),
+        "answered_note": answered_note(spec),
+        "asked": asked(spec),
+        "others": report.others,
         "domains": report.domains,
         "shares": completion_rows(results, spec),
         "share_warnings": _share_warnings(results),
@@ -316,7 +336,8 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "report_schema": REPORT_SCHEMA,
         "study": report.spec.name,
-        "contrast": contrast_note(report.spec),
+        "answered": answered_note(report.spec),
+        "others": [other.as_dict() for other in report.others],
         "provenance": {
             "study_id": report.provenance.study_id,
             "spec_hash": report.provenance.spec_hash,

@@ -91,7 +91,8 @@ def estimate(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes) -> Costs:
     n_drawn = sum(sizes.models[model] for model in sizes.to_sample)
     generated = sum(limit > 0 for limit in limits)
     trial_limits = token_limits(spec, choose_prompts(prompts, spec))
-    n_trial = _arms(spec) * len(spec.primary_crosscoder.names) * spec.intervention.n_samples
+    trials = {(layer, pair and pair[1]) for layer, pair in spec.answers}  # contrasts with one second run share a trial
+    n_trial = len(trials) * _arms(spec) * len(spec.primary_crosscoder.names) * spec.intervention.n_samples
     return Costs(
         completions=n_drawn * generated,
         tokens=n_drawn * sum(limits),
@@ -109,10 +110,11 @@ def _arms(spec: StudySpec) -> int:
 
 
 def _stores(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes, n_tokens: int, n_trial_tokens: int) -> dict[str, int]:
-    n_models, n_prompts = len(sizes.models), len(prompts)
+    n_models, n_prompts, n_layers = len(sizes.models), len(prompts), len(spec.extraction.layers) or 1
     primary, n_drawn = spec.primary_crosscoder, sum(sizes.models.values())
     # texts: what base and each contrasted run's last checkpoint wrote; base reads them twice
     texts = (1 + len(spec.all_contrasted)) * (sizes.prompt_tokens + n_tokens)
+    per_token = (n_models + 1) * sizes.width * _ITEM_BYTES[spec.extraction.dtype] + _LABEL_BYTES
     weights = sum(
         len(one.names) * 2 * len(one.views) * sizes.width * one.n_features * 4
         for one in spec.crosscoders
@@ -124,10 +126,10 @@ def _stores(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes, n_tokens: int,
         "models": trained * sizes.checkpoint_bytes,
         "completions": n_drawn * n_tokens * _TOKEN_BYTES,
         "outcomes.zarr": n_drawn * n_prompts * 32,
-        "activations.zarr": texts * ((n_models + 1) * sizes.width * _ITEM_BYTES[spec.extraction.dtype] + _LABEL_BYTES),
-        "crosscoder": 3 * weights,  # and the optimiser's state while it trains
-        "features.zarr": len(primary.names) * n_models * n_prompts * primary.n_features * per_feature,
-        "results.zarr": len(primary.names) * n_models * primary.n_features * _RESULTS * 8,
+        "activations.zarr": n_layers * texts * per_token,
+        "crosscoder": n_layers * 3 * weights,  # and the optimiser's state while it trains
+        "features.zarr": n_layers * len(primary.names) * n_models * n_prompts * primary.n_features * per_feature,
+        "results.zarr": n_layers * len(primary.names) * n_models * primary.n_features * _RESULTS * 8,
         "intervention": n_trial_tokens * _TOKEN_BYTES,
     }
     return {name: size for name, size in stores.items() if size}

@@ -34,7 +34,7 @@ from rlgen_stats.toolkit.extraction.imported import (
     write_import,
 )
 from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader
-from rlgen_stats.toolkit.study.contrasts import open_for_run
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 
 STAGE: Final = "outcomes"
@@ -108,7 +108,7 @@ def import_outcomes(
     """
     study = open_for_run(path)
     if study.folder.study is not None:
-        raise InputError(f"{path} is one contrast of the study in {study.folder.study}; import into that.")
+        raise InputError(f"{path} is part of the study in {study.folder.study}; import into that.")
     with exclusive(study.folder.stages / "run"):
         ref = find_model(model, study.spec, study.folder)
         given = read_sampled([Path(file) for file in files], greedy=[Path(file) for file in greedy], metrics=metrics)

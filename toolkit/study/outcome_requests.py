@@ -22,7 +22,7 @@ from rlgen_stats.toolkit.extraction.checkpoints import is_adapter
 from rlgen_stats.toolkit.extraction.completion_parts import sample_seeds
 from rlgen_stats.toolkit.extraction.generation import stop_ids
 from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader
-from rlgen_stats.toolkit.study.contrasts import open_for_run
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 
 REQUESTS: Final = "requests"
 """Folder of requests, below the study's."""

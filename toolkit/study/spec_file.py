@@ -150,6 +150,7 @@ def write_spec(folder: StudyFolder, spec: StudySpec) -> None:
                 f"{folder.spec} already describes another study; use another folder, or remove that one to start again."
             )
         return
-    text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    given_twice = {"extraction": {"layer"}} if spec.extraction.layers else None
+    text = yaml.safe_dump(spec.model_dump(mode="json", exclude=given_twice), sort_keys=False, allow_unicode=True)
     with replacing(folder.spec) as temporary:
         temporary.write_text(text, encoding="utf-8")

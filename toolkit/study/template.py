@@ -53,7 +53,8 @@ tasks:                            # how each is graded, and its domain, role, te
                                   # ready-made ones: rlgen-stats tasks
   math: {{grader: math}}            # the last box, else the last formula, equal in value
   sciq: {{grader: exact}}           # words; others: choice, choice_loglik, final_answer, regex, a function of your own
-extraction: {{layer: middle, dtype: bfloat16, batch_size: 16}}   # or a fraction of the depth, or a block from 0 on
+extraction: {{layer: middle, dtype: bfloat16, batch_size: 16}}   # or a fraction of the depth, a block from 0 on;
+                                  # several: layers: [0.25, middle, 0.75]
 
 crosscoders:
   - name: main                    # its features are followed, selected and edited

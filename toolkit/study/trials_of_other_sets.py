@@ -25,7 +25,7 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.causal.mediated_share import mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
-from rlgen_stats.toolkit.study.contrasts import open_for_run
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, curves_of, plan_trial

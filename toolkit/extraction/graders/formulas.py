@@ -15,7 +15,8 @@ from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 from math_verify.utils import timeout
 
-from rlgen_stats.toolkit.extraction.graders.normal_forms import hyphens
+from rlgen_stats.toolkit.extraction.graders.normal_forms import hyphens, words
+from rlgen_stats.toolkit.extraction.graders.texts import ANNOUNCED
 from rlgen_stats.toolkit.extraction.grading import Grader
 
 TIMEOUT: Final = 5
@@ -33,6 +34,8 @@ _SPACED: Final = re.compile(r"(?<=[\d,])(?:\\[,!]|\{,\})+(?=\d)")
 """Thin spaces of LaTeX between digits, and the comma in braces: 32,\\!348, 5\\,600, 5{,}600."""
 _END: Final = re.compile(r"(?<=\d)\.(?=[\s*]|$)")
 """A full stop after a number, which math-verify reads as a decimal point."""
+_IN_WORDS: Final = re.compile(r"(?:\\text\{)?\(?(?P<words>[^\W\d_]+(?: [^\W\d_]+)*)\)?\}?")
+"""An expected answer that is said in a sentence as it stands: carbon dioxide, (B), \\text{Evelyn}."""
 _BASE: Final = re.compile(r"(?P<digits>[0-9A-Za-z.]+)_\{?(?P<base>\d+)\}?")
 
 
@@ -49,11 +52,18 @@ logging.getLogger("math_verify.parser").addFilter(_shorten)
 
 @dataclass(frozen=True)
 class MathGrader(Grader):
-    """Right when the last box, a final answer said after it, or without both the last formula equals the answer."""
+    """Right when the last box, a final answer said after it, or without both the last formula equals the answer.
+
+    Without a box, an answer of words or a letter is also right where the completion ends with it.
+    """
 
     def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
         """Compare by value; numbers that say their base, digit for digit."""
         box = last_box(text)
+        if box is None and (in_words := _IN_WORDS.fullmatch(answer.strip())):
+            given_last = _said_at_end(text)
+            if in_words["words"] in given_last and words(given_last) == words(in_words["words"]):
+                return True
         said = text.casefold().rfind("final answer is")
         given = _parse(prepared(text[said:])) if said > text.rfind("boxed{") else ()
         given = given or (_parse(prepared(text)) if box is None else read_formula(box))
@@ -70,6 +80,12 @@ class MathGrader(Grader):
     def usual_form(self, answer: str) -> str:
         """The answer in a box."""
         return rf"\boxed{{{answer}}}"
+
+
+def _said_at_end(text: str) -> str:
+    """The answer that a text announces with its last words, or the text itself."""
+    ends = [match["given"] for match in ANNOUNCED.finditer(text) if match.end() == len(text.rstrip())]
+    return ends[-1] if ends else text
 
 
 def last_box(text: str) -> str | None:
