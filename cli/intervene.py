@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -93,7 +94,7 @@ def intervene(
     from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
     from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
 
-    with progress_for(quiet=quiet) as progress:
+    with nullcontext() if dry_run else workers() as client, progress_for(quiet=quiet) as progress:
         trials = [
             verify_set(
                 study,
@@ -105,6 +106,7 @@ def intervene(
                 level=level,
                 by_feature=by_feature,
                 dry_run=dry_run,
+                workers=client,
                 progress=progress,
             )
             for number in (_dictionaries(study) if stage else (1 if dictionary is None else dictionary,))

@@ -7,14 +7,15 @@ share the arms that do not depend on the set.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
 from math import ceil
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,7 @@ from rlgen_stats.toolkit.trial.divergence import (
     mean_residual,
 )
 from rlgen_stats.toolkit.trial.plan import DirectionPlan, TrialPlan, refuse_undecidable
+from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
 EDITED: Final[Mapping[Direction, str]] = {"disable": "rl", "amplify": "base"}
 """The model that each direction edits; the other one is what it is compared with."""
@@ -109,24 +111,31 @@ def run_trial(
         return ()
     refuse_undecidable(plan.shortfalls, accepted=plan.accepted)
     live = LiveTrial(plan) if live is None else live
-    with torch.no_grad():
-        models = {name: live.model(name) for name in ("base", "rl")}
-        texts = live.texts
-        unedited = {name: live.run_arm(direction, UNEDITED) for direction, name in EDITED.items()}
-        probes = make_probes(plan, texts, models, unedited)
-        vectors = _vectors(plan, models, probes)
+    with keeping():
+        first = run_tasks(_run_arms, [(live, direction, [UNEDITED], False) for direction in EDITED], progress=progress)
+        unedited = {name: frame for name, (frame,) in zip(EDITED.values(), first, strict=True)}
+        (vectors,) = run_tasks(_vectors, [(live,)], progress=progress)
         return tuple(
-            _run_direction(live, one, _with_vectors(one.arms, vectors), unedited, probes, progress)
-            for one in plan.directions
+            _run_direction(live, one, _with_vectors(one.arms, vectors), unedited, progress) for one in plan.directions
         )
 
 
-def _vectors(plan: TrialPlan, models: Mapping[str, Any], probes: Probes) -> dict[str, NDArray[np.float64]]:
+@torch.no_grad()
+def _run_arms(
+    live: LiveTrial, direction: Direction, arms: Sequence[Arm], probed: bool, progress: Progress = SILENT
+) -> list[pd.DataFrame]:
+    live = kept("trial", live.key, lambda: live)
+    return live.run_arms(direction, arms, live.probes if probed else None, progress)
+
+
+@torch.no_grad()
+def _vectors(live: LiveTrial, progress: Progress = SILENT) -> dict[str, NDArray[np.float64]]:
     """Difference-of-means vector and a random direction of the same norm, raw units."""
-    layer = plan.sites["disable"].layer
-    means = {name: mean_residual(model, layer, probes.forced) for name, model in models.items()}
+    live = kept("trial", live.key, lambda: live)
+    layer = live.plan.sites["disable"].layer
+    means = {name: mean_residual(live.model(name), layer, live.probes.forced) for name in ("base", "rl")}
     steering = (means["rl"] - means["base"]).cpu().numpy().astype(np.float64)
-    draw = np.random.default_rng(derive_seed(plan.sampling.seed, "intervention", "random direction"))
+    draw = np.random.default_rng(derive_seed(live.plan.sampling.seed, "intervention", "random direction"))
     random = draw.standard_normal(len(steering))
     return {
         "steering": steering,
@@ -149,7 +158,6 @@ def _run_direction(
     plan: DirectionPlan,
     arms: Sequence[Arm],
     unedited: Mapping[str, pd.DataFrame],
-    probes: Probes,
     progress: Progress,
 ) -> DirectionOutcomes:
     """Arm after arm; the random sets, which come last, until they have settled the rank of the set."""
@@ -159,8 +167,10 @@ def _run_direction(
     frames: list[pd.DataFrame] = []
     stored = {arm.name for arm in arms if trial.is_stored(direction, arm)}
     title = f"{direction}: {len(arms)} arms"
-    with progress.task(title, total=len(arms) * n_completions, unit="completions") as task:
-        results = _frames(live, direction, arms, probes, task)
+    with (
+        progress.task(title, total=len(arms) * n_completions, unit="completions") as task,
+        closing(_frames(live, direction, arms, task)) as results,
+    ):
         for arm in arms:
             if trial.early_stop and rule.stop:
                 progress.log(f"{direction}: stopped after {rule.n_run} of {plan.n_random} random sets; {rule.reason}")
@@ -170,7 +180,7 @@ def _run_direction(
             target = _cube([frame], "correct", trial.n_prompts)[0][trial.prompts.target]
             rule.add(arm.condition.kind, float(target.mean()))
             task.advance(0, arm=arm.name, accuracy=round(float(frame["correct"].mean()), 3))
-    for arm in arms[len(frames) :]:  # that were run together with the last one
+    for arm in arms[len(frames) :]:  # that were run together with the last one, or by other workers meanwhile
         if arm.name not in stored:
             trial.arm_path(direction, arm).unlink(missing_ok=True)
     other = unedited["base" if EDITED[direction] == "rl" else "rl"]
@@ -184,20 +194,21 @@ def _run_direction(
     return replace(outcomes, curve_correct=curve)
 
 
-def _frames(
-    live: LiveTrial, direction: Direction, arms: Sequence[Arm], probes: Probes, task: Task
-) -> Iterator[pd.DataFrame]:
+def _frames(live: LiveTrial, direction: Direction, arms: Sequence[Arm], task: Task) -> Generator[pd.DataFrame]:
     """Rows of arm after arm, some of which are run together when the first of them is asked for."""
     trial = live.plan
     n_completions, n = trial.n_prompts * trial.n_samples, arms_together(trial)
-    for start in range(0, len(arms), n):
-        together = arms[start : start + n]
-        n_stored = sum(trial.is_stored(direction, arm) for arm in together)
-        within = Within(task)
-        task.skip(n_stored * n_completions)
-        frames = live.run_arms(direction, together, probes, within)
-        task.advance((len(together) - n_stored) * n_completions - within.done)
-        yield from frames
+    groups = [arms[start : start + n] for start in range(0, len(arms), n)]
+    n_missing = [sum(not trial.is_stored(direction, arm) for arm in together) for together in groups]
+    within = Within(task)
+    tasks = [(live, direction, together, True) for together in groups]
+    with closing(run_tasks(_run_arms, tasks, progress=within)) as results:
+        for together, missing in zip(groups, n_missing, strict=True):
+            before = within.done
+            frames = next(results)
+            task.skip((len(together) - missing) * n_completions)
+            task.advance(missing * n_completions - (within.done - before))
+            yield from frames
 
 
 def arms_together(plan: TrialPlan) -> int:
@@ -221,9 +232,13 @@ class LiveTrial:
     """
 
     def __init__(self, plan: TrialPlan, like: LiveTrial | None = None) -> None:
-        self.plan = plan
+        self.plan, self.key = plan, uuid4().hex
         self._models: dict[str, Any] = {} if like is None else like._models
         self._crosscoders: dict[Path, Crosscoder] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker loads for itself."""
+        return {"plan": self.plan, "key": self.key, "_models": {}, "_crosscoders": {}}
 
     @cached_property
     def readers(self) -> dict[str, PromptReader]:
@@ -253,6 +268,13 @@ class LiveTrial:
                 )
         neutral = encode_prompts(tokenizer, plan.prompts.neutral_texts)
         return EncodedTexts(prompts, neutral, pad_id(tokenizer), shared_tokens(list(plan.models.values())))
+
+    @cached_property
+    def probes(self) -> Probes:
+        """Texts on which arms are compared with the unedited models."""
+        models = {name: self.model(name) for name in ("base", "rl")}
+        unedited = {name: self.run_arm(direction, UNEDITED) for direction, name in EDITED.items()}
+        return make_probes(self.plan, self.texts, models, unedited)
 
     def model(self, name: str) -> Any:
         """The model ``base`` or ``rl``."""
