@@ -21,6 +21,7 @@ from rlgen_stats.stores import Provenance, StudyFolder, write_results
 from rlgen_stats.toolkit.reporting import write_report
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables, class_counts, drift_summary, matching_summary
 from rlgen_stats.toolkit.reporting.feature_cards import split_peak
+from rlgen_stats.toolkit.reporting.figures.overview import STEPS
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
 from rlgen_stats.toolkit.reporting.report import GROUPS
@@ -90,12 +91,29 @@ def test_files(report: Path) -> None:
     assert not [p for p in report.parent.iterdir() if p.name.endswith((".partial", ".old"))]
 
 
-def test_behaviour_comes_before_the_claims(page: Page) -> None:
+def test_the_page_begins_with_the_answer_five_verdicts_and_the_six_steps(report: Path, page: Page) -> None:
     order = [attrs["id"] for attrs in page.named("section")]
     assert order[:2] == ["behaviour", "claims"]
     assert [name for name in order if name in ("C1", "C2", "C3", "C4", "C5")] == ["C1", "C2", "C3", "C4", "C5"]
     text = page.text
-    assert text.index("In domain, sft answers 80% and rl 90%") < text.index("The five claims")
+    first = "rl raised out-of-domain accuracy from 29% to 69% (sft 24%; greedy, 300 prompts)"
+    carried = "copied into base, the 5 features selected carry 70% [55%, 85%] of what copying the whole residual does"
+    edits = (
+        "and that switching them off specifically lowers rl’s accuracy and that turning them up specifically raises "
+        "base’s is supported (C4 and C5)."
+    )
+    shown = (first, carried, edits, "SFT adds more own features", "What editing does", "Level α")
+    places = [text.index(words) for words in shown]
+    assert places == sorted(places)
+    assert places[-1] < text.index("The five claims")
+    chips = [attrs["href"] for attrs in page.named("a") if "chip" in str(attrs.get("class"))]
+    assert chips == ["#C1", "#C2", "#C3", "#C4", "#C5"]
+    steps = [attrs["id"] for attrs in page.named("figure") if str(attrs["id"]).startswith("overview-")]
+    assert steps == [f"overview-{name}" for name in STEPS]
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    assert all(
+        words in markdown for words in (first, "- **C3** A few features carry", "1. **Behaviour.** Out of domain")
+    )
 
 
 def test_completions_that_were_cut_off_or_not_read_are_warned_about(

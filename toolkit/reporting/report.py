@@ -25,10 +25,12 @@ from rlgen_stats.toolkit.reporting.examples import Example, Unread, pick_example
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
 from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
-from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
+from rlgen_stats.toolkit.reporting.figures.overview import Step, overview
+from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing, inlined
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
-from rlgen_stats.toolkit.reporting.headline import DOMAINS, contrast_note, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.headline import DOMAINS, answer, chip, contrast_note, domain_accuracies
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
+from rlgen_stats.toolkit.reporting.population import populations
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
 from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
@@ -74,7 +76,9 @@ class Report:
     claims: tuple[Claim, ...]
     domains: list[DomainAccuracy]
     facts: list[Fact]
-    glance: list[tuple[str, str]]
+    glance: list[tuple[str, str, str]]
+    overview: tuple[Step, ...]
+    populations: dict[str, str]
     figures: dict[str, Graphic | Missing]
     tables: dict[str, pd.DataFrame]
     features: list[FeatureCard]
@@ -144,6 +148,7 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
     claims = assess_claims(results, spec)
     domains = domain_accuracies(results, spec)
     facts = collect_facts(data, results, spec, provenance)
+    said_of = populations(results, spec, data.prompts)
     return Report(
         spec=spec,
         results=results,
@@ -151,6 +156,8 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
         domains=domains,
         facts=facts,
         glance=glance(data, results, spec),
+        overview=overview(results, spec, said_of),
+        populations=said_of,
         figures=draw_figures(results, spec),
         tables=build_tables(results, spec, claims=claims, domains=domains, facts=facts),
         features=feature_cards(folder, spec, results, data),
@@ -178,6 +185,7 @@ def environment(*, autoescape: bool = True) -> jinja2.Environment:
         "compact": compact,
         "nats": nats,
         "verdict_label": verdict_label,
+        "chip": chip,
         "estimate": estimate_text,
         "claim_interval": interval_text,
         "md": _markdown,
@@ -213,7 +221,12 @@ def page_view(report: Report) -> dict[str, Any]:
         "spec": spec,
         "sft": spec.contrasted[0].name,
         "rl": spec.contrasted[1].name,
-        "lede": lede(report.domains, spec),
+        "answer": answer(report.domains, report.claims, results, spec),
+        "overview": [
+            {"step": step, "svg": inlined(step.svg, f"overview-{step.name}") if step.svg else ""}
+            for step in report.overview
+        ],
+        "populations": report.populations,
         "contrast_note": contrast_note(spec),
         "domains": report.domains,
         "shares": completion_rows(results, spec),

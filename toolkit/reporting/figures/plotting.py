@@ -9,13 +9,14 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK: Final = "#1f2a33"
@@ -108,13 +109,7 @@ class Graphic:
     @property
     def inline(self) -> str:
         """The SVG for use inside a page: own ids, colours from the page's CSS variables, scales with its box."""
-        svg = self.svg[self.svg.index("<svg") :]
-        svg = re.sub(r'(\bid=")', rf"\g<1>svg-{self.name}-", svg)
-        svg = re.sub(r'(aria-labelledby=")([^"]+)"', lambda m: m[1] + _prefixed(m[2], self.name) + '"', svg)
-        svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>svg-{self.name}-", svg)
-        for colour, variable in THEMED.items():
-            svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: var({variable}, {colour})", svg)
-        return svg.strip()
+        return inlined(self.svg, self.name)
 
 
 @dataclass(frozen=True)
@@ -124,6 +119,17 @@ class Missing:
     name: str
     title: str
     reason: str
+
+
+def inlined(svg: str, name: str) -> str:
+    """An SVG document for use inside a page: ids that begin with ``name``, colours from the page's CSS variables."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(\bid=")', rf"\g<1>svg-{name}-", svg)
+    svg = re.sub(r'(aria-labelledby=")([^"]+)"', lambda m: m[1] + _prefixed(m[2], name) + '"', svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>svg-{name}-", svg)
+    for colour, variable in THEMED.items():
+        svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: var({variable}, {colour})", svg)
+    return svg.strip()
 
 
 def _prefixed(ids: str, name: str) -> str:
@@ -139,6 +145,13 @@ def canvas(width: float, height: float, **grid: Any) -> Iterator[tuple[Figure, n
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(squeeze=False, **grid)
+
+
+def one_axes(draw: Callable[[Axes], object], width: float, height: float, *, title: str, alt: str) -> str:
+    """An SVG document of one axes (inches) that ``draw`` fills."""
+    with canvas(width, height) as (figure, grid):
+        draw(grid[0, 0])
+        return to_svg(figure, title=title, alt=alt)
 
 
 def to_svg(figure: Figure, *, title: str, alt: str) -> str:
