@@ -468,10 +468,11 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
     if not math.isfinite(correlation):
         caveats.append("The correlation of scores across tasks is not estimable, so one mechanism cannot be excluded.")
     if not details["rl_specific_contrast"]:
-        losses = sum(details["n_loss"].values())
+        losses, n = sum(details["n_loss"].values()), int(data["n_selected_prompts"].values.sum())
         caveats.append(
-            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind in each task and RL "
-            f"lost {losses} in all; instead all prompts guard against selection by outcome, and whether the "
+            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind in each task and, of "
+            f"the {n:,} selection prompts, RL lost {losses}; instead all prompts guard against selection by outcome, "
+            "and whether the "
             "features merely accompany right answers is tested on all of them together (as if features were as high on "
             "harder prompts as on easier ones)."
         )

@@ -49,12 +49,6 @@ def run_colours(spec: StudySpec) -> dict[str, str]:
     return {"base": BASE, sft.name: SFT, rl.name: RL}
 
 
-def run_markers(spec: StudySpec) -> dict[str, str]:
-    """Marker of base and of the two contrasted runs."""
-    sft, rl = spec.contrasted
-    return {"base": MARKERS["base"], sft.name: MARKERS["sft"], rl.name: MARKERS["rl"]}
-
-
 def styles_of(data: xr.Dataset, runs: Sequence[str] | None = None) -> dict[str, tuple[str, str]]:
     """Colour and marker of base and of runs: the first run looks like SFT, the second like RL, others are grey.
 

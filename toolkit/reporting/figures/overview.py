@@ -23,13 +23,14 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
     MUTED,
     NULL,
     VIOLET,
-    one_axes,
+    panel,
     percent_axis,
     quiet,
 )
 from rlgen_stats.toolkit.reporting.formatting import compact, count_span, fixed, interval, listed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, by_dictionary, labels_of, nearest_label, number
 from rlgen_stats.toolkit.statistics.behaviour import domain_accuracy
+from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
 from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, training_share
 
 WIDTH, HEIGHT = 2.15, 1.75
@@ -69,12 +70,12 @@ class _Panel:
 def _step(name: str, results: Results, spec: StudySpec, population: str) -> Step:
     question, build = STEPS[name]
     try:
-        panel = build(results, spec)
+        shown = build(results, spec)
     except NotEstimableError as error:
         return Step(name=name, question=question, answer=f"Not shown: {error}.", population="", svg="", numbers={})
-    svg = one_axes(panel.draw, WIDTH, HEIGHT, title=question, alt=panel.answer)
+    svg = panel(shown.draw, WIDTH, HEIGHT, title=question, alt=shown.answer).svg
     return Step(
-        name=name, question=question, answer=panel.answer, population=population, svg=svg, numbers=panel.numbers
+        name=name, question=question, answer=shown.answer, population=population, svg=svg, numbers=shown.numbers
     )
 
 
@@ -142,8 +143,9 @@ def plot_movement(movement: xr.Dataset, axes: Axes, *, runs: Sequence[str] | Non
         colour, marker = styles[run]
         share, shift = training_share(one["step"].values), one["activation_shift"].values.astype(float)
         axes.plot([0, *share], [0, *shift], color=colour, marker=marker, ms=4.5, label=run, clip_on=False)
-    axes.set(xlabel="share of training", xlim=(0, 1))
+    axes.set(xlabel="share of training", ylabel="activation shift", xlim=(0, 1))
     axes.set_ylim(bottom=0)
+    axes.legend(loc="best", handlelength=1.2)
     percent_axis(axes.xaxis)
     quiet(axes, grid="y")
     return axes
@@ -171,7 +173,7 @@ def plot_specific_shares(
         ``axes``.
     """
     at = {"tau": nearest_label(contrast, "tau", tau), "comparison": str(contrast.attrs["decided_by"])}
-    prefix = "agreed_" if "agreed_effect" in contrast else ""
+    prefix = counted_by(contrast)
     rows = []
     for run, arm, style in zip(runs, ("sft", "rl"), list(styles_of(contrast, runs).values())[1:], strict=True):
         share = number(contrast, f"{prefix}tail_{arm}", **at)
@@ -189,6 +191,11 @@ def plot_specific_shares(
     axes.set_xlim(-0.08 * right, right)
     percent_axis(axes.xaxis)
     return axes
+
+
+def counted_by(contrast: xr.Dataset | None) -> str:
+    """Prefix of the variables that C1 rests on: features that latent scaling confirms, where it was done."""
+    return AGREED if contrast is not None and f"{AGREED}effect" in contrast else ""
 
 
 def plot_time_to_stability(timing: xr.Dataset, axes: Axes, *, runs: Sequence[str] | None = None) -> Axes:
@@ -335,7 +342,7 @@ def _whose(results: Results, spec: StudySpec) -> _Panel:
     data = needed(results, "attribution_contrast")
     tau = nearest_label(data, "tau", spec.statistics.tau)
     runs = [run.name for run in spec.contrasted]
-    prefix = "agreed_" if "agreed_effect" in data else ""
+    prefix = counted_by(data)
     at = {"tau": tau, "comparison": str(data.attrs["decided_by"])}
     tails = {arm: number(data, f"{prefix}tail_{arm}", **at) for arm in ("sft", "rl", "null")}
     answer = (
