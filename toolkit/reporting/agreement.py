@@ -17,7 +17,7 @@ import xarray as xr
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.formatting import fixed
 from rlgen_stats.toolkit.reporting.result_lookup import Results, by_dictionary
-from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
+from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 from rlgen_stats.toolkit.statistics.causal.findings import Check, from_columns, of_check
 from rlgen_stats.toolkit.statistics.causal.verdict import decide
 
