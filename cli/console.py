@@ -89,6 +89,10 @@ def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
             if not str(error).startswith("Symlink loop"):
                 raise
             fail(f"{str(error).removeprefix('Symlink loop from ')} cannot be used; {_WHAT_TO_DO[errno.ELOOP]}.")
+        except Exception as error:  # of the libraries of object stores, which share no base
+            if "credential" not in type(error).__name__.lower():
+                raise
+            fail(f"credentials of an object store are missing or refused ({error}); set them in the environment.")
 
     return wrapped
 

@@ -11,6 +11,7 @@ from rlgen_stats.cli.console import (
     Workers,
     echo,
     handle_errors,
+    heading,
     json_option,
     print_json,
     print_table,
@@ -178,7 +179,7 @@ def _print(trial: TrialRun) -> None:
         row = trial.result.sel(direction=direction)
         if str(row["reasons"].item()).startswith("not_asked"):
             continue
-        click.secho(f"  {direction}: {row['verdict'].item()}", bold=True)
+        heading(f"  {direction}: {row['verdict'].item()}")
         for reason in str(row["reasons"].item()).split("; "):
             echo(f"    {reason}")
         echo(f"    v5_replication: {row['v5'].item()}")

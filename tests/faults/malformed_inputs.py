@@ -513,7 +513,8 @@ def option_cases(root: Path) -> Iterator[Case]:
         for option in names:
             for value in numbers:
                 arguments = (*command, *((option,) if option else ()), value)
-                fine = value in plausible or (option == "--tokens-per-second" and value.startswith("9"))
+                large = option in ("--tokens-per-second", "--run-sd", "--contexts") and value.startswith("9")
+                fine = value in plausible or large
                 yield Case("option", f"{command[0]} {option} {value:.20}", arguments, lambda result, fine=fine: fine)
 
 

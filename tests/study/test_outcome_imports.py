@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -693,3 +694,23 @@ def test_a_stop_string_in_the_last_token_ends_a_completion(world: Path, study: P
     ]
     done = take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
     assert done.n_truncated == len(rows) // 3
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("sample", 0.5, "0.5 is no whole number"),
+        ("sample", True, "True is no whole number"),
+        ("sample", "１", "'１' is no whole number"),
+        ("token_ids", [3, 4.5], "4.5 is no whole number"),
+        ("temperature", math.inf, "inf is no finite number"),
+        ("top_p", True, "True is no finite number"),
+        ("max_tokens", "6.5", "'6.5' is no whole number"),
+    ],
+)
+def test_numbers_of_completions_are_numbers(study: Path, tmp_path: Path, column: str, value: Any, message: str) -> None:
+    row = {"prompt_id": "p0", "sample": 0, "text": "so"} | {column: value}
+    with pytest.raises(
+        InputError, match=rf"cannot be read as completions \(ValueError: {message}\); expected rows with"
+    ):
+        take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", [row])], declared=DECLARED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -496,4 +497,9 @@ def _write_data(target: Path, report: Report) -> None:
 
 def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
     """A table whose texts no spreadsheet runs: one that begins like a formula gets an apostrophe before it."""
-    return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell)
+
+    def safe(cell: Any) -> Any:
+        runs = isinstance(cell, str) and cell.startswith(_FORMULA) and not re.fullmatch(r"[+-][\d.,]*%?", cell)
+        return f"'{cell}" if runs else cell
+
+    return table.map(safe)

@@ -83,7 +83,7 @@ def export_requests(path: Path | str, models: Sequence[str] = (), *, to: Path | 
     written = []
     for ref in chosen:
         file = into / f"{ref.model}.jsonl"
-        n_requests = _write_lines(file, _requests(spec, ref, prompts.to_dict(orient="records")))
+        n_requests = _write_lines(file, _requests(spec, ref, prompts))
         written.append(Requests(str(file), n_requests, ref.model, str(ref.path)))
     return written
 
@@ -128,24 +128,29 @@ def export_texts(path: Path | str, *, to: Path | str | None = None) -> list[Requ
 
 def _requests(spec: StudySpec, ref: ModelRef, prompts: Sequence[dict[Any, Any]]) -> Iterator[dict[str, Any]]:
     reader = load_reader(ref)
-    encoded = reader.encode([row[TEXT] for row in prompts])
+    texts = list(prompts[TEXT])
+    ids, tasks = list(prompts[PROMPT]), list(prompts[TASK])
+    rows = list(zip(ids, tasks, map(reader.render, texts), reader.encode(texts), strict=True))
     ends = _ends(ref, reader)
-    n_samples = ref.n_samples
-    seeds = iter(sample_seeds(spec.seed, [row[PROMPT] for row in prompts], n_samples))
-    for sample in range(GREEDY, n_samples):
-        drawn = {"temperature": spec.generation.temperature, "top_p": spec.generation.top_p}
-        for row, ids in zip(prompts, encoded, strict=True):
+    generation = spec.generation
+    seeds = iter(sample_seeds(spec.seed, ids, generation.n_samples))
+    for sample in range(GREEDY, generation.n_samples):
+        for prompt, task, text, token_ids in rows:
+            if sample == GREEDY:
+                drawn: dict[str, Any] = {"temperature": 0.0}
+            else:
+                drawn = {"temperature": generation.temperature, "top_p": generation.top_p, "seed": next(seeds)}
             yield {
-                "prompt_id": row[PROMPT],
+                "prompt_id": prompt,
                 "sample": sample,
                 "model": ref.model,
                 "checkpoint": str(ref.path),
                 "dtype": spec.models.dtype,
-                "prompt": reader.render(row[TEXT]),
-                "prompt_token_ids": ids,
-                "sampling": ({"temperature": 0.0} if sample == GREEDY else drawn | {"seed": next(seeds)})
-                | {"max_tokens": spec.max_new_tokens_of(row[TASK])}
-                | _stops(spec.task(row[TASK]).stop, reader, ends),
+                "prompt": text,
+                "prompt_token_ids": token_ids,
+                "sampling": drawn
+                | {"max_tokens": spec.max_new_tokens_of(task)}
+                | _stops(spec.task(task).stop, reader, ends),
             }
 
 
