@@ -17,9 +17,9 @@ import xarray as xr
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
 from rlgen_stats.toolkit.reporting.formatting import fixed
 from rlgen_stats.toolkit.reporting.result_lookup import Results, by_dictionary
-from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 from rlgen_stats.toolkit.statistics.causal.findings import Check, from_columns, of_check
 from rlgen_stats.toolkit.statistics.causal.verdict import decide
+from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 
 ONE_IN_A_HUNDRED, A_TWENTIETH, ONE_IN_FIFTY, HALF, TWO_POINTS = 0.01, 0.05, 0.02, 0.5, 0.02
 DRAWN_EXACTLY: Final = 0.05

@@ -97,7 +97,7 @@ def _completions(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
     generation = spec.generation
     return _joined(
         f"{n:,} prompts of all parts, controls among them",
-        f"{generation.n_samples} completions a prompt sampled at temperature {generation.temperature:g}",
+        f"{count(generation.n_samples.final, 'completion')} a prompt sampled at temperature {generation.temperature:g}",
         _models(results, spec, "behaviour"),
     )
 

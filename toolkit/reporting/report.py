@@ -225,8 +225,8 @@ def _check_agreement(
     if faults:
         raise RefusedError(
             f"expected a report whose verdicts, text, figures and tables agree, got {len(faults)} disagreements: "
-            f"{'; '.join(faults)}. No report was written and all results are kept; this is an error of rlgen-stats, "
-            "please report it with results.zarr."
+            f"{'; '.join(faults)}. No report was written and all results are kept. If they come from another version "
+            "of rlgen-stats, 'rlgen-stats run' computes them again; if not, this is an error of ours: please report it."
         )
 
 

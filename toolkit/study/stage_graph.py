@@ -195,6 +195,7 @@ STAGES: Final = (
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),
         answers="pair",
+        version=2,
     ),
 )
 """All stages in an order that respects their needs."""

@@ -29,8 +29,8 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
 )
 from rlgen_stats.toolkit.reporting.formatting import compact, count_span, fixed, interval, listed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, by_dictionary, labels_of, nearest_label, number
-from rlgen_stats.toolkit.statistics.task_accuracy import domain_accuracy
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
+from rlgen_stats.toolkit.statistics.task_accuracy import domain_accuracy
 from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, training_share
 
 WIDTH, HEIGHT = 2.15, 1.75
