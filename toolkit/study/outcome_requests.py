@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+import pandas as pd
 from transformers import AutoConfig, GenerationConfig
 
 from rlgen_stats.schemas.dims import GREEDY, PROMPT, PROMPT_LABELS, TASK
@@ -126,15 +127,15 @@ def export_texts(path: Path | str, *, to: Path | str | None = None) -> list[Requ
     return [Requests(str(into / "texts.jsonl"), n_texts)]
 
 
-def _requests(spec: StudySpec, ref: ModelRef, prompts: Sequence[dict[Any, Any]]) -> Iterator[dict[str, Any]]:
+def _requests(spec: StudySpec, ref: ModelRef, prompts: pd.DataFrame) -> Iterator[dict[str, Any]]:
     reader = load_reader(ref)
     texts = list(prompts[TEXT])
     ids, tasks = list(prompts[PROMPT]), list(prompts[TASK])
     rows = list(zip(ids, tasks, map(reader.render, texts), reader.encode(texts), strict=True))
     ends = _ends(ref, reader)
     generation = spec.generation
-    seeds = iter(sample_seeds(spec.seed, ids, generation.n_samples))
-    for sample in range(GREEDY, generation.n_samples):
+    seeds = iter(sample_seeds(spec.seed, ids, ref.n_samples))
+    for sample in range(GREEDY, ref.n_samples):
         for prompt, task, text, token_ids in rows:
             if sample == GREEDY:
                 drawn: dict[str, Any] = {"temperature": 0.0}
