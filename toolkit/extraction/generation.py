@@ -1,7 +1,9 @@
 """Completions in which every draw depends on the row's seed, not on its batch; rows join the batch as others leave.
 
 The noise of a sampled token is a hash of (row seed, step, token id), see :mod:`token_draws`. What stands beside a row
-changes its logits by rounding alone, and its completion only where two tokens are that close.
+changes its logits by rounding alone, and its completion only where two tokens are that close: for SmolLM2-135M at
+temperature 1, one of 30 sampled tokens differs between a row alone and the same row in a padded batch with probability
+2e-5 in float32 and .53 in bfloat16 (inverse-CDF draws: .015 and above .99), see benchmarks/generation.
 """
 
 from __future__ import annotations
