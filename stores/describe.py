@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,7 +84,7 @@ def _files(store: Path) -> list[int]:
     if is_remote(store):
         listed = filesystem(store).find(store.path, detail=True)  # type: ignore[attr-defined]
         return [int(entry["size"]) for entry in listed.values()]
-    return [file.stat().st_size for file in store.rglob("*") if file.is_file()]
+    return [os.stat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(store) for name in names]
 
 
 def _activation_facts(store: Path) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def written_chunks(folder: Path) -> set[int]:
     """Indices of the chunks on disk, by their names; nothing is opened."""
     if not folder.exists():
         return set()
-    names = (file.name.split(".") for file in folder.iterdir())
+    files = (file.name for file in folder.iterdir()) if is_remote(folder) else os.listdir(folder)
+    names = (file.split(".") for file in files)
     return {int(name[1]) for name in names if name[0] == "c" and name[-1].isdigit()}
 
 
