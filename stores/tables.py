@@ -74,7 +74,9 @@ def open_lazily(path: Path) -> xr.Dataset:
     # Opened twice: labels without dask, since they are loaded at once; data with a dask chunk for each stored one.
     labels, dataset = open_unread(path).reset_coords(), open_unread(path, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
-    text = {name: label.copy(data=fixed_width(label.values)) for name, label in loaded.items() if label.dtype.kind in "TO"}
+    text = {
+        name: label.copy(data=fixed_width(label.values)) for name, label in loaded.items() if label.dtype.kind in "TO"
+    }
     # numpy's StringDType cannot hold the missing values that ``where`` and ``reindex`` put in; object can.
     text_data = {name: data.astype(object) for name, data in dataset.data_vars.items() if data.dtype.kind == "T"}
     labelled: xr.Dataset = dataset.assign(text_data).assign_coords(loaded | text)

@@ -140,3 +140,18 @@ def test_layout_names_every_problem_at_once() -> None:
 
     with pytest.raises(StoreError, match=r"'set_mean' has type .*expected float.*'control_mean' has dimensions"):
         validate(broken, "control_balance")
+
+
+def test_an_append_reads_nothing_of_other_models(features: Path, provenance: Provenance) -> None:
+    """It read a chunk of every label for every model, so that the 200th took 8 times as long as the first."""
+    kept = {chunk: chunk.read_bytes() for chunk in features.glob("*/c/[01]*") if chunk.is_file()}
+    kept = {
+        chunk: content for chunk, content in kept.items() if chunk.parents[1].name in ("model", "run", "step", "arm")
+    }
+    assert len(kept) == 8
+    for chunk in kept:
+        chunk.unlink()
+    append_model(features, "features", feature_table("rl@5"), provenance=provenance)
+    for chunk, content in kept.items():
+        chunk.write_bytes(content)
+    assert open_features(features).model.values.tolist() == ["base@0", "sft@1000000", "rl@5"]

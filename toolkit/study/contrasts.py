@@ -15,8 +15,10 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.atomic import remove_folder
 from rlgen_stats.stores.folder import CONTRASTS
+from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_file import read_spec
-from rlgen_stats.toolkit.study.stage_graph import STAGES, Study
+from rlgen_stats.toolkit.study.stage_graph import FINGERPRINTS, STAGES, Study
 
 
 def contrast_name(spec: StudySpec) -> str:
@@ -24,8 +26,17 @@ def contrast_name(spec: StudySpec) -> str:
     return "+".join(run.name for run in spec.contrasted)
 
 
-def open_for_run(path: Path | str) -> Study:
+def open_for_run(path: Path | str, *, exact: bool = True, progress: Progress = SILENT) -> Study:
     """The study in a folder, or one of its further contrasts (contrasts/FIRST+SECOND below it).
+
+    Parameters
+    ----------
+    path
+        The folder.
+    exact
+        Whether files that were only copied or touched are hashed again (:class:`~.fingerprints.Fingerprints`).
+    progress
+        Receiver of progress while files are hashed.
 
     Raises
     ------
@@ -36,8 +47,11 @@ def open_for_run(path: Path | str) -> Study:
     """
     path = Path(path)
     if path.parent.name != CONTRASTS or not (path.parent.parent / "study.yaml").exists():
-        return Study(StudyFolder(path), read_spec(path).answering(1))
-    further = {one.folder.root.name: one for one in further_contrasts(open_for_run(path.parent.parent))}
+        folder = StudyFolder(path)
+        fingerprints = Fingerprints(folder.stages / FINGERPRINTS, exact=exact, progress=progress)
+        return Study(folder, read_spec(path).answering(1), fingerprints)
+    whole = open_for_run(path.parent.parent, exact=exact, progress=progress)
+    further = {one.folder.root.name: one for one in further_contrasts(whole)}
     if path.name not in further:
         raise InputError(
             f"the study in {path.parent.parent} does not ask the contrast {path.name!r}; "
@@ -53,7 +67,7 @@ def further_contrasts(study: Study) -> list[Study]:
         return found
     for number in range(2, len(study.spec.contrasts) + 1):
         spec = read_spec(study.folder.root).answering(number)
-        further = Study(study.folder.contrast(contrast_name(spec)), spec)
+        further = Study(study.folder.contrast(contrast_name(spec)), spec, study.fingerprints)
         further.forced, further.times_forced = study.forced, study.times_forced
         found.append(further)
     return found

@@ -68,7 +68,7 @@ def run_study(
     --------
     >>> run_study("runs/demo", stages=["drift"])  # doctest: +SKIP
     """
-    study = open_for_run(path)
+    study = open_for_run(path, progress=progress)
     if study.folder.study is not None:
         raise InputError(f"{path} is one contrast of the study in {study.folder.study}; run that.")
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])

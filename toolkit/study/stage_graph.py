@@ -20,14 +20,16 @@ from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.schemas.tasks import GRADING_VERSION
 from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
-from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import readout_accepted
-from rlgen_stats.stores.hub import MODEL_FILES, hub_folder, is_on_hub
+from rlgen_stats.stores.hub import hub_folder, is_on_hub
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.stores.study_models import imported_models
+from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_shorthands import existing
 
+FINGERPRINTS: Final = "fingerprints.json"
+"""In the folder of records: what is remembered of the files a study reads."""
 State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
 
 
@@ -244,6 +246,8 @@ class Study:
         Study folder.
     spec
         Its spec.
+    fingerprints
+        Hashes of the files it reads; default exact ones, remembered in its folder.
 
     Raises
     ------
@@ -251,11 +255,11 @@ class Study:
         If a file that the spec names is missing.
     """
 
-    def __init__(self, folder: StudyFolder, spec: StudySpec) -> None:
+    def __init__(self, folder: StudyFolder, spec: StudySpec, fingerprints: Fingerprints | None = None) -> None:
         self.folder, self.spec = folder, spec
         self.forced: frozenset[str] = frozenset()
         self.times_forced: dict[str, int] = read_json(folder.forced) if folder.forced.exists() else {}
-        self._fingerprints = _Fingerprints(folder)
+        self.fingerprints = fingerprints or Fingerprints(folder.stages / FINGERPRINTS)
         prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(spec).items()}
         shared = prompts.pop("data.prompts", None)
         inputs = {"prompts": shared, "base": self._fingerprint(spec.base.path, "base.path"), **prompts}
@@ -266,7 +270,7 @@ class Study:
         if is_on_hub(path):
             one = hub_folder(path, self.folder)
             return content_hash([one.repo, one.commit, one.subfolder])
-        return self._fingerprints.of(existing(path, name, self.folder))
+        return self.fingerprints.of(existing(path, name, self.folder))
 
     def key(self, name: str) -> str:
         """Content key of a stage."""
@@ -345,9 +349,7 @@ class Study:
         return files
 
     def _imported_files(self) -> dict[str, str]:
-        return {
-            f"imported.{model}": self._fingerprints.of(file) for model, file in imported_models(self.folder).items()
-        }
+        return {f"imported.{model}": self.fingerprints.of(file) for model, file in imported_models(self.folder).items()}
 
     def _training_files(self) -> dict[str, str]:
         files = {
@@ -374,7 +376,7 @@ class Study:
                 found = None
             if found is None or found.origin is None:
                 raise SpecError(f"no module of grader {python!r}; install its package or put its folder on PYTHONPATH.")
-            files[python] = self._fingerprints.of(Path(found.origin))
+            files[python] = self.fingerprints.of(Path(found.origin))
         return files
 
     def _chat_of_base(self) -> dict[str, str]:
@@ -484,31 +486,3 @@ def _section(spec: StudySpec, path: str) -> Any:
     for part in path.split("."):
         value = value[part]
     return value
-
-
-class _Fingerprints:
-    """Content hashes of input files, remembered by (size, modification time)."""
-
-    def __init__(self, folder: StudyFolder) -> None:
-        self._file = folder.stages / "fingerprints.json"
-        self._known: dict[str, list[Any]] = dict(read_json(self._file)) if self._file.exists() else {}
-
-    def of(self, path: Path) -> str:
-        """SHA-256 of a file, or of names and contents of a folder's files; of a checkpoint's, those that are read."""
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        if (path / "config.json").exists() or (path / "adapter_config.json").exists():
-            files = [file for file in files if MODEL_FILES.fullmatch(file.name)]
-        hashes = [(str(file.relative_to(path)), self._hash(file)) for file in files]
-        return content_hash(hashes)
-
-    def _hash(self, file: Path) -> str:
-        stat = file.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        known = self._known.get(str(file.resolve()))
-        if known is not None and known[:2] == stamp:
-            return str(known[2])
-        digest = file_sha256(file)
-        self._known[str(file.resolve())] = [*stamp, digest]
-        if stat.st_size > 1 << 24:  # small files are hashed again faster than the record is written
-            write_json(self._file, self._known)
-        return digest
