@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from rlgen_stats.schemas.errors import OutOfSpaceError, StoreError
+from rlgen_stats.schemas.errors import OutOfSpaceError, StoreCorruptError
 from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -144,10 +144,12 @@ def read_json(path: Path) -> Any:
 
     Raises
     ------
-    StoreError
+    StoreCorruptError
         If the file is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise StoreError(f"{path} is not readable JSON ({error}); restore it or delete it and run again.") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreCorruptError(
+            f"{path} is not readable JSON ({error}); restore it or delete it and run again."
+        ) from error

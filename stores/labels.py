@@ -36,8 +36,8 @@ from rlgen_stats.schemas.errors import InputError, StoreCorruptError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import read_document
-from rlgen_stats.stores.locations import zarr_store
 from rlgen_stats.stores.prompt_index import label_values, selected_labels
+from rlgen_stats.stores.seals import check_listed, sealed_store
 from rlgen_stats.stores.tables import fixed_width, open_unread
 
 TOKENS_GROUP: Final = "tokens"
@@ -71,17 +71,20 @@ class TokenLabels:
     @cached_property
     def spans(self) -> xr.Dataset:
         """``start``, ``prompt``, ``source``, ``segment`` [span]; a column stays in memory once it was read."""
+        check_listed(self.path, SPANS_GROUP)
         return validate(open_unread(self.path / SPANS_GROUP), SPANS_GROUP)
 
     @cached_property
     def prompts(self) -> xr.Dataset:
         """Coordinates ``prompt``, ``task``, ``domain``, ``split``, ``cluster`` [prompt], without an index; as spans."""
+        check_listed(self.path, PROMPTS_GROUP)
         return validate(open_unread(self.path / PROMPTS_GROUP), PROMPTS_GROUP)
 
     @cached_property
     def codes(self) -> dict[str, Any]:
         """The arrays of the tokens group, on disk."""
-        group = zarr.open_group(zarr_store(self.path / TOKENS_GROUP, strict=True), mode="r")
+        check_listed(self.path, TOKENS_GROUP)
+        group = zarr.open_group(sealed_store(self.path / TOKENS_GROUP), mode="r")
         return {str(name): array for name, array in group.arrays()}
 
     def legend(self, name: str) -> NDArray[Any] | None:

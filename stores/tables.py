@@ -23,11 +23,12 @@ from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, validate
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_leftovers, replacing
-from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, write_digest
+from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document
 from rlgen_stats.stores.locations import explain_access_errors, is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.prompt_index import with_prompt_index
 from rlgen_stats.stores.provenance import Provenance
+from rlgen_stats.stores.seals import Seal, commit, sealed_chunks, sealed_store
 
 FEATURE_BLOCK: Final = 512
 """Features per chunk: one block x all prompts x one model is one read (4 MB at 2,000 prompts, float32)."""
@@ -66,7 +67,7 @@ def open_unread(path: Path, **options: Any) -> xr.Dataset:
     """A Zarr group as it is, without indexes; a variable is read when it is used and then kept."""
     consolidated = CONSOLIDATED in read_document(path)
     options = {"chunks": None, "create_default_indexes": False} | options
-    return xr.open_zarr(zarr_store(path, strict=True), consolidated=consolidated, **options)
+    return xr.open_zarr(sealed_store(path), consolidated=consolidated, **options)
 
 
 def open_lazily(path: Path) -> xr.Dataset:
@@ -144,8 +145,9 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
         else:
             _check_fits(path, dataset, model, done, provenance)
             # Data first, then the list of committed models: until that is replaced, readers see the models before.
+            known = sealed_chunks(Seal.of(path))
             _grow(path, dataset, len(done))
-            write_digest(path, {COMMITTED_MODELS: [*done, model]})
+            commit(path, {COMMITTED_MODELS: [*done, model]}, known=known)
 
 
 def rewrite_models(path: Path, layout: str, dataset: xr.Dataset, *, provenance: Provenance) -> None:
@@ -174,7 +176,7 @@ def rewrite_models(path: Path, layout: str, dataset: xr.Dataset, *, provenance: 
 
 def _write_models(dataset: xr.Dataset, path: Path) -> None:
     write_zarr(dataset, path, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
-    write_digest(path, {COMMITTED_MODELS: [str(model) for model in dataset[MODEL].values]})
+    commit(path, {COMMITTED_MODELS: [str(model) for model in dataset[MODEL].values]})
 
 
 def write_zarr(dataset: xr.Dataset, path: Path, **options: Any) -> None:
@@ -205,7 +207,7 @@ def _check_fits(path: Path, dataset: xr.Dataset, model: str, done: list[str], pr
                 f"{model!r} comes with {name!r} of {dict(variable.sizes)}, {path} holds "
                 f"{'none' if known is None else known}; expected what the store's models have, or another store."
             )
-    if not np.array_equal(zarr.open_array(zarr_store(path, strict=True), path=PROMPT)[:], dataset[PROMPT].values):
+    if not np.array_equal(zarr.open_array(sealed_store(path), path=PROMPT)[:], dataset[PROMPT].values):
         raise StoreError(
             f"{path} holds {stored[PROMPT][PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
             "expected the same prompts in the same order."
@@ -261,7 +263,13 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
             f"{path} announces {len(done)} models but holds {dataset.sizes.get(MODEL, 0)}; "
             "restore it or compute it again."
         )
-    return validate(dataset.isel({MODEL: slice(0, len(done))}), layout)
+    dataset = validate(dataset.isel({MODEL: slice(0, len(done))}), layout)
+    if dataset[MODEL].values.tolist() != done:
+        raise StoreCorruptError(
+            f"{path} announces the models {', '.join(done)}, but the data are labelled "
+            f"{', '.join(dataset[MODEL].values.tolist())}; restore it or compute it again."
+        )
+    return dataset
 
 
 def check_is_store(path: Path) -> None:

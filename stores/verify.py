@@ -20,12 +20,22 @@ from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, Store
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
 from rlgen_stats.stores.atomic import ZARR_JSON, read_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
-from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, metadata_digest, read_document, zarr_nodes
+from rlgen_stats.stores.digests import (
+    COMMITTED_MODELS,
+    DIGEST,
+    arrays_of,
+    attributes_of,
+    metadata_digest,
+    n_committed,
+    read_document,
+    zarr_nodes,
+)
 from rlgen_stats.stores.folder import StudyFolder
 from rlgen_stats.stores.labels import TokenLabels, has_labels
-from rlgen_stats.stores.locations import is_remote, place, zarr_store
+from rlgen_stats.stores.locations import is_remote, place
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.results import open_results
+from rlgen_stats.stores.seals import GROUPS, Seal, check_listed, groups_in, is_unsealed, sealed_chunks, sealed_store
 from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
 
@@ -47,6 +57,8 @@ class VerifyReport:
     """Chunks read."""
     problems: tuple[str, ...]
     """One sentence a fault, the first fault first; empty if the store is sound."""
+    notes: tuple[str, ...] = ()
+    """What could not be checked, a sentence a store: earlier releases sealed no chunks."""
 
     @property
     def ok(self) -> bool:
@@ -87,15 +99,21 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     root = place(path)
     stores = stores_below(root)
     problems: list[str] = []
+    notes: list[str] = []
     checks = [_Check(f"stages/{file.name}", partial(_check_record, root, file), chunk=False) for file in _records(root)]
     n_arrays = 0
     for store in stores:
         prefix = "" if store == root else f"{store.name}: "
         try:
-            of_store = list(_checks(store))
+            of_store, unsealed = list(_checks(store)), sum(map(is_unsealed, groups_in(store)))
         except _UNREADABLE as error:
             problems.append(f"{prefix}{_sentence(error)}")
             continue
+        if unsealed:
+            notes.append(
+                f"{prefix}{unsealed} group(s) unsealed, as earlier releases wrote them: a chunk swapped for another "
+                f"sound one would go unnoticed there; 'rlgen-stats migrate {store}' seals them as they are now."
+            )
         checks += [_Check(prefix + check.where, check.run, check.chunk) for check in of_store]
         # Every array has one check of its zarr.json, beside those of its chunks.
         n_arrays += sum(1 for check in of_store if check.where.endswith(ZARR_JSON) and not check.chunk)
@@ -104,7 +122,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
             problems += [problem] if problem else []
             if on_progress:
                 on_progress(done, len(checks))
-    return VerifyReport(str(path), n_arrays, sum(check.chunk for check in checks), tuple(problems))
+    return VerifyReport(str(path), n_arrays, sum(check.chunk for check in checks), tuple(problems), tuple(notes))
 
 
 def stores_below(path: Path) -> list[Path]:
@@ -150,7 +168,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _checks(store: Path) -> Iterator[_Check]:
-    attrs = read_document(store).get("attributes", {})
+    attrs = attributes_of(store)
     yield _Check("root", partial(_check_root, store, attrs), chunk=False)
     yield from _group_checks(store, store)
     if has_labels(store):
@@ -163,7 +181,11 @@ def _checks(store: Path) -> Iterator[_Check]:
 
 
 def _check_root(store: Path, attrs: dict[str, Any]) -> None:
-    if set(attrs) <= {"schema_version", DIGEST}:  # a results store: every group below carries its own provenance
+    if set(attrs) <= {
+        "schema_version",
+        DIGEST,
+        GROUPS,
+    }:  # a results store: every group below carries its own provenance
         for name in (child.name for child in store.iterdir() if (child / ZARR_JSON).exists()):
             open_results(store, name)
         return
@@ -173,11 +195,18 @@ def _check_root(store: Path, attrs: dict[str, Any]) -> None:
 
 
 def _group_checks(store: Path, group: Path) -> Iterator[_Check]:
-    """Digest of a group, its arrays' metadata and chunks, and the same of every group below."""
+    """Digest and seals of a group, its arrays' metadata and chunks, and the same of every group below."""
     name = str(group.relative_to(store)) if group != store else "."
     yield _Check(f"group {name}", partial(_check_digest, group), chunk=False)
-    attrs = read_document(group).get("attributes", {})
-    n_models = len(attrs.get(COMMITTED_MODELS, ())) or None
+    if group != store:
+        yield _Check(f"group {name}", partial(check_listed, store, name), chunk=False)
+    attrs = attributes_of(group)
+    sealed = True
+    try:
+        sealed_chunks(Seal.of(group))
+    except _UNREADABLE as error:  # named once, and not for every chunk
+        sealed = False
+        yield _Check(f"group {name}", partial(_fail, error), chunk=False)
     for child in zarr_nodes(group):
         try:
             kind = read_document(child)["node_type"]
@@ -187,7 +216,7 @@ def _group_checks(store: Path, group: Path) -> Iterator[_Check]:
         if kind == "group":
             yield from _group_checks(store, child)
         elif "complete" not in attrs:  # arrays of shards are checked with their commit records
-            yield from _array_checks(store, child, n_models)
+            yield from _array_checks(store, child, n_committed(attrs), sealed=sealed)
 
 
 def _fail(error: Exception) -> None:
@@ -210,10 +239,10 @@ def _check_digest(group: Path) -> None:
         )
 
 
-def _array_checks(store: Path, path: Path, n_models: int | None) -> Iterator[_Check]:
+def _array_checks(store: Path, path: Path, n_models: int | None, *, sealed: bool) -> Iterator[_Check]:
     name = str(path.relative_to(store))
     try:
-        array = zarr.open_array(zarr_store(path, strict=True), mode="r")
+        array = zarr.open_array(sealed_store(path.parent, seal=sealed), path=path.name, mode="r")
         regions = list(_chunk_regions(array, n_models))
     except _UNREADABLE as error:
         yield _Check(f"{name}/{ZARR_JSON}", partial(_fail, error), chunk=False)
@@ -227,7 +256,9 @@ def _array_checks(store: Path, path: Path, n_models: int | None) -> Iterator[_Ch
 def _chunk_regions(array: Any, n_models: int | None) -> Iterator[tuple[slice, ...]]:
     """The region of every chunk, without models that an append left uncommitted."""
     names = array.metadata.dimension_names or ("",) * array.ndim
-    shape = tuple(n_models if n_models and n == MODEL else s for n, s in zip(names, array.shape, strict=True))
+    shape = tuple(
+        n_models if n_models is not None and n == MODEL else s for n, s in zip(names, array.shape, strict=True)
+    )
     starts = [range(0, size, chunk) for size, chunk in zip(shape, array.chunks, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple(
