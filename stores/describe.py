@@ -12,6 +12,7 @@ import pandas as pd
 
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
 from rlgen_stats.stores.activation_store import ARRAY, root_attributes, stored_groups, stored_models
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage
 from rlgen_stats.stores.digests import COMMITTED_MODELS, arrays_of, read_document
 from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import filesystem, is_remote, place
@@ -69,14 +70,15 @@ def _facts(store: Path) -> dict[str, Any]:
     if facts.get("uncompressed_bytes"):
         facts["compression"] = round(facts["uncompressed_bytes"] / max(1, facts["bytes"]), 2)
     facts |= {name: attrs[name] for name in _SHOWN_ATTRS if name in attrs}
-    return facts | _provenance(attrs)
+    return facts | _provenance(store, attrs)
 
 
-def _provenance(attrs: dict[str, Any]) -> dict[str, Any]:
+def _provenance(store: Path, attrs: dict[str, Any]) -> dict[str, Any]:
     if "provenance" not in attrs:
         return {}
-    provenance = json.loads(attrs["provenance"])
-    return {"written_by": {"git_commit": provenance.get("git_commit"), **provenance.get("packages", {})}}
+    with explain_damage(store / ZARR_JSON):
+        provenance = json.loads(attrs["provenance"])
+        return {"written_by": {"git_commit": provenance.get("git_commit"), **provenance.get("packages", {})}}
 
 
 def _files(store: Path) -> list[int]:

@@ -56,8 +56,10 @@ def read_document(path: Path) -> dict[str, Any]:
         if document["zarr_format"] != 3 or document["node_type"] not in ("group", "array"):
             raise KeyError("node_type")
         attributes = document.get("attributes", {})
-        for name, kind in ({"attributes": dict} | _KINDS).items():
-            if not isinstance({"attributes": attributes, **attributes}.get(name, kind()), kind):
+        if not isinstance(attributes, dict):
+            raise TypeError("attributes is of another type")
+        for name in _KINDS.keys() & attributes.keys():
+            if not isinstance(attributes[name], _KINDS[name]):
                 raise TypeError(f"{name} is of another type")
     except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError, NotADirectoryError) as error:
         raise StoreCorruptError(f"{path / ZARR_JSON} is not Zarr v3 metadata ({error}); restore it.") from error

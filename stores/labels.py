@@ -34,7 +34,7 @@ from rlgen_stats.schemas.dims import (
 )
 from rlgen_stats.schemas.errors import InputError, StoreCorruptError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.stores.atomic import ZARR_JSON
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage
 from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.prompt_index import label_values, selected_labels
 from rlgen_stats.stores.seals import check_listed, sealed_store
@@ -65,7 +65,8 @@ class TokenLabels:
 
     def __init__(self, path: Path) -> None:
         attrs = read_document(path)["attributes"]
-        self.path, self.n_tokens, self.hash = path, int(attrs["n_tokens"]), str(attrs["labels_hash"])
+        with explain_damage(path / ZARR_JSON):
+            self.path, self.n_tokens, self.hash = path, int(attrs["n_tokens"]), str(attrs["labels_hash"])
         self._legends: dict[str, NDArray[Any]] = {}
 
     @cached_property
@@ -84,8 +85,9 @@ class TokenLabels:
     def codes(self) -> dict[str, Any]:
         """The arrays of the tokens group, on disk."""
         check_listed(self.path, TOKENS_GROUP)
-        group = zarr.open_group(sealed_store(self.path / TOKENS_GROUP), mode="r")
-        return {str(name): array for name, array in group.arrays()}
+        with explain_damage(self.path / TOKENS_GROUP / ZARR_JSON):
+            group = zarr.open_group(sealed_store(self.path / TOKENS_GROUP), mode="r")
+            return {str(name): array for name, array in group.arrays()}
 
     def legend(self, name: str) -> NDArray[Any] | None:
         """Text of every code of label ``name``; None for labels that are numbers."""

@@ -27,7 +27,7 @@ from zarr.storage import WrapperStore
 
 from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.stores.atomic import ZARR_JSON, read_json, write_json
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, read_json, write_json
 from rlgen_stats.stores.digests import (
     DIGEST,
     SEAL,
@@ -126,7 +126,8 @@ def _chunks_in(group: Path, n_models: int | None) -> list[str]:
     """Names of the chunks of all arrays of a group, array by array: mean/c/0/1, or activation/c.3.0."""
     names = []
     for array, metadata in arrays_of(group, n_models).items():
-        grid, separator = _grid(metadata)
+        with explain_damage(group / array / ZARR_JSON):
+            grid, separator = _grid(metadata)
         names += [f"{array}/{separator.join(('c', *map(str, corner)))}" for corner in np.ndindex(grid)]
     return names
 

@@ -23,7 +23,7 @@ from zarr.codecs import Crc32cCodec
 
 from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.stores.atomic import ZARR_JSON, sync
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, sync
 from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.locations import explain_access_errors, is_remote
 from rlgen_stats.stores.seals import CHECKSUM_BYTES, Seal, carried_checksum
@@ -262,12 +262,8 @@ def open_shards(path: Path, *, decoded: bool = True) -> ShardArray:
         If that does not describe one.
     """
     document = read_document(path)
-    try:
+    with explain_damage(path / ZARR_JSON):
         chunk = document["chunk_grid"]["configuration"]["chunk_shape"]
         stored_type = str(document["attributes"].get("bits_of", document["data_type"]))
         stored_dtype(stored_type)
         return ShardArray(path, tuple(document["shape"]), int(chunk[0]), stored_type, decoded, Seal.of(path.parent))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, StoreCorruptError):
-            raise
-        raise StoreCorruptError(f"{path / ZARR_JSON} describes no array of shards ({error}); restore it.") from error

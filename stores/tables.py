@@ -22,8 +22,8 @@ from rlgen_stats.schemas.declaring import PROVENANCE_ATTRS
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, validate
-from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_leftovers, replacing
-from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, explain_full_disk, remove_leftovers, replacing
+from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, zarr_nodes
 from rlgen_stats.stores.locations import explain_access_errors, is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.prompt_index import with_prompt_index
@@ -67,7 +67,10 @@ def open_unread(path: Path, **options: Any) -> xr.Dataset:
     """A Zarr group as it is, without indexes; a variable is read when it is used and then kept."""
     consolidated = CONSOLIDATED in read_document(path)
     options = {"chunks": None, "create_default_indexes": False} | options
-    return xr.open_zarr(sealed_store(path), consolidated=consolidated, **options)
+    for node in () if consolidated else zarr_nodes(path):
+        read_document(node)  # names the file that is damaged
+    with explain_damage(path / ZARR_JSON):
+        return xr.open_zarr(sealed_store(path), consolidated=consolidated, **options)
 
 
 def open_lazily(path: Path) -> xr.Dataset:
@@ -325,7 +328,8 @@ def rendered_prompts(path: Path | str) -> list[dict[str, Any]]:
     path = place(path)
     if not committed_models(path):
         return []
-    return list(json.loads(read_document(path).get("attributes", {}).get(RENDERED_PROMPTS, "[]")))
+    with explain_damage(path / ZARR_JSON):
+        return list(json.loads(read_document(path).get("attributes", {}).get(RENDERED_PROMPTS, "[]")))
 
 
 def open_features(path: Path | str) -> xr.Dataset:

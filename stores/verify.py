@@ -18,7 +18,7 @@ import zarr
 from rlgen_stats.schemas.dims import MODEL, PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, StoreError
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
-from rlgen_stats.stores.atomic import ZARR_JSON, read_json
+from rlgen_stats.stores.atomic import ZARR_JSON, read_object
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
 from rlgen_stats.stores.digests import (
     COMMITTED_MODELS,
@@ -148,7 +148,7 @@ def _records(root: Path) -> list[Path]:
 
 def _check_record(root: Path, file: Path) -> None:
     """The stores that a finished stage left are still those, with all their models."""
-    record = read_json(file)
+    record = read_object(file)
     faults = foreign_stores(root, record) if record.get("finished") else []
     if faults:
         raise StoreError("; ".join(faults))

@@ -19,7 +19,8 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.schemas.tasks import GRADING_VERSION
-from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
+from rlgen_stats.stores import Provenance, StudyFolder, write_json
+from rlgen_stats.stores.atomic import read_object
 from rlgen_stats.stores.health_records import readout_accepted
 from rlgen_stats.stores.hub import hub_folder, is_on_hub
 from rlgen_stats.stores.owners import foreign_stores
@@ -258,7 +259,7 @@ class Study:
     def __init__(self, folder: StudyFolder, spec: StudySpec, fingerprints: Fingerprints | None = None) -> None:
         self.folder, self.spec = folder, spec
         self.forced: frozenset[str] = frozenset()
-        self.times_forced: dict[str, int] = read_json(folder.forced) if folder.forced.exists() else {}
+        self.times_forced: dict[str, int] = read_object(folder.forced) if folder.forced.exists() else {}
         self.fingerprints = fingerprints or Fingerprints(folder.stages / FINGERPRINTS)
         prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(spec).items()}
         shared = prompts.pop("data.prompts", None)
@@ -420,7 +421,7 @@ class Study:
     def record(self, name: str) -> dict[str, Any]:
         """What the last run of a stage left, empty if it never started."""
         file = self.file(name)
-        return dict(read_json(file)) if file.exists() else {}
+        return read_object(file) if file.exists() else {}
 
     def write_record(self, name: str, **facts: Any) -> None:
         """Replace a stage's record."""
