@@ -30,7 +30,7 @@ from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.labels import TokenLabels
 from rlgen_stats.stores.locations import place
-from rlgen_stats.stores.seals import GROUPS, check_listed
+from rlgen_stats.stores.seals import GROUPS, check_listed, check_present
 from rlgen_stats.stores.shards import PerturbedShards, ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version
 
@@ -107,6 +107,7 @@ def shard_arrays(
         If a model is absent or unfinished, or several sites need a choice.
     """
     n_tokens = int(root_attributes(path)["n_tokens"])
+    check_present(path)
     stored = stored_models(path)
     sites = sorted({s for _, s in stored})
     if site is None:

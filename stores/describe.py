@@ -64,7 +64,8 @@ def describe(path: Path | str) -> dict[str, dict[str, Any]]:
 
 def _facts(store: Path) -> dict[str, Any]:
     attrs = read_document(store).get("attributes", {})
-    facts = _activation_facts(store) if has_labels(store) else _table_facts(store, attrs)
+    with explain_damage(store):
+        facts = _activation_facts(store) if has_labels(store) else _table_facts(store, attrs)
     sizes = _files(store)
     facts["bytes"], facts["files"] = sum(sizes), len(sizes)
     if facts.get("uncompressed_bytes"):

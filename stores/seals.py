@@ -205,6 +205,19 @@ def check_listed(root: Path, group: str) -> None:
         )
 
 
+def check_present(root: Path) -> None:
+    """Refuse a store of which a listed group is gone.
+
+    Raises
+    ------
+    StoreCorruptError
+        Naming the groups.
+    """
+    gone = [name for name in attributes_of(root).get(GROUPS, {}) if not (root / name / ZARR_JSON).exists()]
+    if gone:
+        raise StoreCorruptError(f"{root} lists {', '.join(gone)}, but there is no such group; {_RESTORE}")
+
+
 def is_unsealed(group: Path) -> bool:
     """Whether a group has finished arrays and no seal: an earlier release wrote it."""
     attributes = attributes_of(group)

@@ -35,7 +35,16 @@ from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import is_remote, place
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.results import open_results
-from rlgen_stats.stores.seals import GROUPS, Seal, check_listed, groups_in, is_unsealed, sealed_chunks, sealed_store
+from rlgen_stats.stores.seals import (
+    GROUPS,
+    Seal,
+    check_listed,
+    check_present,
+    groups_in,
+    is_unsealed,
+    sealed_chunks,
+    sealed_store,
+)
 from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
 
@@ -172,6 +181,7 @@ def _checks(store: Path) -> Iterator[_Check]:
     yield _Check("root", partial(_check_root, store, attrs), chunk=False)
     yield from _group_checks(store, store)
     if has_labels(store):
+        yield _Check("groups", partial(check_present, store), chunk=False)
         yield _Check("labels", partial(_check_labels, store), chunk=False)
         for model, site in stored_groups(store):
             yield from _shard_checks(store / model / site, model, site)
