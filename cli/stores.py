@@ -164,7 +164,8 @@ def _checks_bar(progress: Progress, description: str) -> Iterator[Callable[[int,
 def migrate(store: str, as_json: bool) -> None:
     """Raise stores written by an earlier release to this release's layout, in place, and seal their chunks.
 
-    Activations are renamed, not rewritten; an interrupted migration is run again. A store without seals is verified first.
+    Activations are renamed, not rewritten; an interrupted migration is run again. A store without seals is verified
+    first.
 
     \b
     Example:  rlgen-stats migrate runs/last-year

@@ -205,17 +205,26 @@ def check_listed(root: Path, group: str) -> None:
         )
 
 
-def check_present(root: Path) -> None:
+def check_present(root: Path, *, removable: bool = False) -> None:
     """Refuse a store of which a listed group is gone.
+
+    Parameters
+    ----------
+    root
+        Store.
+    removable
+        Whether groups are removed in the ordinary course of things, folder and all.
 
     Raises
     ------
     StoreCorruptError
         Naming the groups.
     """
-    gone = [name for name in attributes_of(root).get(GROUPS, {}) if not (root / name / ZARR_JSON).exists()]
+    listed = [root / name for name in attributes_of(root).get(GROUPS, {})]
+    gone = [group for group in listed if not (group / ZARR_JSON).exists() and (group.exists() or not removable)]
     if gone:
-        raise StoreCorruptError(f"{root} lists {', '.join(gone)}, but there is no such group; {_RESTORE}")
+        names = ", ".join(group.relative_to(root).as_posix() for group in gone)
+        raise StoreCorruptError(f"{root} lists the group(s) {names}, of which {ZARR_JSON} is missing; {_RESTORE}")
 
 
 def is_unsealed(group: Path) -> bool:

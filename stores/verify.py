@@ -179,9 +179,9 @@ def _sentence(error: BaseException) -> str:
 def _checks(store: Path) -> Iterator[_Check]:
     attrs = attributes_of(store)
     yield _Check("root", partial(_check_root, store, attrs), chunk=False)
+    yield _Check("groups", partial(check_present, store, removable=not has_labels(store)), chunk=False)
     yield from _group_checks(store, store)
     if has_labels(store):
-        yield _Check("groups", partial(check_present, store), chunk=False)
         yield _Check("labels", partial(_check_labels, store), chunk=False)
         for model, site in stored_groups(store):
             yield from _shard_checks(store / model / site, model, site)
