@@ -46,10 +46,13 @@ THREADS ?= 1
 pytest:
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadfile
 
-# The store's fault tests at length: 60 kills, 1,000 flipped bits, 40 histories of each state machine.
+# Fault tests at length: 60 kills, 1,000 flipped bits, 40 histories of each state machine; then 2,000 malformed inputs
+# through the command line, half an hour on one core. Figures: docs/reliability.md.
+SEED ?= 1
 faults: install-dev
 	RLGEN_STATS_KILLS=60 RLGEN_STATS_FLIPS=1000 RLGEN_STATS_EXAMPLES=40 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -P -m pytest -n 2 tests/stores/test_crash.py tests/stores/test_verify.py tests/stores/test_machine.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.malformed_inputs --cases 600 --seed $(SEED)
 
 # Does a test notice when a decision changes? About 20 minutes on two cores; ONLY=health for one module.
 mutants: install-dev .namespace/rlgen_stats
@@ -62,7 +65,7 @@ calibration: install-dev
 # About 25 minutes, up to 12 GB of disk; results as JSON in .benchmarks/, BENCHMARK_OPTIONS=--quick for a trial.
 benchmark-stores: install
 	mkdir -p .benchmarks
-	for script in throughput shuffling memory opening at_size; do \
+	for script in throughput shuffling memory extraction opening at_size; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/stores/$$script.py --json .benchmarks/$$script.json $(BENCHMARK_OPTIONS) || exit 1; \
 	done
 

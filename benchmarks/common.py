@@ -38,6 +38,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     found.add_argument("--repetitions", type=int, help="after one to warm up; default 5, with --quick 1")
     found.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     found.add_argument("--json", type=Path, help="write the results here too")
+    found.add_argument(
+        "--processor-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
+        help="seconds of the processor instead of the clock, for tools on one thread of a machine that others use too",
+    )  # fmt: skip
     found.add_argument("--child", help=argparse.SUPPRESS)
     return found
 
@@ -52,12 +56,15 @@ def read_options(description: str, **paths: str) -> argparse.Namespace:
     return options
 
 
-def options_with_device(description: str) -> tuple[argparse.Namespace, Any]:
-    """The options given to a benchmark that can run on a GPU, and the torch device asked for."""
+def options_with_device(
+    description: str, add: Callable[[argparse.ArgumentParser], object] = lambda _: None
+) -> tuple[argparse.Namespace, Any]:
+    """The options given to a benchmark that can run on a GPU, and the torch device asked for; ``add`` adds its own."""
     import torch
 
     parser = _parser(description)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    add(parser)
     options = parser.parse_args()
     options.repetitions = options.repetitions or (1 if options.quick else REPETITIONS)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -124,7 +131,9 @@ class Case:
     prepare: Callable[[], Any] = lambda: None
 
 
-def interleaved(cases: Sequence[Case], repetitions: int) -> dict[str, list[float]]:
+def interleaved(
+    cases: Sequence[Case], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every case, A B C A B C ..., so that a slow minute of the machine hits all of them.
 
     The first round warms up and is dropped. Dirty pages are written out before each start, so that no case pays for
@@ -135,10 +144,10 @@ def interleaved(cases: Sequence[Case], repetitions: int) -> dict[str, list[float
         for case in cases:
             given = case.prepare()
             os.sync()
-            start = time.perf_counter()
+            start = clock()
             case.run(given)
             if repetition:
-                seconds[case.name].append(time.perf_counter() - start)
+                seconds[case.name].append(clock() - start)
     return seconds
 
 

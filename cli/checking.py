@@ -11,6 +11,7 @@ import click
 
 from rlgen_stats.cli.console import (
     EXIT_BAD_INPUT,
+    echo,
     handle_errors,
     json_option,
     print_json,
@@ -61,7 +62,7 @@ def check(study: str, tokens_per_second: float | None, as_json: bool) -> None:
         _print_costs(found, tokens_per_second)
         print_problems(found.problems)
         if not found.problems:
-            click.echo("No problems.")
+            echo("No problems.")
     if found.problems:
         sys.exit(EXIT_BAD_INPUT)
 
@@ -77,7 +78,7 @@ def check_before_run(study: str, stages: Sequence[str] | None, progress: Progres
     if StudyFolder(Path(study)).stages.exists():  # what was run before was checked then, and its keys are known
         with suppress(RlgenStatsError):
             opened = open_for_run(study, exact=False, progress=progress)
-            if all(opened.state(stage.name) == "done" for stage in plan):
+            if all(one.state(stage.name) == "done" for one in (opened, *opened.linked) for stage in plan):
                 return
     found = check_study(study, stages=plan, progress=progress)
     if found.problems:
@@ -88,19 +89,19 @@ def check_before_run(study: str, stages: Sequence[str] | None, progress: Progres
 def print_problems(problems: Sequence[Problem]) -> None:
     """One line a problem, on standard error."""
     if len(problems) > 1:
-        click.echo(f"Error: {len(problems)} problems", err=True)
+        echo(f"Error: {len(problems)} problems", err=True)
     for problem in problems:
-        click.echo(f"{'Error:' if len(problems) == 1 else ' '} {problem.where}: {problem.message}", err=True)
+        echo(f"{'Error:' if len(problems) == 1 else ' '} {problem.where}: {problem.message}", err=True)
 
 
 def _print_examples(found: StudyCheck) -> None:
     for one in found.examples:
         models = ", ".join(one.models)
-        click.echo(
+        echo(
             f"{one.task}, {found.n_prompts[one.task]:,} prompts; the first as {models} read it ({one.n_tokens} tokens):"
         )
         shown = one.text if len(one.text) <= MAX_CHARACTERS else f"{one.text[:MAX_CHARACTERS]} …"
-        click.echo("".join(f"  | {line}\n" for line in shown.splitlines() or [""]), nl=False)
+        echo("".join(f"  | {line}\n" for line in shown.splitlines() or [""]), nl=False)
 
 
 def _print_costs(found: StudyCheck, tokens_per_second: float | None) -> None:
@@ -108,7 +109,7 @@ def _print_costs(found: StudyCheck, tokens_per_second: float | None) -> None:
     if costs is None:
         return
     imported = f", {len(found.imported)} of them imported" if found.imported else ""
-    click.echo(f"{len(found.models)} models{imported}; {found.n_blocks} decoder blocks of width {found.width:,}.")
+    echo(f"{len(found.models)} models{imported}; {found.n_blocks} decoder blocks of width {found.width:,}.")
     header = ["sampling", "completions", "tokens at most", *(["hours at most"] if tokens_per_second else [])]
     rows = [
         ["outcomes", f"{costs.completions:,}", f"{costs.tokens:,}"],
@@ -119,7 +120,7 @@ def _print_costs(found: StudyCheck, tokens_per_second: float | None) -> None:
             row.append(f"{hours:,.1f}")
     print_table(header, rows)
     print_table(["written", "bytes at most"], [[name, _size(size)] for name, size in costs.stores.items()])
-    click.echo(f"{_size(found.bytes_left or 0)} still to write, {_size(found.bytes_free or 0)} free.")
+    echo(f"{_size(found.bytes_left or 0)} still to write, {_size(found.bytes_free or 0)} free.")
 
 
 def _size(n_bytes: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rlgen_stats.cli.console import handle_errors, json_option, print_json, print_table
+from rlgen_stats.cli.console import echo, handle_errors, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,8 +75,8 @@ def _read(name: str, metrics: tuple[str, ...], cluster: str | None) -> pd.DataFr
 
 def _print(result: xr.Dataset, metrics: list[str]) -> None:
     attrs, level = result.attrs, 1 - result.attrs["alpha"]
-    click.echo(f"A  {attrs['a']}\nB  {attrs['b']}")
-    click.echo(f"   graded by {', '.join(metrics)}; {level:.0%} intervals over {attrs['unit']}s")
+    echo(f"A  {attrs['a']}\nB  {attrs['b']}")
+    echo(f"   graded by {', '.join(metrics)}; {level:.0%} intervals over {attrs['unit']}s")
     header = ["task", "prompts", "A", "B", "B - A, points", "interval", "A better", "B better", "p", "p, Holm"]
     rows = []
     for task in result["task"].values:
@@ -99,11 +99,11 @@ def _print(result: xr.Dataset, metrics: list[str]) -> None:
     if result.sizes["k"] > 1:
         _print_pass(result)
     for note in _notes(result):
-        click.echo(note)
+        echo(note)
 
 
 def _print_pass(result: xr.Dataset) -> None:
-    click.echo("")
+    echo("")
     rows = []
     for task in result["task"].values:
         for k in result["k"].values[1:]:  # pass@1 is the accuracy above

@@ -6,12 +6,15 @@ import errno
 import functools
 import json
 import math
+import os
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeAlias, TypeVar
 
 import click
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Workers: TypeAlias = "Callable[[], AbstractContextManager[Any]]"
+"""What enters the dask client of a command, or None."""
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
 PLAIN_LINE_SECONDS: Final = 10.0
@@ -36,11 +41,29 @@ quiet_option = click.option("--quiet", is_flag=True, help="No progress.")
 yes_option = click.option(
     "--yes", is_flag=True, help="Replace what a change of the study made stale without asking, however long it took."
 )
-scheduler_option = click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="A dask scheduler for the statistics, e.g. tcp://host:8786; default: threads.",
-)
+
+
+def workers_options(command: Callable[P, R]) -> Callable[..., R]:
+    """``--scheduler`` and ``--devices``, as the argument ``workers`` of a command: a context manager's function.
+
+    It enters a dask client on whose workers the stages that load models run, or None.
+    """
+
+    @click.option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="A dask scheduler, e.g. tcp://host:8786, whose workers run models and statistics; default: this process.",
+    )
+    @click.option(
+        "--devices",
+        metavar="LIST",
+        help="GPUs of this machine, e.g. 0,1,2,3, with a worker process for models on each; cpu stands for no GPU.",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, scheduler: str | None, devices: str | None, **options: Any) -> R:
+        return command(*args, workers=functools.partial(connect, scheduler, devices), **options)  # type: ignore[arg-type]
+
+    return wrapped
 
 
 def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -51,25 +74,81 @@ def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            click.echo("\nInterrupted. What was finished is kept; run the same command again to continue.", err=True)
+            echo("\nInterrupted. What was finished is kept; run the same command again to continue.", err=True)
             sys.exit(EXIT_INTERRUPTED)
         except RlgenStatsError as error:
             fail(error.args[-1] if isinstance(error, OSError) else str(error))
-        except PermissionError as error:
-            fail(f"cannot write {error.filename}: permission denied; use a folder you own.")
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            sentence = explain_os_error(error)
+            if sentence is None:
                 raise
-            fail(
-                "the disk or quota is full; what was committed is kept: free some space and run the same command again."
-            )
+            fail(sentence)
+        except MemoryError as error:
+            fail(f"there is not enough memory for this ({str(error)[:200] or 'out of memory'}); ask for less at once.")
+        except RuntimeError as error:  # what pathlib makes of ELOOP
+            if not str(error).startswith("Symlink loop"):
+                raise
+            fail(f"{str(error).removeprefix('Symlink loop from ')} cannot be used; {_WHAT_TO_DO[errno.ELOOP]}.")
+        except Exception as error:  # of the libraries of object stores, which share no base
+            if "credential" not in type(error).__name__.lower():
+                raise
+            fail(f"credentials of an object store are missing or refused ({error}); set them in the environment.")
 
     return wrapped
 
 
+_WHAT_TO_DO: Final = {
+    errno.EACCES: "you may not read or write it: use a folder you own",
+    errno.EPERM: "the system does not allow it: use a folder you own",
+    errno.EROFS: "it is on a read-only file system: name a folder elsewhere",
+    errno.ENOENT: "there is no such file or folder: correct the path",
+    errno.EEXIST: "it exists already: name another",
+    errno.EISDIR: "it is a folder, expected a file: correct the path",
+    errno.ENOTDIR: "a file stands where a folder is expected: correct the path",
+    errno.ENAMETOOLONG: "the name is longer than the file system takes: shorten it",
+    errno.ELOOP: "its symbolic links lead in a circle: correct them",
+    errno.EFBIG: "the file would be larger than the file system or a limit allows (ulimit -f): write elsewhere",
+    errno.ENOLCK: "its file system offers no locks: work on a local disk",
+    errno.EMFILE: "too many files are open (ulimit -n): raise the limit",
+    errno.EIO: "the device reports a read or write error: check the disk",
+    errno.ESTALE: "its network file system has lost it: mount it again",
+}
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """One sentence on what the system refused; None where neither a file nor a reason is known, which is a bug."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk or quota is full; what was committed is kept: free some space and run the same command again."
+    if error.errno is None and error.filename is None:
+        return None
+    file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+    what = f"{file} cannot be used" if file is not None else "a file cannot be used"
+    reason = _WHAT_TO_DO.get(error.errno or 0) or (error.strerror or type(error).__name__).lower()
+    return f"{what}; {reason}."
+
+
+_CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Characters by which a text could act on the terminal or show itself as another; newline and tab stay."""
+
+
+def plain(text: object) -> str:
+    """A text with control characters written out, so that a task's name or an answer cannot steer the terminal."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1].replace("\\\\", "\\"), str(text))
+
+
+def echo(message: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print a text that may come from files; every command prints through this, a table or JSON."""
+    click.echo(plain(message), err=err, nl=nl)
+
+
+def heading(text: object) -> None:
+    """Print a bold line."""
+    click.secho(plain(text), bold=True)
+
+
 def fail(message: object) -> NoReturn:
     """Print one sentence and leave with exit code 2."""
-    click.echo(f"Error: {message}", err=True)
+    echo(f"Error: {message}", err=True)
     sys.exit(EXIT_BAD_INPUT)
 
 
@@ -80,7 +159,7 @@ def print_json(value: Any) -> None:
     def from_numpy(value: Any) -> Any:
         return value.tolist() if hasattr(value, "tolist") else str(value)
 
-    click.echo(json.dumps(to_jsonable_python(value, inf_nan_mode="null", fallback=from_numpy), indent=1))
+    echo(json.dumps(to_jsonable_python(value, inf_nan_mode="null", fallback=from_numpy), indent=1))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -93,28 +172,50 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         numeric = bool(rows) and all(row[i].replace(",", "").replace(".", "").isdigit() for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     with console.capture() as captured:
         console.print(table, markup=False)
-    click.echo("".join(f"  {line.rstrip()}\n" for line in captured.get().splitlines()), nl=False)
+    echo("".join(f"  {line.rstrip()}\n" for line in captured.get().splitlines()), nl=False)
 
 
-def connect(scheduler: str | None) -> AbstractContextManager[Any]:
-    """A dask client for the block, or nothing."""
-    if scheduler is None:
+SCHEDULER_SECONDS: Final = 30.0
+"""Within which a dask scheduler must have answered, whatever listens at its address."""
+
+
+def connect(scheduler: str | None, devices: str | None) -> AbstractContextManager[Any]:
+    """A dask client for the block, or None; one of a scheduler becomes the default client, which statistics use."""
+    if scheduler is None and devices is None:
         return nullcontext()
-    from distributed import Client
-
     from rlgen_stats.schemas.errors import InputError
 
-    try:
-        return Client(scheduler, timeout=10)  # type: ignore[no-any-return]
-    except (OSError, ValueError, TimeoutError) as error:
-        raise InputError(
-            f"no dask scheduler answers at {scheduler!r} ({str(error).splitlines()[0]}); "
-            "start one with 'dask scheduler' or leave --scheduler out."
-        ) from error
+    if devices is not None:
+        from rlgen_stats.toolkit.workers import local_workers
+
+        if scheduler is not None:
+            raise InputError("--devices starts workers of its own and --scheduler has others; name one of the two.")
+        return local_workers(devices)
+    found: list[Any] = []
+
+    def ask() -> None:
+        from distributed import Client
+
+        try:
+            found.append(Client(scheduler, timeout=SCHEDULER_SECONDS / 2))
+        except Exception as error:  # of the address, the network, or whatever answered there
+            found.append(error)
+
+    # a daemon: something that accepts a connection and stays silent would hold the client, and with it the command
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(SCHEDULER_SECONDS)
+    if found and not isinstance(found[0], Exception):
+        return found[0]  # type: ignore[no-any-return]
+    reason = (str(found[0]).splitlines() or [type(found[0]).__name__])[0] if found else "it stays silent"
+    raise InputError(
+        f"no dask scheduler answers at {scheduler!r} ({reason[:200].rstrip('.')}); start one with 'dask scheduler' or "
+        "leave --scheduler out."
+    )
 
 
 @contextmanager
@@ -158,7 +259,7 @@ class _LineTask:
         of = f"/{self._total:.0f}" if self._total else ""
         left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate and not end else ""
         done = f", {seconds:.1f} s" if end else ""
-        click.echo(
+        echo(
             f"  {self._description}: {self._done:.0f}{of} {self._unit}{speed}{left}{done} {self._facts}".rstrip(),
             err=True,
         )
@@ -174,7 +275,7 @@ class _Lines:
 
     def log(self, message: str) -> None:
         """One line."""
-        click.echo(message, err=True)
+        echo(message, err=True)
 
 
 def _short(value: object) -> str:
@@ -215,7 +316,7 @@ def _bars() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[unit]}", table_column=Column(overflow="ellipsis")),  # cut first on a narrow screen
@@ -223,7 +324,12 @@ def _bars() -> Iterator[Progress]:
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("eta"),
         Left(table_column=Column(no_wrap=True)),
-        TextColumn("[dim]{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        TextColumn(
+            "{task.fields[facts]}",
+            style="dim",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
     )
     with RichProgress(*columns, console=console, transient=False, expand=True) as rich_progress:
         yield _Bars(rich_progress, console)
@@ -243,14 +349,14 @@ class _Bars:
     @contextmanager
     def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
         """A bar."""
-        handle = self._bars.add_task(description, total=total, unit=unit, facts="", skipped=0.0)
+        handle = self._bars.add_task(plain(description), total=total, unit=unit, facts="", skipped=0.0)
         yield _BarTask(self._bars, handle)
         if total is None:
             self._bars.update(handle, total=self._bars.tasks[self._bars.task_ids.index(handle)].completed)
 
     def log(self, message: str) -> None:
         """One line above the bars."""
-        self._console.print(message, highlight=False, markup=False)
+        self._console.print(plain(message), highlight=False, markup=False)
 
 
 class _BarTask:

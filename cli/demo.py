@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from rlgen_stats.cli.console import handle_errors, json_option, progress_for, quiet_option, scheduler_option
+from rlgen_stats.cli.console import Workers, handle_errors, json_option, progress_for, quiet_option, workers_options
 
 
 @click.command()
@@ -22,7 +22,7 @@ from rlgen_stats.cli.console import handle_errors, json_option, progress_for, qu
     show_default=True,
     help="'mini' runs every stage in seconds; its numbers mean nothing (for smoke tests).",
 )
-@scheduler_option
+@workers_options
 @quiet_option
 @json_option
 @handle_errors
@@ -31,7 +31,7 @@ def demo(
     seed: int,
     n_seeds: int,
     size: Literal["demo", "mini"],
-    scheduler: str | None,
+    workers: Workers,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -58,7 +58,7 @@ def demo(
     with progress_for(quiet=quiet) as progress:
         spec = prepare_demo(study, seed=seed, n_seeds=n_seeds, size=size, progress=progress)
         write_spec(study, spec)
-    run_and_print(folder, None, (), True, scheduler, quiet, as_json)
+    run_and_print(folder, None, (), True, workers, quiet, as_json)
 
 
 COMMANDS = {"demo": demo}

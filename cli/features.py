@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from rlgen_stats.cli.console import handle_errors, json_option, print_json, study_argument
+from rlgen_stats.cli.console import echo, handle_errors, heading, json_option, print_json, study_argument
 
 if TYPE_CHECKING:
     from rlgen_stats.toolkit.reporting import FeatureCard
@@ -43,29 +43,29 @@ def features(study: str, features: tuple[int, ...], n: int, as_json: bool) -> No
         print_json([asdict(card) for card in cards])
         return
     if not cards:
-        click.echo("No feature is selected here (yet); name some: rlgen-stats features STUDY 12 407")
+        echo("No feature is selected here (yet); name some: rlgen-stats features STUDY 12 407")
     for card in cards:
         _print(card, n)
 
 
 def _print(card: FeatureCard, n: int) -> None:
-    click.secho(f"feature {card.feature}", bold=True)
+    heading(f"feature {card.feature}")
     for sentence in card.origin:
-        click.echo(f"  {sentence}")
+        echo(f"  {sentence}")
     if card.means:
-        click.echo("  mean    " + "   ".join(f"{model} {mean:.3g}" for model, mean in card.means.items()))
+        echo("  mean    " + "   ".join(f"{model} {mean:.3g}" for model, mean in card.means.items()))
     for model, tokens in card.tokens.items():
-        click.echo(f"  raises  {model}: " + " · ".join(repr(token)[1:-1] for token in tokens))
+        echo(f"  raises  {model}: " + " · ".join(repr(token)[1:-1] for token in tokens))
     for model, contexts in card.contexts.items():
         for context in contexts[:n]:
             before, after = (repr(text)[1:-1] for text in (context.before, context.after))
             room = MAX_TEXT - len(context.peak)
-            click.echo(
+            echo(
                 f"  {model:<10} {context.activation:8.3g}  {before[-room * 2 // 3 :]}"
                 f"{click.style(f'⟦{context.peak}⟧', bold=True)}{after[: room // 3]}"
             )
     if not card.contexts:
-        click.echo("  It fires nowhere, or contexts were not collected (summaries.contexts).")
+        echo("  It fires nowhere, or contexts were not collected (summaries.contexts).")
 
 
 COMMANDS = {"features": features}

@@ -7,6 +7,7 @@ import sys
 import click
 
 from rlgen_stats.cli.console import (
+    echo,
     fail,
     handle_errors,
     json_option,
@@ -24,6 +25,11 @@ from rlgen_stats.cli.console import (
 @click.option("--model", metavar="RUN@STEP", required=True, help="Model the cache comes from, e.g. rl@200.")
 @click.option("--site", required=True, help="Site in the model, e.g. block12.")
 @click.option("--tensor", metavar="KEY", help="Name of the tensor, where a file holds several.")
+@click.option(
+    "--checkpoint",
+    metavar="FOLDER",
+    help="Read the first texts with this checkpoint, and refuse activations of another block than --site names.",
+)
 @click.option("--dtype", help="Stored type: float32, float16 or bfloat16; default: the cache's.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinite values.")
 @click.option("--ignore", metavar="COL", multiple=True, help="A column of the label table to leave out; repeatable.")
@@ -37,6 +43,7 @@ def import_cache(
     model: str,
     site: str,
     tensor: str | None,
+    checkpoint: str | None,
     dtype: str | None,
     allow_nonfinite: bool,
     ignore: tuple[str, ...],
@@ -55,6 +62,10 @@ def import_cache(
 
     from rlgen_stats.toolkit.exchange import import_activations
 
+    if checkpoint is not None:
+        from rlgen_stats.toolkit.extraction.block_check import check_block
+
+        check_block(cache, labels, site, checkpoint, tensor=tensor, ignore=ignore)
     with progress_for(quiet=quiet) as progress:
         done = import_activations(
             cache,
@@ -72,10 +83,42 @@ def import_cache(
         print_json(asdict(done) | {"store": into})
         return
     before = f" ({done.n_resumed} of them were stored before)" if done.n_resumed else ""
-    click.echo(
+    echo(
         f"{into}: {done.model} at {done.site} has {done.n_tokens} tokens of {done.n_prompts} prompts, width "
         f"{done.width}, {done.dtype}, from {done.n_files} {done.format} file(s){before}."
     )
+
+
+@click.command("export-requests")
+@study_argument
+@click.option("--model", "models", metavar="RUN@STEP", multiple=True, help="Model to sample; repeatable; default all.")
+@click.option("--texts", is_flag=True, help="Instead: the texts that all models read, to store hidden states of them.")
+@click.option("--to", "into", metavar="FOLDER", help="Where to write; default: requests in the study's folder.")
+@json_option
+@handle_errors
+def export_requests_command(study: str, models: tuple[str, ...], texts: bool, into: str | None, as_json: bool) -> None:
+    """Write what another engine is to sample: prompts as tokens, seeds and sampling settings, a file a model.
+
+    A script of ten lines runs them under vLLM, in its own environment (docs/outcomes-from-elsewhere.md);
+    'import-outcomes' reads what it writes.
+
+    \b
+    Examples:  rlgen-stats export-requests my-study
+               rlgen-stats export-requests my-study --model base@0 --model rl@200 --to requests
+    """  # noqa: D301 - click needs the backspace itself
+    from dataclasses import asdict
+
+    from rlgen_stats.toolkit.study.outcome_requests import export_requests, export_texts
+
+    if texts and models:
+        fail("--texts are the same for all models; leave --model out.")
+    written = export_texts(study, to=into) if texts else export_requests(study, models, to=into)
+    if as_json:
+        print_json([asdict(one) for one in written])
+        return
+    for one in written:
+        what = f"completions of {one.model} ({one.checkpoint})" if one.model else "texts; their labels: labels.parquet"
+        echo(f"{one.file}: {one.n_requests:,} {what}.")
 
 
 @click.command("import-outcomes")
@@ -95,7 +138,7 @@ def import_cache(
 @click.option("--temperature", type=float, help="Sampling temperature, where the files do not record it.")
 @click.option("--top-p", type=float, help="Nucleus mass, where the files do not record it.")
 @click.option("--max-new-tokens", type=int, help="Length limit in tokens, where the files do not record it.")
-@click.option("--engine", help="What sampled them, where the files do not say, e.g. vllm.")
+@click.option("--engine", help="What sampled them, where the files do not say: e.g. vllm; here: this toolkit.")
 @click.option("--yes", is_flag=True, help="Replace completions of this model that the study has.")
 @json_option
 @handle_errors
@@ -115,7 +158,7 @@ def import_outcomes_command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Take completions of one model that were sampled elsewhere; 'run' then samples the other models only.
+    """Take completions of one model that were sampled elsewhere; those of all other models must be of the same engine.
 
     FILE is a table (jsonl, parquet, csv: prompt_id, sample, text or token_ids, perhaps correct), what vLLM or SGLang
     returned as jsonl, samples_*.jsonl of lm-evaluation-harness, a log of Inspect, or STEP.jsonl that verl dumps. They
@@ -150,12 +193,14 @@ def import_outcomes_command(
         return
     origin = done.origin
     graded = "to be graded by the study's graders" if origin.graded_by == "here" else f"graded by {origin.graded_by}"
-    click.echo(
+    echo(
         f"{done.file}: {done.model}, {done.n_prompts:,} prompts, 1 greedy and {done.n_samples} sampled completions of "
         f"each, from {origin.engine}, {graded}; {done.n_truncated:,} cut off."
     )
     if not done.changed:
-        click.echo("They were imported before; nothing changed.")
+        echo("They were imported before; nothing changed.")
+    if done.missing:
+        echo(f"To be imported from {origin.engine} too, before 'run': {', '.join(done.missing)}.")
 
 
 @click.command("export")
@@ -208,9 +253,9 @@ def export_store(
     if as_json:
         print_json(asdict(done))
         return
-    click.echo(f"{done.folder}: {done.n_tokens} tokens of {', '.join(done.models)} at {done.site}.")
+    echo(f"{done.folder}: {done.n_tokens} tokens of {', '.join(done.models)} at {done.site}.")
     for file in done.files:
-        click.echo(f"  {file}")
+        echo(f"  {file}")
 
 
 @click.command("import-crosscoder")
@@ -243,7 +288,7 @@ def import_crosscoder_command(weights: str, views: tuple[str, ...], out: str, as
     if as_json:
         print_json(crosscoder.describe() | {"folder": out})
         return
-    click.echo(
+    echo(
         f"{out}: {crosscoder.n_features:,} features of {', '.join(views)}, width {crosscoder.width}, "
         f"{crosscoder.sparsity}."
     )
@@ -261,7 +306,7 @@ def export_crosscoder_command(crosscoder: str, out: str) -> None:
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.toolkit.crosscoder import export_crosscoder, load_crosscoder
 
-    click.echo(f"{export_crosscoder(load_crosscoder(crosscoder), out)}")
+    echo(f"{export_crosscoder(load_crosscoder(crosscoder), out)}")
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, object]:
@@ -279,6 +324,7 @@ def _where(conditions: tuple[str, ...]) -> dict[str, object]:
 
 COMMANDS = {
     "import": import_cache,
+    "export-requests": export_requests_command,
     "import-outcomes": import_outcomes_command,
     "export": export_store,
     "import-crosscoder": import_crosscoder_command,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from rlgen_stats.cli.console import (
+    Workers,
+    echo,
     handle_errors,
+    heading,
     json_option,
     print_json,
     print_table,
     progress_for,
     quiet_option,
-    scheduler_option,
     study_argument,
+    workers_options,
     yes_option,
 )
 
@@ -50,7 +54,7 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
     help="Run the study's own trial again although up to date.",
 )
 @yes_option
-@scheduler_option
+@workers_options
 @quiet_option
 @json_option
 @handle_errors
@@ -66,7 +70,7 @@ def intervene(
     dry_run: bool,
     force: bool,
     yes: bool,
-    scheduler: str | None,
+    workers: Workers,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -86,12 +90,12 @@ def intervene(
     asked = (set_name, direction, level, dictionary)
     stage = all(one is None for one in asked) and not features and not doses and not by_feature
     if stage and not dry_run:
-        run_and_print(study, ("intervene",), ("intervene",) if force else (), yes, scheduler, quiet, as_json)
+        run_and_print(study, ("intervene",), ("intervene",) if force else (), yes, workers, quiet, as_json)
         return
     from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
     from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
 
-    with progress_for(quiet=quiet) as progress:
+    with nullcontext() if dry_run else workers() as client, progress_for(quiet=quiet) as progress:
         trials = [
             verify_set(
                 study,
@@ -103,6 +107,7 @@ def intervene(
                 level=level,
                 by_feature=by_feature,
                 dry_run=dry_run,
+                workers=client,
                 progress=progress,
             )
             for number in (_dictionaries(study) if stage else (1 if dictionary is None else dictionary,))
@@ -159,28 +164,28 @@ def _print(trial: TrialRun) -> None:
         f"{n} arms {direction}" + (f" ({plan.stored[direction]} done)" if plan.stored[direction] else "")
         for direction, n in plan.arms.items()
     )
-    click.echo(f"{trial.name}: {len(plan.features)} feature(s); {arms or 'nothing to run'}")
+    echo(f"{trial.name}: {len(plan.features)} feature(s); {arms or 'nothing to run'}")
     if plan.why_not:
-        click.echo(f"  {plan.why_not}")
+        echo(f"  {plan.why_not}")
     for shortfall in plan.shortfalls:
-        click.echo(f"  cannot show {shortfall}")
+        echo(f"  cannot show {shortfall}")
     if trial.result is None:
         time = "" if trial.seconds is None else f", roughly {_time(trial.seconds)} at the speed of the outcomes stage"
         size = f"{plan.n_prompts} prompts, {plan.n_samples} sample(s) an arm"
         most = f"{plan.completions:,} completions of up to {plan.max_new_tokens} tokens"
-        click.echo(f"  at most {most} ({size}){time}")
+        echo(f"  at most {most} ({size}){time}")
         return
     for direction in trial.result["direction"].values:
         row = trial.result.sel(direction=direction)
         if str(row["reasons"].item()).startswith("not_asked"):
             continue
-        click.secho(f"  {direction}: {row['verdict'].item()}", bold=True)
+        heading(f"  {direction}: {row['verdict'].item()}")
         for reason in str(row["reasons"].item()).split("; "):
-            click.echo(f"    {reason}")
-        click.echo(f"    v5_replication: {row['v5'].item()}")
+            echo(f"    {reason}")
+        echo(f"    v5_replication: {row['v5'].item()}")
         if trial.parts is not None:
             _print_parts(trial.parts.sel(direction=direction))
-    click.echo(f"  results.zarr/trial-{trial.name}; rlgen-stats report STUDY --force puts it into the report")
+    echo(f"  results.zarr/trial-{trial.name}; rlgen-stats report STUDY --force puts it into the report")
 
 
 def _print_parts(parts: xr.Dataset) -> None:
@@ -204,7 +209,7 @@ def _print_parts(parts: xr.Dataset) -> None:
             ("set_minus_subset", "difference"),
         )
     ]
-    click.echo(
+    echo(
         f"    {int(parts['subset_size'])} of {parts.sizes['feature']} features; on unused prompts {', '.join(effects)}"
     )
 

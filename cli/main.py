@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 from importlib.metadata import version as installed_version
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -42,6 +43,7 @@ _COMMANDS: Final = {
     "migrate": ("rlgen_stats.cli.stores", "Raise stores of an earlier release to this one's layout."),
     "schema": ("rlgen_stats.cli.stores", "Print the declared layout of a dataset as JSON."),
     "import": ("rlgen_stats.cli.import_export", "Import an activation cache made elsewhere, with its label table."),
+    "export-requests": ("rlgen_stats.cli.import_export", "Write what another engine, such as vLLM, is to sample."),
     "import-outcomes": ("rlgen_stats.cli.import_export", "Take completions of a model that were sampled elsewhere."),
     "export": ("rlgen_stats.cli.import_export", "Export selected activations and labels to safetensors or npy."),
     "import-crosscoder": (
@@ -50,6 +52,14 @@ _COMMANDS: Final = {
     ),
     "export-crosscoder": ("rlgen_stats.cli.import_export", "Export a crosscoder for crosscoder_learning."),
 }
+
+
+def _finite(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """The value of an option that is a number; NaN passes every range that click checks."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, float) and not math.isfinite(one):
+            raise click.BadParameter(f"{one} is no finite number.", context, parameter)
+    return value
 
 
 class _LazyGroup(click.Group):
@@ -64,6 +74,9 @@ class _LazyGroup(click.Group):
         module = importlib.import_module(_COMMANDS[cmd_name][0])
         command = module.COMMANDS[cmd_name]
         assert isinstance(command, click.Command)  # noqa: S101 - a programming error, not input
+        for parameter in command.params:
+            if isinstance(parameter.type, click.types.FloatParamType):
+                parameter.callback = parameter.callback or _finite
         return command
 
     def resolve_command(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from rlgen_stats.cli.console import (
+    echo,
     handle_errors,
     json_option,
     print_json,
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rlgen_stats.toolkit.statistics.planning.power import Control, Design, Power
     from rlgen_stats.toolkit.statistics.planning.power_check import SimulatedPower
 
+_COUNT: Final = click.IntRange(max=10**12)
+"""More prompts, features or runs than this are a slip, and no number of numpy's holds many more."""
 _SIMULATION: Final = (
     ("--prompts", "n_prompts", 400, "Number of prompts."),
     ("--features", "n_features", 2048, "Number of features."),
@@ -54,7 +57,7 @@ RUNS_SHOWN: Final = (3, 4, 5)
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     for flag, name, default, text in reversed(_SIMULATION):
-        kind = type(default)
+        kind = _COUNT if isinstance(default, int) else type(default)
         command = click.option(flag, name, type=kind, default=default, show_default=True, help=text)(command)
     return command
 
@@ -95,7 +98,7 @@ def simulate(folder: str, as_json: bool, quiet: bool, **settings: Any) -> None:
         print_json(asdict(written) | {"simulation": asdict(simulation), "planted": counts})
         return
     resumed = f" ({written.n_resumed} of them written before)" if written.n_resumed else ""
-    click.echo(
+    echo(
         f"{folder}: {written.n_models} models{resumed}, {simulation.n_prompts:,} prompts, "
         f"{simulation.n_features:,} features, seed {simulation.seed}."
     )
@@ -109,23 +112,25 @@ def simulate(folder: str, as_json: bool, quiet: bool, **settings: Any) -> None:
         "decoy": f"correlates with correctness, {simulation.outcome_correlation:g}",
     }
     print_table(["kind", "features", "planted"], [[name, f"{n:,}", descriptions[name]] for name, n in counts.items()])
-    click.echo(f"  truth: open_results({written.results!r}, 'truth')")
+    echo(f"  truth: open_results({written.results!r}, 'truth')")
 
 
 @click.command()
 @click.option("--effect", type=float, default=0.1, show_default=True, help="Smallest d_z that matters.")
 @click.option("--power", "target_power", type=float, default=0.9, show_default=True, help="Chance to find it.")
-@click.option("--features", type=int, default=32_768, show_default=True, help="Testable features in the family.")
+@click.option("--features", type=_COUNT, default=32_768, show_default=True, help="Testable features in the family.")
 @click.option("--true-share", type=float, default=0.01, show_default=True, help="Share of them with the effect.")
 @click.option("--density", type=float, default=0.25, show_default=True, help="Share of prompts a feature fires on.")
 @click.option("--icc", type=float, default=0.0, show_default=True, help="Correlation of differences in a cluster.")
-@click.option("--cluster-size", type=int, default=1, show_default=True, help="Prompts per cluster.")
+@click.option("--cluster-size", type=_COUNT, default=1, show_default=True, help="Prompts per cluster.")
 @click.option("--alpha", type=float, default=0.05, show_default=True, help="Error rate.")
-@click.option("--prompts", type=int, help="Instead: the smallest effect this many prompts can show.")
-@click.option("--runs", type=int, help="Runs per arm of the comparison of arms; default: 3, 4, 5 and what is needed.")
+@click.option("--prompts", type=_COUNT, help="Instead: the smallest effect this many prompts can show.")
+@click.option(
+    "--runs", type=_COUNT, help="Runs per arm of the comparison of arms; default: 3, 4, 5 and what is needed."
+)
 @click.option("--run-sd", type=float, default=0.05, show_default=True, help="Sd of a feature's d_z between runs.")
-@click.option("--simulate", "n_worlds", type=int, metavar="N", help="Check the answer in N simulated data sets.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the simulation.")
+@click.option("--simulate", "n_worlds", type=_COUNT, metavar="N", help="Check the answer in N simulated data sets.")
+@click.option("--seed", type=_COUNT, default=0, show_default=True, help="Seed of the simulation.")
 @json_option
 @quiet_option
 @handle_errors
@@ -258,10 +263,10 @@ def _print_prompts(
         f"{design.n_features:,} features, {design.true_share:.2%} of them changed, firing on {design.density:.0%} "
     )
     if prompts is None:
-        click.echo(f"Prompts needed to see d_z = {design.effect:g} with {target_power:.0%} power:")
+        echo(f"Prompts needed to see d_z = {design.effect:g} with {target_power:.0%} power:")
     else:
-        click.echo(f"d_z that {prompts:,} prompts show with {target_power:.0%} power:")
-    click.echo(f"  {setting}of prompts{dependence}, alpha {design.alpha:g}")
+        echo(f"d_z that {prompts:,} prompts show with {target_power:.0%} power:")
+    echo(f"  {setting}of prompts{dependence}, alpha {design.alpha:g}")
     header = ["errors controlled by", "prompts", "d_z", "power", "p below"]
     rows = {
         control: [
@@ -291,7 +296,7 @@ def _print_prompts(
 
 
 def _print_runs(design: Design, arms: list[dict[str, Any]], n_prompts: int, target_power: float, run_sd: float) -> None:
-    click.echo(
+    echo(
         f"\nRuns per arm to see a difference of {design.effect:g} between arms ({n_prompts:,} prompts, sd between runs "
         f"{run_sd:g}; the unit is the run):"
     )
@@ -307,9 +312,9 @@ def _print_runs(design: Design, arms: list[dict[str, Any]], n_prompts: int, targ
     ]
     print_table(["errors controlled by", "runs", "moderated t", "permutation", "smallest p"], rows)
     if not any(arm["needed"] for arm in arms):
-        click.echo(f"  No number of runs up to 200 reaches {target_power:.0%} power.")
+        echo(f"  No number of runs up to 200 reaches {target_power:.0%} power.")
     for verdict in dict.fromkeys(arm["verdict"] for arm in arms if arm["verdict"]):
-        click.echo(f"  {verdict}.")
+        echo(f"  {verdict}.")
 
 
 COMMANDS = {"simulate": simulate, "power": power}

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from rlgen_stats.cli.console import (
-    connect,
+    Workers,
+    echo,
     handle_errors,
     json_option,
+    plain,
     print_json,
     progress_for,
     quiet_option,
-    scheduler_option,
     study_argument,
+    workers_options,
     yes_option,
 )
 
@@ -59,7 +61,7 @@ def init(study: str, name: str | None) -> None:
     from rlgen_stats.toolkit.study.template import write_template
 
     file = write_template(Path(study), name or Path(study).resolve().name)
-    click.echo(
+    echo(
         f"Wrote {file}. Fill in the paths of your base and runs, and of your prompts (or: rlgen-stats tasks), then: "
         f"rlgen-stats run {study}"
     )
@@ -77,7 +79,7 @@ def init(study: str, name: str | None) -> None:
     "failed their health checks. May be repeated.",
 )
 @yes_option
-@scheduler_option
+@workers_options
 @quiet_option
 @json_option
 @handle_errors
@@ -86,7 +88,7 @@ def run(
     stages: tuple[str, ...],
     force: tuple[str, ...],
     yes: bool,
-    scheduler: str | None,
+    workers: Workers,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -99,7 +101,7 @@ def run(
                rlgen-stats run my-study --stage drift
                rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
     """  # noqa: D301 - click needs the backspace itself
-    run_and_print(study, stages or None, force, yes, scheduler, quiet, as_json)
+    run_and_print(study, stages or None, force, yes, workers, quiet, as_json)
 
 
 def run_and_print(
@@ -107,22 +109,22 @@ def run_and_print(
     stages: tuple[str, ...] | None,
     force: tuple[str, ...],
     yes: bool,
-    scheduler: str | None,
+    workers: Workers,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Run stages, then print their states as JSON, or the verdicts if there is a report."""
     from rlgen_stats.cli.checking import check_before_run
-    from rlgen_stats.toolkit.study import further_contrasts, run_study
+    from rlgen_stats.toolkit.study import run_study
 
     def replace(costs: str) -> bool:
         return yes or (sys.stdin.isatty() and click.confirm(f"{costs}. Go on?"))
 
-    with connect(scheduler), progress_for(quiet=quiet) as progress:
+    with workers() as client, progress_for(quiet=quiet) as progress:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             check_before_run(study, stages, progress)
-        opened = run_study(study, stages=stages, force=force, replace=replace, progress=progress)
-    studies = [opened, *further_contrasts(opened)]
+        opened = run_study(study, stages=stages, force=force, replace=replace, workers=client, progress=progress)
+    studies = [opened, *opened.linked]
     reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
     if as_json:
         found = {"stages": _described(opened.status()), "report": str(reports[0]) if reports else None}
@@ -140,14 +142,14 @@ def print_verdicts(report: Path) -> None:
     from rlgen_stats.stores import read_json
 
     content = read_json(report / "report.json")
-    claims, contrast = content["claims"], content.get("contrast", "")
-    table = Table(title=f"Verdicts{contrast and f', {contrast}'}", title_justify="left", show_lines=False)
+    claims, answered = content["claims"], content.get("answered", "")
+    table = Table(title=f"Verdicts{answered and f', {answered}'}", title_justify="left", show_lines=False)
     for column in ("", "claim", "verdict", "answer"):
         table.add_column(column, overflow="fold")
     for claim in claims:
-        table.add_row(claim["id"], claim["statement"], claim["verdict"], claim["answer"])
+        table.add_row(*(plain(claim[name]) for name in ("id", "statement", "verdict", "answer")))
     Console().print(table, markup=False)  # answers name views, as [base@0, rl@200]
-    click.echo(f"Report: {report / 'index.html'}")
+    echo(f"Report: {report / 'index.html'}")
 
 
 @click.command()
@@ -161,26 +163,27 @@ def status(study: str, as_json: bool) -> None:
     Example:  rlgen-stats status runs/demo
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.stores.tables import rendered_prompts
-    from rlgen_stats.toolkit.study import further_contrasts, open_for_run
+    from rlgen_stats.toolkit.study import open_for_run
 
     with progress_for() as progress:  # only where a file is to be hashed
         opened = open_for_run(study, exact=False, progress=progress)
-        states = [(one, one.status()) for one in (opened, *further_contrasts(opened))]
+        states = [(one, one.status()) for one in (opened, *opened.linked)]
     prompts = rendered_prompts(opened.folder.outcomes)
     if as_json:
         found = {"study": opened.spec.name, "study_id": opened.study_id, "stages": _described(states[0][1])}
-        print_json(found | {"rendered_prompts": prompts})
+        linked = {one.folder.linked_as: _described(stages) for one, stages in states[1:]}
+        print_json(found | ({"linked": linked} if linked else {}) | {"rendered_prompts": prompts})
         return
     for one, stages in states:
-        click.echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
+        echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
         for stage in stages:
             seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""
-            click.echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
+            echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
     if prompts:
-        click.echo("Prompts as models read them, the first of every task:")
+        echo("Prompts as models read them, the first of every task:")
     for prompt in prompts:
         who = f"{prompt['task']}, {prompt['prompt']}, {' '.join(prompt['models'])}"
-        click.echo(f"  {who} ({prompt['n_tokens']} tokens): {_both_ends(prompt['text'])!r}")
+        echo(f"  {who} ({prompt['n_tokens']} tokens): {_both_ends(prompt['text'])!r}")
 
 
 def _both_ends(text: str, kept: int = 300) -> str:
@@ -202,12 +205,12 @@ def _stage_command(name: str) -> click.Command:
         + (" Crosscoders that failed their health checks are accepted." if name in _ACCEPTING else ""),
     )
     @yes_option
-    @scheduler_option
+    @workers_options
     @quiet_option
     @json_option
     @handle_errors
-    def command(study: str, force: bool, yes: bool, scheduler: str | None, quiet: bool, as_json: bool) -> None:
-        run_and_print(study, (name,), (name,) if force else (), yes, scheduler, quiet, as_json)
+    def command(study: str, force: bool, yes: bool, workers: Workers, quiet: bool, as_json: bool) -> None:
+        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json)
 
     return command
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlgen_stats.cli.console import (
+    echo,
     fail,
     handle_errors,
+    heading,
     json_option,
     print_json,
     print_table,
@@ -48,16 +50,16 @@ def inspect_store(store: str, as_json: bool) -> None:
 
 
 def _print_facts(name: str, entry: dict[str, Any]) -> None:
-    click.secho(name, bold=True)
+    heading(name)
     compression = f", compressed {entry['compression']:.1f}x" if entry.get("compression", 1) >= 1.05 else ""
-    click.echo(f"  {_bytes(entry['bytes'])} in {entry['files']:,} files{compression}, layout {entry['schema_version']}")
+    echo(f"  {_bytes(entry['bytes'])} in {entry['files']:,} files{compression}, layout {entry['schema_version']}")
     if "tokens" in entry:
         segments = ", ".join(f"{n:,} {segment}" for segment, n in entry["segments"].items() if n)
-        click.echo(f"  {entry['tokens']:,} tokens ({segments}), text mode {entry['text_mode']}")
+        echo(f"  {entry['tokens']:,} tokens ({segments}), text mode {entry['text_mode']}")
         _print_activations(entry["models"])
     else:
         if entry.get("models"):
-            click.echo(f"  models   {', '.join(model['model'] for model in entry['models'])}")
+            echo(f"  models   {', '.join(model['model'] for model in entry['models'])}")
         rows = [[name, _shape(array), array["dtype"]] for name, array in entry["arrays"].items()]
         print_table(["array", "dimensions", "type"], rows)
     if "prompts" in entry:
@@ -73,12 +75,12 @@ def _print_facts(name: str, entry: dict[str, Any]) -> None:
         print_table(["task", "domain", "prompts", *splits], rows)
     for key in ("readout", "scale", "test", "null", "unit", "family", "family_size", "seed", "study_id", "spec_hash"):
         if key in entry:
-            click.echo(f"  {key:<11} {entry[key]}")
+            echo(f"  {key:<11} {entry[key]}")
     if "written_by" in entry:
         writer = entry["written_by"]
         version, commit = writer.get("rlgen-stats", "?"), str(writer["git_commit"])[:12]
-        click.echo(f"  written by  rlgen-stats {version}, commit {commit}")
-    click.echo()
+        echo(f"  written by  rlgen-stats {version}, commit {commit}")
+    echo()
 
 
 def _shape(array: dict[str, Any]) -> str:
@@ -133,9 +135,9 @@ def verify(store: str, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(asdict(report) | {"ok": report.ok})
     elif report.ok:
-        click.echo(f"{store}: sound; {report.n_chunks} chunks of {report.n_arrays} arrays read.")
+        echo(f"{store}: sound; {report.n_chunks} chunks of {report.n_arrays} arrays read.")
         for note in report.notes:
-            click.echo(f"  {note}")
+            echo(f"  {note}")
     if not report.ok:
         more = "".join(f"\n  {problem}" for problem in report.problems[1:10])
         fail(f"{store}: {len(report.problems)} fault(s), the first: {report.problems[0]}{more}")
@@ -177,7 +179,7 @@ def migrate(store: str, as_json: bool) -> None:
         print_json({name: {"before": before, "now": now} for name, (before, now) in done.items()})
         return
     for name, (before, now) in done.items():
-        click.echo(f"{name}: layout {now}" + (f" (was {before})" if before != now else ", as it was"))
+        echo(f"{name}: layout {now}" + (f" (was {before})" if before != now else ", as it was"))
 
 
 @click.command()

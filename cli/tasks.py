@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from rlgen_stats.cli.console import fail, handle_errors, json_option, print_json, print_table, study_argument
+from rlgen_stats.cli.console import (
+    echo,
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    study_argument,
+)
 
 
 @click.group(invoke_without_command=True)
@@ -83,7 +91,7 @@ def add(
         print_json([asdict(task) for task in added])
         return
     for task in added:
-        click.echo(f"{task.name}: {task.n_prompts} prompt(s) in {task.file}, an entry under 'tasks:' of study.yaml.")
+        echo(f"{task.name}: {task.n_prompts} prompt(s) in {task.file}, an entry under 'tasks:' of study.yaml.")
 
 
 COMMANDS = {"tasks": tasks}

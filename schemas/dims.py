@@ -15,6 +15,8 @@ SAMPLE: Final = "sample"
 """Index of a sampled completion."""
 GREEDY: Final = -1
 """What tables of completions have in its place for the greedy completion."""
+NOT_SAMPLED: Final = -1
+"""Tokens and grade of a sample that a model has fewer than other models."""
 TOKEN: Final = "token"
 """Position in the concatenation of all texts."""
 CHANNEL: Final = "channel"
@@ -56,7 +58,8 @@ FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncate
 degenerate: ends in one n-gram over and over; truncated: cut off by the length limit, whatever can be read in it."""
 BASE_RUN: Final = "base"
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_NUMBER = re.compile(r"[0-9]+")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_name(name: str, what: str) -> str:
@@ -68,7 +71,7 @@ def check_name(name: str, what: str) -> str:
         If the name is empty, starts with a dot or dash, or has other characters than letters,
         digits, ``.``, ``_`` and ``-`` (which also rules out path traversal).
     """
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise InputError(
             f"{what} must be letters, digits, '.', '_' or '-' and start with a letter or digit, "
             f"got {name!r}; rename it."
@@ -90,7 +93,7 @@ def of_dictionary(name: str, dictionary: int) -> str:
 def split_dictionary(name: str) -> tuple[str, int]:
     """Inverse of :func:`of_dictionary`."""
     stem, _, number = name.rpartition(".")
-    return (stem, int(number)) if stem and number.isdigit() else (name, 1)
+    return (stem, int(number)) if stem and _NUMBER.fullmatch(number) else (name, 1)
 
 
 def model_id(run: str, step: int) -> str:
@@ -107,7 +110,7 @@ def split_model_id(model: str) -> tuple[str, int]:
         If ``model`` is not ``run@step``.
     """
     run, separator, step = model.rpartition("@")
-    if not separator or not step.isdigit():
+    if not separator or not _NUMBER.fullmatch(step):
         raise InputError(f"a model id looks like 'rl@200' (run@step), got {model!r}.")
     return check_name(run, "a run name"), int(step)
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection
+from itertools import product
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_serializer, model_validator
 
 from rlgen_stats.schemas.dims import BASE_MODEL, check_name, model_id, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.null_views import BASE_VIEWS, is_reserved
 from rlgen_stats.schemas.spec import PositiveInt, Spec
-from rlgen_stats.schemas.tasks import GRADING_VERSION, GraderSpec, TaskSpec
+from rlgen_stats.schemas.tasks import GRADER_VERSIONS, GRADING_VERSION, GraderSpec, TaskSpec
 
 STUDY_SCHEMA_VERSION: Final = 1
 
@@ -25,6 +26,22 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _OrText: Final = WithJsonSchema(
     {"anyOf": [{"type": "object", "additionalProperties": {"type": "string"}}, {"type": "string"}]}
+)
+_OrNumber: Final = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 1},
+            {
+                "type": "object",
+                "properties": {
+                    "final": {"type": "integer", "minimum": 1},
+                    "others": {"type": "integer", "minimum": 0},
+                },
+                "required": ["final"],
+                "additionalProperties": False,
+            },
+        ]
+    }
 )
 _OrDepth: Final = WithJsonSchema(
     {
@@ -162,13 +179,44 @@ class RunSpec(ChatSpec):
         return self
 
 
+class SampleNumbers(Spec):
+    """How many completions are sampled of models that differ in their place in a run."""
+
+    final: PositiveInt
+    """Sampled completions per prompt of base and of every run's last checkpoint."""
+    others: Annotated[int, Field(ge=0)] = 0
+    """Of the checkpoints before; with 0 these have their greedy completion alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"final": value, "others": value}
+        if not isinstance(value, dict | cls):
+            raise ValueError(f"must be a number, or a choice such as {{final: 4, others: 0}}; got {value!r}.")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleNumbers:
+        if self.others > self.final:
+            raise ValueError(
+                f"others ({self.others}) must not exceed final ({self.final}); last checkpoints are sampled most."
+            )
+        return self
+
+    @model_serializer
+    def _shortest(self) -> int | dict[str, int]:
+        return self.final if self.final == self.others else {"final": self.final, "others": self.others}
+
+
 class GenerationSpec(Spec):
     """How completions are drawn for outcomes, texts and causal arms."""
 
     max_new_tokens: PositiveInt = 512
     """Length limit of a completion, in tokens."""
-    n_samples: PositiveInt = 4
-    """Sampled completions per prompt and model (K), beside one greedy completion."""
+    n_samples: Annotated[SampleNumbers, _OrNumber] = SampleNumbers(final=4, others=4)
+    """Sampled completions per prompt and model (K), beside one greedy completion: a number, or a choice such as
+    {final: 4, others: 0}, which spares the checkpoints before each run's last one."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -183,6 +231,9 @@ class ExtractionSpec(Spec):
     layer: Annotated[int, Field(ge=0), _OrDepth] = 0
     """Decoder block whose output (residual stream) is stored, counted from 0; or a fraction of base's depth (0.5), or
     middle."""
+    layers: tuple[Annotated[int, Field(ge=0), _OrDepth], ...] = ()
+    """Several such blocks instead of ``layer``, read in one pass. The first is answered in the study's folder, each
+    other one in layers/N; tests and intervals are at alpha divided by their number (Bonferroni)."""
     blocks: str | None = None
     """Dotted path of the list of decoder blocks, e.g. transformer.blocks; default: the list as long as the model is
     deep."""
@@ -202,6 +253,20 @@ class ExtractionSpec(Spec):
         "completion",
     )
     """Tokens a prompt's summary averages over; last_prompt is the token that predicts the first completion token."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> ExtractionSpec:
+        if self.layers and "layer" in self.model_fields_set:
+            raise ValueError("give one layer as 'layer' or several as 'layers', not both.")
+        repeated = [layer for layer, times in Counter(self.layers).items() if times > 1]
+        if repeated:
+            raise ValueError(
+                f"'layers' takes different decoder blocks, got block {repeated[0]} more than once in "
+                f"{list(self.layers)} (fractions and middle written out)."
+            )
+        if self.layers:
+            object.__setattr__(self, "layer", self.layers[0])
+        return self
 
 
 class SummariesSpec(Spec):
@@ -581,7 +646,13 @@ class StudySpec(Spec):
     def reward_settings(self) -> list[Any]:
         """What decides the reward of training here, beside the study's grader."""
         graders = {name: task.grader.model_dump(mode="json") for name, task in self.tasks.items() if task.grader}
-        return [GRADING_VERSION, graders]
+        return [*self.grading_versions(), graders]
+
+    def grading_versions(self) -> list[Any]:
+        """Versions of grading as a whole, and of the graders that are used and have one of their own."""
+        used = {grader.name for grader in (self.grader, *(task.grader for task in self.tasks.values())) if grader}
+        own = {name: version for name, version in GRADER_VERSIONS.items() if name in used}
+        return [GRADING_VERSION, *filter(None, [own])]
 
     @property
     def all_rendered(self) -> bool:
@@ -659,11 +730,19 @@ class StudySpec(Spec):
             settings.append(self.generation.max_new_tokens)
         return settings
 
+    @property
+    def answers(self) -> tuple[tuple[int | None, tuple[str, str] | None], ...]:
+        """Every layer with every contrast, first those of the first layer; None for what only one is asked of."""
+        return tuple(product(self.extraction.layers or (None,), self.contrasts or (None,)))
+
     def answering(self, number: int) -> StudySpec:
-        """The study as it answers one of its contrasts, counted from 1: that one first, at its share of alpha."""
-        if not self.contrasts:
-            return self
-        first = self.contrasts[number - 1]
-        statistics = self.statistics.model_copy(update={"alpha": self.statistics.alpha / len(self.contrasts)})
-        others = tuple(pair for pair in self.contrasts if pair != first)
-        return self.model_copy(update={"contrasts": (first, *others), "statistics": statistics})
+        """The study as it gives one of its answers, from 1 on: that layer and contrast first, at its share of alpha."""
+        layer, pair = self.answers[number - 1]
+        alpha = self.statistics.alpha / len(self.answers)
+        update: dict[str, Any] = {"statistics": self.statistics.model_copy(update={"alpha": alpha})}
+        if layer is not None:
+            layers = (layer, *(other for other in self.extraction.layers if other != layer))
+            update["extraction"] = self.extraction.model_copy(update={"layer": layer, "layers": layers})
+        if pair is not None:
+            update["contrasts"] = (pair, *(other for other in self.contrasts if other != pair))
+        return self.model_copy(update=update)

@@ -22,10 +22,16 @@ GRADERS: Final = {
 """Grader -> ``module:class``; named, not imported, so that reading a study file needs no torch."""
 
 GRADING_VERSION: Final = 2
-"""Raised when a grader's verdicts change: completions are graded, and models rewarded, anew."""
+"""Raised when graders' verdicts change: completions are graded, and models rewarded, anew."""
+GRADER_VERSIONS: Final = {"math": 2}
+"""The same for single graders; 1 where none is named."""
 
 FIELD: Final = re.compile(r"\{\{(\w+)\}\}|\{([^\W\d]\w*)\}")
 """``{{word}}``, the escape, or ``{column}`` in a prompt template; other braces are text, as LaTeX needs them."""
+
+
+_MEANT: Final = {"options": "texts", "normalize": "none"}
+"""What is meant where a grader choice_loglik does not say it."""
 
 
 class GraderSpec(Spec):
@@ -36,7 +42,7 @@ class GraderSpec(Spec):
     of a choice found in the completion; choice_loglik: most likely choice, nothing is generated; exact: the completion
     is the answer but for case, articles and punctuation; regex: a pattern finds the answer; python: a function of your
     own."""
-    marker: str = "ans"
+    marker: Annotated[str, Field(pattern=r"\S")] = "ans"
     """Word after which the final answer stands (grader final_answer)."""
     require_termination: bool = True
     """Whether a completion cut off by the length limit counts as wrong."""
@@ -83,8 +89,8 @@ class GraderSpec(Spec):
 
     @model_serializer(mode="wrap")
     def _only_what_is_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without settings of other graders: a study keeps its keys when a grader is added."""
-        return {name: value for name, value in dump(self).items() if value is not None}
+        """Without settings of other graders, or that say a default: a study keeps its keys when one is added."""
+        return {name: value for name, value in dump(self).items() if value not in (None, _MEANT.get(name))}
 
 
 class TaskSpec(Spec):

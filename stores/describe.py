@@ -53,12 +53,12 @@ def describe(path: Path | str) -> dict[str, dict[str, Any]]:
         If there is none.
     """
     facts: dict[str, dict[str, Any]] = {}
-    for store in stores_below(place(path)):
+    for name, store in stores_below(place(path)).items():
         groups = [] if read_document(store).get("attributes", {}).get("study_id") else result_groups(store)
         if groups:
-            facts |= {f"{store.name}/{group}": _facts(store / group) for group in groups}
+            facts |= {f"{name}/{group}": _facts(store / group) for group in groups}
         else:
-            facts[store.name] = _facts(store)
+            facts[name] = _facts(store)
     return facts
 
 

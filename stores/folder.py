@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from rlgen_stats.schemas.dims import of_dictionary
 
+LAYERS: Final = "layers"
+"""Folder of what a study finds at its further layers, below the study's."""
 CONTRASTS: Final = "contrasts"
-"""Folder of the analyses of further contrasts, below the study's."""
+"""Folder of the analyses of further contrasts, below the study's or a layer's."""
+
+
+def study_of(path: Path) -> Path | None:
+    """Folder of the study that ``path`` answers at a further layer or for a further contrast; None of any other."""
+    root = path
+    while root.parent.name in (LAYERS, CONTRASTS):
+        root = root.parent.parent
+        if StudyFolder(root).spec.exists():
+            return root
+    return None
+
+
+def linked_folders(root: Path) -> Iterator[Path]:
+    """Folders of further layers and contrasts that are below a study's."""
+    for name in (LAYERS, CONTRASTS):
+        below = (child for child in (root / name).iterdir() if child.is_dir()) if (root / name).is_dir() else ()
+        for child in sorted(below, key=str):
+            yield child
+            yield from linked_folders(child)
 
 
 @dataclass(frozen=True)
@@ -18,16 +40,21 @@ class StudyFolder:
 
     root: Path
     study: Path | None = None
-    """Folder of the study.yaml, where that is another: the one that a further contrast is part of."""
+    """Folder of the study.yaml, where that is another: the one of which this answers a further layer or contrast."""
 
     @property
     def spec(self) -> Path:
         """study.yaml."""
         return (self.study or self.root) / "study.yaml"
 
-    def contrast(self, name: str) -> StudyFolder:
-        """Folder of a further contrast of this study."""
-        return StudyFolder(self.root / CONTRASTS / name, self.root)
+    @property
+    def linked_as(self) -> str:
+        """Path below the study's folder, such as layers/8; empty of that folder itself."""
+        return "" if self.study is None else self.root.relative_to(self.study).as_posix()
+
+    def linked(self, path: str) -> StudyFolder:
+        """Folder of a further layer or contrast of this study, by its path below."""
+        return StudyFolder(self.root / path, self.root)
 
     @property
     def activations(self) -> Path:
@@ -46,7 +73,7 @@ class StudyFolder:
 
     @property
     def imported(self) -> Path:
-        """Folder of parquet files with completions sampled elsewhere, one file a model; all contrasts share it."""
+        """Parquet files with completions sampled elsewhere, one file a model, for all layers and contrasts."""
         return (self.study or self.root) / "imported"
 
     @property
@@ -75,7 +102,7 @@ class StudyFolder:
 
     @property
     def forced(self) -> Path:
-        """How often each stage of the study, in all its contrasts, was forced to run anew."""
+        """How often each stage of the study, at all its layers and for all its contrasts, was forced to run anew."""
         return (self.study or self.root) / "stages" / "forced.json"
 
     def run(self, name: str) -> Path:

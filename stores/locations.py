@@ -82,7 +82,7 @@ def explain_access_errors(path: Path) -> Iterator[None]:
                 f"{path} needs credentials and none were found ({_first_line(error)}); set them in the environment or "
                 "the credentials file of that service."
             ) from error
-        if isinstance(error, OSError) or "endpoint" in type(error).__name__.lower():
+        if isinstance(error, OSError | NotImplementedError) or "endpoint" in type(error).__name__.lower():
             raise StoreError(
                 f"{path} cannot be reached ({_first_line(error)}); check the URL and the endpoint."
             ) from error

@@ -49,7 +49,7 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
     Activations are renamed, not rewritten. The version is raised last, so an interrupted migration is run again.
     """
     done = {}
-    for store in stores_below(place(path)):
+    for name, store in stores_below(place(path)).items():
         with exclusive(store):
             before = version = _version(store)
             if is_remote(store) and version < LAYOUT_VERSION:
@@ -66,7 +66,7 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
                 if problems := verify(store).problems:
                     raise StoreCorruptError(f"{store} is not sealed, because it is not sound: {problems[0]}")
                 seal_store(store)
-            done[store.name] = (before, version)
+            done[name] = (before, version)
     return done
 
 

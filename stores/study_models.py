@@ -39,6 +39,8 @@ class ModelRef:
     """In which type and where it is loaded."""
     chat: ChatSpec = field(default_factory=ChatSpec)
     """How it reads prompts; a template file's path is absolute."""
+    n_samples: int = 0
+    """Sampled completions of every prompt, beside the greedy one."""
     hub: tuple[HubFolder, ...] = ()
     """Folders of the Hub, its own and base's, of which the weights are downloaded before it is loaded."""
 
@@ -56,6 +58,7 @@ def base_ref(spec: StudySpec, folder: StudyFolder) -> ModelRef:
         blocks=spec.extraction.blocks,
         loading=spec.models,
         chat=chat_of(spec.base, folder),
+        n_samples=spec.generation.n_samples.final,
         hub=_on_hub(spec.base.path, folder),
     )
 
@@ -87,13 +90,14 @@ def list_models(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:
         If a run that is trained here has not been trained yet.
     """
     base = base_ref(spec, folder)
-    refs = []
+    refs = [base]
     for run in spec.runs:
         chat = chat_of(run, folder)
         for step, path, hub in _checkpoints(run, folder):
             ref = replace(base, model=model_id(run.name, step), run=run.name, step=step, arm=run.arm, path=path)
-            refs.append(replace(ref, chat=chat, hub=(*hub, *base.hub)))
-    return (base, *refs)
+            refs.append(replace(ref, chat=chat, hub=(*hub, *base.hub), n_samples=spec.generation.n_samples.others))
+        refs[-1] = replace(refs[-1], n_samples=base.n_samples)
+    return tuple(refs)
 
 
 def one_of_each(spec: StudySpec, folder: StudyFolder) -> tuple[ModelRef, ...]:

@@ -9,7 +9,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.stores.activation_store import complete_models, open_activations
-from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.folder import StudyFolder, study_of
 from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.results import open_results, result_groups
 from rlgen_stats.stores.tables import committed_models, open_features, open_outcomes
@@ -30,7 +30,8 @@ def open_study(path: Path | str) -> xr.DataTree:
     >>> study = open_study("runs/demo")  # doctest: +SKIP
     >>> study["results/drift"].to_dataset().q_value.sel(model="rl@80")  # doctest: +SKIP
     """
-    folder = StudyFolder(place(path))
+    root = place(path)
+    folder = StudyFolder(root, study_of(root))
     with explain_access_errors(folder.root):
         is_study = folder.spec.exists()
     if not is_study:

@@ -266,7 +266,7 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
             f"{path} announces {len(done)} models but holds {dataset.sizes.get(MODEL, 0)}; "
             "restore it or compute it again."
         )
-    dataset = validate(dataset.isel({MODEL: slice(0, len(done))}), layout)
+    dataset = validate(dataset.isel({MODEL: slice(0, len(done))}, missing_dims="ignore"), layout)
     if dataset[MODEL].values.tolist() != done:
         raise StoreCorruptError(
             f"{path} announces the models {', '.join(done)}, but the data are labelled "

@@ -30,7 +30,7 @@ from rlgen_stats.stores.digests import (
     read_document,
     zarr_nodes,
 )
-from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.folder import StudyFolder, linked_folders
 from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import is_remote, place
 from rlgen_stats.stores.owners import foreign_stores
@@ -91,7 +91,8 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     Parameters
     ----------
     path
-        Any Zarr store of a study, or a study folder (all its stores); a folder or a URL.
+        Any Zarr store of a study, or a study folder (all its stores, further layers and contrasts included); a folder
+        or a URL.
     on_progress
         Called with (checks done, checks in all), from this thread.
 
@@ -109,10 +110,13 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     stores = stores_below(root)
     problems: list[str] = []
     notes: list[str] = []
-    checks = [_Check(f"stages/{file.name}", partial(_check_record, root, file), chunk=False) for file in _records(root)]
+    checks = [
+        _Check(str(file.relative_to(root)), partial(_check_record, file.parent.parent, file), chunk=False)
+        for file in _records(root)
+    ]
     n_arrays = 0
-    for store in stores:
-        prefix = "" if store == root else f"{store.name}: "
+    for name, store in stores.items():
+        prefix = "" if store == root else f"{name}: "
         try:
             of_store, unsealed = list(_checks(store)), sum(map(is_unsealed, groups_in(store)))
         except _UNREADABLE as error:
@@ -134,8 +138,10 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     return VerifyReport(str(path), n_arrays, sum(check.chunk for check in checks), tuple(problems), tuple(notes))
 
 
-def stores_below(path: Path) -> list[Path]:
-    """The store at ``path``, or all stores of the study folder at ``path``.
+def stores_below(path: Path) -> dict[str, Path]:
+    """The store at ``path``, or all stores of the study folder at ``path``, by their path below it.
+
+    Stores at further layers and of further contrasts are among them, unless they are links to others.
 
     Raises
     ------
@@ -143,16 +149,27 @@ def stores_below(path: Path) -> list[Path]:
         If there is none.
     """
     if path.exists() and not (path / ZARR_JSON).exists():
-        stores = sorted((child for child in path.iterdir() if child.name.endswith(".zarr")), key=lambda s: s.name)
+        stores: dict[str, Path] = {}
+        for folder in (path, *linked_folders(path)):
+            below = "" if folder == path else f"{folder.relative_to(path)}/"
+            own = (child for child in folder.iterdir() if child.name.endswith(".zarr") and not _is_link(child))
+            stores |= {f"{below}{store.name}": store for store in sorted(own, key=lambda s: s.name)}
         if stores:
             return stores
     check_is_store(path)
-    return [path]
+    return {path.name: path}
+
+
+def _is_link(path: Path) -> bool:
+    return not is_remote(path) and path.is_symlink()
 
 
 def _records(root: Path) -> list[Path]:
-    """Records of the stages of a study folder; none for a store."""
-    return sorted(StudyFolder(root).stages.glob("*.json")) if not is_remote(root) else []
+    """Records of the stages of a study folder, at every layer and for every contrast; none for a store."""
+    if is_remote(root):
+        return []
+    files = (file for one in (root, *linked_folders(root)) for file in sorted(StudyFolder(one).stages.glob("*.json")))
+    return [file for file in files if not file.is_symlink()]
 
 
 def _check_record(root: Path, file: Path) -> None:

@@ -39,6 +39,8 @@ from rlgen_stats.stores.tables import check_is_store, check_store_version
 
 QUEUE: Final = 2
 """Shards being written at once, so that one is copied while another is synced; one more is being filled."""
+CONVERTED_BYTES: Final = 1 << 24
+"""Values checked or converted at once (16 MB of float32), which takes a few times their memory."""
 METADATA_LOCK_SECONDS: Final = 60.0
 """How long to wait for another writer's metadata; it takes milliseconds, on an object store a second."""
 
@@ -108,6 +110,7 @@ class ActivationWriter:
         self._group = self._path / activation_group(model, site)
         self._model, self._site, self._width, self._dtype = model, site, int(width), str(dtype)
         self._allow_nonfinite = allow_nonfinite
+        self._at_once = max(1, CONVERTED_BYTES // (4 * self._width))
         self._n_tokens = int(attrs["n_tokens"])
         self._shard = min(int(attrs["shard_tokens"]), self._n_tokens)
         self._shards = _checked_range(shards, -(-self._n_tokens // self._shard))
@@ -195,41 +198,54 @@ class ActivationWriter:
                 f"{self._model}: {self._next + len(activation)} tokens given, but the store's texts have {self._stop}"
                 f"{'' if self._stop == self._n_tokens else ' up to the end of this range of shards'}."
             )
-        values = self._converted(activation)
+        self._check_type(activation.dtype)
+        if not self._allow_nonfinite:
+            self._check_finite(activation)
         if labels is not None:
-            self._labels.compare(labels, self._next, len(values), self._model)
+            self._labels.compare(labels, self._next, len(activation), self._model)
         self._raise_failed()
-        while len(values):
+        while len(activation):
             row = self._next % self._shard
-            part, values = values[: self._shard - row], values[self._shard - row :]
+            n = min(self._shard - row, self._at_once)
+            part, activation = self._converted(activation[:n]), activation[n:]
             self._buffer[row : row + len(part)] = part
             self._next += len(part)
             if self._next % self._shard == 0 or self._next == self._n_tokens:
                 self._submit()
 
-    def _converted(self, activation: NDArray[Any]) -> NDArray[Any]:
-        """Values in their stored type, checked for NaN and infinity."""
-        bits = self._dtype == BFLOAT16 and activation.dtype.itemsize == 2 and activation.dtype != np.float16
-        if activation.dtype.kind != "f" and not bits:
+    def _check_type(self, dtype: np.dtype[Any]) -> None:
+        if dtype.kind != "f" and not self._are_bits(dtype):
             raise InputError(
                 f"activations of {self._model} must be floating point"
-                f"{' or the bits of bfloat16 in uint16' if self._dtype == BFLOAT16 else ''}, got {activation.dtype}."
+                f"{' or the bits of bfloat16 in uint16' if self._dtype == BFLOAT16 else ''}, got {dtype}."
             )
-        if bits:
-            values = np.ascontiguousarray(activation).view(np.uint16)
-        elif self._dtype == BFLOAT16:
-            values = to_bfloat16(activation.astype(np.float32, copy=False))
-        else:
-            with np.errstate(over="ignore"):  # an overflow becomes infinite and is refused below
-                values = np.ascontiguousarray(activation, dtype=self._dtype)
-        bad = None if self._allow_nonfinite else nonfinite_rows(values, self._dtype)
-        if bad is not None:
+
+    def _are_bits(self, dtype: np.dtype[Any]) -> bool:
+        return self._dtype == BFLOAT16 and dtype.itemsize == 2 and dtype != np.float16
+
+    def _check_finite(self, activation: NDArray[Any]) -> None:
+        """Refuse NaN, infinity, and what becomes infinite in the stored type, before anything is taken."""
+        bad = np.zeros(len(activation), dtype=bool)
+        for start in range(0, len(activation), self._at_once):
+            block = slice(start, start + self._at_once)
+            of_block = nonfinite_rows(self._converted(activation[block]), self._dtype)
+            if of_block is not None:
+                bad[block] = of_block
+        if bad.any():
             raise InputError(
                 f"{self._model}: {int(bad.sum())} of {len(bad)} tokens have NaN or infinite activations in "
                 f"{self._dtype}, the first is token {self._next + int(bad.argmax())}; check the checkpoint, store "
                 "float32, or keep them with allow_nonfinite (--allow-nonfinite)."
             )
-        return values
+
+    def _converted(self, activation: NDArray[Any]) -> NDArray[Any]:
+        """Values in their stored type; a number too large for it becomes infinite."""
+        if self._are_bits(activation.dtype):
+            return np.ascontiguousarray(activation).view(np.uint16)
+        if self._dtype == BFLOAT16:
+            return to_bfloat16(activation.astype(np.float32, copy=False))
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(activation, dtype=self._dtype)
 
     def _submit(self) -> None:
         """Give the full buffer to a background thread; wait if ``QUEUE`` shards are being written already."""

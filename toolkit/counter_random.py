@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 
 GOLDEN_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
 """Increment of SplitMix64's state: 2**64 over the golden ratio, made odd."""
-_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2: Final = np.uint64(0x94D049BB133111EB)
+MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
+MIX_2: Final = np.uint64(0x94D049BB133111EB)
+"""Factors of its output function."""
 
 
 def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's output after each state: 64 random bits, one number a state."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is what the algorithm asks for
         z = state + GOLDEN_GAMMA
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        z = (z ^ (z >> np.uint64(30))) * MIX_1
+        z = (z ^ (z >> np.uint64(27))) * MIX_2
         return z ^ (z >> np.uint64(31))
 
 
@@ -33,20 +34,13 @@ def unit_interval(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.asarray((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def counter_uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one per seed, that are a pure function of (seed, step).
+def counter_bits(seeds: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """64 random bits per row that are a pure function of (seed, step).
 
     Parameters
     ----------
-    seeds
-        Row seeds [row].
-    step
-        Counter, 0 or more.
-
-    Returns
-    -------
-    ndarray [row] float64
-        Multiples of 2**-53.
+    seeds, steps
+        [row]; a step is 0 or more.
 
     Notes
     -----
@@ -55,4 +49,4 @@ def counter_uniforms(seeds: NDArray[np.uint64], step: int) -> NDArray[np.float64
     """
     stream = splitmix64(np.asarray(seeds, dtype=np.uint64))
     with np.errstate(over="ignore"):
-        return unit_interval(splitmix64(stream + np.uint64(step) * GOLDEN_GAMMA))
+        return splitmix64(stream + np.asarray(steps, dtype=np.uint64) * GOLDEN_GAMMA)

@@ -43,9 +43,12 @@ class Size:
 def size_of(options: argparse.Namespace, device: torch.device) -> Size:
     """The size the issue asks for on this kind of device."""
     low = device.type == "cuda"
+    views = getattr(options, "views", None) or 3
     if options.quick:
-        return Size(3, 16, 512, 64, 8, low, full=False)
-    return Size(3, 2560, 32_768, 4096, 64, low, full=True) if low else Size(3, 512, 8192, 1024, 32, low, full=True)
+        return Size(views, 16, 512, 64, 8, low, full=False)
+    if low:
+        return Size(views, 2560, 32_768, 4096, 64, low, full=True)
+    return Size(views, 512, 8192, 1024, 32, low, full=True)
 
 
 def planted(size: Size, *, n_batches: int = 8) -> NDArray[np.float32]:

@@ -1,11 +1,17 @@
-"""A BatchTopK crosscoder as one would write it: modules, einsum, a dense top-k over the batch, autograd throughout.
+"""BatchTopK crosscoders of others: crosscoder_learning's own trainer, and one as one would write it.
 
-The same model, loss, clipping and optimiser as the package's, written independently of it; what crosscoder_learning and
-dictionary_learning do is of this kind. Revival of dead features and the running inference threshold are left out, which
-favours this side.
+The latter is modules, einsum, a dense top-k over the batch and autograd throughout: the same model, loss, clipping and
+optimiser as the package's, written independently of it. Revival of dead features and the running inference threshold
+are left out, which favours it.
 """
 
 from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +68,26 @@ class PlainTrainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.crosscoder.parameters(), CLIP)
         self._optimiser.step()
+
+
+def crosscoder_learning(
+    checkout: Path, *, views: int, width: int, n_features: int, k: int, step: int, device: torch.device
+) -> Callable[[Tensor], object]:
+    """One step after the other of ``BatchTopKCrossCoderTrainer``, as it comes.
+
+    Parameters
+    ----------
+    checkout
+        Folder of github.com/science-of-finetuning/crosscoder_learning; needs einops and zstandard.
+    step
+        The first step, of twice as many: after its warm-ups.
+    """
+    package = ModuleType("dictionary_learning")  # without its __init__, which imports nnsight
+    package.__path__ = [str(checkout / "dictionary_learning")]
+    sys.modules["dictionary_learning"] = package
+    module = importlib.import_module("dictionary_learning.trainers.crosscoder")
+    trainer = module.BatchTopKCrossCoderTrainer(
+        steps=2 * step, activation_dim=width, dict_size=n_features, k=k, layer=0, lm_name="", num_layers=views,
+        seed=0, device=str(device),
+    )  # fmt: skip
+    return lambda x: trainer.update(step, x)

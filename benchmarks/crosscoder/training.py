@@ -1,7 +1,11 @@
-"""How many tokens a second a BatchTopK crosscoder trains on, against plain PyTorch and against its matrix products."""
+"""How many tokens a second a BatchTopK crosscoder trains on, against plain PyTorch and against its matrix products.
+
+With ``--crosscoder-learning`` also against that repository's own trainer.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,7 +20,7 @@ import torch
 
 from benchmarks.common import Case, interleaved, options_with_device, spread
 from benchmarks.crosscoder.data import Size, planted, size_of, synchronised
-from benchmarks.crosscoder.peers import PlainCrosscoder, PlainTrainer
+from benchmarks.crosscoder.peers import PlainCrosscoder, PlainTrainer, crosscoder_learning
 from benchmarks.reports import Goal, report
 from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.toolkit.crosscoder import ArrayReader
@@ -34,6 +38,7 @@ OURS: Final = "this package"
 BOTH: Final = "this package, objective both"
 DENSE: Final = "this package, dense products throughout"
 PLAIN: Final = "plain PyTorch"
+THEIRS: Final = "crosscoder_learning, its own trainer"
 PRODUCTS: Final = "the five matrix products alone"
 SQUARE: Final = "a square matrix product"
 
@@ -80,12 +85,27 @@ def plain(size: Size, reader: ArrayReader, device: torch.device) -> Callable[[],
     """Steps of the plain implementation on the same batches."""
     torch.manual_seed(0)
     trainer = PlainTrainer(PlainCrosscoder(size.views, size.width, size.n_features, size.k).to(device), low=size.low)
+    return on_batches(trainer.step, size, reader, device)
+
+
+def theirs(checkout: Path, size: Size, reader: ArrayReader, device: torch.device) -> Callable[[], None]:
+    """Steps of crosscoder_learning on the same batches."""
+    step = crosscoder_learning(
+        checkout, views=size.views, width=size.width, n_features=size.n_features, k=size.k, step=LATE, device=device
+    )
+    return on_batches(step, size, reader, device)
+
+
+def on_batches(
+    step: Callable[[torch.Tensor], object], size: Size, reader: ArrayReader, device: torch.device
+) -> Callable[[], None]:
+    """Steps on normalised batches, one after the other."""
     scale = torch.from_numpy(np.sqrt(size.width) / measure_views(reader).mean_norm).float().to(device)[:, None]
     batches = endless(reader)
 
     def steps() -> None:
         for _ in range(STEPS):
-            trainer.step(torch.from_numpy(next(batches)).to(device) * scale)
+            step(torch.from_numpy(next(batches)).to(device) * scale)
 
     return steps
 
@@ -117,9 +137,14 @@ def square(size: Size, device: torch.device) -> tuple[Callable[[], None], float]
     return lambda: [a @ a for _ in range(2)] and None, 4.0 * n**3
 
 
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--views", type=int, help="models; default 3")
+    parser.add_argument("--crosscoder-learning", type=Path, help="folder of a checkout, to be timed too")
+
+
 def main() -> None:
     """Measure and report."""
-    options, device = options_with_device(__doc__)
+    options, device = options_with_device(__doc__, _add_options)
     size = size_of(options, device)
     torch.set_float32_matmul_precision("highest")
     with tempfile.TemporaryDirectory() as folder:
@@ -136,7 +161,10 @@ def main() -> None:
         }
         if device.type == "cpu":
             cases[DENSE] = ours.dense_steps
-        found = interleaved([Case(name, synchronised(run, device)) for name, run in cases.items()], options.repetitions)
+        if options.crosscoder_learning:
+            cases[THEIRS] = theirs(options.crosscoder_learning, size, reader, device)
+        timed = [Case(name, synchronised(run, device)) for name, run in cases.items()]
+        found = interleaved(timed, options.repetitions, options.clock)
         rows, goals = _told(size, {name: spread(seconds) for name, seconds in found.items()}, operations, device)
         batch = torch.from_numpy(joined(next(ours.batches))).to(device)
         kept = ours.run.objective.describe(ours.run.objective.fit(batch, ours.run.step))["l0"]
@@ -159,7 +187,7 @@ def _told(
         if name != SQUARE:
             row |= {"ms a step": 1e3 * found["median"] / STEPS}
             row |= {"low": 1e3 * found["low"] / STEPS, "high": 1e3 * found["high"] / STEPS}
-        if name in (OURS, BOTH, DENSE, PLAIN):
+        if name in (OURS, BOTH, DENSE, PLAIN, THEIRS):
             tokens = STEPS * size.batch / found["median"]
             row |= {"tokens/s": tokens, "of plain": seconds[PLAIN]["median"] / found["median"]}
             row |= {"hours for 400M tokens": CORPUS / tokens / 3600}
@@ -168,7 +196,10 @@ def _told(
     dense = rates.get(DENSE, rates[OURS]) / peak
     goals = [Goal("of the measured matmul peak, dense products", dense, wanted)]
     if device.type == "cpu":
-        goals.insert(0, Goal("tokens/s against plain PyTorch", seconds[PLAIN]["median"] / seconds[OURS]["median"], 1.3))
+        for peer in (PLAIN, THEIRS):
+            if peer in seconds:
+                ratio = seconds[peer]["median"] / seconds[OURS]["median"]
+                goals.insert(0, Goal(f"tokens/s against {peer}", ratio, 1.3))
     return rows, goals
 
 

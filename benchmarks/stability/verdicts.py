@@ -43,6 +43,7 @@ def plant(study: Path) -> None:
     sizes = {"n_features": 96, "k": 6, "steps": 700, "batch_size": 512, "learning_rate": 3e-3}
     write_study(
         study,
+        intervention={"accept_undecidable": True},  # all tasks are shifted alike: none is unrelated
         crosscoders=[
             {"name": "main", "views": ["base@0", "sft@final", "rl@final"], "accept_unhealthy": True, **sizes},
             {"name": "pair-sft", "views": ["base@0", "sft@final"], "accept_unhealthy": True, **sizes},

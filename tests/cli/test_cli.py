@@ -72,6 +72,11 @@ def test_only_stages_that_refuse_unhealthy_crosscoders_offer_to_accept_them(name
         (["inspect", "nowhere"], "nowhere is not a Zarr v3 store (no such folder)"),
         (["verify", "nowhere"], "nowhere is not a Zarr v3 store"),
         (["run", "nowhere", "--scheduler", "tcp://127.0.0.1:1"], "no dask scheduler answers at 'tcp://127.0.0.1:1'"),
+        (
+            ["run", "nowhere", "--devices", "cuda:0"],
+            "devices are numbers of GPUs or cpu, with commas between",
+        ),
+        (["run", "nowhere", "--devices", "0", "--scheduler", "tcp://h:1"], "name one of the two"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def test_inspect_and_verify_speak_json_and_find_faults(tmp_path: Path) -> None:
     [
         (OutOfSpaceError(28, "the disk holding x is full"), 2, "Error: the disk holding x is full"),
         (OSError(28, "No space left on device"), 2, "the disk or quota is full; what was committed is kept"),
-        (PermissionError(13, "denied", "/x/y"), 2, "cannot write /x/y: permission denied"),
+        (PermissionError(13, "denied", "/x/y"), 2, "/x/y cannot be used; you may not read or write it"),
         (KeyboardInterrupt(), 130, "run the same command again to continue"),
     ],
 )

@@ -32,6 +32,7 @@ from tests.edits.tiny import (
     tiny_crosscoder,
     tiny_model,
 )
+from tests.extraction.test_architectures import tiny
 
 LAYER = 1
 SET = (0, 3, 4, 9, 17)
@@ -584,6 +585,27 @@ def test_lift_while_generating_equals_reading_the_finished_texts(model: Any, cro
             assert tuple(logits[len(start) - 1 : -1].argmax(-1).tolist()) == ids
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_next"])
+def test_the_source_model_stops_at_the_edited_block(family: str) -> None:
+    """Unless later blocks keep a state; the completions are those of whole passes over the finished texts."""
+    model, source = tiny(family), tiny(family)
+    for values in source.parameters():
+        values += 0.05 * torch.randn(values.shape, generator=torch.Generator().manual_seed(5))
+    passes = [0, 0, 0]
+    for number, block in enumerate(locate_layers(source)):
+        block.register_forward_hook(lambda *_, number=number: passes.__setitem__(number, passes[number] + 1))
+    where = EditSite(tiny_crosscoder(width=32), BASE, 0)
+    prompts = [[5, 9, 12, 4, 7, 8, 3], [6, 5], [9, 9, 10, 11]]  # one is longer than Gemma's window
+    with editing(model, FeatureEdit((), "patch", 0.5), where, source=SourceModel(source, RL)):
+        written = [c.token_ids for c in generate(model, Tokens(), prompts, max_new_tokens=8, greedy=True)]
+        assert (passes[-1] == 0) == (family != "qwen3_next")
+        assert passes[0] >= 8
+        for prompt, ids in zip(prompts, written, strict=True):
+            logits = model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0]
+            assert tuple(logits[len(prompt) - 1 : -1].argmax(-1).tolist()) == ids
+    assert written != [c.token_ids for c in generate(model, Tokens(), prompts, max_new_tokens=8, greedy=True)]
+
+
 # -- bad input
 
 
@@ -645,6 +667,9 @@ def test_unclear_positions_and_compiled_models_are_refused(model: Any, crosscode
     ids, _, _ = batch_of(6)
     with pytest.raises(RefusedError, match="dimensions"), disable(model, FeatureEdit(SET, "disable"), site(crosscoder)):
         model(input_ids=ids, attention_mask=torch.zeros(1, 1, 6, 6))
+    packed = {"cu_seq_lens_q": torch.tensor([0, 2, 6]), "cu_seq_lens_k": torch.tensor([0, 2, 6])}
+    with pytest.raises(RefusedError, match="packed"), disable(model, FeatureEdit(SET, "disable"), site(crosscoder)):
+        model(input_ids=ids, **packed)
     with editing(model, FeatureEdit(SET, "disable", positions="completion"), site(crosscoder)):
         cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
         with pytest.raises(RefusedError, match="several new tokens"):

@@ -176,7 +176,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
         for sample in (GREEDY, 0, 1)
     ]
     (root / "sampled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "6")
+    settings = ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "6", "--engine", "here")
     imported = run_command("import-outcomes", str(root), "--model", "sft@147", str(root / "sampled.jsonl"), *settings)
     assert imported.exit_code == 0, imported.output
     return root, run_command("run", str(root), "--quiet")

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.exchange import benchmark_files
 from rlgen_stats.toolkit.exchange.benchmark_files import read_benchmark
 from rlgen_stats.toolkit.exchange.benchmark_layouts import BENCHMARKS
 from tests.exchange.published_rows import LAYOUTS
@@ -121,10 +122,14 @@ def test_published_ids_that_repeat_are_not_used(tmp_path: Path) -> None:
     assert ids[2] == f"{ids[0]}-2"
 
 
-def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
-    for missing in (tmp_path / "none", "none/arc.jsonl", "./arc"):
+def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in (tmp_path / "none", "none/arc.jsonl", "./arc", "downloads", "downloads/tasks/arc"):
         with pytest.raises(InputError, match=r"no file or folder at .*; correct the path, or give a Hub id"):
             read_benchmark(ARC, str(missing))
+    monkeypatch.setattr(benchmark_files, "_loaded", lambda *asked: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(InputError, match=r"no file or folder is at .*/downloads/arc, and on the Hub .* \(no route\)"):
+        read_benchmark(ARC, "downloads/arc")  # it may be OWNER/NAME
+    monkeypatch.undo()
     folder = saved(tmp_path / "arc")
     with pytest.raises(InputError, match=r"split 'dev' \(it has the splits test\); give .* another --split"):
         read_benchmark(ARC, str(folder), split="dev")

@@ -161,3 +161,35 @@ def test_an_index_left_in_the_file_is_an_unknown_column(tmp_path: Path) -> None:
     label_table().to_csv(tmp_path / "labels.csv")
     with pytest.raises(InputError, match=r"has the unknown column\(s\) '';"):
         read_labels(tmp_path / "labels.csv")
+
+
+def positions(tmp_path: Path, *columns: list[Any]) -> Path:
+    """Labels of one task: prompt, source, position and segment of each token."""
+    names = ("prompt", "source", "position", "segment")
+    table = pd.DataFrame(dict(zip(names, columns, strict=True)))
+    fixed = {"token_id": 1, "task": "sum", "domain": "in", "split": "selection", "cluster": "c"}
+    table.assign(**fixed).to_parquet(tmp_path / "labels.parquet")
+    return tmp_path / "labels.parquet"
+
+
+@pytest.mark.parametrize("position", [[3, 2, 1, 0], [0, 1, 1, 2], [0, 2, 1, 3], [5, 6, 2, 3]])
+def test_positions_that_do_not_ascend_are_refused(tmp_path: Path, position: list[int]) -> None:
+    file = positions(tmp_path, ["p"] * 4, ["a"] * 4, position, ["completion"] * 4)
+    with pytest.raises(InputError, match=r"position of row \d in labels.parquet is \d after \d of the same text"):
+        read_labels(file)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "source", "position", "segment"),
+    [
+        ("pppp", "aaaa", [0, 1, 0, 1], "cccc"),  # the same prompt and source twice
+        ("ppqq", "aaaa", [1, 2, 1, 2], "cccc"),  # texts without their first token
+        ("pppp", "aabb", [1, 2, 1, 2], "cccc"),
+        ("pppp", "aaaa", [7, 7, 0, 1], "ppcc"),  # padding has no place in a text
+        ("pppp", "aaaa", [0, 1, 7, 7], "ccpp"),
+    ],
+)
+def test_texts_begin_anew(tmp_path: Path, prompt: str, source: str, position: list[int], segment: str) -> None:
+    words = {"p": "pad", "c": "completion"}
+    file = positions(tmp_path, list(prompt), list(source), position, [words[letter] for letter in segment])
+    assert list(read_labels(file)[0].position) == position

@@ -16,8 +16,8 @@ from rlgen_stats.stores import Provenance, StudyFolder, open_activations, open_o
 from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.toolkit.extraction import (
     PromptReader,
+    completion_parts,
     extract_activations,
-    outcomes,
     read_completions,
     sample_outcomes,
 )
@@ -137,7 +137,7 @@ def test_prompts_without_choices_are_refused_before_a_model_is_loaded(
     mixed: Study, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, folder = mixed
-    monkeypatch.setattr(outcomes, "load_model", None)
+    monkeypatch.setattr(completion_parts, "load_model", None)
     table = pd.read_parquet(folder.root / "data/prompts.parquet")
     table.at[2, "choices"] = None
     table.to_parquet(folder.root / "data/prompts.parquet")

@@ -1,4 +1,4 @@
-"""Families of transformers, tiny: read and completed in left-padded batches as alone, or refused in a sentence."""
+"""Families of transformers, tiny: read in left-padded batches and completed in refilled ones as alone, or refused."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rlgen_stats.toolkit.extraction import generate
 from rlgen_stats.toolkit.extraction.batch_check import check_batches
 from rlgen_stats.toolkit.extraction.batching import left_pad
 from rlgen_stats.toolkit.extraction.next_token import logits_at
-from rlgen_stats.toolkit.extraction.residual_stream import locate_layers, read_residual
+from rlgen_stats.toolkit.extraction.residual_stream import locate_layers, read_residual, read_residuals
 from tests.extraction.conftest import WORDS, word_tokenizer
+from tests.oracles.slow_generation import completed
 
 TEXTS = [[5, 9, 12, 4, 7, 8, 3], [6, 5], [9, 9, 10, 11]]
-PROMPTS = ["what is 3 plus 4 so ans", "what", "7 plus 2"]
+PROMPTS = ["what is 3 plus 4 so ans", "what", "7 plus 2", "what is 5", "is 3 plus 4 plus 9 so so"]
 N_LAYERS = 3
 _COMMON: Final[dict[str, Any]] = {
     "vocab_size": len(WORDS),
@@ -152,8 +153,10 @@ def test_left_padded_batches_are_read_and_completed_as_texts_alone(family: str) 
     ids, mask, positions = left_pad(TEXTS, 0, "cpu")
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    together = read_residuals(model, range(N_LAYERS), **inputs)
     for layer in range(N_LAYERS):
         read = read_residual(model, layer, **inputs)
+        assert torch.equal(read, together[layer])  # no later block writes into an earlier one's output
         if layer < N_LAYERS - 1:  # the final norm is applied to the last entry
             assert torch.equal(read[mask.bool()], hidden[layer + 1][mask.bool()])
         for row, text in enumerate(TEXTS):
@@ -163,9 +166,11 @@ def test_left_padded_batches_are_read_and_completed_as_texts_alone(family: str) 
     chosen = mask.bool() & (ids % 3 == 0)
     logits = model(**inputs, use_cache=False).logits[chosen]
     torch.testing.assert_close(logits_at(model, chosen, **inputs), logits, rtol=1e-4, atol=1e-5)
-    how: dict[str, Any] = {"max_new_tokens": 6, "greedy": True}
-    assert generate(model, word_tokenizer(), PROMPTS, **how) == [
-        generate(model, word_tokenizer(), [prompt], **how)[0] for prompt in PROMPTS
+    tokenizer, limits = word_tokenizer(), [2, 7, 3, 6, 5]
+    rows = generate(model, tokenizer, PROMPTS, max_new_tokens=limits, greedy=True, batch_size=2)
+    assert [row.token_ids for row in rows] == [
+        completed(model, tokenizer(prompt)["input_ids"], limit, ends={1})
+        for prompt, limit in zip(PROMPTS, limits, strict=True)
     ]
 
 

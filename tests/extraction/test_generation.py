@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -6,14 +7,17 @@ import pytest
 import torch
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from rlgen_stats.schemas.errors import InputError, ModelError
-from rlgen_stats.toolkit.counter_random import counter_uniforms
+from rlgen_stats.toolkit.counter_random import counter_bits
 from rlgen_stats.toolkit.extraction import generate
-from rlgen_stats.toolkit.extraction.generation import Completion, _StopStrings, draw_tokens
+from rlgen_stats.toolkit.extraction.generation import Completion
+from rlgen_stats.toolkit.extraction.stop_strings import StopStrings
+from rlgen_stats.toolkit.extraction.token_draws import draw_tokens, gumbel_noise
 from tests.extraction.bpe import bpe_model, chatml_tokenizer
 from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
+from tests.oracles.slow_generation import GAMMA, completed, drawn, gumbel, key, mix
 
 
 def sampled(model: Any, tokenizer: Any, prompts: Any, seeds: Any, **how: Any) -> list[Completion]:
@@ -32,6 +36,17 @@ def test_greedy_equals_the_models_own_generate(architecture: str, tokenizer: Any
         assert list(completion.token_ids) == expected
         assert completion.terminated == (expected[-1] == 1)
     assert len({completion.token_ids for completion in ours}) > 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_refilled_batches_equal_whole_forward_passes(architecture: str, tokenizer: Any) -> None:
+    model = tiny_model(architecture, seed=1)
+    limits = [(2, 9, 4, 12)[row % 4] for row in range(12)]
+    how = {"temperature": 0.9, "top_p": 0.8}
+    rows = sampled(model, tokenizer, PROMPTS, range(12), max_new_tokens=limits, batch_size=3, **how)
+    for seed, (prompt, limit, row) in enumerate(zip(PROMPTS, limits, rows, strict=True)):
+        ids = tokenizer(prompt)["input_ids"]
+        assert row.token_ids == completed(model, ids, limit, ends={1}, seed=seed, **how)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gemma2"])
@@ -109,7 +124,7 @@ def test_a_stop_string_may_begin_inside_a_token() -> None:
         vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<eos>"]
     )
     raw.train_from_iterator(["It is 7.\n\nQ: 7.\n\nQ: so 7.\n\n"] * 5, trainer)
-    stopping = _StopStrings(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>"))
+    stopping = StopStrings(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>"))
     ids = raw.encode("It is \u22127.\n\nQ: 1").ids
     text_of_first = [raw.decode(ids[:n]) for n in range(len(ids) + 1)]
     assert text_of_first[-1] == "It is \u22127.\n\nQ: 1"
@@ -168,45 +183,143 @@ def goodness_of_fit(observed: Any, expected: Any) -> float:
     return float(stats.chisquare(*pooled).pvalue)
 
 
+def keys_of(n: int, step: int = 0) -> Any:
+    return counter_bits(np.arange(n, dtype=np.uint64), np.full(n, step, dtype=np.uint64))
+
+
 def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass() -> None:
     probabilities = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
     logits = torch.tensor(np.log(probabilities)).float().expand(2000, -1)
-    uniforms = torch.from_numpy(counter_uniforms(np.arange(2000, dtype=np.uint64), 0))
-    drawn = draw_tokens(logits, uniforms, temperature=1.0, top_p=0.6)
+    drawn = draw_tokens(logits, keys_of(2000), temperature=1.0, top_p=0.6)
     counts = np.bincount(drawn.numpy(), minlength=5)
     assert set(np.flatnonzero(counts)) == {1, 3}
     assert stats.binomtest(int(counts[1]), 2000, 0.4 / 0.7).pvalue > 1e-3
-    assert set(draw_tokens(logits, uniforms, temperature=1.0, top_p=1.0).tolist()) == set(range(5))
+    assert set(draw_tokens(logits, keys_of(2000), temperature=1.0, top_p=1.0).tolist()) == set(range(5))
 
 
-@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53])
-def test_tokens_of_probability_zero_are_never_drawn(uniform: float) -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    drawn = draw_tokens(logits, torch.tensor([uniform], dtype=torch.float64), temperature=1.0, top_p=1.0)
-    assert int(drawn) == (1 if uniform < 0.5 else 3)
+@pytest.mark.parametrize("n_kept", [1, 255, 256, 257, 800])
+def test_nuclei_larger_than_the_candidates_are_exact(n_kept: int) -> None:
+    """255 tokens are seen to be all from 256 candidates; of 256 that is not known yet."""
+    draw = np.random.default_rng(n_kept)
+    logits = np.sort(draw.normal(size=1000))[::-1].astype(np.float32)
+    mass = np.exp(logits.astype(np.float64)).cumsum() / np.exp(logits.astype(np.float64)).sum()
+    top_p = float(mass[:n_kept].mean() if n_kept == 1 else mass[n_kept - 2 : n_kept].mean())
+    order = draw.permutation(1000)
+    shuffled, kept = logits[order], np.flatnonzero(order < n_kept).tolist()
+    n = 300
+    tokens = draw_tokens(torch.tensor(shuffled).expand(n, -1), keys_of(n), temperature=1.0, top_p=top_p).tolist()
+    assert tokens == [drawn(shuffled, key(seed, 0), kept=kept) for seed in range(n)]
+    assert (len(set(tokens)) > 1) == (n_kept > 1)
 
 
-def test_uniforms_are_uniform_and_independent_over_seeds_and_steps() -> None:
-    draws = np.stack([counter_uniforms(np.arange(300, dtype=np.uint64), step) for step in range(40)])
-    assert stats.kstest(draws.ravel(), "uniform").pvalue > 1e-3
-    assert len(np.unique(draws)) == draws.size
-    for a, b in ((draws[:-1], draws[1:]), (draws[:, :-1], draws[:, 1:])):
+def test_tokens_as_likely_as_the_last_of_a_nucleus_belong_to_it() -> None:
+    """Half types have few values, and where a sort puts equal ones is chance."""
+    logits = torch.zeros(3000, 300)
+    logits[:, 7] = 3.0
+    drawn_tokens = draw_tokens(logits, keys_of(3000), temperature=1.0, top_p=0.1)
+    assert set(drawn_tokens.tolist()) == set(range(300))
+
+
+def test_tokens_of_probability_zero_are_never_drawn() -> None:
+    logits = torch.full((1000, 50), -torch.inf)
+    logits[:, 20], logits[:, 30] = 0.0, 1.0
+    for top_p in (1.0, 0.999):
+        assert set(draw_tokens(logits, keys_of(1000), temperature=0.5, top_p=top_p).tolist()) == {20, 30}
+    logits[:, 20] = -torch.inf
+    assert set(draw_tokens(logits, keys_of(1000), temperature=0.5, top_p=1.0).tolist()) == {30}
+
+
+def test_noise_is_gumbel_and_independent_over_seeds_steps_and_tokens() -> None:
+    tokens = torch.arange(50)
+    noise = np.stack([gumbel_noise(torch.from_numpy(keys_of(60, step).view(np.int64)), tokens) for step in range(20)])
+    assert stats.kstest(noise.ravel(), "gumbel_r").pvalue > 1e-3
+    assert len(np.unique(noise)) > 0.995 * noise.size
+    for a, b in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:]), (noise[..., :-1], noise[..., 1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
 
 
-def test_uniforms_are_pinned() -> None:
+def test_noise_is_pinned() -> None:
     """SplitMix64 in Python integers, as published; a change of the draws changes every study."""
-
-    def mix(z: int) -> int:
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        return z ^ (z >> 31)
-
-    gamma = 0x9E3779B97F4A7C15
-    assert mix(gamma) == 0xE220A8397B1DCDAF  # first output of splitmix64 from state 0
+    assert mix(GAMMA) == 0xE220A8397B1DCDAF  # first output of splitmix64 from state 0
+    tokens = torch.tensor([0, 1, 150_000])
     for seed, step in ((0, 0), (12345, 7), (2**64 - 1, 100)):
-        slow = mix((mix((seed + gamma) % 2**64) + (step + 1) * gamma) % 2**64) >> 11
-        assert counter_uniforms(np.array([seed], dtype=np.uint64), step)[0] == slow / 2**53
+        bits = counter_bits(np.array([seed], dtype=np.uint64), np.array([step], dtype=np.uint64))
+        assert int(bits[0]) == key(seed, step)
+        noise = gumbel_noise(torch.from_numpy(bits.view(np.int64)), tokens)[0]
+        slow = [gumbel(key(seed, step), int(token)) for token in tokens]
+        np.testing.assert_allclose(noise.numpy(), slow, rtol=1e-5, atol=1e-6)
+
+
+def passes(model: Any) -> tuple[list[tuple[int, int]], Any]:
+    """[rows, tokens] of every forward pass from now on, and a handle that ends the record."""
+    shapes: list[tuple[int, int]] = []
+
+    def record(module: Any, args: Any, kwargs: Any) -> None:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    return shapes, model.register_forward_pre_hook(record, with_kwargs=True)
+
+
+def test_rows_join_the_batch_as_others_leave(tokenizer: Any) -> None:
+    """One row of twenty tokens beside many of one: static batches of four would take 20 + 8 passes and hold one row."""
+    model = tiny_model(seed=1)
+    limits = [20] + [1 + row % 3 for row in range(1, 12)]
+    shapes, handle = passes(model)
+    rows = sampled(model, tokenizer, PROMPTS, range(12), max_new_tokens=limits, batch_size=4)
+    handle.remove()
+    assert rows == [
+        sampled(model, tokenizer, [prompt], [seed], max_new_tokens=limit)[0]
+        for seed, (prompt, limit) in enumerate(zip(PROMPTS, limits, strict=True))
+    ]
+    decoding = [n for n, length in shapes if length == 1]
+    assert len(decoding) <= 20
+    assert max(n for n, _ in shapes) == 4
+    assert sum(n for n, length in shapes if length > 1) == 12
+
+
+def test_rows_of_one_prompt_read_it_once(tokenizer: Any) -> None:
+    model = tiny_model(seed=1)
+    prompts = [PROMPTS[row % 3] for row in range(30)]  # ten rows each, in batches of four
+    greedy = [row < 3 for row in range(30)]
+    shapes, handle = passes(model)
+    rows = sampled(model, tokenizer, prompts, range(30), greedy=greedy, batch_size=4)
+    handle.remove()
+    assert sum(n for n, length in shapes if length > 1) == 3
+    assert max(n for n, _ in shapes) <= 4
+    assert rows[:3] == generate(model, tokenizer, prompts[:3], max_new_tokens=8, greedy=True)
+    assert rows[3:] == sampled(model, tokenizer, prompts[3:], range(3, 30))
+
+
+def test_finished_rows_do_not_run_out_of_positions(tokenizer: Any) -> None:
+    """A row that ends at the model's last position stays in the batch with seven that go on."""
+    for architecture in ("gpt2", "llama"):
+        model = tiny_model(architecture, seed=1)
+        long, short = " ".join(["so"] * 120), "what is 3"
+        model.lm_head.weight.data[1] *= -5.0  # hardly any ends by itself
+        rows = sampled(model, tokenizer, [long] + [short] * 7, range(8), max_new_tokens=[8] + [60] * 7)
+        assert rows[7] == sampled(model, tokenizer, [short], [7], max_new_tokens=60)[0]
+
+
+class KeepsToItself(DynamicCache):  # type: ignore[misc]
+    """A kind of cache that nobody has said how to join."""
+
+
+def test_rows_do_not_join_a_cache_of_an_unknown_kind(tokenizer: Any) -> None:
+    model = tiny_model(seed=1)
+    prompts, seeds = list(PROMPTS) * 2, range(24)
+    expected = sampled(model, tokenizer, prompts, seeds, batch_size=5)
+
+    def other_cache(module: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs["past_key_values"] is None:
+            kwargs["past_key_values"] = KeepsToItself(config=module.config)
+        return args, kwargs
+
+    model.register_forward_pre_hook(other_cache, with_kwargs=True)
+    shapes, _ = passes(model)
+    assert sampled(model, tokenizer, prompts, seeds, batch_size=5) == expected
+    assert max(n for n, _ in shapes) == 5
+    for before, after in itertools.pairwise(shapes):
+        assert after[0] <= before[0] or max(before[1], after[1]) > 1
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -241,6 +354,10 @@ def test_bad_settings_are_refused(model: Any, tokenizer: Any) -> None:
     for stop in (["so"], [["so", ""]]):
         with pytest.raises(InputError, match="stop strings are one list a row, none of them empty"):
             generate(model, tokenizer, ["what"], max_new_tokens=2, greedy=True, stop=stop)
+    with pytest.raises(InputError, match="one greedy per row is needed: 1 prompts, 2 given"):
+        generate(model, tokenizer, ["what"], max_new_tokens=2, greedy=[True, True])
+    with pytest.raises(InputError, match="sampling needs one seed per row"):
+        generate(model, tokenizer, ["what", "is"], max_new_tokens=2, greedy=[True, False])
     assert generate(model, tokenizer, [], max_new_tokens=2, greedy=True) == []
 
 

@@ -1,28 +1,37 @@
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-import torch
 
 from rlgen_stats.schemas.errors import InputError, ModelError, StageError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_outcomes
+from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.stores.study_models import list_models
+from rlgen_stats.toolkit.exchange import read_graded
+from rlgen_stats.toolkit.exchange.sampled_files import Sampled
 from rlgen_stats.toolkit.extraction import (
     Completion,
+    completion_parts,
     load_model,
     load_tokenizer,
     outcomes,
     read_completions,
     sample_outcomes,
 )
+from rlgen_stats.toolkit.extraction.activations import contrasted_models, forced_texts
 from rlgen_stats.toolkit.extraction.graders.texts import FinalAnswerGrader, RegexGrader
+from rlgen_stats.toolkit.extraction.import_checks import complete_set
 from rlgen_stats.toolkit.progress import _Silent
+from rlgen_stats.toolkit.statistics.task_accuracy import behaviour
 from tests.extraction.conftest import WORDS, prompt_table, save_model, study_spec, word_tokenizer
+from tests.oracles.slow_generation import completed
 
 Study = tuple[StudySpec, StudyFolder]
 
@@ -67,18 +76,62 @@ def test_completions_are_the_models_own_and_paired_by_seed(study: Study, provena
     model, tokenizer = load_model(ref), load_tokenizer(ref)
     for prompt, text in list(zip(prompt_table().prompt_id, prompt_table().text, strict=True))[:4]:
         ids = tokenizer(text)["input_ids"]
-        seed = np.array([derive_seed(7, "sample", prompt, 1)], dtype=np.uint64)
-        for step, token in enumerate(table.loc[(prompt, 1), "token_ids"]):
-            probabilities = torch.softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1).numpy()
-            drawn = int(np.searchsorted(probabilities.cumsum(), uniform(seed, step), side="right"))
-            assert token == drawn
-            ids = [*ids, drawn]
+        seed = derive_seed(7, "sample", prompt, 1)
+        assert tuple(table.loc[(prompt, 1), "token_ids"]) == completed(model, ids, 6, ends={1}, seed=seed)
 
 
-def uniform(seed: Any, step: int) -> float:
-    from rlgen_stats.toolkit.counter_random import counter_uniforms
+def test_checkpoints_before_the_last_may_have_their_greedy_completion_alone(
+    sampled: Study, tmp_path: Path, provenance: Provenance
+) -> None:
+    """All that is sampled is what the study with one number samples; what reads samples says so or does without."""
+    whole = sampled[1]
+    folder = StudyFolder(Path(shutil.copytree(whole.root, tmp_path / "spared")))
+    shutil.rmtree(folder.outcomes)
+    shutil.rmtree(folder.completions)
+    spec = study_spec(generation={"max_new_tokens": 6, "n_samples": {"final": 2}, "batch_size": 5})
+    sample_outcomes(spec, folder, provenance=provenance)
+    for model in ("base@0", "sft@3", "sft@6", "rl@4", "rl@8"):
+        expected = read_completions(whole, model)
+        if model in ("sft@3", "rl@4"):
+            expected = expected[expected["sample"] == -1]
+        assert read_completions(folder, model).equals(expected)
+    stored, before = open_outcomes(folder.outcomes).load(), open_outcomes(whole.outcomes).load()
+    last, spared = ["base@0", "sft@6", "rl@8"], ["sft@3", "rl@4"]
+    assert stored.sel(model=last).equals(before.sel(model=last))
+    assert (stored.correct.sel(model=spared) == -1).all()
+    assert (stored.completion_tokens.sel(model=spared) == -1).all()
+    assert stored.greedy_correct.equals(before.greedy_correct)
+    table = behaviour(stored)
+    assert np.isnan(table.sampled_accuracy.sel(model=spared)).all()
+    assert table.accuracy.equals(behaviour(before).accuracy)
+    greedy = stored.greedy_terminated.sel(model=spared).groupby("task").mean()
+    assert table.terminated.sel(model=spared, task=["other", "sum"]).values.tolist() == greedy.values.tolist()
+    assert table.terminated.sel(model=last).equals(behaviour(before).terminated.sel(model=last))
+    assert read_graded(folder.outcomes, model="sft@3", metric="greedy").correct.notna().all()
+    with pytest.raises(InputError, match=r"sft@3 has its greedy completions alone .*by the metric greedy"):
+        read_graded(folder.outcomes, model="sft@3", metric="sampled")
+    assert len(forced_texts(spec, folder, contrasted_models(spec, folder), load_prompts(spec, folder))) == 36
 
-    return float(counter_uniforms(seed, step)[0])
+
+def test_some_samples_are_spared(study: Study, provenance: Provenance) -> None:
+    spec, folder = study
+    spec = study_spec(generation={"max_new_tokens": 3, "n_samples": {"final": 2, "others": 1}, "batch_size": 5})
+    sample_outcomes(spec, folder, provenance=provenance)
+    stored = open_outcomes(folder.outcomes).load()
+    assert (stored.completion_tokens.sel(model="sft@3") != -1).values.all(axis=0).tolist() == [True, False]
+    assert np.isfinite(behaviour(stored).sampled_accuracy.sel(task="sum")).all()
+    assert len(read_graded(folder.outcomes, model="sft@3", metric="sampled")) == 12
+    assert len(read_graded(folder.outcomes, model="sft@6", metric="sampled")) == 24
+
+
+def test_imported_samples_of_a_spared_checkpoint_are_refused() -> None:
+    prompts, one = pd.DataFrame({"prompt": ["p0"]}), Sampled(prompt="p0", text="7")
+    greedy = replace(one, sample=-1)
+    assert complete_set([greedy], ["p0"], prompts, n_samples=0, stand_in="") == {("p0", -1): greedy}
+    with pytest.raises(
+        InputError, match=r"1 greedy and 1 sampled completions, expected 1 and 0 .*leave its samples out"
+    ):
+        complete_set([greedy, replace(one, sample=0)], ["p0", "p0"], prompts, n_samples=0, stand_in="")
 
 
 def test_a_killed_stage_goes_on_with_the_next_model(
@@ -93,7 +146,7 @@ def test_a_killed_stage_goes_on_with_the_next_model(
             raise KeyboardInterrupt
         return load_model(ref, **how)
 
-    monkeypatch.setattr(outcomes, "load_model", counting)
+    monkeypatch.setattr(completion_parts, "load_model", counting)
     with pytest.raises(KeyboardInterrupt):
         sample_outcomes(spec, folder, provenance=provenance)
     assert committed_models(folder.outcomes) == ["base@0", "sft@3"]
@@ -135,7 +188,7 @@ def test_unusable_models_are_found_before_anything_is_sampled(study: Study, prov
 
 def test_another_studys_store_is_refused_before_sampling(sampled: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, folder = sampled
-    monkeypatch.setattr(outcomes, "load_model", None)
+    monkeypatch.setattr(completion_parts, "load_model", None)
     with pytest.raises(StoreError, match="written for another study or settings"):
         sample_outcomes(spec, folder, provenance=Provenance("tiny-study", "other-key"))
 

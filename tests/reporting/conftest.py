@@ -12,6 +12,7 @@ from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
 from rlgen_stats.toolkit.reporting import Graphic, Missing, draw_figures, write_report
+from rlgen_stats.toolkit.reporting.figures.draw import with_populations
 from tests.reporting.synthetic_study import (
     BUILDERS,
     HOSTILE,
@@ -81,7 +82,9 @@ def report(written: StudyFolder) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch, drawn: dict[str, Graphic | Missing]) -> None:
     """Reports get the figures drawn before: drawing takes most of a report's time."""
-    monkeypatch.setattr("rlgen_stats.toolkit.reporting.report.draw_figures", lambda *_: drawn)
+    monkeypatch.setattr(
+        "rlgen_stats.toolkit.reporting.report.draw_figures", lambda *args: with_populations(drawn, args[2])
+    )
 
 
 @pytest.fixture

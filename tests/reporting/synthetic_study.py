@@ -668,6 +668,7 @@ def criteria(*effects: float) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
     each = [
         as_columns(
             (
+                Finding(check=Check.PASSTHROUGH, passed=True, statistic=0.0, bound=0.05),
                 Finding(
                     check=Check.V1_EFFECT,
                     passed=True,
@@ -677,6 +678,7 @@ def criteria(*effects: float) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
                     bound=0.02,
                     p_value=0.0004,
                 ),
+                Finding(check=Check.V2_CONTROLS, passed=True),
                 Finding(check=Check.V2_RANK, passed=True, statistic=0, bound=0.05, p_value=0.04, n=24),
                 Finding(check=Check.V3_DOSE, passed=True, statistic=abs(effect) / 2, p_value=0.001, n=3),
                 Finding(check=Check.V4_ACCURACY, passed=True, statistic=0.0, low=-0.04, bound=-0.05, n=60),

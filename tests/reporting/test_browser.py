@@ -59,7 +59,28 @@ def test_the_page_of_features_is_quiet(report: Path, tmp_path: Path) -> None:
     dom, console, hosts = open_page((report / "features.html").as_uri(), tmp_path / "profile", "--dump-dom")
     assert not console
     assert not hosts
-    assert dom.count("<section") == 5
+    assert dom.count("<section") == 6
+
+
+def test_the_table_of_features_sorts_and_searches(report: Path, tmp_path: Path) -> None:
+    """A click on the first heading puts the largest number last, another first; a search hides what lacks its words."""
+    page = (report / "features.html").read_text(encoding="utf-8")
+    clicks = """<script>
+    const rows = () => [...document.querySelectorAll("table.sortable tbody tr")].filter((row) => !row.hidden);
+    const told = [], first = () => told.push(rows()[0].cells[0].textContent.trim());
+    const button = document.querySelector("table.sortable thead button");
+    first(); button.click(); first(); button.click(); first();
+    const box = document.querySelector("input[type=search]");
+    box.value = "confirmed edited"; box.dispatchEvent(new Event("input")); told.push(rows().length);
+    document.title = told.join(" ");
+    </script></body>"""
+    changed = tmp_path / "features.html"
+    changed.write_text(page.replace("</body>", clicks), encoding="utf-8")
+    dom, console, _ = open_page(changed.as_uri(), tmp_path / "profile", "--dump-dom")
+    assert not console
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title is not None
+    assert title[1].split()[1:] == ["0", "239", "5"]
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 2400), (500, 2400)])

@@ -6,6 +6,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rlgen_stats.toolkit.reporting.formatting import (
@@ -20,6 +21,7 @@ from rlgen_stats.toolkit.reporting.formatting import (
     percent,
     points,
 )
+from rlgen_stats.toolkit.reporting.report import without_formulas
 
 NAN = math.nan
 
@@ -67,3 +69,13 @@ def test_jsonable_is_strict_json() -> None:
         "b": [True, None],
         "c": "x",
     }
+
+
+def test_cells_of_tables_are_no_formulas() -> None:
+    """A spreadsheet would run =cmd, +1, -1, @SUM and what follows a tab; numbers are numbers and stay."""
+    cells = ["=1+1", "+x", "-1+cmd", "@x", "\t=1", "\r=1", "\n=1", "x=1", "", "-", "-0.5", "+1,000"]
+    table = pd.DataFrame({"text": cells, "number": [-1.5] * len(cells)})
+    written = without_formulas(table)
+    assert list(written.text[:7]) == [f"'{cell}" for cell in cells[:7]]
+    assert list(written.text[7:]) == cells[7:]
+    assert list(written.number) == [-1.5] * len(cells)

@@ -18,13 +18,15 @@ from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
-from rlgen_stats.toolkit.reporting import write_report
+from rlgen_stats.toolkit.reporting import Graphic, Missing, write_report
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables, class_counts, drift_summary, matching_summary
-from rlgen_stats.toolkit.reporting.feature_cards import split_peak
+from rlgen_stats.toolkit.reporting.feature_cards import Context, near_identical, split_peak
+from rlgen_stats.toolkit.reporting.figures.overview import STEPS
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
 from rlgen_stats.toolkit.reporting.report import GROUPS
 from rlgen_stats.toolkit.reporting.result_lookup import tidy
+from tests.reporting.synthetic_study import N_FEATURES
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "line", "circle", "path", "use", "rect"}
 
@@ -77,25 +79,45 @@ def data(report: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_files(report: Path) -> None:
-    assert {p.name for p in report.iterdir()} == {
+def test_files(report: Path, drawn: dict[str, Graphic | Missing]) -> None:
+    pages = {f"features-{i}.html" for i in range(1, 6)}  # 235 features that are not selected, 50 a page
+    assert {p.name for p in report.iterdir()} == pages | {
         "index.html",
         "features.html",
+        "prompts.html",
         "report.md",
         "report.json",
         "figures",
         "tables",
     }
-    assert len(list((report / "figures").glob("*.svg"))) == 12
+    files = {file for figure in drawn.values() if isinstance(figure, Graphic) for file in figure.files}
+    assert {path.name for path in (report / "figures").glob("*.svg")} == files
     assert not [p for p in report.parent.iterdir() if p.name.endswith((".partial", ".old"))]
 
 
-def test_behaviour_comes_before_the_claims(page: Page) -> None:
+def test_the_page_begins_with_the_answer_five_verdicts_and_the_six_steps(report: Path, page: Page) -> None:
     order = [attrs["id"] for attrs in page.named("section")]
     assert order[:2] == ["behaviour", "claims"]
     assert [name for name in order if name in ("C1", "C2", "C3", "C4", "C5")] == ["C1", "C2", "C3", "C4", "C5"]
     text = page.text
-    assert text.index("In domain, sft answers 80% and rl 90%") < text.index("The five claims")
+    first = "rl raised out-of-domain accuracy from 29% to 69% (sft 24%; greedy, 300 prompts)"
+    carried = "copied into base, the 5 features selected carry 70% [55%, 85%] of what copying the whole residual does"
+    edits = (
+        "and that switching them off specifically lowers rl’s accuracy and that turning them up specifically raises "
+        "base’s is supported (C4 and C5)."
+    )
+    shown = (first, carried, edits, "SFT adds more own features", "What editing does", "Level α")
+    places = [text.index(words) for words in shown]
+    assert places == sorted(places)
+    assert places[-1] < text.index("The five claims")
+    chips = [attrs["href"] for attrs in page.named("a") if "chip" in str(attrs.get("class"))]
+    assert chips == ["#C1", "#C2", "#C3", "#C4", "#C5"]
+    steps = [attrs["id"] for attrs in page.named("figure") if str(attrs["id"]).startswith("overview-")]
+    assert steps == [f"overview-{name}" for name in STEPS]
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    assert all(
+        words in markdown for words in (first, "- **C3** A few features carry", "1. **Behaviour.** Out of domain")
+    )
 
 
 def test_completions_that_were_cut_off_or_not_read_are_warned_about(
@@ -180,7 +202,8 @@ def test_json_is_strict_and_names_what_is_there(data: dict[str, Any], report: Pa
     assert data["analyses"]["missing"] == []
     assert {c["verdict"] for c in data["claims"]} == {"SUPPORTED"}
     for entry in data["figures"].values():
-        assert (report / entry["file"]).exists()
+        assert entry["files"]
+        assert all((report / file).exists() for file in entry["files"])
     for file in data["tables"].values():
         assert len(pd.read_csv(report / file)) > 0
     assert "NaN" not in (report / "report.json").read_text(encoding="utf-8")
@@ -209,7 +232,7 @@ def test_study_facts_are_shown(page: Page) -> None:
 
 
 def test_tables_of_the_contrast(results: dict[str, xr.Dataset], spec: StudySpec) -> None:
-    rest: dict[str, Any] = {"claims": (), "domains": [], "facts": []}
+    rest: dict[str, Any] = {"claims": (), "domains": [], "facts": [], "said_of": {}}
     tables = build_tables(results, spec, **rest)
     assert tables["attribution_contrast"]["comparison"].tolist() == [
         *("final", "final", "matched_shift", "matched_shift", "matched_kl", "matched_kl")
@@ -231,17 +254,21 @@ def test_one_run_per_arm_is_explained(page: Page) -> None:
 
 
 # -- self-contained, escaped, readable ---------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["index.html", "features.html"])
+PAGES = ("index.html", "features.html", "features-1.html", "prompts.html")
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_fetched(name: str, report: Path) -> None:
     text = (report / name).read_text(encoding="utf-8")
     page = Page(text)
-    assert not page.named("script")
+    assert page.named("script") == [{}] * (name == "features.html"), "the table's own script, inside the file"
     assert not page.named("img")
     assert not page.named("iframe")
     assert [attrs["href"] for attrs in page.named("link")] == ["data:,"]
     assert not [attrs for _, attrs in page.tags for key in attrs if key == "src" or key.startswith("on")]
     assert not re.findall(r"@import|url\((?!#)", text)
     links = [str(attrs["href"]) for attrs in page.named("a")]
+    assert not [link for link in links if link.startswith("feature:")]
     outside = [link for link in links if re.match(r"[a-z]+:", link)]
     assert all(link.startswith(("https://arxiv.org/", "https://doi.org/")) for link in outside)
     for link in set(links) - set(outside):
@@ -277,7 +304,7 @@ def test_hostile_names_are_escaped_everywhere(
         assert "<img" not in (empty_folder.report / name).read_text(encoding="utf-8"), name
 
 
-@pytest.mark.parametrize("name", ["index.html", "features.html"])
+@pytest.mark.parametrize("name", PAGES)
 def test_readable_without_a_mouse_or_eyes(name: str, report: Path) -> None:
     page = Page((report / name).read_text(encoding="utf-8"))
     assert page.named("html")[0]["lang"] == "en"
@@ -326,18 +353,67 @@ def test_colours_have_enough_contrast(report: Path) -> None:
 
 
 # -- features and examples -----------------------------------------------------------------------------------------
-def test_every_selected_feature_has_its_page_section(report: Path, data: dict[str, Any]) -> None:
+def test_every_feature_has_a_row_and_a_section(report: Path, data: dict[str, Any]) -> None:
     page = Page((report / "features.html").read_text(encoding="utf-8"))
     sections = {attrs["id"] for attrs in page.named("section")}
-    assert sections == {f"feature-{entry['feature']}" for entry in data["features"]}
-    assert len(sections) == 5
-    for model in ("base@0", "sft@150", "rl@80"):
-        assert page.text.count(f"Top contexts in {model}") == 5
+    assert sections == {"all"} | {f"feature-{entry['feature']}" for entry in data["features"]}
+    assert len(sections) == 6
+    rows = [attrs["data-v"] for attrs in page.named("th") if attrs.get("data-v")]
+    assert sorted(map(int, rows)) == list(range(N_FEATURES)), "every feature once"
+    assert [int(row) for row in rows[:5]] == [entry["feature"] for entry in data["features"]], "the edited ones first"
+    others = [Page(path.read_text(encoding="utf-8")) for path in sorted(report.glob("features-*.html"))]
+    elsewhere = {attrs["id"] for other in others for attrs in other.named("section")}
+    assert sections - {"all"} | elsewhere == {f"feature-{k}" for k in range(N_FEATURES)}
+    assert not sections & elsewhere
+
+
+def test_contexts_stand_side_by_side_and_near_identical_ones_once(report: Path) -> None:
+    """Each feature has nine top contexts that differ in a number and their model: one row, two more prompts' worth."""
+    page = Page((report / "features.html").read_text(encoding="utf-8"))
+    assert page.text.count("Top contexts of all models, near-identical ones once") == 5
+    assert page.text.count("step by <i>step</i> the sum of 0") == 5 * (1 + 3)
     assert page.text.count("A random sample of the tokens on which it fires in base@0") == 5
-    assert page.text.count("generated by rl@80") == 2 * 45
-    assert page.text.count("<t1> · <t2>") == 5
-    assert "<t-1>" not in page.text
-    assert page.text.count("in sft@150") == 2 * (10 + 5)
+    assert page.text.count("<t1> · <t2>") == 5 + 5, "the table, and the sections"
+    assert page.text.count("<t-1> · <t-2>") == 5, "suppressed tokens"
+    assert "Change from base along the checkpoints" in page.text
+    assert "Its match in the other dictionaries" in page.text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        ("take 1 2 ⟦:⟧ ans 3 <eos>", "take 7 11 ⟦:⟧ ans 18 <eos>", True),
+        ("far away words take 1 2 ⟦:⟧ ans 3 x", "other words take 1 2 ⟦:⟧ ans 3 x", True),
+        ("take 1 2 ⟦:⟧ ans 3 <eos>", "give 1 2 ⟦:⟧ ans 3 <eos>", False),
+        ("take 1 2 ⟦:⟧ ans 3", "take 1 2 ⟦;⟧ ans 3", False),
+    ],
+)
+def test_near_identical_contexts_share_the_peak_and_three_words_beside_it(first: str, second: str, alike: bool) -> None:
+    keys = []
+    for text in (first, second):
+        before, peak, after = split_peak(text)
+        context = Context(
+            before=before, peak=peak, after=after, activation=1.0, prompt="p", source="base@0", position=1, elsewhere={}
+        )
+        keys.append(near_identical(context))
+    assert (keys[0] == keys[1]) is alike
+
+
+def test_prompts_show_what_every_model_said(report: Path) -> None:
+    page = Page((report / "prompts.html").read_text(encoding="utf-8"))
+    assert {attrs["id"] for attrs in page.named("section")} >= {"prompt-parity-0"}
+    for run in ("base", "sft", "rl"):
+        assert f"{run} says <b>so</b> & ends" in page.text
+
+
+def test_a_feature_is_one_click_from_its_dot(report: Path) -> None:
+    """Dots of the drift figure are links to features' sections, here and in the file of the figure."""
+    index = (report / "index.html").read_text(encoding="utf-8")
+    drift = index[index.index('id="fig-drift"') :]
+    links = re.findall(r'<a href="(features[^"]*#feature-\d+)" tabindex="-1">', drift)
+    assert len(links) > N_FEATURES
+    file = (report / "figures" / "drift.svg").read_text(encoding="utf-8")
+    assert f'<a href="../{links[0]}" tabindex="-1">' in file
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ def outcomes(name: str, n_not: int) -> xr.Dataset:
     values = np.ones((1, 60, 5), dtype=bool)
     values[0, :20] = (np.arange(100) >= n_not).reshape(20, 5)
     coords = {"model": ["rl@8"], "task": ("prompt", ["a"] * 20 + ["b"] * 40)}
-    return xr.Dataset({name: (("model", "prompt", "sample"), values)}, coords=coords)
+    dims = ("model", "prompt", "sample")
+    return xr.Dataset({name: (dims, values), "completion_tokens": (dims, values + 3)}, coords=coords)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,26 @@ def test_float32_given_for_bfloat16_rounds_as_torch_does(small: Path) -> None:
     np.testing.assert_array_equal(open_activations(small).activation.values[0], expected)
 
 
+@pytest.mark.parametrize("at_once", [1, 25, 64, 999, 1000])
+def test_values_are_converted_a_few_at_a_time_whatever_is_appended(
+    small: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(4).normal(size=(N, WIDTH)).astype("f4")
+    converted: list[int] = []
+
+    def counted(part: np.ndarray) -> np.ndarray:
+        converted.append(len(part))
+        return shards_module.to_bfloat16(part)
+
+    monkeypatch.setattr(writer_module, "to_bfloat16", counted)
+    monkeypatch.setattr(writer_module, "CONVERTED_BYTES", 4 * WIDTH * at_once)
+    with ActivationWriter(small, model="rl@80", site="block2", width=WIDTH, dtype="bfloat16") as writer:
+        writer.append(values)
+    assert max(converted) == at_once
+    expected = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(open_activations(small).activation.values[0], expected)
+
+
 def test_nan_survives_bfloat16_with_its_sign() -> None:
     odd = np.array([np.nan, -np.nan, np.inf, -np.inf], "f4")
     kept = shards_module.to_float32(shards_module.to_bfloat16(odd), "bfloat16")
@@ -75,7 +95,8 @@ def test_nan_survives_bfloat16_with_its_sign() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_every_nonfinite_value_is_found_and_counted(small: Path, dtype: str) -> None:
+def test_every_nonfinite_value_is_found_and_counted(small: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "CONVERTED_BYTES", 4 * WIDTH * 25)
     values = np.zeros((N, WIDTH), "f4")
     values[[70, 333, 900], [1, 2, 3]] = [np.nan, np.inf, -np.inf]
     with (

@@ -38,8 +38,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def call(study: Study, key: str, progress: object) -> None:
             CALLS.append(name)
-            for path in study.outputs(BY_NAME[name]):
-                write_output(study, key, str(path.relative_to(study.folder.root)))
+            for one in (study, *study.beside):
+                for path in one.outputs(BY_NAME[name]):
+                    write_output(one, one.key(name), str(path.relative_to(one.folder.root)))
 
         return call
 

@@ -105,6 +105,12 @@ def test_nothing_is_written_where_one_task_cannot_be_read(study: StudyFolder, do
     assert not (study.root / "data/tasks").exists()
 
 
+def test_a_missing_folder_is_said_to_be_missing(study: StudyFolder) -> None:
+    for names in (("math500",), ("math500", "piqa")):
+        with pytest.raises(InputError, match=r"no (file or )?folder at /.*/gone; correct the path"):
+            add_tasks(study, names, source="gone")
+
+
 def test_a_task_is_added_once(study: StudyFolder, downloads: Path) -> None:
     add_tasks(study, ["sciq"], source=str(downloads))
     before = study.spec.read_text()

@@ -16,7 +16,9 @@ from click.testing import CliRunner
 
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.schemas.study import ExtractionSpec
 from rlgen_stats.toolkit.extraction import checkpoints
+from rlgen_stats.toolkit.study import check_study as check_module
 from rlgen_stats.toolkit.study import parse_spec
 from rlgen_stats.toolkit.study.check_study import Problem, check_study
 from rlgen_stats.toolkit.study.costs import Sizes, estimate
@@ -89,9 +91,10 @@ def test_shorthands_are_not_called_wrong_where_their_folders_are(study: Path) ->
     assert len(told) == 2
     assert "'models/rl_*' matches no folder" in told[0]
     assert told[1].startswith("'extraction.batch_size'")
-    change(study, base={"path": "models/gone"}, extraction={"layer": 0.5})
-    (only,) = check_study(study).problems
-    assert "models/gone, which does not exist" in only.message
+    for relative in ({"layer": 0.5}, {"layers": [1, "middle"]}):
+        change(study, base={"path": "models/gone"}, extraction=relative)
+        (only,) = check_study(study).problems
+        assert "models/gone, which does not exist" in only.message
 
 
 def test_letters_stand_for_choices_that_the_prompt_shows(study: Path) -> None:
@@ -134,7 +137,7 @@ def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
     }
     assert "models/sft-3, which does not exist; correct the path" in found["runs.sft.checkpoints.3"]
     assert "the select stage compares different features" in found["study.yaml"]
-    assert "layer 3 asked for, but Qwen3ForCausalLM has blocks 0 to 2" in found["base@0"]
+    assert "layer 3 asked for, but Qwen3ForCausalLM has 3 layers, blocks 0 to 2" in found["base@0"]
     assert "sft@6 has another tokenizer than base@0" in found["sft@6"]
     assert "model.safetensors is cut off or broken" in found["rl@4"]
     assert "describes no causal language model" in found["rl@8"]
@@ -234,7 +237,11 @@ def test_costs_are_counts_times_limits() -> None:
     splits = ["trial", *["selection"] * 8, "trial"]
     prompts = pd.DataFrame({"prompt": [f"p{i}" for i in range(10)], "task": tasks, "split": splits})
     sizes = Sizes(
-        models=["base@0", "sft@5", "rl@10"], to_sample=["base@0"], width=8, prompt_tokens=100, checkpoint_bytes=7
+        models={"base@0": 3, "sft@5": 1, "rl@10": 3},
+        to_sample=["base@0"],
+        width=8,
+        prompt_tokens=100,
+        checkpoint_bytes=7,
     )
     costs = estimate(spec, prompts, sizes)
     n_tokens = 4 * 5 + 2 * 3
@@ -248,6 +255,32 @@ def test_costs_are_counts_times_limits() -> None:
     assert costs.stores["crosscoder"] == 3 * 2 * (2 * 3 * 8 * 100 * 4)
     assert "models" not in costs.stores
     assert costs.hours(2.0) == (costs.tokens / 7200, costs.trial_tokens / 7200)
+    twice = estimate(
+        spec.model_copy(update={"extraction": ExtractionSpec(dtype="float16", layers=(1, 2))}), prompts, sizes
+    )
+    assert (twice.tokens, twice.trial_tokens) == (costs.tokens, 2 * costs.trial_tokens)
+    grown = {name for name, size in twice.stores.items() if size == 2 * costs.stores[name]}
+    assert costs.stores.keys() - grown == {"completions", "outcomes.zarr"}
+
+
+def test_what_the_machine_lacks_is_a_problem(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(check_module, "is_flash_attn_2_available", lambda: False)
+    change(study, device="cuda", models={"attn_implementation": "flash_attention_2"})
+    found = problems(study)
+    assert set(found) == {"device", "models.attn_implementation"}
+    assert "torch sees no CUDA device; use 'auto' or 'cpu'" in found["device"]
+    assert "needs a CUDA device and the package flash-attn" in found["models.attn_implementation"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check_module, "is_flash_attn_2_available", lambda: True)
+    assert problems(study) == {}
+
+
+def test_every_layer_must_be_one_of_the_models(study: Path) -> None:
+    change(study, extraction={"layers": [1, 2]})
+    assert problems(study) == {}
+    change(study, extraction={"layers": [1, 3]})
+    assert "layer 3 asked for, but Qwen3ForCausalLM has 3 layers" in problems(study)["base@0"]
 
 
 def test_the_command_prints_costs_and_problems(study: Path) -> None:

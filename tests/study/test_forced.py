@@ -8,12 +8,12 @@ import yaml
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import read_json
-from rlgen_stats.toolkit.study import STAGES, Study, further_contrasts, open_for_run, run_study
+from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.stage_graph import BY_NAME, with_needs
 from tests.study.conftest import spec_dict
 from tests.study.fake_stages import CALLS, recorded, write_output  # noqa: F401 - a fixture
-from tests.study.test_contrasts import DPO, OF_PAIR, OF_TARGET, THREE
+from tests.study.test_linked_studies import DPO, OF_PAIR, OF_TARGET, THREE
 
 BEFORE_CROSSCODER = {"posttrain", "outcomes", "extract", "movement"}
 AFTER_CROSSCODER = {stage.name for stage in STAGES} - BEFORE_CROSSCODER - {"crosscoder"}
@@ -110,14 +110,14 @@ def test_a_forced_stage_makes_every_contrast_run_again(study_folder: Path) -> No
     run_study(study_folder)
     run_study(study_folder, stages=["crosscoder"], force=["crosscoder"])
     study = open_for_run(study_folder)
-    for one in (study, *further_contrasts(study)):
+    for one in (study, *study.linked):
         assert stale(one) == AFTER_CROSSCODER
     CALLS.clear()
     run_study(study_folder)
     assert {name: CALLS.count(name) for name in OF_PAIR} == dict.fromkeys(OF_PAIR, 3)
     assert {name: CALLS.count(name) for name in OF_TARGET} == dict.fromkeys(OF_TARGET, 2)
     assert CALLS.count("crosscoder") == 0
-    for one in (study, *further_contrasts(study)):
+    for one in (study, *study.linked):
         assert {s.state for s in one.status()} == {"done"}
         assert one.record("report")["key"] == one.key("report")
     CALLS.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ from click.testing import CliRunner
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import StudyFolder, open_outcomes, open_tokens, verify
-from rlgen_stats.toolkit.extraction import outcomes, read_completions
+from rlgen_stats.toolkit.exchange.sampled_files import read_sampled
+from rlgen_stats.toolkit.extraction import completion_parts, read_completions
 from rlgen_stats.toolkit.reporting.facts import _measurement_facts, read_study_data
 from rlgen_stats.toolkit.study import open_for_run, read_spec, run_study
-from rlgen_stats.toolkit.study.outcome_imports import import_outcomes
+from rlgen_stats.toolkit.study.check_study import check_study
+from rlgen_stats.toolkit.study.outcome_imports import ImportedOutcomes, import_outcomes
 from tests.extraction.conftest import PROMPTS, prompt_table, save_model
 
 DECLARED = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6}
@@ -61,6 +64,11 @@ def study(world: Path, tmp_path: Path) -> Path:
     root = tmp_path / "study"
     shutil.copytree(world, root, ignore=shutil.ignore_patterns("outcomes.zarr", "completions", "outcomes.json"))
     return root
+
+
+def take(study: Path, model: str, files: Any, **how: Any) -> ImportedOutcomes:
+    """Import what this toolkit has sampled, so that it may stand beside models sampled here."""
+    return import_outcomes(study, model, files, **{"engine": "here"} | how)
 
 
 def rows_of(world: Path, model: str = "rl@4") -> list[dict[str, Any]]:
@@ -242,15 +250,17 @@ def test_every_layout_gives_the_outcomes_of_sampling_here(
     own_tokens: bool,
 ) -> None:
     (tmp_path / "files").mkdir()
-    done = import_outcomes(study, "rl@4", **layout(world, tmp_path / "files"))
-    assert (done.origin.engine, done.origin.graded_by, done.changed) == (engine, "here", True)
+    given = layout(world, tmp_path / "files")
+    assert read_sampled([*given["files"], *given.get("greedy", ())]).engine == engine
+    done = take(study, "rl@4", **given)
+    assert (done.origin.engine, done.origin.graded_by, done.changed) == ("here", "here", True)
     sampled = []
-    complete = outcomes._complete
-    monkeypatch.setattr(outcomes, "_complete", lambda ref, *a, **k: sampled.append(ref.model) or complete(ref, *a, **k))
+    load = completion_parts.load_model
+    monkeypatch.setattr(completion_parts, "load_model", lambda ref, **k: sampled.append(ref.model) or load(ref, **k))
     run_study(study, stages=["outcomes"])
     assert sampled == ["base@0", "sft@3"]
     got, expected = (open_outcomes(root / "outcomes.zarr").load() for root in (study, world))
-    assert list(got.engine.values) == ["here", "here", engine]
+    assert list(got.engine.values) == ["here"] * 3
     assert list(got.graded_by.values) == ["here"] * 3
     assert "engine" not in expected
     # a text alone lacks the special tokens of these random models: whether it was cut off is inferred from its length
@@ -270,7 +280,7 @@ def test_later_stages_read_imported_texts_and_the_store_is_sound(world: Path, st
     for row in rows:
         if row["sample"] == 0:
             row["token_ids"], row["text"] = [3, 5, 8, 1], None
-    import_outcomes(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
+    take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
     run_study(study, stages=["extract"])
     tokens = open_tokens(study / "activations.zarr")
     of_rl = tokens.token_id.values[(tokens.source.values == "rl@4") & (tokens.segment.values == "completion")]
@@ -288,23 +298,23 @@ def test_others_completions_stay_when_one_is_imported(
     rows = [row | {"text": "so ans 3", "token_ids": None} for row in rows_of(world)]
     file = write_lines(tmp_path / "rl.jsonl", rows)
     with pytest.raises(InputError, match=r"has completions of rl@4, sampled here; they are kept: add --yes"):
-        import_outcomes(root, "rl@4", [file], declared=DECLARED)
+        take(root, "rl@4", [file], declared=DECLARED)
     assert open_for_run(root).state("outcomes") == "done"
     assert not StudyFolder(root).imported.exists()
     asked: list[str] = []
-    import_outcomes(root, "rl@4", [file], declared=DECLARED, replace=lambda question: not asked.append(question))
+    take(root, "rl@4", [file], declared=DECLARED, replace=lambda question: not asked.append(question))
     assert asked == ["completions of rl@4, sampled here, would be replaced, and what was computed from them anew"]
     after = open_for_run(root)
     assert after.state("outcomes") == "interrupted"
     assert after.key("extract") != before
-    monkeypatch.setattr(outcomes, "_complete", lambda *a, **k: pytest.fail("nothing is left to sample"))
+    monkeypatch.setattr(completion_parts, "load_model", lambda *a, **k: pytest.fail("nothing is left to sample"))
     run_study(root, stages=["outcomes"])
     got, expected = (open_outcomes(one / "outcomes.zarr").load() for one in (root, world))
     for name in expected.data_vars:
         np.testing.assert_array_equal(got[name].values[:2], expected[name].values[:2])
-    assert list(got.engine.values) == ["here", "here", "table"]
+    assert list(got.engine.values) == ["here"] * 3
     assert set(read_completions(StudyFolder(root), "rl@4").text) == {"so ans 3"}
-    again = import_outcomes(root, "rl@4", [file], declared=DECLARED)
+    again = take(root, "rl@4", [file], declared=DECLARED)
     assert not again.changed
     assert open_for_run(root).state("outcomes") == "done"
 
@@ -402,14 +412,14 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 ) -> None:
     file = write_lines(tmp_path / "rl.jsonl", edit(rows_of(world)))
     with pytest.raises(InputError, match=message) as error:
-        import_outcomes(study, "rl@4", [file], declared=declared)
+        take(study, "rl@4", [file], declared=declared)
     assert "\n" not in str(error.value)
     assert not StudyFolder(study).imported.exists()
 
 
 def test_verdicts_that_come_along_are_kept_and_named(world: Path, study: Path, tmp_path: Path) -> None:
     rows = [row | {"correct": i % 2 == 0} for i, row in enumerate(rows_of(world))]
-    done = import_outcomes(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
+    done = take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
     assert done.origin.graded_by == "correct"
     run_study(study, stages=["outcomes"])
     stored = open_outcomes(study / "outcomes.zarr").load()
@@ -422,7 +432,7 @@ def test_verdicts_that_come_along_are_kept_and_named(world: Path, study: Path, t
     assert (at.format_class.values[at.correct.values == 1] == "answer").all()
     folder, spec = StudyFolder(study), read_spec(study)
     facts = {fact.question: fact.answer for fact in _measurement_facts(read_study_data(folder, spec), spec)}
-    assert facts["Which engine sampled each model?"] == "rlgen-stats: base@0 and sft@3; table: rl@4."
+    assert facts["Which engine sampled each model?"] == "rlgen-stats: base@0, sft@3 and rl@4."
     assert facts["What graded each model's answers?"] == "rlgen-stats: base@0 and sft@3; correct: rl@4."
     assert "Which completions were not drawn?" not in facts
     elsewhere = StudyFolder(world)
@@ -433,7 +443,7 @@ def test_verdicts_that_come_along_are_kept_and_named(world: Path, study: Path, t
 
 def test_verdicts_can_be_left_to_the_studys_graders(world: Path, study: Path, tmp_path: Path) -> None:
     rows = write_lines(tmp_path / "rl.jsonl", [row | {"correct": True} for row in rows_of(world)])
-    assert import_outcomes(study, "rl@4", [rows], declared=DECLARED, grade_here=True).origin.graded_by == "here"
+    assert take(study, "rl@4", [rows], declared=DECLARED, grade_here=True).origin.graded_by == "here"
     assert pd.read_parquet(StudyFolder(study).imported / "rl@4.parquet").correct.isna().all()
 
 
@@ -441,11 +451,11 @@ def test_cells_of_a_csv_are_text_and_mean_the_same(world: Path, study: Path, tmp
     table = pd.DataFrame(rows_of(world))
     table = table.assign(token_ids=table.token_ids.map(json.dumps), terminated="False", max_tokens=6, temperature="1.0")
     table.assign(top_p=1, finish_reason="").to_csv(tmp_path / "rl.csv", index=False)
-    done = import_outcomes(study, "rl@4", [tmp_path / "rl.csv"])
+    done = take(study, "rl@4", [tmp_path / "rl.csv"])
     assert done.n_truncated == len(table)
     table.assign(top_p="", terminated="maybe").to_csv(tmp_path / "rl.csv", index=False)
     with pytest.raises(InputError, match=r"terminated of .*rl.csv must be true or false"):
-        import_outcomes(study, "rl@4", [tmp_path / "rl.csv"])
+        take(study, "rl@4", [tmp_path / "rl.csv"])
 
 
 def lm_eval_choice(number: int, prompt: str, right: float) -> dict[str, Any]:
@@ -474,13 +484,13 @@ def test_choices_scored_by_log_likelihood_come_as_verdicts(study: Path, tmp_path
     write_lines(file, [lm_eval_choice(i, prompt, float(i % 3 == 0)) for i, prompt in enumerate(ids)])
     options: dict[str, Any] = {"stand_in": "samples", "declared": {"max_new_tokens": 6}}
     with pytest.raises(InputError, match=r"neither text nor tokens nor a verdict; .* name the verdict with --metric"):
-        import_outcomes(study, "dpo@2", [file], **options)
+        take(study, "dpo@2", [file], **options)
     with pytest.raises(InputError, match=r"has none of the metrics f1, expected one; it has acc,none, acc"):
-        import_outcomes(study, "dpo@2", [file], metrics=["f1"], **options)
+        take(study, "dpo@2", [file], metrics=["f1"], **options)
     with pytest.raises(InputError, match="is a verdict without its text, and all models read the texts of rl@4"):
-        import_outcomes(study, "rl@4", [file], metrics=["exact_match,none", "acc,none"], **options)
-    done = import_outcomes(study, "dpo@2", [file], metrics=["exact_match,none", "acc,none"], **options)
-    assert (done.origin.engine, done.n_truncated) == ("lm-eval", 0)
+        take(study, "rl@4", [file], metrics=["exact_match,none", "acc,none"], **options)
+    done = take(study, "dpo@2", [file], metrics=["exact_match,none", "acc,none"], **options)
+    assert done.n_truncated == 0
     assert done.origin.graded_by == "exact_match,none and acc,none"
     kept = pd.read_parquet(done.file).query("sample == -1").set_index("prompt")
     assert list(kept.correct[ids]) == [i % 3 == 0 for i in range(len(ids))]
@@ -491,15 +501,15 @@ def test_files_of_two_engines_and_of_none_are_refused(world: Path, study: Path, 
     verl = as_verl(world, tmp_path / "verl")["files"]
     table = as_table(world, tmp_path)["files"]
     with pytest.raises(InputError, match=r"the files are of verl and table \(4.jsonl, rl.parquet\); expected the"):
-        import_outcomes(study, "rl@4", [*verl, *table], declared=DECLARED)
+        take(study, "rl@4", [*verl, *table], declared=DECLARED)
     with pytest.raises(InputError, match=r"there is no file .*nothing\.jsonl"):
-        import_outcomes(study, "rl@4", [tmp_path / "nothing.jsonl"], declared=DECLARED)
+        take(study, "rl@4", [tmp_path / "nothing.jsonl"], declared=DECLARED)
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="is no log of Inspect or lm-evaluation-harness with samples"):
-        import_outcomes(study, "rl@4", [tmp_path / "x.json"], declared=DECLARED)
+        take(study, "rl@4", [tmp_path / "x.json"], declared=DECLARED)
     two = write_lines(tmp_path / "5.jsonl", [{"input": "a", "output": "b", "score": 1, "step": i} for i in (4, 5)])
     with pytest.raises(InputError, match=r"holds rollouts of the steps \[4, 5\]; expected those of one model"):
-        import_outcomes(study, "rl@4", [two], declared=DECLARED)
+        take(study, "rl@4", [two], declared=DECLARED)
 
 
 def test_eval_files_are_read_by_inspect_itself(
@@ -512,7 +522,7 @@ def test_eval_files_are_read_by_inspect_itself(
         file.touch()
     monkeypatch.setitem(sys.modules, "inspect_ai.log", None)
     with pytest.raises(InputError, match=r"needs Inspect, which is not installed; pip install inspect-ai, or write"):
-        import_outcomes(study, "rl@4", files)
+        take(study, "rl@4", files)
 
     def read_eval_log(path: str, *, resolve_attachments: bool) -> SimpleNamespace:
         assert resolve_attachments
@@ -535,20 +545,20 @@ def test_limits_and_stop_strings_are_the_tasks(world: Path, study: Path, tmp_pat
     declared = {"temperature": 1.0, "top_p": 1.0}
     settings(max_new_tokens=9)
     with pytest.raises(InputError, match=r"was completed with max_new_tokens 6, expected 9, as of the study's other"):
-        import_outcomes(study, "rl@4", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
+        take(study, "rl@4", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
     own = [row | {"max_new_tokens": 9 if row["prompt_id"] in of_sum else 6} for row in rows]
-    assert import_outcomes(study, "rl@4", [write_lines(tmp_path / "b.jsonl", own)], declared=declared).changed
+    assert take(study, "rl@4", [write_lines(tmp_path / "b.jsonl", own)], declared=declared).changed
     settings(stop=["so"])
     with pytest.raises(InputError, match=r"goes on after the stop string 'so' of its task; sample with it, or cut"):
-        import_outcomes(study, "sft@3", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
+        take(study, "sft@3", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
     settings(stop=["zz"])
-    done = import_outcomes(study, "sft@3", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
+    done = take(study, "sft@3", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
     ends = pd.read_parquet(done.file).set_index("prompt").token_ids.map(lambda ids: ids[-1] == 1).groupby(level=0).all()
     assert {prompt for prompt, ended in ends.items() if not ended} == of_sum
     settings(grader={"name": "choice_loglik"}, choices="answers")
     prompt_table().assign(answers=[["0", "1"]] * 12).to_parquet(study / "data/prompts.parquet")
     with pytest.raises(InputError, match=r"task 'sum' is graded by the log-likelihood of its choices, which compl"):
-        import_outcomes(study, "base@0", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
+        take(study, "base@0", [write_lines(tmp_path / "a.jsonl", rows)], declared=declared)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "samples"])
@@ -562,7 +572,7 @@ def test_what_was_not_drawn_is_stood_in_for_in_all_models_or_in_none(
             message = r"sft@3 was imported without (greedy|sampled) completions, and rl@4 was not; expected the same"
             with pytest.raises(InputError, match=message.replace("sft@3", "base@0")):
                 run_study(study, stages=["outcomes"])
-        import_outcomes(study, model, [file], declared=DECLARED, stand_in=kind)
+        take(study, model, [file], declared=DECLARED, stand_in=kind)
     run_study(study, stages=["outcomes"])
     stored = open_outcomes(study / "outcomes.zarr").load()
     assert stored.sizes["sample"] == 2
@@ -573,11 +583,12 @@ def test_what_was_not_drawn_is_stood_in_for_in_all_models_or_in_none(
 
 def test_the_command_says_what_it_took(world: Path, study: Path, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rl.jsonl", rows_of(world))
-    options = ["--temperature", "1", "--top-p", "1", "--max-new-tokens", "6", "--engine", "vllm"]
+    options = ["--temperature", "1", "--top-p", "1", "--max-new-tokens", "6", "--engine", "vllm 1"]
     command = ["import-outcomes", str(study), str(file), "--model", "rl@4", *options]
     done = CliRunner().invoke(main, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "rl@4, 12 prompts, 1 greedy and 2 sampled completions of each, from vllm" in done.output
+    assert "rl@4, 12 prompts, 1 greedy and 2 sampled completions of each, from vllm 1, to be graded" in done.output
+    assert "To be imported from vllm 1 too, before 'run': base@0, sft@3." in done.output
     assert "nothing changed" in CliRunner().invoke(main, command).output
     write_lines(file, change(rows_of(world), slice(0, 1), text="3", token_ids=[11]))
     refused = CliRunner().invoke(main, command)
@@ -593,7 +604,113 @@ def test_a_study_may_be_named_by_a_relative_path(
     world: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(study.parent)
-    import_outcomes(Path(study.name), "rl@4", **as_table(world, tmp_path))
+    take(Path(study.name), "rl@4", **as_table(world, tmp_path))
     run_study(Path(study.name), stages=["outcomes"])
-    assert open_outcomes(StudyFolder(study).outcomes).engine.sel(model="rl@4") == "table"
+    assert open_outcomes(StudyFolder(study).outcomes).engine.sel(model="rl@4") == "here"
     assert {s.name: s.state for s in open_for_run(study).status()}["outcomes"] == "done"  # whatever the path is called
+
+
+def test_one_engine_samples_all_models_of_a_study(
+    world: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused where models of two engines would be compared, before anything is sampled, and where one is imported."""
+    files = {model: write_lines(tmp_path / f"{model}.jsonl", rows_of(world, model)) for model in MODELS}
+    with pytest.raises(InputError, match=r"do not say what sampled them; expected one engine .* name it with --engine"):
+        import_outcomes(study, "rl@4", [files["rl@4"]], declared=DECLARED)
+    done = take(study, "rl@4", [files["rl@4"]], declared=DECLARED, engine="vllm 1")
+    assert done.missing == ("base@0", "sft@3")
+    monkeypatch.setattr(completion_parts, "load_model", lambda *a, **k: pytest.fail("nothing may be sampled here"))
+    message = (
+        r"^rl@4 was sampled by vllm 1 and base@0 here; expected one engine for all models of a study, which are all "
+        r"compared with base: import base@0 of vllm 1 too \(export-requests writes what to run\), or delete "
+        r"imported/rl@4.parquet\.$"
+    )
+    with pytest.raises(InputError, match=message):
+        run_study(study, stages=["outcomes"])
+    assert message[1:60] in " ".join(problem.message for problem in check_study(study).problems)
+    with pytest.raises(
+        InputError, match=r"rl@4 was sampled by vllm 1 and base@0 by vllm 2; .*: import base@0 of vllm 1"
+    ):
+        take(study, "base@0", [files["base@0"]], declared=DECLARED, engine="vllm 2")
+    with pytest.raises(InputError, match="rl@4 was sampled by vllm 1 and base@0 here"):
+        take(study, "base@0", [files["base@0"]], declared=DECLARED)
+    for model in ("base@0", "sft@3"):
+        done = take(study, model, [files[model]], declared=DECLARED, engine="vllm 1")
+    assert done.missing == ()
+    run_study(study, stages=["outcomes"])
+    assert list(open_outcomes(study / "outcomes.zarr").engine.values) == ["vllm 1"] * 3
+    spec = SPEC | {"runs": [*SPEC["runs"], {"name": "dpo", "arm": "dpo", "checkpoints": {2: "models/rl-4"}}]}
+    (study / "study.yaml").write_text(yaml.safe_dump(spec))
+    with pytest.raises(InputError, match="base@0 was sampled by vllm 1 and dpo@2 by vllm 2"):
+        take(study, "dpo@2", [files["rl@4"]], declared=DECLARED, engine="vllm 2")
+    (study / "study.yaml").write_text(yaml.safe_dump(SPEC))
+    shutil.copy(study / "imported/rl@4.parquet", study / "imported/dpo@2.parquet")
+    for model in MODELS:  # all are replaced, one after the other; dpo@2 is no model by now
+        (study / f"imported/{model}.parquet").unlink()
+    again = take(study, "rl@4", [files["rl@4"]], declared=DECLARED, engine="vllm 2", replace=lambda question: True)
+    assert again.changed
+
+
+def test_engines_are_read_from_the_rows(world: Path, study: Path, tmp_path: Path) -> None:
+    rows = [row | {"engine": "vllm 0.11.0"} for row in rows_of(world)]
+    file = write_lines(tmp_path / "rl.jsonl", rows)
+    assert import_outcomes(study, "rl@4", [file], declared=DECLARED).origin.engine == "vllm 0.11.0"
+    nested_rows = [line | {"engine": "vllm 0.11.0"} for line in nested(rows_of(world), greedy=False)]
+    assert read_sampled([write_lines(tmp_path / "n.jsonl", nested_rows)]).engine == "vllm 0.11.0"
+    write_lines(file, [*rows[:-1], rows[-1] | {"engine": "sglang"}])
+    with pytest.raises(InputError, match=r"rl.jsonl has completions of sglang and vllm 0.11.0; expected those of one"):
+        import_outcomes(study, "rl@4", [file], declared=DECLARED)
+
+
+def test_tokens_of_the_stop_string_are_cut_as_here(world: Path, study: Path, tmp_path: Path) -> None:
+    """Engines cut the stop string from the text and leave its tokens; this toolkit keeps neither."""
+    settings = {"tasks": {task: {"stop": ["plus is"]} for task in ("sum", "other")}}
+    (study / "study.yaml").write_text(yaml.safe_dump(SPEC | settings))
+    ended = {"text": "so 3", "token_ids": [7, 11, 4, 6], "finish_reason": "stop"}  # so 3 plus is
+    rows = [{"prompt_id": row["prompt_id"], "sample": row["sample"]} | ended for row in rows_of(world)]
+    done = take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
+    kept = pd.read_parquet(done.file)
+    assert {(row.text, tuple(row.token_ids), row.terminated) for row in kept.itertuples()} == {
+        ("so 3", (7, 11, 4), True)
+    }
+    onwards = [row | {"token_ids": [7, 11, 4, 6, 8]} for row in rows]
+    with pytest.raises(InputError, match=r"they read 'so 3 plus is 0', the file says 'so 3'"):
+        take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", onwards)], declared=DECLARED)
+    without_text = [{name: value for name, value in row.items() if name != "text"} for row in onwards]
+    with pytest.raises(InputError, match=r"goes on after the stop string 'plus is' of its task"):
+        take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", without_text)], declared=DECLARED)
+
+
+def test_a_stop_string_in_the_last_token_ends_a_completion(world: Path, study: Path, tmp_path: Path) -> None:
+    tasks = {task: {"stop": ["is"]} for task in ("sum", "other")}
+    (study / "study.yaml").write_text(yaml.safe_dump(SPEC | {"tasks": tasks}))
+    rows = [
+        {
+            "prompt_id": row["prompt_id"],
+            "sample": row["sample"],
+            "token_ids": [7, 7, 7, 7, 4, 6 if row["sample"] else 4],
+        }
+        for row in rows_of(world)
+    ]
+    done = take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", rows)], declared=DECLARED)
+    assert done.n_truncated == len(rows) // 3
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("sample", 0.5, "0.5 is no whole number"),
+        ("sample", True, "True is no whole number"),
+        ("sample", "１", "'１' is no whole number"),
+        ("token_ids", [3, 4.5], "4.5 is no whole number"),
+        ("temperature", math.inf, "inf is no finite number"),
+        ("top_p", True, "True is no finite number"),
+        ("max_tokens", "6.5", "'6.5' is no whole number"),
+    ],
+)
+def test_numbers_of_completions_are_numbers(study: Path, tmp_path: Path, column: str, value: Any, message: str) -> None:
+    row = {"prompt_id": "p0", "sample": 0, "text": "so"} | {column: value}
+    with pytest.raises(
+        InputError, match=rf"cannot be read as completions \(ValueError: {message}\); expected rows with"
+    ):
+        take(study, "rl@4", [write_lines(tmp_path / "rl.jsonl", [row])], declared=DECLARED)

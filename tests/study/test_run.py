@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from rlgen_stats.cli import main
+from rlgen_stats.schemas import study as study_schema
 from rlgen_stats.schemas.errors import InputError, SpecError, StageError, StoreError, StoreLockedError
 from rlgen_stats.stores import Provenance, read_json, write_json
 from rlgen_stats.stores.locks import exclusive
@@ -34,6 +35,13 @@ def test_every_stage_runs_once_after_its_needs(study_folder: Path) -> None:
     run_study(study_folder)
     assert len(CALLS) == len(STAGES)
     assert {s.state for s in open_for_run(study_folder).status()} == {"done"}
+
+
+def test_workers_have_devices_of_their_own(study_folder: Path) -> None:
+    change(study_folder, device="cuda:1")
+    with pytest.raises(InputError, match=r"'device' is 'cuda:1', .*; use 'auto' or 'cuda'"):
+        run_study(study_folder, workers=object())
+    assert CALLS == []
 
 
 def test_accepting_a_readout_brings_the_trial_and_the_report_up_to_date(study_folder: Path) -> None:
@@ -300,6 +308,31 @@ def test_how_models_are_loaded_is_in_the_keys_and_its_default_is_not(study_folde
         assert after.state("outcomes") == "stale"
         for stage in ("extract", "crosscoder", "movement", "encode", "tokens", "intervene"):
             assert after.key(stage) != before.key(stage)
+
+
+def test_only_what_graders_do_is_in_the_keys(study_folder: Path) -> None:
+    def key(grader: Any) -> str:
+        change(study_folder, tasks={"math": {"grader": grader}})
+        return open_for_run(study_folder).key("outcomes")
+
+    short = key("choice_loglik")
+    assert key({"name": "choice_loglik", "options": "texts", "normalize": "none"}) == short
+    assert key({"name": "choice_loglik", "normalize": "characters"}) != short
+    assert key({"name": "choice_loglik", "options": "letters"}) != short
+
+
+def test_a_new_version_of_a_grader_concerns_who_uses_it(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys() -> list[str]:
+        found = []
+        for grader in ("exact", "math"):
+            change(study_folder, tasks={"math": {"grader": grader}})
+            found.append(open_for_run(study_folder).key("outcomes"))
+        return found
+
+    before = keys()
+    monkeypatch.setattr(study_schema, "GRADER_VERSIONS", {"math": 99})
+    after = keys()
+    assert (before[0] == after[0], before[1] == after[1]) == (True, False)
 
 
 def test_how_prompts_are_read_counts_where_it_is_read(study_folder: Path) -> None:

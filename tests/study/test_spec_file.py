@@ -64,6 +64,17 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]
         ({"intervention": {"doses": [0.5, -1.0]}}, r"'intervention\.doses\.1': .*greater than or equal to 0, got -1"),
         ({"intervention": {"amplify": float("inf")}}, r"'intervention\.amplify': input should be a finite number"),
         ({"tasks": {"math": {"stop": "\n\n"}}}, r"'tasks\.math\.stop': input should be a list, got"),
+        (
+            {"extraction": {"layer": 4, "layers": [4, 8]}},
+            "'extraction': give one layer as 'layer' or several as 'layers', not both",
+        ),
+        (
+            {"extraction": {"layers": [4, 8, 4]}},
+            r"'layers' takes different decoder blocks, got block 4 more than once in \[4, 8, 4\]",
+        ),
+        ({"extraction": {"layers": [4, -1]}}, r"'extraction\.layers\.1': .*greater than or equal to 0, got -1"),
+        ({"extraction": {"layers": [4, 1.5]}}, r"'extraction\.layers\.1': .*integer.*got 1\.5"),
+        ({"extraction": {"layers": 4}}, r"'extraction\.layers': .*list"),
         ({"extraction": {"segments": []}}, r"'extraction\.segments': .*at least 1 item"),
         ({"extraction": {"summary_segments": []}}, r"'extraction\.summary_segments': .*at least 1 item"),
     ],
@@ -88,6 +99,31 @@ def test_every_field_says_what_it_is_for(section: type[Spec]) -> None:
     descriptions = [field.description for field in section.model_fields.values()]
     assert all(descriptions)
     assert len(set(descriptions)) == len(descriptions)
+
+
+def test_numbers_of_samples_are_one_or_two() -> None:
+    """One number is written as before, so that the keys of studies stay."""
+    for given, final, others, written in (
+        (4, 4, 4, 4),
+        ({"final": 4, "others": 4}, 4, 4, 4),
+        ({"final": 4}, 4, 0, {"final": 4, "others": 0}),
+    ):
+        generation = parse_spec(spec_dict(generation={"n_samples": given})).generation
+        assert (generation.n_samples.final, generation.n_samples.others) == (final, others)
+        assert generation.model_dump(mode="json")["n_samples"] == written
+        assert parse_spec(spec_dict(generation=generation.model_dump(mode="json"))).generation == generation
+    for wrong, message in (
+        (0, r"'generation.n_samples.final': input should be greater than or equal to 1, got 0"),
+        ({"final": 2, "others": 3}, r"others \(3\) must not exceed final \(2\)"),
+        (
+            {"last": 2},
+            r"unknown key 'generation.n_samples.last'; expected one of final, others|n_samples.final' is req",
+        ),
+        ("many", r"'generation.n_samples': must be a number, or a choice such as {final: 4, others: 0}; got 'many'"),
+        (True, r"must be a number, or a choice .*got True"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            parse_spec(spec_dict(generation={"n_samples": wrong}))
 
 
 def test_missing_and_malformed_files(tmp_path: Path) -> None:
@@ -136,8 +172,9 @@ def test_contrast_and_primary_crosscoder_default_to_the_first_of_each_arm() -> N
     assert spec.primary_crosscoder.name == "main"
 
 
-def test_spec_round_trips_and_another_is_not_overwritten(tmp_path: Path) -> None:
-    spec = parse_spec(spec_dict(contrast=["sft", "rl"]))
+@pytest.mark.parametrize("changes", [{"contrast": ["sft", "rl"]}, {"extraction": {"layers": [4, 8]}}])
+def test_spec_round_trips_and_another_is_not_overwritten(tmp_path: Path, changes: dict[str, Any]) -> None:
+    spec = parse_spec(spec_dict(**changes))
     folder = StudyFolder(tmp_path)
     write_spec(folder, spec)
     write_spec(folder, spec)

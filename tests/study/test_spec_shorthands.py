@@ -86,6 +86,19 @@ def test_a_layer_may_be_relative_to_bases_depth(study_folder: Path, layer: Any, 
     assert spec.extraction.layer == block
 
 
+def test_several_layers_may_be_relative_and_must_differ(study_folder: Path) -> None:
+    (study_folder / "models/base/config.json").write_text('{"num_hidden_layers": 36}')
+    checkpoints = spec_dict()["runs"][1]["checkpoints"]
+    spec = with_runs(study_folder, checkpoints, extraction={"layers": [0.25, 4, "middle"]})
+    assert (spec.extraction.layer, spec.extraction.layers) == (9, (9, 4, 18))
+    with pytest.raises(SpecError, match=r"got block 18 more than once in \[18, 4, 18\]"):
+        with_runs(study_folder, checkpoints, extraction={"layers": [0.5, 4, "middle"]})
+    with pytest.raises(SpecError, match="not both"):
+        with_runs(study_folder, checkpoints, extraction={"layers": [0.5], "layer": "middle"})
+    with pytest.raises(SpecError, match=r"'extraction\.layers\.1': .*integer.*got 'last'"):
+        with_runs(study_folder, checkpoints, extraction={"layers": [0.5, "last"]})
+
+
 @pytest.mark.parametrize(
     ("layer", "config", "message"),
     [

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.study import RunSpec
-from rlgen_stats.toolkit.study.statistics_stages import drift_models, floors_of
+from rlgen_stats.toolkit.study.statistics_stages import compared_models, floors_of
 
 
 def test_floors_are_base_with_itself_and_noise_of_the_runs_compared() -> None:
@@ -40,8 +40,8 @@ def test_floors_are_base_with_itself_and_noise_of_the_runs_compared() -> None:
     assert floors_of(table, {"sft", "rl"}, {"aside"}) == known | of_runs
 
 
-def test_no_checkpoint_of_a_floor_run_is_in_the_family_of_drift_tests() -> None:
+def test_no_checkpoint_of_a_floor_run_is_in_a_family_of_tests() -> None:
     models = ["base@0", "sft@5", "aside@40", "rl@5", "rl@10"]
     features = xr.Dataset(coords={"model": models, "run": ("model", [model.split("@")[0] for model in models])})
     runs = [RunSpec(name=n, arm=a, method="sft") for n, a in (("sft", "sft"), ("rl", "rl"), ("aside", "floor"))]
-    assert drift_models(features, runs) == ["sft@5", "rl@5", "rl@10"]
+    assert compared_models(features, runs) == ["sft@5", "rl@5", "rl@10"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from rlgen_stats.schemas.errors import InputError, RefusedError, StoreError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, open_arms
-from rlgen_stats.toolkit.intervention import plan_trial
+from rlgen_stats.stores.trial_completions import ArmFiles
+from rlgen_stats.toolkit.intervention import Condition, FeatureEdit, plan_trial
+from rlgen_stats.toolkit.progress import SILENT
 from rlgen_stats.toolkit.statistics.causal.criteria import FEWEST_RANDOM
 from rlgen_stats.toolkit.trial import run_trial as trial
 from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm
@@ -97,27 +100,99 @@ def test_completions_of_all_arms_open_with_labels(study: Any, gate: Any, parts: 
         open_arms(study[1], "disable", trial="unknown")
 
 
+def in_small_batches(study: Any, root: Path) -> Any:
+    """Four arms of 40 completions fill eight batches of 16."""
+    spec, folder = small(study, root)
+    generation = spec.generation.model_copy(update={"batch_size": 16})
+    return spec.model_copy(update={"generation": generation}), folder
+
+
 def test_a_killed_trial_resumes_where_it_was(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed, other = small(study, tmp_path / "a"), small(study, tmp_path / "b")
-    calls, genuine = [0], trial.answer_prompts
+    killed, other = in_small_batches(study, tmp_path / "a"), in_small_batches(study, tmp_path / "b")
+    arms, calls, genuine = [0], [0], trial.answer_in_arms
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def counted(*args: Any, seeds: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 9:
+        if calls[0] == 5:
             raise KeyboardInterrupt
-        return genuine(*args, **kwargs)
+        arms[0] += len(seeds)
+        return genuine(*args, seeds=seeds, **kwargs)
 
-    monkeypatch.setattr(trial, "answer_prompts", counted)
+    monkeypatch.setattr(trial, "answer_in_arms", counted)
     with pytest.raises(KeyboardInterrupt):
         without_controls(killed, [F_GATE])
+    before = arms[0]
+    assert before >= 8, "both unedited arms, and two times some"
     again = Counted()
     resumed = without_controls(killed, [F_GATE], progress=again)
     plan = plan_trial(*killed, [F_GATE], provenance=PROVENANCE)
     total = sum(plan.stored.values())
-    assert calls[0] == total + 1, "arms finished before the kill are not run again"
-    assert again.before / (again.now + again.before) == pytest.approx(8 / total), "nor counted as fast"
-    monkeypatch.setattr(trial, "answer_prompts", genuine)
+    assert arms[0] == total, "arms finished before the kill are not run again"
+    assert again.before / (again.now + again.before) == pytest.approx(before / total), "nor counted as fast"
+    monkeypatch.setattr(trial, "answer_in_arms", genuine)
     xr.testing.assert_identical(resumed, without_controls(other, [F_GATE]))
+
+
+def test_arms_that_share_batches_are_what_they_are_alone(study: Any, tmp_path: Path) -> None:
+    """All kinds of edits, four arms at a time in refilled batches; equal but for the rounding of probabilities."""
+    spec, folder = in_small_batches(study, tmp_path)
+    plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
+    rng = np.random.default_rng(0)
+    for one in plan.directions:
+        arms = list({arm.condition.kind: arm for arm in one.arms}.values())
+        arms = [arm.with_vector(rng.normal(size=WIDTH)) if arm.needs_vector else arm for arm in arms]
+        assert len(arms) >= 10
+        together = trial.LiveTrial(replace(plan, files=ArmFiles(tmp_path / "together"))).run_arms(one.direction, arms)
+        alone = trial.LiveTrial(replace(plan, files=ArmFiles(tmp_path / "alone")))
+        for arm, frame in zip(arms, together, strict=True):
+            pd.testing.assert_frame_equal(frame, alone.run_arm(one.direction, arm))
+        assert len({tuple(frame["text"]) for frame in together}) > 3
+
+
+@pytest.mark.parametrize(("positions", "n_reads"), [("all", 5), ("completion", 1)])
+def test_prompts_are_read_once_for_all_arms_that_change_nothing_in_them(
+    study: Any, tmp_path: Path, positions: Any, n_reads: int
+) -> None:
+    """Unedited and fresh arms read alike; edits of whole prompts do not, edits that begin at the completion do."""
+    spec, folder = in_small_batches(study, tmp_path)
+    plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
+    where = {"positions": positions, "skip_first": 1}
+    edits = [FeatureEdit((F_GATE,), "amplify", dose, **where) for dose in (0.0, 0.5, 2.0, 4.0)]
+    arms = [UNEDITED, replace(UNEDITED, condition=Condition("fresh", "fresh", 1.0), fresh=True)]
+    arms += [Arm(Condition(f"dose-{edit.dose}", "dose", 1.0), edit) for edit in edits]
+    live = trial.LiveTrial(plan)
+    read: list[int] = []
+
+    def record(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["past_key_values"] is None:
+            read.append(len(kwargs["input_ids"]))
+
+    handle = live.model("rl").register_forward_pre_hook(record, with_kwargs=True)
+    together = live._complete("disable", arms, SILENT)
+    handle.remove()
+    first = slice(None, -1 if positions == "completion" else None)  # the last token is read under the edit
+    assert sum(read) == n_reads * len({tuple(ids[first]) for ids in live.texts.prompts["rl"]})
+    for arm, frame in zip(arms, together, strict=True):
+        pd.testing.assert_frame_equal(frame, live._complete("disable", [arm], SILENT)[0])
+    assert len({tuple(frame["text"]) for frame in together}) > 3
+
+
+def test_arms_are_equal_to_the_bit_where_batches_are_the_same(study: Any, tmp_path: Path) -> None:
+    """One row a pass: what an arm's logits are does not depend on the arms that ran before."""
+    spec, folder = in_small_batches(study, tmp_path)
+    generation = spec.generation.model_copy(update={"batch_size": 1})
+    plan = plan_trial(spec.model_copy(update={"generation": generation}), folder, [F_GATE], provenance=PROVENANCE)
+    arms = [UNEDITED, plan.directions[0].set_arm]
+    live = trial.LiveTrial(plan)
+    seen: list[Any] = []
+    handle = live.model("rl").register_forward_hook(lambda module, args, output: seen.append(output.logits[:, -1]))
+    live._complete("disable", arms, SILENT)
+    together = torch.cat(seen)
+    seen.clear()
+    for arm in arms:
+        live._complete("disable", [arm], SILENT)
+    handle.remove()
+    assert torch.equal(together, torch.cat(seen))
 
 
 def test_arms_of_another_trial_are_not_taken_for_this_ones(study: Any, tmp_path: Path) -> None:
@@ -157,7 +232,10 @@ class Canned(trial.LiveTrial):
         self.arms: dict[tuple[str, str], Arm] = {}
         self.frames: dict[tuple[str, str], pd.DataFrame] = {}
 
-    def run_arm(self, direction: Any, arm: Arm, probes: Any = None, progress: Any = None) -> pd.DataFrame:
+    def run_arms(self, direction: Any, arms: Any, probes: Any = None, progress: Any = None) -> list[pd.DataFrame]:
+        return [self.made_up(direction, arm) for arm in arms]
+
+    def made_up(self, direction: Any, arm: Arm) -> pd.DataFrame:
         self.arms[direction, arm.name] = arm
         if (direction, arm.name) in self.frames:
             return self.frames[direction, arm.name]

@@ -84,9 +84,8 @@ def test_the_edit_in_force_is_told_where_prompts_end(scored: LiveTrial, monkeypa
 
     monkeypatch.setattr(answering, "score_choices", spied)
     for arm in arms_of(scored).values():
-        scored._complete("disable", arm, SILENT)
-    assert handles[0] is None
-    assert isinstance(handles[1], ActiveEdit)
+        scored._complete("disable", [arm], SILENT)
+    assert all(isinstance(handle, ActiveEdit) for handle in handles)
 
 
 def test_a_whole_trial_of_scored_choices(study: tuple[StudySpec, StudyFolder]) -> None:

@@ -16,6 +16,7 @@ from rlgen_stats.schemas.study import (
     GenerationSpec,
     InterventionSpec,
     RunSpec,
+    SampleNumbers,
     SelectionSpec,
     StatisticsSpec,
     StudySpec,
@@ -143,6 +144,7 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
     if n_seeds < 1:
         raise InputError(f"n_seeds must be 1 or more, got {n_seeds}.")
     mini = size == "mini"
+    n_samples = 2 if mini else 4
     return StudySpec(
         name=size,
         seed=seed,
@@ -151,7 +153,9 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
         data=DataSpec(),
         runs=_runs(n_seeds, size),
         contrast=("sft", "rl"),
-        generation=GenerationSpec(max_new_tokens=16, n_samples=2 if mini else 4, batch_size=448),
+        generation=GenerationSpec(
+            max_new_tokens=16, n_samples=SampleNumbers(final=n_samples, others=n_samples), batch_size=448
+        ),
         grader=GraderSpec(name="final_answer", marker=MARKER),
         extraction=ExtractionSpec(layer=0 if mini else 2, batch_size=128),
         crosscoders=_crosscoders(mini),

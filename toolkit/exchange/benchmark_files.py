@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from rlgen_stats.stores.prompts import ANSWER, FILE_ID, TEXT, json_lines, read_t
 from rlgen_stats.toolkit.exchange.benchmark_layouts import Benchmark, Question, Row, questions
 
 SUFFIXES: Final = (".parquet", ".jsonl", ".json", ".csv")
+_HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.parquet)(?<!\.jsonl)(?<!\.json)(?<!\.csv)(@.+)?")
+"""OWNER/NAME of a data set, with or without its revision; no file's name."""
 
 
 def read_benchmark(
@@ -83,9 +86,9 @@ def _ids(name: str, read: list[Question]) -> list[str]:
 
 def _rows(benchmark: Benchmark, source: str, split: str) -> list[Row]:
     path = Path(source).expanduser()
-    if not path.exists() and (path.is_absolute() or source.startswith(".") or path.suffix in SUFFIXES):
+    if not path.exists() and not _HUB_ID.fullmatch(source):
         raise InputError(
-            f"no file or folder at {path}; correct the path, or give a Hub id such as {benchmark.dataset}."
+            f"no file or folder at {path.absolute()}; correct the path, or give a Hub id such as {benchmark.dataset}."
         )
     try:
         if path.is_file():
@@ -95,9 +98,11 @@ def _rows(benchmark: Benchmark, source: str, split: str) -> list[Row]:
         if isinstance(error, InputError):
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        named = path.exists() or source == benchmark.dataset
+        missing = "" if named else f"no file or folder is at {path.absolute()}, and on the Hub "
         raise InputError(
-            f"{source} cannot be read as {benchmark.name}, split {split!r} ({first}); give a file or folder with "
-            "--from, or another --split."
+            f"{missing}{source} cannot be read as {benchmark.name}, split {split!r} ({first}); give a file or folder "
+            "with --from, or another --split."
         ) from error
 
 

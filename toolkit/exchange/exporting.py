@@ -128,6 +128,8 @@ def export_activations(
 def _new_folder(folder: Path) -> Path:
     if is_remote(folder):
         raise InputError(f"exports are written to a local folder, got {folder}; export here, then copy it there.")
+    if not folder.name:
+        raise InputError(f"an export takes the place of a folder, which {str(folder)!r} does not name; name a new one.")
     if folder.is_dir() and not any(folder.iterdir()):
         return folder
     if folder.exists() or folder.is_symlink():

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from rlgen_stats.schemas.dims import CLUSTER, MODEL, PROMPT, SAMPLE, TASK
+from rlgen_stats.schemas.dims import CLUSTER, MODEL, NOT_SAMPLED, PROMPT, SAMPLE, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import open_outcomes
 from rlgen_stats.stores.prompts import FILE_ID, read_table
@@ -93,6 +93,14 @@ def _of_study(store: Path, model: str | None, wanted: tuple[str, ...]) -> pd.Dat
     name = _only(store, "the study", METRICS_OF_A_STUDY, wanted)
     one = outcomes.sel({MODEL: model})
     grades = one["greedy_correct"].expand_dims({SAMPLE: 1}, -1) if name == "greedy" else one[CORRECT]
+    if name != "greedy":
+        n_sampled = (one["completion_tokens"].transpose(PROMPT, SAMPLE).values != NOT_SAMPLED).all(axis=0).sum()
+        if not n_sampled:
+            raise InputError(
+                f"{model} has its greedy completions alone (generation.n_samples: others); compare these by the metric "
+                "greedy (--metric greedy), or a last checkpoint."
+            )
+        grades = grades[{SAMPLE: slice(int(n_sampled))}]
     values = grades.transpose(PROMPT, SAMPLE).values.astype(float)
     n = values.shape[1]
     labels = {label: np.repeat(np.asarray(one[label].values).astype(str), n) for label in (PROMPT, TASK, CLUSTER)}

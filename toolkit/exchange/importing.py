@@ -97,7 +97,7 @@ def import_activations(
     group = activation_group(model, site)  # refuses a bad name before anything is read
     opened = open_cache(cache, tensor=tensor, dtype=dtype)
     tokens, prompts = read_labels(labels, ignore=ignore)
-    _check_rows(opened, len(tokens))
+    check_rows(opened, len(tokens))
     store = place(into)
     with explain_access_errors(store):
         exists = store.exists()
@@ -129,7 +129,14 @@ def import_activations(
     )
 
 
-def _check_rows(cache: Cache, n_labels: int) -> None:
+def check_rows(cache: Cache, n_labels: int) -> None:
+    """Refuse labels of another number of rows.
+
+    Raises
+    ------
+    InputError
+        Naming both numbers.
+    """
     if cache.n_tokens == n_labels:
         return
     padded = any(len(part.shape) == 3 for part in cache.parts)

@@ -183,6 +183,23 @@ def _check_values(path: Path, table: pd.DataFrame) -> None:
         unknown = [value for value in table[name].cat.categories if value not in known]
         if unknown:
             raise InputError(f"{name} in {path.name} must be {' or '.join(known)}, got {unknown[0]!r}; rename it.")
+    _check_positions(path, table)
+
+
+def _check_positions(path: Path, table: pd.DataFrame) -> None:
+    """Refuse positions that do not ascend within a text; one of 0, or of another prompt or source, begins the next."""
+    position, padding = table[POSITION].to_numpy(), (table[SEGMENT] == "pad").to_numpy()
+    same = ~(padding[1:] | padding[:-1]) & (position[1:] > 0)
+    for name in (PROMPT, SOURCE):
+        codes = table[name].cat.codes.to_numpy()
+        same &= codes[1:] == codes[:-1]
+    wrong = same & (position[1:] <= position[:-1])
+    if wrong.any():
+        row = int(wrong.argmax()) + 1
+        raise InputError(
+            f"position of row {row} in {path.name} is {position[row]} after {position[row - 1]} of the same text, "
+            "expected positions that ascend within a text, the first token's 0: write the rows in the texts' order."
+        )
 
 
 def _as_text(path: Path, column: pd.Series[Any]) -> pd.Series[Any]:

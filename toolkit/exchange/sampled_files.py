@@ -18,6 +18,8 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores.prompts import FILE_ID, json_lines, read_table
 from rlgen_stats.toolkit.exchange.evaluation_logs import TaskLog, evaluation_logs, message_text
 
+TABLE: Final = "table"
+"""Engine of rows that do not say what sampled them."""
 CORRECT: Final = "correct"
 """Column of a table that holds verdicts."""
 SETTINGS: Final = ("temperature", "top_p", "max_new_tokens")
@@ -57,7 +59,7 @@ class SampledFiles:
     """Completions of one model, in the order of the files."""
 
     engine: str
-    """vllm, sglang, lm-eval, inspect, verl, or table: rows that do not say."""
+    """As the rows say in a column ``engine``; else vllm, sglang, lm-eval, inspect or verl by their layout, or TABLE."""
     completions: tuple[Sampled, ...]
     graded_by: str | None
     """What the verdicts are, None where there are none."""
@@ -74,7 +76,8 @@ def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metrics:
     ----------
     files
         ``.jsonl``, ``.parquet`` or ``.csv`` with prompt_id, sample, text or token_ids, and perhaps correct, one row a
-        completion, or a line a prompt as vLLM and SGLang return it (``outputs``, ``meta_info``, batch responses);
+        completion, or a line a prompt as vLLM and SGLang return it (``outputs``, ``meta_info``, batch responses), each
+        perhaps with the ``engine`` that sampled it;
         ``samples_*.jsonl`` of lm-evaluation-harness; ``.eval`` or ``.json`` of Inspect; ``STEP.jsonl`` that verl dumps.
         Completions of one prompt without a number count in the order of the files.
     greedy
@@ -137,8 +140,10 @@ def _read(file: Path, metrics: Sequence[str]) -> tuple[str, Iterable[dict[str, A
     if file.suffix == ".jsonl" and next(json_lines(file), {}).keys() >= _VERL:
         return "verl", _of_verl(file, metrics)
     rows = [row for line in read_table(file).to_dict(orient="records") for row in _flat(line)]
-    nested = next((name for name in ("vllm", "sglang") if any(row.get("engine") == name for row in rows)), "table")
-    return nested, [_of_row(row, metrics, file) for row in rows]
+    engines = sorted({str(row["engine"]) for row in rows if row.get("engine")})
+    if len(engines) > 1:
+        raise InputError(f"{file} has completions of {' and '.join(engines)}; expected those of one engine.")
+    return engines[0] if engines else TABLE, [_of_row(row, metrics, file) for row in rows]
 
 
 def _of_log(log: TaskLog, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -202,7 +207,7 @@ def _flat(line: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
     for output in outputs:
         message = {"text": output["message"].get("content")} if "message" in output else {}
         number = {SAMPLE: output["index"]} if "index" in output and len(outputs) > 1 else {}
-        yield rest | number | dict(output) | message | {"engine": engine}
+        yield {"engine": engine} | rest | number | dict(output) | message
 
 
 def _of_row(row: Mapping[str, Any], metrics: Sequence[str], file: Path) -> dict[str, Any]:
@@ -219,7 +224,7 @@ def _of_row(row: Mapping[str, Any], metrics: Sequence[str], file: Path) -> dict[
         "text": None if text is None else str(text),
         "token_ids": None
         if tokens is None
-        else tuple(int(token) for token in (json.loads(tokens) if isinstance(tokens, str) else tokens)),
+        else tuple(_exactly(token, int) for token in (json.loads(tokens) if isinstance(tokens, str) else tokens)),
         "terminated": None if ended is None else _truth(ended, "terminated", file),
         "correct": _truth(row[graded], graded, file) if graded in row else None,
         "temperature": _number(row, ("temperature",), float),
@@ -235,7 +240,15 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _number(row: Mapping[str, Any], names: Sequence[str], kind: type[int] | type[float]) -> Any:
     """A number; None where there is none, or an empty cell of a csv."""
     value = _first(row, names)
-    return None if value in (None, "") else kind(value)
+    return None if value in (None, "") else _exactly(value, kind)
+
+
+def _exactly(value: Any, kind: type[int] | type[float]) -> Any:
+    """A cell as a number, if it is one: not a truth value, not half a sample, not digits of other scripts."""
+    number = math.nan if isinstance(value, bool) or not str(value).isascii() else float(value)
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError(f"{value!r} is no {'whole' if kind is int else 'finite'} number")
+    return kind(number)
 
 
 def _is_missing(value: Any) -> bool:

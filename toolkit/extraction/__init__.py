@@ -10,7 +10,7 @@ from rlgen_stats.stores.study_models import (
     list_models,
     resolve_view,
 )
-from rlgen_stats.toolkit.extraction.activations import extract_activations, site_name, token_mask
+from rlgen_stats.toolkit.extraction.activations import LayerStore, extract_activations, site_name, token_mask
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion, generate
 from rlgen_stats.toolkit.extraction.grading import Grade, Grader, make_grader
@@ -38,6 +38,7 @@ __all__ = [
     "Completion",
     "Grade",
     "Grader",
+    "LayerStore",
     "ModelRef",
     "PromptReader",
     "RenderedExample",

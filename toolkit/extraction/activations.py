@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,18 +30,24 @@ from rlgen_stats.schemas.study import ExtractionSpec, StudySpec
 from rlgen_stats.stores import ActivationWriter, Provenance, StudyFolder, complete_models, create_activations
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model, list_models
-from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
+from rlgen_stats.toolkit.extraction.batching import by_length, cut, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.outcomes import read_completions
 from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, read_by_all, shared_tokens
-from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residual
+from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, read_residuals
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
 WINDOW_BATCHES: Final = 16
-"""Batches per window: its texts are sorted by length together, which saves padding, and put back in store order, which
-takes the memory of one window."""
+"""Batches per window at most: its texts are sorted by length together, which saves padding, and put back in store
+order, which takes the memory of one window."""
+WINDOW_BYTES: Final = 1 << 28
+"""Float32 activations of a window at most (256 MB: 16,384 tokens of width 4,096), unless it is a single text."""
+BATCH_BYTES: Final = 1 << 27
+"""Float32 activations of a batch at most, padding included, unless it is a single text."""
 MASK_BLOCK: Final = 1 << 20
 """Tokens whose labels are in memory at once when a mask is made."""
+_FLOAT_BYTES: Final = 4
 TEXT_SAMPLE: Final = 0
 """Index of the sampled completion that becomes a text; greedy ones would show only each model's most likely tokens."""
 
@@ -59,6 +66,15 @@ class Text:
     def ids(self) -> tuple[int, ...]:
         """All token ids, as generated: nothing is decoded and tokenised again."""
         return self.prompt_ids + self.completion_ids
+
+
+@dataclass(frozen=True)
+class LayerStore:
+    """Where the activations of one layer go."""
+
+    layer: int
+    path: Path
+    provenance: Provenance
 
 
 def site_name(layer: int) -> str:
@@ -130,7 +146,12 @@ def token_table(texts: Sequence[Text]) -> pd.DataFrame:
 
 
 def extract_activations(
-    spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
+    spec: StudySpec,
+    folder: StudyFolder,
+    *,
+    provenance: Provenance,
+    beside: Sequence[LayerStore] = (),
+    progress: Progress = SILENT,
 ) -> None:
     """Let every model read every text and store the residual stream at ``spec.extraction.layer``.
 
@@ -140,6 +161,8 @@ def extract_activations(
         The study, with its outcomes sampled.
     provenance
         Origin of the store.
+    beside
+        Further layers to store in the same passes, each in a store of its own.
     progress
         Receiver of progress, in tokens.
 
@@ -158,8 +181,9 @@ def extract_activations(
     prompt as its writer read it, so all models are compared on the same tokens (text mode ``forced``). The base is read
     a second time in other batches and order as ``base.repeat@0``: the two differ by numerical noise alone, the floor of
     any attribution.
-    Batches are a function of the texts alone; an interrupted model resumes at its first uncommitted token and ends
-    with the bytes an uninterrupted run would have written on the same machine.
+    Batches are a function of the texts alone: an interrupted model resumes at its first uncommitted token and ends with
+    the bytes an uninterrupted run would have written on the same machine, and a layer has the same bytes whichever
+    others are read beside it. Each of these adds a window's activations to the memory.
     """
     prompts = load_prompts(spec, folder)
     refs = list_models(spec, folder)
@@ -168,23 +192,41 @@ def extract_activations(
     check_tokenizers(refs, list(prompts[TEXT]))
     texts = forced_texts(spec, folder, contrasted_models(spec, folder), prompts, progress)
     labels = prompts[[PROMPT, *PROMPT_LABELS]]
-    create_activations(folder.activations, token_table(texts), labels, provenance=provenance, text_mode="forced")
-    site = site_name(spec.extraction.layer)
-    done = set(complete_models(folder.activations, site))
-    reader = _Reader(
-        store=folder.activations,
+    table = token_table(texts)
+    stores = (LayerStore(spec.extraction.layer, folder.activations, provenance), *beside)
+    for one in stores:
+        create_activations(one.path, table, labels, provenance=one.provenance, text_mode="forced")
+    done = set.intersection(*(set(complete_models(one.path, site_name(one.layer))) for one in stores))
+    todo = [(ref, ref.model) for ref in refs] + [(refs[0], REPEAT_MODEL)]
+    tasks = [(spec, folder, stores, ref, label) for ref, label in todo if label not in done]
+    with keeping(), progress.task("models that read", total=len(todo), unit="models") as task:
+        kept("texts", folder, lambda: texts)
+        task.skip(len(todo) - len(tasks))
+        for (*_, label), _ in zip(tasks, run_tasks(_read, tasks, progress=progress), strict=True):
+            task.advance(1, model=label)
+
+
+def _read(
+    spec: StudySpec,
+    folder: StudyFolder,
+    stores: Sequence[LayerStore],
+    ref: ModelRef,
+    label: str,
+    progress: Progress = SILENT,
+) -> None:
+    kept("reader", folder, lambda: _make_reader(spec, folder, stores)).read(ref, label, progress)
+
+
+def _make_reader(spec: StudySpec, folder: StudyFolder, stores: Sequence[LayerStore]) -> _Reader:
+    prompts, sources = load_prompts(spec, folder), contrasted_models(spec, folder)
+    return _Reader(
+        stores=stores,
         extraction=spec.extraction,
         device=resolve_device(spec.device),
         repeat_seed=derive_seed(spec.seed, "repeat"),
-        texts=texts,
-        pad=pad_id(load_tokenizer(refs[0])),
-        progress=progress,
+        texts=kept("texts", folder, lambda: forced_texts(spec, folder, sources, prompts)),
+        pad=pad_id(load_tokenizer(list_models(spec, folder)[0])),
     )
-    for ref in refs:
-        if ref.model not in done:
-            reader.read(ref, ref.model)
-    if REPEAT_MODEL not in done:
-        reader.read(refs[0], REPEAT_MODEL)
 
 
 @dataclass(frozen=True)
@@ -197,76 +239,122 @@ class Window:
     batches: tuple[tuple[int, ...], ...]
 
 
-def plan_windows(lengths: Sequence[int], batch_size: int, shuffle_seed: int | None = None) -> Iterator[Window]:
-    """Split texts into windows of consecutive texts, each in batches of similar length, or shuffled by a seed."""
-    size = batch_size * WINDOW_BATCHES
+def plan_windows(
+    lengths: Sequence[int], batch_size: int, token_bytes: int, shuffle_seed: int | None = None
+) -> Iterator[Window]:
+    """Split texts into windows of consecutive texts, each in batches of similar length, or shuffled by a seed.
+
+    Parameters
+    ----------
+    lengths
+        [text] tokens.
+    batch_size
+        Texts of a batch at most; see ``WINDOW_BATCHES``.
+    token_bytes
+        Memory of one token's activations; see ``WINDOW_BYTES`` and ``BATCH_BYTES``.
+    shuffle_seed
+        For a second reading: texts are shuffled, in batches half as large (twice as large where those of the first are
+        single texts).
+    """
+    most_tokens = BATCH_BYTES / token_bytes
+    size = batch_size
+    if shuffle_seed is not None:
+        size = max(1, batch_size // 2) if batch_size > 1 else 2
     first_token = 0
-    for start in range(0, len(lengths), size):
-        texts = range(start, min(start + size, len(lengths)))
+    for texts in _windows(lengths, size * WINDOW_BATCHES, WINDOW_BYTES / token_bytes):
+        of_window = [lengths[i] for i in texts]
         if shuffle_seed is None:
-            batches = [[texts[row] for row in rows] for rows in by_length([lengths[i] for i in texts], batch_size)]
+            batches = [[texts[row] for row in rows] for rows in by_length(of_window, size, most_tokens)]
         else:
             # A generator for each window: a reading resumed at any window has the batches of a whole one.
-            order = [int(i) for i in np.random.default_rng([shuffle_seed, start]).permutation(texts)]
-            batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+            order = [int(i) for i in np.random.default_rng([shuffle_seed, texts.start]).permutation(texts)]
+            others = cut(order, lengths, size, most_tokens * min(size / batch_size, 1))
+            # a text too long for company was alone in the first reading: now it is read beside itself
+            batches = [batch * 2 if 2 * lengths[batch[0]] > most_tokens else batch for batch in others]
         yield Window(first_token, tuple(texts), tuple(map(tuple, batches)))
-        first_token += sum(lengths[i] for i in texts)
+        first_token += sum(of_window)
+
+
+def _windows(lengths: Sequence[int], most_texts: int, most_tokens: float) -> Iterator[range]:
+    """Consecutive texts, as many as fit, one at least."""
+    start = n_tokens = 0
+    for stop, length in enumerate(lengths):
+        if stop > start and (stop - start == most_texts or n_tokens + length > most_tokens):
+            yield range(start, stop)
+            start, n_tokens = stop, 0
+        n_tokens += length
+    if lengths:
+        yield range(start, len(lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Lets one model after the other read the same texts into one store."""
+    """Lets one model after the other read the same texts into the stores of one or more layers."""
 
-    store: Path
+    stores: Sequence[LayerStore]
     extraction: ExtractionSpec
     device: torch.device
     repeat_seed: int
     texts: Sequence[Text]
     pad: int
-    progress: Progress
 
-    def read(self, ref: ModelRef, label: str) -> None:
+    def read(self, ref: ModelRef, label: str, progress: Progress) -> None:
         """Store one model's activations under ``label``, resuming where an earlier attempt stopped."""
-        layer, batch_size = self.extraction.layer, self.extraction.batch_size
+        batch_size = self.extraction.batch_size
         model = load_model(ref, device=self.device)
-        locate_layer(model, layer)
+        for one in self.stores:
+            locate_layer(model, one.layer)
         lengths = [len(text.ids) for text in self.texts]
-        if label == REPEAT_MODEL:  # other batches and order than base's first reading
-            size = max(1, batch_size // 2) if batch_size > 1 else 2
-            windows = plan_windows(lengths, size, self.repeat_seed)
-        else:
-            windows = plan_windows(lengths, batch_size)
         width = int(model.config.get_text_config().hidden_size)
-        writer = ActivationWriter(
-            self.store, model=label, site=site_name(layer), width=width, dtype=self.extraction.dtype
+        windows = plan_windows(
+            lengths, batch_size, _FLOAT_BYTES * width, self.repeat_seed if label == REPEAT_MODEL else None
         )
-        with writer, self.progress.task(f"{label} reads", total=sum(lengths), unit="tokens") as task:
-            committed = writer.n_committed
+        with ExitStack() as stack:
+            writers = {one.layer: stack.enter_context(self._writer(one, label, width)) for one in self.stores}
+            task = stack.enter_context(progress.task(f"{label} reads", total=sum(lengths), unit="tokens"))
+            committed = {layer: writer.n_committed for layer, writer in writers.items()}
             for window in windows:
                 n_tokens = sum(lengths[i] for i in window.texts)
-                skip = min(max(committed - window.first_token, 0), n_tokens)
-                if skip < n_tokens:
-                    writer.append(self._read_window(model, window, width)[skip:])
-                task.skip(skip)
-                task.advance(n_tokens - skip)
+                skip = {layer: min(max(n - window.first_token, 0), n_tokens) for layer, n in committed.items()}
+                layers = [layer for layer, n in skip.items() if n < n_tokens]
+                for layer, values in self._read_window(model, window, width, layers).items():
+                    writers[layer].append(values[skip[layer] :])
+                task.skip(min(skip.values()))
+                task.advance(n_tokens - min(skip.values()))
 
-    def _read_window(self, model: Any, window: Window, width: int) -> NDArray[np.float32]:
-        """Activations [token, channel] of a window's texts in store order."""
+    def _writer(self, store: LayerStore, label: str, width: int) -> ActivationWriter:
+        site = site_name(store.layer)
+        return ActivationWriter(store.path, model=label, site=site, width=width, dtype=self.extraction.dtype)
+
+    def _read_window(
+        self, model: Any, window: Window, width: int, layers: Sequence[int]
+    ) -> dict[int, NDArray[np.float32]]:
+        """Activations [token, channel] of a window's texts in store order, after each of the layers."""
+        if not layers:
+            return {}
         lengths = np.array([len(self.texts[i].ids) for i in window.texts])
         offsets = dict(zip(window.texts, lengths.cumsum() - lengths, strict=True))
-        values = np.empty((int(lengths.sum()), width), dtype=np.float32)
+        values = {layer: np.empty((int(lengths.sum()), width), dtype=np.float32) for layer in layers}
         for batch in window.batches:
-            residual = read_texts(model, [self.texts[i].ids for i in batch], self.extraction.layer, self.pad)
-            for index, text in zip(batch, residual, strict=True):
-                values[offsets[index] : offsets[index] + len(text)] = text
+            read = read_texts_at(model, [self.texts[i].ids for i in batch], layers, self.pad)
+            for layer, residual in zip(layers, read, strict=True):
+                for index, text in zip(batch, residual, strict=True):
+                    values[layer][offsets[index] : offsets[index] + len(text)] = text
         return values
 
 
 def read_texts(model: Any, texts: Sequence[Sequence[int]], layer: int, pad: int) -> list[NDArray[np.float32]]:
     """Residual stream [token, channel] of each text after block ``layer``, read in one left-padded batch."""
+    return read_texts_at(model, texts, [layer], pad)[0]
+
+
+def read_texts_at(
+    model: Any, texts: Sequence[Sequence[int]], layers: Sequence[int], pad: int
+) -> list[list[NDArray[np.float32]]]:
+    """Of each layer, what :func:`read_texts` gives of it; one pass for all."""
     ids, mask, positions = left_pad(texts, pad, model.device)
-    residual = read_residual(model, layer, ids, mask, positions).to(torch.float32).cpu().numpy()
-    return [row[len(row) - len(text) :] for row, text in zip(residual, texts, strict=True)]
+    read = (one.to(torch.float32).cpu().numpy() for one in read_residuals(model, layers, ids, mask, positions))
+    return [[row[len(row) - len(text) :] for row, text in zip(one, texts, strict=True)] for one in read]
 
 
 def token_mask(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,13 @@ from rlgen_stats.stores.prompts import CHOICES, TEXT, choices_of
 from rlgen_stats.toolkit.extraction.choice_scoring import PromptLengths, score_choices
 from rlgen_stats.toolkit.extraction.generation import Completion, asked_of, generate
 from rlgen_stats.toolkit.extraction.grading import graders_of
+from rlgen_stats.toolkit.extraction.refilled_batch import RowEdits
 from rlgen_stats.toolkit.extraction.rendering import PromptReader
 from rlgen_stats.toolkit.progress import SILENT, Progress
+
+
+class EditsInForce(RowEdits, PromptLengths, Protocol):
+    """Handle of several edits, one of which an arm runs under."""
 
 
 def answer_prompts(
@@ -29,7 +35,6 @@ def answer_prompts(
     n_samples: int,
     seeds: Sequence[int],
     greedy: bool = False,
-    active: PromptLengths | None = None,
     progress: Progress = SILENT,
     description: str = "answer",
 ) -> list[list[Completion]]:
@@ -49,8 +54,6 @@ def answer_prompts(
         One per sample and prompt, sample after sample.
     greedy
         Whether a greedy completion comes before the samples.
-    active
-        Handle of the edit in force.
     progress, description
         Receiver and title of progress.
 
@@ -64,26 +67,79 @@ def answer_prompts(
     InputError, ModelError
         As ``generate`` and ``score_choices``.
     """
+    (draws,) = answer_in_arms(
+        model,
+        reader,
+        prompts,
+        spec,
+        n_samples=n_samples,
+        seeds=[seeds],
+        greedy=greedy,
+        progress=progress,
+        description=description,
+    )
+    return draws
+
+
+def answer_in_arms(
+    model: Any,
+    reader: PromptReader,
+    prompts: pd.DataFrame,
+    spec: StudySpec,
+    *,
+    n_samples: int,
+    seeds: Sequence[Sequence[int]],
+    greedy: bool = False,
+    active: EditsInForce | None = None,
+    progress: Progress = SILENT,
+    description: str = "answer",
+) -> list[list[list[Completion]]]:
+    """Completions of every prompt in several arms, which share batches.
+
+    Parameters
+    ----------
+    model, reader, prompts, spec, n_samples, greedy, progress, description
+        As in :func:`answer_prompts`.
+    seeds
+        [arm] as in :func:`answer_prompts`.
+    active
+        Handle of the edits in force, one an arm; None if there are none.
+
+    Returns
+    -------
+    list of list of list of Completion
+        [arm][draw][prompt].
+    """
     graders = graders_of(spec, prompts[TASK])
     chosen = np.array([not graders[task].needs_generation for task in prompts[TASK]], dtype=bool)
-    best = iter(_most_likely(model, reader, prompts[chosen], spec, active, progress, f"{description} choices"))
-    choice_of = {int(row): next(best) for row in np.flatnonzero(chosen)}
+    best = []
+    for arm in range(len(seeds)):
+        if active is not None:
+            active.rows = arm
+        best.append(_most_likely(model, reader, prompts[chosen], spec, active, progress, f"{description} choices"))
     written = _written(
         model,
         reader,
         prompts[~chosen],
         spec,
         n_samples=n_samples,
-        seeds=np.array(seeds, dtype=np.uint64).reshape(n_samples, len(prompts))[:, ~chosen],
+        seeds=np.array(seeds, dtype=np.uint64).reshape(len(seeds), n_samples, len(prompts))[:, :, ~chosen],
         greedy=greedy,
+        active=active,
         progress=progress,
         description=description,
     )
-    draws = []
-    for completions in written:
-        remaining = iter(completions)
-        draws.append([choice_of[row] if row in choice_of else next(remaining) for row in range(len(prompts))])
-    return draws
+    return [
+        [_in_their_places(chosen, choices, completions) for completions in draws]
+        for choices, draws in zip(best, written, strict=True)
+    ]
+
+
+def _in_their_places(
+    chosen: NDArray[np.bool_], choices: Sequence[Completion], written: Sequence[Completion]
+) -> list[Completion]:
+    choice, other = iter(choices), iter(written)
+    return [next(choice if is_choice else other) for is_choice in chosen]
 
 
 def _most_likely(
@@ -132,33 +188,31 @@ def _written(
     n_samples: int,
     seeds: NDArray[np.uint64],
     greedy: bool,
+    active: EditsInForce | None,
     progress: Progress,
     description: str,
-) -> list[list[Completion]]:
-    """[draw][prompt] completions that the model writes."""
+) -> list[list[list[Completion]]]:
+    """[arm][draw][prompt] completions that the model writes; seeds are [arm, sample, prompt]."""
+    n_arms, n_draws, n = len(seeds), n_samples + greedy, len(prompts)
     if prompts.empty:
-        return [[] for _ in range(n_samples + greedy)]
-    generation, tasks, n = spec.generation, list(prompts[TASK]), len(prompts)
-    encoded = reader.encode(list(prompts[TEXT]))
-    common: dict[str, Any] = {"batch_size": generation.batch_size, "progress": progress}
-    common["end_of_turn"] = reader.end_of_turn
-    draws = []
-    if greedy:
-        title = f"{description} greedy"
-        draws.append(
-            generate(
-                model, reader.tokenizer, encoded, greedy=True, description=title, **asked_of(spec, tasks), **common
-            )
-        )
-    sampled = generate(
+        return [[[] for _ in range(n_draws)] for _ in range(n_arms)]
+    of_draws = np.concatenate([np.zeros((n_arms, int(greedy), n), dtype=np.uint64), seeds], axis=1)
+    is_greedy = np.broadcast_to((np.arange(n_draws) < greedy)[:, None], of_draws.shape)
+    drawn = generate(
         model,
         reader.tokenizer,
-        encoded * n_samples,
-        seeds=[int(seed) for seed in seeds.ravel()],
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        description=f"{description} sampled" if greedy else description,
-        **asked_of(spec, tasks * n_samples),
-        **common,
+        reader.encode(list(prompts[TEXT])) * (n_draws * n_arms),
+        greedy=is_greedy.ravel().tolist(),
+        seeds=of_draws.ravel().tolist(),
+        temperature=spec.generation.temperature,
+        top_p=spec.generation.top_p,
+        batch_size=spec.generation.batch_size,
+        end_of_turn=reader.end_of_turn,
+        edits=None if active is None else np.repeat(np.arange(n_arms), n_draws * n).tolist(),
+        active=active,
+        progress=progress,
+        description=description,
+        **asked_of(spec, list(prompts[TASK]) * (n_draws * n_arms)),
     )
-    return [*draws, *(sampled[sample * n : (sample + 1) * n] for sample in range(n_samples))]
+    rows = iter(drawn)
+    return [[list(islice(rows, n)) for _ in range(n_draws)] for _ in range(n_arms)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,8 +73,25 @@ def left_pad(
     return ids.to(device), mask.to(device), positions.to(device)
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, so that little is padded; ties keep their order."""
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def by_length(lengths: Sequence[int], batch_size: int, most_tokens: float = math.inf) -> Iterator[list[int]]:
+    """Indices in batches of similar length, so that little is padded; ties keep their order. See :func:`cut`."""
+    return cut(sorted(range(len(lengths)), key=lambda index: lengths[index]), lengths, batch_size, most_tokens)
+
+
+def cut(
+    order: Sequence[int], lengths: Sequence[int], batch_size: int, most_tokens: float = math.inf
+) -> Iterator[list[int]]:
+    """Indices, in this order, in batches of at most ``batch_size`` texts and ``most_tokens`` tokens, padding included.
+
+    A longer text is a batch of its own.
+    """
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if batch and (len(batch) == batch_size or longest * (len(batch) + 1) > most_tokens):
+            yield batch
+            batch, longest = [], lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch

@@ -16,6 +16,7 @@ from rlgen_stats.stores.prompts import TEXT
 from rlgen_stats.toolkit.exchange.sampled_files import SETTINGS, Sampled
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.imported import StandIn
+from rlgen_stats.toolkit.extraction.stop_strings import cut_at_stop
 
 
 def check_settings(
@@ -168,6 +169,8 @@ def _wrong_number(prompt: str, found: Mapping[int, Sampled], n_samples: int) -> 
     advice = "sample them alike, or set generation.n_samples to their number"
     if not n_greedy:
         advice = "name files of greedy completions with --greedy, or let the first sample stand in (--no-greedy)"
+    elif not n_samples:
+        advice = "leave its samples out, or set generation.n_samples to one number for all checkpoints"
     elif not n_sampled:
         advice = "sample them, or let the greedy one stand in (--no-samples)"
     return InputError(
@@ -210,12 +213,11 @@ def as_completion(
     """
     if one.token_ids is None and one.text is None:  # a verdict alone
         return Completion((), "", True)
-    ids = (
-        one.token_ids
-        if one.token_ids is not None
-        else tuple(tokenizer(one.text, add_special_tokens=False)["input_ids"])
-    )
-    text = one.text if one.text is not None else str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    if one.token_ids is None:
+        ids, read, stopped = tuple(tokenizer(one.text, add_special_tokens=False)["input_ids"]), str(one.text), False
+    else:
+        ids, read, stopped = _up_to_stop(_known(one.token_ids, tokenizer, prompt), tokenizer, stop)
+    text = read if one.text is None else one.text
     passed = next((string for string in stop if string in text), None)
     if passed is not None:
         raise InputError(
@@ -228,26 +230,35 @@ def as_completion(
         if terminated and end is not None and not stop and engine != "lm-eval":  # else a stop string may have ended it
             ids += (end,)
         return Completion(ids, text, terminated)
-    _check_tokens(one, tokenizer, prompt)
+    if "".join(read.split()) != "".join(text.split()):
+        raise _other_tokenizer(prompt, f"they read {_start(read)!r}, the file says {_start(text)!r}")
     if len(ids) > limit:
         raise InputError(
             f"a completion of prompt {prompt!r} has {len(ids)} tokens, more than the limit of {limit} "
             "(max_new_tokens); expected the same limit for all models."
         )
-    ended = (bool(ids) and ids[-1] == end) or len(ids) < limit
+    ended = stopped or (bool(ids) and ids[-1] == end) or len(ids) < limit
     return Completion(ids, text, ended if one.terminated is None else one.terminated)
 
 
-def _check_tokens(one: Sampled, tokenizer: Any, prompt: str) -> None:
-    ids, difference = one.token_ids or (), ""
-    if any(not 0 <= token < len(tokenizer) for token in ids):
-        difference = f"token {max(ids)} is none of its {len(tokenizer)}"
-    elif one.text is not None:
-        text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
-        if "".join(text.split()) != "".join(one.text.split()):
-            difference = f"they read {_start(text)!r}, the file says {_start(one.text)!r}"
-    if difference:
-        raise InputError(
-            f"the tokens of a completion of prompt {prompt!r} are not of the study's tokenizer: {difference}; expected "
-            "completions of a model with this tokenizer, or texts without tokens."
-        )
+def _up_to_stop(ids: Sequence[int], tokenizer: Any, stop: Sequence[str]) -> tuple[tuple[int, ...], str, bool]:
+    """Tokens, their text, and whether a stop string ended them: engines cut it from the text and leave its tokens."""
+    kept, text, stopped = cut_at_stop(tokenizer, ids, stop)
+    if stopped and cut_at_stop(tokenizer, ids[:-1], stop)[2]:  # it did not end there
+        return tuple(ids), cut_at_stop(tokenizer, ids, ())[1], False
+    return tuple(kept), text, stopped
+
+
+def _known(ids: tuple[int, ...], tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    """Tokens, if the tokenizer has them."""
+    unknown = next((token for token in ids if not 0 <= token < len(tokenizer)), None)
+    if unknown is not None:
+        raise _other_tokenizer(prompt, f"token {unknown} is none of its {len(tokenizer)}")
+    return ids
+
+
+def _other_tokenizer(prompt: str, difference: str) -> InputError:
+    return InputError(
+        f"the tokens of a completion of prompt {prompt!r} are not of the study's tokenizer: {difference}; expected "
+        "completions of a model with this tokenizer, or texts without tokens."
+    )

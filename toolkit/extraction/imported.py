@@ -144,15 +144,28 @@ def read_import(file: Path, prompts: pd.DataFrame, n_samples: int) -> Imported:
     return Imported(origin, completions, verdicts)
 
 
-def check_stand_ins(models: Sequence[str], imported: Mapping[str, Imported]) -> None:
-    """Refuse to compare greedy completions of some models with sampled ones of others.
+def check_origins(models: Sequence[str], imported: Mapping[str, Origin]) -> None:
+    """Refuse to compare models that different engines sampled, or greedy completions with sampled ones.
+
+    Parameters
+    ----------
+    models
+        All models of a study.
+    imported
+        Of those among them that were not sampled here, where they come from.
 
     Raises
     ------
     InputError
-        If a completion stands in for another kind in some models only.
+        If an engine, or a completion that stands in for another kind, is that of some models only.
+
+    Notes
+    -----
+    Every model of a study is compared with base. Engines differ in kernels, numeric types and random numbers: between
+    two of them the same weights give other completions, which would count as an effect of training.
     """
-    kinds = {model: imported[model].origin.stand_in if model in imported else "" for model in models}
+    _check_engines({model: imported[model].engine if model in imported else HERE for model in models})
+    kinds = {model: imported[model].stand_in if model in imported else "" for model in models}
     if len(set(kinds.values())) > 1:
         odd = next(model for model, kind in kinds.items() if kind)
         other = next(model for model, kind in kinds.items() if kind != kinds[odd])
@@ -161,6 +174,21 @@ def check_stand_ins(models: Sequence[str], imported: Mapping[str, Imported]) -> 
             f"{odd} was imported without {missing}, and {other} was not; expected the same kinds of all models: import "
             f"{odd} with its {missing}, or all models without."
         )
+
+
+def _check_engines(engines: Mapping[str, str]) -> None:
+    odd = next((model for model, engine in engines.items() if engine != HERE), None)
+    other = next((model for model, engine in engines.items() if odd is not None and engine != engines[odd]), None)
+    if odd is None or other is None:
+        return
+    one = engines[odd]
+    also, fix = f"by {engines[other]}", f"import {other} of {one} too"
+    if engines[other] == HERE:
+        also, fix = "here", f"{fix} (export-requests writes what to run), or delete imported/{odd}.parquet"
+    raise InputError(
+        f"{odd} was sampled by {one} and {other} {also}; expected one engine for all models of a study, which are all "
+        f"compared with base: {fix}."
+    )
 
 
 def with_origin(outcomes: xr.Dataset, origin: Origin | None) -> xr.Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,22 @@ class ModelShape:
     """Longest text in tokens; None where the config does not say."""
 
 
-def read_shape(ref: ModelRef, layer: int) -> ModelShape:
+def read_shape(ref: ModelRef, layers: Iterable[int]) -> ModelShape:
     """Size of a checkpoint's model, built from its config with no memory behind its weights.
 
     Parameters
     ----------
     ref
         The checkpoint; of an adapter, its base is read.
-    layer
-        Decoder block that the study reads.
+    layers
+        Decoder blocks that the study reads.
 
     Raises
     ------
     ModelError
         If there is no config, its architecture is unknown, or its decoder blocks are not found.
     InputError
-        If it has no such block.
+        If it lacks one of these blocks.
     """
     path = ref.base if ref.base is not None and is_adapter(ref.path) else ref.path
     try:
@@ -59,7 +59,8 @@ def read_shape(ref: ModelRef, layer: int) -> ModelShape:
         ) from error
     if ref.blocks is not None:
         name_layers(model, ref.blocks)
-    locate_layer(model, layer)
+    for layer in layers:
+        locate_layer(model, layer)
     text = config.get_text_config()
     return ModelShape(len(locate_layers(model)), int(text.hidden_size), getattr(text, "max_position_embeddings", None))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from contextlib import closing
+from tempfile import TemporaryFile
+from typing import IO, Any, Final
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, MODEL
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import load_prompts
-from rlgen_stats.stores.study_models import list_models, ref_coords
+from rlgen_stats.stores.study_models import ModelRef, find_model, list_models, ref_coords
 from rlgen_stats.toolkit.extraction.activations import Text, forced_texts
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
@@ -24,6 +27,7 @@ from rlgen_stats.toolkit.extraction.next_token import (
     positions_at_once,
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.workers import kept, run_tasks
 
 _WEIGHTS: Final = 1 << 24
 """Weights held in float64 at once (128 MB)."""
@@ -58,20 +62,34 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
     those of base's texts, so it is the KL rate per token of the two models as sources of text, from base to model.
     """
     refs = list_models(spec, folder)
-    device, tokenizer = resolve_device(spec.device), load_tokenizer(refs[0])
-    texts = forced_texts(spec, folder, [BASE_MODEL], load_prompts(spec, folder))
-    base = load_model(refs[0], device=device)
     distances, divergences = [], []
-    with progress.task("distance from base", total=len(refs), unit="models") as task:
-        for ref in refs:
-            model = base if ref is refs[0] else load_model(ref, device=device)
-            distances.append(weight_distance(base, model))
-            divergences.append(mean_divergence(base, model, texts, pad_id(tokenizer)))
-            task.advance(1, model=ref.model, kl=divergences[-1])
+    with (
+        progress.task("distance from base", total=len(refs), unit="models") as task,
+        closing(run_tasks(_distances, [(spec, folder, ref) for ref in refs])) as measured,
+    ):
+        for ref, (distance, divergence) in zip(refs, measured, strict=True):
+            distances.append(distance)
+            divergences.append(divergence)
+            task.advance(1, model=ref.model, kl=divergence)
     return xr.Dataset(
         {"weight_distance": (MODEL, distances), "kl_from_base": (MODEL, divergences, {"units": "nats per token"})},
         coords=ref_coords(refs),
     )
+
+
+def _distances(spec: StudySpec, folder: StudyFolder, ref: ModelRef, progress: Progress = SILENT) -> tuple[float, float]:
+    """One model's distance from base in weights, and its divergence."""
+    device = resolve_device(spec.device)
+    base = kept("base logits", folder, lambda: _base_logits(spec, folder, device))
+    model = base.base if ref.model == BASE_MODEL else load_model(ref, device=device)
+    return weight_distance(base.base, model), mean_divergence(base, model)
+
+
+def _base_logits(spec: StudySpec, folder: StudyFolder, device: torch.device) -> BaseLogits:
+    texts = forced_texts(spec, folder, [BASE_MODEL], load_prompts(spec, folder))
+    ref = find_model(BASE_MODEL, spec, folder)
+    file = TemporaryFile(dir=folder.root)  # noqa: SIM115 - closed with what reads it
+    return BaseLogits(load_model(ref, device=device), texts, pad_id(load_tokenizer(ref)), file)
 
 
 def weight_distance(base: torch.nn.Module, model: torch.nn.Module) -> float:
@@ -97,38 +115,87 @@ def _chunks(weight: torch.Tensor, device: torch.device | None = None) -> Iterato
     return (part.to(device, torch.float64) for part in torch.split(weight.detach().flatten(), _WEIGHTS))
 
 
-def mean_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> float:
+class BaseLogits:
+    """Base's logits at the completion tokens of some texts, batch after batch, for any number of models.
+
+    Parameters
+    ----------
+    base
+        Causal language model.
+    texts
+        What it reads, once: what enters its output head is kept, one vector a token, and the head makes the same
+        logits of it again. Where it does not to the bit, as where logits are scaled or capped after the head, base
+        reads the texts again for every model.
+    pad
+        Id put into pad positions.
+    file
+        Where the vectors are kept; closed when these are not needed any more.
+    """
+
+    def __init__(self, base: Any, texts: Sequence[Text], pad: int, file: IO[bytes]) -> None:
+        self.base, self._head, self._file = base, base.get_output_embeddings(), file
+        weakref.finalize(self, file.close)
+        batches = by_length([len(text.ids) for text in texts], max(1, len(texts)), positions_at_once(base))
+        self._batches = [_Batch([texts[i] for i in batch], pad) for batch in batches]
+        self._is_kept = self._head is not None and all(self._keep(batch) for batch in self._batches)
+
+    @torch.inference_mode()
+    def _keep(self, batch: _Batch) -> bool:
+        """Write what enters the head; false if the head does not make the model's logits of it."""
+        inputs: list[torch.Tensor] = []
+        handle = self._head.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+        try:
+            logits = batch.logits(self.base)
+        finally:
+            handle.remove()
+        again = self._head(inputs[0])[0] if len(inputs) == 1 else None
+        if again is None or again.dtype != logits.dtype or not torch.equal(again, logits):
+            return False
+        self._type = inputs[0].dtype
+        np.save(self._file, inputs[0].contiguous().view(torch.uint8).cpu().numpy())
+        return True
+
+    @torch.inference_mode()
+    def _kept(self) -> torch.Tensor:
+        inputs = torch.from_numpy(np.load(self._file)).view(self._type)
+        logits: torch.Tensor = self._head(inputs.to(self.base.device))[0]
+        return logits
+
+    def __iter__(self) -> Iterator[tuple[_Batch, torch.Tensor]]:
+        self._file.seek(0)
+        for batch in self._batches:
+            yield batch, self._kept() if self._is_kept else batch.logits(self.base)
+
+
+class _Batch:
+    """Texts in one left-padded batch."""
+
+    def __init__(self, texts: Sequence[Text], pad: int) -> None:
+        self._inputs = left_pad([text.ids for text in texts], pad, "cpu")
+        length = self._inputs[0].shape[1]
+        self._predicts = torch.zeros(len(texts), length, dtype=torch.bool)  # whose next token is of the completion
+        for row, text in enumerate(texts):
+            self._predicts[row, length - 1 - len(text.completion_ids) : length - 1] = True
+
+    def logits(self, model: Any) -> torch.Tensor:
+        """A model's logits [token, vocabulary] at every completion token, text after text."""
+        ids, mask, positions = (values.to(model.device) for values in self._inputs)
+        return logits_at(model, self._predicts, input_ids=ids, attention_mask=mask, position_ids=positions)
+
+
+def mean_divergence(base: BaseLogits, model: Any) -> float:
     """Mean KL(base || model) of next-token distributions over the texts' completion tokens, in nats per token."""
     total, n_tokens = 0.0, 0
-    for batch in _batches(texts, positions_at_once(base)):
-        divergence = token_divergence(base, model, batch, pad)
+    for divergence in token_divergences(base, model):
         total, n_tokens = total + float(divergence.sum()), n_tokens + len(divergence)
     return total / n_tokens if n_tokens else float("nan")
 
 
 @torch.inference_mode()
-def token_divergence(base: Any, model: Any, texts: Sequence[Text], pad: int) -> torch.Tensor:
-    """KL(base || model) at every completion token of one batch, [token] float64, text after text."""
-    ids, mask, positions = left_pad([text.ids for text in texts], pad, base.device)
-    inputs = {"attention_mask": mask, "position_ids": positions}
-    predicts = torch.zeros_like(mask, dtype=torch.bool)  # positions whose next token belongs to the completion
-    for row, text in enumerate(texts):
-        predicts[row, ids.shape[1] - 1 - len(text.completion_ids) : ids.shape[1] - 1] = True
-    reference = logits_at(base, predicts, input_ids=ids, **inputs)
-    other = reference if model is base else logits_at(model, predicts, input_ids=ids, **inputs).to(reference.device)
-    # rounding may give a tiny negative sum
-    divergence = [kl_divergence(p, q).clamp_min(0.0) for p, q in log_probability_blocks(reference, other)]
-    return torch.cat(divergence).cpu() if divergence else torch.empty(0, dtype=torch.float64)
-
-
-def _batches(texts: Sequence[Text], tokens_at_once: int) -> Iterator[list[Text]]:
-    """Texts of similar length in batches of at most ``tokens_at_once`` padded tokens (one text at least)."""
-    batch: list[Text] = []
-    for (index,) in by_length([len(text.ids) for text in texts], 1):
-        text = texts[index]
-        if batch and (len(batch) + 1) * len(text.ids) > tokens_at_once:
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
+def token_divergences(base: BaseLogits, model: Any) -> Iterator[torch.Tensor]:
+    """KL(base || model) at every completion token, [token] float64, batch after batch of texts of growing length."""
+    for batch, reference in base:
+        other = reference if model is base.base else batch.logits(model).to(reference.device)
+        # rounding may give a tiny negative sum
+        divergence = [kl_divergence(p, q).clamp_min(0.0) for p, q in log_probability_blocks(reference, other)]
+        yield torch.cat(divergence).cpu()

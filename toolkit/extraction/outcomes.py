@@ -3,54 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 import xarray as xr
+from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, PROMPT_LABELS, SAMPLE, TASK
+from rlgen_stats.schemas.dims import MODEL, NOT_SAMPLED, PROMPT, PROMPT_LABELS, SAMPLE, TASK
 from rlgen_stats.schemas.errors import StageError
-from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models, ref_coords
 from rlgen_stats.stores.tables import RENDERED_PROMPTS, check_owner
-from rlgen_stats.toolkit.extraction.answering import answer_prompts
-from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model, resolve_device
-from rlgen_stats.toolkit.extraction.generation import Completion
-from rlgen_stats.toolkit.extraction.grading import Grade, check_answers, check_letters, grade_all, graders_of
-from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import, with_origin
-from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, load_reader, rendered_examples
-from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights
+from rlgen_stats.toolkit.extraction.completion_parts import (
+    PARTS,
+    Part,
+    answer_part,
+    completion_table,
+    joined,
+    split_prompts,
+)
+from rlgen_stats.toolkit.extraction.grading import check_answers, check_letters, grade_all, graders_of
+from rlgen_stats.toolkit.extraction.imported import Imported, check_origins, read_import, with_origin
+from rlgen_stats.toolkit.extraction.rendering import check_tokenizers, rendered_examples
+from rlgen_stats.toolkit.progress import SILENT, Progress, Within
 from rlgen_stats.toolkit.statistics.completion_shares import (
     completion_shares,
     share_warnings,
     too_often_unread,
     unread_examples,
 )
-
-_SCHEMA: Final = pa.schema(
-    [
-        (PROMPT, pa.string()),
-        (SAMPLE, pa.int32()),
-        (TEXT, pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("n_tokens", pa.int32()),
-        ("terminated", pa.bool_()),
-        ("correct", pa.bool_()),
-        ("answered", pa.bool_()),
-        ("format_class", pa.string()),
-        ("choice_log_likelihoods", pa.list_(pa.float64())),
-    ]
-)
+from rlgen_stats.toolkit.workers import run_tasks
 
 
 def completions_file(folder: StudyFolder, model: str) -> Path:
@@ -76,7 +69,7 @@ def read_completions(folder: StudyFolder, model: str) -> pd.DataFrame:
 def sample_outcomes(
     spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
 ) -> None:
-    """Complete and grade every prompt with every model, greedily and K times by sampling.
+    """Complete and grade every prompt with every model, greedily and by sampling as often as the study says.
 
     Models whose completions were imported are not sampled.
 
@@ -102,41 +95,79 @@ def sample_outcomes(
     Sample s of prompt i has the same seed in every model, hence the same uniform numbers: models differ by their
     distributions alone, and identical models give identical completions. Each model reads prompts by its own chat
     template; the first prompt of every task as models read it is an attribute of the store. Where choices are scored,
-    every sample is the most likely choice. Models already committed are skipped; a model's parquet is written,
-    atomically, before its outcomes are committed.
+    every sample is the most likely choice.
+
+    Each model completes its prompts in parts, which are graded and kept (``completions/parts``) as they come, and which
+    are tasks of a cluster's workers where there is one (:func:`tasks_on`). A run that was killed goes on with the first
+    part that is missing. A model's parquet is written, atomically, before its outcomes are committed.
     """
     prompts = load_prompts(spec, folder)
-    graders = graders_of(spec, prompts[TASK])
-    check_answers(graders, prompts)
+    check_answers(graders_of(spec, prompts[TASK]), prompts)
     check_letters(spec, prompts)
     refs = list_models(spec, folder)
     for ref in refs:
         check_weights(ref)
     check_tokenizers(refs, list(prompts[TEXT]))
     rendered = json.dumps([asdict(example) for example in rendered_examples(spec, folder)], ensure_ascii=False)
+    n_samples = {ref.model: ref.n_samples for ref in refs}
     done = set(committed_models(folder.outcomes))
     if done:  # refuse another study's store before hours of sampling, not after
         check_owner(folder.outcomes, provenance)
-    device = resolve_device(spec.device)
-    n_samples = spec.generation.n_samples
-    imported = {model: read_import(file, prompts, n_samples) for model, file in imported_models(folder).items()}
-    check_stand_ins([ref.model for ref in refs], imported)
-    for ref in refs:
-        if ref.model not in done:
+    imported = {
+        model: read_import(file, prompts, n_samples[model])
+        for model, file in imported_models(folder).items()
+        if model in n_samples
+    }
+    check_origins([ref.model for ref in refs], {model: one.origin for model, one in imported.items()})
+    todo = [ref for ref in refs if ref.model not in done]
+    parts = folder.completions / PARTS / provenance.spec_hash[:16]
+    sampled = {ref.model: split_prompts(ref, prompts, spec, parts) for ref in todo if ref.model not in imported}
+    for ref, table in _tables(todo, imported, sampled, prompts, spec, progress):
+        with replacing(completions_file(folder, ref.model)) as temporary:
+            pq.write_table(table, temporary)
+        outcomes = _outcomes(ref, table, prompts, max(n_samples.values())).assign_attrs({RENDERED_PROMPTS: rendered})
+        if imported:
             given = imported.get(ref.model)
-            if given is None:
-                completions = _complete(ref, prompts, spec, device=device, progress=progress)
-            else:
-                completions = given.completions
-            grades = [grade_all(graders, row, prompts) for row in completions]
-            if given is not None:
-                grades = given.graded(grades)
-            _write_completions(completions_file(folder, ref.model), completions, grades, prompts)
-            outcomes = _outcomes(ref, completions, grades, prompts).assign_attrs({RENDERED_PROMPTS: rendered})
-            if imported:
-                outcomes = with_origin(outcomes, None if given is None else given.origin)
-            append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
-            _warn(outcomes, read_completions(folder, ref.model), progress)
+            outcomes = with_origin(outcomes, None if given is None else given.origin)
+        append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
+        _warn(outcomes, table.to_pandas(), progress)
+    shutil.rmtree(folder.completions / PARTS, ignore_errors=True)
+
+
+def _tables(
+    refs: Sequence[ModelRef],
+    imported: Mapping[str, Imported],
+    sampled: Mapping[str, list[Part]],
+    prompts: pd.DataFrame,
+    spec: StudySpec,
+    progress: Progress,
+) -> Iterator[tuple[ModelRef, pa.Table]]:
+    """Every model's graded completions, in order of the models; what an earlier run kept is not sampled again."""
+    parts = [part for of_model in sampled.values() for part in of_model]
+    missing = {part.file for part in parts if not part.file.exists()}
+    tasks = [(part, spec) for part in parts if part.file in missing]
+    total = sum(part.n_completions for part in parts)
+    with progress.task("outcomes", total=total, unit="completions") as task:
+        within = Within(task)
+        with closing(run_tasks(answer_part, tasks, progress=within)) as answered:
+            for ref in refs:
+                if ref.model in imported:
+                    yield ref, _imported_table(imported[ref.model], prompts, spec)
+                    continue
+                for part in sampled[ref.model]:
+                    before = within.done
+                    if part.file in missing:
+                        next(answered)
+                        task.advance(part.n_completions - (within.done - before), model=ref.model)
+                    else:
+                        task.skip(part.n_completions, model=ref.model)
+                yield ref, joined(sampled[ref.model])
+
+
+def _imported_table(given: Imported, prompts: pd.DataFrame, spec: StudySpec) -> pa.Table:
+    graders = graders_of(spec, prompts[TASK])
+    grades = [grade_all(graders, row, prompts) for row in given.completions]
+    return completion_table(given.completions, given.graded(grades), prompts)
 
 
 def _warn(outcomes: xr.Dataset, completions: pd.DataFrame, progress: Progress) -> None:
@@ -149,77 +180,34 @@ def _warn(outcomes: xr.Dataset, completions: pd.DataFrame, progress: Progress) -
             progress.log(f"  {task} {prompt}: {text!r}")
 
 
-def sample_seeds(seed: int, prompts: Sequence[str], n_samples: int) -> list[int]:
-    """Seeds of all completions, ordered by sample, each a function of (study seed, prompt id, sample) alone."""
-    return [derive_seed(seed, "sample", prompt, sample) for sample in range(n_samples) for prompt in prompts]
+def _outcomes(ref: ModelRef, table: pa.Table, prompts: pd.DataFrame, n_samples: int) -> xr.Dataset:
+    """One model's outcomes in the declared layout; samples that it has fewer than others are -1."""
 
+    def read(name: str, dtype: Any) -> NDArray[Any]:
+        # [prompt, 1 + K], in C order: Zarr's variable-length text codec scrambles transposed arrays
+        return np.ascontiguousarray(table[name].to_numpy().reshape(-1, len(prompts)).T.astype(dtype))
 
-def _complete(
-    ref: ModelRef, prompts: pd.DataFrame, spec: StudySpec, *, device: torch.device, progress: Progress
-) -> list[list[Completion]]:
-    """Completions [1 + K][prompt]: greedy first, then the samples."""
-    n_samples = spec.generation.n_samples
-    return answer_prompts(
-        load_model(ref, device=device),
-        load_reader(ref),
-        prompts,
-        spec,
-        n_samples=n_samples,
-        seeds=sample_seeds(spec.seed, list(prompts[PROMPT]), n_samples),
-        greedy=True,
-        progress=progress,
-        description=ref.model,
-    )
+    correct, answered, terminated = read("correct", np.int8), read("answered", bool), read("terminated", bool)
+    tokens, classes = read("n_tokens", np.int32), read("format_class", np.str_)
 
+    def sampled(values: NDArray[Any], missing: Any) -> tuple[tuple[str, ...], NDArray[Any]]:
+        room = ((0, 0), (0, n_samples - ref.n_samples))
+        return (MODEL, PROMPT, SAMPLE), np.pad(values[:, 1:], room, constant_values=missing)[None]
 
-def _write_completions(
-    file: Path, completions: list[list[Completion]], grades: list[list[Grade]], prompts: pd.DataFrame
-) -> None:
-    ids = list(prompts[PROMPT])
-    rows = [
-        {
-            PROMPT: ids[index],
-            SAMPLE: sample,
-            TEXT: completion.text,
-            "token_ids": list(completion.token_ids),
-            "n_tokens": len(completion.token_ids),
-            "terminated": completion.terminated,
-            "correct": grades[sample + 1][index].correct,
-            "answered": grades[sample + 1][index].answered,
-            "format_class": grades[sample + 1][index].format_class,
-            "choice_log_likelihoods": list(completion.choice_log_likelihoods) or None,
-        }
-        for sample, row in enumerate(completions, start=GREEDY)
-        for index, completion in enumerate(row)
-    ]
-    with replacing(file) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
-
-
-def _outcomes(
-    ref: ModelRef, completions: list[list[Completion]], grades: list[list[Grade]], prompts: pd.DataFrame
-) -> xr.Dataset:
-    """One model's outcomes in the declared layout."""
-    # [prompt, 1 + K], in C order: Zarr's variable-length text codec scrambles transposed arrays
-    correct = np.array([[grade.correct for grade in row] for row in zip(*grades, strict=True)], dtype=np.int8)
-    answered = np.array([[grade.answered for grade in row] for row in zip(*grades, strict=True)])
-    terminated = np.array([[c.terminated for c in row] for row in zip(*completions, strict=True)])
-    tokens = np.array([[len(c.token_ids) for c in row] for row in zip(*completions, strict=True)], dtype=np.int32)
-    classes = np.array([[grade.format_class for grade in row] for row in zip(*grades, strict=True)], dtype=np.str_)
-    sampled, greedy = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
+    greedy = (MODEL, PROMPT)
     labels = {name: (PROMPT, prompts[name].to_numpy(dtype=np.str_)) for name in (PROMPT, *PROMPT_LABELS)}
     return xr.Dataset(
         {
-            "correct": (sampled, correct[None, :, 1:]),
-            "completion_tokens": (sampled, tokens[None, :, 1:]),
-            "format_class": (sampled, classes[None, :, 1:]),
-            "terminated": (sampled, terminated[None, :, 1:]),
-            "answered": (sampled, answered[None, :, 1:]),
+            "correct": sampled(correct, NOT_SAMPLED),
+            "completion_tokens": sampled(tokens, NOT_SAMPLED),
+            "format_class": sampled(classes, ""),
+            "terminated": sampled(terminated, False),
+            "answered": sampled(answered, False),
             "greedy_correct": (greedy, correct[None, :, 0]),
             "greedy_tokens": (greedy, tokens[None, :, 0]),
             "greedy_class": (greedy, classes[None, :, 0]),
             "greedy_terminated": (greedy, terminated[None, :, 0]),
             "greedy_answered": (greedy, answered[None, :, 0]),
         },
-        coords=ref_coords([ref]) | {SAMPLE: (SAMPLE, np.arange(correct.shape[1] - 1))} | labels,
+        coords=ref_coords([ref]) | {SAMPLE: (SAMPLE, np.arange(n_samples))} | labels,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,7 @@ _NAMED: Final = "rlgen_stats_blocks"
 
 
 class StopReadingError(Exception):
-    """Target layer reached: raised inside a forward pass to skip the layers after it; never leaves this module."""
+    """Target layer reached: raised inside a forward pass to skip the layers after it, see :func:`run_to_layer`."""
 
 
 class Capture:
@@ -112,8 +112,8 @@ def locate_layer(model: torch.nn.Module, layer: int) -> torch.nn.Module:
     layers = locate_layers(model)
     if not 0 <= layer < len(layers):
         raise InputError(
-            f"layer {layer} asked for, but {type(model).__name__} has blocks 0 to {len(layers) - 1}; "
-            "correct extraction.layer."
+            f"layer {layer} asked for, but {type(model).__name__} has {len(layers)} layers, blocks 0 to "
+            f"{len(layers) - 1}; correct extraction.layer or extraction.layers."
         )
     return layers[layer]
 
@@ -140,7 +140,7 @@ def capture_residual(model: torch.nn.Module, layer: int, *, stop: bool = False) 
         Block, counted from 0. The value equals ``output_hidden_states[layer + 1]``, except that Hugging Face applies
         the final norm to the last entry.
     stop
-        End the pass at this block by raising :class:`StopReadingError`; use :func:`read_residual`.
+        End the pass at this block by raising :class:`StopReadingError`; call the model by :func:`run_to_layer`.
 
     Yields
     ------
@@ -172,12 +172,30 @@ def capture_residual(model: torch.nn.Module, layer: int, *, stop: bool = False) 
         handle.remove()
 
 
-@torch.inference_mode()
+def run_to_layer(model: Any, **inputs: Any) -> None:
+    """Run a forward pass up to the block at which a capture with ``stop`` ends it."""
+    with suppress(StopReadingError):
+        model(**inputs)
+
+
 def read_residual(
     model: Any, layer: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
     """Residual stream [batch, token, channel] after block ``layer``; later blocks and the output head are not run."""
-    with capture_residual(model, layer, stop=True) as capture:
-        with suppress(StopReadingError):
-            model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        return capture.value
+    return read_residuals(model, [layer], input_ids, attention_mask, position_ids)[0]
+
+
+@torch.inference_mode()
+def read_residuals(
+    model: Any,
+    layers: Sequence[int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Residual streams [batch, token, channel] after several blocks, in one pass that ends at the last of these."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    with ExitStack() as stack:
+        captures = [stack.enter_context(capture_residual(model, layer, stop=layer == max(layers))) for layer in layers]
+        run_to_layer(model, **inputs, use_cache=False)
+        return [capture.value for capture in captures]

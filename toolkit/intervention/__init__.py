@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from rlgen_stats.toolkit.edits.edit import FeatureEdit
-from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, amplify, disable, editing
+from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, amplify, disable, editing, editing_rows
 from rlgen_stats.toolkit.edits.site import EditSite
 from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls, match_controls
 from rlgen_stats.toolkit.statistics.causal.covariates import feature_covariates, near_duplicates
@@ -46,6 +46,7 @@ __all__ = [
     "choose_prompts",
     "disable",
     "editing",
+    "editing_rows",
     "feature_covariates",
     "feature_effects",
     "judge",

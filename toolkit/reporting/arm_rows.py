@@ -10,6 +10,7 @@ import xarray as xr
 
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECKS
 from rlgen_stats.toolkit.reporting.result_lookup import labels_of, number, text
+from rlgen_stats.toolkit.statistics.causal.findings import Check
 
 _KIND_LABELS: Final = {
     "set": "the set",
@@ -143,7 +144,10 @@ def random_band(arms: list[Arm]) -> dict[float, tuple[float, float, float]]:
 
 
 def direction_blocks(data: xr.Dataset | None) -> list[dict[str, Any]]:
-    """Per direction: verdict, checks, arms in reading order, summaries of the random sets, side effects."""
+    """Per direction: verdict, checks, arms in reading order, summaries of the random sets, side effects.
+
+    ``no_op``: whether the passthrough arm changed no completion, so that its effect is zero and not estimated.
+    """
     if data is None:
         return []
     blocks = []
@@ -161,6 +165,7 @@ def direction_blocks(data: xr.Dataset | None) -> list[dict[str, Any]]:
                     if (random := [arm for arm in arms if arm.kind == kind])
                 ],
                 "side_effects": side_effect_rows(data, direction),
+                "no_op": number(data, "criterion_statistic", direction=direction, criterion=Check.PASSTHROUGH) == 0,
             }
         )
     return blocks

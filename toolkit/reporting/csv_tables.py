@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Final
 
@@ -16,8 +17,9 @@ from rlgen_stats.toolkit.reporting.arm_rows import arms_of
 from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.facts import Fact, families
 from rlgen_stats.toolkit.reporting.over_dictionaries import GROUP, pair_rows
+from rlgen_stats.toolkit.reporting.population import CLAIM_POPULATION
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
-from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
+from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 
 TOP_DRIFT: Final = 200
 """Features per model in drift.csv, smallest p first; all of them are in results.zarr/drift."""
@@ -41,10 +43,17 @@ def build_tables(
     claims: tuple[Claim, ...],
     domains: list[DomainAccuracy],
     facts: list[Fact],
+    said_of: Mapping[str, str],
 ) -> dict[str, pd.DataFrame]:
-    """Every table by file name without suffix; analyses that are missing have none."""
+    """Every table by file name without suffix; analyses that are missing have none.
+
+    ``said_of`` are the populations by analysis: a table of their own, and a column of the claims.
+    """
     tables = {
-        "claims": claims_frame(claims),
+        "claims": claims_frame(claims).assign(
+            population=[said_of.get(CLAIM_POPULATION[claim.id], "") for claim in claims]
+        ),
+        "populations": pd.DataFrame(said_of.items(), columns=["analysis", "population"]),
         "domains": pd.DataFrame([asdict(row) for row in domains]),
         "facts": pd.DataFrame([vars(fact) for fact in facts]),
         "families": pd.DataFrame(families(results)),

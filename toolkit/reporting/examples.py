@@ -59,7 +59,7 @@ def pick_examples(folder: StudyFolder, spec: StudySpec, results: Results, data: 
         f"Gained by {rl}": ~right[BASE_RUN].astype(bool) & right[rl].astype(bool),
         f"Forgotten by {sft}": right[BASE_RUN].astype(bool) & ~right[sft].astype(bool),
     }
-    texts = _texts(folder, spec)
+    texts = prompt_texts(folder, spec)
     prompts = data.prompts.set_index("prompt")
     examples = []
     for kind, chosen in changed.items():
@@ -69,14 +69,14 @@ def pick_examples(folder: StudyFolder, spec: StudySpec, results: Results, data: 
             answers = tuple(
                 Answer(
                     run,
-                    _short(table.at[prompt, "text"]),
+                    shortened(table.at[prompt, "text"]),
                     bool(right.at[prompt, run]),
                     str(table.at[prompt, "format_class"]),
                 )
                 for run, table in tables.items()
             )
             text, answer = texts.get(str(prompt), ("", ""))
-            examples.append(Example(kind, str(prompt), str(task), _short(text), answer, answers))
+            examples.append(Example(kind, str(prompt), str(task), shortened(text), answer, answers))
     return examples
 
 
@@ -116,7 +116,7 @@ def _greedy(folder: StudyFolder, model: str) -> pd.DataFrame | None:
     return table[table["sample"] == GREEDY].drop_duplicates("prompt").set_index("prompt")
 
 
-def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
+def prompt_texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
     """``prompt -> (text, answer)``, empty if the prompts cannot be read."""
     try:
         prompts = read_prompts(spec, folder)
@@ -126,6 +126,7 @@ def _texts(folder: StudyFolder, spec: StudySpec) -> dict[str, tuple[str, str]]:
     return {prompt: (plain_text(text), answer) for prompt, text, answer in rows}
 
 
-def _short(text: object) -> str:
+def shortened(text: object, most: int = MAX_CHARACTERS) -> str:
+    """A text of at most ``most`` characters, and a mark where it was cut."""
     text = str(text)
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS].rstrip() + " …"
+    return text if len(text) <= most else text[:most].rstrip() + " …"

@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from rlgen_stats.schemas.errors import StoreError
-from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.schemas.study import GenerationSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.toolkit.reporting.claims.c3_selection import unusable_tasks
@@ -73,19 +73,36 @@ def _has_models(path: Any) -> bool:
         return False
 
 
-def glance(data: StudyData, results: Results, spec: StudySpec) -> list[tuple[str, str]]:
-    """The few facts shown in the header."""
+def glance(data: StudyData, results: Results, spec: StudySpec) -> list[tuple[str, str, str]]:
+    """The few facts shown in the header: name, value, and what the name means."""
     attrs = data.features.attrs if data.features is not None else {}
     prompts = data.prompts
+    mode, readout = (str(attrs.get(name, DASH)) for name in ("text_mode", "readout"))
     return [
-        ("Unit", str(_first_attr(results, "unit") or "prompt")),
-        ("Prompts", DASH if prompts is None else f"{len(prompts):,}"),
-        ("Clusters", DASH if prompts is None else f"{prompts['cluster'].nunique():,}"),
-        ("Runs per arm", ", ".join(f"{n} {arm}" for arm, n in runs_per_arm(spec).items())),
-        ("Text", str(attrs.get("text_mode", DASH))),
-        ("Readout", str(attrs.get("readout", DASH))),
-        ("Level α", f"{spec.statistics.alpha:g}"),
+        ("Prompts", DASH if prompts is None else f"{len(prompts):,}", "of all tasks; every number says how many"),
+        (
+            "Clusters",
+            DASH if prompts is None else f"{prompts['cluster'].nunique():,}",
+            "prompts made from the same item; resampled together",
+        ),
+        ("Unit", str(_first_attr(results, "unit") or "prompt"), "what a test counts as one; never the token"),
+        (
+            "Runs per arm",
+            ", ".join(f"{n} {arm}" for arm, n in runs_per_arm(spec).items()),
+            "trainings of each kind that were compared",
+        ),
+        ("Text", mode, _TEXT_MODES.get(mode, "what the models read").partition(": ")[2].rstrip(".") or "not recorded"),
+        ("Readout", readout, _READOUT_MEANINGS.get(readout, "how one model’s features are computed")),
+        ("Level α", f"{spec.statistics.alpha:g}", "rate of false alarms that tests and intervals allow"),
     ]
+
+
+_READOUT_MEANINGS: Final = {
+    "swap": "one model’s activation is put in every model’s place",
+    "fit": "one linear map for all models, fitted to the joint code",
+    "own": "one model’s activation alone, the others at their mean",
+}
+"""How one model's features are read from the shared dictionary, in a few words."""
 
 
 def _first_attr(results: Results, name: str) -> Any:
@@ -178,8 +195,7 @@ def _measurement_facts(data: StudyData, spec: StudySpec) -> list[Fact]:
                 f"{listed(crosscoder.views)}."
             ),
             "How were completions drawn?": (
-                f"{generation.n_samples} sampled (temperature {generation.temperature:g}) and one greedy per prompt "
-                "and model; the greedy one decides who is right."
+                f"{_drawn(generation)} and one greedy per prompt and model; the greedy one decides who is right."
             ),
         }
         | _sampling(data),
@@ -196,6 +212,15 @@ _SAMPLING_WORDS: Final = {
     "greedy": "greedy ones, for which the first sample stands in",
     "samples": "samples, for which the greedy one stands in",
 }
+
+
+def _drawn(generation: GenerationSpec) -> str:
+    n, temperature = generation.n_samples, f"(temperature {generation.temperature:g})"
+    if n.others == n.final:
+        return f"{n.final} sampled {temperature}"
+    return (
+        f"{n.final} sampled {temperature} of base and each run's last checkpoint, {n.others} of the other checkpoints,"
+    )
 
 
 def _sampling(data: StudyData) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -19,15 +20,19 @@ from rlgen_stats.toolkit.reporting.csv_tables import flat
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.formatting import compact, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, final_models, labels_of, number, text
+from rlgen_stats.toolkit.reporting.trial_rows import part_blocks
+from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of
 
 _T = TypeVar("_T")
 
 _OTHER_MODEL: Final = "activation:"
 """Prefix of the columns with other models' activation at the same token."""
 MAX_TOKENS: Final = 8
-"""Promoted tokens shown per feature and model."""
-MAX_CONTEXTS: Final = 5
-"""Contexts shown per feature and model."""
+"""Promoted and suppressed tokens shown per feature and model."""
+MAX_CONTEXTS: Final = 8
+"""Contexts read per feature, model and kind."""
+_NEAR: Final = 3
+"""Words on either side of the peak that near-identical contexts share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,42 @@ class Context:
     position: int
     elsewhere: dict[str, float]
     """Activation at the same token, by model, where known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedContext:
+    """A context with every model's activation, and the top contexts that are like it."""
+
+    context: Context
+    models: tuple[str, ...]
+    """Models in whose top contexts it is."""
+    n_alike: int
+    """Prompts whose contexts are the same but for numbers and for words that are not near the peak; 1: this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A feature at one checkpoint, against base."""
+
+    model: str
+    effect_sd: float
+    """Mean change over prompts in standard deviations of base."""
+    call: str
+    """DRIFT, NO_DRIFT or UNDETERMINED; empty where it was not tested."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """The feature of another dictionary that a feature was assigned to."""
+
+    dictionary: str
+    feature: int
+    similarity: float
+    """Cosine of the decoders."""
+    correlation: float
+    """Correlation of activations over prompts."""
+    matched: bool
+    """Whether it is more similar than chance allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +103,14 @@ class FeatureCard:
     """Quantiles of a random sample of the tokens on which it fires, by model, strongest first."""
     tokens: dict[str, list[str]]
     """Promoted tokens (largest logits of its decoder direction through the unembedding), by model."""
+    suppressed: dict[str, list[str]] = field(default_factory=dict)
+    """Suppressed tokens (smallest logits), by model."""
+    drift: dict[str, list[Checkpoint]] = field(default_factory=dict)
+    """Change from base along the checkpoints, by run."""
+    matches: list[Match] = field(default_factory=list)
+    """Its counterpart in every other dictionary of the same design."""
+    alone: list[dict[str, Any]] = field(default_factory=list)
+    """What editing it alone does, in each trial of single features; see ``trial_rows.part_blocks``."""
     origin: tuple[str, ...] = ()
     """Model specificity, reappearance with other seeds, what tokens explain, in sentences; empty if not computed."""
     explained: float = math.nan
@@ -75,6 +124,29 @@ class FeatureCard:
     def anchor(self) -> str:
         """Id of its section."""
         return f"feature-{self.feature}"
+
+    @property
+    def side_by_side(self) -> list[SharedContext]:
+        """Top contexts of all models together, strongest first; near-identical ones once."""
+        alike: dict[tuple[str, ...], list[tuple[str, Context]]] = {}
+        for model, contexts in self.contexts.items():
+            for context in contexts:
+                alike.setdefault(near_identical(context), []).append((model, context))
+        shared = [
+            SharedContext(
+                context=max((context for _, context in group), key=lambda context: context.activation),
+                models=tuple(dict.fromkeys(model for model, _ in group)),
+                n_alike=len({context.prompt for _, context in group}),
+            )
+            for group in alike.values()
+        ]
+        return sorted(shared, key=lambda one: -one.context.activation)
+
+
+def near_identical(context: Context) -> tuple[str, ...]:
+    """What contexts share that count as one: the peak and the words beside it, numbers taken as equal."""
+    before, after = context.before.split()[-_NEAR:], context.after.split()[:_NEAR]
+    return tuple(re.sub(r"\d+", "0", word) for word in (*before, context.peak.strip(), *after))
 
 
 def feature_cards(
@@ -101,7 +173,9 @@ def feature_cards(
     if unknown:
         name, last = spec.primary_crosscoder.name, spec.primary_crosscoder.n_features - 1
         raise InputError(f"features of {name!r} run from 0 to {last}, got {unknown[:5]}.")
-    contexts, tokens = _contexts(folder, spec, chosen), _tokens(folder, spec, chosen)
+    contexts = _contexts(folder, spec, chosen)
+    tokens, suppressed = _tokens(folder, spec, chosen, sign=1), _tokens(folder, spec, chosen, sign=-1)
+    drift, matches, alone = _drift(results, spec, chosen), _matches(results, spec, chosen), _alone(results, chosen)
     means = _means(data, spec, chosen)
     tasks = labels_of(selection, "task")
     scores = np.empty((0, len(chosen)))
@@ -116,6 +190,10 @@ def feature_cards(
             contexts=_in_order(contexts.get((feature, "top"), {}), list(means)),
             samples=_in_order(contexts.get((feature, "quantile"), {}), list(means)),
             tokens=_in_order(tokens.get(feature, {}), list(means)),
+            suppressed=_in_order(suppressed.get(feature, {}), list(means)),
+            drift=drift.get(feature, {}),
+            matches=matches.get(feature, []),
+            alone=alone.get(feature, []),
             origin=(*_origin(results, spec.primary_crosscoder.name, feature), *_token_sentences(results, feature)),
             explained=number(results.get("tokens"), "explained", explained_by="both", feature=feature),
             injected=number(results.get("tokens"), "injected", feature=feature),
@@ -217,16 +295,70 @@ def _context(row: dict[str, Any]) -> Context:
     )
 
 
-def _tokens(folder: StudyFolder, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[str]]]:
-    """``feature -> model -> promoted tokens``, strongest first; may be empty."""
+def _tokens(folder: StudyFolder, spec: StudySpec, features: list[int], *, sign: int) -> dict[int, dict[str, list[str]]]:
+    """``feature -> model -> tokens`` that it promotes (1) or suppresses (-1), strongest first; may be empty."""
     if not folder.logits(spec.primary_crosscoder.name).exists() or not features:
         return {}
     table = read_logits(folder, spec.primary_crosscoder.name, features)
-    table = table[(table["sign"] > 0) & (table["rank"] <= MAX_TOKENS)]
+    table = table[(table["sign"] == sign) & (table["rank"] <= MAX_TOKENS)]
     tokens: dict[int, dict[str, list[str]]] = {}
     for row in table.to_dict("records"):
         tokens.setdefault(int(row["feature"]), {}).setdefault(str(row["model"]), []).append(str(row["token"]))
     return tokens
+
+
+def _drift(results: Results, spec: StudySpec, features: list[int]) -> dict[int, dict[str, list[Checkpoint]]]:
+    """``feature -> run -> checkpoints`` of the contrasted runs; empty if drift was not computed."""
+    data = results.get("drift")
+    if data is None:
+        return {}
+    known = [feature for feature in features if feature in data["feature"].values]
+    tables: dict[int, dict[str, list[Checkpoint]]] = {feature: {} for feature in known}
+    for run in spec.contrasted:
+        one = checkpoints_of(data, run.name).sel(feature=known)
+        effects, calls = one["effect_sd"].values, one["call"].values
+        for i, feature in enumerate(known):
+            tables[feature][run.name] = [
+                Checkpoint(model=model, effect_sd=float(effects[m, i]), call=str(calls[m, i]))
+                for m, model in enumerate(labels_of(one, "model"))
+            ]
+    return tables
+
+
+def _matches(results: Results, spec: StudySpec, features: list[int]) -> dict[int, list[Match]]:
+    data, name = results.get("matching"), spec.primary_crosscoder.name
+    if data is None or name not in labels_of(data, "crosscoder"):
+        return {}
+    one = data.sel(crosscoder=name)
+    where = {int(feature): i for i, feature in enumerate(one["feature"].values)}
+    columns = {
+        v: one[v].transpose("replicate", "feature").values for v in ("match", "similarity", "correlation", "matched")
+    }
+    return {
+        feature: [
+            Match(
+                dictionary=replicate,
+                feature=int(columns["match"][r, where[feature]]),
+                similarity=float(columns["similarity"][r, where[feature]]),
+                correlation=float(columns["correlation"][r, where[feature]]),
+                matched=bool(columns["matched"][r, where[feature]]),
+            )
+            for r, replicate in enumerate(labels_of(one, "replicate"))
+        ]
+        for feature in features
+        if feature in where
+    }
+
+
+def _alone(results: Results, features: list[int]) -> dict[int, list[dict[str, Any]]]:
+    """``feature -> rows`` of the trials in which features were edited one by one."""
+    alone: dict[int, list[dict[str, Any]]] = {}
+    for block in part_blocks(results):
+        for row in block["rows"]:
+            if int(row["feature"]) in features:
+                of_trial = {"trial": block["name"], "direction": block["direction"]}
+                alone.setdefault(int(row["feature"]), []).append(of_trial | row)
+    return alone
 
 
 def split_peak(text: str) -> tuple[str, str, str]:

@@ -82,6 +82,12 @@ def count(value: float, noun: str) -> str:
     return f"{shown} {noun}" if shown == "1" else f"{shown} {noun}s"
 
 
+def count_span(counts: Iterable[int]) -> str:
+    """``12``, or ``12 to 15``."""
+    low, high = min(counts := list(counts)), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def listed(items: Iterable[str]) -> str:
     """``a, b and c``."""
     words = list(items)

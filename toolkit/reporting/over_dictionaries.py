@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -32,11 +32,15 @@ _MATCHED: Final = (
 
 def pair_rows(results: Results, spec: StudySpec) -> pd.DataFrame:
     """One row a run and pair of dictionaries; matched features in pairs with the first dictionary only."""
-    data, rows = results.get(GROUP), []
-    if data is None:
-        return pd.DataFrame()
+    data = results.get(GROUP)
+    return pd.DataFrame() if data is None else pairs_of(data, final_models(spec, data))
+
+
+def pairs_of(data: xr.Dataset, models: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of some models, ``run -> model id``."""
+    rows: list[dict[str, Any]] = []
     numbers, replicates = [int(n) for n in data["dictionary"].values], labels_of(data, "replicate")
-    for run, model in final_models(spec, data).items():
+    for run, model in models.items():
         for first, second in itertools.combinations(numbers, 2):
             pair = {"dictionary": first, "other": second, MODEL: model}
             row: dict[str, Any] = {"run": run, **pair}

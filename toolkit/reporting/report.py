@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,9 +15,11 @@ import pandas as pd
 import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, split_model_id
+from rlgen_stats.schemas.errors import RefusedError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.reporting.agreement import disagreements
 from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks
 from rlgen_stats.toolkit.reporting.claims.assess import assess_claims, estimate_text, interval_text
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
@@ -24,16 +29,23 @@ from rlgen_stats.toolkit.reporting.csv_tables import build_tables
 from rlgen_stats.toolkit.reporting.examples import Example, Unread, pick_examples, pick_unread
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
 from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
+from rlgen_stats.toolkit.reporting.feature_table import SELECTED_PAGE, FeatureTable, feature_table
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
-from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
+from rlgen_stats.toolkit.reporting.figures.overview import Step, overview
+from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing, inlined, linked
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, jsonable, nats, p_text, percent, points
-from rlgen_stats.toolkit.reporting.headline import DOMAINS, contrast_note, domain_accuracies, lede
+from rlgen_stats.toolkit.reporting.headline import DOMAINS, answer, chip, domain_accuracies
+from rlgen_stats.toolkit.reporting.other_answers import OtherAnswer, answered_note, asked, other_answers
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
+from rlgen_stats.toolkit.reporting.population import CLAIM_POPULATION, populations
+from rlgen_stats.toolkit.reporting.prompt_pages import PromptCard, prompt_cards
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
-from rlgen_stats.toolkit.statistics.behaviour import DomainAccuracy
 from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
+from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 
+PROMOTED: Final = 4
+"""Promoted tokens in the table of all features."""
 REPORT_SCHEMA: Final = 1
 """Version of report.json."""
 GROUPS: Final = (
@@ -74,12 +86,20 @@ class Report:
     claims: tuple[Claim, ...]
     domains: list[DomainAccuracy]
     facts: list[Fact]
-    glance: list[tuple[str, str]]
+    glance: list[tuple[str, str, str]]
+    overview: tuple[Step, ...]
+    populations: dict[str, str]
     figures: dict[str, Graphic | Missing]
     tables: dict[str, pd.DataFrame]
     features: list[FeatureCard]
+    """Selected features, by rank."""
+    feature_table: FeatureTable
+    other_features: dict[int, FeatureCard]
+    """Features with a section on another page than the selected ones."""
+    prompts: list[PromptCard]
     examples: list[Example]
     unread: list[Unread]
+    others: tuple[OtherAnswer, ...]
     provenance: Provenance
 
     @property
@@ -95,7 +115,14 @@ def load_results(folder: StudyFolder) -> dict[str, xr.Dataset]:
     return tidy({group: open_results(folder.results, group) for group in ordered})
 
 
-def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance, progress: Progress = SILENT) -> Path:
+def write_report(
+    folder: StudyFolder,
+    spec: StudySpec,
+    *,
+    linked: Iterable[tuple[StudyFolder, StudySpec]] = (),
+    provenance: Provenance,
+    progress: Progress = SILENT,
+) -> Path:
     """Write ``report/`` whole: index.html and features.html (self-contained), report.md, report.json, figures, tables.
 
     Parameters
@@ -104,6 +131,8 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
         Study folder; any results group may be missing, and the report says which.
     spec
         Its study.
+    linked
+        Folders of its further layers and contrasts, of which the verdicts are shown, with what each answers.
     provenance
         Origin of the report.
     progress
@@ -118,6 +147,8 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
     ------
     StoreError
         If a results group is corrupt or of a newer version.
+    RefusedError
+        If verdicts, text, figures and tables do not agree (:mod:`rlgen_stats.toolkit.reporting.agreement`).
     OutOfSpaceError
         If the disk is full.
 
@@ -126,7 +157,7 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
     The same results give the same bytes: no dates, no random ids, fixed SVG salts.
     """
     with progress.task("report", total=4, unit="part") as task:
-        report = assemble(folder, spec, provenance)
+        report = assemble(folder, spec, provenance, linked)
         task.advance(2, claims=len(report.claims))
         with replacing(folder.report) as target:
             target.mkdir()
@@ -137,13 +168,24 @@ def write_report(folder: StudyFolder, spec: StudySpec, *, provenance: Provenance
     return folder.report / "index.html"
 
 
-def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Report:
+def assemble(
+    folder: StudyFolder,
+    spec: StudySpec,
+    provenance: Provenance,
+    linked: Iterable[tuple[StudyFolder, StudySpec]] = (),
+) -> Report:
     """Read a study folder and put together everything the report shows."""
     results = load_results(folder)
     data: StudyData = read_study_data(folder, spec)
     claims = assess_claims(results, spec)
     domains = domain_accuracies(results, spec)
     facts = collect_facts(data, results, spec, provenance)
+    said_of = populations(results, spec, data.prompts)
+    steps, figures = overview(results, spec, said_of), draw_figures(results, spec, said_of)
+    _check_agreement(results, claims, domains, figures, steps)
+    table, examples = feature_table(results, spec), pick_examples(folder, spec, results, data)
+    selected = feature_cards(folder, spec, results, data)
+    others = [feature for page, block in table.pages.items() if page != SELECTED_PAGE for feature in block]
     return Report(
         spec=spec,
         results=results,
@@ -151,13 +193,41 @@ def assemble(folder: StudyFolder, spec: StudySpec, provenance: Provenance) -> Re
         domains=domains,
         facts=facts,
         glance=glance(data, results, spec),
-        figures=draw_figures(results, spec),
-        tables=build_tables(results, spec, claims=claims, domains=domains, facts=facts),
-        features=feature_cards(folder, spec, results, data),
-        examples=pick_examples(folder, spec, results, data),
+        overview=steps,
+        populations=said_of,
+        figures=figures,
+        tables=build_tables(results, spec, claims=claims, domains=domains, facts=facts, said_of=said_of),
+        features=selected,
+        feature_table=table,
+        other_features={card.feature: card for card in feature_cards(folder, spec, results, data, others)},
+        prompts=prompt_cards(folder, spec, results, data, [*(one.prompt for one in examples), *_prompts_of(selected)]),
+        examples=examples,
         unread=pick_unread(folder, results, data),
+        others=other_answers(folder, linked),
         provenance=provenance,
     )
+
+
+def _check_agreement(
+    results: Results,
+    claims: tuple[Claim, ...],
+    domains: list[DomainAccuracy],
+    figures: dict[str, Graphic | Missing],
+    steps: tuple[Step, ...],
+) -> None:
+    faults = disagreements(
+        [claim.as_dict() for claim in claims],
+        results,
+        domains=domains,
+        figures=figures,
+        drawn={step.name: step.numbers for step in steps},
+    )
+    if faults:
+        raise RefusedError(
+            f"expected a report whose verdicts, text, figures and tables agree, got {len(faults)} disagreements: "
+            f"{'; '.join(faults)}. No report was written and all results are kept. If they come from another version "
+            "of rlgen-stats, 'rlgen-stats run' computes them again; if not, this is an error of ours: please report it."
+        )
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
@@ -178,9 +248,11 @@ def environment(*, autoescape: bool = True) -> jinja2.Environment:
         "compact": compact,
         "nats": nats,
         "verdict_label": verdict_label,
+        "chip": chip,
         "estimate": estimate_text,
         "claim_interval": interval_text,
         "md": _markdown,
+        "sortable": lambda value: f"{value:.4g}" if math.isfinite(value) else "",
         "words": lambda value: str(value).replace("_", " "),
     }
     templates.globals |= {"interval": interval, "verdict_symbols": VERDICT_SYMBOLS}
@@ -195,15 +267,25 @@ def _markdown(value: object) -> str:
     return str(value).translate(_MARKUP).replace("\n", " ")
 
 
+def _prompts_of(cards: list[FeatureCard]) -> list[str]:
+    """Prompts that contexts of features lead to."""
+    return [shared.context.prompt for card in cards for shared in card.side_by_side]
+
+
 def _write_pages(target: Path, report: Report) -> None:
     html, markdown = environment(), environment(autoescape=False)
     view = page_view(report)
     for name, template, templates in (
         ("index.html", "index.html.j2", html),
-        ("features.html", "features.html.j2", html),
+        ("prompts.html", "prompts.html.j2", html),
         ("report.md", "report.md.j2", markdown),
     ):
         (target / name).write_text(templates.get_template(template).render(view), encoding="utf-8")
+    template, cards = html.get_template("features.html.j2"), {card.feature: card for card in report.features}
+    cards |= report.other_features
+    for page, features in report.feature_table.pages.items():
+        of_page = {"page": page, "cards": [cards[feature] for feature in features]}
+        (target / page).write_text(template.render(view | of_page), encoding="utf-8")
 
 
 def page_view(report: Report) -> dict[str, Any]:
@@ -213,8 +295,16 @@ def page_view(report: Report) -> dict[str, Any]:
         "spec": spec,
         "sft": spec.contrasted[0].name,
         "rl": spec.contrasted[1].name,
-        "lede": lede(report.domains, spec),
-        "contrast_note": contrast_note(spec),
+        "answered_note": answered_note(spec),
+        "asked": asked(spec),
+        "others": report.others,
+        "answer": answer(report.domains, report.claims, results, spec),
+        "overview": [
+            {"step": step, "svg": inlined(step.svg, f"overview-{step.name}") if step.svg else ""}
+            for step in report.overview
+        ],
+        "populations": report.populations,
+        "claim_population": _claim_populations(report),
         "domains": report.domains,
         "shares": completion_rows(results, spec),
         "share_warnings": _share_warnings(results),
@@ -229,7 +319,9 @@ def page_view(report: Report) -> dict[str, Any]:
         "replication": replication_text(spec),
         "over_dictionaries": over_dictionaries(report),
         "figures": {
-            name: {"graphic": g, "svg": g.inline} if isinstance(g, Graphic) else {"missing": g}
+            name: {"graphic": g, "svgs": g.inline(report.feature_table.hrefs)}
+            if isinstance(g, Graphic)
+            else {"missing": g}
             for name, g in report.figures.items()
         },
         "claim_figures": CLAIM_FIGURES,
@@ -245,11 +337,25 @@ def page_view(report: Report) -> dict[str, Any]:
         "trials": trial_rows(results),
         "parts": part_blocks(results),
         "features": report.features,
+        "table": report.feature_table,
+        "hrefs": report.feature_table.hrefs,
+        "runs": [run.name for run in spec.contrasted],
+        "promoted": {
+            card.feature: card.tokens.get(BASE_MODEL, next(iter(card.tokens.values()), []))[:PROMOTED]
+            for card in [*report.features, *report.other_features.values()]
+        },
+        "prompts": report.prompts,
+        "prompt_anchors": {card.prompt: card.anchor for card in report.prompts},
+        "nan": math.nan,
         "examples": report.examples,
         "tables": {name: len(table) for name, table in sorted(report.tables.items())},
         "provenance": report.provenance,
         "details": {claim.id: _flat_details(claim.details) for claim in report.claims},
     }
+
+
+def _claim_populations(report: Report) -> dict[str, str]:
+    return {claim: report.populations.get(name, "") for claim, name in CLAIM_POPULATION.items()}
 
 
 def completion_rows(results: Results, spec: StudySpec) -> list[dict[str, Any]]:
@@ -316,7 +422,8 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "report_schema": REPORT_SCHEMA,
         "study": report.spec.name,
-        "contrast": contrast_note(report.spec),
+        "answered": answered_note(report.spec),
+        "others": [other.as_dict() for other in report.others],
         "provenance": {
             "study_id": report.provenance.study_id,
             "spec_hash": report.provenance.spec_hash,
@@ -327,7 +434,12 @@ def as_json(report: Report) -> dict[str, Any]:
             "tasks": _records(report.tables, "behaviour"),
             "warnings": _share_warnings(report.results),
         },
-        "claims": [claim.as_dict() for claim in report.claims],
+        "answer": answer(report.domains, report.claims, report.results, report.spec),
+        "overview": [
+            {"step": step.question, "answer": step.answer, "population": step.population} for step in report.overview
+        ],
+        "populations": report.populations,
+        "claims": [claim.as_dict() | {"population": _claim_populations(report)[claim.id]} for claim in report.claims],
         "facts": [asdict(fact) for fact in report.facts],
         "replication": replication_text(report.spec),
         "over_dictionaries": over_dictionaries(report),
@@ -351,7 +463,12 @@ def as_json(report: Report) -> dict[str, Any]:
             for card in report.features
         ],
         "figures": {
-            name: {"title": g.title, "alt": g.alt, "file": f"figures/{name}.svg"}
+            name: {
+                "title": g.title,
+                "alt": g.alt,
+                "population": g.population,
+                "files": [f"figures/{file}" for file in g.files],
+            }
             if isinstance(g, Graphic)
             else {"title": g.title, "missing": g.reason}
             for name, g in report.figures.items()
@@ -360,13 +477,29 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""Beginnings of a cell that spreadsheets may read as a formula."""
+
+
 def _write_data(target: Path, report: Report) -> None:
     content = json.dumps(jsonable(as_json(report)), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False)
     (target / "report.json").write_text(content + "\n", encoding="utf-8")
     (target / "figures").mkdir()
-    for name, graphic in report.figures.items():
+    for graphic in report.figures.values():
         if isinstance(graphic, Graphic):
-            (target / "figures" / f"{name}.svg").write_text(graphic.svg, encoding="utf-8")
+            for file, panel in graphic.files.items():
+                svg = linked(panel.svg, report.feature_table.hrefs, prefix="../")
+                (target / "figures" / file).write_text(svg, encoding="utf-8")
     (target / "tables").mkdir()
     for name, table in report.tables.items():
-        table.to_csv(target / "tables" / f"{name}.csv", index=False, lineterminator="\n")
+        without_formulas(table).to_csv(target / "tables" / f"{name}.csv", index=False, lineterminator="\n")
+
+
+def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts no spreadsheet runs: one that begins like a formula gets an apostrophe before it."""
+
+    def safe(cell: Any) -> Any:
+        runs = isinstance(cell, str) and cell.startswith(_FORMULA) and not re.fullmatch(r"[+-][\d.,]*%?", cell)
+        return f"'{cell}" if runs else cell
+
+    return table.map(safe)

@@ -1,33 +1,48 @@
-"""What is computed from stored activations: labelled statistics over numpy kernels."""
+"""What is computed from stored activations: labelled statistics over numpy kernels.
 
-from rlgen_stats.toolkit.statistics.behaviour import behaviour
-from rlgen_stats.toolkit.statistics.comparison import compare_outcomes
-from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
-from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
-from rlgen_stats.toolkit.statistics.drift.mean_shift import mean_shift
-from rlgen_stats.toolkit.statistics.drift.representation import representation_drift
-from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
-from rlgen_stats.toolkit.statistics.planning.power import (
-    Design,
-    detectable_effect,
-    power_at,
-    required_prompts,
-    required_runs,
-    run_power,
-)
-from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
-from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
-from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
-from rlgen_stats.toolkit.statistics.selection.select_features import select_features
-from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
-from rlgen_stats.toolkit.statistics.selection.separation import model_separation
-from rlgen_stats.toolkit.statistics.selection.token_detectors import token_detectors
-from rlgen_stats.toolkit.statistics.specificity.arm_contrast import attribution_contrast
-from rlgen_stats.toolkit.statistics.specificity.decoder_norms import attribution, attribution_table, decoder_clusters
-from rlgen_stats.toolkit.statistics.specificity.latent_scaling import classify_features, latent_scaling, scaling_table
-from rlgen_stats.toolkit.statistics.specificity.matching import match_features, reappearance, subspace_overlap
-from rlgen_stats.toolkit.statistics.timing.set_stability import set_stability
-from rlgen_stats.toolkit.statistics.timing.stabilization import stabilization_test
+A name is imported when it is first asked for: a kernel needs numpy and scipy alone, and so takes no longer to import.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from rlgen_stats.toolkit.statistics.comparison import compare_outcomes
+    from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
+    from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
+    from rlgen_stats.toolkit.statistics.drift.mean_shift import mean_shift
+    from rlgen_stats.toolkit.statistics.drift.representation import representation_drift
+    from rlgen_stats.toolkit.statistics.planning.planted_truth import Simulation
+    from rlgen_stats.toolkit.statistics.planning.power import (
+        Design,
+        detectable_effect,
+        power_at,
+        required_prompts,
+        required_runs,
+        run_power,
+    )
+    from rlgen_stats.toolkit.statistics.planning.simulate import simulate_features, write_simulation
+    from rlgen_stats.toolkit.statistics.selection.options import SelectionRule, SelectionTests, StabilityOptions
+    from rlgen_stats.toolkit.statistics.selection.probe import correctness_probe
+    from rlgen_stats.toolkit.statistics.selection.select_features import select_features
+    from rlgen_stats.toolkit.statistics.selection.selected_effects import selected_effects
+    from rlgen_stats.toolkit.statistics.selection.separation import model_separation
+    from rlgen_stats.toolkit.statistics.selection.token_detectors import token_detectors
+    from rlgen_stats.toolkit.statistics.specificity.arm_contrast import attribution_contrast
+    from rlgen_stats.toolkit.statistics.specificity.decoder_norms import (
+        attribution,
+        attribution_table,
+        decoder_clusters,
+    )
+    from rlgen_stats.toolkit.statistics.specificity.latent_scaling import (
+        classify_features,
+        latent_scaling,
+        scaling_table,
+    )
+    from rlgen_stats.toolkit.statistics.specificity.matching import match_features, reappearance, subspace_overlap
+    from rlgen_stats.toolkit.statistics.task_accuracy import behaviour
+    from rlgen_stats.toolkit.statistics.timing.set_stability import set_stability
+    from rlgen_stats.toolkit.statistics.timing.stabilization import stabilization_test
 
 __all__ = [
     "Design",
@@ -66,3 +81,40 @@ __all__ = [
     "token_detectors",
     "write_simulation",
 ]
+_NAMES_OF: Final = {
+    "comparison": ("compare_outcomes",),
+    "core.correction": ("adjust_pvalues",),
+    "drift.feature_drift": ("drift_test",),
+    "drift.mean_shift": ("mean_shift",),
+    "drift.representation": ("representation_drift",),
+    "planning.planted_truth": ("Simulation",),
+    "planning.power": ("Design", "detectable_effect", "power_at", "required_prompts", "required_runs", "run_power"),
+    "planning.simulate": ("simulate_features", "write_simulation"),
+    "selection.options": ("SelectionRule", "SelectionTests", "StabilityOptions"),
+    "selection.probe": ("correctness_probe",),
+    "selection.select_features": ("select_features",),
+    "selection.selected_effects": ("selected_effects",),
+    "selection.separation": ("model_separation",),
+    "selection.token_detectors": ("token_detectors",),
+    "specificity.arm_contrast": ("attribution_contrast",),
+    "specificity.decoder_norms": ("attribution", "attribution_table", "decoder_clusters"),
+    "specificity.latent_scaling": ("classify_features", "latent_scaling", "scaling_table"),
+    "specificity.matching": ("match_features", "reappearance", "subspace_overlap"),
+    "task_accuracy": ("behaviour",),
+    "timing.set_stability": ("set_stability",),
+    "timing.stabilization": ("stabilization_test",),
+}
+_MODULE_OF: Final = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker would take every name for a known one
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from rlgen_stats.schemas.dims import GREEDY, MODEL, PROMPT, SAMPLE, TASK
+from rlgen_stats.schemas.dims import GREEDY, MODEL, NOT_SAMPLED, PROMPT, SAMPLE, TASK
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 
 TRUNCATED_WARNING: Final = 0.05
@@ -24,6 +24,8 @@ EXCERPT: Final = 120
 
 def completion_shares(outcomes: xr.Dataset, rows: Mapping[str, IntArray] | None = None) -> xr.Dataset:
     """Shares of sampled completions that ended by themselves, and of those in which an answer can be read.
+
+    Of models without samples it is the greedy completion that counts.
 
     Parameters
     ----------
@@ -43,7 +45,11 @@ def completion_shares(outcomes: xr.Dataset, rows: Mapping[str, IntArray] | None 
     shares = {}
     for name in ("terminated", "answered"):
         if name in outcomes:
-            of_prompt = np.asarray(outcomes[name].mean(SAMPLE).transpose(MODEL, PROMPT).values, dtype=np.float64)
+            sampled = outcomes["completion_tokens"] != NOT_SAMPLED
+            share = outcomes[name].astype(float).where(sampled).mean(SAMPLE)
+            greedy = outcomes.get(f"greedy_{name}")
+            share = share if greedy is None else share.where(sampled.any(SAMPLE), greedy)
+            of_prompt = np.asarray(share.transpose(MODEL, PROMPT).values, dtype=np.float64)
             columns = [
                 of_prompt[:, index].mean(axis=1) if len(index) else of_prompt[:, :0].sum(axis=1) * np.nan
                 for index in rows.values()
@@ -100,7 +106,9 @@ def too_often_unread(shares: xr.Dataset) -> dict[str, list[str]]:
 
 
 def unread_examples(completions: pd.DataFrame, prompts: Sequence[str]) -> list[tuple[str, str]]:
-    """The first few sampled completions of some prompts in which no answer can be read: prompt, and the text's end.
+    """The first few completions of some prompts in which no answer can be read: prompt, and the text's end.
+
+    Sampled ones, where the model has any.
 
     Parameters
     ----------
@@ -109,8 +117,9 @@ def unread_examples(completions: pd.DataFrame, prompts: Sequence[str]) -> list[t
     prompts
         Ids of a task's prompts.
     """
-    unread = completions[(completions[SAMPLE] != GREEDY) & ~completions["answered"] & completions[PROMPT].isin(prompts)]
-    rows = unread.head(N_EXAMPLES)
+    sampled = completions[SAMPLE] != GREEDY
+    rows = completions[sampled] if sampled.any() else completions
+    rows = rows[~rows["answered"] & rows[PROMPT].isin(prompts)].head(N_EXAMPLES)
     return [
         (prompt, " ".join(text.split())[-EXCERPT:]) for prompt, text in zip(rows[PROMPT], rows["text"], strict=True)
     ]

@@ -4,7 +4,7 @@ Importing this needs no torch; the stages that do are named in :mod:`rlgen_stats
 when run.
 """
 
-from rlgen_stats.toolkit.study.contrasts import further_contrasts, open_for_run
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.run import run_study
 from rlgen_stats.toolkit.study.spec_file import parse_spec, read_spec, write_spec
 from rlgen_stats.toolkit.study.stage_graph import STAGES, StageStatus, Study
@@ -13,7 +13,6 @@ __all__ = [
     "STAGES",
     "StageStatus",
     "Study",
-    "further_contrasts",
     "open_for_run",
     "parse_spec",
     "read_spec",

@@ -96,6 +96,8 @@ def _place(source: str, benchmark: Benchmark, *, alone: bool) -> str:
     """Where a task is in a folder of several; the source itself if it is the only task and has no such entry."""
     named = [Path(source) / f"{benchmark.name}{suffix}" for suffix in ("", *SUFFIXES)]
     inside = [path for path in named if path.exists()]
+    if not alone and not Path(source).is_dir():
+        raise InputError(f"no folder at {Path(source).absolute()}; correct the path of --from.")
     if not inside and not alone:
         raise InputError(
             f"{source} has no file or folder {benchmark.name!r}; several tasks are read from a folder with one each: "

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pandas as pd
+from transformers.utils import is_flash_attn_2_available
 
 from rlgen_stats.schemas.dims import BASE_RUN, TASK
 from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
+from rlgen_stats.stores.folder import linked_folders
 from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
-from rlgen_stats.toolkit.extraction.checkpoints import check_weights
+from rlgen_stats.toolkit.extraction.checkpoints import check_weights, resolve_device
 from rlgen_stats.toolkit.extraction.grading import check_answers, check_letters, graders_of
-from rlgen_stats.toolkit.extraction.imported import check_stand_ins, read_import
+from rlgen_stats.toolkit.extraction.imported import check_origins, read_import
 from rlgen_stats.toolkit.extraction.model_shape import (
     ModelShape,
     check_context,
@@ -32,8 +34,8 @@ from rlgen_stats.toolkit.extraction.model_shape import (
 from rlgen_stats.toolkit.extraction.rendering import RenderedExample, check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.study.contrasts import open_for_run
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.spec_checks import stage_problems
 from rlgen_stats.toolkit.study.spec_file import parse_spec, read_mapping, spec_problems
 from rlgen_stats.toolkit.study.spec_shorthands import fill_in, shorthands
@@ -133,6 +135,7 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES, progress:
     spec, folder = parse_spec(raw).answering(1), StudyFolder(file.parent)
     for message in stage_problems(spec, stages):
         problems.add("study.yaml", message)
+    _check_machine(spec, problems)
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
     here = _reachable(spec, folder, problems)
@@ -155,6 +158,18 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES, progress:
         width=None if shape is None else shape.width,
         **found,
     )
+
+
+def _check_machine(spec: StudySpec, problems: _Problems) -> None:
+    """Name what models need of this machine and it has not."""
+    with problems.collecting("device"):
+        resolve_device(spec.device)
+    if spec.models.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        problems.add(
+            "models.attn_implementation",
+            "flash_attention_2 needs a CUDA device and the package flash-attn, and one is missing here; install it, or "
+            "name another such as sdpa.",
+        )
 
 
 def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> None:
@@ -250,7 +265,7 @@ def _check_models(
         if config not in configs:
             configs[config] = None
             with problems.collecting(ref.model):
-                configs[config] = read_shape(ref, spec.extraction.layer)
+                configs[config] = read_shape(ref, spec.extraction.layers or (spec.extraction.layer,))
         found = configs[config]
         if found is not None:
             widths.setdefault(ref.run, found.width)
@@ -297,12 +312,13 @@ def _check_texts(
     """One prompt a task, and the tokens of all prompts where most; imports that are not the study's are named."""
     if prompts is None:
         return (), None
-    imported = {}
-    for model, file in imported_models(folder).items():
-        with problems.collecting(str(file)):
-            imported[model] = read_import(file, prompts, spec.generation.n_samples)
+    imported, files = {}, imported_models(folder)
+    for ref in refs:
+        if ref.model in files:
+            with problems.collecting(str(files[ref.model])):
+                imported[ref.model] = read_import(files[ref.model], prompts, ref.n_samples)
     with problems.collecting("import-outcomes"):
-        check_stand_ins([ref.model for ref in refs], imported)
+        check_origins([ref.model for ref in refs], {model: one.origin for model, one in imported.items()})
     examples: tuple[RenderedExample, ...] = ()
     n_tokens = None
     if refs and refs[0].run == BASE_RUN:
@@ -330,10 +346,15 @@ def _costs(
     untrained = {
         run.name: run.n_checkpoints for run in spec.runs if run.method != "checkpoints" and run.name not in trained
     }
-    models = [ref.model for ref in refs]
-    models += [f"{run} checkpoint {n}" for run, count in untrained.items() for n in range(1, count + 1)]
+    models = {ref.model: 1 + ref.n_samples for ref in refs}
+    for run, count in untrained.items():
+        models |= {f"{run} checkpoint {n}": 1 + spec.generation.n_samples.others for n in range(1, count)}
+        models[f"{run} checkpoint {count}"] = 1 + spec.generation.n_samples.final
     study = open_for_run(folder.root, exact=False, progress=progress) if folder.stages.exists() else None
-    pending = {stage.name: stage for stage in STAGES if study is None or study.state(stage.name) != "done"}
+    answers = () if study is None else (study, *study.linked)
+    pending = {
+        stage.name: stage for stage in STAGES if not answers or any(one.state(stage.name) != "done" for one in answers)
+    }
     sampled = set(imported_models(folder))
     if study is not None and study.record("outcomes").get("key") == study.key("outcomes"):
         sampled |= set(committed_models(folder.outcomes))
@@ -363,7 +384,9 @@ def _costs(
 
 
 def _written(root: Path, name: str) -> int:
-    """Bytes of a store that are on disk, those of all dictionaries together."""
+    """Bytes of a store that are on disk, those of all layers, contrasts and dictionaries together."""
     stem, dot, suffix = name.partition(".")
-    found = [root / name, *(root.glob(f"{stem}.*{dot}{suffix}") if dot else ())]
+    folders = (root, *linked_folders(root))
+    found = [path for one in folders for path in (one / name, *(one.glob(f"{stem}.*{dot}{suffix}") if dot else ()))]
+    found = [path for path in found if not path.is_symlink()]
     return sum(file.stat().st_size for path in found for file in path.rglob("*") if file.is_file())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from rlgen_stats.schemas.dims import GREEDY, TASK
+from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
 from rlgen_stats.toolkit.trial.arms import choose_prompts
@@ -30,8 +30,8 @@ _FURTHER_ARMS = 6
 class Sizes:
     """Counts that a study's costs follow from."""
 
-    models: Sequence[str]
-    """All models, also those imported."""
+    models: Mapping[str, int]
+    """All models, also those imported -> completions of a prompt, the greedy one included."""
     to_sample: Sequence[str]
     """Those that the outcomes stage will sample."""
     trials_left: bool = True
@@ -88,13 +88,14 @@ def estimate(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes) -> Costs:
     and figures take no space worth counting.
     """
     limits = token_limits(spec, prompts)
-    n_drawn = spec.generation.n_samples - GREEDY
+    n_drawn = sum(sizes.models[model] for model in sizes.to_sample)
     generated = sum(limit > 0 for limit in limits)
     trial_limits = token_limits(spec, choose_prompts(prompts, spec))
-    n_trial = _arms(spec) * len(spec.primary_crosscoder.names) * spec.intervention.n_samples
+    trials = {(layer, pair and pair[1]) for layer, pair in spec.answers}  # contrasts with one second run share a trial
+    n_trial = len(trials) * _arms(spec) * len(spec.primary_crosscoder.names) * spec.intervention.n_samples
     return Costs(
-        completions=len(sizes.to_sample) * n_drawn * generated,
-        tokens=len(sizes.to_sample) * n_drawn * sum(limits),
+        completions=n_drawn * generated,
+        tokens=n_drawn * sum(limits),
         trial_completions=sizes.trials_left * n_trial * sum(limit > 0 for limit in trial_limits),
         trial_tokens=sizes.trials_left * n_trial * sum(trial_limits),
         stores=_stores(spec, prompts, sizes, sum(limits), n_trial * sum(trial_limits)),
@@ -109,10 +110,11 @@ def _arms(spec: StudySpec) -> int:
 
 
 def _stores(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes, n_tokens: int, n_trial_tokens: int) -> dict[str, int]:
-    n_models, n_prompts = len(sizes.models), len(prompts)
-    primary, n_drawn = spec.primary_crosscoder, spec.generation.n_samples - GREEDY
+    n_models, n_prompts, n_layers = len(sizes.models), len(prompts), len(spec.extraction.layers) or 1
+    primary, n_drawn = spec.primary_crosscoder, sum(sizes.models.values())
     # texts: what base and each contrasted run's last checkpoint wrote; base reads them twice
     texts = (1 + len(spec.all_contrasted)) * (sizes.prompt_tokens + n_tokens)
+    per_token = (n_models + 1) * sizes.width * _ITEM_BYTES[spec.extraction.dtype] + _LABEL_BYTES
     weights = sum(
         len(one.names) * 2 * len(one.views) * sizes.width * one.n_features * 4
         for one in spec.crosscoders
@@ -122,12 +124,12 @@ def _stores(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes, n_tokens: int,
     trained = sum(run.n_checkpoints for run in spec.runs if run.method != "checkpoints")
     stores = {
         "models": trained * sizes.checkpoint_bytes,
-        "completions": n_models * n_drawn * n_tokens * _TOKEN_BYTES,
-        "outcomes.zarr": n_models * n_drawn * n_prompts * 32,
-        "activations.zarr": texts * ((n_models + 1) * sizes.width * _ITEM_BYTES[spec.extraction.dtype] + _LABEL_BYTES),
-        "crosscoder": 3 * weights,  # and the optimiser's state while it trains
-        "features.zarr": len(primary.names) * n_models * n_prompts * primary.n_features * per_feature,
-        "results.zarr": len(primary.names) * n_models * primary.n_features * _RESULTS * 8,
+        "completions": n_drawn * n_tokens * _TOKEN_BYTES,
+        "outcomes.zarr": n_drawn * n_prompts * 32,
+        "activations.zarr": n_layers * texts * per_token,
+        "crosscoder": n_layers * 3 * weights,  # and the optimiser's state while it trains
+        "features.zarr": n_layers * len(primary.names) * n_models * n_prompts * primary.n_features * per_feature,
+        "results.zarr": n_layers * len(primary.names) * n_models * primary.n_features * _RESULTS * 8,
         "intervention": n_trial_tokens * _TOKEN_BYTES,
     }
     return {name: size for name, size in stores.items() if size}

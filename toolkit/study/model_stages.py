@@ -12,7 +12,15 @@ from rlgen_stats.schemas.dims import ARM, CLUSTER, FEATURE, MODEL, RUN, of_dicti
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import RunSpec
-from rlgen_stats.stores import open_activations, open_by_dictionary, read_json, write_json, write_results
+from rlgen_stats.stores import (
+    StudyFolder,
+    open_activations,
+    open_by_dictionary,
+    open_results,
+    read_json,
+    write_json,
+    write_results,
+)
 from rlgen_stats.stores.crosscoder_weights import weights_hash
 from rlgen_stats.toolkit.crosscoder import (
     encode_features,
@@ -24,7 +32,13 @@ from rlgen_stats.toolkit.crosscoder import (
     write_contexts,
     write_logits,
 )
-from rlgen_stats.toolkit.extraction import extract_activations, measure_movement, sample_outcomes, usable_tokens
+from rlgen_stats.toolkit.extraction import (
+    LayerStore,
+    extract_activations,
+    measure_movement,
+    sample_outcomes,
+    usable_tokens,
+)
 from rlgen_stats.toolkit.intervention import verify_in_dictionaries
 from rlgen_stats.toolkit.posttrain import train_run
 from rlgen_stats.toolkit.progress import Progress
@@ -75,9 +89,13 @@ def outcomes(study: Study, key: str, progress: Progress) -> Facts:
 
 
 def extract(study: Study, key: str, progress: Progress) -> Facts:
-    """Store residual activations of the same texts in every model."""
+    """Store residual activations of the same texts in every model, at all layers that are still to be read."""
     provenance = study.provenance("extract", key)
-    extract_activations(study.spec, study.folder, provenance=provenance, progress=progress)
+    beside = [
+        LayerStore(one.spec.extraction.layer, one.folder.activations, one.provenance("extract", one.key("extract")))
+        for one in study.beside
+    ]
+    extract_activations(study.spec, study.folder, provenance=provenance, beside=beside, progress=progress)
     return {}
 
 
@@ -125,7 +143,7 @@ def encode(study: Study, key: str, progress: Progress) -> Facts:
 def movement(study: Study, key: str, progress: Progress) -> Facts:
     """Measure how far each model moved from base: weights, next-token distribution, activations."""
     spec, folder = study.spec, study.folder
-    weights = measure_movement(spec, folder, progress=progress)
+    weights = _movement_of_study(study, progress)
     activations = open_activations(folder.activations)
     arms = {run.name: run.arm for run in spec.runs}
     activations = activations.assign_coords(
@@ -143,6 +161,14 @@ def movement(study: Study, key: str, progress: Progress) -> Facts:
     dataset = weights.merge(shift, compat="override", join="exact", combine_attrs="drop_conflicts")
     write_results(folder.results, "movement", dataset, provenance=study.provenance("movement", key))
     return {}
+
+
+def _movement_of_study(study: Study, progress: Progress) -> xr.Dataset:
+    """What is the same at every layer; at further ones, as the study's own stage measured it before."""
+    if study.folder.study is None:
+        return measure_movement(study.spec, study.folder, progress=progress)
+    measured = open_results(StudyFolder(study.folder.study).results, "movement")
+    return measured[["weight_distance", "kl_from_base"]].load().drop_attrs(deep=False)
 
 
 def intervene(study: Study, key: str, progress: Progress) -> Facts:

@@ -18,22 +18,23 @@ from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.owners import owner
 from rlgen_stats.stores.prompts import TEXT, load_prompts
-from rlgen_stats.stores.study_models import ModelRef, find_model
+from rlgen_stats.stores.study_models import ModelRef, find_model, imported_models, list_models
 from rlgen_stats.stores.tables import rewrite_models
-from rlgen_stats.toolkit.exchange.sampled_files import Sampled, SampledFiles, read_sampled
+from rlgen_stats.toolkit.exchange.sampled_files import TABLE, Sampled, SampledFiles, read_sampled
 from rlgen_stats.toolkit.extraction.activations import contrasted_models
 from rlgen_stats.toolkit.extraction.import_checks import as_completion, check_settings, complete_set, match_prompts
 from rlgen_stats.toolkit.extraction.imported import (
     HERE,
     Origin,
     StandIn,
+    check_origins,
     prompts_hash,
     read_origin,
     with_origin,
     write_import,
 )
 from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader
-from rlgen_stats.toolkit.study.contrasts import open_for_run
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 
 STAGE: Final = "outcomes"
@@ -53,6 +54,8 @@ class ImportedOutcomes:
     """Completions that the model did not end."""
     changed: bool
     """False where the same was imported before."""
+    missing: tuple[str, ...]
+    """Models that are to be imported too, since one engine samples all models of a study."""
 
 
 def import_outcomes(
@@ -86,7 +89,7 @@ def import_outcomes(
     declared
         temperature, top_p and max_new_tokens that the files do not record.
     engine
-        What sampled them, where the files do not say.
+        What sampled them, where the files do not say; ``here``: this toolkit.
     replace
         Asked with one sentence where the study has completions of this model already; False keeps them.
 
@@ -94,7 +97,8 @@ def import_outcomes(
     ------
     InputError
         If a file cannot be used; if prompts are missing, extra or have another text; if samples are missing; if the
-        tokens are another tokenizer's; if the settings are not the study's; or if completions are there and kept.
+        tokens are another tokenizer's; if the settings are not the study's; if it is not known what sampled them, or
+        models imported before are of another engine; or if completions are there and kept.
     ModelError
         If the study has no such model, or its tokenizer cannot be read.
 
@@ -104,13 +108,17 @@ def import_outcomes(
     """
     study = open_for_run(path)
     if study.folder.study is not None:
-        raise InputError(f"{path} is one contrast of the study in {study.folder.study}; import into that.")
+        raise InputError(f"{path} is part of the study in {study.folder.study}; import into that.")
     with exclusive(study.folder.stages / "run"):
         ref = find_model(model, study.spec, study.folder)
         given = read_sampled([Path(file) for file in files], greedy=[Path(file) for file in greedy], metrics=metrics)
         if grade_here:
             given = given.without_verdicts()
         origin, found = _checked(study, ref, given, stand_in, declared or {}, engine, [*files, *greedy])
+        models = [one.model for one in list_models(study.spec, study.folder)]
+        others = {model: at for model, at in imported_models(study.folder).items() if model in models}
+        origins = {model: read_origin(at) for model, at in others.items()} | {ref.model: origin}
+        check_origins(list(origins), origins)
         file = study.folder.imported / f"{ref.model}.parquet"
         changed = not file.exists() or read_origin(file) != origin
         if changed:
@@ -125,9 +133,10 @@ def import_outcomes(
         file=str(file),
         origin=origin,
         n_prompts=len({prompt for prompt, _ in found}),
-        n_samples=study.spec.generation.n_samples,
+        n_samples=ref.n_samples,
         n_truncated=truncated,
         changed=changed,
+        missing=() if origin.engine == HERE else tuple(model for model in models if model not in origins),
     )
 
 
@@ -147,14 +156,19 @@ def _checked(
     tasks = dict(zip(prompts[PROMPT], prompts[TASK], strict=True))
     limits = {prompt: spec.max_new_tokens_of(task) for prompt, task in tasks.items()}
     matched = match_prompts(given.completions, prompts, _readings(reader, prompts))
-    chosen = complete_set(given.completions, matched, prompts, n_samples=spec.generation.n_samples, stand_in=stand_in)
+    chosen = complete_set(given.completions, matched, prompts, n_samples=ref.n_samples, stand_in=stand_in)
     settings = check_settings(chosen, declared, spec.generation, limits)
     _check_content(spec, folder, ref.model, given, chosen, tasks)
     engine = engine or given.engine
+    if engine == TABLE:
+        raise InputError(
+            "the files do not say what sampled them; expected one engine for all models of a study: name it with "
+            f"--engine, e.g. vllm, or {HERE} for completions of this toolkit."
+        )
     found = {}
     for key, one in chosen.items():
         asked: dict[str, Any] = {"limit": limits[key[0]], "stop": spec.task(tasks[key[0]]).stop}
-        found[key] = as_completion(one, tokenizer, prompt=key[0], engine=engine, **asked), one.correct
+        found[key] = as_completion(one, tokenizer, prompt=key[0], engine=given.engine, **asked), one.correct
     origin = Origin(
         engine=engine,
         graded_by=given.graded_by or HERE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pkgutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +15,11 @@ from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_folde
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.owners import models_in, of_other_dictionaries, owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.study.contrasts import further_contrasts, link_shared, open_for_run
+from rlgen_stats.toolkit.study.linked_studies import link_shared, open_for_run, owners
 from rlgen_stats.toolkit.study.spec_checks import check_stages
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
 from rlgen_stats.toolkit.trial.plan import check_size
+from rlgen_stats.toolkit.workers import tasks_on
 
 COSTLY: Final = 600.0
 """Seconds a stage took above which its results are not deleted without a question."""
@@ -31,6 +33,7 @@ def run_study(
     stages: Sequence[str] | None = None,
     force: Sequence[str] = (),
     replace: Callable[[str], bool] = lambda costs: False,
+    workers: Any = None,
     progress: Progress = SILENT,
 ) -> Study:
     """Bring stages of a study up to date, with everything they need.
@@ -48,6 +51,9 @@ def run_study(
     replace
         Asked with one sentence, before anything runs, where a change of the study or a forced stage makes results stale
         that took more than ``COSTLY`` seconds and would be deleted; False keeps them and ends the run.
+    workers
+        A ``distributed.Client`` on whose workers models run; None: in this process. Which stages those are is in
+        docs/models.md.
     progress
         Receiver of progress.
 
@@ -68,21 +74,29 @@ def run_study(
     --------
     >>> run_study("runs/demo", stages=["drift"])  # doctest: +SKIP
     """
-    study = open_for_run(path, progress=progress)
+    # workers run in other folders
+    study = open_for_run(path if workers is None else Path(path).resolve(), progress=progress)
     if study.folder.study is not None:
-        raise InputError(f"{path} is one contrast of the study in {study.folder.study}; run that.")
+        raise InputError(f"{path} is part of the study in {study.folder.study}; run that.")
+    if workers is not None and study.spec.device.startswith("cuda:"):
+        raise InputError(
+            f"'device' is {study.spec.device!r}, one device of one machine, but every worker has one of its own; use "
+            "'auto' or 'cuda'."
+        )
+    studies = [study, *study.linked]
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
     study.force({stage_named(name).name for name in force} & {stage.name for stage in plan})
     check_stages(study.spec, plan)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _check_parallel(study, plan)
+        to_train = _check_parallel(studies, plan)
         if int(os.environ.get("RANK", "0")) > 0:  # the first process keeps the records
-            pkgutil.resolve_name(stage_named(PARALLEL_STAGE).function)(study, study.key(PARALLEL_STAGE), SILENT)
+            for one in to_train:
+                pkgutil.resolve_name(stage_named(PARALLEL_STAGE).function)(one, one.key(PARALLEL_STAGE), SILENT)
             return study
     study.folder.stages.mkdir(parents=True, exist_ok=True)
     for stage in plan:
         study.key(stage.name)  # hashes the files the stage reads: one that is missing is named before anything runs
-    costs = [cost for one in (study, *further_contrasts(study)) for cost in _costs(one, plan)]
+    costs = [cost for one in studies for cost in _costs(one, plan)]
     changed = f"{'; '.join(costs)} would be deleted and made anew, because the study has changed or a stage was forced"
     if costs and not replace(changed):
         raise InputError(
@@ -91,14 +105,16 @@ def run_study(
         )
     if any(stage.name == "intervene" and study.state(stage.name) != "done" for stage in plan):
         check_size(study.spec, study.folder)
-    with exclusive(study.folder.stages / "run"), explain_full_disk(study.folder.root):
+    locked = exclusive(study.folder.stages / "run")  # by this process, for its workers too
+    with locked, explain_full_disk(study.folder.root), tasks_on(workers, study.folder.spec):
         study.write_times_forced()
-        _run_plan(study, plan, progress)
-        done = [study]
-        for further in further_contrasts(study):
-            own = link_shared(further, done)
-            _run_plan(further, [stage for stage in plan if stage.name in own], progress)
-            done.append(further)
+        _run_plan(study, plan, progress, later=study.linked)
+        for number, one in enumerate(study.linked, start=1):
+            own = link_shared(one, studies[:number])
+            _run_plan(one, [stage for stage in plan if stage.name in own], progress, later=studies[number + 1 :])
+        study.forget_keys()  # its report shows the verdicts of the linked ones
+        shown = [stage for stage in plan if stage.name == "report" and study.state("report") != "done"]
+        _run_plan(study, shown, progress)
     return study
 
 
@@ -106,7 +122,7 @@ def _costs(study: Study, plan: Sequence[Stage]) -> list[str]:
     """What a run would delete that took long to make: of another key, finished or not, and not forced."""
     costs = []
     for stage in plan:
-        record = study.record(stage.name)
+        record = {} if study.file(stage.name).is_symlink() else study.record(stage.name)
         seconds = float(record.get("seconds") or 0)
         changed = record.get("key") != study.key(stage.name) and stage.name not in study.forced
         if changed and seconds > COSTLY:
@@ -120,31 +136,51 @@ def _spoken(seconds: float) -> str:
     return f"{minutes:.0f} minutes of work" if minutes < 100 else f"{minutes / 60:.1f} hours of work"
 
 
-def _run_plan(study: Study, plan: Sequence[Stage], progress: Progress) -> None:
-    of_contrast = "" if study.folder.study is None else f"{study.folder.root.name} "
+def _run_plan(study: Study, plan: Sequence[Stage], progress: Progress, later: Sequence[Study] = ()) -> None:
+    of_linked = study.folder.linked_as and f"{study.folder.linked_as} "
     for number, stage in enumerate(plan, start=1):
-        place = f"{of_contrast}[{number}/{len(plan)}] {stage.name}"
+        place = f"{of_linked}[{number}/{len(plan)}] {stage.name}"
         if study.state(stage.name) == "done":
             progress.log(f"{place}: up to date")
             continue
         progress.log(place)
+        study.beside = _beside(study, stage, later) if stage.all_layers else ()
         _run_stage(study, stage, progress=progress)
 
 
-def _check_parallel(study: Study, plan: Sequence[Stage]) -> None:
-    """Several processes (torchrun) train crosscoders; everything else is one process's work."""
-    unfinished = [stage.name for stage in plan if stage.name != PARALLEL_STAGE and study.state(stage.name) != "done"]
+def _beside(study: Study, stage: Stage, later: Sequence[Study]) -> tuple[Study, ...]:
+    """Studies at other layers whose work of a stage is to be done too."""
+    others = owners([study, *later], stage.name)[1:]
+    return tuple(one for one in others if one.state(stage.name) != "done")
+
+
+def _check_parallel(studies: Sequence[Study], plan: Sequence[Stage]) -> list[Study]:
+    """Several processes (torchrun) train crosscoders, those of the studies returned; all else is one process's work."""
+    before = [stage.name for stage in plan if stage.name != PARALLEL_STAGE]
+    unfinished = [name for name in before if any(one.state(name) != "done" for one in owners(studies, name))]
     if unfinished or plan[-1].name != PARALLEL_STAGE:
         refused = unfinished or [plan[-1].name]
         raise InputError(
             f"several processes together run the {PARALLEL_STAGE} stage only, and {', '.join(refused)} is asked for or "
             f"not done yet; run it in one process first, then torchrun ... -m rlgen_stats.cli {PARALLEL_STAGE}."
         )
-    if study.state(PARALLEL_STAGE) == "done":
+    to_train = [one for one in owners(studies, PARALLEL_STAGE) if one.state(PARALLEL_STAGE) != "done"]
+    if not to_train:
         raise InputError(f"the {PARALLEL_STAGE} stage is up to date; add --force to run it again.")
+    return to_train
 
 
 def _run_stage(study: Study, stage: Stage, *, progress: Progress) -> None:
+    with ExitStack() as stack:
+        for one in study.beside:
+            stack.enter_context(_recorded(one, stage))
+        facts = stack.enter_context(_recorded(study, stage))
+        facts.update(pkgutil.resolve_name(stage.function)(study, study.key(stage.name), progress) or {})
+
+
+@contextmanager
+def _recorded(study: Study, stage: Stage) -> Iterator[dict[str, Any]]:
+    """Clear what a stage superseded, and keep its record while it runs; yields the facts that the record is to name."""
     key, previous, dictionaries = study.key(stage.name), study.record(stage.name), study.dictionaries(stage)
     if previous.get("key") == key:
         faults = of_other_dictionaries(study.folder.root, dictionaries, stage=stage.name)
@@ -162,15 +198,16 @@ def _run_stage(study: Study, stage: Stage, *, progress: Progress) -> None:
     begun: dict[str, Any] = {"key": key, "finished": False, "earlier": sorted(own_keys - {"None"})} | times
     study.write_record(stage.name, **begun, seconds=before)
     began = time.perf_counter()
+    facts: dict[str, Any] = {}
     try:
-        facts = pkgutil.resolve_name(stage.function)(study, key, progress)
+        yield facts
     except BaseException:
         study.write_record(stage.name, **begun, seconds=round(before + time.perf_counter() - began, 2))
         raise
     seconds = round(before + time.perf_counter() - began, 2)
     written = [path for path in study.stores(stage) if owner(path) is not None]
     stores = {str(path.relative_to(study.folder.root)): models_in(path) for path in written}
-    record = {"seconds": seconds, "earlier": [key], "facts": facts or {}, "stores": stores} | times
+    record = {"seconds": seconds, "earlier": [key], "facts": facts, "stores": stores} | times
     study.write_record(stage.name, key=key, finished=True, **record, dictionaries=dictionaries)
 
 

@@ -6,7 +6,7 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,13 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.toolkit.study.spec_shorthands import fill_in
 from rlgen_stats.toolkit.study.strict_yaml import YamlError, load_yaml
+
+MAX_BYTES: Final = 16_000_000
+"""Size of a study.yaml; hundreds of runs of a thousand checkpoints each take a tenth of it."""
+MAX_SHOWN: Final = 600
+"""Characters of a value, or of what is wrong with it, that a message shows."""
+MAX_PROBLEMS: Final = 50
+"""Problems of one study file that are explained."""
 
 
 def read_spec(path: Path | str) -> StudySpec:
@@ -37,9 +44,14 @@ def read_mapping(path: Path | str) -> tuple[Path, dict[str, Any]]:
     """File and content of a study.yaml, not validated; see :func:`read_spec` for the errors."""
     path = Path(path)
     file = path if path.suffix in (".yaml", ".yml") else StudyFolder(path).spec
-    if not file.exists():
+    if not file.is_file():  # nor read a pipe or a device, which may never end
         raise SpecError(
             f"no study file at {file}; expected a study.yaml: write one with 'rlgen-stats init {file.parent}'."
+        )
+    if file.stat().st_size > MAX_BYTES:
+        raise SpecError(
+            f"{file} has {file.stat().st_size:,} bytes, expected a study file of at most {MAX_BYTES:,}; tables go into "
+            "files of their own."
         )
     try:
         raw = load_yaml(file.read_text(encoding="utf-8"))
@@ -57,9 +69,9 @@ def parse_spec(raw: dict[str, Any], *, where: str = "the study") -> StudySpec:
     try:
         return StudySpec.model_validate(raw)
     except ValidationError as error:
-        problems = _explain_all(error)
-        more = f" (and {len(problems) - 1} more problem{'s' * (len(problems) > 2)})" if len(problems) > 1 else ""
-        raise SpecError(f"{where}: {problems[0]}{more}") from error
+        more = f" (and {error.error_count() - 1} more problem{'s' * (error.error_count() > 2)})"
+        first = _explain(dict(error.errors()[0]))
+        raise SpecError(f"{where}: {first}{more * (error.error_count() > 1)}") from error
 
 
 def spec_problems(raw: dict[str, Any]) -> list[str]:
@@ -72,7 +84,9 @@ def spec_problems(raw: dict[str, Any]) -> list[str]:
 
 
 def _explain_all(error: ValidationError) -> list[str]:
-    return [_explain(dict(problem)) for problem in error.errors()]
+    problems = error.errors()
+    left_out = [f"{len(problems) - MAX_PROBLEMS:,} more problems like these."] if len(problems) > MAX_PROBLEMS else []
+    return [_explain(dict(problem)) for problem in problems[:MAX_PROBLEMS]] + left_out
 
 
 def _explain(problem: dict[str, Any]) -> str:
@@ -87,8 +101,15 @@ def _explain(problem: dict[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")  # YAML's words
     got = problem.get("input")
-    shown = "" if isinstance(got, dict | list | tuple) or problem["type"] == "value_error" else f", got {got!r}"
-    return f"'{place}': {message[:1].lower() + message[1:]}{shown}."
+    shown = (
+        "" if isinstance(got, dict | list | tuple) or problem["type"] == "value_error" else f", got {_short(repr(got))}"
+    )
+    return f"'{_short(place)}': {_short(message[:1].lower() + message[1:])}{shown}."
+
+
+def _short(text: str) -> str:
+    """A text, or its beginning where it is longer than a few sentences."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:
@@ -129,6 +150,7 @@ def write_spec(folder: StudyFolder, spec: StudySpec) -> None:
                 f"{folder.spec} already describes another study; use another folder, or remove that one to start again."
             )
         return
-    text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    given_twice = {"extraction": {"layer"}} if spec.extraction.layers else None
+    text = yaml.safe_dump(spec.model_dump(mode="json", exclude=given_twice), sort_keys=False, allow_unicode=True)
     with replacing(folder.spec) as temporary:
         temporary.write_text(text, encoding="utf-8")

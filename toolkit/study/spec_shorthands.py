@@ -1,4 +1,4 @@
-"""What study.yaml may leave to be filled in from the folders it names: lists of checkpoints, and the middle layer."""
+"""What study.yaml may leave to be filled in from the folders it names: lists of checkpoints, and layers by depth."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _DEPTHS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def fill_in(raw: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
     """A study's mapping with its shorthands written out; anything malformed is left for the checks of the spec.
 
-    ``runs[].checkpoints`` may be a pattern of folders with ``*``, whose number is the step; ``extraction.layer`` may be
-    ``middle`` or a fraction of the depth: the fraction f of n blocks is block floor(f n), counted from 0.
+    ``runs[].checkpoints`` may be a pattern of folders with ``*``, whose number is the step; ``extraction.layer`` and
+    entries of ``extraction.layers`` may be ``middle`` or a fraction of the depth: the fraction f of n blocks is block
+    floor(f n), counted from 0.
 
     Raises
     ------
@@ -32,28 +33,36 @@ def fill_in(raw: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:
     runs = raw.get("runs")
     if isinstance(runs, list):
         raw = raw | {"runs": [_fill_in_run(run, folder) if isinstance(run, dict) else run for run in runs]}
-    extraction = raw.get("extraction")
-    extraction = extraction if isinstance(extraction, dict) else {}
-    share = _share_of_depth(extraction.get("layer"))
-    if share is not None:
-        base = raw.get("base")
-        path = base.get("path") if isinstance(base, dict) else None
-        if isinstance(path, str):
-            depth = _depth(path, folder)
-            raw = raw | {"extraction": extraction | {"layer": int(share * depth)}}
+    base = raw.get("base")
+    path = base.get("path") if isinstance(base, dict) else None
+    if isinstance(path, str) and _relative_layers(raw):
+        depth, extraction = _depth(path, folder), raw["extraction"]
+        layers = extraction.get("layers")
+        numbers = {"layers": [_block(one, depth) for one in layers]} if isinstance(layers, list) else {}
+        numbers |= {"layer": _block(extraction["layer"], depth)} if "layer" in extraction else {}
+        raw = raw | {"extraction": extraction | numbers}
     return raw
 
 
 def shorthands(raw: dict[str, Any]) -> list[str]:
     """Keys of a study's mapping that :func:`fill_in` writes out, such as ``runs.0.checkpoints``."""
-    runs, extraction = raw.get("runs"), raw.get("extraction")
+    runs = raw.get("runs")
     patterns = [
         f"runs.{number}.checkpoints"
         for number, run in enumerate(runs if isinstance(runs, list) else [])
         if isinstance(run, dict) and isinstance(run.get("checkpoints"), str)
     ]
-    layer = extraction.get("layer") if isinstance(extraction, dict) else None
-    return patterns if _share_of_depth(layer) is None else [*patterns, "extraction.layer"]
+    return [*patterns, *_relative_layers(raw)]
+
+
+def _relative_layers(raw: dict[str, Any]) -> list[str]:
+    """Keys of the layers that are given by depth, such as ``extraction.layers.0``."""
+    extraction = raw.get("extraction")
+    given = extraction if isinstance(extraction, dict) else {}
+    layers = given.get("layers")
+    entries = {f"extraction.layers.{n}": one for n, one in enumerate(layers if isinstance(layers, list) else [])}
+    entries["extraction.layer"] = given.get("layer")
+    return [key for key, layer in entries.items() if _share_of_depth(layer) is not None]
 
 
 def existing(path: str, name: str, folder: StudyFolder) -> Path:
@@ -76,6 +85,11 @@ def _share_of_depth(layer: Any) -> float | None:
     if layer == MIDDLE:
         return 0.5
     return layer if isinstance(layer, float) and 0 < layer < 1 else None
+
+
+def _block(layer: Any, depth: int) -> Any:
+    share = _share_of_depth(layer)
+    return layer if share is None else int(share * depth)
 
 
 def _fill_in_run(run: dict[str, Any], folder: StudyFolder) -> dict[str, Any]:

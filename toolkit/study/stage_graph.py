@@ -18,7 +18,6 @@ from rlgen_stats.schemas.dims import of_dictionary
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
-from rlgen_stats.schemas.tasks import GRADING_VERSION
 from rlgen_stats.stores import Provenance, StudyFolder, write_json
 from rlgen_stats.stores.atomic import read_object
 from rlgen_stats.stores.health_records import readout_accepted
@@ -57,6 +56,8 @@ class Stage:
     """Outputs that exist once for each dictionary of the encoded crosscoder."""
     answers: Literal["all", "target", "pair"] = "all"
     """Whose result it is where a study asks several contrasts: of all, of those with one second run, or of one."""
+    all_layers: bool = False
+    """Whether one call does the work of all layers: models are loaded once."""
     version: int = 1
     """Raised when the stage's code changes its numbers."""
 
@@ -73,8 +74,16 @@ STAGES: Final = (
         f"{_MODELS}:outcomes",
         ("outcomes.zarr", "completions"),
         owned=("completions",),
+        version=2,
     ),
-    Stage("extract", ("outcomes",), ("extraction", "contrast"), f"{_MODELS}:extract", ("activations.zarr",)),
+    Stage(
+        "extract",
+        ("outcomes",),
+        ("extraction", "contrast"),
+        f"{_MODELS}:extract",
+        ("activations.zarr",),
+        all_layers=True,
+    ),
     Stage(
         "crosscoder",
         ("extract",),
@@ -130,7 +139,7 @@ STAGES: Final = (
         ("results.zarr/behaviour",),
         optional=("results.zarr/attribution_contrast",),
         answers="pair",
-        version=4,
+        version=5,
     ),
     Stage(
         "select",
@@ -179,7 +188,7 @@ STAGES: Final = (
         owned=("intervention",),
         by_dictionary=("results.zarr/trial-dictionary", "results.zarr/trial-dictionary-balance"),
         answers="target",
-        version=7,
+        version=8,
     ),
     Stage(
         "report",
@@ -188,6 +197,7 @@ STAGES: Final = (
         f"{_STATISTICS}:report",
         ("report/index.html", "report/report.json"),
         answers="pair",
+        version=2,
     ),
 )
 """All stages in an order that respects their needs."""
@@ -240,6 +250,10 @@ class Study:
         Names of the stages that run although they are up to date or a crosscoder is unhealthy (:meth:`force`).
     times_forced
         Stage -> how often it was forced to run anew; part of its key.
+    linked
+        What it answers at further layers and for further contrasts, each as a study of its own.
+    beside
+        Of these, those whose work the stage that runs is to do too, at other layers.
 
     Parameters
     ----------
@@ -247,8 +261,10 @@ class Study:
         Study folder.
     spec
         Its spec.
+    part_of
+        The study that it is linked to.
     fingerprints
-        Hashes of the files it reads; default exact ones, remembered in its folder.
+        Hashes of the files it reads; default those of ``part_of``, or exact ones remembered in its folder.
 
     Raises
     ------
@@ -256,16 +272,33 @@ class Study:
         If a file that the spec names is missing.
     """
 
-    def __init__(self, folder: StudyFolder, spec: StudySpec, fingerprints: Fingerprints | None = None) -> None:
+    def __init__(
+        self,
+        folder: StudyFolder,
+        spec: StudySpec,
+        part_of: Study | None = None,
+        *,
+        fingerprints: Fingerprints | None = None,
+    ) -> None:
         self.folder, self.spec = folder, spec
+        self.linked: tuple[Study, ...] = ()
+        self.beside: tuple[Study, ...] = ()
         self.forced: frozenset[str] = frozenset()
-        self.times_forced: dict[str, int] = read_object(folder.forced) if folder.forced.exists() else {}
-        self.fingerprints = fingerprints or Fingerprints(folder.stages / FINGERPRINTS)
-        prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(spec).items()}
-        shared = prompts.pop("data.prompts", None)
-        inputs = {"prompts": shared, "base": self._fingerprint(spec.base.path, "base.path"), **prompts}
-        self.study_id = content_hash([spec.name, spec.seed, inputs])
         self._keys: dict[str, str] = {}
+        self.times_forced: dict[str, int]
+        if part_of is None:
+            self.times_forced = read_object(folder.forced) if folder.forced.exists() else {}
+            self.fingerprints = fingerprints or Fingerprints(folder.stages / FINGERPRINTS)
+            self.study_id = self._id()
+        else:
+            self.times_forced, self.fingerprints = part_of.times_forced, part_of.fingerprints
+            self.study_id = part_of.study_id
+
+    def _id(self) -> str:
+        prompts = {name: self._fingerprint(path, name) for name, path in prompt_files(self.spec).items()}
+        shared = prompts.pop("data.prompts", None)
+        inputs = {"prompts": shared, "base": self._fingerprint(self.spec.base.path, "base.path"), **prompts}
+        return content_hash([self.spec.name, self.spec.seed, inputs])
 
     def _fingerprint(self, path: str, name: str) -> str:
         if is_on_hub(path):
@@ -294,12 +327,15 @@ class Study:
 
         A stage that never ran keeps its key. Nothing is written: :meth:`write_times_forced` does.
         """
-        self.forced = frozenset(names)
-        for name in self.forced:
+        named = frozenset(names)
+        for name in named:
             if self.record(name):
                 self.times_forced[name] = self.times_forced.get(name, 0) + 1
-        self.forced |= {name for name, times in self.times_forced.items() if self.record(name).get("forced") != times}
-        self.forget_keys()
+        for one in (self, *self.linked):
+            records = {name: one.record(name) for name in self.times_forced}
+            begun_before = {name for name, last in records.items() if last.get("forced") != self.times_forced[name]}
+            one.forced = named | {name for name in begun_before if records[name]}
+            one.forget_keys()
 
     def write_times_forced(self) -> None:
         """Remember how often stages were forced: from then on their old output is out of date, whatever happens."""
@@ -317,7 +353,7 @@ class Study:
     def _task_share(self, name: str) -> list[Any]:
         """What a stage depends on of graders and tasks, beside their files; tasks at every default add nothing."""
         if name == "outcomes":
-            return [GRADING_VERSION, *filter(None, [self.spec.task_settings()])]
+            return [*self.spec.grading_versions(), *filter(None, [self.spec.task_settings()])]
         if name == "posttrain" and any(run.method == "grpo" for run in self.spec.runs):
             return self.spec.reward_settings()
         return []
@@ -347,6 +383,9 @@ class Study:
         by_note = not primary.accept_unhealthy and readout_accepted(self.folder.crosscoder(primary.name))
         if name in ("stabilize", "intervene", "report") and by_note:  # a trial that was not held is held now
             files["readout"] = "accepted"
+        if name == "report":  # which shows the verdicts of all
+            reports = {one.folder.linked_as: one.folder.report / "report.json" for one in self.linked}
+            files |= {other: self.fingerprints.of(file) for other, file in reports.items() if file.exists()}
         return files
 
     def _imported_files(self) -> dict[str, str]:
@@ -483,7 +522,8 @@ def _of_dictionary(output: str, number: int) -> str:
 
 
 def _section(spec: StudySpec, path: str) -> Any:
-    value: Any = spec.model_dump(mode="json")
+    """A section of the spec. A layer's key does not know which others are asked: adding one leaves finished ones."""
+    value: Any = spec.model_dump(mode="json", exclude={"extraction": {"layers"}})
     for part in path.split("."):
         value = value[part]
     return value

@@ -43,7 +43,7 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
         for number, features in features_by_dictionary(study):
             changes = drift_test(
                 features,
-                models=drift_models(features, spec.runs),
+                models=compared_models(features, spec.runs),
                 clusters=clusters_of(features),
                 alpha=settings.alpha,
                 n_resamples=settings.n_resamples,
@@ -59,10 +59,10 @@ def drift(study: Study, key: str, progress: Progress) -> Facts:
     return {"drifting": n_drifting}
 
 
-def drift_models(features: xr.Dataset, runs: Sequence[RunSpec]) -> list[str]:
+def compared_models(labelled: xr.Dataset, runs: Sequence[RunSpec]) -> list[str]:
     """Checkpoints of the runs that are no floors: what a floor run changes is no discovery of the family."""
     floors = {run.name for run in runs if run.is_floor}
-    checkpoints = zip(features[MODEL].values.tolist(), features[RUN].values.tolist(), strict=True)
+    checkpoints = zip(labelled[MODEL].values.tolist(), labelled[RUN].values.tolist(), strict=True)
     return [model for model, run in checkpoints if model != BASE_MODEL and run not in floors]
 
 
@@ -142,6 +142,7 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
     transitions = behaviour(
         outcomes,
         roles=task_roles(spec.selection, outcomes),
+        family=compared_models(outcomes, spec.runs),
         clusters=clusters_of(outcomes),
         alpha=settings.alpha,
         seed=derive_seed(spec.seed, "behaviour"),
@@ -201,8 +202,10 @@ def select(study: Study, key: str, progress: Progress) -> Facts:
 
 def report(study: Study, key: str, progress: Progress) -> Facts:
     """Write the report."""
+    linked = [(one.folder, one.spec) for one in study.linked]
     provenance = study.provenance("report", key)
-    return {"path": str(write_report(study.folder, study.spec, provenance=provenance, progress=progress))}
+    path = write_report(study.folder, study.spec, linked=linked, provenance=provenance, progress=progress)
+    return {"path": str(path)}
 
 
 def _write_with_dfve(study: Study, group: str, dictionary: int, data: xr.Dataset, provenance: Provenance) -> None:

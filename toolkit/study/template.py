@@ -48,11 +48,13 @@ data:
   train: null                     # text, answer and, for SFT, completion; only to train here
 
 generation: {{max_new_tokens: 512, n_samples: 4, temperature: 1.0, batch_size: 64}}
+                                  # n_samples: {{final: 4, others: 0}} spares the checkpoints before a run's last one
 tasks:                            # how each is graded, and its domain, role, template, stop strings, choices, file;
                                   # ready-made ones: rlgen-stats tasks
   math: {{grader: math}}            # the last box, else the last formula, equal in value
   sciq: {{grader: exact}}           # words; others: choice, choice_loglik, final_answer, regex, a function of your own
-extraction: {{layer: middle, dtype: bfloat16, batch_size: 16}}   # or a fraction of the depth, or a block from 0 on
+extraction: {{layer: middle, dtype: bfloat16, batch_size: 16}}   # or a fraction of the depth, a block from 0 on;
+                                  # several: layers: [0.25, middle, 0.75]
 
 crosscoders:
   - name: main                    # its features are followed, selected and edited

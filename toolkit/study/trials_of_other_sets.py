@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import FEATURE, of_dictionary
+from rlgen_stats.schemas.dims import FEATURE, NOT_SAMPLED, of_dictionary
 from rlgen_stats.schemas.errors import InputError, StageError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
@@ -25,10 +25,11 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.causal.mediated_share import mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
-from rlgen_stats.toolkit.study.contrasts import open_for_run
+from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, curves_of, plan_trial
+from rlgen_stats.toolkit.workers import tasks_on
 
 SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
@@ -65,6 +66,7 @@ def verify_set(
     level: Literal["own", "rl"] | None = None,
     by_feature: bool = False,
     dry_run: bool = False,
+    workers: Any = None,
     progress: Progress = SILENT,
 ) -> TrialRun:
     """Verify any feature set of a study causally, as its own is.
@@ -90,6 +92,8 @@ def verify_set(
         Whether to edit every feature alone and leave each out too, and look for a smaller set that suffices.
     dry_run
         Only say what it would cost.
+    workers
+        As in :func:`run_study`; ``by_feature`` runs in this process.
     progress
         Receiver of progress.
 
@@ -107,7 +111,7 @@ def verify_set(
         If a feature or set does not exist, a feature never fires, both or neither are named, or a level is given
         without amplification.
     """
-    study = open_for_run(path)
+    study = open_for_run(path if workers is None else Path(path).resolve())
     missing = [name for name in NEEDS if study.state(name) != "done"]
     if missing:
         todo = " and ".join(f"rlgen-stats {name} {path}" for name in ("align", "select") if name in missing)
@@ -135,10 +139,11 @@ def verify_set(
         else name,  # the study's own set has arms where the stage puts them
         by_feature=by_feature,
     )
-    seconds = _seconds(study, spec, plan)
+    seconds = _seconds(study, plan)
     if dry_run:
         return TrialRun(name, plan, seconds, None)
-    result, parts = _run(study, name, plan, provenance, by_feature=by_feature, progress=progress)
+    with exclusive(study.folder.stages / "run"), tasks_on(workers, study.folder.spec):
+        result, parts = _run(study, name, plan, provenance, by_feature=by_feature, progress=progress)
     return TrialRun(name, plan, seconds, result, parts)
 
 
@@ -152,20 +157,19 @@ def _run(
 
     step = pkgutil.resolve_name(_RUN_STEP)
     live = step.LiveTrial(plan)
-    with exclusive(study.folder.stages / "run"):
-        outcomes = step.run_trial(plan, live=live, progress=progress)
-        result, balance = judge_trial(outcomes, plan.declared)
-        validate(result, "intervention")
-        write(f"trial-{name}", result)
-        write(f"trial-{name}-balance", balance)
-        curves = {plan.files.dictionary: curves_of(plan, outcomes)} if outcomes else {}
-        shares = mediated_share(curves, alpha=plan.declared.alpha)
-        if shares is not None:
-            write(f"trial-{name}-mediated", shares)
-        if not by_feature:
-            return result, None
-        parts = measure_parts(plan, live.share_correct, progress=progress)
-        write(f"trial-{name}-features", parts)
+    outcomes = step.run_trial(plan, live=live, progress=progress)
+    result, balance = judge_trial(outcomes, plan.declared)
+    validate(result, "intervention")
+    write(f"trial-{name}", result)
+    write(f"trial-{name}-balance", balance)
+    curves = {plan.files.dictionary: curves_of(plan, outcomes)} if outcomes else {}
+    shares = mediated_share(curves, alpha=plan.declared.alpha)
+    if shares is not None:
+        write(f"trial-{name}-mediated", shares)
+    if not by_feature:
+        return result, None
+    parts = measure_parts(plan, live.share_correct, progress=progress)
+    write(f"trial-{name}-features", parts)
     return result, parts
 
 
@@ -213,8 +217,8 @@ def _name(features: tuple[int, ...]) -> str:
     return f"features-{len(features)}-{content_hash(list(features))[:8]}"
 
 
-def _seconds(study: Study, spec: StudySpec, plan: TrialPlan) -> float | None:
+def _seconds(study: Study, plan: TrialPlan) -> float | None:
     spent = study.record("outcomes").get("seconds")
-    sizes = open_outcomes(study.folder.outcomes).sizes
-    sampled = sizes["model"] * sizes["prompt"] * (1 + spec.generation.n_samples)
+    outcomes = open_outcomes(study.folder.outcomes)
+    sampled = sum(int((outcomes[name] != NOT_SAMPLED).sum()) for name in ("greedy_tokens", "completion_tokens"))
     return None if not spent else float(spent) * plan.completions / sampled

@@ -76,6 +76,11 @@ class Arm:
         return self.edit is not None and self.edit.kind not in ("add_vector", PATCH)
 
     @property
+    def copies(self) -> bool:
+        """Whether its edit copies from the other model."""
+        return self.edit is not None and self.edit.needs_source
+
+    @property
     def needs_vector(self) -> bool:
         """Whether its vector is still to be filled in."""
         return self.edit is not None and any(isnan(value) for value in self.edit.vector[:1])

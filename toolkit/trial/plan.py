@@ -53,7 +53,7 @@ from rlgen_stats.toolkit.trial.arms import (
     target_prompts,
 )
 
-FILE_VERSION: Final = 4
+FILE_VERSION: Final = 5
 """Raised when an arm's file gets other columns, or the same edit does something else."""
 _TOKEN_CODES: Final = "rlgen_stats.toolkit.trial.token_codes:token_codes"
 """Encodes stored activations, which needs torch; loaded only where a plan is made without codes."""

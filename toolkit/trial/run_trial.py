@@ -1,18 +1,21 @@
 """The second step of a causal trial: a plan in, outcome tables out. The only step that loads models.
 
-Every arm is kept in one parquet file with a hash of all that decides its outcome, so that a trial that was stopped goes
-on where it was, and trials of other sets share the arms that do not depend on the set.
+Several arms are completed in common batches, each row under its arm's edit. Every arm is kept in one parquet file with
+a hash of all that decides its outcome, so that a trial that was stopped goes on where it was, and trials of other sets
+share the arms that do not depend on the set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -25,15 +28,16 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores.prompts import TEXT, plain_text
 from rlgen_stats.stores.trial_completions import DIVERGENCES, read_arm, write_arm
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder
-from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, editing
+from rlgen_stats.toolkit.edits.hooks import ActiveEdit, SourceModel, editing_rows
 from rlgen_stats.toolkit.edits.site import EditSite
-from rlgen_stats.toolkit.extraction.answering import answer_prompts
+from rlgen_stats.toolkit.extraction.answering import answer_in_arms
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, resolve_device
+from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import grade_all, graders_of
 from rlgen_stats.toolkit.extraction.next_token import common_vocabulary
 from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader, shared_tokens
-from rlgen_stats.toolkit.progress import SILENT, Progress, Within
+from rlgen_stats.toolkit.progress import SILENT, Progress, Task, Within
 from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     CURVE_KINDS,
@@ -55,9 +59,15 @@ from rlgen_stats.toolkit.trial.divergence import (
     mean_residual,
 )
 from rlgen_stats.toolkit.trial.plan import DirectionPlan, TrialPlan, refuse_undecidable
+from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
 EDITED: Final[Mapping[Direction, str]] = {"disable": "rl", "amplify": "base"}
 """The model that each direction edits; the other one is what it is compared with."""
+BATCHES_TOGETHER: Final = 8
+"""Times the batch size that arms which are run together complete: the first and the last batch are not full, and what
+a kill loses is no more than this."""
+ARMS_TOGETHER: Final = 8
+"""Arms that are run together at least where edits begin at the completion: prompts are read once for all of them."""
 
 
 def run_trial(
@@ -101,24 +111,31 @@ def run_trial(
         return ()
     refuse_undecidable(plan.shortfalls, accepted=plan.accepted)
     live = LiveTrial(plan) if live is None else live
-    with torch.no_grad():
-        models = {name: live.model(name) for name in ("base", "rl")}
-        texts = live.texts
-        unedited = {name: live.run_arm(direction, UNEDITED) for direction, name in EDITED.items()}
-        probes = make_probes(plan, texts, models, unedited)
-        vectors = _vectors(plan, models, probes)
+    with keeping():
+        first = run_tasks(_run_arms, [(live, direction, [UNEDITED], False) for direction in EDITED], progress=progress)
+        unedited = {name: frame for name, (frame,) in zip(EDITED.values(), first, strict=True)}
+        (vectors,) = run_tasks(_vectors, [(live,)], progress=progress)
         return tuple(
-            _run_direction(live, one, _with_vectors(one.arms, vectors), unedited, probes, progress)
-            for one in plan.directions
+            _run_direction(live, one, _with_vectors(one.arms, vectors), unedited, progress) for one in plan.directions
         )
 
 
-def _vectors(plan: TrialPlan, models: Mapping[str, Any], probes: Probes) -> dict[str, NDArray[np.float64]]:
+@torch.no_grad()
+def _run_arms(
+    live: LiveTrial, direction: Direction, arms: Sequence[Arm], probed: bool, progress: Progress = SILENT
+) -> list[pd.DataFrame]:
+    live = kept("trial", live.key, lambda: live)
+    return live.run_arms(direction, arms, live.probes if probed else None, progress)
+
+
+@torch.no_grad()
+def _vectors(live: LiveTrial, progress: Progress = SILENT) -> dict[str, NDArray[np.float64]]:
     """Difference-of-means vector and a random direction of the same norm, raw units."""
-    layer = plan.sites["disable"].layer
-    means = {name: mean_residual(model, layer, probes.forced) for name, model in models.items()}
+    live = kept("trial", live.key, lambda: live)
+    layer = live.plan.sites["disable"].layer
+    means = {name: mean_residual(live.model(name), layer, live.probes.forced) for name in ("base", "rl")}
     steering = (means["rl"] - means["base"]).cpu().numpy().astype(np.float64)
-    draw = np.random.default_rng(derive_seed(plan.sampling.seed, "intervention", "random direction"))
+    draw = np.random.default_rng(derive_seed(live.plan.sampling.seed, "intervention", "random direction"))
     random = draw.standard_normal(len(steering))
     return {
         "steering": steering,
@@ -141,7 +158,6 @@ def _run_direction(
     plan: DirectionPlan,
     arms: Sequence[Arm],
     unedited: Mapping[str, pd.DataFrame],
-    probes: Probes,
     progress: Progress,
 ) -> DirectionOutcomes:
     """Arm after arm; the random sets, which come last, until they have settled the rank of the set."""
@@ -149,19 +165,24 @@ def _run_direction(
     n_completions = trial.n_prompts * trial.n_samples
     rule = FutilityRule(direction, n_planned=plan.n_random, alpha=trial.declared.alpha)
     frames: list[pd.DataFrame] = []
+    stored = {arm.name for arm in arms if trial.is_stored(direction, arm)}
     title = f"{direction}: {len(arms)} arms"
-    with progress.task(title, total=len(arms) * n_completions, unit="completions") as task:
+    with (
+        progress.task(title, total=len(arms) * n_completions, unit="completions") as task,
+        closing(_frames(live, direction, arms, task)) as results,
+    ):
         for arm in arms:
             if trial.early_stop and rule.stop:
                 progress.log(f"{direction}: stopped after {rule.n_run} of {plan.n_random} random sets; {rule.reason}")
                 break
-            within = Within(task)
-            frame = live.run_arm(direction, arm, None if arm.condition.kind in CURVE_KINDS else probes, within)
+            frame = next(results)
             frames.append(frame)
             target = _cube([frame], "correct", trial.n_prompts)[0][trial.prompts.target]
             rule.add(arm.condition.kind, float(target.mean()))
-            count = task.advance if within.done else task.skip  # an arm that counted nothing was stored
-            count(n_completions - within.done, arm=arm.name, accuracy=round(float(frame["correct"].mean()), 3))
+            task.advance(0, arm=arm.name, accuracy=round(float(frame["correct"].mean()), 3))
+    for arm in arms[len(frames) :]:  # that were run together with the last one, or by other workers meanwhile
+        if arm.name not in stored:
+            trial.arm_path(direction, arm).unlink(missing_ok=True)
     other = unedited["base" if EDITED[direction] == "rl" else "rl"]
     judged = [(arm, frame) for arm, frame in zip(arms, frames, strict=False) if arm.condition.kind not in CURVE_KINDS]
     curve = {
@@ -173,7 +194,30 @@ def _run_direction(
     return replace(outcomes, curve_correct=curve)
 
 
-# -- one arm on live models
+def _frames(live: LiveTrial, direction: Direction, arms: Sequence[Arm], task: Task) -> Generator[pd.DataFrame]:
+    """Rows of arm after arm, some of which are run together when the first of them is asked for."""
+    trial = live.plan
+    n_completions, n = trial.n_prompts * trial.n_samples, arms_together(trial)
+    groups = [arms[start : start + n] for start in range(0, len(arms), n)]
+    n_missing = [sum(not trial.is_stored(direction, arm) for arm in together) for together in groups]
+    within = Within(task)
+    tasks = [(live, direction, together, True) for together in groups]
+    with closing(run_tasks(_run_arms, tasks, progress=within)) as results:
+        for together, missing in zip(groups, n_missing, strict=True):
+            before = within.done
+            frames = next(results)
+            task.skip((len(together) - missing) * n_completions)
+            task.advance(missing * n_completions - (within.done - before))
+            yield from frames
+
+
+def arms_together(plan: TrialPlan) -> int:
+    """How many arms share batches: enough to keep these full, or to read prompts for several arms at once."""
+    filled = ceil(BATCHES_TOGETHER * plan.sampling.generation.batch_size / (plan.n_prompts * plan.n_samples))
+    return max(filled, ARMS_TOGETHER if plan.positions == "completion" else 1)
+
+
+# -- arms on live models
 
 
 class LiveTrial:
@@ -188,9 +232,13 @@ class LiveTrial:
     """
 
     def __init__(self, plan: TrialPlan, like: LiveTrial | None = None) -> None:
-        self.plan = plan
+        self.plan, self.key = plan, uuid4().hex
         self._models: dict[str, Any] = {} if like is None else like._models
         self._crosscoders: dict[Path, Crosscoder] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker loads for itself."""
+        return {"plan": self.plan, "key": self.key, "_models": {}, "_crosscoders": {}}
 
     @cached_property
     def readers(self) -> dict[str, PromptReader]:
@@ -221,6 +269,13 @@ class LiveTrial:
         neutral = encode_prompts(tokenizer, plan.prompts.neutral_texts)
         return EncodedTexts(prompts, neutral, pad_id(tokenizer), shared_tokens(list(plan.models.values())))
 
+    @cached_property
+    def probes(self) -> Probes:
+        """Texts on which arms are compared with the unedited models."""
+        models = {name: self.model(name) for name in ("base", "rl")}
+        unedited = {name: self.run_arm(direction, UNEDITED) for direction, name in EDITED.items()}
+        return make_probes(self.plan, self.texts, models, unedited)
+
     def model(self, name: str) -> Any:
         """The model ``base`` or ``rl``."""
         if name not in self._models:
@@ -238,14 +293,15 @@ class LiveTrial:
         return EditSite(self._crosscoders[site.crosscoder], site.view, site.layer, site.readout)
 
     @contextmanager
-    def editing(self, direction: Direction, arm: Arm) -> Iterator[ActiveEdit | None]:
-        """The direction's model with the arm's edit in force."""
+    def editing(self, direction: Direction, arms: Sequence[Arm]) -> Iterator[ActiveEdit]:
+        """The direction's model with the arms' edits in force, the first one's at the beginning."""
+        edits = [arm.edit for arm in arms]
         with ExitStack() as stack:
-            active = None
-            if arm.edit is not None:
-                source = self._other(direction) if arm.edit.needs_source else None
+            active = ActiveEdit(edits)
+            if any(edit is not None for edit in edits):
+                source = self._other(direction) if any(arm.copies for arm in arms) else None
                 model, site = self.model(EDITED[direction]), self.edit_site(direction)
-                active = stack.enter_context(editing(model, arm.edit, site, source=source))
+                active = stack.enter_context(editing_rows(model, edits, site, source=source))
             yield active
 
     def _other(self, direction: Direction) -> SourceModel:
@@ -273,16 +329,38 @@ class LiveTrial:
             Sample after sample, prompts in order: prompt, sample, its labels, text, token_ids, n_tokens, correct,
             format_class, finite, and the columns of ``DIVERGENCES``.
         """
-        path, arm_hash = self.plan.arm_path(direction, arm), self.plan.arm_hash(direction, arm)
-        frame = read_arm(path, arm_hash)
-        if frame is None:
-            frame = self._complete(direction, arm, progress)
-        elif probes is None or "kl_to_base" in frame:
+        (frame,) = self.run_arms(direction, [arm], probes, progress)
+        return frame
+
+    def run_arms(
+        self, direction: Direction, arms: Sequence[Arm], probes: Probes | None = None, progress: Progress = SILENT
+    ) -> list[pd.DataFrame]:
+        """Rows of several arms as :meth:`run_arm` gives them; what no file holds is completed in common batches."""
+        plan = self.plan
+        places = [(plan.arm_path(direction, arm), plan.arm_hash(direction, arm)) for arm in arms]
+        frames = [read_arm(*place) for place in places]
+        n = arms_together(plan)
+        for copying in (False, True):  # a source model that reads along would cost the other arms as much again
+            missing = [i for i, arm in enumerate(arms) if frames[i] is None and arm.copies == copying]
+            for together in (missing[start : start + n] for start in range(0, len(missing), n)):
+                completed = self._complete(direction, [arms[i] for i in together], progress)
+                for i, frame in zip(together, completed, strict=True):
+                    frames[i] = frame
+                    write_arm(frame, *places[i], asdict(arms[i].condition))
+        return [
+            self._with_divergences(direction, arm, frame, place, probes)
+            for arm, frame, place in zip(arms, frames, places, strict=True)
+            if frame is not None
+        ]
+
+    def _with_divergences(
+        self, direction: Direction, arm: Arm, frame: pd.DataFrame, place: tuple[Path, str], probes: Probes | None
+    ) -> pd.DataFrame:
+        if probes is None or "kl_to_base" in frame or arm.condition.kind in CURVE_KINDS:
             return frame
-        if probes is not None:
-            measured = self._diverge(direction, arm, probes)
-            frame = frame.assign(**{name: np.tile(values, self.plan.n_samples) for name, values in measured.items()})
-        write_arm(frame, path, arm_hash, asdict(arm.condition))
+        measured = self._diverge(direction, arm, probes)
+        frame = frame.assign(**{name: np.tile(values, self.plan.n_samples) for name, values in measured.items()})
+        write_arm(frame, *place, asdict(arm.condition))
         return frame
 
     def share_correct(self, direction: Direction, arm: Arm) -> Floats:
@@ -291,23 +369,28 @@ class LiveTrial:
         return np.asarray(correct.reshape(-1, self.plan.n_prompts).mean(axis=0))
 
     @torch.no_grad()
-    def _complete(self, direction: Direction, arm: Arm, progress: Progress) -> pd.DataFrame:
+    def _complete(self, direction: Direction, arms: Sequence[Arm], progress: Progress) -> list[pd.DataFrame]:
         sampling, prompts = self.plan.sampling, self.plan.prompts
-        n_samples, model = sampling.n_samples, self.model(EDITED[direction])
-        with self.editing(direction, arm) as active, finite_logits(model) as broken:
-            draws = answer_prompts(
+        model = self.model(EDITED[direction])
+        with self.editing(direction, arms) as active, finite_logits(model, active) as broken:
+            completions = answer_in_arms(
                 model,
                 self.readers[EDITED[direction]],
                 prompts.table,
                 sampling.spec,
-                n_samples=n_samples,
-                seeds=sampling.seeds(prompts.ids, fresh=arm.fresh),
+                n_samples=sampling.n_samples,
+                seeds=[sampling.seeds(prompts.ids, fresh=arm.fresh) for arm in arms],
                 active=active,
                 progress=progress,
-                description=arm.name,
+                description=arms[0].name if len(arms) == 1 else f"{arms[0].name} to {arms[-1].name}",
             )
+        return [self._frame(draws, finite=number not in broken) for number, draws in enumerate(completions)]
+
+    def _frame(self, draws: Sequence[Sequence[Completion]], *, finite: bool) -> pd.DataFrame:
+        """An arm's completions [draw][prompt] with their grades."""
+        prompts, n_samples = self.plan.prompts, len(draws)
         completions = list(chain.from_iterable(draws))
-        graders = graders_of(sampling.spec, prompts.table[TASK])
+        graders = graders_of(self.plan.sampling.spec, prompts.table[TASK])
         grades = list(chain.from_iterable(grade_all(graders, draw, prompts.table) for draw in draws))
         return pd.DataFrame(
             {
@@ -319,7 +402,7 @@ class LiveTrial:
                 "n_tokens": [len(c.token_ids) for c in completions],
                 "correct": [grade.correct for grade in grades],
                 "format_class": [grade.format_class for grade in grades],
-                "finite": not broken,
+                "finite": finite,
             }
         )
 
@@ -330,7 +413,7 @@ class LiveTrial:
         vocabulary = common_vocabulary(self.model(name) for name in ("base", "rl"))
         measured = {name: np.full(n, np.nan) for name in DIVERGENCES}
         references = probes.references
-        with self.editing(direction, arm) as active:
+        with self.editing(direction, [arm]) as active:
             first = log_probabilities(model, probes.first, active, vocabulary=vocabulary)
             for name in ("base", "rl"):
                 measured[f"kl_to_{name}"] = divergences(first, references["first"][name], probes.first, n)
@@ -346,13 +429,15 @@ class LiveTrial:
 
 
 @contextmanager
-def finite_logits(model: Any) -> Iterator[list[bool]]:
-    """Replace non-finite logits by zeros so that sampling goes on; the list says whether there were any."""
-    broken: list[bool] = []
+def finite_logits(model: Any, active: ActiveEdit) -> Iterator[set[int]]:
+    """Replace non-finite logits by zeros so that sampling goes on; numbers of the edits under which there were any."""
+    broken: set[int] = set()
 
     def guard(module: Any, args: Any, output: Any) -> None:
-        if not bool(torch.isfinite(output.logits).all()):
-            broken.append(True)
+        finite = torch.isfinite(output.logits).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            of_row = np.broadcast_to(active.rows, finite.shape)
+            broken.update(of_row[~finite.cpu().numpy()].tolist())
             output.logits = torch.nan_to_num(output.logits, nan=0.0, posinf=0.0, neginf=0.0)
 
     handle = model.register_forward_hook(guard)

@@ -102,7 +102,9 @@ def test_the_histogram_has_a_bin_for_every_decade() -> None:
     assert counts.tolist() == [2, 1, 2, 2, 2, 2, 2, 2]
 
 
-FAITHFUL = ModelReadout(model="rl@9", view=PAIR[1], fve=0.9, l0=20.0, change=0.1, dfve=0.9, code_r2=0.9, artefact=0.0)
+FAITHFUL = ModelReadout(
+    model="rl@9", view=PAIR[1], fve=0.9, l0=20.0, change=0.1, correlation=0.95, dfve=0.9, code_r2=0.9, artefact=0.0
+)
 
 
 def failed_readout(model: ModelReadout, of: Crosscoder | None = None) -> set[str]:
@@ -116,6 +118,9 @@ def failed_readout(model: ModelReadout, of: Crosscoder | None = None) -> set[str
         ({"fve": 0.7201}, {"fve": 0.7199}, "readout_fve"),  # 80% of the dictionary's own .9
         ({"l0": 15.0}, {"l0": 14.9}, "readout_l0"),
         ({"l0": 25.0}, {"l0": 25.1}, "readout_l0"),
+        ({"correlation": 0.3}, {"correlation": 0.299}, "one_base"),
+        ({"correlation": 0.3}, {"correlation": np.nan}, "one_base"),
+        ({"change": 0.99e-8, "correlation": 0.0}, {"change": 1.01e-8, "correlation": 0.0}, "one_base"),
         ({"dfve": 0.3}, {"dfve": 0.299}, "readout_dfve"),
         ({"dfve": 0.3}, {"dfve": np.nan}, "readout_dfve"),
         ({"code_r2": 0.001}, {"code_r2": 0.0}, "readout_code_r2"),

@@ -74,6 +74,8 @@ def test_numbers_equal_the_textbook(batchtopk: Crosscoder, world: Planted) -> No
     norm = np.sqrt((batchtopk.decoder.double().numpy() ** 2).sum(axis=(0, 2)))
     for slot, one in list(enumerate(models))[1:]:
         change = data[:, slot].astype(float) - base
+        apart = [part - part.mean(0) for part in (data[:, 0].astype(float), data[:, slot].astype(float))]
+        assert one.correlation == pytest.approx(np.corrcoef(apart[0].ravel(), apart[1].ravel())[0, 1], abs=1e-6)
         total = ((change - change.mean(0)) ** 2).sum()
         wanted = 1 - ((change - (back[slot] - back[0])) ** 2).sum() / total
         assert one.dfve == pytest.approx(wanted, abs=1e-4)
@@ -106,6 +108,17 @@ def test_a_readout_that_invents_differences_fails() -> None:
     assert health.models[2].dfve < DFVE_MIN
     assert "of the difference in features between base and sft@9 arises on equal activations" in health.reasons
     assert "reconstructions explain -" in health.reasons
+
+
+def test_models_of_two_bases_are_not_subtracted() -> None:
+    """The same tokens and features in other directions, as another pretraining would leave them."""
+    crosscoder, data = shared_code()
+    turned = data.copy()
+    turned[:, 2] = data[:, 2] @ np.linalg.qr(np.random.default_rng(0).normal(size=(WIDTH, WIDTH)))[0]
+    health = judged(crosscoder, turned.astype(np.float32), "swap")
+    assert abs(health.models[2].correlation) < 0.2
+    assert "features of two bases cannot be subtracted" in health.reasons
+    assert "sft@5" not in {check.view for check in health.checks if check.name == "one_base" and not check.ok}
 
 
 def test_each_limit_is_noticed() -> None:

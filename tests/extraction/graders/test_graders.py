@@ -1,5 +1,6 @@
 """Graders on completions with known labels, and what each refuses."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -113,3 +114,16 @@ def test_a_function_of_ones_own_sees_text_answer_and_choices(tmp_path: Path, mon
     for name in ("mine_for_tests:other", "no_such_module_here:grade"):
         with pytest.raises(InputError, match=r"no grader .* install its package or put its folder on PYTHONPATH"):
             make_grader(GraderSpec(name="python", python=name))
+
+
+def test_a_time_out_logs_a_line_and_not_the_completion(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """math-verify logs the whole text of which the time ran out."""
+    text = "so x " * 2000
+    with caplog.at_level("WARNING", logger="math_verify.parser"):
+        logging.getLogger("math_verify.parser").warning(f"Timeout during parsing: {text}")
+        logging.getLogger("math_verify.parser").warning("short %s", "one")
+    assert [len(record.getMessage()) <= 121 for record in caplog.records] == [True, True]
+    assert caplog.records[0].getMessage().startswith("Timeout during parsing: so x")
+    assert caplog.records[1].getMessage() == "short one"

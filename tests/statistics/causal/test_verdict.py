@@ -20,6 +20,7 @@ from rlgen_stats.toolkit.statistics.causal.criteria import (
 )
 from rlgen_stats.toolkit.statistics.causal.findings import Check, Decision, holds, of_check
 from rlgen_stats.toolkit.statistics.causal.outcome_table import PairedEffect, ending_of, paired_effect
+from rlgen_stats.toolkit.statistics.causal.verdict import decide
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval
 from tests.statistics.causal.worlds import (
     EMPTY,
@@ -115,6 +116,30 @@ def test_moving_away_from_base_is_no_cause() -> None:
     verdict = judge(causal(kl={"set": 1.5}), SETTINGS)
     assert verdict.verdict == "DESTRUCTIVE"
     assert "v6_failed" in codes(verdict.reasons)
+
+
+@pytest.mark.parametrize(
+    ("high", "verdict"), [(-0.101, "DESTRUCTIVE"), (-0.1, "INCONCLUSIVE"), (np.nan, "INCONCLUSIVE")]
+)
+@pytest.mark.parametrize("open_question", [Check.V1_EFFECT, Check.V2_CONTROLS])
+def test_moving_away_refutes_the_claim_whatever_else_is_open(high: float, verdict: str, open_question: Check) -> None:
+    """An effect that is not shown, or random sets that cannot be compared, do not undo what the divergence shows."""
+    shown = {row.check: row for row in judge(causal(kl={"set": 1.5}), SETTINGS).findings}
+    shown[open_question] = replace(shown[open_question], passed=False)
+    shown[Check.V6_KL] = replace(shown[Check.V6_KL], high=high)
+    if open_question is Check.V1_EFFECT:
+        assert decide(tuple(shown.values()))[0] == verdict
+    else:  # with an effect, not to move toward the other model is enough
+        assert decide(tuple(shown.values())) == ("DESTRUCTIVE", Decision.V6_FAILED)
+    not_away = shown | {Check.V6_AWAY: replace(shown[Check.V6_AWAY], passed=False)}
+    assert decide(tuple(not_away.values()))[0] == "INCONCLUSIVE"
+
+
+def test_an_effect_that_random_sets_have_too_is_nonspecific_even_where_it_breaks_the_model() -> None:
+    table = causal(n_random=39, kl={"set": 1.5})
+    ending = table.ending.copy()
+    ending[table.where("random")[:30]] = ending[table.chosen]
+    assert judge(with_endings(table, ending), SETTINGS).verdict == "CAUSAL_NONSPECIFIC"
 
 
 def test_no_change_is_no_effect() -> None:

@@ -58,6 +58,7 @@ from rlgen_stats.toolkit.extraction import (
     usable_tokens,
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
 SPLICED_TEXTS: Final = 128
 """Texts on which activations are replaced by reconstructions, of many prompts and sources."""
@@ -268,7 +269,7 @@ class _StudyCrosscoder:
         if self._is_measured(folder, crosscoder):
             self.progress.log(f"crosscoder {name}: up to date")
             return
-        losses = self._splice_losses(crosscoder)
+        losses = self._splice_losses(crosscoder, folder)
         health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=folder)
         self.progress.log(f"crosscoder {name}: {'healthy' if health.healthy else health.reasons}")
         if self.judged_models:
@@ -323,38 +324,59 @@ class _StudyCrosscoder:
         judged = [[one["model"] for one in readout.get("models", [])], readout.get("contrasted", [])]
         return bool(same and judged == ([self.judged_models, self.contrasted] if self.judged_models else [[], []]))
 
-    def _splice_losses(self, crosscoder: Crosscoder) -> dict[str, SpliceCE]:
+    def _splice_losses(self, crosscoder: Crosscoder, folder: Path) -> dict[str, SpliceCE]:
         """Losses of every view's model with its activations replaced by reconstructions from the joint code."""
         bounds = text_bounds(self.tokens)
         # the last token of a text has no successor to be scored on, so a text needs a masked token before it
         bounds = bounds[[bool(self.mask[start : end - 1].any()) for start, end in bounds]]
         affordable = int(SPLICED_TOKENS / np.diff(bounds).mean())
         bounds = bounds[spread(len(bounds), min(SPLICED_TEXTS, max(8, affordable)))]
-        rows = np.concatenate([np.arange(start, end) for start, end in bounds])
-        raw = [self._activations(view, rows) for view in self.views]
-        ids = self.tokens[TOKEN_ID].values[rows]
-        cuts = np.cumsum(bounds[:, 1] - bounds[:, 0])[:-1]
+        masks = [self.mask[start:end] for start, end in bounds]
+        tasks = [(self.study, self.folder, folder, self.views, view, bounds, masks) for view in self.views]
         losses = {}
-        with torch.no_grad():
-            f = crosscoder.encode(crosscoder.normalise(raw)) if crosscoder.has_joint_code else None
-        with self.progress.task(f"splice {self.spec.name}", total=len(self.views), unit="models") as task:
-            for slot, view in enumerate(self.views):
-                with torch.no_grad():
-                    own = crosscoder.readout(raw[slot]) if f is None else f
-                    reconstruction = crosscoder.reconstruct(own, view, joint=f is not None).cpu().numpy()
-                by_text = (np.split(whole, cuts) for whole in (ids, reconstruction, self.mask[rows]))
-                texts = [SplicedText(*parts) for parts in zip(*by_text, strict=True)]
-                model = load_model(find_model(view, self.study, self.folder), device=self.device)
-                losses[view] = splice_ce(
-                    model,
-                    self.study.extraction.layer,
-                    texts,
-                    constant=crosscoder.split(crosscoder.means[None])[slot][0].cpu().numpy(),
-                )
-                task.advance(1, model=view, ce_increase=losses[view].increase)
+        with keeping(), self.progress.task(f"splice {self.spec.name}", total=len(self.views), unit="models") as task:
+            kept("crosscoder", folder, lambda: crosscoder)
+            for view, loss in zip(self.views, run_tasks(_splice, tasks), strict=True):
+                losses[view] = loss
+                task.advance(1, model=view, ce_increase=loss.increase)
         return losses
 
-    def _activations(self, view: str, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Raw activations of one view at some tokens: [token, channel]."""
-        stored = open_activations(self.folder.activations, models=[view], site=self.site)["activation"][0]
-        return torch.from_numpy(stored.isel({TOKEN: rows}).values.astype(np.float32)).to(self.device)
+
+@torch.no_grad()
+def _splice(
+    study: StudySpec,
+    folder: StudyFolder,
+    of_crosscoder: Path,
+    views: tuple[str, ...],
+    view: str,
+    bounds: NDArray[np.int64],
+    masks: list[NDArray[np.bool_]],
+    progress: Progress = SILENT,
+) -> SpliceCE:
+    """Loss of one view's model with its activations in some texts [start, end) replaced where their masks say so."""
+    device, slot = resolve_device(study.device), views.index(view)
+    crosscoder = kept("crosscoder", of_crosscoder, lambda: load_crosscoder(of_crosscoder, device=device))
+    rows = np.concatenate([np.arange(start, end) for start, end in bounds])
+
+    def activations(view: str) -> torch.Tensor:
+        """Raw [token, channel]."""
+        site = site_name(study.extraction.layer)
+        stored = open_activations(folder.activations, models=[view], site=site)["activation"][0]
+        return torch.from_numpy(stored.isel({TOKEN: rows}).values.astype(np.float32)).to(device)
+
+    if crosscoder.has_joint_code:
+        f = kept("code", of_crosscoder, lambda: crosscoder.encode(crosscoder.normalise([*map(activations, views)])))
+    else:
+        f = crosscoder.readout(activations(view))
+    replacements = crosscoder.reconstruct(f, view, joint=crosscoder.has_joint_code).cpu().numpy()
+    ids = open_tokens(folder.activations)[TOKEN_ID].values[rows]
+    cuts = np.cumsum(bounds[:, 1] - bounds[:, 0])[:-1]
+    texts = [
+        SplicedText(*parts) for parts in zip(np.split(ids, cuts), np.split(replacements, cuts), masks, strict=True)
+    ]
+    return splice_ce(
+        load_model(find_model(view, study, folder), device=device),
+        study.extraction.layer,
+        texts,
+        constant=crosscoder.split(crosscoder.means[None])[slot][0].cpu().numpy(),
+    )

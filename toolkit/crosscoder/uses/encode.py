@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ from rlgen_stats.stores import (
     open_features,
     open_tokens,
 )
+from rlgen_stats.stores.crosscoder_weights import weights_hash
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.stores.study_models import ref_coords
 from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
@@ -44,6 +46,7 @@ from rlgen_stats.toolkit.crosscoder.model.sparse import SparseCode
 from rlgen_stats.toolkit.crosscoder.uses.summaries import HISTOGRAM_EDGES, PromptSummaries
 from rlgen_stats.toolkit.extraction import ModelRef, list_models, resolve_device, site_name, usable_tokens
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.workers import kept, run_tasks
 
 BLOCK_TOKENS: Final = 8192
 """Tokens read at once: one shard of the activation store."""
@@ -317,25 +320,29 @@ def encode_features(
     missing = [ref.model for ref in refs if ref.model not in complete]
     if missing:
         raise StageError(f"{folder.activations} lacks the activations of {missing}; run the extract stage.")
-    prompts = Prompts(folder.activations, usable_tokens(spec, folder, "summary"))
-    with progress.task("encode", total=len(names) * len(refs), unit="models") as task:
-        for number, name in enumerate(names, start=1):
-            crosscoder = load_crosscoder(folder.crosscoder(name), device=resolve_device(spec.device))
-            store = folder.features_of(number)
-            done = committed_models(store)
-            if done:
-                _check_crosscoder(store, crosscoder)
+    stores = [folder.features_of(number) for number in range(1, len(names) + 1)]
+    done = [committed_models(store) for store in stores]
+    for name, store in zip(names, stores, strict=True):
+        _check_crosscoder(store, name, weights_hash(folder.crosscoder(name)))
+    todo = [(name, ref) for name, had in zip(names, done, strict=True) for ref in refs if ref.model not in had]
+    tasks = [(spec, folder, name, ref) for name, ref in todo]
+    with (
+        progress.task("encode", total=len(names) * len(refs), unit="models") as task,
+        closing(run_tasks(_encoded, tasks)) as encoded,
+    ):
+        for name, store, had in zip(names, stores, done, strict=True):
+            task.skip(len(had), dictionary=name)
             for ref in refs:
-                if ref.model not in done:
-                    dataset = _encoded(spec, folder, crosscoder, ref, prompts)
-                    append_model(store, "features", dataset, provenance=provenance)
-                task.advance(1, dictionary=name, model=ref.model)
+                if ref.model not in had:
+                    append_model(store, "features", next(encoded), provenance=provenance)
+                    task.advance(1, dictionary=name, model=ref.model)
 
 
-def _encoded(
-    spec: StudySpec, folder: StudyFolder, crosscoder: Crosscoder, ref: ModelRef, prompts: Prompts
-) -> xr.Dataset:
+def _encoded(spec: StudySpec, folder: StudyFolder, name: str, ref: ModelRef, progress: Progress = SILENT) -> xr.Dataset:
     """One model's summaries in one dictionary, as they are stored."""
+    path, device = folder.crosscoder(name), resolve_device(spec.device)
+    crosscoder = kept("crosscoder", path, lambda: load_crosscoder(path, device=device))
+    prompts = kept("prompts", folder, lambda: Prompts(folder.activations, usable_tokens(spec, folder, "summary")))
     readout, site = spec.primary_crosscoder.readout, site_name(spec.extraction.layer)
     table = summarise(
         crosscoder,
@@ -355,13 +362,14 @@ def _encoded(
     )
 
 
-def _check_crosscoder(store: Path, crosscoder: Crosscoder) -> None:
+def _check_crosscoder(store: Path, name: str, weights: str) -> None:
+    if not committed_models(store):
+        return
     written = str(open_features(store).attrs.get("crosscoder"))
-    if written != crosscoder.weights_sha256:
+    if written != weights:
         raise StoreError(
-            f"{store} was encoded with crosscoder {written[:12]}, but {crosscoder.name!r} is now "
-            f"{crosscoder.weights_sha256[:12]}; features of different crosscoders are never mixed: move it away and "
-            "run the encode stage again."
+            f"{store} was encoded with crosscoder {written[:12]}, but {name!r} is now {weights[:12]}; features of "
+            "different crosscoders are never mixed: move it away and run the encode stage again."
         )
 
 

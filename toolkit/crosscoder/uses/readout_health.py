@@ -36,6 +36,9 @@ CONSTANT: Final = 0.99
 explain, and shares are of its square."""
 UNCHANGED: Final = 1e-8
 """Change relative to base's variance below which nothing changed and there is nothing to describe."""
+ONE_BASE_MIN: Final = 0.3
+"""Smallest correlation of a model's activations with base's: the demo's post-trained models have .89 and more, models
+that share no training about 0 with a standard deviation near width**-.5. Below it f^A - f^base compares two bases."""
 DFVE_MIN: Final = 0.3
 """Smallest share of var(a_A - a_base) that reconstructions explain: planted drifts correlate .5 and more above it."""
 
@@ -53,6 +56,8 @@ class ModelReadout:
     """Mean active features per token."""
     change: float
     """sum |a_A - a_base|^2 / sum |a_base - mean|^2; 0 for base."""
+    correlation: float
+    """With base over tokens and channels, about the means of channels; NaN for base."""
     dfve: float
     """1 - sum |(a_A - a_base) - (a_hat_A - a_hat_base)|^2 / sum |(a_A - a_base) - mean|^2, NaN for base; of a change
     that is one constant vector, over sum |a_A - a_base|^2."""
@@ -185,12 +190,20 @@ def measure_readout(
             fve=float(own[slot].value()),
             l0=float(active[slot] / n_tokens),
             change=against[slot].squares / float(own[0].moments.m2.sum()) if slot else 0.0,
+            correlation=_correlation(own[0], own[slot], against[slot].explained) if slot else math.nan,
             dfve=_of_change(against[slot].explained) if slot else math.nan,
             code_r2=_of_change(against[slot].by_code) if slot else math.nan,
             artefact=_share(against[slot].artefact, against[slot].change) if slot else math.nan,
         )
         for slot, (model, view) in enumerate(zip(models, views, strict=True))
     )
+
+
+def _correlation(base: ExplainedVariance, model: ExplainedVariance, change: ExplainedVariance) -> float:
+    """Of two models, from var(A - base) = var(A) + var(base) - 2 cov(A, base); NaN where one does not vary."""
+    of_base, of_model, of_change = (float(one.moments.m2.sum()) for one in (base, model, change))
+    norms = math.sqrt(of_base * of_model)
+    return (of_base + of_model - of_change) / (2 * norms) if norms else math.nan
 
 
 def _of_change(explained: ExplainedVariance) -> float:
@@ -256,6 +269,13 @@ def judge_readout(
             reason = f"L0 {one.l0:.2f} in the readout of {one.model}, expected {k} within {L0_PART_TOLERANCE:.0%}"
             ok = abs(one.l0 - k) <= L0_PART_TOLERANCE * k
             checks.append(Check("readout_l0", one.model, one.l0, float(k), ok, reason))
+        if one.change > UNCHANGED:
+            reason = (
+                f"activations of {one.model} correlate {one.correlation:.2f} with base's, at least {ONE_BASE_MIN:g} "
+                "expected of models trained from one base; features of two bases cannot be subtracted"
+            )
+            value = one.correlation
+            checks.append(Check("one_base", one.model, value, ONE_BASE_MIN, value >= ONE_BASE_MIN, reason))
     for one in (one for one in models if one.model in contrasted and one.change > UNCHANGED):
         against_base = f"of what changed between base and {one.model}"
         reason = f"reconstructions explain {one.dfve:.3f} {against_base}, at least {DFVE_MIN:g} needed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Sequence
@@ -14,11 +15,14 @@ from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 from math_verify.utils import timeout
 
-from rlgen_stats.toolkit.extraction.graders.normal_forms import hyphens
+from rlgen_stats.toolkit.extraction.graders.normal_forms import hyphens, words
+from rlgen_stats.toolkit.extraction.graders.texts import ANNOUNCED
 from rlgen_stats.toolkit.extraction.grading import Grader
 
 TIMEOUT: Final = 5
 """Seconds for parsing and comparing one formula; a few take minutes to simplify."""
+LOGGED: Final = 120
+"""Characters of a message of math-verify."""
 ROUNDING: Final = 1e-5
 """Largest relative difference of a decimal fraction from the value it stands for; math-verify rounds to six decimals,
 by which all numbers below a millionth are equal."""
@@ -30,16 +34,36 @@ _SPACED: Final = re.compile(r"(?<=[\d,])(?:\\[,!]|\{,\})+(?=\d)")
 """Thin spaces of LaTeX between digits, and the comma in braces: 32,\\!348, 5\\,600, 5{,}600."""
 _END: Final = re.compile(r"(?<=\d)\.(?=[\s*]|$)")
 """A full stop after a number, which math-verify reads as a decimal point."""
+_IN_WORDS: Final = re.compile(r"(?:\\text\{)?\(?(?P<words>[^\W\d_]+(?: [^\W\d_]+)*)\)?\}?")
+"""An expected answer that is said in a sentence as it stands: carbon dioxide, (B), \\text{Evelyn}."""
 _BASE: Final = re.compile(r"(?P<digits>[0-9A-Za-z.]+)_\{?(?P<base>\d+)\}?")
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """Cut a message to a line's length; math-verify logs the whole text of which the time ran out."""
+    message = record.getMessage()
+    if len(message) > LOGGED:
+        record.msg, record.args = f"{message[:LOGGED]}…", ()
+    return True
+
+
+logging.getLogger("math_verify.parser").addFilter(_shorten)
 
 
 @dataclass(frozen=True)
 class MathGrader(Grader):
-    """Right when the last box, a final answer said after it, or without both the last formula equals the answer."""
+    """Right when the last box, a final answer said after it, or without both the last formula equals the answer.
+
+    Without a box, an answer of words or a letter is also right where the completion ends with it.
+    """
 
     def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
         """Compare by value; numbers that say their base, digit for digit."""
         box = last_box(text)
+        if box is None and (in_words := _IN_WORDS.fullmatch(answer.strip())):
+            given_last = _said_at_end(text)
+            if in_words["words"] in given_last and words(given_last) == words(in_words["words"]):
+                return True
         said = text.casefold().rfind("final answer is")
         given = _parse(prepared(text[said:])) if said > text.rfind("boxed{") else ()
         given = given or (_parse(prepared(text)) if box is None else read_formula(box))
@@ -56,6 +80,12 @@ class MathGrader(Grader):
     def usual_form(self, answer: str) -> str:
         """The answer in a box."""
         return rf"\boxed{{{answer}}}"
+
+
+def _said_at_end(text: str) -> str:
+    """The answer that a text announces with its last words, or the text itself."""
+    ends = [match["given"] for match in ANNOUNCED.finditer(text) if match.end() == len(text.rstrip())]
+    return ends[-1] if ends else text
 
 
 def last_box(text: str) -> str | None:

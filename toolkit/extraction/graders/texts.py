@@ -11,7 +11,7 @@ from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.toolkit.extraction.graders.normal_forms import bare, one_line, words
 from rlgen_stats.toolkit.extraction.grading import Grader
 
-_ANNOUNCED: Final = re.compile(r"\banswer\W{0,4}(?:\s+is\b|:)\W*(?P<given>.*?)(?=\banswer\b|\n|$)", re.IGNORECASE)
+ANNOUNCED: Final = re.compile(r"\banswer\W{0,4}(?:\s+is\b|:)\W*(?P<given>.*?)(?=\banswer\b|\n|$)", re.IGNORECASE)
 """An answer announced in a sentence: the answer is ..., Answer: ..."""
 
 
@@ -53,7 +53,7 @@ class ExactGrader(Grader):
 
     def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
         """Compare words without case, articles and punctuation."""
-        announced = [match["given"] for match in _ANNOUNCED.finditer(text)][-1:]
+        announced = [match["given"] for match in ANNOUNCED.finditer(text)][-1:]
         sentences = [re.split(r"[.!?]\s", given)[0] for given in announced]
         given = {words(found) for found in (text, *announced, *sentences)} - {()}
         return words(answer) in given if given else None

@@ -37,6 +37,7 @@ from rlgen_stats.toolkit.statistics.specificity.compared_arms import NOT_COMPARA
 C1: Final = PaperClaim(
     id="C1",
     statement="SFT introduces more model-specific features than RL",
+    short="SFT adds more own features",
     unit="percentage points of alive features",
     paper_figure=(
         "A direction, read off the tails of NRN (pairwise crosscoders) and MAS (three-model crosscoder), both by L1 "

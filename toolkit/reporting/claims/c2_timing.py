@@ -34,6 +34,7 @@ from rlgen_stats.toolkit.statistics.timing.set_stability import MIN_CEILING
 C2: Final = PaperClaim(
     id="C2",
     statement="SFT features stabilise early; RL features keep evolving",
+    short="RL’s features settle later",
     unit="percentage points of training",
     paper_figure=(
         "A direction, read off the overlap of the top 50 features by model-specificity across checkpoints. A plain "

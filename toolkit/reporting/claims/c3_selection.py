@@ -13,7 +13,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import beyond_random, carried_by_set, share_words
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
-from rlgen_stats.toolkit.reporting.formatting import count, fixed, listed, p_text, percent
+from rlgen_stats.toolkit.reporting.formatting import count, count_span, fixed, listed, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number, text
 from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, CompactShare, compact_share
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
@@ -39,6 +39,7 @@ C3: Final = PaperClaim(
     statement=(
         "A compact, task-agnostic feature set separates RL from base on prompts where base is wrong and RL is right"
     ),
+    short="A few features carry RL’s gain",
     unit="features",
     paper_figure=(
         "50 and 16 features of 32,768 in its two models, by scores of at least 20% of the maximum in every selection "
@@ -305,11 +306,11 @@ def _answer(verdict: Verdict, judged: list[_Judged], share: _Share) -> str:
 def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) -> str:
     """What dictionaries with one reason say, without a full stop."""
     n_confirmed = [one.details["n_confirmed"] for one in group]
-    n_testable = _span([one.details["n_testable"] for one in group])
+    n_testable = count_span([one.details["n_testable"] for one in group])
     n_tasks = count(len(group[0].details["estimable_tasks"]), "task")
     one_feature = max(n_confirmed) == min(n_confirmed) == 1
     confirmed = (
-        f"{_span(n_confirmed)} feature{'s' * (not one_feature)} of {n_testable} testable ones "
+        f"{count_span(n_confirmed)} feature{'s' * (not one_feature)} of {n_testable} testable ones "
         f"{'is' if one_feature else 'are'} confirmed to rise where RL gained by more than where base was right too"
     )
     tested = f"{confirmed}, on prompts not used to select them, over {n_tasks}"
@@ -325,7 +326,7 @@ def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) 
         )
     if reason is SelectionReason.NONE_CONFIRMED:
         n_rising = [one.details["n_rising"] for one in group]
-        rising = f"; {_span(n_rising)} rise where RL gained, not shown to do so by more than elsewhere"
+        rising = f"; {count_span(n_rising)} rise where RL gained, not shown to do so by more than elsewhere"
         return (
             f"{tested}{rising if max(n_rising) else ''}, which does not show that none rises more where RL gained than "
             "where base was right too"
@@ -387,12 +388,6 @@ def _token_caveat(details: dict[str, Any]) -> tuple[str, ...]:
         f"explains half of the activation or more) and {by_both} token-and-position detectors (of which token and "
         "place together explain as much, the token alone does not).",
     )
-
-
-def _span(counts: list[int]) -> str:
-    """``12``, or ``12 to 15``."""
-    low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[str, ...]:
@@ -473,10 +468,11 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
     if not math.isfinite(correlation):
         caveats.append("The correlation of scores across tasks is not estimable, so one mechanism cannot be excluded.")
     if not details["rl_specific_contrast"]:
-        losses = sum(details["n_loss"].values())
+        losses, n = sum(details["n_loss"].values()), int(data["n_selected_prompts"].values.sum())
         caveats.append(
-            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind in each task and RL "
-            f"lost {losses} in all; instead all prompts guard against selection by outcome, and whether the "
+            f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind in each task and, of "
+            f"the {n:,} selection prompts, RL lost {losses}; instead all prompts guard against selection by outcome, "
+            "and whether the "
             "features merely accompany right answers is tested on all of them together (as if features were as high on "
             "harder prompts as on easier ones)."
         )

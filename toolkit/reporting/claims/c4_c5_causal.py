@@ -31,12 +31,14 @@ _UNIT: Final = "percentage points of accuracy"
 C4: Final = PaperClaim(
     id="C4",
     statement="Disabling that set in the RL model lowers its out-of-domain accuracy",
+    short="Switching them off hurts RL",
     unit=_UNIT,
     paper_figure="Accuracy falls by 14 to 46 points on its selected prompts (base wrong, RL right).",
 )
 C5: Final = PaperClaim(
     id="C5",
     statement="Amplifying that set in the base model raises its accuracy",
+    short="Turning them up helps base",
     unit=_UNIT,
     paper_figure="Accuracy rises by 12 to 56 points on its selected prompts (base wrong, RL right).",
 )

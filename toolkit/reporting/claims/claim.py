@@ -48,6 +48,8 @@ class Claim:
     """C1 to C5."""
     statement: str
     """What the paper says."""
+    short: str
+    """The statement in a few words."""
     estimate: float
     """Point estimate, in ``unit``."""
     low: float
@@ -82,6 +84,8 @@ class PaperClaim:
     """C1 to C5."""
     statement: str
     """What the paper says."""
+    short: str
+    """The statement in a few words."""
     unit: str
     """Unit of this study's estimate."""
     paper_figure: str
@@ -102,6 +106,7 @@ class PaperClaim:
         return Claim(
             id=self.id,
             statement=self.statement,
+            short=self.short,
             estimate=estimate,
             low=low,
             high=high,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
@@ -14,17 +16,19 @@ from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     GOLD,
     GOOD,
+    HALF,
     INK,
     MUTED,
     NULL,
     PALE,
     SFT,
+    SINGLE,
     VIOLET,
     Graphic,
-    canvas,
+    legend_below,
+    panel,
     percent_axis,
     quiet,
-    to_svg,
 )
 from rlgen_stats.toolkit.reporting.formatting import percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of
@@ -67,58 +71,67 @@ def _class(name: str) -> tuple[str, str]:
 
 def dose_response(results: Results, spec: StudySpec) -> Graphic:
     """Accuracy against dose for the set, with the range of matched random sets and the unedited models."""
-    data = needed(results, "intervention")
-    directions, descriptions = _directions(data), []
-    with canvas(7.4, 3.3, ncols=len(directions), sharey=True) as (figure, grid):
-        for axes, direction in zip(grid[0], directions, strict=True):
-            arms = arms_of(data, direction)
-            colour = VIOLET
-            shown = ("set", "dose", "unedited")
-            doses = sorted((arm for arm in arms if arm.kind in shown), key=lambda arm: arm.dose)
-            for arm in (arm for arm in arms if arm.kind == "unedited"):
-                axes.axhline(arm.accuracy, color=MUTED, lw=1, ls="--", label="unedited")
-            _band(axes, arms)
-            axes.plot(
-                [arm.dose for arm in doses],
-                [arm.accuracy for arm in doses],
-                color=colour,
-                marker="o",
-                ms=5,
-                label="the set",
-                zorder=4,
-            )
-            main = next((arm.dose for arm in arms if arm.kind == "set"), 1.0)
-            for arm in (arm for arm in arms if arm.kind in ("set", "steering")):
-                x = main if arm.kind == "set" else main + BAND_WIDTH / 2  # steering has no dose: shown beside the set
-                axes.vlines(x, arm.accuracy_low, arm.accuracy_high, color=colour if arm.kind == "set" else GOLD)
-                if arm.kind == "steering":
-                    axes.plot(x, arm.accuracy, "^", color=GOLD, ms=6.5, label=arm.label)
-            axes.axvline(1, color=INK, lw=0.8, ls=":")
-            axes.set_title(TITLES[direction], pad=8)
-            added = direction == "amplify" and data.attrs.get("level") == "rl"
-            axes.set(xlabel=_ADDED if added else _MULTIPLIED, ylim=(0, 1.02))
-            percent_axis(axes.yaxis)
-            quiet(axes, grid="y")
-            descriptions.append(
-                f"{direction}: " + ", ".join(f"{percent(a.accuracy, 0)} at dose {a.dose:g}" for a in doses)
-            )
-            axes.margins(x=0.08)
-        grid[0, 0].set_ylabel("accuracy on trial prompts")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1.8)
-        alt = "Accuracy against dose. " + "; ".join(descriptions) + "."
-        svg = to_svg(figure, title="Dose response of the set", alt=alt)
+    data, panels = needed(results, "intervention"), []
+    for direction in _directions(data):
+        shown = ", ".join(f"{percent(arm.accuracy, 0)} at dose {arm.dose:g}" for arm in _doses(data, direction))
+        alt = f"Accuracy against dose. {direction}: {shown}."
+        draw = partial(plot_dose_response, data, direction=direction)
+        panels.append(panel(draw, HALF, 3.3, title=f"Dose response: {TITLES[direction]}", alt=alt))
     return Graphic(
         "dose-response",
         "Dose response of the set",
-        svg,
-        alt,
+        tuple(panels),
         "Accuracy when the set's activations are multiplied by the dose (0 disables, 1 is no edit). Band: smallest to "
         "largest of the matched random feature sets; the set has a specific effect only outside the band.",
     )
 
 
-def _band(axes: Any, arms: list[Arm]) -> None:
+def _doses(data: xr.Dataset, direction: str) -> list[Arm]:
+    shown = (arm for arm in arms_of(data, direction) if arm.kind in ("set", "dose", "unedited"))
+    return sorted(shown, key=lambda arm: arm.dose)
+
+
+def plot_dose_response(intervention: xr.Dataset, axes: Axes, *, direction: str) -> Axes:
+    """Accuracy on trial prompts against the dose of the set, over the range of the matched random sets.
+
+    Parameters
+    ----------
+    intervention
+        Results group ``intervention`` or a trial's.
+    axes
+        Axes to draw on.
+    direction
+        ``disable`` or ``amplify``.
+
+    Returns
+    -------
+    Axes
+        ``axes``.
+    """
+    arms, doses = arms_of(intervention, direction), _doses(intervention, direction)
+    for arm in (arm for arm in arms if arm.kind == "unedited"):
+        axes.axhline(arm.accuracy, color=MUTED, lw=1, ls="--", label="unedited")
+    _band(axes, arms)
+    x, y = [arm.dose for arm in doses], [arm.accuracy for arm in doses]
+    axes.plot(x, y, color=VIOLET, marker="o", ms=5, label="the set", zorder=4)
+    main = next((arm.dose for arm in arms if arm.kind == "set"), 1.0)
+    for arm in (arm for arm in arms if arm.kind in ("set", "steering")):
+        at = main if arm.kind == "set" else main + BAND_WIDTH / 2  # steering has no dose: shown beside the set
+        axes.vlines(at, arm.accuracy_low, arm.accuracy_high, color=VIOLET if arm.kind == "set" else GOLD)
+        if arm.kind == "steering":
+            axes.plot(at, arm.accuracy, "^", color=GOLD, ms=6.5, label=arm.label)
+    axes.axvline(1, color=INK, lw=0.8, ls=":")
+    axes.set_title(TITLES[direction], pad=8)
+    added = direction == "amplify" and intervention.attrs.get("level") == "rl"
+    axes.set(xlabel=_ADDED if added else _MULTIPLIED, ylabel="accuracy on trial prompts", ylim=(0, 1.02))
+    axes.margins(x=0.08)
+    percent_axis(axes.yaxis)
+    quiet(axes, grid="y")
+    legend_below(axes, 2)
+    return axes
+
+
+def _band(axes: Axes, arms: list[Arm]) -> None:
     band = random_band(arms)
     if not band:
         return
@@ -149,53 +162,57 @@ def _bars(arms: list[Arm]) -> list[tuple[str, np.ndarray]]:
 
 def failure_classes(results: Results, spec: StudySpec) -> Graphic:
     """Share of completions in every format class, one bar per arm."""
-    data = needed(results, "intervention")
-    directions, classes = _directions(data), labels_of(data, "class")
-    rows = [(direction, *row) for direction in directions for row in _bars(in_order(arms_of(data, direction)))]
-    heights = [max(sum(row[0] == direction for row in rows), 1) for direction in directions]
-    with canvas(
-        7.4, 1.1 + 0.29 * len(rows), nrows=len(directions), sharex=True, gridspec_kw={"height_ratios": heights}
-    ) as (figure, grid):
-        for axes, direction in zip(grid[:, 0], directions, strict=True):
-            panel = [row for row in rows if row[0] == direction]
-            for y, (_, _, shares) in enumerate(panel):
-                left = 0.0
-                for name, share in zip(classes, np.nan_to_num(shares), strict=True):
-                    axes.barh(
-                        y,
-                        share,
-                        left=left,
-                        height=0.66,
-                        color=_class(name)[0],
-                        linewidth=0,
-                        label=_class(name)[1] if y == 0 else None,
-                    )
-                    left += float(share)
-            axes.set_yticks(range(len(panel)), [label for _, label, _ in panel])
-            axes.invert_yaxis()
-            axes.set_title(TITLES[direction], pad=6)
-            axes.set_xlim(0, 1)
-            percent_axis(axes.xaxis)
-            quiet(axes)
-        grid[-1, 0].set_xlabel("share of completions")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1, columnspacing=1.4)
-        alt = (
-            "Format classes of completions by arm. "
-            + "; ".join(
-                f"{direction}, {label}: "
-                + ", ".join(f"{_class(c)[1]} {percent(s, 0)}" for c, s in zip(classes, shares, strict=True) if s > 0)
-                for direction, label, shares in rows
-            )
-            + "."
+    data, panels = needed(results, "intervention"), []
+    classes = labels_of(data, "class")
+    for direction in _directions(data):
+        bars = _bars(in_order(arms_of(data, direction)))
+        shown = "; ".join(
+            f"{direction}, {label}: "
+            + ", ".join(f"{_class(c)[1]} {percent(s, 0)}" for c, s in zip(classes, shares, strict=True) if s > 0)
+            for label, shares in bars
         )
-        svg = to_svg(figure, title="How completions of the edited models end", alt=alt)
+        draw = partial(plot_failure_classes, data, direction=direction)
+        title, alt = f"How completions end: {TITLES[direction]}", f"Format classes of completions by arm. {shown}."
+        panels.append(panel(draw, SINGLE, 1.1 + 0.27 * max(len(bars), 1), title=title, alt=alt))
     return Graphic(
         "failure-classes",
         "How completions of the edited models end",
-        svg,
-        alt,
+        tuple(panels),
         "A fall in accuracy alone does not tell what an edit did: one that moves a model toward the other one makes "
         "its completions end as that one's do (the unedited row of the other panel); one that breaks the model "
         "causes kinds of failure that neither model shows.",
     )
+
+
+def plot_failure_classes(intervention: xr.Dataset, axes: Axes, *, direction: str) -> Axes:
+    """Share of completions in every format class, one bar per arm of a direction; random sets are one bar.
+
+    Parameters
+    ----------
+    intervention
+        Results group ``intervention`` or a trial's.
+    axes
+        Axes to draw on.
+    direction
+        ``disable`` or ``amplify``.
+
+    Returns
+    -------
+    Axes
+        ``axes``.
+    """
+    bars, classes = _bars(in_order(arms_of(intervention, direction))), labels_of(intervention, "class")
+    for y, (_, shares) in enumerate(bars):
+        left = 0.0
+        for name, share in zip(classes, np.nan_to_num(shares), strict=True):
+            colour, label = _class(name)
+            axes.barh(y, share, left=left, height=0.66, color=colour, linewidth=0, label=None if y else label)
+            left += float(share)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_title(TITLES[direction], pad=6)
+    axes.set(xlim=(0, 1), xlabel="share of completions")
+    percent_axis(axes.xaxis)
+    quiet(axes)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=3, handlelength=1, columnspacing=1.2)
+    return axes

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     GOLD,
+    HALF,
     INK,
     MUTED,
     NULL,
     VIOLET,
     Graphic,
-    canvas,
+    legend_below,
+    panel,
     percent_axis,
     quiet,
-    to_svg,
 )
 from rlgen_stats.toolkit.reporting.formatting import fixed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of
@@ -41,27 +44,38 @@ def mediated_share(results: Results, spec: StudySpec) -> Graphic:
     directions = [d for d in _TITLES if np.isfinite(data["share"].sel(direction=d).values).any()]
     if not directions:
         raise NotEstimableError("copying the other model's whole residual has no shown effect to have a share in")
-    with canvas(7.4, 3.4, ncols=len(directions), sharey=True) as (figure, grid):
-        for axes, direction in zip(grid[0], directions, strict=True):
-            _panel(axes, data.sel(direction=direction))
-            axes.set_title(_TITLES[direction], pad=8)
-        grid[0, 0].set_ylabel("share of the full patch's effect")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1.6)
-        alt = f"Share of the full patch's effect. {'; '.join(_alt(data, direction) for direction in directions)}."
-        svg = to_svg(figure, title=TITLE, alt=alt)
+    panels = []
+    for direction in directions:
+        alt = f"Share of the full patch's effect. {_alt(data, direction)}."
+        draw = partial(plot_mediated_share, data, direction=direction)
+        panels.append(panel(draw, HALF, 3.4, title=f"{TITLE}: {_TITLES[direction]}", alt=alt))
     return Graphic(
         "mediated-share",
         TITLE,
-        svg,
-        alt,
+        tuple(panels),
         "Features are set to the other model's level on the same text. 100% is the effect of copying the whole "
         "residual of the site. Thin lines: dictionaries.",
     )
 
 
-def _panel(axes: Any, data: xr.Dataset) -> None:
-    """One direction: the curve over dictionaries with intervals, each dictionary's, the set and random sets."""
+def plot_mediated_share(mediated_share: xr.Dataset, axes: Axes, *, direction: str) -> Axes:
+    """Share of the full patch's effect that copied features carry, by their number, with intervals and random sets.
+
+    Parameters
+    ----------
+    mediated_share
+        Results group ``mediated_share``.
+    axes
+        Axes to draw on.
+    direction
+        ``disable`` (lowered in the RL model) or ``amplify`` (lifted in base).
+
+    Returns
+    -------
+    Axes
+        ``axes``; thin lines are dictionaries.
+    """
+    data = mediated_share.sel(direction=direction)
     sizes = data["n_features"].mean("dictionary").values
     is_set = np.array([label == _SET for label in labels_of(data, "point")])
     order = np.flatnonzero(~is_set)[np.argsort(sizes[~is_set], kind="stable")]
@@ -79,10 +93,15 @@ def _panel(axes: Any, data: xr.Dataset) -> None:
     axes.plot(sizes, random, "x", color=NULL, ms=5, mew=1.4, label="matched random sets (mean)")
     axes.axhline(1, color=MUTED, lw=1, ls="--", label="full patch")
     axes.axhline(0, color=INK, lw=0.8, ls=":")
-    axes.set(xlabel="features copied", xscale="log", ylim=(_LOWEST, _HIGHEST))
+    axes.set(
+        xlabel="features copied", xscale="log", ylim=(_LOWEST, _HIGHEST), ylabel="share of the full patch's effect"
+    )
+    axes.set_title(_TITLES[direction], pad=8)
     axes.xaxis.set_major_formatter("{x:g}")
     percent_axis(axes.yaxis)
     quiet(axes, grid="y")
+    legend_below(axes, 2)
+    return axes
 
 
 def _alt(data: xr.Dataset, direction: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from rlgen_stats.schemas.errors import NotEstimableError
@@ -15,32 +16,49 @@ from rlgen_stats.toolkit.reporting.figures.copied_features import TITLE as SHARE
 from rlgen_stats.toolkit.reporting.figures.copied_features import mediated_share
 from rlgen_stats.toolkit.reporting.figures.dictionary import matched_drift, specificity, task_intersection
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
+from rlgen_stats.toolkit.reporting.population import populations
 from rlgen_stats.toolkit.reporting.result_lookup import Results, tidy
 
-FIGURES: Final[dict[str, tuple[str, Callable[[Results, StudySpec], Graphic]]]] = {
-    "accuracy": ("Accuracy by task and model", accuracy),
-    "transitions": ("What changed prompt by prompt", transitions),
-    "replicability": (TITLE, agreement_ladder),
-    "specificity": ("Model-specific features", specificity),
-    "matched-drift": ("Specific features against movement", matched_drift),
-    "stabilization": ("When features stabilise", stabilization),
-    "set-stability": ("The top set through training", set_stability),
-    "intersection": ("Which tasks share the selected features", task_intersection),
-    "mediated-share": (SHARE_TITLE, mediated_share),
-    "dose-response": ("Dose response of the set", dose_response),
-    "failure-classes": ("How completions of the edited models end", failure_classes),
-    "drift": ("Which features drifted", drift_volcano),
+FIGURES: Final[dict[str, tuple[str, str, Callable[[Results, StudySpec], Graphic]]]] = {
+    "accuracy": ("Accuracy by task and model", "behaviour", accuracy),
+    "transitions": ("What changed prompt by prompt", "behaviour", transitions),
+    "replicability": (TITLE, "dictionaries", agreement_ladder),
+    "specificity": ("Model-specific features", "attribution", specificity),
+    "matched-drift": ("Specific features against movement", "whose", matched_drift),
+    "stabilization": ("When features stabilise", "when", stabilization),
+    "set-stability": ("The top set through training", "set_stability", set_stability),
+    "intersection": ("Which tasks share the selected features", "scores", task_intersection),
+    "mediated-share": (SHARE_TITLE, "copying", mediated_share),
+    "dose-response": ("Dose response of the set", "editing", dose_response),
+    "failure-classes": ("How completions of the edited models end", "editing", failure_classes),
+    "drift": ("Which features drifted", "drift", drift_volcano),
 }
-"""Title and function of every figure."""
+"""Title, analysis whose population it shows, and function of every figure."""
 
 
-def draw_figures(results: Results, spec: StudySpec) -> dict[str, Graphic | Missing]:
-    """Every figure by name; one that cannot be drawn is replaced by the reason."""
+def draw_figures(
+    results: Results, spec: StudySpec, said_of: Mapping[str, str] | None = None
+) -> dict[str, Graphic | Missing]:
+    """Every figure by name; one that cannot be drawn is replaced by the reason.
+
+    ``said_of`` are the populations by analysis; default what the results alone say of them.
+    """
     results = tidy(results)
+    said_of = populations(results, spec) if said_of is None else said_of
     drawn: dict[str, Graphic | Missing] = {}
-    for name, (title, draw) in FIGURES.items():
+    for name, (title, _, draw) in FIGURES.items():
         try:
             drawn[name] = draw(results, spec)
         except NotEstimableError as error:
             drawn[name] = Missing(name, title, str(error))
-    return drawn
+    return with_populations(drawn, said_of)
+
+
+def with_populations(
+    drawn: Mapping[str, Graphic | Missing], said_of: Mapping[str, str]
+) -> dict[str, Graphic | Missing]:
+    """The figures with what they are drawn of."""
+    return {
+        name: replace(one, population=said_of.get(FIGURES[name][1], "")) if isinstance(one, Graphic) else one
+        for name, one in drawn.items()
+    }

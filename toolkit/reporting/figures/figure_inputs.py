@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import xarray as xr
 
+from rlgen_stats.schemas.dims import ARM, BASE_RUN, RUN
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.figures.plotting import BASE, MARKERS, RL, SFT
+from rlgen_stats.toolkit.reporting.figures.plotting import BASE, MARKERS, MUTED, RL, SFT
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
 
 
@@ -46,10 +49,17 @@ def run_colours(spec: StudySpec) -> dict[str, str]:
     return {"base": BASE, sft.name: SFT, rl.name: RL}
 
 
-def run_markers(spec: StudySpec) -> dict[str, str]:
-    """Marker of base and of the two contrasted runs."""
-    sft, rl = spec.contrasted
-    return {"base": MARKERS["base"], sft.name: MARKERS["sft"], rl.name: MARKERS["rl"]}
+def styles_of(data: xr.Dataset, runs: Sequence[str] | None = None) -> dict[str, tuple[str, str]]:
+    """Colour and marker of base and of runs: the first run looks like SFT, the second like RL, others are grey.
+
+    Runs are those named, or all that the dataset has, those of an arm ``sft`` first.
+    """
+    if runs is None:
+        arms = dict(zip(labels_of(data, RUN), labels_of(data, ARM) or labels_of(data, RUN), strict=True))
+        runs = sorted((run for run in arms if run != BASE_RUN), key=lambda run: arms[run] != "sft")
+    looks = [(SFT, MARKERS["sft"]), (RL, MARKERS["rl"])]
+    of_runs = {run: looks[i] if i < len(looks) else (MUTED, "o") for i, run in enumerate(runs)}
+    return {BASE_RUN: (BASE, MARKERS["base"])} | of_runs
 
 
 def task_groups(data: xr.Dataset) -> list[tuple[str, list[str]]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK: Final = "#1f2a33"
@@ -91,30 +92,67 @@ _RC: Final[dict[str, Any]] = {
 _NO_METADATA: Final = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
+SINGLE: Final = 5.2
+"""Width of a figure of one panel, inches."""
+HALF: Final = 3.6
+"""Width of a panel that stands beside another one, or above it on a narrow page."""
+FEATURE_LINK: Final = "feature:"
+"""Start of a link to a feature inside a drawing; where its section is only the page knows."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One axes as an SVG document of its own, so that a narrow page can stack the panels of a figure."""
+
+    svg: str
+    alt: str
+    """What it shows, in words and numbers."""
+
+
 @dataclass(frozen=True)
 class Graphic:
     """One figure."""
 
     name: str
-    """File name without suffix."""
+    """File name without suffix; of several panels the first has it."""
     title: str
-    svg: str
-    """A whole SVG document."""
-    alt: str
-    """What it shows, in words and numbers."""
+    panels: tuple[Panel, ...]
     caption: str
     """How to read it."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Estimates of claims as far as the drawing shows them, by claim, in the claim's unit."""
+    population: str = ""
+    """Prompts, decoding, unit, models."""
 
     @property
-    def inline(self) -> str:
-        """The SVG for use inside a page: own ids, colours from the page's CSS variables, scales with its box."""
-        svg = self.svg[self.svg.index("<svg") :]
-        svg = re.sub(r'(\bid=")', rf"\g<1>svg-{self.name}-", svg)
-        svg = re.sub(r'(aria-labelledby=")([^"]+)"', lambda m: m[1] + _prefixed(m[2], self.name) + '"', svg)
-        svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>svg-{self.name}-", svg)
-        for colour, variable in THEMED.items():
-            svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: var({variable}, {colour})", svg)
-        return svg.strip()
+    def alt(self) -> str:
+        """What all panels show."""
+        return " ".join(panel.alt for panel in self.panels)
+
+    @property
+    def files(self) -> dict[str, Panel]:
+        """File name -> panel."""
+        names = [self.name, *(f"{self.name}-{i}" for i in range(2, len(self.panels) + 1))]
+        return {f"{name}.svg": panel for name, panel in zip(names, self.panels, strict=True)}
+
+    def inline(self, sections: Mapping[int, str] | None = None) -> list[str]:
+        """The panels for use inside a page; ``sections`` says where the features are that drawings link to."""
+        return [
+            inlined(linked(panel.svg, sections or {}), file.removesuffix(".svg")) for file, panel in self.files.items()
+        ]
+
+
+def linked(svg: str, sections: Mapping[int, str], prefix: str = "") -> str:
+    """A drawing whose links lead to features' sections; those of features without one are taken out.
+
+    Dots are no stops of the tab key: the table of all features has the same links.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        href = sections.get(int(match[1]))
+        return match[2] if href is None else f'<a href="{prefix}{href}" tabindex="-1">{match[2]}</a>'
+
+    return re.sub(rf'<a xlink:href="{FEATURE_LINK}(\d+)"[^>]*>(.*?)</a>', link, svg, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -124,6 +162,17 @@ class Missing:
     name: str
     title: str
     reason: str
+
+
+def inlined(svg: str, name: str) -> str:
+    """An SVG document for use inside a page: ids that begin with ``name``, colours from the page's CSS variables."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(\bid=")', rf"\g<1>svg-{name}-", svg)
+    svg = re.sub(r'(aria-labelledby=")([^"]+)"', lambda m: m[1] + _prefixed(m[2], name) + '"', svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\g<1>svg-{name}-", svg)
+    for colour, variable in THEMED.items():
+        svg = re.sub(rf"(fill|stroke): {colour}", rf"\1: var({variable}, {colour})", svg)
+    return svg.strip()
 
 
 def _prefixed(ids: str, name: str) -> str:
@@ -139,6 +188,25 @@ def canvas(width: float, height: float, **grid: Any) -> Iterator[tuple[Figure, n
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(squeeze=False, **grid)
+
+
+def panel(draw: Callable[[Axes], object], width: float, height: float, *, title: str, alt: str) -> Panel:
+    """A panel (inches) of one axes that ``draw`` fills."""
+    with canvas(width, height) as (figure, grid):
+        draw(grid[0, 0])
+        return Panel(to_svg(figure, title=title, alt=alt), alt)
+
+
+def legend_below(axes: Axes, columns: int = 3) -> None:
+    """A legend under the axes, where it covers nothing."""
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=columns,
+        handlelength=1.6,
+        columnspacing=1.2,
+        borderaxespad=0,
+    )
 
 
 def to_svg(figure: Figure, *, title: str, alt: str) -> str:

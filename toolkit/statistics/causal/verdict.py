@@ -116,9 +116,10 @@ def judge(table: OutcomeTable, settings: Settings) -> Verdict:
     on the doses strictly between no edit and the main one. V4 no side effects on unrelated tasks. V5 replication,
     reported. V6 failure-mode match: the edited model moves toward the other model, prompt by prompt, and does not
     break. V1 to V4 and V6 make CAUSAL_SPECIFIC. Every other verdict needs evidence of its own: NO_EFFECT equivalence
-    within the margin; CAUSAL_NONSPECIFIC V1 and many random sets that do as much; DESTRUCTIVE V1, V2 and either new
-    failures shown to make up most of the effect, or a model shown not to move toward the other one. Anything else is
-    INCONCLUSIVE.
+    within the margin; CAUSAL_NONSPECIFIC V1 and many random sets that do as much; DESTRUCTIVE V1 and either new
+    failures shown to make up most of the effect, or a model shown not to move toward the other one; or, whether or not
+    accuracy is shown to change, a model shown to move away from the other one by more than a tenth of the way.
+    Anything else is INCONCLUSIVE: what refutes one requirement is not undone by what another leaves open.
     """
     differences = table.change(table.target)
     clusters = table.cluster[table.target]
@@ -167,17 +168,20 @@ def decide(findings: Findings) -> tuple[VerdictName, Decision]:
     if not holds(findings, "v1"):
         if passed(findings, Check.NO_EFFECT):
             return "NO_EFFECT", Decision.EQUIVALENT_TO_ZERO
+        if _moves_away(findings):
+            return "DESTRUCTIVE", Decision.V6_FAILED
         return "INCONCLUSIVE", Decision.V1_FAILED
-    if not passed(findings, Check.V2_CONTROLS):
-        return "INCONCLUSIVE", Decision.V2_NOT_ESTIMABLE
-    if not passed(findings, Check.V2_RANK):
-        if passed(findings, Check.V2_RANDOM_SETS):
-            return "CAUSAL_NONSPECIFIC", Decision.V2_FAILED
-        return "INCONCLUSIVE", Decision.V2_NOT_SHOWN if failed(findings, "v2") else Decision.V2_NOT_ESTIMABLE
+    comparable, special = passed(findings, Check.V2_CONTROLS), passed(findings, Check.V2_RANK)
+    if comparable and not special and passed(findings, Check.V2_RANDOM_SETS):
+        return "CAUSAL_NONSPECIFIC", Decision.V2_FAILED
     if passed(findings, Check.V6_BROKEN):
         return "DESTRUCTIVE", Decision.V6_DESTROYED
     if passed(findings, Check.V6_AWAY):
         return "DESTRUCTIVE", Decision.V6_FAILED
+    if not comparable:
+        return "INCONCLUSIVE", Decision.V2_NOT_ESTIMABLE
+    if not special:
+        return "INCONCLUSIVE", Decision.V2_NOT_SHOWN if failed(findings, "v2") else Decision.V2_NOT_ESTIMABLE
     if not holds(findings, "v3"):
         return "INCONCLUSIVE", Decision.V3_FAILED
     if not holds(findings, "v4"):
@@ -187,3 +191,9 @@ def decide(findings: Findings) -> tuple[VerdictName, Decision]:
     if of_check(findings, Check.V5_SETS) is not None and not passed(findings, Check.V5_SETS):
         return "INCONCLUSIVE", Decision.V5_DICTIONARIES
     return "CAUSAL_SPECIFIC", Decision.ALL_PASSED
+
+
+def _moves_away(findings: Findings) -> bool:
+    """Whether the divergence from the other model is shown to grow, by at least the share that it should shrink by."""
+    divergence = of_check(findings, Check.V6_KL)
+    return passed(findings, Check.V6_AWAY) and divergence is not None and divergence.high < -divergence.bound

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
 
 from rlgen_stats.schemas.errors import InputError
 
@@ -82,6 +81,8 @@ def wilson_interval(successes: Any, n: Any, *, alpha: float = 0.05) -> tuple[Any
     >>> round(low, 4), round(high, 4)
     (0.1812, 0.5671)
     """
+    from statsmodels.stats.proportion import proportion_confint  # takes longer to import than scipy
+
     k, trials = np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64)
     if (k < 0).any() or (k > trials).any():
         raise InputError(f"successes must lie between 0 and the number of trials, got {successes} of {n}.")

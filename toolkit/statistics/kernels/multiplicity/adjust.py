@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
-from statsmodels.stats.multitest import multipletests
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
@@ -86,9 +85,14 @@ def adjust(p: Any, *, method: AdjustMethod | str, alpha: float = 0.05) -> FloatA
     adjusted = np.full(p.shape, np.nan)
     if finite.any():
         fast = {"holm": _holm, "hommel": _hommel}.get(method)
-        family = p[finite]
-        adjusted[finite] = fast(family) if fast else multipletests(family, alpha=alpha, method=_STATSMODELS[method])[1]
+        adjusted[finite] = fast(p[finite]) if fast else _by_statsmodels(p[finite], method, alpha)
     return adjusted
+
+
+def _by_statsmodels(p: FloatArray, method: str, alpha: float) -> FloatArray:
+    from statsmodels.stats.multitest import multipletests  # takes longer to import than scipy
+
+    return np.asarray(multipletests(p, alpha=alpha, method=_STATSMODELS[method])[1])
 
 
 def _holm(p: FloatArray) -> FloatArray:

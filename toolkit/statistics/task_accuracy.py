@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -64,6 +64,7 @@ def behaviour(
     *,
     reference: str = BASE_MODEL,
     roles: Mapping[str, str] | None = None,
+    family: Sequence[str] | None = None,
     clusters: str | None = "cluster",
     alpha: float = 0.05,
     seed: int = 0,
@@ -79,6 +80,8 @@ def behaviour(
         Model every other is compared with.
     roles
         Task -> in_domain, out_of_domain, held_out or control; tasks not named take theirs from ``domain``.
+    family
+        Models whose tests are corrected together; ``q_value`` is NaN for others. Default: all but the reference.
     clusters
         Label of dependent prompts; None, or a label that is unique per prompt, makes prompts the units.
     alpha
@@ -90,14 +93,15 @@ def behaviour(
     -------
     xr.Dataset
         Layout ``behaviour`` over model and task, with the pooled tasks ``all:in`` and ``all:out`` (controls left out).
-        ``accuracy`` is greedy, ``sampled_accuracy`` the pass rate with ``sampled_low``/``sampled_high``; ``terminated``
-        and ``answered`` are shares of the samples (left out of outcomes that do not say). Also
-        ``n_clusters`` and ``p_test`` [task] (which test gave ``p_value``). Small; computed at once.
+        ``accuracy`` is greedy, ``sampled_accuracy`` the pass rate with ``sampled_low``/``sampled_high``, NaN of models
+        without samples; ``terminated`` and ``answered`` are shares of the samples, else of the greedy completions (left
+        out of outcomes that do not say). Also ``n_clusters`` and ``p_test`` [task] (which test gave ``p_value``).
+        Small; computed at once.
 
     Raises
     ------
     InputError
-        If the reference, a role's task or a role is unknown.
+        If the reference, a model of the family, a role's task or a role is unknown.
     RefusedError
         If several rows hold one prompt.
 
@@ -106,7 +110,7 @@ def behaviour(
     Greedy accuracy: Wilson where prompts are the units, else :func:`bounded_interval` (NaN with one cluster).
     ``p_value``: exact McNemar where prompts are the units, else the sign flip of cluster sums, which it equals for
     clusters of one; NaN below six clusters. ``difference``: :func:`bounded_interval` over prompts or clusters. BH over
-    all models but the reference and all tasks (pooled rows: over models and pooled rows). Greedy outcomes are
+    the family's models and all tasks (pooled rows: over models and pooled rows). Greedy outcomes are
     deterministic: intervals are over prompts, not over training runs.
 
     References
@@ -118,7 +122,7 @@ def behaviour(
     >>> behaviour(open_outcomes(path)).accuracy.sel(task="all:out").to_series()  # doctest: +SKIP
     """
     models = [str(model) for model in outcomes[MODEL].values]
-    check_models(outcomes, [reference])
+    check_models(outcomes, [reference, *(family or ())])
     names = [str(name) for name in dict.fromkeys(np.asarray(outcomes[TASK].values).astype(np.str_))]
     outcomes = in_prompt_order(outcomes)
     codes = cluster_codes(outcomes, clusters)
@@ -142,7 +146,9 @@ def behaviour(
         for name, table in cells.items()
     }
     pooled = np.array([role == "pooled" for role in tasks.roles])
-    p = variables["p_value"][1]
+    p = variables["p_value"][1].copy()
+    if family is not None:
+        p[~np.isin(models, family)] = np.nan
     q = np.full_like(p, np.nan)
     for group in (pooled, ~pooled):
         q[:, group] = adjust(p[:, group], method="bh")

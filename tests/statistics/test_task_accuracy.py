@@ -11,8 +11,8 @@ from statsmodels.stats.proportion import proportion_confint
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics import behaviour
-from rlgen_stats.toolkit.statistics.behaviour import domain_accuracy
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval
+from rlgen_stats.toolkit.statistics.task_accuracy import domain_accuracy
 
 MODELS = ["base@0", "sft@10", "rl@10"]
 TASKS = ["math", "quiz", "facts", "noise"]
@@ -72,6 +72,19 @@ def test_family_is_all_models_and_tasks(world):
     assert not np.allclose(p, q)
     assert np.isnan(out.p_value.sel(model="base@0")).all()
     assert np.isnan(out.difference.sel(model="base@0")).all()
+
+
+def test_models_outside_the_family_are_not_corrected_with_it(world):
+    """Their p-values stay; the family has the q-values of a study without them."""
+    outcomes, compared = world(), ["base@0", "sft@10"]
+    found, without = run(outcomes, family=["sft@10"]), run(outcomes.sel(model=compared))
+    assert found.q_value.sel(model="sft@10").values == pytest.approx(without.q_value.sel(model="sft@10").values)
+    assert not np.allclose(found.q_value.sel(model="sft@10"), run(outcomes).q_value.sel(model="sft@10"))
+    assert np.isnan(found.q_value.sel(model="rl@10")).all()
+    assert not np.isnan(found.p_value.sel(model="rl@10")).any()
+    assert (found.attrs["family_size"], found.attrs["family_size_pooled"]) == (4, 2)
+    with pytest.raises(InputError, match="gone@1"):
+        run(outcomes, family=["gone@1"])
 
 
 def test_clusters_widen_intervals_and_replace_mcnemar(make_outcomes):

@@ -1,0 +1,213 @@
+"""What each analysis is computed on: prompts and part of the split, decoding, unit, models; said wherever a number is.
+
+One sentence an analysis, so that the same number cannot be given two populations in two places.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from rlgen_stats.schemas.dims import BASE_MODEL
+from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.formatting import count, listed
+from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, final_models, labels_of, number
+
+CLAIM_POPULATION: Final = {"C1": "whose", "C2": "when", "C3": "which", "C4": "editing", "C5": "editing"}
+"""Analysis that a claim rests on."""
+
+
+def populations(results: Results, spec: StudySpec, prompts: pd.DataFrame | None = None) -> dict[str, str]:
+    """Analysis -> one sentence on its population; only of analyses that were computed.
+
+    Parameters
+    ----------
+    results
+        Results groups by name.
+    spec
+        The study: its runs, dictionaries and sampling.
+    prompts
+        One row a prompt with its ``split``; without it the sizes of the parts are left out.
+    """
+    builders = {
+        "behaviour": ("behaviour", _behaviour),
+        "completions": ("behaviour", _completions),
+        "movement": ("movement", _movement),
+        "whose": ("attribution_contrast", _whose),
+        "attribution": ("attribution", _attribution),
+        "when": ("timing_contrast", _when),
+        "stabilization": ("stabilization", _all_prompts),
+        "set_stability": ("set_stability", _all_prompts),
+        "drift": ("drift", _all_prompts),
+        "which": ("selection", _which),
+        "scores": ("selection", _scores),
+        "editing": ("intervention", _editing),
+        "copying": ("mediated_share", _copying),
+        "dictionaries": ("replicability", _dictionaries),
+    }
+    return {
+        name: build(results, spec, _sizes(prompts)) for name, (group, build) in builders.items() if group in results
+    }
+
+
+def _sizes(prompts: pd.DataFrame | None) -> dict[str, int]:
+    """Prompts of each part of the split, and of all; empty where they are not known."""
+    if prompts is None:
+        return {}
+    return {str(part): int(n) for part, n in prompts["split"].value_counts().items()} | {"all": len(prompts)}
+
+
+def _part(sizes: dict[str, int], part: str) -> str:
+    """``344 verification prompts``, or without the number."""
+    words = "prompts of all parts" if part == "all" else f"{part} prompts"
+    return f"{sizes[part]:,} {words}" if part in sizes else f"all {words}" if part != "all" else words
+
+
+def _unit(data: xr.Dataset) -> str:
+    return f"unit: {data.attrs.get('unit', 'prompt')}"
+
+
+def _models(results: Results, spec: StudySpec, group: str) -> str:
+    finals = final_models(spec, results.get(group))
+    return listed([BASE_MODEL, *(finals[run.name] for run in spec.contrasted if run.name in finals)])
+
+
+def _joined(*parts: str) -> str:
+    text = "; ".join(part for part in parts if part)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _behaviour(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    data = results["behaviour"]
+    counted = data.isel(task=np.isin(data["role"].values, ("pooled", "control"), invert=True), model=0)
+    domains = [(words, int(counted["n_prompts"].values[counted["domain"].values == domain].sum()))
+               for domain, words in (("in", "in-domain"), ("out", "out-of-domain"))]  # fmt: skip
+    sizes = listed(f"{n:,} {words}" for words, n in domains if n)
+    return _joined(
+        f"{sizes} prompts of all parts", "greedy completions", _unit(data), _models(results, spec, "behaviour")
+    )
+
+
+def _completions(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    data = results["behaviour"]
+    n = int(data["n_prompts"].isel(model=0, task=data["role"].values != "pooled").sum())
+    generation = spec.generation
+    return _joined(
+        f"{n:,} prompts of all parts, controls among them",
+        f"{count(generation.n_samples.final, 'completion')} a prompt sampled at temperature {generation.temperature:g}",
+        _models(results, spec, "behaviour"),
+    )
+
+
+def _movement(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    data = results["movement"]
+    n = int(np.max(data["n_tokens"].values)) if "n_tokens" in data else 0
+    tokens = f"{n:,} tokens of " if n else ""
+    return _joined(
+        f"{tokens}{_part(sizes, 'all')}, read by every model", _unit(data), _checkpoints(results, spec, "movement")
+    )
+
+
+def _checkpoints(results: Results, spec: StudySpec, group: str) -> str:
+    models = labels_of(results.get(group), "model")
+    counts = [(run.name, sum(model.rpartition("@")[0] == run.name for model in models)) for run in spec.contrasted]
+    return listed(f"{count(n, 'checkpoint')} of {run}" for run, n in counts if n)
+
+
+def _whose(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    data = results["attribution_contrast"]
+    models = [str(model) for model in np.atleast_1d(data.attrs.get("models", []))]
+    return _joined(
+        "decoder norms of alive features of the two-model dictionaries; no prompts and no decoding", _unit(data),
+        listed(models) or listed(run.name for run in spec.contrasted),
+    )  # fmt: skip
+
+
+def _attribution(results: Results, _spec: StudySpec, _: dict[str, int]) -> str:
+    names = labels_of(results["attribution"], "crosscoder")
+    return _joined(f"decoder norms of alive features of {listed(names)}; no prompts and no decoding")
+
+
+def _dictionary_words(spec: StudySpec) -> str:
+    names = spec.primary_crosscoder.names
+    return f"dictionary {names[0]}" if len(names) == 1 else f"{len(names)} dictionaries ({names[0]} and its replicates)"
+
+
+def _when(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    data = results["timing_contrast"]
+    return _joined(
+        f"features of {_dictionary_words(spec)} that changed equally far",
+        f"{_part(sizes, 'all')}, the same text for every model"
+        if data.attrs.get("text_mode") == "forced"
+        else _part(sizes, "all"),
+        _unit(data),
+        _checkpoints(results, spec, "stabilization"),
+    )
+
+
+def _all_prompts(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    group = next(name for name in ("drift", "stabilization", "set_stability") if name in results)
+    forced = results[group].attrs.get("text_mode") == "forced"
+    return _joined(
+        f"testable features of dictionary {spec.primary_crosscoder.names[0]}",
+        f"{_part(sizes, 'all')}{', the same text for every model' if forced else ''}",
+        _unit(results[group]),
+        _checkpoints(results, spec, group),
+    )
+
+
+def _which(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    data = results["selection"]
+    return _joined(
+        f"chosen on {_part(sizes, 'selection')}, confirmed on {_part(sizes, 'verification')}",
+        "greedy completions decide who is right",
+        _dictionary_words(spec),
+        _unit(data),
+        f"{data.attrs.get('base', BASE_MODEL)} and {data.attrs.get('target', spec.contrasted[1].name)}",
+    )
+
+
+def _scores(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    data = results["selection"]
+    return _joined(
+        f"{_part(sizes, 'selection')} that base got wrong and {spec.contrasted[1].name} right (greedy)",
+        f"dictionary {spec.primary_crosscoder.names[0]}",
+        f"{data.attrs.get('base', BASE_MODEL)} and {data.attrs.get('target', spec.contrasted[1].name)}",
+    )
+
+
+def _sampled(spec: StudySpec) -> str:
+    n, temperature = spec.intervention.n_samples, spec.generation.temperature
+    return f"{count(n, 'completion')} a prompt sampled at temperature {temperature:g}"
+
+
+def _trial_prompts(results: Results) -> str:
+    data = results.get("intervention")
+    n = {int(number(data, "n_prompts", direction=d)) for d in labels_of(data, "direction")
+         if np.isfinite(number(data, "n_prompts", direction=d))}  # fmt: skip
+    tasks = [str(task) for task in np.atleast_1d([] if data is None else data.attrs.get("target_tasks", []))]
+    of_tasks = f" of {listed(tasks)}" if tasks else ""
+    return f"{' and '.join(f'{one:,}' for one in sorted(n)) + ' ' if n else ''}trial prompts{of_tasks}"
+
+
+def _edited(results: Results, spec: StudySpec) -> str:
+    rl = final_models(spec, results.get("behaviour")).get(spec.contrasted[1].name, spec.contrasted[1].name)
+    return f"{rl} (disable, lower) and {BASE_MODEL} (amplify, lift)"
+
+
+def _editing(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    return _joined(_trial_prompts(results), _sampled(spec), _unit(results["intervention"]), _edited(results, spec))
+
+
+def _copying(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    return _joined(_trial_prompts(results), _sampled(spec), _unit(results["mediated_share"]), _edited(results, spec))
+
+
+def _dictionaries(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    data = results["replicability"]
+    n, split = attr_number(data, "n_prompts"), str(data.attrs.get("split", "verification"))
+    prompts = f"{n:,.0f} {split} prompts" if np.isfinite(n) else _part(sizes, split)
+    return _joined(f"features and {prompts}", _dictionary_words(spec), _models(results, spec, "replicability"))

@@ -1,0 +1,263 @@
+"""Independent tasks with models: one after the other in this process, or on the workers of a dask cluster.
+
+A task keeps what it computed in files of its own, and is repeated if its worker is lost: a run on any number of workers
+leaves the bytes that one process leaves (on CPUs, with as many threads). Workers see the study's folder under the same
+path.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, TypeVar
+from uuid import uuid4
+
+from rlgen_stats.schemas.errors import InputError, StageError
+from rlgen_stats.stores import package_versions
+from rlgen_stats.stores.digests import file_sha256
+from rlgen_stats.toolkit.progress import SILENT, Progress
+
+T = TypeVar("T")
+
+GPU: Final = "GPU"
+"""Resource of workers that have a device (``--resources GPU=1``); where there are such, they alone get tasks."""
+RESTART_SECONDS: Final = 300.0
+"""How long a lost worker may take to come back: importing torch from a shared disk takes minutes."""
+POLL_SECONDS: Final = 5.0
+WORKER_COMMAND: Final = "dask worker ADDRESS --nthreads 1 --memory-limit 0 --resources GPU=1"
+_client: ContextVar[Any] = ContextVar("client", default=None)
+
+
+@contextmanager
+def tasks_on(client: Any, study_file: Path) -> Iterator[None]:
+    """Run the block's tasks on the workers of a dask client; in this process where that is None.
+
+    Parameters
+    ----------
+    client
+        ``distributed.Client`` or None.
+    study_file
+        study.yaml of the study that tasks are about.
+
+    Raises
+    ------
+    InputError
+        If there are no workers, or one of them does not see this file or has other versions of packages.
+    """
+    if client is not None:
+        _check_workers(client, study_file.resolve())
+    token = _client.set(client)
+    try:
+        yield
+    finally:
+        _client.reset(token)
+
+
+def _check_workers(client: Any, study_file: Path) -> None:
+    versions, study = _facts(study_file)
+    try:
+        found = client.run(_facts, study_file)
+    except Exception as error:  # of no type that says what went wrong there
+        raise InputError(f"a worker cannot run this package ({error}); install it where the workers are.") from error
+    if not found:
+        raise InputError(f"the dask scheduler has no workers; start one for each device: {WORKER_COMMAND}")
+    for worker, (its_versions, its_study) in found.items():
+        other = next((name for name in versions if its_versions.get(name) != versions[name]), None)
+        if other is not None:
+            raise InputError(
+                f"worker {worker} has {other} {its_versions.get(other)}, this process {versions[other]}; numbers depend"
+                " on it: install the same in both."
+            )
+        if its_study != study:
+            raise InputError(
+                f"worker {worker} finds {'another study file' if its_study else 'nothing'} at {study_file}; expected "
+                "the study's folder under the same path on every machine: share it, e.g. by NFS."
+            )
+
+
+def _facts(study_file: Path) -> tuple[dict[str, str], str | None]:
+    """What must be the same on all workers."""
+    return package_versions(), file_sha256(study_file) if study_file.exists() else None
+
+
+# -- tasks
+
+
+def run_tasks(
+    function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], *, progress: Progress = SILENT
+) -> Generator[T, None, None]:
+    """Results of ``function(*task)`` in the order of the tasks.
+
+    Parameters
+    ----------
+    function
+        Importable by name; takes ``progress`` too.
+    tasks
+        Its arguments. On a cluster, each free worker gets the next one, so that some are done before they are asked
+        for; those that were begun are waited for when the iterator is closed.
+    progress
+        Given to the function in this process; workers report nothing but their results.
+
+    Raises
+    ------
+    StageError
+        If a task's worker was lost again and again, or all workers are.
+    Exception
+        Whatever the function raises.
+    """
+    client = _client.get()
+    with keeping():
+        if client is None:
+            yield from (function(*task, progress=progress) for task in tasks)
+        else:
+            yield from _on_workers(client, function, tasks)
+
+
+def _on_workers(client: Any, function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+    from distributed import KilledWorker, wait
+
+    waiting, begun = deque(tasks), deque[Any]()
+    resources = {GPU: 1} if any(GPU in its for its in _resources(client)) else None
+    seen = time.monotonic()
+    try:
+        while waiting or begun:
+            running = [future for future in begun if not future.done()]
+            places = sum(1 if resources is None else int(its.get(GPU, 0)) for its in _resources(client))
+            while waiting and len(running) < places:
+                future = client.submit(_in_turn, _owner, function, waiting.popleft(), pure=False, resources=resources)
+                running.append(future)
+                begun.append(future)
+            if begun and begun[0].done():
+                yield begun.popleft().result()
+                continue
+            seen = time.monotonic() if places else seen
+            _check_there_are_workers(seen)
+            with client.as_current(), suppress(TimeoutError):
+                wait(running, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED") if running else time.sleep(1)
+    except GeneratorExit:
+        with client.as_current():
+            wait(list(begun))
+        raise
+    except KilledWorker as error:
+        raise StageError(
+            f"a task was given up after {error.allowed_failures + 1} workers died at it, often for want of memory; see "
+            "the workers' logs, then run the same command again: what was finished is kept."
+        ) from error
+    finally:
+        client.cancel(list(begun))
+
+
+def _resources(client: Any) -> list[dict[str, float]]:
+    """Of every worker."""
+    return [worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+
+
+def _check_there_are_workers(seen: float) -> None:
+    if time.monotonic() - seen > RESTART_SECONDS:
+        raise StageError(
+            f"the last worker is gone and none came back within {RESTART_SECONDS:.0f} s; see the workers' logs, start "
+            "them again, then run the same command again: what was finished is kept."
+        )
+
+
+_turn: Final = threading.Lock()
+
+
+def _in_turn(owner: str, function: Callable[..., T], task: tuple[Any, ...]) -> T:
+    with _turn:  # a worker with several threads has one device all the same
+        _own(owner)
+        return function(*task)
+
+
+# -- what tasks of one process share
+
+_kept: dict[str, tuple[object, Any]] = {}
+_owner = ""
+"""The block of :func:`keeping` that it is kept for; a process that was killed leaves its workers with what they had."""
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Keep what the block's tasks have :func:`kept`, here and on workers, until the outermost such block ends."""
+    if _owner:
+        yield
+        return
+    _own(uuid4().hex)
+    try:
+        yield
+    finally:
+        _own("")
+        if _client.get() is not None:
+            _client.get().run(_own, "", on_error="ignore")
+
+
+def _own(owner: str) -> None:
+    global _owner
+    if owner != _owner:
+        _kept.clear()
+    _owner = owner
+
+
+def kept(name: str, identity: object, make: Callable[[], T]) -> T:
+    """What an earlier task of this process made under a name, if the identity is the same; else made now.
+
+    The old one is dropped before: a device may not hold two models.
+    """
+    known = _kept.pop(name, None)
+    if known is None or known[0] != identity:
+        known = None
+        known = (identity, make())
+    _kept[name] = known
+    value: T = known[1]
+    return value
+
+
+# -- workers on this machine
+
+
+@contextmanager
+def local_workers(devices: str) -> Iterator[Any]:
+    """A dask client with one worker process for each device of this machine.
+
+    Parameters
+    ----------
+    devices
+        Numbers of GPUs, as ``CUDA_VISIBLE_DEVICES`` counts them, or ``cpu``, with commas between: ``0,1``. A CPU worker
+        computes with ``OMP_NUM_THREADS`` threads, by default its share of the cores.
+
+    Raises
+    ------
+    InputError
+        If a device is neither.
+    """
+    names = [name.strip() for name in devices.split(",")]
+    wrong = [name for name in names if name != "cpu" and not name.isdigit()]
+    if wrong:
+        raise InputError(f"devices are numbers of GPUs or cpu, with commas between (0,1), got {wrong[0]!r}.")
+    import dask
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(names))))
+    visible = ({"CUDA_VISIBLE_DEVICES": "" if name == "cpu" else name} for name in names)
+    with ExitStack() as stack:
+        here = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+        common = here | {"nthreads": 1, "memory_limit": 0, "resources": {GPU: 1}, "silence_logs": logging.WARNING}
+        common["local_directory"] = stack.enter_context(TemporaryDirectory(prefix="rlgen-stats-"))
+        workers = {
+            number: {"cls": Nanny, "options": common | {"env": device | {"OMP_NUM_THREADS": threads}}}
+            for number, device in enumerate(visible)
+        }
+        stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": RESTART_SECONDS}))
+        scheduler = {"cls": Scheduler, "options": here}
+        cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.WARNING)
+        client = Client(stack.enter_context(cluster), set_as_default=False)  # statistics keep to this process's threads
+        stack.enter_context(client).wait_for_workers(len(names))
+        yield client
