@@ -65,7 +65,7 @@ calibration: install-dev
 # About 25 minutes, up to 12 GB of disk; results as JSON in .benchmarks/, BENCHMARK_OPTIONS=--quick for a trial.
 benchmark-stores: install
 	mkdir -p .benchmarks
-	for script in throughput shuffling memory extraction opening; do \
+	for script in throughput shuffling memory extraction opening at_size; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -P benchmarks/stores/$$script.py --json .benchmarks/$$script.json $(BENCHMARK_OPTIONS) || exit 1; \
 	done
 

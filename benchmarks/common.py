@@ -46,9 +46,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return found
 
 
-def read_options(description: str) -> argparse.Namespace:
-    """The options given to a benchmark."""
-    options = _parser(description).parse_args()
+def read_options(description: str, **paths: str) -> argparse.Namespace:
+    """The options given to a benchmark; ``paths`` are further ones that take a path (name -> help)."""
+    parser = _parser(description)
+    for name, text in paths.items():
+        parser.add_argument(f"--{name}", type=Path, help=text)
+    options = parser.parse_args()
     options.repetitions = options.repetitions or (1 if options.quick else REPETITIONS)
     return options
 

@@ -16,6 +16,7 @@ from rlgen_stats.cli.console import (
     json_option,
     print_json,
     print_table,
+    progress_for,
     study_argument,
 )
 from rlgen_stats.schemas.errors import RlgenStatsError
@@ -23,6 +24,7 @@ from rlgen_stats.schemas.errors import RlgenStatsError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rlgen_stats.toolkit.progress import Progress
     from rlgen_stats.toolkit.study.check_study import Problem, StudyCheck
 
 MAX_CHARACTERS: Final = 600
@@ -49,7 +51,8 @@ def check(study: str, tokens_per_second: float | None, as_json: bool) -> None:
 
     from rlgen_stats.toolkit.study.check_study import check_study
 
-    found = check_study(study)
+    with progress_for() as progress:  # shown only where files are hashed
+        found = check_study(study, progress=progress)
     if as_json:
         costs = found.costs
         hours = costs.hours(tokens_per_second) if costs and tokens_per_second else (None, None)
@@ -64,7 +67,7 @@ def check(study: str, tokens_per_second: float | None, as_json: bool) -> None:
         sys.exit(EXIT_BAD_INPUT)
 
 
-def check_before_run(study: str, stages: Sequence[str] | None) -> None:
+def check_before_run(study: str, stages: Sequence[str] | None, progress: Progress) -> None:
     """Print every problem of a study of which stages are still to run, and leave with exit code 2 if there is one."""
     from rlgen_stats.stores import StudyFolder
     from rlgen_stats.toolkit.study import STAGES, open_for_run
@@ -74,10 +77,10 @@ def check_before_run(study: str, stages: Sequence[str] | None) -> None:
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
     if StudyFolder(Path(study)).stages.exists():  # what was run before was checked then, and its keys are known
         with suppress(RlgenStatsError):
-            opened = open_for_run(study)
+            opened = open_for_run(study, exact=False, progress=progress)
             if all(one.state(stage.name) == "done" for one in (opened, *opened.linked) for stage in plan):
                 return
-    found = check_study(study, stages=plan)
+    found = check_study(study, stages=plan, progress=progress)
     if found.problems:
         print_problems(found.problems)
         sys.exit(EXIT_BAD_INPUT)

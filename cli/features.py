@@ -35,7 +35,7 @@ def features(study: str, features: tuple[int, ...], n: int, as_json: bool) -> No
     from rlgen_stats.toolkit.reporting import feature_cards, load_results, read_study_data
     from rlgen_stats.toolkit.study import open_for_run
 
-    opened = open_for_run(study)
+    opened = open_for_run(study, exact=False)
     results = load_results(opened.folder)
     data = read_study_data(opened.folder, opened.spec)
     cards = feature_cards(opened.folder, opened.spec, results, data, list(features) if features else None)

@@ -123,7 +123,7 @@ def _dictionaries(study: str) -> range:
     """Numbers of the dictionaries, in each of which the study holds a trial of its own."""
     from rlgen_stats.toolkit.study import open_for_run
 
-    return range(1, len(open_for_run(study).spec.primary_crosscoder.names) + 1)
+    return range(1, len(open_for_run(study, exact=False).spec.primary_crosscoder.names) + 1)
 
 
 def _as_json(trial: TrialRun) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from rlgen_stats.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from rlgen_stats.toolkit.study import Study
+    from rlgen_stats.toolkit.study.stage_graph import StageStatus
 
 _HELP: Final = {
     "posttrain": "Train the study's runs with TRL from the base, keeping the checkpoints of its schedule.",
@@ -121,12 +122,12 @@ def run_and_print(
 
     with workers() as client, progress_for(quiet=quiet) as progress:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            check_before_run(study, stages)
+            check_before_run(study, stages, progress)
         opened = run_study(study, stages=stages, force=force, replace=replace, workers=client, progress=progress)
     studies = [opened, *opened.linked]
     reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
     if as_json:
-        found = {"stages": _states(opened), "report": str(reports[0]) if reports else None}
+        found = {"stages": _described(opened.status()), "report": str(reports[0]) if reports else None}
         print_json(found | ({"reports": list(map(str, reports))} if len(studies) > 1 else {}))
     elif (stages is None or "report" in stages) and reports:
         for one in reports:
@@ -164,16 +165,18 @@ def status(study: str, as_json: bool) -> None:
     from rlgen_stats.stores.tables import rendered_prompts
     from rlgen_stats.toolkit.study import open_for_run
 
-    opened = open_for_run(study)
+    with progress_for() as progress:  # only where a file is to be hashed
+        opened = open_for_run(study, exact=False, progress=progress)
+        states = [(one, one.status()) for one in (opened, *opened.linked)]
     prompts = rendered_prompts(opened.folder.outcomes)
     if as_json:
-        found = {"study": opened.spec.name, "study_id": opened.study_id, "stages": _states(opened)}
-        linked = {one.folder.linked_as: _states(one) for one in opened.linked}
+        found = {"study": opened.spec.name, "study_id": opened.study_id, "stages": _described(states[0][1])}
+        linked = {one.folder.linked_as: _described(stages) for one, stages in states[1:]}
         print_json(found | ({"linked": linked} if linked else {}) | {"rendered_prompts": prompts})
         return
-    for one in (opened, *opened.linked):
+    for one, stages in states:
         echo(f"{one.spec.name}  ({one.folder.root}, study {one.study_id[:12]})")
-        for stage in one.status():
+        for stage in stages:
             seconds = f"{stage.seconds:8.1f} s" if stage.seconds is not None and stage.state == "done" else ""
             echo(f"  {stage.name:<13} {stage.state:<12}{seconds}")
     if prompts:
@@ -188,11 +191,8 @@ def _both_ends(text: str, kept: int = 300) -> str:
     return text if len(text) <= 2 * kept else f"{text[:kept]} … {text[-kept:]}"
 
 
-def _states(study: Study) -> list[dict[str, Any]]:
-    return [
-        {"name": stage.name, "state": stage.state, "key": stage.key, "seconds": stage.seconds}
-        for stage in study.status()
-    ]
+def _described(stages: Sequence[StageStatus]) -> list[dict[str, Any]]:
+    return [{"name": one.name, "state": one.state, "key": one.key, "seconds": one.seconds} for one in stages]
 
 
 def _stage_command(name: str) -> click.Command:

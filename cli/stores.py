@@ -119,7 +119,7 @@ def _bytes(size: float) -> str:
 @quiet_option
 @handle_errors
 def verify(store: str, as_json: bool, quiet: bool) -> None:
-    """Check every chunk, label table, count, layout version and digest of a store or a study.
+    """Check every chunk and its place, label table, count, layout version and digest of a store or a study.
 
     Leaves with code 2 and names the first fault if there is one.
 
@@ -136,6 +136,8 @@ def verify(store: str, as_json: bool, quiet: bool) -> None:
         print_json(asdict(report) | {"ok": report.ok})
     elif report.ok:
         echo(f"{store}: sound; {report.n_chunks} chunks of {report.n_arrays} arrays read.")
+        for note in report.notes:
+            echo(f"  {note}")
     if not report.ok:
         more = "".join(f"\n  {problem}" for problem in report.problems[1:10])
         fail(f"{store}: {len(report.problems)} fault(s), the first: {report.problems[0]}{more}")
@@ -162,9 +164,10 @@ def _checks_bar(progress: Progress, description: str) -> Iterator[Callable[[int,
 @json_option
 @handle_errors
 def migrate(store: str, as_json: bool) -> None:
-    """Raise stores written by an earlier release to this release's layout, in place.
+    """Raise stores written by an earlier release to this release's layout, in place, and seal their chunks.
 
-    Activations are renamed, not rewritten; an interrupted migration is run again.
+    Activations are renamed, not rewritten; an interrupted migration is run again. A store without seals is verified
+    first.
 
     \b
     Example:  rlgen-stats migrate runs/last-year

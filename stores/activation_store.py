@@ -30,6 +30,7 @@ from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.labels import TokenLabels
 from rlgen_stats.stores.locations import place
+from rlgen_stats.stores.seals import GROUPS, check_listed, check_present
 from rlgen_stats.stores.shards import PerturbedShards, ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version
 
@@ -54,6 +55,7 @@ def root_attributes(path: Path) -> dict[str, Any]:
     check_is_store(path)
     attrs = dict(read_document(path)["attributes"])
     check_store_version(path, attrs)
+    attrs.pop(GROUPS, None)  # of no interest beside the data
     missing = [name for name in ACTIVATION_ATTRS if name not in attrs]
     if missing:
         raise StoreError(f"{path} is not an activation store: attribute {missing[0]!r} is missing.")
@@ -105,6 +107,7 @@ def shard_arrays(
         If a model is absent or unfinished, or several sites need a choice.
     """
     n_tokens = int(root_attributes(path)["n_tokens"])
+    check_present(path)
     stored = stored_models(path)
     sites = sorted({s for _, s in stored})
     if site is None:
@@ -131,6 +134,8 @@ def _sources(model: str) -> tuple[str, ...]:
 
 
 def _array(path: Path, model: str, site: str, *, decoded: bool) -> ShardArray:
+    for one in _sources(model):
+        check_listed(path, f"{one}/{site}")
     first, *others = (open_shards(path / one / site / ARRAY, decoded=decoded) for one in _sources(model))
     if not others:
         return first

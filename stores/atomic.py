@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from rlgen_stats.schemas.errors import OutOfSpaceError, StoreError
+from rlgen_stats.schemas.errors import OutOfSpaceError, RlgenStatsError, StoreCorruptError
 from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -144,10 +144,47 @@ def read_json(path: Path) -> Any:
 
     Raises
     ------
-    StoreError
+    StoreCorruptError
         If the file is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise StoreError(f"{path} is not readable JSON ({error}); restore it or delete it and run again.") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreCorruptError(
+            f"{path} is not readable JSON ({error}); restore it or delete it and run again."
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    StoreCorruptError
+        If the file is not JSON, or JSON of another type.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise StoreCorruptError(
+            f"{path} must hold a JSON object, got {type(found).__name__}; restore it or delete it and run again."
+        )
+    return found
+
+
+@contextmanager
+def explain_damage(path: Path) -> Iterator[None]:
+    """Turn what readers raise on damaged content of ``path`` into one sentence that names it; our own errors pass.
+
+    Raises
+    ------
+    StoreCorruptError
+    """
+    try:
+        yield
+    except RlgenStatsError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the file system's; decoders give no number
+            raise
+        line = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise StoreCorruptError(f"{path} cannot be read ({line}); restore it or compute it again.") from error

@@ -28,10 +28,11 @@ from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.stores.atomic import replacing
-from rlgen_stats.stores.digests import read_document, write_digests
-from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP
+from rlgen_stats.stores.digests import read_document
+from rlgen_stats.stores.labels import LONGEST, PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP
 from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.provenance import Provenance
+from rlgen_stats.stores.seals import seal_store
 from rlgen_stats.stores.tables import COMPRESSORS, as_strings, check_is_store, check_owner, encoding, write_zarr
 
 SHARD_TOKENS: Final = 8192
@@ -106,7 +107,7 @@ def create_activations(
         )
         write_table(temporary / SPANS_GROUP, SPANS_GROUP, coder.spans())
         write_table(temporary / PROMPTS_GROUP, PROMPTS_GROUP, prompt_table(prompts))
-        write_digests(temporary)
+        seal_store(temporary)
 
 
 def _check_prompts(prompts: pd.DataFrame) -> None:
@@ -134,8 +135,11 @@ def _check_columns(frame: pd.DataFrame, name: str, expected: tuple[str, ...]) ->
 
 def prompt_table(prompts: pd.DataFrame) -> xr.Dataset:
     """The prompts and their labels, as text."""
-    text = {name: (PROMPT, prompts[name].astype(str).to_numpy(dtype=object)) for name in (PROMPT, *PROMPT_LABELS)}
-    return as_strings(xr.Dataset(text).set_coords(list(text)).astype(str))
+    columns = {name: prompts[name].astype(str) for name in (PROMPT, *PROMPT_LABELS)}
+    table = as_strings(xr.Dataset({name: (PROMPT, column.to_numpy(object)) for name, column in columns.items()}))
+    for name, column in columns.items():
+        table[name].attrs[LONGEST] = max(1, int(column.str.len().max()))
+    return table.set_coords(list(columns))
 
 
 def write_table(path: Path, layout: str, dataset: xr.Dataset) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from rlgen_stats.schemas.errors import InputError, StoreCorruptError, StoreError
-from rlgen_stats.stores.atomic import read_json
+from rlgen_stats.stores.atomic import explain_damage, read_object
 from rlgen_stats.stores.digests import file_sha256
 
 WEIGHTS: Final = "weights.safetensors"
@@ -131,8 +131,9 @@ def read_decoder(folder: Path) -> Decoder:
     """
     described = _described(folder)
     rows = _read_rows(folder / WEIGHTS, described["weights_sha256"])
-    views = tuple(described["views"])
-    widths = tuple(described["widths"] if "widths" in described else [described["width"]] * len(views))
+    with explain_damage(folder / SPEC):
+        views = tuple(map(str, described["views"]))
+        widths = tuple(map(int, described["widths"] if "widths" in described else [described["width"]] * len(views)))
     if rows.shape != (described["n_features"], sum(widths)):
         raise StoreError(
             f"{folder / WEIGHTS}: the decoder must have shape {(described['n_features'], sum(widths))} for views of "
@@ -142,7 +143,7 @@ def read_decoder(folder: Path) -> Decoder:
     return Decoder(described["name"], views, widths, rows, described["weights_sha256"])
 
 
-def read_description(folder: Path) -> Any:
+def read_description(folder: Path) -> dict[str, Any]:
     """Content of a finished crosscoder's spec.json; its fields are not checked.
 
     Raises
@@ -155,7 +156,7 @@ def read_description(folder: Path) -> Any:
             raise StoreError(
                 f"{folder} holds no finished crosscoder: {name} is missing; run the crosscoder stage or fix the path."
             )
-    return read_json(folder / SPEC)
+    return read_object(folder / SPEC)
 
 
 def require_fields(described: Any, needed: Sequence[str], folder: Path) -> dict[str, Any]:

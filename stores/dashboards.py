@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.stores.atomic import explain_damage
 from rlgen_stats.stores.folder import StudyFolder
 
 PEAK: Final = ("⟦", "⟧")
@@ -84,5 +85,6 @@ def _read(path: Path, features: Iterable[int] | None, *, by: list[str]) -> pd.Da
             "rlgen-stats encode."
         )
     filters = None if features is None else [("feature", "in", [int(k) for k in features])]
-    table: pd.DataFrame = pq.read_table(path, filters=filters).to_pandas()
+    with explain_damage(path):
+        table: pd.DataFrame = pq.read_table(path, filters=filters).to_pandas()
     return table.sort_values(by, kind="stable", ignore_index=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import pandas as pd
 
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
 from rlgen_stats.stores.activation_store import ARRAY, root_attributes, stored_groups, stored_models
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage
 from rlgen_stats.stores.digests import COMMITTED_MODELS, arrays_of, read_document
 from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import filesystem, is_remote, place
@@ -62,20 +64,22 @@ def describe(path: Path | str) -> dict[str, dict[str, Any]]:
 
 def _facts(store: Path) -> dict[str, Any]:
     attrs = read_document(store).get("attributes", {})
-    facts = _activation_facts(store) if has_labels(store) else _table_facts(store, attrs)
+    with explain_damage(store):
+        facts = _activation_facts(store) if has_labels(store) else _table_facts(store, attrs)
     sizes = _files(store)
     facts["bytes"], facts["files"] = sum(sizes), len(sizes)
     if facts.get("uncompressed_bytes"):
         facts["compression"] = round(facts["uncompressed_bytes"] / max(1, facts["bytes"]), 2)
     facts |= {name: attrs[name] for name in _SHOWN_ATTRS if name in attrs}
-    return facts | _provenance(attrs)
+    return facts | _provenance(store, attrs)
 
 
-def _provenance(attrs: dict[str, Any]) -> dict[str, Any]:
+def _provenance(store: Path, attrs: dict[str, Any]) -> dict[str, Any]:
     if "provenance" not in attrs:
         return {}
-    provenance = json.loads(attrs["provenance"])
-    return {"written_by": {"git_commit": provenance.get("git_commit"), **provenance.get("packages", {})}}
+    with explain_damage(store / ZARR_JSON):
+        provenance = json.loads(attrs["provenance"])
+        return {"written_by": {"git_commit": provenance.get("git_commit"), **provenance.get("packages", {})}}
 
 
 def _files(store: Path) -> list[int]:
@@ -83,7 +87,7 @@ def _files(store: Path) -> list[int]:
     if is_remote(store):
         listed = filesystem(store).find(store.path, detail=True)  # type: ignore[attr-defined]
         return [int(entry["size"]) for entry in listed.values()]
-    return [file.stat().st_size for file in store.rglob("*") if file.is_file()]
+    return [os.stat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(store) for name in names]
 
 
 def _activation_facts(store: Path) -> dict[str, Any]:

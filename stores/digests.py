@@ -3,8 +3,8 @@
 Chunks carry checksums; ``zarr.json`` files do not. The attribute ``digest`` of a group is the hash of its other
 attributes and of the metadata of its arrays, and is written in the same atomic replacement of ``zarr.json``.
 
-A store that grows by models carries its arrays' metadata in that file too (Zarr's consolidated metadata), as of the
-last committed model: whatever an append has reached, every reader sees arrays of one length.
+A finished group carries its arrays' metadata in that file too (Zarr's consolidated metadata), of a store that grows by
+models as of the last committed one: whatever an append has reached, every reader sees arrays of one length.
 """
 
 from __future__ import annotations
@@ -22,8 +22,18 @@ from rlgen_stats.stores.locations import explain_access_errors
 
 DIGEST: Final = "digest"
 CONSOLIDATED: Final = "consolidated_metadata"
+SEAL: Final = "seal"
+"""Hash of the checksums of a group's chunks (``seals``)."""
 COMMITTED_MODELS: Final = "committed_models"
 """Models wholly in an outcome or feature store; an append writes it last."""
+_KINDS: Final[dict[str, type]] = dict.fromkeys(("n_tokens", "shard_tokens", "schema_version"), int) | {
+    COMMITTED_MODELS: list,
+    DIGEST: str,
+    SEAL: str,
+    "groups": dict,
+    "complete": bool,
+}
+"""Types of the attributes on which reading depends."""
 
 
 def file_sha256(file: Path) -> str:
@@ -38,40 +48,60 @@ def read_document(path: Path) -> dict[str, Any]:
     Raises
     ------
     StoreCorruptError
-        If it is not JSON or no Zarr v3 metadata.
+        If it is missing, not JSON, no Zarr v3 metadata, or has an attribute of ours that is of another type.
     """
     try:
         with explain_access_errors(path):
             document = json.loads((path / ZARR_JSON).read_text(encoding="utf-8"))
         if document["zarr_format"] != 3 or document["node_type"] not in ("group", "array"):
             raise KeyError("node_type")
-    except (ValueError, KeyError, TypeError) as error:
+        attributes = document.get("attributes", {})
+        if not isinstance(attributes, dict):
+            raise TypeError("attributes is of another type")
+        for name in _KINDS.keys() & attributes.keys():
+            if not isinstance(attributes[name], _KINDS[name]):
+                raise TypeError(f"{name} is of another type")
+    except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError, NotADirectoryError) as error:
         raise StoreCorruptError(f"{path / ZARR_JSON} is not Zarr v3 metadata ({error}); restore it.") from error
     return dict(document)
 
 
+def attributes_of(path: Path) -> dict[str, Any]:
+    """Attributes of the group or array at ``path``; errors as :func:`read_document`."""
+    return dict(read_document(path).get("attributes", {}))
+
+
+def n_committed(attributes: dict[str, Any]) -> int | None:
+    """Committed models of a group that grows by models; None of others."""
+    return len(attributes[COMMITTED_MODELS]) if COMMITTED_MODELS in attributes else None
+
+
 def write_digest(path: Path, attributes: dict[str, Any] | None = None) -> None:
     """Set attributes of a group and its digest in one atomic replacement; an absent group is created empty."""
+    if not (path / ZARR_JSON).exists():
+        path.mkdir(parents=True, exist_ok=True)
+    write_json(path / ZARR_JSON, with_digest(path, attributes))
+
+
+def with_digest(path: Path, attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What :func:`write_digest` writes."""
+    document: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     if (path / ZARR_JSON).exists():
         document = read_document(path)
-    else:
-        document = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-        path.mkdir(parents=True, exist_ok=True)
     document["attributes"] = document.get("attributes", {}) | (attributes or {})
-    if COMMITTED_MODELS in document["attributes"]:
-        metadata = arrays_of(path, len(document["attributes"][COMMITTED_MODELS]))
+    if {COMMITTED_MODELS, SEAL} & document["attributes"].keys():
+        metadata = arrays_of(path, n_committed(document["attributes"]))
         document[CONSOLIDATED] = {"kind": "inline", "must_understand": False, "metadata": metadata}
     # Last, because the digest covers everything above.
     document["attributes"][DIGEST] = metadata_digest(path, document)
-    write_json(path / ZARR_JSON, document)
+    return document
 
 
 def metadata_digest(path: Path, document: dict[str, Any]) -> str:
     """The digest of a group: a hash of its attributes and of the metadata of its arrays."""
     attributes = {name: value for name, value in document.get("attributes", {}).items() if name != DIGEST}
     rest = {name: value for name, value in document.items() if name != "attributes"}
-    n_models = len(attributes[COMMITTED_MODELS]) if COMMITTED_MODELS in attributes else None
-    return content_hash([rest, attributes, arrays_of(path, n_models)])
+    return content_hash([rest, attributes, arrays_of(path, n_committed(attributes))])
 
 
 def arrays_of(path: Path, n_models: int | None = None) -> dict[str, dict[str, Any]]:
@@ -95,11 +125,3 @@ def _without_uncommitted(array: dict[str, Any], n_models: int | None) -> dict[st
     shape = list(array["shape"])
     shape[names.index(MODEL)] = n_models
     return array | {"shape": shape}
-
-
-def write_digests(path: Path) -> None:
-    """Write the digests of the group at ``path`` and of every group below it."""
-    for child in zarr_nodes(path):
-        if read_document(child)["node_type"] == "group":
-            write_digests(child)
-    write_digest(path)

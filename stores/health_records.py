@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rlgen_stats.schemas.errors import StageError
-from rlgen_stats.stores.atomic import read_json, write_json
+from rlgen_stats.stores.atomic import read_object, write_json
 
 HEALTH: Final = "health.json"
 ACCEPTED: Final = "accepted.json"
@@ -26,7 +26,7 @@ def read_health(folder: Path) -> dict[str, Any]:
     """
     if not (folder / HEALTH).exists():
         raise StageError(f"{folder / HEALTH} is missing; run the crosscoder stage, which measures health.")
-    return dict(read_json(folder / HEALTH))
+    return read_object(folder / HEALTH)
 
 
 def add_readout(folder: Path, described: Mapping[str, Any]) -> None:
@@ -83,4 +83,4 @@ def unusable_readout(folder: Path, *, accepted: bool) -> str:
 
 
 def _note(folder: Path) -> dict[str, Any]:
-    return dict(read_json(folder / ACCEPTED)) if (folder / ACCEPTED).exists() else {}
+    return read_object(folder / ACCEPTED) if (folder / ACCEPTED).exists() else {}

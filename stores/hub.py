@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote
 
 from rlgen_stats.schemas.errors import ModelError
-from rlgen_stats.stores.atomic import read_json, write_json
+from rlgen_stats.stores.atomic import explain_damage, read_object, write_json
 from rlgen_stats.stores.folder import StudyFolder
 
 SCHEME: Final = "hf://"
@@ -102,13 +102,14 @@ def hub_folder(path: str, folder: StudyFolder) -> HubFolder:
         raise ModelError(f"{path!r} is no model of the Hub; expected hf://OWNER/NAME, @REVISION and /SUBFOLDER if any.")
     repo, revision = match["repo"], unquote(match["revision"] or "main")
     record = _record(folder)
-    known: dict[str, Any] = dict(read_json(record)) if record.exists() else {}
+    known = read_object(record) if record.exists() else {}
     name = f"{repo}@{revision}"
     if name not in known:
         commit, files = _ask(repo, revision)
         write_json(record, known | {name: {"commit": commit, "files": files}})
         known[name] = {"commit": commit, "files": files}
-    return HubFolder(repo, known[name]["commit"], match["subfolder"] or "", tuple(known[name]["files"]))
+    with explain_damage(record):
+        return HubFolder(repo, known[name]["commit"], match["subfolder"] or "", tuple(known[name]["files"]))
 
 
 def locate_checkpoint(path: str, folder: StudyFolder) -> Path:

@@ -32,17 +32,19 @@ from rlgen_stats.schemas.dims import (
     TOKEN,
     TOKEN_ID,
 )
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.errors import InputError, StoreCorruptError
 from rlgen_stats.schemas.layout import validate
-from rlgen_stats.stores.atomic import ZARR_JSON
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage
 from rlgen_stats.stores.digests import read_document
-from rlgen_stats.stores.locations import zarr_store
 from rlgen_stats.stores.prompt_index import label_values, selected_labels
-from rlgen_stats.stores.tables import open_lazily
+from rlgen_stats.stores.seals import check_listed, sealed_store
+from rlgen_stats.stores.tables import fixed_width, open_unread
 
 TOKENS_GROUP: Final = "tokens"
 PROMPTS_GROUP: Final = "prompts"
 SPANS_GROUP: Final = "spans"
+LONGEST: Final = "longest"
+"""Attribute of a column of prompts: characters of its longest text. Columns of older stores have none."""
 SELECTABLE: Final = (PROMPT, TASK, DOMAIN, SPLIT, CLUSTER, SOURCE, SEGMENT)
 """Labels that select tokens without reading the tokens."""
 
@@ -53,7 +55,7 @@ def has_labels(store: Path) -> bool:
 
 
 class TokenLabels:
-    """The labels of one activation store: prompts and spans in memory, codes on disk.
+    """The labels of one activation store: each column of prompts and spans is read when it is first used; codes never.
 
     Parameters
     ----------
@@ -63,24 +65,29 @@ class TokenLabels:
 
     def __init__(self, path: Path) -> None:
         attrs = read_document(path)["attributes"]
-        self.path, self.n_tokens, self.hash = path, int(attrs["n_tokens"]), str(attrs["labels_hash"])
+        with explain_damage(path / ZARR_JSON):
+            self.path, self.n_tokens, self.hash = path, int(attrs["n_tokens"]), str(attrs["labels_hash"])
+        self._legends: dict[str, NDArray[Any]] = {}
 
     @cached_property
     def spans(self) -> xr.Dataset:
-        """``start``, ``prompt``, ``source``, ``segment`` [span], in memory."""
-        dataset = xr.open_zarr(zarr_store(self.path / SPANS_GROUP, strict=True), consolidated=False, chunks=None)
-        return validate(dataset, SPANS_GROUP).load()
+        """``start``, ``prompt``, ``source``, ``segment`` [span]; a column stays in memory once it was read."""
+        check_listed(self.path, SPANS_GROUP)
+        return validate(open_unread(self.path / SPANS_GROUP), SPANS_GROUP)
 
     @cached_property
     def prompts(self) -> xr.Dataset:
-        """Coordinates ``prompt``, ``task``, ``domain``, ``split``, ``cluster`` [prompt], in memory."""
-        return validate(open_lazily(self.path / PROMPTS_GROUP), PROMPTS_GROUP)
+        """Coordinates ``prompt``, ``task``, ``domain``, ``split``, ``cluster`` [prompt], without an index; as spans."""
+        check_listed(self.path, PROMPTS_GROUP)
+        return validate(open_unread(self.path / PROMPTS_GROUP), PROMPTS_GROUP)
 
     @cached_property
     def codes(self) -> dict[str, Any]:
         """The arrays of the tokens group, on disk."""
-        group = zarr.open_group(zarr_store(self.path / TOKENS_GROUP, strict=True), mode="r")
-        return {str(name): array for name, array in group.arrays()}
+        check_listed(self.path, TOKENS_GROUP)
+        with explain_damage(self.path / TOKENS_GROUP / ZARR_JSON):
+            group = zarr.open_group(sealed_store(self.path / TOKENS_GROUP), mode="r")
+            return {str(name): array for name, array in group.arrays()}
 
     def legend(self, name: str) -> NDArray[Any] | None:
         """Text of every code of label ``name``; None for labels that are numbers."""
@@ -88,13 +95,29 @@ class TokenLabels:
             return None
         if name in (SOURCE, SEGMENT):
             return np.array(self.spans.attrs["sources" if name == SOURCE else "segments"], dtype=np.str_)
-        text: NDArray[Any] = self.prompts[name].values.astype(np.str_)
-        return text
+        if name not in self._legends:
+            column = self.prompts[name]
+            text = fixed_width(column.values)
+            if text.dtype != np.dtype(f"U{column.attrs.get(LONGEST, text.dtype.itemsize // 4)}"):
+                raise StoreCorruptError(
+                    f"{self.path / PROMPTS_GROUP / name} does not hold text of the length it announces; restore it."
+                )
+            self._legends[name] = text
+        return self._legends[name]
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Type of label ``name``; known without reading it where the store says how long its text is."""
+        if name in (POSITION, TOKEN_ID):
+            return np.dtype(self.codes[name].dtype)
+        if name in (PROMPT, *PROMPT_LABELS) and LONGEST in self.prompts[name].attrs:
+            return np.dtype(f"U{self.prompts[name].attrs[LONGEST]}")
+        legend = self.legend(name)
+        assert legend is not None  # noqa: S101 - every label but the two above is text
+        return legend.dtype
 
     def coordinate(self, name: str) -> xr.Variable:
         """Label ``name`` of every token, read and decoded when touched."""
-        coded = _DecodedLabels(self.codes[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name], self.legend(name))
-        return xr.Variable((TOKEN,), indexing.LazilyIndexedArray(coded))
+        return xr.Variable((TOKEN,), indexing.LazilyIndexedArray(_DecodedLabels(self, name)))
 
     def coordinates(self) -> xr.Coordinates:
         """All labels, lazily, with an index that selects by them."""
@@ -162,12 +185,13 @@ def positions_in(ranges: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class _DecodedLabels(BackendArray):
-    """Codes on disk that are decoded when read."""
+    """One label of every token: codes on disk that are decoded when read."""
 
-    def __init__(self, codes: Any, legend: NDArray[Any] | None) -> None:
-        self._codes, self._legend = codes, legend
-        self.shape: tuple[int, ...] = codes.shape
-        self.dtype: np.dtype[Any] = codes.dtype if legend is None else legend.dtype
+    def __init__(self, labels: TokenLabels, name: str) -> None:
+        self._labels, self._name = labels, name
+        self._codes = labels.codes[PROMPT if name in (PROMPT, *PROMPT_LABELS) else name]
+        self.shape: tuple[int, ...] = self._codes.shape
+        self.dtype = labels.dtype(name)
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -175,7 +199,8 @@ class _DecodedLabels(BackendArray):
     def _read(self, key: tuple[Any, ...]) -> Any:
         (rows,) = key
         codes = self._codes.oindex[rows] if isinstance(rows, np.ndarray) else self._codes[rows]
-        return codes if self._legend is None else self._legend[codes]
+        legend = self._labels.legend(self._name)
+        return codes if legend is None else legend[codes]
 
 
 class TokenIndex(xr.Index):

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from upath import UPath
 from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore
 
-from rlgen_stats.schemas.errors import InputError, StoreCorruptError, StoreError
+from rlgen_stats.schemas.errors import InputError, StoreError
 
 _LOCAL = ("", "file", "local")
 
@@ -51,26 +51,12 @@ def filesystem(path: Path) -> Any:
     return cast(UPath, path).fs
 
 
-def zarr_store(path: Path, *, strict: bool = False) -> Store:
-    """A Zarr store rooted at ``path``; a ``strict`` one raises for a missing chunk instead of returning fill values."""
-    store: Store
+def zarr_store(path: Path) -> Store:
+    """A Zarr store rooted at ``path``; ``seals.sealed_store`` gives one that checks what it reads."""
     if is_remote(path):
-        store = FsspecStore.from_url(str(path), storage_options=dict(cast(UPath, path).storage_options))
-    else:
-        store = LocalStore(path)
-    return _NoMissingChunks(store) if strict else store
-
-
-class _NoMissingChunks(WrapperStore[Store]):  # type: ignore[misc]
-    """A store in which every chunk must exist, as in all stores written here (``write_empty_chunks``)."""
-
-    async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
-        """Bytes of ``key``; a missing chunk raises instead of standing for fill values."""
-        value = await self._store.get(key, *args, **kwargs)
-        # Keys of chunks are c/0/1 or, in shards, c.0.1; metadata keys may be absent.
-        if value is None and any(part.split(".")[0] == "c" for part in key.split("/")):
-            raise StoreCorruptError(f"{self._store} lacks the chunk {key}; restore it or compute it again.")
-        return value
+        remote: Store = FsspecStore.from_url(str(path), storage_options=dict(cast(UPath, path).storage_options))
+        return remote
+    return LocalStore(path)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import struct
 import threading
 import time
@@ -80,7 +81,10 @@ def _locked_error(path: Path, holder: str) -> StoreLockedError:
 @contextmanager
 def _hold_file_lock(path: Path, span: tuple[int, int]) -> Iterator[None]:
     first, stop = span
-    with explain_access_errors(path), path.with_name(f".{path.name}.lock").open("a+", encoding="utf-8") as handle:
+    with (
+        explain_access_errors(path),
+        path.with_name(f".{path.name}.lock").open("a+", encoding="utf-8", errors="replace") as handle,
+    ):
         try:
             # struct flock as 64-bit Linux lays it out: type, whence, start, length, process (0 for descriptor locks)
             fcntl.fcntl(handle, _SET_LOCK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, stop - first, 0))
@@ -104,9 +108,9 @@ def _hold_file_lock(path: Path, span: tuple[int, int]) -> Iterator[None]:
 def _last_holder(handle: IO[str], span: tuple[int, int]) -> str:
     """Process id last noted in the lock file for an overlapping range, for the message only."""
     handle.seek(0)
-    lines = [line.split() for line in handle.read().splitlines()]
-    pids = [int(line[0]) for line in lines if len(line) == 3 and int(line[1]) < span[1] and span[0] < int(line[2])]
-    return str(pids[-1]) if pids else "unknown"
+    notes = [re.fullmatch(r"(\d+) (\d+) (\d+)", line, re.ASCII) for line in handle.read().splitlines()]
+    pids = [note[1] for note in notes if note and int(note[2]) < span[1] and span[0] < int(note[3])]
+    return pids[-1] if pids else "unknown"
 
 
 @contextmanager
@@ -143,8 +147,8 @@ def _renew(own_lease: Path, facts: str, stopped: threading.Event) -> None:
 
 
 def _overlap(name: str, span: tuple[int, int]) -> bool:
-    first, stop, _ = name.split("-")
-    return int(first) < span[1] and span[0] < int(stop)
+    lease = re.fullmatch(r"(\d+)-(\d+)-[0-9a-f]+\.json", name, re.ASCII)  # what is no lease of ours bars nobody
+    return lease is not None and int(lease[1]) < span[1] and span[0] < int(lease[2])
 
 
 def _living_holder(lease: Path, own_lease: Path) -> str:
@@ -155,15 +159,24 @@ def _living_holder(lease: Path, own_lease: Path) -> str:
     system = filesystem(lease)
     system.invalidate_cache()
     try:
-        facts: dict[str, Any] = json.loads(lease.read_text())
+        facts = _facts(lease)
         age = (system.modified(own_lease.path) - system.modified(lease.path)).total_seconds()  # type: ignore[attr-defined]
     except FileNotFoundError:
         return ""
-    on_this_host = facts.get("host") == platform.node()
-    if age > LEASE_SECONDS or (on_this_host and not _process_exists(int(facts["pid"]))):
+    host, pid = facts.get("host"), facts.get("pid")
+    if age > LEASE_SECONDS or (host == platform.node() and isinstance(pid, int) and not _process_exists(pid)):
         lease.unlink(missing_ok=True)
         return ""
-    return f"{facts['pid']} on {facts['host']}"
+    return f"{pid} on {host}"
+
+
+def _facts(lease: Path) -> dict[str, Any]:
+    """What a lease says; nothing, if it is damaged: then its age decides alone."""
+    try:
+        facts = json.loads(lease.read_text())
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _process_exists(pid: int) -> bool:

@@ -13,27 +13,24 @@ import xarray as xr
 import zarr
 
 from rlgen_stats.schemas.dims import CHANNEL, PROMPT, PROMPT_LABELS, TOKEN
-from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, stored_groups
 from rlgen_stats.stores.atomic import ZARR_JSON, write_json
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder, write_table
-from rlgen_stats.stores.digests import read_document, write_digest, write_digests
+from rlgen_stats.stores.digests import read_document, write_digest
 from rlgen_stats.stores.labels import PROMPTS_GROUP, SPANS_GROUP, TOKENS_GROUP, has_labels
 from rlgen_stats.stores.locations import is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.stores.shards import (
-    CHECKSUM_BYTES,
-    array_document,
-    checksum_of,
-    write_chunk,
-    written_chunks,
-)
-from rlgen_stats.stores.verify import stores_below
+from rlgen_stats.stores.seals import CHECKSUM_BYTES, carried_checksum, groups_in, is_unsealed, seal_store
+from rlgen_stats.stores.shards import array_document, write_chunk, written_chunks
+from rlgen_stats.stores.verify import stores_below, verify
 
 
 def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
     """Raise every store at ``path`` (a store or a study folder) to this release's layout version, in place.
+
+    Stores without seals are verified and, if they are sound, sealed as they are.
 
     Returns
     -------
@@ -44,6 +41,8 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
     ------
     StoreError
         If there is no store, one is of a newer version than this release knows, or it is not on a local disk.
+    StoreCorruptError
+        If a store without seals is not sound; it stays as it is.
 
     Notes
     -----
@@ -63,6 +62,10 @@ def migrate(path: Path | str) -> dict[str, tuple[int, int]]:
             while version < LAYOUT_VERSION:
                 _STEPS[version](store)
                 version = _version(store)
+            if any(map(is_unsealed, groups_in(store))):
+                if problems := verify(store).problems:
+                    raise StoreCorruptError(f"{store} is not sealed, because it is not sound: {problems[0]}")
+                seal_store(store)
             done[name] = (before, version)
     return done
 
@@ -97,7 +100,7 @@ def _from_1(store: Path) -> None:
     for array in store.rglob(ZARR_JSON):
         if array.parent.name not in (ARRAY, COMMITTED) and read_document(array.parent)["node_type"] == "array":
             _fill_missing(array.parent)
-    write_digests(store)
+    seal_store(store)
     write_digest(store, attributes)  # the version comes last, so that an interrupted migration is run again
 
 
@@ -134,7 +137,7 @@ def _shards_from_1(group: Path, model: str, site: str, n_tokens: int, shard: int
         if source.exists():
             source.rename(target)
         raw = np.fromfile(target, np.uint8)[-CHECKSUM_BYTES:]
-        write_chunk(record, index, np.array([[committed[index], checksum_of(raw)]], dtype="<i8"), ndim=2)
+        write_chunk(record, index, np.array([[committed[index], carried_checksum(raw)]], dtype="<i8"), ndim=2)
     width = int(old["shape"][1])
     text = array_document((n_tokens, width), (rows, width), str(old["data_type"]), (TOKEN, CHANNEL), {})
     (group / ARRAY / ZARR_JSON).write_text(text)

@@ -23,13 +23,15 @@ def selected_labels(legend: NDArray[Any], selection: object, name: str) -> NDArr
     InputError
         If a selected label does not exist.
     """
-    values = [selection] if isinstance(selection, str) else list(np.atleast_1d(np.asarray(selection)).astype(np.str_))
-    unknown = sorted(set(values) - set(legend.tolist()))
+    values = [selection] if isinstance(selection, str) else np.atleast_1d(np.asarray(selection)).astype(str).tolist()
+    # By hashing: sorting, as numpy's isin does, or a set of a legend of a million prompts takes seconds.
+    chosen = np.asarray(pd.Series(legend.astype(object)).isin(values))
+    unknown = sorted(set(values) - set(legend[chosen].tolist()))
     if unknown:
         known = sorted(set(legend.tolist()))
         shown = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
         raise InputError(f"no {name} is called {unknown[0]!r}; there are {shown}.")
-    return np.isin(legend, np.array(values, dtype=legend.dtype if values else np.str_))
+    return chosen
 
 
 def label_values(value: object) -> Sequence[str] | str:

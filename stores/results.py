@@ -14,6 +14,7 @@ from rlgen_stats.stores.digests import read_document, write_digest, zarr_nodes
 from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.provenance import Provenance
+from rlgen_stats.stores.seals import check_listed, commit, list_group
 from rlgen_stats.stores.tables import (
     FEATURE_BLOCK,
     as_strings,
@@ -43,7 +44,8 @@ def write_results(path: Path | str, group: str, dataset: xr.Dataset, *, provenan
         remove_leftovers(root / group)  # safe: the lock is ours, so no other process is replacing the group
         with replacing(root / group) as temporary:
             write_zarr(dataset, temporary, mode="w", encoding=encoding(dataset, {FEATURE: FEATURE_BLOCK}))
-            write_digest(temporary)
+            list_group(root, root / group, coming=commit(temporary))
+        list_group(root, root / group)
 
 
 def result_groups(path: Path | str) -> list[str]:
@@ -73,6 +75,7 @@ def open_results(path: Path | str, group: str) -> xr.Dataset:
     if group not in result_groups(root):
         raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
     check_store_version(root / group, read_document(root / group).get("attributes", {}))
+    check_listed(root, group)
     dataset = open_lazily(root / group)
     try:
         return _validated(dataset, group)

@@ -8,7 +8,6 @@ directly, through a memory map, avoids the copies that make general readers two 
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Iterator
@@ -24,10 +23,11 @@ from zarr.codecs import Crc32cCodec
 
 from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.stores.atomic import ZARR_JSON, sync
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, sync
+from rlgen_stats.stores.digests import read_document
 from rlgen_stats.stores.locations import explain_access_errors, is_remote
+from rlgen_stats.stores.seals import CHECKSUM_BYTES, Seal, carried_checksum
 
-CHECKSUM_BYTES: Final = 4
 PARTIAL: Final = ".partial"
 """Suffix of a chunk that is being written; no Zarr reader looks at it, and the next attempt overwrites it."""
 FLOATS: Final = ("float32", "float16", "bfloat16")
@@ -94,7 +94,8 @@ def array_document(
     return bytes(scratch._store_dict[ZARR_JSON].to_bytes()).decode()
 
 
-def _chunk_name(index: int, ndim: int) -> str:
+def chunk_name(index: int, ndim: int) -> str:
+    """Name of the file of a shard, in the folder of its array."""
     return ".".join(["c", str(index)] + ["0"] * (ndim - 1))
 
 
@@ -105,7 +106,7 @@ def write_chunk(folder: Path, index: int, values: NDArray[Any], *, ndim: int) ->
     """
     raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
     checksum = int(google_crc32c.value(raw))
-    path = folder / _chunk_name(index, ndim)
+    path = folder / chunk_name(index, ndim)
     tail = checksum.to_bytes(CHECKSUM_BYTES, "little")
     if is_remote(path):
         with explain_access_errors(path):
@@ -127,13 +128,14 @@ def written_chunks(folder: Path) -> set[int]:
     """Indices of the chunks on disk, by their names; nothing is opened."""
     if not folder.exists():
         return set()
-    names = (file.name.split(".") for file in folder.iterdir())
+    files = (file.name for file in folder.iterdir()) if is_remote(folder) else os.listdir(folder)
+    names = (file.split(".") for file in files)
     return {int(name[1]) for name in names if name[0] == "c" and name[-1].isdigit()}
 
 
 @dataclass(frozen=True)
 class ShardArray:
-    """One array of shards, read shard by shard; a shard that is missing, cut or changed raises.
+    """One array of shards, read shard by shard; a shard that is missing, cut, changed or another's raises.
 
     Behaves as a two-dimensional numpy array for slices along the first axis, and pickles to its path alone.
     """
@@ -148,6 +150,8 @@ class ShardArray:
     """``float32``, ``float16`` or ``bfloat16``; other types by their numpy name."""
     decoded: bool = True
     """Whether bfloat16 is read as float32 (else as its bits)."""
+    seal: Seal | None = None
+    """Of the group it is in, if that has one: each shard must be the one committed in its place."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -170,14 +174,14 @@ class ShardArray:
         Raises
         ------
         StoreCorruptError
-            If the chunk is missing, has another size, or fails its checksum.
+            If the chunk is missing, has another size, fails its checksum, or is not the one committed in its place.
         """
         values = self._checked(index).view(stored_dtype(self.stored_type)).reshape(-1, *self.shape[1:])
         return values[: self.shape[0] - index * self.rows]
 
     def _checked(self, index: int) -> NDArray[np.uint8]:
         name = f"shard {index} (rows {index * self.rows} to {min((index + 1) * self.rows, self.shape[0]) - 1})"
-        path = self.path / _chunk_name(index, self.ndim)
+        path = self.path / chunk_name(index, self.ndim)
         expected = self.rows * int(np.prod(self.shape[1:])) * stored_dtype(self.stored_type).itemsize + CHECKSUM_BYTES
         try:
             raw = _read_bytes(path)
@@ -189,14 +193,16 @@ class ShardArray:
             raise StoreCorruptError(
                 f"{self.path}: {name} has {len(raw)} bytes, expected {expected}; restore it or compute it again."
             )
-        if int(google_crc32c.value(raw[:-CHECKSUM_BYTES])) != checksum_of(raw):
+        if int(google_crc32c.value(raw[:-CHECKSUM_BYTES])) != carried_checksum(raw):
             raise StoreCorruptError(f"{self.path}: {name} fails its crc32c checksum; restore it or compute it again.")
+        if self.seal:
+            self.seal.check(self.path.name, (index,) + (0,) * (self.ndim - 1), carried_checksum(raw))
         return raw[:-CHECKSUM_BYTES]
 
     def checksum(self, index: int) -> int:
         """The checksum a shard carries, after checking it."""
         self._checked(index)
-        return checksum_of(_read_bytes(self.path / _chunk_name(index, self.ndim)))
+        return carried_checksum(_read_bytes(self.path / chunk_name(index, self.ndim)))
 
     def pieces(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Stored values of the rows [start, stop), shard by shard."""
@@ -237,11 +243,6 @@ class PerturbedShards(ShardArray):
         return to_bfloat16(values) if self.stored_type == BFLOAT16 else values.astype(stored_dtype(self.stored_type))
 
 
-def checksum_of(raw: NDArray[np.uint8]) -> int:
-    """The checksum at the end of a chunk's bytes."""
-    return int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
-
-
 def _read_bytes(path: Path) -> NDArray[np.uint8]:
     if is_remote(path):
         with explain_access_errors(path):
@@ -253,8 +254,16 @@ def _read_bytes(path: Path) -> NDArray[np.uint8]:
 
 
 def open_shards(path: Path, *, decoded: bool = True) -> ShardArray:
-    """The array of shards at ``path``, from its ``zarr.json``."""
-    document = json.loads((path / ZARR_JSON).read_text(encoding="utf-8"))
-    chunk = document["chunk_grid"]["configuration"]["chunk_shape"]
-    stored_type = str(document["attributes"].get("bits_of", document["data_type"]))
-    return ShardArray(path, tuple(document["shape"]), int(chunk[0]), stored_type, decoded)
+    """The array of shards at ``path``, from its ``zarr.json``.
+
+    Raises
+    ------
+    StoreCorruptError
+        If that does not describe one.
+    """
+    document = read_document(path)
+    with explain_damage(path / ZARR_JSON):
+        chunk = document["chunk_grid"]["configuration"]["chunk_shape"]
+        stored_type = str(document["attributes"].get("bits_of", document["data_type"]))
+        stored_dtype(stored_type)
+        return ShardArray(path, tuple(document["shape"]), int(chunk[0]), stored_type, decoded, Seal.of(path.parent))

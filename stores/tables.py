@@ -15,18 +15,20 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 import zarr
+from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from rlgen_stats.schemas.declaring import PROVENANCE_ATTRS
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, validate
-from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_leftovers, replacing
-from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, write_digest
+from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, explain_full_disk, remove_leftovers, replacing
+from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, zarr_nodes
 from rlgen_stats.stores.locations import explain_access_errors, is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.prompt_index import with_prompt_index
 from rlgen_stats.stores.provenance import Provenance
+from rlgen_stats.stores.seals import Seal, commit, sealed_chunks, sealed_store
 
 FEATURE_BLOCK: Final = 512
 """Features per chunk: one block x all prompts x one model is one read (4 MB at 2,000 prompts, float32)."""
@@ -52,14 +54,33 @@ def as_strings(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.assign(data).assign_coords(coords)
 
 
+def fixed_width(text: NDArray[Any]) -> NDArray[Any]:
+    """Text of variable length as ordinary fixed-width numpy text."""
+    if text.dtype.kind != "T":
+        return text.astype(np.str_)
+    # numpy makes no fixed-width text of its variable-length one by itself, and the way through objects takes 10 times
+    # as long.
+    return text.astype(f"U{max(1, int(np.strings.str_len(text).max(initial=1)))}")
+
+
+def open_unread(path: Path, **options: Any) -> xr.Dataset:
+    """A Zarr group as it is, without indexes; a variable is read when it is used and then kept."""
+    consolidated = CONSOLIDATED in read_document(path)
+    options = {"chunks": None, "create_default_indexes": False} | options
+    for node in () if consolidated else zarr_nodes(path):
+        read_document(node)  # names the file that is damaged
+    with explain_damage(path / ZARR_JSON):
+        return xr.open_zarr(sealed_store(path), consolidated=consolidated, **options)
+
+
 def open_lazily(path: Path) -> xr.Dataset:
     """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text."""
-    store, consolidated = zarr_store(path, strict=True), CONSOLIDATED in read_document(path)
     # Opened twice: labels without dask, since they are loaded at once; data with a dask chunk for each stored one.
-    labels = xr.open_zarr(store, consolidated=consolidated, chunks=None).reset_coords()
-    dataset = xr.open_zarr(store, consolidated=consolidated, chunks={})
+    labels, dataset = open_unread(path).reset_coords(), open_unread(path, chunks={})
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
-    text = {name: label.astype(object).astype(np.str_) for name, label in loaded.items() if label.dtype.kind in "TO"}
+    text = {
+        name: label.copy(data=fixed_width(label.values)) for name, label in loaded.items() if label.dtype.kind in "TO"
+    }
     # numpy's StringDType cannot hold the missing values that ``where`` and ``reindex`` put in; object can.
     text_data = {name: data.astype(object) for name, data in dataset.data_vars.items() if data.dtype.kind == "T"}
     labelled: xr.Dataset = dataset.assign(text_data).assign_coords(loaded | text)
@@ -127,8 +148,9 @@ def append_model(path: Path | str, layout: str, dataset: xr.Dataset, *, provenan
         else:
             _check_fits(path, dataset, model, done, provenance)
             # Data first, then the list of committed models: until that is replaced, readers see the models before.
+            known = sealed_chunks(Seal.of(path))
             _grow(path, dataset, len(done))
-            write_digest(path, {COMMITTED_MODELS: [*done, model]})
+            commit(path, {COMMITTED_MODELS: [*done, model]}, known=known)
 
 
 def rewrite_models(path: Path, layout: str, dataset: xr.Dataset, *, provenance: Provenance) -> None:
@@ -157,7 +179,7 @@ def rewrite_models(path: Path, layout: str, dataset: xr.Dataset, *, provenance: 
 
 def _write_models(dataset: xr.Dataset, path: Path) -> None:
     write_zarr(dataset, path, mode="w", encoding=encoding(dataset, {MODEL: 1, FEATURE: FEATURE_BLOCK}))
-    write_digest(path, {COMMITTED_MODELS: [str(model) for model in dataset[MODEL].values]})
+    commit(path, {COMMITTED_MODELS: [str(model) for model in dataset[MODEL].values]})
 
 
 def write_zarr(dataset: xr.Dataset, path: Path, **options: Any) -> None:
@@ -173,21 +195,24 @@ def _check_fits(path: Path, dataset: xr.Dataset, model: str, done: list[str], pr
     if model in done:
         raise StoreError(f"model {model!r} is already in {path}; expected a new one: delete the store to redo it.")
     check_store_version(path, read_document(path)["attributes"])
-    stored = open_lazily(path)
-    for name, variable in stored.variables.items():
-        if MODEL in variable.dims and name not in dataset.variables:
+    # From the arrays' metadata: to open the store would read a chunk of every label for every model in it.
+    stored = {
+        name: dict(zip(array.get("dimension_names") or (), array["shape"], strict=False))
+        for name, array in arrays_of(path, len(done)).items()
+    }
+    for name, sizes in stored.items():
+        if MODEL in sizes and name not in dataset.variables:
             raise StoreError(f"{path} holds {name!r} for every model, {model!r} comes without it; compute it too.")
     for name, variable in dataset.variables.items():
-        known = stored.variables.get(name)
-        if known is None or any(known.sizes.get(dim) != n for dim, n in variable.sizes.items() if dim != MODEL):
+        known = stored.get(str(name))
+        if known is None or any(known.get(dim) != n for dim, n in variable.sizes.items() if dim != MODEL):
             raise StoreError(
                 f"{model!r} comes with {name!r} of {dict(variable.sizes)}, {path} holds "
-                f"{'none' if known is None else dict(known.sizes)}; expected what the store's models have, or another "
-                "store."
+                f"{'none' if known is None else known}; expected what the store's models have, or another store."
             )
-    if list(stored[PROMPT].values) != list(dataset[PROMPT].values):
+    if not np.array_equal(zarr.open_array(sealed_store(path), path=PROMPT)[:], dataset[PROMPT].values):
         raise StoreError(
-            f"{path} holds {stored.sizes[PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
+            f"{path} holds {stored[PROMPT][PROMPT]} other prompts than the {dataset.sizes[PROMPT]} of {model!r}; "
             "expected the same prompts in the same order."
         )
 
@@ -241,7 +266,13 @@ def open_table(path: Path | str, layout: str) -> xr.Dataset:
             f"{path} announces {len(done)} models but holds {dataset.sizes.get(MODEL, 0)}; "
             "restore it or compute it again."
         )
-    return validate(dataset.isel({MODEL: slice(0, len(done))}, missing_dims="ignore"), layout)
+    dataset = validate(dataset.isel({MODEL: slice(0, len(done))}, missing_dims="ignore"), layout)
+    if dataset[MODEL].values.tolist() != done:
+        raise StoreCorruptError(
+            f"{path} announces the models {', '.join(done)}, but the data are labelled "
+            f"{', '.join(dataset[MODEL].values.tolist())}; restore it or compute it again."
+        )
+    return dataset
 
 
 def check_is_store(path: Path) -> None:
@@ -297,7 +328,8 @@ def rendered_prompts(path: Path | str) -> list[dict[str, Any]]:
     path = place(path)
     if not committed_models(path):
         return []
-    return list(json.loads(read_document(path).get("attributes", {}).get(RENDERED_PROMPTS, "[]")))
+    with explain_damage(path / ZARR_JSON):
+        return list(json.loads(read_document(path).get("attributes", {}).get(RENDERED_PROMPTS, "[]")))
 
 
 def open_features(path: Path | str) -> xr.Dataset:

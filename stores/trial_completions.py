@@ -16,7 +16,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS, SAMPLE
 from rlgen_stats.schemas.errors import StoreError
-from rlgen_stats.stores.atomic import replacing
+from rlgen_stats.stores.atomic import explain_damage, replacing
 from rlgen_stats.stores.folder import StudyFolder
 
 CONDITION: Final = b"rlgen_stats_condition"
@@ -59,12 +59,12 @@ class ArmFiles:
 
 def has_arm(path: Path, arm_hash: str) -> bool:
     """Whether a file holds the arm of this hash; another hash means that something about the arm has changed."""
-    return path.exists() and (pq.read_schema(path).metadata or {}).get(_HASH) == arm_hash.encode()
+    return path.exists() and _metadata(path).get(_HASH) == arm_hash.encode()
 
 
 def read_arm(path: Path, arm_hash: str) -> pd.DataFrame | None:
     """Rows of a stored arm, sample after sample; None if the file is missing or holds another arm."""
-    return pq.read_table(path).to_pandas() if has_arm(path, arm_hash) else None
+    return _read(path) if has_arm(path, arm_hash) else None
 
 
 def write_arm(frame: pd.DataFrame, path: Path, arm_hash: str, condition: Mapping[str, Any]) -> None:
@@ -122,7 +122,7 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     if not files or not own or not found:
         raise StoreError(f"{where.folder('set') / direction} has no arms; run rlgen-stats intervene.")
     conditions = {name: _condition(file) for name, file in files.items()}
-    tables = {name: pq.read_table(file).to_pandas() for name, file in files.items()}
+    tables = {name: _read(file) for name, file in files.items()}
     first = next(iter(tables.values()))
     samples = first[SAMPLE].unique()
     prompts = first[PROMPT].to_numpy()[: len(first) // len(samples)]
@@ -151,5 +151,16 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
 
 
 def _condition(file: Path) -> dict[str, Any]:
-    stored = (pq.read_schema(file).metadata or {}).get(CONDITION)
-    return {"kind": "", "dose": float("nan")} if stored is None else dict(json.loads(stored))
+    stored = _metadata(file).get(CONDITION)
+    with explain_damage(file):
+        return {"kind": "", "dose": float("nan")} if stored is None else dict(json.loads(stored))
+
+
+def _metadata(file: Path) -> dict[bytes, bytes]:
+    with explain_damage(file):
+        return pq.read_schema(file).metadata or {}
+
+
+def _read(file: Path) -> pd.DataFrame:
+    with explain_damage(file):
+        return pq.read_table(file).to_pandas()

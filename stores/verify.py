@@ -18,14 +18,33 @@ import zarr
 from rlgen_stats.schemas.dims import MODEL, PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, StoreError
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
-from rlgen_stats.stores.atomic import ZARR_JSON, read_json
+from rlgen_stats.stores.atomic import ZARR_JSON, read_object
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
-from rlgen_stats.stores.digests import COMMITTED_MODELS, DIGEST, arrays_of, metadata_digest, read_document, zarr_nodes
+from rlgen_stats.stores.digests import (
+    COMMITTED_MODELS,
+    DIGEST,
+    arrays_of,
+    attributes_of,
+    metadata_digest,
+    n_committed,
+    read_document,
+    zarr_nodes,
+)
 from rlgen_stats.stores.folder import StudyFolder, linked_folders
 from rlgen_stats.stores.labels import TokenLabels, has_labels
-from rlgen_stats.stores.locations import is_remote, place, zarr_store
+from rlgen_stats.stores.locations import is_remote, place
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.results import open_results
+from rlgen_stats.stores.seals import (
+    GROUPS,
+    Seal,
+    check_listed,
+    check_present,
+    groups_in,
+    is_unsealed,
+    sealed_chunks,
+    sealed_store,
+)
 from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
 
@@ -47,6 +66,8 @@ class VerifyReport:
     """Chunks read."""
     problems: tuple[str, ...]
     """One sentence a fault, the first fault first; empty if the store is sound."""
+    notes: tuple[str, ...] = ()
+    """What could not be checked, a sentence a store: earlier releases sealed no chunks."""
 
     @property
     def ok(self) -> bool:
@@ -88,6 +109,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     root = place(path)
     stores = stores_below(root)
     problems: list[str] = []
+    notes: list[str] = []
     checks = [
         _Check(str(file.relative_to(root)), partial(_check_record, file.parent.parent, file), chunk=False)
         for file in _records(root)
@@ -96,10 +118,15 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     for name, store in stores.items():
         prefix = "" if store == root else f"{name}: "
         try:
-            of_store = list(_checks(store))
+            of_store, unsealed = list(_checks(store)), sum(map(is_unsealed, groups_in(store)))
         except _UNREADABLE as error:
             problems.append(f"{prefix}{_sentence(error)}")
             continue
+        if unsealed:
+            notes.append(
+                f"{prefix}{unsealed} group(s) unsealed, as earlier releases wrote them: a chunk swapped for another "
+                f"sound one would go unnoticed there; 'rlgen-stats migrate {store}' seals them as they are now."
+            )
         checks += [_Check(prefix + check.where, check.run, check.chunk) for check in of_store]
         # Every array has one check of its zarr.json, beside those of its chunks.
         n_arrays += sum(1 for check in of_store if check.where.endswith(ZARR_JSON) and not check.chunk)
@@ -108,7 +135,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
             problems += [problem] if problem else []
             if on_progress:
                 on_progress(done, len(checks))
-    return VerifyReport(str(path), n_arrays, sum(check.chunk for check in checks), tuple(problems))
+    return VerifyReport(str(path), n_arrays, sum(check.chunk for check in checks), tuple(problems), tuple(notes))
 
 
 def stores_below(path: Path) -> dict[str, Path]:
@@ -147,7 +174,7 @@ def _records(root: Path) -> list[Path]:
 
 def _check_record(root: Path, file: Path) -> None:
     """The stores that a finished stage left are still those, with all their models."""
-    record = read_json(file)
+    record = read_object(file)
     faults = foreign_stores(root, record) if record.get("finished") else []
     if faults:
         raise StoreError("; ".join(faults))
@@ -167,8 +194,9 @@ def _sentence(error: BaseException) -> str:
 
 
 def _checks(store: Path) -> Iterator[_Check]:
-    attrs = read_document(store).get("attributes", {})
+    attrs = attributes_of(store)
     yield _Check("root", partial(_check_root, store, attrs), chunk=False)
+    yield _Check("groups", partial(check_present, store, removable=not has_labels(store)), chunk=False)
     yield from _group_checks(store, store)
     if has_labels(store):
         yield _Check("labels", partial(_check_labels, store), chunk=False)
@@ -180,7 +208,11 @@ def _checks(store: Path) -> Iterator[_Check]:
 
 
 def _check_root(store: Path, attrs: dict[str, Any]) -> None:
-    if set(attrs) <= {"schema_version", DIGEST}:  # a results store: every group below carries its own provenance
+    if set(attrs) <= {
+        "schema_version",
+        DIGEST,
+        GROUPS,
+    }:  # a results store: every group below carries its own provenance
         for name in (child.name for child in store.iterdir() if (child / ZARR_JSON).exists()):
             open_results(store, name)
         return
@@ -190,11 +222,18 @@ def _check_root(store: Path, attrs: dict[str, Any]) -> None:
 
 
 def _group_checks(store: Path, group: Path) -> Iterator[_Check]:
-    """Digest of a group, its arrays' metadata and chunks, and the same of every group below."""
+    """Digest and seals of a group, its arrays' metadata and chunks, and the same of every group below."""
     name = str(group.relative_to(store)) if group != store else "."
     yield _Check(f"group {name}", partial(_check_digest, group), chunk=False)
-    attrs = read_document(group).get("attributes", {})
-    n_models = len(attrs.get(COMMITTED_MODELS, ())) or None
+    if group != store:
+        yield _Check(f"group {name}", partial(check_listed, store, name), chunk=False)
+    attrs = attributes_of(group)
+    sealed = True
+    try:
+        sealed_chunks(Seal.of(group))
+    except _UNREADABLE as error:  # named once, and not for every chunk
+        sealed = False
+        yield _Check(f"group {name}", partial(_fail, error), chunk=False)
     for child in zarr_nodes(group):
         try:
             kind = read_document(child)["node_type"]
@@ -204,7 +243,7 @@ def _group_checks(store: Path, group: Path) -> Iterator[_Check]:
         if kind == "group":
             yield from _group_checks(store, child)
         elif "complete" not in attrs:  # arrays of shards are checked with their commit records
-            yield from _array_checks(store, child, n_models)
+            yield from _array_checks(store, child, n_committed(attrs), sealed=sealed)
 
 
 def _fail(error: Exception) -> None:
@@ -227,10 +266,10 @@ def _check_digest(group: Path) -> None:
         )
 
 
-def _array_checks(store: Path, path: Path, n_models: int | None) -> Iterator[_Check]:
+def _array_checks(store: Path, path: Path, n_models: int | None, *, sealed: bool) -> Iterator[_Check]:
     name = str(path.relative_to(store))
     try:
-        array = zarr.open_array(zarr_store(path, strict=True), mode="r")
+        array = zarr.open_array(sealed_store(path.parent, seal=sealed), path=path.name, mode="r")
         regions = list(_chunk_regions(array, n_models))
     except _UNREADABLE as error:
         yield _Check(f"{name}/{ZARR_JSON}", partial(_fail, error), chunk=False)
@@ -244,7 +283,9 @@ def _array_checks(store: Path, path: Path, n_models: int | None) -> Iterator[_Ch
 def _chunk_regions(array: Any, n_models: int | None) -> Iterator[tuple[slice, ...]]:
     """The region of every chunk, without models that an append left uncommitted."""
     names = array.metadata.dimension_names or ("",) * array.ndim
-    shape = tuple(n_models if n_models and n == MODEL else s for n, s in zip(names, array.shape, strict=True))
+    shape = tuple(
+        n_models if n_models is not None and n == MODEL else s for n, s in zip(names, array.shape, strict=True)
+    )
     starts = [range(0, size, chunk) for size, chunk in zip(shape, array.chunks, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple(

@@ -22,11 +22,13 @@ from rlgen_stats.stores.digests import read_document, write_digest
 from rlgen_stats.stores.labels import LabelBlocks, TokenLabels
 from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.stores.seals import commit
 from rlgen_stats.stores.shards import (
     BFLOAT16,
     FILL,
     FLOATS,
     array_document,
+    chunk_name,
     nonfinite_rows,
     stored_dtype,
     to_bfloat16,
@@ -126,6 +128,7 @@ class ActivationWriter:
             next_shard = next((i for i in self._shards if i not in committed), self._shards.stop)
             self._next = min(next_shard * self._shard, self._n_tokens)  # first token not given yet
             self._done = set(range(next_shard))
+            self._checksums: dict[str, str] = {}
             self._buffer = np.empty((self._shard, self._width), stored_dtype(self._dtype))
             self._free: list[NDArray[Any]] = []
             self._waiting: list[Future[int]] = []
@@ -259,7 +262,10 @@ class ActivationWriter:
         # The record is written after the data are durable: a shard with a record is whole whatever happens in between.
         with explain_full_disk(self._path):
             checksum = write_chunk(self._group / ARRAY, index, block, ndim=2)
-            write_chunk(self._group / COMMITTED, index, np.array([[size, checksum]], dtype="<i8"), ndim=2)
+            record = np.array([[size, checksum]], dtype="<i8")
+            of_record = write_chunk(self._group / COMMITTED, index, record, ndim=2)
+        self._checksums[f"{ARRAY}/{chunk_name(index, 2)}"] = f"{checksum:08x}"
+        self._checksums[f"{COMMITTED}/{chunk_name(index, 2)}"] = f"{of_record:08x}"
         self._done.add(index)
         self._free.append(block)
         return size
@@ -286,7 +292,7 @@ class ActivationWriter:
             return
         with self._metadata_lock():
             if not read_document(self._group)["attributes"].get("complete"):
-                write_digest(self._group, {"complete": True})
+                commit(self._group, {"complete": True}, known=self._checksums, root=self._path)
 
 
 def _checked_range(shards: range | None, n_shards: int) -> range:

@@ -19,7 +19,7 @@ import xarray as xr
 from rlgen_stats.stores import ActivationWriter, create_activations, open_activations, open_tokens, select_tokens
 from rlgen_stats.stores.atomic import read_json, write_json
 from rlgen_stats.stores.creation import write_table
-from rlgen_stats.stores.digests import write_digest, write_digests
+from rlgen_stats.stores.digests import write_digest
 from rlgen_stats.stores.labels import SPANS_GROUP, TOKENS_GROUP
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -57,8 +57,9 @@ def simulate(path: Path, n_sources: int) -> int:
         _declare(path / model / SITE / "activation", [n_tokens, WIDTH], [SHARD, WIDTH])
         _declare(path / model / SITE / "committed", [n_shards, 2])
     write_table(path / SPANS_GROUP, SPANS_GROUP, spans(n_sources))
-    write_digests(path)
-    write_digest(path, {"n_tokens": n_tokens})
+    for group in (SPANS_GROUP, TOKENS_GROUP, *(f"{model}/{SITE}" for model in MODELS)):
+        write_digest(path / group)
+    write_digest(path, {"n_tokens": n_tokens, "groups": {}})
     return n_tokens
 
 

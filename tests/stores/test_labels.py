@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from rlgen_stats.schemas.dims import SEGMENTS
-from rlgen_stats.schemas.errors import InputError, StoreError
+from rlgen_stats.schemas.errors import InputError, StoreCorruptError, StoreError
 from rlgen_stats.stores import (
     ActivationWriter,
     Provenance,
@@ -23,6 +23,7 @@ from rlgen_stats.stores import (
     select_tokens,
 )
 from rlgen_stats.stores import labels as labels_module
+from rlgen_stats.stores.atomic import read_json, write_json
 from rlgen_stats.stores.labels import TokenLabels, merge_ranges, positions_in
 from tests.stores.conftest import feature_table, token_table
 
@@ -293,3 +294,42 @@ def test_other_tokens_than_the_stores_are_refused(filled: Path, provenance: Prov
             create_activations(filled, *other, provenance=provenance)
     with pytest.raises(StoreError, match="written for another study or settings"):
         create_activations(filled, tokens, prompts, provenance=Provenance("another", "key-one"))
+
+
+def test_opening_reads_no_label(store: Path) -> None:
+    """The text of a million prompts took seconds and half a gigabyte, whatever was asked."""
+    for name in ("prompts", "spans", "tokens"):
+        for chunk in (store / name).glob("*/c/*"):
+            chunk.unlink()
+    tokens = open_tokens(store)
+    assert (tokens.prompt.dtype, tokens.task.dtype, tokens.segment.dtype) == ("<U4", "<U4", "<U10")
+    with pytest.raises(StoreCorruptError, match="lacks the chunk"):
+        tokens.task[:3].values  # noqa: B018
+
+
+def test_selecting_reads_only_the_labels_it_needs(store: Path) -> None:
+    expected = select_tokens(store, task="math")
+    for unneeded in ("prompts/cluster/c/0", "prompts/prompt/c/0", "spans/segment/c/0", "tokens/prompt/c/0"):
+        (store / unneeded).unlink()
+    np.testing.assert_array_equal(select_tokens(store, task="math"), expected)
+
+
+def test_a_store_that_does_not_say_how_long_its_text_is(store: Path) -> None:
+    """Stores of earlier releases: read instead."""
+    sound = open_tokens(store)
+    for name in ("prompt", "task", "domain", "split", "cluster"):
+        document = read_json(store / "prompts" / name / "zarr.json")
+        del document["attributes"]["longest"]
+        write_json(store / "prompts" / name / "zarr.json", document)
+    xr.testing.assert_identical(open_tokens(store), sound)
+    assert open_tokens(store).prompt.dtype == sound.prompt.dtype
+
+
+@pytest.mark.parametrize("longest", [3, 5])
+def test_text_is_never_cut_to_a_wrong_length(store: Path, longest: int) -> None:
+    document = read_json(store / "prompts/prompt/zarr.json")
+    assert document["attributes"]["longest"] == 4
+    document["attributes"]["longest"] = longest
+    write_json(store / "prompts/prompt/zarr.json", document)
+    with pytest.raises(StoreCorruptError, match="does not hold text of the length it announces"):
+        open_tokens(store).prompt[0].values  # noqa: B018

@@ -64,7 +64,7 @@ def test_an_interrupted_migration_is_run_again(old: Path, monkeypatch: pytest.Mo
     whole = old.parent / "whole"
     shutil.copytree(old, whole)
     migrate(whole)
-    for stop_at in ("_fill_missing", "write_digests", "_remove"):
+    for stop_at in ("_fill_missing", "seal_store", "_remove"):
         broken = old.parent / stop_at
         shutil.copytree(old, broken)
 

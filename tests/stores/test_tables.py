@@ -17,6 +17,7 @@ from rlgen_stats.stores import (
     open_results,
     open_study,
     result_groups,
+    verify,
     write_results,
 )
 from tests.stores.conftest import feature_table
@@ -40,13 +41,16 @@ def test_models_are_appended_with_labels(features: Path) -> None:
 
 
 def test_interrupted_append_is_invisible_and_redone(features: Path, provenance: Provenance) -> None:
+    before = (features / "zarr.json").read_bytes()
     append_model(features, "features", feature_table("rl@5", 9.0), provenance=provenance)
-    zarr.open_group(features, mode="r+").attrs["committed_models"] = ["base@0", "sft@1000000"]  # died before the commit
+    (features / "zarr.json").write_bytes(before)  # died before the commit
+    assert verify(features).ok, verify(features).problems
     assert open_features(features).model.values.tolist() == ["base@0", "sft@1000000"]
     append_model(features, "features", feature_table("rl@6", 2.0), provenance=provenance)
     dataset = open_features(features)
     assert dataset.model.values.tolist() == ["base@0", "sft@1000000", "rl@6"]
     assert float(dataset["mean"].sel(model="rl@6").max()) == 2.0
+    assert verify(features).ok, verify(features).problems
 
 
 def test_foreign_and_wrong_appends_are_refused(features: Path, provenance: Provenance) -> None:
@@ -140,3 +144,15 @@ def test_layout_names_every_problem_at_once() -> None:
 
     with pytest.raises(StoreError, match=r"'set_mean' has type .*expected float.*'control_mean' has dimensions"):
         validate(broken, "control_balance")
+
+
+def test_an_append_reads_nothing_of_other_models(features: Path, provenance: Provenance) -> None:
+    """It read a chunk of every label for every model, so that the 200th took 8 times as long as the first."""
+    labels = [features / name / f"c/{number}" for name in ("model", "run", "step", "arm") for number in (0, 1)]
+    kept = {chunk: chunk.read_bytes() for chunk in labels}
+    for chunk in kept:
+        chunk.unlink()
+    append_model(features, "features", feature_table("rl@5"), provenance=provenance)
+    for chunk, content in kept.items():
+        chunk.write_bytes(content)
+    assert open_features(features).model.values.tolist() == ["base@0", "sft@1000000", "rl@5"]

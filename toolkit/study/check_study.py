@@ -33,6 +33,7 @@ from rlgen_stats.toolkit.extraction.model_shape import (
 )
 from rlgen_stats.toolkit.extraction.rendering import RenderedExample, check_tokenizers, load_reader, rendered_examples
 from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
+from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
 from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.spec_checks import stage_problems
@@ -97,7 +98,7 @@ class _Problems:
             self.add(where, str(error.args[-1] if isinstance(error, OSError) else error))
 
 
-def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyCheck:
+def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES, progress: Progress = SILENT) -> StudyCheck:
     """Find everything that would stop a study, and estimate its costs; no weights are loaded or downloaded.
 
     Parameters
@@ -106,6 +107,8 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
         Study folder.
     stages
         Stages that are to run.
+    progress
+        Receiver of progress while files are hashed.
 
     Raises
     ------
@@ -141,7 +144,7 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES) -> StudyC
     examples, prompt_tokens = _check_texts(here or spec, folder, refs, prompts, shape, problems)
     found: dict[str, Any] = {}
     if prompts is not None and shape is not None and prompt_tokens is not None:
-        found = _costs(spec, folder, prompts, refs, shape, prompt_tokens, problems)
+        found = _costs(spec, folder, prompts, refs, shape, prompt_tokens, problems, progress)
     imported = tuple(model for model in imported_models(folder) if model in {ref.model for ref in refs})
     return StudyCheck(
         problems=tuple(problems.found),
@@ -337,6 +340,7 @@ def _costs(
     shape: ModelShape,
     prompt_tokens: int,
     problems: _Problems,
+    progress: Progress,
 ) -> dict[str, Any]:
     trained = {ref.run for ref in refs}
     untrained = {
@@ -346,7 +350,7 @@ def _costs(
     for run, count in untrained.items():
         models |= {f"{run} checkpoint {n}": 1 + spec.generation.n_samples.others for n in range(1, count)}
         models[f"{run} checkpoint {count}"] = 1 + spec.generation.n_samples.final
-    study = open_for_run(folder.root) if folder.stages.exists() else None
+    study = open_for_run(folder.root, exact=False, progress=progress) if folder.stages.exists() else None
     answers = () if study is None else (study, *study.linked)
     pending = {
         stage.name: stage for stage in STAGES if not answers or any(one.state(stage.name) != "done" for one in answers)

@@ -16,12 +16,23 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.atomic import remove_folder
 from rlgen_stats.stores.folder import CONTRASTS, LAYERS, study_of
+from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_file import read_spec
-from rlgen_stats.toolkit.study.stage_graph import STAGES, Study
+from rlgen_stats.toolkit.study.stage_graph import FINGERPRINTS, STAGES, Study
 
 
-def open_for_run(path: Path | str) -> Study:
+def open_for_run(path: Path | str, *, exact: bool = True, progress: Progress = SILENT) -> Study:
     """The study in a folder, or what it answers at a further layer or for a further contrast, in a folder below it.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    exact
+        Whether files that were only copied or touched are hashed again (:class:`~.fingerprints.Fingerprints`).
+    progress
+        Receiver of progress while files are hashed.
 
     Raises
     ------
@@ -33,7 +44,7 @@ def open_for_run(path: Path | str) -> Study:
     path = Path(path)
     root = study_of(path)
     if root is not None:
-        linked = {one.folder.root: one for one in open_for_run(root).linked}
+        linked = {one.folder.root: one for one in open_for_run(root, exact=exact, progress=progress).linked}
         if path not in linked:
             raise InputError(
                 f"the study in {root} does not ask {path.relative_to(root)}; further answers are "
@@ -41,7 +52,9 @@ def open_for_run(path: Path | str) -> Study:
             )
         return linked[path]
     spec = read_spec(path)
-    study = Study(StudyFolder(path), spec.answering(1))
+    folder = StudyFolder(path)
+    fingerprints = Fingerprints(folder.stages / FINGERPRINTS, exact=exact, progress=progress)
+    study = Study(folder, spec.answering(1), fingerprints=fingerprints)
     study.linked = tuple(_linked(study, spec, number) for number in range(2, len(spec.answers) + 1))
     return study
 

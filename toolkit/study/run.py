@@ -74,7 +74,8 @@ def run_study(
     --------
     >>> run_study("runs/demo", stages=["drift"])  # doctest: +SKIP
     """
-    study = open_for_run(path if workers is None else Path(path).resolve())  # workers run in other folders
+    # workers run in other folders
+    study = open_for_run(path if workers is None else Path(path).resolve(), progress=progress)
     if study.folder.study is not None:
         raise InputError(f"{path} is part of the study in {study.folder.study}; run that.")
     if workers is not None and study.spec.device.startswith("cuda:"):

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from rlgen_stats.schemas.dims import of_dictionary
-from rlgen_stats.schemas.errors import InputError, SpecError, StoreError
+from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
-from rlgen_stats.stores import Provenance, StudyFolder, read_json, write_json
-from rlgen_stats.stores.digests import file_sha256
+from rlgen_stats.stores import Provenance, StudyFolder, write_json
+from rlgen_stats.stores.atomic import read_object
 from rlgen_stats.stores.health_records import readout_accepted
-from rlgen_stats.stores.hub import MODEL_FILES, hub_folder, is_on_hub
+from rlgen_stats.stores.hub import hub_folder, is_on_hub
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.stores.study_models import imported_models
+from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_shorthands import existing
 
+FINGERPRINTS: Final = "fingerprints.json"
+"""In the folder of records: what is remembered of the files a study reads."""
 State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
 
 
@@ -261,6 +263,8 @@ class Study:
         Its spec.
     part_of
         The study that it is linked to.
+    fingerprints
+        Hashes of the files it reads; default those of ``part_of``, or exact ones remembered in its folder.
 
     Raises
     ------
@@ -268,7 +272,14 @@ class Study:
         If a file that the spec names is missing.
     """
 
-    def __init__(self, folder: StudyFolder, spec: StudySpec, part_of: Study | None = None) -> None:
+    def __init__(
+        self,
+        folder: StudyFolder,
+        spec: StudySpec,
+        part_of: Study | None = None,
+        *,
+        fingerprints: Fingerprints | None = None,
+    ) -> None:
         self.folder, self.spec = folder, spec
         self.linked: tuple[Study, ...] = ()
         self.beside: tuple[Study, ...] = ()
@@ -276,11 +287,11 @@ class Study:
         self._keys: dict[str, str] = {}
         self.times_forced: dict[str, int]
         if part_of is None:
-            self.times_forced = read_json(folder.forced) if folder.forced.exists() else {}
-            self._fingerprints = _Fingerprints(folder)
+            self.times_forced = read_object(folder.forced) if folder.forced.exists() else {}
+            self.fingerprints = fingerprints or Fingerprints(folder.stages / FINGERPRINTS)
             self.study_id = self._id()
         else:
-            self.times_forced, self._fingerprints = part_of.times_forced, part_of._fingerprints
+            self.times_forced, self.fingerprints = part_of.times_forced, part_of.fingerprints
             self.study_id = part_of.study_id
 
     def _id(self) -> str:
@@ -293,7 +304,7 @@ class Study:
         if is_on_hub(path):
             one = hub_folder(path, self.folder)
             return content_hash([one.repo, one.commit, one.subfolder])
-        return self._fingerprints.of(existing(path, name, self.folder))
+        return self.fingerprints.of(existing(path, name, self.folder))
 
     def key(self, name: str) -> str:
         """Content key of a stage."""
@@ -374,13 +385,11 @@ class Study:
             files["readout"] = "accepted"
         if name == "report":  # which shows the verdicts of all
             reports = {one.folder.linked_as: one.folder.report / "report.json" for one in self.linked}
-            files |= {other: self._fingerprints.of(file) for other, file in reports.items() if file.exists()}
+            files |= {other: self.fingerprints.of(file) for other, file in reports.items() if file.exists()}
         return files
 
     def _imported_files(self) -> dict[str, str]:
-        return {
-            f"imported.{model}": self._fingerprints.of(file) for model, file in imported_models(self.folder).items()
-        }
+        return {f"imported.{model}": self.fingerprints.of(file) for model, file in imported_models(self.folder).items()}
 
     def _training_files(self) -> dict[str, str]:
         files = {
@@ -407,7 +416,7 @@ class Study:
                 found = None
             if found is None or found.origin is None:
                 raise SpecError(f"no module of grader {python!r}; install its package or put its folder on PYTHONPATH.")
-            files[python] = self._fingerprints.of(Path(found.origin))
+            files[python] = self.fingerprints.of(Path(found.origin))
         return files
 
     def _chat_of_base(self) -> dict[str, str]:
@@ -451,7 +460,7 @@ class Study:
     def record(self, name: str) -> dict[str, Any]:
         """What the last run of a stage left, empty if it never started."""
         file = self.file(name)
-        return dict(read_json(file)) if file.exists() else {}
+        return read_object(file) if file.exists() else {}
 
     def write_record(self, name: str, **facts: Any) -> None:
         """Replace a stage's record."""
@@ -518,32 +527,3 @@ def _section(spec: StudySpec, path: str) -> Any:
     for part in path.split("."):
         value = value[part]
     return value
-
-
-class _Fingerprints:
-    """Content hashes of input files, remembered by (size, modification time)."""
-
-    def __init__(self, folder: StudyFolder) -> None:
-        self._file = folder.stages / "fingerprints.json"
-        self._known: dict[str, list[Any]] = dict(read_json(self._file)) if self._file.exists() else {}
-
-    def of(self, path: Path) -> str:
-        """SHA-256 of a file, or of names and contents of a folder's files; of a checkpoint's, those that are read."""
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        if (path / "config.json").exists() or (path / "adapter_config.json").exists():
-            files = [file for file in files if MODEL_FILES.fullmatch(file.name)]
-        hashes = [(str(file.relative_to(path)), self._hash(file)) for file in files]
-        return content_hash(hashes)
-
-    def _hash(self, file: Path) -> str:
-        stat = file.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        known = self._known.get(str(file.resolve()))
-        if known is not None and known[:2] == stamp:
-            return str(known[2])
-        digest = file_sha256(file)
-        self._known[str(file.resolve())] = [*stamp, digest]
-        if stat.st_size > 1 << 24:  # small files are hashed again faster than the record is written
-            with suppress(OSError, StoreError):  # where nothing can be written, it is hashed again next time
-                write_json(self._file, self._known)
-        return digest
