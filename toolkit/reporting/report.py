@@ -281,11 +281,11 @@ def _write_pages(target: Path, report: Report) -> None:
         ("report.md", "report.md.j2", markdown),
     ):
         (target / name).write_text(templates.get_template(template).render(view), encoding="utf-8")
-    template, cards = html.get_template("features.html.j2"), {card.feature: card for card in report.features}
-    cards |= report.other_features
+    of_features = html.get_template("features.html.j2")
+    cards = {card.feature: card for card in report.features} | report.other_features
     for page, features in report.feature_table.pages.items():
         of_page = {"page": page, "cards": [cards[feature] for feature in features]}
-        (target / page).write_text(template.render(view | of_page), encoding="utf-8")
+        (target / page).write_text(of_features.render(view | of_page), encoding="utf-8")
 
 
 def page_view(report: Report) -> dict[str, Any]:
@@ -337,20 +337,27 @@ def page_view(report: Report) -> dict[str, Any]:
         "trials": trial_rows(results),
         "parts": part_blocks(results),
         "features": report.features,
-        "table": report.feature_table,
-        "hrefs": report.feature_table.hrefs,
-        "runs": [run.name for run in spec.contrasted],
-        "promoted": {
-            card.feature: card.tokens.get(BASE_MODEL, next(iter(card.tokens.values()), []))[:PROMOTED]
-            for card in [*report.features, *report.other_features.values()]
-        },
-        "prompts": report.prompts,
-        "prompt_anchors": {card.prompt: card.anchor for card in report.prompts},
-        "nan": math.nan,
+        **_features_view(report),
         "examples": report.examples,
         "tables": {name: len(table) for name, table in sorted(report.tables.items())},
         "provenance": report.provenance,
         "details": {claim.id: _flat_details(claim.details) for claim in report.claims},
+    }
+
+
+def _features_view(report: Report) -> dict[str, Any]:
+    """Names that the pages of features and prompts use."""
+    cards = [*report.features, *report.other_features.values()]
+    return {
+        "table": report.feature_table,
+        "hrefs": report.feature_table.hrefs,
+        "runs": [run.name for run in report.spec.contrasted],
+        "promoted": {
+            card.feature: card.tokens.get(BASE_MODEL, next(iter(card.tokens.values()), []))[:PROMOTED] for card in cards
+        },
+        "prompts": report.prompts,
+        "prompt_anchors": {card.prompt: card.anchor for card in report.prompts},
+        "nan": math.nan,
     }
 
 
