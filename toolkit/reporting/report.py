@@ -19,7 +19,6 @@ from rlgen_stats.schemas.errors import RefusedError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.reporting.agreement import disagreements
 from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks
 from rlgen_stats.toolkit.reporting.claims.assess import assess_claims, estimate_text, interval_text
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
@@ -39,6 +38,7 @@ from rlgen_stats.toolkit.reporting.other_answers import OtherAnswer, answered_no
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
 from rlgen_stats.toolkit.reporting.population import CLAIM_POPULATION, populations
 from rlgen_stats.toolkit.reporting.prompt_pages import PromptCard, prompt_cards
+from rlgen_stats.toolkit.reporting.report_agreement import disagreements
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
 from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
@@ -148,7 +148,7 @@ def write_report(
     StoreError
         If a results group is corrupt or of a newer version.
     RefusedError
-        If verdicts, text, figures and tables do not agree (:mod:`rlgen_stats.toolkit.reporting.agreement`).
+        If verdicts, text, figures and tables do not agree (:mod:`rlgen_stats.toolkit.reporting.report_agreement`).
     OutOfSpaceError
         If the disk is full.
 
