@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from rlgen_stats.stores import open_results, read_json, result_groups
-from rlgen_stats.toolkit.reporting.agreement import against_tables
+from rlgen_stats.toolkit.reporting.report_agreement import against_tables
 
 
 def contradictions(folder: Path) -> list[str]:

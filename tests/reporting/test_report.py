@@ -406,6 +406,19 @@ def test_prompts_show_what_every_model_said(report: Path) -> None:
         assert f"{run} says <b>so</b> & ends" in page.text
 
 
+def test_figures_captions_and_populations_survive_in_markdown(
+    report: Path, drawn: dict[str, Graphic | Missing], data: dict[str, Any]
+) -> None:
+    markdown = (report / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    for name, one in drawn.items():
+        assert isinstance(one, Graphic)
+        assert f"**{one.title}.** {one.caption[:60]}" in markdown.replace("&gt;", ">"), name
+        assert data["figures"][name]["population"] in markdown
+        assert all(f"](figures/{file})" in markdown for file in one.files)
+    for claim in data["claims"]:
+        assert claim["population"] in markdown.replace("&gt;", ">")
+
+
 def test_a_feature_is_one_click_from_its_dot(report: Path) -> None:
     """Dots of the drift figure are links to features' sections, here and in the file of the figure."""
     index = (report / "index.html").read_text(encoding="utf-8")

@@ -19,7 +19,6 @@ from rlgen_stats.schemas.errors import RefusedError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, replacing, result_groups
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.reporting.agreement import disagreements
 from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks
 from rlgen_stats.toolkit.reporting.claims.assess import assess_claims, estimate_text, interval_text
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECK_KEYS, CHECKS
@@ -39,6 +38,7 @@ from rlgen_stats.toolkit.reporting.other_answers import OtherAnswer, answered_no
 from rlgen_stats.toolkit.reporting.over_dictionaries import counts_note, sentences, why_absent
 from rlgen_stats.toolkit.reporting.population import CLAIM_POPULATION, populations
 from rlgen_stats.toolkit.reporting.prompt_pages import PromptCard, prompt_cards
+from rlgen_stats.toolkit.reporting.report_agreement import disagreements
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
 from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
@@ -148,7 +148,7 @@ def write_report(
     StoreError
         If a results group is corrupt or of a newer version.
     RefusedError
-        If verdicts, text, figures and tables do not agree (:mod:`rlgen_stats.toolkit.reporting.agreement`).
+        If verdicts, text, figures and tables do not agree (:mod:`rlgen_stats.toolkit.reporting.report_agreement`).
     OutOfSpaceError
         If the disk is full.
 
@@ -281,11 +281,11 @@ def _write_pages(target: Path, report: Report) -> None:
         ("report.md", "report.md.j2", markdown),
     ):
         (target / name).write_text(templates.get_template(template).render(view), encoding="utf-8")
-    template, cards = html.get_template("features.html.j2"), {card.feature: card for card in report.features}
-    cards |= report.other_features
+    of_features = html.get_template("features.html.j2")
+    cards = {card.feature: card for card in report.features} | report.other_features
     for page, features in report.feature_table.pages.items():
         of_page = {"page": page, "cards": [cards[feature] for feature in features]}
-        (target / page).write_text(template.render(view | of_page), encoding="utf-8")
+        (target / page).write_text(of_features.render(view | of_page), encoding="utf-8")
 
 
 def page_view(report: Report) -> dict[str, Any]:
@@ -337,20 +337,27 @@ def page_view(report: Report) -> dict[str, Any]:
         "trials": trial_rows(results),
         "parts": part_blocks(results),
         "features": report.features,
-        "table": report.feature_table,
-        "hrefs": report.feature_table.hrefs,
-        "runs": [run.name for run in spec.contrasted],
-        "promoted": {
-            card.feature: card.tokens.get(BASE_MODEL, next(iter(card.tokens.values()), []))[:PROMOTED]
-            for card in [*report.features, *report.other_features.values()]
-        },
-        "prompts": report.prompts,
-        "prompt_anchors": {card.prompt: card.anchor for card in report.prompts},
-        "nan": math.nan,
+        **_features_view(report),
         "examples": report.examples,
         "tables": {name: len(table) for name, table in sorted(report.tables.items())},
         "provenance": report.provenance,
         "details": {claim.id: _flat_details(claim.details) for claim in report.claims},
+    }
+
+
+def _features_view(report: Report) -> dict[str, Any]:
+    """Names that the pages of features and prompts use."""
+    cards = [*report.features, *report.other_features.values()]
+    return {
+        "table": report.feature_table,
+        "hrefs": report.feature_table.hrefs,
+        "runs": [run.name for run in report.spec.contrasted],
+        "promoted": {
+            card.feature: card.tokens.get(BASE_MODEL, next(iter(card.tokens.values()), []))[:PROMOTED] for card in cards
+        },
+        "prompts": report.prompts,
+        "prompt_anchors": {card.prompt: card.anchor for card in report.prompts},
+        "nan": math.nan,
     }
 
 

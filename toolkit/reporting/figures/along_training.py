@@ -249,14 +249,25 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
     for run, one, share in runs:
         turnover = zip(one["delta"].values, share, strict=True)
         shown = ", ".join(f"{fixed(100 * d)}% at {percent(x, 0)}" for d, x in turnover)
-        look = {"run": run, "colour": colours[run]}
         overlap = f"Overlap of {run}'s top set with the final one, along training."
         overlaps.append(
-            panel(partial(plot_overlap, data, **look), HALF, 3.2, title=f"The top set of {run}", alt=overlap)
+            panel(
+                partial(plot_overlap, data, run=run, colour=colours[run]),
+                HALF,
+                3.2,
+                title=f"The top set of {run}",
+                alt=overlap,
+            )
         )
         alt = f"Change of the top set beyond sampling noise. {run}: excess turnover {shown}."
         turnovers.append(
-            panel(partial(plot_turnover, data, **look), HALF, 2.3, title=f"Excess turnover of {run}", alt=alt)
+            panel(
+                partial(plot_turnover, data, run=run, colour=colours[run]),
+                HALF,
+                2.3,
+                title=f"Excess turnover of {run}",
+                alt=alt,
+            )
         )
     return Graphic(
         "set-stability",

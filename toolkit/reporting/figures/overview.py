@@ -291,7 +291,7 @@ def plot_edits(intervention: xr.Dataset, axes: Axes) -> Axes:
     Axes
         ``axes``; x is the difference of accuracy from the unedited model in percentage points.
     """
-    rows = []
+    rows: list[tuple[str, str, str, tuple[float, float, float]]] = []
     for direction, label in (("disable", "disable"), ("amplify", "amplify")):
         if direction not in labels_of(intervention, "direction"):
             continue
@@ -310,8 +310,8 @@ def plot_edits(intervention: xr.Dataset, axes: Axes) -> Axes:
                 axes.barh(
                     y, 100 * (max(random) - min(random)), left=100 * min(random), height=0.5, color=NULL, alpha=0.45
                 )
-            values = (of_kind.effect, of_kind.effect_low, of_kind.effect_high)
-            rows.append((words, colour, marker, tuple(100 * value for value in values)))
+            mean, low, high = (100 * value for value in (of_kind.effect, of_kind.effect_low, of_kind.effect_high))
+            rows.append((words, colour, marker, (mean, low, high)))
     _dots(axes, rows)
     axes.axvline(0, color=INK, lw=0.9)
     axes.set_xlabel("points of accuracy")

@@ -13,10 +13,10 @@ from rlgen_stats.schemas.errors import RefusedError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder
 from rlgen_stats.toolkit.reporting import Graphic, Missing, assess_claims, write_report
-from rlgen_stats.toolkit.reporting.agreement import DRAWN_EXACTLY, DRAWN_ROUGHLY, disagreements
 from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.figures.along_training import time_difference
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
+from rlgen_stats.toolkit.reporting.report_agreement import DRAWN_EXACTLY, DRAWN_ROUGHLY, disagreements
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
 
 Results = dict[str, xr.Dataset]

@@ -7,9 +7,9 @@ in either is seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import xarray as xr
@@ -115,7 +115,7 @@ def _accuracies(domains: Iterable[DomainAccuracy]) -> Iterator[str]:
 def against_tables(claims: Iterable[Mapping[str, Any]], results: Results) -> list[str]:
     """What the five verdicts say that the results do not, a sentence each; empty if nothing."""
     curve = results.get("mediated_share")
-    checks = {
+    checks: dict[str, tuple[str, Callable[[Mapping[str, Any], list[xr.Dataset]], Iterable[str]]]] = {
         "C1": ("attribution_contrast", _specificity),
         "C2": ("timing_contrast", _timing),
         "C3": ("selection", partial(_selection, curve=curve)),
@@ -240,7 +240,7 @@ def _comparable(of_set: xr.Dataset) -> bool:
 
 def _trial(claim: Mapping[str, Any], tables: list[xr.Dataset], *, direction: str, claimed: int) -> Iterator[str]:
     one = tables[0].sel(direction=direction)
-    findings = from_columns(one)
+    findings = from_columns(cast(Mapping[str, Any], one))
     verdict, decision = decide(findings)
     if (verdict, decision) != (str(one["verdict"].values), str(one["decided_by"].values)):
         yield f"its table of criteria says {verdict} ({decision}), stored is {one['verdict'].values}"
