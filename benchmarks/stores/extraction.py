@@ -55,7 +55,7 @@ def measure(folder: Path, *, dtype: Any, batch: int, length: int, n_tokens: int,
     model = activations.load_model(ref, device=torch.device("cpu"))
     activations.load_model = lambda *_, **__: model  # type: ignore[assignment]
     reader = activations._Reader(
-        store=folder / "activations.zarr",
+        stores=[activations.LayerStore(0, folder / "activations.zarr", PROVENANCE)],
         extraction=ExtractionSpec(layer=0, dtype=dtype, batch_size=batch),
         device=torch.device("cpu"),
         repeat_seed=0,
