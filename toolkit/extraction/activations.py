@@ -42,9 +42,9 @@ WINDOW_BATCHES: Final = 16
 """Batches per window at most: its texts are sorted by length together, which saves padding, and put back in store
 order, which takes the memory of one window."""
 WINDOW_BYTES: Final = 1 << 28
-"""Float32 activations of a window at most (256 MB: 16,384 tokens of width 4,096), unless it is a single text."""
+"""Float32 activations of a window and layer at most (256 MB: 16,384 tokens of width 4,096), unless of a single text."""
 BATCH_BYTES: Final = 1 << 27
-"""Float32 activations of a batch at most, padding included, unless it is a single text."""
+"""Float32 activations of a batch and layer at most, padding included, unless of a single text."""
 MASK_BLOCK: Final = 1 << 20
 """Tokens whose labels are in memory at once when a mask is made."""
 _FLOAT_BYTES: Final = 4
