@@ -230,7 +230,7 @@ def check_present(root: Path, *, removable: bool = False) -> None:
 def is_unsealed(group: Path) -> bool:
     """Whether a group has finished arrays and no seal: an earlier release wrote it."""
     attributes = attributes_of(group)
-    return SEAL not in attributes and attributes.get("complete", True) and bool(arrays_of(group))
+    return bool(SEAL not in attributes and attributes.get("complete", True) and arrays_of(group))
 
 
 # -- committing ------------------------------------------------------------------------------------------------------
@@ -315,7 +315,8 @@ def list_group(root: Path, group: Path, *, coming: str | None = None) -> None:
 
 
 def _digest(group: Path) -> str | None:
-    return attributes_of(group).get(DIGEST) if (group / ZARR_JSON).exists() else None
+    digest: str | None = attributes_of(group).get(DIGEST) if (group / ZARR_JSON).exists() else None
+    return digest
 
 
 def _carried_by(chunk: Path) -> str:
