@@ -116,7 +116,7 @@ def sealed_chunks(seal: Seal | None) -> dict[str, str]:
     found = read_json(file) if file.exists() else None
     if not isinstance(found, dict):
         raise StoreCorruptError(f"{file} is missing or damaged; restore it.")
-    sealed = {name: found.get(name) for name in _chunks_in(seal.group, seal.n_models)}
+    sealed = {name: str(found.get(name)) for name in _chunks_in(seal.group, seal.n_models)}
     if content_hash(sealed) != seal.hash:
         raise StoreCorruptError(f"{file} does not list the chunks that were committed; restore it and the group.")
     return sealed
