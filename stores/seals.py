@@ -116,7 +116,7 @@ def sealed_chunks(seal: Seal | None) -> dict[str, str]:
     found = read_json(file) if file.exists() else None
     if not isinstance(found, dict):
         raise StoreCorruptError(f"{file} is missing or damaged; restore it.")
-    sealed = {name: found.get(name) for name in _chunks_in(seal.group, seal.n_models)}
+    sealed = {name: str(found.get(name)) for name in _chunks_in(seal.group, seal.n_models)}
     if content_hash(sealed) != seal.hash:
         raise StoreCorruptError(f"{file} does not list the chunks that were committed; restore it and the group.")
     return sealed
@@ -230,7 +230,7 @@ def check_present(root: Path, *, removable: bool = False) -> None:
 def is_unsealed(group: Path) -> bool:
     """Whether a group has finished arrays and no seal: an earlier release wrote it."""
     attributes = attributes_of(group)
-    return SEAL not in attributes and attributes.get("complete", True) and bool(arrays_of(group))
+    return bool(SEAL not in attributes and attributes.get("complete", True) and arrays_of(group))
 
 
 # -- committing ------------------------------------------------------------------------------------------------------
@@ -315,7 +315,8 @@ def list_group(root: Path, group: Path, *, coming: str | None = None) -> None:
 
 
 def _digest(group: Path) -> str | None:
-    return attributes_of(group).get(DIGEST) if (group / ZARR_JSON).exists() else None
+    digest: str | None = attributes_of(group).get(DIGEST) if (group / ZARR_JSON).exists() else None
+    return digest
 
 
 def _carried_by(chunk: Path) -> str:

@@ -158,9 +158,10 @@ def _condition(file: Path) -> dict[str, Any]:
 
 def _metadata(file: Path) -> dict[bytes, bytes]:
     with explain_damage(file):
-        return pq.read_schema(file).metadata or {}
+        return dict(pq.read_schema(file).metadata or {})
 
 
 def _read(file: Path) -> pd.DataFrame:
     with explain_damage(file):
-        return pq.read_table(file).to_pandas()
+        table: pd.DataFrame = pq.read_table(file).to_pandas()
+    return table
