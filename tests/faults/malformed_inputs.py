@@ -183,8 +183,10 @@ def reads_as_written(file: Path, place: tuple[Any, ...], value: Any) -> bool:
     for part in place:
         got = got[part] if isinstance(got, tuple | dict) else getattr(got, part)
     if hasattr(got, "model_dump"):
-        got = got.model_dump(exclude_defaults=True)
-        return all(same(got.get(key), one) for key, one in value.items()) if isinstance(value, dict) else value == "x"
+        got = got.model_dump()
+        if isinstance(value, dict):
+            return all(same(got.get(key), one) for key, one in value.items())
+        return any(same(one, value) for one in got.values())  # a shorthand: one value stands for the section
     shorthand = value == "middle" or (place[-1] == "layer" and isinstance(value, float))
     return value is None or shorthand or same(got, value)
 
