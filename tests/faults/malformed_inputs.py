@@ -170,7 +170,7 @@ def changed(place: tuple[Any, ...], value: Any) -> dict[str, Any]:
     for part, following in pairwise(place):
         if isinstance(at, list):
             at.extend([{}] * (part + 1 - len(at)))
-        elif at.get(part) is None:
+        elif not isinstance(at.get(part), dict | list):
             at[part] = [] if isinstance(following, int) else {}
         at = at[part]
     at[place[-1]] = value
