@@ -170,7 +170,7 @@ def changed(place: tuple[Any, ...], value: Any) -> dict[str, Any]:
     for part, following in pairwise(place):
         if isinstance(at, list):
             at.extend([{}] * (part + 1 - len(at)))
-        elif at.get(part) is None:
+        elif not isinstance(at.get(part), dict | list):
             at[part] = [] if isinstance(following, int) else {}
         at = at[part]
     at[place[-1]] = value
@@ -183,8 +183,10 @@ def reads_as_written(file: Path, place: tuple[Any, ...], value: Any) -> bool:
     for part in place:
         got = got[part] if isinstance(got, tuple | dict) else getattr(got, part)
     if hasattr(got, "model_dump"):
-        got = got.model_dump(exclude_defaults=True)
-        return all(same(got.get(key), one) for key, one in value.items()) if isinstance(value, dict) else value == "x"
+        got = got.model_dump()
+        if isinstance(value, dict):
+            return all(same(got.get(key), one) for key, one in value.items())
+        return any(same(one, value) for one in got.values())  # a shorthand: one value stands for the section
     shorthand = value == "middle" or (place[-1] == "layer" and isinstance(value, float))
     return value is None or shorthand or same(got, value)
 
