@@ -129,8 +129,7 @@ def behaviour(
     tasks = _tasks(outcomes, names, roles or {})
     greedy = _graded(outcomes["greedy_correct"].transpose(MODEL, PROMPT).values)
     sampled = _graded(outcomes["correct"].transpose(MODEL, PROMPT, SAMPLE).values)
-    n_graded = np.isfinite(sampled).sum(axis=-1)
-    passes = np.where(n_graded > 0, np.nansum(sampled, axis=-1) / np.maximum(n_graded, 1), np.nan)
+    passes = _share_right(sampled)
     base = greedy[models.index(reference)]
     cells: dict[str, list[list[float]]] = {}
     for m, model in enumerate(models):
@@ -149,9 +148,7 @@ def behaviour(
     p = variables["p_value"][1].copy()
     if family is not None:
         p[~np.isin(models, family)] = np.nan
-    q = np.full_like(p, np.nan)
-    for group in (pooled, ~pooled):
-        q[:, group] = adjust(p[:, group], method="bh")
+    q = _adjusted(p, pooled)
     clustered = [codes is not None and shares_clusters(codes[index]) for index in tasks.index.values()]
     tests = np.array([CLUSTER_FLIP if c else MCNEMAR for c in clustered])
     shares = completion_shares(outcomes, tasks.index).data_vars
@@ -173,6 +170,20 @@ def behaviour(
             "alpha": alpha,
         },
     )
+
+
+def _share_right(sampled: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[model, prompt] share of graded samples that are right; NaN without any."""
+    n_graded = np.isfinite(sampled).sum(axis=-1)
+    return np.where(n_graded > 0, np.nansum(sampled, axis=-1) / np.maximum(n_graded, 1), np.nan)
+
+
+def _adjusted(p: NDArray[np.float64], pooled: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """BH over models and tasks, [model, task]; pooled rows apart."""
+    q = np.full_like(p, np.nan)
+    for group in (pooled, ~pooled):
+        q[:, group] = adjust(p[:, group], method="bh")
+    return q
 
 
 @dataclass(frozen=True)
