@@ -10,7 +10,7 @@ from tests.end_to_end.test_mini import digest
 
 REMADE = (
     *("outcomes.zarr", "completions", "activations.zarr", "features.zarr", "results.zarr/movement"),
-    *("intervention", "results.zarr/intervention", "results.zarr/health"),
+    *("results.zarr/intervention", "results.zarr/health"),
 )
 
 
