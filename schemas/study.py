@@ -317,7 +317,7 @@ class CrosscoderSpec(Spec):
     """Type of the matrix products in training; weights and statistics stay float32 and float64."""
     seed: int = 0
     """Replicate number; combined with the study's seed."""
-    replicates: PositiveInt | None = None
+    replicates: Annotated[int, Field(ge=1, le=100)] | None = None
     """Dictionaries trained on the same batches from different initial weights, in one pass: NAME, NAME.2, NAME.3 and so
     on. Those of the crosscoder that is encoded are one analysis: each is tested, selected from and edited. Default: 3
     there, 1 for the others and for weights trained elsewhere."""

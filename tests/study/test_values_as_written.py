@@ -39,6 +39,7 @@ def changed(**sections: Any) -> dict[str, Any]:
         ({"grader": {"marker": ""}}, "'grader.marker': "),
         ({"grader": {"marker": " \n"}}, "'grader.marker': "),
         ({"contrast": ["rl", "rl"]}, "a contrast compares two runs, got 'rl' with itself"),
+        ({"crosscoders": [SPEC["crosscoders"][0] | {"replicates": 101}]}, "less than or equal to 100"),
         ({"name": "tiny\n"}, r"a study name must be letters, .* got 'tiny\\n'"),
         ({"schema_version": 99}, "'schema_version': "),
         (
