@@ -108,7 +108,8 @@ class TokenLabels:
     def dtype(self, name: str) -> np.dtype[Any]:
         """Type of label ``name``; known without reading it where the store says how long its text is."""
         if name in (POSITION, TOKEN_ID):
-            return np.dtype(self.codes[name].dtype)
+            codes: np.dtype[Any] = self.codes[name].dtype
+            return codes
         if name in (PROMPT, *PROMPT_LABELS) and LONGEST in self.prompts[name].attrs:
             return np.dtype(f"U{self.prompts[name].attrs[LONGEST]}")
         legend = self.legend(name)

@@ -70,7 +70,8 @@ def open_unread(path: Path, **options: Any) -> xr.Dataset:
     for node in () if consolidated else zarr_nodes(path):
         read_document(node)  # names the file that is damaged
     with explain_damage(path / ZARR_JSON):
-        return xr.open_zarr(sealed_store(path), consolidated=consolidated, **options)
+        dataset: xr.Dataset = xr.open_zarr(sealed_store(path), consolidated=consolidated, **options)
+    return dataset
 
 
 def open_lazily(path: Path) -> xr.Dataset:
@@ -203,11 +204,11 @@ def _check_fits(path: Path, dataset: xr.Dataset, model: str, done: list[str], pr
     for name, sizes in stored.items():
         if MODEL in sizes and name not in dataset.variables:
             raise StoreError(f"{path} holds {name!r} for every model, {model!r} comes without it; compute it too.")
-    for name, variable in dataset.variables.items():
-        known = stored.get(str(name))
+    for named, variable in dataset.variables.items():
+        known = stored.get(str(named))
         if known is None or any(known.get(dim) != n for dim, n in variable.sizes.items() if dim != MODEL):
             raise StoreError(
-                f"{model!r} comes with {name!r} of {dict(variable.sizes)}, {path} holds "
+                f"{model!r} comes with {named!r} of {dict(variable.sizes)}, {path} holds "
                 f"{'none' if known is None else known}; expected what the store's models have, or another store."
             )
     if not np.array_equal(zarr.open_array(sealed_store(path), path=PROMPT)[:], dataset[PROMPT].values):

@@ -145,7 +145,7 @@ def behaviour(
         for name, table in cells.items()
     }
     pooled = np.array([role == "pooled" for role in tasks.roles])
-    p = variables["p_value"][1].copy()
+    p = np.array(variables["p_value"][1], dtype=np.float64)
     if family is not None:
         p[~np.isin(models, family)] = np.nan
     q = _adjusted(p, pooled)
