@@ -55,6 +55,9 @@ def read_document(path: Path) -> dict[str, Any]:
             document = json.loads((path / ZARR_JSON).read_text(encoding="utf-8"))
         if document["zarr_format"] != 3 or document["node_type"] not in ("group", "array"):
             raise KeyError("node_type")
+        shape = document["shape"] if document["node_type"] == "array" else []
+        if not isinstance(shape, list) or any(type(size) is not int for size in shape):
+            raise TypeError("shape is of another type")
         attributes = document.get("attributes", {})
         if not isinstance(attributes, dict):
             raise TypeError("attributes is of another type")

@@ -118,7 +118,10 @@ def sealed_chunks(seal: Seal | None) -> dict[str, str]:
         raise StoreCorruptError(f"{file} is missing or damaged; restore it.")
     sealed = {name: str(found.get(name)) for name in _chunks_in(seal.group, seal.n_models)}
     if content_hash(sealed) != seal.hash:
-        raise StoreCorruptError(f"{file} does not list the chunks that were committed; restore it and the group.")
+        raise StoreCorruptError(
+            f"{file} does not list the chunks that were committed, or the metadata of an array is gone; restore it and "
+            "the group."
+        )
     return sealed
 
 

@@ -148,8 +148,9 @@ def main() -> None:
     options = parser.parse_args()
     options.repetitions = 1 if options.quick else options.repetitions
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, trust_remote_code=False)
+    model.eval().requires_grad_(False)
     model.generation_config.eos_token_id = tokenizer.eos_token = None  # rows end where the benchmark says
     n = 2 * BATCH if options.quick else 6 * BATCH
     varied = np.minimum(np.random.default_rng(1).geometric(STOP, n), LONGEST).tolist()

@@ -109,7 +109,7 @@ def test_inspect_and_verify_speak_json_and_find_faults(tmp_path: Path) -> None:
     code, out, err = run("verify", str(tmp_path), "--json")
     assert code == 2
     assert json.loads(out)["ok"] is False
-    assert "features.zarr: mean[0:1, 0:3, 0:5]: unreadable" in err
+    assert "the chunk mean/c/0/0/0 fails its crc32c checksum" in err
 
 
 @pytest.mark.parametrize(

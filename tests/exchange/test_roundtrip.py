@@ -229,7 +229,7 @@ def test_wrong_imports_are_refused_before_anything_is_written(tmp_path: Path, la
     bad = label_table()
     bad.loc[3, "position"] = 1
     bad.to_parquet(tmp_path / "bad.parquet")
-    with pytest.raises(InputError, match="positions must ascend within a text, token 3 has position 1"):
+    with pytest.raises(InputError, match=r"position of row 3 in bad.parquet is 1 after 2 of the same text"):
         import_activations(cache, tmp_path / "bad.parquet", store, **WHO)
     assert not store.exists()
     short = label_table(1160)

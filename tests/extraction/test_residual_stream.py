@@ -91,7 +91,7 @@ def test_layers_are_found_in_order_and_wrong_ones_refused() -> None:
         layers = locate_layers(tiny_model(architecture, n_layers=5))
         assert len(layers) == 5
     with (
-        pytest.raises(InputError, match=r"layer 3 asked for, but .* has blocks 0 to 2"),
+        pytest.raises(InputError, match=r"layer 3 asked for, but .* has 3 layers, blocks 0 to 2"),
         capture_residual(layers_of(), 3),
     ):
         pass

@@ -105,7 +105,7 @@ def test_attributes_of_another_type(study: Path, file: str, name: str, value: ob
 
 
 @pytest.mark.parametrize("part", ["shape", "data_type", "chunk_grid", "codecs", "chunk_key_encoding"])
-@pytest.mark.parametrize("value", [None, True, "text", [], {"name": "x"}])
+@pytest.mark.parametrize("value", [None, True, 7, "text", [], {"name": "x"}])
 def test_metadata_of_arrays_without_consolidation(study: Path, part: str, value: object) -> None:
     """As earlier releases wrote results: readers see the arrays' own files."""
     unseal(study / "results.zarr")

@@ -26,6 +26,7 @@ from rlgen_stats.stores import labels as labels_module
 from rlgen_stats.stores.atomic import read_json, write_json
 from rlgen_stats.stores.labels import TokenLabels, merge_ranges, positions_in
 from tests.stores.conftest import feature_table, token_table
+from tests.stores.test_seals import unseal
 
 N, WIDTH = 2000, 3
 
@@ -316,6 +317,7 @@ def test_selecting_reads_only_the_labels_it_needs(store: Path) -> None:
 
 def test_a_store_that_does_not_say_how_long_its_text_is(store: Path) -> None:
     """Stores of earlier releases: read instead."""
+    unseal(store)
     sound = open_tokens(store)
     for name in ("prompt", "task", "domain", "split", "cluster"):
         document = read_json(store / "prompts" / name / "zarr.json")
@@ -327,6 +329,7 @@ def test_a_store_that_does_not_say_how_long_its_text_is(store: Path) -> None:
 
 @pytest.mark.parametrize("longest", [3, 5])
 def test_text_is_never_cut_to_a_wrong_length(store: Path, longest: int) -> None:
+    unseal(store)
     document = read_json(store / "prompts/prompt/zarr.json")
     assert document["attributes"]["longest"] == 4
     document["attributes"]["longest"] = longest
