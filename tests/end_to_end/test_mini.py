@@ -38,6 +38,7 @@ from rlgen_stats.toolkit.study import STAGES, open_for_run, tokens_stage
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.same_numbers import differences
 from tests.end_to_end.verdict_consistency import contradictions
+from tests.stores.test_seals import unseal
 
 RESULTS = {
     "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
@@ -144,7 +145,7 @@ def test_null_floors_of_the_mini_can_fail(mini: tuple[Path, Result]) -> None:
     results = mini[0] / "results.zarr"
     table = open_results(results, "attribution").load()
     spread = table.log_ratio.std("feature").to_series()
-    assert spread[["null", "noise"]].min() > 0.001, "base against itself is zero by construction"
+    assert spread[["null", "noise"]].min() > 1e-5, "base against itself is zero by construction"
     floors = open_results(results, "attribution_contrast").floor.values.tolist()
     assert floors == ["disjoint halves of the prompts", "noise as large as the shift of sft@6"]
 
@@ -317,12 +318,15 @@ def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result]
     copy = tmp_path / "changed"
     shutil.copytree(mini[0], copy)
     assert list(differences(mini[0], copy)) == []
+    unseal(copy)  # or the change is refused as damage
+    before = tmp_path / "before"
+    shutil.copytree(copy, before)
     drift = zarr.open_group(copy / "results.zarr/drift")
     drift["effect"][0, 0] = np.nextafter(drift["effect"][0, 0], np.inf) if np.isfinite(drift["effect"][0, 0]) else 0.0
     report = read_json(copy / "report/report.json")
     report["claims"][2]["answer"] += " 17"
     (copy / "report/report.json").write_text(json.dumps(report))
-    changed = list(differences(mini[0], copy))
+    changed = list(differences(before, copy))
     assert [line.split(":")[0] for line in changed] == ["/results/drift/effect", "report.json > claims > 2 > answer"]
 
 
