@@ -218,4 +218,4 @@ def test_what_is_no_scheduler_is_given_up(kind: str, monkeypatch: pytest.MonkeyP
         with pytest.raises(
             InputError, match=r"no dask scheduler answers at .*; start one with 'dask scheduler' or leave"
         ):
-            console.connect(address)
+            console.connect(address, None)

@@ -24,6 +24,7 @@ from rlgen_stats.stores import (
 )
 from tests.reporting.synthetic_study import tokens
 from tests.stores.conftest import feature_table, token_table
+from tests.stores.test_seals import unseal
 
 N, WIDTH, SHARD = 1000, 5, 128
 FLIPS = int(os.environ.get("RLGEN_STATS_FLIPS", "240"))
@@ -220,6 +221,7 @@ def test_labels_that_are_all_alike_are_on_disk_too(tmp_path: Path, provenance: P
 
 def test_a_store_that_is_not_the_one_a_stage_wrote_is_named(study: Path, provenance: Provenance) -> None:
     """An import with one model put in place of the study's own was sound in itself, and so passed."""
+    unseal(study)  # a sealed store itself names the group that is gone
     stores = {"activations.zarr": ["base@0", "rl@80"], "features.zarr": ["base@0", "rl@80"], "gone.zarr": []}
     own = {"study_id": provenance.study_id, "key": provenance.spec_hash}
     write_json(study / "stages/extract.json", {"stage": "extract", "finished": True, "stores": stores} | own)

@@ -166,8 +166,8 @@ def test_a_readout_that_failed_is_not_tried_unless_accepted(study: Any, tmp_path
     assert plan_trial(accepting, folder, [F_GATE], provenance=PROVENANCE).arms["disable"] > 20
 
 
-def test_the_hash_of_an_arm_is_that_of_earlier_releases(study: Any) -> None:
-    """Arms already on disk must be found again: written out, what is hashed."""
+def test_the_hash_of_an_arm_is_that_of_its_version(study: Any) -> None:
+    """Arms already on disk must be found again: written out, what is hashed. Version 5: tokens drawn by Gumbel-max."""
     spec, folder = study
     plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE, directions=["disable"])
     edit = {
@@ -175,7 +175,7 @@ def test_the_hash_of_an_arm_is_that_of_earlier_releases(study: Any) -> None:
         **{"phases": ["prefill", "decode"], "skip_first": 1, "vector": [], "level": [], "gain": 1.0},
     }
     expected = {
-        "version": 4,
+        "version": 5,
         "facts": {"spec_hash": "key-one"},
         "site": ["disable", "rl@1", 0, "swap"],
         "arm": [edit, False, weights_hash(folder.crosscoder("main"))],
