@@ -213,7 +213,7 @@ def _check_root(store: Path, attrs: dict[str, Any]) -> None:
         DIGEST,
         GROUPS,
     }:  # a results store: every group below carries its own provenance
-        for name in (child.name for child in store.iterdir() if (child / ZARR_JSON).exists()):
+        for name in (child.name for child in zarr_nodes(store)):
             open_results(store, name)
         return
     check_store_version(store, attrs)
