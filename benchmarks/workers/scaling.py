@@ -71,7 +71,7 @@ def write_study(root: Path, *, quick: bool) -> None:
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    n = 64 if quick else 256
+    n = 64 if quick else 96
     texts = [" ".join(f"w{3 + (7 * i + j) % 2000}" for j in range(8 + i % 8)) for i in range(n)]
     table = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(n)], "text": texts, "task": "sum", "domain": "in"})
     table["answer"] = [str(i) for i in range(n)]
