@@ -14,7 +14,7 @@ from rlgen_stats.toolkit.counter_random import counter_bits
 from rlgen_stats.toolkit.extraction import generate
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.stop_strings import StopStrings
-from rlgen_stats.toolkit.extraction.token_draws import draw_tokens, gumbel_noise
+from rlgen_stats.toolkit.extraction.token_draws import IN_CACHE, draw_tokens, gumbel_noise
 from tests.extraction.bpe import bpe_model, chatml_tokenizer
 from tests.extraction.conftest import ARCHITECTURES, PROMPTS, tiny_model
 from tests.oracles.slow_generation import GAMMA, completed, drawn, gumbel, key, mix
@@ -236,6 +236,15 @@ def test_noise_is_gumbel_and_independent_over_seeds_steps_and_tokens() -> None:
     assert len(np.unique(noise)) > 0.995 * noise.size
     for a, b in ((noise[:-1], noise[1:]), (noise[:, :-1], noise[:, 1:]), (noise[..., :-1], noise[..., 1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
+
+
+@pytest.mark.parametrize("width", [61, IN_CACHE // 2 + 1])  # many rows at once, the last block shorter; one row at once
+def test_a_row_draws_what_it_draws_alone(width: int) -> None:
+    n = 3 * max(1, IN_CACHE // width) - 1
+    logits = torch.randn((n, width), generator=torch.Generator().manual_seed(0))
+    keys = keys_of(n)
+    alone = [draw_tokens(logits[i : i + 1], keys[i : i + 1], temperature=1.0, top_p=1.0) for i in range(n)]
+    torch.testing.assert_close(draw_tokens(logits, keys, temperature=1.0, top_p=1.0), torch.cat(alone))
 
 
 def test_noise_is_pinned() -> None:

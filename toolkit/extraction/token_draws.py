@@ -13,6 +13,8 @@ from rlgen_stats.toolkit.counter_random import GOLDEN_GAMMA, MIX_1, MIX_2
 
 NUCLEUS_CANDIDATES: Final = 256
 """Most likely tokens among which a nucleus is looked for before the whole vocabulary is sorted."""
+IN_CACHE: Final = 2**14
+"""Hashes computed at once on a CPU: as many as its cache holds; fewer cost more in calls."""
 
 
 def draw_tokens(logits: Tensor, keys: NDArray[np.uint64], *, temperature: float, top_p: float) -> Tensor:
@@ -47,9 +49,9 @@ def draw_tokens(logits: Tensor, keys: NDArray[np.uint64], *, temperature: float,
     if top_p < 1.0:
         return _draw_from_nucleus(scores, hashed, top_p)
     tokens = torch.arange(scores.shape[1], device=scores.device)
-    n = 1 if scores.device.type == "cpu" else max(len(scores), 1)  # one row of hashes fits the processor's cache
-    parts = (slice(start, start + n) for start in range(0, len(scores), n))
-    return torch.cat([(scores[part] + gumbel_noise(hashed[part], tokens)).argmax(dim=-1) for part in parts])
+    n = max(1, IN_CACHE // len(tokens)) if scores.device.type == "cpu" else max(len(scores), 1)
+    parts = zip(scores.split(n), hashed.split(n), strict=True)
+    return torch.cat([(some + gumbel_noise(keys_of_some, tokens)).argmax(dim=-1) for some, keys_of_some in parts])
 
 
 def _draw_from_nucleus(scores: Tensor, keys: Tensor, top_p: float) -> Tensor:

@@ -40,6 +40,7 @@ from rlgen_stats.toolkit.reporting.population import CLAIM_POPULATION, populatio
 from rlgen_stats.toolkit.reporting.prompt_pages import PromptCard, prompt_cards
 from rlgen_stats.toolkit.reporting.report_agreement import disagreements
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
+from rlgen_stats.toolkit.reporting.source_study import effects
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
 from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
 from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
@@ -305,6 +306,7 @@ def page_view(report: Report) -> dict[str, Any]:
         ],
         "populations": report.populations,
         "claim_population": _claim_populations(report),
+        "source_effects": {"C4": effects("disable"), "C5": effects("amplify")},
         "domains": report.domains,
         "shares": completion_rows(results, spec),
         "share_warnings": _share_warnings(results),

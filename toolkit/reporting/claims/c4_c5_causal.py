@@ -23,6 +23,7 @@ from rlgen_stats.toolkit.reporting.result_lookup import (
     number,
     text,
 )
+from rlgen_stats.toolkit.reporting.source_study import effect_ranges
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.causal.mediated_share import NEAREST, RESCALED, SET, of_patch
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, causal_verdict, smallest_rank_p, within_minimum
@@ -33,14 +34,14 @@ C4: Final = PaperClaim(
     statement="Disabling that set in the RL model lowers its out-of-domain accuracy",
     short="Switching them off hurts RL",
     unit=_UNIT,
-    paper_figure="Accuracy falls by 14 to 46 points on its selected prompts (base wrong, RL right).",
+    paper_figure=f"Accuracy falls by {effect_ranges('disable')}",
 )
 C5: Final = PaperClaim(
     id="C5",
     statement="Amplifying that set in the base model raises its accuracy",
     short="Turning them up helps base",
     unit=_UNIT,
-    paper_figure="Accuracy rises by 12 to 56 points on its selected prompts (base wrong, RL right).",
+    paper_figure=f"Accuracy rises by {effect_ranges('amplify')}",
 )
 
 CHECKS: Final = {
