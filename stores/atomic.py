@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -15,10 +16,15 @@ from typing import Any, Final
 
 from rlgen_stats.schemas.errors import OutOfSpaceError, RlgenStatsError, StoreCorruptError
 from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
+from rlgen_stats.stores.locks import process_exists
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 ZARR_JSON: Final = "zarr.json"
 """The file that makes a folder a Zarr v3 group or array."""
+_LEFTOVER: Final = re.compile(
+    r"\.(?P<of>.+)\.(?:(?:(?P<process>\d{1,9})-)?[0-9a-f]{8}\.(?P<kind>partial|old)|removed)", re.ASCII
+)
+"""Names of what a process writes, has moved aside or deletes; earlier releases named no process."""
 
 
 @contextmanager
@@ -56,7 +62,8 @@ def sync(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of ``path``, atomically, if the block succeeds.
 
-    Works for a file and for a folder (an existing folder is moved aside first and removed last). For a remote
+    Works for a file and for a folder (an existing folder is moved aside first and removed last). What killed processes
+    left of replacing the same path is removed. For a remote
     ``path`` the temporary one is local and is uploaded: a file is replaced atomically; of a folder, the old
     ``zarr.json`` is removed first and the new one written last, so that a reader sees the old group, none, or the new.
     """
@@ -68,7 +75,10 @@ def replacing(path: Path) -> Iterator[Path]:
         return
     with explain_access_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    for leftover in _leftovers(path):
+        if not _is_alive(leftover):
+            _put_right(leftover)
+    temporary = _beside(path, "partial")
     try:
         with explain_access_errors(path), explain_full_disk(path):
             yield temporary
@@ -94,19 +104,57 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of :func:`replacing` ``path``; the caller must hold the writer's lock.
+    """Remove what killed processes left of :func:`replacing` ``path``, and of files in it that were being written.
 
-    An old folder that was moved aside, and whose replacement was never moved in, is moved back.
+    The caller must hold the writer's lock. An old folder that was moved aside, and whose replacement was never moved
+    in, is moved back.
     """
     if is_remote(path):
         return
-    for old in path.parent.glob(f".{path.name}.*.old"):
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            os.replace(old, path)
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    for leftover in _leftovers(path):
+        _put_right(leftover)
+    for partial in path.rglob("*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left anywhere below a folder; what other living ones of this host write is kept.
+
+    The caller must hold the lock of the folder, and write nothing in it yet. Chunks of Zarr arrays are not looked
+    through: who writes them next overwrites or removes what was begun.
+    """
+    if is_remote(folder):
+        return
+    for parent, folders, files in os.walk(folder):
+        for leftover in (Path(parent) / name for name in (*folders, *files) if _LEFTOVER.fullmatch(name)):
+            if not _is_alive(leftover, itself=False):
+                _put_right(leftover)
+        folders[:] = [name for name in folders if not (name == "c" and ZARR_JSON in files)]
+
+
+def _leftovers(path: Path) -> list[Path]:
+    """What lies beside ``path`` and was to become it, or was it."""
+    siblings = path.parent.iterdir() if path.parent.exists() else ()
+    return [one for one in siblings if (found := _LEFTOVER.fullmatch(one.name)) and found["of"] == path.name]
+
+
+def _is_alive(leftover: Path, *, itself: bool = True) -> bool:
+    """Whether the process that it names runs on this host; of this process ``itself``: in containers all are one."""
+    found = _LEFTOVER.fullmatch(leftover.name)
+    process = int(found["process"] or 0) if found else 0
+    return itself if process == os.getpid() else process > 0 and process_exists(process)
+
+
+def _put_right(leftover: Path) -> None:
+    """Delete a leftover; an old folder whose replacement never came goes back to its place."""
+    found = _LEFTOVER.fullmatch(leftover.name)
+    original = leftover.with_name(found["of"]) if found and found["kind"] == "old" else leftover
+    if not original.exists():
+        os.replace(leftover, original)
+    elif leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)  # no reader looks at it: it is in nobody's way
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 def _upload(local: Path, path: Path) -> None:
@@ -122,12 +170,16 @@ def _upload(local: Path, path: Path) -> None:
             (path / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
 
 
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.{kind}")
+
+
 def _replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         os.replace(new, path)
         return
     # A folder cannot be replaced in one step; killed between the renames, remove_leftovers moves the old one back.
-    old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    old = _beside(path, "old")
     os.replace(path, old)
     os.replace(new, path)
     shutil.rmtree(old)

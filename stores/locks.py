@@ -164,7 +164,7 @@ def _living_holder(lease: Path, own_lease: Path) -> str:
     except FileNotFoundError:
         return ""
     host, pid = facts.get("host"), facts.get("pid")
-    if age > LEASE_SECONDS or (host == platform.node() and isinstance(pid, int) and not _process_exists(pid)):
+    if age > LEASE_SECONDS or (host == platform.node() and isinstance(pid, int) and not process_exists(pid)):
         lease.unlink(missing_ok=True)
         return ""
     return f"{pid} on {host}"
@@ -179,10 +179,11 @@ def _facts(lease: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _process_exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether a process of this host has this number."""
     try:
         os.kill(pid, 0)  # sends nothing, only asks whether the process exists
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # it exists and is another user's
         return True

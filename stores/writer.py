@@ -165,19 +165,13 @@ class ActivationWriter:
 
     @contextmanager
     def _metadata_lock(self) -> Iterator[None]:
-        """Hold the lock of the store's metadata, which writers of other shards change too.
-
-        Files that a killed writer left half-written are removed.
-        """
+        """Hold the lock of the store's metadata, which writers of other shards change too."""
         with (
             exclusive(self._path.with_name(f"{self._path.name}.seal"), patience=METADATA_LOCK_SECONDS),
             explain_access_errors(self._path),
+            explain_full_disk(self._path),
         ):
-            for folder in (self._group.parent, self._group):
-                for partial in folder.glob(f".{ZARR_JSON}.*.partial") if folder.exists() else ():
-                    partial.unlink()
-            with explain_full_disk(self._path):
-                yield
+            yield
 
     def append(self, activation: NDArray[Any], labels: Mapping[str, Any] | pd.DataFrame | None = None) -> None:
         """Add the next tokens.

@@ -1,7 +1,8 @@
 """Every test, and every process that a test starts, computes with OMP_NUM_THREADS threads; with one if that is unset.
 
 Two test workers on two cores gain nothing from more; processes are compared with tests to the last digit.
-``make pytest THREADS=2`` asks whether the tests hold where sums are added in another order.
+``make trained`` asks whether tests of trained models hold where sums are added in another order (OMP_NUM_THREADS) and
+where all initial weights are others (RLGEN_STATS_WEIGHTS, a number that is added to torch's seeds).
 """
 
 import os
@@ -12,3 +13,15 @@ from threadpoolctl import threadpool_limits
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)
 threadpool_limits(THREADS)
+
+if OTHER := 1_000_003 * int(os.environ.get("RLGEN_STATS_WEIGHTS", "0")):
+    seeded = torch.manual_seed
+
+    class OtherGenerator(torch.Generator):
+        """Draws other numbers for the same seed."""
+
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + OTHER)
+
+    torch.Generator = OtherGenerator  # type: ignore[misc]
+    torch.manual_seed = lambda seed: seeded(seed + OTHER)

@@ -15,7 +15,7 @@ from rlgen_stats.schemas import study as study_schema
 from rlgen_stats.schemas.errors import InputError, SpecError, StageError, StoreError, StoreLockedError
 from rlgen_stats.stores import Provenance, read_json, write_json
 from rlgen_stats.stores.locks import exclusive
-from rlgen_stats.toolkit.study import STAGES, Study, open_for_run, run_study
+from rlgen_stats.toolkit.study import STAGES, Study, model_stages, open_for_run, run_study
 from rlgen_stats.toolkit.study import run as run_module
 from rlgen_stats.toolkit.study.stage_graph import with_needs
 from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
@@ -412,3 +412,38 @@ def test_record_keeps_time_and_key(study_folder: Path) -> None:
     assert record["finished"]
     assert record["key"] == study.key("posttrain")
     assert record["seconds"] >= 0
+
+
+def test_a_run_folder_that_a_killed_process_left_half_claimed_or_half_deleted_is_no_obstacle(
+    study_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_for_run(study_folder)
+    run = study.spec.runs[0]
+    folder = study.folder.run(run.name)
+    folder.mkdir()
+    (folder / ".key.json.0123abcd.partial").write_text("{")
+    with study.being_written():
+        model_stages._claim_run(study, run)
+    key = read_json(folder / "key.json")
+    (folder / "step-5").mkdir()
+    (folder / "step-5/weights").write_text("")
+    write_json(folder / "key.json", key | {"key": "another"})
+
+    def dies(path: Path, **how: Any) -> None:
+        if path.exists():
+            next(path.rglob("key.json")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            model_stages._claim_run(study, run)
+    with study.being_written():
+        model_stages._claim_run(study, run)
+    assert read_json(folder / "key.json") == key
+    assert not (folder / "step-5").exists()
+    assert not list(folder.parent.glob(".*"))
+    (folder / "key.json").unlink()
+    (folder / "step-5").mkdir()
+    with pytest.raises(StageError, match="holds checkpoints that this study did not train"):
+        model_stages._claim_run(study, run)

@@ -129,6 +129,7 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     identity = _identity(spec, run, table, base, seed)
     record = target / POSTTRAIN_RECORD
     if record.exists() and (done := read_json(record)).get("identity") == identity:
+        shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)  # killed just after the record
         return tuple(int(step) for step in done["steps"])
     remark = check_lengths(spec, run, table, _make_reader(base, run.name), arguments)
     if remark:

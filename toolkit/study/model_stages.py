@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from rlgen_stats.stores import (
     write_json,
     write_results,
 )
+from rlgen_stats.stores.atomic import remove_folder
 from rlgen_stats.stores.crosscoder_weights import weights_hash
 from rlgen_stats.toolkit.crosscoder import (
     encode_features,
@@ -76,7 +76,7 @@ def _claim_run(study: Study, run: RunSpec) -> None:
                 f"{folder} holds checkpoints that this study did not train; they are left untouched: "
                 f"rename run {run.name!r}, use another folder, or move them away."
             )
-        shutil.rmtree(folder)
+        remove_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(note, {"key": key, "study_id": study.study_id})
 

@@ -15,7 +15,6 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models, open_outcomes
 from rlgen_stats.stores.atomic import remove_folder
 from rlgen_stats.stores.digests import file_sha256
-from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.owners import owner
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, find_model, imported_models, list_models
@@ -109,7 +108,7 @@ def import_outcomes(
     study = open_for_run(path)
     if study.folder.study is not None:
         raise InputError(f"{path} is part of the study in {study.folder.study}; import into that.")
-    with exclusive(study.folder.stages / "run"):
+    with study.being_written():
         ref = find_model(model, study.spec, study.folder)
         given = read_sampled([Path(file) for file in files], greedy=[Path(file) for file in greedy], metrics=metrics)
         if grade_here:

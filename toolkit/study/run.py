@@ -12,7 +12,6 @@ from typing import Any, Final
 
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_full_disk, remove_folder
-from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.owners import models_in, of_other_dictionaries, owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.linked_studies import link_shared, open_for_run, owners
@@ -105,8 +104,8 @@ def run_study(
         )
     if any(stage.name == "intervene" and study.state(stage.name) != "done" for stage in plan):
         check_size(study.spec, study.folder)
-    locked = exclusive(study.folder.stages / "run")  # by this process, for its workers too
-    with locked, explain_full_disk(study.folder.root), tasks_on(workers, study.folder.spec):
+    # locked by this process, for its workers too
+    with study.being_written(), explain_full_disk(study.folder.root), tasks_on(workers, study.folder.spec):
         study.write_times_forced()
         _run_plan(study, plan, progress, later=study.linked)
         for number, one in enumerate(study.linked, start=1):

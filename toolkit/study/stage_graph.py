@@ -8,7 +8,8 @@ was forced to run anew: whatever was computed from what it left before is stale.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -19,9 +20,10 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_json
-from rlgen_stats.stores.atomic import read_object
+from rlgen_stats.stores.atomic import read_object, sweep
 from rlgen_stats.stores.health_records import readout_accepted
 from rlgen_stats.stores.hub import hub_folder, is_on_hub
+from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.stores.study_models import imported_models
@@ -336,6 +338,19 @@ class Study:
             begun_before = {name for name, last in records.items() if last.get("forced") != self.times_forced[name]}
             one.forced = named | {name for name in begun_before if records[name]}
             one.forget_keys()
+
+    @contextmanager
+    def being_written(self) -> Iterator[None]:
+        """Hold the study's lock, having removed what killed processes left in its folder.
+
+        Raises
+        ------
+        StoreLockedError
+            If another process holds it.
+        """
+        with exclusive(self.folder.stages / "run"):
+            sweep(self.folder.root)
+            yield
 
     def write_times_forced(self) -> None:
         """Remember how often stages were forced: from then on their old output is out of date, whatever happens."""

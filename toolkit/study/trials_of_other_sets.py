@@ -20,7 +20,6 @@ from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, open_outcomes, open_results, write_results
-from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.causal.mediated_share import mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
@@ -142,7 +141,7 @@ def verify_set(
     seconds = _seconds(study, plan)
     if dry_run:
         return TrialRun(name, plan, seconds, None)
-    with exclusive(study.folder.stages / "run"), tasks_on(workers, study.folder.spec):
+    with study.being_written(), tasks_on(workers, study.folder.spec):
         result, parts = _run(study, name, plan, provenance, by_feature=by_feature, progress=progress)
     return TrialRun(name, plan, seconds, result, parts)
 

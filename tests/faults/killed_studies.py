@@ -1,0 +1,203 @@
+"""Studies killed in every stage: run again, they end with the arrays of a study that was never interrupted.
+
+``python -m tests.faults.killed_studies --kills 48`` counts them; a few run with the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+import yaml
+
+from rlgen_stats.cli import main
+from rlgen_stats.stores import verify
+from rlgen_stats.stores.digests import file_sha256
+from rlgen_stats.toolkit.study import STAGES, read_spec
+from tests.end_to_end import planted
+from tests.end_to_end.same_numbers import differences
+from tests.faults.kills import drawn, elsewhere, run
+
+ORDER: Final = ("", *(stage.name for stage in STAGES))
+LONGEST_DELAY: Final = 0.4
+"""Seconds after a change."""
+_TRAINER: Final = {"max_steps": 4, "gradient_checkpointing": False, "logging_steps": 1}
+_GRPO: Final = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 4, "beta": 0.0}
+
+
+def write_study(root: Path) -> None:
+    """A study whose every stage has something to do: two runs are trained, and the third changed by a planted cause."""
+    planted.write_study(
+        root,
+        runs=[
+            {"name": "sft", "arm": "sft", "method": "sft", "n_checkpoints": 2, "trainer": {**_TRAINER}},
+            {"name": "rl", "arm": "rl", "checkpoints": {1: "models/rl-1", 2: "models/rl-2"}},
+            {"name": "grpo", "arm": "other", "method": "grpo", "n_checkpoints": 2, "trainer": {**_TRAINER, **_GRPO}},
+        ],
+        data={"prompts": "data/prompts.parquet", "train": "data/train.parquet"},
+        contrast=["sft", "rl"],
+        crosscoders=[
+            {"name": name, "views": ["base@0", *views], "k": 6, "accept_unhealthy": True}
+            | {"n_features": 64, "steps": 120, "batch_size": 256, "learning_rate": 3e-3, "replicates": replicates}
+            for name, views, replicates in (
+                ("main", ["sft@final", "rl@final"], 2),
+                ("pair-sft", ["sft@final"], 1),
+                ("pair-rl", ["rl@final"], 1),
+            )
+        ],
+        statistics={"n_resamples": 99, "n_bootstrap": 99, "n_halvings": 5, "top_k": 5, "n_min": 5},
+        selection={"max_features": 3, "min_discordant": 5},
+        intervention={"n_controls": 19, "max_prompts": 24, "doses": [0.0, 2.0], "accept_undecidable": True},
+    )
+    rows = [
+        {"text": planted.prompt("kindly", task, a, b), "answer": planted.answer(task, a, b), "task": task}
+        for task in planted.TASKS
+        for a, b in zip(planted.ITEMS, planted.ITEMS[3:], strict=False)
+    ]
+    table = pd.DataFrame(rows)
+    table.assign(completion=" ans " + table["answer"]).to_parquet(root / "data/train.parquet")
+
+
+def change(root: Path) -> None:
+    """Another learning rate of SFT: all that any stage made is out of date, but for the other run that is trained."""
+    file = root / "study.yaml"
+    spec = yaml.safe_load(file.read_text())
+    sft = next(one for one in spec["runs"] if one["name"] == "sft")
+    sft["trainer"]["learning_rate"] = 1e-4 if sft["trainer"].get("learning_rate") != 1e-4 else 2e-4
+    file.write_text(yaml.safe_dump(spec))
+
+
+def copy_inputs(study: Path, to: Path) -> Path:
+    """What a study is made from, without what its stages made."""
+    trained = [study / "models" / run.name for run in read_spec(study).runs if run.method != "checkpoints"]
+    for model in (study / "models").iterdir():
+        if model not in trained:
+            shutil.copytree(model, to / "models" / model.name)
+    shutil.copytree(study / "data", to / "data")
+    shutil.copy(study / "study.yaml", to / "study.yaml")
+    return to
+
+
+def go_on(study: Path) -> Callable[[], object]:
+    """The command line's ``run``."""
+    return lambda: main(["run", str(study), "--quiet"], standalone_mode=False)
+
+
+def other_files(reference: Path, study: Path) -> list[str]:
+    """One sentence for every file that only one of two studies has, or whose weights or rows differ."""
+    ours, theirs = (
+        {
+            file.relative_to(folder).as_posix()
+            for file in folder.rglob("*")
+            if file.is_file() and not file.name.endswith(".lock")
+        }
+        for folder in (reference, study)
+    )
+    found = [f"{name} is in one of them only" for name in sorted(ours ^ theirs)]
+    for name in sorted(ours & theirs):
+        one, two = reference / name, study / name
+        if name.endswith(".safetensors") and file_sha256(one) != file_sha256(two):
+            found.append(f"{name}: other weights")
+        if name.endswith(".parquet") and not pd.read_parquet(one).equals(pd.read_parquet(two)):
+            found.append(f"{name}: other rows")
+    return found
+
+
+def all_differences(reference: Path, study: Path) -> list[str]:
+    return [*other_files(reference, study), *differences(reference, study), *verify(study).problems]
+
+
+def kill_round(
+    reference: Path,
+    study: Path,
+    changes: Mapping[str, int],
+    draw: random.Random,
+    *,
+    stages: tuple[str, ...] = ORDER[1:],
+    per_stage: int = 1,
+    log: Callable[[str], object] = lambda line: None,
+) -> Counter[str]:
+    """Kill a study in each stage, let it end, and compare it with the reference.
+
+    Returns the number of kills that were ``harmless``, ``named`` (``verify`` says of what is left that it is not
+    sound), ``lost`` (the study does not go on) or ``silently wrong`` (it ends with other arrays).
+    """
+    tally: Counter[str] = Counter()
+    for stage in (stage for stage in stages for _ in range(per_stage)):
+        at = drawn(draw, changes, stage, LONGEST_DELAY)
+        ended = run(go_on(study), study, at, order=ORDER)
+        if ended.moment is None:
+            log(f"{at}: not reached, {ended.code} {ended.said}")
+            if ended.code != 0:
+                return tally + Counter(lost=1)
+            continue
+        problems = elsewhere(verify, study).problems if list(study.glob("*.zarr/zarr.json")) else ()
+        log(f"{at}: killed at {ended.moment} {problems or ''}")
+        tally["named" if problems else "harmless"] += 1
+    ended = run(go_on(study), study, order=ORDER)
+    if ended.code != 0:
+        log(f"does not go on: {ended.code} {ended.said}")
+        return tally + Counter(lost=1)
+    wrong = elsewhere(all_differences, reference, study)
+    for line in wrong:
+        log(line)
+    return tally + Counter({"silently wrong": bool(wrong)})
+
+
+def count(root: Path, *, n_kills: int, seed: int, log: Callable[[str], object]) -> Counter[str]:
+    """Rounds of kills: from nothing, then over what a changed study left, back and forth."""
+    references, changes, tally = [], [], Counter[str]()
+    write_study(root / "inputs")
+    for number in range(2):
+        reference = copy_inputs(root / "inputs", root / f"reference-{number}")
+        ended = run(go_on(reference), reference, order=ORDER)
+        if ended.code != 0:
+            raise RuntimeError(ended.said)
+        references.append(reference)
+        changes.append(ended.changes)
+        log(f"changes of an uninterrupted run: {dict(ended.changes)}")
+        change(root / "inputs")
+    study, draw = copy_inputs(references[0], root / "killed"), random.Random(seed)
+    round_ = 0
+    while tally.total() < n_kills and not tally["lost"]:
+        shutil.copy(references[round_ % 2] / "study.yaml", study / "study.yaml")
+        tally += kill_round(references[round_ % 2], study, changes[round_ % 2], draw, log=log)
+        round_ += 1
+    return tally
+
+
+def warm_up() -> None:
+    """Import what stages import, so that children need not."""
+    for stage in STAGES:
+        pkgutil.resolve_name(stage.function)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reference", type=Path, help="A finished study, killed in a few stages only, once.")
+    options = parser.parse_args()
+
+    def log(line: Any) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+    warm_up()
+    with tempfile.TemporaryDirectory(prefix="killed-", ignore_cleanup_errors=True) as folder:
+        tally = count(Path(folder), n_kills=options.kills, seed=options.seed, log=log)
+    log(dict(tally))
+    sys.exit(bool(tally["lost"] or tally["silently wrong"]))
+
+
+if __name__ == "__main__":
+    _main()
