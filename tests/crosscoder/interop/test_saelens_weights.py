@@ -203,6 +203,7 @@ def test_an_sae_a_view_gives_the_codes_of_the_readout(tmp_path: Path, sparsity: 
         back = made.reconstruct(f, view)
         np.testing.assert_allclose(np.stack([out for _, out in theirs]), back, rtol=1e-4, atol=1e-4)
         assert (config["metadata"]["hook_name"], config["d_sae"]) == ("blocks.7.hook_resid_post", N_FEATURES)
+        assert config["metadata"]["sae_lens_version"] == "6.0.0"  # else SAELens 6 drops the metadata
         again = import_sae(folder, VIEWS)
         # above a threshold of contributions, what writes nothing is never active
         written = (made.feature_direction(view).norm(dim=1) > 0) | (sparsity == "l1")

@@ -23,7 +23,8 @@ from rlgen_stats.toolkit.crosscoder.model.readout import Sparsity
 
 SAE_CONFIG: Final = "cfg.json"
 SAE_WEIGHTS: Final = "sae_weights.safetensors"
-
+_VERSION: Final = "6.0.0"
+"""Release whose settings are written; without it SAELens takes them for those of an older one, and drops metadata."""
 _ARCHITECTURES: Final = ("standard", "jumprelu", "topk", "batchtopk")
 _AVERAGE_NORM: Final = "expected_average_only_in"
 
@@ -164,6 +165,7 @@ def _sae(crosscoder: Crosscoder, view: str, kind: Readout) -> tuple[dict[str, An
     site = str(crosscoder.facts.get("site", ""))
     block = re.fullmatch(r"block(\d+)", site)
     metadata = {
+        "sae_lens_version": _VERSION,
         "model_name": view,
         "hook_name": f"blocks.{block[1]}.hook_resid_post" if block else None,
         "crosscoder": crosscoder.name,
