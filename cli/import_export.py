@@ -296,17 +296,28 @@ def import_crosscoder_command(weights: str, views: tuple[str, ...], out: str, as
 
 @click.command("export-crosscoder")
 @click.argument("crosscoder", type=click.Path())
-@click.option("--to", "out", metavar="FOLDER", required=True, help="New folder for model.safetensors and config.json.")
+@click.option("--to", "out", metavar="FOLDER", required=True, help="New folder to write.")
+@click.option(
+    "--layout",
+    type=click.Choice(["crosscoder_learning", "model-diff", "saelens"]),
+    default="crosscoder_learning",
+    show_default=True,
+    help="Tool that is to open it; saelens: one SAE a view.",
+)
 @handle_errors
-def export_crosscoder_command(crosscoder: str, out: str) -> None:
-    """Export a crosscoder in the layout of crosscoder_learning (one layer a view).
+def export_crosscoder_command(crosscoder: str, out: str, layout: str) -> None:
+    """Export a crosscoder for other tools: a layer a view, or an SAE a view.
 
     \b
-    Example:  rlgen-stats export-crosscoder runs/demo/crosscoder/main --to out/main
+    Examples:  rlgen-stats export-crosscoder runs/demo/crosscoder/main --to out/main
+               rlgen-stats export-crosscoder runs/demo/crosscoder/main --to out/saes --layout saelens
     """  # noqa: D301 - click needs the backspace itself
-    from rlgen_stats.toolkit.crosscoder import export_crosscoder, load_crosscoder
+    from rlgen_stats.toolkit.crosscoder import export_crosscoder, export_saes, load_crosscoder
 
-    echo(f"{export_crosscoder(load_crosscoder(crosscoder), out)}")
+    loaded = load_crosscoder(crosscoder)
+    written = export_saes(loaded, out) if layout == "saelens" else [export_crosscoder(loaded, out, layout=layout)]
+    for path in written:
+        echo(str(path))
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, object]:

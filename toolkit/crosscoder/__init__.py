@@ -4,7 +4,7 @@ from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations
 from rlgen_stats.toolkit.crosscoder.data.paired import ArrayReader, PairedActivations
 from rlgen_stats.toolkit.crosscoder.interop.decoder_dataset import decoder_dataset
 from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import export_crosscoder, import_crosscoder
-from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import import_sae
+from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import export_saes, import_sae
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.model.readout import FeatureReadout
@@ -41,6 +41,7 @@ __all__ = [
     "decoder_dataset",
     "encode_features",
     "export_crosscoder",
+    "export_saes",
     "fit_readout",
     "forget_crosscoders",
     "health_dataset",

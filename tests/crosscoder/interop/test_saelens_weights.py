@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import StudySpec
@@ -19,6 +19,7 @@ from rlgen_stats.toolkit.crosscoder import (
     ArrayReader,
     Crosscoder,
     decoder_dataset,
+    export_saes,
     import_sae,
     load_crosscoder,
     measure_health,
@@ -168,3 +169,51 @@ def test_a_study_takes_it_as_weights(copied: tuple[StudySpec, StudyFolder]) -> N
     readout = record["readout_models"]
     assert {one["artefact"] for one in readout["models"] if one["model"] != "base@0"} == {0.0}
     assert not any(check["name"] in ("l0", "readout_l0") and check["limit"] == 0 for check in record["checks"])
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "batchtopk", "jumprelu", "topk", "dfc"])
+@pytest.mark.parametrize("readout", ["swap", "own", "joint"])
+def test_an_sae_a_view_gives_the_codes_of_the_readout(tmp_path: Path, sparsity: Any, readout: Any) -> None:
+    exclusive = {"rl@4": 5} if sparsity == "dfc" else None
+    made = Crosscoder(
+        VIEWS, width=WIDTH, n_features=N_FEATURES, sparsity=sparsity, k=6, exclusive=exclusive, readout=readout, seed=3
+    )
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        made.scale.copy_(torch.tensor([0.5, 2.0, 3.0]))
+        made.means.normal_(generator=random)
+        made.decoder_offset.normal_(generator=random)
+        made.encoder_bias.normal_(generator=random)
+        made.decoder_matrix.mul_(torch.rand(N_FEATURES, 1, generator=random) + 0.5)
+        made.decoder_matrix[11] = 0
+        made.threshold.fill_(0.2)
+    made.requires_grad_(False).facts["site"] = "block7"
+    folders = export_saes(made, tmp_path / "saes")
+    assert [folder.name for folder in folders] == list(VIEWS)
+    raw = torch.randn(50, WIDTH, generator=random)
+    for view, folder in zip(VIEWS, folders, strict=True):
+        config = read_json(folder / "cfg.json")
+        weights = {
+            name: tensor.double().numpy() for name, tensor in load_file(folder / "sae_weights.safetensors").items()
+        }
+        f = made.readout(raw, view=view, kind="swap" if readout == "joint" else readout)
+        scale = made.selection_norm() if sparsity == "topk" else torch.ones(N_FEATURES)
+        theirs = [forward(weights, token, config, 1.0) for token in raw.double().numpy()]
+        np.testing.assert_allclose(np.stack([code for code, _ in theirs]), f * scale, rtol=1e-4, atol=1e-4)
+        back = made.reconstruct(f, view)
+        np.testing.assert_allclose(np.stack([out for _, out in theirs]), back, rtol=1e-4, atol=1e-4)
+        assert (config["metadata"]["hook_name"], config["d_sae"]) == ("blocks.7.hook_resid_post", N_FEATURES)
+        assert config["metadata"]["sae_lens_version"] == "6.0.0"  # else SAELens 6 drops the metadata
+        again = import_sae(folder, VIEWS)
+        # above a threshold of contributions, what writes nothing is never active
+        written = (made.feature_direction(view).norm(dim=1) > 0) | (sparsity == "l1")
+        torch.testing.assert_close(again.readout(raw), f * scale * written, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="is not empty; name a new folder"):
+        export_saes(made, tmp_path / "saes")
+
+
+def test_no_threshold_is_no_sae(tmp_path: Path) -> None:
+    made = Crosscoder(VIEWS, width=WIDTH, n_features=N_FEATURES, sparsity="batchtopk", k=6)
+    with pytest.raises(InputError, match="has no inference threshold yet"):
+        export_saes(made, tmp_path / "saes")
+    assert not (tmp_path / "saes").exists()

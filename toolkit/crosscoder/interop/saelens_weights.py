@@ -1,33 +1,37 @@
-"""A public SAE in the layout of SAELens, as one encoder and decoder shared by all models."""
+"""SAEs in the layout of SAELens: in, as one encoder and decoder for all models, and out, one for each view."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.study import Readout
+from rlgen_stats.stores import write_json
 from rlgen_stats.stores.digests import file_sha256
+from rlgen_stats.toolkit.crosscoder.interop.layouts import SCALER
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.readout import Sparsity
 
 SAE_CONFIG: Final = "cfg.json"
 SAE_WEIGHTS: Final = "sae_weights.safetensors"
-SAE_SCALER: Final = "activation_scaler.json"
-"""Where SAELens keeps the scaling factor of a training checkpoint."""
+_VERSION: Final = "6.0.0"
+"""Release whose settings are written; without it SAELens takes them for those of an older one, and drops metadata."""
 _ARCHITECTURES: Final = ("standard", "jumprelu", "topk", "batchtopk")
 _AVERAGE_NORM: Final = "expected_average_only_in"
 
 
 def sae_files(path: Path | str) -> list[Path]:
     """The files that decide what an SAE in the layout of SAELens is; empty if the folder is none."""
-    files = [Path(path) / name for name in (SAE_CONFIG, SAE_WEIGHTS, SAE_SCALER)]
+    files = [Path(path) / name for name in (SAE_CONFIG, SAE_WEIGHTS, SCALER)]
     return [file for file in files if file.is_file()] if all(file.is_file() for file in files[:2]) else []
 
 
@@ -104,6 +108,82 @@ def import_sae(
     return crosscoder.requires_grad_(False).eval()
 
 
+def export_saes(crosscoder: Crosscoder, folder: Path | str) -> list[Path]:
+    """Write one SAE a view, as SAELens loads it from disk: its features are those the readout gives of that model.
+
+    Parameters
+    ----------
+    crosscoder
+        Views of one width under readout swap; its own readout, or swap where that is joint.
+    folder
+        New or empty folder; the SAEs are in subfolders named as the views.
+
+    Returns
+    -------
+    list of Path
+        Their folders.
+
+    Raises
+    ------
+    InputError
+        If the folder is not empty, or the crosscoder has no such readout or no threshold yet.
+
+    Notes
+    -----
+    Architecture standard for l1, topk for topk, jumprelu for all others, with each feature's threshold on f_k. Weights
+    are of raw activations. Under topk the features are contributions f_k sum_m ||d_mk||, which it ranks.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; name a new folder.")
+    kind: Readout = "swap" if crosscoder.default_readout == "joint" else crosscoder.default_readout
+    saes = {view: _sae(crosscoder, view, kind) for view in crosscoder.views}
+    for view, (config, tensors) in saes.items():
+        (folder / view).mkdir(parents=True)
+        save_file(
+            {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, folder / view / SAE_WEIGHTS
+        )
+        write_json(folder / view / SAE_CONFIG, config)
+    return [folder / view for view in saes]
+
+
+def _sae(crosscoder: Crosscoder, view: str, kind: Readout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of one view."""
+    readout = crosscoder.readout_map(view=view, kind=kind, dtype=torch.float64)
+    weight, bias, gate = readout.weight.detach(), readout.bias.detach(), readout.gate
+    decoder = crosscoder.feature_direction(view).detach().double()
+    config: dict[str, Any] = {"architecture": "standard"}
+    tensors = {}
+    if gate.k is not None and gate.norm is not None:
+        norm = gate.norm.clamp_min(torch.finfo(torch.float32).tiny)
+        weight, bias, decoder = weight * norm, bias * norm, decoder / norm[:, None]
+        config = {"architecture": "topk", "k": gate.k, "rescale_acts_by_decoder_norm": False}
+    elif gate.limit is not None:
+        config = {"architecture": "jumprelu"}
+        tensors["threshold"] = gate.limit
+    tensors |= {"W_enc": weight, "b_enc": bias, "W_dec": decoder, "b_dec": crosscoder.offset(view).detach()}
+    site = str(crosscoder.facts.get("site", ""))
+    block = re.fullmatch(r"block(\d+)", site)
+    metadata = {
+        "sae_lens_version": _VERSION,
+        "model_name": view,
+        "hook_name": f"blocks.{block[1]}.hook_resid_post" if block else None,
+        "crosscoder": crosscoder.name,
+        "readout": kind,
+    }
+    return {
+        **config,
+        "d_in": len(weight),
+        "d_sae": crosscoder.n_features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata,
+    }, tensors
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not sae_files(folder):
         raise InputError(f"{folder} holds no SAE: expected {SAE_CONFIG} and {SAE_WEIGHTS}; fix the path.")
@@ -147,12 +227,12 @@ def _scaling_factor(config: dict[str, Any], folder: Path, given: float | None) -
         raise InputError(
             f"{folder} normalises every token by itself ({kind}), which one scale for all tokens cannot express."
         )
-    file = folder / SAE_SCALER
+    file = folder / SCALER
     factor = given if given is not None or not file.is_file() else json.loads(file.read_text()).get("scaling_factor")
     if factor is None or not float(factor) > 0:
         raise InputError(
             f"{folder} was trained on activations scaled to an average norm, but does not say by what; pass "
-            f'norm_scaling_factor=, write {{"scaling_factor": ...}} into {SAE_SCALER}, or fold it into the weights.'
+            f'norm_scaling_factor=, write {{"scaling_factor": ...}} into {SCALER}, or fold it into the weights.'
         )
     return float(factor)
 

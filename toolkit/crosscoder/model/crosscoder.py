@@ -259,7 +259,7 @@ class Crosscoder(nn.Module, JointViews):
         if not bool(torch.isfinite(self.threshold).all()):
             raise InputError(f"crosscoder {self.name!r} has no inference threshold yet; finish its training first.")
         # f_k norm_k > threshold as a limit on f_k; a feature without decoder gets an infinite one and is never active
-        limit = (self.threshold / norm).clamp_min(0.0)
+        limit = torch.where(norm > 0, self.threshold / norm, math.inf).clamp_min(0.0)
         return Gate((limit if columns is None else limit[columns]).to(dtype))
 
     def decode(self, f: Tensor | SparseCode) -> Tensor:

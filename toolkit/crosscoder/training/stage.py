@@ -33,7 +33,8 @@ from rlgen_stats.toolkit.crosscoder.data.halves import HalvesReader
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import spread, text_bounds
-from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import import_crosscoder, weights_file
+from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import import_crosscoder
+from rlgen_stats.toolkit.crosscoder.interop.layouts import weights_files
 from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import import_sae, sae_files
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
@@ -226,7 +227,7 @@ class _StudyCrosscoder:
         folder = self.folders[0]
         source = self.folder.resolve(str(self.spec.weights))
         is_ours = (source / SPEC).exists()
-        files = [source / WEIGHTS] if is_ours else sae_files(source) or [weights_file(source)]
+        files = [source / WEIGHTS] if is_ours else sae_files(source) or weights_files(source)
         key = content_hash(["weights", *(file_sha256(file) for file in files), list(self.views)])
         finished = self._load_finished(folder, key)
         if finished is not None:
