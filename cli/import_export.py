@@ -297,8 +297,9 @@ def import_crosscoder_command(weights: str, views: tuple[str, ...], out: str, as
 @click.command("export-crosscoder")
 @click.argument("crosscoder", type=click.Path())
 @click.option("--to", "out", metavar="FOLDER", required=True, help="New folder for model.safetensors and config.json.")
+@json_option
 @handle_errors
-def export_crosscoder_command(crosscoder: str, out: str) -> None:
+def export_crosscoder_command(crosscoder: str, out: str, as_json: bool) -> None:
     """Export a crosscoder in the layout of crosscoder_learning (one layer a view).
 
     \b
@@ -306,7 +307,11 @@ def export_crosscoder_command(crosscoder: str, out: str) -> None:
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.toolkit.crosscoder import export_crosscoder, load_crosscoder
 
-    echo(f"{export_crosscoder(load_crosscoder(crosscoder), out)}")
+    written = str(export_crosscoder(load_crosscoder(crosscoder), out))
+    if as_json:
+        print_json({"file": written})
+    else:
+        echo(written)
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, object]:

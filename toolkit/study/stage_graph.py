@@ -38,8 +38,7 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also its command's; ``outcomes``, ``movement``, ``separation`` and ``tokens`` have none and run with those that
-    need them."""
+    """Also its command's."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
