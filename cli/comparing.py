@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -13,6 +14,9 @@ from rlgen_stats.cli.console import echo, handle_errors, json_option, print_json
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+_MODEL_OF_STUDY: Final = re.compile(r"(.+):([^:/\\]+@[^:/\\]+)")
+"""``STUDY:RUN@STEP``; the colon of a Windows drive is followed by a path."""
 
 
 @click.command("compare-outcomes")
@@ -67,10 +71,9 @@ def _read(name: str, metrics: tuple[str, ...], cluster: str | None) -> pd.DataFr
     """``PATH`` or ``STUDY:RUN@STEP``."""
     from rlgen_stats.toolkit.exchange import read_graded
 
-    path, colon, model = name.rpartition(":")
-    if not colon or "@" not in model or Path(name).exists():
-        path, model = name, ""
-    return read_graded(path, metric=metrics, model=model or None, cluster=cluster)
+    of_study = None if Path(name).exists() else _MODEL_OF_STUDY.fullmatch(name)
+    path, model = of_study.groups() if of_study else (name, None)
+    return read_graded(path, metric=metrics, model=model, cluster=cluster)
 
 
 def _print(result: xr.Dataset, metrics: list[str]) -> None:

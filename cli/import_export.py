@@ -304,8 +304,9 @@ def import_crosscoder_command(weights: str, views: tuple[str, ...], out: str, as
     show_default=True,
     help="Tool that is to open it; saelens: one SAE a view.",
 )
+@json_option
 @handle_errors
-def export_crosscoder_command(crosscoder: str, out: str, layout: str) -> None:
+def export_crosscoder_command(crosscoder: str, out: str, layout: str, as_json: bool) -> None:
     """Export a crosscoder for other tools: a layer a view, or an SAE a view.
 
     \b
@@ -316,8 +317,11 @@ def export_crosscoder_command(crosscoder: str, out: str, layout: str) -> None:
 
     loaded = load_crosscoder(crosscoder)
     written = export_saes(loaded, out) if layout == "saelens" else [export_crosscoder(loaded, out, layout=layout)]
-    for path in written:
-        echo(str(path))
+    if as_json:
+        print_json({"files": [str(path) for path in written]})
+    else:
+        for path in written:
+            echo(str(path))
 
 
 def _where(conditions: tuple[str, ...]) -> dict[str, object]:

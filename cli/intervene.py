@@ -25,7 +25,7 @@ from rlgen_stats.cli.console import (
 if TYPE_CHECKING:
     import xarray as xr
 
-    from rlgen_stats.toolkit.study.trials_of_other_sets import TrialRun
+    from rlgen_stats.toolkit.study.trials_of_other_sets import TrialEstimate, TrialRun
 
 
 def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[int]:
@@ -93,8 +93,14 @@ def intervene(
         run_and_print(study, ("intervene",), ("intervene",) if force else (), yes, workers, quiet, as_json)
         return
     from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
-    from rlgen_stats.toolkit.study.trials_of_other_sets import verify_set
+    from rlgen_stats.toolkit.study.trials_of_other_sets import estimate_set, verify_set
 
+    directions = DIRECTIONS if direction is None else (direction,)
+    numbers = _dictionaries(study) if stage else (1 if dictionary is None else dictionary,)
+    estimate = estimate_set(study, directions=directions, doses=doses, level=level) if dry_run else None
+    if estimate is not None:
+        _print_estimate(estimate, set_name or "selected", features, len(numbers), as_json)
+        return
     with nullcontext() if dry_run else workers() as client, progress_for(quiet=quiet) as progress:
         trials = [
             verify_set(
@@ -102,7 +108,7 @@ def intervene(
                 features=features,
                 set_name=set_name if set_name or features else "selected",
                 dictionary=number,
-                directions=DIRECTIONS if direction is None else (direction,),
+                directions=directions,
                 doses=doses,
                 level=level,
                 by_feature=by_feature,
@@ -110,7 +116,7 @@ def intervene(
                 workers=client,
                 progress=progress,
             )
-            for number in (_dictionaries(study) if stage else (1 if dictionary is None else dictionary,))
+            for number in numbers
         ]
     if as_json:
         print_json([_as_json(trial) for trial in trials] if len(trials) > 1 else _as_json(trials[0]))
@@ -124,6 +130,34 @@ def _dictionaries(study: str) -> range:
     from rlgen_stats.toolkit.study import open_for_run
 
     return range(1, len(open_for_run(study, exact=False).spec.primary_crosscoder.names) + 1)
+
+
+def _print_estimate(
+    estimate: TrialEstimate, set_name: str, features: list[int], n_dictionaries: int, as_json: bool
+) -> None:
+    """What trials would take whose stages have not run; nothing is run."""
+    if as_json:
+        content: dict[str, Any] = {
+            "name": set_name,
+            "features": features or None,
+            "prompts": estimate.n_prompts,
+            "samples": estimate.n_samples,
+            "controls": estimate.n_controls,
+            "arms": estimate.arms,
+            "stored": dict.fromkeys(estimate.arms, 0),
+            "completions": n_dictionaries * estimate.completions,
+            "seconds": None,
+            "why_not": "",
+            "cannot_show": [],
+            "waiting_for": estimate.waiting_for,
+        }
+        print_json(content)
+        return
+    arms = ", ".join(f"{n} arms {direction}" for direction, n in estimate.arms.items())
+    where = f" in each of {n_dictionaries} dictionaries" if n_dictionaries > 1 else ""
+    echo(f"Not run yet: {', '.join(estimate.waiting_for)}. By the settings alone, nothing was run:")
+    echo(f"  at most {arms}{where}, {estimate.n_prompts} prompts, {estimate.n_samples} sample(s) an arm")
+    echo(f"  in all {n_dictionaries * estimate.completions:,} completions of up to {estimate.max_new_tokens} tokens")
 
 
 def _as_json(trial: TrialRun) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import click
 from rlgen_stats.cli.console import (
     Workers,
     echo,
+    fail,
     handle_errors,
     json_option,
     plain,
@@ -26,22 +27,30 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from rlgen_stats.toolkit.study import Study
     from rlgen_stats.toolkit.study.stage_graph import StageStatus
 
 _HELP: Final = {
     "posttrain": "Train the study's runs with TRL from the base, keeping the checkpoints of its schedule.",
-    "extract": "Sample and grade completions of every model, then store activations of the same tokens in all of them.",
+    "outcomes": "Sample and grade completions of every model: one greedy, and as many sampled ones as study.yaml says.",
+    "extract": "Store activations of the same texts in every model.",
     "crosscoder": "Train every crosscoder of the study from the activation store and measure its health.",
     "encode": "Encode every checkpoint with the declared readout and summarise features per prompt.",
+    "movement": "Measure how far each model moved from base: weights, next-token distributions, activations.",
     "align": "Attribute features to models by decoder norms and latent scaling, and match dictionaries of other seeds.",
     "drift": "Test which features' activation differs from base, per checkpoint: sign-flip p, max-T, BH, intervals.",
     "stabilize": "Find when features (equivalence chain) and top sets (with noise ceiling) stop changing.",
     "significance": "Accuracy with intervals, per-prompt transitions, and the contrast of specific-feature counts.",
     "select": "Choose generalisation features on one part of the prompts and confirm them on another.",
+    "separation": "Say how well selected features tell the models' activations apart, beside the raw activations.",
+    "tokens": "Say how far token and position alone explain the selected features.",
     "replicability": "Say what dictionaries of other seeds agree on: features, sets, whole changes, and their errors.",
+    "intervene": "Disable and amplify the chosen features in the live models, with controls.",
     "report": "Write the self-contained report (HTML, Markdown, JSON, CSV, SVG) and print the five verdicts.",
 }
 
+STAGE_NAMES: Final = list(_HELP)
+"""All stages in the order in which they run."""
 _ACCEPTING: Final = ("encode", "align")
 """Stages that refuse crosscoders that failed their health checks, unless forced."""
 
@@ -49,8 +58,9 @@ _ACCEPTING: Final = ("encode", "align")
 @click.command()
 @study_argument
 @click.option("--name", help="Name of the study; default: the folder's name.")
+@json_option
 @handle_errors
-def init(study: str, name: str | None) -> None:
+def init(study: str, name: str | None, as_json: bool) -> None:
     """Start a study folder with a commented study.yaml and an example prompt table.
 
     \b
@@ -61,6 +71,9 @@ def init(study: str, name: str | None) -> None:
     from rlgen_stats.toolkit.study.template import write_template
 
     file = write_template(Path(study), name or Path(study).resolve().name)
+    if as_json:
+        print_json({"file": str(file)})
+        return
     echo(
         f"Wrote {file}. Fill in the paths of your base and runs, and of your prompts (or: rlgen-stats tasks), then: "
         f"rlgen-stats run {study}"
@@ -69,12 +82,20 @@ def init(study: str, name: str | None) -> None:
 
 @click.command()
 @study_argument
-@click.option("--stage", "stages", multiple=True, help="Only this stage and what it needs; may be repeated.")
+@click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    metavar="STAGE",
+    type=click.Choice(STAGE_NAMES),
+    help=f"Only this stage and what it needs; may be repeated. STAGE is one of {', '.join(STAGE_NAMES)}.",
+)
 @click.option(
     "--force",
     "force",
     multiple=True,
     metavar="STAGE",
+    type=click.Choice(STAGE_NAMES),
     help="Run this stage again although up to date, and what reads it; encode and align then accept crosscoders that "
     "failed their health checks. May be repeated.",
 )
@@ -113,9 +134,14 @@ def run_and_print(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Run stages, then print their states as JSON, or the verdicts if there is a report."""
+    """Run stages, then print the result of the last one, or the verdicts of a whole run."""
     from rlgen_stats.cli.checking import check_before_run
     from rlgen_stats.toolkit.study import run_study
+    from rlgen_stats.toolkit.study.stage_graph import with_needs
+
+    idle = [name for name in force if stages and name not in {stage.name for stage in with_needs(stages)}]
+    if idle:
+        fail(f"--force {idle[0]} would do nothing: {', '.join(stages or ())} does not need it; add --stage {idle[0]}.")
 
     def replace(costs: str) -> bool:
         return yes or (sys.stdin.isatty() and click.confirm(f"{costs}. Go on?"))
@@ -124,14 +150,53 @@ def run_and_print(
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             check_before_run(study, stages, progress)
         opened = run_study(study, stages=stages, force=force, replace=replace, workers=client, progress=progress)
-    studies = [opened, *opened.linked]
-    reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
+    last = "report" if stages is None or "report" in stages else stages[-1]
     if as_json:
-        found = {"stages": _described(opened.status()), "report": str(reports[0]) if reports else None}
-        print_json(found | ({"reports": list(map(str, reports))} if len(studies) > 1 else {}))
-    elif (stages is None or "report" in stages) and reports:
-        for one in reports:
-            print_verdicts(one.parent)
+        linked = {one.folder.linked_as: _result(one, last) for one in opened.linked}
+        of_study = {"study": opened.spec.name, "study_id": opened.study_id}
+        print_json(
+            {"result": _result(opened, last), "linked": linked} | of_study | {"plan": _described(opened.status())}
+        )
+        return
+    for one in (opened, *opened.linked):
+        if last == "report":
+            print_verdicts(one.folder.report)
+        else:
+            _print_facts(one, last)
+
+
+def _result(study: Study, name: str) -> dict[str, Any]:
+    """What a stage of a study, or of one that is linked to it, found."""
+    from rlgen_stats.stores import read_json
+
+    record, report = study.record(name), study.folder.report
+    found: dict[str, Any] = {"stage": name, "state": study.state(name), "seconds": record.get("seconds")}
+    found |= {"facts": record.get("facts", {}), "stores": list(record.get("stores", {}))}
+    if name == "report":
+        claims = read_json(report / "report.json").get("claims", [])
+        verdicts = [{key: claim[key] for key in ("id", "statement", "verdict", "answer")} for claim in claims]
+        found |= {"report": str(report / "index.html"), "verdicts": verdicts}
+    return found
+
+
+def _print_facts(study: Study, name: str) -> None:
+    of_linked = f", {study.folder.linked_as}" if study.folder.linked_as else ""
+    echo(f"{name}{of_linked}: {study.state(name)}")
+    for fact, value in study.record(name).get("facts", {}).items():
+        if isinstance(value, dict) and any(isinstance(one, dict) for one in value.values()):
+            echo(f"  {fact}")
+            for of, values in value.items():
+                echo(f"    {of}  {_spoken(values)}")
+        else:
+            echo(f"  {fact}  {_spoken(value)}")
+
+
+def _spoken(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_spoken(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_spoken, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_verdicts(report: Path) -> None:
@@ -196,7 +261,9 @@ def _described(stages: Sequence[StageStatus]) -> list[dict[str, Any]]:
 
 
 def _stage_command(name: str) -> click.Command:
-    @click.command(name, help=f"{_HELP[name]}\n\n\b\nExample:  rlgen-stats {name} my-study")
+    example = f"Examples:  rlgen-stats {name} my-study\n           rlgen-stats {name} my-study --json"
+
+    @click.command(name, help=f"{_HELP[name]}\n\nWhat it needs and is missing or stale runs first.\n\n\b\n{example}")
     @study_argument
     @click.option(
         "--force",
@@ -215,4 +282,8 @@ def _stage_command(name: str) -> click.Command:
     return command
 
 
-COMMANDS = {"init": init, "run": run, "status": status} | {name: _stage_command(name) for name in _HELP}
+COMMANDS = {"init": init, "run": run, "status": status} | {
+    name: _stage_command(name)
+    for name in _HELP
+    if name != "intervene"  # which has a module of its own
+}

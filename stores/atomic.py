@@ -50,8 +50,10 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk; Windows opens no folders, and keeps renames in its journal."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # it flushes only what it may write
     try:
         os.fsync(descriptor)
     finally:
@@ -188,7 +190,9 @@ def _replace_folder(new: Path, path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically and durably."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8", newline="\n"
+        )
 
 
 def read_json(path: Path) -> Any:

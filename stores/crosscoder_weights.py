@@ -18,6 +18,8 @@ from rlgen_stats.stores.digests import file_sha256
 
 WEIGHTS: Final = "weights.safetensors"
 SPEC: Final = "spec.json"
+CURVE: Final = "curve.json"
+"""Points of training, in order; empty for weights trained elsewhere."""
 _LANES: Final = 8
 """Partial sums of a norm, interleaved over channels."""
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
+from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores.activation_store import ARRAY, root_attributes, stored_groups, stored_models
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage
 from rlgen_stats.stores.digests import COMMITTED_MODELS, arrays_of, read_document
@@ -21,6 +26,8 @@ from rlgen_stats.stores.shards import open_shards
 from rlgen_stats.stores.tables import open_lazily
 from rlgen_stats.stores.verify import stores_below
 
+_VALUES: Final = 8
+"""Values of a variable that a summary counts, the most frequent ones."""
 _SHOWN_ATTRS: Final = (
     "schema_version",
     "study_id",
@@ -37,29 +44,67 @@ _SHOWN_ATTRS: Final = (
 )
 
 
-def describe(path: Path | str) -> dict[str, dict[str, Any]]:
+def describe(path: Path | str, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Facts about every store at ``path`` (a store, or a study folder; local or a URL).
+
+    Parameters
+    ----------
+    path
+        Where they are.
+    names
+        Only these, by name or pattern: ``features.zarr``, ``results.zarr/drift*``, or an analysis alone, ``drift``.
 
     Returns
     -------
     dict
         Store, or ``results.zarr/<analysis>`` -> its facts: ``models`` (run, step, site, tokens, dtype, width,
         completeness), ``tokens``, ``segments``, ``prompts`` per task, domain and split, ``arrays`` with shapes and
-        types, ``bytes`` on disk and uncompressed, ``files``, ``compression``, and provenance.
+        types, ``bytes`` on disk and uncompressed, ``files``, ``compression``, and provenance. Of an analysis that is
+        named or stands alone also ``summary``: what its variables hold.
 
     Raises
     ------
     StoreError
         If there is none.
+    InputError
+        If a name is none of theirs.
     """
-    facts: dict[str, dict[str, Any]] = {}
+    found: dict[str, Path] = {}
+    analyses: set[str] = set()
     for name, store in stores_below(place(path)).items():
         groups = [] if read_document(store).get("attributes", {}).get("study_id") else result_groups(store)
-        if groups:
-            facts |= {f"{name}/{group}": _facts(store / group) for group in groups}
-        else:
-            facts[name] = _facts(store)
+        found |= {f"{name}/{group}": store / group for group in groups} if groups else {name: store}
+        analyses |= {f"{name}/{group}" for group in groups}
+    for pattern in names:
+        if not any(_is_named(name, pattern) for name in found):
+            raise InputError(f"{path} has no {pattern!r}; it has {', '.join(found)}.")
+    chosen = [name for name in found if not names or any(_is_named(name, pattern) for pattern in names)]
+    facts = {name: _facts(found[name]) for name in chosen}
+    for name in analyses & set(chosen) if names or len(chosen) == 1 else ():
+        facts[name]["summary"] = _summary(open_lazily(found[name]))
     return facts
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)
+
+
+def _summary(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
+    """Variable -> how often each of its values occurs, of texts and truths; else least, mean, largest and missing."""
+    summary: dict[str, dict[str, Any]] = {}
+    for name, variable in dataset.data_vars.items():
+        values = np.asarray(variable.values).ravel()
+        if values.dtype.kind in "iuf":
+            there = values[np.isfinite(values)]
+            facts = {"least": there.min(), "mean": there.mean(), "largest": there.max()} if len(there) else {}
+            summary[str(name)] = {key: float(value) for key, value in facts.items()}
+            summary[str(name)] |= {"missing": len(values) - len(there)}
+        else:
+            counts = Counter(map(str, values.tolist())).most_common(_VALUES)
+            summary[str(name)] = dict(counts) | (
+                {"others": len(values) - sum(n for _, n in counts)} if len(counts) == _VALUES else {}
+            )
+    return summary
 
 
 def _facts(store: Path) -> dict[str, Any]:

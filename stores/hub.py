@@ -142,7 +142,7 @@ def _ask(repo: str, revision: str) -> tuple[str, list[str]]:
                 f"hf://{repo}@{revision} is neither given by the Hub ({_line(error)}) nor in the cache; check name, "
                 f"access and network, or download it beforehand: hf download {repo} --revision {revision}."
             ) from error
-        return cached.name, sorted(str(file.relative_to(cached)) for file in cached.rglob("*") if file.is_file())
+        return cached.name, sorted(file.relative_to(cached).as_posix() for file in cached.rglob("*") if file.is_file())
 
 
 def _line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from zarr.storage import FsspecStore, LocalStore
 from rlgen_stats.schemas.errors import InputError, StoreError
 
 _LOCAL = ("", "file", "local")
+_URL = re.compile(r"[\w+.:-]{2,}://")
+"""How a URL begins; one letter before a colon is a drive of Windows."""
 
 
 def place(path: Path | str) -> Path:
@@ -26,7 +29,7 @@ def place(path: Path | str) -> Path:
     InputError
         If no filesystem is known or installed for the URL's protocol.
     """
-    if not isinstance(path, str) or "://" not in path:
+    if not isinstance(path, str) or not _URL.match(path):
         return Path(path) if isinstance(path, str) else path
     try:
         location = UPath(path)

@@ -1,26 +1,27 @@
 """Locks: one writer at a time for a whole store or for a range of its shards; a dead writer holds none.
 
-On a local disk the operating system keeps the lock (a byte range of a lock file) and drops it when its process dies.
-In an object store a lock is a lease: a small object that its holder renews; one not renewed for ``LEASE_SECONDS``, or
-whose holder is a dead process of this host, is removed by the next writer.
+On a disk the operating system keeps the lock, on a file named after the range and the process that holds it, and drops
+it when that process dies. In an object store a lock is a lease: a small object that its holder renews; one not renewed
+for ``LEASE_SECONDS``, or whose holder is a dead process of this host, is removed by the next writer.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import platform
 import re
-import struct
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
+
+import psutil
+from filelock import BaseFileLock, FileLock, Timeout
 
 from rlgen_stats.schemas.errors import StoreError, StoreLockedError
 from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
@@ -29,11 +30,14 @@ WHOLE: Final = (0, 1 << 62)
 """Range that covers every shard: the lock of a whole store."""
 LEASE_SECONDS: Final = 60.0
 """A lease older than this is dead; holders renew four times as often."""
-_SET_LOCK: Final = getattr(fcntl, "F_OFD_SETLK", fcntl.F_SETLK)
-"""Open-file-description locks (Linux) exclude other threads of one process too; elsewhere, process locks."""
+LOOK_SECONDS: Final = 10.0
+"""Within which whoever looks for other holders on a disk must have seen them all."""
 
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems say that have no locks: network ones mounted without their lock service, some of containers."""
+_LOCK_FILE: Final = re.compile(r"(?P<first>\d+)-(?P<stop>\d+)-(?P<holder>\d+)-[0-9a-f]+\.lock", re.ASCII)
+_LEASE: Final = re.compile(r"(?P<first>\d+)-(?P<stop>\d+)-[0-9a-f]+\.json", re.ASCII)
+"""Files of holders; what has another name is no lock of ours and bars nobody."""
 
 
 @contextmanager
@@ -80,37 +84,54 @@ def _locked_error(path: Path, holder: str) -> StoreLockedError:
 
 @contextmanager
 def _hold_file_lock(path: Path, span: tuple[int, int]) -> Iterator[None]:
-    first, stop = span
-    with (
-        explain_access_errors(path),
-        path.with_name(f".{path.name}.lock").open("a+", encoding="utf-8", errors="replace") as handle,
-    ):
+    prefix = f".{path.name}."
+    own = path.with_name(f"{prefix}{span[0]}-{span[1]}-{os.getpid()}-{uuid.uuid4().hex[:8]}.lock")
+    lock = _file_lock(own)
+    with explain_access_errors(path), _explain_no_locks(path):
         try:
-            # struct flock as 64-bit Linux lays it out: type, whence, start, length, process (0 for descriptor locks)
-            fcntl.fcntl(handle, _SET_LOCK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, first, stop - first, 0))
-        except (BlockingIOError, PermissionError) as error:
-            raise _locked_error(path, _last_holder(handle, span)) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise StoreError(
-                f"the file system of {path.parent} offers no file locks ({error.strerror}), and without them two "
-                "writers could spoil a store; mount it with locks (NFS with its lock service, Lustre with flock), or "
-                "work on a local disk."
-            ) from error
-        if span == WHOLE:  # nobody else holds a part of it, so earlier notes are all of the dead
-            handle.truncate(0)
-        handle.write(f"{os.getpid()} {first} {stop}\n")
-        handle.flush()
+            with _file_lock(path.with_name(f"{prefix}lock"), timeout=LOOK_SECONDS):  # one at a time looks for others
+                for other in path.parent.iterdir():
+                    held = _LOCK_FILE.fullmatch(other.name.removeprefix(prefix))
+                    if held and _overlap(held, span) and not _remove_if_dead(other):
+                        raise _locked_error(path, held["holder"])
+                lock.acquire()
+        except Timeout as error:
+            raise _locked_error(path, "unknown") from error
+    try:
         yield
+    finally:
+        lock.release()
+        with suppress(OSError):  # on Windows, while another looks at it; the next one removes it
+            own.unlink()
 
 
-def _last_holder(handle: IO[str], span: tuple[int, int]) -> str:
-    """Process id last noted in the lock file for an overlapping range, for the message only."""
-    handle.seek(0)
-    notes = [re.fullmatch(r"(\d+) (\d+) (\d+)", line, re.ASCII) for line in handle.read().splitlines()]
-    pids = [note[1] for note in notes if note and int(note[2]) < span[1] and span[0] < int(note[3])]
-    return pids[-1] if pids else "unknown"
+def _file_lock(path: Path, timeout: float = 0.0) -> BaseFileLock:
+    return FileLock(path, timeout=timeout, thread_local=False, fallback_to_soft=False)
+
+
+def _remove_if_dead(lock_file: Path) -> bool:
+    """Whether the process that made a lock file is dead; the file goes then."""
+    try:
+        with _file_lock(lock_file):
+            pass
+    except Timeout:
+        return False
+    lock_file.unlink(missing_ok=True)
+    return True
+
+
+@contextmanager
+def _explain_no_locks(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise StoreError(
+            f"the file system of {path.parent} offers no file locks ({error.strerror}), and without them two "
+            "writers could spoil a store; mount it with locks (NFS with its lock service, Lustre with flock), or "
+            "work on a local disk."
+        ) from error
 
 
 @contextmanager
@@ -120,13 +141,14 @@ def _hold_lease(path: Path, span: tuple[int, int]) -> Iterator[None]:
     facts = json.dumps({"host": platform.node(), "pid": os.getpid()})
     # The own lease is written before others are looked for: of two that start at once, at least one sees the other.
     with explain_access_errors(path):
-        own_lease.write_text(facts)
+        own_lease.write_text(facts, encoding="utf-8")
     stopped = threading.Event()
     renewal = threading.Thread(target=_renew, args=(own_lease, facts, stopped), daemon=True)
     try:
         with explain_access_errors(path):
             for other in folder.iterdir():
-                if other.name == own_lease.name or not _overlap(other.name, span):
+                lease = _LEASE.fullmatch(other.name)
+                if other.name == own_lease.name or not lease or not _overlap(lease, span):
                     continue
                 if holder := _living_holder(other, own_lease):
                     raise _locked_error(path, holder)
@@ -143,12 +165,11 @@ def _hold_lease(path: Path, span: tuple[int, int]) -> Iterator[None]:
 def _renew(own_lease: Path, facts: str, stopped: threading.Event) -> None:
     while not stopped.wait(LEASE_SECONDS / 4):
         with suppress(OSError):  # the next renewal is soon enough; a lease outlives three missed ones
-            own_lease.write_text(facts)
+            own_lease.write_text(facts, encoding="utf-8")
 
 
-def _overlap(name: str, span: tuple[int, int]) -> bool:
-    lease = re.fullmatch(r"(\d+)-(\d+)-[0-9a-f]+\.json", name, re.ASCII)  # what is no lease of ours bars nobody
-    return lease is not None and int(lease[1]) < span[1] and span[0] < int(lease[2])
+def _overlap(name: re.Match[str], span: tuple[int, int]) -> bool:
+    return int(name["first"]) < span[1] and span[0] < int(name["stop"])
 
 
 def _living_holder(lease: Path, own_lease: Path) -> str:
@@ -173,7 +194,7 @@ def _living_holder(lease: Path, own_lease: Path) -> str:
 def _facts(lease: Path) -> dict[str, Any]:
     """What a lease says; nothing, if it is damaged: then its age decides alone."""
     try:
-        facts = json.loads(lease.read_text())
+        facts = json.loads(lease.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -182,9 +203,6 @@ def _facts(lease: Path) -> dict[str, Any]:
 def process_exists(pid: int) -> bool:
     """Whether a process of this host has this number."""
     try:
-        os.kill(pid, 0)  # sends nothing, only asks whether the process exists
-    except (ProcessLookupError, OverflowError):
+        return psutil.pid_exists(pid)
+    except OverflowError:
         return False
-    except PermissionError:  # it exists and is another user's
-        return True
-    return True

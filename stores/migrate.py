@@ -130,20 +130,22 @@ def _shards_from_1(group: Path, model: str, site: str, n_tokens: int, shard: int
     record = group / f"{COMMITTED}.new"
     record.mkdir(exist_ok=True)
     n_shards = -(-n_tokens // shard)
-    (record / ZARR_JSON).write_text(array_document((n_shards, 2), (1, 2), "int64", ("shard", "record"), {}))
+    (record / ZARR_JSON).write_text(
+        array_document((n_shards, 2), (1, 2), "int64", ("shard", "record"), {}), encoding="utf-8"
+    )
     committed = np.asarray(zarr.open_array(group / COMMITTED, mode="r")[:])
     for index in np.flatnonzero(committed).tolist():
         source, target = group / ARRAY / "c" / str(index) / "0", group / ARRAY / f"c.{index}.0"
         if source.exists():
-            source.rename(target)
+            source.replace(target)
         raw = np.fromfile(target, np.uint8)[-CHECKSUM_BYTES:]
         write_chunk(record, index, np.array([[committed[index], carried_checksum(raw)]], dtype="<i8"), ndim=2)
     width = int(old["shape"][1])
     text = array_document((n_tokens, width), (rows, width), str(old["data_type"]), (TOKEN, CHANNEL), {})
-    (group / ARRAY / ZARR_JSON).write_text(text)
+    (group / ARRAY / ZARR_JSON).write_text(text, encoding="utf-8")
     _remove(group / ARRAY / "c")
     _remove(group / COMMITTED)
-    record.rename(group / COMMITTED)
+    record.replace(group / COMMITTED)
     done = len(written_chunks(group / COMMITTED)) == n_shards
     write_digest(group, {"model": model, "site": site, "complete": done})
 

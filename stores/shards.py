@@ -248,8 +248,10 @@ def _read_bytes(path: Path) -> NDArray[np.uint8]:
         with explain_access_errors(path):
             return np.frombuffer(path.read_bytes(), np.uint8)
     with path.open("rb") as handle:
+        if not hasattr(mmap, "MAP_POPULATE"):
+            return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         # Every byte is checked at once, so the whole file is brought in by one call and not by a fault per page.
-        populate = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        populate = mmap.MAP_SHARED | mmap.MAP_POPULATE
         return np.frombuffer(mmap.mmap(handle.fileno(), 0, flags=populate, prot=mmap.PROT_READ), np.uint8)
 
 

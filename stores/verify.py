@@ -111,7 +111,7 @@ def verify(path: Path | str, *, on_progress: Callable[[int, int], None] | None =
     problems: list[str] = []
     notes: list[str] = []
     checks = [
-        _Check(str(file.relative_to(root)), partial(_check_record, file.parent.parent, file), chunk=False)
+        _Check(file.relative_to(root).as_posix(), partial(_check_record, file.parent.parent, file), chunk=False)
         for file in _records(root)
     ]
     n_arrays = 0
@@ -151,7 +151,7 @@ def stores_below(path: Path) -> dict[str, Path]:
     if path.exists() and not (path / ZARR_JSON).exists():
         stores: dict[str, Path] = {}
         for folder in (path, *linked_folders(path)):
-            below = "" if folder == path else f"{folder.relative_to(path)}/"
+            below = "" if folder == path else f"{folder.relative_to(path).as_posix()}/"
             own = (child for child in folder.iterdir() if child.name.endswith(".zarr") and not _is_link(child))
             stores |= {f"{below}{store.name}": store for store in sorted(own, key=lambda s: s.name)}
         if stores:
@@ -223,7 +223,7 @@ def _check_root(store: Path, attrs: dict[str, Any]) -> None:
 
 def _group_checks(store: Path, group: Path) -> Iterator[_Check]:
     """Digest and seals of a group, its arrays' metadata and chunks, and the same of every group below."""
-    name = str(group.relative_to(store)) if group != store else "."
+    name = group.relative_to(store).as_posix() if group != store else "."
     yield _Check(f"group {name}", partial(_check_digest, group), chunk=False)
     if group != store:
         yield _Check(f"group {name}", partial(check_listed, store, name), chunk=False)
@@ -238,7 +238,7 @@ def _group_checks(store: Path, group: Path) -> Iterator[_Check]:
         try:
             kind = read_document(child)["node_type"]
         except StoreCorruptError as error:
-            yield _Check(f"{child.relative_to(store)}/{ZARR_JSON}", partial(_fail, error), chunk=False)
+            yield _Check(f"{child.relative_to(store).as_posix()}/{ZARR_JSON}", partial(_fail, error), chunk=False)
             continue
         if kind == "group":
             yield from _group_checks(store, child)
@@ -267,7 +267,7 @@ def _check_digest(group: Path) -> None:
 
 
 def _array_checks(store: Path, path: Path, n_models: int | None, *, sealed: bool) -> Iterator[_Check]:
-    name = str(path.relative_to(store))
+    name = path.relative_to(store).as_posix()
     try:
         array = zarr.open_array(sealed_store(path.parent, seal=sealed), path=path.name, mode="r")
         regions = list(_chunk_regions(array, n_models))

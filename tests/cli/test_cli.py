@@ -3,10 +3,12 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ from click.testing import CliRunner
 from rlgen_stats.cli import main
 from rlgen_stats.cli.console import handle_errors, print_json, progress_for
 from rlgen_stats.cli.main import _COMMANDS
-from rlgen_stats.cli.stages import print_verdicts
+from rlgen_stats.cli.stages import STAGE_NAMES, print_verdicts
 from rlgen_stats.schemas.errors import OutOfSpaceError
 from rlgen_stats.stores import Provenance, append_model
+from rlgen_stats.toolkit.study import STAGES
+from tests.cli.json_output import commands
 from tests.stores.conftest import feature_table
 
 
@@ -48,11 +52,58 @@ def test_status_imports_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", list(_COMMANDS))
-def test_every_command_has_help_with_an_example(name: str) -> None:
-    code, out, _ = run(name, "--help")
+def examples_of(text: str) -> list[list[str]]:
+    """Command lines of a help text; one goes on in the next line where that starts no other."""
+    lines = []
+    for line in text.splitlines():
+        if "  rlgen-stats " in line:
+            lines.append(line.partition("rlgen-stats ")[2])
+        elif lines and line.startswith(" " * 12):
+            lines[-1] += line
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", list(commands()))
+def test_every_command_has_help_with_examples_that_parse(name: str) -> None:
+    code, out, _ = run(*name.split(), "--help")
     assert code == 0
     assert "Example" in out
+    examples = examples_of(commands()[name].help or "")
+    assert examples
+    for example in examples:
+        words = example[: len(name.split())]
+        assert words == name.split(), "an example is of its own command"
+        commands()[name].make_context(name, example[len(words) :])
+
+
+@pytest.mark.parametrize("option", ["--stage", "--force"])
+def test_an_unknown_stage_is_refused_and_help_names_all(option: str, tmp_path: Path) -> None:
+    assert [stage.name for stage in STAGES] == STAGE_NAMES
+    assert set(STAGE_NAMES) <= set(_COMMANDS), "each has a command"
+    code, out, err = run("run", str(tmp_path), option, "dirft")
+    assert (code, out) == (2, "")
+    assert f"Invalid value for '{option}': 'dirft' is not one of 'posttrain', 'outcomes', 'extract'" in err
+    assert ", ".join(STAGE_NAMES) in " ".join(run("run", "--help")[1].split())
+
+
+def test_a_forced_stage_that_would_not_run_is_refused(tmp_path: Path) -> None:
+    code, _, err = run("run", str(tmp_path), "--stage", "extract", "--force", "drift")
+    assert code == 2
+    assert "--force drift would do nothing: extract does not need it; add --stage drift." in err
+
+
+def test_version_is_said() -> None:
+    assert run("--version")[1] == f"rlgen-stats, version {version('rlgen-stats')}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("rlgen-stats dri", "drift"), ("rlgen-stats run x --stage se", "select"), ("rlgen-stats run --q", "--quiet")],
+)
+def test_shells_complete_commands_stages_and_options(line: str, offered: str) -> None:
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_RLGEN_STATS_COMPLETE": "bash_complete"}
+    done = CliRunner().invoke(main, env=words, prog_name="rlgen-stats")
+    assert offered in [answer.partition(",")[2] for answer in done.stdout.split()]
 
 
 @pytest.mark.parametrize(

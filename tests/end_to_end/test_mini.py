@@ -35,6 +35,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.toolkit.progress import SILENT
 from rlgen_stats.toolkit.study import STAGES, open_for_run, tokens_stage
+from tests.cli.json_output import printed
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.same_numbers import differences
 from tests.end_to_end.verdict_consistency import contradictions
@@ -436,3 +437,24 @@ def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], t
         refused = run_command("intervene", str(study), *arguments)
         assert refused.exit_code == 2
         assert message in refused.output
+
+
+def test_what_commands_print_for_machines_is_as_declared(mini: tuple[Path, Result], tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(mini[0], study)
+    document = printed("demo", "--size", "mini", "--folder", study, "--quiet")
+    assert [verdict["id"] for verdict in document["result"]["verdicts"]] == ["C1", "C2", "C3", "C4", "C5"]
+    for stage, fact in (("outcomes", "greedy_accuracy"), ("movement", "kl_from_base"), ("significance", "accuracy")):
+        by_model = printed(stage, study, "--quiet")["result"]["facts"][fact]
+        assert {"base@0", "sft@6", "rl@4"} <= set(by_model), stage
+    assert printed("check", study)["problems"] == []
+    assert len(printed("inspect", study)) > 10
+    assert printed("status", study)["rendered_prompts"]
+    assert printed("features", study, "3")[0]["feature"] == 3
+    assert printed("intervene", study, "--dry-run")[0]["name"] == "selected"
+    assert printed("export-requests", study)[0]["n_requests"] > 0
+    sampled = pd.read_parquet(study / "completions/rl@4.parquet")
+    rows = sampled.rename(columns={"prompt": "prompt_id"})[["prompt_id", "sample", "text"]]
+    rows.assign(correct=True).to_json(tmp_path / "sampled.jsonl", orient="records", lines=True)
+    settings = ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "12", "--engine", "here")
+    assert printed("import-outcomes", study, tmp_path / "sampled.jsonl", "--model", "rl@4", *settings)["n_prompts"] > 0

@@ -9,7 +9,7 @@ import pandas as pd
 
 from rlgen_stats.schemas.dims import TASK
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS
+from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.trial.arms import choose_prompts
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -92,7 +92,12 @@ def estimate(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes) -> Costs:
     generated = sum(limit > 0 for limit in limits)
     trial_limits = token_limits(spec, choose_prompts(prompts, spec))
     trials = {(layer, pair and pair[1]) for layer, pair in spec.answers}  # contrasts with one second run share a trial
-    n_trial = len(trials) * _arms(spec) * len(spec.primary_crosscoder.names) * spec.intervention.n_samples
+    n_trial = (
+        len(trials)
+        * sum(arms_at_most(spec).values())
+        * len(spec.primary_crosscoder.names)
+        * spec.intervention.n_samples
+    )
     return Costs(
         completions=n_drawn * generated,
         tokens=n_drawn * sum(limits),
@@ -102,11 +107,11 @@ def estimate(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes) -> Costs:
     )
 
 
-def _arms(spec: StudySpec) -> int:
-    """Arms of a trial in one dictionary, both directions."""
+def arms_at_most(spec: StudySpec, directions: Sequence[Direction] = DIRECTIONS) -> dict[Direction, int]:
+    """Arms of a trial in one dictionary, by direction."""
     settings = spec.intervention
     copied = (len(settings.curve) + 2) * (1 + settings.curve_controls)  # the curve, the set, and all
-    return len(DIRECTIONS) * (settings.n_controls + len(settings.doses) + copied + _FURTHER_ARMS)
+    return dict.fromkeys(directions, settings.n_controls + len(settings.doses) + copied + _FURTHER_ARMS)
 
 
 def _stores(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes, n_tokens: int, n_trial_tokens: int) -> dict[str, int]:

@@ -56,7 +56,7 @@ class Fingerprints:
         unknown = [file for file, known in hashes.items() if known is None]
         if unknown:
             hashes |= self._read(unknown, path.name)
-        return content_hash([(str(file.relative_to(path)), hashes[file]) for file in files])
+        return content_hash([(file.relative_to(path).as_posix(), hashes[file]) for file in files])
 
     def _remembered(self, file: Path) -> str | None:
         known = self._known.get(str(file.resolve()))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Final
 
-from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.atomic import remove_folder
@@ -20,6 +21,9 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_file import read_spec
 from rlgen_stats.toolkit.study.stage_graph import FINGERPRINTS, STAGES, Study
+
+_LINKS_REFUSED: Final = 1314
+"""What Windows answers to those who may not make symbolic links."""
 
 
 def open_for_run(path: Path | str, *, exact: bool = True, progress: Progress = SILENT) -> Study:
@@ -110,4 +114,12 @@ def _link(path: Path, target: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         remove_folder(path)
     path.unlink(missing_ok=True)
-    path.symlink_to(to, target_is_directory=target.is_dir())
+    try:
+        path.symlink_to(to, target_is_directory=target.is_dir())
+    except OSError as error:
+        if getattr(error, "winerror", None) != _LINKS_REFUSED:
+            raise
+        raise StoreError(
+            f"{path} cannot be a link to {target}, which studies of several layers or contrasts need; Windows lets you "
+            "make links in Developer Mode (Settings, For developers), or as administrator."
+        ) from error

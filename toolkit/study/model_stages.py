@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import ARM, CLUSTER, FEATURE, MODEL, RUN, of_dictionary
+from rlgen_stats.schemas.dims import ARM, CLUSTER, FEATURE, MODEL, PROMPT, RUN, of_dictionary
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import RunSpec
@@ -15,6 +15,7 @@ from rlgen_stats.stores import (
     StudyFolder,
     open_activations,
     open_by_dictionary,
+    open_outcomes,
     open_results,
     read_json,
     write_json,
@@ -85,7 +86,14 @@ def outcomes(study: Study, key: str, progress: Progress) -> Facts:
     """Sample and grade completions of every model."""
     provenance = study.provenance("outcomes", key)
     sample_outcomes(study.spec, study.folder, provenance=provenance, progress=progress)
-    return {}
+    right = open_outcomes(study.folder.outcomes)["greedy_correct"].load()
+    return {"greedy_accuracy": _by_model(right.mean(PROMPT))}
+
+
+def _by_model(values: xr.DataArray) -> dict[str, float | None]:
+    """A number of each model; None where there is none."""
+    pairs = zip(values[MODEL].values.tolist(), values.values.tolist(), strict=True)
+    return {str(model): None if np.isnan(value) else float(value) for model, value in pairs}
 
 
 def extract(study: Study, key: str, progress: Progress) -> Facts:
@@ -160,7 +168,7 @@ def movement(study: Study, key: str, progress: Progress) -> Facts:
     )
     dataset = weights.merge(shift, compat="override", join="exact", combine_attrs="drop_conflicts")
     write_results(folder.results, "movement", dataset, provenance=study.provenance("movement", key))
-    return {}
+    return {name: _by_model(dataset[name]) for name in ("weight_distance", "kl_from_base", "activation_shift")}
 
 
 def _movement_of_study(study: Study, progress: Progress) -> xr.Dataset:

@@ -205,7 +205,7 @@ def _recorded(study: Study, stage: Stage) -> Iterator[dict[str, Any]]:
         raise
     seconds = round(before + time.perf_counter() - began, 2)
     written = [path for path in study.stores(stage) if owner(path) is not None]
-    stores = {str(path.relative_to(study.folder.root)): models_in(path) for path in written}
+    stores = {path.relative_to(study.folder.root).as_posix(): models_in(path) for path in written}
     record = {"seconds": seconds, "earlier": [key], "facts": facts, "stores": stores} | times
     study.write_record(stage.name, key=key, finished=True, **record, dictionaries=dictionaries)
 

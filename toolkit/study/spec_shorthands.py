@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Final
 
 from rlgen_stats.schemas.errors import RlgenStatsError, SpecError
@@ -130,7 +130,7 @@ def _matching(pattern: str, folder: StudyFolder) -> dict[int, str]:
 def _candidates(pattern: str, folder: StudyFolder) -> list[str]:
     if not is_on_hub(pattern):
         paths = glob.glob(pattern.rstrip("/"), root_dir=folder.spec.parent)
-        return sorted(PurePosixPath(path).as_posix() for path in paths if folder.resolve(path).is_dir())
+        return sorted(PurePath(path).as_posix() for path in paths if folder.resolve(path).is_dir())
     repository = "/".join(pattern.split("/")[:4])
     files = map(PurePosixPath, hub_folder(repository, folder).files)
     return sorted({f"{repository}/{parent}" for file in files for parent in file.parents if parent.name})

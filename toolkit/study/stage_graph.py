@@ -40,8 +40,7 @@ class Stage:
     """One node of the study's graph."""
 
     name: str
-    """Also its command's; ``outcomes``, ``movement``, ``separation`` and ``tokens`` have none and run with those that
-    need them."""
+    """Also its command's."""
     needs: tuple[str, ...]
     """Stages whose output this one reads."""
     spec: tuple[str, ...]
@@ -491,7 +490,7 @@ class Study:
         """Outputs that exist once for each dictionary -> the folder of its crosscoder, both below the study's."""
         names = self.spec.primary_crosscoder.names
         return {
-            _of_dictionary(output, number): str(self.folder.crosscoder(name).relative_to(self.folder.root))
+            _of_dictionary(output, number): self.folder.crosscoder(name).relative_to(self.folder.root).as_posix()
             for output in stage.by_dictionary
             for number, name in enumerate(names, start=1)
         }
@@ -533,7 +532,7 @@ class Study:
 
 def _of_dictionary(output: str, number: int) -> str:
     path = Path(output)
-    return str(path.with_name(of_dictionary(path.stem, number) + path.suffix))
+    return path.with_name(of_dictionary(path.stem, number) + path.suffix).as_posix()
 
 
 def _section(spec: StudySpec, path: str) -> Any:

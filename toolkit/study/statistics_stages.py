@@ -149,12 +149,19 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
         n_bootstrap=settings.n_bootstrap,
     )
     write_results(folder.results, "behaviour", transitions, provenance=provenance)
+    accuracy = transitions["accuracy"].transpose(MODEL, TASK)
+    facts: Facts = {
+        "accuracy": {
+            str(model): dict(zip(accuracy[TASK].values.tolist(), row.tolist(), strict=True))
+            for model, row in zip(accuracy[MODEL].values, accuracy.values, strict=True)
+        }
+    }
     table = open_results(folder.results, "attribution").load()
     names = [str(name) for name in table["crosscoder"].values]
     sft, rl = (_runs_of_arm(spec.runs, run, table) for run in spec.contrasted)
     if not sft or not rl:
         progress.log("  no pairwise crosscoder for one of the two runs: the contrast of specific features is skipped")
-        return {"contrast": "not estimable: a pairwise crosscoder is missing"}
+        return facts | {"contrast": "not estimable: a pairwise crosscoder is missing"}
     contrast = attribution_contrast(
         table,
         {name: table["cluster"].sel(crosscoder=name).values for name in names},
@@ -169,7 +176,7 @@ def significance(study: Study, key: str, progress: Progress) -> Facts:
         n_bootstrap=settings.n_bootstrap,
     )
     write_results(folder.results, "attribution_contrast", contrast, provenance=provenance)
-    return {}
+    return facts
 
 
 def select(study: Study, key: str, progress: Progress) -> Facts:

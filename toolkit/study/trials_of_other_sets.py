@@ -6,7 +6,7 @@ Planning one needs no torch; running it does.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,12 +20,15 @@ from rlgen_stats.schemas.layout import validate
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, open_outcomes, open_results, write_results
+from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.causal.mediated_share import mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
+from rlgen_stats.toolkit.study.costs import arms_at_most, token_limits
 from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
+from rlgen_stats.toolkit.trial.arms import choose_prompts
 from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, curves_of, plan_trial
 from rlgen_stats.toolkit.workers import tasks_on
@@ -52,6 +55,56 @@ class TrialRun:
     """Layout ``intervention``; None for a dry run."""
     parts: xr.Dataset | None = None
     """Effects of single features, if asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEstimate:
+    """What a trial in one dictionary would take at most, by the settings alone: its features are not known yet."""
+
+    waiting_for: tuple[str, ...]
+    """Stages that it needs and that are not done."""
+    arms: Mapping[Direction, int]
+    n_prompts: int
+    n_samples: int
+    n_controls: int
+    completions: int
+    max_new_tokens: int
+    """Of the longest completions."""
+
+
+def estimate_set(
+    path: Path | str,
+    *,
+    directions: Sequence[Direction] = DIRECTIONS,
+    doses: Sequence[float] = (),
+    level: Literal["own", "rl"] | None = None,
+) -> TrialEstimate | None:
+    """What :func:`verify_set` would take at most, before the stages that it needs have run; None once they have.
+
+    Parameters
+    ----------
+    path
+        Study folder.
+    directions, doses, level
+        As :func:`verify_set`.
+    """
+    study = open_for_run(path, exact=False)
+    waiting = tuple(name for name in NEEDS if study.state(name) != "done")
+    if not waiting:
+        return None
+    spec, _ = _changed(study.spec, directions, doses, level)
+    prompts, arms = choose_prompts(load_prompts(spec, study.folder), spec), arms_at_most(spec, directions)
+    limits = token_limits(spec, prompts)
+    generated = sum(limit > 0 for limit in limits)
+    return TrialEstimate(
+        waiting_for=waiting,
+        arms=arms,
+        n_prompts=len(prompts),
+        n_samples=spec.intervention.n_samples,
+        n_controls=spec.intervention.n_controls,
+        completions=sum(arms.values()) * spec.intervention.n_samples * generated,
+        max_new_tokens=max(limits, default=0),
+    )
 
 
 def verify_set(

@@ -142,11 +142,11 @@ def test_unhealthy_crosscoders_are_refused_until_accepted(
     folder = StudyFolder(tmp_path)
     shutil.copytree(encoded[1].crosscoder("main"), folder.crosscoder("main"))
     file = folder.crosscoder("main") / "health.json"
-    record = read_json(file)
+    record = read_json(file) | {"checks": []}
     write_json(file, record | {"healthy": True})
     require_healthy(folder, {"main": False}, stage="encode", force=False)
     write_json(file, record | {"healthy": False, "reasons": "dead fraction 0.9"})
-    with pytest.raises(StageError, match=r"'main' failed its health check: dead fraction 0.9.*encode --force"):
+    with pytest.raises(StageError, match=r"(?s)'main' failed its health check:\n  dead fraction 0.9\n.*encode --force"):
         require_healthy(folder, {"main": False}, stage="encode", force=False)
     assert not (folder.crosscoder("main") / "accepted.json").exists()
     require_healthy(folder, {"main": False}, stage="encode", force=True)

@@ -24,7 +24,7 @@ from rlgen_stats.stores import (
     read_json,
     write_json,
 )
-from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS
+from rlgen_stats.stores.crosscoder_weights import CURVE, SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import HEALTH, READOUT_MODELS, add_readout, read_health
 from rlgen_stats.stores.labels import TokenLabels
@@ -39,7 +39,7 @@ from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import import_sae, s
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
-from rlgen_stats.toolkit.crosscoder.training.train import CURVE, STATE, train_replicates, training_key
+from rlgen_stats.toolkit.crosscoder.training.train import STATE, train_replicates, training_key
 from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
 from rlgen_stats.toolkit.crosscoder.uses.health import Health, measure_health
 from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
@@ -49,6 +49,7 @@ from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
     measure_readout,
     own_fve,
 )
+from rlgen_stats.toolkit.crosscoder.uses.remedies import failures
 from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE, SplicedText, splice_ce
 from rlgen_stats.toolkit.extraction import (
     find_model,
@@ -272,9 +273,11 @@ class _StudyCrosscoder:
             return
         losses = self._splice_losses(crosscoder, folder)
         health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=folder)
-        self.progress.log(f"crosscoder {name}: {'healthy' if health.healthy else health.reasons}")
+        self.progress.log(f"crosscoder {name}: {'healthy' if health.healthy else 'failed its health check'}")
         if self.judged_models:
             self._judge_readout(name, folder, crosscoder, health)
+        for line in failures(folder, read_health(folder)):
+            self.progress.log(f"  {line}")
 
     def _judge_readout(self, name: str, folder: Path, crosscoder: Crosscoder, health: Health) -> None:
         """Measure the readout on base and every checkpoint, pair by pair: memory holds two models' activations."""
@@ -296,7 +299,8 @@ class _StudyCrosscoder:
             readout=self.spec.readout,
         )
         add_readout(folder, judged.describe())
-        self.progress.log(f"crosscoder {name}: readout {self.spec.readout} {judged.reasons or 'passed'}")
+        verdict = "failed its health check" if judged.reasons else "passed"
+        self.progress.log(f"crosscoder {name}: readout {self.spec.readout} {verdict}")
 
     def _load_finished(self, folder: Path, key: str) -> Crosscoder | None:
         """The crosscoder in ``folder`` if it was trained under this key; None if there is none or another key's."""

@@ -16,6 +16,7 @@ from rlgen_stats.schemas.errors import InputError, StoreCorruptError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.stores import write_json
+from rlgen_stats.stores.crosscoder_weights import CURVE
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, endless, joined, measure_views
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tensors
@@ -36,7 +37,6 @@ LOG_EVERY: Final = 50
 SAVE_EVERY: Final = 500
 """Steps between two resumable states."""
 
-CURVE: Final = "curve.json"
 STATE: Final = "training.safetensors"
 
 

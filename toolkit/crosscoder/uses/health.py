@@ -29,6 +29,7 @@ from rlgen_stats.stores.health_records import (
 from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, batches_of, joined
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.uses.remedies import failures
 from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -301,10 +302,11 @@ def require_healthy(
             continue
         known = is_accepted(place, record)
         if not (record["healthy"] or force or accepted or known):
+            lines = "".join(f"\n  {line}" for line in failures(place, record))
             raise StageError(
-                f"crosscoder {name!r} failed its health check: {record['reasons']}. Train it longer or with other "
-                f"settings, or use it as it is: rlgen-stats {stage} --force, or accept_unhealthy: true in study.yaml "
-                "(recorded, and the report says so)."
+                f"crosscoder {name!r} failed its health check:{lines}\n"
+                "Change these settings of 'crosscoders' in study.yaml, or use it as it is: "
+                f"rlgen-stats {stage} --force, or accept_unhealthy: true (recorded, and the report says so)."
             )
         if force:  # what study.yaml accepts stands there, and can be taken back there
             accept(place, record, stage=stage)

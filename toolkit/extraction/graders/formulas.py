@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,8 +132,9 @@ def _parse(text: str) -> tuple[Any, ...]:
 
 
 def _time_limit() -> int | None:
-    """Seconds a formula may take; None off the main thread, where math-verify's alarm signal cannot be set."""
-    return TIMEOUT if threading.current_thread() is threading.main_thread() else None
+    """Seconds a formula may take; None where math-verify's alarm signal cannot be set: off the main thread, Windows."""
+    can_be_set = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    return TIMEOUT if can_be_set else None
 
 
 def _equal_by_rounding_only(expected: Any, given: Any, limit: int | None) -> bool:
