@@ -128,10 +128,17 @@ class CheckOutput(Output):
 
 
 class FileOutput(Output):
-    """Of ``init`` and ``export-crosscoder``."""
+    """Of ``init``."""
 
     file: str
-    """What was written; of a crosscoder its folder."""
+    """What was written."""
+
+
+class FilesOutput(Output):
+    """Of ``export-crosscoder``."""
+
+    files: list[str]
+    """The folder of a crosscoder, or those of an SAE a view."""
 
 
 class AddedTask(Output):
@@ -390,7 +397,7 @@ OUTPUTS: Final[dict[str, Any]] = dict.fromkeys(_STAGES, StageOutput) | {
     "export-requests": list[RequestsOutput],
     "import-outcomes": OutcomesOutput,
     "import-crosscoder": CrosscoderOutput,
-    "export-crosscoder": FileOutput,
+    "export-crosscoder": FilesOutput,
 }
 """Command -> type of what it prints."""
 
