@@ -1,4 +1,4 @@
-"""What many arms of one trial cost, against one after the other and bare generation; needs a finished study."""
+"""What many arms of one trial cost in processor time, against one after the other; needs a finished study."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -46,7 +47,7 @@ def main() -> None:
             Case("one arm after the other", ways.apart, lambda: f"{scratch}/{next(numbers)}"),
             Case("generate under an edit, as often", lambda _: ways.bare()),
         ]
-        seconds = {name: spread(s) for name, s in interleaved(cases, options.repetitions).items()}
+        seconds = {name: spread(s) for name, s in interleaved(cases, options.repetitions, time.process_time).items()}
         together, apart, _ = (seconds[case.name]["median"] for case in cases)
         completions = len(ways.prompts) * options.arms
         rows = [
