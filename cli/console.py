@@ -366,7 +366,7 @@ class _BarTask:
     def advance(self, amount: float = 1.0, **facts: object) -> None:
         """Move the bar."""
         text = " ".join(f"{name} {_short(value)}" for name, value in facts.items())
-        self._bars.update(self._handle, advance=amount, facts=text)
+        self._bars.update(self._handle, advance=amount, facts=plain(text))
 
     def skip(self, amount: float, **facts: object) -> None:
         """Move the bar by units that an earlier run did; they do not enter the speed."""

@@ -45,10 +45,11 @@ def features(study: str, features: tuple[int, ...], n: int, as_json: bool) -> No
     if not cards:
         echo("No feature is selected here (yet); name some: rlgen-stats features STUDY 12 407")
     for card in cards:
-        _print(card, n)
+        print_feature(card, n)
 
 
-def _print(card: FeatureCard, n: int) -> None:
+def print_feature(card: FeatureCard, n: int) -> None:
+    """One feature: where it comes from, its means, promoted tokens, and ``n`` contexts a model."""
     heading(f"feature {card.feature}")
     for sentence in card.origin:
         echo(f"  {sentence}")
@@ -62,7 +63,7 @@ def _print(card: FeatureCard, n: int) -> None:
             room = MAX_TEXT - len(context.peak)
             echo(
                 f"  {model:<10} {context.activation:8.3g}  {before[-room * 2 // 3 :]}"
-                f"{click.style(f'⟦{context.peak}⟧', bold=True)}{after[: room // 3]}"
+                f"⟦{context.peak}⟧{after[: room // 3]}"
             )
     if not card.contexts:
         echo("  It fires nowhere, or contexts were not collected (summaries.contexts).")

@@ -32,6 +32,7 @@ _COMMANDS: Final = {
     "replicability": ("rlgen_stats.cli.stages", "Say what dictionaries of other seeds agree on."),
     "intervene": ("rlgen_stats.cli.intervene", "Disable and amplify the chosen features in the live models."),
     "report": ("rlgen_stats.cli.stages", "Write the report and print the five verdicts."),
+    "view": ("rlgen_stats.cli.viewing", "Look at a study in the browser: models, features, prompts, completions."),
     "features": (
         "rlgen_stats.cli.features",
         "Read features: the model they are specific to, where they fire, tokens they promote.",

@@ -203,12 +203,14 @@ def print_verdicts(report: Path) -> None:
     """Print the five claims of a report with their verdicts, and its path."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from rlgen_stats.stores import read_json
 
     content = read_json(report / "report.json")
     claims, answered = content["claims"], content.get("answered", "")
-    table = Table(title=f"Verdicts{answered and f', {answered}'}", title_justify="left", show_lines=False)
+    title = Text(plain(f"Verdicts{answered and f', {answered}'}"), "table.title")
+    table = Table(title=title, title_justify="left", show_lines=False)
     for column in ("", "claim", "verdict", "answer"):
         table.add_column(column, overflow="fold")
     for claim in claims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -22,7 +23,10 @@ from click.testing import CliRunner
 
 from rlgen_stats.cli import console, main
 from rlgen_stats.cli.console import echo, handle_errors, plain, print_json, print_table, progress_for
+from rlgen_stats.cli.features import print_feature
+from rlgen_stats.cli.stages import print_verdicts
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.reporting.feature_cards import Context, FeatureCard
 from tests.extraction.conftest import prompt_table, save_model
 from tests.faults.malformed_inputs import SPEC
 
@@ -197,12 +201,46 @@ def test_bars_show_brackets_and_control_characters(monkeypatch: pytest.MonkeyPat
     said = terminal.getvalue()
     assert SHOWN in said
     assert "[/dim]" in said
-    assert "sum\x1b[31m" not in said
+    assert "\x1b[31m" not in said
+
+
+def test_the_verdicts_show_brackets_and_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    claim = dict.fromkeys(("id", "statement", "verdict", "answer"), HOSTILE)
+    (tmp_path / "report.json").write_text(json.dumps({"answered": HOSTILE, "claims": [claim]}))
+    print_verdicts(tmp_path)
+    said = capsys.readouterr().out
+    assert f"Verdicts, {SHOWN}" in said
+    assert said.count(SHOWN) == 5
+    assert not set("\x1b\r\x07\x9b\u202e") & set(said)
+
+
+def test_a_feature_shows_brackets_and_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    place = Context(
+        before=HOSTILE, peak=HOSTILE, after=HOSTILE, activation=1.0, prompt="p", source="s", position=0, elsewhere={}
+    )
+    card = FeatureCard(
+        feature=3,
+        row={},
+        means={HOSTILE: 1.0},
+        scores={},
+        contexts={HOSTILE: [place]},
+        samples={},
+        tokens={HOSTILE: [HOSTILE]},
+        origin=(HOSTILE,),
+    )
+    print_feature(card, 1)
+    said = capsys.readouterr().out
+    assert f"⟦{SHOWN}⟧" in said
+    assert not set("\x1b\r\x07\x9b\u202e") & set(said.replace("\x1b[1mfeature 3\x1b[0m", "")), "the heading is bold"
+    assert r"\x1b[1m" not in said, "what we print ourselves is not written out"
 
 
 def test_commands_print_through_one_place() -> None:
     for file in (Path(console.__file__).parent).glob("*.py"):
-        printed = re.findall(r"click\.s?echo\(|(?<![.\w])print\(", file.read_text())
+        printed = re.findall(r"click\.(?:s?echo|style)\(|(?<![.\w])print\(", file.read_text())
         assert len(printed) <= (2 if file.name == "console.py" else 0), file
 
 

@@ -174,7 +174,7 @@ def feature_cards(
         name, last = spec.primary_crosscoder.name, spec.primary_crosscoder.n_features - 1
         raise InputError(f"features of {name!r} run from 0 to {last}, got {unknown[:5]}.")
     contexts = _contexts(folder, spec, chosen)
-    tokens, suppressed = _tokens(folder, spec, chosen, sign=1), _tokens(folder, spec, chosen, sign=-1)
+    tokens, suppressed = tokens_of(folder, spec, chosen, sign=1), tokens_of(folder, spec, chosen, sign=-1)
     drift, matches, alone = _drift(results, spec, chosen), _matches(results, spec, chosen), _alone(results, chosen)
     means = _means(data, spec, chosen)
     tasks = labels_of(selection, "task")
@@ -295,7 +295,9 @@ def _context(row: dict[str, Any]) -> Context:
     )
 
 
-def _tokens(folder: StudyFolder, spec: StudySpec, features: list[int], *, sign: int) -> dict[int, dict[str, list[str]]]:
+def tokens_of(
+    folder: StudyFolder, spec: StudySpec, features: list[int], *, sign: int
+) -> dict[int, dict[str, list[str]]]:
     """``feature -> model -> tokens`` that it promotes (1) or suppresses (-1), strongest first; may be empty."""
     if not folder.logits(spec.primary_crosscoder.name).exists() or not features:
         return {}

@@ -12,7 +12,7 @@ import pandas as pd
 from rlgen_stats.schemas.dims import BASE_MODEL, GREEDY
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.toolkit.reporting.arm_rows import RANDOM_KINDS, arms_of, in_order
+from rlgen_stats.toolkit.reporting.arm_rows import RANDOM_KINDS, Arm, arms_of, in_order
 from rlgen_stats.toolkit.reporting.examples import prompt_texts, shortened
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of
@@ -64,50 +64,83 @@ def prompt_cards(
     table = data.prompts.set_index("prompt")
     trial = table.index[table["split"] == "trial"].tolist()
     chosen = [prompt for prompt in dict.fromkeys([*wanted, *trial]) if prompt in table.index][:MAX_PROMPTS]
-    texts, replies = prompt_texts(folder, spec), _replies(folder, spec, results, chosen)
-    cards = []
-    for prompt in chosen:
-        text, answer = texts.get(prompt, ("", ""))
-        cards.append(
-            PromptCard(
-                prompt=prompt,
-                task=str(table.at[prompt, "task"]),
-                split=str(table.at[prompt, "split"]),
-                text=shortened(text),
-                answer=answer,
-                replies=tuple(replies.get(prompt, ())),
-            )
-        )
-    return cards
+    sources = reply_sources(folder, spec, results)
+    return cards_of(folder, spec, data.prompts, chosen, sources)
 
 
-def _replies(folder: StudyFolder, spec: StudySpec, results: Results, prompts: list[str]) -> dict[str, list[Reply]]:
-    replies: dict[str, list[Reply]] = {}
+@dataclass(frozen=True, kw_only=True)
+class ReplySource:
+    """One model, edited or not, whose completions a study holds."""
+
+    who: str
+    """Model, or direction and arm."""
+    file: Path
+    greedy: bool
+    """Whether its greedy completion is meant, or its first sampled one."""
+
+    def read(self, *columns: str, prompts: Iterable[str] | None = None) -> pd.DataFrame:
+        """Columns of one completion a prompt, by prompt; without rows where the file is missing."""
+        if not self.file.exists():
+            return pd.DataFrame(columns=[*columns], index=pd.Index([], name="prompt"))
+        filters = [("sample", "==", GREEDY if self.greedy else 0)]
+        filters += [] if prompts is None else [("prompt", "in", list(prompts))]
+        table = pd.read_parquet(self.file, columns=["prompt", *columns], filters=filters)
+        return table.drop_duplicates("prompt").set_index("prompt")
+
+
+def model_source(folder: StudyFolder, model: str) -> ReplySource:
+    """Greedy completions of a model."""
+    return ReplySource(who=model, file=folder.completions / f"{model}.parquet", greedy=True)
+
+
+def arm_source(folder: StudyFolder, arm: Arm) -> ReplySource:
+    """First sampled completions of an arm of the study's trial."""
+    file = folder.root / "intervention" / arm.direction / f"{arm.condition}.parquet"
+    return ReplySource(who=f"{arm.direction}: {arm.label}", file=file, greedy=False)
+
+
+def reply_sources(folder: StudyFolder, spec: StudySpec, results: Results) -> list[ReplySource]:
+    """Base, the runs' final models, and the first ``MAX_ARMS`` arms of each direction, random sets left out."""
     finals = final_models(spec, results.get("behaviour"))
     models = [BASE_MODEL, *(finals[run.name] for run in spec.runs if run.name in finals)]
-    for model in models:
-        _add(replies, folder.completions / f"{model}.parquet", prompts, model, greedy=True)
     trial = results.get("intervention")
+    arms = []
     for direction in labels_of(trial, "direction"):
-        arms = [] if trial is None else in_order(arms_of(trial, direction))
-        for arm in [arm for arm in arms if arm.kind not in RANDOM_KINDS][:MAX_ARMS]:
-            file = folder.root / "intervention" / direction / f"{arm.condition}.parquet"
-            _add(replies, file, prompts, f"{direction}: {arm.label}", greedy=False)
-    return replies
+        of_direction = [] if trial is None else in_order(arms_of(trial, direction))
+        arms += [arm for arm in of_direction if arm.kind not in RANDOM_KINDS][:MAX_ARMS]
+    return [*(model_source(folder, model) for model in models), *(arm_source(folder, arm) for arm in arms)]
 
 
-def _add(replies: dict[str, list[Reply]], file: Path, prompts: list[str], who: str, *, greedy: bool) -> None:
-    """Append the greedy, or the first sampled, completion of each prompt that the file has."""
-    if not file.exists():
-        return
-    table = pd.read_parquet(file, columns=["prompt", "sample", "text", "correct", "format_class"])
-    table = table[(table["sample"] == (GREEDY if greedy else 0)) & table["prompt"].isin(prompts)]
-    for row in table.drop_duplicates("prompt").to_dict("records"):
+def cards_of(
+    folder: StudyFolder, spec: StudySpec, table: pd.DataFrame, prompts: list[str], sources: Iterable[ReplySource]
+) -> list[PromptCard]:
+    """Prompts, in order, with what each source said; ``table`` has a row a prompt: prompt, task, split."""
+    of_prompts, texts = table.set_index("prompt"), prompt_texts(folder, spec)
+    replies: dict[str, list[Reply]] = {}
+    for source in sources:
+        _add(replies, source, prompts)
+    return [
+        PromptCard(
+            prompt=prompt,
+            task=str(of_prompts.at[prompt, "task"]),
+            split=str(of_prompts.at[prompt, "split"]),
+            text=shortened(texts.get(prompt, ("", ""))[0]),
+            answer=texts.get(prompt, ("", ""))[1],
+            replies=tuple(replies.get(prompt, ())),
+        )
+        for prompt in prompts
+    ]
+
+
+def _add(replies: dict[str, list[Reply]], source: ReplySource, prompts: list[str]) -> None:
+    """Append the completion of each prompt that a source has."""
+    table = source.read("text", "correct", "format_class", prompts=prompts)
+    for prompt, row in zip(table.index, table.to_dict("records"), strict=True):
         reply = Reply(
-            who=who,
-            how="greedy" if greedy else "sampled",
+            who=source.who,
+            how="greedy" if source.greedy else "sampled",
             text=shortened(row["text"], MAX_LETTERS),
             correct=bool(row["correct"]),
             format_class=str(row["format_class"]),
         )
-        replies.setdefault(str(row["prompt"]), []).append(reply)
+        replies.setdefault(str(prompt), []).append(reply)

@@ -358,7 +358,7 @@ def _features_view(report: Report) -> dict[str, Any]:
             card.feature: card.tokens.get(BASE_MODEL, next(iter(card.tokens.values()), []))[:PROMOTED] for card in cards
         },
         "prompts": report.prompts,
-        "prompt_anchors": {card.prompt: card.anchor for card in report.prompts},
+        "prompt_hrefs": {card.prompt: f"prompts.html#{card.anchor}" for card in report.prompts},
         "nan": math.nan,
     }
 

@@ -66,7 +66,9 @@ def accuracy(results: Results, spec: StudySpec) -> Graphic:
     )
 
 
-def plot_accuracy(behaviour: xr.Dataset, axes: Axes, *, models: Sequence[str] | None = None) -> Axes:
+def plot_accuracy(
+    behaviour: xr.Dataset, axes: Axes, *, models: Sequence[str] | None = None, runs: Sequence[str] | None = None
+) -> Axes:
     """Greedy accuracy of models on every task, tasks of a kind together, with intervals.
 
     Parameters
@@ -77,6 +79,8 @@ def plot_accuracy(behaviour: xr.Dataset, axes: Axes, *, models: Sequence[str] | 
         Axes to draw on.
     models
         Model ids; default all.
+    runs
+        Runs in the order of their colours; default those of the models.
 
     Returns
     -------
@@ -84,8 +88,8 @@ def plot_accuracy(behaviour: xr.Dataset, axes: Axes, *, models: Sequence[str] | 
         ``axes``.
     """
     models = labels_of(behaviour, "model") if models is None else list(models)
-    runs = list(dict.fromkeys(split_model_id(model)[0] for model in models))
-    styles = styles_of(behaviour, [run for run in runs if run != BASE_RUN])
+    of_models = dict.fromkeys(split_model_id(model)[0] for model in models)
+    styles = styles_of(behaviour, [run for run in of_models if run != BASE_RUN] if runs is None else runs)
     y, ticks, labelled = 0.0, [], set[str]()
     for kind, tasks in task_groups(behaviour):
         axes.text(
@@ -223,13 +227,18 @@ def drift_volcano(results: Results, spec: StudySpec) -> Graphic:
 def _volcano(data: xr.Dataset, model: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Height of every feature, and the positions of those not called and called, smallest p first."""
     one = data.sel(model=model)
-    with np.errstate(divide="ignore"):
-        height = np.minimum(-np.log10(np.asarray(one["p_value"].values, dtype=float)), 300.0)
+    height = drift_height(one["p_value"].values)
     ok = np.isfinite(height) & np.isfinite(one["d_z"].values)
     called = one["call"].values == "DRIFT"
     quiet_ones, drifted = (np.flatnonzero(ok & kind) for kind in (~called, called))
     by_p: Any = lambda index: index[np.argsort(-height[index], kind="stable")]  # noqa: E731
     return height, by_p(quiet_ones), by_p(drifted)
+
+
+def drift_height(p_values: np.ndarray) -> np.ndarray:
+    """-log10 p, at most 300."""
+    with np.errstate(divide="ignore"):
+        return np.minimum(-np.log10(np.asarray(p_values, dtype=float)), 300.0)
 
 
 def _drifted(data: xr.Dataset, model: str) -> str:
