@@ -41,7 +41,7 @@ def compare_outcomes_command(
 ) -> None:
     """Compare two models on the same prompts: paired difference with interval, exact test, pass@k; B minus A.
 
-    A and B are each a table (parquet, csv, jsonl with prompt and correct; perhaps task, sample, cluster), a model of a
+    A and B are each a table (parquet, csv, jsonl and others, with prompt and correct; perhaps task, sample, cluster), a model of a
     study (STUDY:RUN@STEP), samples_*.jsonl of lm-evaluation-harness, a log of Inspect (.eval, .json), or a folder of
     either kind of logs.
 

@@ -20,7 +20,9 @@ from rlgen_stats.cli.console import (
 
 @click.command("import")
 @click.argument("cache", type=click.Path())
-@click.option("--labels", metavar="FILE", required=True, help="Label table, one row a token: .parquet, .csv, .csv.gz.")
+@click.option(
+    "--labels", metavar="FILE", required=True, help="Label table, one row a token: .parquet, .csv, .tsv, .jsonl, ..."
+)
 @click.option("--into", metavar="STORE", required=True, help="Activation store; created if it does not exist.")
 @click.option("--model", metavar="RUN@STEP", required=True, help="Model the cache comes from, e.g. rl@200.")
 @click.option("--site", required=True, help="Site in the model, e.g. block12.")
