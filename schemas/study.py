@@ -122,7 +122,8 @@ class ModelsSpec(Spec):
 
 class DataSpec(Spec):
     """Tables of prompts: parquet, csv, tsv, jsonl, json, arrow, or a folder that datasets saved, relative to the study
-    folder; or on the Hub, hf://datasets/OWNER/NAME[@REVISION]/PATH."""
+    folder; or on the Hub, hf://datasets/OWNER/NAME[@REVISION]/PATH.
+    """
 
     prompts: str | None = "data/prompts.parquet"
     """Evaluation prompts: prompt_id, text, answer, task, domain (in|out); optional split, cluster and choices. Default:
