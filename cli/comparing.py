@@ -41,9 +41,9 @@ def compare_outcomes_command(
 ) -> None:
     """Compare two models on the same prompts: paired difference with interval, exact test, pass@k; B minus A.
 
-    A and B are each a table (parquet, csv, jsonl with prompt and correct; perhaps task, sample, cluster), a model of a
-    study (STUDY:RUN@STEP), samples_*.jsonl of lm-evaluation-harness, a log of Inspect (.eval, .json), or a folder of
-    either kind of logs.
+    A and B are each a table (parquet, csv, tsv, jsonl, json or arrow with prompt and correct; perhaps task, sample,
+    cluster), a model of a study (STUDY:RUN@STEP), samples_*.jsonl of lm-evaluation-harness, a log of Inspect (.eval,
+    .json), or a folder of either kind of logs.
 
     \b
     Examples:  rlgen-stats compare-outcomes out/base out/rl --metric exact_match,strict-match

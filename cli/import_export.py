@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,10 +18,13 @@ from rlgen_stats.cli.console import (
     study_argument,
 )
 
+if TYPE_CHECKING:
+    from rlgen_stats.toolkit.crosscoder import Crosscoder
+
 
 @click.command("import")
 @click.argument("cache", type=click.Path())
-@click.option("--labels", metavar="FILE", required=True, help="Label table, one row a token: .parquet, .csv, .csv.gz.")
+@click.option("--labels", metavar="FILE", required=True, help="Label table, one row a token: .parquet, .csv, .tsv, ...")
 @click.option("--into", metavar="STORE", required=True, help="Activation store; created if it does not exist.")
 @click.option("--model", metavar="RUN@STEP", required=True, help="Model the cache comes from, e.g. rl@200.")
 @click.option("--site", required=True, help="Site in the model, e.g. block12.")
@@ -267,7 +271,7 @@ def export_store(
 @json_option
 @handle_errors
 def import_crosscoder_command(weights: str, views: tuple[str, ...], out: str, as_json: bool) -> None:
-    """Import a crosscoder trained with crosscoder_learning or dictionary_learning.
+    """Import a crosscoder trained elsewhere: crosscoder_learning, dictionary_learning, dfc_learning, W_enc and W_dec.
 
     WEIGHTS is a .safetensors or .pt file, or the folder it is in. A study uses such weights without this command:
     write their path as ``weights`` of a crosscoder in study.yaml.
@@ -285,13 +289,7 @@ def import_crosscoder_command(weights: str, views: tuple[str, ...], out: str, as
     crosscoder = import_crosscoder(weights, views, name=folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     crosscoder.save(folder)
-    if as_json:
-        print_json(crosscoder.describe() | {"folder": out})
-        return
-    echo(
-        f"{out}: {crosscoder.n_features:,} features of {', '.join(views)}, width {crosscoder.width}, "
-        f"{crosscoder.sparsity}."
-    )
+    _describe(crosscoder, out, as_json)
 
 
 @click.command("export-crosscoder")
@@ -324,6 +322,52 @@ def export_crosscoder_command(crosscoder: str, out: str, layout: str, as_json: b
             echo(str(path))
 
 
+@click.command("push-crosscoder")
+@click.argument("crosscoder", type=click.Path())
+@click.argument("repository", metavar="OWNER/NAME[@BRANCH][/SUBFOLDER]")
+@click.option("--private/--public", default=None, help="Of a new repository; default: as its owner has set.")
+@click.option("--license", metavar="NAME", help="License that the model card names, e.g. apache-2.0.")
+@handle_errors
+def push_crosscoder_command(crosscoder: str, repository: str, private: bool | None, license: str | None) -> None:
+    """Put a crosscoder into a repository of the Hugging Face Hub, with a model card of its spec and health.
+
+    One commit: all files are there afterwards, or none. Log in with 'hf auth login' first.
+
+    \b
+    Example:  rlgen-stats push-crosscoder runs/demo/crosscoder/main me/demo-crosscoder --private
+    """  # noqa: D301 - click needs the backspace itself
+    from rlgen_stats.toolkit.crosscoder import push_crosscoder
+
+    echo(push_crosscoder(crosscoder, repository, private=private, license=license))
+
+
+@click.command("pull-crosscoder")
+@click.argument("repository", metavar="OWNER/NAME[@REVISION][/SUBFOLDER]")
+@click.option("--to", "out", metavar="FOLDER", required=True, help="New folder.")
+@json_option
+@handle_errors
+def pull_crosscoder_command(repository: str, out: str, as_json: bool) -> None:
+    """Bring a crosscoder from a repository of the Hugging Face Hub, checked against the hash of its weights.
+
+    \b
+    Example:  rlgen-stats pull-crosscoder me/demo-crosscoder --to crosscoder/main
+    """  # noqa: D301 - click needs the backspace itself
+    from rlgen_stats.toolkit.crosscoder import pull_crosscoder
+
+    _describe(pull_crosscoder(repository, out), out, as_json)
+
+
+def _describe(crosscoder: Crosscoder, folder: str, as_json: bool) -> None:
+    if as_json:
+        print_json(crosscoder.describe() | {"folder": folder})
+        return
+    width = "/".join(map(str, dict.fromkeys(crosscoder.widths)))
+    echo(
+        f"{folder}: {crosscoder.n_features:,} features of {', '.join(crosscoder.views)}, width {width}, "
+        f"{crosscoder.sparsity}."
+    )
+
+
 def _where(conditions: tuple[str, ...]) -> dict[str, object]:
     """``label=a,b`` as the values a label may have."""
     values_of: dict[str, object] = {}
@@ -344,4 +388,6 @@ COMMANDS = {
     "export": export_store,
     "import-crosscoder": import_crosscoder_command,
     "export-crosscoder": export_crosscoder_command,
+    "push-crosscoder": push_crosscoder_command,
+    "pull-crosscoder": pull_crosscoder_command,
 }

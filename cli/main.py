@@ -51,11 +51,10 @@ _COMMANDS: Final = {
     "export-requests": ("rlgen_stats.cli.import_export", "Write what another engine, such as vLLM, is to sample."),
     "import-outcomes": ("rlgen_stats.cli.import_export", "Take completions of a model that were sampled elsewhere."),
     "export": ("rlgen_stats.cli.import_export", "Export selected activations and labels to safetensors or npy."),
-    "import-crosscoder": (
-        "rlgen_stats.cli.import_export",
-        "Import crosscoder weights trained with crosscoder_learning.",
-    ),
-    "export-crosscoder": ("rlgen_stats.cli.import_export", "Export a crosscoder for crosscoder_learning."),
+    "import-crosscoder": ("rlgen_stats.cli.import_export", "Import crosscoder weights of other tools."),
+    "export-crosscoder": ("rlgen_stats.cli.import_export", "Export a crosscoder, or an SAE a view, for other tools."),
+    "push-crosscoder": ("rlgen_stats.cli.import_export", "Put a crosscoder on the Hugging Face Hub, with a card."),
+    "pull-crosscoder": ("rlgen_stats.cli.import_export", "Bring a crosscoder from the Hugging Face Hub."),
 }
 
 

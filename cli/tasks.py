@@ -46,7 +46,7 @@ def tasks(context: click.Context, as_json: bool) -> None:
     "--from",
     "source",
     metavar="PATH",
-    help="File (parquet, jsonl, json, csv) or folder in a published layout, a folder with one NAME each, or a Hub id.",
+    help="Table (parquet, jsonl, csv, ...) or folder in a published layout, a folder with one NAME each, or a Hub id.",
 )
 @click.option("--split", help="Split of the data set; default: the one the benchmark is tested on.")
 @click.option(

@@ -121,7 +121,9 @@ class ModelsSpec(Spec):
 
 
 class DataSpec(Spec):
-    """Tables of prompts (parquet, csv or jsonl), relative to the study folder."""
+    """Tables of prompts: parquet, csv, tsv, jsonl, json, arrow, or a folder that datasets saved, relative to the study
+    folder; or on the Hub, hf://datasets/OWNER/NAME[@REVISION]/PATH.
+    """
 
     prompts: str | None = "data/prompts.parquet"
     """Evaluation prompts: prompt_id, text, answer, task, domain (in|out); optional split, cluster and choices. Default:
@@ -331,7 +333,7 @@ class CrosscoderSpec(Spec):
     crosscoder_learning (one layer a view, in order), or the folder of an SAE in the layout of SAELens. Nothing is
     trained then; n_features must match the weights."""
     corpus: str | None = None
-    """A table of texts (parquet, csv or jsonl with a column text), relative to the study folder. The models read them
+    """A table of texts (see ``data``, with a column text), relative to the study folder. The models read them
     while the crosscoder trains and no activations are stored; default: the study's stored activations."""
     accept_unhealthy: bool = False
     """Whether the crosscoder is used although it fails its health checks; the report says so."""

@@ -115,7 +115,7 @@ class TaskSpec(Spec):
     max_new_tokens: PositiveInt | None = None
     """Length limit of this task's completions; default: generation.max_new_tokens."""
     file: str | None = None
-    """Table of this task alone (parquet, csv or jsonl), relative to the study folder; default: the rows of data.prompts
+    """Table of this task alone (as ``data.prompts``), relative to the study folder; default: the rows of data.prompts
     whose column task has this task's name."""
     columns: dict[Literal["prompt_id", "text", "answer", "choices", "cluster", "split"], str] = Field(
         default_factory=dict

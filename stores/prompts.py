@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Final
@@ -29,6 +28,8 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.schemas.tasks import FIELD, TaskSpec, template_fields
 from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.hub import locate_table
+from rlgen_stats.stores.table_files import read_table
 
 TEXT: Final = "text"
 ANSWER: Final = "answer"
@@ -52,11 +53,11 @@ def read_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
     InputError
         If a file, column, cell or list of choices cannot be read.
     """
-    tables = [] if spec.data.prompts is None else [_shared_rows(spec, folder.resolve(spec.data.prompts))]
+    tables = [] if spec.data.prompts is None else [_shared_rows(spec, locate_table(spec.data.prompts, folder))]
     tables += [
         _task_rows(read_table(file), file, task, name, chat=spec.all_rendered)
         for name, task in spec.tasks.items()
-        if task.file is not None and (file := folder.resolve(task.file))
+        if task.file is not None and (file := locate_table(task.file, folder))
     ]
     return pd.concat(tables, ignore_index=True).reindex(columns=list(COLUMNS)).astype(object)
 
@@ -81,7 +82,7 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
         empty; a domain, split or task name is unknown; choices are no list; or a cluster has prompts in several splits.
     """
     table = read_prompts(spec, folder)
-    path = " and ".join(str(folder.resolve(file)) for file in prompt_files(spec).values())
+    path = " and ".join(str(locate_table(file, folder)) for file in prompt_files(spec).values())
     _check_ids(table, path)
     _check_tasks(table, path, spec)
     table[CLUSTER] = table[CLUSTER].fillna(table[PROMPT])  # of files without the column
@@ -104,7 +105,7 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
 
 
 def load_texts(path: Path) -> list[str]:
-    """Texts of a table's column ``text`` (parquet, csv or jsonl).
+    """Texts of a table's column ``text``; see :func:`~rlgen_stats.stores.table_files.read_table`.
 
     Raises
     ------
@@ -115,61 +116,6 @@ def load_texts(path: Path) -> list[str]:
     if TEXT not in table.columns:
         raise InputError(f"{path} needs a column {TEXT!r}, got {', '.join(map(str, table.columns)) or 'none'}.")
     return text_cells(table, TEXT, path)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A parquet, csv or jsonl file as a table; csv cells stay text, so that an answer ``05`` stays ``05``.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, of another kind, or malformed.
-    """
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": pd.read_parquet,
-        ".csv": _read_csv,
-        ".jsonl": _read_jsonl,
-    }
-    if path.suffix not in readers:
-        raise InputError(f"{path}: tables are {', '.join(readers)} files, got {path.suffix or 'no suffix'!r}.")
-    if not path.is_file():
-        raise InputError(f"no table at {path}; correct its path in the study file.")
-    try:
-        return readers[path.suffix](path).reset_index(drop=True)
-    except (ValueError, OSError, csv.Error) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{path} is not a readable {path.suffix[1:]} table ({first}).") from error
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-
-
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    return pd.DataFrame(json_lines(path), dtype=object)
-
-
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file with one JSON object a line; only a line feed ends a line, a text may hold U+2028 or U+0085.
-
-    Raises
-    ------
-    ValueError
-        If a line is no JSON object, or nests deeper than Python reads.
-    """
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except RecursionError:
-                    raise ValueError(f"line {number} nests too deep") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
-                yield row
 
 
 def choices_of(cell: str) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match=r"split 'dev' \(Unknown split .dev.*\); give"):
         read_benchmark(ARC, str(snapshot(tmp_path / "hub")), split="dev")
     (tmp_path / "arc.txt").write_text("x")
-    with pytest.raises(InputError, match=r"arc.txt cannot be read .*files are \.parquet, .* got '\.txt'"):
+    with pytest.raises(InputError, match=r"arc.txt: tables are \.parquet, .* got '\.txt'"):
         read_benchmark(ARC, str(tmp_path / "arc.txt"))
     (tmp_path / "one.json").write_text("{}")
     with pytest.raises(InputError, match=r"one.json cannot be read .*expected a list of objects"):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,12 +16,19 @@ from tests.exchange.conftest import label_table
 def write(table: pd.DataFrame, path: Path) -> Path:
     if path.suffix == ".parquet":
         table.to_parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+    elif path.name == "saved":
+        datasets.Dataset.from_pandas(table).save_to_disk(str(path))
     else:
-        table.to_csv(path, index=False)
+        table.to_csv(path, index=False, sep="\t" if ".tsv" in path.name else ",")
     return path
 
 
-@pytest.mark.parametrize("name", ["labels.parquet", "labels.csv", "labels.csv.gz"])
+KINDS = [f"labels.{kind}" for kind in ("parquet", "csv", "csv.gz", "tsv", "tsv.gz", "jsonl", "json")]
+
+
+@pytest.mark.parametrize("name", [*KINDS, "saved"])
 def test_tokens_and_prompts_come_back_from_every_kind_of_table(tmp_path: Path, name: str) -> None:
     table = label_table()
     tokens, prompts = read_labels(write(table[sorted(table.columns)], tmp_path / name))
@@ -33,7 +41,7 @@ def test_tokens_and_prompts_come_back_from_every_kind_of_table(tmp_path: Path, n
     assert prompts["prompt"][7] == "007"
 
 
-@pytest.mark.parametrize("name", ["labels.parquet", "labels.csv"])
+@pytest.mark.parametrize("name", ["labels.parquet", "labels.csv", "labels.jsonl"])
 def test_source_is_optional_and_numbers_become_text(tmp_path: Path, name: str) -> None:
     table = label_table().drop(columns="source").assign(prompt=lambda t: t["prompt"].astype(int))
     tokens, prompts = read_labels(write(table, tmp_path / name))
@@ -138,8 +146,8 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="label tables are read from local files, got memory://x"):
         read_labels("memory://x.csv")
     for name, content, message in (
-        ("labels.json", b"{}", r"label tables are \.parquet, \.csv or \.csv\.gz files, got labels\.json"),
-        ("labels.pkl", b"x", r"label tables are \.parquet, \.csv or \.csv\.gz files, got labels\.pkl"),
+        ("labels.json", b"{}", r"labels\.json is not a readable json table \(expected a list of objects"),
+        ("labels.pkl", b"x", r"labels\.pkl: tables are \.parquet, \.csv, .* files, got '\.pkl'"),
         ("labels.parquet", b"PAR1 no", r"labels\.parquet cannot be read as parquet \(.*\); write it again"),
         ("labels.csv", b"", r"labels\.csv cannot be read as csv \(.*\); write it again"),
         ("labels.csv", b"\xff\xfe\x00", r"labels\.csv cannot be read as csv"),

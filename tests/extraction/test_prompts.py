@@ -172,7 +172,7 @@ def test_tasks_named_by_the_spec_must_exist(tmp_path: Path) -> None:
 def test_missing_and_malformed_files_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no table at"):
         read_table(tmp_path / "none.csv")
-    with pytest.raises(InputError, match=r"tables are \.parquet, \.csv, \.jsonl files, got '\.txt'"):
+    with pytest.raises(InputError, match=r"tables are \.parquet, .* \.jsonl, \.json, \.arrow files, got '\.txt'"):
         read_table(tmp_path / "prompts.txt")
     for name, content in (("a.parquet", "no"), ("a.jsonl", '{"a": 1}\n{"a"'), ("b.jsonl", "[1]"), ("a.csv", '"a')):
         (tmp_path / name).write_text(content)

@@ -56,6 +56,9 @@ class Hub:
         for number, step in enumerate(("step-0010", "step-0200"), start=1):
             save_model(self.files / step, seed=number)
 
+    def dataset_info(self, repo: str, *, revision: str) -> Any:
+        return self.model_info(f"datasets/{repo}", revision=revision)
+
     def model_info(self, repo: str, *, revision: str) -> Any:
         self.calls.append(f"info {repo}@{revision}")
         if not self.online:
@@ -64,10 +67,16 @@ class Hub:
         return SimpleNamespace(sha=self.commit, siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def snapshot_download(
-        self, repo: str, *, revision: str, allow_patterns: list[str] | None = None, local_files_only: bool = False
+        self,
+        repo: str,
+        *,
+        revision: str,
+        repo_type: str = "model",
+        allow_patterns: list[str] | None = None,
+        local_files_only: bool = False,
     ) -> str:
         """As huggingface_hub lays out its cache."""
-        place = self.cache / f"models--{repo.replace('/', '--')}"
+        place = self.cache / f"{repo_type}s--{repo.replace('/', '--')}"
         if local_files_only:
             commit = (place / "refs" / revision).read_text()
             return str(place / "snapshots" / commit)

@@ -505,7 +505,7 @@ def test_files_of_two_engines_and_of_none_are_refused(world: Path, study: Path, 
     with pytest.raises(InputError, match=r"there is no file .*nothing\.jsonl"):
         take(study, "rl@4", [tmp_path / "nothing.jsonl"], declared=DECLARED)
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(InputError, match="is no log of Inspect or lm-evaluation-harness with samples"):
+    with pytest.raises(InputError, match=r"x\.json is not a readable json table"):
         take(study, "rl@4", [tmp_path / "x.json"], declared=DECLARED)
     two = write_lines(tmp_path / "5.jsonl", [{"input": "a", "output": "b", "score": 1, "step": i} for i in (4, 5)])
     with pytest.raises(InputError, match=r"holds rollouts of the steps \[4, 5\]; expected those of one model"):

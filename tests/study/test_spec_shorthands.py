@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
 from rlgen_stats.schemas.errors import ModelError, SpecError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
-from rlgen_stats.stores.hub import hub_folder, locate_checkpoint
+from rlgen_stats.stores.hub import hub_folder, locate_checkpoint, locate_table
+from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.stores.study_models import list_models
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights, load_model
 from rlgen_stats.toolkit.study import read_spec
+from rlgen_stats.toolkit.study.check_study import check_study
 from rlgen_stats.toolkit.study.run import open_for_run
 from tests.study.conftest import COMMIT, Hub, spec_dict
 
@@ -179,6 +182,41 @@ def test_a_download_that_fails_is_a_sentence(study_folder: Path, hub: Hub) -> No
     hub.online = True
     assert hub_folder(slashed, folder).subfolder == "step-0010"
     assert hub.calls[-1] == "info org/model@refs/pr/3"
+
+
+def test_prompts_of_the_hub_are_pinned_and_decide_the_keys(study_folder: Path, hub: Hub) -> None:
+    rows = pd.DataFrame({"prompt_id": list("abcd"), "text": "1 + 1", "answer": "2", "task": "math", "domain": "in"})
+    for number in range(2):
+        rows[2 * number : 2 * number + 2].to_parquet(hub.files / f"test-0000{number}-of-00002.parquet")
+    (hub.files / "data").mkdir()
+    rows.to_csv(hub.files / "data" / "train.tsv", sep="\t", index=False)
+    local = open_for_run(study_folder).key("outcomes")
+    keys = {}
+    for path, n in (("test", 4), ("test-00000-of-00002.parquet", 2), ("data/train.tsv", 4), ("data", 4)):
+        named = {"prompts": f"hf://datasets/org/rows@dev/{path}", "train": None}
+        (study_folder / "study.yaml").write_text(yaml.safe_dump(spec_dict(data=named)))
+        study = open_for_run(study_folder)
+        keys[path] = study.key("outcomes")
+        assert len(load_prompts(study.spec, study.folder)) == n
+        assert not [one for one in check_study(study_folder).problems if one.where.startswith("data")]
+    assert len({local, *keys.values()}) == 5
+    assert [call for call in hub.calls if "info" in call] == ["info datasets/org/rows@dev"]
+    assert "safetensors" not in " ".join(hub.calls)
+    hub.commit = COMMIT[::-1]  # the branch moves; the study stays
+    assert open_for_run(study_folder).key("outcomes") == keys["data"]
+    (study_folder / "stages" / "hub.json").unlink()
+    assert open_for_run(study_folder).key("outcomes") != keys["data"]
+
+
+def test_tables_that_the_hub_has_not_are_named(hub: Hub) -> None:
+    (hub.files / "train.jsonl").write_text('{"text": "a"}')
+    for path in ("hf://datasets/org/rows", "hf://datasets/org/rows/tr", "hf://datasets/org/rows/train.parquet"):
+        with pytest.raises(ModelError, match=r"hf://datasets/org/rows has no table .*; it has train.jsonl, "):
+            locate_table(path)
+    assert locate_table("hf://datasets/org/rows/train.jsonl").read_text() == '{"text": "a"}'
+    with pytest.raises(ModelError, match="is no model of the Hub"):
+        locate_table("hf://datasets/org/rows/../../x.csv")
+    assert locate_table("rows.csv") == Path("rows.csv")
 
 
 def test_a_name_of_the_hub_without_its_scheme_is_recognised(study_folder: Path) -> None:

@@ -4,6 +4,7 @@ from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations
 from rlgen_stats.toolkit.crosscoder.data.paired import ArrayReader, PairedActivations
 from rlgen_stats.toolkit.crosscoder.interop.decoder_dataset import decoder_dataset
 from rlgen_stats.toolkit.crosscoder.interop.foreign_weights import export_crosscoder, import_crosscoder
+from rlgen_stats.toolkit.crosscoder.interop.hub_repository import pull_crosscoder, push_crosscoder
 from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import export_saes, import_sae
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
@@ -52,6 +53,8 @@ __all__ = [
     "logit_effects",
     "measure_health",
     "measure_readout",
+    "pull_crosscoder",
+    "push_crosscoder",
     "rank_of_process",
     "require_healthy",
     "scaling_sums",

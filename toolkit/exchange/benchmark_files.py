@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlgen_stats.schemas.dims import CLUSTER
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.stores.prompts import ANSWER, FILE_ID, TEXT, json_lines, read_table
+from rlgen_stats.stores.hub import is_on_hub, locate_table
+from rlgen_stats.stores.prompts import ANSWER, FILE_ID, TEXT
+from rlgen_stats.stores.table_files import SAVED, SAVED_SPLITS, SUFFIXES, json_lines, json_rows, read_table
 from rlgen_stats.toolkit.exchange.benchmark_layouts import Benchmark, Question, Row, questions
 
-SUFFIXES: Final = (".parquet", ".jsonl", ".json", ".csv")
-_HUB_ID: Final = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.parquet)(?<!\.jsonl)(?<!\.json)(?<!\.csv)(@.+)?")
+_NO_FILE: Final = "".join(f"(?<!{re.escape(suffix)})" for suffix in SUFFIXES)
+_HUB_ID: Final = re.compile(rf"\w[\w.-]*/\w[\w.-]*{_NO_FILE}(@.+)?")
 """OWNER/NAME of a data set, with or without its revision; no file's name."""
 
 
@@ -37,8 +40,9 @@ def read_benchmark(
     benchmark
         What to read.
     source
-        File (parquet, jsonl, json, csv) in one of the published layouts, folder that ``datasets`` reads or has saved,
-        or Hub id with or without ``@revision``; default: where the benchmark is published.
+        File (see :func:`~rlgen_stats.stores.table_files.read_table`) in one of the published layouts, folder that
+        ``datasets`` reads or has saved, one file of the Hub (``hf://datasets/OWNER/NAME/PATH``), or Hub id with or
+        without ``@revision``; default: where the benchmark is published.
     split
         Of a folder or Hub id; default: the one the benchmark is tested on.
     columns
@@ -85,6 +89,8 @@ def _ids(name: str, read: list[Question]) -> list[str]:
 
 
 def _rows(benchmark: Benchmark, source: str, split: str) -> list[Row]:
+    if is_on_hub(source):
+        return _file_rows(locate_table(source))
     path = Path(source).expanduser()
     if not path.exists() and not _HUB_ID.fullmatch(source):
         raise InputError(
@@ -113,13 +119,9 @@ def _file_rows(path: Path) -> list[Row]:
         case ".jsonl":
             rows = list(json_lines(path))
         case ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise ValueError("expected a list of objects")
-        case ".csv":
-            rows = [{str(name): cell for name, cell in row.items()} for row in read_table(path).to_dict("records")]
-        case other:
-            raise ValueError(f"files are {', '.join(SUFFIXES)}, got {other or 'no suffix'!r}")
+            rows = json_rows(path)
+        case _:
+            rows = pa.Table.from_pandas(read_table(path), preserve_index=False).to_pylist()
     return rows
 
 
@@ -127,7 +129,7 @@ def _dataset_rows(source: Path | str, config: str | None, split: str) -> list[Ro
     import datasets  # seconds to import
 
     datasets.disable_progress_bars()
-    if isinstance(source, Path) and any((source / name).exists() for name in ("dataset_dict.json", "state.json")):
+    if isinstance(source, Path) and any((source / name).exists() for name in (SAVED_SPLITS, SAVED)):
         saved = datasets.load_from_disk(str(source))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from rlgen_stats.schemas.dims import CLUSTER, PROMPT, SAMPLE
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.stores.prompts import json_lines
+from rlgen_stats.stores.table_files import json_lines
 
 NO_TASK: Final = "all"
 """Task of a log that does not name one."""
@@ -90,7 +90,12 @@ def evaluation_logs(file: Path, cluster: str | None = None, *, completions: bool
             return None
         name = _LM_EVAL_NAME.fullmatch(file.name)
         return [_lm_eval(file, name[1] if name else NO_TASK, json_lines(file), cluster, completions=completions)]
-    content = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig")) if file.suffix == ".json" else None
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # of a table with one object a line
+            raise
+        return None
     if not isinstance(content, dict):
         return None
     samples = content.get("samples")

@@ -14,7 +14,9 @@ import pandas as pd
 from rlgen_stats.schemas.dims import CLUSTER, MODEL, NOT_SAMPLED, PROMPT, SAMPLE, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import open_outcomes
-from rlgen_stats.stores.prompts import FILE_ID, read_table
+from rlgen_stats.stores.hub import is_on_hub, locate_table
+from rlgen_stats.stores.prompts import FILE_ID
+from rlgen_stats.stores.table_files import is_table_folder, read_table
 from rlgen_stats.toolkit.exchange.evaluation_logs import TaskLog, evaluation_logs
 
 CORRECT: Final = "correct"
@@ -37,9 +39,10 @@ def read_graded(
     Parameters
     ----------
     path
-        A table (``.parquet``, ``.csv``, ``.jsonl``) with the columns prompt and correct and perhaps task, sample and
-        cluster; a study folder or its outcomes.zarr; ``samples_*.jsonl`` of lm-evaluation-harness; a log of Inspect
-        (``.eval``, ``.json``); or a folder of either kind of logs, one a task.
+        A table (any that :func:`~rlgen_stats.stores.table_files.read_table` reads, or ``hf://datasets/...``) with the
+        columns prompt and correct and perhaps task, sample and cluster; a study folder or its outcomes.zarr;
+        ``samples_*.jsonl`` of lm-evaluation-harness; a log of Inspect (``.eval``, ``.json``); or a folder of either
+        kind of logs, one a task.
     metric
         What counts as correct, where there are several: a table's column, ``greedy`` or ``sampled`` of a study, a
         metric of lm-evaluation-harness (``acc``, or ``exact_match,strict-match`` with its filter), a scorer of Inspect.
@@ -65,7 +68,10 @@ def read_graded(
     --------
     >>> base = read_graded("out/base", metric="exact_match,strict-match")  # doctest: +SKIP
     """
-    path, wanted = Path(path), (metric,) if isinstance(metric, str) else tuple(metric)
+    wanted = (metric,) if isinstance(metric, str) else tuple(metric)
+    if is_on_hub(str(path)):
+        return _of_table(locate_table(path), wanted, cluster)
+    path = Path(path)
     store = next((one for one in (path / "outcomes.zarr", path) if (one / "zarr.json").is_file()), None)
     if store is not None:
         return _of_study(store, model, wanted)
@@ -137,10 +143,9 @@ def _truth(value: Any) -> Any:
 def _logs(path: Path, cluster: str | None) -> list[TaskLog] | None:
     """Tasks of a file or folder of logs; None for a file that is a table."""
     if path.is_file():
-        logs = evaluation_logs(path, cluster)
-        if logs is None and path.suffix == ".json":
-            raise InputError(f"{path} is no log of Inspect or lm-evaluation-harness with samples; expected one.")
-        return logs
+        return evaluation_logs(path, cluster)
+    if is_table_folder(path):
+        return None
     if not path.is_dir():
         raise InputError(
             f"there is nothing at {path}; expected a file or folder of graded completions: correct the path."

@@ -25,8 +25,10 @@ from rlgen_stats.schemas.dims import (
     TOKEN_ID,
 )
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.stores.hub import is_on_hub, locate_table
 from rlgen_stats.stores.locations import is_remote, place
 from rlgen_stats.stores.prompts import check_label, text_cells
+from rlgen_stats.stores.table_files import read_table
 
 REQUIRED: Final = (PROMPT, POSITION, TOKEN_ID, SEGMENT, *PROMPT_LABELS)
 """Columns of a label table."""
@@ -37,6 +39,7 @@ IMPORTED: Final = "imported"
 LABEL_ROWS: Final = 1 << 18
 """Tokens whose labels are read from a store at once."""
 
+_DELIMITED: Final = {".csv": ",", ".tsv": "\t"}
 _NUMBERS: Final = (POSITION, TOKEN_ID)
 _LARGEST: Final = int(np.iinfo(np.int32).max)
 
@@ -47,8 +50,9 @@ def read_labels(path: Path | str, *, ignore: Collection[str] = ()) -> tuple[pd.D
     Parameters
     ----------
     path
-        ``.parquet``, ``.csv`` or ``.csv.gz`` with the columns prompt, position, token_id, segment, task, domain, split,
-        cluster, and source if known (the model that wrote the text).
+        ``.parquet``, ``.csv``, ``.tsv`` (``.gz`` too), or any other table (``hf://datasets/...`` too) that
+        :func:`~rlgen_stats.stores.table_files.read_table` reads, whole into memory, with the columns prompt, position,
+        token_id, segment, task, domain, split, cluster, and source if known (the model that wrote the text).
     ignore
         Other columns of the file that are to be left out.
 
@@ -70,12 +74,12 @@ def read_labels(path: Path | str, *, ignore: Collection[str] = ()) -> tuple[pd.D
     --------
     >>> tokens, prompts = read_labels("labels.parquet", ignore=["text"])  # doctest: +SKIP
     """
-    path = place(path)
+    path = locate_table(path) if is_on_hub(str(path)) else place(path)
     if is_remote(path):
         raise InputError(f"label tables are read from local files, got {path}; copy the file to this machine first.")
-    if not path.is_file():
-        raise InputError(f"there is no label table at {path}; expected a .parquet, .csv or .csv.gz file.")
     reader = _reader_of(path)
+    if reader is not _read_other and not path.is_file():
+        raise InputError(f"there is no label table at {path}; expected a .parquet, .csv or other table.")
     try:
         table = reader(path, ignore)
     except InputError:
@@ -97,9 +101,9 @@ def _reader_of(path: Path) -> Any:
     name = path.name.lower()
     if name.endswith((".parquet", ".pq")):
         return _read_parquet
-    if name.endswith((".csv", ".csv.gz")):
+    if name.endswith((*_DELIMITED, *(f"{suffix}.gz" for suffix in _DELIMITED))):
         return _read_csv
-    raise InputError(f"label tables are .parquet, .csv or .csv.gz files, got {path.name}; convert it.")
+    return _read_other
 
 
 def _check_columns(path: Path, names: Sequence[str], ignore: Collection[str]) -> list[str]:
@@ -123,7 +127,22 @@ def _check_columns(path: Path, names: Sequence[str], ignore: Collection[str]) ->
 
 
 def _read_parquet(path: Path, ignore: Collection[str]) -> pd.DataFrame:
-    schema = pq.read_schema(path)
+    columns, text = _columns_of(path, pq.read_schema(path), ignore)
+    table = pq.read_table(path, columns=columns, read_dictionary=text)
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, strings_to_categorical=True)
+    return frame
+
+
+def _read_other(path: Path, ignore: Collection[str]) -> pd.DataFrame:
+    """Tables whose columns are not read one by one."""
+    table = pa.Table.from_pandas(read_table(path), preserve_index=False)
+    columns, _ = _columns_of(path, table.schema, ignore)
+    frame: pd.DataFrame = table.select(columns).to_pandas(ignore_metadata=True, strings_to_categorical=True)
+    return frame
+
+
+def _columns_of(path: Path, schema: pa.Schema, ignore: Collection[str]) -> tuple[list[str], list[str]]:
+    """Columns to read, and those of them that are text."""
     columns = _check_columns(path, schema.names, ignore)
     text = [name for name in columns if name not in _NUMBERS]
     for name in text:
@@ -132,9 +151,7 @@ def _read_parquet(path: Path, ignore: Collection[str]) -> pd.DataFrame:
                 f"{path.name} holds {schema.field(name).type} in the column {name!r}, expected text or numbers, one "
                 "value a token; write it as text."
             )
-    table = pq.read_table(path, columns=columns, read_dictionary=text)
-    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True, strings_to_categorical=True)
-    return frame
+    return columns, text
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -149,7 +166,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _read_csv(path: Path, ignore: Collection[str]) -> pd.DataFrame:
-    parsing = csv.ParseOptions(newlines_in_values=True)
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    parsing = csv.ParseOptions(newlines_in_values=True, delimiter=_DELIMITED[suffix.lower()])
     with csv.open_csv(path, parse_options=parsing) as reader:
         columns = _check_columns(path, reader.schema.names, ignore)
     text = pa.dictionary(pa.int32(), pa.string())

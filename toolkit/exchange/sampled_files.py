@@ -15,7 +15,8 @@ import numpy as np
 
 from rlgen_stats.schemas.dims import GREEDY, PROMPT, SAMPLE
 from rlgen_stats.schemas.errors import InputError
-from rlgen_stats.stores.prompts import FILE_ID, json_lines, read_table
+from rlgen_stats.stores.prompts import FILE_ID
+from rlgen_stats.stores.table_files import is_table_folder, json_lines, read_table
 from rlgen_stats.toolkit.exchange.evaluation_logs import TaskLog, evaluation_logs, message_text
 
 TABLE: Final = "table"
@@ -75,9 +76,9 @@ def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metrics:
     Parameters
     ----------
     files
-        ``.jsonl``, ``.parquet`` or ``.csv`` with prompt_id, sample, text or token_ids, and perhaps correct, one row a
-        completion, or a line a prompt as vLLM and SGLang return it (``outputs``, ``meta_info``, batch responses), each
-        perhaps with the ``engine`` that sampled it;
+        Tables (see :func:`~rlgen_stats.stores.table_files.read_table`) with prompt_id, sample, text or
+        token_ids, and perhaps correct, one row a completion, or a line a prompt as vLLM and SGLang return it
+        (``outputs``, ``meta_info``, batch responses), each perhaps with the ``engine`` that sampled it;
         ``samples_*.jsonl`` of lm-evaluation-harness; ``.eval`` or ``.json`` of Inspect; ``STEP.jsonl`` that verl dumps.
         Completions of one prompt without a number count in the order of the files.
     greedy
@@ -96,7 +97,7 @@ def read_sampled(files: Sequence[Path], *, greedy: Sequence[Path] = (), metrics:
     engines: dict[str, Path] = {}
     completions: list[Sampled] = []
     for file, is_greedy in [*((file, False) for file in files), *((file, True) for file in greedy)]:
-        if not file.is_file():
+        if not file.is_file() and not is_table_folder(file):
             raise InputError(f"there is no file {file}; expected completions: correct the path.")
         try:
             engine, rows = _read(file, metrics)
@@ -135,8 +136,6 @@ def _read(file: Path, metrics: Sequence[str]) -> tuple[str, Iterable[dict[str, A
     logs = evaluation_logs(file, completions=True)
     if logs is not None:
         return logs[0].engine if logs else "inspect", [row for log in logs for row in _of_log(log, metrics)]
-    if file.suffix == ".json":
-        raise InputError(f"{file} is no log of Inspect or lm-evaluation-harness with samples; expected one.")
     if file.suffix == ".jsonl" and next(json_lines(file), {}).keys() >= _VERL:
         return "verl", _of_verl(file, metrics)
     rows = [row for line in read_table(file).to_dict(orient="records") for row in _flat(line)]

@@ -2,7 +2,7 @@
 
 from rlgen_stats.schemas.dims import FORMAT_CLASSES
 from rlgen_stats.schemas.null_views import REPEAT_MODEL
-from rlgen_stats.stores.prompts import load_prompts, load_texts, read_table
+from rlgen_stats.stores.prompts import load_prompts, load_texts
 from rlgen_stats.stores.study_models import (
     ModelRef,
     final_model,
@@ -10,6 +10,7 @@ from rlgen_stats.stores.study_models import (
     list_models,
     resolve_view,
 )
+from rlgen_stats.stores.table_files import read_table
 from rlgen_stats.toolkit.extraction.activations import LayerStore, extract_activations, site_name, token_mask
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, load_tokenizer, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion, generate

@@ -12,7 +12,9 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder
-from rlgen_stats.stores.prompts import CHOICES, chat_messages, choice_cells, read_table, text_cells
+from rlgen_stats.stores.hub import is_on_hub, locate_table
+from rlgen_stats.stores.prompts import CHOICES, chat_messages, choice_cells, text_cells
+from rlgen_stats.stores.table_files import read_table
 from rlgen_stats.toolkit.extraction.batching import encode
 from rlgen_stats.toolkit.extraction.rendering import PromptReader
 
@@ -26,7 +28,7 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
     Parameters
     ----------
     spec
-        The study; ``data.train`` names the table (parquet, csv or jsonl).
+        The study; ``data.train`` names the table.
     run
         The run; its method decides which columns are needed.
     folder
@@ -47,11 +49,9 @@ def load_training_table(spec: StudySpec, run: RunSpec, folder: StudyFolder) -> p
         If it cannot be read, is empty, lacks a column, or has an empty cell.
     """
     if spec.data.train is None:
-        raise SpecError(
-            f"run {run.name!r} is trained here but 'data.train' names no table; name a parquet, csv or jsonl."
-        )
-    path = folder.resolve(spec.data.train)
-    if not path.exists():
+        raise SpecError(f"run {run.name!r} is trained here but 'data.train' names no table; name one.")
+    path = locate_table(spec.data.train, folder)
+    if not path.exists() and not is_on_hub(spec.data.train):
         raise SpecError(f"'data.train' names {path}, which does not exist; correct the path.")
     table = read_table(path)
     needed = NEEDED[run.method]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,10 +13,12 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.errors import InputError, ModelError, StoreError
 from rlgen_stats.schemas.study import GenerationSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, committed_models, open_features, open_outcomes
+from rlgen_stats.stores.hub import locate_table
 from rlgen_stats.stores.prompts import prompt_files
+from rlgen_stats.stores.table_files import table_files
 from rlgen_stats.toolkit.reporting.claims.c3_selection import unusable_tasks
 from rlgen_stats.toolkit.reporting.claims.replication import runs_per_arm
 from rlgen_stats.toolkit.reporting.formatting import DASH, count, listed
@@ -56,8 +59,10 @@ def read_study_data(folder: StudyFolder, spec: StudySpec) -> StudyData:
     if source is not None:
         names = ("prompt", "task", "domain", "split", "cluster")
         prompts = pd.DataFrame({name: labels_of(source, name) for name in names})
-    tables = [folder.resolve(file) for file in prompt_files(spec).values()]
-    content = b"".join(table.read_bytes() for table in tables if table.is_file())
+    content = b""
+    for table in prompt_files(spec).values():
+        with suppress(InputError, ModelError):  # no longer there
+            content += b"".join(file.read_bytes() for file in table_files(locate_table(table, folder)))
     digest = hashlib.sha256(content).hexdigest() if content else NOT_RECORDED
     sampling = None
     if outcomes is not None and "engine" in outcomes:

@@ -18,7 +18,7 @@ from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models
 from rlgen_stats.stores.folder import linked_folders
-from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint
+from rlgen_stats.stores.hub import is_on_hub, locate_checkpoint, locate_table
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, prompt_files
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, imported_models, list_models, one_of_each
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights, resolve_device
@@ -185,22 +185,26 @@ def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> N
         paths |= {f"crosscoders.{one.name}.weights": one.weights, f"crosscoders.{one.name}.corpus": one.corpus}
     paths["intervention.neutral_text"] = spec.intervention.neutral_text
     for where, path in paths.items():
-        if path is not None and not is_on_hub(path) and not folder.resolve(path).exists():
+        if path is not None and not _is_there(path, folder):
             problems.add(where, f"names {folder.resolve(path)}, which does not exist; correct the path.")
     tables = {where: path for where, path in paths.items() if where.endswith((".corpus", ".neutral_text"))}
     for where, path in tables.items():
-        if path is not None and folder.resolve(path).exists():
+        if path is not None and _is_there(path, folder):
             with problems.collecting(where):
-                load_texts(folder.resolve(path))
+                load_texts(locate_table(path, folder))
+
+
+def _is_there(path: str, folder: StudyFolder) -> bool:
+    return is_on_hub(path) or folder.resolve(path).exists()
 
 
 def _check_prompts(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> pd.DataFrame | None:
     """The prompts, with the training tables and what trials need of them; None if they cannot be read."""
     for run in spec.runs:
-        if run.method != "checkpoints" and spec.data.train and folder.resolve(spec.data.train).exists():
+        if run.method != "checkpoints" and spec.data.train and _is_there(spec.data.train, folder):
             with problems.collecting("data.train"):
                 load_training_table(spec, run, folder)
-    if not all(folder.resolve(file).exists() for file in prompt_files(spec).values()):
+    if not all(_is_there(file, folder) for file in prompt_files(spec).values()):
         return None
     prompts: pd.DataFrame | None = None
     with problems.collecting(" and ".join(prompt_files(spec))):

@@ -15,9 +15,11 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, committed_models, open_outcomes
 from rlgen_stats.stores.atomic import remove_folder
 from rlgen_stats.stores.digests import file_sha256
+from rlgen_stats.stores.hub import locate_table
 from rlgen_stats.stores.owners import owner
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, find_model, imported_models, list_models
+from rlgen_stats.stores.table_files import table_sha256
 from rlgen_stats.stores.tables import rewrite_models
 from rlgen_stats.toolkit.exchange.sampled_files import TABLE, Sampled, SampledFiles, read_sampled
 from rlgen_stats.toolkit.extraction.activations import contrasted_models
@@ -110,10 +112,11 @@ def import_outcomes(
         raise InputError(f"{path} is part of the study in {study.folder.study}; import into that.")
     with study.being_written():
         ref = find_model(model, study.spec, study.folder)
-        given = read_sampled([Path(file) for file in files], greedy=[Path(file) for file in greedy], metrics=metrics)
+        sampled, of_greedy = ([locate_table(file) for file in some] for some in (files, greedy))
+        given = read_sampled(sampled, greedy=of_greedy, metrics=metrics)
         if grade_here:
             given = given.without_verdicts()
-        origin, found = _checked(study, ref, given, stand_in, declared or {}, engine, [*files, *greedy])
+        origin, found = _checked(study, ref, given, stand_in, declared or {}, engine, [*sampled, *of_greedy])
         models = [one.model for one in list_models(study.spec, study.folder)]
         others = {model: at for model, at in imported_models(study.folder).items() if model in models}
         origins = {model: read_origin(at) for model, at in others.items()} | {ref.model: origin}
@@ -146,7 +149,7 @@ def _checked(
     stand_in: StandIn,
     declared: Mapping[str, float | None],
     engine: str | None,
-    files: Sequence[Path | str],
+    files: Sequence[Path],
 ) -> tuple[Origin, dict[tuple[str, int], Any]]:
     """The completions, if they are the study's in every respect, and their origin."""
     spec, folder = study.spec, study.folder
@@ -173,7 +176,7 @@ def _checked(
         graded_by=given.graded_by or HERE,
         stand_in=stand_in,
         settings=settings,
-        files={file_sha256(Path(file)): Path(file).name for file in files},
+        files={(file_sha256 if file.is_file() else table_sha256)(file): file.name for file in files},
         prompts=prompts_hash(prompts),
     )
     return origin, found

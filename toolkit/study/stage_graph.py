@@ -304,7 +304,7 @@ class Study:
     def _fingerprint(self, path: str, name: str) -> str:
         if is_on_hub(path):
             one = hub_folder(path, self.folder)
-            return content_hash([one.repo, one.commit, one.subfolder])
+            return content_hash([one.repo, one.commit, one.subfolder])  # of a table of the Hub too
         return self.fingerprints.of(existing(path, name, self.folder))
 
     def key(self, name: str) -> str:

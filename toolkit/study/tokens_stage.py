@@ -32,6 +32,7 @@ from rlgen_stats.stores import (
     open_tokens,
     write_results,
 )
+from rlgen_stats.stores.hub import locate_table
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, plain_text
 from rlgen_stats.stores.study_models import final_model
 from rlgen_stats.toolkit.crosscoder import load_crosscoder
@@ -210,7 +211,7 @@ def _unrelated_texts(study: Study, tokenizer: Any, target: str) -> list[_Text]:
     """Neutral texts, and prompts that are neither of a trial nor base wrong and the target right."""
     spec, folder = study.spec, study.folder
     neutral = spec.intervention.neutral_text
-    texts = [] if neutral is None else load_texts(folder.resolve(neutral))[: spec.tokens.n_texts // 2]
+    texts = [] if neutral is None else load_texts(locate_table(neutral, folder))[: spec.tokens.n_texts // 2]
     prompts = load_prompts(spec, folder)
     correct = open_outcomes(folder.outcomes)["greedy_correct"].sel({MODEL: [BASE_MODEL, target]}).load()
     base, rl = correct.transpose(MODEL, PROMPT).values

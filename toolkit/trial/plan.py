@@ -21,6 +21,7 @@ from rlgen_stats.schemas.study import GenerationSpec, InterventionSpec, StudySpe
 from rlgen_stats.stores import Provenance, StudyFolder, open_features
 from rlgen_stats.stores.crosscoder_weights import Decoder, read_decoder
 from rlgen_stats.stores.health_records import unusable_readout
+from rlgen_stats.stores.hub import locate_table
 from rlgen_stats.stores.prompts import load_prompts, load_texts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model
 from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
@@ -407,7 +408,7 @@ def plan_trial(
     except NotEstimableError as error:
         return replace(plan, declared=replace(plan.declared, not_held=str(error)))
     neutral = spec.intervention.neutral_text
-    texts = () if neutral is None else tuple(load_texts(folder.resolve(neutral)))
+    texts = () if neutral is None else tuple(load_texts(locate_table(neutral, folder)))
     sites = _sites(spec, matched)
     plan = replace(
         plan,

@@ -172,7 +172,7 @@ def live_corpus(
     views
         Model ids.
     corpus
-        Table with a column ``text`` (parquet, csv or jsonl).
+        Table with a column ``text``.
     batch_size, seed
         See :class:`LiveActivations`.
 

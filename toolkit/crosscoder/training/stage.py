@@ -27,8 +27,10 @@ from rlgen_stats.stores import (
 from rlgen_stats.stores.crosscoder_weights import CURVE, SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import HEALTH, READOUT_MODELS, add_readout, read_health
+from rlgen_stats.stores.hub import is_on_hub, locate_table
 from rlgen_stats.stores.labels import TokenLabels
 from rlgen_stats.stores.study_models import final_model, list_models
+from rlgen_stats.stores.table_files import table_sha256
 from rlgen_stats.toolkit.crosscoder.data.halves import HalvesReader
 from rlgen_stats.toolkit.crosscoder.data.live_activations import LiveActivations, live_corpus
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations
@@ -154,11 +156,11 @@ class _StudyCrosscoder:
         self.contrasted = [final_model(study, folder, run.name).model for run in study.all_contrasted]
         self.folders = [folder.crosscoder(name) for name in spec.names]
         self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches
-        self.corpus = None if spec.corpus is None else folder.resolve(spec.corpus)
-        if self.corpus is not None and not self.corpus.is_file():
-            raise InputError(f"no corpus at {self.corpus}; correct crosscoders.{spec.name}.corpus in study.yaml.")
+        self.corpus = None if spec.corpus is None else locate_table(spec.corpus, folder)
         labels = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
-        data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else file_sha256(self.corpus)
+        if self.corpus is not None and not (is_on_hub(str(spec.corpus)) or self.corpus.exists()):
+            raise InputError(f"no corpus at {self.corpus}; correct crosscoders.{spec.name}.corpus in study.yaml.")
+        data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else table_sha256(self.corpus)
         self.data_hash = content_hash([*labels, self.site, data])
 
     def train_and_measure(self) -> None:
