@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [f for top in ("schemas", "stores", "toolkit", "cli") for f in sorted((ROOT / top).rglob("*.py"))]
@@ -18,6 +19,35 @@ def test_every_package_is_listed_and_nothing_else() -> None:
     listed = set(config["tool"]["setuptools"]["packages"])
     there = {"rlgen_stats." + ".".join(f.parent.relative_to(ROOT).parts) for f in SOURCES if f.name == "__init__.py"}
     assert listed == there
+
+
+def test_files_beside_the_code_are_named_and_not_guessed() -> None:
+    """Guessing takes a folder without ``__init__`` for a package, and warns at every install."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert config["include-package-data"] is False
+    folders = {package: ROOT.joinpath(*package.split(".")[1:]) for package in config["package-data"]}
+    shipped = {
+        f for package, patterns in config["package-data"].items() for p in patterns for f in folders[package].glob(p)
+    }
+    beside = {f for top in ("schemas", "stores", "toolkit", "cli") for f in (ROOT / top).rglob("*") if f.is_file()}
+    assert {f for f in beside if f.suffix not in (".py", ".pyc")} == shipped
+
+
+def test_ci_runs_on_the_systems_and_versions_that_are_promised() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: 3."
+    versions = [one.rpartition(" ")[2] for one in config["classifiers"] if one.startswith(prefix)]
+    job = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]["test"]["strategy"]["matrix"]
+    assert job["os"] == ["ubuntu-latest", "macos-latest", "windows-latest"]
+    assert job["python"] == versions == ["3.11", "3.12", "3.13", "3.14"]
+    assert {(one["os"], one["dependencies"]) for one in job["include"]} == {(system, "oldest") for system in job["os"]}
+    assert config["requires-python"] == f">={versions[0]}"
+
+
+def test_the_citation_is_of_this_release() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (config["version"], config["license"])
 
 
 @pytest.mark.parametrize("top", ["schemas", "stores", "toolkit", "cli"])

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -90,6 +89,7 @@ def test_an_error_without_file_or_reason_is_a_bug_and_stays_one() -> None:
 
 def test_a_file_larger_than_the_limit_is_one_sentence(tmp_path: Path) -> None:
     """A real one: the process may write no more than a kilobyte."""
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -293,7 +291,7 @@ def test_killed_at_any_stage_and_run_again_it_ends_with_the_same_numbers(
                 break
             time.sleep(0.05)
         time.sleep(float(random.uniform(0, 0.5)))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

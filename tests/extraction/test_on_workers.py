@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rlgen_stats.schemas.errors import InputError, ModelError
@@ -53,7 +53,7 @@ def kills(where: str) -> Callable[[], None]:
 
     def arm() -> None:  # not at the module's level: workers cannot import tests
         def die(*args: Any, **options: Any) -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            psutil.Process().kill()
 
         def die_half_way(table: Any, path: Path, **options: Any) -> None:
             path.write_bytes(b"PAR1 and then nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.faults.malformed_inputs import count
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarm ends a case that hangs")
 def test_malformed_inputs_are_named_or_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -1,7 +1,6 @@
 """The activation store: labels, resumption to the same bytes, checksums, refusals."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -106,7 +105,7 @@ def test_killed_writer_leaves_a_store_that_resumes_to_the_same_bytes(tmp_path: P
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(float(random.uniform(0, 0.05)))
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
     write(killed)
     left = {name: digest for name, digest in hashes(killed).items() if not name.endswith(".partial")}

@@ -1,9 +1,7 @@
 """Killed and starved writers: what is left resumes to the bytes of an uninterrupted run."""
 
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -66,7 +64,7 @@ def test_killed_anywhere_a_writer_resumes_to_the_same_bytes(tmp_path: Path, prov
             time.sleep(float(random.uniform(0, 0.06)))
         else:
             time.sleep(float(random.uniform(0, seconds)))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         kills += 1
         seen.add(len(list(killed.glob("rl@80/block2/committed/c.*"))))
@@ -88,6 +86,7 @@ def test_a_full_disk_loses_nothing_and_is_explained(tmp_path: Path, provenance: 
     np.save(tmp_path / "values.npy", values)
     path = tmp_path / "a.zarr"
     create_activations(path, *token_table(N), provenance=provenance, shard_tokens=1024)
+    resource = pytest.importorskip("resource")
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" + WRITER.replace(
         'print("ready", flush=True)', "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
     )
@@ -156,7 +155,7 @@ def test_a_killed_append_is_invisible_and_repeated(tmp_path: Path, provenance: P
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(float(random.uniform(0, 0.3)))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         if committed_models(path):
             assert verify(path).ok, verify(path).problems

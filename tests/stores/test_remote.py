@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -160,7 +159,7 @@ def test_an_interrupted_upload_resumes_to_the_same_objects(
         assert process.stdout is not None
         for _ in range(n_batches):
             process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         assert not complete_models(killed)
         assert verify(killed).ok
