@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest faults mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
+.PHONY: demo test install install-dev lint types imports pytest docs faults mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,docs]'
 	touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed
@@ -45,6 +45,10 @@ imports: .namespace/rlgen_stats
 THREADS ?= 1
 pytest:
 	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadfile
+
+# The site, in site/: pages, API reference from docstrings, every link and reference checked. `mkdocs serve` while writing.
+docs: install-dev .namespace/rlgen_stats
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -P -m mkdocs build --strict
 
 # Fault tests at length: 60 kills, 1,000 flipped bits, 40 histories of each state machine; then 2,000 malformed inputs
 # through the command line, half an hour on one core. Figures: docs/reliability.md.
@@ -131,4 +135,4 @@ smoke: wheel
 	rm -rf .smoke
 
 clean:
-	rm -rf $(VENV) .smoke .namespace build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .smoke .namespace site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from rlgen_stats.schemas.errors import InputError
@@ -57,6 +58,8 @@ FORMAT_CLASSES: Final = ("answer", "no_answer", "empty", "degenerate", "truncate
 """Kinds of completion. answer: ended with an answer that can be read; no_answer: ended without one; empty: no text;
 degenerate: ends in one n-gram over and over; truncated: cut off by the length limit, whatever can be read in it."""
 BASE_RUN: Final = "base"
+FINAL: Final = "final"
+"""In place of a step: the last checkpoint of a run."""
 
 _NUMBER = re.compile(r"[0-9]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -113,6 +116,31 @@ def split_model_id(model: str) -> tuple[str, int]:
     if not separator or not _NUMBER.fullmatch(step):
         raise InputError(f"a model id looks like 'rl@200' (run@step), got {model!r}.")
     return check_name(run, "a run name"), int(step)
+
+
+def stored_model(model: str, models: Iterable[str]) -> str:
+    """``rl@final`` as the last checkpoint of that run among ``models``; any other label as it is.
+
+    Raises
+    ------
+    InputError
+        If none of ``models`` is a checkpoint of that run; the message lists the runs.
+
+    Examples
+    --------
+    >>> stored_model("rl@final", ["base@0", "rl@40", "rl@80"])
+    'rl@80'
+    """
+    run, _, step = model.rpartition("@")
+    if step != FINAL:
+        return model
+    steps: dict[str, list[int]] = {}
+    for known in models:
+        name, number = split_model_id(known)
+        steps.setdefault(name, []).append(number)
+    if run not in steps:
+        raise InputError(f"run {run!r} has no checkpoint in the data; the runs are {sorted(steps)}.")
+    return model_id(run, max(steps[run]))
 
 
 BASE_MODEL: Final = model_id(BASE_RUN, 0)

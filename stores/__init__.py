@@ -1,5 +1,6 @@
 """Stores of a study: Zarr folders that plain xarray opens, written so that a crash loses nothing that was committed."""
 
+from rlgen_stats.schemas.dims import stored_model
 from rlgen_stats.stores.activation_store import complete_models, open_activations, open_tokens, select_tokens
 from rlgen_stats.stores.atomic import read_json, replacing, write_json
 from rlgen_stats.stores.creation import create_activations
@@ -47,6 +48,7 @@ __all__ = [
     "replacing",
     "result_groups",
     "select_tokens",
+    "stored_model",
     "verify",
     "write_json",
     "write_results",

@@ -22,12 +22,23 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, MODEL, RUN, STEP, TOKEN, check_name, split_model_id
+from rlgen_stats.schemas.dims import (
+    BASE_MODEL,
+    CHANNEL,
+    MODEL,
+    RUN,
+    STEP,
+    TOKEN,
+    check_name,
+    split_model_id,
+    stored_model,
+)
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import ACTIVATION_ATTRS
 from rlgen_stats.schemas.null_views import HALVES_MODEL, noise_source
 from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.digests import read_document
+from rlgen_stats.stores.folder import StudyFolder, store_of
 from rlgen_stats.stores.labels import TokenLabels
 from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.seals import GROUPS, check_listed, check_present
@@ -98,8 +109,8 @@ def complete_models(path: Path | str, site: str | None = None) -> list[str]:
 
 def shard_arrays(
     path: Path, models: Sequence[str] | None, site: str | None, *, decoded: bool
-) -> tuple[str, dict[str, ShardArray]]:
-    """The site and the complete arrays of ``models`` at it (default: the only site, all complete models).
+) -> tuple[str, list[tuple[str, ShardArray]]]:
+    """The site, and ``models`` with their complete arrays at it (default: the only site, all complete models).
 
     Raises
     ------
@@ -115,14 +126,14 @@ def shard_arrays(
             raise StoreError(f"{path} has the sites {sites}; name one with site=.")
         site = sites[0]
     complete = [m for (m, s), n in stored.items() if n == n_tokens and s == site]
-    chosen = list(models) if models is not None else complete
+    chosen = complete if models is None else [stored_model(model, complete) for model in models]
     absent = [model for one in chosen for model in _sources(one) if model not in complete]
     if absent or not chosen:
         raise StoreError(
             f"{path} has no complete activations of {absent or 'any model'} at {site!r}; it has {complete}: run the "
             "extract stage, or name others."
         )
-    return site, {model: _array(path, model, site, decoded=decoded) for model in chosen}
+    return site, [(model, _array(path, model, site, decoded=decoded)) for model in chosen]
 
 
 def _sources(model: str) -> tuple[str, ...]:
@@ -148,22 +159,22 @@ def _array(path: Path, model: str, site: str, *, decoded: bool) -> ShardArray:
     return PerturbedShards(label, first.shape, first.rows, first.stored_type, decoded, base=first, other=other)
 
 
-def open_tokens(path: Path | str) -> xr.Dataset:
+def open_tokens(path: StudyFolder | Path | str) -> xr.Dataset:
     """Labels of every token, lazily: coordinates prompt, task, domain, split, cluster, source, position, token_id,
     segment on dimension ``token``; ``sel`` takes the ones made of text.
     """
-    path = place(path)
+    path = store_of(path, "activations")
     attrs = root_attributes(path)
     return xr.Dataset(coords=TokenLabels(path).coordinates(), attrs=attrs)
 
 
-def select_tokens(path: Path | str, **where: object) -> NDArray[np.int64]:
+def select_tokens(path: StudyFolder | Path | str, **where: object) -> NDArray[np.int64]:
     """Sorted token ranges [k, 2] (start, stop) that have the given labels; no token is read.
 
     Parameters
     ----------
     path
-        Activation store.
+        Study folder or activation store.
     **where
         prompt, task, domain, split, cluster, source, segment: a value or several.
 
@@ -177,19 +188,20 @@ def select_tokens(path: Path | str, **where: object) -> NDArray[np.int64]:
     >>> wrong = outcomes.prompt[outcomes.greedy_correct.sel(model="base@0") == 0]  # doctest: +SKIP
     >>> select_tokens(path, segment="completion", domain="out", prompt=wrong)  # doctest: +SKIP
     """
-    path = place(path)
-    return TokenLabels(path).ranges(where)
+    return TokenLabels(store_of(path, "activations")).ranges(where)
 
 
-def open_activations(path: Path | str, *, models: list[str] | None = None, site: str | None = None) -> xr.Dataset:
+def open_activations(
+    path: StudyFolder | Path | str, *, models: Sequence[str] | None = None, site: str | None = None
+) -> xr.Dataset:
     """Activations of complete models with all labels: ``activation[model, token, channel]``, lazily.
 
     Parameters
     ----------
     path
-        Store folder or URL.
+        Study folder or activation store.
     models
-        Model ids; default all complete ones at the site.
+        Model ids, ``rl@final`` for a run's last; default all complete ones at the site.
     site
         Site name; default the only one.
 
@@ -206,22 +218,22 @@ def open_activations(path: Path | str, *, models: list[str] | None = None, site:
 
     Examples
     --------
-    >>> acts = open_activations("runs/demo/activations.zarr")  # doctest: +SKIP
+    >>> acts = open_activations("runs/demo")  # doctest: +SKIP
     >>> acts.sel(model="rl@80", task="sciq", segment="completion").activation.mean("token")  # doctest: +SKIP
     """
-    path = place(path)
+    path = store_of(path, "activations")
     tokens = open_tokens(path)
-    site, arrays = shard_arrays(path, models, site, decoded=True)
-    widths = {array.shape[1] for array in arrays.values()}
+    site, named = shard_arrays(path, models, site, decoded=True)
+    names, arrays = [model for model, _ in named], [array for _, array in named]
+    widths = {array.shape[1] for array in arrays}
     if len(widths) > 1:
         raise StoreError(f"the models have widths {sorted(widths)}; name models of one width with models=.")
-    names = list(arrays)
     labels = {
         MODEL: (MODEL, np.array(names, dtype=np.str_)),
         RUN: (MODEL, np.array([split_model_id(m)[0] for m in names], dtype=np.str_)),
         STEP: (MODEL, np.array([split_model_id(m)[1] for m in names])),
     }
-    dataset = tokens.assign({ARRAY: ((MODEL, TOKEN, CHANNEL), _lazy(list(arrays.values())))})
+    dataset = tokens.assign({ARRAY: ((MODEL, TOKEN, CHANNEL), _lazy(arrays))})
     return dataset.assign_attrs(site=site).assign_coords(labels)
 
 

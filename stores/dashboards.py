@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.stores.atomic import explain_damage
-from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.folder import StudyFolder, study_folder
 
 PEAK: Final = ("⟦", "⟧")
 """Marks around the peak token in a context's text."""
@@ -25,7 +25,7 @@ def read_contexts(
     Parameters
     ----------
     study
-        Study folder.
+        Study folder, or one of its stores.
     crosscoder
         Name of the study's primary crosscoder.
     features
@@ -46,7 +46,7 @@ def read_contexts(
     StoreError
         If no contexts were written.
     """
-    return _read(_folder(study).contexts(crosscoder), features, by=["feature", "model", "kind", "rank"])
+    return _read(study_folder(study).contexts(crosscoder), features, by=["feature", "model", "kind", "rank"])
 
 
 def read_logits(
@@ -71,11 +71,7 @@ def read_logits(
     StoreError
         If no logits were written.
     """
-    return _read(_folder(study).logits(crosscoder), features, by=["feature", "model", "sign", "rank"])
-
-
-def _folder(study: StudyFolder | Path | str) -> StudyFolder:
-    return study if isinstance(study, StudyFolder) else StudyFolder(Path(study))
+    return _read(study_folder(study).logits(crosscoder), features, by=["feature", "model", "sign", "rank"])
 
 
 def _read(path: Path, features: Iterable[int] | None, *, by: list[str]) -> pd.DataFrame:

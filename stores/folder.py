@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from rlgen_stats.schemas.dims import of_dictionary
+from rlgen_stats.stores.atomic import ZARR_JSON
+from rlgen_stats.stores.locations import explain_access_errors, place
 
 LAYERS: Final = "layers"
 """Folder of what a study finds at its further layers, below the study's."""
 CONTRASTS: Final = "contrasts"
 """Folder of the analyses of further contrasts, below the study's or a layer's."""
+_STORE: Final = ".zarr"
+"""How names of stores end."""
 
 
 def study_of(path: Path) -> Path | None:
@@ -32,6 +36,34 @@ def linked_folders(root: Path) -> Iterator[Path]:
         for child in sorted(below, key=str):
             yield child
             yield from linked_folders(child)
+
+
+def store_of(where: StudyFolder | Path | str, store: str) -> Path:
+    """A store that is named by its own path, or by that of the study it is in.
+
+    Parameters
+    ----------
+    where
+        Study folder, or the store itself: a path that ends in ``.zarr`` or holds a Zarr group.
+    store
+        Which of the study's stores: ``activations``, ``outcomes``, ``features`` or ``results``.
+    """
+    folder = where
+    if not isinstance(folder, StudyFolder):
+        path = place(folder)
+        with explain_access_errors(path):
+            if path.suffix == _STORE or (path / ZARR_JSON).exists():
+                return path
+        folder = StudyFolder(path)
+    return cast(Path, getattr(folder, store))
+
+
+def study_folder(where: StudyFolder | Path | str) -> StudyFolder:
+    """The folder of a study that is named by its path, or by that of one of its stores."""
+    if isinstance(where, StudyFolder):
+        return where
+    path = place(where)
+    return StudyFolder(path.parent if path.suffix == _STORE else path)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
     drawn = table[SPLIT].isna()
     table.loc[drawn, SPLIT] = SELECTION
     shares = {VERIFICATION: spec.selection.verification_share, TRIAL: spec.selection.trial_share}
-    _move(table, drawn, shares, spec)
+    table = draw_split(table, shares, spec.seed, among=drawn)
     _check_values(table, path, SPLIT, SPLITS)
     spanning = table.groupby(CLUSTER, sort=False)[SPLIT].nunique()
     spanning = spanning[spanning > 1]
@@ -100,7 +100,8 @@ def load_prompts(spec: StudySpec, folder: StudyFolder) -> pd.DataFrame:
         )
     if TRIAL not in set(table[SPLIT]):
         rest = spec.selection.verification_share + spec.selection.trial_share
-        _move(table, table[SPLIT] == VERIFICATION, {TRIAL: spec.selection.trial_share / rest}, spec)
+        later = {TRIAL: spec.selection.trial_share / rest}
+        table = draw_split(table, later, spec.seed, among=table[SPLIT] == VERIFICATION)
     return table
 
 
@@ -368,20 +369,40 @@ def _check_tasks(table: pd.DataFrame, path: str, spec: StudySpec) -> None:
         )
 
 
-def _move(table: pd.DataFrame, inside: pd.Series[bool], shares: dict[str, float], spec: StudySpec) -> None:
-    """Move shares of each task's clusters, of the rows inside, to other parts of the split, smallest hash first.
+def draw_split(
+    table: pd.DataFrame, shares: dict[str, float], seed: int, *, among: pd.Series[bool] | None = None
+) -> pd.DataFrame:
+    """Move shares of each task's clusters to other parts of the split, smallest hash of (seed, cluster) first.
 
     A cluster over several tasks counts with the task of its first prompt. A task with enough clusters keeps at least
     one in every part; one with fewer serves the earlier parts, so that selection and confirmation both see it.
+
+    Parameters
+    ----------
+    table
+        Prompts with columns task, cluster and split.
+    shares
+        Part of the split -> share of each task's clusters.
+    seed
+        Of the hash.
+    among
+        Which rows may move; default all.
+
+    Returns
+    -------
+    DataFrame
+        The table with another column ``split``.
     """
+    inside = pd.Series(True, index=table.index) if among is None else among
     first_task = table[inside].groupby(CLUSTER, sort=False)[TASK].first()
     moved: dict[str, str] = {}
     for _, members in first_task.groupby(first_task, sort=False):
-        clusters = sorted((str(c) for c in members.index), key=lambda c: (derive_seed(spec.seed, "split", c), c))
+        clusters = sorted((str(c) for c in members.index), key=lambda c: (derive_seed(seed, "split", c), c))
         start = 0
         for n_later, (target, share) in zip(reversed(range(len(shares))), shares.items(), strict=True):
             left = len(clusters) - start - 1  # one stays where it is; each part to come gets one, if that leaves any
             size = min(max(round(share * len(clusters)), 1), left - min(n_later, max(left - 1, 0)))
             moved |= dict.fromkeys(clusters[start : start + size], target)
             start += size
-    table.loc[inside, SPLIT] = table[CLUSTER].map(moved).fillna(table[SPLIT])[inside]
+    split = table[CLUSTER].map(moved).fillna(table[SPLIT])
+    return table.assign(**{SPLIT: split.where(inside, table[SPLIT])})

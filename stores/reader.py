@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.stores.activation_store import shard_arrays
+from rlgen_stats.stores.folder import StudyFolder, store_of
 from rlgen_stats.stores.labels import TokenLabels, positions_in
-from rlgen_stats.stores.locations import place
 from rlgen_stats.stores.shards import ShardArray, to_float32
 
 BUFFER_BYTES: Final = 1 << 30
@@ -29,7 +29,7 @@ class PairedReader:
     Parameters
     ----------
     path, models, site
-        Store, views in order, and site.
+        Study folder or activation store, views in order (``rl@final`` is a run's last checkpoint), and site.
     batch_size
         Tokens per batch.
     seed
@@ -63,7 +63,7 @@ class PairedReader:
 
     def __init__(
         self,
-        path: Path | str,
+        path: StudyFolder | Path | str,
         models: Sequence[str],
         site: str,
         *,
@@ -75,9 +75,9 @@ class PairedReader:
         buffer_bytes: int = BUFFER_BYTES,
         drop_last: bool = True,
     ) -> None:
-        store = place(path)
-        _, arrays = shard_arrays(store, models, site, decoded=False)
-        self._arrays: list[ShardArray] = [arrays[model] for model in models]
+        store = store_of(path, "activations")
+        _, named = shard_arrays(store, models, site, decoded=False)
+        self._arrays: list[ShardArray] = [array for _, array in named]
         if dtype not in ("float32", "stored"):
             raise InputError(f"batches come as 'float32' or 'stored', got {dtype!r}.")
         kinds = {array.stored_type for array in self._arrays}
@@ -85,7 +85,8 @@ class PairedReader:
             raise StoreError(f"the views are kept as {sorted(kinds)}; read them as float32.")
         self._convert = dtype == "float32"
         self._kind = self._arrays[0].dtype if len(kinds) == 1 else np.dtype(np.float32)
-        self.models, self.batch_size, self._seed, self._drop_last = tuple(models), int(batch_size), int(seed), drop_last
+        self.models = tuple(model for model, _ in named)
+        self.batch_size, self._seed, self._drop_last = int(batch_size), int(seed), drop_last
         self.widths = tuple(array.shape[1] for array in self._arrays)
         self._shard, total = self._arrays[0].rows, self._arrays[0].shape[0]
         self._rows = _rows_of_shards(_selected(store, total, mask, where), self._shard, total)

@@ -11,6 +11,7 @@ from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import RESULT_GROUPS, validate
 from rlgen_stats.stores.atomic import ZARR_JSON, remove_leftovers, replacing
 from rlgen_stats.stores.digests import read_document, write_digest, zarr_nodes
+from rlgen_stats.stores.folder import StudyFolder, store_of
 from rlgen_stats.stores.locations import explain_access_errors, place
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.provenance import Provenance
@@ -48,17 +49,24 @@ def write_results(path: Path | str, group: str, dataset: xr.Dataset, *, provenan
         list_group(root, root / group)
 
 
-def result_groups(path: Path | str) -> list[str]:
-    """Names of the analyses in a results store."""
-    root = place(path)
+def result_groups(path: StudyFolder | Path | str) -> list[str]:
+    """Names of the analyses in a study or results store."""
+    root = store_of(path, "results")
     with explain_access_errors(root):
         if not (root / ZARR_JSON).exists():
             return []
         return [group.name for group in zarr_nodes(root)]
 
 
-def open_results(path: Path | str, group: str) -> xr.Dataset:
-    """One analysis, lazily; that of another dictionary than the first as ``group.2``, ``group.3``, ...
+def open_results(path: StudyFolder | Path | str, group: str) -> xr.Dataset:
+    """One analysis, lazily.
+
+    Parameters
+    ----------
+    path
+        Study folder or results store.
+    group
+        Name of the analysis; of another dictionary than the first ``group.2``, ``group.3``, ...
 
     Raises
     ------
@@ -67,10 +75,10 @@ def open_results(path: Path | str, group: str) -> xr.Dataset:
 
     Examples
     --------
-    >>> drift = open_results("runs/demo/results.zarr", "drift")  # doctest: +SKIP
+    >>> drift = open_results("runs/demo", "drift")  # doctest: +SKIP
     >>> drift.sel(model="rl@80").where(lambda d: d.q_value < 0.05, drop=True)  # doctest: +SKIP
     """
-    root = place(path)
+    root = store_of(path, "results")
     check_is_store(root)
     if group not in result_groups(root):
         raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
@@ -83,7 +91,7 @@ def open_results(path: Path | str, group: str) -> xr.Dataset:
         raise StoreError(f"{error} If an earlier release computed it, run its stage again.") from error
 
 
-def open_by_dictionary(path: Path | str, group: str) -> dict[int, xr.Dataset]:
+def open_by_dictionary(path: StudyFolder | Path | str, group: str) -> dict[int, xr.Dataset]:
     """One analysis of every dictionary it was made with, by the dictionary's number, lazily; empty if there is none."""
     numbers = sorted(number for stem, number in map(split_dictionary, result_groups(path)) if stem == group)
     return {number: open_results(path, of_dictionary(group, number)) for number in numbers}

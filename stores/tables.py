@@ -24,6 +24,7 @@ from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, validate
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, explain_full_disk, remove_leftovers, replacing
 from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, zarr_nodes
+from rlgen_stats.stores.folder import StudyFolder, store_of
 from rlgen_stats.stores.locations import explain_access_errors, is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
 from rlgen_stats.stores.prompt_index import with_prompt_index
@@ -310,15 +311,20 @@ def check_store_version(path: Path, attrs: dict[Any, Any]) -> None:
         )
 
 
-def open_outcomes(path: Path | str) -> xr.Dataset:
+def open_outcomes(path: StudyFolder | Path | str) -> xr.Dataset:
     """Graded completions: ``correct[model, prompt, sample]``, ``greedy_correct[model, prompt]`` and labels, lazily.
+
+    Parameters
+    ----------
+    path
+        Study folder or outcome store.
 
     Examples
     --------
-    >>> outcomes = open_outcomes("runs/demo/outcomes.zarr")  # doctest: +SKIP
+    >>> outcomes = open_outcomes("runs/demo")  # doctest: +SKIP
     >>> outcomes.greedy_correct.groupby("task").mean("prompt").compute()  # doctest: +SKIP
     """
-    return open_table(path, "outcomes")
+    return open_table(store_of(path, "outcomes"), "outcomes")
 
 
 def rendered_prompts(path: Path | str) -> list[dict[str, Any]]:
@@ -333,12 +339,17 @@ def rendered_prompts(path: Path | str) -> list[dict[str, Any]]:
         return list(json.loads(read_document(path).get("attributes", {}).get(RENDERED_PROMPTS, "[]")))
 
 
-def open_features(path: Path | str) -> xr.Dataset:
+def open_features(path: StudyFolder | Path | str) -> xr.Dataset:
     """Prompt summaries of features: ``mean``, ``firing``, ``max`` [model, prompt, feature] and labels, lazily.
+
+    Parameters
+    ----------
+    path
+        Study folder (the first dictionary's features) or feature store.
 
     Examples
     --------
-    >>> features = open_features("runs/demo/features.zarr")  # doctest: +SKIP
+    >>> features = open_features("runs/demo")  # doctest: +SKIP
     >>> features["mean"].sel(model="rl@80").isel(feature=3)  # doctest: +SKIP
     """
-    return open_table(path, "features")
+    return open_table(store_of(path, "features"), "features")

@@ -17,7 +17,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import PROMPT, PROMPT_LABELS, SAMPLE
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.stores.atomic import explain_damage, replacing
-from rlgen_stats.stores.folder import StudyFolder
+from rlgen_stats.stores.folder import StudyFolder, study_folder
 
 CONDITION: Final = b"rlgen_stats_condition"
 """Key of an arm's name, kind and dose (JSON) in its file."""
@@ -82,7 +82,7 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     Parameters
     ----------
     study
-        Study folder.
+        Study folder, or one of its stores.
     direction
         ``disable`` (the RL model is edited) or ``amplify`` (base is).
     trial
@@ -112,8 +112,7 @@ def open_arms(study: StudyFolder | Path | str, direction: str, *, trial: str = "
     >>> arms = open_arms("runs/demo", "disable")  # doctest: +SKIP
     >>> arms.correct.sel(condition=["unedited", "set"]).groupby("task").mean(["prompt", "sample"])  # doctest: +SKIP
     """
-    folder = study if isinstance(study, StudyFolder) else StudyFolder(Path(study))
-    where = ArmFiles(folder.root / "intervention", trial, dictionary)
+    where = ArmFiles(study_folder(study).root / "intervention", trial, dictionary)
     files: dict[str, Path] = {}
     for kinds in (FEATURELESS_KINDS, DICTIONARY_KINDS, ("set",)):  # from what is shared most to the trial's own
         found = {file.stem: file for file in sorted((where.folder(kinds[0]) / direction).glob("*.parquet"))}

@@ -37,6 +37,7 @@ from tests.cli.json_output import printed
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.same_numbers import differences
 from tests.end_to_end.verdict_consistency import contradictions
+from tests.pages import DOCS, run_page
 from tests.stores.test_seals import unseal
 
 RESULTS = {
@@ -197,6 +198,20 @@ def test_what_the_readme_says_one_can_ask(mini: tuple[Path, Result]) -> None:
     assert gained.chunks is not None
     drift = study["results/drift"].to_dataset()
     assert (drift.q_value < 0.05).sum("feature").compute().sizes["model"] == outcomes.sizes["model"] - 1
+
+
+@pytest.mark.parametrize(
+    "page", ["tutorial.md", "analyses.md", "notebooks/query-a-study.md", "notebooks/own-checkpoints.md"]
+)
+def test_the_python_of_a_page_runs_on_a_study(
+    mini: tuple[Path, Result], page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(mini[0])
+    monkeypatch.chdir(tmp_path)
+    before = digest(mini[0])
+    run_page(DOCS / page)
+    assert digest(mini[0]) == before
 
 
 def test_features_can_be_read(mini: tuple[Path, Result]) -> None:

@@ -279,7 +279,7 @@ def run(*arguments: Any) -> tuple[int, str, str]:
 
 
 def test_command_on_logs(tmp_path):
-    """Planted: base wins 33 prompts, rl 59 (METHOD O8)."""
+    """Planted: base wins 33 prompts, rl 59 (docs/method.md O8)."""
     base, rl = [1] * 33 + [0] * 59 + [1] * 10, [0] * 33 + [1] * 59 + [1] * 10
     for name, right in (("base", base), ("rl", rl)):
         rows = [lm_eval_sample(i, float(r)) for i, r in enumerate(right)]

@@ -1,4 +1,4 @@
-"""Small feature and outcome stores in memory, with planted truths."""
+"""Small features and outcomes in memory, as anyone makes them from arrays, with planted truths."""
 
 from __future__ import annotations
 
@@ -7,33 +7,29 @@ from contextlib import contextmanager
 
 import dask
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
+from rlgen_stats.toolkit.statistics import features_dataset, outcomes_dataset
+
+SPLIT = ("selection", "verification")
 GAIN_MODELS = ["base@0", "rl@10"]
 GAIN_TASKS = ["math", "quiz", "facts", "noise"]
 GAIN_DOMAINS = {"math": "in", "quiz": "out", "facts": "out", "noise": "out"}
 
 
-def _labels(prompts: int, tasks: list[str], domains: dict[str, str], per_cluster: int) -> dict[str, tuple]:
-    task = np.array([tasks[i % len(tasks)] for i in range(prompts)])
-    return {
-        "prompt": ("prompt", np.array([f"p{i:04d}" for i in range(prompts)])),
-        "task": ("prompt", task),
-        "domain": ("prompt", np.array([domains.get(t, "out") for t in task])),
-        "split": ("prompt", np.array([("selection", "verification")[(i // len(tasks)) % 2] for i in range(prompts)])),
-        "cluster": ("prompt", np.array([f"c{i // per_cluster:04d}" for i in range(prompts)])),
-    }
-
-
-def _model_labels(models: list[str]) -> dict[str, tuple]:
-    runs = [m.split("@")[0] for m in models]
-    return {
-        "model": ("model", np.array(models)),
-        "run": ("model", np.array(runs)),
-        "step": ("model", np.array([int(m.split("@")[1]) for m in models])),
-        "arm": ("model", np.array(runs)),
-    }
+def _prompts(n: int, tasks: list[str], domains: dict[str, str], per_cluster: int) -> pd.DataFrame:
+    task = [tasks[i % len(tasks)] for i in range(n)]
+    return pd.DataFrame(
+        {
+            "prompt": [f"p{i:04d}" for i in range(n)],
+            "task": task,
+            "domain": [domains.get(t, "out") for t in task],
+            "split": [SPLIT[(i - i % per_cluster) // len(tasks) % 2] for i in range(n)],  # whole clusters
+            "cluster": [f"c{i // per_cluster:04d}" for i in range(n)],
+        }
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -56,17 +52,19 @@ def make_features() -> Callable[..., xr.Dataset]:
         chunk: int | None = None,
     ) -> xr.Dataset:
         mean = np.asarray(mean, dtype=float)
-        dims = ("model", "prompt", "feature")
-        firing = (mean != 0).astype(float) if firing is None else firing
-        dataset = xr.Dataset(
-            {
-                "mean": (dims, mean),
-                "firing": (dims, firing),
-                "max": (dims, mean * 2),
-                "n_tokens": (dims[:2], np.full(mean.shape[:2], 8)),
-            },
-            coords=_model_labels(models) | _labels(mean.shape[1], tasks or ["a"], domains or {"a": "in"}, per_cluster),
-            attrs={"scale": "contribution", "readout": "swap", "text_mode": "forced"},
+
+        def by_model(values: np.ndarray) -> dict[str, np.ndarray]:
+            return dict(zip(models, values, strict=True))
+
+        dataset = features_dataset(
+            by_model(mean),
+            firing=None if firing is None else by_model(firing),
+            maximum=by_model(mean * 2),
+            n_tokens=by_model(np.full(mean.shape[:2], 8)),
+            prompts=_prompts(mean.shape[1], tasks or ["a"], domains or {"a": "in"}, per_cluster),
+            scale="contribution",
+            readout="swap",
+            text_mode="forced",
         )
         # As the store opens them: data lazy, labels in memory.
         return dataset if chunk is None else dataset.chunk({"model": 1, "feature": chunk}).assign_coords(dataset.coords)
@@ -85,12 +83,11 @@ def make_outcomes() -> Callable[..., xr.Dataset]:
         per_cluster: int = 1,
         correct: np.ndarray | None = None,
     ) -> xr.Dataset:
-        greedy = np.asarray(greedy, dtype=np.int64)
-        correct = np.repeat(greedy[..., None], 2, axis=2) if correct is None else correct
-        return xr.Dataset(
-            {"correct": (("model", "prompt", "sample"), correct), "greedy_correct": (("model", "prompt"), greedy)},
-            coords=_model_labels(models)
-            | _labels(greedy.shape[1], tasks or ["a"], domains or {"a": "in"}, per_cluster),
+        correct = np.repeat(np.asarray(greedy)[..., None], 2, axis=2) if correct is None else correct
+        return outcomes_dataset(
+            dict(zip(models, np.asarray(greedy), strict=True)),
+            samples=dict(zip(models, correct, strict=True)),
+            prompts=_prompts(len(greedy[0]), tasks or ["a"], domains or {"a": "in"}, per_cluster),
         )
 
     return make

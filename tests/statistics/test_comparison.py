@@ -29,7 +29,7 @@ def repeated(correct: np.ndarray, **columns) -> pd.DataFrame:
 
 
 def test_mcnemar_oracle():
-    """METHOD O8: b = 33, c = 59, and any number of concordant prompts."""
+    """docs/method.md O8: b = 33, c = 59, and any number of concordant prompts."""
     a = table([1] * 33 + [0] * 59 + [1] * 40 + [0] * 8)
     b = table([0] * 33 + [1] * 59 + [1] * 40 + [0] * 8)
     got = validate(compare_outcomes(a, b), "outcome_comparison").sel(task="all")

@@ -103,7 +103,7 @@ def export_activations(
     if unknown or not formats:
         raise InputError(f"arrays are exported as {' or '.join(FORMATS)}, got {unknown or 'nothing'}; name one.")
     tokens = open_tokens(path)
-    site, arrays = shard_arrays(path, models, site, decoded=False)
+    site, named = shard_arrays(path, models, site, decoded=False)
     ranges = select_tokens(path, **(where or {}))
     n_tokens = int((ranges[:, 1] - ranges[:, 0]).sum())
     if not n_tokens:
@@ -114,7 +114,7 @@ def export_activations(
         with progress.task("export labels", total=n_tokens, unit="tokens") as task:
             for rows in _write_labels(temporary / LABELS_FILE, tokens, ranges):
                 task.advance(rows)
-        for model, array in arrays.items():
+        for model, array in named:
             with progress.task(f"export {model}", total=n_tokens, unit="tokens") as task:
                 files = [(temporary / f"{model}.{name}", name) for name in dict.fromkeys(formats)]
                 for rows in _write_array(files, array, ranges, n_tokens, {"model": model} | facts):
@@ -122,7 +122,8 @@ def export_activations(
         written = sorted(temporary.iterdir())
         for file in written:
             sync(file)
-    return Exported(str(folder), tuple(arrays), site, n_tokens, tuple(file.name for file in written))
+    exported = tuple(model for model, _ in named)
+    return Exported(str(folder), exported, site, n_tokens, tuple(file.name for file in written))
 
 
 def _new_folder(folder: Path) -> Path:

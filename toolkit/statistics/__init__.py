@@ -7,8 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from rlgen_stats.toolkit.statistics.causal.own_arms import arms_table
+    from rlgen_stats.toolkit.statistics.causal.verdict import judge
+    from rlgen_stats.toolkit.statistics.claim_verdicts import timing_claim
     from rlgen_stats.toolkit.statistics.comparison import compare_outcomes
     from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
+    from rlgen_stats.toolkit.statistics.core.own_arrays import features_dataset, outcomes_dataset
     from rlgen_stats.toolkit.statistics.drift.feature_drift import drift_test
     from rlgen_stats.toolkit.statistics.drift.mean_shift import mean_shift
     from rlgen_stats.toolkit.statistics.drift.representation import representation_drift
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     )
     from rlgen_stats.toolkit.statistics.specificity.matching import match_features, reappearance, subspace_overlap
     from rlgen_stats.toolkit.statistics.task_accuracy import behaviour
+    from rlgen_stats.toolkit.statistics.timing.run_contrast import timing_contrast
     from rlgen_stats.toolkit.statistics.timing.set_stability import set_stability
     from rlgen_stats.toolkit.statistics.timing.stabilization import stabilization_test
 
@@ -51,6 +56,7 @@ __all__ = [
     "Simulation",
     "StabilityOptions",
     "adjust_pvalues",
+    "arms_table",
     "attribution",
     "attribution_contrast",
     "attribution_table",
@@ -61,10 +67,13 @@ __all__ = [
     "decoder_clusters",
     "detectable_effect",
     "drift_test",
+    "features_dataset",
+    "judge",
     "latent_scaling",
     "match_features",
     "mean_shift",
     "model_separation",
+    "outcomes_dataset",
     "power_at",
     "reappearance",
     "representation_drift",
@@ -78,12 +87,18 @@ __all__ = [
     "simulate_features",
     "stabilization_test",
     "subspace_overlap",
+    "timing_claim",
+    "timing_contrast",
     "token_detectors",
     "write_simulation",
 ]
 _NAMES_OF: Final = {
+    "causal.own_arms": ("arms_table",),
+    "causal.verdict": ("judge",),
+    "claim_verdicts": ("timing_claim",),
     "comparison": ("compare_outcomes",),
     "core.correction": ("adjust_pvalues",),
+    "core.own_arrays": ("features_dataset", "outcomes_dataset"),
     "drift.feature_drift": ("drift_test",),
     "drift.mean_shift": ("mean_shift",),
     "drift.representation": ("representation_drift",),
@@ -101,6 +116,7 @@ _NAMES_OF: Final = {
     "specificity.latent_scaling": ("classify_features", "latent_scaling", "scaling_table"),
     "specificity.matching": ("match_features", "reappearance", "subspace_overlap"),
     "task_accuracy": ("behaviour",),
+    "timing.run_contrast": ("timing_contrast",),
     "timing.set_stability": ("set_stability",),
     "timing.stabilization": ("stabilization_test",),
 }

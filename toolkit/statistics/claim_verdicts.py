@@ -13,10 +13,12 @@ from enum import StrEnum
 from typing import Any, Final
 
 import numpy as np
+import xarray as xr
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
+from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES
 
 
 class Verdict(StrEnum):
@@ -244,6 +246,45 @@ def timing_verdict(
     by_turnover = difference_verdict(turnover, alpha=alpha, negligible=NEGLIGIBLE_TURNOVER)
     same = by_time is by_turnover or by_time is Verdict.NOT_ESTIMABLE
     return by_time if same else Verdict.UNDETERMINED, by_time, by_turnover
+
+
+def timing_claim(contrast: xr.Dataset, *, alpha: float) -> tuple[Verdict, Verdict, Verdict]:
+    """:func:`timing_verdict` on a contrast of two runs.
+
+    Parameters
+    ----------
+    contrast
+        Layout ``timing_contrast`` (:func:`~rlgen_stats.toolkit.statistics.timing_contrast`), SFT's run first.
+    alpha
+        Level of the verdict.
+
+    Returns
+    -------
+    verdict, by_time, by_turnover : Verdict
+
+    Examples
+    --------
+    >>> timing_claim(timing_contrast([chains], [sets], first="sft", second="rl"), alpha=0.05)  # doctest: +SKIP
+    """
+    time, turnover, strata = timing_differences(contrast)
+    return timing_verdict(time, turnover, alpha=alpha, strata=strata)
+
+
+def timing_differences(contrast: xr.Dataset) -> tuple[Difference, Difference, list[Difference]]:
+    """In time, in turnover, and in time within every stratum that counts; strata are not kept by dictionary."""
+    names = {"low": "_low", "high": "_high", "p_value": "_p"}
+    time, turnover = (
+        Difference(**{name: float(row[name]) for name in names}, each=row["dictionary_difference"].values.tolist())
+        for row in (contrast.sel(measure=measure) for measure in MEASURES)
+    )
+    strata = [
+        Difference(
+            **{name: float(row[f"stratum_difference{end}"]) for name, end in names.items()},
+            each=[float(row["stratum_difference"])],
+        )
+        for row in (contrast.isel(stratum=i) for i in np.flatnonzero(contrast["weight"].values > 0))
+    ]
+    return time, turnover, strata
 
 
 def times_oppose(time: Difference, strata: Sequence[Difference], *, alpha: float) -> bool:

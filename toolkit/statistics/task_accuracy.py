@@ -14,7 +14,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, MODEL, PROMPT, SAMPLE, 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.completion_shares import completion_shares
-from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
+from rlgen_stats.toolkit.statistics.core.coordinates import find_models, model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import in_prompt_order
 from rlgen_stats.toolkit.statistics.core.paired_accuracy import (
     CLUSTER_FLIP,
@@ -122,7 +122,7 @@ def behaviour(
     >>> behaviour(open_outcomes(path)).accuracy.sel(task="all:out").to_series()  # doctest: +SKIP
     """
     models = [str(model) for model in outcomes[MODEL].values]
-    check_models(outcomes, [reference, *(family or ())])
+    reference, *in_family = find_models(outcomes, [reference, *(family or ())])
     names = [str(name) for name in dict.fromkeys(np.asarray(outcomes[TASK].values).astype(np.str_))]
     outcomes = in_prompt_order(outcomes)
     codes = cluster_codes(outcomes, clusters)
@@ -147,7 +147,7 @@ def behaviour(
     pooled = np.array([role == "pooled" for role in tasks.roles])
     p = np.array(variables["p_value"][1], dtype=np.float64)
     if family is not None:
-        p[~np.isin(models, family)] = np.nan
+        p[~np.isin(models, in_family)] = np.nan
     q = _adjusted(p, pooled)
     clustered = [codes is not None and shares_clusters(codes[index]) for index in tasks.index.values()]
     tests = np.array([CLUSTER_FLIP if c else MCNEMAR for c in clustered])

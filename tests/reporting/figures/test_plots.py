@@ -100,3 +100,12 @@ def test_colours_that_stand_together_are_told_apart(together: tuple[str, ...], d
 def test_the_colour_check_can_fail() -> None:
     apart = np.linalg.norm(lab("#2f7d4f", "deuteranopia") - lab("#8a6a55", "deuteranopia"))
     assert apart < TELL_APART < np.linalg.norm(lab("#2f7d4f", "normal") - lab("#8a6a55", "normal"))
+
+
+def test_a_runs_last_checkpoint_has_a_name(results: dict[str, xr.Dataset]) -> None:
+    plots = {reporting.plot_drift: "drift", reporting.plot_transitions: "behaviour"}
+    for plot, group in plots.items():
+        named, by_id = (plot(results[group], Figure().subplots(), model=model) for model in ("rl@final", "rl@80"))
+        assert [text.get_text() for text in named.texts] == [text.get_text() for text in by_id.texts]
+    axes = reporting.plot_domain_accuracy(results["behaviour"], Figure().subplots(), models=["rl@final"])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rl"]

@@ -177,7 +177,7 @@ def test_refusals(chosen, gain_world) -> None:
         correctness_probe(features, outcomes, selection, n_outer=1)
     with pytest.raises(InputError, match="task 'history' is not in the selection"):
         correctness_probe(features, outcomes, selection, tasks=["history"])
-    with pytest.raises(InputError, match="model 'rl@99' is not in the features"):
+    with pytest.raises(InputError, match="model 'rl@99' is not in the data"):
         correctness_probe(features, outcomes, selection, model="rl@99")
     same = outcomes.assign(greedy_correct=outcomes.greedy_correct * 0)
     with pytest.raises(RefusedError, match="answers all of the 300 verification prompts alike"):

@@ -358,8 +358,10 @@ def test_errors(world):
         run(features, outcomes, tasks=["history"])
     with pytest.raises(InputError, match="task 'noise' cannot be selected on"):
         run(features, outcomes, tasks=["noise", "quiz"])
-    with pytest.raises(InputError, match="model 'rl@99' has no outcomes"):
+    with pytest.raises(InputError, match="model 'rl@99' is not in the data"):
         run(features, outcomes, target="rl@99")
+    with pytest.raises(InputError, match="model 'rl@10' has no outcomes"):
+        run(features, outcomes.sel(model=["base@0"]))
     with pytest.raises(InputError, match=r"40 prompt\(s\) of the features have no outcome"):
         run(features, outcomes.isel(prompt=slice(40)))
     for options in ({"kind": "best"}, {"score_fraction": 0.0}):

@@ -23,10 +23,10 @@ from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, numb
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     NEGLIGIBLE_TIME,
     NEGLIGIBLE_TURNOVER,
-    Difference,
     Verdict,
     times_oppose,
-    timing_verdict,
+    timing_claim,
+    timing_differences,
 )
 from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, undescribed_checkpoints
 from rlgen_stats.toolkit.statistics.timing.set_stability import MIN_CEILING
@@ -67,8 +67,7 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             else "the contrast of timing has not been computed"
         )
         return C2.not_estimable(reason, caveats=caveats)
-    time, turnover = (_difference(data, name) for name in MEASURES)
-    verdict, *alone = timing_verdict(time, turnover, alpha=spec.statistics.alpha, strata=_within_strata(data))
+    verdict, *alone = timing_claim(data, alpha=spec.statistics.alpha)
     verdicts = dict(zip(MEASURES, alone, strict=True))
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = (
@@ -101,18 +100,6 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
             "paper_rule_overlap": _paper_overlap(data),
         },
     )
-
-
-def _difference(data: xr.Dataset, measure: str) -> Difference:
-    low, high, p_value = (number(data, name, measure=measure) for name in ("low", "high", "p_value"))
-    return Difference(low=low, high=high, p_value=p_value, each=_by_dictionary(data, measure))
-
-
-def _within_strata(data: xr.Dataset) -> list[Difference]:
-    """The differences in time that the mean is made of; their dictionaries are not stored one by one."""
-    names = [f"stratum_difference{end}" for end in (*_ENDS, "_p")]
-    each = [[number(data, name, stratum=stratum) for name in names] for stratum in _strata(data)]
-    return [Difference(low=low, high=high, p_value=p, each=[mean]) for mean, low, high, p in each]
 
 
 def _by_dictionary(data: xr.Dataset, measure: str) -> list[float]:
@@ -230,7 +217,8 @@ def _answer(verdict: Verdict, verdicts: dict[str, Verdict], data: xr.Dataset, sp
     open_head = f"Whether {these_models(spec, start=False)} differ in timing is open"
     head = _HEADS.get(verdict, open_head).format(models=these_models(spec))
     answer = f"{head}: {listed(_measure_words(data, name, verdicts[name], spec) for name in MEASURES)}."
-    if times_oppose(_difference(data, "time"), _within_strata(data), alpha=spec.statistics.alpha):
+    time, _, strata = timing_differences(data)
+    if times_oppose(time, strata, alpha=spec.statistics.alpha):
         answer += " Features that changed little and features that changed much show opposite differences."
     return answer
 

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, split_model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, split_model_id, stored_model
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import contrasted_finals, needed, styles_of, task_groups
 from rlgen_stats.toolkit.reporting.figures.plotting import (
@@ -87,7 +87,8 @@ def plot_accuracy(
     Axes
         ``axes``.
     """
-    models = labels_of(behaviour, "model") if models is None else list(models)
+    every = labels_of(behaviour, "model")
+    models = every if models is None else [stored_model(model, every) for model in models]
     of_models = dict.fromkeys(split_model_id(model)[0] for model in models)
     styles = styles_of(behaviour, [run for run in of_models if run != BASE_RUN] if runs is None else runs)
     y, ticks, labelled = 0.0, [], set[str]()
@@ -172,6 +173,7 @@ def plot_transitions(behaviour: xr.Dataset, axes: Axes, *, model: str, edge: flo
     Axes
         ``axes``; numbers beside the bars are prompts.
     """
+    model = stored_model(model, labels_of(behaviour, "model"))
     tasks = [task for _, group in task_groups(behaviour) for task in group]
     axes.axvline(0, color=MUTED, lw=0.9)
     widest = 0.05
@@ -266,6 +268,7 @@ def plot_drift(drift: xr.Dataset, axes: Axes, *, model: str, runs: Sequence[str]
     Axes
         ``axes``; at most ``MAX_POINTS`` features of each kind, smallest p first.
     """
+    model = stored_model(model, labels_of(drift, "model"))
     height, *chosen = _volcano(drift, model)
     run, features = split_model_id(model)[0], drift["feature"].values
     d_z = np.asarray(drift["d_z"].sel(model=model).values)

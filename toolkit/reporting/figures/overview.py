@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN
+from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, stored_model
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.arm_rows import arms_of
@@ -110,6 +110,7 @@ def plot_domain_accuracy(behaviour: xr.Dataset, axes: Axes, *, models: Sequence[
     Axes
         ``axes``.
     """
+    models = [stored_model(model, labels_of(behaviour, "model")) for model in models]
     found = [row for model in models if (row := domain_accuracy(behaviour, model, domain)) is not None]
     styles = styles_of(behaviour, [row.run for row in found if row.run != BASE_RUN])
     _dots(axes, [(row.run, *styles[row.run], (row.accuracy, row.low, row.high)) for row in found])

@@ -15,6 +15,7 @@ from statsmodels.stats.proportion import proportion_confint
 from rlgen_stats.toolkit.statistics.causal.failure_modes import UNLIKE, Agreement, agreement_of, kinds_of_endings
 from rlgen_stats.toolkit.statistics.causal.findings import Check, Finding, Findings
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
+    N_RESAMPLES,
     OUTCOME_CLASSES,
     Direction,
     Floats,
@@ -59,13 +60,13 @@ NOOP_CHANGE: Final = 0.05
 class Settings:
     """Declared before the trial."""
 
-    alpha: float
+    alpha: float = 0.05
     """Level of every test."""
-    margin: float
+    margin: float = 0.05
     """Accuracy change called harmless: non-inferiority on unrelated tasks, equivalence for NO_EFFECT."""
-    n_resamples: int
+    n_resamples: int = N_RESAMPLES
     """Sign flips where enumeration is too long."""
-    seed: int
+    seed: int = 0
     """Seed of the sign flips."""
     comparable: bool = True
     """Whether the random sets match the set well enough to be its controls."""

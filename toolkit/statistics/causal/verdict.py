@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,15 +95,18 @@ class Verdict:
         return ". ".join(words if len(words) > 1 else [*words, "One dictionary: not replicated in another"])
 
 
-def judge(table: OutcomeTable, settings: Settings) -> Verdict:
+DEFAULTS: Final = Settings()
+
+
+def judge(table: OutcomeTable, settings: Settings = DEFAULTS) -> Verdict:
     """Decide what an edit of the set did, against its controls.
 
     Parameters
     ----------
     table
-        Outcomes of all arms of one direction.
+        Outcomes of all arms of one direction; of one's own arms :func:`~rlgen_stats.toolkit.statistics.arms_table`.
     settings
-        Error rates and margins.
+        Error rates and margins, and whether the random sets are comparable to the set.
 
     Returns
     -------

@@ -57,7 +57,7 @@ def check_contribution_scale(features: xr.Dataset, what: str) -> None:
     if scale != "contribution":
         raise RefusedError(
             f"{what} of different features can be compared only in contribution scale (f ||d||), these features have "
-            f"scale={scale!r}; encode them with scale='contribution'."
+            f"scale={scale!r}; encode them with scale='contribution', or say so in features_dataset if they are."
         )
 
 

@@ -9,25 +9,43 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import ARM, FEATURE, MODEL, RUN, SPLIT, STEP, split_model_id
+from rlgen_stats.schemas.dims import ARM, FEATURE, MODEL, RUN, SPLIT, STEP, split_model_id, stored_model
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 
 
-def check_models(features: xr.Dataset, models: Sequence[str]) -> None:
-    """Refuse unknown and repeated model ids.
+def find_models(features: xr.Dataset, models: Sequence[str]) -> list[str]:
+    """Ids of models in the data; ``rl@final`` is the last checkpoint of that run.
 
     Raises
     ------
     InputError
-        Naming the unknown or repeated model and the known ones.
+        If one is unknown, which lists the known ones, or named twice.
     """
     known = [str(model) for model in features[MODEL].values]
-    unknown = [model for model in models if model not in known]
+    found = [stored_model(str(model), known) for model in models]
+    unknown = [model for model in found if model not in known]
     if unknown:
         raise InputError(f"model {unknown[0]!r} is not in the data; expected one of {known}.")
-    if len(set(models)) != len(models) or not models:
+    if len(set(found)) != len(found) or not found:
         raise InputError(f"name at least one model and each only once, got {list(models)}.")
+    return found
+
+
+def compared_models(features: xr.Dataset, reference: str, models: Sequence[str] | None) -> tuple[str, list[str]]:
+    """The reference and the models compared with it, by default all others.
+
+    Raises
+    ------
+    InputError
+        If one is unknown or named twice, the reference among them, or nothing is left to compare.
+    """
+    (reference,) = find_models(features, [reference])
+    every = [str(model) for model in features[MODEL].values if model != reference]
+    compared = every if models is None else find_models(features, models) if models else []
+    if not compared or reference in compared:
+        raise InputError(f"name at least one model beside the reference {reference!r}, got {compared}.")
+    return reference, compared
 
 
 def run_models(features: xr.Dataset, run: str) -> list[str]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.stores.tables import FEATURE_BLOCK
-from rlgen_stats.toolkit.statistics.core.coordinates import check_models
+from rlgen_stats.toolkit.statistics.core.coordinates import find_models
 
 Block = dict[str, NDArray[Any]]
 
@@ -91,8 +91,7 @@ def feature_arrays(
     missing = [name for name in variables if name not in features]
     if missing:
         raise InputError(f"the features have no variable {missing[0]!r}; they have {sorted(map(str, features))}.")
-    check_models(features, models)
-    chosen = features[list(variables)].sel({MODEL: list(models)})
+    chosen = features[list(variables)].sel({MODEL: find_models(features, models)})
     if prompts is not None:
         chosen = chosen.isel({PROMPT: np.flatnonzero(prompts)})
     lazy = any(chosen[name].chunks is not None for name in variables)

@@ -20,7 +20,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, model_coords
+from rlgen_stats.toolkit.statistics.core.coordinates import compared_models, feature_coord, model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
     Block,
@@ -185,7 +185,8 @@ def drift_test(
     >>> (drift.call == "DRIFT").sum("feature").compute()  # doctest: +SKIP
     """
     check_unit(unit, allow_token_unit)
-    _check_settings(family, correction, null, alpha, margin, n_min, reference, models)
+    reference, models = compared_models(features, reference, models)
+    _check_settings(family, correction, null, alpha, margin, n_min)
     features = in_prompt_order(features, repeated=unit == "token")
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
@@ -229,8 +230,6 @@ def _check_settings(
     alpha: float,
     margin: float,
     n_min: int,
-    reference: str,
-    models: Sequence[str],
 ) -> None:
     if isinstance(family, str) or not set(family) <= {MODEL, FEATURE}:
         raise InputError(f"family names the dimensions {MODEL!r} and {FEATURE!r} in a tuple, got {family!r}.")
@@ -247,8 +246,6 @@ def _check_settings(
         raise InputError(
             f"expected 0 < alpha < 1, margin > 0 and n_min >= 1; got alpha={alpha}, margin={margin}, n_min={n_min}."
         )
-    if reference in models:
-        raise InputError(f"models include the reference {reference!r}; name only the models to compare with it.")
 
 
 def _check_null(null: str, n_units: int, clustered: bool) -> None:

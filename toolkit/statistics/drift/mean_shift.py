@@ -9,9 +9,8 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, MODEL, PROMPT
-from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
+from rlgen_stats.toolkit.statistics.core.coordinates import compared_models, model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import in_prompt_order
 from rlgen_stats.toolkit.statistics.core.units import cluster_codes, jackknife_groups, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife
@@ -71,10 +70,7 @@ def mean_shift(
     >>> mean_shift(prompt_means, models=["rl@80"], clusters="cluster")  # doctest: +SKIP
     """
     activations = in_prompt_order(activations)
-    compared = list(models) if models is not None else [str(m) for m in activations[MODEL].values if m != reference]
-    check_models(activations, [reference, *compared])
-    if not compared:
-        raise InputError(f"name at least one model beside the reference {reference!r}.")
+    reference, compared = compared_models(activations, reference, models)
     codes = cluster_codes(activations, clusters)
     values = activations["activation"].transpose(MODEL, PROMPT, CHANNEL)
     base = np.asarray(values.sel({MODEL: reference}).values, dtype=np.float64)

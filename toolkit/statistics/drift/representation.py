@@ -15,7 +15,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, MODEL, PROMPT, TOKEN
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
-from rlgen_stats.toolkit.statistics.core.coordinates import check_models, model_coords
+from rlgen_stats.toolkit.statistics.core.coordinates import find_models, model_coords
 from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife
 from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray
@@ -153,7 +153,7 @@ def representation_drift(
     --------
     >>> representation_drift(open_activations(path), models=["sft@60", "rl@80"])  # doctest: +SKIP
     """
-    check_models(activations, [*dict.fromkeys([reference, *models])])
+    (reference,), models = find_models(activations, [reference]), find_models(activations, models)
     if rank < 1 or n_groups < 0 or n_groups == 1:
         raise InputError(f"rank must be at least 1 and n_groups 0 or at least 2, got {rank} and {n_groups}.")
     keep = _mask(activations, mask)
@@ -173,7 +173,7 @@ def representation_drift(
     }
     return xr.Dataset(
         variables | {"n_tokens": (MODEL, np.full(len(models), int(keep.sum()), dtype=np.int64))},
-        coords=model_coords(activations, list(models)),
+        coords=model_coords(activations, models),
         attrs={
             "reference": reference,
             "unit": f"group of {clusters or PROMPT}s",

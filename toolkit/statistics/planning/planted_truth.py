@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import (
     ARM,
     BASE_MODEL,
-    BASE_RUN,
     CLUSTER,
     DOMAIN,
     FEATURE,
     MODEL,
     PROMPT,
-    RUN,
     SPLIT,
     SPLITS,
-    STEP,
     TASK,
     model_id,
 )
@@ -144,6 +141,11 @@ class Simulation:
         return [BASE_MODEL, *(model_id(f"{arm}{r}", s) for arm in ARMS for r in range(1, self.runs + 1) for s in steps)]
 
     @property
+    def arms(self) -> dict[str, str]:
+        """Run -> its arm."""
+        return {f"{arm}{r}": arm for arm in ARMS for r in range(1, self.runs + 1)}
+
+    @property
     def tasks(self) -> list[str]:
         """Task names, in domain first."""
         return [*(f"in{t + 1}" for t in range(self.tasks_in)), *(f"out{t + 1}" for t in range(self.tasks_out))]
@@ -260,18 +262,6 @@ def _prompt_labels(simulation: Simulation) -> dict[str, NDArray[Any]]:
         DOMAIN: np.where(np.char.startswith(task, "in"), "in", "out"),
         SPLIT: np.array(SPLITS)[(cluster // len(tasks)) % len(SPLITS)],
         CLUSTER: np.array([f"c{n:07d}" for n in cluster]),
-    }
-
-
-def model_labels(simulation: Simulation) -> dict[str, tuple[str, NDArray[Any]]]:
-    """Coordinates of the model dimension."""
-    models = simulation.models
-    run = [m.split("@")[0] for m in models]
-    return {
-        MODEL: (MODEL, np.array(models)),
-        RUN: (MODEL, np.array(run)),
-        STEP: (MODEL, np.array([int(m.split("@")[1]) for m in models])),
-        ARM: (MODEL, np.array([BASE_RUN if r == BASE_RUN else r.rstrip("0123456789") for r in run])),
     }
 
 

@@ -10,15 +10,17 @@ from typing import Any, Final
 import dask
 import dask.array as da
 import numpy as np
+import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 from scipy import stats
 
-from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, PROMPT, SAMPLE, VIEW, model_id
+from rlgen_stats.schemas.dims import BASE_MODEL, MODEL, model_id
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.stores import Provenance, append_model, committed_models, place, result_groups, write_results
 from rlgen_stats.stores.tables import check_owner
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics.core.own_arrays import features_dataset, outcomes_dataset
 from rlgen_stats.toolkit.statistics.planning.planted_truth import (
     ARMS,
     DIFFICULTY_SHARE,
@@ -28,7 +30,6 @@ from rlgen_stats.toolkit.statistics.planning.planted_truth import (
     PlantedTruth,
     Simulation,
     generator,
-    model_labels,
     plant_truth,
     truth_table,
 )
@@ -39,7 +40,8 @@ BLOCK: Final = 512
 TOKENS: Final = 64
 """Tokens of every prompt."""
 
-VARIABLES: Final = ("mean", "firing", "max")
+N_SUMMARIES: Final = 3
+"""Mean, firing share and maximum of a prompt's tokens."""
 
 
 @dataclass(frozen=True)
@@ -104,35 +106,27 @@ def simulate_features(simulation: Simulation) -> SimulatedStudy:
     >>> dict(study.features.sizes)["model"], int((study.truth.kind == "drifting").sum())
     (3, 6)
     """
-    planted = plant_truth(simulation)
-    labels = model_labels(simulation) | {name: (PROMPT, values) for name, values in planted.labels.items()}
+    planted, models = plant_truth(simulation), simulation.models
     correct, samples = _outcomes(simulation, planted)
-    stacks = [_model_array(simulation, planted, correct[m], m) for m in range(len(simulation.models))]
-    dims = (MODEL, PROMPT, FEATURE)
-    values = {name: (dims, da.stack([stack[v] for stack in stacks])) for v, name in enumerate(VARIABLES)}
-    last = STEPS * simulation.checkpoints
-    views = [BASE_MODEL, *(model_id(f"{arm}1", last) for arm in ARMS)]
-    features = xr.Dataset(
-        values
-        | {
-            "n_tokens": ((MODEL, PROMPT), np.full(correct.shape, TOKENS)),
-            "fve": (MODEL, np.full(len(correct), 0.9)),
-            "decoder_norm": ((VIEW, FEATURE), np.ones((len(views), simulation.n_features))),
-        },
-        coords=labels | {FEATURE: (FEATURE, np.arange(simulation.n_features)), VIEW: (VIEW, np.array(views))},
-        attrs={"readout": "swap", "text_mode": "forced", "crosscoder": "simulated", "scale": "contribution"},
+    stacks = {model: _model_array(simulation, planted, correct[m], m) for m, model in enumerate(models)}
+    mean, firing, largest = ({model: stack[v] for model, stack in stacks.items()} for v in range(N_SUMMARIES))
+    views = [BASE_MODEL, *(model_id(f"{arm}1", STEPS * simulation.checkpoints) for arm in ARMS)]
+    shared: dict[str, Any] = {"prompts": pd.DataFrame(planted.labels), "arms": simulation.arms}
+    features = features_dataset(
+        mean,
+        firing=firing,
+        maximum=largest,
+        n_tokens=dict.fromkeys(models, np.full(simulation.n_prompts, TOKENS)),
+        fve=dict.fromkeys(models, 0.9),
+        decoder_norm=dict.fromkeys(views, np.ones(simulation.n_features)),
+        scale="contribution",
+        readout="swap",
+        text_mode="forced",
+        crosscoder="simulated",
+        **shared,
     )
-    tokens = np.full(samples.shape, TOKENS)
-    outcomes = xr.Dataset(
-        {
-            "correct": ((MODEL, PROMPT, SAMPLE), samples.astype(np.int64)),
-            "completion_tokens": ((MODEL, PROMPT, SAMPLE), tokens),
-            "format_class": ((MODEL, PROMPT, SAMPLE), np.full(samples.shape, "answer")),
-            "greedy_correct": ((MODEL, PROMPT), correct.astype(np.int64)),
-            "greedy_tokens": ((MODEL, PROMPT), tokens[..., 0]),
-            "greedy_class": ((MODEL, PROMPT), np.full(correct.shape, "answer")),
-        },
-        coords=labels,
+    outcomes = outcomes_dataset(
+        dict(zip(models, correct, strict=True)), samples=dict(zip(models, samples, strict=True)), **shared
     )
     provenance = _provenance(simulation).attrs()
     return SimulatedStudy(
@@ -234,7 +228,7 @@ def _model_array(simulation: Simulation, planted: PlantedTruth, correct: NDArray
         part = slice(start, min(start + BLOCK, simulation.n_features))
         # A partial, so that dask neither searches the arguments for graphs nor hashes them.
         call = dask.delayed(partial(_block, simulation, planted, correct, m, part), pure=False)
-        shape = (len(VARIABLES), simulation.n_prompts, part.stop - part.start)
+        shape = (N_SUMMARIES, simulation.n_prompts, part.stop - part.start)
         blocks.append(da.from_delayed(call(), shape, dtype=np.float32))
     return da.concatenate(blocks, axis=2)
 

@@ -8,12 +8,12 @@ import numpy as np
 import xarray as xr
 from sklearn.utils.parallel import Parallel, delayed
 
-from rlgen_stats.schemas.dims import FEATURE, MODEL, TASK
+from rlgen_stats.schemas.dims import FEATURE, TASK
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks, find_models
 from rlgen_stats.toolkit.statistics.core.feature_blocks import feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.units import cluster_codes, present_prompts, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
@@ -110,7 +110,7 @@ def correctness_probe(
     unit, clusters = selection_unit(selection)
     features = in_prompt_order(features, repeated=unit == "token")
     chosen = selected_members(features, selection, "verification", members)
-    name = model if model is not None else str(selection.attrs.get("target"))
+    (name,) = find_models(features, [model if model is not None else str(selection.attrs.get("target"))])
     prompts, correct = _answers(features, outcomes, selection, name, tasks, chosen)
     codes = cluster_codes(features, clusters)
     groups = prompts if codes is None else codes[prompts]
@@ -171,8 +171,6 @@ def _answers(
     unknown = np.setdiff1d(used, known)
     if len(unknown):
         raise InputError(f"task {str(unknown[0])!r} is not in the selection; expected some of {known.tolist()}.")
-    if model not in features[MODEL].values:
-        raise InputError(f"model {model!r} is not in the features; they have {features[MODEL].values.tolist()}.")
     correct = greedy_correctness(features, outcomes, [model])[0]
     of_prompt = np.asarray(features[TASK].values).astype(np.str_)
     usable = chosen.prompts & present_prompts(features, [model]) & np.isin(of_prompt, used) & (correct >= 0)

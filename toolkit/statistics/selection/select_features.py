@@ -20,7 +20,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, DOMAIN, FEATURE, SELECTION, SPL
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.comparability import check_comparable, check_contribution_scale, source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, feature_ranks, in_split
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, feature_ranks, find_models, in_split
 from rlgen_stats.toolkit.statistics.core.feature_blocks import feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes, present_prompts, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
@@ -167,6 +167,7 @@ def select_features(
     check_comparable(features, outcomes, keys=("study_id",))
     features = in_prompt_order(features, repeated=unit == "token")
     _check(features)
+    base, target = find_models(features, [base, target])
     prompts = _prompts(features, outcomes, [base, target], assign_roles(features, tasks, held_out, controls), clusters)
     (values, firing), _ = feature_arrays(features, [variable, "firing"], [base, target])
     paper = _paper_rule(values, firing, prompts, rule, tests, seed)
@@ -194,7 +195,10 @@ def _check(features: xr.Dataset) -> None:
     check_contribution_scale(features, "scores")
     missing = [name for name in (TASK, DOMAIN, SPLIT) if name not in features.coords]
     if missing:
-        raise InputError(f"the features lack the prompt label {missing[0]!r}; it is written by the encode stage.")
+        raise InputError(
+            f"the features lack the prompt label {missing[0]!r}; expected one the encode stage wrote, or, of your own "
+            "arrays, a column of the prompts given to features_dataset."
+        )
     unknown = set(np.asarray(features[SPLIT].values).astype(np.str_)) - set(SPLITS)
     if unknown:
         raise InputError(f"prompts are split into {list(SPLITS)}, got {sorted(unknown)}; label every prompt.")

@@ -13,7 +13,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, FEATURE, MODEL, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import model_coords
+from rlgen_stats.toolkit.statistics.core.coordinates import compared_models, model_coords
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     Block,
     feature_arrays,
@@ -99,9 +99,7 @@ def selected_effects(
     unit, clusters = selection_unit(selection)
     features = in_prompt_order(features, repeated=unit == "token")
     chosen = selected_members(features, selection, split, members)
-    compared = list(models) if models is not None else [str(m) for m in features[MODEL].values if m != reference]
-    if not compared or reference in compared:
-        raise InputError(f"name at least one model beside the reference {reference!r}, got {compared}.")
+    reference, compared = compared_models(features, reference, models)
     codes = cluster_codes(features, clusters)
     (values, firing), lazy = feature_arrays(
         features.isel({FEATURE: chosen.features}), [variable, "firing"], [reference, *compared]

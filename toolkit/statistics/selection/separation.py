@@ -19,7 +19,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import check_models, feature_ranks, in_split
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks, find_models, in_split
 from rlgen_stats.toolkit.statistics.core.feature_blocks import feature_arrays, in_prompt_order
 from rlgen_stats.toolkit.statistics.core.units import cluster_codes, jackknife_groups, present_prompts, unit_attrs
 from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife
@@ -169,7 +169,7 @@ class _Data:
 def _read(
     activations: xr.Dataset, features: xr.Dataset, selection: xr.Dataset, pair: Sequence[str], n_random: int, seed: int
 ) -> _Data:
-    check_models(activations, pair)
+    find_models(activations, pair)
     missing = set(map(str, features[PROMPT].values)) - set(map(str, activations[PROMPT].values))
     if missing:
         raise InputError(f"{len(missing)} prompt(s) of the features have no activation, e.g. {min(missing)!r}.")

@@ -24,7 +24,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics.core.comparability import check_contribution_scale, source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks, model_coords, run_models
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_ranks, find_models, model_coords, run_models
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
     Block,
@@ -173,6 +173,7 @@ def set_stability(
             f"expected at least one run, k >= 1, n_halvings >= 1, n_groups >= 2 and 0 < alpha < 1; got "
             f"runs={list(runs)}, k={k}, n_halvings={n_halvings}, n_groups={n_groups}, alpha={alpha}."
         )
+    (reference,) = find_models(features, [reference])
     codes = cluster_codes(features, clusters)
     design = make_design(features.sizes["prompt"], codes, k, n_halvings, n_groups, seed)
     tables: list[Table] = []

@@ -22,7 +22,7 @@ from rlgen_stats.schemas.dims import ARM, BASE_MODEL, FEATURE, MODEL, TRAINED_RU
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.toolkit.statistics.core.comparability import source_attrs
-from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, model_coords, run_models
+from rlgen_stats.toolkit.statistics.core.coordinates import feature_coord, find_models, model_coords, run_models
 from rlgen_stats.toolkit.statistics.core.feature_blocks import (
     DEFAULT_MIN_FIRING,
     Block,
@@ -195,6 +195,7 @@ def stabilization_test(
     features = in_prompt_order(features, repeated=unit == "token")
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
+    (reference,) = find_models(features, [reference])
     checkpoints = {run: _checkpoints(features, run, reference) for run in runs}
     settings = StabilizationSettings(
         margin=margin,

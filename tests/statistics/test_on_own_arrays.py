@@ -1,0 +1,186 @@
+"""Every public statistic runs on arrays of one's own, without a study folder, and gives what is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from rlgen_stats.schemas.layout import validate
+from rlgen_stats.toolkit import statistics as st
+from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
+from rlgen_stats.toolkit.statistics.selection.token_detectors import TokenActivations
+
+N, F = 240, 40
+MODELS: Final = ("base@0", "sft@50", "sft@100", "rl@50", "rl@100")
+WITHOUT_DATA: Final = {
+    *("Design", "detectable_effect", "power_at", "required_prompts", "required_runs", "run_power"),
+    *("Simulation", "simulate_features", "write_simulation", "SelectionRule", "SelectionTests", "StabilityOptions"),
+}
+"""Sample sizes, simulated studies and settings."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What someone has: numbers of five models on the same prompts, and decoders of two dictionaries a run."""
+
+    features: xr.Dataset
+    outcomes: xr.Dataset
+    selection: xr.Dataset
+    tokens: xr.Dataset
+    decoders: dict[str, xr.Dataset]
+    sums: xr.Dataset
+    timing: xr.Dataset
+
+    @property
+    def raw(self) -> xr.Dataset:
+        """Raw activations of the same prompts."""
+        values = np.random.default_rng(9).normal(size=(len(MODELS), N, 8)) + np.arange(len(MODELS))[:, None, None]
+        labels = {"model": self.features.model, "prompt": self.features.prompt}
+        return xr.Dataset({"activation": (("model", "prompt", "channel"), values)}, coords=labels)
+
+    def scaling(self) -> tuple[dict[str, xr.Dataset], dict[str, xr.Dataset]]:
+        table, share = st.latent_scaling(self.sums), st.attribution(self.decoders["rl"]).mas_l1
+        return {"rl": table}, {"rl": st.classify_features(share, table, tau=0.7)}
+
+
+def decoders(seed: int, target: str, weight: float) -> xr.Dataset:
+    rows = np.random.default_rng(seed).normal(size=(2, F, 6)) * np.array([1.0, weight])[:, None, None]
+    return xr.Dataset(
+        {"decoder": (("view", "feature", "channel"), rows), "firing": ("feature", np.full(F, 0.1))},
+        coords={"view": ["base@0", target]},
+    )
+
+
+@pytest.fixture(scope="module")
+def own() -> Own:
+    rng = np.random.default_rng(1)
+    base, rl = rng.random((2, N)) < [[0.4], [0.8]]
+    gained = rl & ~base
+    level = rng.gamma(4.0, size=(N, F))
+    mean = {model: np.maximum(level + rng.normal(0, 0.3, (N, F)), 0) for model in MODELS}
+    for model, share in (("rl@50", 0.5), ("rl@100", 1.0)):
+        mean[model][gained, :3] += 3 * share
+    prompts = pd.DataFrame({"prompt": [f"p{i:03d}" for i in range(N)], "task": ["a", "b"] * (N // 2)})
+    features = st.features_dataset(mean, prompts=prompts, scale="contribution")
+    right = {"base@0": base, "sft@50": base, "sft@100": base | (rng.random(N) < 0.2), "rl@50": base, "rl@100": rl}
+    outcomes = st.outcomes_dataset(right, prompts=features)
+    tests = st.SelectionTests(n_resamples=199, n_bootstrap=99)
+    selection = st.select_features(features, outcomes, target="rl@final", tests=tests, stability=None)
+    chains = st.stabilization_test(features, runs=["sft", "rl"], n_bootstrap=50)
+    sets = st.set_stability(features, runs=["sft", "rl"], k=5, n_halvings=10)
+    sums = xr.Dataset(
+        {
+            "squares": (("group", "feature"), rng.gamma(4.0, size=(20, F))),
+            "error": (("group", "view", "feature"), rng.gamma(4.0, size=(20, 2, F))),
+            "reconstruction": (("group", "view", "feature"), rng.gamma(4.0, size=(20, 2, F))),
+            "strongest": ("feature", np.zeros(F, dtype=int)),
+            "n_active": ("feature", np.full(F, 80)),
+        },
+        coords={"view": ["base@0", "rl@100"]},
+    )
+    tokens = xr.Dataset(
+        {"activation": (("model", "token", "channel"), rng.normal(size=(2, 300, 6)))},
+        coords={"model": ["base@0", "rl@100"], "prompt": ("token", np.repeat(np.arange(30), 10))},
+    )
+    timing = st.timing_contrast([chains], [sets], first="sft", second="rl")
+    pairs = {"sft": decoders(1, "sft@100", 1.2), "rl": decoders(2, "rl@100", 1.0)}
+    return Own(features, outcomes, selection, tokens, pairs, sums, timing)
+
+
+def graded(own: Own, model: str) -> pd.DataFrame:
+    return pd.DataFrame({"prompt": own.outcomes.prompt, "correct": own.outcomes.greedy_correct.sel(model=model)})
+
+
+def arms(own: Own) -> Any:
+    rl, base = (own.outcomes.greedy_correct.sel(model=model).values for model in ("rl@100", "base@0"))
+    return st.arms_table({"unedited": rl, "set": base}, base, direction="disable", prompts=own.features)
+
+
+SEEDS = decoders(3, "rl@100", 1.0), decoders(4, "rl@100", 1.0)
+TOKENS = TokenActivations(
+    activation=np.random.default_rng(3).gamma(1.0, size=(400, 2)),
+    token_id=np.arange(400) % 7,
+    position=np.arange(400) % 20,
+    unit=np.arange(400) // 20,
+    classes={"first": np.arange(400) % 20 == 0},
+)
+USES: Final[dict[str, tuple[Callable[[Own], Any], str | None]]] = {
+    "features_dataset": (lambda own: own.features, "features"),
+    "outcomes_dataset": (lambda own: own.outcomes, "outcomes"),
+    "drift_test": (lambda own: st.drift_test(own.features, models=["rl@final"], n_bootstrap=50), "drift"),
+    "stabilization_test": (
+        lambda own: st.stabilization_test(own.features, runs=["rl"], n_bootstrap=50),
+        "stabilization",
+    ),
+    "set_stability": (lambda own: st.set_stability(own.features, runs=["rl"], k=5, n_halvings=10), "set_stability"),
+    "timing_contrast": (lambda own: own.timing, "timing_contrast"),
+    "timing_claim": (lambda own: st.timing_claim(own.timing, alpha=0.05), None),
+    "select_features": (lambda own: own.selection, "selection"),
+    "selected_effects": (lambda own: st.selected_effects(own.features, own.selection, models=["rl@final"]), None),
+    "correctness_probe": (
+        lambda own: st.correctness_probe(own.features, own.outcomes, own.selection, model="sft@final", n_random=2),
+        None,
+    ),
+    "model_separation": (
+        lambda own: st.model_separation(own.raw, own.features, own.outcomes, own.selection, n_random=2),
+        None,
+    ),
+    "behaviour": (lambda own: st.behaviour(own.outcomes, family=["rl@final"]), "behaviour"),
+    "compare_outcomes": (
+        lambda own: st.compare_outcomes(graded(own, "sft@100"), graded(own, "rl@100")),
+        "outcome_comparison",
+    ),
+    "adjust_pvalues": (lambda own: st.adjust_pvalues(own.selection.p_value, dims=("feature",)), None),
+    "mean_shift": (lambda own: st.mean_shift(own.raw, models=["rl@final"]), None),
+    "representation_drift": (lambda own: st.representation_drift(own.tokens, models=["rl@final"]), None),
+    "attribution": (lambda own: st.attribution(own.decoders["rl"]), None),
+    "attribution_table": (lambda own: st.attribution_table(own.decoders, multiview=own.decoders), "attribution"),
+    "decoder_clusters": (lambda own: st.decoder_clusters(own.decoders["rl"]), None),
+    "attribution_contrast": (
+        lambda own: st.attribution_contrast(
+            st.attribution_table(own.decoders), own.decoders, sft="sft", rl="rl", n_bootstrap=50
+        ),
+        "attribution_contrast",
+    ),
+    "latent_scaling": (lambda own: own.scaling()[0]["rl"], None),
+    "classify_features": (lambda own: own.scaling()[1]["rl"], None),
+    "scaling_table": (lambda own: st.scaling_table(*own.scaling()), "latent_scaling"),
+    "match_features": (lambda own: st.match_features(*SEEDS), None),
+    "reappearance": (lambda own: st.reappearance({"other": st.match_features(*SEEDS)}), None),
+    "subspace_overlap": (lambda own: st.subspace_overlap(*SEEDS), None),
+    "token_detectors": (lambda own: st.token_detectors(TOKENS, None, [3, 17]), "tokens"),
+    "arms_table": (arms, None),
+    "judge": (lambda own: st.judge(arms(own)), None),
+}
+"""Public name -> how it is used, and the layout of what it returns."""
+
+
+def test_every_public_statistic_is_used_here() -> None:
+    assert set(USES) | WITHOUT_DATA == set(st.__all__)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_it_runs_without_a_study(own: Own, name: str) -> None:
+    use, layout = USES[name]
+    result = use(own)
+    assert result is not None
+    if layout is not None:
+        validate(result, layout)
+
+
+def test_what_was_planted_is_found(own: Own) -> None:
+    drift = st.drift_test(own.features, models=["sft@final", "rl@final"], n_bootstrap=50)
+    assert drift.model.values.tolist() == ["sft@100", "rl@100"]
+    assert np.flatnonzero((drift.call == "DRIFT").sel(model="rl@100")).tolist() == [0, 1, 2]
+    assert not (drift.call == "DRIFT").sel(model="sft@100").any()
+    assert np.flatnonzero(own.selection.tier == "CONFIRMED").tolist() == [0, 1, 2]
+    assert own.selection.attrs["target"] == "rl@100"
+    assert st.behaviour(own.outcomes).p_value.sel(model="rl@100", task="all:in") < 1e-6
+    assert st.judge(arms(own)).requirements["v1"]
+    assert set(st.timing_claim(own.timing, alpha=0.05)) <= set(Verdict)

@@ -1,0 +1,167 @@
+"""The outcome table of a causal trial from graded answers of one's own arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlgen_stats.schemas.dims import CLUSTER, TASK
+from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.statistics.causal.outcome_table import (
+    DIRECTIONS,
+    Condition,
+    Direction,
+    Floats,
+    OutcomeTable,
+    ending_of,
+)
+from rlgen_stats.toolkit.statistics.core.own_arrays import Prompts, prompt_labels
+
+KINDS: Final = (
+    *("unedited", "fresh", "passthrough", "set", "dose", "random", "rescaled"),
+    *("steering", "random_direction", "patch", "lift", "lower", "part"),
+)
+"""Kinds of arm; an arm is of the kind that its name begins with."""
+MAIN_DOSE: Final = {"disable": 0.0, "amplify": 2.0}
+"""What features of the set are multiplied by."""
+AT_MAIN_DOSE: Final = ("set", "random", "rescaled")
+
+
+def arms_table(
+    correct: Mapping[str, Any],
+    other: Any,
+    *,
+    direction: Direction,
+    prompts: Prompts,
+    unrelated: Sequence[str] = (),
+    doses: Mapping[str, float] | None = None,
+    format_class: Mapping[str, Any] | None = None,
+    other_format_class: Any = None,
+    kl_to_other: Mapping[str, Any] | None = None,
+    neutral_kl: Mapping[str, float] | None = None,
+) -> OutcomeTable:
+    """Outcomes of edited models as :func:`~rlgen_stats.toolkit.statistics.judge` takes them, from arrays.
+
+    Parameters
+    ----------
+    correct
+        Arm -> [prompt] or [prompt, sample], 1 where the answer is right, else 0; the same samples in every arm. The
+        arms ``unedited`` (the model as it is) and ``set`` (with the edit) are needed. Others are named by their kind,
+        and what follows a dash: ``random-001`` (matched random sets), ``dose-0.5``, ``fresh`` (other seeds),
+        ``passthrough``, ``steering``, ``random-direction``, ``rescaled-001``.
+    other
+        The same of the other model, unedited: of base when disabling, of the RL model when amplifying.
+    direction
+        ``disable`` (the RL model is edited, accuracy should fall) or ``amplify`` (base is, it should rise).
+    prompts
+        As in :func:`~rlgen_stats.toolkit.statistics.features_dataset`; tasks and clusters are used.
+    unrelated
+        Tasks on which side effects are measured; the effect is measured on all others.
+    doses
+        Arm -> what the features were multiplied by. Default: the number after ``dose-``; 0 when disabling and 2 when
+        amplifying for the set and random sets; 1 otherwise.
+    format_class, other_format_class
+        How completions ended, in the shape of ``correct`` and ``other`` (``FORMAT_CLASSES``). Default: with an answer.
+    kl_to_other
+        Arm -> [prompt] KL divergence from the other model in nats. Without it V6 cannot be shown, nor CAUSAL_SPECIFIC.
+    neutral_kl
+        Arm -> nats per token from the unedited model on text that neither wrote. Without it V4 cannot be shown.
+
+    Returns
+    -------
+    OutcomeTable
+
+    Raises
+    ------
+    InputError
+        If an arm is missing or of no known kind, a shape or value is not as above, or no prompt is left to measure on.
+
+    Examples
+    --------
+    >>> from rlgen_stats.toolkit.statistics import judge
+    >>> rng = np.random.default_rng(0)
+    >>> rl, base = rng.random((2, 200)) < [[0.9], [0.4]]
+    >>> arms = {"unedited": rl, "set": rl & base} | {f"random-{b:03d}": rl for b in range(19)}
+    >>> table = arms_table(arms, base, direction="disable", prompts=[f"p{i}" for i in range(200)])
+    >>> judge(table).requirements
+    {'v1': True, 'v2': True, 'v3': False, 'v4': False, 'v6': False}
+    """
+    if direction not in DIRECTIONS:
+        raise InputError(f"direction is one of {list(DIRECTIONS)}, got {direction!r}.")
+    labels = prompt_labels(prompts)
+    task = labels[TASK][1]
+    absent = sorted(set(unrelated) - set(task.tolist()))
+    if absent:
+        raise InputError(f"no prompt has the unrelated task {absent[0]!r}; the tasks are {sorted(set(task.tolist()))}.")
+    conditions = tuple(_condition(str(arm), direction, doses or {}) for arm in correct)
+    right = {str(arm): _right(f"arm {arm!r}", values, len(task)) for arm, values in correct.items()}
+    others = _right("the other model", other, len(task))
+    for arm, values in right.items():
+        if values.shape != others.shape:
+            raise InputError(
+                f"arm {arm!r} has {values.shape[1]} samples a prompt, the other model {others.shape[1]}; give the same "
+                "samples in every arm."
+            )
+    names, shape = list(right), (len(right), len(task))
+    kl = np.stack([_divergence(arm, kl_to_other, len(task)) for arm in names])
+    unknown = np.full(shape, np.nan)
+    return OutcomeTable(
+        direction=direction,
+        conditions=conditions,
+        correct=np.stack([right[arm] for arm in names]),
+        ending=np.stack([_endings(arm, right[arm], (format_class or {}).get(arm)) for arm in names]),
+        other_ending=_endings("the other model", others, other_format_class),
+        kl_to_base=kl if direction == "disable" else unknown,
+        kl_to_rl=kl if direction == "amplify" else unknown,
+        neutral_kl=np.array([(neutral_kl or {}).get(arm, np.nan) for arm in names], dtype=np.float64),
+        n_tokens=np.full((*shape, others.shape[1]), np.nan),
+        task=task,
+        cluster=labels[CLUSTER][1],
+        target=~np.isin(task, list(unrelated)),
+        unrelated=np.isin(task, list(unrelated)),
+    )
+
+
+def _condition(arm: str, direction: Direction, doses: Mapping[str, float]) -> Condition:
+    name = arm.replace("-", "_") + "_"
+    kinds = [kind for kind in KINDS if name.startswith(f"{kind}_")]
+    if not kinds:
+        raise InputError(f"arm {arm!r} is of no known kind; its name begins with one of {', '.join(KINDS)} and a dash.")
+    kind = max(kinds, key=len)  # random-direction is no random set
+    dose = MAIN_DOSE[direction] if kind in AT_MAIN_DOSE else 1.0
+    if kind == "dose" and arm not in doses:
+        try:
+            dose = float(arm.removeprefix("dose-"))
+        except ValueError as error:
+            raise InputError(f"arm {arm!r} needs a dose; name it dose-0.5, or give its dose in doses.") from error
+    return Condition(arm, kind, float(doses.get(arm, dose)))
+
+
+def _right(what: str, values: Any, n_prompts: int) -> Floats:
+    """[prompt, sample] 0 or 1."""
+    array = np.asarray(values)
+    array = array[:, None] if array.ndim == 1 else array
+    if array.ndim != 2 or len(array) != n_prompts or array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
+        raise InputError(
+            f"{what} has shape {np.shape(values)} and type {array.dtype}; expected 0 or 1 for each of {n_prompts} "
+            "prompts, or [prompt, sample]."
+        )
+    return array.astype(np.float64)
+
+
+def _endings(what: str, right: Floats, classes: Any) -> NDArray[np.int64]:
+    given = np.full(right.shape, "answer") if classes is None else np.asarray(classes).astype(np.str_)
+    given = given[:, None] if given.ndim == 1 else given
+    if given.shape != right.shape:
+        raise InputError(f"format_class of {what} has shape {given.shape}; expected {right.shape}, as of its answers.")
+    return ending_of(right.astype(bool), given)
+
+
+def _divergence(arm: str, divergences: Mapping[str, Any] | None, n_prompts: int) -> Floats:
+    row = np.asarray((divergences or {}).get(arm, np.full(n_prompts, np.nan)), dtype=np.float64)
+    if row.shape != (n_prompts,):
+        raise InputError(f"kl_to_other of {arm!r} has shape {row.shape}; expected one number a prompt, {(n_prompts,)}.")
+    return row
