@@ -327,8 +327,11 @@ def export_crosscoder_command(crosscoder: str, out: str, layout: str, as_json: b
 @click.argument("repository", metavar="OWNER/NAME[@BRANCH][/SUBFOLDER]")
 @click.option("--private/--public", default=None, help="Of a new repository; default: as its owner has set.")
 @click.option("--license", metavar="NAME", help="License that the model card names, e.g. apache-2.0.")
+@json_option
 @handle_errors
-def push_crosscoder_command(crosscoder: str, repository: str, private: bool | None, license: str | None) -> None:
+def push_crosscoder_command(
+    crosscoder: str, repository: str, private: bool | None, license: str | None, as_json: bool
+) -> None:
     """Put a crosscoder into a repository of the Hugging Face Hub, with a model card of its spec and health.
 
     One commit: all files are there afterwards, or none. Log in with 'hf auth login' first.
@@ -338,7 +341,11 @@ def push_crosscoder_command(crosscoder: str, repository: str, private: bool | No
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.toolkit.crosscoder import push_crosscoder
 
-    echo(push_crosscoder(crosscoder, repository, private=private, license=license))
+    url = push_crosscoder(crosscoder, repository, private=private, license=license)
+    if as_json:
+        print_json({"url": url})
+    else:
+        echo(url)
 
 
 @click.command("pull-crosscoder")

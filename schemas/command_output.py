@@ -134,6 +134,13 @@ class FileOutput(Output):
     """What was written."""
 
 
+class PushOutput(Output):
+    """Of ``push-crosscoder``."""
+
+    url: str
+    """Of the commit."""
+
+
 class FilesOutput(Output):
     """Of ``export-crosscoder``."""
 
@@ -346,7 +353,7 @@ class OutcomesOutput(Output):
 
 
 class CrosscoderOutput(BaseModel):
-    """Of ``import-crosscoder``: spec.json of what was written, and where."""
+    """Of ``import-crosscoder`` and ``pull-crosscoder``: spec.json of what was written, and where."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -397,6 +404,8 @@ OUTPUTS: Final[dict[str, Any]] = dict.fromkeys(_STAGES, StageOutput) | {
     "export-requests": list[RequestsOutput],
     "import-outcomes": OutcomesOutput,
     "import-crosscoder": CrosscoderOutput,
+    "push-crosscoder": PushOutput,
+    "pull-crosscoder": CrosscoderOutput,
     "export-crosscoder": FilesOutput,
 }
 """Command -> type of what it prints."""

@@ -27,12 +27,17 @@ ROOT = Path(__file__).parents[1]
 def test_every_command_with_json_is_declared_and_no_other() -> None:
     with_json = {name for name, one in commands().items() if any(p.name == "as_json" for p in one.params)}
     assert with_json == set(OUTPUTS)
-    assert set(commands()) - with_json == {"schema"}, "which prints JSON already"
+    assert set(commands()) - with_json == {"schema", "view"}, "one prints JSON already, one serves pages"
 
 
 def test_every_command_is_checked_here_or_in_the_mini_study() -> None:
-    tests = [Path(__file__), ROOT / "end_to_end/test_mini.py"]
-    named = {name for file in tests for name in re.findall(r'printed\("([\w -]+)"', file.read_text(encoding="utf-8"))}
+    elsewhere = ("end_to_end/test_mini.py", "crosscoder/interop/test_hub_repository.py")
+    tests = [Path(__file__), *(ROOT / file for file in elsewhere)]
+    named = {
+        name
+        for file in tests
+        for name in re.findall(r'(?:printed|validated)\("([\w -]+)"', file.read_text(encoding="utf-8"))
+    }
     assert named | set(OF_STAGES) == set(OUTPUTS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import yaml
 from rlgen_stats.schemas.errors import InputError, ModelError, StoreCorruptError
 from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder, pull_crosscoder, push_crosscoder
+from tests.cli.json_output import validated
 from tests.crosscoder.interop.hub_stand_in import Repositories, serve
 
 VIEWS = ("base@0", "rl|9@80")
@@ -160,13 +160,14 @@ def test_commands_against_an_endpoint(tmp_path: Path, hub: Repositories) -> None
         command = [sys.executable, "-P", "-m", "rlgen_stats.cli", *arguments]
         return subprocess.run(command, env=os.environ | hub_settings, capture_output=True, text=True, check=False)
 
-    pushed = run("push-crosscoder", str(tmp_path / "main"), "org/repo", "--public")
+    pushed = run("push-crosscoder", str(tmp_path / "main"), "org/repo", "--public", "--json")
     assert pushed.returncode == 0, pushed.stderr
-    assert pushed.stdout == f"{hub.address}/org/repo/commit/{hub.commit('org/repo')}\n"  # type: ignore[attr-defined]
+    url = f"{hub.address}/org/repo/commit/{hub.commit('org/repo')}"  # type: ignore[attr-defined]
+    assert validated("push-crosscoder", pushed.stdout) == {"url": url}
     assert "public" in hub.created[0].values()
     pulled = run("pull-crosscoder", "org/repo", "--to", str(tmp_path / "pulled"), "--json")
     assert pulled.returncode == 0, pulled.stderr
-    assert json.loads(pulled.stdout)["weights_sha256"] == made.weights_sha256
+    assert validated("pull-crosscoder", pulled.stdout)["weights_sha256"] == made.weights_sha256
     assert load_crosscoder(tmp_path / "pulled").name == NAME
     again = run("pull-crosscoder", "org/repo", "--to", str(tmp_path / "pulled"))
     assert (again.returncode, "is not empty; name a new folder" in again.stderr) == (2, True)
