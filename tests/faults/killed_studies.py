@@ -140,7 +140,7 @@ def kill_round(
                 return tally + Counter(lost=1)
             continue
         problems = elsewhere(verify, study).problems if list(study.glob("*.zarr/zarr.json")) else ()
-        log(f"{at}: killed at {ended.moment} {problems or ''}")
+        log(f"killed at {ended.moment}, {at.delay:.2f} s after it {list(problems)[:1] or ''}")
         tally["named" if problems else "harmless"] += 1
     ended = run(go_on(study), study, order=ORDER)
     if ended.code != 0:
