@@ -33,7 +33,7 @@ from rlgen_stats.stores.digests import (
 from rlgen_stats.stores.folder import StudyFolder, linked_folders
 from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import is_remote, place
-from rlgen_stats.stores.owners import foreign_stores
+from rlgen_stats.stores.owners import foreign_stores, is_outdated
 from rlgen_stats.stores.results import open_results
 from rlgen_stats.stores.seals import (
     GROUPS,
@@ -175,6 +175,8 @@ def _records(root: Path) -> list[Path]:
 def _check_record(root: Path, file: Path) -> None:
     """The stores that a finished stage left are still those, with all their models."""
     record = read_object(file)
+    if record.get("finished") and is_outdated(root, record):  # it runs again, and its dictionaries are of then
+        record["dictionaries"] = {}
     faults = foreign_stores(root, record) if record.get("finished") else []
     if faults:
         raise StoreError("; ".join(faults))

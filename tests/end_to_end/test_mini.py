@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import random
 import re
 import shutil
 import subprocess
 import sys
-import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,8 @@ from tests.cli.json_output import printed
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.same_numbers import differences
 from tests.end_to_end.verdict_consistency import contradictions
+from tests.faults.killed_studies import ORDER, copy_inputs, kill_round
+from tests.faults.kills import elsewhere
 from tests.pages import DOCS, run_page
 from tests.stores.test_seals import unseal
 
@@ -283,49 +287,14 @@ def test_a_folder_without_weights_is_named(mini: tuple[Path, Result], tmp_path: 
     assert "no weights" in result.stderr
 
 
-@pytest.mark.parametrize("n_kills", [4])
-def test_killed_at_any_stage_and_run_again_it_ends_with_the_same_numbers(
-    mini: tuple[Path, Result], tmp_path: Path, n_kills: int
+def test_killed_in_any_stage_and_run_again_it_ends_with_the_same_numbers(
+    mini: tuple[Path, Result], tmp_path: Path
 ) -> None:
     """Also shows that the same study twice gives the same numbers: this one starts from the same prompts and base."""
-    folder, _ = mini
-    copy = tmp_path / "again"
-    copy.mkdir()
-    shutil.copytree(folder / "data", copy / "data")
-    base = yaml.safe_load((folder / "study.yaml").read_text())["base"]["path"]
-    shutil.copytree(folder / base, copy / base)
-    shutil.copy(folder / "study.yaml", copy / "study.yaml")
-    command = [sys.executable, "-P", "-c", "from rlgen_stats.cli import main; main()", "run", str(copy), "--quiet"]
-    random = np.random.default_rng(0)
-    for _ in range(n_kills):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        stages = len(list((copy / "stages").glob("*.json"))) if (copy / "stages").exists() else 0
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:  # wait until it got somewhere new
-            if (copy / "stages").exists() and len(list((copy / "stages").glob("*.json"))) > stages + 1:
-                break
-            time.sleep(0.05)
-        time.sleep(float(random.uniform(0, 0.5)))
-        process.kill()
-        process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert verify(copy).problems == ()
-    compare(folder, copy)
-
-
-def compare(first: Path, second: Path) -> None:
-    one, two = open_study(first), open_study(second)
-    assert set(one.groups) == set(two.groups)
-    for group in one.groups:
-        for name, array in one[group].to_dataset().load().data_vars.items():
-            other = two[group].to_dataset()[name].values
-            if array.dtype.kind == "f":
-                np.testing.assert_array_equal(array.values, other, err_msg=f"{group}/{name}")
-            else:
-                assert array.values.tolist() == other.tolist(), f"{group}/{name}"
-    ours, theirs = (read_json(folder / "report/report.json")["claims"] for folder in (first, second))
-    assert ours == theirs
+    again, draw = copy_inputs(mini[0], tmp_path / "again"), random.Random(0)
+    changes = dict.fromkeys(ORDER, 12)  # of any stage the first ones
+    kills = partial(kill_round, mini[0], again, changes, draw, stages=("posttrain", "crosscoder", "report"), log=print)
+    assert elsewhere(kills, start="spawn") == Counter(harmless=3)
 
 
 def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result], tmp_path: Path) -> None:

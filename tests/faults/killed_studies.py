@@ -1,20 +1,14 @@
-"""Studies killed in every stage: run again, they end with the arrays of a study that was never interrupted.
-
-``python -m tests.faults.killed_studies --kills 48`` counts them; a few run with the tests.
-"""
+"""Studies killed in every stage: run again, they end with the arrays of a study that was never interrupted."""
 
 from __future__ import annotations
 
-import argparse
 import pkgutil
 import random
 import shutil
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pandas as pd
 import yaml
@@ -25,6 +19,7 @@ from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.study import STAGES, read_spec
 from tests.end_to_end import planted
 from tests.end_to_end.same_numbers import differences
+from tests.faults.damaged_stores import Log
 from tests.faults.kills import drawn, elsewhere, run
 
 ORDER: Final = ("", *(stage.name for stage in STAGES))
@@ -54,10 +49,13 @@ def write_study(root: Path) -> None:
                 ("pair-rl", ["rl@final"], 1),
             )
         ],
+        generation={"max_new_tokens": 6, "n_samples": 1, "batch_size": 512},
         statistics={"n_resamples": 99, "n_bootstrap": 99, "n_halvings": 5, "top_k": 5, "n_min": 5},
         selection={"max_features": 3, "min_discordant": 5},
         intervention={"n_controls": 19, "max_prompts": 24, "doses": [0.0, 2.0], "accept_undecidable": True},
     )
+    prompts = pd.read_parquet(root / "data/prompts.parquet")
+    prompts[prompts["cluster"].str.contains("w[0-5]-")].to_parquet(root / "data/prompts.parquet")  # half of them
     rows = [
         {"text": planted.prompt("kindly", task, a, b), "answer": planted.answer(task, a, b), "task": task}
         for task in planted.TASKS
@@ -80,7 +78,7 @@ def copy_inputs(study: Path, to: Path) -> Path:
     """What a study is made from, without what its stages made."""
     trained = [study / "models" / run.name for run in read_spec(study).runs if run.method != "checkpoints"]
     for model in (study / "models").iterdir():
-        if model not in trained:
+        if model.is_dir() and model not in trained:
             shutil.copytree(model, to / "models" / model.name)
     shutil.copytree(study / "data", to / "data")
     shutil.copy(study / "study.yaml", to / "study.yaml")
@@ -122,17 +120,18 @@ def kill_round(
     changes: Mapping[str, int],
     draw: random.Random,
     *,
-    stages: tuple[str, ...] = ORDER[1:],
-    per_stage: int = 1,
-    log: Callable[[str], object] = lambda line: None,
+    stages: Sequence[str] = ORDER[1:],
+    log: Log,
 ) -> Counter[str]:
     """Kill a study in each stage, let it end, and compare it with the reference.
 
     Returns the number of kills that were ``harmless``, ``named`` (``verify`` says of what is left that it is not
     sound), ``lost`` (the study does not go on) or ``silently wrong`` (it ends with other arrays).
     """
-    tally: Counter[str] = Counter()
-    for stage in (stage for stage in stages for _ in range(per_stage)):
+    for one in STAGES:  # imported once, and not by every child
+        pkgutil.resolve_name(one.function)
+    tally = Counter[str]()
+    for stage in stages:
         at = drawn(draw, changes, stage, LONGEST_DELAY)
         ended = run(go_on(study), study, at, order=ORDER)
         if ended.moment is None:
@@ -141,7 +140,7 @@ def kill_round(
                 return tally + Counter(lost=1)
             continue
         problems = elsewhere(verify, study).problems if list(study.glob("*.zarr/zarr.json")) else ()
-        log(f"{at}: killed at {ended.moment} {problems or ''}")
+        log(f"killed at {ended.moment}, {at.delay:.2f} s after it {list(problems)[:1] or ''}")
         tally["named" if problems else "harmless"] += 1
     ended = run(go_on(study), study, order=ORDER)
     if ended.code != 0:
@@ -153,51 +152,22 @@ def kill_round(
     return tally + Counter({"silently wrong": bool(wrong)})
 
 
-def count(root: Path, *, n_kills: int, seed: int, log: Callable[[str], object]) -> Counter[str]:
-    """Rounds of kills: from nothing, then over what a changed study left, back and forth."""
-    references, changes, tally = [], [], Counter[str]()
-    write_study(root / "inputs")
+def count(root: Path, *, n: int, seed: int, log: Log) -> Counter[str]:
+    """Rounds of kills, one in every stage: from nothing, then over what a changed study left, back and forth."""
+    references, changes = [], []
+    inputs = root / "inputs"
+    run(lambda: write_study(inputs), inputs)
     for number in range(2):
-        reference = copy_inputs(root / "inputs", root / f"reference-{number}")
-        ended = run(go_on(reference), reference, order=ORDER)
-        if ended.code != 0:
-            raise RuntimeError(ended.said)
-        references.append(reference)
-        changes.append(ended.changes)
-        log(f"changes of an uninterrupted run: {dict(ended.changes)}")
-        change(root / "inputs")
-    study, draw = copy_inputs(references[0], root / "killed"), random.Random(seed)
-    round_ = 0
-    while tally.total() < n_kills and not tally["lost"]:
-        shutil.copy(references[round_ % 2] / "study.yaml", study / "study.yaml")
-        tally += kill_round(references[round_ % 2], study, changes[round_ % 2], draw, log=log)
-        round_ += 1
+        references.append(copy_inputs(inputs, root / f"reference-{number}"))
+        whole = run(go_on(references[-1]), references[-1], order=ORDER)
+        if whole.code != 0:
+            raise RuntimeError(whole.said)
+        changes.append(whole.changes)
+        change(inputs)
+    study, draw, tally = copy_inputs(references[0], root / "killed"), random.Random(seed), Counter[str]()
+    number = 0
+    while tally.total() < n and not tally["lost"]:
+        shutil.copy(references[number] / "study.yaml", study / "study.yaml")
+        tally += kill_round(references[number], study, changes[number], draw, log=log)
+        number = 1 - number
     return tally
-
-
-def warm_up() -> None:
-    """Import what stages import, so that children need not."""
-    for stage in STAGES:
-        pkgutil.resolve_name(stage.function)
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reference", type=Path, help="A finished study, killed in a few stages only, once.")
-    options = parser.parse_args()
-
-    def log(line: Any) -> None:
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
-    warm_up()
-    with tempfile.TemporaryDirectory(prefix="killed-", ignore_cleanup_errors=True) as folder:
-        tally = count(Path(folder), n_kills=options.kills, seed=options.seed, log=log)
-    log(dict(tally))
-    sys.exit(bool(tally["lost"] or tally["silently wrong"]))
-
-
-if __name__ == "__main__":
-    _main()

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import site
 import sys
 import threading
 import traceback
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 FORK: Final = multiprocessing.get_context("fork")
 SECONDS: Final = 600
@@ -129,9 +130,10 @@ def _child(work: Callable[[], object], clock: _Clock) -> None:
     os._exit(1 if said else 0)
 
 
-def elsewhere(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns, called in a child: this process must start no threads, or its children could hang."""
-    with ProcessPoolExecutor(1, mp_context=FORK) as pool:
+def elsewhere(function: Callable[..., Any], *arguments: Any, start: Literal["fork", "spawn"] = "fork") -> Any:
+    """What a function returns in a child: a process that has had threads may not fork, and its children could hang."""
+    context = multiprocessing.get_context(start)
+    with ProcessPoolExecutor(1, context, site.addsitedir, (str(Path(__file__).parents[2]),)) as pool:  # to find tests
         return pool.submit(function, *arguments).result()
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from rlgen_stats.cli import main
 from rlgen_stats.schemas.errors import StageError, StoreError
-from rlgen_stats.stores import Provenance, write_json
+from rlgen_stats.stores import Provenance, read_json, write_json
 from rlgen_stats.stores.verify import verify
 from rlgen_stats.toolkit.study import Study, open_for_run, run_study
 from rlgen_stats.toolkit.study.stage_graph import BY_NAME
@@ -102,6 +102,20 @@ def test_features_of_weights_that_were_trained_again_are_noticed(finished: Path)
     run_study(finished, stages=["drift"], force=["encode"])
     assert CALLS == ["encode", "drift"]
     assert open_for_run(finished).state("select") == "stale"
+
+
+def test_results_of_the_dictionary_before_are_no_fault_once_it_is_being_trained_anew(finished: Path) -> None:
+    def faults() -> list[str]:
+        return [one for one in verify(finished).problems if "crosscoder weights" in one]
+
+    file = finished / "stages/crosscoder.json"
+    trained = read_json(file)
+    train(open_for_run(finished), "main.2", "others")
+    assert [fault.split(":")[0] for fault in faults()] == ["stages/encode.json", "stages/select.json"]
+    write_json(file, trained | {"key": "another", "finished": False})
+    assert faults() == []
+    write_json(file, trained)
+    assert len(faults()) == 2
 
 
 def test_dictionaries_that_are_gone_say_nothing(finished: Path) -> None:

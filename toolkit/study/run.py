@@ -206,7 +206,8 @@ def _recorded(study: Study, stage: Stage) -> Iterator[dict[str, Any]]:
     seconds = round(before + time.perf_counter() - began, 2)
     written = [path for path in study.stores(stage) if owner(path) is not None]
     stores = {path.relative_to(study.folder.root).as_posix(): models_in(path) for path in written}
-    record = {"seconds": seconds, "earlier": [key], "facts": facts, "stores": stores} | times
+    needs = {one.name: study.key(one.name) for one in with_needs(stage.needs)}
+    record = {"seconds": seconds, "earlier": [key], "facts": facts, "stores": stores, "needs": needs} | times
     study.write_record(stage.name, key=key, finished=True, **record, dictionaries=dictionaries)
 
 
