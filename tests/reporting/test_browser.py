@@ -6,9 +6,12 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.reporting.devtools import Page, open_in_chromium
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed on this machine")
@@ -93,3 +96,76 @@ def test_the_report_is_quiet_and_can_be_looked_at(width: int, height: int, repor
     content = image.read_bytes()
     assert struct.unpack(">II", content[16:24]) == (width, height)
     assert len(content) > 60_000, "an almost empty page compresses to less"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with open_in_chromium(str(CHROMIUM), "about:blank", tmp_path_factory.mktemp("browser"), *FLAGS) as one:
+        yield one
+
+
+def go_to(page: Page, file: Path) -> None:
+    page.send("Page.navigate", url=file.as_uri())
+    page.wait_for(f"document.readyState === 'complete' && location.pathname.endsWith({file.name!r})")
+
+
+@pytest.mark.parametrize("name", ["index.html", "features.html", "features-1.html", "prompts.html"])
+def test_on_a_phone_nothing_is_wider_than_the_screen(name: str, report: Path, page: Page) -> None:
+    """375 pixels: what is wider scrolls by itself. A table's column of texts is at least half as wide as the screen."""
+    page.send("Emulation.setDeviceMetricsOverride", width=375, height=812, deviceScaleFactor=1, mobile=True)
+    go_to(page, report / name)
+    assert page.ask("document.documentElement.scrollWidth") == 375
+    widths = page.ask(
+        "[...document.querySelectorAll('table.contexts td:first-child, table.dense td.context')]"
+        ".map((one) => one.getBoundingClientRect().width).filter((width) => width > 0)"
+    )
+    assert all(width > 375 / 2 for width in widths)
+    assert widths or name not in ("features.html",)
+
+
+def test_print_opens_what_is_folded_and_hides_what_only_a_screen_needs(report: Path, page: Page) -> None:
+    seen = "[...document.querySelectorAll('details > *:not(summary)')].map((one) => one.checkVisibility())"
+    page.send("Emulation.clearDeviceMetricsOverride")
+    go_to(page, report / "index.html")
+    page.send("Emulation.setEmulatedMedia", media="screen")
+    assert set(page.ask(seen)) == {False}, "folded on a screen"
+    page.send("Emulation.setEmulatedMedia", media="print")
+    assert set(page.ask(seen)) == {True}
+    assert page.ask("getComputedStyle(document.querySelector('nav')).display") == "none"
+    page.send("Emulation.setEmulatedMedia", media="")
+
+
+def test_dark_and_light_pages_are_legible(report: Path, page: Page) -> None:
+    """WCAG contrast of every text colour with what it stands on is 4.5 or more, of marks in figures 3 or more."""
+    go_to(page, report / "index.html")
+    pages = {}
+    for scheme in ("light", "dark"):
+        page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        pages[scheme] = page.ask("getComputedStyle(document.documentElement).backgroundColor")
+        names = {"ink", "soft", "muted", "link", "good", "bad", "warn", "open", "page", "card", "mark"}
+        names |= {f"{name}-bg" for name in ("good", "bad", "warn", "open")}
+        names |= {f"fig-{name}" for name in ("ink", "muted", "base", "sft", "rl", "good", "violet", "gold")}
+        colours = {
+            name: page.ask(f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')").strip()
+            for name in sorted(names)
+        }
+        pairs = [(text, ground, 4.5) for text in ("ink", "soft", "muted", "link") for ground in ("page", "card")]
+        pairs += [(name, f"{name}-bg", 4.5) for name in ("good", "bad", "warn", "open")] + [("ink", "mark", 4.5)]
+        pairs += [(f"fig-{name}", "page", 4.5) for name in ("ink", "muted")]
+        pairs += [(f"fig-{name}", "page", 3.0) for name in ("sft", "rl", "good", "violet")]
+        for text, ground, least in pairs:
+            assert contrast(colours[text], colours[ground]) >= least, (scheme, text, ground)
+    assert pages == {"light": "rgb(250, 249, 246)", "dark": "rgb(20, 24, 27)"}
+    page.send("Emulation.setEmulatedMedia", media="", features=[])
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two sRGB colours, WCAG 2.2."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)

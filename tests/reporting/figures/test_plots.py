@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,15 +87,27 @@ def lab(colour: str, deficiency: str) -> np.ndarray:
     return np.array([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)])
 
 
+def dark(colour: str) -> str:
+    """What a dark page draws instead of a figure's colour."""
+    style = (Path(reporting.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    found = re.findall(rf"{plotting.THEMED[colour]}: (#[0-9a-f]{{6}})", style)
+    assert len(found) == 2
+    assert found[0] == colour
+    return str(found[1])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("deficiency", list(DEFICIENCIES))
 @pytest.mark.parametrize(
     "together",
     [("BASE", "SFT", "RL"), ("GOOD", "GOLD"), ("VIOLET", "GOLD", "NULL"), ("GOOD", "PALE", "GOLD", "VIOLET")],
     ids="-".join,
 )
-def test_colours_that_stand_together_are_told_apart(together: tuple[str, ...], deficiency: str) -> None:
+def test_colours_that_stand_together_are_told_apart(together: tuple[str, ...], deficiency: str, scheme: str) -> None:
+    shown = {name: getattr(plotting, name) for name in together}
+    shown = shown if scheme == "light" else {name: dark(colour) for name, colour in shown.items()}
     for one, other in itertools.combinations(together, 2):
-        apart = np.linalg.norm(lab(getattr(plotting, one), deficiency) - lab(getattr(plotting, other), deficiency))
+        apart = np.linalg.norm(lab(shown[one], deficiency) - lab(shown[other], deficiency))
         assert apart > TELL_APART, (one, other, round(float(apart), 1))
 
 
