@@ -438,4 +438,5 @@ def _move(table: pd.DataFrame, inside: pd.Series[bool], shares: dict[str, float]
             size = min(max(round(share * len(clusters)), 1), left - min(n_later, max(left - 1, 0)))
             moved |= dict.fromkeys(clusters[start : start + size], target)
             start += size
-    table.loc[inside, SPLIT] = table[CLUSTER].map(moved).fillna(table[SPLIT])[inside]
+    rows = inside & table[CLUSTER].isin(list(moved))
+    table.loc[rows, SPLIT] = table.loc[rows, CLUSTER].map(moved)
