@@ -130,9 +130,11 @@ def test_only_stages_that_refuse_unhealthy_crosscoders_offer_to_accept_them(name
         (["run", "nowhere", "--devices", "0", "--scheduler", "tcp://h:1"], "name one of the two"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    with CliRunner().isolated_filesystem(tmp_path):
-        code, out, err = run(*arguments)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
     assert code == 2
     assert message in err
     assert "Traceback" not in err

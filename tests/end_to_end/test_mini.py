@@ -428,15 +428,15 @@ def test_what_commands_print_for_machines_is_as_declared(mini: tuple[Path, Resul
     assert [verdict["id"] for verdict in document["result"]["verdicts"]] == ["C1", "C2", "C3", "C4", "C5"]
     for stage, fact in (("outcomes", "greedy_accuracy"), ("movement", "kl_from_base"), ("significance", "accuracy")):
         by_model = printed(stage, study, "--quiet")["result"]["facts"][fact]
-        assert {"base@0", "sft@6", "rl@4"} <= set(by_model), stage
+        assert {"base@0", "sft@6", "rl@2"} <= set(by_model), stage
     assert printed("check", study)["problems"] == []
     assert len(printed("inspect", study)) > 10
     assert printed("status", study)["rendered_prompts"]
     assert printed("features", study, "3")[0]["feature"] == 3
     assert printed("intervene", study, "--dry-run")[0]["name"] == "selected"
     assert printed("export-requests", study)[0]["n_requests"] > 0
-    sampled = pd.read_parquet(study / "completions/rl@4.parquet")
+    sampled = pd.read_parquet(study / "completions/rl@2.parquet")
     rows = sampled.rename(columns={"prompt": "prompt_id"})[["prompt_id", "sample", "text"]]
     rows.assign(correct=True).to_json(tmp_path / "sampled.jsonl", orient="records", lines=True)
     settings = ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "12", "--engine", "here")
-    assert printed("import-outcomes", study, tmp_path / "sampled.jsonl", "--model", "rl@4", *settings)["n_prompts"] > 0
+    assert printed("import-outcomes", study, tmp_path / "sampled.jsonl", "--model", "rl@2", *settings)["n_prompts"] > 0

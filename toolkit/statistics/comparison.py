@@ -228,7 +228,7 @@ def _pairs(a: pd.DataFrame, b: pd.DataFrame, names: tuple[str, str], unpaired: U
     """One row a prompt that both have, sorted: n_a, total_a, n_b, total_b, binary, and the labels."""
     if unpaired not in ("error", "drop"):
         raise InputError(f"unpaired must be error or drop, got {unpaired!r}.")
-    pairs = a.join(b, how="inner", lsuffix="_a", rsuffix="_b").sort_index()
+    pairs = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b")).sort_index()
     only = [len(side) - len(pairs) for side in (a, b)]
     if not len(pairs) or (any(only) and unpaired == "error"):
         alone = [place for side in (a, b) for place in side.index.difference(pairs.index)[:EXAMPLES]]
