@@ -135,10 +135,17 @@ class FileOutput(Output):
 
 
 class FilesOutput(Output):
-    """Of ``export-crosscoder``."""
+    """Of ``export-crosscoder`` and ``export-features``."""
 
     files: list[str]
-    """The folder of a crosscoder, or those of an SAE a view."""
+    """What was written: weights files, folders of an SAE a view, tables."""
+
+
+class CommitOutput(Output):
+    """Of ``push-crosscoder``."""
+
+    commit: str
+    """Address of the commit."""
 
 
 class AddedTask(Output):
@@ -346,7 +353,7 @@ class OutcomesOutput(Output):
 
 
 class CrosscoderOutput(BaseModel):
-    """Of ``import-crosscoder``: spec.json of what was written, and where."""
+    """Of ``import-crosscoder`` and ``pull-crosscoder``: spec.json of what was written, and where."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -398,6 +405,9 @@ OUTPUTS: Final[dict[str, Any]] = dict.fromkeys(_STAGES, StageOutput) | {
     "import-outcomes": OutcomesOutput,
     "import-crosscoder": CrosscoderOutput,
     "export-crosscoder": FilesOutput,
+    "export-features": FilesOutput,
+    "push-crosscoder": CommitOutput,
+    "pull-crosscoder": CrosscoderOutput,
 }
 """Command -> type of what it prints."""
 
