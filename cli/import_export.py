@@ -322,6 +322,39 @@ def export_crosscoder_command(crosscoder: str, out: str, layout: str, as_json: b
             echo(str(path))
 
 
+@click.command("export-features")
+@study_argument
+@click.option("--to", "out", metavar="FOLDER", required=True, help="New folder to write.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["parquet", "neuronpedia"]),
+    help="parquet: one table; neuronpedia: JSON of SAEDashboard, a folder a model; repeatable; default both.",
+)
+@json_option
+@handle_errors
+def export_features_command(study: str, out: str, formats: tuple[str, ...], as_json: bool) -> None:
+    """Export a study's features: everything known of each as one table, and dashboards that Neuronpedia takes.
+
+    \b
+    Examples:  rlgen-stats export-features runs/demo --to out/features
+               rlgen-stats export-features runs/demo --to out/features --format parquet
+    """  # noqa: D301 - click needs the backspace itself
+    from rlgen_stats.toolkit.reporting import export_features, load_results
+    from rlgen_stats.toolkit.study import open_for_run
+
+    opened = open_for_run(study, exact=False)
+    results = load_results(opened.folder)
+    options = {"formats": formats} if formats else {}
+    files = [str(file) for file in export_features(opened.folder, opened.spec, results, out, **options)]
+    if as_json:
+        print_json({"files": files})
+    else:
+        for file in files:
+            echo(file)
+
+
 @click.command("push-crosscoder")
 @click.argument("crosscoder", type=click.Path())
 @click.argument("repository", metavar="OWNER/NAME[@BRANCH][/SUBFOLDER]")
@@ -341,11 +374,11 @@ def push_crosscoder_command(
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.toolkit.crosscoder import push_crosscoder
 
-    url = push_crosscoder(crosscoder, repository, private=private, license=license)
+    commit = push_crosscoder(crosscoder, repository, private=private, license=license)
     if as_json:
-        print_json({"url": url})
+        print_json({"commit": commit})
     else:
-        echo(url)
+        echo(commit)
 
 
 @click.command("pull-crosscoder")
@@ -395,6 +428,7 @@ COMMANDS = {
     "export": export_store,
     "import-crosscoder": import_crosscoder_command,
     "export-crosscoder": export_crosscoder_command,
+    "export-features": export_features_command,
     "push-crosscoder": push_crosscoder_command,
     "pull-crosscoder": pull_crosscoder_command,
 }

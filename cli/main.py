@@ -53,6 +53,7 @@ _COMMANDS: Final = {
     "export": ("rlgen_stats.cli.import_export", "Export selected activations and labels to safetensors or npy."),
     "import-crosscoder": ("rlgen_stats.cli.import_export", "Import crosscoder weights of other tools."),
     "export-crosscoder": ("rlgen_stats.cli.import_export", "Export a crosscoder, or an SAE a view, for other tools."),
+    "export-features": ("rlgen_stats.cli.import_export", "Export features as a table and as Neuronpedia dashboards."),
     "push-crosscoder": ("rlgen_stats.cli.import_export", "Put a crosscoder on the Hugging Face Hub, with a card."),
     "pull-crosscoder": ("rlgen_stats.cli.import_export", "Bring a crosscoder from the Hugging Face Hub."),
 }

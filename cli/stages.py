@@ -49,6 +49,13 @@ _HELP: Final = {
     "report": "Write the self-contained report (HTML, Markdown, JSON, CSV, SVG) and print the five verdicts.",
 }
 
+report_to_option = click.option(
+    "--report-to",
+    "report_to",
+    multiple=True,
+    type=click.Choice(["wandb", "tensorboard", "trackio"]),
+    help="Send the training curves of crosscoders there; repeatable. No result depends on it.",
+)
 STAGE_NAMES: Final = list(_HELP)
 """All stages in the order in which they run."""
 _ACCEPTING: Final = ("encode", "align")
@@ -101,6 +108,7 @@ def init(study: str, name: str | None, as_json: bool) -> None:
 )
 @yes_option
 @workers_options
+@report_to_option
 @quiet_option
 @json_option
 @handle_errors
@@ -110,6 +118,7 @@ def run(
     force: tuple[str, ...],
     yes: bool,
     workers: Workers,
+    report_to: tuple[str, ...],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -122,7 +131,7 @@ def run(
                rlgen-stats run my-study --stage drift
                rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
     """  # noqa: D301 - click needs the backspace itself
-    run_and_print(study, stages or None, force, yes, workers, quiet, as_json)
+    run_and_print(study, stages or None, force, yes, workers, quiet, as_json, report_to)
 
 
 def run_and_print(
@@ -133,6 +142,7 @@ def run_and_print(
     workers: Workers,
     quiet: bool,
     as_json: bool,
+    report_to: tuple[str, ...] = (),
 ) -> None:
     """Run stages, then print the result of the last one, or the verdicts of a whole run."""
     from rlgen_stats.cli.checking import check_before_run
@@ -149,7 +159,15 @@ def run_and_print(
     with workers() as client, progress_for(quiet=quiet) as progress:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             check_before_run(study, stages, progress)
-        opened = run_study(study, stages=stages, force=force, replace=replace, workers=client, progress=progress)
+        opened = run_study(
+            study,
+            stages=stages,
+            force=force,
+            replace=replace,
+            workers=client,
+            progress=progress,
+            report_to=report_to,
+        )
     last = "report" if stages is None or "report" in stages else stages[-1]
     if as_json:
         linked = {one.folder.linked_as: _result(one, last) for one in opened.linked}
@@ -278,10 +296,18 @@ def _stage_command(name: str) -> click.Command:
     @quiet_option
     @json_option
     @handle_errors
-    def command(study: str, force: bool, yes: bool, workers: Workers, quiet: bool, as_json: bool) -> None:
-        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json)
+    def command(
+        study: str,
+        force: bool,
+        yes: bool,
+        workers: Workers,
+        quiet: bool,
+        as_json: bool,
+        report_to: tuple[str, ...] = (),
+    ) -> None:
+        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json, report_to)
 
-    return command
+    return report_to_option(command) if name == "crosscoder" else command
 
 
 COMMANDS = {"init": init, "run": run, "status": status} | {

@@ -134,18 +134,18 @@ class FileOutput(Output):
     """What was written."""
 
 
-class PushOutput(Output):
-    """Of ``push-crosscoder``."""
-
-    url: str
-    """Of the commit."""
-
-
 class FilesOutput(Output):
-    """Of ``export-crosscoder``."""
+    """Of ``export-crosscoder`` and ``export-features``."""
 
     files: list[str]
-    """The folder of a crosscoder, or those of an SAE a view."""
+    """What was written: weights files, folders of an SAE a view, tables."""
+
+
+class CommitOutput(Output):
+    """Of ``push-crosscoder``."""
+
+    commit: str
+    """Address of the commit."""
 
 
 class AddedTask(Output):
@@ -404,9 +404,10 @@ OUTPUTS: Final[dict[str, Any]] = dict.fromkeys(_STAGES, StageOutput) | {
     "export-requests": list[RequestsOutput],
     "import-outcomes": OutcomesOutput,
     "import-crosscoder": CrosscoderOutput,
-    "push-crosscoder": PushOutput,
-    "pull-crosscoder": CrosscoderOutput,
     "export-crosscoder": FilesOutput,
+    "export-features": FilesOutput,
+    "push-crosscoder": CommitOutput,
+    "pull-crosscoder": CrosscoderOutput,
 }
 """Command -> type of what it prints."""
 

@@ -329,8 +329,8 @@ class CrosscoderSpec(Spec):
     models, fitted to the joint code by least squares (fit). Features read as joint can be tested for drift, but not
     ranked against each other: stabilize and select refuse them."""
     weights: str | None = None
-    """Weights trained elsewhere, relative to the study folder: a folder of ours, a file or folder in the layout of
-    crosscoder_learning (one layer a view, in order), or the folder of an SAE in the layout of SAELens. Nothing is
+    """Weights trained elsewhere, relative to the study folder: a folder of ours, a file or folder in a layout of
+    another tool (one layer a view, in order), or the folder of an SAE in the layout of SAELens. Nothing is
     trained then; n_features must match the weights."""
     corpus: str | None = None
     """A table of texts (see ``data``, with a column text), relative to the study folder. The models read them

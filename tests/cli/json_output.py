@@ -27,10 +27,5 @@ def printed(command: str, *arguments: object, code: int = 0) -> Any:
     """The document that a command prints to standard output, which must be of the declared type."""
     done = CliRunner().invoke(main, [*command.split(), *map(str, arguments), "--json"])
     assert done.exit_code == code, f"{done.stderr}\n{done.exception!r}"
-    return validated(command, done.stdout)
-
-
-def validated(command: str, document: str) -> Any:
-    """What a command printed, which must be of the declared type."""
-    TypeAdapter(OUTPUTS[command]).validate_json(document)
-    return TypeAdapter(Any).validate_json(document)
+    TypeAdapter(OUTPUTS[command]).validate_json(done.stdout)
+    return TypeAdapter(Any).validate_json(done.stdout)

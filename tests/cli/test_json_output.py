@@ -16,6 +16,7 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder import Crosscoder
 from rlgen_stats.toolkit.study import STAGES, run_study
 from tests.cli.json_output import commands, printed
+from tests.crosscoder.interop.hub_stand_in import Repositories, hub  # noqa: F401 - a fixture
 from tests.exchange.published_rows import LAYOUTS
 from tests.study.conftest import study_folder  # noqa: F401 - a fixture
 from tests.study.fake_stages import CALLS, recorded  # noqa: F401 - a fixture
@@ -31,13 +32,8 @@ def test_every_command_with_json_is_declared_and_no_other() -> None:
 
 
 def test_every_command_is_checked_here_or_in_the_mini_study() -> None:
-    elsewhere = ("end_to_end/test_mini.py", "crosscoder/interop/test_hub_repository.py")
-    tests = [Path(__file__), *(ROOT / file for file in elsewhere)]
-    named = {
-        name
-        for file in tests
-        for name in re.findall(r'(?:printed|validated)\("([\w -]+)"', file.read_text(encoding="utf-8"))
-    }
+    tests = [Path(__file__), ROOT / "end_to_end/test_mini.py"]
+    named = {name for file in tests for name in re.findall(r'printed\("([\w -]+)"', file.read_text(encoding="utf-8"))}
     assert named | set(OF_STAGES) == set(OUTPUTS)
 
 
@@ -121,6 +117,12 @@ def test_commands_about_stores_and_weights(tmp_path: Path) -> None:
     assert printed("export-crosscoder", tmp_path / "main", "--to", tmp_path / "theirs")
     named = [part for view in views for part in ("--view", view)]
     assert printed("import-crosscoder", tmp_path / "theirs", *named, "--to", tmp_path / "ours")["n_features"] == 8
+
+
+def test_commands_about_the_hub(tmp_path: Path, hub: Repositories) -> None:  # noqa: F811
+    Crosscoder(("base@0", "rl@4"), width=4, n_features=8, sparsity="l1", k=2).save(tmp_path / "main")
+    assert printed("push-crosscoder", tmp_path / "main", "me/main")["commit"].startswith(f"{hub.address}/me/main/")
+    assert printed("pull-crosscoder", "me/main", "--to", tmp_path / "pulled")["folder"] == str(tmp_path / "pulled")
 
 
 def test_a_document_with_another_key_is_refused() -> None:

@@ -433,6 +433,7 @@ def test_what_commands_print_for_machines_is_as_declared(mini: tuple[Path, Resul
     assert len(printed("inspect", study)) > 10
     assert printed("status", study)["rendered_prompts"]
     assert printed("features", study, "3")[0]["feature"] == 3
+    assert len(printed("export-features", study, "--to", tmp_path / "features")["files"]) > 3
     assert printed("intervene", study, "--dry-run")[0]["name"] == "selected"
     assert printed("export-requests", study)[0]["n_requests"] > 0
     sampled = pd.read_parquet(study / "completions/rl@2.parquet")

@@ -13,6 +13,7 @@ from rlgen_stats.toolkit.reporting.claims.assess import CLAIM_COLUMNS, assess_cl
 from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.facts import read_study_data
 from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
+from rlgen_stats.toolkit.reporting.feature_files import export_features
 from rlgen_stats.toolkit.reporting.figures.agreement_ladder import plot_agreement
 from rlgen_stats.toolkit.reporting.figures.along_training import plot_overlap, plot_stability, plot_turnover
 from rlgen_stats.toolkit.reporting.figures.behaviour_and_drift import plot_accuracy, plot_drift, plot_transitions
@@ -47,6 +48,7 @@ __all__ = [
     "assess_claims",
     "claims_table",
     "draw_figures",
+    "export_features",
     "feature_cards",
     "load_results",
     "plot_accuracy",

@@ -112,7 +112,7 @@ def crosscoder(study: Study, key: str, progress: Progress) -> Facts:
     provenance = study.provenance("crosscoder", key)
     if "crosscoder" in study.forced:
         forget_crosscoders(study.spec, study.folder)
-    train_crosscoders(study.spec, study.folder, provenance=provenance, progress=progress)
+    train_crosscoders(study.spec, study.folder, provenance=provenance, progress=progress, report_to=study.report_to)
     if rank_of_process():
         return {}
     health = _write_health(study)

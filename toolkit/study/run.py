@@ -17,6 +17,7 @@ from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.linked_studies import link_shared, open_for_run, owners
 from rlgen_stats.toolkit.study.spec_checks import check_stages
 from rlgen_stats.toolkit.study.stage_graph import STAGES, Stage, Study, stage_named, with_needs
+from rlgen_stats.toolkit.tracking import check_trackers
 from rlgen_stats.toolkit.trial.plan import check_size
 from rlgen_stats.toolkit.workers import tasks_on
 
@@ -34,6 +35,7 @@ def run_study(
     replace: Callable[[str], bool] = lambda costs: False,
     workers: Any = None,
     progress: Progress = SILENT,
+    report_to: Sequence[str] = (),
 ) -> Study:
     """Bring stages of a study up to date, with everything they need.
 
@@ -55,6 +57,8 @@ def run_study(
         docs/models.md.
     progress
         Receiver of progress.
+    report_to
+        Trackers that the training curves of crosscoders go to: wandb, tensorboard, trackio. No result depends on them.
 
     Returns
     -------
@@ -82,7 +86,10 @@ def run_study(
             f"'device' is {study.spec.device!r}, one device of one machine, but every worker has one of its own; use "
             "'auto' or 'cuda'."
         )
+    check_trackers(report_to)
     studies = [study, *study.linked]
+    for one in studies:
+        one.report_to = tuple(report_to)
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
     study.force({stage_named(name).name for name in force} & {stage.name for stage in plan})
     check_stages(study.spec, plan)

@@ -255,6 +255,8 @@ class Study:
         What it answers at further layers and for further contrasts, each as a study of its own.
     beside
         Of these, those whose work the stage that runs is to do too, at other layers.
+    report_to
+        Trackers that the curves of crosscoders go to; no key depends on them.
 
     Parameters
     ----------
@@ -285,6 +287,7 @@ class Study:
         self.linked: tuple[Study, ...] = ()
         self.beside: tuple[Study, ...] = ()
         self.forced: frozenset[str] = frozenset()
+        self.report_to: tuple[str, ...] = ()
         self._keys: dict[str, str] = {}
         self.times_forced: dict[str, int]
         if part_of is None:

@@ -7,11 +7,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import huggingface_hub.constants
+import pytest
 import yaml
 
 
@@ -23,6 +25,7 @@ class Repositories:
         self.uploads: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.created: list[dict[str, Any]] = []
+        self.address = ""
         self.refuse = ""
         """Requests whose line has this are refused."""
 
@@ -144,14 +147,20 @@ _ROUTES = {
 }
 
 
-@contextmanager
-def serve() -> Iterator[tuple[Repositories, str]]:
-    """A running server: what it holds, and its address."""
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repositories]:
+    """A running server, which huggingface_hub takes for the Hub."""
     hub = Repositories()
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield hub, f"http://127.0.0.1:{server.server_port}"
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        files = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        settings = {"ENDPOINT": hub.address, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_DISABLE_XET": True}
+        for name, value in (settings | {"HF_HUB_CACHE": str(tmp_path / "cache")}).items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", "hf_local")
+        yield hub
         server.shutdown()
         thread.join()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 import yaml
@@ -17,25 +16,10 @@ import yaml
 from rlgen_stats.schemas.errors import InputError, ModelError, StoreCorruptError
 from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder import Crosscoder, load_crosscoder, pull_crosscoder, push_crosscoder
-from tests.cli.json_output import validated
-from tests.crosscoder.interop.hub_stand_in import Repositories, serve
+from tests.crosscoder.interop.hub_stand_in import Repositories
 
 VIEWS = ("base@0", "rl|9@80")
 NAME = "main <img src=x onerror=alert(1)> `x` [a](http://b) **c** | $d$ #e\n# f"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repositories]:
-    with serve() as (repositories, address):
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_local")
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        repositories.address = address  # type: ignore[attr-defined]
-        yield repositories
 
 
 def saved(folder: Path, *, seed: int = 0, health: bool = True) -> Crosscoder:
@@ -55,7 +39,7 @@ def saved(folder: Path, *, seed: int = 0, health: bool = True) -> Crosscoder:
 def test_there_and_back(tmp_path: Path, hub: Repositories) -> None:
     made = saved(tmp_path / "main")
     address = push_crosscoder(tmp_path / "main", "org/repo", private=True, license="apache-2.0")
-    assert address == f"{hub.address}/org/repo/commit/{hub.commit('org/repo')}"  # type: ignore[attr-defined]
+    assert address == f"{hub.address}/org/repo/commit/{hub.commit('org/repo')}"
     assert sorted(hub.files["org/repo"]) == ["README.md", "health.json", "spec.json", "weights.safetensors"]
     assert "private" in hub.created[0].values()
     assert [line for line in hub.asked if "/commit/" in line] == ["POST /api/models/org/repo/commit/main"]
@@ -154,20 +138,19 @@ def test_health_of_other_weights_is_not_pushed(tmp_path: Path, hub: Repositories
 
 def test_commands_against_an_endpoint(tmp_path: Path, hub: Repositories) -> None:
     made = saved(tmp_path / "main")
-    hub_settings = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}  # type: ignore[attr-defined]
+    hub_settings = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-P", "-m", "rlgen_stats.cli", *arguments]
         return subprocess.run(command, env=os.environ | hub_settings, capture_output=True, text=True, check=False)
 
-    pushed = run("push-crosscoder", str(tmp_path / "main"), "org/repo", "--public", "--json")
+    pushed = run("push-crosscoder", str(tmp_path / "main"), "org/repo", "--public")
     assert pushed.returncode == 0, pushed.stderr
-    url = f"{hub.address}/org/repo/commit/{hub.commit('org/repo')}"  # type: ignore[attr-defined]
-    assert validated("push-crosscoder", pushed.stdout) == {"url": url}
+    assert pushed.stdout == f"{hub.address}/org/repo/commit/{hub.commit('org/repo')}\n"
     assert "public" in hub.created[0].values()
     pulled = run("pull-crosscoder", "org/repo", "--to", str(tmp_path / "pulled"), "--json")
     assert pulled.returncode == 0, pulled.stderr
-    assert validated("pull-crosscoder", pulled.stdout)["weights_sha256"] == made.weights_sha256
+    assert json.loads(pulled.stdout)["weights_sha256"] == made.weights_sha256
     assert load_crosscoder(tmp_path / "pulled").name == NAME
     again = run("pull-crosscoder", "org/repo", "--to", str(tmp_path / "pulled"))
     assert (again.returncode, "is not empty; name a new folder" in again.stderr) == (2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +41,7 @@ from rlgen_stats.toolkit.crosscoder.interop.layouts import weights_files
 from rlgen_stats.toolkit.crosscoder.interop.saelens_weights import import_sae, sae_files
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
-from rlgen_stats.toolkit.crosscoder.training.ranks import rank_of_process
+from rlgen_stats.toolkit.crosscoder.training.ranks import join_ranks, rank_of_process
 from rlgen_stats.toolkit.crosscoder.training.train import STATE, train_replicates, training_key
 from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
 from rlgen_stats.toolkit.crosscoder.uses.health import Health, measure_health
@@ -62,6 +63,7 @@ from rlgen_stats.toolkit.extraction import (
     usable_tokens,
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.tracking import check_trackers, tracking
 from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
 SPLICED_TEXTS: Final = 128
@@ -71,7 +73,12 @@ SPLICED_TOKENS: Final = 1 << 14
 
 
 def train_crosscoders(
-    spec: StudySpec, folder: StudyFolder, *, provenance: Provenance, progress: Progress = SILENT
+    spec: StudySpec,
+    folder: StudyFolder,
+    *,
+    provenance: Provenance,
+    progress: Progress = SILENT,
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train every crosscoder of a study and measure its health; finished ones are kept.
 
@@ -83,9 +90,13 @@ def train_crosscoders(
         Origin, noted in each spec.json.
     progress
         Receiver of progress, in tokens.
+    report_to
+        Trackers of the curves: wandb, tensorboard (files in the study's folder logs), trackio.
 
     Raises
     ------
+    InputError
+        If a tracker's package is missing or it does not start.
     StageError
         If there are no activations.
     StoreError
@@ -99,6 +110,7 @@ def train_crosscoders(
     """
     if not folder.activations.exists():
         raise StageError(f"{folder.activations} is missing; run the extract stage before training crosscoders.")
+    check_trackers(report_to)
     tokens = open_tokens(folder.activations)
     mask = usable_tokens(spec, folder)
     for crosscoder in spec.crosscoders:
@@ -110,6 +122,7 @@ def train_crosscoders(
             mask=mask,
             provenance=provenance,
             progress=progress,
+            report_to=report_to,
         ).train_and_measure()
 
 
@@ -140,7 +153,9 @@ class _StudyCrosscoder:
         mask: NDArray[np.bool_],
         provenance: Provenance,
         progress: Progress,
+        report_to: Sequence[str],
     ) -> None:
+        self.report_to = report_to
         self.study, self.folder, self.spec = study, folder, spec
         self.tokens, self.mask, self.provenance, self.progress = tokens, mask, provenance, progress
         self.site = site_name(study.extraction.layer)
@@ -200,17 +215,27 @@ class _StudyCrosscoder:
                 crosscoders[number] = finished
         missing = [number for number in range(len(self.seeds)) if number not in crosscoders]
         if missing:
-            trained = train_replicates(
-                self._training_data(stored),
-                self.spec,
-                views=self.views,
-                seeds=[self.seeds[number] for number in missing],
-                device=self.device,
-                folders=[self.folders[number] for number in missing],
-                progress=self.progress,
-                data_hash=self.data_hash,
-                facts=self._origin(),
-            )
+            data = self._training_data(stored)
+            first = join_ranks(self.device).rank == 0  # before a tracker asks which process it is in
+            with tracking(
+                self.report_to if first else (),
+                self.spec.name,
+                project=self.study.name,
+                settings=self.spec.model_dump(mode="json"),
+                logs=self.folder.root / "logs",
+            ) as report:
+                trained = train_replicates(
+                    data,
+                    self.spec,
+                    views=self.views,
+                    seeds=[self.seeds[number] for number in missing],
+                    device=self.device,
+                    folders=[self.folders[number] for number in missing],
+                    progress=self.progress,
+                    data_hash=self.data_hash,
+                    facts=self._origin(),
+                    report=report,
+                )
             crosscoders |= dict(zip(missing, trained, strict=True))
         return [crosscoders[number] for number in range(len(self.seeds))]
 

@@ -23,6 +23,7 @@ from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tenso
 from rlgen_stats.toolkit.crosscoder.training.objective import Fit, Objective, difference_weights, reference_view
 from rlgen_stats.toolkit.crosscoder.training.ranks import Ranks, join_ranks
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.tracking import Report, ignore
 
 DECAY_SHARE: Final = 0.2
 """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
@@ -151,6 +152,7 @@ def train_replicates(
     save_every: int = SAVE_EVERY,
     data_hash: str = "",
     facts: Mapping[str, Any] | None = None,
+    report: Report = ignore,
 ) -> list[Crosscoder]:
     """Train crosscoders that differ in their initial weights alone, in one pass over the data.
 
@@ -160,6 +162,8 @@ def train_replicates(
         Seed of each one's initial weights.
     folders
         Folder of each.
+    report
+        Receives every point of the curves, as ``NAME/loss``, with its step.
     reader, spec, views, device, progress, log_every, save_every, data_hash, facts
         As in :func:`train_crosscoder`.
 
@@ -195,6 +199,8 @@ def train_replicates(
             step += 1
             if log:
                 task.advance(spec.batch_size * ((step - 1) % log_every + 1), **_progress_facts(runs[0]))
+                if ranks.rank == 0:
+                    report(step, _points(runs, step))
             if step % save_every == 0 and step < spec.steps and ranks.rank == 0:
                 for run in runs:
                     _save_state(run)
@@ -207,6 +213,25 @@ def _progress_facts(run: TrainingRun) -> dict[str, float | str]:
     last = run.curve[-1]
     fve = "/".join(f"{value:.3f}" for value in last["fve"].values())
     return {"loss": last["loss"], "l0": last["l0"], "fve": fve, "dead": last["dead"]}
+
+
+def _points(runs: Sequence[TrainingRun], step: int) -> dict[str, float]:
+    """What the curves of all runs say at a step."""
+    values: dict[str, float] = {}
+    for number, run in enumerate(runs, start=1):
+        name = run.folder.name if run.folder is not None else f"{run.crosscoder.name}.{number}"
+        if run.curve[-1]["step"] == step:  # else it waits for the others
+            values |= _plain(run.curve[-1], name)
+    return values
+
+
+def _plain(point: Mapping[str, Any], name: str) -> dict[str, float]:
+    """A point of a curve, each value after the crosscoder's name: ``main/loss``, ``main/fve/rl@80``."""
+    values: dict[str, float] = {}
+    for key, value in point.items():
+        parts = {f"{key}/{view}": one for view, one in value.items()} if isinstance(value, Mapping) else {key: value}
+        values |= {f"{name}/{part}": float(one) for part, one in parts.items() if part != "step"}
+    return values
 
 
 def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:
