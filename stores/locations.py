@@ -22,7 +22,7 @@ _URL = re.compile(r"[\w+.:-]{2,}://")
 def place(path: Path | str) -> Path:
     """A path object for a local path or an fsspec URL such as ``s3://bucket/run``.
 
-    Remote locations are ``upath.UPath`` objects, which have the methods of :class:`pathlib.Path`.
+    Remote locations are ``upath.UPath`` objects, which have the methods of ``pathlib.Path``.
 
     Raises
     ------

@@ -21,7 +21,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     """Pages, links between them, their anchors, and every name that docstrings refer to; nothing is fetched."""
     pytest.importorskip("mkdocstrings_handlers.python", reason="pip install '.[docs]'")
     subprocess.run(["make", "-s", ".namespace/rlgen_stats"], cwd=ROOT, check=True)
-    command = [sys.executable, "-P", "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
     )

@@ -98,8 +98,8 @@ def sample_outcomes(
     every sample is the most likely choice.
 
     Each model completes its prompts in parts, which are graded and kept (``completions/parts``) as they come, and which
-    are tasks of a cluster's workers where there is one (:func:`tasks_on`). A run that was killed goes on with the first
-    part that is missing. A model's parquet is written, atomically, before its outcomes are committed.
+    are tasks of a cluster's workers where there is one. A run that was killed goes on with the first part that is
+    missing. A model's parquet is written, atomically, before its outcomes are committed.
     """
     prompts = load_prompts(spec, folder)
     check_answers(graders_of(spec, prompts[TASK]), prompts)

@@ -34,7 +34,7 @@ def open_for_run(path: Path | str, *, exact: bool = True, progress: Progress = S
     path
         The folder.
     exact
-        Whether files that were only copied or touched are hashed again (:class:`~.fingerprints.Fingerprints`).
+        Whether files that were only copied or touched are hashed again (``fingerprints.py``).
     progress
         Receiver of progress while files are hashed.
 

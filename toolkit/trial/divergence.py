@@ -189,7 +189,7 @@ class EncodedTexts:
     pad: int
     """Id put into pad positions."""
     shared: frozenset[int] | None = None
-    """Ids that are the same token in both models, see :func:`shared_tokens`."""
+    """Ids that are the same token in both models, see ``extraction/rendering.py``."""
 
 
 def make_probes(

@@ -42,7 +42,7 @@ def measure_parts(plan: TrialPlan, share_correct: ShareCorrect, *, progress: Pro
     plan
         The trial whose set it is; prompts, seeds and stored arms are shared with it.
     share_correct
-        Runs an arm, see :meth:`LiveTrial.share_correct`.
+        Runs an arm, see :meth:`~rlgen_stats.toolkit.trial.run_trial.LiveTrial.share_correct`.
     progress
         Receiver of progress, in arms.
 

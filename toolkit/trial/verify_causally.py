@@ -51,7 +51,7 @@ def verify_causally(
 
     Notes
     -----
-    Arms and criteria are docs/method.md 4d's; see :func:`run_trial` and :func:`judge`. Finished arms are kept as
+    Arms and criteria are docs/method.md 4d's; see :func:`run_trial` and :func:`judge_trial`. Finished arms are kept as
     intervention/<direction>/<arm>.parquet and not run again. What cannot be estimated makes the verdict INCONCLUSIVE
     with a reason; it does not raise.
     """

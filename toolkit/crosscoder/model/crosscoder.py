@@ -223,7 +223,7 @@ class Crosscoder(nn.Module, JointViews):
         return self.scale.repeat_interleave(torch.tensor(self.widths, device=self.scale.device))
 
     def normalise(self, raw: Tensor | Sequence[Tensor]) -> Tensor:
-        """Raw activations of all views (see :meth:`join`) in normalised units, joint: [batch, D]."""
+        """Raw activations of all views (see ``join``) in normalised units, joint: [batch, D]."""
         return self.join(raw) * self.channel_scale()
 
     @property
@@ -238,7 +238,7 @@ class Crosscoder(nn.Module, JointViews):
         return torch.addmm(self.encoder_bias, self.join(x), self.encoder_matrix)
 
     def encode(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Features [batch, feature] of normalised activations of all views (see :meth:`join`)."""
+        """Features [batch, feature] of normalised activations of all views (see ``join``)."""
         pre = self.pre_activation(x)
         return self.gate(pre.dtype)(pre)
 

@@ -50,7 +50,7 @@ class Step:
     svg: str
     """A whole SVG document; empty where nothing is shown."""
     numbers: dict[str, float]
-    """What is drawn and belongs to a claim, under the names of :func:`claim_numbers`."""
+    """Estimates of claims as far as the drawing shows them; ``report_agreement.py`` holds them against the verdicts."""
 
 
 def overview(results: Results, spec: StudySpec, said_of: Mapping[str, str]) -> tuple[Step, ...]:
