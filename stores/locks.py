@@ -203,6 +203,6 @@ def _facts(lease: Path) -> dict[str, Any]:
 def process_exists(pid: int) -> bool:
     """Whether a process of this host has this number."""
     try:
-        return psutil.pid_exists(pid)
+        return bool(psutil.pid_exists(pid))
     except OverflowError:
         return False
