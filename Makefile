@@ -52,8 +52,8 @@ SEED ?= 1
 faults: install-dev
 	RLGEN_STATS_KILLS=60 RLGEN_STATS_FLIPS=1000 RLGEN_STATS_EXAMPLES=40 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -P -m pytest -n 2 tests/stores/test_crash.py tests/stores/test_verify.py tests/stores/test_machine.py
-	for file in tests/trial/test_trial_on_workers.py tests/end_to_end/test_on_devices.py; do \
-	  RLGEN_STATS_KILLS=1 OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest $$file || exit 1; done
+	RLGEN_STATS_KILLS=1 OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest \
+	  tests/end_to_end/test_on_devices.py tests/posttrain/test_launcher.py tests/test_run_tasks.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.malformed_inputs --cases 600 --seed $(SEED)
 
 # Does a test notice when a decision changes? About 20 minutes on two cores; ONLY=health for one module.

@@ -13,6 +13,7 @@ from rlgen_stats.cli.console import (
     echo,
     handle_errors,
     json_option,
+    launcher_option,
     plain,
     print_json,
     progress_for,
@@ -80,6 +81,7 @@ def init(study: str, name: str | None) -> None:
 )
 @yes_option
 @workers_options
+@launcher_option
 @quiet_option
 @json_option
 @handle_errors
@@ -89,6 +91,7 @@ def run(
     force: tuple[str, ...],
     yes: bool,
     workers: Workers,
+    launcher: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -101,7 +104,7 @@ def run(
                rlgen-stats run my-study --stage drift
                rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
     """  # noqa: D301 - click needs the backspace itself
-    run_and_print(study, stages or None, force, yes, workers, quiet, as_json)
+    run_and_print(study, stages or None, force, yes, workers, quiet, as_json, launcher)
 
 
 def run_and_print(
@@ -112,6 +115,7 @@ def run_and_print(
     workers: Workers,
     quiet: bool,
     as_json: bool,
+    launcher: str | None = None,
 ) -> None:
     """Run stages, then print their states as JSON, or the verdicts if there is a report."""
     from rlgen_stats.cli.checking import check_before_run
@@ -123,7 +127,9 @@ def run_and_print(
     with workers() as client, progress_for(quiet=quiet) as progress:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             check_before_run(study, stages, progress)
-        opened = run_study(study, stages=stages, force=force, replace=replace, workers=client, progress=progress)
+        opened = run_study(
+            study, stages=stages, force=force, replace=replace, workers=client, launcher=launcher, progress=progress
+        )
     studies = [opened, *opened.linked]
     reports = [one.folder.report / "index.html" for one in studies if (one.folder.report / "index.html").exists()]
     if as_json:
@@ -209,10 +215,18 @@ def _stage_command(name: str) -> click.Command:
     @quiet_option
     @json_option
     @handle_errors
-    def command(study: str, force: bool, yes: bool, workers: Workers, quiet: bool, as_json: bool) -> None:
-        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json)
+    def command(
+        study: str,
+        force: bool,
+        yes: bool,
+        workers: Workers,
+        quiet: bool,
+        as_json: bool,
+        launcher: str | None = None,
+    ) -> None:
+        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json, launcher)
 
-    return command
+    return launcher_option(command) if name == "posttrain" else command
 
 
 COMMANDS = {"init": init, "run": run, "status": status} | {name: _stage_command(name) for name in _HELP}

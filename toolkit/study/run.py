@@ -34,6 +34,7 @@ def run_study(
     force: Sequence[str] = (),
     replace: Callable[[str], bool] = lambda costs: False,
     workers: Any = None,
+    launcher: str | None = None,
     progress: Progress = SILENT,
 ) -> Study:
     """Bring stages of a study up to date, with everything they need.
@@ -54,6 +55,9 @@ def run_study(
     workers
         A ``distributed.Client`` on whose workers models run; None: in this process. Which stages those are is in
         docs/models.md.
+    launcher
+        Command line that starts the processes of a training run, such as ``accelerate launch --num_processes 4``; None:
+        runs are trained in this process.
     progress
         Receiver of progress.
 
@@ -83,6 +87,7 @@ def run_study(
             f"'device' is {study.spec.device!r}, one device of one machine, but every worker has one of its own; use "
             "'auto' or 'cuda'."
         )
+    study.launcher = launcher
     studies = [study, *study.linked]
     plan = with_needs(stages if stages is not None else [stage.name for stage in STAGES])
     study.force({stage_named(name).name for name in force} & {stage.name for stage in plan})

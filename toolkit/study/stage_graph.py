@@ -254,6 +254,8 @@ class Study:
         What it answers at further layers and for further contrasts, each as a study of its own.
     beside
         Of these, those whose work the stage that runs is to do too, at other layers.
+    launcher
+        Command line that starts the processes of a training run; None: it is trained in this process.
 
     Parameters
     ----------
@@ -283,6 +285,7 @@ class Study:
         self.folder, self.spec = folder, spec
         self.linked: tuple[Study, ...] = ()
         self.beside: tuple[Study, ...] = ()
+        self.launcher: str | None = None
         self.forced: frozenset[str] = frozenset()
         self._keys: dict[str, str] = {}
         self.times_forced: dict[str, int]
