@@ -66,6 +66,14 @@ def workers_options(command: Callable[P, R]) -> Callable[..., R]:
     return wrapped
 
 
+launcher_option = click.option(
+    "--launcher",
+    metavar="COMMAND",
+    help="What starts the processes that train a run together, e.g. 'accelerate launch --num_processes 4'; default: "
+    "this process trains.",
+)
+
+
 def handle_errors(command: Callable[P, R]) -> Callable[P, R]:
     """Turn the toolkit's errors into one sentence and exit code 2; Ctrl-C into 130."""
 

@@ -14,6 +14,7 @@ from rlgen_stats.cli.console import (
     fail,
     handle_errors,
     json_option,
+    launcher_option,
     plain,
     print_json,
     progress_for,
@@ -109,6 +110,7 @@ def init(study: str, name: str | None, as_json: bool) -> None:
 @yes_option
 @workers_options
 @report_to_option
+@launcher_option
 @quiet_option
 @json_option
 @handle_errors
@@ -119,6 +121,7 @@ def run(
     yes: bool,
     workers: Workers,
     report_to: tuple[str, ...],
+    launcher: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -131,7 +134,7 @@ def run(
                rlgen-stats run my-study --stage drift
                rlgen-stats run my-study --scheduler tcp://127.0.0.1:8786
     """  # noqa: D301 - click needs the backspace itself
-    run_and_print(study, stages or None, force, yes, workers, quiet, as_json, report_to)
+    run_and_print(study, stages or None, force, yes, workers, quiet, as_json, report_to, launcher)
 
 
 def run_and_print(
@@ -143,6 +146,7 @@ def run_and_print(
     quiet: bool,
     as_json: bool,
     report_to: tuple[str, ...] = (),
+    launcher: str | None = None,
 ) -> None:
     """Run stages, then print the result of the last one, or the verdicts of a whole run."""
     from rlgen_stats.cli.checking import check_before_run
@@ -165,6 +169,7 @@ def run_and_print(
             force=force,
             replace=replace,
             workers=client,
+            launcher=launcher,
             progress=progress,
             report_to=report_to,
         )
@@ -304,10 +309,12 @@ def _stage_command(name: str) -> click.Command:
         quiet: bool,
         as_json: bool,
         report_to: tuple[str, ...] = (),
+        launcher: str | None = None,
     ) -> None:
-        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json, report_to)
+        run_and_print(study, (name,), (name,) if force else (), yes, workers, quiet, as_json, report_to, launcher)
 
-    return report_to_option(command) if name == "crosscoder" else command
+    further = {"crosscoder": report_to_option, "posttrain": launcher_option}
+    return further[name](command) if name in further else command
 
 
 COMMANDS = {"init": init, "run": run, "status": status} | {

@@ -11,9 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,10 @@ GPU: Final = "GPU"
 """Resource of workers that have a device (``--resources GPU=1``); where there are such, they alone get tasks."""
 RESTART_SECONDS: Final = 300.0
 """How long a lost worker may take to come back: importing torch from a shared disk takes minutes."""
+ANSWER_SECONDS: Final = 300.0
+"""Within which the scheduler, or a worker that is asked for what it has, must have answered."""
 POLL_SECONDS: Final = 5.0
+"""Between two looks at which workers there are while tasks run: these may take as long as they like."""
 WORKER_COMMAND: Final = "dask worker ADDRESS --nthreads 1 --memory-limit 0 --resources GPU=1"
 _client: ContextVar[Any] = ContextVar("client", default=None)
 
@@ -64,7 +67,9 @@ def tasks_on(client: Any, study_file: Path) -> Iterator[None]:
 def _check_workers(client: Any, study_file: Path) -> None:
     versions, study = _facts(study_file)
     try:
-        found = client.run(_facts, study_file)
+        found = _ask(client, client.run, _facts, study_file)
+    except StageError:
+        raise
     except Exception as error:  # of no type that says what went wrong there
         raise InputError(f"a worker cannot run this package ({error}); install it where the workers are.") from error
     if not found:
@@ -91,10 +96,11 @@ def _facts(study_file: Path) -> tuple[dict[str, str], str | None]:
 # -- tasks
 
 
+@contextmanager
 def run_tasks(
     function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], *, progress: Progress = SILENT
-) -> Generator[T, None, None]:
-    """Results of ``function(*task)`` in the order of the tasks.
+) -> Iterator[Iterator[T]]:
+    """Results of ``function(*task)`` in the order of the tasks, for the block.
 
     Parameters
     ----------
@@ -102,62 +108,114 @@ def run_tasks(
         Importable by name; takes ``progress`` too.
     tasks
         Its arguments. On a cluster, each free worker gets the next one, so that some are done before they are asked
-        for; those that were begun are waited for when the iterator is closed.
+        for; those that were begun are waited for if the block ends before all results are asked for.
     progress
         Given to the function in this process; workers report nothing but their results.
 
-    Raises
+    Yields
     ------
-    StageError
-        If a task's worker was lost again and again, or all workers are.
-    Exception
-        Whatever the function raises.
+    Iterator
+        The results. Asking for the next one raises StageError if its worker was lost again and again, if all workers
+        are, or if the scheduler is silent; and whatever the function raises.
     """
     client = _client.get()
     with keeping():
-        if client is None:
-            yield from (function(*task, progress=progress) for task in tasks)
-        else:
-            yield from _on_workers(client, function, tasks)
+        here = (function(*task, progress=progress) for task in tasks)
+        with closing(here if client is None else _on_workers(client, function, tasks)) as results:
+            yield results
 
 
-def _on_workers(client: Any, function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> Iterator[T]:
-    from distributed import KilledWorker, wait
+def has_workers() -> bool:
+    """Whether :func:`run_tasks` sends tasks to other processes, so that more of them are done at a time."""
+    return _client.get() is not None
 
-    waiting, begun = deque(tasks), deque[Any]()
-    resources = {GPU: 1} if any(GPU in its for its in _resources(client)) else None
+
+def _on_workers(client: Any, function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> Generator[T, None, None]:
+    from distributed import CancelledError, KilledWorker
+
+    waiting, begun, ended = deque(tasks), deque[Any](), threading.Event()
+    resources = {GPU: 1} if any(GPU in its for its in _resources(client).values()) else None
+    sent_to: dict[str, str] = {}
     seen = time.monotonic()
     try:
         while waiting or begun:
+            ended.clear()
             running = [future for future in begun if not future.done()]
-            places = sum(1 if resources is None else int(its.get(GPU, 0)) for its in _resources(client))
-            while waiting and len(running) < places:
-                future = client.submit(_in_turn, _owner, function, waiting.popleft(), pure=False, resources=resources)
+            found = _resources(client).items()
+            places = [name for name, its in found for _ in range(1 if resources is None else int(its.get(GPU, 0)))]
+            free = list((Counter(places) - Counter(sent_to[future.key] for future in running)).elements())
+            while waiting and free and len(running) < len(places):
+                # Where it is sent is where it runs, unless that worker dies: dask might let two tasks wait for one.
+                where = {"workers": [free.pop(0)], "allow_other_workers": True, "resources": resources}
+                future = client.submit(_in_turn, _owner, function, waiting.popleft(), pure=False, **where)
+                future.add_done_callback(lambda _: ended.set())
+                sent_to[future.key] = where["workers"][0]
                 running.append(future)
                 begun.append(future)
             if begun and begun[0].done():
-                yield begun.popleft().result()
+                result = _result(begun[0])
+                if result is not None:
+                    begun.popleft()
+                    yield result[0]
                 continue
             seen = time.monotonic() if places else seen
             _check_there_are_workers(seen)
-            with client.as_current(), suppress(TimeoutError):
-                wait(running, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED") if running else time.sleep(1)
+            ended.wait(POLL_SECONDS)  # whatever has ended, workers may have come or gone
     except GeneratorExit:
-        with client.as_current():
-            wait(list(begun))
+        with suppress(StageError):
+            while not all(future.done() for future in begun) and _resources(client):
+                ended.wait(POLL_SECONDS)
+                ended.clear()
         raise
     except KilledWorker as error:
         raise StageError(
             f"a task was given up after {error.allowed_failures + 1} workers died at it, often for want of memory; see "
             "the workers' logs, then run the same command again: what was finished is kept."
         ) from error
+    except CancelledError as error:
+        raise _silent() from error
     finally:
-        client.cancel(list(begun))
+        with suppress(StageError):
+            _ask(client, client.cancel, list(begun))
 
 
-def _resources(client: Any) -> list[dict[str, float]]:
-    """Of every worker."""
-    return [worker["resources"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+def _result(future: Any) -> tuple[Any] | None:
+    """What a task that is done gave; None if that is not to be had, being lost with its worker: it runs again."""
+    if future.status == "error":
+        future.result()  # raises
+    try:
+        return (future.result(timeout=ANSWER_SECONDS),)
+    except TimeoutError:
+        return None
+
+
+def _resources(client: Any) -> dict[str, dict[str, float]]:
+    """Address -> resources of every worker that takes tasks."""
+
+    async def identity() -> Any:
+        if client.scheduler is None:
+            raise ConnectionError("the connection was closed")
+        return await client.scheduler.identity(n_workers=-1)
+
+    workers = _ask(client, identity)["workers"].items()
+    return {address: worker["resources"] for address, worker in workers if worker["status"] == "running"}
+
+
+def _ask(client: Any, call: Callable[..., Any], *args: Any, seconds: float | None = None, **how: Any) -> Any:
+    """What the scheduler or its workers answer; nothing here waits for them without a limit."""
+    try:
+        if client.status in ("closing", "closed"):
+            raise ConnectionError("the connection was lost and did not come back")
+        return client.sync(call, *args, callback_timeout=seconds or ANSWER_SECONDS, **how)
+    except OSError as error:  # ConnectionError and TimeoutError are some
+        raise _silent() from error
+
+
+def _silent() -> StageError:
+    return StageError(
+        "the dask scheduler, or a worker that it asked, does not answer any more; see their logs, start them again, "
+        "then run the same command again: what was finished is kept."
+    )
 
 
 def _check_there_are_workers(seen: float) -> None:
@@ -172,7 +230,11 @@ _turn: Final = threading.Lock()
 
 
 def _in_turn(owner: str, function: Callable[..., T], task: tuple[Any, ...]) -> T:
-    with _turn:  # a worker with several threads has one device all the same
+    import dask
+
+    # A worker with several threads has one device all the same; and what the task reads lazily it reads itself: dask
+    # would hand that to the cluster, whose workers are busy with tasks that wait for it.
+    with _turn, dask.config.set(scheduler="threads"):
         _own(owner)
         return function(*task)
 
@@ -195,8 +257,10 @@ def keeping() -> Iterator[None]:
         yield
     finally:
         _own("")
-        if _client.get() is not None:
-            _client.get().run(_own, "", on_error="ignore")
+        client = _client.get()
+        if client is not None:
+            with suppress(StageError):  # a worker that does not hear it drops what it has before its next task
+                _ask(client, client.run, _own, "", on_error="ignore", seconds=POLL_SECONDS)
 
 
 def _own(owner: str) -> None:
@@ -237,6 +301,8 @@ def local_workers(devices: str) -> Iterator[Any]:
     ------
     InputError
         If a device is neither.
+    StageError
+        If a worker does not start.
     """
     names = [name.strip() for name in devices.split(",")]
     wrong = [name for name in names if name != "cpu" and not name.isdigit()]
@@ -249,7 +315,8 @@ def local_workers(devices: str) -> Iterator[Any]:
     visible = ({"CUDA_VISIBLE_DEVICES": "" if name == "cpu" else name} for name in names)
     with ExitStack() as stack:
         here = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-        common = here | {"nthreads": 1, "memory_limit": 0, "resources": {GPU: 1}, "silence_logs": logging.WARNING}
+        common = here | {"nthreads": 1, "memory_limit": 0, "resources": {GPU: 1}, "death_timeout": RESTART_SECONDS}
+        common |= {"silence_logs": logging.WARNING}
         common["local_directory"] = stack.enter_context(TemporaryDirectory(prefix="rlgen-stats-"))
         workers = {
             number: {"cls": Nanny, "options": common | {"env": device | {"OMP_NUM_THREADS": threads}}}
@@ -257,7 +324,18 @@ def local_workers(devices: str) -> Iterator[Any]:
         }
         stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": RESTART_SECONDS}))
         scheduler = {"cls": Scheduler, "options": here}
-        cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.WARNING)
-        client = Client(stack.enter_context(cluster), set_as_default=False)  # statistics keep to this process's threads
-        stack.enter_context(client).wait_for_workers(len(names))
+        try:
+            cluster = SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.WARNING)
+            stack.callback(_close, cluster)
+            client = Client(cluster, set_as_default=False)  # statistics keep to this process's threads
+            stack.callback(_close, client)
+            client.wait_for_workers(len(names), timeout=RESTART_SECONDS)
+        except (OSError, RuntimeError) as error:
+            raise StageError(f"the workers for {devices!r} do not start ({error}); see what they printed.") from error
         yield client
+
+
+def _close(one: Any) -> None:
+    """A client or cluster, whose processes end with this one in any case."""
+    with suppress(TimeoutError):
+        one.close(timeout=ANSWER_SECONDS)

@@ -44,7 +44,7 @@ def uninterrupted(fresh_study: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
-    with local_workers("cpu,cpu") as found:
+    with local_workers("cpu,cpu,cpu,cpu") as found:
         yield found
 
 
@@ -71,12 +71,16 @@ def test_workers_that_die_in_a_task_and_in_a_write_leave_the_bytes_of_one_proces
     study: tuple[StudySpec, StudyFolder], client: Any, uninterrupted: dict[str, bytes]
 ) -> None:
     folder = study[1]
+    """Four workers, of which two die."""
     before = client.run(os.getpid)
-    for worker, where in zip(before, ("in its task", "while it writes"), strict=True):
+    first, second, *others = before
+    for worker, where in ((first, "in its task"), (second, "while it writes")):
         client.run(kills(where), workers=[worker])
     with tasks_on(client, folder.spec):
         sample_outcomes(IN_PARTS, folder, provenance=PROVENANCE)
-    assert not set(client.run(os.getpid).values()) & set(before.values())
+    client.wait_for_workers(4)
+    after = set(client.run(os.getpid).values())
+    assert after & set(before.values()) == {before[worker] for worker in others}
     assert outcome_files(folder) == uninterrupted
 
 
@@ -167,8 +171,8 @@ def test_workers_that_cannot_do_the_study_are_refused(client: Any, tmp_path: Pat
     def hide() -> None:
         workers._facts = lambda file: (package_versions(), None)
 
-    client.wait_for_workers(2)
-    first, second = client.run(os.getpid)
+    client.wait_for_workers(4)
+    first, second, *_ = client.run(os.getpid)
     client.run(hide, workers=[second])
     with pytest.raises(InputError, match=rf"worker {second} finds nothing at {file}"), tasks_on(client, file):
         pass

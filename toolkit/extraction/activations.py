@@ -202,8 +202,9 @@ def extract_activations(
     with keeping(), progress.task("models that read", total=len(todo), unit="models") as task:
         kept("texts", folder, lambda: texts)
         task.skip(len(todo) - len(tasks))
-        for (*_, label), _ in zip(tasks, run_tasks(_read, tasks, progress=progress), strict=True):
-            task.advance(1, model=label)
+        with run_tasks(_read, tasks, progress=progress) as read:
+            for (*_, label), _ in zip(tasks, read, strict=True):
+                task.advance(1, model=label)
 
 
 def _read(

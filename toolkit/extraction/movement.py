@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from tempfile import TemporaryFile
 from typing import IO, Any, Final
 
@@ -65,7 +64,7 @@ def measure_movement(spec: StudySpec, folder: StudyFolder, *, progress: Progress
     distances, divergences = [], []
     with (
         progress.task("distance from base", total=len(refs), unit="models") as task,
-        closing(run_tasks(_distances, [(spec, folder, ref) for ref in refs])) as measured,
+        run_tasks(_distances, [(spec, folder, ref) for ref in refs]) as measured,
     ):
         for ref, (distance, divergence) in zip(refs, measured, strict=True):
             distances.append(distance)

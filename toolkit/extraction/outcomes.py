@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -122,15 +122,17 @@ def sample_outcomes(
     todo = [ref for ref in refs if ref.model not in done]
     parts = folder.completions / PARTS / provenance.spec_hash[:16]
     sampled = {ref.model: split_prompts(ref, prompts, spec, parts) for ref in todo if ref.model not in imported}
-    for ref, table in _tables(todo, imported, sampled, prompts, spec, progress):
-        with replacing(completions_file(folder, ref.model)) as temporary:
-            pq.write_table(table, temporary)
-        outcomes = _outcomes(ref, table, prompts, max(n_samples.values())).assign_attrs({RENDERED_PROMPTS: rendered})
-        if imported:
-            given = imported.get(ref.model)
-            outcomes = with_origin(outcomes, None if given is None else given.origin)
-        append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
-        _warn(outcomes, table.to_pandas(), progress)
+    with closing(_tables(todo, imported, sampled, prompts, spec, progress)) as tables:
+        for ref, table in tables:
+            with replacing(completions_file(folder, ref.model)) as temporary:
+                pq.write_table(table, temporary)
+            outcomes = _outcomes(ref, table, prompts, max(n_samples.values()))
+            outcomes = outcomes.assign_attrs({RENDERED_PROMPTS: rendered})
+            if imported:
+                given = imported.get(ref.model)
+                outcomes = with_origin(outcomes, None if given is None else given.origin)
+            append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
+            _warn(outcomes, table.to_pandas(), progress)
     shutil.rmtree(folder.completions / PARTS, ignore_errors=True)
 
 
@@ -141,7 +143,7 @@ def _tables(
     prompts: pd.DataFrame,
     spec: StudySpec,
     progress: Progress,
-) -> Iterator[tuple[ModelRef, pa.Table]]:
+) -> Generator[tuple[ModelRef, pa.Table]]:
     """Every model's graded completions, in order of the models; what an earlier run kept is not sampled again."""
     parts = [part for of_model in sampled.values() for part in of_model]
     missing = {part.file for part in parts if not part.file.exists()}
@@ -149,7 +151,7 @@ def _tables(
     total = sum(part.n_completions for part in parts)
     with progress.task("outcomes", total=total, unit="completions") as task:
         within = Within(task)
-        with closing(run_tasks(answer_part, tasks, progress=within)) as answered:
+        with run_tasks(answer_part, tasks, progress=within) as answered:
             for ref in refs:
                 if ref.model in imported:
                     yield ref, _imported_table(imported[ref.model], prompts, spec)

@@ -33,6 +33,7 @@ from rlgen_stats.toolkit.extraction.generation import stop_ids
 from rlgen_stats.toolkit.extraction.grading import check_answers, graders_of, make_grader
 from rlgen_stats.toolkit.extraction.rendering import PromptReader
 from rlgen_stats.toolkit.posttrain.arguments import adapter_config, trainer_arguments
+from rlgen_stats.toolkit.posttrain.launcher import train_elsewhere
 from rlgen_stats.toolkit.posttrain.rewards import GradedReward
 from rlgen_stats.toolkit.posttrain.schedule import (
     RESUME_FOLDER,
@@ -69,7 +70,9 @@ class _Training:
     target: Path
 
 
-def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: Progress = SILENT) -> tuple[int, ...]:
+def train_run(
+    spec: StudySpec, run: RunSpec, folder: StudyFolder, *, launcher: str | None = None, progress: Progress = SILENT
+) -> tuple[int, ...]:
     """Train one run from the base with TRL, unless it is finished; an interrupted one resumes at its last checkpoint.
 
     SFT is cross-entropy on the completions of ``data.train`` (the prompt carries no loss); GRPO's only reward is the
@@ -85,6 +88,9 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
         One of its runs, method sft, grpo or pretrain.
     folder
         The study's folder; checkpoints go to ``models/<run>/step-N``, the record to ``models/<run>/posttrain.json``.
+    launcher
+        Command line that starts the processes which train, such as ``accelerate launch --num_processes 4``; default
+        this process alone.
     progress
         Receiver of progress: steps, loss, reward.
 
@@ -101,9 +107,15 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
         For an unusable table.
     ModelError
         If the base cannot be loaded.
+    StageError
+        If processes that a launcher started fail.
 
     Notes
     -----
+    Of several processes (those of a launcher, where this runs in each of them) the first one writes. A step then sees
+    ``per_device_train_batch_size`` times as many rows as there are processes, which the record counts; a run that was
+    interrupted begins again if their number changed.
+
     On a CPU the same seed and number of threads give the same weights bit for bit, and so does a run that was
     interrupted and resumed. Files from any earlier, different run of the same name are removed, never mixed in.
     GRPO: DeepSeekMath, arXiv 2402.03300, equation 3, with the variants TRL offers under ``loss_type`` and
@@ -134,7 +146,12 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
     remark = check_lengths(spec, run, table, _make_reader(base, run.name), arguments)
     if remark:
         progress.log(f"warning: {remark}.")
-    resume = _prepare_folder(target, identity)
+    if run.method == "grpo":
+        _check_answers(spec, table)
+    if launcher is not None:
+        record.unlink(missing_ok=True)  # of other settings
+        train_elsewhere(launcher, spec, run, folder, progress=progress)
+        return tuple(int(step) for step in read_json(record)["steps"])
     training = _Training(
         run=run,
         spec=spec,
@@ -144,25 +161,34 @@ def train_run(spec: StudySpec, run: RunSpec, folder: StudyFolder, *, progress: P
         identity=identity,
         target=target,
     )
-    if run.method == "grpo":
-        _check_answers(spec, table)
+    return _train_here(training, progress)
+
+
+def _train_here(training: _Training, progress: Progress) -> tuple[int, ...]:
+    """Train in this process, or in this and others that a launcher started; the first one writes."""
+    run, target, arguments = training.run, training.target, training.arguments
+    is_first, n_processes = arguments.process_index == 0, arguments.world_size
+    with arguments.main_process_first(local=False):
+        resume = _prepare_folder(target, {"identity": training.identity, "n_processes": n_processes})
     with _quiet(), _preserved_generators():
-        schedule, log = _train(training, resume, progress)
-    content = {
-        "run": run.name,
-        "method": run.method,
-        "steps": list(schedule.steps),
-        "log": log,
-        "trainer": _json_safe(arguments.to_dict()),
-        "peft": run.trainer.get("peft"),
-        "data_hash": table_hash(table),
-        "n_prompts": len(table),
-        "seed": seed,
-        "versions": package_versions(),
-        "identity": identity,
-    }
-    write_json(record, content)
-    shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)
+        schedule, log = _train(training, resume, progress if is_first else SILENT)
+    if is_first:
+        content = {
+            "run": run.name,
+            "method": run.method,
+            "steps": list(schedule.steps),
+            "log": log,
+            "trainer": _json_safe(arguments.to_dict()),
+            "peft": run.trainer.get("peft"),
+            "data_hash": table_hash(training.table),
+            "n_prompts": len(training.table),
+            "n_processes": n_processes,
+            "seed": arguments.seed,
+            "versions": package_versions(),
+            "identity": training.identity,
+        }
+        write_json(target / POSTTRAIN_RECORD, content)
+        shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)
     return schedule.steps
 
 
@@ -188,13 +214,13 @@ def _check_answers(spec: StudySpec, table: pd.DataFrame) -> None:
     check_answers(graders, rows, where="data.train")
 
 
-def _prepare_folder(target: Path, identity: str) -> Path | None:
+def _prepare_folder(target: Path, identity: Mapping[str, Any]) -> Path | None:
     """Remove files of an earlier run; return the trainer state to resume from, if it is this run's and complete."""
     target.mkdir(parents=True, exist_ok=True)
     note_file = target / RESUME_FOLDER / RESUME_NOTE
-    note: Mapping[str, Any] = read_json(note_file) if note_file.exists() else {}
+    note: Mapping[str, Any] = {"n_processes": 1} | (read_json(note_file) if note_file.exists() else {})
     state = target / RESUME_FOLDER / str(note.get("checkpoint"))
-    step = int(note.get("step", 0)) if note.get("identity") == identity and state.is_dir() else 0
+    step = int(note.get("step", 0)) if note.items() >= identity.items() and state.is_dir() else 0
     (target / POSTTRAIN_RECORD).unlink(missing_ok=True)
     for leftover in (*target.glob("step-*"), *target.glob(PARTIAL)):
         leftover_step = leftover.name.removeprefix("step-")
@@ -214,11 +240,16 @@ def _train(
     model = load_model(training.base, device=training.arguments.device)
     model.requires_grad_(True)
     trainer = _make_trainer(training, model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise SpecError(
+            f"run {run.name!r} is launched with its model split over processes (FSDP or DeepSpeed), none of which can "
+            "write a whole checkpoint; launch it with a copy of the model in each process (--multi_gpu)."
+        )
     schedule = CheckpointSchedule(
         target,
         run,
         _make_reader(training.base, run.name).tokenizer,  # not the trainer's, to which TRL may add a pad token
-        {"identity": training.identity},
+        {"identity": training.identity, "n_processes": training.arguments.world_size},
         keep_state=not training.arguments.save_only_model,
     )
     report = ProgressReport(progress, f"train {run.name} ({run.method})")
@@ -230,7 +261,7 @@ def _train(
     finally:
         report.close()
     missing = [step for step in schedule.steps if not step_folder(target, step).is_dir()]
-    if missing:
+    if missing and trainer.is_world_process_zero():
         raise SpecError(
             f"run {run.name!r} ended at step {trainer.state.global_step} without its checkpoints {missing}; "
             "training stopped early: remove the option that stops it."

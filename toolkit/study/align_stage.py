@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from rlgen_stats.schemas.dims import FEATURE, SPLIT
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import CrosscoderSpec
-from rlgen_stats.stores import open_tokens, write_results
+from rlgen_stats.schemas.study import CrosscoderSpec, StudySpec
+from rlgen_stats.stores import StudyFolder, open_tokens, write_results
 from rlgen_stats.toolkit.crosscoder import (
-    Crosscoder,
     decoder_dataset,
     load_crosscoder,
     require_healthy,
@@ -23,7 +22,7 @@ from rlgen_stats.toolkit.crosscoder import (
     summarise_prompts,
 )
 from rlgen_stats.toolkit.extraction import resolve_device, site_name, usable_tokens
-from rlgen_stats.toolkit.progress import Progress
+from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics import (
     attribution,
     attribution_table,
@@ -35,6 +34,7 @@ from rlgen_stats.toolkit.statistics import (
     scaling_table,
 )
 from rlgen_stats.toolkit.study.stage_graph import Study
+from rlgen_stats.toolkit.workers import kept, run_tasks
 
 LOWEST_TAU: Final = 0.5
 """Norm share above which ``scaling_agrees`` is judged, whatever tau is: the view with most of a feature's norm."""
@@ -93,42 +93,46 @@ def _scaling(
     study: Study, decoders: dict[str, xr.Dataset], progress: Progress
 ) -> tuple[xr.Dataset, dict[str, NDArray[np.bool_]]]:
     """Latent scaling and feature classes of every crosscoder; whether scaling agrees with the largest norm share."""
-    spec, folder = study.spec, study.folder
-    mask = usable_tokens(spec, folder)
+    spec = study.spec
     tables, classes, agrees = {}, {}, {}
-    for name in decoders:
-        sums = stored_scaling_sums(
-            _load(study, name),
-            folder.activations,
-            site_name(spec.extraction.layer),
-            mask,
-            seed=derive_seed(spec.seed, "latent_scaling"),
-            progress=progress,
-        )
-        share = attribution(decoders[name])["mas_l1"]
-        tables[name] = latent_scaling(sums)
-        classify = partial(
-            classify_features, share, tables[name], alpha=spec.statistics.alpha, min_active=spec.statistics.n_min
-        )
-        classes[name] = classify(tau=spec.statistics.tau)
-        agrees[name] = np.asarray(classify(tau=LOWEST_TAU)["feature_class"].values == "specific")
+    with run_tasks(_scaled, [(spec, study.folder, name) for name in decoders], progress=progress) as results:
+        for name, scaled in zip(decoders, results, strict=True):
+            share = attribution(decoders[name])["mas_l1"]
+            tables[name] = scaled
+            classify = partial(
+                classify_features, share, tables[name], alpha=spec.statistics.alpha, min_active=spec.statistics.n_min
+            )
+            classes[name] = classify(tau=spec.statistics.tau)
+            agrees[name] = np.asarray(classify(tau=LOWEST_TAU)["feature_class"].values == "specific")
     return scaling_table(tables, classes), agrees
 
 
-def _load(study: Study, name: str) -> Crosscoder:
-    return load_crosscoder(study.folder.crosscoder(name), device=resolve_device(study.spec.device))
+def _scaled(spec: StudySpec, folder: StudyFolder, name: str, progress: Progress = SILENT) -> xr.Dataset:
+    sums = stored_scaling_sums(
+        load_crosscoder(folder.crosscoder(name), device=resolve_device(spec.device)),
+        folder.activations,
+        site_name(spec.extraction.layer),
+        kept("tokens trained on", folder, lambda: usable_tokens(spec, folder)),
+        seed=derive_seed(spec.seed, "latent_scaling"),
+        progress=progress,
+    )
+    return latent_scaling(sums)
 
 
 def _matching(study: Study, replicated: list[CrosscoderSpec], progress: Progress) -> xr.Dataset:
     """Each replicated dictionary against its other seeds; activations on held-out prompts as independent evidence."""
     by_crosscoder = []
-    with progress.task("matching", total=sum(len(c.names) - 1 for c in replicated), unit="pairs") as task:
+    dictionaries = [(study.spec, study.folder, one, name) for one in replicated for name in one.names]
+    with (
+        progress.task("matching", total=sum(len(c.names) - 1 for c in replicated), unit="pairs") as task,
+        run_tasks(_decoders_and_activity, dictionaries) as described,
+    ):
         for crosscoder in replicated:
             first, *others = crosscoder.names
-            decoders, activity = _decoders_and_activity(study, crosscoder, first)
+            decoders, activity = next(described)
             matches = {}
             for name in others:
-                other, other_activity = _decoders_and_activity(study, crosscoder, name)
+                other, other_activity = next(described)
                 matches[name] = match_features(
                     decoders,
                     other,
@@ -145,10 +149,11 @@ def _matching(study: Study, replicated: list[CrosscoderSpec], progress: Progress
     return merged.transpose("crosscoder", "replicate", FEATURE)
 
 
-def _decoders_and_activity(study: Study, crosscoder: CrosscoderSpec, name: str) -> tuple[xr.Dataset, xr.DataArray]:
+def _decoders_and_activity(
+    spec: StudySpec, folder: StudyFolder, crosscoder: CrosscoderSpec, name: str, progress: Progress = SILENT
+) -> tuple[xr.Dataset, xr.DataArray]:
     """Decoders of one dictionary, and its mean activations [prompt, feature] on verification prompts."""
-    spec, folder = study.spec, study.folder
-    dictionary = _load(study, name)
+    dictionary = load_crosscoder(folder.crosscoder(name), device=resolve_device(spec.device))
     run = spec.contrasted[1].name
     model = next((view for view in dictionary.views if view.startswith(f"{run}@")), dictionary.views[-1])
     tokens = open_tokens(folder.activations)

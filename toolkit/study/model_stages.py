@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import xarray as xr
 from rlgen_stats.schemas.dims import ARM, CLUSTER, FEATURE, MODEL, PROMPT, RUN, of_dictionary
 from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.schemas.study import RunSpec
+from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import (
     StudyFolder,
     open_activations,
@@ -42,9 +44,10 @@ from rlgen_stats.toolkit.extraction import (
 )
 from rlgen_stats.toolkit.intervention import verify_in_dictionaries
 from rlgen_stats.toolkit.posttrain import train_run
-from rlgen_stats.toolkit.progress import Progress
+from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics import representation_drift
 from rlgen_stats.toolkit.study.stage_graph import Study
+from rlgen_stats.toolkit.workers import run_tasks
 
 Facts = dict[str, Any]
 """Facts about a stage's output, kept in its record."""
@@ -52,15 +55,19 @@ Facts = dict[str, Any]
 
 def posttrain(study: Study, key: str, progress: Progress) -> Facts:
     """Train every run that is trained here; a run whose settings did not change is kept."""
-    steps = {}
-    study.folder.run("base").parent.mkdir(parents=True, exist_ok=True)
-    for run in study.spec.runs:
-        if run.method == "checkpoints":
-            steps[run.name] = sorted(run.checkpoints)
-        else:
-            _claim_run(study, run)
-            steps[run.name] = list(train_run(study.spec, run, study.folder, progress=progress))
-    return {"steps": steps}
+    spec, folder = study.spec, study.folder
+    folder.run("base").parent.mkdir(parents=True, exist_ok=True)
+    trained = [run for run in spec.runs if run.method != "checkpoints"]
+    for run in trained:
+        _claim_run(study, run)
+    if study.launcher is not None:  # whose processes have all devices, so that workers have nothing to do
+        how: dict[str, Any] = {"launcher": study.launcher, "progress": progress}
+        ends = [train_run(spec, run, folder, **how) for run in trained]
+    else:
+        with run_tasks(train_run, [(spec, run, folder) for run in trained], progress=progress) as results:
+            ends = list(results)
+    steps = dict(zip((run.name for run in trained), map(list, ends), strict=True))
+    return {"steps": {run.name: steps.get(run.name) or sorted(run.checkpoints) for run in spec.runs}}
 
 
 def _claim_run(study: Study, run: RunSpec) -> None:
@@ -143,9 +150,17 @@ def encode(study: Study, key: str, progress: Progress) -> Facts:
     encode_features(study.spec, study.folder, provenance=study.provenance("encode", key), progress=progress)
     n = study.spec.summaries.contexts
     if n:
-        write_contexts(study.spec, study.folder, n=n, progress=progress)
-        write_logits(study.spec, study.folder, n=n, progress=progress)
+        tasks = [(write, study.spec, study.folder, n) for write in (write_contexts, write_logits)]
+        with run_tasks(_describe, tasks, progress=progress) as described:
+            deque(described, maxlen=0)
     return {}
+
+
+def _describe(
+    write: Callable[..., None], spec: StudySpec, folder: StudyFolder, n: int, progress: Progress = SILENT
+) -> None:
+    """One of the descriptions of the features of the first dictionary."""
+    write(spec, folder, n=n, progress=progress)
 
 
 def movement(study: Study, key: str, progress: Progress) -> Facts:

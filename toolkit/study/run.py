@@ -34,6 +34,7 @@ def run_study(
     force: Sequence[str] = (),
     replace: Callable[[str], bool] = lambda costs: False,
     workers: Any = None,
+    launcher: str | None = None,
     progress: Progress = SILENT,
     report_to: Sequence[str] = (),
 ) -> Study:
@@ -55,6 +56,9 @@ def run_study(
     workers
         A ``distributed.Client`` on whose workers models run; None: in this process. Which stages those are is in
         docs/models.md.
+    launcher
+        Command line that starts the processes of a training run, such as ``accelerate launch --num_processes 4``; None:
+        runs are trained in this process.
     progress
         Receiver of progress.
     report_to
@@ -87,6 +91,7 @@ def run_study(
             "'auto' or 'cuda'."
         )
     check_trackers(report_to)
+    study.launcher = launcher
     studies = [study, *study.linked]
     for one in studies:
         one.report_to = tuple(report_to)

@@ -257,6 +257,8 @@ class Study:
         Of these, those whose work the stage that runs is to do too, at other layers.
     report_to
         Trackers that the curves of crosscoders go to; no key depends on them.
+    launcher
+        Command line that starts the processes of a training run; None: it is trained in this process.
 
     Parameters
     ----------
@@ -286,6 +288,7 @@ class Study:
         self.folder, self.spec = folder, spec
         self.linked: tuple[Study, ...] = ()
         self.beside: tuple[Study, ...] = ()
+        self.launcher: str | None = None
         self.forced: frozenset[str] = frozenset()
         self.report_to: tuple[str, ...] = ()
         self._keys: dict[str, str] = {}

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import (
@@ -25,7 +26,9 @@ from rlgen_stats.schemas.dims import (
     of_dictionary,
 )
 from rlgen_stats.schemas.seeds import derive_seed
+from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import (
+    StudyFolder,
     open_activations,
     open_by_dictionary,
     open_outcomes,
@@ -34,7 +37,7 @@ from rlgen_stats.stores import (
 )
 from rlgen_stats.stores.hub import locate_table
 from rlgen_stats.stores.prompts import TEXT, load_prompts, load_texts, plain_text
-from rlgen_stats.stores.study_models import final_model
+from rlgen_stats.stores.study_models import ModelRef, final_model
 from rlgen_stats.toolkit.crosscoder import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.data.text_bounds import text_bounds
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
@@ -43,7 +46,7 @@ from rlgen_stats.toolkit.crosscoder.uses.encode import BLOCK_TOKENS, BlockFeatur
 from rlgen_stats.toolkit.crosscoder.uses.injection import Injection, injected_peaks
 from rlgen_stats.toolkit.extraction import load_model, load_tokenizer, resolve_device, site_name, usable_tokens
 from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
-from rlgen_stats.toolkit.progress import Progress
+from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.statistics import token_detectors
 from rlgen_stats.toolkit.statistics.kernels.draws import stream
 from rlgen_stats.toolkit.statistics.selection.token_detectors import (
@@ -54,6 +57,7 @@ from rlgen_stats.toolkit.statistics.selection.token_detectors import (
 )
 from rlgen_stats.toolkit.study.model_stages import ranked_features
 from rlgen_stats.toolkit.study.stage_graph import Study
+from rlgen_stats.toolkit.workers import kept, run_tasks
 
 MOST_TOKENS: Final = 500_000
 """Tokens read: whole prompts in the order of a hash, up to this number."""
@@ -71,45 +75,57 @@ def tokens(study: Study, key: str, progress: Progress) -> dict[str, Any]:
     spec, folder = study.spec, study.folder
     provenance = study.provenance("tokens", key)
     sets = {n: ranked_features(chosen) for n, chosen in open_by_dictionary(folder.results, "selection").items()}
-    target = final_model(spec, folder, spec.contrasted[1].name)
-    device = resolve_device(spec.device)
-    tokenizer = load_tokenizer(target)
-    labels = _labels(study, tokenizer)
-    texts = _unrelated_texts(study, tokenizer, target.model)
-    model = load_model(target, device=device) if any(sets.values()) else None
+    tasks = [(spec, folder, number, sets[number]) for number in range(1, len(spec.primary_crosscoder.names) + 1)]
     detectors = {}
-    with progress.task("tokens", total=len(sets), unit="dictionaries") as task:
-        for number, name in enumerate(spec.primary_crosscoder.names, start=1):
-            crosscoder = load_crosscoder(folder.crosscoder(name), device=device)
-            columns = torch.tensor(sets[number], dtype=torch.long, device=device)
-            view = view_of(target.model, crosscoder.views)
-            stored = labels.with_activations(_activations(study, crosscoder, target.model, view, columns, labels.rows))
-            injections = None
-            if model is not None and len(columns):
-                readout = crosscoder.readout_map(view=view, kind=spec.primary_crosscoder.readout, features=columns)
-                plan = _Plan(stored, texts, tokenizer, spec.tokens.n_injected, derive_seed(spec.seed, "tokens", name))
-                peaks = injected_peaks(
-                    model,
-                    spec.extraction.layer,
-                    readout,
-                    plan.injections,
-                    pad=pad_id(tokenizer),
-                    batch_size=spec.extraction.batch_size,
-                )
-                injections = plan.measured(peaks)
-            found = token_detectors(
-                stored,
-                injections,
-                sets[number],
-                alpha=spec.statistics.alpha,
-                n_min=spec.statistics.n_min,
-                seed=derive_seed(spec.seed, "tokens"),
-            )
-            found = found.assign_attrs(crosscoder=crosscoder.weights_sha256)
+    with (
+        progress.task("tokens", total=len(tasks), unit="dictionaries") as task,
+        run_tasks(_detectors, tasks) as results,
+    ):
+        for (_, _, number, _), found in zip(tasks, results, strict=True):
             write_results(folder.results, of_dictionary("tokens", number), found, provenance=provenance)
             detectors[str(number)] = int(found["detector"].sum())
             task.advance(1, detectors=detectors[str(number)])
     return {"detectors": detectors}
+
+
+def _detectors(
+    spec: StudySpec, folder: StudyFolder, number: int, features: list[int], progress: Progress = SILENT
+) -> xr.Dataset:
+    """Which of one dictionary's selected features are token detectors."""
+    target, device = final_model(spec, folder, spec.contrasted[1].name), resolve_device(spec.device)
+    tokenizer, labels, texts = kept("tokens to inject", folder, lambda: _make_inputs(spec, folder, target))
+    name = spec.primary_crosscoder.names[number - 1]
+    crosscoder = load_crosscoder(folder.crosscoder(name), device=device)
+    columns = torch.tensor(features, dtype=torch.long, device=device)
+    view = view_of(target.model, crosscoder.views)
+    stored = labels.with_activations(_activations(spec, folder, crosscoder, target.model, view, columns, labels.rows))
+    injections = None
+    if features:
+        plan = _Plan(stored, texts, tokenizer, spec.tokens.n_injected, derive_seed(spec.seed, "tokens", name))
+        peaks = injected_peaks(
+            kept("target", folder, lambda: load_model(target, device=device)),
+            spec.extraction.layer,
+            crosscoder.readout_map(view=view, kind=spec.primary_crosscoder.readout, features=columns),
+            plan.injections,
+            pad=pad_id(tokenizer),
+            batch_size=spec.extraction.batch_size,
+        )
+        injections = plan.measured(peaks)
+    found = token_detectors(
+        stored,
+        injections,
+        features,
+        alpha=spec.statistics.alpha,
+        n_min=spec.statistics.n_min,
+        seed=derive_seed(spec.seed, "tokens"),
+    )
+    return found.assign_attrs(crosscoder=crosscoder.weights_sha256)
+
+
+def _make_inputs(spec: StudySpec, folder: StudyFolder, target: ModelRef) -> tuple[Any, _Labels, list[_Text]]:
+    """What is the same for all dictionaries."""
+    tokenizer = load_tokenizer(target)
+    return tokenizer, _labels(spec, folder, tokenizer), _unrelated_texts(spec, folder, tokenizer, target.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,23 +150,22 @@ class _Labels:
         )
 
 
-def _labels(study: Study, tokenizer: Any) -> _Labels:
+def _labels(spec: StudySpec, folder: StudyFolder, tokenizer: Any) -> _Labels:
     """Tokens that summaries average over, of prompts that no trial uses."""
-    spec, folder = study.spec, study.folder
     stored = open_tokens(folder.activations)
-    kept = usable_tokens(spec, folder, "summary") & (np.asarray(stored[SPLIT].values) != TRIAL)
+    usable = usable_tokens(spec, folder, "summary") & (np.asarray(stored[SPLIT].values) != TRIAL)
     prompt = np.asarray(stored[PROMPT].values).astype(np.str_)
-    kept &= np.isin(prompt, _some_prompts(prompt[kept], study.spec.seed))
+    usable &= np.isin(prompt, _some_prompts(prompt[usable], spec.seed))
     starts, ends = text_bounds(stored).T
     in_prompt = np.asarray(stored[SEGMENT].values) == "prompt"
     n_prompt = np.add.reduceat(in_prompt.astype(np.int64), starts)
     position = np.asarray(stored[POSITION].values, dtype=np.int64) - np.repeat(n_prompt, ends - starts)
-    token_id = np.asarray(stored[TOKEN_ID].values, dtype=np.int64)[kept]
-    position = np.clip(position[kept], -MOST_POSITIONS, MOST_POSITIONS)
-    unit = np.unique(np.asarray(stored[CLUSTER].values).astype(np.str_)[kept], return_inverse=True)[1].reshape(-1)
-    classes = {name: np.isin(token_id, ids) for name, ids in _class_ids(study, tokenizer, token_id).items()}
+    token_id = np.asarray(stored[TOKEN_ID].values, dtype=np.int64)[usable]
+    position = np.clip(position[usable], -MOST_POSITIONS, MOST_POSITIONS)
+    unit = np.unique(np.asarray(stored[CLUSTER].values).astype(np.str_)[usable], return_inverse=True)[1].reshape(-1)
+    classes = {name: np.isin(token_id, ids) for name, ids in _class_ids(spec, tokenizer, token_id).items()}
     classes[FIRST] = position == 0
-    return _Labels(rows=np.flatnonzero(kept), token_id=token_id, position=position, unit=unit, classes=classes)
+    return _Labels(rows=np.flatnonzero(usable), token_id=token_id, position=position, unit=unit, classes=classes)
 
 
 def _some_prompts(prompt: NDArray[np.str_], seed: int) -> list[str]:
@@ -161,9 +176,8 @@ def _some_prompts(prompt: NDArray[np.str_], seed: int) -> list[str]:
     return [str(names[i]) for i in order[:n]]
 
 
-def _class_ids(study: Study, tokenizer: Any, token_id: NDArray[np.int64]) -> dict[str, list[int]]:
+def _class_ids(spec: StudySpec, tokenizer: Any, token_id: NDArray[np.int64]) -> dict[str, list[int]]:
     """Token ids of each declared class, and of the answer marker."""
-    spec = study.spec
     text = {int(i): tokenizer.decode([int(i)]).strip() for i in np.unique(token_id)}
     ids = {
         name: [i for i, word in text.items() if re.fullmatch(expression, word)]
@@ -175,7 +189,8 @@ def _class_ids(study: Study, tokenizer: Any, token_id: NDArray[np.int64]) -> dic
 
 
 def _activations(
-    study: Study,
+    spec: StudySpec,
+    folder: StudyFolder,
     crosscoder: Crosscoder,
     model: str,
     view: str,
@@ -183,7 +198,6 @@ def _activations(
     rows: NDArray[np.int64],
 ) -> NDArray[np.float64]:
     """[token, feature] of the rows of the store."""
-    spec, folder = study.spec, study.folder
     if not len(columns):
         return np.empty((len(rows), 0))
     stored = open_activations(folder.activations, models=[model], site=site_name(spec.extraction.layer))["activation"]
@@ -193,9 +207,9 @@ def _activations(
     for start in range(0, stored.sizes["token"], BLOCK_TOKENS):
         inside = rows[(rows >= start) & (rows < start + BLOCK_TOKENS)] - start
         if len(inside):
-            kept = np.zeros(min(BLOCK_TOKENS, stored.sizes["token"] - start), dtype=bool)
-            kept[inside] = True
-            for _, f in features.read(start, start + BLOCK_TOKENS, kept):
+            read = np.zeros(min(BLOCK_TOKENS, stored.sizes["token"] - start), dtype=bool)
+            read[inside] = True
+            for _, f in features.read(start, start + BLOCK_TOKENS, read):
                 dense = f.dense() if isinstance(f, SparseCode) else f
                 parts.append(dense.cpu().numpy().astype(np.float64))
     return np.concatenate(parts)
@@ -207,9 +221,8 @@ class _Text:
     unit: str
 
 
-def _unrelated_texts(study: Study, tokenizer: Any, target: str) -> list[_Text]:
+def _unrelated_texts(spec: StudySpec, folder: StudyFolder, tokenizer: Any, target: str) -> list[_Text]:
     """Neutral texts, and prompts that are neither of a trial nor base wrong and the target right."""
-    spec, folder = study.spec, study.folder
     neutral = spec.intervention.neutral_text
     texts = [] if neutral is None else load_texts(locate_table(neutral, folder))[: spec.tokens.n_texts // 2]
     prompts = load_prompts(spec, folder)

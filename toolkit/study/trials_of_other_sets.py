@@ -29,7 +29,6 @@ from rlgen_stats.toolkit.study.costs import arms_at_most, token_limits
 from rlgen_stats.toolkit.study.linked_studies import open_for_run
 from rlgen_stats.toolkit.study.stage_graph import Study
 from rlgen_stats.toolkit.trial.arms import choose_prompts
-from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, curves_of, plan_trial
 from rlgen_stats.toolkit.workers import tasks_on
 
@@ -145,7 +144,7 @@ def verify_set(
     dry_run
         Only say what it would cost.
     workers
-        As in :func:`run_study`; ``by_feature`` runs in this process.
+        As in :func:`run_study`.
     progress
         Receiver of progress.
 
@@ -220,7 +219,7 @@ def _run(
         write(f"trial-{name}-mediated", shares)
     if not by_feature:
         return result, None
-    parts = measure_parts(plan, live.share_correct, progress=progress)
+    parts = step.run_parts(live, progress=progress)
     write(f"trial-{name}-features", parts)
     return result, parts
 

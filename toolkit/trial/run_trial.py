@@ -7,6 +7,7 @@ share the arms that do not depend on the set.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.schemas.dims import CLUSTER, PROMPT, PROMPT_LABELS, SAMPLE, TASK
@@ -58,6 +60,7 @@ from rlgen_stats.toolkit.trial.divergence import (
     make_probes,
     mean_residual,
 )
+from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import DirectionPlan, TrialPlan, refuse_undecidable
 from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
@@ -112,12 +115,45 @@ def run_trial(
     refuse_undecidable(plan.shortfalls, accepted=plan.accepted)
     live = LiveTrial(plan) if live is None else live
     with keeping():
-        first = run_tasks(_run_arms, [(live, direction, [UNEDITED], False) for direction in EDITED], progress=progress)
-        unedited = {name: frame for name, (frame,) in zip(EDITED.values(), first, strict=True)}
-        (vectors,) = run_tasks(_vectors, [(live,)], progress=progress)
+        first = [(live, direction, [UNEDITED], False) for direction in EDITED]
+        with run_tasks(_run_arms, first, progress=progress) as frames:
+            unedited = {name: frame for name, (frame,) in zip(EDITED.values(), frames, strict=True)}
+        with run_tasks(_vectors, [(live,)], progress=progress) as found:
+            (vectors,) = found
         return tuple(
             _run_direction(live, one, _with_vectors(one.arms, vectors), unedited, progress) for one in plan.directions
         )
+
+
+def run_parts(live: LiveTrial, *, progress: Progress = SILENT) -> xr.Dataset:
+    """Effects of the single features of a set whose plan has such arms.
+
+    Parameters
+    ----------
+    live
+        The trial, planned ``by_feature``.
+    progress
+        Receiver of progress.
+
+    Returns
+    -------
+    Dataset
+        As :func:`measure_parts` gives it.
+
+    Raises
+    ------
+    NotEstimableError
+        If the trial cannot be held.
+    """
+    tasks = [
+        (live, one.direction, together, False)
+        for one in live.plan.directions
+        for together in _grouped(live.plan, (UNEDITED, one.set_arm, *one.parts))
+    ]
+    with keeping():
+        with run_tasks(_run_arms, tasks, progress=progress) as results:
+            deque(results, maxlen=0)
+        return measure_parts(live.plan, live.share_correct, progress=progress)  # whose search runs one after the other
 
 
 @torch.no_grad()
@@ -197,18 +233,22 @@ def _run_direction(
 def _frames(live: LiveTrial, direction: Direction, arms: Sequence[Arm], task: Task) -> Generator[pd.DataFrame]:
     """Rows of arm after arm, some of which are run together when the first of them is asked for."""
     trial = live.plan
-    n_completions, n = trial.n_prompts * trial.n_samples, arms_together(trial)
-    groups = [arms[start : start + n] for start in range(0, len(arms), n)]
+    n_completions, groups = trial.n_prompts * trial.n_samples, _grouped(trial, arms)
     n_missing = [sum(not trial.is_stored(direction, arm) for arm in together) for together in groups]
     within = Within(task)
     tasks = [(live, direction, together, True) for together in groups]
-    with closing(run_tasks(_run_arms, tasks, progress=within)) as results:
+    with run_tasks(_run_arms, tasks, progress=within) as results:
         for together, missing in zip(groups, n_missing, strict=True):
             before = within.done
             frames = next(results)
             task.skip((len(together) - missing) * n_completions)
             task.advance(missing * n_completions - (within.done - before))
             yield from frames
+
+
+def _grouped(plan: TrialPlan, arms: Sequence[Arm]) -> list[Sequence[Arm]]:
+    n = arms_together(plan)
+    return [arms[start : start + n] for start in range(0, len(arms), n)]
 
 
 def arms_together(plan: TrialPlan) -> int:
@@ -364,8 +404,10 @@ class LiveTrial:
         return frame
 
     def share_correct(self, direction: Direction, arm: Arm) -> Floats:
-        """[prompt] share of right completions of an arm."""
-        correct = self.run_arm(direction, arm)["correct"].to_numpy(np.float64)
+        """[prompt] share of right completions of an arm, which a worker runs where there are any."""
+        with run_tasks(_run_arms, [(self, direction, [arm], False)]) as results:
+            ((frame,),) = results
+        correct = frame["correct"].to_numpy(np.float64)
         return np.asarray(correct.reshape(-1, self.plan.n_prompts).mean(axis=0))
 
     @torch.no_grad()

@@ -14,10 +14,8 @@ from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
 from rlgen_stats.toolkit.statistics.causal.mediated_share import Curve, mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration, judge_trial
-from rlgen_stats.toolkit.trial.arms import UNEDITED
-from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import curves_of, plan_trial
-from rlgen_stats.toolkit.trial.run_trial import LiveTrial, run_trial
+from rlgen_stats.toolkit.trial.run_trial import LiveTrial, run_parts, run_trial
 
 
 def verify_causally(
@@ -154,7 +152,4 @@ def feature_effects(
         If a feature does not exist.
     """
     plan = plan_trial(spec, folder, features, provenance=provenance, directions=directions, name=name, by_feature=True)
-    live = LiveTrial(plan)
-    for one in plan.directions:
-        live.run_arms(one.direction, (UNEDITED, one.set_arm, *one.parts), progress=progress)
-    return measure_parts(plan, live.share_correct, progress=progress)
+    return run_parts(LiveTrial(plan), progress=progress)

@@ -64,7 +64,7 @@ from rlgen_stats.toolkit.extraction import (
 )
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.tracking import check_trackers, tracking
-from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
+from rlgen_stats.toolkit.workers import has_workers, kept, run_tasks
 
 SPLICED_TEXTS: Final = 128
 """Texts on which activations are replaced by reconstructions, of many prompts and sources."""
@@ -105,25 +105,46 @@ def train_crosscoders(
     Notes
     -----
     A crosscoder is finished when its recorded key, the hash of its spec, views, seed and data, equals the current one.
-    An interrupted one resumes from its last saved state. Under torchrun every process trains on its share of each batch
-    and the first one measures.
+    An interrupted one resumes from its last saved state. In this process all replicates are trained in one pass over
+    the data; on the workers of a cluster each is a task, and has the same weights. Under torchrun every process trains
+    on its share of each batch and the first one measures.
     """
     if not folder.activations.exists():
         raise StageError(f"{folder.activations} is missing; run the extract stage before training crosscoders.")
     check_trackers(report_to)
-    tokens = open_tokens(folder.activations)
-    mask = usable_tokens(spec, folder)
-    for crosscoder in spec.crosscoders:
-        _StudyCrosscoder(
-            study=spec,
-            folder=folder,
-            spec=crosscoder,
-            tokens=tokens,
-            mask=mask,
-            provenance=provenance,
-            progress=progress,
-            report_to=report_to,
-        ).train_and_measure()
+    together = [(crosscoder, crosscoder.names) for crosscoder in spec.crosscoders]
+    alone = [(crosscoder, (name,)) for crosscoder, names in together for name in names]
+    tasks = [(spec, folder, provenance, report_to, *one) for one in (alone if has_workers() else together)]
+    with run_tasks(_train_and_measure, tasks, progress=progress) as results:
+        for lines in results:
+            for line in lines:
+                progress.log(line)
+
+
+def _train_and_measure(
+    study: StudySpec,
+    folder: StudyFolder,
+    provenance: Provenance,
+    report_to: Sequence[str],
+    spec: CrosscoderSpec,
+    names: tuple[str, ...],
+    progress: Progress = SILENT,
+) -> list[str]:
+    """Some replicates of a crosscoder; a line to be shown for each thing measured."""
+    tokens, mask = kept(
+        "tokens trained on", folder, lambda: (open_tokens(folder.activations), usable_tokens(study, folder))
+    )
+    return _StudyCrosscoder(
+        study=study,
+        folder=folder,
+        spec=spec,
+        names=names,
+        tokens=tokens,
+        mask=mask,
+        provenance=provenance,
+        progress=progress,
+        report_to=report_to,
+    ).train_and_measure()
 
 
 def forget_crosscoders(spec: StudySpec, folder: StudyFolder) -> None:
@@ -141,7 +162,7 @@ def forget_crosscoders(spec: StudySpec, folder: StudyFolder) -> None:
 
 
 class _StudyCrosscoder:
-    """One crosscoder of a study: its replicates, what identifies their data, and what is on the disk of them."""
+    """A crosscoder of a study: some of its replicates, what identifies their data, and what is on the disk of them."""
 
     def __init__(
         self,
@@ -149,6 +170,7 @@ class _StudyCrosscoder:
         study: StudySpec,
         folder: StudyFolder,
         spec: CrosscoderSpec,
+        names: tuple[str, ...],
         tokens: xr.Dataset,
         mask: NDArray[np.bool_],
         provenance: Provenance,
@@ -156,20 +178,21 @@ class _StudyCrosscoder:
         report_to: Sequence[str],
     ) -> None:
         self.report_to = report_to
-        self.study, self.folder, self.spec = study, folder, spec
+        self.study, self.folder, self.spec, self.names = study, folder, spec, names
         self.tokens, self.mask, self.provenance, self.progress = tokens, mask, provenance, progress
         self.site = site_name(study.extraction.layer)
         self.device = resolve_device(study.device)
         self.views = tuple(resolve_view(view, study, folder) for view in spec.views)
         first = derive_seed(study.seed, "crosscoder", spec.name, spec.seed)
         others = [derive_seed(first, "replicate", number) for number in range(2, len(spec.names) + 1)]
-        self.seeds = [first, *others]
+        seeds = dict(zip(spec.names, [first, *others], strict=True))
+        self.seeds = [seeds[name] for name in names]
         is_read = spec.name == study.primary_crosscoder.name and spec.readout != "joint"
         # a floor run may end where the dictionary describes nothing; no claim rests on its features
         judged = [ref.model for ref in list_models(study, folder) if ref.arm != FLOOR_ARM]
         self.judged_models = judged if is_read else []
         self.contrasted = [final_model(study, folder, run.name).model for run in study.all_contrasted]
-        self.folders = [folder.crosscoder(name) for name in spec.names]
+        self.folders = [folder.crosscoder(name) for name in names]
         self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches
         self.corpus = None if spec.corpus is None else locate_table(spec.corpus, folder)
         labels = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
@@ -178,18 +201,20 @@ class _StudyCrosscoder:
         data = content_hash(np.packbits(mask).tobytes().hex()) if self.corpus is None else table_sha256(self.corpus)
         self.data_hash = content_hash([*labels, self.site, data])
 
-    def train_and_measure(self) -> None:
+    def train_and_measure(self) -> list[str]:
         """Train the replicates that are not finished, together, and measure those that are not measured."""
         if self.spec.weights is not None and rank_of_process():
-            return  # importing and measuring is one process's work
+            return []  # importing and measuring is one process's work
         stored = self._reader(self.views)
         crosscoders = [self._imported(stored.n_tokens)] if self.spec.weights is not None else self._trained(stored)
         if rank_of_process():
-            return  # so is measuring after training together
-        for name, folder, crosscoder in zip(self.spec.names, self.folders, crosscoders, strict=True):
+            return []  # so is measuring after training together
+        lines = []
+        for name, folder, crosscoder in zip(self.names, self.folders, crosscoders, strict=True):
             if self.spec.readout == "fit" and crosscoder.fit_weight is None:
                 fit_readout(crosscoder, stored).save(folder)
-            self._measure(name, folder, crosscoder, stored)
+            lines += [f"crosscoder {name}: {found}" for found in self._measure(name, folder, crosscoder, stored)]
+        return lines
 
     def _reader(
         self, models: tuple[str, ...], *, clusters: NDArray[np.str_] | None = None, batch_size: int | None = None
@@ -219,7 +244,7 @@ class _StudyCrosscoder:
             first = join_ranks(self.device).rank == 0  # before a tracker asks which process it is in
             with tracking(
                 self.report_to if first else (),
-                self.spec.name,
+                self.names[0],
                 project=self.study.name,
                 settings=self.spec.model_dump(mode="json"),
                 logs=self.folder.root / "logs",
@@ -294,19 +319,16 @@ class _StudyCrosscoder:
             seed=self.order_seed,
         )
 
-    def _measure(self, name: str, folder: Path, crosscoder: Crosscoder, reader: PairedReader) -> None:
+    def _measure(self, name: str, folder: Path, crosscoder: Crosscoder, reader: PairedReader) -> list[str]:
         if self._is_measured(folder, crosscoder):
-            self.progress.log(f"crosscoder {name}: up to date")
-            return
-        losses = self._splice_losses(crosscoder, folder)
+            return ["up to date"]
+        losses = self._splice_losses(crosscoder)
         health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=folder)
-        self.progress.log(f"crosscoder {name}: {'healthy' if health.healthy else 'failed its health check'}")
-        if self.judged_models:
-            self._judge_readout(name, folder, crosscoder, health)
-        for line in failures(folder, read_health(folder)):
-            self.progress.log(f"  {line}")
+        found = ["healthy" if health.healthy else "failed its health check"]
+        found += [self._judge_readout(name, folder, crosscoder, health)] if self.judged_models else []
+        return found + [f"  {line}" for line in failures(folder, read_health(folder))]
 
-    def _judge_readout(self, name: str, folder: Path, crosscoder: Crosscoder, health: Health) -> None:
+    def _judge_readout(self, name: str, folder: Path, crosscoder: Crosscoder, health: Health) -> str:
         """Measure the readout on base and every checkpoint, pair by pair: memory holds two models' activations."""
         base, *others = self.judged_models
         models: list[ModelReadout] = []
@@ -326,8 +348,7 @@ class _StudyCrosscoder:
             readout=self.spec.readout,
         )
         add_readout(folder, judged.describe())
-        verdict = "failed its health check" if judged.reasons else "passed"
-        self.progress.log(f"crosscoder {name}: readout {self.spec.readout} {verdict}")
+        return f"readout {self.spec.readout} {'failed its health check' if judged.reasons else 'passed'}"
 
     def _load_finished(self, folder: Path, key: str) -> Crosscoder | None:
         """The crosscoder in ``folder`` if it was trained under this key; None if there is none or another key's."""
@@ -356,7 +377,8 @@ class _StudyCrosscoder:
         judged = [[one["model"] for one in readout.get("models", [])], readout.get("contrasted", [])]
         return bool(same and judged == ([self.judged_models, self.contrasted] if self.judged_models else [[], []]))
 
-    def _splice_losses(self, crosscoder: Crosscoder, folder: Path) -> dict[str, SpliceCE]:
+    @torch.no_grad()
+    def _splice_losses(self, crosscoder: Crosscoder) -> dict[str, SpliceCE]:
         """Losses of every view's model with its activations replaced by reconstructions from the joint code."""
         bounds = text_bounds(self.tokens)
         # the last token of a text has no successor to be scored on, so a text needs a masked token before it
@@ -364,51 +386,27 @@ class _StudyCrosscoder:
         affordable = int(SPLICED_TOKENS / np.diff(bounds).mean())
         bounds = bounds[spread(len(bounds), min(SPLICED_TEXTS, max(8, affordable)))]
         masks = [self.mask[start:end] for start, end in bounds]
-        tasks = [(self.study, self.folder, folder, self.views, view, bounds, masks) for view in self.views]
+        rows = np.concatenate([np.arange(start, end) for start, end in bounds])
+        cuts = np.cumsum(bounds[:, 1] - bounds[:, 0])[:-1]
+        ids = np.split(self.tokens[TOKEN_ID].values[rows], cuts)
+        joint = crosscoder.has_joint_code
+        views = [self._activations(view, rows) for view in self.views] if joint else []
+        code = crosscoder.encode(crosscoder.normalise(views)) if joint else None
         losses = {}
-        with keeping(), self.progress.task(f"splice {self.spec.name}", total=len(self.views), unit="models") as task:
-            kept("crosscoder", folder, lambda: crosscoder)
-            for view, loss in zip(self.views, run_tasks(_splice, tasks), strict=True):
-                losses[view] = loss
-                task.advance(1, model=view, ce_increase=loss.increase)
+        with self.progress.task(f"splice {self.spec.name}", total=len(self.views), unit="models") as task:
+            for slot, view in enumerate(self.views):
+                f = crosscoder.readout(self._activations(view, rows)) if code is None else code
+                replacements = np.split(crosscoder.reconstruct(f, view, joint=joint).cpu().numpy(), cuts)
+                losses[view] = splice_ce(
+                    load_model(find_model(view, self.study, self.folder), device=self.device),
+                    self.study.extraction.layer,
+                    [SplicedText(*parts) for parts in zip(ids, replacements, masks, strict=True)],
+                    constant=crosscoder.split(crosscoder.means[None])[slot][0].cpu().numpy(),
+                )
+                task.advance(1, model=view, ce_increase=losses[view].increase)
         return losses
 
-
-@torch.no_grad()
-def _splice(
-    study: StudySpec,
-    folder: StudyFolder,
-    of_crosscoder: Path,
-    views: tuple[str, ...],
-    view: str,
-    bounds: NDArray[np.int64],
-    masks: list[NDArray[np.bool_]],
-    progress: Progress = SILENT,
-) -> SpliceCE:
-    """Loss of one view's model with its activations in some texts [start, end) replaced where their masks say so."""
-    device, slot = resolve_device(study.device), views.index(view)
-    crosscoder = kept("crosscoder", of_crosscoder, lambda: load_crosscoder(of_crosscoder, device=device))
-    rows = np.concatenate([np.arange(start, end) for start, end in bounds])
-
-    def activations(view: str) -> torch.Tensor:
+    def _activations(self, view: str, rows: NDArray[np.int64]) -> torch.Tensor:
         """Raw [token, channel]."""
-        site = site_name(study.extraction.layer)
-        stored = open_activations(folder.activations, models=[view], site=site)["activation"][0]
-        return torch.from_numpy(stored.isel({TOKEN: rows}).values.astype(np.float32)).to(device)
-
-    if crosscoder.has_joint_code:
-        f = kept("code", of_crosscoder, lambda: crosscoder.encode(crosscoder.normalise([*map(activations, views)])))
-    else:
-        f = crosscoder.readout(activations(view))
-    replacements = crosscoder.reconstruct(f, view, joint=crosscoder.has_joint_code).cpu().numpy()
-    ids = open_tokens(folder.activations)[TOKEN_ID].values[rows]
-    cuts = np.cumsum(bounds[:, 1] - bounds[:, 0])[:-1]
-    texts = [
-        SplicedText(*parts) for parts in zip(np.split(ids, cuts), np.split(replacements, cuts), masks, strict=True)
-    ]
-    return splice_ce(
-        load_model(find_model(view, study, folder), device=device),
-        study.extraction.layer,
-        texts,
-        constant=crosscoder.split(crosscoder.means[None])[slot][0].cpu().numpy(),
-    )
+        stored = open_activations(self.folder.activations, models=[view], site=self.site)["activation"][0]
+        return torch.from_numpy(stored.isel({TOKEN: rows}).values.astype(np.float32)).to(self.device)

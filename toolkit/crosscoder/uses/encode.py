@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -328,7 +327,7 @@ def encode_features(
     tasks = [(spec, folder, name, ref) for name, ref in todo]
     with (
         progress.task("encode", total=len(names) * len(refs), unit="models") as task,
-        closing(run_tasks(_encoded, tasks)) as encoded,
+        run_tasks(_encoded, tasks) as encoded,
     ):
         for name, store, had in zip(names, stores, done, strict=True):
             task.skip(len(had), dictionary=name)
