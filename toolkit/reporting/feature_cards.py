@@ -20,7 +20,7 @@ from rlgen_stats.toolkit.reporting.csv_tables import flat
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.formatting import compact, p_text, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, final_models, labels_of, number, text
-from rlgen_stats.toolkit.reporting.trial_rows import part_blocks
+from rlgen_stats.toolkit.reporting.trial_rows import of_first_dictionary, part_blocks, single_trials
 from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of
 
 _T = TypeVar("_T")
@@ -111,6 +111,8 @@ class FeatureCard:
     """Its counterpart in every other dictionary of the same design."""
     alone: list[dict[str, Any]] = field(default_factory=list)
     """What editing it alone does, in each trial of single features; see ``trial_rows.part_blocks``."""
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    """Trials of this feature alone; see ``trial_rows.single_trials``."""
     origin: tuple[str, ...] = ()
     """Model specificity, reappearance with other seeds, what tokens explain, in sentences; empty if not computed."""
     explained: float = math.nan
@@ -176,7 +178,7 @@ def feature_cards(
     contexts = _contexts(folder, spec, chosen)
     tokens, suppressed = tokens_of(folder, spec, chosen, sign=1), tokens_of(folder, spec, chosen, sign=-1)
     drift, matches, alone = _drift(results, spec, chosen), _matches(results, spec, chosen), _alone(results, chosen)
-    means = _means(data, spec, chosen)
+    means, trials = _means(data, spec, chosen), single_trials(results, spec.contrasted[1].name)
     tasks = labels_of(selection, "task")
     scores = np.empty((0, len(chosen)))
     if selection is not None:
@@ -194,6 +196,7 @@ def feature_cards(
             drift=drift.get(feature, {}),
             matches=matches.get(feature, []),
             alone=alone.get(feature, []),
+            trials=trials.get(feature, []),
             origin=(*_origin(results, spec.primary_crosscoder.name, feature), *_token_sentences(results, feature)),
             explained=number(results.get("tokens"), "explained", explained_by="both", feature=feature),
             injected=number(results.get("tokens"), "injected", feature=feature),
@@ -357,7 +360,7 @@ def _alone(results: Results, features: list[int]) -> dict[int, list[dict[str, An
     alone: dict[int, list[dict[str, Any]]] = {}
     for block in part_blocks(results):
         for row in block["rows"]:
-            if int(row["feature"]) in features:
+            if int(row["feature"]) in features and of_first_dictionary(block["name"]):
                 of_trial = {"trial": block["name"], "direction": block["direction"]}
                 alone.setdefault(int(row["feature"]), []).append(of_trial | row)
     return alone

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 import xarray as xr
 
+from rlgen_stats.toolkit.reporting.arm_rows import arms_of
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import main_condition
-from rlgen_stats.toolkit.reporting.result_lookup import attr_list, labels_of, number, text
+from rlgen_stats.toolkit.reporting.formatting import interval, points
+from rlgen_stats.toolkit.reporting.result_lookup import attr_list, attr_number, labels_of, number, text
+from rlgen_stats.toolkit.statistics.causal.causal_equivalence import (
+    DIFFERENT,
+    EQUIVALENT,
+    NO_EFFECT_SHOWN,
+    UNDETERMINED,
+)
 
 PREFIX: Final = "trial-"
 """Start of the name of a results group that holds a trial of another set."""
@@ -88,3 +97,62 @@ def part_blocks(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
                 }
             )
     return blocks
+
+
+_EDITS: Final = {
+    ("disable", "set"): "switched off in {rl}",
+    ("disable", "lower"): "lowered in {rl} to base’s level",
+    ("amplify", "set"): "amplified in base",
+    ("amplify", "lift"): "raised in base to {rl}’s level",
+}
+"""Direction and kind of arm -> what is done to a feature."""
+_STATES: Final = {
+    EQUIVALENT: "Its change does the same in both models",
+    DIFFERENT: "Its change does not do the same in both models (which may be for want of room: accuracy is bounded)",
+    UNDETERMINED: "Whether its change does the same in both models is open",
+    NO_EFFECT_SHOWN: "Its change is not shown to do anything in either model, so there is nothing to compare",
+}
+"""State of causal equivalence -> beginning of its sentence."""
+
+
+def of_first_dictionary(group: str) -> bool:
+    """Whether the features of a trial are numbered as in the first dictionary."""
+    return re.search(r"-in-\d+(-|$)|\.\d+$", group) is None
+
+
+def single_trials(results: Mapping[str, xr.Dataset], rl: str) -> dict[int, list[dict[str, Any]]]:
+    """``feature -> trials`` of it alone: ``trial``, ``edits`` with their arms, ``equivalence`` in words or empty."""
+    trials: dict[int, list[dict[str, Any]]] = {}
+    for group, data in results.items():
+        features = attr_list(data, "features") if group.startswith(PREFIX) and "verdict" in data else []
+        if len(features) != 1 or not of_first_dictionary(group):
+            continue
+        edits = [
+            {"edit": _EDITS[direction, arm.kind].format(rl=rl), "arm": arm}
+            for direction in labels_of(data, "direction")
+            for arm in arms_of(data, direction)
+            if (direction, arm.kind) in _EDITS
+        ]
+        same = equivalence_sentence(results.get(f"{group}-equivalence"))
+        if edits:
+            row = {"trial": group.removeprefix(PREFIX), "edits": edits, "equivalence": same}
+            trials.setdefault(features[0], []).append(row)
+    return trials
+
+
+def equivalence_sentence(data: xr.Dataset | None) -> str:
+    """Whether what is copied does the same in both models, with the numbers that say so; empty if not computed."""
+    if data is None:
+        return ""
+    effects = {direction: points(number(data, "effect", direction=direction)) for direction in ("amplify", "disable")}
+    outer, inner = (
+        interval(number(data, f"{name}_low"), number(data, f"{name}_high"), scale=100, sign=True)
+        for name in ("difference", "inner")
+    )
+    alpha, margin = attr_number(data, "alpha"), attr_number(data, "margin")
+    return (
+        f"{_STATES[text(data, 'state')]}: put into base {effects['amplify']} of accuracy, taken out of the RL model "
+        f"{effects['disable']}; the two together {points(number(data, 'difference'))}, {100 * (1 - alpha):g}% {outer}, "
+        f"{100 * (1 - 2 * alpha):g}% {inner}, which is within ±{100 * margin:g} points where they are the same "
+        f"({attr_number(data, 'n_prompts'):,.0f} trial prompts, clusters as units)."
+    )

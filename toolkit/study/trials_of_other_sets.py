@@ -22,6 +22,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, open_outcomes, open_results, write_results
 from rlgen_stats.stores.prompts import load_prompts
 from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.statistics.causal.causal_equivalence import causal_equivalence
 from rlgen_stats.toolkit.statistics.causal.mediated_share import mediated_share
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction
 from rlgen_stats.toolkit.statistics.causal.result_datasets import judge_trial
@@ -151,8 +152,9 @@ def verify_set(
     Returns
     -------
     TrialRun
-        The result is also written to results.zarr as ``trial-NAME`` (``trial-NAME-features`` for single
-        features), its completions below intervention/NAME.
+        The result is also written to results.zarr as ``trial-NAME`` (``trial-NAME-features`` for single features,
+        ``trial-NAME-equivalence`` for whether it does the same in both models), its completions below
+        intervention/NAME.
 
     Raises
     ------
@@ -217,6 +219,10 @@ def _run(
     shares = mediated_share(curves, alpha=plan.declared.alpha)
     if shares is not None:
         write(f"trial-{name}-mediated", shares)
+    of_set = curves.get(plan.files.dictionary, [])
+    same = causal_equivalence(of_set, alpha=plan.declared.alpha, margin=plan.declared.margin)
+    if same is not None:
+        write(f"trial-{name}-equivalence", same)
     if not by_feature:
         return result, None
     parts = step.run_parts(live, progress=progress)
