@@ -237,3 +237,12 @@ def test_command_exports_the_named_layout(tmp_path: Path) -> None:
     assert (done.exit_code, "cc_weights.safetensors" in done.stdout) == (0, True), done.output
     wrong = CliRunner().invoke(main, [*arguments[:-1], "other"])
     assert (wrong.exit_code, "'crosscoder_learning', 'model-diff', 'saelens'" in wrong.stderr) == (2, True)
+
+
+def test_a_feature_without_decoder_is_never_active_at_threshold_0(tmp_path: Path) -> None:
+    t = dedicated(sizes=(2, 3)) | {"threshold": torch.tensor(0.0)}
+    t["decoder.weight"][:, 4] = 0
+    save_file(t, tmp_path / "model.safetensors")
+    f, _ = ours(import_crosscoder(tmp_path, VIEWS), activations(5))
+    assert torch.equal(f[:, 4], torch.zeros(40))
+    torch.testing.assert_close(f, dfc(t, activations(5))[0], rtol=1e-4, atol=1e-4)
