@@ -58,7 +58,7 @@ def read_document(path: Path) -> dict[str, Any]:
         shape = document["shape"] if document["node_type"] == "array" else []
         if not isinstance(shape, list) or any(type(size) is not int for size in shape):
             raise TypeError("shape is of another type")
-        attributes = document.get("attributes", {})
+        attributes = document.setdefault("attributes", {})
         if not isinstance(attributes, dict):
             raise TypeError("attributes is of another type")
         for name in _KINDS.keys() & attributes.keys():

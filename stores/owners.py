@@ -9,7 +9,7 @@ from typing import Any, Final
 from rlgen_stats.stores.activation_store import stored_groups
 from rlgen_stats.stores.atomic import ZARR_JSON, read_object
 from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS, weights_hash
-from rlgen_stats.stores.digests import COMMITTED_MODELS, read_document
+from rlgen_stats.stores.digests import COMMITTED_MODELS, attributes_of, read_document
 from rlgen_stats.stores.labels import has_labels
 
 CROSSCODER: Final = "crosscoder"
@@ -30,7 +30,7 @@ def models_in(path: Path) -> list[str]:
         return []
     if has_labels(path):
         groups = stored_groups(path)
-        return sorted({model for model, site in groups if read_document(path / model / site)["attributes"]["complete"]})
+        return sorted({model for model, site in groups if attributes_of(path / model / site).get("complete")})
     return sorted(map(str, read_document(path).get("attributes", {}).get(COMMITTED_MODELS, [])))
 
 

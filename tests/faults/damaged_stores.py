@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ from rlgen_stats.stores import (
     verify,
     write_results,
 )
+from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.shards import PARTIAL
 from tests.faults.kills import drawn, elsewhere, run
 from tests.stores.conftest import feature_table, hashes, token_table
@@ -117,15 +119,20 @@ def count_kills(root: Path, *, n: int, seed: int, log: Log) -> Counter[str]:
         if ended.code != 0:
             log(f"lost: {ended.said}")
             tally["lost"] += 1
-        elif other := {name for name, _ in set(kept(killed).items()) ^ set(kept(whole).items())}:
+        elif other := dict(kept(killed).items() ^ kept(whole).items()):
             log(f"silently wrong: {sorted(other)}")
             tally["silently wrong"] += 1
     return tally
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """Hashes of all files but locks and begun shards: no reader looks at these, and a writer overwrites them."""
-    return {name: one for name, one in hashes(folder).items() if not name.endswith((PARTIAL, ".lock"))}
+    """Hashes of all files but locks, begun shards (a writer overwrites them) and what groups say of their origin."""
+    names = (name for name in hashes(folder).items() if not name[0].endswith((PARTIAL, ".lock")))
+    return {name: one for name, one in names if not _is_group(folder / name)}
+
+
+def _is_group(file: Path) -> bool:
+    return file.name == ZARR_JSON and json.loads(file.read_text())["node_type"] == "group"
 
 
 # -- bits and places
@@ -144,8 +151,10 @@ def judged(store: Path, sound: dict[str, xr.Dataset]) -> tuple[str, str]:
         problems = [str(error)]
     try:
         read = read_store(store)
-    except (RlgenStatsError, ValueError) as error:
+    except RlgenStatsError as error:
         return ("named", str(error)) if problems else ("named by readers alone", str(error))
+    except Exception as error:  # named by nobody: a traceback
+        return "lost", repr(error)
     same = read.keys() == sound.keys() and all(read[name].equals(sound[name]) for name in sound)
     if problems:
         return ("named" if same else "named by verify alone"), problems[0]

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,18 @@ def test_attributes_of_another_type(study: Path, file: str, name: str, value: ob
     assert f"{file} is not Zarr v3 metadata ({name} is of another type" in refuses(study, file)
     write_json(study / file, document | {"attributes": 5})
     assert f"{file} is not Zarr v3 metadata (attributes is of another type" in refuses(study, file)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_metadata_without_attributes(study: Path, file: str) -> None:
+    """One flipped bit takes them away."""
+    document = read_json(study / file)
+    document["attributds"] = document.pop("attributes")
+    write_json(study / file, document)
+    with suppress(RlgenStatsError):  # of a group that is not complete any more, a reader sees the others
+        READERS[file.split("/")[0]](study)
+    with suppress(RlgenStatsError):
+        assert not verify(study / file.split("/")[0]).ok
 
 
 @pytest.mark.parametrize("part", ["shape", "data_type", "chunk_grid", "codecs", "chunk_key_encoding"])
