@@ -245,9 +245,9 @@ def _ask(place: HubPath) -> tuple[str, list[str]]:
         info = ask(place.repo, revision=revision)
         return str(info.sha), sorted(file.rfilename for file in info.siblings or [])
     except Exception as error:
-        kind = {"repo_type": "dataset"} if is_table else {}
+        kind = "dataset" if is_table else None
         try:
-            cached = Path(snapshot_download(place.repo, revision=revision, local_files_only=True, **kind))
+            cached = Path(snapshot_download(place.repo, repo_type=kind, revision=revision, local_files_only=True))
         except Exception:
             typed = " --repo-type dataset" if is_table else ""
             raise ModelError(

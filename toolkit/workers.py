@@ -146,10 +146,11 @@ def _on_workers(client: Any, function: Callable[..., T], tasks: Sequence[tuple[A
             free = list((Counter(places) - Counter(sent_to[future.key] for future in running)).elements())
             while waiting and free and len(running) < len(places):
                 # Where it is sent is where it runs, unless that worker dies: dask might let two tasks wait for one.
-                where = {"workers": [free.pop(0)], "allow_other_workers": True, "resources": resources}
+                worker = free.pop(0)
+                where = {"workers": [worker], "allow_other_workers": True, "resources": resources}
                 future = client.submit(_in_turn, _owner, function, waiting.popleft(), pure=False, **where)
                 future.add_done_callback(lambda _: ended.set())
-                sent_to[future.key] = where["workers"][0]
+                sent_to[future.key] = worker
                 running.append(future)
                 begun.append(future)
             if begun and begun[0].done():

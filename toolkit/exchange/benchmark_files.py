@@ -119,7 +119,7 @@ def _file_rows(path: Path) -> list[Row]:
         case ".jsonl":
             rows = list(json_lines(path))
         case ".json":
-            rows = json_rows(path)
+            rows = [*json_rows(path)]
         case _:
             rows = pa.Table.from_pandas(read_table(path), preserve_index=False).to_pylist()
     return rows

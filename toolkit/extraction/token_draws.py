@@ -50,7 +50,7 @@ def draw_tokens(logits: Tensor, keys: NDArray[np.uint64], *, temperature: float,
         return _draw_from_nucleus(scores, hashed, top_p)
     tokens = torch.arange(scores.shape[1], device=scores.device)
     n = max(1, IN_CACHE // len(tokens)) if scores.device.type == "cpu" else max(len(scores), 1)
-    parts = zip(scores.split(n), hashed.split(n), strict=True)
+    parts = zip(torch.split(scores, n), torch.split(hashed, n), strict=True)
     return torch.cat([(some + gumbel_noise(keys_of_some, tokens)).argmax(dim=-1) for some, keys_of_some in parts])
 
 

@@ -176,7 +176,7 @@ def _models(spec: StudySpec, summaries: xr.Dataset) -> list[str]:
 def _firing(one: xr.Dataset) -> np.ndarray:
     """Share of a model's tokens on which each feature fires."""
     share: np.ndarray = one["firing"].weighted(one["n_tokens"]).mean(PROMPT).values
-    return np.nan_to_num(share)
+    return np.asarray(np.nan_to_num(share))
 
 
 def _by_feature(table: pd.DataFrame | None, model: str, column: str, value: Any) -> dict[int, pd.DataFrame]:

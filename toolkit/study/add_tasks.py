@@ -13,7 +13,8 @@ import yaml
 
 from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.stores import StudyFolder, replacing
-from rlgen_stats.toolkit.exchange.benchmark_files import SUFFIXES, read_benchmark
+from rlgen_stats.stores.table_files import SUFFIXES
+from rlgen_stats.toolkit.exchange.benchmark_files import read_benchmark
 from rlgen_stats.toolkit.exchange.benchmark_layouts import BENCHMARKS, Benchmark
 from rlgen_stats.toolkit.study.spec_file import read_mapping
 from rlgen_stats.toolkit.study.strict_yaml import load_yaml

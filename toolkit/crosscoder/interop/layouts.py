@@ -193,7 +193,7 @@ def allowed_features(weights: ForeignWeights) -> Tensor:
                 f"{weights.file}: {PARTITION} must be zeros and ones, [view, feature] {(n_views, n_features)}, got "
                 f"{tuple(mask.shape)}."
             )
-        return mask.bool()
+        return torch.ne(mask, 0)
     allowed = torch.ones(n_views, n_features, dtype=torch.bool)
     names = [f"model_{letter}_exclusive_pct" for letter in "ab"]
     if not isinstance(shares, dict) or not any(name in shares for name in names):
@@ -282,7 +282,7 @@ def _scaler(file: Path, n_views: int) -> Tensor | None:
     if not file.is_file():
         return None
     factor = _settings(file).get("scaling_factor")
-    factors = factor if isinstance(factor, list) else [factor] * n_views
+    factors: list[Any] = factor if isinstance(factor, list) else [factor] * n_views
     if len(factors) != n_views or not all(type(one) in (int, float) and 0 < one < float("inf") for one in factors):
         raise InputError(
             f"{file} must say what each of the {n_views} views is multiplied by, "
