@@ -82,7 +82,7 @@ class ReplySource:
         """Columns of one completion a prompt, by prompt; without rows where the file is missing."""
         if not self.file.exists():
             return pd.DataFrame(columns=[*columns], index=pd.Index([], name="prompt"))
-        filters = [("sample", "==", GREEDY if self.greedy else 0)]
+        filters: list[tuple[str, str, object]] = [("sample", "==", GREEDY if self.greedy else 0)]
         filters += [] if prompts is None else [("prompt", "in", list(prompts))]
         table = pd.read_parquet(self.file, columns=["prompt", *columns], filters=filters)
         return table.drop_duplicates("prompt").set_index("prompt")

@@ -238,7 +238,7 @@ def _volcano(data: xr.Dataset, model: str) -> tuple[np.ndarray, np.ndarray, np.n
 def drift_height(p_values: np.ndarray) -> np.ndarray:
     """-log10 p, at most 300."""
     with np.errstate(divide="ignore"):
-        return np.minimum(-np.log10(np.asarray(p_values, dtype=float)), 300.0)
+        return np.asarray(np.minimum(-np.log10(np.asarray(p_values, dtype=float)), 300.0))
 
 
 def _drifted(data: xr.Dataset, model: str) -> str:
