@@ -144,7 +144,9 @@ def test_a_slip_in_features_is_named(change: dict[str, Any], message: str) -> No
         ({"greedy": {"base@0": [0] * 5}}, r"greedy of base@0 has shape \(5,\) .* expected numbers of shape \(12,\)"),
         ({"samples": {"sft@1": np.ones((N, 2))}}, "samples has the model 'sft@1'; expected only those of greedy"),
         ({"samples": {"base@0": np.full((N, 2), 2)}}, "samples of base@0, column 0 of prompt 'p00', is 2.0"),
-        ({"samples": {"base@0": np.ones(N)}}, r"samples of base@0 has shape \(12,\) .* \(12, 12\)"),
+        ({"samples": {"base@0": np.ones(N)}}, r"samples of base@0 has shape \(12,\) .* \(12, 1\)"),
+        ({"samples": {"base@0": [["yes"]] * N}}, "samples of base@0 has shape .* and type <U3; expected numbers"),
+        ({"samples": {"base@0": 1}}, r"samples of base@0 has shape \(\)"),
     ],
 )
 def test_a_slip_in_outcomes_is_named(change: dict[str, Any], message: str) -> None:

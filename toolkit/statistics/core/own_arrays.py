@@ -191,7 +191,7 @@ def outcomes_dataset(
         raise InputError(f"samples has the model {unknown[0]!r}; expected only those of greedy, {sorted(greedy)}.")
     rows = _Rows(list(greedy), labels[PROMPT][1])
     right = rows.grades("greedy", greedy, 1)
-    most = max((np.shape(values)[-1] for values in samples.values()), default=1)
+    most = max((np.shape(values)[1] for values in samples.values() if np.ndim(values) == 2), default=1)
     none = np.full((len(rows.prompts), most), np.nan)
     sampled = rows.grades("samples", {model: _padded(samples.get(model, none), most) for model in greedy}, 2, most)
     per_sample, per_prompt = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
@@ -363,9 +363,10 @@ class _Rows:
         return f"{name} of {self.models[model]}, {at}prompt {str(self.prompts[prompt])!r},"
 
 
-def _padded(values: Any, n_samples: int) -> NDArray[np.float64]:
-    """[prompt, sample] with NaN for samples that other models have more of."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 2:
+def _padded(values: Any, n_samples: int) -> NDArray[Any]:
+    """[prompt, sample] with NaN for samples that other models have more of; what is no such table is left as it is."""
+    array = np.asarray(values)
+    if array.ndim != 2 or array.dtype.kind not in "biuf":
         return array
-    return np.pad(array, ((0, 0), (0, n_samples - array.shape[1])), constant_values=np.nan)
+    missing = n_samples - array.shape[1]
+    return np.pad(array.astype(np.float64), ((0, 0), (0, missing)), constant_values=np.nan)
