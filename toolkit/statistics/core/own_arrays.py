@@ -112,7 +112,7 @@ def features_dataset(
     >>> own = features_dataset(mean, prompts=[f"p{i}" for i in range(40)], scale="raw")
     >>> from rlgen_stats.toolkit.statistics import drift_test
     >>> drift_test(own, models=["rl@final"]).call.values.tolist()
-    [['UNDETERMINED', 'UNDETERMINED', 'DRIFT']]
+    [['NO_DRIFT', 'NO_DRIFT', 'DRIFT']]
     """
     labels, models = prompt_labels(prompts), model_labels(mean, arms)
     if scale not in SCALES:
