@@ -142,7 +142,7 @@ def feature_effects(
     Returns
     -------
     Dataset
-        As :func:`measure_parts` gives it.
+        As :func:`~rlgen_stats.toolkit.trial.parts.measure_parts` gives it.
 
     Raises
     ------
