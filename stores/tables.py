@@ -46,7 +46,7 @@ def as_strings(dataset: xr.Dataset) -> xr.Dataset:
     Always in C order: zarr-python 3.1 writes text of another memory order scrambled, without an error.
     """
     changed = {
-        name: variable.copy(data=np.ascontiguousarray(np.asarray(variable.data).astype(np.dtypes.StringDType())))
+        name: variable.copy(data=np.asarray(variable.data).astype(np.dtypes.StringDType(), order="C"))
         for name, variable in dataset.variables.items()
         if variable.dtype.kind in "UO"
     }

@@ -298,7 +298,9 @@ def test_in_a_browser_a_click_leads_to_a_feature(served: str, tmp_path: Path) ->
         page.wait_for("inside(document.body).some((one) => one.tagName === 'TH' && one.textContent === 'sft@30')")
         assert HOSTILE in page.text()
         assert page.ask("inside(document.body).filter((one) => one.tagName === 'CANVAS').length > 0")
-        assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.ask("document.documentElement.scrollWidth") <= 1280
+        page.send("Emulation.setDeviceMetricsOverride", width=375, height=812, deviceScaleFactor=1, mobile=True)
+        page.wait_for("document.documentElement.scrollWidth === 375")
         told = [event["params"] for event in page.events if event["method"] == "Runtime.consoleAPICalled"]
         assert not [one for one in told if one["type"] in ("error", "warning", "assert")]
         bad = {"Runtime.exceptionThrown", "Page.javascriptDialogOpening"}

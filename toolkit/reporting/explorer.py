@@ -464,7 +464,9 @@ class Explorer:
             outline_line_color=None,
         )
         scatter.toolbar.logo = None
-        scatter.scatter("d_z", "height", source=self._features, color="colour", size=7, alpha=0.75)
+        scatter.scatter(
+            "d_z", "height", source=self._features, color="colour", size=7, alpha=0.75, nonselection_alpha=0.4
+        )
         scatter.axis.axis_label_text_color = scatter.axis.major_label_text_color = _GREY
         scatter.axis.axis_line_color = scatter.axis.major_tick_line_color = _GREY
         scatter.axis.minor_tick_line_color = None

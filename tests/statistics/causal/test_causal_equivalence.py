@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from rlgen_stats.stores import Provenance, open_results, write_results
 from rlgen_stats.toolkit.statistics.causal.causal_equivalence import causal_equivalence
 from rlgen_stats.toolkit.statistics.causal.mediated_share import Curve, CurvePoint
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval
@@ -91,3 +94,14 @@ def test_equivalence_is_rarely_called_where_the_effects_differ_by_the_margin() -
         assert found is not None
         called += str(found["state"].item()) == "EQUIVALENT"
     assert called / 500 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 500)
+
+
+def test_it_is_stored_and_read_again(tmp_path: Path) -> None:
+    """Its state is a text without a dimension."""
+    curves = [curve("amplify", changes(80, 1.0)), curve("disable", changes(80, -1.0))]
+    found = causal_equivalence(curves, alpha=0.05, margin=0.05)
+    assert found is not None
+    write_results(tmp_path / "results.zarr", "trial-one-equivalence", found, provenance=Provenance("s", "k", {}))
+    read = open_results(tmp_path / "results.zarr", "trial-one-equivalence").load()
+    assert str(read["state"].item()) == "EQUIVALENT"
+    np.testing.assert_array_equal(read["effect"], found["effect"])
