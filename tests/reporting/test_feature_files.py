@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 from rlgen_stats.schemas.errors import InputError, StageError
 from rlgen_stats.stores import StudyFolder, open_features, open_results
@@ -87,6 +88,17 @@ def test_a_peak_at_the_start_of_a_text_is_its_first_token(written: StudyFolder, 
     batch = next(dashboard_batches(folder, make_spec(), open_features(folder.features), "base@0"))
     one = batch["features"][SELECTED[0]]["activations"][0]
     assert (one["tokens"], one["values"], one["qualifying_token_index"]) == (["a", " b"], [pytest.approx(4.2), 0.0], 0)
+
+
+def test_firing_is_a_share_of_tokens_not_of_prompts(written: StudyFolder) -> None:
+    summaries = open_features(written.features).load()
+    longer = xr.where(summaries["prompt"] == summaries["prompt"][0], 10_000, summaries["n_tokens"])
+    summaries = summaries.assign(n_tokens=longer.transpose(*summaries["n_tokens"].dims))
+    batch = next(dashboard_batches(written, make_spec(), summaries, "rl@80"))
+    one = summaries.sel(model="rl@80").transpose("prompt", "feature", ...)
+    tokens = one["n_tokens"].values
+    expected = (one["firing"].values * tokens[:, None]).sum(axis=0) / tokens.sum()
+    np.testing.assert_allclose([f["frac_nonzero"] for f in batch["features"]], expected[:128], rtol=1e-5)
 
 
 def test_without_results_or_contexts_the_table_is_shorter(written: StudyFolder, tmp_path: Path) -> None:
