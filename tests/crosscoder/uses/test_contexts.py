@@ -116,6 +116,14 @@ def test_some_features_and_none(encoded: Study, tmp_path: Path) -> None:
         read_contexts(tmp_path, "main")
 
 
+def test_blocks_in_which_nothing_fires_change_nothing() -> None:
+    kept = TopEntries(8, 5, 2)
+    none = np.zeros(0, np.int64)
+    kept.update(Entries(none, none, np.zeros((0, 2), np.float32)), np.zeros(0), none)
+    kept.flush()
+    assert np.isinf(kept.key).all()
+
+
 @pytest.mark.parametrize("groups", [3, 12, 100_000])
 def test_top_entries_are_the_smallest_whatever_the_blocks(groups: int) -> None:
     rng = np.random.default_rng(0)

@@ -161,7 +161,7 @@ def test_unhealthy_crosscoders_are_refused_until_accepted(
 def test_a_threshold_that_is_off_is_noticed(batchtopk: Crosscoder, world: Planted) -> None:
     off = Crosscoder(PAIR, width=24, n_features=48, sparsity="batchtopk", k=2)
     off.load_state_dict(batchtopk.state_dict())
-    off.threshold *= 0.1
+    off.threshold *= 10  # almost nothing fires, whatever training found
     health = measure_health(off, ArrayReader(world.data, batch_size=512, seed=0))
     assert [check.ok for check in health.checks if check.name == "l0"] == [False]
 

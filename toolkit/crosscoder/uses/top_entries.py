@@ -61,7 +61,8 @@ class TopEntries:
         """Take in entries whose tokens come after all earlier ones'; groups are numbers from 0 on."""
         # "<", not "<=": among equal keys the earlier token stays, so a later one with the n-th key cannot enter
         enters = key < self.key[entries.feature, -1]
-        self._buffer.append((entries[enters], key[enters], group[enters]))
+        if enters.any():
+            self._buffer.append((entries[enters], key[enters], group[enters]))
         if sum(len(buffered) for _, buffered, _ in self._buffer) > self.key.size // 4:
             self.flush()
 
