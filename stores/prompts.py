@@ -404,5 +404,5 @@ def draw_split(
             size = min(max(round(share * len(clusters)), 1), left - min(n_later, max(left - 1, 0)))
             moved |= dict.fromkeys(clusters[start : start + size], target)
             start += size
-    split = table[CLUSTER].map(moved).fillna(table[SPLIT])
-    return table.assign(**{SPLIT: split.where(inside, table[SPLIT])})
+    moves = inside & table[CLUSTER].isin(list(moved))
+    return table.assign(**{SPLIT: table[SPLIT].mask(moves, table[CLUSTER].map(moved).astype(object))})

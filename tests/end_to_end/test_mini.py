@@ -439,5 +439,5 @@ def test_what_commands_print_for_machines_is_as_declared(mini: tuple[Path, Resul
     sampled = pd.read_parquet(study / "completions/rl@2.parquet")
     rows = sampled.rename(columns={"prompt": "prompt_id"})[["prompt_id", "sample", "text"]]
     rows.assign(correct=True).to_json(tmp_path / "sampled.jsonl", orient="records", lines=True)
-    settings = ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "12", "--engine", "here")
+    settings = ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "16", "--engine", "here", "--yes")
     assert printed("import-outcomes", study, tmp_path / "sampled.jsonl", "--model", "rl@2", *settings)["n_prompts"] > 0
