@@ -83,7 +83,7 @@ def test_missing_and_broken_files(folder: StudyFolder, make_spec: Make) -> None:
     with pytest.raises(InputError, match="is not a readable parquet table"):
         load("data/broken.parquet")
     (folder.root / "data" / "train.xlsx").write_bytes(b"")
-    with pytest.raises(InputError, match=r"tables are \.parquet, \.csv, \.jsonl files, got '\.xlsx'"):
+    with pytest.raises(InputError, match=r"tables are .* files, got '\.xlsx'"):
         load("data/train.xlsx")
 
 

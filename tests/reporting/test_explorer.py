@@ -226,14 +226,16 @@ def served(study: StudyFolder) -> Iterator[str]:
     """Address of a server in a process of its own, which ends by Ctrl-C."""
     command = [sys.executable, "-P", "-m", "rlgen_stats.cli", "view", str(study.root), "--port", "0", "--no-browser"]
     environment = os.environ | {"BOKEH_RESOURCES": "cdn"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background lack
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, before)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert line.startswith("http://127.0.0.1:"), (line, server.communicate(timeout=20))
+        assert line.startswith("http://127.0.0.1:"), (line, server.communicate(timeout=120))
         yield line.split()[0]
         server.send_signal(signal.SIGINT)
-        _, said = server.communicate(timeout=20)
+        _, said = server.communicate(timeout=120)
         assert server.returncode == 0
         assert "Traceback" not in said
     finally:
