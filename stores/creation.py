@@ -207,7 +207,7 @@ class TokenCoder:
             raise InputError(
                 f"{len(unknown)} prompt id(s) of the tokens are not in the prompts table, e.g. {unknown[0]!r}."
             )
-        segment = pd.Categorical(frame[SEGMENT].astype(str), categories=list(SEGMENTS)).codes
+        segment = pd.Index(SEGMENTS).get_indexer(pd.Index(frame[SEGMENT].astype(str)))
         if (segment < 0).any():
             unknown = sorted(set(frame[SEGMENT].astype(str)[segment < 0]))
             raise InputError(f"segments are {list(SEGMENTS)}, got {unknown}.")

@@ -245,7 +245,7 @@ def _ask(place: HubPath) -> tuple[str, list[str]]:
         info = ask(place.repo, revision=revision)
         return str(info.sha), sorted(file.rfilename for file in info.siblings or [])
     except Exception as error:
-        kind = "dataset" if is_table else None
+        kind = "dataset" if is_table else "model"
         try:
             cached = Path(snapshot_download(place.repo, repo_type=kind, revision=revision, local_files_only=True))
         except Exception:
