@@ -72,9 +72,10 @@ class _Clock:
             stage = os.path.basename(os.fspath(arguments[1])).removesuffix(".json")
             self.stage = stage if stage in self.order else self.stage
         self.changes[self.stage] += 1
-        if self.at is not None and self._is_now(self.at):
+        at = self.at  # other threads change files too, and one of them may be the first here
+        if at is not None and self._is_now(at):
             os.write(self.note, f"{json.dumps([self.stage, self.changes[self.stage]])}\n".encode())
-            self._die(self.at.delay)
+            self._die(at.delay)
 
     def _concerns(self, event: str, arguments: tuple[Any, ...]) -> bool:
         path = arguments[0]
