@@ -148,9 +148,14 @@ def _read(what: str, reader: Callable[[Path], pd.DataFrame], path: Path) -> pd.D
 
 def _read_delimited(path: Path, delimiter: str) -> pd.DataFrame:
     try:
-        return pd.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False)
+        frame = pd.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
+    if len(frame) and not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus first cells as an index
+        raise ValueError(
+            f"rows have more than the {len(frame.columns)} cells of the header; quote texts with {delimiter!r}"
+        )
+    return frame
 
 
 def _read_arrow(path: Path) -> pd.DataFrame:

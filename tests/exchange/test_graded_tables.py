@@ -223,6 +223,12 @@ def test_tables(tmp_path, kind):
         read_graded(file, metric="acc")
 
 
+def test_a_file_without_a_header_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").touch()
+    with pytest.raises(InputError, match=r"t.csv is empty; expected the columns prompt and correct"):
+        read_graded(tmp_path / "t.csv")
+
+
 @pytest.fixture
 def study(tmp_path) -> Path:
     plan = Simulation(n_prompts=24, n_features=8, samples=3, cluster_size=2, runs=1, checkpoints=1, gain=0.5)

@@ -119,3 +119,20 @@ def test_what_is_no_table_or_several_is_named(tmp_path: Path) -> None:
     refused(text(tmp_path / "e.arrow", "no"), "e.arrow is not a readable arrow table")
     (tmp_path / "saved").mkdir()
     refused(text(tmp_path / "saved" / "state.json", "{}").parent, "saved is not a data set of datasets")
+
+
+@pytest.mark.parametrize(("name", "tab"), [("a.csv", ","), ("a.tsv", "\t")])
+@pytest.mark.parametrize("rows", [["one, two"], ["one, two", "three"], ["one,"]])
+def test_a_text_that_is_not_quoted_shifts_no_cell(tmp_path: Path, name: str, tab: str, rows: list[str]) -> None:
+    lines = ["text,answer", *(f"{row},05" for row in rows)]
+    with pytest.raises(InputError, match="rows have more than the 2 cells of the header; quote texts"):
+        read_table(text(tmp_path / name, "\n".join(lines).replace(",", tab)))
+    quoted = ["text,answer", *(f'"{row}",05' for row in rows)]
+    frame = read_table(text(tmp_path / name, "\n".join(quoted).replace(",", tab)))
+    assert frame["text"].tolist() == [row.replace(",", tab) for row in rows]
+    assert frame["answer"].tolist() == ["05"] * len(rows)
+
+
+def test_a_header_alone_is_a_table_without_rows(tmp_path: Path) -> None:
+    frame = read_table(text(tmp_path / "a.csv", "text,answer\n"))
+    assert (list(frame.columns), len(frame)) == (["text", "answer"], 0)

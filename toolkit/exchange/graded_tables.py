@@ -118,6 +118,8 @@ def _of_study(store: Path, model: str | None, wanted: tuple[str, ...]) -> pd.Dat
 
 def _of_table(path: Path, wanted: tuple[str, ...], cluster: str | None) -> pd.DataFrame:
     table = read_table(path)
+    if table.columns.empty:
+        raise InputError(f"{path} is empty; expected the columns prompt and correct.")
     if PROMPT not in table and FILE_ID in table:
         table = table.rename(columns={FILE_ID: PROMPT})
     graded = wanted[0] if wanted else CORRECT
