@@ -79,6 +79,10 @@ def test_kinds_and_doses_are_read_off_the_names() -> None:
         ({"unrelated": ["all"]}, "prompts on which its effect is measured, got none"),
         ({"format_class": {"set": ["answer", "timeout"]}}, "format classes are .*; got timeout"),
         ({"format_class": {"set": ["answer"]}}, r"format_class of set has shape \(1, 1\); expected \(2, 1\)"),
+        ({"other": pd.Series([0, 1], index=["b", "a"])}, "the other model has other rows than the prompts, or in ano"),
+        ({"correct": {"unedited": pd.Series([1, 0])[::-1], "set": [0, 0]}}, "arm 'unedited' has other rows"),
+        ({"kl_to_other": {"sett": [0.1, 0.1]}}, r"kl_to_other names the arm 'sett'; the arms are \['set', 'unedited"),
+        ({"doses": {"dose-1": 1.0}}, "doses names the arm 'dose-1'"),
         ({"kl_to_other": {"set": [0.1]}}, r"kl_to_other of 'set' has shape \(1,\); expected one number a prompt"),
     ],
 )

@@ -86,6 +86,42 @@ def test_tables_are_read_by_their_rows() -> None:
     assert outcomes(prompts=features()).split.values.tolist() == features().split.values.tolist()
 
 
+@pytest.mark.parametrize(
+    "reordered",
+    [
+        lambda values: pd.DataFrame(values)[::-1],  # its index counts down
+        lambda values: xr.DataArray(values, dims=("prompt", "feature"), coords={"prompt": IDS})[::-1],
+        lambda values: xr.DataArray(da.from_array(values), dims=("p", "f"), coords={"p": IDS[::-1]}),
+    ],
+)
+def test_rows_in_another_order_are_refused(reordered: Any) -> None:
+    with pytest.raises(InputError, match=r"mean of rl@80 has other rows than the prompts, or in another order"):
+        features(mean={"base@0": MEAN[0], "rl@80": reordered(MEAN[1])})
+
+
+def test_columns_in_another_order_are_refused() -> None:
+    base, rl = (pd.DataFrame(values, columns=["a", "b", "c"]) for values in MEAN)
+    with pytest.raises(InputError, match=r"mean of rl@80 has other columns .* expected \['a', 'b', 'c'\]"):
+        features(mean={"base@0": base, "rl@80": rl[["c", "a", "b"]]})
+    xr.testing.assert_identical(features(mean={"base@0": base, "rl@80": rl}), features())
+
+
+def test_samples_in_another_order_are_refused() -> None:
+    with pytest.raises(InputError, match="samples of rl@80 has other rows"):
+        outcomes(samples={"rl@80": pd.DataFrame(np.ones((N, 2)), index=IDS[::-1])})
+
+
+def test_labelled_and_whole_numbers_are_the_same_numbers() -> None:
+    labelled = {
+        m: xr.DataArray(x, dims=("prompt", "feature"), coords={"prompt": IDS})
+        for m, x in zip(("base@0", "rl@80"), MEAN, strict=True)
+    }
+    xr.testing.assert_identical(features(mean=labelled), features())
+    whole = {model: values > 1 for model, values in zip(("base@0", "rl@80"), MEAN, strict=True)}
+    as_floats = {model: values.astype(float) for model, values in whole.items()}
+    xr.testing.assert_identical(features(mean=whole), features(mean=as_floats))
+
+
 def test_samples_may_be_fewer_or_missing() -> None:
     data = outcomes(samples={"rl@80": np.ones((N, 3))})
     assert data.correct.sel(model="base@0").values.tolist() == [[-1] * 3] * N
@@ -110,6 +146,8 @@ SLIPS = [
     ({"firing": {"base@0": MEAN[0]}}, r"firing has the models \['base@0'\]; expected \['base@0', 'rl@80'\]"),
     ({"firing": {"base@0": MEAN[0] * 0, "rl@80": MEAN[0] * 0 + 1.5}}, "firing of rl@80, column 0 .* from 0 to 1"),
     ({"n_tokens": {"base@0": [3] * N, "rl@80": [3] * 11 + [-1]}}, "n_tokens of rl@80, prompt 'p11', is -1; .* from 0"),
+    ({"n_tokens": {"base@0": [0.5] * N, "rl@80": [3] * N}}, "n_tokens has fractions; expected how many"),
+    ({"mean": {"rl@80": MEAN[0], "rl@080": MEAN[1]}}, "'rl@080' is a model that comes before under another id"),
     ({"features": [1, 1, 2]}, "mean has 3 features; expected as many different ids"),
     ({"decoder_norm": {"base@0": [1.0, 2.0]}}, r"as many norms in every view .* \[\(2,\)\]"),
     ({"arms": {"dpo": "rl"}}, r"arms names the run 'dpo'; the runs are \['base', 'rl'\]"),

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from rlgen_stats.schemas.dims import CLUSTER, TASK
+from rlgen_stats.schemas.dims import CLUSTER, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     DIRECTIONS,
@@ -18,7 +18,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     OutcomeTable,
     ending_of,
 )
-from rlgen_stats.toolkit.statistics.core.own_arrays import Prompts, prompt_labels
+from rlgen_stats.toolkit.statistics.core.own_arrays import Prompts, check_rows, prompt_labels
 
 KINDS: Final = (
     *("unedited", "fresh", "passthrough", "set", "dose", "random", "rescaled"),
@@ -96,9 +96,13 @@ def arms_table(
     absent = sorted(set(unrelated) - set(task.tolist()))
     if absent:
         raise InputError(f"no prompt has the unrelated task {absent[0]!r}; the tasks are {sorted(set(task.tolist()))}.")
+    for name, given in (("doses", doses), ("format_class", format_class), ("neutral_kl", neutral_kl)):
+        _check_arms(name, given or {}, correct)
+    _check_arms("kl_to_other", kl_to_other or {}, correct)
     conditions = tuple(_condition(str(arm), direction, doses or {}) for arm in correct)
-    right = {str(arm): _right(f"arm {arm!r}", values, len(task)) for arm, values in correct.items()}
-    others = _right("the other model", other, len(task))
+    ids = labels[PROMPT][1]
+    right = {str(arm): _right(f"arm {arm!r}", values, ids) for arm, values in correct.items()}
+    others = _right("the other model", other, ids)
     for arm, values in right.items():
         if values.shape != others.shape:
             raise InputError(
@@ -106,7 +110,7 @@ def arms_table(
                 "samples in every arm."
             )
     names, shape = list(right), (len(right), len(task))
-    kl = np.stack([_divergence(arm, kl_to_other, len(task)) for arm in names])
+    kl = np.stack([_divergence(arm, kl_to_other, ids) for arm in names])
     unknown = np.full(shape, np.nan)
     return OutcomeTable(
         direction=direction,
@@ -140,8 +144,16 @@ def _condition(arm: str, direction: Direction, doses: Mapping[str, float]) -> Co
     return Condition(arm, kind, float(doses.get(arm, dose)))
 
 
-def _right(what: str, values: Any, n_prompts: int) -> Floats:
+def _check_arms(name: str, given: Mapping[str, Any], arms: Mapping[str, Any]) -> None:
+    unknown = sorted(map(str, given.keys() - arms.keys()))
+    if unknown:
+        raise InputError(f"{name} names the arm {unknown[0]!r}; the arms are {sorted(arms)}.")
+
+
+def _right(what: str, values: Any, prompts: NDArray[np.str_]) -> Floats:
     """[prompt, sample] 0 or 1."""
+    check_rows(what, values, prompts)
+    n_prompts = len(prompts)
     array = np.asarray(values)
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or len(array) != n_prompts or array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
@@ -160,8 +172,12 @@ def _endings(what: str, right: Floats, classes: Any) -> NDArray[np.int64]:
     return ending_of(right.astype(bool), given)
 
 
-def _divergence(arm: str, divergences: Mapping[str, Any] | None, n_prompts: int) -> Floats:
-    row = np.asarray((divergences or {}).get(arm, np.full(n_prompts, np.nan)), dtype=np.float64)
-    if row.shape != (n_prompts,):
-        raise InputError(f"kl_to_other of {arm!r} has shape {row.shape}; expected one number a prompt, {(n_prompts,)}.")
+def _divergence(arm: str, divergences: Mapping[str, Any] | None, prompts: NDArray[np.str_]) -> Floats:
+    values = (divergences or {}).get(arm, np.full(len(prompts), np.nan))
+    check_rows(f"kl_to_other of {arm!r}", values, prompts)
+    row = np.asarray(values, dtype=np.float64)
+    if row.shape != prompts.shape:
+        raise InputError(
+            f"kl_to_other of {arm!r} has shape {row.shape}; expected one number a prompt, {prompts.shape}."
+        )
     return row

@@ -72,7 +72,8 @@ def features_dataset(
     ----------
     mean
         Model id (``run@step``; base is ``base@0``) -> [prompt, feature] mean activation over the prompt's tokens:
-        numpy, pandas, or dask, which stays lazy and whose numbers are not looked at.
+        numpy, pandas, xarray, or dask, which stays lazy and whose numbers are not looked at. Labels of rows must be
+        the prompts', and those of columns the same in every model, where there are any.
     prompts
         One row a prompt, in the order of the arrays: a table with column ``prompt`` (unique ids) and, where they
         matter, ``task``, ``domain`` (in, out), ``split`` (selection, verification, trial) and ``cluster``; a list of
@@ -122,6 +123,8 @@ def features_dataset(
     width = means.shape[2]
     fires = (means != 0).astype(np.float64) if firing is None else rows.stack("firing", firing, 2, width, (0, 1))
     tokens = np.ones(means.shape[:2]) if n_tokens is None else rows.stack("n_tokens", n_tokens, 1, bounds=(0, np.inf))
+    if not isinstance(tokens, da.Array) and (tokens % 1).any():
+        raise InputError("n_tokens has fractions; expected how many tokens each prompt has, in whole numbers.")
     norms = dict.fromkeys(mean, np.full(width, np.nan)) if decoder_norm is None else decoder_norm
     ids = np.arange(width) if features is None else np.asarray(features)
     if ids.shape != (width,) or len(np.unique(ids)) != width or any(np.shape(n) != (width,) for n in norms.values()):
@@ -193,6 +196,8 @@ def outcomes_dataset(
     right = rows.grades("greedy", greedy, 1)
     most = max((np.shape(values)[1] for values in samples.values() if np.ndim(values) == 2), default=1)
     none = np.full((len(rows.prompts), most), np.nan)
+    for model, values in samples.items():
+        check_rows(f"samples of {model}", values, rows.prompts)
     sampled = rows.grades("samples", {model: _padded(samples.get(model, none), most) for model in greedy}, 2, most)
     per_sample, per_prompt = (MODEL, PROMPT, SAMPLE), (MODEL, PROMPT)
     dataset = xr.Dataset(
@@ -275,12 +280,15 @@ def model_labels(models: Iterable[str], arms: Mapping[str, str] | None = None) -
     Raises
     ------
     InputError
-        If there is none, an id is not ``run@step``, or ``arms`` names another run.
+        If there is none, an id is not ``run@step``, one model comes twice, or ``arms`` names another run.
     """
     ids = list(models)
     if not ids:
         raise InputError("expected the arrays of at least one model, got none; name each by its id, such as 'base@0'.")
     parts = [split_model_id(str(model)) for model in ids]
+    twice = [model for number, model in enumerate(ids) if parts[number] in parts[:number]]
+    if twice:
+        raise InputError(f"{twice[0]!r} is a model that comes before under another id; expected one array a model.")
     runs = list(dict.fromkeys(run for run, _ in parts))
     unknown = sorted(set(arms or {}) - set(runs))
     if unknown:
@@ -291,6 +299,32 @@ def model_labels(models: Iterable[str], arms: Mapping[str, str] | None = None) -
         STEP: (MODEL, np.array([step for _, step in parts], dtype=np.int64)),
         ARM: (MODEL, np.array([(arms or {}).get(run, run) for run, _ in parts], dtype=np.str_)),
     }
+
+
+def check_rows(what: str, values: Any, prompts: NDArray[np.str_]) -> None:
+    """Compare the labels of an array's rows, if it has any, with the prompts.
+
+    Raises
+    ------
+    InputError
+        If they are others, or in another order.
+    """
+    rows = _labels(values, 0)
+    if rows is not None and rows != prompts.tolist():
+        raise InputError(
+            f"{what} has other rows than the prompts, or in another order; expected {prompts[:3].tolist()} and so on, "
+            f"got {rows[:3]}: reindex it by the prompts, or give it without labels."
+        )
+
+
+def _labels(values: Any, axis: int) -> list[str] | None:
+    """Labels of rows (axis 0) or columns of a table or labelled array; None if there are none but 0, 1, ..."""
+    index = None
+    if isinstance(values, pd.DataFrame | pd.Series) and axis < values.ndim:
+        index = values.axes[axis]
+    elif isinstance(values, xr.DataArray) and axis < values.ndim:
+        index = values.indexes.get(values.dims[axis])
+    return None if index is None or index.equals(pd.RangeIndex(len(index))) else list(map(str, index))
 
 
 @dataclass(frozen=True)
@@ -317,7 +351,7 @@ class _Rows:
         if len(wrong):
             within = f" from {bounds[0]:g} to {bounds[1]:g}" if bounds[0] > -np.inf else ""
             raise InputError(
-                f"{self._cell(name, *wrong[0])} is {stacked[tuple(wrong[0])]}; expected a finite number{within}: "
+                f"{self._cell(name, *wrong[0])} is {stacked[tuple(wrong[0])]:g}; expected a finite number{within}: "
                 "correct it, or leave the prompt out."
             )
         return stacked
@@ -337,15 +371,18 @@ class _Rows:
         """One array a model, with a row for every prompt, in their order, and as wide as the first, or as ``width``."""
         if set(arrays) != set(self.models):
             raise InputError(f"{name} has the models {sorted(arrays)}; expected {sorted(self.models)} in all arrays.")
-        found = []
+        found, columns = [], None
         for model in self.models:
             values = arrays[model]
-            labelled = isinstance(values, pd.DataFrame | pd.Series) and not isinstance(values.index, pd.RangeIndex)
-            if labelled and list(map(str, values.index)) != self.prompts.tolist():
+            check_rows(f"{name} of {model}", values, self.prompts)
+            its_columns = _labels(values, 1) if ndim == 2 else None
+            columns = its_columns if columns is None else columns
+            if its_columns not in (None, columns):
                 raise InputError(
-                    f"{name} of {model} has other rows than the prompts, or in another order; expected "
-                    f"{self.prompts[:3].tolist()} and so on: reindex it by the prompts."
+                    f"{name} of {model} has other columns than that of another model, or in another order; expected "
+                    f"{columns[:3]} and so on: give all models the same."
                 )
+            values = values.data if isinstance(values, xr.DataArray) else values
             array = values if isinstance(values, da.Array) else np.asarray(values)
             if ndim == 2 and width is None:
                 width = array.shape[-1] if array.ndim == 2 else 1
@@ -355,7 +392,7 @@ class _Rows:
                     f"{name} of {model} has shape {array.shape} and type {array.dtype}; expected numbers of shape "
                     f"{expected}: a row for each prompt{', as many columns in every model' if ndim == 2 else ''}."
                 )
-            found.append(array)
+            found.append(array if array.dtype.kind == "f" else array.astype(np.float64))
         return found
 
     def _cell(self, name: str, model: int, prompt: int, *column: int) -> str:
