@@ -134,6 +134,32 @@ def test_round_trip(tmp_path: Path, raw: torch.Tensor, sparsity: Any) -> None:
         export_crosscoder(made, tmp_path / "out")
 
 
+def test_a_normaliser_in_bfloat16_is_the_same_but_for_its_digits(tmp_path: Path, raw: torch.Tensor) -> None:
+    for factor in (1.0, 1.02):  # rounded; and another scale than the variance gives
+        tensors = {
+            name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in theirs().items()
+        }
+        exact = tensors["activation_std"].double().square().sum(dim=1).sqrt()
+        tensors["activation_global_scale"] = (factor * 1.003 * 1.5 / exact).bfloat16()
+        save_file(tensors, tmp_path / "model.safetensors")
+        if factor == 1.0:
+            code, back = our_output(import_crosscoder(tmp_path, VIEWS), raw)
+            for found, expected in zip((code, back), their_output(tensors, raw), strict=True):
+                torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        else:
+            with pytest.raises(InputError, match="normalised neuron by neuron"):
+                import_crosscoder(tmp_path, VIEWS)
+
+
+@pytest.mark.parametrize("name", ["activation_mean", "activation_std", "activation_global_scale"])
+def test_a_normaliser_of_another_shape_is_named(tmp_path: Path, name: str) -> None:
+    tensors = theirs()
+    tensors[name] = tensors[name][None].transpose(0, -1).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name} must have shape"):
+        import_crosscoder(tmp_path, VIEWS)
+
+
 def test_tensor_files_of_torch_and_compiled_prefixes_are_read(tmp_path: Path, raw: torch.Tensor) -> None:
     tensors = theirs()
     torch.save({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.pt")

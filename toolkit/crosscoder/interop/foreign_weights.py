@@ -25,6 +25,7 @@ from rlgen_stats.toolkit.crosscoder.interop.layouts import (
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.readout import Sparsity
 
+_SCALE: Final = "activation_global_scale"
 _NORMALISATIONS: Final = {1: "CROSSCODER", 2: "SAE", 3: "MIXED", 4: "NONE", 5: "DECOUPLED"}
 """Number in the file -> which decoder norm scales a feature before it is compared with the threshold."""
 
@@ -222,12 +223,16 @@ def _normaliser(theirs: ForeignWeights) -> tuple[Tensor, Tensor]:
     mean, std = tensors.get("activation_mean", unknown), tensors.get("activation_std", unknown)
     if bool(mean.isnan().any() or std.isnan().any()):
         return torch.ones(layers) if theirs.scaler is None else theirs.scaler, unknown
-    scale = tensors.get("activation_global_scale")
+    scale = tensors.get(_SCALE)
+    for name, shape in (("activation_mean", (layers, width)), ("activation_std", (layers, width)), (_SCALE, (layers,))):
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise InputError(f"{theirs.file}: {name} must have shape {shape}, got {tuple(tensors[name].shape)}.")
     # normalised as one scalar per view where the scale follows from the total variance; 1e-8 as in crosscoder_learning
     expected = float(tensors.get("target_rms", torch.tensor(1.0))) / (std.double().square().sum(dim=1) + 1e-8).sqrt()
     if scale is None:
         return expected.float(), mean.float()
-    if not torch.allclose(scale.double(), expected, rtol=1e-3):
+    rounding = max(torch.finfo(tensor.dtype).eps for tensor in (scale, std))  # a file in bfloat16 has three digits
+    if not torch.allclose(scale.double(), expected, rtol=max(1e-3, rounding)):
         raise InputError(
             f"{theirs.file} was trained on activations normalised neuron by neuron, which one scalar per view cannot "
             "express; train it with keep_relative_variance."
