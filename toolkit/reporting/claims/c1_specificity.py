@@ -22,6 +22,7 @@ from rlgen_stats.toolkit.reporting.result_lookup import (
     number,
     text,
 )
+from rlgen_stats.toolkit.reporting.source_study import UNCHECKED
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
     DICTIONARIES_DISAGREE,
@@ -41,7 +42,7 @@ C1: Final = PaperClaim(
     unit="percentage points of alive features",
     paper_figure=(
         "A direction, read off the tails of NRN (pairwise crosscoders) and MAS (three-model crosscoder), both by L1 "
-        "norm: heavier for SFT than for RL."
+        f"norm: heavier for SFT than for RL. {UNCHECKED}"
     ),
 )
 _RANKS: Final = "superiority"

@@ -20,6 +20,7 @@ from rlgen_stats.toolkit.reporting.claims.replication import (
 )
 from rlgen_stats.toolkit.reporting.formatting import fixed, hundred, interval, listed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, number
+from rlgen_stats.toolkit.reporting.source_study import UNCHECKED
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     NEGLIGIBLE_TIME,
     NEGLIGIBLE_TURNOVER,
@@ -37,9 +38,9 @@ C2: Final = PaperClaim(
     short="RL’s features settle later",
     unit="percentage points of training",
     paper_figure=(
-        "A direction, read off the overlap of the top 50 features by model-specificity across checkpoints. A plain "
-        "overlap mixes change with noise: where nothing differs it falls from .96 to .16 as effects shrink, so ours is "
-        "held against the overlap that noise allows."
+        "A direction, read off the overlap of the top 50 features by model-specificity across checkpoints. "
+        f"{UNCHECKED} A plain overlap mixes change with noise: where nothing differs it falls from .96 to .16 as "
+        "effects shrink, so ours is held against the overlap that noise allows."
     ),
 )
 _ENDS: Final = ("", "_low", "_high")

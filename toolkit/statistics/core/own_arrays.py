@@ -377,7 +377,7 @@ class _Rows:
             check_rows(f"{name} of {model}", values, self.prompts)
             its_columns = _labels(values, 1) if ndim == 2 else None
             columns = its_columns if columns is None else columns
-            if its_columns not in (None, columns):
+            if columns is not None and its_columns not in (None, columns):
                 raise InputError(
                     f"{name} of {model} has other columns than that of another model, or in another order; expected "
                     f"{columns[:3]} and so on: give all models the same."
