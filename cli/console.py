@@ -219,6 +219,9 @@ def connect(scheduler: str | None, devices: str | None) -> AbstractContextManage
     asking.join(SCHEDULER_SECONDS)
     if found and not isinstance(found[0], Exception):
         return found[0]  # type: ignore[no-any-return]
+    import dask
+
+    dask.config.config.pop("scheduler", None)  # a client that could not connect leaves itself the default
     reason = (str(found[0]).splitlines() or [type(found[0]).__name__])[0] if found else "it stays silent"
     raise InputError(
         f"no dask scheduler answers at {scheduler!r} ({reason[:200].rstrip('.')}); start one with 'dask scheduler' or "

@@ -35,10 +35,11 @@ import importlib, json, mmap, os, pkgutil, shutil, signal, sys
 from pathlib import Path
 
 def load():
-    top = importlib.import_module("rlgen_stats")
-    for found in pkgutil.walk_packages(top.__path__, "rlgen_stats."):
-        if not found.name.endswith("__main__"):
-            importlib.import_module(found.name)
+    for package in ("schemas", "stores", "toolkit", "cli"):  # an editable install says nothing of rlgen_stats itself
+        top = importlib.import_module("rlgen_stats." + package)
+        for found in pkgutil.walk_packages(top.__path__, top.__name__ + "."):
+            if not found.name.endswith("__main__"):
+                importlib.import_module(found.name)
 
 load()  # other packages take what this system has
 for name in [name for name in sys.modules if name.startswith("rlgen_stats.")]:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -294,7 +293,7 @@ def test_killed_in_any_stage_and_run_again_it_ends_with_the_same_numbers(
     again, draw = copy_inputs(mini[0], tmp_path / "again"), random.Random(0)
     changes = dict.fromkeys(ORDER, 12)  # of any stage the first ones
     kills = partial(kill_round, mini[0], again, changes, draw, stages=("posttrain", "crosscoder", "report"), log=print)
-    assert elsewhere(kills, start="spawn") == Counter(harmless=3)
+    assert set(elsewhere(kills, start="spawn")) == {"harmless"}  # a moment may fall after the end
 
 
 def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result], tmp_path: Path) -> None:
