@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -257,3 +258,4 @@ def test_what_is_no_scheduler_is_given_up(kind: str, monkeypatch: pytest.MonkeyP
             InputError, match=r"no dask scheduler answers at .*; start one with 'dask scheduler' or leave"
         ):
             console.connect(address, None)
+    assert dask.config.get("scheduler", None) is None, "the next computation would look for it"
