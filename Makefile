@@ -57,7 +57,7 @@ faults: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.table --seed $(SEED) --out docs/reliability.md
 	RLGEN_STATS_EXAMPLES=40 OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 tests/stores/test_machine.py
 	RLGEN_STATS_KILLS=1 OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest \
-	  tests/end_to_end/test_on_devices.py tests/posttrain/test_launcher.py tests/test_run_tasks.py
+	  tests/trial/test_trial_on_workers.py tests/end_to_end/test_on_devices.py tests/posttrain/test_launcher.py tests/test_run_tasks.py
 
 # Tests of trained models where sums are added in another order, and with other initial weights.
 TRAINED := tests/crosscoder tests/posttrain tests/statistics/drift/test_planted_drift.py tests/end_to_end/test_planted.py
