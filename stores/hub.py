@@ -248,7 +248,7 @@ def _ask(place: HubPath) -> tuple[str, list[str]]:
         kind = "dataset" if is_table else "model"
         try:
             cached = Path(snapshot_download(place.repo, repo_type=kind, revision=revision, local_files_only=True))
-        except Exception:
+        except (OSError, ValueError):  # not in the cache; no name of a repository
             typed = " --repo-type dataset" if is_table else ""
             raise ModelError(
                 f"{SCHEME}{place.repository}@{revision} is neither given by the Hub ({_line(error)}) nor in the cache; "

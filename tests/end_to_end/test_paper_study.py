@@ -150,7 +150,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     root = paper_folder(tmp_path_factory.mktemp("toy") / "study", "qwen3", adapters=True)
     spec = yaml.safe_load(STUDY.read_text())
     for one in spec["crosscoders"]:
-        one |= {"n_features": 48, "k": 4, "steps": 40, "batch_size": 64, "accept_unhealthy": True}
+        one |= {"n_features": 48, "k": 4, "steps": 40, "batch_size": 64, "accept_unhealthy": True, "replicates": 1}
     spec["crosscoders"] = [one for one in spec["crosscoders"] if one["name"] != "noise"]
     spec["generation"] |= {"max_new_tokens": 6, "n_samples": 2}
     spec["intervention"] |= {
