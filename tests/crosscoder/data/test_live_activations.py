@@ -112,6 +112,30 @@ def test_what_comes_before_is_not_computed_and_memory_is_bounded(
     assert max(held) <= 60 + max(map(len, TEXTS))
 
 
+def test_texts_that_fit_are_read_once(models: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def count(*args: Any) -> Any:
+        calls.append(args)
+        return read_texts(*args)
+
+    monkeypatch.setattr(live_module, "read_texts", count)
+    kept = reader(models, buffer_tokens=10_000)
+    first, second = (list(kept.epoch(number)) for number in (0, 1))
+    passes = len(calls)
+    again = reader(models, buffer_tokens=10_000)
+    for one, two in zip(first + second, [*again.epoch(0), *again.epoch(1)], strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert len(calls) == 2 * passes  # one reading each, however many epochs
+    list(kept.epoch(2))
+    assert len(calls) == 2 * passes
+    small = reader(models, buffer_tokens=kept.n_tokens - 1)
+    list(small.epoch(0))
+    once = len(calls)
+    list(small.epoch(1))
+    assert len(calls) > once
+
+
 def test_views_of_other_widths_and_other_batches(models: list[Any], tmp_path: Path, slow: np.ndarray) -> None:
     save_model(tmp_path / "wide", 9, width=24)
     from transformers import AutoModelForCausalLM

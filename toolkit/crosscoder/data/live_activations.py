@@ -65,7 +65,8 @@ class LiveActivations:
     Notes
     -----
     An epoch reads every text once: texts in random order, in groups that fill the buffer; the tokens of a group in
-    random order. Groups that end before ``start_batch`` are not computed.
+    random order. Groups that end before ``start_batch`` are not computed. Texts that fit into the buffer together are
+    read by the models once, not once an epoch.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class LiveActivations:
         self._lengths = np.array([len(text) - skip_first for text in self._texts], dtype=np.int64)
         self._layer, self._pad, self._skip, self._seed = layer, pad, skip_first, seed
         self.batch_size, self._buffer_tokens = batch_size, max(buffer_tokens, batch_size)
+        self._kept: tuple[NDArray[np.float32], ...] | None = None  # of all texts, where the buffer holds them
         if self.n_tokens < batch_size:
             raise InputError(
                 f"the texts leave {self.n_tokens} tokens, fewer than one batch of {batch_size}; give more texts."
@@ -140,6 +142,16 @@ class LiveActivations:
 
     def _read(self, group: NDArray[np.int64]) -> tuple[NDArray[np.float32], ...]:
         """Activations of some texts one after the other: [token, channel] of each view."""
+        if self.n_tokens > self._buffer_tokens:
+            return self._compute(group)
+        if self._kept is None:
+            self._kept = self._compute(np.arange(len(self._texts)))
+        starts = np.cumsum(self._lengths) - self._lengths
+        rows = np.concatenate([np.arange(starts[i], starts[i] + self._lengths[i]) for i in group])
+        return tuple(part[rows] for part in self._kept)
+
+    def _compute(self, group: NDArray[np.int64]) -> tuple[NDArray[np.float32], ...]:
+        """The same, by the models."""
         offsets = np.cumsum(self._lengths[group]) - self._lengths[group]
 
         def read(view: tuple[Any, int]) -> NDArray[np.float32]:
