@@ -13,8 +13,11 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
+from rlgen_stats.schemas.errors import NotEstimableError
+from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit import reporting
 from rlgen_stats.toolkit.reporting.figures import plotting
+from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response, failure_classes
 
 Results = dict[str, xr.Dataset]
 
@@ -123,3 +126,12 @@ def test_a_runs_last_checkpoint_has_a_name(results: dict[str, xr.Dataset]) -> No
         assert [text.get_text() for text in named.texts] == [text.get_text() for text in by_id.texts]
     axes = reporting.plot_domain_accuracy(results["behaviour"], Figure().subplots(), models=["rl@final"])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["rl"]
+
+
+@pytest.mark.parametrize("figure", [dose_response, failure_classes])
+def test_a_direction_without_arms_has_no_panel(figure: Any, results: Results, spec: StudySpec) -> None:
+    trial = results["intervention"]
+    one = trial.assign(accuracy=trial["accuracy"].where(trial["direction"] == "disable"))
+    assert len(figure({"intervention": one}, spec).panels) == 1
+    with pytest.raises(NotEstimableError, match="no arm edits the set"):
+        figure({"intervention": trial.assign(accuracy=trial["accuracy"] * np.nan)}, spec)

@@ -58,7 +58,9 @@ _ADDED: Final = "dose: 1 + RL's mean activations added"
 
 def _directions(data: xr.Dataset) -> list[str]:
     directions: list[str] = [
-        direction for direction in ("disable", "amplify") if direction in labels_of(data, "direction")
+        direction
+        for direction in ("disable", "amplify")
+        if direction in labels_of(data, "direction") and arms_of(data, direction)
     ]
     if not directions:
         raise NotEstimableError("no arm edits the set in either direction")
