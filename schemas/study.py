@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import product
 from typing import Annotated, Any, Final, Literal
 
@@ -632,6 +632,10 @@ class StudySpec(Spec):
     def grader_of(self, task: str) -> GraderSpec:
         """How a task's completions are graded."""
         return self.task(task).grader or self.grader
+
+    def may_be_cut(self, tasks: Iterable[str]) -> set[str]:
+        """Those of ``tasks`` in which a completion that the length limit cut off may be right."""
+        return {task for task in tasks if not self.grader_of(task).require_termination}
 
     def max_new_tokens_of(self, task: str) -> int:
         """Length limit of a task's completions."""

@@ -59,6 +59,12 @@ def test_a_model_is_warned_about_once_with_all_its_tasks() -> None:
     assert warning.startswith("50% of base@0's completions of task a, 30% of c have no answer")
 
 
+def test_a_task_that_may_be_cut_off_is_not_warned_about() -> None:
+    cut, unread = (completion_shares(outcomes(name, 11)) for name in ("terminated", "answered"))
+    assert share_warnings(cut, may_be_cut=("a",)) == []
+    assert len(share_warnings(cut, may_be_cut=("b",))) == len(share_warnings(unread, may_be_cut=("a",))) == 1
+
+
 def test_older_outcomes_have_no_shares_and_rows_may_be_chosen() -> None:
     older = outcomes("terminated", 6).drop_vars("terminated")
     assert list(completion_shares(older).data_vars) == []

@@ -132,7 +132,7 @@ def sample_outcomes(
                 given = imported.get(ref.model)
                 outcomes = with_origin(outcomes, None if given is None else given.origin)
             append_model(folder.outcomes, "outcomes", outcomes, provenance=provenance)
-            _warn(outcomes, table.to_pandas(), progress)
+            _warn(outcomes, table.to_pandas(), spec, progress)
     shutil.rmtree(folder.completions / PARTS, ignore_errors=True)
 
 
@@ -172,9 +172,9 @@ def _imported_table(given: Imported, prompts: pd.DataFrame, spec: StudySpec) -> 
     return completion_table(given.completions, given.graded(grades), prompts)
 
 
-def _warn(outcomes: xr.Dataset, completions: pd.DataFrame, progress: Progress) -> None:
+def _warn(outcomes: xr.Dataset, completions: pd.DataFrame, spec: StudySpec, progress: Progress) -> None:
     shares = completion_shares(outcomes)
-    for warning in share_warnings(shares):
+    for warning in share_warnings(shares, may_be_cut=spec.may_be_cut(outcomes[TASK].values.tolist())):
         progress.log(f"warning: {warning}")
     for task in too_often_unread(shares)[str(outcomes[MODEL].item())]:
         of_task = outcomes[PROMPT].values[outcomes[TASK].values == task].tolist()

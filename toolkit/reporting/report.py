@@ -309,7 +309,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "source_effects": {"C4": effects("disable"), "C5": effects("amplify")},
         "domains": report.domains,
         "shares": completion_rows(results, spec),
-        "share_warnings": _share_warnings(results),
+        "share_warnings": _share_warnings(results, spec),
         "unread": report.unread,
         "domain_names": DOMAINS,
         "claims": report.claims,
@@ -383,9 +383,12 @@ def completion_rows(results: Results, spec: StudySpec) -> list[dict[str, Any]]:
     ]
 
 
-def _share_warnings(results: Results) -> list[str]:
+def _share_warnings(results: Results, spec: StudySpec) -> list[str]:
     behaviour = results.get("behaviour")
-    return [] if behaviour is None else share_warnings(behaviour.sel(task=behaviour["role"] != "pooled"))
+    if behaviour is None:
+        return []
+    shares = behaviour.sel(task=behaviour["role"] != "pooled")
+    return share_warnings(shares, may_be_cut=spec.may_be_cut(labels_of(shares, "task")))
 
 
 def over_dictionaries(report: Report) -> dict[str, Any]:
@@ -441,7 +444,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "behaviour": {
             "domains": [asdict(row) for row in report.domains],
             "tasks": _records(report.tables, "behaviour"),
-            "warnings": _share_warnings(report.results),
+            "warnings": _share_warnings(report.results, report.spec),
         },
         "answer": answer(report.domains, report.claims, report.results, report.spec),
         "overview": [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -58,13 +58,15 @@ def completion_shares(outcomes: xr.Dataset, rows: Mapping[str, IntArray] | None 
     return xr.Dataset(shares, coords={MODEL: outcomes[MODEL].values, TASK: list(rows)})
 
 
-def share_warnings(shares: xr.Dataset) -> list[str]:
+def share_warnings(shares: xr.Dataset, *, may_be_cut: Collection[str] = ()) -> list[str]:
     """One sentence for every model of which, in some tasks, too many completions were cut off or cannot be read.
 
     Parameters
     ----------
     shares
         ``terminated`` and ``answered`` [model, task], either may be missing.
+    may_be_cut
+        Tasks in which a completion that was cut off may be right.
     """
     kinds = {
         "terminated": (
@@ -80,7 +82,8 @@ def share_warnings(shares: xr.Dataset) -> list[str]:
     }
     warnings = []
     for name, (most, consequence) in kinds.items():
-        for model, tasks in _missing_too_often(shares, name, most).items():
+        for model, found in _missing_too_often(shares, name, most).items():
+            tasks = {task: share for task, share in found.items() if name != "terminated" or task not in may_be_cut}
             if tasks:
                 (first, share), *others = tasks.items()
                 rest = "".join(f", {100 * other:.0f}% of {task}" for task, other in others)
