@@ -109,11 +109,18 @@ def _print_costs(found: StudyCheck, tokens_per_second: float | None) -> None:
     if costs is None:
         return
     imported = f", {len(found.imported)} of them imported" if found.imported else ""
-    echo(f"{len(found.models)} models{imported}; {found.n_blocks} decoder blocks of width {found.width:,}.")
-    header = ["sampling", "completions", "tokens at most", *(["hours at most"] if tokens_per_second else [])]
+    models = "1 model" if len(found.models) == 1 else f"{len(found.models)} models"
+    echo(f"{models}{imported}; {found.n_blocks} decoder blocks of width {found.width:,}.")
+    header = [
+        "sampling",
+        "completions",
+        "tokens at most",
+        "after tokens of prompts",
+        *(["hours at most"] if tokens_per_second else []),
+    ]
     rows = [
-        ["outcomes", f"{costs.completions:,}", f"{costs.tokens:,}"],
-        ["trials", f"{costs.trial_completions:,}", f"{costs.trial_tokens:,}"],
+        ["outcomes", *(f"{n:,}" for n in (costs.completions, costs.tokens, costs.prompt_tokens))],
+        ["trials", *(f"{n:,}" for n in (costs.trial_completions, costs.trial_tokens, costs.trial_prompt_tokens))],
     ]
     if tokens_per_second:
         for row, hours in zip(rows, costs.hours(tokens_per_second), strict=True):

@@ -104,8 +104,11 @@ class Costs(Output):
 
     completions: int
     tokens: int
+    prompt_tokens: int
+    """Of the prompts before these completions."""
     trial_completions: int
     trial_tokens: int
+    trial_prompt_tokens: int
     stores: dict[str, int]
     """Bytes, before compression."""
 

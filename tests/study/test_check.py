@@ -254,7 +254,11 @@ def test_costs_are_counts_times_limits() -> None:
     assert costs.stores["features.zarr"] == 2 * 3 * 10 * 100 * 3 * 4
     assert costs.stores["crosscoder"] == 3 * 2 * (2 * 3 * 8 * 100 * 4)
     assert "models" not in costs.stores
-    assert costs.hours(2.0) == (costs.tokens / 7200, costs.trial_tokens / 7200)
+    assert (costs.prompt_tokens, costs.trial_prompt_tokens) == (10 * costs.completions, 10 * costs.trial_completions)
+    assert costs.hours(2.0) == (
+        (costs.tokens + costs.prompt_tokens) / 7200,
+        (costs.trial_tokens + costs.trial_prompt_tokens) / 7200,
+    )
     twice = estimate(
         spec.model_copy(update={"extraction": ExtractionSpec(dtype="float16", layers=(1, 2))}), prompts, sizes
     )

@@ -51,14 +51,18 @@ class Costs:
     completions: int
     tokens: int
     """Tokens of these completions."""
+    prompt_tokens: int
+    """Tokens of the prompts before these completions, at the mean length of a prompt."""
     trial_completions: int
     trial_tokens: int
+    trial_prompt_tokens: int
     stores: Mapping[str, int]
     """What is written -> bytes, before compression."""
 
     def hours(self, tokens_per_second: float) -> tuple[float, float]:
-        """Hours to sample outcomes, and trials."""
-        return self.tokens / tokens_per_second / 3600, self.trial_tokens / tokens_per_second / 3600
+        """Hours to sample outcomes, and trials, where a token is read as fast as one is written."""
+        outcomes, trials = self.tokens + self.prompt_tokens, self.trial_tokens + self.trial_prompt_tokens
+        return outcomes / tokens_per_second / 3600, trials / tokens_per_second / 3600
 
 
 def token_limits(spec: StudySpec, prompts: pd.DataFrame) -> list[int]:
@@ -98,11 +102,16 @@ def estimate(spec: StudySpec, prompts: pd.DataFrame, sizes: Sizes) -> Costs:
         * len(spec.primary_crosscoder.names)
         * spec.intervention.n_samples
     )
+    a_prompt = sizes.prompt_tokens / max(len(prompts), 1)
+    n_completions = n_drawn * generated
+    n_trial_completions = sizes.trials_left * n_trial * sum(limit > 0 for limit in trial_limits)
     return Costs(
-        completions=n_drawn * generated,
+        completions=n_completions,
         tokens=n_drawn * sum(limits),
-        trial_completions=sizes.trials_left * n_trial * sum(limit > 0 for limit in trial_limits),
+        prompt_tokens=round(n_completions * a_prompt),
+        trial_completions=n_trial_completions,
         trial_tokens=sizes.trials_left * n_trial * sum(trial_limits),
+        trial_prompt_tokens=round(n_trial_completions * a_prompt),
         stores=_stores(spec, prompts, sizes, sum(limits), n_trial * sum(trial_limits)),
     )
 
