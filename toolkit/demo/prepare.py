@@ -42,7 +42,7 @@ N_TRIVIA: Final = {"demo": 289, "mini": 0}
 NEUTRAL: Final = "data/neutral.parquet"
 
 _SFT: Final[dict[str, dict[str, Any]]] = {
-    "demo": {"max_steps": 100, "learning_rate": 2e-4, "per_device_train_batch_size": 64, "logging_steps": 10},
+    "demo": {"max_steps": 100, "learning_rate": 1e-4, "per_device_train_batch_size": 64, "logging_steps": 10},
     "mini": {"max_steps": 6, "learning_rate": 5e-4, "per_device_train_batch_size": 16, "logging_steps": 2},
 }
 _GRPO: Final[dict[str, dict[str, Any]]] = {
@@ -177,8 +177,8 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
     )
 
 
-NEAR: Final = 6
-"""SFT's checkpoint that is about as far from base as RL's first ones: where the arms are compared at equal distance."""
+NEAR: Final = (6, 16)
+"""Checkpoints of SFT, one less far from base than RL's last one and one about as far: a comparison at equal distance."""
 
 
 def _runs(n_seeds: int, size: Size) -> tuple[RunSpec, ...]:
@@ -222,7 +222,7 @@ def _crosscoders(mini: bool) -> tuple[CrosscoderSpec, ...]:
         one("null", "base@0", "base@halves"),
         one("noise", "base@0", "sft@noise"),
     )
-    near = () if mini else (one("pair-sft-near", "base@0", f"sft@{NEAR}"),)
+    near = () if mini else tuple(one(f"pair-sft-{step}", "base@0", f"sft@{step}") for step in NEAR)
     return dictionaries + near
 
 
