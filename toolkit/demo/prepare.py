@@ -107,14 +107,19 @@ def prepare_demo(
     world = World(seed, settings.n_eval_pairs)
     base = folder.resolve(spec.base.path)
     check_base(base, world, settings)
+    write_tables(folder, spec, world, size)
+    pretrain_base(base, world, settings, progress=progress)
+    return spec
+
+
+def write_tables(folder: StudyFolder, spec: StudySpec, world: World, size: Size) -> None:
+    """Write the tables that the spec names: prompts, training prompts, neutral texts. What is there is kept."""
     tables = evaluation_prompts(world), trivia_prompts(world, n=N_TRIVIA[size])
     _write_table(folder.resolve(prompt_files(spec)["data.prompts"]), pd.concat(tables, ignore_index=True))
     if spec.data.train is not None:
         _write_table(folder.resolve(spec.data.train), training_prompts(world))
     if spec.intervention.neutral_text is not None:
         _write_table(folder.resolve(spec.intervention.neutral_text), neutral_texts(world))
-    pretrain_base(base, world, settings, progress=progress)
-    return spec
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
@@ -178,7 +183,7 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
 
 
 NEAR: Final = (6, 16)
-"""Checkpoints of SFT, one less far from base than RL's last one and one about as far: a comparison at equal distance."""
+"""Checkpoints of SFT: one nearer to base than RL ends and one about as far, for a comparison at equal distance."""
 
 
 def _runs(n_seeds: int, size: Size) -> tuple[RunSpec, ...]:

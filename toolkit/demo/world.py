@@ -151,7 +151,8 @@ class World:
         object.__setattr__(self, "taught", self._shuffled(TRIVIA)[: round(P_TAUGHT * N_NUMBERS**2)])
         sizes = dict.fromkeys(("lore", "kin", CONTROL, TRIVIA), N_NUMBERS) | {"hue": len(COLOURS)}
         tables = {
-            name: self._random(name, "table").integers(size, size=(N_NUMBERS, N_NUMBERS)) for name, size in sizes.items()
+            name: self._random(name, "table").integers(size, size=(N_NUMBERS, N_NUMBERS))
+            for name, size in sizes.items()
         }
         object.__setattr__(self, "_tables", tables)
 
