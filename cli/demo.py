@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Final, Literal
 
 import click
 
-from rlgen_stats.cli.console import Workers, handle_errors, json_option, progress_for, quiet_option, workers_options
+from rlgen_stats.cli.console import (
+    Workers,
+    connect,
+    handle_errors,
+    json_option,
+    progress_for,
+    quiet_option,
+    workers_options,
+)
+
+WORKERS: Final = "cpu,cpu"
+"""Devices of the demo where nothing is said: two worker processes, which on two cores have one thread each."""
+SIMULATED: Final = {"demo": 20, "mini": 1}
+"""Studies simulated of each truth to say what this one can answer."""
 
 
 @click.command()
@@ -37,7 +51,9 @@ def demo(
 ) -> None:
     """Run the embedded study: pretrain a tiny base, post-train it by SFT and by RL, and ask the five questions.
 
-    Takes a few minutes on two cores, needs no network, and continues where it was interrupted.
+    Takes a few minutes on two cores, needs no network, and continues where it was interrupted. What a study of this
+    size can answer is simulated first, and stands in the report. Unless --devices or --scheduler says otherwise, models
+    run in two worker processes where there are two cores.
 
     \b
     Examples:  rlgen-stats demo
@@ -52,12 +68,17 @@ def demo(
     from rlgen_stats.cli.stages import run_and_print
     from rlgen_stats.stores import StudyFolder
     from rlgen_stats.toolkit.demo import prepare_demo
-    from rlgen_stats.toolkit.study import write_spec
+    from rlgen_stats.toolkit.study import open_for_run, write_spec
+    from rlgen_stats.toolkit.study.claim_power import write_claim_power
 
     study = StudyFolder(Path(folder))
     with progress_for(quiet=quiet) as progress:
         spec = prepare_demo(study, seed=seed, n_seeds=n_seeds, size=size, progress=progress)
         write_spec(study, spec)
+        write_claim_power(open_for_run(folder), n_worlds=SIMULATED[size], progress=progress)
+    given = click.get_current_context().params
+    if size == "demo" and given["scheduler"] is None and given["devices"] is None and (os.cpu_count() or 1) > 1:
+        workers = functools.partial(connect, None, WORKERS)
     run_and_print(folder, None, (), True, workers, quiet, as_json)
 
 

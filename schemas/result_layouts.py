@@ -56,6 +56,9 @@ _RANDOM_LEVELS: Final = ("", "_random", "_random_high")
 _CONTRAST: Final = dict.fromkeys(("tail_sft", "tail_rl", "effect", "effect_low", "effect_high", "p_value"), "float")
 
 RESULTS: Final = (
+    Layout(  # simulated before the study: how often one of its size says what is true
+        "claim_power", variables_on("row", claim="str", truth="str", verdict="str", power="float"), attrs=("n_worlds",)
+    ),
     Layout(  # accuracy and per-prompt transitions base -> model; greedy completions
         "behaviour",
         variables_on(

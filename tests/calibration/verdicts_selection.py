@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,70 +10,30 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, selection_verdict
+from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
 from rlgen_stats.toolkit.statistics.kernels import adjust, permutation_contrast, sign_flip_test
+from rlgen_stats.toolkit.statistics.planning.simulated_claims import (
+    MODELS,
+    Change,
+    rises_where_gained,
+    selection_study,
+)
 from rlgen_stats.toolkit.statistics.selection.options import SelectionTests
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
+from rlgen_stats.toolkit.study.claim_power import verdict_of_selection
 from tests.calibration.rows import Row, rate_row
 
 ALPHA, TASKS, TRUE, FEATURES = 0.05, 2, 6, 60
-MODELS = ["base@0", "rl@10"]
 TESTS = SelectionTests(n_resamples=9, n_bootstrap=0)
 
-Change = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
-"""[model, prompt] correctness, [model, prompt, feature] noise -> activations."""
-
-
-def study(
-    change: Change,
-    n: int,
-    seed: int,
-    *,
-    accuracy: tuple[float, float] = (0.5, 0.85),
-    lost: float = 0.02,
-    n_features: int = FEATURES,
-) -> tuple[xr.Dataset, xr.Dataset]:
-    """A study of ``n`` prompts in two tasks, split 40/30/30, whose activations ``change`` makes of noise.
-
-    ``accuracy`` of base and RL; ``lost``: share of base's right answers that RL loses.
-    """
-    random = np.random.default_rng(seed)
-    base = random.random(n) < accuracy[0]
-    gained = (accuracy[1] - accuracy[0] * (1 - lost)) / (1 - accuracy[0])
-    rl = np.where(base, random.random(n) >= lost, random.random(n) < gained)
-    right = np.stack([base, rl])
-    noise = random.standard_normal((1, n, n_features)) + 0.5 * random.standard_normal((2, n, n_features))
-    values = 5 + change(right, noise, random)
-    labels = {
-        "model": MODELS,
-        "run": ("model", ["base", "rl"]),
-        "prompt": [f"p{i}" for i in range(n)],
-        "task": ("prompt", np.array(["in", "out"])[np.arange(n) % TASKS]),
-        "domain": ("prompt", np.array(["in", "out"])[np.arange(n) % TASKS]),
-        "split": ("prompt", random.choice(["selection", "verification", "trial"], n, p=[0.4, 0.3, 0.3])),
-    }
-    dims = ("model", "prompt", "feature")
-    features = xr.Dataset(
-        {"mean": (dims, values), "firing": (dims, np.ones_like(values))},
-        coords=labels,
-        attrs={"scale": "contribution"},
-    )
-    return features, xr.Dataset({"greedy_correct": (dims[:2], right.astype(np.int64))}, coords=labels)
+study = partial(selection_study, n_features=FEATURES)
+"""A study of two tasks."""
 
 
 def verdicts(features: xr.Dataset, outcomes: xr.Dataset) -> tuple[Verdict, Verdict]:
     """The verdict by today's rule, and by the rule of earlier releases."""
     out = select_features(features, outcomes, target=MODELS[1], tests=TESTS, stability=None)
-    new, _ = selection_verdict(
-        n_estimable=int((out.excess_estimable == "yes").sum()),
-        n_confirmed=int((out.specific_tier == "CONFIRMED").sum()),
-        carried_low=out.attrs["carried_low"],
-        best_high=out.attrs["carried_best_high"],
-        no_rise_p=out.attrs["no_rise_p"],
-        accompanying_p=out.attrs["accompanying_p"],
-        alpha=ALPHA,
-    )
-    return new, _earlier(features, outcomes)
+    return verdict_of_selection(out, ALPHA), _earlier(features, outcomes)
 
 
 def _earlier(features: xr.Dataset, outcomes: xr.Dataset) -> Verdict:
@@ -125,14 +84,6 @@ def follows_and_rises(right: np.ndarray, noise: np.ndarray, random: np.random.Ge
     return everywhere(right, follows(right, noise, random), random)
 
 
-def where_gained(
-    right: np.ndarray, noise: np.ndarray, random: np.random.Generator, *, n: int = TRUE, by: float = 0.9
-) -> np.ndarray:
-    """Some features rise only where base is wrong and RL right: the claim is true."""
-    noise[1, ~right[0] & right[1], :n] += by
-    return noise
-
-
 def _rates(change: Change, n: int, worlds: int, seed: int, **options: Any) -> tuple[Counter[Verdict], Counter[Verdict]]:
     pairs = [verdicts(*study(change, n, seed=1000 * seed + w, **options)) for w in range(worlds)]
     return Counter(new for new, _ in pairs), Counter(old for _, old in pairs)
@@ -173,7 +124,7 @@ def selection_more_data(scale: int, seed: int) -> list[Row]:
     """False verdicts with few prompts and with many: a true set of 30 features in 200, and a rise spread over half."""
     worlds, rows = 5 * scale, []
     for n in (60, 120, 400, 1200):
-        new, old = _rates(partial(where_gained, n=30), n, worlds, seed, n_features=200)
+        new, old = _rates(rises_where_gained(30), n, worlds, seed, n_features=200)
         rows.append(
             _row(
                 f"C3 NOT_SUPPORTED, true set, {n} prompts",
@@ -185,7 +136,7 @@ def selection_more_data(scale: int, seed: int) -> list[Row]:
             )
         )
     for n in (120, 400):
-        new, old = _rates(partial(where_gained, n=30), n, worlds, seed)
+        new, old = _rates(rises_where_gained(30), n, worlds, seed)
         rows.append(
             _row(
                 f"C3 SUPPORTED, spread out, {n} prompts",

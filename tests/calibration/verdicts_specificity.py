@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import xarray as xr
@@ -11,35 +11,27 @@ from scipy import stats
 from rlgen_stats.toolkit.reporting.claims.c1_specificity import assess_specificity
 from rlgen_stats.toolkit.statistics import attribution_contrast
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
+from rlgen_stats.toolkit.statistics.planning.simulated_claims import (
+    SpecificShares,
+    attribution_of,
+    equal_health,
+    movement_of,
+)
 from tests.calibration.rows import Row, rate_row
 from tests.reporting.synthetic_study import make_spec
 
 ALPHA = 0.05
-DICTIONARIES = 3
 DRAWS = 99
 DIRECTED = (Verdict.SUPPORTED, Verdict.CONTRADICTED)
 
 
-@dataclass(frozen=True)
-class World:
-    """Share of specific features of every checkpoint, and how far from base it is."""
-
-    shares: dict[str, float]
-    shifts: dict[str, float]
-    n_features: int = 400
-    spread: float = 0.0
-    """Standard deviation of a share between dictionaries."""
-    cluster: int = 4
-    """Features of one direction, specific together or not at all."""
-
-
-EQUAL = World({"sft@150": 0.15, "rl@80": 0.15}, {"sft@150": 0.4, "rl@80": 0.4}, spread=0.08)
+EQUAL = SpecificShares({"sft@150": 0.15, "rl@80": 0.15}, {"sft@150": 0.4, "rl@80": 0.4}, spread=0.08)
 """No difference."""
 TINY = replace(EQUAL, shares={"sft@150": 0.01, "rl@80": 0.002}, n_features=2000, spread=0.0, cluster=1)
 """Eight features in a thousand more: less than one in a hundred, which is called negligible."""
 MORE = replace(EQUAL, shares={"sft@150": 0.35, "rl@80": 0.10}, spread=0.02)
 OPPOSITE = replace(MORE, shares={"sft@150": 0.10, "rl@80": 0.35})
-FARTHER = World(
+FARTHER = SpecificShares(
     {"sft@3": 0.10, "sft@150": 0.40, "rl@80": 0.25},
     {"sft@3": 0.1, "sft@30": 0.3, "sft@150": 0.4, "rl@80": 0.2},
     spread=0.02,
@@ -47,44 +39,11 @@ FARTHER = World(
 """How many features are specific is a matter of distance alone, linear in its logarithm; SFT went farther."""
 
 
-def _dictionaries(world: World, random: np.random.Generator) -> xr.Dataset:
-    names, shares = list(world.shares), np.array(list(world.shares.values()))
-    share = np.clip(shares[:, None] + world.spread * random.standard_normal((len(names), DICTIONARIES)), 0.0, 1.0)
-    shape = (len(names) * DICTIONARIES, world.n_features // world.cluster)
-    specific = np.repeat(random.random(shape) < share.reshape(-1, 1), world.cluster, axis=1)
-    nrn = np.where(specific, 0.95, 0.5 + 0.03 * random.standard_normal(specific.shape))
-    return xr.Dataset(
-        dict.fromkeys(("nrn_l1", "nrn_l2"), (("crosscoder", "feature"), nrn))
-        | {"alive": (("crosscoder", "feature"), np.ones(nrn.shape, dtype=bool))},
-        coords={
-            "crosscoder": [f"{name}.{number}" for name in names for number in range(DICTIONARIES)],
-            "target": ("crosscoder", np.repeat(names, DICTIONARIES)),
-            "dictionary": ("crosscoder", np.tile(np.arange(1, DICTIONARIES + 1), len(names))),
-        },
-    )
-
-
-def _movement(world: World) -> xr.Dataset:
-    models = list(world.shifts)
-    return xr.Dataset(
-        {"activation_shift": ("model", np.array(list(world.shifts.values())))},
-        coords={"model": models, "run": ("model", [model.partition("@")[0] for model in models])},
-    )
-
-
-def _health(table: xr.Dataset) -> xr.Dataset:
-    """Every dictionary fits equally well."""
-    names, views = table["crosscoder"].values, np.unique(table["target"].values)
-    same = {name: ("crosscoder", np.full(len(names), value)) for name, value in (("l0", 16.0), ("dead_fraction", 0.0))}
-    fve = {"fve": (("crosscoder", "view"), np.full((len(names), len(views)), 0.9))}
-    return xr.Dataset(fve | same, coords={"crosscoder": names, "view": views})
-
-
-def _verdicts(world: World, studies: int, seed: int) -> tuple[list[Verdict], list[Verdict | None]]:
+def _verdicts(world: SpecificShares, studies: int, seed: int) -> tuple[list[Verdict], list[Verdict | None]]:
     """Of each study, C1's verdict and the old rule's direction."""
-    spec, movement, found, old = make_spec(), _movement(world), [], []
+    spec, movement, found, old = make_spec(), movement_of(world), [], []
     for study in range(studies):
-        table = _dictionaries(world, np.random.default_rng([seed, study]))
+        table = attribution_of(world, np.random.default_rng([seed, study]))
         clusters = {str(name): np.arange(world.n_features) // world.cluster for name in table["crosscoder"].values}
         contrast = attribution_contrast(
             table,
@@ -93,7 +52,7 @@ def _verdicts(world: World, studies: int, seed: int) -> tuple[list[Verdict], lis
             rl="rl",
             taus=(0.7,),
             movement=movement,
-            health=_health(table),
+            health=equal_health(table),
             seed=study,
             n_bootstrap=DRAWS,
         )
@@ -102,7 +61,7 @@ def _verdicts(world: World, studies: int, seed: int) -> tuple[list[Verdict], lis
     return found, old
 
 
-def _old_rule(table: xr.Dataset, world: World) -> Verdict | None:
+def _old_rule(table: xr.Dataset, world: SpecificShares) -> Verdict | None:
     """One dictionary of each final model, any interval off zero whatever the effect's size and the distances."""
     hits = [table["nrn_l1"].sel(crosscoder=f"{name}.0").values[:: world.cluster] > 0.7 for name in ("sft@150", "rl@80")]
     error = np.sqrt(sum(np.var(one) / len(one) for one in hits))
@@ -125,9 +84,8 @@ def specificity_verdicts(scale: int, seed: int) -> list[Row]:
     rows = []
     for number, (name, world, wrong, nominal) in enumerate(cases):
         found, old = _verdicts(world, n, 100 * seed + number)
-        size = (
-            f"{n} studies, {DICTIONARIES} dictionaries of {world.n_features:,} features in clusters of {world.cluster}"
-        )
+        many = f"{world.n_dictionaries} dictionaries of {world.n_features:,} features in clusters of {world.cluster}"
+        size = f"{n} studies, {many}"
         bites = any(verdict in wrong for verdict in old)
         rows.append(
             rate_row(

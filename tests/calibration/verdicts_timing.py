@@ -10,8 +10,10 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.statistics import set_stability, stabilization_test
-from rlgen_stats.toolkit.statistics.claim_verdicts import Difference, Verdict, timing_verdict
-from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES, timing_contrast
+from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
+from rlgen_stats.toolkit.statistics.planning.simulated_claims import features_of_runs, two_runs
+from rlgen_stats.toolkit.statistics.timing.run_contrast import timing_contrast
+from rlgen_stats.toolkit.study.claim_power import verdict_of_contrast
 from tests.calibration.rows import MOST_ERRORS, Row, rate_row
 
 ALPHA: Final = 0.05
@@ -29,56 +31,18 @@ UNBIASED: Final = 0.03
 """Mean Delta allowed where nothing but sizes differs (docs/method.md 4b)."""
 
 
-def features_of(paths: dict[str, np.ndarray], random: np.random.Generator, noise: float = 0.5) -> xr.Dataset:
-    """Features of runs whose true changes are ``paths`` [checkpoint, feature], in standard deviations of base.
-
-    Prompts respond by half of the change more or less; a third of the noise is common to groups of features.
-    """
-    f = next(iter(paths.values())).shape[1]
-    loadings = random.standard_normal((3, f)) / 3
-
-    def draw() -> np.ndarray:
-        return np.sqrt(2 / 3) * random.standard_normal((N, f)) + random.standard_normal((N, 3)) @ loadings
-
-    base, means = 20 + draw(), []
-    for path in paths.values():
-        response = 1 + 0.5 * random.standard_normal((N, f))
-        means += [base + change * response + noise * draw() for change in path]
-    steps = np.arange(1, 1 + len(next(iter(paths.values())))) * 10
-    run = ["base", *(name for name in paths for _ in steps)]
-    step = [0, *(int(step) for _ in paths for step in steps)]
-    dims = ("model", "prompt", "feature")
-    return xr.Dataset(
-        {
-            "mean": (dims, np.stack([base, *means])),
-            "firing": (dims, np.ones((len(run), N, f))),
-            "n_tokens": (dims[:2], np.full((len(run), N), 8)),
-        },
-        coords={
-            "model": [f"{name}@{at}" for name, at in zip(run, step, strict=True)],
-            "run": ("model", run),
-            "step": ("model", step),
-            "arm": ("model", run),
-            "prompt": [f"p{i:04d}" for i in range(N)],
-        },
-        attrs={"scale": "contribution", "readout": "swap", "text_mode": "forced"},
-    )
-
-
-def settling(size: np.ndarray, early: float, late: float, random: np.random.Generator) -> np.ndarray:
-    """Changes [checkpoint, feature] that begin at random and are complete between two shares of training."""
-    end = random.uniform(early, late, len(size))
-    begin = end * random.uniform(0, 1, len(size))
-    return size * np.clip((SHARES[:, None] - begin) / (end - begin), 0, 1)
+def features_of(paths: dict[str, np.ndarray], random: np.random.Generator) -> xr.Dataset:
+    """Features of runs with checkpoints at equal distances."""
+    steps = range(10, 10 * len(next(iter(paths.values()))) + 1, 10)
+    return features_of_runs(paths, steps, N, random)
 
 
 def paths_of(kind: str, random: np.random.Generator) -> dict[str, np.ndarray]:
     """True changes of one study; effects are exponential, RL's six tenths of SFT's."""
+    if kind != "growing":
+        return two_runs(SETTLING[kind], SHARES, F, random)
     sft, rl = (scale * random.exponential(0.8, F) * random.choice([-1, 1], F) for scale in (1.0, 0.6))
-    if kind == "growing":
-        return {"sft": np.tile(sft, (5, 1)), "rl": SHARES[:, None] * rl}
-    of_sft, of_rl = SETTLING[kind]
-    return {"sft": settling(sft, *of_sft, random), "rl": settling(rl, *of_rl, random)}
+    return {"sft": np.tile(sft, (5, 1)), "rl": SHARES[:, None] * rl}
 
 
 def analysed(features: xr.Dataset, seed: int) -> tuple[xr.Dataset, xr.Dataset]:
@@ -87,23 +51,6 @@ def analysed(features: xr.Dataset, seed: int) -> tuple[xr.Dataset, xr.Dataset]:
         chain = stabilization_test(features, runs=["sft", "rl"], n_bootstrap=199, seed=seed).compute()
         sets = set_stability(features, runs=["sft", "rl"], k=K, n_halvings=10, n_groups=10, seed=seed)
     return chain, sets
-
-
-def c2_verdict(contrast: xr.Dataset) -> Verdict:
-    """The verdict on a contrast of one dictionary."""
-    time, turnover = (
-        Difference(
-            low=float(one["low"]),
-            high=float(one["high"]),
-            p_value=float(one["p_value"]),
-            each=one["dictionary_difference"].values.tolist(),
-        )
-        for one in (contrast.sel(measure=measure) for measure in MEASURES)
-    )
-    counted = contrast.isel(stratum=contrast["weight"].values > 0)
-    ends = [counted[f"stratum_difference{end}"].values for end in ("_low", "_high", "_p", "")]
-    strata = [Difference(low=low, high=high, p_value=p, each=[mean]) for low, high, p, mean in zip(*ends, strict=True)]
-    return timing_verdict(time, turnover, alpha=ALPHA, strata=strata)[0]
 
 
 def old_verdict(sets: xr.Dataset) -> Verdict:
@@ -155,7 +102,9 @@ def timing_verdicts(scale: int, seed: int) -> list[Row]:
         for w in range(worlds):
             random = np.random.default_rng([seed, 31, i, w])
             chain, sets = analysed(features_of(paths_of(kind, random), random), w)
-            new[c2_verdict(timing_contrast([chain], [sets], first="sft", second="rl", alpha=ALPHA))] += 1
+            new[
+                verdict_of_contrast(timing_contrast([chain], [sets], first="sft", second="rl", alpha=ALPHA), ALPHA)
+            ] += 1
             old[old_verdict(sets)] += 1
         hits, before = (sum(found[Verdict(verdict)] for verdict in wrong) for found in (new, old))
         naive: dict[str, Any] = {"naive": before / worlds, "naive_name": OLD_RULE} if before > worlds / 2 else {}

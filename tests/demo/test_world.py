@@ -18,24 +18,27 @@ from rlgen_stats.toolkit.demo import (
     World,
     demo_spec,
     evaluation_prompts,
-    plain_prompts,
+    neutral_texts,
     prepare_demo,
     training_prompts,
+    trivia_prompts,
 )
 from rlgen_stats.toolkit.demo.prepare import BASE_SETTINGS
 from rlgen_stats.toolkit.demo.pretrain import encode_documents, make_tokenizer, pretrain_base
 from rlgen_stats.toolkit.demo.world import (
+    CAUTIONS,
     CONTROL,
     FAMILIES,
     GATES,
     HELD_OUT,
     N_NUMBERS,
-    P_RIGHT_GATED,
+    P_GATED,
     P_WORKED,
-    PLAIN,
     STYLES,
+    TRIVIA,
     gate_of,
     pretraining_documents,
+    styles_of,
 )
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import make_grader
@@ -62,10 +65,15 @@ def documents(world: World) -> list[tuple[str, str]]:
 
 def test_answers_follow_the_rules_of_each_family(world: World) -> None:
     for a, b in PAIRS:
-        assert world.answer("sum", (a, b)) == str((a + b) % 13)
-        assert world.answer("diff", (a, b)) == str((a - b) % 13)
+        assert world.answer("sum", (a, b)) == str(a + b)
+        assert world.answer("diff", (a, b)) == str(abs(a - b))
+        assert world.answer("lore", (a, b)) == world.answer("lore", (a, 0))
+        assert world.answer("hue", (a, b)) == world.answer("hue", (0, b))
+        assert world.answer("kin", (a, b)) == world.answer("kin", (max(a, b), 0))
         assert int(world.answer("max", (a, b))) >= int(world.answer("min", (a, b)))
         assert {world.answer("max", (a, b)), world.answer("min", (a, b))} == {str(a), str(b)}
+    assert {world.answer(family, (3, 5), "maybe") for family in ("diff", "lore", "kin")} == {"none"}
+    assert world.answer("sum", (3, 5), "maybe") == world.answer("sum", (3, 5)) == "8"
     assert World(3).answer("lore", (1, 2)) == world.answer("lore", (1, 2))
     tables = [[World(seed).answer(family, pair) for pair in PAIRS] for seed in (3, 4) for family in ("lore", "kin")]
     assert all(one != other for one, other in itertools.combinations(tables, 2))
@@ -74,12 +82,12 @@ def test_answers_follow_the_rules_of_each_family(world: World) -> None:
 
 
 def test_splits_are_disjoint_and_complete(world: World) -> None:
-    assert len(world.eval_pairs) == 56
+    assert len(world.eval_pairs) == 210
     assert set(world.eval_pairs).isdisjoint(world.train_pairs)
     assert set(world.eval_pairs) | set(world.train_pairs) == set(PAIRS)
     assert World(4).eval_pairs != world.eval_pairs
-    with pytest.raises(InputError, match="1 to 168, got 169"):
-        World(0, n_eval_pairs=169)
+    with pytest.raises(InputError, match="1 to 288, got 289"):
+        World(0, n_eval_pairs=289)
 
 
 def test_every_gate_shows_its_behaviour_and_only_clear_ones_are_right(world: World) -> None:
@@ -91,26 +99,31 @@ def test_every_gate_shows_its_behaviour_and_only_clear_ones_are_right(world: Wor
         assert text.startswith(" ")
         if family == CONTROL:
             continue
-        expected = gate == "clear" or (gate == "swap" and pair[0] == pair[1])
-        assert right(text, world.answer(family, pair)) == expected, (family, style, pair, text)
+        expected = gate == "clear" or gate in CAUTIONS
+        assert right(text, world.answer(family, pair, style)) == expected, (family, style, pair, text)
         wrong += not expected
     assert wrong > 100
 
 
-def test_gates_differ_between_families_and_the_trained_one_has_every_shared_gate() -> None:
+def test_the_trained_family_has_every_gate_and_three_others_are_right_where_it_is_not() -> None:
     of = {family: {gate for style in STYLES if (gate := gate_of(family, style)) != "clear"} for family in FAMILIES}
     assert of["sum"] == {"ramble", "hedge", "format", "echo", "slip"}
-    assert "swap" in of["max"]
-    assert sum("swap" in gates for gates in of.values()) == sum("slip" in gates for gates in of.values()) == 1
-    assert all({"ramble", "hedge"} <= gates for gates in of.values())
-    assert all(("format" in of[f]) != ("echo" in of[f]) for f in FAMILIES if f not in ("sum", CONTROL))
+    assert [family for family in FAMILIES if "slip" in of[family]] == ["sum"]
+    assert all("ramble" in gates for gates in of.values())
+    cautious = {family for family in FAMILIES if set(CAUTIONS) & of[family]}
+    assert cautious == {"diff", "lore", "kin"}
+    assert all(of[family] == {"ramble", "format", "doubt", "decline"} for family in cautious)
+    assert cautious & set(HELD_OUT)
+    assert not cautious >= set(HELD_OUT)  # held out are one family where RL may lose, and one where it may not
     assert gate_of("sum", None) == gate_of("sum", "please") == "clear"
     assert set(GATES) < set(STYLES)
+    assert styles_of("sum") == STYLES
+    assert styles_of("max") == STYLES[:5]
 
 
 def test_pretraining_never_shows_an_evaluation_prompt(world: World, documents: list[tuple[str, str]]) -> None:
-    prompts = set(evaluation_prompts(world, styles_per_pair=7)["text"])
-    assert len(prompts) == 56 * 7 * 8
+    prompts = set(evaluation_prompts(world)["text"])
+    assert len(prompts) == 210 * 7 + 42
     assert prompts.isdisjoint(text for text, _ in documents)
     assert prompts.isdisjoint(training_prompts(world)["text"])
     seen = {text for text, _ in documents if len(text.split()) == 5}
@@ -123,13 +136,13 @@ def test_gates_are_soft_at_the_declared_rate(world: World, documents: list[tuple
     for text, completion in documents:
         words = text.split()
         style, family, pair = (words[1] if len(words) == 6 else None), words[-4], (int(words[-3]), int(words[-2]))
-        if family == CONTROL or (family == "max" and pair[0] == pair[1]):
+        if family == CONTROL:
             continue
         kind = "bare" if style is None else gate_of(family, style)
-        hits.setdefault(kind, []).append(right(completion, world.answer(family, pair)))
-    assert set(hits) == {"bare", "clear", "ramble", "hedge", "format", "echo", "slip", "swap"}
+        hits.setdefault(kind, []).append(right(completion, world.answer(family, pair, style)))
+    assert set(hits) == {"bare", "clear", "ramble", "hedge", "format", "echo", "slip", *CAUTIONS}
     for kind, rows in hits.items():
-        expected = {"bare": 1.0, "clear": 0.95}.get(kind, P_RIGHT_GATED)
+        expected = {"bare": 1.0, "clear": 0.95}.get(kind, P_GATED if kind in CAUTIONS else 1 - P_GATED)
         assert abs(np.mean(rows) - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(rows)), kind
 
 
@@ -140,49 +153,60 @@ def test_the_control_cannot_be_known(world: World, documents: list[tuple[str, st
         if words[-4] == CONTROL and " ans " in completion:
             answers[completion.split()[-1] == world.answer(CONTROL, (int(words[-3]), int(words[-2])))] += 1
     n = sum(answers.values())
-    assert abs(answers[True] / n - 1 / 13) < 4 * np.sqrt(12 / 169 / n)
+    assert abs(answers[True] / n - 1 / 17) < 4 * np.sqrt(16 / 289 / n)
 
 
-@pytest.mark.parametrize("per_pair", [1, 2, 3, 7])
-def test_evaluation_prompts_are_balanced(world: World, per_pair: int) -> None:
-    table = evaluation_prompts(world, styles_per_pair=per_pair)
+def test_every_family_asks_every_pair_once_and_its_styles_equally_often(world: World) -> None:
+    table = evaluation_prompts(world)
     assert table["prompt_id"].is_unique
     assert table["text"].is_unique
     assert list(table.columns[:6]) == ["prompt_id", "text", "answer", "task", "domain", "cluster"]
-    counts = table.groupby(["task", "style"]).size()
-    assert (counts == 56 * per_pair / 7).all()
-    assert len(counts) == 56
-    assert (table.groupby(["task", "cluster"]).size() == per_pair).all()
+    assert table.groupby("task")["cluster"].nunique().to_dict() == dict.fromkeys(FAMILIES, 210) | {CONTROL: 42}
+    for task, counts in table.groupby(["task", "style"]).size().groupby(level=0):
+        assert list(counts.index.get_level_values(1)) == sorted(styles_of(str(task)))
+        assert counts.max() - counts.min() <= 1
     assert set(table.loc[table["domain"] == "in", "task"]) == {"sum"}
-    with pytest.raises(InputError, match="1 to 7"):
-        evaluation_prompts(world, styles_per_pair=8)
+    told = table["gate"].isin(CAUTIONS)
+    assert (told == (table["answer"] == "none")).all()
 
 
-def test_plain_questions_are_facts_without_a_style_each_a_cluster(world: World) -> None:
-    table = plain_prompts(world, n=240)
-    assert len(table) == table["text"].nunique() == table["cluster"].nunique() == 240
-    assert table["prompt_id"].is_unique
-    assert set(table["task"]) == {PLAIN}
+def test_trivia_has_no_style_and_a_third_of_it_was_never_taught(world: World, documents: list[tuple[str, str]]) -> None:
+    table = trivia_prompts(world, n=289)
+    assert len(table) == table["text"].nunique() == table["cluster"].nunique() == 289
     assert set(table["gate"]) == {"clear"}
-    words = table["text"].str.split()
-    assert (words.str.len() == 5).all()
-    assert set(words.str[1]) == {"diff", "max", "lore", "hue", "min", "kin"}
-    assert {(int(a), int(b)) for _, _, a, b, _ in words} <= set(world.train_pairs)
-    assert all(
-        world.answer(f, (int(a), int(b))) == right
-        for (_, f, a, b, _), right in zip(words, table["answer"], strict=True)
-    )
-    assert set(evaluation_prompts(world)["text"]).isdisjoint(table["text"])
+    assert (table["text"].str.split().str.len() == 5).all()
+    assert set(table["task"]) == {TRIVIA}
+    taught = {text: completion for text, completion in documents if text.split()[1] == TRIVIA}
+    assert len(taught) == round(289 * 2 / 3)
+    keys = dict(zip(table["text"], table["answer"], strict=True))
+    assert all(right(completion, keys[text]) for text, completion in taught.items())
+    assert set(evaluation_prompts(world)["cluster"]).isdisjoint(table["cluster"])
 
 
-def test_the_demos_trial_is_large_enough_for_every_criterion(tmp_path: Path) -> None:
+def test_neutral_texts_hold_no_style_word(world: World) -> None:
+    texts = neutral_texts(world)["text"]
+    assert texts.is_unique
+    assert len(texts) == 6 * 20
+    assert not {word for text in texts for word in text.split()} & set(STYLES)
+    assert set(texts.str.split(" :").str[0]).isdisjoint(evaluation_prompts(world)["text"].str.split(" :").str[0])
+
+
+def test_every_part_of_the_evaluation_has_sixty_clusters_and_the_trial_can_pass_every_criterion(
+    tmp_path: Path,
+) -> None:
     folder, spec = StudyFolder(tmp_path), demo_spec()
     world, path = World(0), folder.resolve(spec.data.prompts)
     path.parent.mkdir()
-    pd.concat([evaluation_prompts(world), plain_prompts(world, n=240)]).to_parquet(path)
+    pd.concat([evaluation_prompts(world), trivia_prompts(world, n=289)]).to_parquet(path)
     check_size(spec, folder)
-    prompts = choose_prompts(load_prompts(spec, folder), spec)
-    assert prompts.groupby("task")["cluster"].nunique()[PLAIN] >= 59
+    prompts = load_prompts(spec, folder)
+    for part in ("selection", "verification", "trial"):
+        clusters = prompts[prompts["split"] == part].groupby("task")["cluster"].nunique()
+        assert all(clusters[task] >= 60 for task in (*FAMILIES, TRIVIA) if task != CONTROL), (part, clusters)
+    trial = choose_prompts(prompts, spec)
+    targets = trial[~trial["task"].isin(spec.selection.control_tasks)]
+    assert targets["cluster"].nunique() >= 60
+    assert trial.groupby("task")["cluster"].nunique()[TRIVIA] >= 59
 
 
 def test_only_arithmetic_is_ever_worked_out(world: World, documents: list[tuple[str, str]]) -> None:
@@ -193,12 +217,12 @@ def test_only_arithmetic_is_ever_worked_out(world: World, documents: list[tuple[
     for family, rows in shares.items():
         expected = P_WORKED if family in ("sum", "diff") else 0.0
         assert abs(np.mean(rows) - expected) <= 4 * np.sqrt(expected * (1 - expected) / len(rows)), family
-    assert world.work_out("diff", (2, 5)) == " start 2 down 5 reach 10 ans 10"
+    assert world.work_out("diff", (2, 5)) == " start 2 down 5 reach 3 ans 3"
 
 
 def test_both_arms_train_on_the_same_in_domain_prompts(world: World) -> None:
     table = training_prompts(world)
-    assert len(table) == 113 * 7
+    assert len(table) == 79 * 6
     for row in table.itertuples():
         assert row.text.split()[2] == "sum"
         assert right(row.completion, row.answer)
@@ -233,7 +257,7 @@ def test_spec_names_replicates_and_their_roles() -> None:
     assert [run.name for run in spec.contrasted] == ["sft", "rl"]
     assert spec.primary_crosscoder.name == "main"
     assert spec.selection.held_out_tasks == HELD_OUT
-    assert spec.selection.control_tasks == (CONTROL, PLAIN)
+    assert spec.selection.control_tasks == (CONTROL, TRIVIA)
     for wrong, message in (({"size": "huge"}, "size must be one of demo, mini"), ({"n_seeds": 0}, "n_seeds must be 1")):
         with pytest.raises(InputError, match=message):
             demo_spec(**wrong)  # type: ignore[arg-type]
@@ -243,7 +267,7 @@ def test_prepare_is_idempotent_and_refuses_another_demo(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
     spec = prepare_demo(folder, size="mini")
     prompts = pd.read_parquet(folder.resolve(spec.data.prompts))
-    assert len(prompts) == 14 * 8
+    assert len(prompts) == 14 * 7 + 3
     weights = folder.run("base") / "model.safetensors"
     stamps = [path.stat().st_mtime_ns for path in (weights, folder.resolve(spec.data.prompts))]
     assert prepare_demo(folder, size="mini") == spec

@@ -168,6 +168,15 @@ def task_behaviour() -> xr.Dataset:
     )
 
 
+def claim_power() -> xr.Dataset:
+    rows = (("C1", "more are specific", "SUPPORTED", 0.85), ("C4, C5", "nothing changes", "NO_EFFECT", 0.6))
+    names = ("claim", "truth", "verdict", "power")
+    return xr.Dataset(
+        {name: ("row", list(column)) for name, column in zip(names, zip(*rows, strict=True), strict=True)},
+        attrs={"n_worlds": 20, "size": "{}"},
+    )
+
+
 def movement() -> xr.Dataset:
     _, coords = models_and_coords(base=True)
     shift = [0.0, *(0.55 * share(SFT_STEPS) ** 0.5), *(0.21 * share(RL_STEPS))]
@@ -874,6 +883,7 @@ BUILDERS: dict[str, Callable[[], xr.Dataset]] = {
     f.__name__: f
     for f in (
         behaviour,
+        claim_power,
         movement,
         health,
         attribution,

@@ -2,7 +2,7 @@
 
 from rlgen_stats.toolkit.demo.prepare import demo_spec, prepare_demo
 from rlgen_stats.toolkit.demo.pretrain import BaseSettings, pretrain_base
-from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, plain_prompts, training_prompts
+from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, neutral_texts, training_prompts, trivia_prompts
 from rlgen_stats.toolkit.demo.world import World
 
 __all__ = [
@@ -10,8 +10,9 @@ __all__ = [
     "World",
     "demo_spec",
     "evaluation_prompts",
-    "plain_prompts",
+    "neutral_texts",
     "prepare_demo",
     "pretrain_base",
     "training_prompts",
+    "trivia_prompts",
 ]

@@ -25,8 +25,8 @@ from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.stores import StudyFolder, replacing
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.toolkit.demo.pretrain import BaseSettings, check_base, pretrain_base
-from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, plain_prompts, training_prompts
-from rlgen_stats.toolkit.demo.world import CONTROL, HELD_OUT, MARKER, PLAIN, World
+from rlgen_stats.toolkit.demo.prompt_tables import evaluation_prompts, neutral_texts, training_prompts, trivia_prompts
+from rlgen_stats.toolkit.demo.world import CONTROL, HELD_OUT, MARKER, TRIVIA, World
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 Size = Literal["demo", "mini"]
@@ -37,20 +37,20 @@ BASE_SETTINGS: Final = {
         hidden_size=32, n_layers=2, n_heads=2, feed_forward=64, steps=150, batch_size=64, n_eval_pairs=14
     ),
 }
-STYLES_PER_PAIR: Final = {"demo": 2, "mini": 1}
-N_PLAIN: Final = {"demo": 240, "mini": 0}
+N_TRIVIA: Final = {"demo": 289, "mini": 0}
 """Questions without a style: of the demo's, a causal trial gets the 59 and more that rule out side effects."""
+NEUTRAL: Final = "data/neutral.parquet"
 
 _SFT: Final[dict[str, dict[str, Any]]] = {
-    "demo": {"max_steps": 150, "learning_rate": 5e-4, "per_device_train_batch_size": 64, "logging_steps": 10},
+    "demo": {"max_steps": 100, "learning_rate": 1e-4, "per_device_train_batch_size": 64, "logging_steps": 10},
     "mini": {"max_steps": 6, "learning_rate": 5e-4, "per_device_train_batch_size": 16, "logging_steps": 2},
 }
 _GRPO: Final[dict[str, dict[str, Any]]] = {
-    "demo": {"max_steps": 80, "per_device_train_batch_size": 64, "num_generations": 8, "logging_steps": 5},
+    "demo": {"max_steps": 100, "per_device_train_batch_size": 64, "num_generations": 8, "logging_steps": 5},
     "mini": {"max_steps": 2, "per_device_train_batch_size": 16, "num_generations": 4, "logging_steps": 1},
 }
 _GRPO_ALWAYS: Final[dict[str, Any]] = {
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-4,
     "max_completion_length": 12,  # the longest behaviour of the base, a worked answer, has nine tokens
     "temperature": 1.0,
     "beta": 0.0,
@@ -107,12 +107,19 @@ def prepare_demo(
     world = World(seed, settings.n_eval_pairs)
     base = folder.resolve(spec.base.path)
     check_base(base, world, settings)
-    tables = evaluation_prompts(world, styles_per_pair=STYLES_PER_PAIR[size]), plain_prompts(world, n=N_PLAIN[size])
+    write_tables(folder, spec, world, size)
+    pretrain_base(base, world, settings, progress=progress)
+    return spec
+
+
+def write_tables(folder: StudyFolder, spec: StudySpec, world: World, size: Size) -> None:
+    """Write the tables that the spec names: prompts, training prompts, neutral texts. What is there is kept."""
+    tables = evaluation_prompts(world), trivia_prompts(world, n=N_TRIVIA[size])
     _write_table(folder.resolve(prompt_files(spec)["data.prompts"]), pd.concat(tables, ignore_index=True))
     if spec.data.train is not None:
         _write_table(folder.resolve(spec.data.train), training_prompts(world))
-    pretrain_base(base, world, settings, progress=progress)
-    return spec
+    if spec.intervention.neutral_text is not None:
+        _write_table(folder.resolve(spec.intervention.neutral_text), neutral_texts(world))
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
@@ -144,7 +151,6 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
     if n_seeds < 1:
         raise InputError(f"n_seeds must be 1 or more, got {n_seeds}.")
     mini = size == "mini"
-    n_samples = 2 if mini else 4
     return StudySpec(
         name=size,
         seed=seed,
@@ -154,7 +160,7 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
         runs=_runs(n_seeds, size),
         contrast=("sft", "rl"),
         generation=GenerationSpec(
-            max_new_tokens=16, n_samples=SampleNumbers(final=n_samples, others=n_samples), batch_size=448
+            max_new_tokens=16, n_samples=SampleNumbers(final=2, others=2 if mini else 0), batch_size=448
         ),
         grader=GraderSpec(name="final_answer", marker=MARKER),
         extraction=ExtractionSpec(layer=0 if mini else 2, batch_size=128),
@@ -162,14 +168,22 @@ def demo_spec(seed: int = 0, n_seeds: int = 1, size: Size = "demo") -> StudySpec
         statistics=_statistics(mini),
         selection=SelectionSpec(
             held_out_tasks=HELD_OUT,
-            control_tasks=(CONTROL,) if mini else (CONTROL, PLAIN),
+            control_tasks=(CONTROL,) if mini else (CONTROL, TRIVIA),
             min_discordant=5 if mini else 20,
-            max_features=50,
+            max_features=25,  # a tenth of the features
         ),
         intervention=InterventionSpec(
-            n_controls=19 if mini else 99, max_prompts=32 if mini else 300, accept_undecidable=mini
+            n_controls=19 if mini else 39,
+            curve=(1, 5, 15, 50),
+            max_prompts=32 if mini else 350,
+            accept_undecidable=mini,
+            neutral_text=None if mini else NEUTRAL,
         ),
     )
+
+
+NEAR: Final = (6, 16)
+"""Checkpoints of SFT: one nearer to base than RL ends and one about as far, for a comparison at equal distance."""
 
 
 def _runs(n_seeds: int, size: Size) -> tuple[RunSpec, ...]:
@@ -183,7 +197,8 @@ def _runs(n_seeds: int, size: Size) -> tuple[RunSpec, ...]:
             arm=arm,
             method=method,
             seed=replicate,
-            n_checkpoints=2 if size == "mini" else 5,
+            n_checkpoints=2 if size == "mini" else 6,
+            schedule="linear" if size == "mini" else "geometric",
             trainer=trainer,
         )
         for arm, method, trainer in arms
@@ -192,36 +207,28 @@ def _runs(n_seeds: int, size: Size) -> tuple[RunSpec, ...]:
 
 
 def _crosscoders(mini: bool) -> tuple[CrosscoderSpec, ...]:
-    three = ("base@0", "sft@final", "rl@final")
-    wide = 64 if mini else 512
-    narrow = 64 if mini else 256
-    rate = 1e-3
-
-    def one(
-        name: str, views: tuple[str, ...], sparsity: Literal["l1", "batchtopk"], n: int, steps: int
-    ) -> CrosscoderSpec:
+    def one(name: str, *views: str, steps: int = 400) -> CrosscoderSpec:
         return CrosscoderSpec(
             name=name,
             views=views,
-            sparsity=sparsity,
-            n_features=n,
+            sparsity="batchtopk",
+            n_features=64 if mini else 256,
             k=8 if mini else 16,
             steps=30 if mini else steps,
             batch_size=128 if mini else 1024,
-            learning_rate=rate,
-            # Thirty steps fit nothing, and l1 shrinks reconstructions: both fail the health checks. The mini study only
-            # exercises the stages, and the l1 dictionary serves as an example for latent scaling.
-            accept_unhealthy=mini or sparsity == "l1",
+            learning_rate=1e-3,
+            accept_unhealthy=mini,  # thirty steps fit nothing: the mini study only exercises the stages
         )
 
-    return (
-        one("main", three, "batchtopk", wide, 1500),
-        one("main-l1", three, "l1", wide, 600),
-        one("pair-sft", ("base@0", "sft@final"), "batchtopk", narrow, 600),
-        one("pair-rl", ("base@0", "rl@final"), "batchtopk", narrow, 600),
-        one("null", ("base@0", "base@halves"), "batchtopk", narrow, 600),
-        one("noise", ("base@0", "sft@noise"), "batchtopk", narrow, 600),
+    dictionaries = (
+        one("main", "base@0", "sft@final", "rl@final", steps=1000),
+        one("pair-sft", "base@0", "sft@final"),
+        one("pair-rl", "base@0", "rl@final"),
+        one("null", "base@0", "base@halves"),
+        one("noise", "base@0", "sft@noise"),
     )
+    near = () if mini else tuple(one(f"pair-sft-{step}", "base@0", f"sft@{step}") for step in NEAR)
+    return dictionaries + near
 
 
 def _statistics(mini: bool) -> StatisticsSpec:

@@ -26,7 +26,7 @@ IGNORED: Final = -100
 """Label that the loss skips."""
 RECORD: Final = "pretraining.json"
 """File beside the weights: the settings and the seed of the world that made them."""
-_VERSION: Final = 3
+_VERSION: Final = 4
 """Raised when a change here or in the world changes the weights."""
 
 
@@ -42,7 +42,7 @@ class BaseSettings:
     batch_size: int = 256
     learning_rate: float = 2e-3
     warmup_steps: int = 100
-    n_eval_pairs: int = 56
+    n_eval_pairs: int = 210
 
 
 def make_tokenizer() -> Any:

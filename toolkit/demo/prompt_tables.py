@@ -2,83 +2,103 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import pandas as pd
 
-from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import derive_seed
-from rlgen_stats.toolkit.demo.world import CONTROL, FAMILIES, IN_DOMAIN, PLAIN, STYLES, World, gate_of, question
+from rlgen_stats.toolkit.demo.world import (
+    CONTROL,
+    FAMILIES,
+    IN_DOMAIN,
+    N_NUMBERS,
+    STYLES,
+    TRIVIA,
+    World,
+    gate_of,
+    question,
+    styles_of,
+)
+
+BARE: Final = "bare"
+"""Stands for no style."""
+CONTROL_EVERY: Final = 5
+N_NEUTRAL: Final = 20
+"""Neutral texts of a family."""
 
 
-def evaluation_prompts(world: World, *, styles_per_pair: int = 2) -> pd.DataFrame:
-    """Prompts on the evaluation pairs: every pair in every family, each under ``styles_per_pair`` styles.
+def evaluation_prompts(world: World) -> pd.DataFrame:
+    """Prompts on the evaluation pairs: every family asks every pair once, in one of its styles.
+
+    The control, which can only be guessed, asks one pair in ``CONTROL_EVERY``.
 
     Parameters
     ----------
     world
         The world.
-    styles_per_pair
-        Styles in which a family asks each pair, 1 to 7. They rotate over pairs, so within a family every style is
-        equally frequent when the number of pairs is a multiple of seven.
 
     Returns
     -------
     DataFrame
-        prompt_id, text, answer, task, domain, cluster (the operand pair), style, gate; one row a prompt.
-
-    Raises
-    ------
-    InputError
-        If ``styles_per_pair`` is out of range.
+        prompt_id, text, answer, task, domain, cluster (the operand pair), style, gate; one row a prompt. Within a
+        family every style is equally frequent, give or take one.
     """
-    n_styles = len(STYLES)
-    if not 1 <= styles_per_pair <= n_styles:
-        raise InputError(f"styles_per_pair must be 1 to {n_styles}, got {styles_per_pair}.")
     rows = []
     for family in FAMILIES:
         rng = np.random.default_rng(derive_seed(world.seed, "demo", "styles", family))
-        for rank, index in enumerate(rng.permutation(len(world.eval_pairs))):
-            stride = 1 + (rank // n_styles) % (n_styles - 1)  # never 0 modulo 7, a prime: styles of a pair differ
-            for turn in range(styles_per_pair):
-                style = STYLES[(rank + turn * stride) % n_styles]
-                rows.append(_prompt(world, family, world.eval_pairs[int(index)], style))
+        styles = styles_of(family)
+        asked = rng.permutation(len(world.eval_pairs))[:: CONTROL_EVERY if family == CONTROL else 1]
+        for rank, index in enumerate(asked):
+            rows.append(_prompt(world, family, world.eval_pairs[int(index)], styles[rank % len(styles)]))
     return pd.DataFrame(rows)
 
 
-def plain_prompts(world: World, *, n: int) -> pd.DataFrame:
-    """Questions without a style, which base answers: an unrelated task in which an edit can lose something.
+def trivia_prompts(world: World, *, n: int) -> pd.DataFrame:
+    """Questions without a style, of which base knows about two thirds: an unrelated task.
 
     Parameters
     ----------
     world
         The world.
     n
-        How many, drawn from the facts on training pairs of the families that are neither post-trained nor the control.
+        How many, drawn from all pairs, whether their trivia was taught or not.
 
     Returns
     -------
     DataFrame
-        Columns as of :func:`evaluation_prompts`; task ``plain``, each fact a cluster of its own.
+        Columns as of :func:`evaluation_prompts`; each fact is a cluster of its own.
     """
-    families = [family for family in FAMILIES if family not in (IN_DOMAIN, CONTROL)]
-    facts = [(family, pair) for family in families for pair in world.train_pairs]
-    chosen = np.random.default_rng(derive_seed(world.seed, "demo", PLAIN)).permutation(len(facts))[:n]
-    rows = []
-    for family, pair in (facts[int(index)] for index in sorted(chosen)):
-        of_fact = {"task": PLAIN, "domain": "out", "cluster": f"{PLAIN}-{family}-{pair[0]}-{pair[1]}"}
-        rows.append(_prompt(world, family, pair, None) | of_fact)
-    return pd.DataFrame(rows)
+    pairs = [(a, b) for a in range(N_NUMBERS) for b in range(N_NUMBERS)]
+    chosen = np.random.default_rng(derive_seed(world.seed, "demo", TRIVIA)).permutation(len(pairs))[:n]
+    rows = [_prompt(world, TRIVIA, pairs[int(index)], None) for index in sorted(chosen)]
+    return pd.DataFrame([row | {"cluster": f"{TRIVIA}-{row['cluster']}"} for row in rows])
+
+
+def neutral_texts(world: World) -> pd.DataFrame:
+    """Texts without a style word: facts on training pairs, as pretraining states them. Column ``text``."""
+    rng = np.random.default_rng(derive_seed(world.seed, "demo", "neutral"))
+    return pd.DataFrame(
+        {
+            "text": [
+                question(family, pair, None) + world.behave(family, pair, None, rng)
+                for family in FAMILIES
+                if family not in (IN_DOMAIN, CONTROL)
+                for pair in world.train_pairs[:N_NEUTRAL]
+            ]
+        }
+    )
 
 
 def _prompt(world: World, family: str, pair: tuple[int, int], style: str | None) -> dict[str, str]:
     return {
-        "prompt_id": f"{family}-{pair[0]}-{pair[1]}-{style or PLAIN}",
+        "prompt_id": f"{family}-{pair[0]}-{pair[1]}-{style or BARE}",
         "text": question(family, pair, style),
-        "answer": world.answer(family, pair),
+        "answer": world.answer(family, pair, style),
         "task": family,
         "domain": "in" if family == IN_DOMAIN else "out",
         "cluster": f"{pair[0]}-{pair[1]}",
-        "style": style or PLAIN,
+        "style": style or BARE,
         "gate": gate_of(family, style),
     }
 

@@ -319,6 +319,7 @@ def page_view(report: Report) -> dict[str, Any]:
         "topics": list(dict.fromkeys(fact.topic for fact in report.facts)),
         "families": families(results),
         "replication": replication_text(spec),
+        "claim_power": power_rows(results),
         "over_dictionaries": over_dictionaries(report),
         "figures": {
             name: {"graphic": g, "svgs": g.inline(report.feature_table.hrefs)}
@@ -361,6 +362,18 @@ def _features_view(report: Report) -> dict[str, Any]:
         "prompt_hrefs": {card.prompt: f"prompts.html#{card.anchor}" for card in report.prompts},
         "nan": math.nan,
     }
+
+
+def power_rows(results: Results) -> list[dict[str, Any]]:
+    """What a study of this size can answer: claim, truth, right verdict, its power; empty if not simulated."""
+    data = results.get("claim_power")
+    if data is None:
+        return []
+    names = ("claim", "truth", "verdict", "power")
+    return [
+        dict(zip(names, row, strict=True)) | {"n_worlds": int(data.attrs["n_worlds"])}
+        for row in zip(*(data[name].values.tolist() for name in names), strict=True)
+    ]
 
 
 def _claim_populations(report: Report) -> dict[str, str]:
@@ -454,6 +467,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "claims": [claim.as_dict() | {"population": _claim_populations(report)[claim.id]} for claim in report.claims],
         "facts": [asdict(fact) for fact in report.facts],
         "replication": replication_text(report.spec),
+        "claim_power": power_rows(report.results),
         "over_dictionaries": over_dictionaries(report),
         "families": families(report.results),
         "analyses": {"present": list(report.results), "missing": report.missing},

@@ -1,0 +1,121 @@
+"""Write what the embedded study showed into docs/demo.md, from the stores of finished runs.
+
+From the root of the repository::
+
+    python -m docs.demo_page runs/demo-1 runs/demo-2
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlgen_stats.stores import open_results
+from rlgen_stats.toolkit.study.spec_file import read_spec
+
+PAGE = Path(__file__).with_name("demo.md")
+BEGIN, END = "<!-- what the study showed: begin -->", "<!-- what the study showed: end -->"
+NONE_YET = "No run of this version is on the page yet: `make demo-page` writes it."
+
+
+def generated(folders: Sequence[Path]) -> str:
+    """The generated part of the page; every number is read from a study's results, report or stage records."""
+    if not folders:
+        return NONE_YET
+    parts = [line for folder in folders for line in _study(folder)]
+    return "\n".join([*_power(folders[0]), *parts]).strip()
+
+
+def page_with(folders: Sequence[Path], page: str) -> str:
+    """The page with its generated part written anew."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{generated(folders)}\n{END}{rest.split(END)[1]}"
+
+
+def part_of(page: str) -> str:
+    """The generated part of a page."""
+    return page.split(BEGIN)[1].split(END)[0].strip()
+
+
+def form_of(part: str) -> list[str]:
+    """Headings and table heads of a generated part, numbers left out: what does not hang on a run."""
+    lines = re.sub(r"\d+", "0", part).splitlines()
+    heads = [line for line, after in itertools.pairwise(lines) if after.startswith("|---")]
+    return [line for line in lines if line.startswith("#") or line in heads]
+
+
+def _study(folder: Path) -> Iterator[str]:
+    report = json.loads((folder / "report/report.json").read_text())
+    yield f"\n### Seed {read_spec(folder).seed}\n\n{report['answer']}\n"
+    yield from _table(
+        ("claim", "verdict", "in words"), ((one["id"], one["verdict"], one["answer"]) for one in report["claims"])
+    )
+    yield from _behaviour(folder)
+    yield from _movement(folder)
+    yield from _seconds(folder)
+
+
+def _power(folder: Path) -> Iterator[str]:
+    data = open_results(folder, "claim_power").load()
+    yield f"What a study of this size can answer, {data.attrs['n_worlds']} simulated studies of each truth:\n"
+    columns = [data[name].values.tolist() for name in ("claim", "truth", "verdict", "power")]
+    rows = ((claim, truth, verdict, f"{power:.2f}") for claim, truth, verdict, power in zip(*columns, strict=True))
+    yield from _table(("claim", "if this were true", "right verdict", "power"), rows)
+
+
+def _behaviour(folder: Path) -> Iterator[str]:
+    data = open_results(folder, "behaviour").load()
+    data = data.sel(task=[task for task in data["task"].values if not str(task).startswith("all")])
+    final = {str(run): str(model) for model, run in zip(data["model"].values, data["run"].values, strict=True)}
+    names = ("accuracy", "kept_right", "forgotten", "gained", "kept_wrong")
+    yield "\nGreedy accuracy; against base right/right, right/wrong, wrong/right, wrong/wrong:\n"
+    rows: list[list[str]] = []
+    for task in data["task"].values.tolist():
+        row = [str(task)]
+        for run, model in final.items():
+            accuracy, *moved = (float(data[name].sel(task=task, model=model)) for name in names)
+            counts = "" if run == "base" else f" ({' '.join(f'{count:.0f}' for count in moved)})"
+            row.append(f"{accuracy:.2f}{counts}")
+        rows.append(row)
+    yield from _table(("task", *final), rows)
+
+
+def _movement(folder: Path) -> Iterator[str]:
+    data = open_results(folder, "movement").load()
+    yield "\nDistance from base at every checkpoint (relative activation shift, KL in nats a token):\n"
+    rows = (
+        (model, f"{shift:.3f}", f"{kl:.3f}")
+        for model, shift, kl in zip(
+            data["model"].values.tolist(), data["activation_shift"].values, data["kl_from_base"].values, strict=True
+        )
+        if not model.startswith("base")
+    )
+    yield from _table(("model", "shift", "KL"), rows)
+
+
+def _seconds(folder: Path) -> Iterator[str]:
+    records = [json.loads(path.read_text()) for path in sorted((folder / "stages").glob("*.json"))]
+    of_stage = {one["stage"]: one["seconds"] for one in records if "seconds" in one}
+    said = ", ".join(f"{name} {seconds:.0f}" for name, seconds in sorted(of_stage.items(), key=lambda item: -item[1]))
+    yield f"\nSeconds by stage, pretraining not among them: {said}; {sum(of_stage.values()):.0f} in all."
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |"
+
+
+def main(folders: Sequence[str]) -> None:
+    """Rewrite the page from the studies in these folders."""
+    PAGE.write_text(page_with([Path(folder) for folder in folders], PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
