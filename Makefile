@@ -16,11 +16,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[dev,docs]'
 	touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed
@@ -42,9 +42,10 @@ imports: .namespace/rlgen_stats
 	cd .namespace && PYTHONPATH=. ../$(BIN)/lint-imports --config ../pyproject.toml
 
 # Two workers on two cores: more threads each would only wait for one another. THREADS=2 adds sums in another order.
+# Files begin in the order of tests/conftest.py, the longest first.
 THREADS ?= 1
 pytest:
-	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The site, in site/: pages, API reference from docstrings, every link and reference checked. `mkdocs serve` while writing.
 docs: install-dev .namespace/rlgen_stats
@@ -128,17 +129,21 @@ same-numbers: install-dev
 	$(BIN)/python -m tests.end_to_end.same_numbers .same/one .same/two
 	rm -rf .same
 
-wheel: install-dev
+WHEEL := dist/.built
+wheel: $(WHEEL)
+
+$(WHEEL): pyproject.toml README.md $(shell find schemas stores toolkit cli -type f ! -name '*.pyc') | $(BIN)/python
 	rm -rf build dist
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	touch $@
 
 # The wheel as a user gets it: a fresh environment, no source tree on the path, a mini study.
-smoke: wheel
+smoke: $(WHEEL)
 	rm -rf .smoke && $(PYTHON) -m venv .smoke/venv
-	.smoke/venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) dist/*.whl
+	.smoke/venv/bin/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) dist/*.whl
 	cd .smoke && venv/bin/rlgen-stats --help >/dev/null
 	cd .smoke && venv/bin/python -P -c "import rlgen_stats.schemas, rlgen_stats.stores, rlgen_stats.toolkit, rlgen_stats.cli"
-	cd .smoke && venv/bin/rlgen-stats demo --size mini --folder study && venv/bin/rlgen-stats verify study
+	cd .smoke && export OMP_NUM_THREADS=1 && venv/bin/rlgen-stats demo --size mini --folder study && venv/bin/rlgen-stats verify study
 	rm -rf .smoke
 
 clean:

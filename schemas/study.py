@@ -23,6 +23,8 @@ from rlgen_stats.schemas.tasks import GRADER_VERSIONS, GRADING_VERSION, GraderSp
 STUDY_SCHEMA_VERSION: Final = 1
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+_LAST_STEP: Final = 2**63 - 1
+"""Steps are stored as 64-bit integers."""
 Dose = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 _OrText: Final = WithJsonSchema(
     {"anyOf": [{"type": "object", "additionalProperties": {"type": "string"}}, {"type": "string"}]}
@@ -178,6 +180,8 @@ class RunSpec(ChatSpec):
             )
         if any(step < 1 for step in self.checkpoints):
             raise ValueError(f"run {self.name!r}: checkpoint steps start at 1; step 0 is the base.")
+        if any(step > _LAST_STEP for step in self.checkpoints):
+            raise ValueError(f"run {self.name!r}: checkpoint steps end at {_LAST_STEP}, got {max(self.checkpoints)}.")
         return self
 
 

@@ -135,7 +135,7 @@ def table_files(path: Path) -> list[Path]:
         raise InputError(f"{path} holds no table; expected {', '.join(_READERS)} files, or what datasets saved.")
     if path.suffix and path.suffix not in _READERS:
         raise InputError(f"{path}: tables are {', '.join(_READERS)} files, got {path.suffix!r}.")
-    raise InputError(f"no table at {path}; correct its path in the study file.")
+    raise InputError(f"no table at {path}; correct the path.")
 
 
 def _read(what: str, reader: Callable[[Path], pd.DataFrame], path: Path) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections import Counter, deque
@@ -306,7 +307,7 @@ def local_workers(devices: str) -> Iterator[Any]:
         If a worker does not start.
     """
     names = [name.strip() for name in devices.split(",")]
-    wrong = [name for name in names if name != "cpu" and not name.isdigit()]
+    wrong = [name for name in names if name != "cpu" and not re.fullmatch("[0-9]+", name)]
     if wrong:
         raise InputError(f"devices are numbers of GPUs or cpu, with commas between (0,1), got {wrong[0]!r}.")
     import dask

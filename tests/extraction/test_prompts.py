@@ -170,7 +170,7 @@ def test_tasks_named_by_the_spec_must_exist(tmp_path: Path) -> None:
 
 
 def test_missing_and_malformed_files_are_input_errors(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no table at"):
+    with pytest.raises(InputError, match=r"no table at .*none\.csv; correct the path\.$"):
         read_table(tmp_path / "none.csv")
     with pytest.raises(InputError, match=r"tables are \.parquet, .* \.jsonl, \.json, \.arrow files, got '\.txt'"):
         read_table(tmp_path / "prompts.txt")

@@ -77,6 +77,13 @@ def test_yaml_scientific_notation_without_a_point_is_explained() -> None:
         built("sft", learning_rate="5e-4")
 
 
+@pytest.mark.parametrize(("name", "value"), [("max_steps", True), ("learning_rate", False), ("max_length", True)])
+def test_true_and_false_are_no_numbers(name: str, value: bool) -> None:
+    with pytest.raises(SpecError, match=rf"'trainer.{name}' must be a number, got {str(value).lower()}\."):
+        built("sft", **{name: value})
+    assert built("sft", packing=True, bf16=False).packing is True
+
+
 def test_adapters_pass_through_peft() -> None:
     run = RunSpec(name="run", arm="arm", method="sft", trainer={"peft": {"r": 2, "target_modules": ["q_proj"]}})
     assert trainer_arguments(run, output=Path("x"), seed=0, device=CPU, max_new_tokens=9).max_steps == -1

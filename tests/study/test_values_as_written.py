@@ -46,6 +46,14 @@ def changed(**sections: Any) -> dict[str, Any]:
             {"runs": [SPEC["runs"][0], SPEC["runs"][1] | {"checkpoints": {True: "models/rl"}}]},
             "expected a number, got True",
         ),
+        (
+            {"runs": [SPEC["runs"][0], SPEC["runs"][1] | {"checkpoints": {1: "models/rl", "1": "models/sft"}}]},
+            r"checkpoints': expected every key once, got \[1, '1'\]",
+        ),
+        (
+            {"runs": [SPEC["runs"][0], SPEC["runs"][1] | {"checkpoints": {2**63: "models/rl"}}]},
+            "checkpoint steps end at 9223372036854775807",
+        ),
         ({"runs": [SPEC["runs"][0], SPEC["runs"][1] | {"trainer": {"beta": math.nan}}]}, "expected a finite number"),
         (
             {"crosscoders": [*SPEC["crosscoders"], {"name": "x", "views": ["base@0", "base@0"], "n_features": 64}]},
@@ -65,8 +73,8 @@ def test_what_is_not_meant_is_refused(sections: dict[str, Any], message: str) ->
 def test_numbers_written_plainly_are_taken() -> None:
     spec = parse_spec(changed(seed="12", generation={"temperature": 1}, intervention={"doses": [0, 2], "curve": []}))
     assert (spec.seed, spec.generation.temperature, spec.intervention.doses) == (12, 1.0, (0.0, 2.0))
-    quoted = SPEC["runs"][1] | {"checkpoints": {"4": "models/rl"}}
-    assert list(parse_spec(changed(runs=[SPEC["runs"][0], quoted])).runs[1].checkpoints) == [4]
+    quoted = SPEC["runs"][1] | {"checkpoints": {"4": "models/rl", 2**63 - 1: "models/sft"}}
+    assert list(parse_spec(changed(runs=[SPEC["runs"][0], quoted])).runs[1].checkpoints) == [4, 2**63 - 1]
 
 
 @pytest.mark.parametrize("name", ["rl\n", "r\nl", "rl ", "-rl", ".rl", "rÖ", ""])

@@ -151,11 +151,14 @@ def _suggestion(name: str, known: list[str]) -> str:
 
 
 def _check_numbers(run: RunSpec, given: Mapping[str, Any], config: Any) -> None:
-    """Refuse numbers given as text: YAML reads 5e-4 as text, on which TRL would fail much later."""
+    """Refuse numbers given as text (YAML reads 5e-4 as text) or as true and false, which Python takes for 1 and 0."""
     kinds = {field.name: str(field.type) for field in dataclasses.fields(config)}
     for name, value in given.items():
-        if isinstance(value, str) and "str" not in kinds[name] and ("float" in kinds[name] or "int" in kinds[name]):
+        is_number = "float" in kinds[name] or "int" in kinds[name]
+        if is_number and isinstance(value, str) and "str" not in kinds[name]:
             raise SpecError(
                 f"run {run.name!r}: 'trainer.{name}' must be a number, got the text {value!r}; "
                 "YAML needs a decimal point in scientific notation: 5.0e-4."
             )
+        if is_number and isinstance(value, bool) and "bool" not in kinds[name]:
+            raise SpecError(f"run {run.name!r}: 'trainer.{name}' must be a number, got {str(value).lower()}.")
