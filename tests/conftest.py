@@ -7,8 +7,21 @@ where all initial weights are others (RLGEN_STATS_WEIGHTS, a number that is adde
 
 import os
 
+import pytest
 import torch
 from threadpoolctl import threadpool_limits
+
+LONGEST = (
+    *("test_mini.py", "test_planted.py", "test_paper_study.py", "test_linked_studies.py", "test_objectives.py"),
+    *("test_remote.py", "test_verify_causally.py", "test_null_views.py", "test_layers.py", "test_planted_truth.py"),
+    *("test_on_workers.py", "test_stabilization.py", "test_simulate.py", "test_stabilization_arms.py"),
+)
+"""Files that take half a minute or more. They begin first: one that begins last leaves the other worker idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 torch.set_num_threads(THREADS)

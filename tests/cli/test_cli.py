@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rlgen_stats.cli import main
+from rlgen_stats.cli import console, main
 from rlgen_stats.cli.console import handle_errors, print_json, progress_for
 from rlgen_stats.cli.main import _COMMANDS
 from rlgen_stats.cli.stages import STAGE_NAMES, print_verdicts
@@ -123,10 +123,8 @@ def test_only_stages_that_refuse_unhealthy_crosscoders_offer_to_accept_them(name
         (["inspect", "nowhere"], "nowhere is not a Zarr v3 store (no such folder)"),
         (["verify", "nowhere"], "nowhere is not a Zarr v3 store"),
         (["run", "nowhere", "--scheduler", "tcp://127.0.0.1:1"], "no dask scheduler answers at 'tcp://127.0.0.1:1'"),
-        (
-            ["run", "nowhere", "--devices", "cuda:0"],
-            "devices are numbers of GPUs or cpu, with commas between",
-        ),
+        (["run", "nowhere", "--devices", "cuda:0"], "devices are numbers of GPUs or cpu, with commas between"),
+        (["run", "nowhere", "--devices", "0,²"], "devices are numbers of GPUs or cpu, with commas between (0,1), got"),
         (["run", "nowhere", "--devices", "0", "--scheduler", "tcp://h:1"], "name one of the two"),
     ],
 )
@@ -134,6 +132,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "SCHEDULER_SECONDS", 1.0)
     code, out, err = run(*arguments)
     assert code == 2
     assert message in err

@@ -312,21 +312,21 @@ def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result]
     assert [line.split(":")[0] for line in changed] == ["/results/drift/effect", "report.json > claims > 2 > answer"]
 
 
-def test_several_processes_train_crosscoders_through_torchrun(mini: tuple[Path, Result], tmp_path: Path) -> None:
+def test_several_processes_train_crosscoders_through_torchrun(
+    mini: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "study"
     shutil.copytree(mini[0], folder)
-    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-
-    def together(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*launch, "-m", "rlgen_stats.cli", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-    refused = together("drift", str(folder), "--force")
-    assert refused.returncode != 0
+    with monkeypatch.context() as one_of_two:
+        one_of_two.setenv("WORLD_SIZE", "2")
+        refused = run_command("drift", str(folder), "--force")
+    assert refused.exit_code == 2
     assert "several processes together run the crosscoder stage only" in refused.stderr
     before = {name: read_json(folder / "crosscoder" / name / "curve.json") for name in ("main", "pair-rl")}
     stamp = (folder / "crosscoder/main/spec.json").stat().st_mtime_ns
-    done = together("crosscoder", str(folder), "--force")
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*launch, "-m", "rlgen_stats.cli", "crosscoder", str(folder), "--force"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "crosscoder/main/spec.json").stat().st_mtime_ns > stamp  # trained again, not kept
     states = json.loads(run_command("status", str(folder), "--json").stdout)["stages"]

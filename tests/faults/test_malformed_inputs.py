@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlgen_stats.cli import console
 from tests.faults.malformed_inputs import count
 
 
@@ -14,6 +15,7 @@ from tests.faults.malformed_inputs import count
 def test_malformed_inputs_are_named_or_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(console, "SCHEDULER_SECONDS", 2.0)
     found = count(tmp_path, seed=0, n_settings=25, share=0.03)
     bad = {verdict: cases for verdict, cases in found.items() if verdict not in ("named", "harmless")}
     assert not bad, bad
