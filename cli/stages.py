@@ -59,6 +59,8 @@ report_to_option = click.option(
 )
 STAGE_NAMES: Final = list(_HELP)
 """All stages in the order in which they run."""
+_VERDICT: Final = ("id", "statement", "verdict", "answer")
+"""What is shown of a claim."""
 _ACCEPTING: Final = ("encode", "align")
 """Stages that refuse crosscoders that failed their health checks, unless forced."""
 
@@ -190,16 +192,23 @@ def run_and_print(
 
 def _result(study: Study, name: str) -> dict[str, Any]:
     """What a stage of a study, or of one that is linked to it, found."""
-    from rlgen_stats.stores import read_json
-
     record, report = study.record(name), study.folder.report
     found: dict[str, Any] = {"stage": name, "state": study.state(name), "seconds": record.get("seconds")}
     found |= {"facts": record.get("facts", {}), "stores": list(record.get("stores", {}))}
     if name == "report":
-        claims = read_json(report / "report.json").get("claims", [])
-        verdicts = [{key: claim[key] for key in ("id", "statement", "verdict", "answer")} for claim in claims]
-        found |= {"report": str(report / "index.html"), "verdicts": verdicts}
+        found |= {"report": str(report / "index.html"), "verdicts": _claims(report)[0]}
     return found
+
+
+def _claims(report: Path) -> tuple[list[dict[str, str]], str]:
+    """The claims of a report, and what of several layers or contrasts it answers."""
+    from rlgen_stats.stores.atomic import explain_damage, read_object
+
+    file = report / "report.json"
+    with explain_damage(file):
+        content = read_object(file)
+        claims = [{name: str(claim[name]) for name in _VERDICT} for claim in content["claims"]]
+        return claims, str(content.get("answered", ""))
 
 
 def _print_facts(study: Study, name: str) -> None:
@@ -228,16 +237,13 @@ def print_verdicts(report: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from rlgen_stats.stores import read_json
-
-    content = read_json(report / "report.json")
-    claims, answered = content["claims"], content.get("answered", "")
+    claims, answered = _claims(report)
     title = Text(plain(f"Verdicts{answered and f', {answered}'}"), "table.title")
     table = Table(title=title, title_justify="left", show_lines=False)
     for column in ("", "claim", "verdict", "answer"):
         table.add_column(column, overflow="fold")
     for claim in claims:
-        table.add_row(*(plain(claim[name]) for name in ("id", "statement", "verdict", "answer")))
+        table.add_row(*map(plain, claim.values()))
     Console().print(table, markup=False)  # answers name views, as [base@0, rl@200]
     echo(f"Report: {report / 'index.html'}")
 

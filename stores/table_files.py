@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash
+from rlgen_stats.stores.atomic import explain_damage
 from rlgen_stats.stores.digests import file_sha256
 
 SAVED: Final = "state.json"
@@ -45,6 +46,18 @@ def read_table(path: Path) -> pd.DataFrame:
     files = table_files(path)
     tables = [_read(f"a readable {file.suffix[1:]} table", _READERS[file.suffix], file) for file in files]
     return tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+
+
+def read_parquet(path: Path, **options: Any) -> pd.DataFrame:
+    """A parquet file that this package wrote; options are those of pandas.
+
+    Raises
+    ------
+    StoreCorruptError
+        If it is damaged.
+    """
+    with explain_damage(path):
+        return pd.read_parquet(path, **options)
 
 
 def table_sha256(path: Path) -> str:

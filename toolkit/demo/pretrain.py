@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
-from rlgen_stats.stores import read_json, replacing, write_json
+from rlgen_stats.stores import replacing, write_json
+from rlgen_stats.stores.atomic import read_object
 from rlgen_stats.toolkit.demo.world import World, pretraining_documents, vocabulary
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
@@ -138,7 +139,7 @@ def check_base(path: Path, world: World, settings: BaseSettings) -> bool:
     """
     if not path.exists():
         return False
-    record = read_json(path / RECORD) if (path / RECORD).exists() else None
+    record = read_object(path / RECORD) if (path / RECORD).exists() else None
     if record != _made_by(world, settings):
         other = "a model the demo did not make"
         if record is not None:

@@ -16,6 +16,7 @@ from rlgen_stats.schemas.dims import GREEDY, PROMPT, SAMPLE, TASK
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import replacing
+from rlgen_stats.stores.atomic import explain_damage
 from rlgen_stats.stores.prompts import TEXT
 from rlgen_stats.stores.study_models import ModelRef
 from rlgen_stats.toolkit.extraction.answering import answer_prompts
@@ -117,6 +118,10 @@ def completion_table(completions: list[list[Completion]], grades: list[list[Grad
 
 def joined(parts: Sequence[Part]) -> pa.Table:
     """Rows of all parts of a model, sample after sample."""
-    table = pa.concat_tables([pq.read_table(part.file) for part in parts])
+    tables = []
+    for part in parts:
+        with explain_damage(part.file):
+            tables.append(pq.read_table(part.file))
+    table = pa.concat_tables(tables)
     order = np.argsort(table[SAMPLE].to_numpy(), kind="stable")  # prompts stay in order: parts follow one another
     return table.take(order).combine_chunks()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlgen_stats.schemas.errors import InputError, ModelError
-from rlgen_stats.stores.atomic import read_json
+from rlgen_stats.stores.atomic import explain_damage, read_json
 from rlgen_stats.stores.study_models import ModelRef
 from rlgen_stats.toolkit.extraction.checkpoints import is_adapter
 from rlgen_stats.toolkit.extraction.residual_stream import locate_layer, locate_layers, name_layers
@@ -74,7 +74,8 @@ def check_weight_files(ref: ModelRef) -> None:
         Naming the file.
     """
     for index in ref.path.glob("*.index.json"):
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        with explain_damage(index):
+            shards = sorted(set(read_json(index)["weight_map"].values()))
         missing = [name for name in shards if not (ref.path / name).is_file()]
         if missing:
             raise ModelError(

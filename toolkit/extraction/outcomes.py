@@ -23,6 +23,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, append_model, committed_models, replacing
 from rlgen_stats.stores.prompts import TEXT, load_prompts
 from rlgen_stats.stores.study_models import ModelRef, imported_models, list_models, ref_coords
+from rlgen_stats.stores.table_files import read_parquet
 from rlgen_stats.stores.tables import RENDERED_PROMPTS, check_owner
 from rlgen_stats.toolkit.extraction.checkpoints import check_weights
 from rlgen_stats.toolkit.extraction.completion_parts import (
@@ -59,11 +60,13 @@ def read_completions(folder: StudyFolder, model: str) -> pd.DataFrame:
     ------
     StageError
         If they have not been sampled yet.
+    StoreCorruptError
+        If they are damaged.
     """
     file = completions_file(folder, model)
     if not file.exists():
         raise StageError(f"no completions of {model} at {file}; run the outcomes stage first.")
-    return pd.read_parquet(file)
+    return read_parquet(file)
 
 
 def sample_outcomes(

@@ -24,7 +24,8 @@ from rlgen_stats.schemas.dims import PROMPT, TASK
 from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import RunSpec, StudySpec
-from rlgen_stats.stores import StudyFolder, package_versions, read_json, write_json
+from rlgen_stats.stores import StudyFolder, package_versions, write_json
+from rlgen_stats.stores.atomic import explain_damage, read_object
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.prompts import ANSWER, CHOICES
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD, ModelRef, base_ref, chat_of
@@ -140,9 +141,9 @@ def train_run(
     base = replace(base_ref(spec, folder), loading=spec.training_models(run), chat=chat_of(run, folder))
     identity = _identity(spec, run, table, base, seed)
     record = target / POSTTRAIN_RECORD
-    if record.exists() and (done := read_json(record)).get("identity") == identity:
+    if record.exists() and read_object(record).get("identity") == identity:
         shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)  # killed just after the record
-        return tuple(int(step) for step in done["steps"])
+        return _steps_in(record)
     remark = check_lengths(spec, run, table, _make_reader(base, run.name), arguments)
     if remark:
         progress.log(f"warning: {remark}.")
@@ -151,7 +152,7 @@ def train_run(
     if launcher is not None:
         record.unlink(missing_ok=True)  # of other settings
         train_elsewhere(launcher, spec, run, folder, progress=progress)
-        return tuple(int(step) for step in read_json(record)["steps"])
+        return _steps_in(record)
     training = _Training(
         run=run,
         spec=spec,
@@ -214,17 +215,23 @@ def _check_answers(spec: StudySpec, table: pd.DataFrame) -> None:
     check_answers(graders, rows, where="data.train")
 
 
+def _steps_in(record: Path) -> tuple[int, ...]:
+    """The checkpoints that a finished run lists."""
+    with explain_damage(record):
+        return tuple(int(step) for step in read_object(record)["steps"])
+
+
 def _prepare_folder(target: Path, identity: Mapping[str, Any]) -> Path | None:
     """Remove files of an earlier run; return the trainer state to resume from, if it is this run's and complete."""
     target.mkdir(parents=True, exist_ok=True)
     note_file = target / RESUME_FOLDER / RESUME_NOTE
-    note: Mapping[str, Any] = {"n_processes": 1} | (read_json(note_file) if note_file.exists() else {})
+    note: Mapping[str, Any] = {"n_processes": 1} | (read_object(note_file) if note_file.exists() else {})
     state = target / RESUME_FOLDER / str(note.get("checkpoint"))
     step = int(note.get("step", 0)) if note.items() >= identity.items() and state.is_dir() else 0
     (target / POSTTRAIN_RECORD).unlink(missing_ok=True)
     for leftover in (*target.glob("step-*"), *target.glob(PARTIAL)):
         leftover_step = leftover.name.removeprefix("step-")
-        if leftover.is_dir() and not (leftover_step.isdigit() and int(leftover_step) <= step):
+        if leftover.is_dir() and not (leftover_step.isdecimal() and int(leftover_step) <= step):
             shutil.rmtree(leftover)
     if not step:
         shutil.rmtree(target / RESUME_FOLDER, ignore_errors=True)

@@ -12,6 +12,7 @@ from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.prompts import ANSWER, TEXT, plain_text, read_prompts
+from rlgen_stats.stores.table_files import read_parquet
 from rlgen_stats.toolkit.reporting.facts import StudyData
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models
 from rlgen_stats.toolkit.statistics.completion_shares import too_often_unread, unread_examples
@@ -103,7 +104,7 @@ def pick_unread(folder: StudyFolder, results: Results, data: StudyData) -> list[
         prompts = data.prompts["prompt"][data.prompts["task"] == task].tolist()
         path = folder.completions / f"{model}.parquet"
         if prompts and path.exists():  # pooled tasks have no prompts of their own
-            table = pd.read_parquet(path, columns=["prompt", "sample", "text", "answered"])
+            table = read_parquet(path, columns=["prompt", "sample", "text", "answered"])
             unread.append(Unread(model, task, unread_examples(table, prompts)))
     return unread
 
@@ -112,7 +113,7 @@ def _greedy(folder: StudyFolder, model: str) -> pd.DataFrame | None:
     path = folder.completions / f"{model}.parquet"
     if not path.exists():
         return None
-    table = pd.read_parquet(path, columns=["prompt", "sample", "text", "correct", "format_class"])
+    table = read_parquet(path, columns=["prompt", "sample", "text", "correct", "format_class"])
     return table[table["sample"] == GREEDY].drop_duplicates("prompt").set_index("prompt")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
+from rlgen_stats.stores.atomic import explain_damage
 from rlgen_stats.toolkit.reporting.formatting import listed
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
 
@@ -77,4 +78,7 @@ def other_answers(folder: StudyFolder, linked: Iterable[tuple[StudyFolder, Study
 
 def _verdicts(folder: StudyFolder) -> dict[str, Verdict]:
     file = folder.report / "report.json"
-    return {claim["id"]: Verdict(claim["verdict"]) for claim in read_json(file)["claims"]} if file.exists() else {}
+    if not file.exists():
+        return {}
+    with explain_damage(file):
+        return {claim["id"]: Verdict(claim["verdict"]) for claim in read_json(file)["claims"]}

@@ -12,6 +12,7 @@ import pandas as pd
 from rlgen_stats.schemas.dims import BASE_MODEL, GREEDY
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores.table_files import read_parquet
 from rlgen_stats.toolkit.reporting.arm_rows import RANDOM_KINDS, Arm, arms_of, in_order
 from rlgen_stats.toolkit.reporting.examples import prompt_texts, shortened
 from rlgen_stats.toolkit.reporting.facts import StudyData
@@ -84,7 +85,7 @@ class ReplySource:
             return pd.DataFrame(columns=[*columns], index=pd.Index([], name="prompt"))
         filters: list[tuple[str, str, Any]] = [("sample", "==", GREEDY if self.greedy else 0)]
         filters += [] if prompts is None else [("prompt", "in", list(prompts))]
-        table = pd.read_parquet(self.file, columns=["prompt", *columns], filters=filters)
+        table = read_parquet(self.file, columns=["prompt", *columns], filters=filters)
         return table.drop_duplicates("prompt").set_index("prompt")
 
 

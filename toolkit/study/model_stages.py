@@ -19,11 +19,10 @@ from rlgen_stats.stores import (
     open_by_dictionary,
     open_outcomes,
     open_results,
-    read_json,
     write_json,
     write_results,
 )
-from rlgen_stats.stores.atomic import remove_folder
+from rlgen_stats.stores.atomic import read_object, remove_folder
 from rlgen_stats.stores.crosscoder_weights import weights_hash
 from rlgen_stats.toolkit.crosscoder import (
     encode_features,
@@ -76,7 +75,7 @@ def _claim_run(study: Study, run: RunSpec) -> None:
     note = folder / "key.json"
     key = study.training_key(run)
     if folder.exists() and any(folder.iterdir()):
-        owner = read_json(note) if note.exists() else {}
+        owner = read_object(note) if note.exists() else {}
         if owner.get("key") == key:
             return
         if owner.get("study_id") != study.study_id:

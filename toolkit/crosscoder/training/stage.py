@@ -22,9 +22,9 @@ from rlgen_stats.stores import (
     StudyFolder,
     open_activations,
     open_tokens,
-    read_json,
     write_json,
 )
+from rlgen_stats.stores.atomic import read_object
 from rlgen_stats.stores.crosscoder_weights import CURVE, SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import HEALTH, READOUT_MODELS, add_readout, read_health
@@ -354,7 +354,7 @@ class _StudyCrosscoder:
         """The crosscoder in ``folder`` if it was trained under this key; None if there is none or another key's."""
         if not (folder / SPEC).exists() or not (folder / WEIGHTS).exists():
             return None
-        facts = read_json(folder / SPEC).get("facts", {})
+        facts = read_object(folder / SPEC).get("facts", {})
         if facts.get("study_id") != self.provenance.study_id:
             raise StoreError(
                 f"{folder} holds a crosscoder of another study ({str(facts.get('study_id'))[:12]}, this one is "

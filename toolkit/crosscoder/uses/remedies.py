@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from rlgen_stats.stores import read_json
+from rlgen_stats.stores.atomic import explain_damage
 from rlgen_stats.stores.crosscoder_weights import CURVE, SPEC
 from rlgen_stats.stores.health_records import READOUT_MODELS
 
@@ -30,8 +31,10 @@ def failures(folder: Path, record: Mapping[str, Any]) -> list[str]:
     failed = [check for check in checks if not check["ok"]]
     if not failed:
         return [reason for reason in str(record["reasons"]).split("; ") if reason != "ok"]
-    settings = read_json(folder / SPEC)["facts"].get("spec") or {} if (folder / SPEC).exists() else {}
-    gained = _gained(read_json(folder / CURVE)) if (folder / CURVE).exists() else 0.0
+    with explain_damage(folder / SPEC):
+        settings = read_json(folder / SPEC)["facts"].get("spec") or {} if (folder / SPEC).exists() else {}
+    with explain_damage(folder / CURVE):
+        gained = _gained(read_json(folder / CURVE)) if (folder / CURVE).exists() else 0.0
     return [f"{check['reason']}; {remedy(check, settings, gained)}" for check in failed]
 
 
