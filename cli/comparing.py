@@ -130,8 +130,13 @@ def _notes(result: xr.Dataset) -> list[str]:
             f"Left out, graded in one only: {attrs['n_unpaired_a']} prompts of A, {attrs['n_unpaired_b']} of B."
         )
     if attrs["n_ungraded_a"] or attrs["n_ungraded_b"]:
-        notes.append(f"Ungraded completions: {attrs['n_ungraded_a']} of A, {attrs['n_ungraded_b']} of B.")
+        counts = (f"{attrs[f'n_ungraded_{x}']} of {x.upper()}{_named(attrs[f'ungraded_{x}'])}" for x in "ab")
+        notes.append(f"Left out, completions without a score: {', '.join(counts)}.")
     return notes
+
+
+def _named(prompts: str) -> str:
+    return f" (e.g. {prompts})" if prompts else ""
 
 
 def _interval(low: object, high: object) -> str:

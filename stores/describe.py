@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_model_id
+from rlgen_stats.schemas.dims import DOMAIN, MODEL, PROMPT, SEGMENT, SPLIT, TASK, split_dictionary, split_model_id
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores.activation_store import ARRAY, root_attributes, stored_groups, stored_models
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage
@@ -77,7 +78,13 @@ def describe(path: Path | str, names: Sequence[str] = ()) -> dict[str, dict[str,
         analyses |= {f"{name}/{group}" for group in groups}
     for pattern in names:
         if not any(_is_named(name, pattern) for name in found):
-            raise InputError(f"{path} has no {pattern!r}; it has {', '.join(found)}.")
+            known = dict.fromkeys(split_dictionary(name.rpartition("/")[2])[0] for name in found)
+            near = get_close_matches(pattern.rpartition("/")[2], known, cutoff=0.5)
+            close = f", but {' and '.join(map(repr, near))}" if near else ""
+            raise InputError(
+                f"{path} has no {pattern!r}{close}; list its {len(found)} stores and analyses with: rlgen-stats inspect "
+                f"{path}."
+            )
     chosen = [name for name in found if not names or any(_is_named(name, pattern) for pattern in names)]
     facts = {name: _facts(found[name]) for name in chosen}
     for name in analyses & set(chosen) if names or len(chosen) == 1 else ():

@@ -140,10 +140,18 @@ def table_files(path: Path) -> list[Path]:
 
 def _read(what: str, reader: Callable[[Path], pd.DataFrame], path: Path) -> pd.DataFrame:
     try:
-        return reader(path).reset_index(drop=True)
+        frame = reader(path).reset_index(drop=True)
+        _check_names(list(frame.columns))
+        return frame
     except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
         first = (str(error).splitlines() or [""])[0]
         raise InputError(f"{path} is not {what} ({first}).") from error
+
+
+def _check_names(columns: list[str]) -> None:
+    twice = [name for name in dict.fromkeys(columns) if columns.count(name) > 1 and name != ""]
+    if twice:
+        raise ValueError(f"it has the column {twice[0]!r} {columns.count(twice[0])} times; rename or drop all but one")
 
 
 def _read_delimited(path: Path, delimiter: str) -> pd.DataFrame:
@@ -151,6 +159,8 @@ def _read_delimited(path: Path, delimiter: str) -> pd.DataFrame:
         frame = pd.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
+    header = pd.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False, header=None, nrows=1)
+    _check_names(header.iloc[0].tolist())  # pandas renames those that come twice
     if len(frame) and not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus first cells as an index
         raise ValueError(
             f"rows have more than the {len(frame.columns)} cells of the header; quote texts with {delimiter!r}"

@@ -315,7 +315,8 @@ def test_command_on_a_study(study):
     code, out, _ = run(f"{study}:base@0", f"{study}:rl1@20", "--metric", "sampled")
     assert code == 0
     assert "graded by sampled; 95% intervals over clusters" in out
-    assert "Ungraded completions: 1 of A, 0 of B." in out
+    assert "Left out, completions without a score: 1 of A (e.g. '" in out
+    assert "), 0 of B." in out
     assert "pass@k" in out
     code, _, err = run(f"{study}:base@0", f"{study}:rl@20", "--metric", "greedy")
     assert (code, len(err.splitlines())) == (2, 1)

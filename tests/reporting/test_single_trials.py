@@ -83,7 +83,13 @@ def test_numbers_of_another_dictionary_are_other_features(group: str, first: boo
 def test_the_sentence_follows_the_state(gained: int, lost: int, start: int, words: str) -> None:
     sentence = equivalence_sentence(equivalence(gained, lost, start=start))
     assert sentence.startswith(words)
-    for part in ("95% [", "90% [", "within ±5 points", "(200 trial prompts, clusters as units)"):
+    for part in (
+        "95% [",
+        "90% [",
+        "within ±5 points",
+        "(200 trial prompts, clusters as units)",
+        "Not corrected over features",
+    ):
         assert part in sentence
     assert equivalence_sentence(None) == ""
 

@@ -209,6 +209,7 @@ def test_ungraded_and_unpaired_are_counted():
     got = compare_outcomes(a, b, unpaired="drop")
     assert int(got.n_prompts.item()) == 7
     assert (got.attrs["n_ungraded_a"], got.attrs["n_unpaired_a"], got.attrs["n_unpaired_b"]) == (1, 0, 1)
+    assert (got.attrs["ungraded_a"], got.attrs["ungraded_b"]) == ("'p2' of 'all'", "")
     fewer = repeated(np.tile([1, 0], (8, 1))).drop(index=0)
     assert compare_outcomes(fewer, repeated(np.ones((8, 2)))).attrs["null"] == "mean difference 0"
 
@@ -218,6 +219,11 @@ def test_ungraded_and_unpaired_are_counted():
     [
         (lambda t: t.drop(columns="correct"), {}, "B lacks the column 'correct'; it has prompt"),
         (lambda t: t.iloc[:0], {}, "B has no rows"),
+        (
+            lambda t: t[["prompt", "correct", "correct"]],
+            {},
+            "B has the column 'correct' more than once; rename or drop",
+        ),
         (lambda t: t.assign(correct=[2, 1] * 4), {}, r"B has the score '2' \(4 such rows\); expected 1 \(right\)"),
         (lambda t: t.assign(correct="yes"), {}, r"B has the score 'yes' \(8 such rows\)"),
         (

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlgen_stats.schemas.errors import InputError
@@ -131,6 +132,28 @@ def test_a_text_that_is_not_quoted_shifts_no_cell(tmp_path: Path, name: str, tab
     frame = read_table(text(tmp_path / name, "\n".join(quoted).replace(",", tab)))
     assert frame["text"].tolist() == [row.replace(",", tab) for row in rows]
     assert frame["answer"].tolist() == ["05"] * len(rows)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.arrow", "a.parquet"])
+def test_a_column_that_comes_twice_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith("sv"):
+        text(path, "prompt,correct,correct\n1,0,1\n".replace(",", "," if name == "a.csv" else "\t"))
+    else:
+        table = pa.table([["1"], [0], [1]], names=["prompt", "correct", "correct"])
+        if name == "a.parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_file(path, table.schema) as sink:
+                sink.write_table(table)
+    with pytest.raises(InputError, match=r"is not a readable .* table .*correct") as refused:
+        read_table(path)
+    assert str(refused.value).count("\n") == 0
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    """Index columns of other programs."""
+    assert read_table(text(tmp_path / "a.csv", ",,answer\n0,0,05\n"))["answer"].tolist() == ["05"]
 
 
 def test_a_header_alone_is_a_table_without_rows(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import pytest
 import xarray as xr
 import zarr
 
-from rlgen_stats.schemas.errors import StoreError
+from rlgen_stats.schemas.dims import of_dictionary
+from rlgen_stats.schemas.errors import InputError, StoreError
 from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.stores import (
     Provenance,
     append_model,
     committed_models,
+    describe,
     open_features,
     open_results,
     open_study,
@@ -107,6 +109,19 @@ def test_results_are_replaced_whole(tmp_path: Path, provenance: Provenance) -> N
     assert open_results(path, "control_balance").set_mean.values.tolist() == [2.0]
     with pytest.raises(StoreError, match="no results 'drift'; it has control_balance"):
         open_results(path, "drift")
+
+
+def test_a_name_that_is_not_there_names_the_nearest(tmp_path: Path, provenance: Provenance) -> None:
+    for number in range(1, 40):
+        group = of_dictionary("control_balance", number)
+        write_results(tmp_path / "results.zarr", group, balance(1.0), provenance=provenance)
+    with pytest.raises(InputError, match=r"no 'balanc', but 'control_balance'; list its 39 stores and analyses with: "):
+        describe(tmp_path, ["balanc"])
+    with pytest.raises(
+        InputError, match=r"no 'results.zarr/nosuch'; list its 39 .*: rlgen-stats inspect /.*\.$"
+    ) as refused:
+        describe(tmp_path, ["results.zarr/nosuch"])
+    assert len(str(refused.value)) < 120 + len(str(tmp_path)) * 2
 
 
 def test_text_variables_survive_a_condition(tmp_path: Path, provenance: Provenance) -> None:

@@ -29,9 +29,11 @@ from rlgen_stats.toolkit.intervention import (
     verify_causally,
 )
 from rlgen_stats.toolkit.statistics.causal.covariates import mean_levels
+from rlgen_stats.toolkit.statistics.causal.criteria import FEWEST_RANDOM
 from rlgen_stats.toolkit.statistics.causal.edit_norms import scaled
 from rlgen_stats.toolkit.statistics.causal.findings import Check
-from rlgen_stats.toolkit.trial.arms import UNEDITED, choose_prompts
+from rlgen_stats.toolkit.trial.arms import UNEDITED, Arm, choose_prompts
+from rlgen_stats.toolkit.trial.plan import TrialPlan
 from rlgen_stats.toolkit.trial.token_codes import token_codes
 from tests.trial.planted import (
     F_BRAKE,
@@ -249,6 +251,44 @@ def test_the_rl_models_levels_are_added_in_every_amplified_set_and_nowhere_else(
     assert (plan.declared.margin, plan.declared.alpha) == (0.07, 0.05)
 
 
+def store(plan: TrialPlan, arm: Arm, *, right: bool = True) -> None:
+    """As if the arm had been run when disabling, with every answer right or none."""
+    rows = pd.DataFrame({"correct": [right] * plan.n_prompts * plan.n_samples})
+    write_arm(rows, plan.arm_path("disable", arm), plan.arm_hash("disable", arm), {})
+
+
+def test_random_sets_that_a_futility_stop_left_out_are_not_to_be_run(study: Any, tmp_path: Path) -> None:
+    spec, folder = small(study, tmp_path, n_controls=25, n_samples=2)
+
+    def planned(**changes: Any) -> TrialPlan:
+        changed = spec.intervention.model_copy(update=changes)
+        return plan_trial(
+            spec.model_copy(update={"intervention": changed}),
+            folder,
+            [F_GATE],
+            provenance=PROVENANCE,
+            directions=["disable"],
+        )
+
+    plan = planned()
+    arms = plan.direction("disable").arms
+    random = [arm for arm in arms if arm.condition.kind == "random"]
+    assert len(random) == 25
+    for arm in arms:
+        if arm not in random[FEWEST_RANDOM - 1 :]:
+            store(plan, arm)
+    assert planned().completions == 7 * plan.n_prompts * 2, "one set more settles it"
+    store(plan, random[FEWEST_RANDOM - 1])
+    assert planned().completions == 0
+    assert planned().arms["disable"] == planned().stored["disable"] == len(arms) - 6
+    assert planned(early_stop=False).completions == 6 * plan.n_prompts * 2
+    plan.arm_path("disable", random[0]).unlink()
+    assert planned().completions == 7 * plan.n_prompts * 2, "nothing is settled before the first is there"
+    store(plan, random[0])
+    store(plan, plan.direction("disable").set_arm, right=False)
+    assert planned().completions == 6 * plan.n_prompts * 2, "the set does more than any of them"
+
+
 def test_an_arm_is_stored_where_its_file_holds_the_same_arm(study: Any, tmp_path: Path) -> None:
     spec, folder = small(study, tmp_path)
     plan = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
@@ -258,9 +298,7 @@ def test_an_arm_is_stored_where_its_file_holds_the_same_arm(study: Any, tmp_path
         write_arm(pd.DataFrame({"correct": [True]}), plan.arm_path("disable", arms[name]), "another arm", {})
         assert plan.is_stored("disable", arms[name]) == (name == "steering"), "whose vector only a run can tell"
     set_arm = arms["set"]
-    write_arm(
-        pd.DataFrame({"correct": [True]}), plan.arm_path("disable", set_arm), plan.arm_hash("disable", set_arm), {}
-    )
+    store(plan, set_arm)
     assert plan.is_stored("disable", set_arm)
     again = plan_trial(spec, folder, [F_GATE], provenance=PROVENANCE)
     assert again.direction("disable").stored == {"set", "steering"}

@@ -154,5 +154,6 @@ def equivalence_sentence(data: xr.Dataset | None) -> str:
         f"{_STATES[text(data, 'state')]}: put into base {effects['amplify']} of accuracy, taken out of the RL model "
         f"{effects['disable']}; the two together {points(number(data, 'difference'))}, {100 * (1 - alpha):g}% {outer}, "
         f"{100 * (1 - 2 * alpha):g}% {inner}, which is within ±{100 * margin:g} points where they are the same "
-        f"({attr_number(data, 'n_prompts'):,.0f} trial prompts, clusters as units)."
+        f"({attr_number(data, 'n_prompts'):,.0f} trial prompts, clusters as units). Not corrected over features: of "
+        "many that are tried, some come out the same, or not, by chance."
     )

@@ -76,13 +76,15 @@ def compare_outcomes(
     xr.Dataset
         Layout ``outcome_comparison`` over task (``all`` last, where there are several) and k. Differences are B minus
         A. ``a_better`` and ``b_better`` are the discordant prompts: with one completion a prompt, those that only one
-        model has right. ``n_samples_a`` and ``n_samples_b`` are the fewest completions a prompt has.
+        model has right. ``n_samples_a`` and ``n_samples_b`` are the fewest completions a prompt has. Attributes
+        ``n_ungraded_a`` and ``ungraded_a`` (and ``_b``) are the completions without a score, which are left out, and
+        the first prompts that have one.
 
     Raises
     ------
     InputError
-        If a column is missing, a score lies outside [0, 1], a completion comes twice, prompts do not pair, or the
-        tables disagree on a prompt's content, cluster or metric.
+        If a column is missing or there twice, a score lies outside [0, 1], a completion comes twice, prompts do not
+        pair, or the tables disagree on a prompt's content, cluster or metric.
 
     Notes
     -----
@@ -141,9 +143,7 @@ def compare_outcomes(
             "alpha": alpha,
             "a": names[0],
             "b": names[1],
-            **{
-                f"n_{name}": int(pairs.attrs[name]) for name in ("unpaired_a", "unpaired_b", "ungraded_a", "ungraded_b")
-            },
+            **pairs.attrs,
         },
     )
 
@@ -168,12 +168,17 @@ def _by_prompt(table: pd.DataFrame, name: str, tasks: Sequence[str] | None) -> p
     rows = graded.agg(
         n=(CORRECT, "size"), total=(CORRECT, "sum"), binary=("binary", "all"), **{x: (x, "first") for x in labels}
     )
-    rows.attrs["ungraded"] = int(table[CORRECT].isna().sum())
+    ungraded = table[table[CORRECT].isna()]
+    named = [f"{prompt!r} of {task!r}" for task, prompt in zip(ungraded[TASK], ungraded[PROMPT], strict=True)]
+    rows.attrs = {"n_ungraded": len(named), "ungraded": ", ".join(list(dict.fromkeys(named))[:EXAMPLES])}
     return rows
 
 
 def _checked(table: pd.DataFrame, name: str, clusters: str | None) -> pd.DataFrame:
     """The columns that are used, ids as text, scores as numbers, ``clusters`` called cluster."""
+    twice = table.columns[table.columns.duplicated()]
+    if len(twice):
+        raise InputError(f"{name} has the column {str(twice[0])!r} more than once; rename or drop one of them.")
     if clusters not in (None, CLUSTER, *table.columns):
         raise InputError(
             f"{name} lacks the column {clusters!r} of clusters; it has {', '.join(map(str, table.columns))}."
@@ -205,12 +210,12 @@ def _checked(table: pd.DataFrame, name: str, clusters: str | None) -> pd.DataFra
         )
     table[CORRECT] = scores
     key = [TASK, PROMPT, *([SAMPLE] if SAMPLE in table else [])]
-    twice = table.duplicated(key)
-    if twice.any():
-        row = table[twice].iloc[0]
+    repeats = table.duplicated(key)
+    if repeats.any():
+        row = table[repeats].iloc[0]
         what = f"sample {row[SAMPLE]} of prompt" if SAMPLE in table else "prompt"
         raise InputError(
-            f"{name} has {what} {row[PROMPT]!r} of task {row[TASK]!r} more than once ({int(twice.sum())} such rows); "
+            f"{name} has {what} {row[PROMPT]!r} of task {row[TASK]!r} more than once ({int(repeats.sum())} such rows); "
             + ("remove the repeats." if SAMPLE in table else "number its completions in a column 'sample'.")
         )
     return table
@@ -251,8 +256,8 @@ def _pairs(a: pd.DataFrame, b: pd.DataFrame, names: tuple[str, str], unpaired: U
             )
         pairs[label] = pairs[f"{label}_a"]
     pairs["binary"] = pairs["binary_a"] & pairs["binary_b"]
-    pairs.attrs = {"unpaired_a": only[0], "unpaired_b": only[1]}
-    pairs.attrs |= {"ungraded_a": a.attrs["ungraded"], "ungraded_b": b.attrs["ungraded"]}
+    pairs.attrs = {"n_unpaired_a": only[0], "n_unpaired_b": only[1]}
+    pairs.attrs |= {f"{name}_{side}": rows.attrs[name] for name in a.attrs for side, rows in (("a", a), ("b", b))}
     return pairs
 
 

@@ -24,7 +24,7 @@ from rlgen_stats.stores.health_records import unusable_readout
 from rlgen_stats.stores.hub import locate_table
 from rlgen_stats.stores.prompts import load_prompts, load_texts
 from rlgen_stats.stores.study_models import ModelRef, final_model, find_model
-from rlgen_stats.stores.trial_completions import ArmFiles, has_arm
+from rlgen_stats.stores.trial_completions import ArmFiles, has_arm, read_arm
 from rlgen_stats.toolkit.edits.edit import Positions
 from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls, match_controls
 from rlgen_stats.toolkit.statistics.causal.covariates import (
@@ -33,6 +33,7 @@ from rlgen_stats.toolkit.statistics.causal.covariates import (
     mean_levels,
     near_duplicates,
 )
+from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
 from rlgen_stats.toolkit.statistics.causal.design import Shortfall, shortfalls
 from rlgen_stats.toolkit.statistics.causal.edit_norms import EditNorm, TokenCodes, copied, scaled
 from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, Curve, CurvePoint, curve_of
@@ -89,6 +90,10 @@ class TrialPrompts:
             "n_unrelated": clusters[self.unrelated].nunique(),
         }
 
+    def accuracy(self, arm: pd.DataFrame) -> float:
+        """Share right where the effect is measured, of an arm's rows as they are stored: sample after sample."""
+        return float(arm["correct"].to_numpy().reshape(-1, len(self.target))[:, self.target].mean())
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -132,6 +137,8 @@ class DirectionPlan:
     """Sets that the search for a smaller set measures at most, beside ``parts``."""
     stored: frozenset[str] = frozenset()
     """Names of arms that had been run when the trial was planned."""
+    n_spared: int = 0
+    """Random sets that need not be run: those that had been settled the rank of the set."""
 
     @property
     def set_arm(self) -> Arm:
@@ -267,7 +274,10 @@ class TrialPlan:
     @property
     def arms(self) -> dict[str, int]:
         """Number of arms of each direction, at most."""
-        return {plan.direction: len(plan.arms) + len(plan.parts) + plan.n_search_sets for plan in self.directions}
+        return {
+            plan.direction: len(plan.arms) - plan.n_spared + len(plan.parts) + plan.n_search_sets
+            for plan in self.directions
+        }
 
     @property
     def stored(self) -> dict[str, int]:
@@ -426,11 +436,26 @@ def plan_trial(
             no_controls=matched.no_controls,
         ),
     )
-    return replace(plan, directions=tuple(replace(one, stored=_stored(plan, one)) for one in plan.directions))
+    return replace(plan, directions=tuple(_with_stored(plan, one) for one in plan.directions))
 
 
-def _stored(plan: TrialPlan, one: DirectionPlan) -> frozenset[str]:
-    return frozenset(arm.name for arm in (*one.arms, *one.parts) if plan.is_stored(one.direction, arm))
+def _with_stored(plan: TrialPlan, one: DirectionPlan) -> DirectionPlan:
+    stored = frozenset(arm.name for arm in (*one.arms, *one.parts) if plan.is_stored(one.direction, arm))
+    missing = [arm for arm in one.arms if arm.condition.kind == "random" and arm.name not in stored]
+    return replace(one, stored=stored, n_spared=len(missing) if plan.early_stop and _stopped(plan, one) else 0)
+
+
+def _stopped(plan: TrialPlan, one: DirectionPlan) -> bool:
+    """Whether the random sets that have been run stop the others, as :class:`FutilityRule` says."""
+    rule = FutilityRule(one.direction, n_planned=one.n_random, alpha=plan.declared.alpha)
+    for arm in (arm for arm in one.arms if arm.condition.kind in ("set", "random")):
+        rows = read_arm(plan.arm_path(one.direction, arm), plan.arm_hash(one.direction, arm))
+        if rows is None:
+            return False
+        rule.add(arm.condition.kind, plan.prompts.accuracy(rows))
+        if rule.stop:
+            return True
+    return False
 
 
 def _plan_without_arms(

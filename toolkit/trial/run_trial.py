@@ -213,8 +213,7 @@ def _run_direction(
                 break
             frame = next(results)
             frames.append(frame)
-            target = _cube([frame], "correct", trial.n_prompts)[0][trial.prompts.target]
-            rule.add(arm.condition.kind, float(target.mean()))
+            rule.add(arm.condition.kind, trial.prompts.accuracy(frame))
             task.advance(0, arm=arm.name, accuracy=round(float(frame["correct"].mean()), 3))
     for arm in arms[len(frames) :]:  # that were run together with the last one, or by other workers meanwhile
         if arm.name not in stored:

@@ -11,6 +11,7 @@ import pytest
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.toolkit.statistics import arms_table, judge
 from rlgen_stats.toolkit.statistics.causal.outcome_table import OUTCOME_CLASSES, OutcomeTable
+from rlgen_stats.toolkit.statistics.causal.own_arms import ROUNDING
 from tests.statistics.causal.worlds import SETTINGS, amplified, causal, world
 
 
@@ -84,9 +85,30 @@ def test_kinds_and_doses_are_read_off_the_names() -> None:
         ({"kl_to_other": {"sett": [0.1, 0.1]}}, r"kl_to_other names the arm 'sett'; the arms are \['set', 'unedited"),
         ({"doses": {"dose-1": 1.0}}, "doses names the arm 'dose-1'"),
         ({"kl_to_other": {"set": [0.1]}}, r"kl_to_other of 'set' has shape \(1,\); expected one number a prompt"),
+        (
+            {"kl_to_other": {"set": [0.1, -1.1 * ROUNDING]}},
+            "kl_to_other of 'set' has the value -1.1e-06; expected nats",
+        ),
+        ({"kl_to_other": {"set": [np.inf, 0.1]}}, "kl_to_other of 'set' has the value inf; expected nats, finite"),
+        ({"neutral_kl": {"set": -0.5}}, "neutral_kl of 'set' has the value -0.5; expected nats"),
+        ({"neutral_kl": {"set": np.inf}}, "neutral_kl of 'set' has the value inf"),
+        (
+            {"correct": {"unedited": [1, 0], "set": [0, 0], "dose-nan": [1, 1]}},
+            "arm 'dose-nan' has the dose nan; expec",
+        ),
+        ({"correct": {"unedited": [1, 0], "set": [0, 0], "dose-inf": [1, 1]}}, "arm 'dose-inf' has the dose inf"),
+        ({"doses": {"set": np.nan}}, "arm 'set' has the dose nan"),
     ],
 )
 def test_a_slip_is_named(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"correct": {"unedited": [1, 0], "set": [0, 0]}, "other": [0, 0], "direction": "disable"}
     with pytest.raises(InputError, match=message):
         arms_table(**given | {"prompts": ["a", "b"]} | change)
+
+
+def test_a_divergence_may_be_rounded_below_0_or_not_measured() -> None:
+    arms = {"unedited": [1, 0], "set": [0, 0]}
+    kl = {"unedited": [-0.9 * ROUNDING, np.nan], "set": [0.5, 0.0]}
+    table = arms_table(arms, [0, 0], direction="disable", prompts=["a", "b"], kl_to_other=kl, neutral_kl={"set": -1e-9})
+    np.testing.assert_array_equal(table.kl_to_base, [[0, np.nan], [0.5, 0]])
+    np.testing.assert_array_equal(table.neutral_kl, [np.nan, 0])

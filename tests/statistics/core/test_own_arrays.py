@@ -54,6 +54,17 @@ def test_whole_clusters_of_each_task_are_drawn_into_both_parts() -> None:
     assert split.first().groupby(level=0).value_counts().unstack().to_numpy().tolist() == [[2, 2], [1, 1]]
 
 
+def test_the_drawn_half_does_not_depend_on_the_order_of_rows() -> None:
+    """Also where clusters hold prompts of two tasks, which count with one of them."""
+    rng = np.random.default_rng(0)
+    prompts = table(cluster=[f"c{i % 5}" for i in range(N)], task=["a", "b", "b"] * (N // 3))
+    halves = {
+        tuple(sorted(features(prompts=prompts.sample(frac=1, random_state=rng)).split.to_series().items()))
+        for _ in range(20)
+    }
+    assert len(halves) == 1
+
+
 def test_they_are_what_stores_hold(tmp_path: Path) -> None:
     for name, built, opened in (("features", features(), open_features), ("outcomes", outcomes(), open_outcomes)):
         for model in ("base@0", "rl@80"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ KINDS: Final = (
 MAIN_DOSE: Final = {"disable": 0.0, "amplify": 2.0}
 """What features of the set are multiplied by."""
 AT_MAIN_DOSE: Final = ("set", "random", "rescaled")
+ROUNDING: Final = 1e-6
+"""Nats below 0 that a divergence of equal distributions may have in single precision; counted as 0."""
 
 
 def arms_table(
@@ -66,7 +69,8 @@ def arms_table(
     format_class, other_format_class
         How completions ended, in the shape of ``correct`` and ``other`` (``FORMAT_CLASSES``). Default: with an answer.
     kl_to_other
-        Arm -> [prompt] KL divergence from the other model in nats. Without it V6 cannot be shown, nor CAUSAL_SPECIFIC.
+        Arm -> [prompt] KL divergence from the other model in nats, NaN where it was not measured. Without it V6 cannot
+        be shown, nor CAUSAL_SPECIFIC.
     neutral_kl
         Arm -> nats per token from the unedited model on text that neither wrote. Without it V4 cannot be shown.
 
@@ -120,7 +124,7 @@ def arms_table(
         other_ending=_endings("the other model", others, other_format_class),
         kl_to_base=kl if direction == "disable" else unknown,
         kl_to_rl=kl if direction == "amplify" else unknown,
-        neutral_kl=np.array([(neutral_kl or {}).get(arm, np.nan) for arm in names], dtype=np.float64),
+        neutral_kl=np.array([_nats(f"neutral_kl of {a!r}", (neutral_kl or {}).get(a, np.nan)) for a in names]),
         n_tokens=np.full((*shape, others.shape[1]), np.nan),
         task=task,
         cluster=labels[CLUSTER][1],
@@ -141,7 +145,10 @@ def _condition(arm: str, direction: Direction, doses: Mapping[str, float]) -> Co
             dose = float(arm.removeprefix("dose-"))
         except ValueError as error:
             raise InputError(f"arm {arm!r} needs a dose; name it dose-0.5, or give its dose in doses.") from error
-    return Condition(arm, kind, float(doses.get(arm, dose)))
+    dose = float(doses.get(arm, dose))
+    if not math.isfinite(dose):
+        raise InputError(f"arm {arm!r} has the dose {dose}; expected the number that its features were multiplied by.")
+    return Condition(arm, kind, dose)
 
 
 def _check_arms(name: str, given: Mapping[str, Any], arms: Mapping[str, Any]) -> None:
@@ -180,4 +187,16 @@ def _divergence(arm: str, divergences: Mapping[str, Any] | None, prompts: NDArra
         raise InputError(
             f"kl_to_other of {arm!r} has shape {row.shape}; expected one number a prompt, {prompts.shape}."
         )
-    return row
+    return _nats(f"kl_to_other of {arm!r}", row)
+
+
+def _nats(what: str, values: Any) -> Floats:
+    """Divergences that can be, NaN where none was measured."""
+    nats = np.asarray(values, dtype=np.float64)
+    wrong = nats[(nats < -ROUNDING) | np.isinf(nats)]
+    if len(wrong):
+        raise InputError(
+            f"{what} has the value {wrong[0]:g}; expected nats, finite and not below 0: take the divergence over whole "
+            "next-token distributions (an estimate from sampled tokens can be negative), NaN where there is none."
+        )
+    return nats.clip(min=0)

@@ -78,7 +78,8 @@ def features_dataset(
         One row a prompt, in the order of the arrays: a table with column ``prompt`` (unique ids) and, where they
         matter, ``task``, ``domain`` (in, out), ``split`` (selection, verification, trial) and ``cluster``; a list of
         ids; or a dataset of the same prompts. Default: one task, ``all``, in domain; every prompt its own cluster; half
-        of each task's clusters drawn by a hash into selection, half into verification.
+        of each task's clusters drawn by a hash into selection, half into verification, whatever the order of rows (a
+        cluster over several tasks counts with that of its smallest id).
     scale
         ``contribution`` (activation x decoder norm), needed wherever different features are ranked, or ``raw``.
     firing, maximum, n_tokens
@@ -239,7 +240,8 @@ def prompt_labels(prompts: Prompts) -> Labels:
         table[name] = _text(table, name)
     _check_prompts(table)
     if drawn:
-        table = draw_split(table.assign(**{SPLIT: SELECTION}), {VERIFICATION: 0.5}, seed=0)
+        by_id = table.assign(**{SPLIT: SELECTION}).sort_values(PROMPT)  # the order of rows says nothing
+        table[SPLIT] = draw_split(by_id, {VERIFICATION: 0.5}, seed=0)[SPLIT]
     return {name: (PROMPT, table[name].to_numpy(dtype=np.str_)) for name in (PROMPT, *PROMPT_LABELS)}
 
 
