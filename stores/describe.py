@@ -82,8 +82,8 @@ def describe(path: Path | str, names: Sequence[str] = ()) -> dict[str, dict[str,
             near = get_close_matches(pattern.rpartition("/")[2], known, cutoff=0.5)
             close = f", but {' and '.join(map(repr, near))}" if near else ""
             raise InputError(
-                f"{path} has no {pattern!r}{close}; list its {len(found)} stores and analyses with: rlgen-stats inspect "
-                f"{path}."
+                f"{path} has no {pattern!r}{close}; list its {len(found)} stores and analyses with: rlgen-stats "
+                f"inspect {path}."
             )
     chosen = [name for name in found if not names or any(_is_named(name, pattern) for pattern in names)]
     facts = {name: _facts(found[name]) for name in chosen}

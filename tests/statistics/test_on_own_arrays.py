@@ -13,7 +13,8 @@ import xarray as xr
 
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit import statistics as st
-from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
+from rlgen_stats.toolkit.statistics.claim_verdicts import EQUAL_KL, NOT_COMPARABLE, SelectionReason, Verdict
+from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.token_detectors import TokenActivations
 
 N, F = 240, 40
@@ -23,6 +24,11 @@ WITHOUT_DATA: Final = {
     *("Simulation", "simulate_features", "write_simulation", "SelectionRule", "SelectionTests", "StabilityOptions"),
 }
 """Sample sizes, simulated studies and settings."""
+COUNTED: Final = {
+    *("effect", "effect_low", "effect_high", "p_value", "effect_each", "tail_null"),
+    *(f"tail_{arm}{end}" for arm in ("sft", "rl") for end in ("", "_low", "_high")),
+}
+"""Variables of a contrast that are there by latent scaling too."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,74 @@ def arms(own: Own) -> Any:
     return st.arms_table({"unedited": rl, "set": base}, base, direction="disable", prompts=own.features)
 
 
+def contrast(sft: int, rl: int, *, compared: bool = True) -> xr.Dataset:
+    """Of two runs with so many features of their own, equally far from base, unless that is not said."""
+    pairs = {run: own_features(f"{run}@100", n) for run, n in (("sft", sft), ("rl", rl))}
+    fits = {"l0": ("crosscoder", [10.0, 10.0]), "dead_fraction": ("crosscoder", [0.1, 0.1])}
+    labels = {"crosscoder": list(pairs), "view": ["sft@100", "rl@100"]}
+    health = xr.Dataset({"fve": (("crosscoder", "view"), np.full((2, 2), 0.9))} | fits, coords=labels)
+    runs = pd.DataFrame({"model": ["sft@100", "rl@100"], "run": ["sft", "rl"], "activation_shift": 0.3})
+    movement = runs.assign(kl_from_base=0.2).set_index("model").to_xarray().set_coords("run")
+    known = {"movement": movement, "health": health} if compared else {}
+    table = st.attribution_table(pairs)
+    return st.attribution_contrast(table, pairs, sft="sft", rl="rl", n_bootstrap=199, **known)
+
+
+def own_features(target: str, n: int) -> xr.Dataset:
+    """Decoders of base and a model that differ by noise, but for the first n features, which are the model's."""
+    rng = np.random.default_rng(n)
+    rows = np.repeat(rng.normal(size=(1, 600, 32)), 2, axis=0)
+    rows[1] += rng.normal(0, 0.05, (600, 32))
+    rows[0, :n] /= 4
+    variables = {"decoder": (("view", "feature", "channel"), rows), "firing": ("feature", np.full(600, 0.1))}
+    return xr.Dataset(variables, coords={"view": ["base@0", target]})
+
+
+@pytest.mark.parametrize(
+    ("sft", "rl", "compared", "expected"),
+    [
+        (60, 4, True, (Verdict.SUPPORTED, ())),
+        (4, 60, True, (Verdict.CONTRADICTED, ())),
+        (0, 0, True, (Verdict.NOT_SUPPORTED, ())),
+        (60, 4, False, (Verdict.UNDETERMINED, (NOT_COMPARABLE,))),
+    ],
+)
+def test_the_run_with_more_features_of_its_own_is_named(sft: int, rl: int, compared: bool, expected: Any) -> None:
+    assert st.specificity_claim(contrast(sft, rl, compared=compared), alpha=0.05) == expected
+
+
+def test_at_equal_kl_the_opposite_leaves_it_open() -> None:
+    both = contrast(60, 4)
+    opposite = both.copy(deep=True)
+    for name in ("effect", "effect_low", "effect_high"):
+        opposite[name].loc[{"comparison": "matched_kl"}] = -0.2
+    assert st.specificity_claim(opposite, alpha=0.05) == (Verdict.UNDETERMINED, (EQUAL_KL,))
+    opposite["comparable"].loc[{"comparison": "matched_kl"}] = "NOT_COMPARABLE: not measured"
+    assert st.specificity_claim(opposite, alpha=0.05) == (Verdict.SUPPORTED, ())
+    by_scaling = both.assign({f"agreed_{name}": both[name] * 0 for name in both.data_vars if name in COUNTED})
+    assert st.specificity_claim(by_scaling, alpha=0.05)[0] is Verdict.NOT_SUPPORTED, "none by latent scaling too"
+
+
+def test_a_compact_set_is_told_from_none(own: Own) -> None:
+    chosen = own.selection
+    compact = (Verdict.SUPPORTED, SelectionReason.COMPACT)
+    assert st.selection_claim([chosen], alpha=0.05) == (Verdict.SUPPORTED, (compact,))
+    still = own.features.copy(deep=True)
+    still["mean"].loc[{"model": "rl@100"}] = still["mean"].sel(model="sft@100").values  # which nothing was planted in
+    tests = st.SelectionTests(n_resamples=199, n_bootstrap=99)
+    nothing = st.select_features(still, own.outcomes, target="rl@final", tests=tests, stability=None)
+    verdict, (of_one,) = st.selection_claim([nothing], alpha=0.05)
+    assert (verdict, of_one[1]) == (Verdict.NOT_SUPPORTED, SelectionReason.NO_RISE)
+    verdict, each = st.selection_claim([chosen, nothing], alpha=0.05)
+    assert (verdict, each) == (Verdict.UNDETERMINED, (compact, of_one)), "dictionaries that disagree"
+    held_out = chosen.assign(role=("task", ["in_domain", "held_out"]))
+    assert st.selection_claim([held_out], alpha=0.05)[1][0][1] is SelectionReason.FEW_TASKS
+    untested = chosen.assign_attrs(accompanying_p=np.nan)
+    assert st.selection_claim([untested], alpha=0.05)[1][0][1] is SelectionReason.ACCOMPANYING
+    by_contrast = untested.assign(guard=("task", [CONTRAST] * 2))
+    assert st.selection_claim([by_contrast], alpha=0.05)[1][0] == compact, "each feature was tested by itself"
+
+
 SEEDS = decoders(3, "rl@100", 1.0), decoders(4, "rl@100", 1.0)
 TOKENS = TokenActivations(
     activation=np.random.default_rng(3).gamma(1.0, size=(400, 2)),
@@ -120,6 +194,8 @@ USES: Final[dict[str, tuple[Callable[[Own], Any], str | None]]] = {
     ),
     "set_stability": (lambda own: st.set_stability(own.features, runs=["rl"], k=5, n_halvings=10), "set_stability"),
     "timing_contrast": (lambda own: own.timing, "timing_contrast"),
+    "specificity_claim": (lambda own: st.specificity_claim(contrast(20, 0), alpha=0.05), None),
+    "selection_claim": (lambda own: st.selection_claim([own.selection], alpha=0.05), None),
     "timing_claim": (lambda own: st.timing_claim(own.timing, alpha=0.05), None),
     "select_features": (lambda own: own.selection, "selection"),
     "selected_effects": (lambda own: st.selected_effects(own.features, own.selection, models=["rl@final"]), None),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from rlgen_stats.toolkit.statistics.causal.own_arms import arms_table
     from rlgen_stats.toolkit.statistics.causal.verdict import judge
-    from rlgen_stats.toolkit.statistics.claim_verdicts import timing_claim
+    from rlgen_stats.toolkit.statistics.claim_verdicts import selection_claim, specificity_claim, timing_claim
     from rlgen_stats.toolkit.statistics.comparison import compare_outcomes
     from rlgen_stats.toolkit.statistics.core.correction import adjust_pvalues
     from rlgen_stats.toolkit.statistics.core.own_arrays import features_dataset, outcomes_dataset
@@ -83,8 +83,10 @@ __all__ = [
     "scaling_table",
     "select_features",
     "selected_effects",
+    "selection_claim",
     "set_stability",
     "simulate_features",
+    "specificity_claim",
     "stabilization_test",
     "subspace_overlap",
     "timing_claim",
@@ -95,7 +97,7 @@ __all__ = [
 _NAMES_OF: Final = {
     "causal.own_arms": ("arms_table",),
     "causal.verdict": ("judge",),
-    "claim_verdicts": ("timing_claim",),
+    "claim_verdicts": ("selection_claim", "specificity_claim", "timing_claim"),
     "comparison": ("compare_outcomes",),
     "core.correction": ("adjust_pvalues",),
     "core.own_arrays": ("features_dataset", "outcomes_dataset"),

@@ -16,8 +16,12 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
+from rlgen_stats.toolkit.statistics.causal.mediated_share import CompactShare, compact_share
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
+from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
+from rlgen_stats.toolkit.statistics.specificity import compared_arms
+from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
 from rlgen_stats.toolkit.statistics.timing.run_contrast import MEASURES
 
 
@@ -102,6 +106,12 @@ BELOW_NULL: Final = "below_null"
 """Failed guard: the larger share does not exceed the largest of base against itself."""
 DICTIONARIES_DISAGREE: Final = "dictionaries_disagree"
 """Failed guard: too few dictionaries have the direction of the pooled difference."""
+RANKS: Final = "superiority"
+"""Failed guard: the ranks of all features say the opposite of the shares."""
+EQUAL_KL: Final = "matched_kl"
+"""Failed guard, and the comparison: at equal KL divergence from base the shares say the opposite."""
+TAU: Final = 0.7
+"""Norm ratio above which a feature counts as specific, unless a study says another."""
 
 
 def specificity_verdict(
@@ -155,6 +165,55 @@ def specificity_verdict(
             if (highest if effect > 0 else -lowest) < 0:
                 failed.append(name)
     return (Verdict.UNDETERMINED if failed else verdict), tuple(failed)
+
+
+def specificity_claim(contrast: xr.Dataset, *, tau: float = TAU, alpha: float) -> tuple[Verdict, tuple[str, ...]]:
+    """:func:`specificity_verdict` on a contrast of two arms.
+
+    Parameters
+    ----------
+    contrast
+        Layout ``attribution_contrast`` (:func:`~rlgen_stats.toolkit.statistics.attribution_contrast`).
+    tau
+        The nearest of its thresholds decides.
+    alpha
+        Level of the verdict, that of the contrast's intervals.
+
+    Returns
+    -------
+    Verdict
+    tuple of str
+        Guards that failed.
+
+    Notes
+    -----
+    Features count as specific by latent scaling too where the contrast has it. The ranks of all features, and the
+    shares at equal KL from base where these are comparable, must not say the opposite.
+
+    Examples
+    --------
+    >>> specificity_claim(attribution_contrast(table, decoders, sft="sft", rl="rl"), alpha=0.05)  # doctest: +SKIP
+    """
+    prefix = AGREED if f"{AGREED}effect" in contrast else ""
+    at_tau = contrast.sel(tau=tau, method="nearest")
+    decided_by = str(contrast.attrs["decided_by"])
+    row = at_tau.sel(comparison=decided_by)
+    low, high = (float(row[f"superiority{end}"]) - 0.5 for end in ("_low", "_high"))
+    beside = {RANKS: (low, high)}
+    if EQUAL_KL in contrast["comparison"]:
+        by_kl = at_tau.sel(comparison=EQUAL_KL)
+        if str(by_kl["comparable"].item()).startswith(compared_arms.COMPARABLE):
+            beside[EQUAL_KL] = (float(by_kl[f"{prefix}effect_low"]), float(by_kl[f"{prefix}effect_high"]))
+    each = row[f"{prefix}effect_each"].values
+    return specificity_verdict(
+        (float(row[f"{prefix}effect"]), float(row[f"{prefix}effect_low"]), float(row[f"{prefix}effect_high"])),
+        float(row[f"{prefix}p_value"]),
+        (float(row[f"{prefix}tail_sft"]), float(row[f"{prefix}tail_rl"]), float(row[f"{prefix}tail_null"])),
+        alpha=alpha,
+        comparable=not str(row["comparable"].item()).startswith(compared_arms.NOT_COMPARABLE),
+        each=each[np.isfinite(each)].tolist(),
+        beside=beside,
+    )
 
 
 # -- C2 ----------------------------------------------------------------------------------------------------------------
@@ -393,6 +452,58 @@ def selection_verdict(
         if open_question:
             return Verdict.UNDETERMINED, reason
     return Verdict.SUPPORTED, SelectionReason.COMPACT
+
+
+def selection_claim(
+    selections: Sequence[xr.Dataset], shares: xr.Dataset | None = None, *, alpha: float
+) -> tuple[Verdict, tuple[tuple[Verdict, SelectionReason], ...]]:
+    """:func:`selection_verdict` on the selection of every dictionary, whose verdicts must agree.
+
+    Parameters
+    ----------
+    selections
+        Layout ``selection`` (:func:`~rlgen_stats.toolkit.statistics.select_features`), one a dictionary.
+    shares
+        Layout ``mediated_share``, of a trial: what of the full patch's effect the sets carry, all dictionaries
+        together. Without it, or where the patch has no shown effect, the share of the rise decides.
+    alpha
+        Level of the tests.
+
+    Returns
+    -------
+    Verdict
+    tuple of (Verdict, SelectionReason)
+        Of every dictionary.
+
+    Examples
+    --------
+    >>> selection_claim([select_features(features, outcomes, target="rl@80")], alpha=0.05)  # doctest: +SKIP
+    """
+    lifted = compact_share(shares, min(float(one.attrs["most_features"]) for one in selections))
+    each = tuple(_selection_of_one(one, lifted, alpha) for one in selections)
+    return agreed_verdict([verdict for verdict, _ in each]), each
+
+
+def _selection_of_one(
+    selection: xr.Dataset, lifted: CompactShare | None, alpha: float
+) -> tuple[Verdict, SelectionReason]:
+    role, state, guard = (selection[name].values.astype(str) for name in ("role", "excess_estimable", "guard"))
+    estimable = (state == "yes") & ~np.isin(role, ("held_out", "control"))
+    accompanying = float(selection.attrs["accompanying_p"])
+    if math.isnan(accompanying) and (guard[estimable] != CONTRAST).any():
+        accompanying = 1.0  # neither each feature nor all together could be tested
+    carried = {name: float(selection.attrs[f"carried_{name}"]) for name in ("low", "best_high")}
+    return selection_verdict(
+        n_estimable=int(estimable.sum()) if np.isfinite(selection["specific_p"].values).any() else 0,
+        n_confirmed=int((selection["specific_tier"] == "CONFIRMED").sum()),
+        carried_low=carried["low"] if lifted is None else lifted.of_set.low,
+        best_high=carried["best_high"] if lifted is None else lifted.best_high,
+        no_rise_p=float(selection.attrs["no_rise_p"]),
+        accompanying_p=accompanying,
+        alpha=alpha,
+        is_compact=lifted is None or lifted.is_compact,
+        beyond_random_low=math.inf if lifted is None else lifted.of_set.above_low,
+    )
 
 
 def mostly_token_detectors(n_detectors: Sequence[int], n_features: Sequence[int]) -> bool:

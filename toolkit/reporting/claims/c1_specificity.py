@@ -26,13 +26,14 @@ from rlgen_stats.toolkit.reporting.source_study import UNCHECKED
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
     DICTIONARIES_DISAGREE,
+    EQUAL_KL,
     NOT_COMPARABLE,
+    RANKS,
     Verdict,
     smallest_permutation_p,
-    specificity_verdict,
+    specificity_claim,
 )
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED, MIN_RUNS
-from rlgen_stats.toolkit.statistics.specificity.compared_arms import COMPARABLE as COMPARABLE_TEXT
 from rlgen_stats.toolkit.statistics.specificity.compared_arms import NOT_COMPARABLE as NOT_COMPARABLE_TEXT
 
 C1: Final = PaperClaim(
@@ -45,8 +46,6 @@ C1: Final = PaperClaim(
         f"norm: heavier for SFT than for RL. {UNCHECKED}"
     ),
 )
-_RANKS: Final = "superiority"
-_KL: Final = "matched_kl"
 
 
 def assess_specificity(results: Results, spec: StudySpec) -> Claim:
@@ -54,7 +53,7 @@ def assess_specificity(results: Results, spec: StudySpec) -> Claim:
 
     Specific: NRN > tau, and latent scaling agrees where it was done. Of the final models, or where both runs are
     equally far from base, as the contrast says. The verdict is
-    :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.specificity_verdict`.
+    :func:`~rlgen_stats.toolkit.statistics.claim_verdicts.specificity_claim`.
     """
     data = results.get("attribution_contrast")
     if data is None:
@@ -63,16 +62,7 @@ def assess_specificity(results: Results, spec: StudySpec) -> Claim:
     decides = str(data.attrs["decided_by"])
     details = _details(data, tau, decides, results, spec)
     effect, low, high = details["differences"][decides]["interval"]
-    shares = details["tails_percent"]
-    verdict, failed_guards = specificity_verdict(
-        (effect, low, high),
-        details["differences"][decides]["p_value"],
-        (shares["sft"] / 100, shares["rl"] / 100, shares["null"] / 100),
-        alpha=spec.statistics.alpha,
-        comparable=not details["comparable"][decides].startswith(NOT_COMPARABLE_TEXT),
-        each=details["differences"][decides]["each"],
-        beside=_beside(details, decides),
-    )
+    verdict, failed_guards = specificity_claim(data, tau=tau, alpha=spec.statistics.alpha)
     if verdict is Verdict.NOT_ESTIMABLE:
         reason = details["comparable"][decides] or "the contrast is empty: no alive features"
         return C1.not_estimable(reason, caveats=(run_caveat(spec),))
@@ -144,23 +134,13 @@ def _difference(data: xr.Dataset, tau: float, comparison: str, prefix: str) -> d
     }
 
 
-def _beside(details: dict[str, Any], decides: str) -> dict[str, tuple[float, float]]:
-    """What must not say the opposite: the ranks, and the shares at equal KL from base where these are comparable."""
-    _, low, high = details["superiority"][decides]
-    beside = {_RANKS: (low - 0.5, high - 0.5)}
-    if details["comparable"].get(_KL, "").startswith(COMPARABLE_TEXT):
-        _, *ends = details["differences"][_KL]["interval"]
-        beside[_KL] = (ends[0], ends[1])
-    return beside
-
-
 def _guard_words(guard: str, details: dict[str, Any]) -> str:
     if guard != NOT_COMPARABLE:
         return {
             BELOW_NULL: "the larger share does not exceed the largest of base against itself",
             DICTIONARIES_DISAGREE: "the dictionaries do not agree on the direction",
-            _RANKS: "the ranks of all features say the opposite of the tails",
-            _KL: "at equal KL from base the opposite holds",
+            RANKS: "the ranks of all features say the opposite of the tails",
+            EQUAL_KL: "at equal KL from base the opposite holds",
         }[guard]
     reasons = [details["comparable"][name] for name in ("final", "matched_shift") if name in details["comparable"]]
     because = [reason.removeprefix(NOT_COMPARABLE_TEXT).removeprefix(":").strip() for reason in reasons]

@@ -21,12 +21,11 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     SelectionReason,
     Verdict,
     agreed_p,
-    agreed_verdict,
     any_feature_p,
     mean_count,
     mean_share,
     mostly_token_detectors,
-    selection_verdict,
+    selection_claim,
     verdicts_agree,
 )
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
@@ -83,7 +82,7 @@ class _Judged:
 
 
 def assess_selection(results: Results, spec: StudySpec) -> Claim:
-    """C3 from the selection: features confirmed on verification prompts, with the rule ``selection_verdict``.
+    """C3 from the selection: features confirmed on verification prompts, with the rule of ``selection_claim``.
 
     The rule is applied in every dictionary, and their verdicts must agree. Whether a compact set carries the change is
     read off the curve of mediated shares, over all dictionaries together: the selected set lifted into base. Without a
@@ -99,9 +98,10 @@ def assess_selection(results: Results, spec: StudySpec) -> Claim:
     unusable = unusable_readout(results, spec)
     if unusable:
         return C3.not_estimable(unusable)
-    lifted = compact_share(results.get("mediated_share"), min(attr_number(data, "most_features") for data in each))
-    judged = [_judge(data, lifted, spec.statistics.alpha) for data in each]
-    verdict = agreed_verdict([one.verdict for one in judged])
+    shares = results.get("mediated_share")
+    lifted = compact_share(shares, min(attr_number(data, "most_features") for data in each))
+    verdict, verdicts = selection_claim(each, shares, alpha=spec.statistics.alpha)
+    judged = [_Judged(data, _details(data), *one) for data, one in zip(each, verdicts, strict=True)]
     data, details = each[0], judged[0].details
     for name in _EACH:
         details[f"{name}_by_dictionary"] = [one.details[name] for one in judged]
@@ -158,37 +158,6 @@ def _carried_of_the_rise(details: dict[str, Any]) -> list[str]:
     ]
 
 
-def _judge(data: xr.Dataset, lifted: CompactShare | None, alpha: float) -> _Judged:
-    """Verdict of one dictionary, and what it rests on."""
-    tasks = [task for task, state in _selection_tasks(data, "excess_estimable") if state == _YES]
-    details = _details(data, tasks)
-    shares: dict[str, Any]
-    if lifted is None:
-        shares = {"carried_low": attr_number(data, "carried_low"), "best_high": attr_number(data, "carried_best_high")}
-    else:
-        shares = {
-            "carried_low": lifted.of_set.low,
-            "best_high": lifted.best_high,
-            "is_compact": lifted.is_compact,
-            "beyond_random_low": lifted.of_set.above_low,
-        }
-    verdict, reason = selection_verdict(
-        n_estimable=len(tasks) if details["n_testable"] else 0,
-        n_confirmed=details["n_confirmed"],
-        no_rise_p=details["no_rise_p"],
-        accompanying_p=_accompanying_p(details),
-        alpha=alpha,
-        **shares,
-    )
-    return _Judged(data, details, verdict, reason)
-
-
-def _accompanying_p(details: dict[str, Any]) -> float:
-    """NaN where losses suffice, so that each feature was tested on its own; 1 where neither test could be made."""
-    p_value = float(details["accompanying_p"])
-    return 1.0 if math.isnan(p_value) and not details["rl_specific_contrast"] else p_value
-
-
 def _carried(each: list[xr.Dataset], spec: StudySpec) -> dict[str, float]:
     """Share of the rise that the leading candidates carry, over dictionaries with its interval, and its bounds."""
     share, low, high = ([attr_number(data, f"carried_{name}") for data in each] for name in ("share", "low", "high"))
@@ -212,7 +181,8 @@ def unusable_tasks(data: xr.Dataset, column: str = "estimable") -> str:
     return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in by_reason.items())
 
 
-def _details(data: xr.Dataset, tasks: list[str]) -> dict[str, Any]:
+def _details(data: xr.Dataset) -> dict[str, Any]:
+    tasks = [task for task, state in _selection_tasks(data, "excess_estimable") if state == _YES]
     tiers, counts = np.unique(data["tier"].values.astype(str), return_counts=True)
     task_names = [str(task) for task in data["task"].values]
     return {
