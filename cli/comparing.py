@@ -26,7 +26,13 @@ _MODEL_OF_STUDY: Final = re.compile(r"(.+):([^:/\\]+@[^:/\\]+)")
 @click.option("--task", "tasks", multiple=True, help="Only this task; repeatable.")
 @click.option("--cluster", help="Field that says which prompts depend on one another, e.g. doc.passage_id.")
 @click.option("--common", is_flag=True, help="Drop prompts that only one of them has, instead of refusing.")
-@click.option("--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, show_default=True)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="1 - coverage of the intervals.",
+)
 @json_option
 @handle_errors
 def compare_outcomes_command(

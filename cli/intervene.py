@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[int]:
-    """``1,2,3`` as numbers."""
+    """``3,12,407`` as numbers."""
     if value is None:
         return []
     try:
         return [int(part) for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"expected feature ids as 12,407, got {value!r}.") from None
+        raise click.BadParameter(f"expected feature ids as 3,12,407, got {value!r}.") from None
 
 
 @click.command("intervene")
 @study_argument
 @click.option("--set", "set_name", metavar="NAME", help="Another set: selected, confirmed, candidate or paper.")
-@click.option("--features", callback=_features, metavar="IDS", help="These features, e.g. 12,407.")
+@click.option("--features", callback=_features, metavar="IDS", help="These features, with commas between: 3,12,407.")
 @click.option("--dictionary", type=int, help="Number of the dictionary whose set it is; default 1.")
 @click.option("--direction", type=click.Choice(["disable", "amplify"]), help="One direction only; default both.")
 @click.option("--dose", "doses", type=float, multiple=True, help="Doses of the curve; the first above 1 is tested.")
@@ -83,7 +83,7 @@ def intervene(
     \b
     Examples:  rlgen-stats intervene my-study
                rlgen-stats intervene my-study --dry-run
-               rlgen-stats intervene my-study --features 12,407 --direction disable --dose 0.5 --dose 0.25
+               rlgen-stats intervene my-study --features 3,12,407 --direction disable --dose 0.5 --dose 0.25
     """  # noqa: D301 - click needs the backspace itself
     from rlgen_stats.cli.stages import run_and_print
 

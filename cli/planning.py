@@ -23,8 +23,23 @@ if TYPE_CHECKING:
     from rlgen_stats.toolkit.statistics.planning.power import Control, Design, Power
     from rlgen_stats.toolkit.statistics.planning.power_check import SimulatedPower
 
-_COUNT: Final = click.IntRange(max=10**12)
+MOST: Final = 10**12
 """More prompts, features or runs than this are a slip, and no number of numpy's holds many more."""
+
+
+class _Count(click.ParamType):
+    """A whole number up to ``MOST``, which ``--help`` need not say."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        count: int = click.INT.convert(value, param, ctx)
+        if count > MOST:
+            self.fail(f"{count} is more than {MOST:,}.", param, ctx)
+        return count
+
+
+_COUNT: Final = _Count()
 _SIMULATION: Final = (
     ("--prompts", "n_prompts", 400, "Number of prompts."),
     ("--features", "n_features", 2048, "Number of features."),

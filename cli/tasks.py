@@ -39,7 +39,7 @@ def tasks(context: click.Context, as_json: bool) -> None:
     print_table(["task", "benchmark", "domain", "role", "graded by", "dataset", "config", "split"], rows)
 
 
-@tasks.command()
+@tasks.command(short_help="Write ready-made tasks into a study.")
 @study_argument
 @click.argument("names", nargs=-1, required=True)
 @click.option(

@@ -411,7 +411,7 @@ def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], t
         (("--features", "1,2", "--set", "paper"), "name a set or features, one of the two"),
         (("--set", "best"), "the sets are selected, confirmed, candidate, paper, got 'best'"),
         (("--features", "999999"), "feature ids run from 0 to"),
-        (("--features", "a,b"), "expected feature ids as 12,407"),
+        (("--features", "a,b"), "expected feature ids as 3,12,407"),
         (("--features", str(dead)), f"features [{dead}] are dead"),
         (("--features", str(first), "--direction", "disable", "--level", "rl"), "a level is what amplification adds"),
     ):

@@ -134,6 +134,8 @@ def test_print_opens_what_is_folded_and_hides_what_only_a_screen_needs(report: P
     page.send("Emulation.setEmulatedMedia", media="print")
     assert set(page.ask(seen)) == {True}
     assert page.ask("getComputedStyle(document.querySelector('nav')).display") == "none"
+    of_footer = "getComputedStyle(document.querySelector('footer'))"
+    assert page.ask(f"{of_footer}.breakBefore") == "avoid", "no last page with a line on it"
     page.send("Emulation.setEmulatedMedia", media="")
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ pytest.importorskip("bokeh", reason="the extra 'view' is not installed on this m
 from bokeh.client import pull_session
 from bokeh.document import Document
 
-from rlgen_stats.toolkit.reporting.explorer import Explorer, StudyReader
+from rlgen_stats.toolkit.reporting.explorer import Explorer, ShownStudy, StudyReader
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,17 @@ class Open:
     """A page that is open in this process."""
 
     def __init__(self, reader: StudyReader, **asked: str) -> None:
+        self._show(reader.read(), asked)
+
+    @classmethod
+    def of(cls, shown: ShownStudy, **asked: str) -> Open:
+        page = cls.__new__(cls)
+        page._show(shown, asked)
+        return page
+
+    def _show(self, shown: ShownStudy, asked: dict[str, str]) -> None:
         self.document = Document()
-        self.explorer = Explorer(self.document, reader.read(), asked)
+        self.explorer = Explorer(self.document, shown, asked)
 
     def __getitem__(self, name: str) -> Any:
         model = self.document.get_model_by_name(name)
@@ -161,6 +171,42 @@ def test_an_arm_is_held_against_the_unedited_model(page: Open) -> None:
     assert 'id="prompt-parity-2"' in text
     for who in ("base@0", "sft@150", "rl@80", "disable: unedited", "disable: the set"):
         assert f"<dt>{who}</dt>" in text
+
+
+def test_another_dictionary_has_its_own_features_and_arms(
+    reader: StudyReader, study: StudyFolder, tmp_path: Path
+) -> None:
+    folder = StudyFolder(shutil.copytree(study.root, tmp_path / "study"))
+    shutil.copytree(folder.features, folder.features_of(2))
+    arms = folder.root / "intervention" / "disable"
+    in_second = folder.root / "intervention" / "dictionary-2" / "disable"
+    in_second.mkdir(parents=True)
+    pd.read_parquet(arms / "set.parquet").assign(correct=False).to_parquet(in_second / "set.parquet")
+    first = reader.read()
+    spec, results = first.spec, dict(first.results)
+    primary = spec.primary_crosscoder.model_copy(update={"replicates": 2})
+    crosscoders = tuple(primary if one is spec.primary_crosscoder else one for one in spec.crosscoders)
+    drift, trial = results["drift"], results["intervention"].sel(direction=["disable"])
+    results |= {"drift.2": drift.assign(effect_sd=drift["effect_sd"] + 1), "selection.2": results["selection"]}
+    results |= {"trial-dictionary": trial, "trial-dictionary.2": trial, "trial-features-19-in-2": trial}
+    spec = spec.model_copy(update={"crosscoders": crosscoders})
+    both = replace(first, folder=folder, spec=spec, results=results)
+    page = Open.of(both, edit="disable/set", feature="7")
+    assert page["dictionary"].options == [("1", "1: main"), ("2", "2: main.2")]
+    before = dict(page["feature-table"].source.data)
+    assert page["prompt-table"].source.data["after"] == ["✓", "✕", "✓", "✕"]
+    page["dictionary"].value = "2"
+    after = page["feature-table"].source.data
+    np.testing.assert_allclose(after["effect_sd"], before["effect_sd"] + 1)
+    assert page["prompt-table"].source.data["before"] == ["✓", "✓", "✕", "✕"], "the unedited model is the same"
+    assert page["prompt-table"].source.data["after"] == ["✕"] * 4
+    assert {name.partition("/")[0] for name, _ in page["edit"].options} == {"", "disable"}
+    assert page["feature-number"].value == after["feature"][0], "number 7 is another feature there"
+    page["feature-number"].value = 7
+    assert "intervene STUDY --features 7 --dictionary 2" in page["feature"].text
+    other = Open.of(both, dictionary="2", edit="disable/set")
+    assert other["prompt-table"].source.data["after"] == ["✕"] * 4
+    assert Open(reader).document.get_model_by_name("dictionary") is None, "there is one"
 
 
 def test_what_a_model_wrote_is_text(page: Open) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
@@ -417,6 +418,31 @@ def test_figures_captions_and_populations_survive_in_markdown(
         assert all(f"](figures/{file})" in markdown for file in one.files)
     for claim in data["claims"]:
         assert claim["population"] in markdown.replace("&gt;", ">")
+
+
+def test_headings_and_captions_survive_in_markdown(report: Path) -> None:
+    """Every one of the page is in the plain text too, in the same order but for where details are folded."""
+    page, markdown = ((report / name).read_text(encoding="utf-8") for name in ("index.html", "report.md"))
+    page = re.sub(r"(?s)<svg.*?</svg>|<a [^>]*>SVG.*?</a>|<header.*?</header>", "", page)
+    markdown = _letters(markdown.replace("\\", ""))
+    parts = re.findall(r"(?s)<(h[23]|caption|figcaption)\b[^>]*>(.*?)</\1>", page)
+    assert len(parts) > 50
+    assert not [text for _, text in parts if _letters(re.sub("<[^>]*>", "", text)) not in markdown]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\W", "", html.unescape(text))
+
+
+def test_tables_in_markdown_have_cells_for_every_column(report: Path) -> None:
+    lines = (report / "report.md").read_text(encoding="utf-8").replace("\\|", "").splitlines()
+    tables = [i for i, line in enumerate(lines) if line.startswith("|---")]
+    assert len(tables) > 8
+    for i in tables:
+        rows = [lines[i - 1], *itertools.takewhile(lambda line: line.startswith("|"), lines[i:])]
+        assert lines[i - 2] == "", "a table begins a block"
+        assert len(rows) > 2, lines[i - 1]
+        assert len({row.count("|") for row in rows}) == 1, rows
 
 
 def test_a_feature_is_one_click_from_its_dot(report: Path) -> None:

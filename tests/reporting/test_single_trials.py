@@ -11,7 +11,12 @@ import xarray as xr
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.toolkit.reporting import feature_cards, read_study_data
 from rlgen_stats.toolkit.reporting.report import environment
-from rlgen_stats.toolkit.reporting.trial_rows import equivalence_sentence, of_first_dictionary, single_trials
+from rlgen_stats.toolkit.reporting.trial_rows import (
+    equivalence_sentence,
+    in_dictionary,
+    of_first_dictionary,
+    single_trials,
+)
 from rlgen_stats.toolkit.statistics.causal.causal_equivalence import causal_equivalence
 from rlgen_stats.toolkit.statistics.causal.mediated_share import Curve, CurvePoint
 from tests.reporting.synthetic_study import intervention, make_spec, other_parts
@@ -64,6 +69,22 @@ def test_trials_of_one_feature_are_told_from_others(tried: dict[str, xr.Dataset]
 )
 def test_numbers_of_another_dictionary_are_other_features(group: str, first: bool) -> None:
     assert of_first_dictionary(group) is first
+
+
+def test_results_of_one_dictionary_are_named_as_if_there_were_no_other() -> None:
+    names = ("drift", "drift.2", "drift.3", "movement", "matching", "intervention", "trial-dictionary")
+    names += ("trial-dictionary.2", "trial-features-7", "trial-features-7-in-2", "trial-features-7-in-2-equivalence")
+    results = {name: xr.Dataset(attrs={"of": name}) for name in names}
+    shown = {name: data.attrs["of"] for name, data in in_dictionary(results, 2).items()}
+    assert shown == {
+        "drift": "drift.2",
+        "movement": "movement",
+        "matching": "matching",
+        "intervention": "trial-dictionary.2",
+        "trial-features-7": "trial-features-7-in-2",
+        "trial-features-7-equivalence": "trial-features-7-in-2-equivalence",
+    }
+    assert set(in_dictionary(results, 1)) == set(names)
 
 
 @pytest.mark.parametrize(

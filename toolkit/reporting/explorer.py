@@ -1,4 +1,4 @@
-"""The report's facts served live: a Bokeh page over a study that follows a task, a checkpoint, an edit and an outcome.
+"""The report's facts served live: a Bokeh page that follows a dictionary, a task, a checkpoint, an edit, an outcome.
 
 Widgets, tables and the scatter of features are Bokeh's. Charts, features and prompts come from the functions and
 templates of the report, so that both say the same.
@@ -42,7 +42,7 @@ from matplotlib.axes import Axes
 from rlgen_stats.schemas.dims import BASE_MODEL, split_model_id
 from rlgen_stats.schemas.errors import InputError, RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.stores import StudyFolder
+from rlgen_stats.stores import StudyFolder, open_features
 from rlgen_stats.toolkit.reporting.arm_rows import Arm, arms_of, in_order
 from rlgen_stats.toolkit.reporting.claims.assess import assess_claims
 from rlgen_stats.toolkit.reporting.claims.claim import Claim
@@ -60,6 +60,7 @@ from rlgen_stats.toolkit.reporting.population import populations
 from rlgen_stats.toolkit.reporting.prompt_pages import ReplySource, arm_source, cards_of, model_source, reply_sources
 from rlgen_stats.toolkit.reporting.report import environment, load_results
 from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of, number
+from rlgen_stats.toolkit.reporting.trial_rows import in_dictionary
 
 ADDRESS: Final = "127.0.0.1"
 """The page is for people at this machine."""
@@ -158,6 +159,26 @@ class ShownStudy:
     data: StudyData
     claims: tuple[Claim, ...]
     table: FeatureTable
+    dictionary: int = 1
+    """Number of the dictionary whose features, tests and arms are shown."""
+
+    def in_dictionary(self, dictionary: int) -> ShownStudy:
+        """The study with the features, tests and arms of one of its dictionaries."""
+        if dictionary == 1:
+            return self
+        primary, features = self.spec.primary_crosscoder, self.folder.features_of(dictionary)
+        one = primary.model_copy(update={"name": primary.names[dictionary - 1], "replicates": None})
+        crosscoders = tuple(one if each is primary else each for each in self.spec.crosscoders)
+        spec = self.spec.model_copy(update={"crosscoders": crosscoders})
+        results = in_dictionary(self.results, dictionary)
+        return replace(
+            self,
+            spec=spec,
+            results=results,
+            data=replace(self.data, features=open_features(features) if features.exists() else None),
+            table=feature_table(results, spec),
+            dictionary=dictionary,
+        )
 
     @property
     def models(self) -> dict[str, list[str]]:
@@ -211,7 +232,7 @@ class Explorer:
     """One open page: widgets, and what they select."""
 
     def __init__(self, document: Document, shown: ShownStudy, asked: Mapping[str, str]) -> None:
-        self._shown, self._asked = shown, asked
+        self._study, self._shown, self._asked = shown, shown, asked
         self._templates = environment()
         self._parts: Any
         self._section: Any
@@ -222,12 +243,11 @@ class Explorer:
             "stylesheets": [InlineStyleSheet(css=self._templates.get_template("explorer.css").render())],
             "sizing_mode": "stretch_width",
         }
-        self._said = populations(shown.results, shown.spec, shown.data.prompts)
         self._choices()
         names = ("link", "behaviour", "counts", "feature", "summary", "prompt")
         self._panels = {name: Div(name=name, disable_math=True, **self._common) for name in names}
         self._features, self._prompts = ColumnDataSource(name="features"), ColumnDataSource(name="prompts")
-        self._columns, self._rows = self._feature_columns(), IndexFilter()
+        self._rows = IndexFilter()
         self._texts, self._prompt = prompt_texts(shown.folder, shown.spec), asked.get("prompt", "")
         self._model_changed()
         self._filter_features()
@@ -240,23 +260,39 @@ class Explorer:
         shown, rl = self._shown, self._shown.spec.contrasted[1].name
         tasks = [] if shown.data.prompts is None else list(dict.fromkeys(shown.data.prompts["task"]))
         models = [(model, model.replace("@", " at step ")) for run in shown.models.values() for model in run]
-        arms = [(name, f"{arm.direction}: {arm.label}") for name, arm in shown.arms.items()]
+        names = shown.spec.primary_crosscoder.names
+        numbers = [(str(number), f"{number}: {name}") for number, name in enumerate(names, start=1)]
+        self._dictionary = self._select("dictionary", "Dictionary of features and edits", numbers)
+        self._read_dictionary()
         self._task = self._select("task", "Task", [("", "all tasks"), *((task, task) for task in tasks)])
         final = shown.models.get(rl, [""])[-1]
         self._model = self._select("model", "Model and checkpoint", models or [("", "none yet")], final)
-        self._edit = self._select("edit", "Edited", [("", "no: greedy answers"), *arms])
+        self._edit = self._select("edit", "Edited", self._edits())
         self._outcome = self._select("outcome", "Outcome", [("", "any"), *((name, name) for name in OUTCOMES)])
         last, asked = shown.spec.primary_crosscoder.n_features - 1, self._asked.get("feature", "")
-        first = shown.table.rows[0]["feature"] if shown.table.rows else 0
         self._number = NumericInput(
             name="feature-number",
             title=f"Feature, 0 to {last}",
-            value=min(int(asked[:9]), last) if asked.isascii() and asked.isdigit() else first,
+            value=min(int(asked[:9]), last) if asked.isascii() and asked.isdigit() else self._first,
             low=0,
             high=last,
             **self._common,
         )
         self._search = TextInput(name="search", title="Search features", **self._common)
+
+    def _edits(self) -> list[tuple[str, str]]:
+        arms = self._shown.arms.items()
+        return [("", "no: greedy answers"), *((name, f"{arm.direction}: {arm.label}") for name, arm in arms)]
+
+    def _read_dictionary(self) -> None:
+        self._shown = self._study.in_dictionary(int(self._dictionary.value))
+        self._said = populations(self._shown.results, self._shown.spec, self._shown.data.prompts)
+        self._columns = self._feature_columns()
+
+    @property
+    def _first(self) -> int:
+        """The feature at the top of the table."""
+        return next(iter(self._columns["feature"]), 0)
 
     def _select(self, name: str, title: str, options: list[tuple[str, str]], default: str = "") -> Select:
         values = [value for value, _ in options]
@@ -267,6 +303,7 @@ class Explorer:
         def on(model: Any, then: Callable[[], None], name: str = "value") -> None:
             model.on_change(name, lambda attr, old, new: then())  # Bokeh wants these three
 
+        on(self._dictionary, self._dictionary_changed)
         on(self._task, self._task_changed)
         on(self._model, self._model_changed)
         on(self._edit, self._list_prompts)
@@ -275,6 +312,17 @@ class Explorer:
         on(self._number, self._show_feature)
         on(self._features.selected, self._feature_picked, "indices")
         on(self._prompts.selected, self._prompt_picked, "indices")
+
+    def _dictionary_changed(self) -> None:
+        """Another dictionary's features, which share nothing but their numbers; an edit that it has too stays."""
+        self._read_dictionary()
+        edits = self._edits()
+        self._edit.update(options=edits, value=self._edit.value if self._edit.value in dict(edits) else "")
+        self._list_prompts()
+        self._list_features()
+        self._filter_features()
+        self._number.value = self._first
+        self._show_feature()
 
     def _task_changed(self) -> None:
         self._show_behaviour()
@@ -295,7 +343,7 @@ class Explorer:
 
     def _link(self, **changes: object) -> str:
         """Address of this page as it is, or with another feature or prompt."""
-        state = {name: getattr(self, f"_{name}").value for name in ("task", "model", "edit", "outcome")}
+        state = {name: getattr(self, f"_{name}").value for name in ("dictionary", "task", "model", "edit", "outcome")}
         state |= {"feature": self._number.value, "prompt": self._prompt} | changes
         return "?" + urlencode({name: value for name, value in state.items() if value not in ("", None)})
 
@@ -376,7 +424,7 @@ class Explorer:
             cards = feature_cards(shown.folder, shown.spec, shown.results, shown.data, [feature])
             prompts = {one.prompt for card in cards for group in card.contexts.values() for one in group}
             links = {prompt: self._link(prompt=prompt) + "#prompts" for prompt in prompts}
-            self._panels["feature"].text = str(self._section.feature(cards[0], links))
+            self._panels["feature"].text = str(self._section.feature(cards[0], links, shown.dictionary))
         except RlgenStatsError as error:
             self._panels["feature"].text = str(self._parts.absent(str(error)))
         self._address()
@@ -387,7 +435,8 @@ class Explorer:
         folder, arm = self._shown.folder, self._shown.arms.get(self._edit.value)
         if arm is None:
             return model_source(folder, BASE_MODEL), model_source(folder, self._model.value)
-        return arm_source(folder, replace(arm, condition="unedited", kind="unedited")), arm_source(folder, arm)
+        unedited, dictionary = replace(arm, condition="unedited", kind="unedited"), self._shown.dictionary
+        return arm_source(folder, unedited), arm_source(folder, arm, dictionary)
 
     def _list_prompts(self) -> None:
         table = self._shown.data.prompts
@@ -419,7 +468,7 @@ class Explorer:
 
     def _show_prompt(self) -> None:
         shown = self._shown
-        sources = reply_sources(shown.folder, shown.spec, shown.results)
+        sources = reply_sources(shown.folder, shown.spec, shown.results, dictionary=shown.dictionary)
         sources += [one for one in self._before_and_after() if one not in sources]
         cards = []
         if shown.data.prompts is not None and self._prompt in set(shown.data.prompts["prompt"]):
@@ -432,7 +481,7 @@ class Explorer:
 
     # the whole
     def _put_into(self, document: Document) -> None:
-        shown, results, spec = self._shown, self._shown.results, self._shown.spec
+        shown, results, spec = self._study, self._study.results, self._study.spec
         document.title = f"{spec.name}: explorer"
         document.template = self._templates.get_template("explorer.html.j2")
         document.template_variables.update(
@@ -442,7 +491,15 @@ class Explorer:
             glance=glance(shown.data, results, spec),
             folder=str(shown.folder.root),
         )
-        choices = [self._task, self._model, self._edit, self._outcome, self._number, self._search]
+        choices = [
+            *([self._dictionary] if len(self._dictionary.options) > 1 else []),
+            self._task,
+            self._model,
+            self._edit,
+            self._outcome,
+            self._number,
+            self._search,
+        ]
         document.add_root(column(*choices, self._panels["link"], name="choices", sizing_mode="stretch_width"))
         document.add_root(self._scatter())
         document.add_root(self._table("feature-table", self._features, _FEATURE_COLUMNS, CDSView(filter=self._rows)))

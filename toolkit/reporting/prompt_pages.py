@@ -13,6 +13,7 @@ from rlgen_stats.schemas.dims import BASE_MODEL, GREEDY
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder
 from rlgen_stats.stores.table_files import read_parquet
+from rlgen_stats.stores.trial_completions import ArmFiles
 from rlgen_stats.toolkit.reporting.arm_rows import RANDOM_KINDS, Arm, arms_of, in_order
 from rlgen_stats.toolkit.reporting.examples import prompt_texts, shortened
 from rlgen_stats.toolkit.reporting.facts import StudyData
@@ -94,13 +95,14 @@ def model_source(folder: StudyFolder, model: str) -> ReplySource:
     return ReplySource(who=model, file=folder.completions / f"{model}.parquet", greedy=True)
 
 
-def arm_source(folder: StudyFolder, arm: Arm) -> ReplySource:
-    """First sampled completions of an arm of the study's trial."""
-    file = folder.root / "intervention" / arm.direction / f"{arm.condition}.parquet"
+def arm_source(folder: StudyFolder, arm: Arm, dictionary: int = 1) -> ReplySource:
+    """First sampled completions of an arm of the study's trial in one dictionary."""
+    files = ArmFiles(folder.root / "intervention", dictionary=dictionary)
+    file = files.path(arm.direction, arm.condition, arm.kind)
     return ReplySource(who=f"{arm.direction}: {arm.label}", file=file, greedy=False)
 
 
-def reply_sources(folder: StudyFolder, spec: StudySpec, results: Results) -> list[ReplySource]:
+def reply_sources(folder: StudyFolder, spec: StudySpec, results: Results, *, dictionary: int = 1) -> list[ReplySource]:
     """Base, the runs' final models, and the first ``MAX_ARMS`` arms of each direction, random sets left out."""
     finals = final_models(spec, results.get("behaviour"))
     models = [BASE_MODEL, *(finals[run.name] for run in spec.runs if run.name in finals)]
@@ -109,7 +111,7 @@ def reply_sources(folder: StudyFolder, spec: StudySpec, results: Results) -> lis
     for direction in labels_of(trial, "direction"):
         of_direction = [] if trial is None else in_order(arms_of(trial, direction))
         arms += [arm for arm in of_direction if arm.kind not in RANDOM_KINDS][:MAX_ARMS]
-    return [*(model_source(folder, model) for model in models), *(arm_source(folder, arm) for arm in arms)]
+    return [*(model_source(folder, model) for model in models), *(arm_source(folder, arm, dictionary) for arm in arms)]
 
 
 def cards_of(

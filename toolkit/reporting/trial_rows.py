@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import xarray as xr
 
+from rlgen_stats.schemas.dims import of_dictionary, split_dictionary
 from rlgen_stats.toolkit.reporting.arm_rows import arms_of
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import main_condition
 from rlgen_stats.toolkit.reporting.formatting import interval, points
@@ -118,6 +119,23 @@ _STATES: Final = {
 def of_first_dictionary(group: str) -> bool:
     """Whether the features of a trial are numbered as in the first dictionary."""
     return re.search(r"-in-\d+(-|$)|\.\d+$", group) is None
+
+
+def in_dictionary(results: Mapping[str, xr.Dataset], dictionary: int) -> dict[str, xr.Dataset]:
+    """Results as if a dictionary were the only one: its analyses and trials by the names that the first one's have."""
+    if dictionary == 1:
+        return dict(results)
+    several = {stem for stem, number in map(split_dictionary, results) if number > 1}
+    kept = {}
+    for group, data in results.items():
+        stem, number = split_dictionary(group)
+        if group.startswith(PREFIX):
+            name = re.sub(rf"-in-{dictionary}(?=-|$)", "", group)
+            kept |= {"intervention": data} if group == of_dictionary(f"{PREFIX}dictionary", dictionary) else {}
+            kept |= {name: data} if name != group else {}
+        elif number == dictionary or (stem not in several and group != "intervention"):
+            kept[stem] = data
+    return kept
 
 
 def single_trials(results: Mapping[str, xr.Dataset], rl: str) -> dict[int, list[dict[str, Any]]]:

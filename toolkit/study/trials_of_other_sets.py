@@ -170,7 +170,7 @@ def verify_set(
         todo = " and ".join(f"rlgen-stats {name} {path}" for name in ("align", "select") if name in missing)
         raise StageError(f"a trial needs the stage(s) {', '.join(missing)} done; run: {todo}")
     if bool(features) == (set_name is not None):
-        raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 12,407.")
+        raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 3,12,407.")
     n_dictionaries = len(study.spec.primary_crosscoder.names)
     if not 1 <= dictionary <= n_dictionaries:
         raise InputError(f"this study's dictionaries are numbered 1 to {n_dictionaries}, got {dictionary}.")
