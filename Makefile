@@ -12,7 +12,7 @@ demo: install
 # What finished runs showed, into docs/demo.md.
 DEMO_RUNS ?= runs/demo-1 runs/demo-2
 demo-page: install
-	$(BIN)/python -m docs.demo_page $(DEMO_RUNS)
+	$(BIN)/python -P docs/demo_page.py $(DEMO_RUNS)
 
 test: install-dev lint types imports pytest
 
