@@ -19,8 +19,6 @@ from rlgen_stats.cli.console import (
 
 WORKERS: Final = "cpu,cpu"
 """Devices of the demo where nothing is said: two worker processes, which on two cores have one thread each."""
-SIMULATED: Final = {"demo": 20, "mini": 1}
-"""Studies simulated of each truth to say what this one can answer."""
 
 
 @click.command()
@@ -75,7 +73,8 @@ def demo(
     with progress_for(quiet=quiet) as progress:
         spec = prepare_demo(study, seed=seed, n_seeds=n_seeds, size=size, progress=progress)
         write_spec(study, spec)
-        write_claim_power(open_for_run(folder), n_worlds=SIMULATED[size], progress=progress)
+        if size == "demo":
+            write_claim_power(open_for_run(folder), progress=progress)
     given = click.get_current_context().params
     if size == "demo" and given["scheduler"] is None and given["devices"] is None and (os.cpu_count() or 1) > 1:
         workers = functools.partial(connect, None, WORKERS)

@@ -2,7 +2,7 @@
 
 From the root of the repository::
 
-    python -m docs.demo_page runs/demo-1 runs/demo-2
+    python -P docs/demo_page.py runs/demo-1 runs/demo-2
 """
 
 from __future__ import annotations

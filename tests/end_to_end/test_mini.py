@@ -44,9 +44,9 @@ from tests.pages import DOCS, run_page
 from tests.stores.test_seals import unseal
 
 RESULTS = {
-    "attribution", "attribution_contrast", "behaviour", "claim_power", "control_balance", "drift", "health",
-    "intervention", "latent_scaling", "matching", "movement", "replicability", "selection", "separation",
-    "set_stability", "stabilization", "timing_contrast", "tokens",
+    "attribution", "attribution_contrast", "behaviour", "control_balance", "drift", "health", "intervention",
+    "latent_scaling", "matching", "movement", "replicability", "selection", "separation", "set_stability",
+    "stabilization", "timing_contrast", "tokens",
 }  # fmt: skip
 
 

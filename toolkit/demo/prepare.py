@@ -47,7 +47,7 @@ _SFT: Final[dict[str, dict[str, Any]]] = {
 }
 _GRPO: Final[dict[str, dict[str, Any]]] = {
     "demo": {"max_steps": 100, "per_device_train_batch_size": 64, "num_generations": 8, "logging_steps": 5},
-    "mini": {"max_steps": 2, "per_device_train_batch_size": 16, "num_generations": 4, "logging_steps": 1},
+    "mini": {"max_steps": 2, "per_device_train_batch_size": 256, "num_generations": 8, "logging_steps": 1},
 }
 _GRPO_ALWAYS: Final[dict[str, Any]] = {
     "learning_rate": 1e-4,

@@ -208,12 +208,12 @@ def _truths(size: StudySize, spec: StudySpec) -> Iterator[tuple[str, str, str, _
         yield "C3", truth, verdict, partial(_selection, size, n)
     base, rl = ACCURACY
     half = {"right": {"set": (base + rl) / 2}, "kl": {"set": 0.4}}
-    for truth, verdict, how in (
+    for truth, called, how in (
         ("the set carries half of RL's 30 points", "CAUSAL_SPECIFIC", half),
         ("the edit changes nothing", "NO_EFFECT", {"fresh_noise": False}),
         ("the edit breaks the model", "DESTRUCTIVE", half | {"set_fails": EMPTY}),
     ):
-        yield "C4, C5", truth, verdict, partial(_trial, size, how)
+        yield "C4, C5", truth, called, partial(_trial, size, how)
 
 
 def _specificity(size: StudySize, spec: StudySpec, seed: int, *, sft: float, rl: float) -> str:

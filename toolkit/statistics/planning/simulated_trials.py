@@ -98,7 +98,9 @@ def world(
         target=np.arange(n) < n_target,
         unrelated=np.arange(n) >= n_target,
         texts=Texts(
-            *(texts_of(ending) for ending in (endings[0], endings[3], other)),
+            unedited=texts_of(endings[0]),
+            edited=texts_of(endings[3]),
+            other=texts_of(other),
             prompts=np.array([f"ask p{i}" for i in range(n)], dtype=object),
             neutral=("plain words",),
         ),
