@@ -27,13 +27,11 @@ MOST: Final = 10**12
 """More prompts, features or runs than this are a slip, and no number of numpy's holds many more."""
 
 
-class _Count(click.ParamType):
+class _Count(click.types.IntParamType):
     """A whole number up to ``MOST``, which ``--help`` need not say."""
 
-    name = "integer"
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        count: int = click.INT.convert(value, param, ctx)
+        count: int = super().convert(value, param, ctx)
         if count > MOST:
             self.fail(f"{count} is more than {MOST:,}.", param, ctx)
         return count

@@ -126,7 +126,7 @@ def in_dictionary(results: Mapping[str, xr.Dataset], dictionary: int) -> dict[st
     if dictionary == 1:
         return dict(results)
     several = {stem for stem, number in map(split_dictionary, results) if number > 1}
-    kept = {}
+    kept: dict[str, xr.Dataset] = {}
     for group, data in results.items():
         stem, number = split_dictionary(group)
         if group.startswith(PREFIX):
