@@ -20,7 +20,7 @@ def test_the_page_has_the_form_that_the_command_writes(mini: tuple[Path, Result]
     write_claim_power(open_for_run(folder), n_worlds=1)
     written, committed = generated([folder, folder]), part_of((DOCS / "demo.md").read_text())
     assert [line for line in form_of(written) if line.startswith("#")] == ["### Seed 0", "### Seed 0"]
-    assert committed == NONE_YET or form_of(committed) == form_of(written)
+    assert form_of(committed) == form_of(generated([folder] * committed.count("### Seed")))
     for claim in ("C1", "C2", "C3", "C4", "C5"):
         assert written.count(f"| {claim} | ") >= 2
 
