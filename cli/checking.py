@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -36,35 +36,57 @@ MAX_CHARACTERS: Final = 600
 @click.option(
     "--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="Speed of sampling, to say the hours."
 )
+@click.option(
+    "--simulate",
+    type=click.IntRange(1, 10_000),
+    metavar="N",
+    help="Simulate N studies of this size for each of several truths, to say which verdicts it can give; the report "
+    "shows them too.",
+)
 @json_option
 @handle_errors
-def check(study: str, tokens_per_second: float | None, as_json: bool) -> None:
+def check(study: str, tokens_per_second: float | None, simulate: int | None, as_json: bool) -> None:
     """Say what is wrong with a study, all at once, and what it will take; no weights are loaded.
 
     Paths, tables, answers, tokenizers, decoder blocks, weight files; then completions, tokens, hours and bytes. 'run'
     does it first.
 
     \b
-    Example:  rlgen-stats check my-study --tokens-per-second 4000
+    Examples:  rlgen-stats check my-study --tokens-per-second 4000
+               rlgen-stats check my-study --simulate 20
     """  # noqa: D301 - click needs the backspace itself
     from dataclasses import asdict
 
     from rlgen_stats.toolkit.study.check_study import check_study
 
-    with progress_for() as progress:  # shown only where files are hashed
+    with progress_for() as progress:
         found = check_study(study, progress=progress)
+        power = _simulated(study, simulate, progress) if simulate and not found.problems else None
     if as_json:
         costs = found.costs
         hours = costs.hours(tokens_per_second) if costs and tokens_per_second else (None, None)
-        print_json(asdict(found) | {"hours": hours[0], "trial_hours": hours[1]})
+        print_json(asdict(found) | {"hours": hours[0], "trial_hours": hours[1], "claim_power": power})
     else:
         _print_examples(found)
         _print_costs(found, tokens_per_second)
+        if power:
+            rows = [[one["claim"], one["truth"], one["verdict"], f"{one['power']:.2f}"] for one in power]
+            print_table(["claim", "if this were true", "right verdict", "power"], rows)
         print_problems(found.problems)
         if not found.problems:
             echo("No problems.")
     if found.problems:
         sys.exit(EXIT_BAD_INPUT)
+
+
+def _simulated(study: str, n_worlds: int, progress: Progress) -> list[dict[str, Any]]:
+    """What a study of this size can answer, one row a claim and truth."""
+    from rlgen_stats.toolkit.study import open_for_run
+    from rlgen_stats.toolkit.study.claim_power import write_claim_power
+
+    found = write_claim_power(open_for_run(study, progress=progress), n_worlds=n_worlds, progress=progress)
+    columns = {str(name): found[name].values.tolist() for name in found.data_vars}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def check_before_run(study: str, stages: Sequence[str] | None, progress: Progress) -> None:

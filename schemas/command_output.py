@@ -113,6 +113,15 @@ class Costs(Output):
     """Bytes, before compression."""
 
 
+class ClaimPower(Output):
+    """How often a study of this size gives the right verdict where something is true."""
+
+    claim: str
+    truth: str
+    verdict: str
+    power: float
+
+
 class CheckOutput(Output):
     """Of ``check``; null where a problem hides a number."""
 
@@ -128,6 +137,8 @@ class CheckOutput(Output):
     bytes_free: int | None
     hours: float | None
     trial_hours: float | None
+    claim_power: list[ClaimPower] | None
+    """With ``--simulate``."""
 
 
 class FileOutput(Output):

@@ -19,7 +19,7 @@ from rlgen_stats.schemas.errors import SpecError
 from rlgen_stats.schemas.study import ExtractionSpec
 from rlgen_stats.toolkit.extraction import checkpoints
 from rlgen_stats.toolkit.study import check_study as check_module
-from rlgen_stats.toolkit.study import parse_spec
+from rlgen_stats.toolkit.study import claim_power, parse_spec
 from rlgen_stats.toolkit.study.check_study import Problem, check_study
 from rlgen_stats.toolkit.study.costs import Sizes, estimate
 from rlgen_stats.toolkit.study.stage_graph import with_needs
@@ -315,3 +315,24 @@ def test_only_stages_that_are_to_run_are_checked(study: Path) -> None:
     (problem,) = check_study(study, stages=with_needs(["select"])).problems
     assert problem == Problem("study.yaml", problem.message)
     assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_what_a_study_can_answer_is_simulated_and_kept(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def truths(size: Any, spec: Any) -> list[Any]:
+        asked.append(size.n_clusters)
+        return [("C1", "nothing differs", "SUPPORTED", lambda seed: "SUPPORTED" if seed % 2 else "UNDETERMINED")]
+
+    monkeypatch.setattr(claim_power, "_truths", truths)
+    command = ["check", str(study), "--simulate", "40"]
+    said = CliRunner().invoke(main, command)
+    assert said.exit_code == 0, said.output
+    told = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    (row,) = told["claim_power"]
+    assert 0 < row["power"] < 1
+    assert f"C1 nothing differs SUPPORTED {row['power']:.2f}" in " ".join(said.output.split())
+    assert len(asked) == 1  # the second time what is stored is shown
+    assert json.loads(CliRunner().invoke(main, [*command[:2], "--json"]).stdout)["claim_power"] is None
+    change(study, data={"prompts": "nowhere.csv", "train": None})
+    assert CliRunner().invoke(main, command).exit_code == 2
