@@ -23,7 +23,7 @@ def write_output(study: Study, key: str, path: str) -> None:
     else:
         target.mkdir(parents=True, exist_ok=True) if not target.suffix else target.parent.mkdir(exist_ok=True)
         if target.suffix in (".html", ".json"):
-            target.write_text("{}")
+            target.write_text('{"claims": []}')
         elif target.suffix == ".zarr":
             xr.Dataset(attrs=Provenance(study.study_id, key).attrs()).to_zarr(target, consolidated=False, mode="w")
 

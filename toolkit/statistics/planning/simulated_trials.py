@@ -62,21 +62,15 @@ def world(
     conditions = arm_names(n_random, main)
     n = n_target + n_unrelated
     latent = draw.random(n)
-    accuracy = right or {}
     endings = np.empty((len(conditions), n, 1), dtype=np.int64)
     divergence = np.empty((len(conditions), n))
     for i, condition in enumerate(conditions):
-        level = accuracy.get(condition.kind, rl)
-        if condition.kind == "dose" and "dose" not in accuracy:
-            level = rl + (accuracy.get("set", rl) - rl) * (1 - condition.dose) / (1 - main)
+        level = _level(condition, right or {}, rl, main)
         if condition.kind == "random" and random_right is not None:
             level = float(random_right(draw))
         redrawn = draw.random(n)
-        mixed = (
-            np.where(draw.random(n) < REDRAWN, redrawn, latent)
-            if fresh_noise and condition.kind != "unedited"
-            else latent
-        )
+        noisy = fresh_noise and condition.kind != "unedited"
+        mixed = np.where(draw.random(n) < REDRAWN, redrawn, latent) if noisy else latent
         broken = set_fails if condition.kind == "set" and set_fails is not None else fails
         endings[i, :, 0] = np.where(mixed < level, RIGHT, broken)
         drop = unrelated_drop if condition.kind == "set" else 0.0
@@ -105,6 +99,13 @@ def world(
             neutral=("plain words",),
         ),
     )
+
+
+def _level(condition: Condition, accuracy: Mapping[str, float], rl: float, main: float) -> float:
+    """Accuracy of an arm: of its kind; a dose's lies between the set's and no edit."""
+    if condition.kind == "dose" and "dose" not in accuracy:
+        return rl + (accuracy.get("set", rl) - rl) * (1 - condition.dose) / (1 - main)
+    return accuracy.get(condition.kind, rl)
 
 
 _WORDS = {RIGHT: "take p{i} ans p{i}", WRONG: "take p{i} ans x", EMPTY: ""}
