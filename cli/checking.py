@@ -40,8 +40,8 @@ MAX_CHARACTERS: Final = 600
     "--simulate",
     type=click.IntRange(1, 10_000),
     metavar="N",
-    help="Simulate N studies of this size for each of several truths, to say which verdicts it can give; the report "
-    "shows them too.",
+    help="Simulate N studies of this size for each of several truths, to say which verdicts it can give; reports "
+    "written afterwards show them too.",
 )
 @json_option
 @handle_errors

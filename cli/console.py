@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeAlias, TypeVar
 
@@ -191,25 +191,37 @@ SCHEDULER_SECONDS: Final = 30.0
 """Within which a dask scheduler must have answered, whatever listens at its address."""
 
 
-def connect(scheduler: str | None, devices: str | None) -> AbstractContextManager[Any]:
-    """A dask client for the block, or None; one of a scheduler becomes the default client, which statistics use."""
-    if scheduler is None and devices is None:
-        return nullcontext()
-    from rlgen_stats.schemas.errors import InputError
+@contextmanager
+def connect(scheduler: str | None, devices: str | None) -> Iterator[Any]:
+    """A dask client for the block, or None; that of a scheduler serves statistics too, in the block alone."""
+    if scheduler is not None and devices is not None:
+        from rlgen_stats.schemas.errors import InputError
 
+        raise InputError("--devices starts workers of its own and --scheduler has others; name one of the two.")
     if devices is not None:
         from rlgen_stats.toolkit.workers import local_workers
 
-        if scheduler is not None:
-            raise InputError("--devices starts workers of its own and --scheduler has others; name one of the two.")
-        return local_workers(devices)
+        with local_workers(devices) as client:
+            yield client
+    elif scheduler is not None:
+        import dask
+
+        with _client(scheduler) as client, dask.config.set(scheduler=client):
+            yield client
+    else:
+        yield None
+
+
+def _client(scheduler: str) -> Any:
+    """A client of the scheduler at an address, whatever listens there."""
     found: list[Any] = []
 
     def ask() -> None:
         from distributed import Client
 
         try:
-            found.append(Client(scheduler, timeout=SCHEDULER_SECONDS / 2))
+            # set_as_default would leave a client that could not connect where every later computation waits for it
+            found.append(Client(scheduler, timeout=SCHEDULER_SECONDS / 2, set_as_default=False))
         except Exception as error:  # of the address, the network, or whatever answered there
             found.append(error)
 
@@ -218,10 +230,9 @@ def connect(scheduler: str | None, devices: str | None) -> AbstractContextManage
     asking.start()
     asking.join(SCHEDULER_SECONDS)
     if found and not isinstance(found[0], Exception):
-        return found[0]  # type: ignore[no-any-return]
-    import dask
+        return found[0]
+    from rlgen_stats.schemas.errors import InputError
 
-    dask.config.config.pop("scheduler", None)  # a client that could not connect leaves itself the default
     reason = (str(found[0]).splitlines() or [type(found[0]).__name__])[0] if found else "it stays silent"
     raise InputError(
         f"no dask scheduler answers at {scheduler!r} ({reason[:200].rstrip('.')}); start one with 'dask scheduler' or "

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 from click.testing import CliRunner
+from dask.base import get_scheduler
 
 from rlgen_stats.cli import console, main
 from rlgen_stats.cli.console import echo, handle_errors, plain, print_json, print_table, progress_for
@@ -257,5 +258,6 @@ def test_what_is_no_scheduler_is_given_up(kind: str, monkeypatch: pytest.MonkeyP
         with pytest.raises(
             InputError, match=r"no dask scheduler answers at .*; start one with 'dask scheduler' or leave"
         ):
-            console.connect(address, None)
-    assert dask.config.get("scheduler", None) is None, "the next computation would look for it"
+            console.connect(address, None).__enter__()
+        assert dask.config.get("scheduler", None) is None, "the next computation would look for it"
+        assert get_scheduler() is None, "the next computation would wait for it"
