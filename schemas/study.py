@@ -510,6 +510,13 @@ class InterventionSpec(Spec):
     """Whether to run trials that are too small for a criterion to pass, so that no edit can be called a cause."""
 
 
+def _check_unique(names: Iterable[str], what: str) -> None:
+    """Refuse names that are folders of one name where small and capital letters are the same, as on macOS."""
+    repeated = sorted(name for name, n in Counter(map(str.casefold, names)).items() if n > 1)
+    if repeated:
+        raise ValueError(f"{what} must be unique, in small letters too, got {repeated} more than once; rename them.")
+
+
 class StudySpec(Spec):
     """A whole study."""
 
@@ -558,10 +565,8 @@ class StudySpec(Spec):
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
         check_name(self.name, "a study name")
-        names = Counter(run.name for run in self.runs)
-        repeated = sorted(name for name, n in names.items() if n > 1)
-        if repeated:
-            raise ValueError(f"run names must be unique, got {repeated} more than once.")
+        names = [run.name for run in self.runs]
+        _check_unique(names, "run names")
         if len({run.arm for run in self.runs} - {FLOOR_ARM}) < 2:
             raise ValueError("a study compares two arms (for example sft and rl); give runs of at least two.")
         self._check_contrasts(names)
@@ -577,9 +582,7 @@ class StudySpec(Spec):
         encoded = next((c for c in self.crosscoders if set(c.views) == self._primary_views), None)
         resolved = tuple(c.resolved(encoded=c is encoded) for c in self.crosscoders)
         object.__setattr__(self, "crosscoders", resolved)  # frozen for everybody else
-        labels = [name for crosscoder in self.crosscoders for name in crosscoder.names]
-        if len(set(labels)) != len(labels):
-            raise ValueError(f"crosscoder names, replicates included, must be unique, got {labels}.")
+        _check_unique([n for c in self.crosscoders for n in c.names], "crosscoder names, replicates included,")
         for crosscoder in self.crosscoders:
             models = [self._model_of_view(crosscoder.name, view) for view in crosscoder.views]
             if len(set(models)) < len(models):

@@ -1,10 +1,14 @@
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlgen_stats.schemas.errors import SpecError
+from rlgen_stats.schemas.errors import SpecError, StageError
 from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.toolkit.extraction import FORMAT_CLASSES, Completion, Grade, make_grader
+from rlgen_stats.toolkit.extraction.graders import formulas_apart
+from rlgen_stats.toolkit.extraction.graders.formulas_apart import FormulaProcess
 from rlgen_stats.toolkit.extraction.graders.texts import final_answer
 from rlgen_stats.toolkit.extraction.grading import is_degenerate
 from rlgen_stats.toolkit.study.spec_file import parse_spec
@@ -105,11 +109,30 @@ def test_formulas_cut_off_are_wrong_and_truncated_whatever_can_be_read() -> None
     assert grader.grade(complete("let us see", terminated=False), "42") == Grade(False, "truncated", False)
 
 
-def test_formulas_are_graded_in_threads_too() -> None:
+def test_formulas_are_graded_in_threads_too_and_none_holds_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     grader = make_grader(GraderSpec(name="math"))
-    with ThreadPoolExecutor(2) as pool:
-        grades = list(pool.map(lambda n: grader.grade(complete(f"the answer is {n}"), "3"), range(5)))
-    assert [grade.correct for grade in grades] == [False, False, False, True, False]
+    tower = "$9^{9^{9}}$"  # minutes in one call of C, in which no other thread of its process runs
+
+    def graded(texts: list[str]) -> list[Grade]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda text: grader.grade(complete(text), "3"), texts))
+
+    grades = graded([*(f"the answer is {n}" for n in range(5)), "none"])
+    assert [grade.correct for grade in grades] == [False, False, False, True, False, False]
+    assert [grade.answered for grade in grades] == [*[True] * 5, False]
+    with monkeypatch.context() as patched:
+        patched.setattr(formulas_apart, "PATIENCE", 1.0)
+        assert graded([tower]) == [Grade(False, "answer", True)]
+    assert f"a formula took too long to compare: {tower}" in caplog.text
+    assert [grade.correct for grade in graded(["the answer is 3"])] == [True], "the next process"
+
+
+def test_a_process_that_does_not_start_is_an_error_and_not_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(StageError, match="the process that compares formulas does not start"):
+        FormulaProcess(formulas_apart.__name__).judge("3", "3")
 
 
 def test_every_registered_grader_grades_and_another_name_is_refused() -> None:

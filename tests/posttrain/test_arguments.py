@@ -72,6 +72,12 @@ def test_trl_refusals_become_one_sentence() -> None:
         built("grpo", num_generations=8, per_device_train_batch_size=12)
 
 
+def test_no_steps_at_all_are_refused() -> None:
+    with pytest.raises(SpecError, match=r"'trainer.max_steps' is 0; give a number of steps, or leave it out\."):
+        built("sft", max_steps=0)
+    assert built("sft", max_steps=1).max_steps == 1
+
+
 def test_yaml_scientific_notation_without_a_point_is_explained() -> None:
     with pytest.raises(SpecError, match=r"'trainer.learning_rate' must be a number, got the text '5e-4'.*5\.0e-4"):
         built("sft", learning_rate="5e-4")

@@ -38,7 +38,15 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]
         ({"generation": {"temperature": -1}}, "'generation.temperature': input should be greater than 0, got -1"),
         ({"statistics": {"alpha": "much"}}, "'statistics.alpha': .*got 'much'"),
         ({"runs": RUNS[:1]}, "compares two arms"),
-        ({"runs": [RUNS[0], RUNS[0] | {"arm": "rl"}]}, r"run names must be unique, got \['sft'\]"),
+        ({"runs": [RUNS[0], RUNS[0] | {"arm": "rl"}]}, r"run names must be unique, .* got \['sft'\]"),
+        (
+            {"runs": [RUNS[0], RUNS[1] | {"name": "SFT"}]},
+            r"run names .* in small letters too, got \['sft'\]",
+        ),
+        (
+            {"crosscoders": [MAIN, {"name": "Main.2", "views": ["base@0", "sft@15"]}]},
+            r"crosscoder names, replicates included, must be unique, .* got \['main\.2'\]",
+        ),
         ({"runs": [RUNS[0] | {"name": "../x"}, RUNS[1]]}, "a run name must be letters"),
         ({"runs": [RUNS[0] | {"name": "base"}, RUNS[1]]}, "cannot be called 'base'"),
         ({"runs": [RUNS[0] | {"method": "grpo"}, RUNS[1]]}, "training methods take none"),

@@ -162,3 +162,5 @@ def _check_numbers(run: RunSpec, given: Mapping[str, Any], config: Any) -> None:
             )
         if is_number and isinstance(value, bool) and "bool" not in kinds[name]:
             raise SpecError(f"run {run.name!r}: 'trainer.{name}' must be a number, got {str(value).lower()}.")
+    if given.get("max_steps") == 0:  # the trainer takes it for "not given"
+        raise SpecError(f"run {run.name!r}: 'trainer.max_steps' is 0; give a number of steps, or leave it out.")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +14,7 @@ from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 from math_verify.utils import timeout
 
+from rlgen_stats.toolkit.extraction.graders.formulas_apart import FormulaProcess, alarms_reach_this_thread, serve
 from rlgen_stats.toolkit.extraction.graders.normal_forms import hyphens, words
 from rlgen_stats.toolkit.extraction.graders.texts import ANNOUNCED
 from rlgen_stats.toolkit.extraction.grading import Grader
@@ -51,6 +50,9 @@ def _shorten(record: logging.LogRecord) -> bool:
 logging.getLogger("math_verify.parser").addFilter(_shorten)
 
 
+_APART: Final = FormulaProcess(__name__)
+
+
 @dataclass(frozen=True)
 class MathGrader(Grader):
     """Right when the last box, a final answer said after it, or without both the last formula equals the answer.
@@ -60,6 +62,10 @@ class MathGrader(Grader):
 
     def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
         """Compare by value; numbers that say their base, digit for digit."""
+        return self.judged_here(text, answer) if alarms_reach_this_thread() else _APART.judge(text, answer)
+
+    def judged_here(self, text: str, answer: str) -> bool | None:
+        """``judge`` in this process, without a time limit where alarms do not reach this thread."""
         box = last_box(text)
         if box is None and (in_words := _IN_WORDS.fullmatch(answer.strip())):
             given_last = _said_at_end(text)
@@ -132,9 +138,7 @@ def _parse(text: str) -> tuple[Any, ...]:
 
 
 def _time_limit() -> int | None:
-    """Seconds a formula may take; None where math-verify's alarm signal cannot be set: off the main thread, Windows."""
-    can_be_set = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-    return TIMEOUT if can_be_set else None
+    return TIMEOUT if alarms_reach_this_thread() else None
 
 
 def _equal_by_rounding_only(expected: Any, given: Any, limit: int | None) -> bool:
@@ -156,3 +160,7 @@ def _equal_by_rounding_only(expected: Any, given: Any, limit: int | None) -> boo
         return bool(timeout(timeout_seconds=limit)(differ)())
     except (Exception, TimeoutException):  # sympy raises what it likes; math-verify's verdict stands
         return False
+
+
+if __name__ == "__main__":
+    serve(MathGrader().judged_here)
