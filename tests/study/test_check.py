@@ -110,6 +110,21 @@ def test_letters_stand_for_choices_that_the_prompt_shows(study: Path) -> None:
     assert not {where for where in problems(study) if where.startswith("task")}
 
 
+def test_views_of_runs_to_be_trained_are_checkpoints_that_they_will_get(study: Path) -> None:
+    trained = {"name": "rl", "arm": "rl", "method": "grpo", "n_checkpoints": 2, "trainer": {"max_steps": 8}}
+    pair = SPEC["crosscoders"][1]  # type: ignore[index]
+
+    def told(*views: str, **trainer: Any) -> str | None:
+        runs = [SPEC["runs"][0], trained | ({"trainer": trainer} if trainer else {})]  # type: ignore[index]
+        change(study, runs=runs, crosscoders=[SPEC["crosscoders"][0], pair | {"views": list(views)}])  # type: ignore[index]
+        return problems(study).get(f"crosscoders.{pair['name']}.views")
+
+    assert told("base@0", "rl@5") == "'rl@5' will not be there: 'rl' gets steps 4, 8."
+    assert told("rl@8", "rl@final") == "'rl@8' is 'rl@final'; name each model once."
+    assert told("rl@4", "rl@final") is None
+    assert told("base@0", "rl@5", num_train_epochs=1) is None, "how many steps that makes is not known yet"
+
+
 def test_everything_that_is_wrong_is_said_at_once(study: Path) -> None:
     shutil.rmtree(study / "models/sft-3")
     save_model(study / "models/sft-6", 2, tokenizer=word_tokenizer((*WORDS[:3], *reversed(WORDS[3:]))))

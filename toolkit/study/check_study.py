@@ -32,6 +32,7 @@ from rlgen_stats.toolkit.extraction.model_shape import (
     read_shape,
 )
 from rlgen_stats.toolkit.extraction.rendering import RenderedExample, check_tokenizers, load_reader, rendered_examples
+from rlgen_stats.toolkit.posttrain.schedule import checkpoint_steps
 from rlgen_stats.toolkit.posttrain.training_prompts import load_training_table
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.costs import Costs, Sizes, estimate, token_limits
@@ -136,6 +137,7 @@ def check_study(path: Path | str, *, stages: Iterable[Stage] = STAGES, progress:
     for message in stage_problems(spec, stages):
         problems.add("study.yaml", message)
     _check_machine(spec, problems)
+    _check_views(spec, problems)
     _check_paths(spec, folder, problems)
     prompts = _check_prompts(spec, folder, problems)
     here = _reachable(spec, folder, problems)
@@ -170,6 +172,22 @@ def _check_machine(spec: StudySpec, problems: _Problems) -> None:
             "flash_attention_2 needs a CUDA device and the package flash-attn, and one is missing here; install it, or "
             "name another such as sdpa.",
         )
+
+
+def _check_views(spec: StudySpec, problems: _Problems) -> None:
+    """Name views that training will not write, or write twice, as far as its steps are known before it."""
+    steps = {
+        run.name: checkpoint_steps(total, run.n_checkpoints, run.schedule)
+        for run in spec.runs
+        if isinstance(total := run.trainer.get("max_steps"), int) and total >= run.n_checkpoints
+    }
+    for one in spec.crosscoders:
+        for view, run, step in ((view, *view.split("@", 1)) for view in one.views):
+            where, known = f"crosscoders.{one.name}.views", steps.get(run, ())
+            if known and step.isdigit() and int(step) not in known:
+                problems.add(where, f"{view!r} will not be there: {run!r} gets steps {', '.join(map(str, known))}.")
+            if known and step == str(known[-1]) and f"{run}@final" in one.views:
+                problems.add(where, f"{view!r} is '{run}@final'; name each model once.")
 
 
 def _check_paths(spec: StudySpec, folder: StudyFolder, problems: _Problems) -> None:

@@ -7,10 +7,8 @@ from typing import Final
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, roc_auc_score
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
 from rlgen_stats.toolkit.statistics.core.feature_blocks import DEFAULT_MIN_FIRING
@@ -86,16 +84,33 @@ def fit_probe(x: FloatArray, correct: IntArray, folds: NestedFolds) -> FittedPro
     predicted, chance = np.empty(len(correct)), np.empty(len(correct))
     auc, coefficients = [], []
     for train, score, inner in folds:
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, cv=inner, scoring="neg_log_loss")
-        search.fit(x[train], correct[train])
-        predicted[score], chance[score] = search.predict_proba(x[score])[:, 1], correct[train].mean()
+        splits = [(train[fitted], train[held_out]) for fitted, held_out in inner]
+        losses = [np.mean([_log_loss(correct[b], _fit(x, correct, a, c)[0][b]) for a, b in splits]) for c in STRENGTHS]
+        probability, coefficient = _fit(x, correct, train, STRENGTHS[int(np.argmin(losses))])
+        predicted[score], chance[score] = probability[score], correct[train].mean()
         auc.append(roc_auc_score(correct[score], predicted[score]))
-        coefficients.append(search.best_estimator_[-1].coef_[0])
+        coefficients.append(coefficient)
     return FittedProbe(
         auc=float(np.mean(auc)),
-        log_loss=float(log_loss(correct, predicted)),
-        chance=float(log_loss(correct, chance)),
+        log_loss=_log_loss(correct, predicted),
+        chance=_log_loss(correct, chance),
         coefficient=np.mean(coefficients, axis=0),
         predicted=predicted,
     )
+
+
+def _fit(x: FloatArray, correct: IntArray, rows: IntArray, strength: float) -> tuple[FloatArray, FloatArray]:
+    """Probability of a one in every row, and coefficients, of the probe fitted to ``rows``.
+
+    Without scikit-learn's pipeline and grid search, whose bookkeeping takes twice as long as such small fits.
+    """
+    scale = x[rows].std(axis=0)
+    standardised = (x - x[rows].mean(axis=0)) / np.where(scale == 0, 1.0, scale)
+    model = LogisticRegression(C=strength, max_iter=1000).fit(standardised[rows], correct[rows])
+    return model.predict_proba(standardised)[:, 1], model.coef_[0]
+
+
+def _log_loss(correct: IntArray, probability: FloatArray) -> float:
+    """Nats per row."""
+    given = np.where(correct == 1, probability, 1 - probability)
+    return float(-np.log(np.maximum(given, np.finfo(np.float64).eps)).mean())
