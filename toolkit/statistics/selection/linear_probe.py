@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from rlgen_stats.schemas.errors import InputError, RefusedError
@@ -88,7 +88,7 @@ def fit_probe(x: FloatArray, correct: IntArray, folds: NestedFolds) -> FittedPro
         losses = [np.mean([_log_loss(correct[b], _fit(x, correct, a, c)[0][b]) for a, b in splits]) for c in STRENGTHS]
         probability, coefficient = _fit(x, correct, train, STRENGTHS[int(np.argmin(losses))])
         predicted[score], chance[score] = probability[score], correct[train].mean()
-        auc.append(roc_auc_score(correct[score], predicted[score]))
+        auc.append(roc_auc(correct[score], predicted[score]))
         coefficients.append(coefficient)
     return FittedProbe(
         auc=float(np.mean(auc)),
@@ -97,6 +97,16 @@ def fit_probe(x: FloatArray, correct: IntArray, folds: NestedFolds) -> FittedPro
         coefficient=np.mean(coefficients, axis=0),
         predicted=predicted,
     )
+
+
+def roc_auc(label: IntArray, score: FloatArray) -> float:
+    """How often a row labelled one scores above one labelled zero, ties counted half: from the sum of the ones' ranks.
+
+    The number of scikit-learn's ``roc_auc_score``, whose checks take a hundred times as long on a fold.
+    """
+    ones = np.count_nonzero(label)
+    above = rankdata(score)[label == 1].sum() - ones * (ones + 1) / 2
+    return float(above / (ones * (len(label) - ones)))
 
 
 def _fit(x: FloatArray, correct: IntArray, rows: IntArray, strength: float) -> tuple[FloatArray, FloatArray]:

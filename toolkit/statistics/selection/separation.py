@@ -12,7 +12,6 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from rlgen_stats.schemas.dims import BASE_MODEL, CHANNEL, MODEL, PROMPT, TASK
 from rlgen_stats.schemas.errors import InputError
@@ -25,7 +24,13 @@ from rlgen_stats.toolkit.statistics.core.units import cluster_codes, jackknife_g
 from rlgen_stats.toolkit.statistics.kernels import delete_group_jackknife
 from rlgen_stats.toolkit.statistics.kernels.numerics import FloatArray, IntArray
 from rlgen_stats.toolkit.statistics.selection.discordance import n_units
-from rlgen_stats.toolkit.statistics.selection.linear_probe import NestedFolds, fit_probe, matched_sets, nested_folds
+from rlgen_stats.toolkit.statistics.selection.linear_probe import (
+    NestedFolds,
+    fit_probe,
+    matched_sets,
+    nested_folds,
+    roc_auc,
+)
 from rlgen_stats.toolkit.statistics.selection.members import selected_members, selection_unit
 from rlgen_stats.toolkit.statistics.selection.task_prompts import greedy_correctness
 
@@ -327,4 +332,4 @@ def _projection(plan: _Plan, raw: FloatArray, folds: NestedFolds) -> FloatArray:
 def _fold_auc(label: IntArray, score: FloatArray, folds: NestedFolds, keep: NDArray[np.bool_]) -> float:
     """Mean AUC over the outer folds of the rows kept; folds with one label are left out."""
     kept = [scored[keep[scored]] for _, scored, _ in folds]
-    return float(np.mean([roc_auc_score(label[i], score[i]) for i in kept if len(np.unique(label[i])) == 2]))
+    return float(np.mean([roc_auc(label[i], score[i]) for i in kept if len(np.unique(label[i])) == 2]))
