@@ -20,6 +20,7 @@ from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.stores import replacing, write_json
 from rlgen_stats.stores.atomic import read_object
 from rlgen_stats.toolkit.demo.world import World, pretraining_documents, vocabulary
+from rlgen_stats.toolkit.memory import keep_freed_memory
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -114,6 +115,7 @@ def pretrain_base(path: Path, world: World, settings: BaseSettings, *, progress:
     """
     if check_base(path, world, settings):
         return
+    keep_freed_memory()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, settings, derive_seed(world.seed, "demo", "initial weights"))
     _fit(model, tokenizer, world, settings, progress)

@@ -18,6 +18,7 @@ from rlgen_stats.stores.study_models import ModelRef
 from rlgen_stats.toolkit.extraction.batch_check import check_batches
 from rlgen_stats.toolkit.extraction.residual_stream import name_layers
 from rlgen_stats.toolkit.extraction.training_shards import merge_command
+from rlgen_stats.toolkit.memory import keep_freed_memory
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 WEIGHT_FILES: Final = (
@@ -36,7 +37,7 @@ _HARMLESS: Final = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$|^v
 
 
 def resolve_device(device: str) -> torch.device:
-    """Torch device of a spec; ``"auto"`` takes cuda where present, else the CPU.
+    """Torch device of a spec; ``"auto"`` takes cuda where present, else the CPU, for which freed memory is kept.
 
     Raises
     ------
@@ -44,13 +45,15 @@ def resolve_device(device: str) -> torch.device:
         If the name is no device, or cuda is asked for and absent.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ModelError(f"'device' must be auto, cpu, cuda or cuda:N, got {device!r}.") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"'device' is {device!r} but torch sees no CUDA device; use 'auto' or 'cpu'.")
+    if resolved.type == "cpu":
+        keep_freed_memory()
     return resolved
 
 
