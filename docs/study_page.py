@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgen_stats.stores import StudyFolder, open_results, result_groups
+import numpy as np
+
+from rlgen_stats.stores import StudyFolder, open_results, read_contexts, read_logits, result_groups
 from rlgen_stats.toolkit.study.spec_file import read_spec
 
 BEGIN, END = "<!-- what the study showed: begin -->", "<!-- what the study showed: end -->"
+FEATURES = 10
 _OF_MODEL = ("fve_model", "dfve", "code_r2")
 NONE_YET = "No run of this version is on the page yet."
 
@@ -59,6 +62,7 @@ def _study(folder: Path) -> Iterator[str]:
     yield from _movement(folder)
     yield from _health(folder)
     yield from _curve(folder)
+    yield from _features(folder)
     yield from _seconds(folder)
 
 
@@ -76,17 +80,49 @@ def _behaviour(folder: Path) -> Iterator[str]:
     data = open_results(folder, "behaviour").load()
     data = data.sel(task=[task for task in data["task"].values if not str(task).startswith("all")])
     final = {str(run): str(model) for model, run in zip(data["model"].values, data["run"].values, strict=True)}
-    names = ("accuracy", "kept_right", "forgotten", "gained", "kept_wrong")
-    yield "\nGreedy accuracy; against base right/right, right/wrong, wrong/right, wrong/wrong:\n"
+    moved = ("kept_right", "forgotten", "gained", "kept_wrong")
+    yield "\nGreedy accuracy; its change from base in points, with interval; against base right/right, right/wrong,"
+    yield "wrong/right, wrong/wrong:\n"
     rows: list[list[str]] = []
     for task in data["task"].values.tolist():
         row = [str(task)]
         for run, model in final.items():
-            accuracy, *moved = (float(data[name].sel(task=task, model=model)) for name in names)
-            counts = "" if run == "base" else f" ({' '.join(f'{count:.0f}' for count in moved)})"
-            row.append(f"{accuracy:.2f}{counts}")
+            one = data.sel(task=task, model=model)
+            change, low, high = (round(100 * one[f"difference{end}"].item(), 0) + 0.0 for end in ("", "_low", "_high"))
+            counts = " ".join(f"{float(one[name]):.0f}" for name in moved)
+            against = "" if run == "base" else f", {change:+.0f} [{low:+.0f}, {high:+.0f}] ({counts})"
+            row.append(f"{float(one['accuracy']):.2f}{against}")
         rows.append(row)
     yield from _table(("task", *final), rows)
+
+
+def _features(folder: Path) -> Iterator[str]:
+    """The first of the selected features of the first dictionary, or where too few are selected, the next by p."""
+    spec, data = read_spec(folder), open_results(folder, "selection").load()
+    order = np.lexsort((data["p_value"].fillna(1.0).values, ~data["selected"].values.astype(bool)))
+    features = data["feature"].values[order[:FEATURES]].tolist()
+    contexts = read_contexts(folder, spec.primary_crosscoder.name, features)
+    tokens = read_logits(folder, spec.primary_crosscoder.name, features)
+    target = str(data.attrs["target"])
+    models = [name.removeprefix("activation:") for name in contexts if name.startswith("activation:")]
+    selected = int(data["selected"].sum())
+    yield f"\n{FEATURES} features of dictionary 1, the {selected} selected ones first: where they fire most in"
+    yield f"{target}, their activation there in {', '.join(models)}, and the tokens whose logits they raise most:\n"
+    rows: list[list[str]] = []
+    for feature in features:
+        one, own = data.sel(feature=feature), contexts[contexts["feature"] == feature]
+        top = own[(own["model"] == target) & (own["kind"] == "top") & (own["rank"] == 1)]
+        raised = tokens[(tokens["feature"] == feature) & (tokens["model"] == target) & (tokens["sign"] == 1)]
+        rows.append(
+            [
+                str(feature),
+                str(one["tier"].item()) if one["selected"] else "not selected",
+                f"`{' '.join(top['text'].item().split())}`" if len(top) else "",
+                ", ".join(f"{top[f'activation:{model}'].item():.2f}" for model in models) if len(top) else "",
+                ", ".join(f"`{token.strip()}`" for token in raised.sort_values("rank")["token"][:5]),
+            ]
+        )
+    yield from _table(("feature", "selected as", "fires most on the marked token of", "activations", "raises"), rows)
 
 
 def _movement(folder: Path) -> Iterator[str]:
@@ -150,7 +186,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
     for row in rows:
-        yield f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |"
+        yield f"| {' | '.join(str(cell).replace('|', '¦') for cell in row)} |"
 
 
 def main(page: Path, folders: Sequence[str]) -> None:

@@ -1,13 +1,13 @@
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from rlgen_stats.schemas.errors import SpecError, StageError
 from rlgen_stats.schemas.tasks import GraderSpec
 from rlgen_stats.toolkit.extraction import FORMAT_CLASSES, Completion, Grade, make_grader
-from rlgen_stats.toolkit.extraction.graders import formulas_apart
+from rlgen_stats.toolkit.extraction.graders import formulas, formulas_apart
 from rlgen_stats.toolkit.extraction.graders.formulas_apart import FormulaProcess
 from rlgen_stats.toolkit.extraction.graders.texts import final_answer
 from rlgen_stats.toolkit.extraction.grading import is_degenerate
@@ -125,12 +125,31 @@ def test_formulas_are_graded_in_threads_too_and_none_holds_them(
     with monkeypatch.context() as patched:
         patched.setattr(formulas_apart, "PATIENCE", 1.0)
         assert graded([tower]) == [Grade(False, "answer", True)]
-    assert f"a formula took too long to compare: {tower}" in caplog.text
+    assert f"a formula took too long to compare, or too much memory: {tower}" in caplog.text
     assert [grade.correct for grade in graded(["the answer is 3"])] == [True], "the next process"
 
 
-def test_a_process_that_does_not_start_is_an_error_and_not_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+def test_a_process_that_dies_between_two_formulas_marks_none_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    apart = FormulaProcess(formulas.__name__)
+    assert apart.judge("the answer is 3", "3") is True
+    assert apart._process is not None
+    apart._process.kill()
+    assert apart.judge("the answer is 3", "3") is True
+    apart._process.kill()
+    apart._process.wait()
+    assert apart.judge("the answer is 4", "3") is False
+    assert not caplog.text
+    apart._close()
+
+
+@pytest.mark.parametrize("does", ["exit 1", "exec sleep 600"])
+def test_a_process_that_does_not_start_is_an_error_and_not_a_verdict(
+    does: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (interpreter := tmp_path / "python").write_text(f"#!/bin/sh\n{does}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    monkeypatch.setattr(formulas_apart, "START", 1.0)
     with pytest.raises(StageError, match="the process that compares formulas does not start"):
         FormulaProcess(formulas_apart.__name__).judge("3", "3")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -15,6 +16,8 @@ from rlgen_stats.schemas.errors import StageError
 
 PATIENCE: Final = 30.0
 """Seconds for one completion, after which the process is killed; its own alarms end what they can within five each."""
+START: Final = 300.0
+"""Seconds for its imports, on a disk that is busy."""
 _READY: Final = "ready"
 
 
@@ -35,36 +38,52 @@ class FormulaProcess:
         StageError
             If the process does not start.
         """
+        question = json.dumps([text, answer])
         with self._lock:
-            process = self._running()
-            killer = threading.Timer(PATIENCE, process.kill)
-            killer.start()
-            try:
-                print(json.dumps([text, answer]), file=process.stdin, flush=True)
-                said = _line_from(process)
-            except BrokenPipeError:
-                said = ""
-            finally:
-                killer.cancel()
-            if not said:
-                self._process = None
-                process.wait()
-                logging.getLogger(__name__).warning("a formula took too long to compare: %.120s", text)
-                return False
-        verdict: bool | None = json.loads(said)
-        return verdict
+            for _ in range(2):  # a process that died since the formula before says nothing about this one
+                said, late = _next_line(self._running(), PATIENCE, question)
+                if said:
+                    verdict: bool | None = json.loads(said)
+                    return verdict
+                self._close()
+                if late:
+                    break
+        logging.getLogger(__name__).warning("a formula took too long to compare, or too much memory: %.120s", text)
+        return False
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None:
             command = [sys.executable, "-P", "-m", self._module]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            if _line_from(self._process).strip() != _READY:
+            said, _ = _next_line(self._process, START)
+            if said.strip() != _READY:
+                self._close()
                 raise StageError("the process that compares formulas does not start; see what it printed.")
         return self._process
 
+    def _close(self) -> None:
+        process, self._process = cast("subprocess.Popen[str]", self._process), None
+        process.kill()
+        process.wait()
+        cast("TextIO", process.stdout).close()
+        with contextlib.suppress(BrokenPipeError):
+            cast("TextIO", process.stdin).close()
 
-def _line_from(process: subprocess.Popen[str]) -> str:
-    return cast("TextIO", process.stdout).readline()
+
+def _next_line(process: subprocess.Popen[str], patience: float, question: str | None = None) -> tuple[str, bool]:
+    """What it says, to ``question`` if there is one; nothing if it ends first, and whether ``patience`` ended it."""
+    late = threading.Event()
+    killer = threading.Timer(patience, lambda: (late.set(), process.kill()))
+    killer.start()
+    try:
+        if question is not None:
+            print(question, file=process.stdin, flush=True)
+        said = cast("TextIO", process.stdout).readline()
+    except BrokenPipeError:
+        said = ""
+    finally:
+        killer.cancel()
+    return (said if said.endswith("\n") else ""), late.is_set()
 
 
 def alarms_reach_this_thread() -> bool:
