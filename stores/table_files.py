@@ -85,15 +85,17 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises
     ------
     ValueError
-        If a line is no JSON object, or nests deeper than Python reads.
+        If a line is no JSON object, has a name twice in one object, or nests deeper than Python reads.
     """
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=_once)
                 except RecursionError:
                     raise ValueError(f"line {number} nests too deep") from None
+                except _GivenTwiceError as error:
+                    raise ValueError(f"line {number}: {error}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number} is no JSON object")
                 yield row
@@ -105,10 +107,10 @@ def json_rows(path: Path) -> list[dict[str, Any]]:
     Raises
     ------
     ValueError
-        If it is anything else, or nests deeper than Python reads.
+        If it is anything else, has a name twice in one object, or nests deeper than Python reads.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("it nests too deep") from None
     except json.JSONDecodeError as error:
@@ -118,6 +120,19 @@ def json_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected a list of objects, or one a line")
     return rows
+
+
+class _GivenTwiceError(ValueError):
+    """An object of JSON with the same name twice, of which json would keep the last."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _GivenTwiceError(f"an object has {twice!r} {names.count(twice)} times; keep one")
+    return row
 
 
 def table_files(path: Path) -> list[Path]:

@@ -151,6 +151,20 @@ def test_a_column_that_comes_twice_is_refused(tmp_path: Path, name: str) -> None
     assert str(refused.value).count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "where"),
+    [
+        ("a.jsonl", '{"text": "a", "answer": "1"}\n{"text": "a", "answer": "1", "answer": "2"}', "line 2: "),
+        ("a.json", '{"text": "a", "answer": "1"}\n{"text": "a", "answer": "1", "answer": "2"}', "line 2: "),
+        ("a.json", '[{"text": "a", "answer": "1", "answer": "2"}]', ""),
+        ("a.json", '[{"text": {"answer": "1", "answer": "2"}}]', ""),
+    ],
+)
+def test_a_name_that_an_object_has_twice_is_refused(tmp_path: Path, name: str, rows: str, where: str) -> None:
+    with pytest.raises(InputError, match=rf"\({where}an object has 'answer' 2 times; keep one\)"):
+        read_table(text(tmp_path / name, rows))
+
+
 def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
     """Index columns of other programs."""
     assert read_table(text(tmp_path / "a.csv", ",,answer\n0,0,05\n"))["answer"].tolist() == ["05"]
