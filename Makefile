@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo demo-page real-study test install install-dev lint types imports pytest docs faults trained mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
+.PHONY: demo demo-page real-study test install install-dev lint types imports pytest docs faults slow trained mutants calibration benchmark-stores benchmark-statistics benchmark-crosscoder benchmark-drift benchmark-real-model benchmark-intervention benchmark-stability same-numbers wheel smoke clean
 
 demo: install
 	$(BIN)/rlgen-stats demo --folder runs/demo
@@ -75,15 +75,17 @@ SEED ?= 1
 faults: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.table --seed $(SEED) --out docs/reliability.md
 	RLGEN_STATS_EXAMPLES=40 OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 tests/stores/test_machine.py
-	RLGEN_STATS_KILLS=1 OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest \
-	  tests/trial/test_trial_on_workers.py tests/end_to_end/test_on_devices.py tests/posttrain/test_launcher.py tests/test_run_tasks.py
+
+# The tests that CI has no time for: studies killed, processes that die, several processes, many initial weights.
+slow: install-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadfile -m slow
 
 # Tests of trained models where sums are added in another order, and with other initial weights.
 TRAINED := tests/crosscoder tests/posttrain tests/statistics/drift/test_planted_drift.py tests/end_to_end/test_planted.py
 trained: install-dev
-	for threads in 1 2 3; do OMP_NUM_THREADS=$$threads $(BIN)/python -P -m pytest $(TRAINED) || exit 1; done
+	for threads in 1 2 3; do OMP_NUM_THREADS=$$threads $(BIN)/python -P -m pytest -m "slow or not slow" $(TRAINED) || exit 1; done
 	for weights in 1 2; do \
-	  RLGEN_STATS_WEIGHTS=$$weights OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest $(TRAINED) \
+	  RLGEN_STATS_WEIGHTS=$$weights OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "slow or not slow" $(TRAINED) \
 	    -k 'not own_activations_cost_nothing' || exit 1; done  # of a random model, which only some weights make need its layer
 
 # Does a test notice when a decision changes? About 20 minutes on two cores; ONLY=health for one module.

@@ -15,7 +15,7 @@ _COMMANDS: Final = {
     "tasks": ("rlgen_stats.cli.tasks", "List ready-made tasks (MATH-500, ARC, PIQA, ...); add them to a study."),
     "run": ("rlgen_stats.cli.stages", "Bring a study up to date: every stage that is missing or stale."),
     "check": ("rlgen_stats.cli.checking", "Say what is wrong with a study, all at once, and what it will take."),
-    "status": ("rlgen_stats.cli.stages", "Show which stages are done, stale, interrupted or waiting."),
+    "status": ("rlgen_stats.cli.stages", "Show which stages are done, stale, running, interrupted or waiting."),
     "posttrain": ("rlgen_stats.cli.stages", "Train the runs with TRL (SFT, GRPO), keeping checkpoints."),
     "outcomes": ("rlgen_stats.cli.stages", "Sample and grade completions of every model."),
     "extract": ("rlgen_stats.cli.stages", "Store labelled activations of the same texts in every model."),

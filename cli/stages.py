@@ -253,7 +253,9 @@ def print_verdicts(report: Path) -> None:
 @json_option
 @handle_errors
 def status(study: str, as_json: bool) -> None:
-    """Show which stages are done, stale, interrupted or waiting, how long each took, and prompts as models read them.
+    """Show where stages stand, how long each took, and prompts as models read them.
+
+    A stage is done, stale (made under other settings), running, interrupted, foreign or waiting.
 
     \b
     Example:  rlgen-stats status runs/demo

@@ -34,7 +34,7 @@ class StageResult(Output):
     """What one stage found."""
 
     stage: str
-    state: Literal["done", "stale", "interrupted", "foreign", "waiting"]
+    state: Literal["done", "stale", "running", "interrupted", "foreign", "waiting"]
     seconds: float | None
     """Wall time of all its runs together."""
     facts: dict[str, JsonValue]
@@ -51,7 +51,7 @@ class StageState(Output):
     """Where one stage stands."""
 
     name: str
-    state: Literal["done", "stale", "interrupted", "foreign", "waiting"]
+    state: Literal["done", "stale", "running", "interrupted", "foreign", "waiting"]
     key: str
     """Hash of everything the stage depends on."""
     seconds: float | None

@@ -76,6 +76,23 @@ def exclusive(path: Path, span: tuple[int, int] = WHOLE, *, patience: float = 0.
         yield
 
 
+def writer_of(path: Path) -> int | None:
+    """Another process of this host that holds a lock of ``path`` on a disk; nothing is opened for it, let alone locked.
+
+    Returns
+    -------
+    int or None
+        Its process id. None also for a holder on another host.
+    """
+    for file in path.parent.glob(f".{path.name}.*.lock"):
+        held = _LOCK_FILE.fullmatch(file.name.removeprefix(f".{path.name}."))
+        holder = int(held["holder"]) if held else os.getpid()
+        with suppress(OSError, psutil.Error):
+            if holder != os.getpid() and psutil.Process(holder).create_time() <= file.stat().st_mtime + 1:
+                return holder
+    return None
+
+
 def _locked_error(path: Path, holder: str) -> StoreLockedError:
     return StoreLockedError(
         f"{path} is being written by process {holder}; expected one writer at a time: wait for it, or stop it."

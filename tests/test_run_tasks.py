@@ -15,6 +15,7 @@ from rlgen_stats.schemas.errors import StageError
 from rlgen_stats.toolkit import workers
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.workers import has_workers, run_tasks
+from tests.test_progress import Seen
 
 DONE: list[int] = []
 """What tasks did: workers are threads of this process here."""
@@ -29,6 +30,14 @@ def work(number: int, progress: Progress = SILENT) -> int:
 
 def lazily(number: int, progress: Progress = SILENT) -> int:
     return int(da.arange(number, chunks=1).sum().compute())
+
+
+def tell(number: int, progress: Progress = SILENT) -> int:
+    progress.log(f"warning {number}")
+    with progress.task("count", number) as task:
+        for _ in range(number):
+            task.advance(1)
+    return number
 
 
 def late(number: int, progress: Progress = SILENT) -> None:
@@ -86,6 +95,15 @@ def test_what_a_task_reads_lazily_is_no_work_for_the_cluster(client: Client) -> 
         assert list(results) == [10, 15, 21]
     seen = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.task_prefixes))
     assert seen == ["in_turn"]
+
+
+def test_what_tasks_report_on_workers_is_shown_here(client: Client) -> None:
+    with run_tasks(tell, [(number,) for number in (1, 2, 3)], progress=(seen := Seen())) as results:
+        assert list(results) == [1, 2, 3]
+    assert sorted(event for event in seen.events if isinstance(event, str)) == ["ends"] * 3 + [
+        f"warning {n}" for n in (1, 2, 3)
+    ]
+    assert seen.done == 6
 
 
 def test_a_tasks_own_timeout_is_an_error_and_not_a_lost_result(client: Client) -> None:

@@ -5,9 +5,15 @@ Toolkit functions take ``progress: Progress = SILENT``; the command line passes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Final, Protocol
+
+TELL_SECONDS: Final = 1.0
+"""Between two events about how far a task of another process is."""
 
 
 class Task(Protocol):
@@ -80,5 +86,105 @@ class Within:
         self.done += amount
         self._task.skip(amount, **facts)
 
+    def reach(self, done: float, **facts: object) -> None:
+        """Advance the running task until ``done`` units have been reported, if they have not."""
+        self.advance(max(0.0, done - self.done), **facts)
+
     def log(self, message: str) -> None:
         """Do nothing: lines belong to whoever opened the task."""
+
+
+class Told:
+    """Progress of work in another process: lines of JSON, of which :class:`Heard` makes progress here.
+
+    Parameters
+    ----------
+    tell
+        Hands a line over.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._n_tasks = 0
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[Task]:
+        """A task, told of when it begins and ends, and every ``TELL_SECONDS`` between."""
+        number, self._n_tasks = self._n_tasks, self._n_tasks + 1
+        self._tell(json.dumps({"task": number, "opened": [description, total, unit]}))
+        task = _ToldTask(self._tell, number)
+        yield task
+        task.tell(ended=True)
+
+    def log(self, message: str) -> None:
+        """Tell a line."""
+        self._tell(json.dumps({"log": message}))
+
+
+class _ToldTask:
+    """Sums are told and not steps, so that work which begins again in another process is not counted twice."""
+
+    def __init__(self, tell: Callable[[str], None], number: int) -> None:
+        self._tell, self._number = tell, number
+        self._done = self._skipped = 0.0
+        self._facts: dict[str, object] = {}
+        self._told = -math.inf
+
+    def advance(self, amount: float = 1.0, **facts: object) -> None:
+        """Count; tell of it when the last event is old."""
+        self._done, self._facts = self._done + amount, facts
+        if time.monotonic() - self._told >= TELL_SECONDS:
+            self.tell()
+
+    def skip(self, amount: float, **facts: object) -> None:
+        """Count units that an earlier run did."""
+        self._skipped += amount
+        self.advance(0, **facts)
+
+    def tell(self, *, ended: bool = False) -> None:
+        """How far it is."""
+        self._told = time.monotonic()
+        event = {"task": self._number, "done": self._done, "skipped": self._skipped, "facts": self._facts}
+        self._tell(json.dumps(event | {"ended": ended}, default=str))
+
+
+class Heard:
+    """Shows what :class:`Told` tells from another process.
+
+    Parameters
+    ----------
+    progress
+        Receiver.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[int, Task] = {}
+        self._known: dict[int, tuple[float, float]] = {}
+        self._open: dict[int, ExitStack] = {}
+
+    def hear(self, line: str) -> None:
+        """What one line tells."""
+        event = json.loads(line)
+        if "log" in event:
+            self._progress.log(event["log"])
+            return
+        number = event["task"]
+        if "opened" in event and number not in self._tasks:
+            self._open[number] = ExitStack()
+            self._tasks[number] = self._open[number].enter_context(self._progress.task(*event["opened"]))
+            self._known[number] = (0.0, 0.0)
+        elif "done" in event and number in self._tasks:
+            told = (event["done"], event["skipped"])
+            done, skipped = (max(0.0, new - old) for new, old in zip(told, self._known[number], strict=True))
+            self._known[number] = (self._known[number][0] + done, self._known[number][1] + skipped)
+            if skipped:
+                self._tasks[number].skip(skipped, **event["facts"])
+            self._tasks[number].advance(done, **event["facts"])
+            if event["ended"]:
+                self._open[number].close()
+
+    def close(self) -> None:
+        """End what has not ended."""
+        for task in self._open.values():
+            task.close()

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import ContextVar
@@ -24,7 +24,7 @@ from uuid import uuid4
 from rlgen_stats.schemas.errors import InputError, StageError
 from rlgen_stats.stores import package_versions
 from rlgen_stats.stores.digests import file_sha256
-from rlgen_stats.toolkit.progress import SILENT, Progress
+from rlgen_stats.toolkit.progress import SILENT, Heard, Progress, Told
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def run_tasks(
         Its arguments. On a cluster, each free worker gets the next one, so that some are done before they are asked
         for; those that were begun are waited for if the block ends before all results are asked for.
     progress
-        Given to the function in this process; workers report nothing but their results.
+        Given to the function; what it reports on a worker is shown here, too.
 
     Yields
     ------
@@ -120,10 +120,13 @@ def run_tasks(
         are, or if the scheduler is silent; and whatever the function raises.
     """
     client = _client.get()
-    with keeping():
-        here = (function(*task, progress=progress) for task in tasks)
-        with closing(here if client is None else _on_workers(client, function, tasks)) as results:
-            yield results
+    with keeping(), ExitStack() as stack:
+        results: Generator[T, None, None]
+        if client is None:
+            results = (function(*task, progress=progress) for task in tasks)
+        else:
+            results = _on_workers(client, function, tasks, stack.enter_context(_progress_of_tasks(client, progress)))
+        yield stack.enter_context(closing(results))
 
 
 def has_workers() -> bool:
@@ -131,10 +134,35 @@ def has_workers() -> bool:
     return _client.get() is not None
 
 
-def _on_workers(client: Any, function: Callable[..., T], tasks: Sequence[tuple[Any, ...]]) -> Generator[T, None, None]:
+@contextmanager
+def _progress_of_tasks(client: Any, progress: Progress) -> Iterator[str]:
+    """The topic on which workers tell of it, for the block."""
+    topic, over = f"rlgen-stats-{uuid4().hex}", threading.Event()
+    heard: defaultdict[int, Heard] = defaultdict(lambda: Heard(progress))
+
+    def hear(event: tuple[Any, tuple[int, str]]) -> None:
+        _, (number, line) = event
+        if not over.is_set():
+            heard[number].hear(line)
+
+    if client.status == "running":  # whoever asks it next says that it is not
+        client.subscribe_topic(topic, hear)
+    try:
+        yield topic
+    finally:
+        over.set()
+        if client.status == "running":
+            client.unsubscribe_topic(topic)
+        for one in heard.values():
+            one.close()
+
+
+def _on_workers(
+    client: Any, function: Callable[..., T], tasks: Sequence[tuple[Any, ...]], topic: str
+) -> Generator[T, None, None]:
     from distributed import CancelledError, KilledWorker
 
-    waiting, begun, ended = deque(tasks), deque[Any](), threading.Event()
+    waiting, begun, ended = deque(enumerate(tasks)), deque[Any](), threading.Event()
     resources = {GPU: 1} if any(GPU in its for its in _resources(client).values()) else None
     sent_to: dict[str, str] = {}
     seen = time.monotonic()
@@ -149,7 +177,7 @@ def _on_workers(client: Any, function: Callable[..., T], tasks: Sequence[tuple[A
                 # Where it is sent is where it runs, unless that worker dies: dask might let two tasks wait for one.
                 worker = free.pop(0)
                 where = {"workers": [worker], "allow_other_workers": True, "resources": resources}
-                future = client.submit(_in_turn, _owner, function, waiting.popleft(), pure=False, **where)
+                future = client.submit(_in_turn, _owner, function, *waiting.popleft(), topic, pure=False, **where)
                 future.add_done_callback(lambda _: ended.set())
                 sent_to[future.key] = worker
                 running.append(future)
@@ -231,14 +259,17 @@ def _check_there_are_workers(seen: float) -> None:
 _turn: Final = threading.Lock()
 
 
-def _in_turn(owner: str, function: Callable[..., T], task: tuple[Any, ...]) -> T:
+def _in_turn(owner: str, function: Callable[..., T], number: int, task: tuple[Any, ...], topic: str) -> T:
     import dask
+    from distributed import get_worker
+
+    progress = Told(lambda line: get_worker().log_event(topic, (number, line)))
 
     # A worker with several threads has one device all the same; and what the task reads lazily it reads itself: dask
     # would hand that to the cluster, whose workers are busy with tasks that wait for it.
     with _turn, dask.config.set(scheduler="threads"):
         _own(owner)
-        return function(*task)
+        return function(*task, progress=progress)
 
 
 # -- what tasks of one process share

@@ -291,6 +291,7 @@ def test_a_folder_without_weights_is_named(mini: tuple[Path, Result], tmp_path: 
     assert "no weights" in result.stderr
 
 
+@pytest.mark.slow
 def test_killed_in_any_stage_and_run_again_it_ends_with_the_same_numbers(
     mini: tuple[Path, Result], tmp_path: Path
 ) -> None:
@@ -317,6 +318,7 @@ def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result]
     assert [line.split(":")[0] for line in changed] == ["/results/drift/effect", "report.json > claims > 2 > answer"]
 
 
+@pytest.mark.slow
 def test_several_processes_train_crosscoders_through_torchrun(
     mini: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

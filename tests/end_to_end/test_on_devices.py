@@ -1,6 +1,5 @@
 """A study on two worker processes, from training to the report, through the command line: the bytes of one process."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from rlgen_stats.stores import read_json
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.test_mini import digest
 
-pytestmark = pytest.mark.skipif("RLGEN_STATS_KILLS" not in os.environ, reason="a minute of two workers (make faults)")
+pytestmark = pytest.mark.slow
 
 
 def test_two_workers_leave_the_bytes_of_one_process(mini: tuple[Path, Result], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from rlgen_stats.toolkit.study import read_spec, run_study
 from tests.end_to_end.planted import LAYER, planted_dictionary, write_study
 from tests.end_to_end.verdict_consistency import contradictions
 
+pytestmark = pytest.mark.slow
 SMALL = {"n_features": 96, "steps": 700, "batch_size": 512, "learning_rate": 3e-3}
 VIEWS = ("base@0", "sft@2", "rl@2")
 

@@ -67,6 +67,7 @@ def kills(where: str) -> Callable[[], None]:
     return arm
 
 
+@pytest.mark.slow
 def test_workers_that_die_in_a_task_and_in_a_write_leave_the_bytes_of_one_process(
     study: tuple[StudySpec, StudyFolder], client: Any, uninterrupted: dict[str, bytes]
 ) -> None:

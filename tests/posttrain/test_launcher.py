@@ -56,6 +56,7 @@ def saying(*lines: str, code: int = 0) -> str:
     return shlex.join([sys.executable, "-c", body])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("RLGEN_STATS_WEIGHTS" in os.environ, reason="these processes would begin with the usual weights")
 def test_accelerate_gives_the_weights_of_this_process_also_after_a_kill(tmp_path: Path, make_spec: Make) -> None:
     spec = make_spec(sft=LONGER)
@@ -83,7 +84,7 @@ def test_accelerate_gives_the_weights_of_this_process_also_after_a_kill(tmp_path
     train_run(spec, run, there, launcher=saying(code=1))  # finished: nothing is launched
 
 
-@pytest.mark.skipif("RLGEN_STATS_KILLS" not in os.environ, reason="half a minute of two processes (make faults)")
+@pytest.mark.slow
 @pytest.mark.parametrize(("index", "name"), [(0, "sft"), (1, "rl")])
 def test_two_processes_train_together_and_the_first_one_writes(
     index: int, name: str, folder: StudyFolder, make_spec: Make
@@ -126,7 +127,7 @@ def test_what_is_no_launcher_is_refused(folder: StudyFolder, make_spec: Make) ->
         train_run(wrong, wrong.runs[0], folder, launcher=saying(code=1))
 
 
-@pytest.mark.skipif("RLGEN_STATS_KILLS" not in os.environ, reason="with the other kills (make faults)")
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_launched_them() -> None:
     code = f"import time, {MODULE} as m; m._end_with_parent(); print('ready', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-P", "-c", code], stdin=-1, stdout=-1, text=True) as process:

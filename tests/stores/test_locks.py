@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlgen_stats.schemas.errors import StoreError, StoreLockedError
-from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.stores.locks import exclusive, writer_of
 
 HOLDER = """
 import sys, time
@@ -69,10 +69,16 @@ def test_a_living_process_bars_its_range_and_a_killed_one_nothing(tmp_path: Path
             with pytest.raises(StoreLockedError, match=rf"written by process {holder.pid};"), exclusive(store):
                 raise AssertionError("two writers")
             with exclusive(store, (4, 8)):
-                pass
+                assert writer_of(store) == holder.pid
+            assert writer_of(tmp_path / "b.zarr") is None
+            (lock,) = tmp_path.glob(".a.zarr.*-*.lock")
+            os.utime(lock, (0, 0))
+            assert writer_of(store) is None, "its number was another process's when that was written"
+            os.utime(lock)
         finally:
             holder.kill()
     assert len(files(tmp_path)) == 2, "the dead process could not remove its file"
+    assert writer_of(store) is None
     with exclusive(store):
         pass
     assert files(tmp_path) == [".a.zarr.lock"]

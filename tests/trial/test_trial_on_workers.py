@@ -1,6 +1,5 @@
 """A trial on two worker processes: the arms' files and the results of one process, byte for byte."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rlgen_stats.toolkit.workers import local_workers, tasks_on
 from tests.trial.planted import F_BRAKE, F_GATE, PROVENANCE
 from tests.trial.trials import covariates_without, small
 
-pytestmark = pytest.mark.skipif("RLGEN_STATS_KILLS" not in os.environ, reason="a minute of two workers (make faults)")
+pytestmark = pytest.mark.slow
 
 
 def test_two_workers_leave_the_arms_and_results_of_one_process(study: Any, tmp_path: Path) -> None:

@@ -153,17 +153,17 @@ def _tables(
     tasks = [(part, spec) for part in parts if part.file in missing]
     total = sum(part.n_completions for part in parts)
     with progress.task("outcomes", total=total, unit="completions") as task:
-        within = Within(task)
+        within, expected = Within(task), 0
         with run_tasks(answer_part, tasks, progress=within) as answered:
             for ref in refs:
                 if ref.model in imported:
                     yield ref, _imported_table(imported[ref.model], prompts, spec)
                     continue
                 for part in sampled[ref.model]:
-                    before = within.done
                     if part.file in missing:
                         next(answered)
-                        task.advance(part.n_completions - (within.done - before), model=ref.model)
+                        expected += part.n_completions
+                        within.reach(expected, model=ref.model)
                     else:
                         task.skip(part.n_completions, model=ref.model)
                 yield ref, joined(sampled[ref.model])

@@ -7,41 +7,18 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rlgen_stats.schemas.errors import RlgenStatsError
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import StudyFolder, read_json
 from rlgen_stats.toolkit.posttrain.launcher import MARK
 from rlgen_stats.toolkit.posttrain.train_run import train_run
+from rlgen_stats.toolkit.progress import Told
 
 
-class _ToParent:
-    """Progress in lines that the process which started the launcher reads; what there is to say it has said before."""
-
-    @contextmanager
-    def task(self, description: str, total: float | None = None, unit: str = "it") -> Iterator[_ToParent]:
-        """A task; there is one at a time."""
-        _tell(task=[description, total, unit])
-        yield self
-
-    def advance(self, amount: float = 1.0, **facts: object) -> None:
-        """Tell of units done."""
-        _tell(advance=amount, facts=facts)
-
-    def skip(self, amount: float, **facts: object) -> None:
-        """Tell of units that an earlier run did."""
-        _tell(skip=amount, facts=facts)
-
-    def log(self, message: str) -> None:
-        """Do nothing."""
-
-
-def _tell(**event: Any) -> None:
-    sys.stdout.write(f"{MARK}{json.dumps(event, default=str)}\n")
+def _tell(line: str) -> None:
+    sys.stdout.write(f"{MARK}{line}\n")
     sys.stdout.flush()
 
 
@@ -63,9 +40,9 @@ def main(file: str) -> None:
     spec, folder = StudySpec.model_validate(note["spec"]), StudyFolder(Path(note["folder"]))
     run = next(run for run in spec.runs if run.name == note["run"])
     try:
-        train_run(spec, run, folder, progress=_ToParent())
+        train_run(spec, run, folder, progress=Told(_tell))
     except RlgenStatsError as error:
-        _tell(refusal=str(error))
+        _tell(json.dumps({"refusal": str(error)}))
         sys.exit(2)
 
 

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from typing import Any, Final
@@ -23,7 +23,7 @@ from rlgen_stats.schemas.errors import InputError, StageError
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import StudyFolder, write_json
 from rlgen_stats.stores.study_models import POSTTRAIN_RECORD
-from rlgen_stats.toolkit.progress import Progress, Task
+from rlgen_stats.toolkit.progress import Heard, Progress
 
 MODULE: Final = "rlgen_stats.toolkit.posttrain.launched"
 MARK: Final = "rlgen-stats: "
@@ -123,8 +123,7 @@ class _Said:
 
     def read(self, process: Popen[str]) -> None:
         """Until the processes end."""
-        with ExitStack() as tasks:
-            task: Task | None = None
+        with closing(Heard(self._progress)) as heard:
             for line in process.stdout or ():
                 text, mark, message = line.rstrip().partition(MARK)
                 if text:
@@ -133,9 +132,5 @@ class _Said:
                 event: Mapping[str, Any] = json.loads(message) if mark else {}
                 if "refusal" in event:
                     self.refusal = event["refusal"]
-                elif "task" in event:
-                    task = tasks.enter_context(self._progress.task(*event["task"]))
-                elif task is not None and "skip" in event:
-                    task.skip(event["skip"], **event["facts"])
-                elif task is not None and "advance" in event:
-                    task.advance(event["advance"], **event["facts"])
+                elif "task" in event:  # lines for people were said here before
+                    heard.hear(message)

@@ -23,7 +23,7 @@ from rlgen_stats.stores import Provenance, StudyFolder, write_json
 from rlgen_stats.stores.atomic import read_object, sweep
 from rlgen_stats.stores.health_records import readout_accepted
 from rlgen_stats.stores.hub import hub_folder, is_on_hub
-from rlgen_stats.stores.locks import exclusive
+from rlgen_stats.stores.locks import exclusive, writer_of
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
 from rlgen_stats.stores.study_models import imported_models
@@ -32,7 +32,7 @@ from rlgen_stats.toolkit.study.spec_shorthands import existing
 
 FINGERPRINTS: Final = "fingerprints.json"
 """In the folder of records: what is remembered of the files a study reads."""
-State = Literal["done", "stale", "interrupted", "foreign", "waiting"]
+State = Literal["done", "stale", "running", "interrupted", "foreign", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -527,12 +527,13 @@ class Study:
         return "stale" if record.get("finished") else "interrupted"
 
     def status(self) -> tuple[StageStatus, ...]:
-        """State of every stage."""
+        """State of every stage; running: begun by a process of this host that is at work on the study."""
+        states = {stage.name: self.state(stage.name) for stage in STAGES}
+        begun = next((name for name, state in states.items() if state == "interrupted"), None)
+        if begun is not None and writer_of(self.folder.stages / "run") is not None:
+            states[begun] = "running"
         return tuple(
-            StageStatus(
-                stage.name, self.state(stage.name), self.key(stage.name), self.record(stage.name).get("seconds")
-            )
-            for stage in STAGES
+            StageStatus(name, state, self.key(name), self.record(name).get("seconds")) for name, state in states.items()
         )
 
 

@@ -234,14 +234,14 @@ def _frames(live: LiveTrial, direction: Direction, arms: Sequence[Arm], task: Ta
     trial = live.plan
     n_completions, groups = trial.n_prompts * trial.n_samples, _grouped(trial, arms)
     n_missing = [sum(not trial.is_stored(direction, arm) for arm in together) for together in groups]
-    within = Within(task)
+    within, expected = Within(task), 0
     tasks = [(live, direction, together, True) for together in groups]
     with run_tasks(_run_arms, tasks, progress=within) as results:
         for together, missing in zip(groups, n_missing, strict=True):
-            before = within.done
             frames = next(results)
+            expected += missing * n_completions
             task.skip((len(together) - missing) * n_completions)
-            task.advance(missing * n_completions - (within.done - before))
+            within.reach(expected)
             yield from frames
 
 

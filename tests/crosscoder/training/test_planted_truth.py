@@ -102,6 +102,7 @@ def check_features_and_owners(truth: World, reader: ArrayReader, crosscoder: Cro
     assert right[recovered].mean() > 0.85
 
 
+@pytest.mark.slow
 def test_planted_features_and_their_owners_are_found_from_any_initial_weights(
     truth: World, reader: ArrayReader, replicates: list[Crosscoder]
 ) -> None:
@@ -110,7 +111,9 @@ def test_planted_features_and_their_owners_are_found_from_any_initial_weights(
         check_features_and_owners(truth, reader, crosscoder)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "l1"])
+@pytest.mark.parametrize(
+    "rule", [pytest.param(rule, marks=[pytest.mark.slow] * (rule != "batchtopk")) for rule in RULES if rule != "l1"]
+)
 def test_planted_features_and_their_owners_are_found(truth: World, reader: ArrayReader, rule: str) -> None:
     crosscoder = train_crosscoder(reader, spec_of(rule), views=VIEWS, seed=1)
     check_features_and_owners(truth, reader, crosscoder)
@@ -120,6 +123,7 @@ def test_planted_features_and_their_owners_are_found(truth: World, reader: Array
             assert not any(crosscoder.decoder_matrix[part, at].any() for at in closed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["l1", "batchtopk"])
 def test_false_specifics_of_l1_are_removed_by_latent_scaling(rule: str) -> None:
     """Features at 45% strength in base are shared; the l1 penalty shrinks their base rows, batchtopk does not."""
@@ -145,6 +149,7 @@ def test_false_specifics_of_l1_are_removed_by_latent_scaling(rule: str) -> None:
     assert (table.feature_class.values[found[only]] == "specific").mean() > 0.5
 
 
+@pytest.mark.slow
 def test_other_seeds_bring_the_planted_features_back(
     truth: World, reader: ArrayReader, replicates: list[Crosscoder]
 ) -> None:

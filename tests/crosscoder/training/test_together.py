@@ -75,6 +75,7 @@ def trained_by_two(world: Planted, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "objective"), RULES)
 def test_two_processes_give_the_curve_of_one(
     world: Planted, trained_by_two: Path, tmp_path: Path, rule: str, objective: str

@@ -73,7 +73,12 @@ class FormulaProcess:
 def _next_line(process: subprocess.Popen[str], patience: float, question: str | None = None) -> tuple[str, bool]:
     """What it says, to ``question`` if there is one; nothing if it ends first, and whether ``patience`` ended it."""
     late = threading.Event()
-    killer = threading.Timer(patience, lambda: (late.set(), process.kill()))
+
+    def give_up() -> None:
+        late.set()
+        process.kill()
+
+    killer = threading.Timer(patience, give_up)
     killer.start()
     try:
         if question is not None:
