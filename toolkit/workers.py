@@ -263,7 +263,8 @@ def _in_turn(owner: str, function: Callable[..., T], number: int, task: tuple[An
     import dask
     from distributed import get_worker
 
-    progress = Told(lambda line: get_worker().log_event(topic, (number, line)))
+    worker = get_worker()
+    progress = Told(lambda line: worker.log_event(topic, (number, line)))
 
     # A worker with several threads has one device all the same; and what the task reads lazily it reads itself: dask
     # would hand that to the cluster, whose workers are busy with tasks that wait for it.

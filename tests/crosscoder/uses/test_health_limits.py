@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rlgen_stats.stores import write_json
+from rlgen_stats.stores.health_records import HEALTH, READOUT_MODELS, read_health
 from rlgen_stats.toolkit.crosscoder import (
     ArrayReader,
     Crosscoder,
@@ -17,7 +21,9 @@ from rlgen_stats.toolkit.crosscoder import (
     judge_readout,
     measure_readout,
 )
-from rlgen_stats.toolkit.crosscoder.uses.health import Health, judge_health
+from rlgen_stats.toolkit.crosscoder.uses import health as health_module
+from rlgen_stats.toolkit.crosscoder.uses.health import Health, judge_again, judge_health
+from rlgen_stats.toolkit.crosscoder.uses.readout_health import models_of_record, own_l0
 from tests.crosscoder.planted import PAIR
 
 N_FEATURES = 1000
@@ -138,6 +144,50 @@ def test_limits_of_the_readout(inside: dict[str, Any], outside: dict[str, Any], 
 @pytest.mark.parametrize("of", [crosscoder("l1", k=20), crosscoder(k=0)])
 def test_the_readout_of_a_dictionary_without_a_target_has_no_l0_to_keep(of: Crosscoder) -> None:
     assert failed_readout(replace(FAITHFUL, l0=400.0), of) == set()
+
+
+def of_a_corpus() -> Crosscoder:
+    trained = crosscoder()
+    trained.facts["spec"] = {"corpus": "data/corpus.parquet"}
+    return trained
+
+
+def test_on_other_texts_than_those_trained_on_a_dictionary_need_not_keep_its_k() -> None:
+    short = replace(HEALTHY, l0=12.0)
+    assert failed(short) == {"l0"}
+    assert failed(short, of_a_corpus()) == set()
+    assert failed(replace(HEALTHY, l0=50.0), of_a_corpus()) == set()
+    assert failed(replace(HEALTHY, l0=50.1), of_a_corpus()) == {"l0"}, "half the width is dense"
+    assert own_l0(crosscoder(), short) is None
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(9.0, 8.9), (15.0, 15.1)])
+def test_there_a_models_readout_keeps_the_dictionarys_own_l0(inside: float, outside: float) -> None:
+    trained = of_a_corpus()
+    own = own_l0(trained, replace(HEALTHY, l0=12.0))
+    for l0, expected in ((inside, set()), (outside, {"readout_l0"})):
+        models = [replace(FAITHFUL, l0=l0)]
+        health = judge_readout(trained, models, own_fve=0.9, own_l0=own, contrasted=("rl@9",))
+        assert {check.name for check in health.checks if not check.ok} == expected
+
+
+def test_what_was_measured_is_judged_again_by_other_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else of the record changes."""
+    before = replace(HEALTHY, ce={"rl@9": losses(0.95, 0.95)})
+    before = replace(before, checks=judge_health(crosscoder(), before))
+    described = {"weights_sha256": "a", READOUT_MODELS: {"models": [vars(replace(FAITHFUL, dfve=None))]}}
+    write_json(tmp_path / HEALTH, described | before.describe())
+    again = judge_again(crosscoder(), tmp_path)
+    assert again.healthy
+    assert read_health(tmp_path) == described | json.loads(json.dumps(before.describe()))
+    (model,) = models_of_record(read_health(tmp_path))
+    assert np.isnan(model.dfve)
+    assert replace(model, dfve=0.9) == FAITHFUL
+    monkeypatch.setattr(health_module, "FVE_MIN", 0.95)
+    assert not judge_again(crosscoder(), tmp_path).healthy
+    record = read_health(tmp_path)
+    assert record["reasons"].startswith("fraction of variance explained of base@0 0.900, at least 0.95 needed")
+    assert record["ce"] == json.loads(json.dumps(before.describe()))["ce"]
 
 
 @pytest.mark.parametrize(("share", "constant"), [(0.9895, False), (0.9905, True)])

@@ -24,7 +24,7 @@ from rlgen_stats.stores import (
     open_tokens,
     write_json,
 )
-from rlgen_stats.stores.atomic import read_object
+from rlgen_stats.stores.atomic import explain_damage, read_object
 from rlgen_stats.stores.crosscoder_weights import CURVE, SPEC, WEIGHTS
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.stores.health_records import HEALTH, READOUT_MODELS, add_readout, read_health
@@ -44,13 +44,15 @@ from rlgen_stats.toolkit.crosscoder.model.loading import load_crosscoder
 from rlgen_stats.toolkit.crosscoder.training.ranks import join_ranks, rank_of_process
 from rlgen_stats.toolkit.crosscoder.training.train import STATE, train_replicates, training_key
 from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
-from rlgen_stats.toolkit.crosscoder.uses.health import Health, measure_health
+from rlgen_stats.toolkit.crosscoder.uses.health import Health, judge_again, measure_health
 from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
     READOUT_TOKENS,
     ModelReadout,
     judge_readout,
     measure_readout,
+    models_of_record,
     own_fve,
+    own_l0,
 )
 from rlgen_stats.toolkit.crosscoder.uses.remedies import failures
 from rlgen_stats.toolkit.crosscoder.uses.splice import SpliceCE, SplicedText, splice_ce
@@ -321,15 +323,23 @@ class _StudyCrosscoder:
 
     def _measure(self, name: str, folder: Path, crosscoder: Crosscoder, reader: PairedReader) -> list[str]:
         if self._is_measured(folder, crosscoder):
-            return ["up to date"]
-        losses = self._splice_losses(crosscoder)
-        health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=folder)
-        found = ["healthy" if health.healthy else "failed its health check"]
-        found += [self._judge_readout(name, folder, crosscoder, health)] if self.judged_models else []
+            with explain_damage(folder / HEALTH):
+                models: Sequence[ModelReadout] = models_of_record(read_health(folder))
+                health = judge_again(crosscoder, folder)  # an earlier version may have had other limits
+            found = ["up to date"]
+        else:
+            losses = self._splice_losses(crosscoder)
+            health = measure_health(crosscoder, reader, readout=self.spec.readout, ce=losses, folder=folder)
+            models = self._readout_models(name, crosscoder)
+            found = []
+        found.append("healthy" if health.healthy else "failed its health check")
+        found += [self._judge_readout(folder, crosscoder, health, models)] if self.judged_models else []
         return found + [f"  {line}" for line in failures(folder, read_health(folder))]
 
-    def _judge_readout(self, name: str, folder: Path, crosscoder: Crosscoder, health: Health) -> str:
+    def _readout_models(self, name: str, crosscoder: Crosscoder) -> Sequence[ModelReadout]:
         """Measure the readout on base and every checkpoint, pair by pair: memory holds two models' activations."""
+        if not self.judged_models:
+            return ()
         base, *others = self.judged_models
         models: list[ModelReadout] = []
         with self.progress.task(f"readout {name}", total=len(others), unit="models") as task:
@@ -340,10 +350,16 @@ class _StudyCrosscoder:
                 )
                 models += [of_other] if models else [of_base, of_other]
                 task.advance(1, model=other, dfve=of_other.dfve)
+        return models
+
+    def _judge_readout(
+        self, folder: Path, crosscoder: Crosscoder, health: Health, models: Sequence[ModelReadout]
+    ) -> str:
         judged = judge_readout(
             crosscoder,
             models,
             own_fve=own_fve(crosscoder, health),
+            own_l0=own_l0(crosscoder, health),
             contrasted=self.contrasted,
             readout=self.spec.readout,
         )

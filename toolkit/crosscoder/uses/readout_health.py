@@ -7,7 +7,7 @@ reconstructs them: one model's features must reconstruct that model, and their d
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.study import Readout
+from rlgen_stats.stores.health_records import READOUT_MODELS
 from rlgen_stats.toolkit.crosscoder.data.moments import ExplainedVariance
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, batches_of, views_of
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.uses.encode import contribution_scale, view_of
-from rlgen_stats.toolkit.crosscoder.uses.health import L0_PART_TOLERANCE, Check, Health
+from rlgen_stats.toolkit.crosscoder.uses.health import L0_PART_TOLERANCE, Check, Health, expects_k
 
 READOUT_TOKENS: Final = 1 << 18
 """Tokens a readout is judged on: shares of variance are then known to well below .01."""
@@ -220,6 +221,18 @@ def _share(part: float, whole: float) -> float:
     return 0.0 if part == 0 else part / whole if whole > 0 else math.inf
 
 
+def models_of_record(record: Mapping[str, Any]) -> tuple[ModelReadout, ...]:
+    """What health.json says was measured of each model."""
+    models = record.get(READOUT_MODELS, {}).get("models", [])
+    known: list[dict[str, Any]] = [{name: math.nan if of is None else of for name, of in one.items()} for one in models]
+    return tuple(ModelReadout(**one) for one in known)
+
+
+def own_l0(crosscoder: Crosscoder, health: Health) -> float | None:
+    """The dictionary's own L0, to which that of single models is compared where it says nothing of k."""
+    return None if expects_k(crosscoder) else health.l0
+
+
 def own_fve(crosscoder: Crosscoder, health: Health) -> float:
     """The dictionary's own FVE, to which that of single models is compared.
 
@@ -234,6 +247,7 @@ def judge_readout(
     *,
     own_fve: float,
     contrasted: Collection[str],
+    own_l0: float | None = None,
     readout: Readout | None = None,
 ) -> ReadoutHealth:
     """Hold measured readouts against their limits.
@@ -247,6 +261,8 @@ def judge_readout(
     own_fve
         The dictionary's own FVE, of which every model must keep ``FVE_SHARE_MIN``: that of the joint code, mean over
         views.
+    own_l0
+        Its own L0 on the same texts, from which that of a model may differ by ``L0_PART_TOLERANCE``; default its k.
     contrasted
         Models whose difference from base claims rest on: their dFVE, code R^2 and artefact are judged, if they differ.
     readout
@@ -257,7 +273,7 @@ def judge_readout(
     ReadoutHealth
         A value that could not be measured fails its check.
     """
-    checks, k = [], crosscoder.k
+    checks, expected = [], crosscoder.k if own_l0 is None else own_l0
     least = FVE_SHARE_MIN * own_fve
     for one in models:
         reason = (
@@ -265,10 +281,11 @@ def judge_readout(
             f"{FVE_SHARE_MIN:.0%} of the dictionary's own {own_fve:.3f}"
         )
         checks.append(Check("readout_fve", one.model, one.fve, least, one.fve >= least, reason))
-        if k > 0 and crosscoder.sparsity != "l1":
-            reason = f"L0 {one.l0:.2f} in the readout of {one.model}, expected {k} within {L0_PART_TOLERANCE:.0%}"
-            ok = abs(one.l0 - k) <= L0_PART_TOLERANCE * k
-            checks.append(Check("readout_l0", one.model, one.l0, float(k), ok, reason))
+        if crosscoder.k > 0 and crosscoder.sparsity != "l1":
+            within = f"expected {expected:.4g} within {L0_PART_TOLERANCE:.0%}"
+            ok = abs(one.l0 - expected) <= L0_PART_TOLERANCE * expected
+            reason = f"L0 {one.l0:.2f} in the readout of {one.model}, {within}"
+            checks.append(Check("readout_l0", one.model, one.l0, float(expected), ok, reason))
         if one.change > UNCHANGED:
             reason = (
                 f"activations of {one.model} correlate {one.correlation:.2f} with base's, at least {ONE_BASE_MIN:g} "
