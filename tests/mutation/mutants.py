@@ -69,20 +69,34 @@ class Mutant:
     code: CodeType
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.before}  ->  {self.after}"
+        return _name(self.where, self.before, self.after)
 
 
 def mutants(decision: Decision, text: str, file: str = "module.py") -> Iterator[Mutant]:
     """All changes of a module's source."""
     tree = ast.parse(text)
+    for change in _changes(tree, decision):
+        code = compile(ast.fix_missing_locations(copy.deepcopy(tree)), file, "exec")
+        yield Mutant(decision, *change, code)
+
+
+def names(decision: Decision, text: str) -> set[str]:
+    """What mutants are called; no code is made of them."""
+    return {_name(*change[1:]) for change in _changes(ast.parse(text), decision)}
+
+
+def _name(where: str, before: str, after: str) -> str:
+    return f"{where}: {before}  ->  {after}"
+
+
+def _changes(tree: ast.Module, decision: Decision) -> Iterator[tuple[str, str, str, str]]:
+    """Kind, where, before and after of every change; the tree has it until the next one is asked for."""
     for kind, where, whole, node, field, values in _sites(tree, decision):
         before, kept = ast.unparse(whole), getattr(node, field)
         for value in values:
             setattr(node, field, value)
-            after = ast.unparse(whole)
-            code = compile(ast.fix_missing_locations(copy.deepcopy(tree)), file, "exec")
+            yield kind, where, before, ast.unparse(whole)
             setattr(node, field, kept)
-            yield Mutant(decision, kind, where, before, after, code)
 
 
 Site = tuple[str, str, ast.AST, ast.AST, str, list[object]]

@@ -7,7 +7,7 @@ import ast
 import pytest
 
 from tests.mutation.decisions import DECISIONS, Decision
-from tests.mutation.mutants import ROOT, mutants, report
+from tests.mutation.mutants import ROOT, mutants, names, report
 
 MODULE = """
 LIMIT: Final = 0.25
@@ -41,6 +41,7 @@ def test_a_toy_module_has_these_mutants() -> None:
         "judge: n - 1  ->  n - 2",
         "judge: n - 1  ->  n - 0",
     ]
+    assert names(decision, MODULE) == {str(one) for one in made}
     namespace: dict[str, object] = {"Final": object}
     exec(made[0].code, namespace)
     assert namespace["LIMIT"] == 0.275
@@ -58,4 +59,4 @@ def test_what_decides_exists(decision: Decision) -> None:
     assert set(decision.functions or ()) <= functions
     assert set(decision.technical) <= constants
     assert all((ROOT / test.split("::")[0]).exists() for test in decision.tests)
-    assert set(decision.unnoticed) <= {str(one) for one in mutants(decision, text)}
+    assert set(decision.unnoticed) <= names(decision, text)

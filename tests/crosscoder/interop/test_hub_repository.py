@@ -136,6 +136,7 @@ def test_health_of_other_weights_is_not_pushed(tmp_path: Path, hub: Repositories
     assert "Not measured." in hub.files["org/repo"]["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_commands_against_an_endpoint(tmp_path: Path, hub: Repositories) -> None:
     made = saved(tmp_path / "main")
     hub_settings = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}

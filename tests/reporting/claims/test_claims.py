@@ -332,7 +332,7 @@ def test_c2_verdict_follows_from_the_stored_table(results: Results, spec: StudyS
     silent = results["timing_contrast"]["stratum_difference"] * np.nan  # strata that say nothing of their own
     unknown = {f"stratum_difference{end}": silent for end in ("", "_low", "_high", "_p")}
     results["timing_contrast"] = results["timing_contrast"].assign(unknown)
-    for _ in range(120):
+    for _ in range(60):
         centre, half = generator.normal(0, [0.1, 0.05]), generator.exponential([0.03, 0.012])
         p = 2 * stats.norm.sf(np.abs(centre) / half * 1.96)
         each = centre[:, None] + 0 * half[:, None]
