@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import dask.array as da
 import numpy as np
 import pytest
@@ -247,6 +249,16 @@ def test_chance_is_hypergeometric(make_features):
     drawn = np.array([np.intersect1d(rng.permutation(40)[:10], np.arange(10)).size for _ in range(20000)]) / 10
     assert float(out.chance[0]) == pytest.approx(drawn.mean(), abs=0.005)
     assert float(out.chance_high[0]) == pytest.approx(np.quantile(drawn, 0.95), abs=1e-9)
+
+
+def test_a_checkpoint_that_is_base_has_no_set_and_warns_of_nothing(make_features):
+    mean = static(np.random.default_rng(9), 60, 40, 1.0)
+    mean[1] = mean[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = run(make_features(mean, MODELS), k=10)
+    assert [float(out[name][0]) for name in ("chance", "chance_high", "overlap")] == [0, 0, 0]
+    assert float(out.chance[1]) == 10 / 40
 
 
 @pytest.mark.parametrize("k", [10, 13])  # P(X <= 4) = .9502 of ten, P(X <= 6) = .9480 of thirteen

@@ -307,7 +307,6 @@ def _table(tops: list[TopSets], kappas: list[Curve], n_testable: int, alpha: flo
         bounds = delete_group_jackknife(delta[1:], delta[0], alpha=alpha)
         n_shared = int(overlaps(top.full, final.full))
         sizes = int((top.full >= 0).sum()), int((final.full >= 0).sum())
-        chance = stats.hypergeom(n_testable, *sizes)
         row = {
             "delta": delta[0],
             "delta_low": bounds.low,
@@ -320,8 +319,8 @@ def _table(tops: list[TopSets], kappas: list[Curve], n_testable: int, alpha: flo
             "noise_ceiling": ceiling[0],
             "final_ceiling": final_ceiling[0],
             "attainable": attainable[0],
-            "chance": chance.mean() / k,
-            "chance_high": chance.ppf(CHANCE_LEVEL) / k,
+            "chance": sizes[1] * (sizes[0] / n_testable) / k,
+            "chance_high": stats.hypergeom.ppf(CHANCE_LEVEL, n_testable, *sizes) / k,
             "overlap_p": set_overlap_pvalue(n_shared, n_testable, *sizes),
             "rbo": _rbo(top.full, final.full),
         }
