@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from rlgen_stats.stores import StudyFolder, open_results, read_contexts, read_logits, result_groups
 from rlgen_stats.toolkit.study.spec_file import read_spec
@@ -116,7 +117,7 @@ def _features(folder: Path) -> Iterator[str]:
         rows.append(
             [
                 str(feature),
-                str(one["tier"].item()) if one["selected"] else "not selected",
+                _selected_as(one) if one["selected"] else "not selected",
                 f"`{' '.join(top['text'].item().split())}`" if len(top) else "",
                 ", ".join(f"{top[f'activation:{model}'].item():.2f}" for model in models) if len(top) else "",
                 ", ".join(f"`{token.strip()}`" for token in raised.sort_values("rank")["token"][:5]),
@@ -173,6 +174,10 @@ def _curve(folder: Path) -> Iterator[str]:
         for one in (data.sel(direction=direction, point=point),)
     )
     yield from _table(("copied", "features", "how many", "points of accuracy", "share"), rows)
+
+
+def _selected_as(feature: xr.Dataset) -> str:
+    return "confirmed" if feature["tier"] == "CONFIRMED" else f"by the rule {feature.attrs['rule']}"
 
 
 def _seconds(folder: Path) -> Iterator[str]:

@@ -104,8 +104,8 @@ def test_the_page_begins_with_the_answer_five_verdicts_and_the_six_steps(report:
     first = "rl raised out-of-domain accuracy from 29% to 69% (sft 24%; greedy, 300 prompts)"
     carried = "copied into base, the 5 features selected carry 70% [55%, 85%] of what copying the whole residual does"
     edits = (
-        "and that switching them off specifically lowers rl’s accuracy and that turning them up specifically raises "
-        "base’s is supported (C4 and C5)."
+        "and that switching the selected features off specifically lowers rl’s accuracy and that turning them up "
+        "specifically raises base’s is supported (C4 and C5)."
     )
     shown = (first, carried, edits, "SFT adds more own features", "What editing does", "Level α")
     places = [text.index(words) for words in shown]

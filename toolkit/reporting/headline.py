@@ -19,7 +19,7 @@ from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy, domain_
 DOMAINS: Final = {"in": "In-domain", "out": "Out-of-domain"}
 """Domain -> words."""
 _EDITS: Final = {
-    "C4": "that switching them off specifically lowers {rl}’s accuracy",
+    "C4": "that switching the selected features off specifically lowers {rl}’s accuracy",
     "C5": "that turning them up specifically raises base’s",
 }
 """What the claims on edits say, as a clause."""
