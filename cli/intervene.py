@@ -204,7 +204,9 @@ def _print(trial: TrialRun) -> None:
     for shortfall in plan.shortfalls:
         echo(f"  cannot show {shortfall}")
     if trial.result is None:
-        time = "" if trial.seconds is None else f", roughly {_time(trial.seconds)} at the speed of the outcomes stage"
+        # where answers are short, reading texts for the divergences takes longer than sampling
+        speed = "to sample at the speed of the outcomes stage, and time to read texts for the divergences"
+        time = "" if trial.seconds is None else f", roughly {_time(trial.seconds)} {speed}"
         size = f"{plan.n_prompts} prompts, {plan.n_samples} sample(s) an arm"
         most = f"{plan.completions:,} completions of up to {plan.max_new_tokens} tokens"
         echo(f"  at most {most} ({size}){time}")

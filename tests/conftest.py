@@ -12,9 +12,10 @@ import torch
 from threadpoolctl import threadpool_limits
 
 LONGEST = (
-    *("test_mini.py", "test_planted.py", "test_paper_study.py", "test_linked_studies.py", "test_objectives.py"),
-    *("test_remote.py", "test_verify_causally.py", "test_null_views.py", "test_layers.py", "test_planted_truth.py"),
-    *("test_on_workers.py", "test_stabilization.py", "test_simulate.py", "test_stabilization_arms.py"),
+    *("test_mini.py", "test_paper_study.py", "test_planted.py", "test_planted_truth.py", "test_remote.py"),
+    *("test_layers.py", "test_verify_causally.py", "test_counted_faults.py", "test_calibration.py"),
+    *("test_explorer.py", "test_on_workers.py", "test_machine.py", "test_grading.py", "test_workers.py"),
+    *("test_run_trial.py", "test_real_study.py"),
 )
 """Files that take half a minute or more. They begin first: one that begins last leaves the other worker idle."""
 

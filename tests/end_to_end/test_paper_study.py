@@ -186,6 +186,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return root, run_command("run", str(root), "--quiet")
 
 
+@pytest.mark.slow
 def test_it_runs_end_to_end_at_toy_size(toy: tuple[Path, Result]) -> None:
     root, result = toy
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
@@ -194,6 +195,7 @@ def test_it_runs_end_to_end_at_toy_size(toy: tuple[Path, Result]) -> None:
     assert [claim["id"] for claim in read_json(root / "report/report.json")["claims"]] == ["C1", "C2", "C3", "C4", "C5"]
 
 
+@pytest.mark.slow
 def test_every_task_is_graded_by_its_own_grader(toy: tuple[Path, Result]) -> None:
     outcomes = open_study(toy[0])["outcomes"].to_dataset().load()
     assert set(outcomes.task.values.tolist()) == set(TASKS)
@@ -205,6 +207,7 @@ def test_every_task_is_graded_by_its_own_grader(toy: tuple[Path, Result]) -> Non
     assert set(chosen["prompt"]) == set(outcomes.prompt.values[scored.values])
 
 
+@pytest.mark.slow
 def test_one_model_was_sampled_elsewhere_and_its_verdicts_were_kept(toy: tuple[Path, Result]) -> None:
     outcomes = open_study(toy[0])["outcomes"].to_dataset().load()
     assert dict(zip(outcomes.model.values.tolist(), outcomes.graded_by.values.tolist(), strict=True)) == {
@@ -214,6 +217,7 @@ def test_one_model_was_sampled_elsewhere_and_its_verdicts_were_kept(toy: tuple[P
     assert (elsewhere.correct == (elsewhere.sample % 2 == 0)).all()
 
 
+@pytest.mark.slow
 def test_adapters_are_read_as_models_of_their_own(toy: tuple[Path, Result]) -> None:
     movement = open_results(toy[0] / "results.zarr", "movement").load()
     shift = movement.activation_shift.sel(model=["rl@147", "rl@367"]).values
