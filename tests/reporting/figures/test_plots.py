@@ -18,6 +18,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit import reporting
 from rlgen_stats.toolkit.reporting.figures import plotting
 from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response, failure_classes
+from rlgen_stats.toolkit.reporting.figures.plotting import percent_axis
 
 Results = dict[str, xr.Dataset]
 
@@ -135,3 +136,12 @@ def test_a_direction_without_arms_has_no_panel(figure: Any, results: Results, sp
     assert len(figure({"intervention": one}, spec).panels) == 1
     with pytest.raises(NotEstimableError, match="no arm edits the set"):
         figure({"intervention": trial.assign(accuracy=trial["accuracy"] * np.nan)}, spec)
+
+
+@pytest.mark.parametrize(("high", "shown"), [(0.049, "0.5%"), (0.051, "0%")])
+def test_ticks_in_percent_have_decimals_where_the_axis_is_short(high: float, shown: str) -> None:
+    axis = Figure().subplots().xaxis
+    axis.set_view_interval(0.0, high, ignore=True)
+    percent_axis(axis)
+    assert axis.get_major_formatter()(0.005) == shown
+    assert axis.get_major_formatter()(-0.02).startswith("−2")

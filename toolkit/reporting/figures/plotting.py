@@ -228,8 +228,13 @@ def to_svg(figure: Figure, *, title: str, alt: str) -> str:
 
 
 def percent_axis(axis: Any) -> None:
-    """Ticks of a fraction axis in percent."""
-    axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%".replace("-", "−"))
+    """Ticks of a fraction axis in percent, with as many decimals as tell them apart."""
+
+    def shown(value: float, _: Any) -> str:
+        low, high = axis.get_view_interval()
+        return f"{100 * value:.{0 if high - low > 0.05 else 1}f}%".replace("-", "−")
+
+    axis.set_major_formatter(shown)
 
 
 def quiet(axes: Any, *, grid: str = "x") -> None:
