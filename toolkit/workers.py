@@ -36,6 +36,8 @@ ANSWER_SECONDS: Final = 300.0
 """Within which the scheduler, or a worker that is asked for what it has, must have answered."""
 POLL_SECONDS: Final = 5.0
 """Between two looks at which workers there are while tasks run: these may take as long as they like."""
+_LEAVE_CTRL_C: Final = "import signal\n\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+"""What workers of this machine run first: Ctrl-C reaches them too, but who started them ends them."""
 WORKER_COMMAND: Final = "dask worker ADDRESS --nthreads 1 --memory-limit 0 --resources GPU=1"
 _client: ContextVar[Any] = ContextVar("client", default=None)
 
@@ -351,6 +353,7 @@ def local_workers(devices: str) -> Iterator[Any]:
         here = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
         common = here | {"nthreads": 1, "memory_limit": 0, "resources": {GPU: 1}, "death_timeout": RESTART_SECONDS}
         common |= {"silence_logs": logging.WARNING}
+        common["preload"] = [_LEAVE_CTRL_C]
         common["local_directory"] = stack.enter_context(TemporaryDirectory(prefix="rlgen-stats-"))
         workers = {
             number: {"cls": Nanny, "options": common | {"env": device | {"OMP_NUM_THREADS": threads}}}
