@@ -12,7 +12,7 @@ from rlgen_stats.schemas.spec import PositiveInt, Spec
 _GRADERS: Final = "rlgen_stats.toolkit.extraction.graders"
 GRADERS: Final = {
     "final_answer": f"{_GRADERS}.texts:FinalAnswerGrader",
-    "math": f"{_GRADERS}.formulas:MathGrader",
+    "math": f"{_GRADERS}.math_grader:MathGrader",
     "choice": f"{_GRADERS}.choices:ChoiceGrader",
     "choice_loglik": f"{_GRADERS}.choices:LoglikGrader",
     "exact": f"{_GRADERS}.texts:ExactGrader",

@@ -3,8 +3,9 @@
 A name is imported when it is first asked for: a kernel needs numpy and scipy alone, and so takes no longer to import.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from rlgen_stats.toolkit.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from rlgen_stats.toolkit.statistics.causal.own_arms import arms_table
@@ -95,44 +96,33 @@ __all__ = [
     "write_simulation",
 ]
 _NAMES_OF: Final = {
-    "causal.own_arms": ("arms_table",),
-    "causal.verdict": ("judge",),
-    "claim_verdicts": ("selection_claim", "specificity_claim", "timing_claim"),
-    "comparison": ("compare_outcomes",),
-    "core.correction": ("adjust_pvalues",),
-    "core.own_arrays": ("features_dataset", "outcomes_dataset"),
-    "drift.feature_drift": ("drift_test",),
-    "drift.mean_shift": ("mean_shift",),
-    "drift.representation": ("representation_drift",),
-    "planning.planted_truth": ("Simulation",),
-    "planning.power": ("Design", "detectable_effect", "power_at", "required_prompts", "required_runs", "run_power"),
-    "planning.simulate": ("simulate_features", "write_simulation"),
-    "selection.options": ("SelectionRule", "SelectionTests", "StabilityOptions"),
-    "selection.probe": ("correctness_probe",),
-    "selection.select_features": ("select_features",),
-    "selection.selected_effects": ("selected_effects",),
-    "selection.separation": ("model_separation",),
-    "selection.token_detectors": ("token_detectors",),
-    "specificity.arm_contrast": ("attribution_contrast",),
-    "specificity.decoder_norms": ("attribution", "attribution_table", "decoder_clusters"),
-    "specificity.latent_scaling": ("classify_features", "latent_scaling", "scaling_table"),
-    "specificity.matching": ("match_features", "reappearance", "subspace_overlap"),
-    "task_accuracy": ("behaviour",),
-    "timing.run_contrast": ("timing_contrast",),
-    "timing.set_stability": ("set_stability",),
-    "timing.stabilization": ("stabilization_test",),
+    ".causal.own_arms": ("arms_table",),
+    ".causal.verdict": ("judge",),
+    ".claim_verdicts": ("selection_claim", "specificity_claim", "timing_claim"),
+    ".comparison": ("compare_outcomes",),
+    ".core.correction": ("adjust_pvalues",),
+    ".core.own_arrays": ("features_dataset", "outcomes_dataset"),
+    ".drift.feature_drift": ("drift_test",),
+    ".drift.mean_shift": ("mean_shift",),
+    ".drift.representation": ("representation_drift",),
+    ".planning.planted_truth": ("Simulation",),
+    ".planning.power": ("Design", "detectable_effect", "power_at", "required_prompts", "required_runs", "run_power"),
+    ".planning.simulate": ("simulate_features", "write_simulation"),
+    ".selection.options": ("SelectionRule", "SelectionTests", "StabilityOptions"),
+    ".selection.probe": ("correctness_probe",),
+    ".selection.select_features": ("select_features",),
+    ".selection.selected_effects": ("selected_effects",),
+    ".selection.separation": ("model_separation",),
+    ".selection.token_detectors": ("token_detectors",),
+    ".specificity.arm_contrast": ("attribution_contrast",),
+    ".specificity.decoder_norms": ("attribution", "attribution_table", "decoder_clusters"),
+    ".specificity.latent_scaling": ("classify_features", "latent_scaling", "scaling_table"),
+    ".specificity.matching": ("match_features", "reappearance", "subspace_overlap"),
+    ".task_accuracy": ("behaviour",),
+    ".timing.run_contrast": ("timing_contrast",),
+    ".timing.set_stability": ("set_stability",),
+    ".timing.stabilization": ("stabilization_test",),
 }
-_MODULE_OF: Final = {name: module for module, names in _NAMES_OF.items() for name in names}
 
 if not TYPE_CHECKING:  # a type checker would take every name for a known one
-
-    def __getattr__(name: str) -> Any:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        globals()[name] = value
-        return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    __getattr__, __dir__ = lazy_names(__name__, _NAMES_OF)

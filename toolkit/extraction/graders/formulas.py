@@ -1,11 +1,12 @@
-"""Formulas compared by value, by math-verify; what it misreads is prepared before and checked after."""
+"""Formulas compared by value, by math-verify; what it misreads is prepared before and checked after.
+
+Imports neither arrays nor torch: a process of its own, which runs this, starts in a second or two.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -14,10 +15,8 @@ from math_verify import parse, verify
 from math_verify.errors import TimeoutException
 from math_verify.utils import timeout
 
-from rlgen_stats.toolkit.extraction.graders.formulas_apart import FormulaProcess, alarms_reach_this_thread, serve
-from rlgen_stats.toolkit.extraction.graders.normal_forms import hyphens, words
-from rlgen_stats.toolkit.extraction.graders.texts import ANNOUNCED
-from rlgen_stats.toolkit.extraction.grading import Grader
+from rlgen_stats.toolkit.extraction.graders.formulas_apart import alarms_reach_this_thread, serve
+from rlgen_stats.toolkit.extraction.graders.normal_forms import ANNOUNCED, hyphens, words
 
 TIMEOUT: Final = 5
 """Seconds for parsing and comparing one formula; a few take minutes to simplify."""
@@ -50,43 +49,28 @@ def _shorten(record: logging.LogRecord) -> bool:
 logging.getLogger("math_verify.parser").addFilter(_shorten)
 
 
-_APART: Final = FormulaProcess(__name__)
+def judged(text: str, answer: str) -> bool | None:
+    """Whether the last box, a final answer said after it, or without both the last formula equals the answer.
 
-
-@dataclass(frozen=True)
-class MathGrader(Grader):
-    """Right when the last box, a final answer said after it, or without both the last formula equals the answer.
-
-    Without a box, an answer of words or a letter is also right where the completion ends with it.
+    None where there is no formula; without a time limit where alarms do not reach this thread.
     """
-
-    def judge(self, text: str, answer: str, choices: Sequence[str]) -> bool | None:
-        """Compare by value; numbers that say their base, digit for digit."""
-        return self.judged_here(text, answer) if alarms_reach_this_thread() else _APART.judge(text, answer)
-
-    def judged_here(self, text: str, answer: str) -> bool | None:
-        """``judge`` in this process, without a time limit where alarms do not reach this thread."""
-        box = last_box(text)
-        if box is None and (in_words := _IN_WORDS.fullmatch(answer.strip())):
-            given_last = _said_at_end(text)
-            if in_words["words"] in given_last and words(given_last) == words(in_words["words"]):
-                return True
-        said = text.casefold().rfind("final answer is")
-        given = _parse(prepared(text[said:])) if said > text.rfind("boxed{") else ()
-        given = given or (_parse(prepared(text)) if box is None else read_formula(box))
-        if not given:
-            return None
-        expected = read_formula(answer)
-        bases = [_BASE.fullmatch(formula.strip("$ ")) for formula in (box or "", answer)]
-        if bases[0] and bases[1] and bases[0].groups() != bases[1].groups():
-            return False
-        limit = _time_limit()
-        equal = bool(expected) and bool(verify(list(expected), list(given), timeout_seconds=limit))
-        return equal and not _equal_by_rounding_only(expected[0], given[0], limit)
-
-    def usual_form(self, answer: str) -> str:
-        """The answer in a box."""
-        return rf"\boxed{{{answer}}}"
+    box = last_box(text)
+    if box is None and (in_words := _IN_WORDS.fullmatch(answer.strip())):
+        given_last = _said_at_end(text)
+        if in_words["words"] in given_last and words(given_last) == words(in_words["words"]):
+            return True
+    said = text.casefold().rfind("final answer is")
+    given = _parse(prepared(text[said:])) if said > text.rfind("boxed{") else ()
+    given = given or (_parse(prepared(text)) if box is None else read_formula(box))
+    if not given:
+        return None
+    expected = read_formula(answer)
+    bases = [_BASE.fullmatch(formula.strip("$ ")) for formula in (box or "", answer)]
+    if bases[0] and bases[1] and bases[0].groups() != bases[1].groups():
+        return False
+    limit = _time_limit()
+    equal = bool(expected) and bool(verify(list(expected), list(given), timeout_seconds=limit))
+    return equal and not _equal_by_rounding_only(expected[0], given[0], limit)
 
 
 def _said_at_end(text: str) -> str:
@@ -163,4 +147,4 @@ def _equal_by_rounding_only(expected: Any, given: Any, limit: int | None) -> boo
 
 
 if __name__ == "__main__":
-    serve(MathGrader().judged_here)
+    serve(judged)

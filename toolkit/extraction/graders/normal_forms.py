@@ -6,6 +6,8 @@ import re
 import unicodedata
 from typing import Final
 
+ANNOUNCED: Final = re.compile(r"\banswer\W{0,4}(?:\s+is\b|:)\W*(?P<given>.*?)(?=\banswer\b|\n|$)", re.IGNORECASE)
+"""An answer announced in a sentence: the answer is ..., Answer: ..."""
 _DASHES: Final = {ord(sign): "-" for sign in "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d"}
 """Hyphens, dashes and minus signs of typesetting -> the hyphen of the keyboard."""
 _GROUPED: Final = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Self
 
 from rlgen_stats.schemas.tasks import GraderSpec
-from rlgen_stats.toolkit.extraction.graders.normal_forms import bare, one_line, words
+from rlgen_stats.toolkit.extraction.graders.normal_forms import ANNOUNCED, bare, one_line, words
 from rlgen_stats.toolkit.extraction.grading import Grader
-
-ANNOUNCED: Final = re.compile(r"\banswer\W{0,4}(?:\s+is\b|:)\W*(?P<given>.*?)(?=\banswer\b|\n|$)", re.IGNORECASE)
-"""An answer announced in a sentence: the answer is ..., Answer: ..."""
 
 
 def final_answer(text: str, marker: str) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
+from types import ModuleType
 from typing import Final
 
 import pytest
 
-from rlgen_stats.toolkit import statistics
+from rlgen_stats.toolkit import extraction, statistics
 
 ARRAYS: Final = ("xarray", "pandas", "dask", "zarr", "statsmodels", "sklearn", "pyarrow", "fsspec")
 MODELS: Final = ("torch", "transformers", "trl", "datasets", "matplotlib", "sympy")
@@ -31,14 +33,16 @@ def test_a_labelled_statistic_imports_arrays_and_no_model() -> None:
     assert imported <= set(ARRAYS)
 
 
-def test_names_are_the_same_objects_however_they_are_reached() -> None:
-    code = (
-        "import rlgen_stats.toolkit.statistics.task_accuracy as module; from rlgen_stats.toolkit import statistics;"
-        "assert statistics.behaviour is module.behaviour; assert callable(statistics.behaviour)"
-    )
-    imported_by(code)
-    assert set(statistics._MODULE_OF) == set(statistics.__all__) <= set(dir(statistics))
-    for name in statistics.__all__:
-        assert getattr(statistics, name).__name__ == name
+def test_what_judges_formulas_in_a_process_of_its_own_imports_neither_arrays_nor_models() -> None:
+    assert imported_by("import rlgen_stats.toolkit.extraction.graders.formulas") == ["sympy"]
+
+
+@pytest.mark.parametrize("package", [statistics, extraction], ids=lambda package: package.__name__)
+def test_names_are_the_same_objects_however_they_are_reached(package: ModuleType) -> None:
+    named = {name for names in package._NAMES_OF.values() for name in names}
+    assert named == set(package.__all__) <= set(dir(package))
+    for module, names in package._NAMES_OF.items():
+        for name in names:
+            assert getattr(package, name) is getattr(import_module(module, package.__name__), name)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        _ = statistics.nonsense  # type: ignore[attr-defined]
+        _ = package.nonsense
