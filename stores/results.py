@@ -59,7 +59,7 @@ def result_groups(path: StudyFolder | Path | str) -> list[str]:
 
 
 def open_results(path: StudyFolder | Path | str, group: str) -> xr.Dataset:
-    """One analysis, lazily.
+    """One analysis; a variable is read when it is used, and then kept.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def open_results(path: StudyFolder | Path | str, group: str) -> xr.Dataset:
         raise StoreError(f"{root} has no results {group!r}; it has {', '.join(result_groups(root)) or 'none yet'}.")
     check_store_version(root / group, read_document(root / group).get("attributes", {}))
     check_listed(root, group)
-    dataset = open_lazily(root / group)
+    dataset = open_lazily(root / group, dask=False)  # small: graphs would cost more than the reading
     try:
         return _validated(dataset, group)
     except StoreError as error:

@@ -75,10 +75,13 @@ def open_unread(path: Path, **options: Any) -> xr.Dataset:
     return dataset
 
 
-def open_lazily(path: Path) -> xr.Dataset:
-    """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text."""
-    # Opened twice: labels without dask, since they are loaded at once; data with a dask chunk for each stored one.
-    labels, dataset = open_unread(path).reset_coords(), open_unread(path, chunks={})
+def open_lazily(path: Path, *, dask: bool = True) -> xr.Dataset:
+    """A Zarr group with lazy data and its labels in memory, text as ordinary fixed-width numpy text.
+
+    Data have a dask chunk for each stored one; without dask a variable is read whole when it is used, and then kept.
+    """
+    plain = open_unread(path)  # labels never go through dask: they are loaded at once
+    labels, dataset = plain.reset_coords(), open_unread(path, chunks={}) if dask else plain
     loaded = {name: labels[name].drop_vars(labels[name].coords).load() for name in dataset.coords}
     text = {
         name: label.copy(data=fixed_width(label.values)) for name, label in loaded.items() if label.dtype.kind in "TO"
