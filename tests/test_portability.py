@@ -76,7 +76,7 @@ from rlgen_stats.stores import shards
 shards.write_chunk(folder, 0, np.arange(12, dtype="<f4").reshape(3, 4), ndim=2)
 assert len(shards._read_bytes(folder / "c.0.0")) == 12 * 4 + 4
 
-from rlgen_stats.toolkit.extraction.graders.formulas import MathGrader
+from rlgen_stats.toolkit.extraction.graders.math_grader import MathGrader
 assert MathGrader().judge("so \\\\boxed{{1/2}}", "0.5", ()) is True
 """
 
@@ -126,6 +126,7 @@ def test_no_module_needs_what_only_some_systems_have(source: Path) -> None:
     assert _unguarded(ast.parse(text)) == []
 
 
+@pytest.mark.slow
 def test_everything_imports_and_stores_work_without_what_only_linux_has(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", SIMULATION, str(tmp_path / "planted")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -303,11 +303,9 @@ def test_killed_in_any_stage_and_run_again_it_ends_with_the_same_numbers(
 
 
 def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result], tmp_path: Path) -> None:
-    copy = tmp_path / "changed"
+    copy, before = tmp_path / "changed", tmp_path / "before"
     shutil.copytree(mini[0], copy)
-    assert list(differences(mini[0], copy)) == []
     unseal(copy)  # or the change is refused as damage
-    before = tmp_path / "before"
     shutil.copytree(copy, before)
     drift = zarr.open_group(copy / "results.zarr/drift")
     drift["effect"][0, 0] = np.nextafter(drift["effect"][0, 0], np.inf) if np.isfinite(drift["effect"][0, 0]) else 0.0

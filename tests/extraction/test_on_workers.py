@@ -44,7 +44,7 @@ def uninterrupted(fresh_study: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
-    with local_workers("cpu,cpu,cpu,cpu") as found:
+    with local_workers("cpu,cpu") as found:
         yield found
 
 
@@ -69,18 +69,20 @@ def kills(where: str) -> Callable[[], None]:
 
 @pytest.mark.slow
 def test_workers_that_die_in_a_task_and_in_a_write_leave_the_bytes_of_one_process(
-    study: tuple[StudySpec, StudyFolder], client: Any, uninterrupted: dict[str, bytes]
+    study: tuple[StudySpec, StudyFolder], uninterrupted: dict[str, bytes]
 ) -> None:
-    folder = study[1]
     """Four workers, of which two die."""
-    before = client.run(os.getpid)
-    first, second, *others = before
-    for worker, where in ((first, "in its task"), (second, "while it writes")):
-        client.run(kills(where), workers=[worker])
-    with tasks_on(client, folder.spec):
-        sample_outcomes(IN_PARTS, folder, provenance=PROVENANCE)
-    client.wait_for_workers(4)
-    after = set(client.run(os.getpid).values())
+    folder = study[1]
+    with local_workers("cpu,cpu,cpu,cpu") as client:
+        client.wait_for_workers(4)
+        before = client.run(os.getpid)
+        first, second, *others = before
+        for worker, where in ((first, "in its task"), (second, "while it writes")):
+            client.run(kills(where), workers=[worker])
+        with tasks_on(client, folder.spec):
+            sample_outcomes(IN_PARTS, folder, provenance=PROVENANCE)
+        client.wait_for_workers(4)
+        after = set(client.run(os.getpid).values())
     assert after & set(before.values()) == {before[worker] for worker in others}
     assert outcome_files(folder) == uninterrupted
 
@@ -172,7 +174,7 @@ def test_workers_that_cannot_do_the_study_are_refused(client: Any, tmp_path: Pat
     def hide() -> None:
         workers._facts = lambda file: (package_versions(), None)
 
-    client.wait_for_workers(4)
+    client.wait_for_workers(2)
     first, second, *_ = client.run(os.getpid)
     client.run(hide, workers=[second])
     with pytest.raises(InputError, match=rf"worker {second} finds nothing at {file}"), tasks_on(client, file):

@@ -144,6 +144,7 @@ with ActivationWriter(sys.argv[1], model="rl@80", site="block2", width=values.sh
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_resumes_to_the_same_objects(
     bucket: str, provenance: Provenance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
