@@ -134,6 +134,15 @@ def test_last_curve_point_describes_the_training_batch(batchtopk: Crosscoder) ->
     assert all(value > 0.9 for value in last["fve"].values())
 
 
+@pytest.mark.parametrize("objective", ["joint", "paired"])
+def test_what_the_fixed_threshold_lets_through_of_the_last_batch_is_kept(world: Planted, objective: str) -> None:
+    spec = crosscoder_spec(objective=objective, steps=30)
+    crosscoder = train_crosscoder(reader_of(world), spec, views=PAIR, seed=1)
+    batch = joined(next(endless(reader_of(world), start=spec.steps - 1))).reshape(512, 2, -1)
+    last = measure_health(crosscoder, ArrayReader(batch, batch_size=512, seed=0))
+    assert crosscoder.facts["l0_trained"] == pytest.approx(last.l0, rel=1e-6)
+
+
 # -- repeatability ----------------------------------------------------------------------------------------------------
 
 

@@ -161,6 +161,19 @@ def test_on_other_texts_than_those_trained_on_a_dictionary_need_not_keep_its_k()
     assert own_l0(crosscoder(), short) is None
 
 
+@pytest.mark.parametrize(("inside", "outside"), [(18.0, 17.9), (22.0, 22.1)])
+def test_it_keeps_its_k_on_the_texts_that_it_was_trained_on(inside: float, outside: float) -> None:
+    trained = of_a_corpus()
+    for l0, expected in ((inside, set()), (outside, {"l0_trained"})):
+        trained.facts["l0_trained"] = l0
+        assert failed(replace(HEALTHY, l0=12.0), trained) == expected
+    trained.facts["objective"] = "both"
+    assert failed(HEALTHY, trained) == set(), "shares k with paired rows"
+    own = crosscoder()
+    own.facts["l0_trained"] = outside
+    assert failed(HEALTHY, own) == set(), "measured on all of the study's texts"
+
+
 @pytest.mark.parametrize(("inside", "outside"), [(9.0, 8.9), (15.0, 15.1)])
 def test_there_a_models_readout_keeps_the_dictionarys_own_l0(inside: float, outside: float) -> None:
     trained = of_a_corpus()

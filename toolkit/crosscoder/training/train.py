@@ -205,7 +205,7 @@ def train_replicates(
                 for run in runs:
                     _save_state(run)
     common = {"data_tokens": reader.n_tokens, **(facts or {})}
-    return [_finish(run, spec, facts={"key": run.key, "seed": run.seed, **common}) for run in runs]
+    return [_finish(run, spec, batch, facts={"key": run.key, "seed": run.seed, **common}) for run in runs]
 
 
 def _progress_facts(run: TrainingRun) -> dict[str, float | str]:
@@ -372,7 +372,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _finish(run: TrainingRun, spec: CrosscoderSpec, *, facts: dict[str, Any]) -> Crosscoder:
+def _finish(run: TrainingRun, spec: CrosscoderSpec, last: Tensor, *, facts: dict[str, Any]) -> Crosscoder:
     crosscoder = run.crosscoder
     run.objective.finish()
     if crosscoder.facts["objective"] != "joint":
@@ -386,8 +386,20 @@ def _finish(run: TrainingRun, spec: CrosscoderSpec, *, facts: dict[str, Any]) ->
         "last": run.curve[-1] if run.curve else {},
     }
     crosscoder.requires_grad_(False).eval()
+    crosscoder.facts["l0_trained"] = _active(crosscoder, last)
     if run.folder is not None and run.objective.ranks.rank == 0:
         write_json(run.folder / CURVE, run.curve)
         crosscoder.save(run.folder)
         (run.folder / STATE).unlink(missing_ok=True)
     return crosscoder
+
+
+def _active(crosscoder: Crosscoder, raw: Tensor) -> float:
+    """Active features a token (L0) under the fixed threshold: of all views together, else in the mean over views."""
+    if crosscoder.has_joint_code:
+        codes = [crosscoder.encode(crosscoder.normalise(raw))]
+    else:
+        kind = crosscoder.default_readout
+        parts = zip(crosscoder.views, crosscoder.split(raw), strict=True)
+        codes = [crosscoder.readout_map(view=view, kind=kind)(part) for view, part in parts]
+    return float(torch.stack([(code > 0).sum(dim=-1).double().mean() for code in codes]).mean())

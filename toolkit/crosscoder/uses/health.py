@@ -42,7 +42,8 @@ FVE_MIN: Final = 0.8
 DEAD_MAX: Final = 0.25
 """Above it the dictionary is effectively smaller than declared, and shares of features compare badly."""
 L0_TOLERANCE: Final = 0.1
-"""Relative deviation of L0 from k under the fixed threshold; more means that threshold and training disagree."""
+"""Relative deviation of L0 from k under the fixed threshold; more means that threshold and training disagree. Where
+another corpus was trained on, that of training's last batch."""
 L0_PART_TOLERANCE: Final = 0.25
 """The same of rows that share k with others (objective both, single models): those with more to describe get more."""
 DENSE_SHARE: Final = 0.5
@@ -270,14 +271,12 @@ def judge_health(crosscoder: Crosscoder, health: Health) -> tuple[Check, ...]:
         reason = f"relative reconstruction bias of {view} {bias:.3f}, expected 1 within {BIAS_TOLERANCE:g}"
         checks.append(Check("reconstruction_bias", view, bias, 1.0, abs(bias - 1.0) <= BIAS_TOLERANCE, reason))
     if expects_k(crosscoder):
-        # of objective paired l0 is the mean over all rows that share k
-        tolerance = L0_PART_TOLERANCE if crosscoder.facts.get("objective") == "both" else L0_TOLERANCE
-        ok = abs(l0 - crosscoder.k) <= tolerance * crosscoder.k
-        reason = f"L0 {l0:.2f}, expected {crosscoder.k} within {tolerance:.0%}"
-        checks.append(Check("l0", "", l0, float(crosscoder.k), ok, reason))
+        checks.append(_near_k("l0", crosscoder, l0, "L0"))
     else:
         limit = DENSE_SHARE * min(crosscoder.widths)
         checks.append(Check("l0", "", l0, limit, 0 < l0 <= limit, f"L0 {l0:.2f}, expected above 0 to {limit:g}"))
+    if has_k(crosscoder) and not expects_k(crosscoder) and (trained := crosscoder.facts.get("l0_trained")) is not None:
+        checks.append(_near_k("l0_trained", crosscoder, trained, "L0 on the texts trained on"))
     reason = f"dead fraction {dead:.3f}, at most {DEAD_MAX:g} allowed"
     checks.append(Check("dead_fraction", "", dead, DEAD_MAX, dead <= DEAD_MAX, reason))
     dense = health.dense_fraction
@@ -297,8 +296,21 @@ def expects_k(crosscoder: Crosscoder) -> bool:
     Not under an l1 penalty, and not where the fixed threshold is that of another corpus: short answers to short prompts
     may need two thirds of the features that prose needs.
     """
-    of_corpus = crosscoder.facts.get("spec", {}).get("corpus") is not None
-    return crosscoder.sparsity != "l1" and crosscoder.k > 0 and not of_corpus
+    return has_k(crosscoder) and crosscoder.facts.get("spec", {}).get("corpus") is None
+
+
+def has_k(crosscoder: Crosscoder) -> bool:
+    """Whether training aimed at a number of active features a token: not under an l1 penalty."""
+    return crosscoder.sparsity != "l1" and crosscoder.k > 0
+
+
+def _near_k(name: str, crosscoder: Crosscoder, l0: float, words: str) -> Check:
+    # of objective paired l0 is the mean over all rows that share k
+    tolerance = L0_PART_TOLERANCE if crosscoder.facts.get("objective") == "both" else L0_TOLERANCE
+    ok = abs(l0 - crosscoder.k) <= tolerance * crosscoder.k
+    return Check(
+        name, "", l0, float(crosscoder.k), ok, f"{words} {l0:.2f}, expected {crosscoder.k} within {tolerance:.0%}"
+    )
 
 
 def _at_least(name: str, view: str, value: float, limit: float, words: str) -> Check:
