@@ -8,7 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores import (
     open_arms,
     open_features,
+    open_outcomes,
     open_results,
     open_study,
     read_contexts,
@@ -43,7 +44,7 @@ from tests.cli.json_output import printed
 from tests.end_to_end.conftest import run_command
 from tests.end_to_end.same_numbers import differences
 from tests.end_to_end.verdict_consistency import contradictions
-from tests.faults.killed_studies import ORDER, copy_inputs, kill_round
+from tests.faults.killed_studies import ORDER, all_differences, copy_inputs, kill_round, other_files
 from tests.faults.kills import elsewhere
 from tests.pages import DOCS, run_page
 from tests.stores.test_seals import unseal
@@ -291,15 +292,37 @@ def test_a_folder_without_weights_is_named(mini: tuple[Path, Result], tmp_path: 
     assert "no weights" in result.stderr
 
 
-@pytest.mark.slow
-def test_killed_in_any_stage_and_run_again_it_ends_with_the_same_numbers(
-    mini: tuple[Path, Result], tmp_path: Path
+def sampled_differences(reference: Path, study: Path) -> list[str]:
+    """Of trained weights, completions and outcomes."""
+    files = [line for part in ("models", "completions") for line in other_files(reference, study, part)]
+    ours, theirs = (open_outcomes(folder / "outcomes.zarr").load() for folder in (reference, study))
+    return files + ([] if ours.equals(theirs) else ["other outcomes"])
+
+
+@pytest.mark.parametrize(
+    ("stages", "until", "compare"),
+    [
+        (("posttrain", "outcomes"), "outcomes", sampled_differences),
+        pytest.param(("posttrain", "crosscoder", "report"), None, all_differences, marks=pytest.mark.slow),
+    ],
+    ids=["models", "all"],
+)
+def test_killed_and_run_again_it_ends_with_the_same_numbers(
+    mini: tuple[Path, Result],
+    tmp_path: Path,
+    stages: tuple[str, ...],
+    until: str | None,
+    compare: Callable[[Path, Path], list[str]],
 ) -> None:
     """Also shows that the same study twice gives the same numbers: this one starts from the same prompts and base."""
     again, draw = copy_inputs(mini[0], tmp_path / "again"), random.Random(0)
     changes = dict.fromkeys(ORDER, 12)  # of any stage the first ones
-    kills = partial(kill_round, mini[0], again, changes, draw, stages=("posttrain", "crosscoder", "report"), log=print)
-    assert set(elsewhere(kills, start="spawn")) == {"harmless"}  # a moment may fall after the end
+    how = {"stages": stages, "until": until, "compare": compare, "log": print}
+    kills = partial(kill_round, mini[0], again, changes, draw, **how)
+    counted = elsewhere(kills, start="spawn")
+    assert set(counted) <= {"harmless", "silently wrong"}  # a moment may fall after the end
+    assert counted["silently wrong"] == 0
+    assert counted["harmless"] > 0
 
 
 def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result], tmp_path: Path) -> None:

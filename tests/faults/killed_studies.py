@@ -85,17 +85,18 @@ def copy_inputs(study: Path, to: Path) -> Path:
     return to
 
 
-def go_on(study: Path) -> Callable[[], object]:
-    """The command line's ``run``."""
-    return lambda: main(["run", str(study), "--quiet"], standalone_mode=False)
+def go_on(study: Path, until: str | None = None) -> Callable[[], object]:
+    """The command line's ``run``, of one stage and what it needs or of all."""
+    stages = [] if until is None else ["--stage", until]
+    return lambda: main(["run", str(study), "--quiet", *stages], standalone_mode=False)
 
 
-def other_files(reference: Path, study: Path) -> list[str]:
+def other_files(reference: Path, study: Path, part: str = "") -> list[str]:
     """One sentence for every file that only one of two studies has, or whose weights or rows differ."""
     ours, theirs = (
         {
             file.relative_to(folder).as_posix()
-            for file in folder.rglob("*")
+            for file in (folder / part).rglob("*")
             if file.is_file() and not file.name.endswith(".lock")
         }
         for folder in (reference, study)
@@ -121,9 +122,11 @@ def kill_round(
     draw: random.Random,
     *,
     stages: Sequence[str] = ORDER[1:],
+    until: str | None = None,
+    compare: Callable[[Path, Path], list[str]] = all_differences,
     log: Log,
 ) -> Counter[str]:
-    """Kill a study in each stage, let it end, and compare it with the reference.
+    """Kill a study in each stage, let it end (or a stage of it), and compare it with the reference.
 
     Returns the number of kills that were ``harmless``, ``named`` (``verify`` says of what is left that it is not
     sound), ``lost`` (the study does not go on) or ``silently wrong`` (it ends with other arrays).
@@ -133,7 +136,7 @@ def kill_round(
     tally = Counter[str]()
     for stage in stages:
         at = drawn(draw, changes, stage, LONGEST_DELAY)
-        ended = run(go_on(study), study, at, order=ORDER)
+        ended = run(go_on(study, until), study, at, order=ORDER)
         if ended.moment is None:
             log(f"{at}: not reached, {ended.code} {ended.said}")
             if ended.code != 0:
@@ -142,11 +145,11 @@ def kill_round(
         problems = elsewhere(verify, study).problems if list(study.glob("*.zarr/zarr.json")) else ()
         log(f"killed at {ended.moment}, {at.delay:.2f} s after it {list(problems)[:1] or ''}")
         tally["named" if problems else "harmless"] += 1
-    ended = run(go_on(study), study, order=ORDER)
+    ended = run(go_on(study, until), study, order=ORDER)
     if ended.code != 0:
         log(f"does not go on: {ended.code} {ended.said}")
         return tally + Counter(lost=1)
-    wrong = elsewhere(all_differences, reference, study)
+    wrong = elsewhere(compare, reference, study)
     for line in wrong:
         log(line)
     return tally + Counter({"silently wrong": bool(wrong)})
