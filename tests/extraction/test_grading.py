@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,6 +140,28 @@ def test_a_process_that_dies_between_two_formulas_marks_none_wrong(caplog: pytes
     apart._process.wait()
     assert apart.judge("the answer is 4", "3") is False
     assert not caplog.text
+    apart._close()
+
+
+@pytest.mark.timeout(10)
+def test_a_completion_that_opens_box_after_box_is_judged_at_once() -> None:
+    assert formulas.last_box("\\boxed{" * 10_000) is None
+    assert formulas.last_box("\\boxed{" * 10_000 + "3}") == "3"
+
+
+def test_what_it_says_after_ctrl_c_is_no_answer_to_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = FormulaProcess(formulas.__name__)
+    assert apart.judge("the answer is 3", "3") is True
+
+    def interrupted(process: subprocess.Popen[str], patience: float, question: str) -> tuple[str, bool]:
+        print(question, file=process.stdin, flush=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(formulas_apart, "_next_line", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apart.judge("the answer is 3", "3")
+    assert apart.judge("the answer is 4", "3") is False
     apart._close()
 
 

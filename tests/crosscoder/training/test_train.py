@@ -143,6 +143,19 @@ def test_what_the_fixed_threshold_lets_through_of_the_last_batch_is_kept(world: 
     assert crosscoder.facts["l0_trained"] == pytest.approx(last.l0, rel=1e-6)
 
 
+@pytest.mark.parametrize("readout", ["own", "fit", "joint"])
+def test_single_views_of_the_last_batch_are_read_as_in_training_whatever_the_readout(
+    world: Planted, readout: str
+) -> None:
+    trained = [
+        train_crosscoder(
+            reader_of(world), crosscoder_spec(objective="paired", steps=5, readout=kind), views=PAIR, seed=1
+        )
+        for kind in (readout, "swap")
+    ]
+    assert trained[0].facts["l0_trained"] == trained[1].facts["l0_trained"]
+
+
 # -- repeatability ----------------------------------------------------------------------------------------------------
 
 

@@ -395,11 +395,13 @@ def _finish(run: TrainingRun, spec: CrosscoderSpec, last: Tensor, *, facts: dict
 
 
 def _active(crosscoder: Crosscoder, raw: Tensor) -> float:
-    """Active features a token (L0) under the fixed threshold: of all views together, else in the mean over views."""
+    """Active features a token (L0) under the fixed threshold: of all views together, else in the mean over views.
+
+    Of single views read as training read them, whatever the declared readout, which may not be fitted yet.
+    """
     if crosscoder.has_joint_code:
         codes = [crosscoder.encode(crosscoder.normalise(raw))]
     else:
-        kind = crosscoder.default_readout
-        parts = zip(crosscoder.views, crosscoder.split(raw), strict=True)
-        codes = [crosscoder.readout_map(view=view, kind=kind)(part) for view, part in parts]
+        swap = crosscoder.readout_map(kind="swap")
+        codes = [swap(part) for part in crosscoder.split(raw)]
     return float(torch.stack([(code > 0).sum(dim=-1).double().mean() for code in codes]).mean())

@@ -82,9 +82,9 @@ def _said_at_end(text: str) -> str:
 def last_box(text: str) -> str | None:
     """Content of the last complete box of LaTeX, or of the last boxes where they are one list; None without one."""
     contents: list[str] = []
-    following = len(text)
+    following, closing = len(text), _closing_braces(text)
     for match in reversed(list(_BOX.finditer(text))):
-        end = _closing_brace(text, match.end())
+        end = closing.get(match.end() - 1)
         if end is None:
             continue
         if contents and not re.fullmatch(",|,?and|,?or", _MARKS.sub("", text[end + 1 : following])):
@@ -94,13 +94,16 @@ def last_box(text: str) -> str | None:
     return ", ".join(dict.fromkeys(contents)) if contents else None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    depth = 1
-    for end in range(start, len(text)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return end
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed opens -> where it closes; in one pass, as completions may open thousands."""
+    opened: list[int] = []
+    closing: dict[int, int] = {}
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closing[opened.pop()] = brace.start()
+    return closing
 
 
 def prepared(text: str) -> str:

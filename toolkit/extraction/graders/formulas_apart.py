@@ -41,7 +41,12 @@ class FormulaProcess:
         question = json.dumps([text, answer])
         with self._lock:
             for _ in range(2):  # a process that died since the formula before says nothing about this one
-                said, late = _next_line(self._running(), PATIENCE, question)
+                running = self._running()
+                try:
+                    said, late = _next_line(running, PATIENCE, question)
+                except BaseException:  # Ctrl-C: what it still says would be taken for its answer to the next question
+                    self._close()
+                    raise
                 if said:
                     verdict: bool | None = json.loads(said)
                     return verdict
