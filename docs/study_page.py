@@ -107,7 +107,7 @@ def _features(folder: Path) -> Iterator[str]:
     target = str(data.attrs["target"])
     models = [name.removeprefix("activation:") for name in contexts if name.startswith("activation:")]
     selected = int(data["selected"].sum())
-    yield f"\n{FEATURES} features of dictionary 1, the {selected} selected ones first: where they fire most in"
+    yield f"\n{FEATURES} features of dictionary 1, selected ones ({selected} in all) first: where they fire most in"
     yield f"{target}, their activation there in {', '.join(models)}, and the tokens whose logits they raise most:\n"
     rows: list[list[str]] = []
     for feature in features:
@@ -167,13 +167,18 @@ def _curve(folder: Path) -> Iterator[str]:
             point,
             "-".join(sorted({str(n) for n in data["n_features"].sel(point=point).values.tolist()}, key=int)),
             f"{100 * float(one['effect']):+.1f}",
-            f"{float(one['share']):.2f} [{float(one['share_low']):.2f}, {float(one['share_high']):.2f}]",
+            _share(one),
         )
         for direction in data["direction"].values.tolist()
         for point in data["point"].values.tolist()
         for one in (data.sel(direction=direction, point=point),)
     )
     yield from _table(("copied", "features", "how many", "points of accuracy", "share"), rows)
+
+
+def _share(one: xr.Dataset) -> str:
+    share, low, high = (float(one[name]) for name in ("share", "share_low", "share_high"))
+    return f"{share:.2f} [{low:.2f}, {high:.2f}]" if np.isfinite(share) else "copying all has no shown effect"
 
 
 def _selected_as(feature: xr.Dataset) -> str:

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
@@ -20,6 +21,7 @@ from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
 from rlgen_stats.toolkit.reporting import Graphic, Missing, write_report
+from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks, side_effect_rows
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables, class_counts, drift_summary, matching_summary
 from rlgen_stats.toolkit.reporting.feature_cards import Context, near_identical, split_peak
 from rlgen_stats.toolkit.reporting.figures.overview import STEPS
@@ -179,6 +181,21 @@ def test_causal_arms_agree(report: Path, page: Page) -> None:
     assert compact(row.kl_to_base) in page.text
     shares = [name for name in arms.columns if name.startswith("share_")]
     assert arms[shares].sum(axis=1).to_numpy() == pytest.approx(1)
+
+
+def test_a_single_random_set_is_told_with_its_own_interval(results: dict[str, xr.Dataset]) -> None:
+    data = results["intervention"]
+    kinds = data["kind"].sel(direction="disable").values.astype(str)
+    first = np.flatnonzero(kinds == "random")[0]
+    kept = data.isel(condition=[i for i, kind in enumerate(kinds) if kind != "random" or i == first])
+    own = kept.sel(direction="disable", condition=str(data["condition"].values[first]))
+    (row,) = (row for row in side_effect_rows(kept, "disable") if row["label"] == "1 random set")
+    assert not row["several"]
+    assert (row["unrelated_low"], row["unrelated_high"]) == (own["unrelated_low"], own["unrelated_high"])
+    (block, *_) = direction_blocks(kept)
+    (random, *_) = block["random"]
+    assert (random["label"], random["several"]) == ("1 random set", False)
+    assert (random["low"], random["high"]) == (own["effect_low"], own["effect_high"])
 
 
 def test_side_effects_and_other_trials_are_told(page: Page, data: dict[str, Any]) -> None:

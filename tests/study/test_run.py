@@ -1,5 +1,6 @@
 """The stage graph: what runs, what is skipped, what is refused, what an interruption leaves."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -189,6 +190,12 @@ def test_an_interrupted_stage_is_resumed_with_what_it_committed(
     assert [stage.state for stage in study.status()][:3] == ["done", "interrupted", "waiting"]
     monkeypatch.setattr(stage_graph, "writer_of", lambda _: 7)
     assert [stage.state for stage in study.status()][:3] == ["done", "running", "waiting"]
+    (other := study.file("extract")).write_text(study.file("outcomes").read_text())
+    for later, states in ((-1, ["running", "interrupted"]), (1, ["interrupted", "running"])):
+        begun = study.file("outcomes").stat().st_mtime + later
+        os.utime(other, (begun, begun))
+        assert [stage.state for stage in study.status()][1:3] == states
+    other.unlink()
     monkeypatch.setattr(run_module.pkgutil, "resolve_name", working)
     seen: list[bool] = []
     monkeypatch.setattr(

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import CHECKS
+from rlgen_stats.toolkit.reporting.formatting import count
 from rlgen_stats.toolkit.reporting.result_lookup import labels_of, number, text
 from rlgen_stats.toolkit.statistics.causal.findings import Check
 
@@ -41,8 +42,8 @@ ARM_ORDER: Final = (
     "rescaled",
 )
 """Kinds of arm in reading order."""
-RANDOM_KINDS: Final = {"random": "random sets", "rescaled": "random sets at the set's edit norm"}
-"""Kinds of arm that are shown together, and what they are called."""
+RANDOM_KINDS: Final = {"random": "", "rescaled": " at the set's edit norm"}
+"""Kinds of arm that are shown together, and what is said after the number of random sets."""
 _NUMBERS: Final = (
     "dose",
     "accuracy",
@@ -172,13 +173,15 @@ def direction_blocks(data: xr.Dataset | None) -> list[dict[str, Any]]:
 
 
 def _random_summary(label: str, arms: list[Arm]) -> dict[str, Any]:
-    """Median and range of random sets; means where only a rough size matters."""
+    """Median and range of random sets, the interval of a single one; means where only a rough size matters."""
     accuracy, effect = (np.array([getattr(arm, name) for arm in arms]) for name in ("accuracy", "effect"))
+    several = len(arms) > 1
     return {
-        "label": f"{len(arms)} {label}",
+        "label": f"{count(len(arms), 'random set')}{label}",
+        "several": several,
         "accuracy": float(np.median(accuracy)),
-        "low": float(effect.min()),
-        "high": float(effect.max()),
+        "low": float(effect.min()) if several else arms[0].effect_low,
+        "high": float(effect.max()) if several else arms[0].effect_high,
         "effect": float(np.median(effect)),
         "kl_to_base": float(np.nanmean([arm.kl_to_base for arm in arms])),
         "kl_to_rl": float(np.nanmean([arm.kl_to_rl for arm in arms])),
@@ -197,7 +200,8 @@ def side_effect_rows(data: xr.Dataset, direction: str) -> list[dict[str, Any]]:
     for kind, label in RANDOM_KINDS.items():
         random = [arm for arm in arms if arm.kind == kind]
         if random:
-            rows.append(_side_effects(data, random) | {"label": f"{len(random)} {label}", "kind": kind})
+            name = f"{count(len(random), 'random set')}{label}"
+            rows.append(_side_effects(data, random) | {"label": name, "kind": kind})
     return rows if any(np.isfinite(row["unrelated_accuracy"]) for row in rows) else []
 
 
@@ -207,8 +211,9 @@ def _side_effects(data: xr.Dataset, arms: list[Arm]) -> dict[str, Any]:
         name: np.array([number(data, name, direction=arm.direction, condition=arm.condition) for arm in arms])
         for name in _SIDE_EFFECTS
     }
-    row = {name: float(np.median(column)) for name, column in values.items()}
-    if len(arms) > 1:
+    several = len(arms) > 1
+    row: dict[str, Any] = {name: float(np.median(column)) for name, column in values.items()} | {"several": several}
+    if several:
         effects = values["unrelated_effect"]
         row |= {"unrelated_low": float(effects.min()), "unrelated_high": float(effects.max())}
     return row

@@ -527,11 +527,13 @@ class Study:
         return "stale" if record.get("finished") else "interrupted"
 
     def status(self) -> tuple[StageStatus, ...]:
-        """State of every stage; running: begun by a process of this host that is at work on the study."""
+        """State of every stage; running: the one begun last, where a process of this host is at work on the study."""
         states = {stage.name: self.state(stage.name) for stage in STAGES}
-        begun = next((name for name, state in states.items() if state == "interrupted"), None)
-        if begun is not None and writer_of(self.folder.stages / "run") is not None:
-            states[begun] = "running"
+        begun = [
+            name for name, state in states.items() if state == "interrupted" and not self.record(name).get("finished")
+        ]
+        if begun and writer_of(self.folder.stages / "run") is not None:
+            states[max(begun, key=lambda name: self.file(name).stat().st_mtime_ns)] = "running"
         return tuple(
             StageStatus(name, state, self.key(name), self.record(name).get("seconds")) for name, state in states.items()
         )

@@ -135,16 +135,21 @@ def test_last_curve_point_describes_the_training_batch(batchtopk: Crosscoder) ->
 
 
 @pytest.mark.parametrize("objective", ["joint", "paired"])
-def test_what_the_fixed_threshold_lets_through_of_the_last_batch_is_kept(world: Planted, objective: str) -> None:
-    spec = crosscoder_spec(objective=objective, steps=30)
-    crosscoder = train_crosscoder(reader_of(world), spec, views=PAIR, seed=1)
-    batch = joined(next(endless(reader_of(world), start=spec.steps - 1))).reshape(512, 2, -1)
-    last = measure_health(crosscoder, ArrayReader(batch, batch_size=512, seed=0))
-    assert crosscoder.facts["l0_trained"] == pytest.approx(last.l0, rel=1e-6)
+@pytest.mark.parametrize(("steps", "n_last"), [(30, 3), (60, 4)])
+def test_l0_under_the_fixed_threshold_is_that_of_the_last_batches(
+    world: Planted, objective: str, steps: int, n_last: int
+) -> None:
+    crosscoder = train_crosscoder(
+        reader_of(world), crosscoder_spec(objective=objective, steps=steps), views=PAIR, seed=1
+    )
+    read = endless(reader_of(world), start=steps - n_last)
+    last = np.concatenate([joined(next(read)) for _ in range(n_last)]).reshape(n_last * 512, 2, -1)
+    measured = measure_health(crosscoder, ArrayReader(last, batch_size=512, seed=0))
+    assert crosscoder.facts["l0_trained"] == pytest.approx(measured.l0, rel=1e-6)
 
 
 @pytest.mark.parametrize("readout", ["own", "fit", "joint"])
-def test_single_views_of_the_last_batch_are_read_as_in_training_whatever_the_readout(
+def test_single_views_of_the_last_batches_are_read_as_in_training_whatever_the_readout(
     world: Planted, readout: str
 ) -> None:
     trained = [
@@ -181,6 +186,7 @@ def test_resumed_training_ends_with_the_same_weights(
 
     resumed = train_crosscoder(Watching(world.data, batch_size=512, seed=1), spec, folder=tmp_path / "cut", **how)
     assert_same(whole, resumed)
+    assert resumed.facts["l0_trained"] == whole.facts["l0_trained"]
     assert seen[0] == divmod(40, 16)  # nothing already used is read again
     files = [(tmp_path / which / "weights.safetensors").read_bytes() for which in ("whole", "cut")]
     assert files[0] == files[1]

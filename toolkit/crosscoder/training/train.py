@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ LOG_EVERY: Final = 50
 
 SAVE_EVERY: Final = 500
 """Steps between two resumable states."""
+
+TOKENS_OF_L0: Final = 2048
+"""Tokens of the last batches, a tenth of training's at most, whose L0 under the fixed threshold is kept."""
 
 STATE: Final = "training.safetensors"
 
@@ -183,6 +187,8 @@ def train_replicates(
         runs.append(start_run(spec, views, moments, seed=seed, key=key, folder=folder, device=device, ranks=ranks))
         _resume(runs[-1])
     step = min(run.step for run in runs)
+    # the batches after which no state is kept: a run that goes on from one reads them all
+    last, n_last = list[Tensor](), min(math.ceil(TOKENS_OF_L0 / spec.batch_size), max(spec.steps // 10, 1))
     with (
         (progress if ranks.rank == 0 else SILENT).task(
             f"crosscoder {spec.name}", total=spec.steps * spec.batch_size, unit="tokens"
@@ -192,6 +198,8 @@ def train_replicates(
         task.skip(step * spec.batch_size)
         while step < spec.steps:
             batch = torch.from_numpy(joined(next(batches))).to(device, non_blocking=True)
+            if step >= spec.steps - n_last:
+                last.append(batch.clone())
             log = (step + 1) % log_every == 0 or step + 1 == spec.steps
             for run in runs:
                 if run.step == step:  # a run resumed from a later state waits until the others reach it
@@ -201,11 +209,11 @@ def train_replicates(
                 task.advance(spec.batch_size * ((step - 1) % log_every + 1), **_progress_facts(runs[0]))
                 if ranks.rank == 0:
                     report(step, _points(runs, step))
-            if step % save_every == 0 and step < spec.steps and ranks.rank == 0:
+            if step % save_every == 0 and step <= spec.steps - n_last and ranks.rank == 0:
                 for run in runs:
                     _save_state(run)
     common = {"data_tokens": reader.n_tokens, **(facts or {})}
-    return [_finish(run, spec, batch, facts={"key": run.key, "seed": run.seed, **common}) for run in runs]
+    return [_finish(run, spec, last, facts={"key": run.key, "seed": run.seed, **common}) for run in runs]
 
 
 def _progress_facts(run: TrainingRun) -> dict[str, float | str]:
@@ -372,7 +380,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _finish(run: TrainingRun, spec: CrosscoderSpec, last: Tensor, *, facts: dict[str, Any]) -> Crosscoder:
+def _finish(run: TrainingRun, spec: CrosscoderSpec, last: Sequence[Tensor], *, facts: dict[str, Any]) -> Crosscoder:
     crosscoder = run.crosscoder
     run.objective.finish()
     if crosscoder.facts["objective"] != "joint":
@@ -386,7 +394,7 @@ def _finish(run: TrainingRun, spec: CrosscoderSpec, last: Tensor, *, facts: dict
         "last": run.curve[-1] if run.curve else {},
     }
     crosscoder.requires_grad_(False).eval()
-    crosscoder.facts["l0_trained"] = _active(crosscoder, last)
+    crosscoder.facts["l0_trained"] = float(torch.cat([_active(crosscoder, batch) for batch in last]).mean())
     if run.folder is not None and run.objective.ranks.rank == 0:
         write_json(run.folder / CURVE, run.curve)
         crosscoder.save(run.folder)
@@ -394,8 +402,8 @@ def _finish(run: TrainingRun, spec: CrosscoderSpec, last: Tensor, *, facts: dict
     return crosscoder
 
 
-def _active(crosscoder: Crosscoder, raw: Tensor) -> float:
-    """Active features a token (L0) under the fixed threshold: of all views together, else in the mean over views.
+def _active(crosscoder: Crosscoder, raw: Tensor) -> Tensor:
+    """[token] active features (L0) under the fixed threshold: of all views together, else in the mean over views.
 
     Of single views read as training read them, whatever the declared readout, which may not be fitted yet.
     """
@@ -404,4 +412,4 @@ def _active(crosscoder: Crosscoder, raw: Tensor) -> float:
     else:
         swap = crosscoder.readout_map(kind="swap")
         codes = [swap(part) for part in crosscoder.split(raw)]
-    return float(torch.stack([(code > 0).sum(dim=-1).double().mean() for code in codes]).mean())
+    return torch.stack([(code > 0).sum(dim=-1).double() for code in codes]).mean(dim=0)

@@ -43,7 +43,7 @@ DEAD_MAX: Final = 0.25
 """Above it the dictionary is effectively smaller than declared, and shares of features compare badly."""
 L0_TOLERANCE: Final = 0.1
 """Relative deviation of L0 from k under the fixed threshold; more means that threshold and training disagree. Where
-another corpus was trained on, that of training's last batch."""
+another corpus was trained on, that of training's last batches."""
 L0_PART_TOLERANCE: Final = 0.25
 """The same of rows that share k with others (objective both, single models): those with more to describe get more."""
 DENSE_SHARE: Final = 0.5
