@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.schemas.seeds import content_hash
@@ -168,7 +169,8 @@ def table_files(path: Path) -> list[Path]:
 
 def _read(what: str, reader: Callable[[Path], pd.DataFrame], path: Path) -> pd.DataFrame:
     try:
-        frame = reader(path).reset_index(drop=True)
+        frame = reader(path)
+        frame = frame.reset_index(drop=not any(frame.index.names))  # a named one of pandas is a column
         _check_names(list(frame.columns))
         return frame
     except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
@@ -196,6 +198,11 @@ def _read_delimited(path: Path, delimiter: str) -> pd.DataFrame:
     return frame
 
 
+def _read_parquet(path: Path) -> pd.DataFrame:
+    _check_names(pq.read_schema(path).names)  # which pandas cannot tell apart
+    return pd.read_parquet(path)
+
+
 def _read_arrow(path: Path) -> pd.DataFrame:
     """What ``datasets`` caches, a stream; or a file of Arrow."""
     with pa.memory_map(str(path)) as source:
@@ -216,7 +223,7 @@ def _read_saved(path: Path) -> pd.DataFrame:
 
 
 _READERS: Final[dict[str, Callable[[Path], pd.DataFrame]]] = {
-    ".parquet": pd.read_parquet,
+    ".parquet": _read_parquet,
     ".csv": partial(_read_delimited, delimiter=","),
     ".tsv": partial(_read_delimited, delimiter="\t"),
     ".jsonl": lambda path: pd.DataFrame(json_lines(path), dtype=object),

@@ -146,9 +146,22 @@ def test_a_column_that_comes_twice_is_refused(tmp_path: Path, name: str) -> None
         else:
             with pa.ipc.new_file(path, table.schema) as sink:
                 sink.write_table(table)
-    with pytest.raises(InputError, match=r"is not a readable .* table .*correct") as refused:
+    with pytest.raises(
+        InputError, match=r"is not a readable .* table .*it has the column 'correct' 2 times"
+    ) as refused:
         read_table(path)
     assert str(refused.value).count("\n") == 0
+
+
+def test_the_index_that_pandas_wrote_is_a_column_where_it_has_a_name(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"prompt_id": ["a", "b"], "text": ["x", "y"]})
+    frame.set_index("prompt_id").to_parquet(tmp_path / "named.parquet")
+    assert read_table(tmp_path / "named.parquet").to_dict("list") == frame.to_dict("list")
+    frame.set_index(pd.Index([7, 9])).to_parquet(tmp_path / "numbered.parquet")
+    assert read_table(tmp_path / "numbered.parquet").to_dict("list") == frame.to_dict("list")
+    frame.rename_axis("text").to_parquet(tmp_path / "both.parquet")
+    with pytest.raises(InputError, match=r"both.parquet is not a readable parquet table .*text"):
+        read_table(tmp_path / "both.parquet")
 
 
 @pytest.mark.parametrize(
