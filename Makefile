@@ -59,11 +59,11 @@ types: .namespace/rlgen_stats
 imports: .namespace/rlgen_stats
 	cd .namespace && PYTHONPATH=. ../$(BIN)/lint-imports --config ../pyproject.toml
 
-# Two workers on two cores: more threads each would only wait for one another. THREADS=2 adds sums in another order.
+# Three workers of one thread each keep two cores busy: tests also wait, for processes and disks. THREADS=2 adds sums in another order.
 # Files begin in the order of tests/conftest.py, the longest first.
 THREADS ?= 1
 pytest:
-	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The site, in site/: pages, API reference from docstrings, every link and reference checked. `mkdocs serve` while writing.
 docs: install-dev .namespace/rlgen_stats

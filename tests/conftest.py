@@ -12,12 +12,11 @@ import torch
 from threadpoolctl import threadpool_limits
 
 LONGEST = (
-    *("test_mini.py", "test_paper_study.py", "test_planted.py", "test_planted_truth.py", "test_remote.py"),
-    *("test_layers.py", "test_verify_causally.py", "test_counted_faults.py", "test_calibration.py"),
-    *("test_explorer.py", "test_on_workers.py", "test_machine.py", "test_grading.py", "test_workers.py"),
-    *("test_run_trial.py", "test_real_study.py"),
+    *("test_mini.py", "test_planted.py", "test_remote.py", "test_planted_truth.py", "test_verify_causally.py"),
+    *("test_calibration.py", "test_counted_faults.py", "test_on_workers.py", "test_real_study.py", "test_machine.py"),
+    *("test_run_trial.py", "test_train_run.py", "test_explorer.py", "test_activations.py", "test_browser.py"),
 )
-"""Files that take half a minute or more. They begin first: one that begins last leaves the other worker idle."""
+"""Files that take twenty seconds or more. They begin first: one that begins last leaves the other workers idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

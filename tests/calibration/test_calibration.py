@@ -9,8 +9,14 @@ from tests.calibration.rows import Row, mean_row, rate_row
 KNOWN_SLACK = 0.1
 """Largest deviation allowed for estimators known to be off, so that a change for the worse shows."""
 
+LONG = {"outcome_selection", "planned_power", "selection_more_data"}
+"""Left to ``make slow``: experiments of five seconds and more, of what others ask too."""
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(one, id=one.name, marks=[pytest.mark.slow] * (one.name in LONG)) for one in EXPERIMENTS],
+)
 def test_error_rates(experiment: Experiment) -> None:
     for row in experiment.run(1, SEED):
         if row.known:

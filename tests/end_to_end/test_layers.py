@@ -23,6 +23,8 @@ from rlgen_stats.toolkit.study import open_for_run
 from tests.end_to_end.conftest import run_command
 from tests.extraction.conftest import prompt_table, save_model
 
+pytestmark = pytest.mark.slow  # a whole study; tests/study/test_linked_studies.py has small ones
+
 CROSSCODER = {"n_features": 32, "k": 4, "steps": 20, "batch_size": 32, "accept_unhealthy": True, "replicates": 1}
 SPEC: dict[str, Any] = {
     "name": "two-layers",

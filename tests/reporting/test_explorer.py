@@ -173,6 +173,7 @@ def test_an_arm_is_held_against_the_unedited_model(page: Open) -> None:
         assert f"<dt>{who}</dt>" in text
 
 
+@pytest.mark.slow
 def test_another_dictionary_has_its_own_features_and_arms(
     reader: StudyReader, study: StudyFolder, tmp_path: Path
 ) -> None:
@@ -255,6 +256,7 @@ def test_missing_stages_are_said(empty_folder: StudyFolder) -> None:
     assert "contexts" in page["feature"].text.lower()
 
 
+@pytest.mark.slow
 def test_new_results_are_read_and_old_ones_kept(study: StudyFolder, tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "study")
     shutil.copytree(study.root, folder.root)
@@ -380,6 +382,7 @@ def test_a_taken_port_and_no_study_are_one_sentence(study: StudyFolder, tmp_path
     assert "study.yaml" in refused(tmp_path)
 
 
+@pytest.mark.slow
 def test_results_of_another_study_file_are_refused(study: StudyFolder, tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "study")
     shutil.copytree(study.root, folder.root)

@@ -101,6 +101,7 @@ def same(found: xr.Dataset, expected: xr.Dataset) -> None:
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_gives_the_same_numbers(
     study: WrittenStudy, cluster: str, expected: dict[str, xr.Dataset]
 ) -> None:
@@ -115,9 +116,12 @@ def test_a_dask_cluster_gives_the_same_numbers(
 
 
 @pytest.mark.parametrize(
-    "scheduler", [{"scheduler": "threads", "num_workers": 4}, {"scheduler": "processes", "num_workers": 2}],
-    ids=["threads", "processes"],
-)  # fmt: skip
+    "scheduler",
+    [
+        pytest.param({"scheduler": "threads", "num_workers": 4}, id="threads"),
+        pytest.param({"scheduler": "processes", "num_workers": 2}, id="processes", marks=pytest.mark.slow),
+    ],
+)
 def test_threads_and_processes_give_the_same_numbers(
     study: WrittenStudy, expected: dict[str, xr.Dataset], scheduler: dict[str, object]
 ) -> None:

@@ -78,6 +78,7 @@ def test_arms_that_must_agree_agree(gate: Any) -> None:
     assert float(shares.sel({"class": "no_answer"})) > 0.9, "without the gate it says um, as base does"
 
 
+@pytest.mark.slow
 def test_the_gate_carries_all_that_the_whole_residual_does(study: Any, tmp_path: Path) -> None:
     """The models differ in the gate alone: copying it, the full patch and the other model are the same thing.
 
@@ -221,6 +222,7 @@ def test_no_trial_prompts_is_a_result(study: Any, tmp_path: Path) -> None:
     validate(result, "intervention")
 
 
+@pytest.mark.slow
 def test_adding_the_rl_models_levels_to_base_does_what_rl_does(study: Any, tmp_path: Path) -> None:
     spec, folder = small(study, tmp_path, max_prompts=120, level="rl", amplify=3.0, doses=())
     result, _ = verify_causally(
@@ -262,6 +264,7 @@ def test_the_dose_curve_is_data(gate: Any) -> None:
     assert not row["over_steered"].sel(condition=["set", "unedited"]).any()
 
 
+@pytest.mark.slow
 def test_neutral_text_of_ones_own(study: Any, tmp_path: Path) -> None:
     spec, folder = small(study, tmp_path)
     texts = {"quiet": "w1 w2 w3 w4", "loud": "q1 q2 q3 q4 q5"}

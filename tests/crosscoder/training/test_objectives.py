@@ -66,6 +66,7 @@ def data() -> NDArray[np.float32]:
     return changed_magnitudes()
 
 
+@pytest.mark.slow
 def test_differences_are_explained_by_readout_swap_only_where_it_was_trained(data: NDArray[np.float32]) -> None:
     explained = {
         objective: [
@@ -230,6 +231,7 @@ def test_the_size_of_a_change_is_its_mean_squared_length(data: NDArray[np.float3
     assert np.isnan(measure_views(ArrayReader(views, batch_size=256, seed=1)).change).tolist() == [False, True]
 
 
+@pytest.mark.slow
 def test_a_shift_of_the_mean_is_told_by_features_and_not_by_offsets(data: NDArray[np.float32]) -> None:
     """rl is base and one constant vector: with one offset for all models only features can say so."""
     shift = np.random.default_rng(5).normal(size=WIDTH).astype(np.float32)

@@ -93,6 +93,7 @@ def test_the_sample_covers_the_distribution(encoded: Study, truth: dict[str, np.
     assert np.abs(off.mean()) < 0.04
 
 
+@pytest.mark.slow
 def test_blocks_do_not_matter(copied: Study, encoded: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, folder = copied[0], StudyFolder(copied[1].root)
     (folder.root / "crosscoder").symlink_to(encoded[1].root / "crosscoder")

@@ -10,6 +10,8 @@ import pytest
 from rlgen_stats.toolkit.statistics import drift_test
 from tests.statistics.drift.planted_drift import drift_world, encoded, matched, trained
 
+pytestmark = pytest.mark.slow  # dictionaries are trained in three worlds
+
 SEEDS = range(3)
 
 
