@@ -12,9 +12,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 LONGEST = (
-    *("test_mini.py", "test_planted.py", "test_remote.py", "test_planted_truth.py", "test_verify_causally.py"),
-    *("test_calibration.py", "test_counted_faults.py", "test_on_workers.py", "test_real_study.py", "test_machine.py"),
-    *("test_run_trial.py", "test_train_run.py", "test_explorer.py", "test_activations.py", "test_browser.py"),
+    *("test_mini.py", "test_planted.py", "test_planted_truth.py", "test_calibration.py", "test_explorer.py"),
+    *("test_real_study.py", "test_run_trial.py", "test_remote.py", "test_seals.py", "test_roundtrip.py"),
+    *("test_stages.py", "test_verify_causally.py", "test_train_run.py", "test_browser.py", "test_report.py"),
 )
 """Files that take twenty seconds or more. They begin first: one that begins last leaves the other workers idle."""
 

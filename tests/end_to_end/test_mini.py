@@ -325,6 +325,7 @@ def test_killed_and_run_again_it_ends_with_the_same_numbers(
     assert counted["harmless"] > 0
 
 
+@pytest.mark.slow
 def test_one_changed_number_is_seen_wherever_it_stands(mini: tuple[Path, Result], tmp_path: Path) -> None:
     copy, before = tmp_path / "changed", tmp_path / "before"
     shutil.copytree(mini[0], copy)
@@ -368,6 +369,7 @@ def test_several_processes_train_crosscoders_through_torchrun(
     assert all("made with the crosscoder weights" in problem for problem in problems), problems
 
 
+@pytest.mark.slow
 def test_a_trial_can_be_held_in_any_dictionary(mini: tuple[Path, Result], tmp_path: Path) -> None:
     study = tmp_path / "study"
     shutil.copytree(mini[0], study)
@@ -389,6 +391,7 @@ def test_a_trial_can_be_held_in_any_dictionary(mini: tuple[Path, Result], tmp_pa
         assert "this study's dictionaries are numbered 1 to 3" in refused.output
 
 
+@pytest.mark.slow
 def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], tmp_path: Path) -> None:
     study = tmp_path / "study"
     shutil.copytree(mini[0], study)

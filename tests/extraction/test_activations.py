@@ -137,6 +137,7 @@ def same_bytes(one: Path, other: Path) -> bool:
     return filecmp.cmpfiles(one, other, [str(f) for f in files], shallow=False)[1:] == ([], [])
 
 
+@pytest.mark.slow
 def test_layers_read_in_one_pass_are_those_read_alone_also_after_kills(
     sampled: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_a_kill_loses_one_part_of_a_model(
     assert outcome_files(folder) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_workers_refusal_is_the_commands_and_what_came_before_is_kept(
     study: tuple[StudySpec, StudyFolder], client: Any, uninterrupted: dict[str, bytes]
 ) -> None:

@@ -508,7 +508,9 @@ def test_an_empty_study_has_a_report_that_says_so(
     Page((empty_folder.report / "features.html").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("group", ["behaviour", "selection", "intervention"])
+@pytest.mark.parametrize(
+    "group", ["selection", *(pytest.param(name, marks=pytest.mark.slow) for name in ("behaviour", "intervention"))]
+)
 def test_one_missing_group_leaves_the_rest(
     group: str,
     written: StudyFolder,

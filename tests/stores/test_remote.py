@@ -81,6 +81,7 @@ def contents(path: str) -> dict[str, bytes]:
     return {name.removeprefix(root): system.cat_file(name) for name in system.find(root)}
 
 
+@pytest.mark.slow
 def test_a_store_on_s3_does_all_that_a_folder_does(bucket: str, provenance: Provenance, tmp_path: Path) -> None:
     remote, local = f"{bucket}/study/activations.zarr", tmp_path / "activations.zarr"
     for path in (remote, str(local)):

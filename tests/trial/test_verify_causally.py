@@ -153,6 +153,7 @@ def test_results_have_their_layout_and_survive_the_store(gate: Any, tmp_path: Pa
     assert str(result["kind"].sel(direction="disable", condition="lift").item()) == "absent"
 
 
+@pytest.mark.slow
 def test_a_frequency_matched_other_feature_is_no_cause(study: Any, tmp_path: Path) -> None:
     _, folder = study
     result, balance = run(small(study, tmp_path, max_prompts=120, n_controls=25), [F_DECOY + N_DECOYS // 2], F_BRAKE)
@@ -166,6 +167,7 @@ def test_a_frequency_matched_other_feature_is_no_cause(study: Any, tmp_path: Pat
     ), "the decoy fires exactly as often as the gate"
 
 
+@pytest.mark.slow
 def test_a_direction_whose_removal_only_stops_the_model_is_destructive(study: Any, tmp_path: Path) -> None:
     result, _ = run(small(study, tmp_path, max_prompts=120), [F_BRAKE], F_GATE)
     disable = result.sel(direction="disable")
@@ -177,6 +179,7 @@ def test_a_direction_whose_removal_only_stops_the_model_is_destructive(study: An
     assert result["verdict"].sel(direction="amplify").item() != "CAUSAL_SPECIFIC"
 
 
+@pytest.mark.slow
 def test_where_every_edit_does_as_much_none_is_specific(study: Any, tmp_path: Path) -> None:
     spec, folder = small(study, tmp_path, max_prompts=120)
     for name, gate in (("base", 1.0), ("rl", 2.0)):

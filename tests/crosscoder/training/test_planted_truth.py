@@ -111,9 +111,8 @@ def test_planted_features_and_their_owners_are_found_from_any_initial_weights(
         check_features_and_owners(truth, reader, crosscoder)
 
 
-@pytest.mark.parametrize(
-    "rule", [pytest.param(rule, marks=[pytest.mark.slow] * (rule != "batchtopk")) for rule in RULES if rule != "l1"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "l1"])
 def test_planted_features_and_their_owners_are_found(truth: World, reader: ArrayReader, rule: str) -> None:
     crosscoder = train_crosscoder(reader, spec_of(rule), views=VIEWS, seed=1)
     check_features_and_owners(truth, reader, crosscoder)

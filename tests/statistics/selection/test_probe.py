@@ -119,6 +119,7 @@ def test_answers_unrelated_to_features_are_not_predicted(gain_world) -> None:
     assert np.mean(ranks) == pytest.approx(0.55, abs=3 * 0.29 / np.sqrt(8))
 
 
+@pytest.mark.slow
 def test_neither_chunks_nor_order_nor_processes_matter(chosen) -> None:
     features, outcomes, selection = chosen
     few = FEW | {"n_random": 5}
