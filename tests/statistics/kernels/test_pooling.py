@@ -231,6 +231,14 @@ def test_intervals_alone_are_pooled_by_their_halves_and_the_spread() -> None:
         pooled_intervals(each, each[:2], each)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("apart", [0.0, 1e-200])
+def test_two_dictionaries_that_say_the_same_of_every_cluster_have_a_p_and_no_warning(apart: float) -> None:
+    pooled = pooled_mean(np.array([[1.0] * 4, [1.0] * 4]) - np.array([[0.0], [apart]]))
+    assert (pooled.low, pooled.mean, pooled.high) == pytest.approx((1, 1, 1))
+    assert 0 < pooled.p_value < 1e-290
+
+
 def test_two_dictionaries_and_two_clusters_are_enough() -> None:
     y = np.array([[1.0, 2.0], [4.0, 6.0]])
     mean, squared, _ = by_hand(y)

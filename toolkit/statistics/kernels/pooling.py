@@ -26,6 +26,8 @@ BISECTIONS: Final = 80
 """Halvings of a bracket: enough for every digit of a double."""
 SMALLEST_LOG_P: Final = -690.0
 """Log of the smallest p-value that is looked for (1e-300)."""
+LARGEST_T: Final = 1e150
+"""Quantile of t at smaller p-values yet, with one degree of freedom: its square is still a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +360,8 @@ def _t(df: Any, log_level: Any) -> FloatArray:
     tail = np.exp(log_level) / 2
     df = np.asarray(df, dtype=np.float64)
     quantile = np.where(np.isinf(df), special.ndtri(tail), special.stdtrit(np.where(np.isinf(df), 1.0, df), tail))
-    return np.asarray(-quantile, dtype=np.float64)
+    # scipy's is +inf, not -inf, where it is too large
+    return np.asarray(np.minimum(np.abs(quantile), LARGEST_T), dtype=np.float64)
 
 
 def _bisect(above: Callable[[FloatArray], NDArray[np.bool_]], low: FloatArray, high: FloatArray) -> FloatArray:
