@@ -97,7 +97,14 @@ def intervene(
 
     directions = DIRECTIONS if direction is None else (direction,)
     numbers = _dictionaries(study) if stage else (1 if dictionary is None else dictionary,)
-    estimate = estimate_set(study, directions=directions, doses=doses, level=level) if dry_run else None
+    what: dict[str, Any] = {
+        "features": features,
+        "set_name": "selected" if set_name is None and not features else set_name,
+        "directions": directions,
+        "doses": doses,
+        "level": level,
+    }
+    estimate = estimate_set(study, dictionary=numbers[0], **what) if dry_run else None
     if estimate is not None:
         _print_estimate(estimate, set_name or "selected", features, len(numbers), as_json)
         return
@@ -105,12 +112,8 @@ def intervene(
         trials = [
             verify_set(
                 study,
-                features=features,
-                set_name=set_name if set_name or features else "selected",
+                **what,
                 dictionary=number,
-                directions=directions,
-                doses=doses,
-                level=level,
                 by_feature=by_feature,
                 dry_run=dry_run,
                 workers=client,

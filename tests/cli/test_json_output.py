@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from pydantic import TypeAdapter, ValidationError
 
+from rlgen_stats.cli import main
 from rlgen_stats.schemas.command_output import OUTPUTS, output_document
 from rlgen_stats.stores import write_json
 from rlgen_stats.toolkit.crosscoder import Crosscoder
@@ -137,3 +139,31 @@ def test_the_schema_names_every_command() -> None:
     assert set(document["commands"]) == set(OUTPUTS)
     assert document["commands"]["drift"] == {"$ref": "#/$defs/StageOutput"}
     assert next(iter(document["$defs"]["StageOutput"]["properties"])) == "result"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--set", "best"), "the sets are selected, confirmed, candidate, paper, got 'best'"),
+        (("--set", ""), "the sets are selected, confirmed, candidate, paper, got ''"),
+        (("--features", "-1"), "feature ids run from 0 to"),
+        (("--features", "99999999999999999999"), "feature ids run from 0 to"),
+        (("--set", "paper", "--features", "1"), "name a set or features, one of the two"),
+        (("--dictionary", "0"), "dictionaries are numbered 1 to"),
+        (("--dictionary", "4"), "dictionaries are numbered 1 to 3, got 4"),
+        (("--dose", "-0.1"), "a dose multiplies activations by 0 to 1000, got -0.1"),
+        (("--dose", "1000.1"), "a dose multiplies activations by 0 to 1000, got 1000.1"),
+    ],
+)
+def test_a_dry_run_before_any_stage_refuses_what_the_run_would(
+    study_folder: Path,  # noqa: F811
+    asked: tuple[str, ...],
+    said: str,
+) -> None:
+    prompts = pd.DataFrame({"prompt_id": [f"p{i}" for i in range(40)], "text": "1 + 1", "answer": "2"})
+    prompts.assign(task="math", domain="in").to_csv(study_folder / "data/prompts.csv", index=False)
+    refused = CliRunner().invoke(main, ["intervene", str(study_folder), "--dry-run", *asked])
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    for sound in (("--set", "paper"), ("--features", "0"), ("--dictionary", "3"), ("--dose", "0", "--dose", "1000")):
+        assert CliRunner().invoke(main, ["intervene", str(study_folder), "--dry-run", *sound]).exit_code == 0

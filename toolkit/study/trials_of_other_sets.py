@@ -33,6 +33,7 @@ from rlgen_stats.toolkit.trial.arms import choose_prompts
 from rlgen_stats.toolkit.trial.plan import TrialPlan, curves_of, plan_trial
 from rlgen_stats.toolkit.workers import tasks_on
 
+LARGEST_DOSE: Final = 1000.0
 SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
 NEEDS: Final = ("posttrain", "outcomes", "extract", "encode", "align", "select")
@@ -75,6 +76,9 @@ class TrialEstimate:
 def estimate_set(
     path: Path | str,
     *,
+    features: Sequence[int] = (),
+    set_name: str | None = None,
+    dictionary: int = 1,
     directions: Sequence[Direction] = DIRECTIONS,
     doses: Sequence[float] = (),
     level: Literal["own", "rl"] | None = None,
@@ -85,13 +89,19 @@ def estimate_set(
     ----------
     path
         Study folder.
-    directions, doses, level
+    features, set_name, dictionary, directions, doses, level
+        As :func:`verify_set`.
+
+    Raises
+    ------
+    InputError
         As :func:`verify_set`.
     """
     study = open_for_run(path, exact=False)
     waiting = tuple(name for name in NEEDS if study.state(name) != "done")
     if not waiting:
         return None
+    _check_asked(study.spec, features, set_name, dictionary, doses)
     spec, _ = _changed(study.spec, directions, doses, level)
     prompts, arms = choose_prompts(load_prompts(spec, study.folder), spec), arms_at_most(spec, directions)
     limits = token_limits(spec, prompts)
@@ -169,11 +179,7 @@ def verify_set(
     if missing:
         todo = " and ".join(f"rlgen-stats {name} {path}" for name in ("align", "select") if name in missing)
         raise StageError(f"a trial needs the stage(s) {', '.join(missing)} done; run: {todo}")
-    if bool(features) == (set_name is not None):
-        raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 3,12,407.")
-    n_dictionaries = len(study.spec.primary_crosscoder.names)
-    if not 1 <= dictionary <= n_dictionaries:
-        raise InputError(f"this study's dictionaries are numbered 1 to {n_dictionaries}, got {dictionary}.")
+    _check_asked(study.spec, features, set_name, dictionary, doses)
     chosen = (
         _named(study, set_name, dictionary) if set_name is not None else tuple(dict.fromkeys(int(k) for k in features))
     )
@@ -230,6 +236,24 @@ def _run(
     return result, parts
 
 
+def _check_asked(
+    spec: StudySpec, features: Sequence[int], set_name: str | None, dictionary: int, doses: Sequence[float]
+) -> None:
+    if bool(features) == (set_name is not None):
+        raise InputError("name a set or features, one of the two; e.g. --set paper, or --features 3,12,407.")
+    if set_name is not None and set_name not in SETS:
+        raise InputError(f"the sets are {', '.join(SETS)}, got {set_name!r}; or name features.")
+    encoded = spec.primary_crosscoder
+    if not 1 <= dictionary <= len(encoded.names):
+        raise InputError(f"this study's dictionaries are numbered 1 to {len(encoded.names)}, got {dictionary}.")
+    unknown = [feature for feature in features if not 0 <= feature < encoded.n_features]
+    if unknown:
+        raise InputError(f"feature ids run from 0 to {encoded.n_features - 1}, got {unknown[0]}.")
+    wrong = [dose for dose in doses if not 0 <= dose <= LARGEST_DOSE]
+    if wrong:
+        raise InputError(f"a dose multiplies activations by 0 to {LARGEST_DOSE:g}, got {wrong[0]:g}.")
+
+
 def _changed(
     spec: StudySpec, directions: Sequence[Direction], doses: Sequence[float], level: Literal["own", "rl"] | None
 ) -> tuple[StudySpec, str]:
@@ -256,8 +280,6 @@ def _named(study: Study, name: str, dictionary: int) -> tuple[int, ...]:
         "candidate": np.isin(selection["tier"].values, ["CONFIRMED", "CANDIDATE"]),
         "paper": selection["paper_selected"].values,
     }
-    if name not in masks:
-        raise InputError(f"the sets are {', '.join(SETS)}, got {name!r}; or name features.")
     in_set = selection.isel({FEATURE: np.flatnonzero(masks[name])})
     chosen = tuple(int(k) for k in in_set[FEATURE].values[np.argsort(in_set["rank"].values, kind="stable")])
     if not chosen and name != SETS[0]:
