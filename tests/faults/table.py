@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--only", choices=SIZES, action="append", help="Kinds of faults; default all.")
     parser.add_argument("--size", type=int, help="Faults of each kind; of malformed inputs, settings of study.yaml.")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="Markdown file of whose table these rows are replaced.")
+    parser.add_argument(
+        "--out", type=lambda file: Path(file).resolve(), help="Markdown file of whose table these rows are replaced."
+    )
     options = parser.parse_args()
 
     def log(line: object) -> None:
