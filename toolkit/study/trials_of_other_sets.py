@@ -34,6 +34,7 @@ from rlgen_stats.toolkit.trial.plan import TrialPlan, curves_of, plan_trial
 from rlgen_stats.toolkit.workers import tasks_on
 
 LARGEST_DOSE: Final = 1000.0
+"""Beyond it an edit is no dose of anything, and numbers overflow."""
 SETS: Final = ("selected", "confirmed", "candidate", "paper")
 """Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
 NEEDS: Final = ("posttrain", "outcomes", "extract", "encode", "align", "select")
@@ -171,8 +172,8 @@ def verify_set(
     StageError
         If the study has not come to the align and select stages, or is stale.
     InputError
-        If a feature or set does not exist, a feature never fires, both or neither are named, or a level is given
-        without amplification.
+        If a feature, set or dictionary does not exist, a feature never fires, both or neither of features and set are
+        named, a dose is negative or beyond ``LARGEST_DOSE``, or a level is given without amplification.
     """
     study = open_for_run(path if workers is None else Path(path).resolve())
     missing = [name for name in NEEDS if study.state(name) != "done"]
