@@ -32,6 +32,8 @@ Workers: TypeAlias = "Callable[[], AbstractContextManager[Any]]"
 """What enters the dask client of a command, or None."""
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
+EXIT_READER_GONE: Final = 141
+"""128 and the number of SIGPIPE, as shells report it of any command whose output is cut by ``head``."""
 PLAIN_LINE_SECONDS: Final = 10.0
 """Seconds between progress lines where no terminal can redraw a bar."""
 
@@ -145,8 +147,15 @@ def plain(text: object) -> str:
 
 
 def echo(message: object = "", *, err: bool = False, nl: bool = True) -> None:
-    """Print a text that may come from files; every command prints through this, a table or JSON."""
-    click.echo(plain(message), err=err, nl=nl)
+    """Print a text that may come from files; every command prints through this, a table or JSON.
+
+    A reader that has seen enough (``head``, a pager) ends the command without a word.
+    """
+    try:
+        click.echo(plain(message), err=err, nl=nl)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
+        sys.exit(EXIT_READER_GONE)
 
 
 def heading(text: object) -> None:

@@ -6,6 +6,7 @@ where all initial weights are others (RLGEN_STATS_WEIGHTS, a number that is adde
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,15 @@ LONGEST = (
 """Files that take twenty seconds or more. They begin first: one that begins last leaves the other workers idle."""
 
 
+SHARING = ("crosscoder", "reporting", "trial")
+"""Folders whose tests share what takes long to make: one worker runs them all. Other files go to any worker."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(pytest.mark.xdist_group(folder if folder in SHARING else item.nodeid.partition("::")[0]))
 
 
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))

@@ -9,7 +9,10 @@ from tests.calibration.rows import Row, mean_row, rate_row
 KNOWN_SLACK = 0.1
 """Largest deviation allowed for estimators known to be off, so that a change for the worse shows."""
 
-LONG = {"outcome_selection", "planned_power", "selection_more_data"}
+LONG = {
+    *("outcome_selection", "planned_power", "selection_more_data", "specificity_verdicts", "compared"),
+    *("timing_verdicts", "trials", "pooled"),
+}
 """Left to ``make slow``: experiments of five seconds and more, of what others ask too."""
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -40,6 +41,15 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in _COMMANDS)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word() -> None:
+    code = "from rlgen_stats.cli.console import echo\nfor _ in range(2): echo('a line')\nprint('went on')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as gone:
+        done = subprocess.run([sys.executable, "-P", "-c", code], stdout=gone, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (console.EXIT_READER_GONE, b"")
 
 
 def test_status_imports_no_torch(tmp_path: Path) -> None:

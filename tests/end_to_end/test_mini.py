@@ -451,6 +451,7 @@ def test_trials_of_other_sets_beside_the_studys_own(mini: tuple[Path, Result], t
         assert message in refused.output
 
 
+@pytest.mark.slow
 def test_what_commands_print_for_machines_is_as_declared(mini: tuple[Path, Result], tmp_path: Path) -> None:
     study = tmp_path / "study"
     shutil.copytree(mini[0], study)

@@ -45,7 +45,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "float16", "bfloat16"])
 def test_export_then_import_is_the_identity(tmp_path: Path, labels: Path, kind: str, dtype: str) -> None:
     if (kind, dtype) == ("npy", "bfloat16"):
         pytest.skip("numpy has no bfloat16")
@@ -123,7 +123,7 @@ def test_a_selection_is_the_rows_that_pandas_selects(
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_an_interrupted_import_goes_on_to_the_same_bytes(
     tmp_path: Path, labels: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, dtype: str
 ) -> None:

@@ -180,6 +180,7 @@ def test_an_interrupted_upload_resumes_to_the_same_objects(
     assert contents(killed) == contents(whole)
 
 
+@pytest.mark.slow
 def test_leases_keep_writers_apart_and_die_with_their_holders(
     bucket: str, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

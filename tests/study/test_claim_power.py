@@ -55,6 +55,7 @@ def test_a_study_of_this_size_can_support_and_refuse_every_claim(spec: StudySpec
     assert sum(verdict == said for _, verdict, said in found) >= len(found) - 1, found
 
 
+@pytest.mark.slow
 def test_power_falls_with_what_the_study_lacks(spec: StudySpec) -> None:
     whole = power_of(SIZE, spec, "C4, C5")
     assert whole["CAUSAL_SPECIFIC"] > 0.5 < whole["NO_EFFECT"]

@@ -110,6 +110,7 @@ def test_the_gate_carries_all_that_the_whole_residual_does(study: Any, tmp_path:
     assert not judged & {"curve", "curve_random", "lift_random"}, "arms of the curve alone are not judged"
 
 
+@pytest.mark.slow
 def test_the_sets_of_two_dictionaries_are_tried_and_judged_together(study: Any, tmp_path: Path) -> None:
     """The second dictionary holds the same features in reverse order, so its trial must end as the first one's."""
     spec, folder = two_dictionaries(study, tmp_path)

@@ -97,6 +97,7 @@ def test_two_processes_give_the_curve_of_one(
     torch.testing.assert_close(learned, alone.decoder_matrix, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_keep_weights_and_fit(world: Planted) -> None:
     reader = ArrayReader(world.data, batch_size=512, seed=1)
     full, low = (

@@ -77,6 +77,7 @@ def test_fit_describes_models_better_than_swap_and_still_not_their_differences(j
     assert median(judged("joint", "fit"), "fve") > median(judged("joint", "swap"), "fve") + 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [pytest.param("paired", marks=pytest.mark.slow), "both"])
 def test_what_is_trained_on_single_models_and_differences_passes(judged: Judged, objective: str) -> None:
     found = judged(objective, "swap")

@@ -74,6 +74,7 @@ def test_inline_colours_follow_the_page(drawn: dict[str, Graphic | Missing]) -> 
         assert not re.search(rf"(fill|stroke): {colour}", page), f"{colour} should be {variable}"
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(
     drawn: dict[str, Graphic | Missing], results: Results, spec: StudySpec
 ) -> None:

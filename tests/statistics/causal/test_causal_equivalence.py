@@ -84,6 +84,7 @@ def test_without_both_models_there_is_nothing_to_compare() -> None:
     assert causal_equivalence([lift, lower], alpha=0.05, margin=0.05) is not None
 
 
+@pytest.mark.slow
 def test_equivalence_is_rarely_called_where_the_effects_differ_by_the_margin() -> None:
     """500 worlds whose effects differ by exactly .10: at most alpha + 3 standard errors are called equivalent."""
     rng, called = np.random.default_rng(7), 0

@@ -202,6 +202,7 @@ def test_imbalances_of_opposite_sign_do_not_make_good_controls() -> None:
         assert bool(row(judge_together(trials)[0])["v2"]) == usable
 
 
+@pytest.mark.slow
 def test_an_interval_over_dictionaries_covers_the_mean_of_all_dictionaries() -> None:
     """Dictionaries differ by .1 about -.3: an interval over prompts alone would miss."""
     covered: Counter[str] = Counter()

@@ -26,6 +26,7 @@ def random_only(seed: int, n_random: int = 19) -> OutcomeTable:
     )
 
 
+@pytest.mark.slow
 def test_random_sets_are_not_called_causal_more_often_than_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)  # statsmodels collects garbage at every Holm adjustment
     n = 60
@@ -46,6 +47,7 @@ def stopped_early(table: OutcomeTable, settings: Settings) -> tuple[OutcomeTable
     return table.keep(kept), replace(settings, n_planned=len(table.where("random")))
 
 
+@pytest.mark.slow
 def test_stopping_for_futility_saves_most_random_sets_and_reverses_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gc.collect", lambda *_: 0)
     settings, run, pairs = replace(SETTINGS, n_resamples=99), [], Counter[tuple[str, str]]()

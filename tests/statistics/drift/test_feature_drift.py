@@ -247,6 +247,7 @@ def test_wasserstein_sees_a_change_of_spread(make_features):
     assert abs(out.effect.values[0, 1]) < expected / 3
 
 
+@pytest.mark.slow
 def test_the_share_of_false_discoveries_is_bounded_beyond_every_threshold(world):
     out = run(world(7))
     rl = out.sel(model="rl@10")

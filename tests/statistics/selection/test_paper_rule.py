@@ -79,6 +79,7 @@ def test_null_sizes_are_far_above_the_product_of_fractions():
     assert rule.p_n1 > 0.05
 
 
+@pytest.mark.slow
 def test_n1_is_calibrated_without_any_difference():
     rng = np.random.default_rng(4)
     p = []

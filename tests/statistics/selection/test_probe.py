@@ -90,6 +90,7 @@ def test_features_that_correlate_with_correctness_beat_random_sets_and_noise_doe
     assert probe.attrs["role"] == "descriptive"
 
 
+@pytest.mark.slow
 def test_answers_unrelated_to_features_are_not_predicted(gain_world) -> None:
     """Ranks of a null set among random ones are uniform: the mean of 8 is near a half."""
     features, outcomes = gain_world(n=400, planted=False)

@@ -81,6 +81,7 @@ def auc(out, predictor, comparison="models"):
     return float(out.auc.sel(comparison=comparison, predictor=predictor))
 
 
+@pytest.mark.slow
 def test_without_a_difference_every_auc_is_a_half(world) -> None:
     """An AUC of 200 prompts had mean .4965 and standard deviation .041 over 400 worlds (seeds 0 to 399)."""
     few = FEW | {"n_random": 1}

@@ -121,6 +121,7 @@ def test_planted_features_are_stable_and_confounded_ones_are_not(gain_world) -> 
     np.testing.assert_array_equal(without.tier, out.tier)
 
 
+@pytest.mark.slow
 def test_noise_is_stable_less_often_than_bounded(gain_world) -> None:
     """Beside it the naive set, the leading features of one half, which is all noise every time."""
     n_stable, bound, naive = [], [], []

@@ -155,6 +155,7 @@ def test_a_share_is_resampled_as_a_share():
     assert one.tail_rl_high.values[0] == pytest.approx(min(nrn.mean() + half, 1), abs=0.03)
 
 
+@pytest.mark.slow
 def test_coverage_of_the_cluster_bootstrap():
     hits, sims = 0, 120
     for s in range(sims):

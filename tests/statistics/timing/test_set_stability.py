@@ -117,7 +117,7 @@ def test_overlaps_against_python_sets(make_features):
     assert out.delta.values[-1] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("size", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("size", [0.3, *(pytest.param(size, marks=pytest.mark.slow) for size in (0.1, 1.0))])
 def test_delta_is_unbiased_under_a_static_truth_and_plain_overlap_is_not(make_features, size):
     """docs/method.md 4b: E[delta] = 0 at every signal-to-noise level, the paper's overlap falls with the signal."""
     rng = np.random.default_rng(int(size * 100))
@@ -132,7 +132,9 @@ def test_delta_is_unbiased_under_a_static_truth_and_plain_overlap_is_not(make_fe
     assert np.mean(plain) < ceiling
 
 
-@pytest.mark.parametrize("sizes", [(0.25, 1.0), (3.0, 0.3)], ids=["growing", "shrinking"])
+@pytest.mark.parametrize(
+    "sizes", [(0.25, 1.0), pytest.param((3.0, 0.3), marks=pytest.mark.slow)], ids=["growing", "shrinking"]
+)
 def test_delta_is_unbiased_where_only_sizes_differ(make_features, sizes):
     """One true ranking. The old rule, ceilings' arithmetic mean less the overlap, finds turnover."""
     rng = np.random.default_rng(17)
