@@ -1,8 +1,8 @@
 """Whether a study says the same with other dictionaries: analyses of the same models, each with its own dictionaries.
 
-Models, answers and activations are the study's; each analysis trains its own triple of dictionaries from other initial
-weights and runs everything after it. One more analysis repeats the first with another number of threads, which adds
-sums in another order.
+Models, answers and activations are the study's; each further analysis trains its own triple of dictionaries from other
+initial weights and runs everything after it. One more repeats the first of these with another number of threads, which
+adds sums in another order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ import numpy as np
 import yaml
 
 from benchmarks.reports import Goal, report
-from rlgen_stats.stores import open_results, read_json, result_groups
+from rlgen_stats.stores import StudyFolder, open_results, read_json, result_groups
+from rlgen_stats.toolkit.reporting import assess_claims, load_results
+from rlgen_stats.toolkit.reporting.formatting import jsonable
+from rlgen_stats.toolkit.study import STAGES, read_spec
 
 KEPT: Final = ("models", "data", "activations.zarr", "outcomes.zarr", "completions")
 """Inputs of every analysis: linked, not copied."""
@@ -74,17 +77,31 @@ def prepare(study: Path, folder: Path, seed: int) -> None:
     (folder / "study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
 
 
-def run(folder: Path, threads: int) -> dict[str, Any]:
-    """Run an analysis and read what it says."""
+def run(folder: Path, threads: int, *, trial: bool) -> None:
+    """Run an analysis, with or without its trial."""
     command = [sys.executable, "-P", "-m", "rlgen_stats.cli", "run", str(folder), "--quiet"]
+    if not trial:
+        command += [
+            word for stage in STAGES if stage.name not in ("intervene", "report") for word in ("--stage", stage.name)
+        ]
     with (folder / "log.txt").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
-    claims = {one["id"]: one for one in read_json(folder / "report/report.json")["claims"]}
+
+
+def answers(folder: Path, *, trial: bool) -> dict[str, Any]:
+    """What a finished analysis says; without its trial, of C1 to C3."""
+    if trial:
+        claims = {one["id"]: one for one in read_json(folder / "report/report.json")["claims"]}
+    else:
+        found = assess_claims(load_results(StudyFolder(folder)), read_spec(folder))
+        claims = {one.id: jsonable(one.as_dict()) for one in found}
     names = ("verdict", "estimate", "low", "high")
     return {
-        "claims": {name: {key: claims[name][key] for key in names} for name in CLAIMS},
-        "single": {name: single(folder, direction) for name, direction in DIRECTION.items()},
+        "claims": {
+            name: {key: claims[name][key] for key in names} for name in CLAIMS if trial or name not in DIRECTION
+        },
+        "single": {name: single(folder, direction) for name, direction in DIRECTION.items()} if trial else {},
     }
 
 
@@ -107,7 +124,7 @@ def overlapping(intervals: list[tuple[float, float]]) -> tuple[int, int]:
 def summary(analyses: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a claim: verdicts, spread of estimates, overlap of intervals, pooled and of single dictionaries."""
     rows = []
-    for name in CLAIMS:
+    for name in analyses[0]["claims"]:
         answers = [one["claims"][name] for one in analyses]
         verdict, n_same = Counter(answer["verdict"] for answer in answers).most_common(1)[0]
         estimates = [answer["estimate"] for answer in answers if answer["estimate"] is not None]
@@ -134,40 +151,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path, help="a finished study; with --planted, where to put the planted one")
     parser.add_argument("--planted", action="store_true", help="of a study whose cause is known (tests/end_to_end)")
-    parser.add_argument("--analyses", type=int, default=10)
+    parser.add_argument("--analyses", type=int, default=10, help="beside the study's own")
     parser.add_argument("--folder", type=Path, required=True, help="where the analyses go; finished ones are kept")
     parser.add_argument("--jobs", type=int, default=2, help="analyses at once, each on one thread")
+    parser.add_argument("--without-trial", action="store_true", help="C1 to C3 alone, where a trial takes hours")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     if options.planted and not (options.study / "report").exists():
         plant(options.study)
 
+    trial = not options.without_trial
+
     def analyse(seed: int, threads: int = 1) -> dict[str, Any]:
         folder = options.folder / (f"seed-{seed}" if threads == 1 else f"seed-{seed}-threads-{threads}")
         prepare(options.study, folder, seed)
-        return run(folder, threads)
+        run(folder, threads, trial=trial)
+        return answers(folder, trial=trial)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        analyses = list(pool.map(analyse, range(1, options.analyses + 1)))
-    threads = [analyses[0], analyse(1, threads=2)]
+        others = list(pool.map(analyse, range(1, options.analyses + 1)))
+    analyses = [answers(options.study, trial=trial), *others]
     rows = summary(analyses)
-    verdicts = [{name: one["claims"][name]["verdict"] for name in CLAIMS} for one in threads]
     goals = [Goal(f"{row['claim']}: share of analyses with the same verdict", row.pop("same"), SAME) for row in rows]
     goals += [
         Goal(f"{row['claim']}: share of pooled intervals that overlap", overlap, OVERLAPPING)
         for row in rows
         if (overlap := row.pop("overlap")) is not None
     ]
-    goals.append(Goal("claims with the same verdict on one and two threads", same_claims(*verdicts), len(CLAIMS)))
+    if trial:
+        same = same_claims(others[0], analyse(1, threads=2))
+        goals.append(Goal("claims with the same verdict on one and two threads", same, len(CLAIMS)))
     options.quick, options.repetitions = False, options.analyses
-    settings = {"analyses": options.analyses, "dictionaries each": len(analyses[0]["single"]["C4"])}
+    settings = {
+        "analyses": len(analyses),
+        "dictionaries each": len(read_spec(options.study).primary_crosscoder.names),
+    }
     report(options, options.folder, "Stability of verdicts", settings=settings, rows=rows, goals=goals)
 
 
-def same_claims(one: dict[str, str], other: dict[str, str]) -> int:
+def same_claims(one: dict[str, Any], other: dict[str, Any]) -> int:
     """Claims with equal verdicts."""
-    return sum(one[name] == other[name] for name in CLAIMS)
+    return sum(one["claims"][name]["verdict"] == other["claims"][name]["verdict"] for name in CLAIMS)
 
 
 if __name__ == "__main__":
