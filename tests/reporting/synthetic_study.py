@@ -742,6 +742,7 @@ def intervention() -> xr.Dataset:
     both = ("direction", "condition")
     task_effect = effect[..., None] + np.linspace(-0.05, 0.05, len(tasks))
     unrelated = np.full(shape, 0.75) - 0.001 * np.arange(len(plan))
+    unrelated[:, 2] = 0.75  # hooks that edit nothing change nothing
     side = {
         "unrelated_accuracy": unrelated,
         "unrelated_effect": unrelated - 0.75,

@@ -204,6 +204,9 @@ def test_side_effects_and_other_trials_are_told(page: Page, data: dict[str, Any]
     assert text.count("“Set in …”: the set’s matched features in a dictionary of another seed.") == 2
     assert text.count("set in main.2") == 4, "what it does, and its side effects, in two directions"
     assert "the set 74.7% −0.3 [−4.3, 3.7] 1.2% 6.2 0.032" in text.replace("+3.7", "3.7"), text
+    assert text.count("passthrough 75.0% none: no answer changed") == 2
+    assert text.count("none: no completion changed") == 2
+    assert text.count("On: Trial prompts of riddle; 1 completion a prompt") == 2
     assert re.search(r"24 random sets median and range 7\d\.\d% −2\.\d \[−3\.3, −1\.0\]", text), "range over sets"
     (trial,) = data["trials"]
     assert (trial["name"], trial["direction"], trial["verdict"]) == ("features-3-9", "disable", "CAUSAL_NONSPECIFIC")

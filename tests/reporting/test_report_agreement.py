@@ -72,8 +72,28 @@ def test_a_verdict_that_its_figure_contradicts_is_an_error(
     verdict: str, drawn: float, agrees: bool, results: Results, spec: StudySpec
 ) -> None:
     """Such as "do not differ in timing" above curves that lie 23 points apart."""
-    c2 = next(claim for claim in as_said(results, spec) if claim["id"] == "C2") | {"verdict": verdict}
+    c2 = next(claim for claim in as_said(results, spec) if claim["id"] == "C2")
+    c2 |= {"verdict": verdict, "in_short": "why"}
     assert (disagreements([c2], {}, figures=figure(drawn)) == []) is agrees
+
+
+@pytest.mark.parametrize(
+    ("verdict", "low", "in_short", "agrees"),
+    [
+        ("NOT_SUPPORTED", -60.0, "it breaks the model", True),
+        ("NOT_SUPPORTED", -60.0, "", False),
+        ("UNDETERMINED", -60.0, "", False),
+        ("SUPPORTED", -60.0, "", True),
+        ("NOT_SUPPORTED", 0.0, "", True),
+    ],
+)
+def test_a_clear_effect_that_supports_nothing_says_why(
+    verdict: str, low: float, in_short: str, agrees: bool, results: Results, spec: StudySpec
+) -> None:
+    """Such as "not supported, -36 [-60, -12]" of an edit that breaks the model."""
+    c4 = next(claim for claim in as_said(results, spec) if claim["id"] == "C4")
+    c4 |= {"verdict": verdict, "low": low, "high": -12.0 if low else 12.0, "in_short": in_short}
+    assert (disagreements([c4], {}) == []) is agrees
 
 
 @pytest.mark.parametrize(("off", "agrees"), [(0.9 * DRAWN_EXACTLY, True), (1.1 * DRAWN_EXACTLY, False)])

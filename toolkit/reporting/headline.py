@@ -85,11 +85,15 @@ def _edits_words(claims: Iterable[Claim], spec: StudySpec) -> str:
 
 
 def chip(claim: Claim) -> str:
-    """Estimate with its unit, and its interval."""
+    """Estimate with its unit, its interval, and why the verdict is that where they do not say it."""
+    return "; ".join(part for part in (_numbers(claim), claim.in_short) if part)
+
+
+def _numbers(claim: Claim) -> str:
     if not math.isfinite(claim.estimate):
         return "no estimate"
     if claim.unit == "features":
         ends = interval(claim.low, claim.high, 0)
-        return f"{count(claim.estimate, 'feature')}, {ends if math.isfinite(claim.low) else 'no interval'}"
+        return f"{count(claim.estimate, 'feature')} confirmed, {ends if math.isfinite(claim.low) else 'no interval'}"
     unit = claim.unit.removeprefix("percentage ").replace("alive ", "")
     return f"{fixed(claim.estimate, sign=True)} {interval(claim.low, claim.high, sign=True)} {unit}"

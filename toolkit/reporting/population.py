@@ -5,6 +5,7 @@ One sentence an analysis, so that the same number cannot be given two population
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -45,7 +46,9 @@ def populations(results: Results, spec: StudySpec, prompts: pd.DataFrame | None 
         "which": ("selection", _which),
         "scores": ("selection", _scores),
         "editing": ("intervention", _editing),
+        "side_effects": ("intervention", _side_effects),
         "copying": ("mediated_share", _copying),
+        "health": ("health", _health),
         "dictionaries": ("replicability", _dictionaries),
     }
     return {
@@ -200,6 +203,24 @@ def _edited(results: Results, spec: StudySpec) -> str:
 
 def _editing(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
     return _joined(_trial_prompts(results), _sampled(spec), _unit(results["intervention"]), _edited(results, spec))
+
+
+def _side_effects(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    data = results["intervention"]
+    tasks = [str(task) for task in np.atleast_1d(data.attrs.get("unrelated_tasks", []))]
+    neutral = Path(str(data.attrs.get("neutral_text", ""))).name
+    return _joined(
+        f"trial prompts of {listed(tasks)}" if tasks else "no unrelated task",
+        _sampled(spec),
+        f"neutral text: {neutral}" if neutral else "",
+        _edited(results, spec),
+    )
+
+
+def _health(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    corpora = {one.name: one.corpus for one in spec.crosscoders if one.corpus is not None}
+    trained = f"; {listed(corpora)} trained on another corpus" if corpora else ""
+    return _joined(f"tokens of {_part(sizes, 'all')} and of completions, as stored{trained}")
 
 
 def _copying(results: Results, spec: StudySpec, _: dict[str, int]) -> str:

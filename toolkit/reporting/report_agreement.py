@@ -91,12 +91,18 @@ def _drawn(claim: Mapping[str, Any], figure: str, value: float) -> Iterator[str]
 
 
 def _in_text(claims: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """The answers on one difference name it; C1's names the two shares instead, C3's what each dictionary counts."""
+    """The answers on one difference name it, and say why it is not enough where its interval is clear of zero.
+
+    C1's answer names the two shares instead, C3's what each dictionary counts.
+    """
     for claim in claims:
         if claim["id"] in ("C2", "C4", "C5") and _known(claim["estimate"]):
             number = fixed(abs(claim["estimate"]))
             if number not in claim["answer"]:
                 yield f"{claim['id']} {claim['verdict']}: its answer does not name its estimate {number}"
+            clear = _known(claim["low"], claim["high"]) and claim["low"] * claim["high"] > 0
+            if clear and claim["verdict"] in ("NOT_SUPPORTED", "UNDETERMINED") and not claim["in_short"]:
+                yield f"{claim['id']} {claim['verdict']}: its interval leaves out zero, and nothing says why"
 
 
 def _accuracies(domains: Iterable[DomainAccuracy]) -> Iterator[str]:

@@ -72,6 +72,7 @@ def assess_specificity(results: Results, spec: StudySpec) -> Claim:
         details["differences"][decides]["p_value"],
         verdict,
         _answer(verdict, details, guards, spec),
+        in_short=guards[0].partition(" (")[0] if guards else "",
         caveats=_caveats(results, spec, effect, details),
         details=details | {"failed_guards": guards},
     )

@@ -83,6 +83,7 @@ def assess_timing(results: Results, spec: StudySpec) -> Claim:
         number(data, "p_value", measure="time"),
         verdict,
         _answer(verdict, verdicts, data, spec),
+        in_short=_in_short(verdict, verdicts),
         caveats=(
             *caveats,
             *_strata_caveat(data),
@@ -212,6 +213,16 @@ _MEASURE_WORDS: Final = {
     "turnover": "of its top set {difference} points {more} were still to change than of {sft}'s",
 }
 _ALONE: Final = {Verdict.UNDETERMINED: ", alone open", Verdict.NOT_SUPPORTED: ", too little to matter"}
+
+
+def _in_short(verdict: Verdict, verdicts: dict[str, Verdict]) -> str:
+    if verdict is Verdict.NOT_SUPPORTED:
+        return "too small to matter"
+    if verdict is not Verdict.UNDETERMINED:
+        return ""
+    if verdicts["time"] is Verdict.UNDETERMINED:
+        return f"{fixed(hundred(NEGLIGIBLE_TIME), 0)} points are not shown to be exceeded"
+    return "the turnover of the top set is open or says otherwise"
 
 
 def _answer(verdict: Verdict, verdicts: dict[str, Verdict], data: xr.Dataset, spec: StudySpec) -> str:

@@ -73,6 +73,15 @@ def main_condition(data: xr.Dataset, direction: str) -> str | None:
     return next((str(condition) for condition, kind in kinds if str(kind) == "set"), None)
 
 
+_IN_SHORT: Final = {
+    "DESTRUCTIVE": "it breaks the model",
+    "CAUSAL_NONSPECIFIC": "random features do as much",
+    "NO_EFFECT": "equivalent to no effect",
+    "INCONCLUSIVE": "not every check of the trial held",
+}
+"""Verdict of a trial -> why its claim is not supported, in a few words."""
+
+
 def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: str, claimed: int) -> Claim:
     data = results.get("intervention")
     if data is None:
@@ -116,6 +125,7 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
         p_value,
         verdict,
         _answer(verdict, details, effect, direction, near_zero=within_minimum(low, high)),
+        in_short="" if verdict is Verdict.SUPPORTED else _IN_SHORT.get(causal, ""),
         caveats=_caveats(results, spec, details, direction),
         details=details,
     )

@@ -64,6 +64,8 @@ class Claim:
     """Answer."""
     answer: str
     """The answer in one sentence."""
+    in_short: str = ""
+    """Why the verdict is that, in a few words; empty where the interval says so itself."""
     caveats: tuple[str, ...]
     """What limits the answer."""
     paper_figure: str
@@ -98,6 +100,7 @@ class PaperClaim:
         verdict: Verdict,
         answer: str,
         *,
+        in_short: str = "",
         caveats: tuple[str, ...],
         details: dict[str, Any],
     ) -> Claim:
@@ -114,6 +117,7 @@ class PaperClaim:
             unit=self.unit,
             verdict=verdict,
             answer=answer,
+            in_short=in_short,
             caveats=caveats,
             paper_figure=self.paper_figure,
             details=details,
