@@ -126,7 +126,6 @@ def test_no_module_needs_what_only_some_systems_have(source: Path) -> None:
     assert _unguarded(ast.parse(text)) == []
 
 
-@pytest.mark.slow
 def test_everything_imports_and_stores_work_without_what_only_linux_has(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-c", SIMULATION, str(tmp_path / "planted")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

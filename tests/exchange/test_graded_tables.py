@@ -246,6 +246,8 @@ def test_studies(study):
     assert np.isnan(got.correct[0])
     assert got.groupby("prompt").cluster.nunique().eq(1).all()
     assert len(read_graded(study / "outcomes.zarr", model="rl1@20", metric="greedy")) == 24
+    last = read_graded(study, model="rl1@final", metric="greedy")
+    pd.testing.assert_frame_equal(last, read_graded(study, model="rl1@20", metric="greedy"))
     with pytest.raises(InputError, match=r"holds the models base@0, .*, got 'rl@20'"):
         read_graded(study, model="rl@20", metric="greedy")
     with pytest.raises(InputError, match="is graded by greedy, sampled; name one"):

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from rlgen_stats.schemas.dims import CLUSTER, MODEL, NOT_SAMPLED, PROMPT, SAMPLE, TASK
+from rlgen_stats.schemas.dims import CLUSTER, MODEL, NOT_SAMPLED, PROMPT, SAMPLE, TASK, stored_model
 from rlgen_stats.schemas.errors import InputError
 from rlgen_stats.stores import open_outcomes
 from rlgen_stats.stores.hub import is_on_hub, locate_table
@@ -94,6 +94,7 @@ def read_graded(
 def _of_study(store: Path, model: str | None, wanted: tuple[str, ...]) -> pd.DataFrame:
     outcomes = open_outcomes(store)
     models = [str(one) for one in outcomes[MODEL].values]
+    model = None if model is None else stored_model(model, models)
     if model not in models:
         raise InputError(f"{store} holds the models {', '.join(models)}, got {model!r}; name one of them.")
     name = _only(store, "the study", METRICS_OF_A_STUDY, wanted)

@@ -124,6 +124,16 @@ def test_what_cannot_be_expressed_is_refused_in_one_sentence(
         import_sae(tmp_path, VIEWS)
 
 
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_an_sae_that_diverged_is_refused(tmp_path: Path, name: str) -> None:
+    write_sae(tmp_path)
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    tensors[name].flatten()[-1] = float("nan")
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(InputError, match=f"{name} has NaN or infinite values; its training diverged"):
+        import_sae(tmp_path, VIEWS)
+
+
 def test_a_feature_without_decoder_never_fires(tmp_path: Path) -> None:
     weights = write_sae(tmp_path, architecture="jumprelu")
     weights["W_dec"][7] = 0

@@ -236,6 +236,11 @@ def test_bad_folders_are_explained(tmp_path: Path) -> None:
     rewrite("lacking", weights_sha256=file_sha256(tmp_path / "lacking" / "weights.safetensors"))
     with pytest.raises(StoreError, match=r"tensor 'threshold' must have shape \(\).*got nothing"):
         load_crosscoder(tmp_path / "lacking")
+    diverged = random_crosscoder()
+    diverged.decoder_matrix[0, -1] = float("inf")
+    diverged.save(tmp_path / "diverged")
+    with pytest.raises(StoreError, match=r"decoder_matrix has NaN or infinite values; train the crosscoder again"):
+        load_crosscoder(tmp_path / "diverged")
     (tmp_path / "weightless" / "weights.safetensors").unlink()
     with pytest.raises(StoreError, match=r"weights.safetensors is missing"):
         load_crosscoder(tmp_path / "weightless")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlgen_stats.schemas.errors import InputError
+from rlgen_stats.toolkit.crosscoder.model.loading import not_finite
 
 SCALER: Final = "activation_scaler.json"
 """What activations are multiplied by before the encoder, where the weights do not say: a name of SAELens."""
@@ -259,12 +260,9 @@ def _check(held: dict[str, Any], layout: Layout, file: Path) -> None:
             )
         if not held[name].is_floating_point() or held[name].layout is not torch.strided:
             raise InputError(f"{file}: {name} is {held[name].dtype}, {held[name].layout}; expected plain real numbers.")
-    decide = [*layout.weights, *({"threshold"} & held.keys())]
-    broken = [name for name in decide if not held[name].isfinite().all()]
+    broken = not_finite({name: held[name] for name in [*layout.weights, *({"threshold"} & held.keys())]})
     if broken:
-        raise InputError(
-            f"{file}: {broken[0]} has NaN or infinite values; its training diverged, take an earlier file."
-        )
+        raise InputError(f"{file}: {broken} has NaN or infinite values; its training diverged, take an earlier file.")
 
 
 def _settings(file: Path) -> dict[str, Any]:

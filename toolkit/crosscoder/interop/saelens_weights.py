@@ -19,6 +19,7 @@ from rlgen_stats.stores import write_json
 from rlgen_stats.stores.digests import file_sha256
 from rlgen_stats.toolkit.crosscoder.interop.layouts import SCALER
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
+from rlgen_stats.toolkit.crosscoder.model.loading import not_finite
 from rlgen_stats.toolkit.crosscoder.model.readout import Sparsity
 
 SAE_CONFIG: Final = "cfg.json"
@@ -201,6 +202,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise InputError(f"{folder}: {name} must have shape {shape}, got {tuple(tensors[name].shape)}.")
+    broken = not_finite({name: tensors[name] for name in ("W_enc", *shapes)})
+    if broken:
+        raise InputError(f"{folder}: {broken} has NaN or infinite values; its training diverged, take an earlier one.")
     return config, tensors
 
 

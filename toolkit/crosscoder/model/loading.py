@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,10 @@ _FIELDS: Final = (
 """What spec.json must say."""
 
 
+UNKNOWN_AS_NAN: Final = frozenset({"means", "threshold"})
+"""Tensors that are NaN where they are not known: of weights trained elsewhere, or with a rule that needs none."""
+
+
 def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -> Crosscoder:
     """A saved crosscoder, in evaluation mode.
 
@@ -41,8 +46,8 @@ def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -
     Raises
     ------
     StoreError
-        If a file is missing, the format is newer, a field is missing, a tensor has another shape than declared, or an
-        exclusive feature has weights in another view.
+        If a file is missing, the format is newer, a field is missing, a tensor has another shape than declared or
+        values that are not finite, or an exclusive feature has weights in another view.
     StoreCorruptError
         If the weights are not the bytes that were saved.
 
@@ -80,9 +85,18 @@ def load_crosscoder(folder: Path | str, *, device: str | torch.device = "cpu") -
                 f"views of width {list(crosscoder.widths)} and {crosscoder.n_features} features, "
                 f"got {got}; the weights and {SPEC} do not belong together: train the crosscoder again."
             )
-    crosscoder.load_state_dict({name: tensors[name] for name in crosscoder.state_dict()})
+    used = {name: tensors[name] for name in crosscoder.state_dict()}
+    broken = not_finite({name: used[name] for name in used.keys() - UNKNOWN_AS_NAN})
+    if broken:
+        raise StoreError(f"{folder / WEIGHTS}: {broken} has NaN or infinite values; train the crosscoder again.")
+    crosscoder.load_state_dict(used)
     _check_exclusive(crosscoder, folder / WEIGHTS)
     return crosscoder.requires_grad_(False).eval().to(device)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor by name that holds NaN or an infinity: its training diverged, or its file is damaged."""
+    return next((name for name in sorted(tensors) if not bool(tensors[name].isfinite().all())), None)
 
 
 def _read_spec(folder: Path) -> dict[str, Any]:
