@@ -23,11 +23,13 @@ RULES = (("batchtopk", "joint"), ("l1", "joint"), ("jumprelu", "joint"), ("batch
 def test_replicates_get_the_weights_they_would_get_alone(world: Planted, tmp_path: Path) -> None:
     spec = crosscoder_spec(steps=40)
     seeds, folders = [1, 2, 3], [tmp_path / name for name in ("main", "main.2", "main.3")]
+    orders = [None, 7, 8]
     together = train_replicates(
-        ArrayReader(world.data, batch_size=512, seed=1), spec, views=PAIR, seeds=seeds, folders=folders
+        ArrayReader(world.data, batch_size=512, seed=1), spec, views=PAIR, seeds=seeds, orders=orders, folders=folders
     )
-    for seed, folder, crosscoder in zip(seeds, folders, together, strict=True):
-        alone = train_crosscoder(ArrayReader(world.data, batch_size=512, seed=1), spec, views=PAIR, seed=seed)
+    for seed, order, folder, crosscoder in zip(seeds, orders, folders, together, strict=True):
+        reader = ArrayReader(world.data, batch_size=512, seed=1)
+        (alone,) = train_replicates(reader, spec, views=PAIR, seeds=[seed], orders=[order])
         assert_same(alone, crosscoder)
         assert_same(alone, load_crosscoder(folder))
     assert not torch.equal(together[0].decoder_matrix, together[1].decoder_matrix)
@@ -35,9 +37,10 @@ def test_replicates_get_the_weights_they_would_get_alone(world: Planted, tmp_pat
 
 def test_replicates_saved_at_different_steps_go_on_together(world: Planted, tmp_path: Path) -> None:
     spec = crosscoder_spec(steps=50)
-    wholes = train_replicates(ArrayReader(world.data, batch_size=512, seed=1), spec, views=PAIR, seeds=[1, 2])
+    which = {"views": PAIR, "seeds": [1, 2], "orders": [None, 7]}
+    wholes = train_replicates(ArrayReader(world.data, batch_size=512, seed=1), spec, **which)  # type: ignore[arg-type]
     folders = [tmp_path / name for name in ("one", "two")]
-    how = {"views": PAIR, "seeds": [1, 2], "folders": folders, "save_every": 10}
+    how = which | {"folders": folders, "save_every": 10}
     with pytest.raises(InterruptError):
         train_replicates(DyingReader(world.data, alive=27, batch_size=512, seed=1), spec, **how)  # type: ignore[arg-type]
     with pytest.raises(InterruptError):  # the first alone gets further, as if the disk had filled between two states

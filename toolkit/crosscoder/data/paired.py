@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -15,6 +16,9 @@ from rlgen_stats.toolkit.crosscoder.data.moments import Moments
 
 MOMENT_TOKENS: Final = 1 << 20
 """Tokens behind the normalisation: the standard error of a mean norm is then below .1% of its spread."""
+
+BLOCK_BYTES: Final = 1 << 28
+"""Memory for tokens that replicates read in orders of their own."""
 
 Batch = NDArray[np.float32] | tuple[NDArray[np.float32], ...]
 """The same tokens in every view: [batch, view, channel], or one [batch, channel] per view where widths differ."""
@@ -184,6 +188,32 @@ def endless(reader: PairedActivations, *, start: int = 0) -> Generator[Batch, No
             batch = ahead.result()
             ahead = pool.submit(next, batches)
             yield batch
+
+
+def in_orders(
+    reader: PairedActivations, orders: Sequence[int | None], *, batch_bytes: int, start: int = 0
+) -> Generator[list[NDArray[np.float32]], None, None]:
+    """Batches from number ``start`` on, one for each order, with the views side by side: [batch, sum of channels].
+
+    ``None`` is the reader's order; a number is the seed of another one, in which the tokens of one block of batches
+    after the other are dealt out anew. A block is an epoch, or as many batches as fit into ``BLOCK_BYTES``.
+    """
+    if not any(order is not None for order in orders):
+        with closing(endless(reader, start=start)) as batches:
+            for batch in batches:
+                yield [joined(batch)] * len(orders)
+    size = max(1, min(reader.n_batches, BLOCK_BYTES // batch_bytes))
+    block, skipped = divmod(start, size)
+    with closing(endless(reader, start=block * size)) as batches:
+        while True:
+            rows = np.concatenate([joined(next(batches)) for _ in range(size)])
+            dealt = [
+                np.arange(len(rows)) if order is None else np.random.default_rng([order, block]).permutation(len(rows))
+                for order in orders
+            ]
+            for parts in zip(*(np.split(order, size)[skipped:] for order in dealt), strict=True):
+                yield [rows[part] for part in parts]
+            block, skipped = block + 1, 0
 
 
 def _epochs(reader: PairedActivations, start: int) -> Iterator[Batch]:

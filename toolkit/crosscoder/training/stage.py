@@ -189,13 +189,16 @@ class _StudyCrosscoder:
         others = [derive_seed(first, "replicate", number) for number in range(2, len(spec.names) + 1)]
         seeds = dict(zip(spec.names, [first, *others], strict=True))
         self.seeds = [seeds[name] for name in names]
+        # Dictionaries are a sample of what training gives, its order of the data included; halves have one order.
+        of_their_own = {seed: derive_seed(seed, "order") for seed in others if HALVES_MODEL not in spec.views}
+        self.orders = [of_their_own.get(seed) for seed in self.seeds]
         is_read = spec.name == study.primary_crosscoder.name and spec.readout != "joint"
         # a floor run may end where the dictionary describes nothing; no claim rests on its features
         judged = [ref.model for ref in list_models(study, folder) if ref.arm != FLOOR_ARM]
         self.judged_models = judged if is_read else []
         self.contrasted = [final_model(study, folder, run.name).model for run in study.all_contrasted]
         self.folders = [folder.crosscoder(name) for name in names]
-        self.order_seed = derive_seed(first, "order")  # one for all replicates: they see the same batches
+        self.order_seed = derive_seed(first, "order")
         self.corpus = None if spec.corpus is None else locate_table(spec.corpus, folder)
         labels = [tokens.attrs.get(name) for name in ("study_id", "spec_hash", "labels_hash")]
         if self.corpus is not None and not (is_on_hub(str(spec.corpus)) or self.corpus.exists()):
@@ -235,8 +238,8 @@ class _StudyCrosscoder:
     def _trained(self, stored: PairedReader) -> list[Crosscoder]:
         """All replicates; those that are not finished are trained in one pass over the data."""
         crosscoders: dict[int, Crosscoder] = {}
-        for number, (folder, seed) in enumerate(zip(self.folders, self.seeds, strict=True)):
-            key = training_key(self.spec, self.views, seed=seed, data_hash=self.data_hash)
+        for number, (folder, seed, order) in enumerate(zip(self.folders, self.seeds, self.orders, strict=True)):
+            key = training_key(self.spec, self.views, seed=seed, order=order, data_hash=self.data_hash)
             finished = self._load_finished(folder, key)
             if finished is not None:
                 crosscoders[number] = finished
@@ -256,6 +259,7 @@ class _StudyCrosscoder:
                     self.spec,
                     views=self.views,
                     seeds=[self.seeds[number] for number in missing],
+                    orders=[self.orders[number] for number in missing],
                     device=self.device,
                     folders=[self.folders[number] for number in missing],
                     progress=self.progress,

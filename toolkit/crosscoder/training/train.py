@@ -18,7 +18,7 @@ from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import CrosscoderSpec
 from rlgen_stats.stores import write_json
 from rlgen_stats.stores.crosscoder_weights import CURVE
-from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, endless, joined, measure_views
+from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, ViewMoments, in_orders, measure_views
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.model.files import read_tensors, write_tensors
 from rlgen_stats.toolkit.crosscoder.training.objective import Fit, Objective, difference_weights, reference_view
@@ -149,6 +149,7 @@ def train_replicates(
     *,
     views: Sequence[str],
     seeds: Sequence[int],
+    orders: Sequence[int | None] | None = None,
     device: str | torch.device = "cpu",
     folders: Sequence[Path] | None = None,
     progress: Progress = SILENT,
@@ -158,12 +159,14 @@ def train_replicates(
     facts: Mapping[str, Any] | None = None,
     report: Report = ignore,
 ) -> list[Crosscoder]:
-    """Train crosscoders that differ in their initial weights alone, in one pass over the data.
+    """Train crosscoders that differ in their initial weights and the order of the data, in one pass over it.
 
     Parameters
     ----------
     seeds
         Seed of each one's initial weights.
+    orders
+        Seed of the order in which each reads the data, None for the reader's own, which is the default.
     folders
         Folder of each.
     report
@@ -181,29 +184,31 @@ def train_replicates(
     _check_views(moments, views)
     ranks = join_ranks(device)
     run_folders = [None] * len(seeds) if folders is None else list(folders)
+    run_orders = [None] * len(seeds) if orders is None else list(orders)
     runs = []
-    for seed, folder in zip(seeds, run_folders, strict=True):
-        key = training_key(spec, views, seed=seed, data_hash=data_hash or f"{reader.n_tokens} tokens")
+    for seed, order, folder in zip(seeds, run_orders, run_folders, strict=True):
+        key = training_key(spec, views, seed=seed, order=order, data_hash=data_hash or f"{reader.n_tokens} tokens")
         runs.append(start_run(spec, views, moments, seed=seed, key=key, folder=folder, device=device, ranks=ranks))
         _resume(runs[-1])
     step = min(run.step for run in runs)
+    batch_bytes = 4 * spec.batch_size * sum(moments.widths)
     # the batches after which no state is kept: a run that goes on from one reads them all
     last, n_last = list[Tensor](), min(math.ceil(TOKENS_OF_L0 / spec.batch_size), max(spec.steps // 10, 1))
     with (
         (progress if ranks.rank == 0 else SILENT).task(
             f"crosscoder {spec.name}", total=spec.steps * spec.batch_size, unit="tokens"
         ) as task,
-        closing(endless(reader, start=step)) as batches,
+        closing(in_orders(reader, [None, *run_orders], batch_bytes=batch_bytes, start=step)) as batches,
     ):
         task.skip(step * spec.batch_size)
         while step < spec.steps:
-            batch = torch.from_numpy(joined(next(batches))).to(device, non_blocking=True)
+            as_read, *each = next(batches)
             if step >= spec.steps - n_last:
-                last.append(batch.clone())
+                last.append(torch.from_numpy(as_read.copy()).to(device))
             log = (step + 1) % log_every == 0 or step + 1 == spec.steps
-            for run in runs:
+            for run, rows in zip(runs, each, strict=True):
                 if run.step == step:  # a run resumed from a later state waits until the others reach it
-                    train_step(run, spec, batch, log=log)
+                    train_step(run, spec, torch.from_numpy(rows).to(device, non_blocking=True), log=log)
             step += 1
             if log:
                 task.advance(spec.batch_size * ((step - 1) % log_every + 1), **_progress_facts(runs[0]))
@@ -242,13 +247,15 @@ def _plain(point: Mapping[str, Any], name: str) -> dict[str, float]:
     return values
 
 
-def training_key(spec: CrosscoderSpec, views: Sequence[str], *, seed: int, data_hash: str) -> str:
+def training_key(
+    spec: CrosscoderSpec, views: Sequence[str], *, seed: int, order: int | None = None, data_hash: str
+) -> str:
     """Hash of everything a crosscoder's weights depend on, which its name and its use do not."""
     left_out = {"name", "views", "readout", "replicates", "accept_unhealthy", "corpus"}
     settings = spec.resolved().model_dump(mode="json", exclude=left_out)
     if settings["objective"] != "joint":
         settings["decoder"] = "shared"  # the rules of paired rows; crosscoders trained under earlier ones are replaced
-    return content_hash([settings, list(views), int(seed), data_hash])
+    return content_hash([settings, list(views), int(seed), data_hash, *([] if order is None else [order])])
 
 
 def _check_views(moments: ViewMoments, views: Sequence[str]) -> None:
