@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeAlias, TypeVar
 
@@ -165,7 +165,8 @@ def heading(text: object) -> None:
 
 def fail(message: object) -> NoReturn:
     """Print one sentence and leave with exit code 2."""
-    echo(f"Error: {message}", err=True)
+    with suppress(OSError):  # nobody reads it
+        echo(f"Error: {message}", err=True)
     sys.exit(EXIT_BAD_INPUT)
 
 

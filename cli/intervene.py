@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,10 +33,9 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
     """``3,12,407`` as numbers."""
     if value is None:
         return []
-    try:
-        return [int(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"expected feature ids as 3,12,407, got {value!r}.") from None
+    if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", value):
+        raise click.BadParameter(f"expected feature ids as 3,12,407, got {value!r}.")
+    return [int(part) for part in value.split(",")]
 
 
 @click.command("intervene")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
 
+LARGEST: Final = 1 << 63
+"""Whole numbers beyond it fit into no array."""
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -31,8 +33,8 @@ def _check_as_written(written: Any, read: Any) -> None:
     elif isinstance(read, int | float):
         if isinstance(written, bool) or (isinstance(written, str) and written != str(read)):
             raise ValueError(f"expected a number, got {written!r}")
-        if not math.isfinite(read):
-            raise ValueError(f"expected a finite number, got {written!r}")
+        if abs(read) > LARGEST if isinstance(read, int) else not math.isfinite(read):
+            raise ValueError(f"expected a finite number, at most 2^63, got {str(written)[:40]}")
     elif isinstance(read, dict) and isinstance(written, dict):
         if len(read) < len(written):  # '1' beside 1
             raise ValueError(f"expected every key once, got {list(written)}")

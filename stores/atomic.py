@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from rlgen_stats.schemas.errors import OutOfSpaceError, RlgenStatsError, StoreCorruptError
-from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote
-from rlgen_stats.stores.locks import process_exists
+from rlgen_stats.stores.locations import check_regular, explain_access_errors, filesystem, is_remote
+from rlgen_stats.stores.locks import began_before
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 ZARR_JSON: Final = "zarr.json"
@@ -134,6 +134,11 @@ def sweep(folder: Path) -> None:
         folders[:] = [name for name in folders if not (name == "c" and ZARR_JSON in files)]
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether it was being written, moved aside or deleted, so that nothing counts on it."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
 def _leftovers(path: Path) -> list[Path]:
     """What lies beside ``path`` and was to become it, or was it."""
     siblings = path.parent.iterdir() if path.parent.exists() else ()
@@ -141,10 +146,10 @@ def _leftovers(path: Path) -> list[Path]:
 
 
 def _is_alive(leftover: Path, *, itself: bool = True) -> bool:
-    """Whether the process that it names runs on this host; of this process ``itself``: in containers all are one."""
+    """Whether the process that wrote it runs on this host; of this process ``itself``: in containers all are one."""
     found = _LEFTOVER.fullmatch(leftover.name)
     process = int(found["process"] or 0) if found else 0
-    return itself if process == os.getpid() else process > 0 and process_exists(process)
+    return itself if process == os.getpid() else process > 0 and began_before(process, leftover)
 
 
 def _put_right(leftover: Path) -> None:
@@ -204,7 +209,9 @@ def read_json(path: Path) -> Any:
         If the file is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(check_regular(path).read_text(encoding="utf-8"))
+    except StoreCorruptError:
+        raise
     except (ValueError, RecursionError) as error:
         raise StoreCorruptError(
             f"{path} is not readable JSON ({error}); restore it or delete it and run again."
@@ -227,6 +234,10 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+UNREADABLE: Final = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What json, zarr, xarray and codecs raise on damaged content."""
+
+
 @contextmanager
 def explain_damage(path: Path) -> Iterator[None]:
     """Turn what readers raise on damaged content of ``path`` into one sentence that names it; our own errors pass.
@@ -239,7 +250,7 @@ def explain_damage(path: Path) -> Iterator[None]:
         yield
     except RlgenStatsError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the file system's; decoders give no number
             raise
         line = (str(error).splitlines() or [type(error).__name__])[0][:160]

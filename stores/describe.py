@@ -24,7 +24,7 @@ from rlgen_stats.stores.labels import TokenLabels, has_labels
 from rlgen_stats.stores.locations import filesystem, is_remote, place
 from rlgen_stats.stores.results import result_groups
 from rlgen_stats.stores.shards import open_shards
-from rlgen_stats.stores.tables import open_lazily
+from rlgen_stats.stores.tables import check_not_newer, open_lazily
 from rlgen_stats.stores.verify import stores_below
 
 _VALUES: Final = 8
@@ -116,6 +116,7 @@ def _summary(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
 
 def _facts(store: Path) -> dict[str, Any]:
     attrs = read_document(store).get("attributes", {})
+    check_not_newer(store, attrs.get("schema_version", 0))
     with explain_damage(store):
         facts = _activation_facts(store) if has_labels(store) else _table_facts(store, attrs)
     sizes = _files(store)

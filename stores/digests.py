@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from rlgen_stats.schemas.dims import MODEL
-from rlgen_stats.schemas.errors import StoreCorruptError
+from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.stores.atomic import ZARR_JSON, write_json
-from rlgen_stats.stores.locations import explain_access_errors
+from rlgen_stats.stores.atomic import UNREADABLE, ZARR_JSON, write_json
+from rlgen_stats.stores.locations import check_regular, explain_access_errors
 
 DIGEST: Final = "digest"
 CONSOLIDATED: Final = "consolidated_metadata"
@@ -38,7 +38,7 @@ _KINDS: Final[dict[str, type]] = dict.fromkeys(("n_tokens", "shard_tokens", "sch
 
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file's bytes (hex); for files that carry no digest of their own."""
-    with file.open("rb") as handle:
+    with check_regular(file).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -52,21 +52,54 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     try:
         with explain_access_errors(path):
-            document = json.loads((path / ZARR_JSON).read_text(encoding="utf-8"))
+            document = json.loads(check_regular(path / ZARR_JSON).read_text(encoding="utf-8"))
         if document["zarr_format"] != 3 or document["node_type"] not in ("group", "array"):
             raise KeyError("node_type")
-        shape = document["shape"] if document["node_type"] == "array" else []
-        if not isinstance(shape, list) or any(type(size) is not int for size in shape):
-            raise TypeError("shape is of another type")
+        arrays = dict(document.get(CONSOLIDATED) or {}).get("metadata", {})
+        for array in [document] if document["node_type"] == "array" else arrays.values():
+            _check_array(array)
         attributes = document.setdefault("attributes", {})
         if not isinstance(attributes, dict):
             raise TypeError("attributes is of another type")
         for name in _KINDS.keys() & attributes.keys():
-            if not isinstance(attributes[name], _KINDS[name]):
+            if type(attributes[name]) is not _KINDS[name]:
                 raise TypeError(f"{name} is of another type")
-    except (ValueError, KeyError, TypeError, RecursionError, FileNotFoundError, NotADirectoryError) as error:
+    except (*UNREADABLE, FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error, StoreError):
+            raise
         raise StoreCorruptError(f"{path / ZARR_JSON} is not Zarr v3 metadata ({error}); restore it.") from error
     return dict(document)
+
+
+def _check_array(metadata: dict[str, Any]) -> None:
+    """Refuse what no array here has, and on which readers of Zarr fail in many ways."""
+    shape, chunk = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    for sizes, least in ((shape, 0), (chunk, 1)):
+        if not isinstance(sizes, list) or any(type(size) is not int or not least <= size < 1 << 63 for size in sizes):
+            raise TypeError(f"a size of an array is no whole number from {least} on")
+    names = metadata.get("dimension_names") or [None] * len(shape)
+    if not isinstance(names, list) or {len(names), len(chunk)} != {len(shape)}:
+        raise TypeError("sizes, chunks and names of the dimensions are not as many")
+    if metadata["chunk_key_encoding"].get("configuration", {}).get("separator", "/") not in ("/", "."):
+        raise TypeError("separator is neither / nor .")
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """:func:`read_document` of a group, refused where the document alone shows that it was changed.
+
+    Raises
+    ------
+    StoreCorruptError
+        Also if a finished group's digest is not that of its attributes and of the metadata that readers use.
+    """
+    document = read_document(path)
+    attributes = document["attributes"]
+    arrays = dict(document.get(CONSOLIDATED) or {}).get("metadata")
+    if arrays is not None and DIGEST in attributes and attributes[DIGEST] != _digest_of(document, arrays):
+        raise StoreCorruptError(
+            f"{path / ZARR_JSON} was changed since it was written (the digest differs); restore it or compute it again."
+        )
+    return document
 
 
 def attributes_of(path: Path) -> dict[str, Any]:
@@ -102,9 +135,13 @@ def with_digest(path: Path, attributes: dict[str, Any] | None = None) -> dict[st
 
 def metadata_digest(path: Path, document: dict[str, Any]) -> str:
     """The digest of a group: a hash of its attributes and of the metadata of its arrays."""
+    return _digest_of(document, arrays_of(path, n_committed(document.get("attributes", {}))))
+
+
+def _digest_of(document: dict[str, Any], arrays: dict[str, Any]) -> str:
     attributes = {name: value for name, value in document.get("attributes", {}).items() if name != DIGEST}
     rest = {name: value for name, value in document.items() if name != "attributes"}
-    return content_hash([rest, attributes, arrays_of(path, n_committed(attributes))])
+    return content_hash([rest, attributes, arrays])
 
 
 def arrays_of(path: Path, n_models: int | None = None) -> dict[str, dict[str, Any]]:
@@ -126,5 +163,7 @@ def _without_uncommitted(array: dict[str, Any], n_models: int | None) -> dict[st
     if n_models is None or MODEL not in names:
         return array
     shape = list(array["shape"])
+    if shape[names.index(MODEL)] < n_models:
+        raise StoreCorruptError(f"an array has {shape[names.index(MODEL)]} of {n_models} committed models; restore it.")
     shape[names.index(MODEL)] = n_models
     return array | {"shape": shape}

@@ -35,7 +35,7 @@ from rlgen_stats.schemas.dims import (
 from rlgen_stats.schemas.errors import InputError, StoreCorruptError
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage
-from rlgen_stats.stores.digests import read_document
+from rlgen_stats.stores.digests import read_checked, read_document
 from rlgen_stats.stores.prompt_index import label_values, selected_labels
 from rlgen_stats.stores.seals import check_listed, sealed_store
 from rlgen_stats.stores.tables import fixed_width, open_unread
@@ -85,6 +85,7 @@ class TokenLabels:
     def codes(self) -> dict[str, Any]:
         """The arrays of the tokens group, on disk."""
         check_listed(self.path, TOKENS_GROUP)
+        read_checked(self.path / TOKENS_GROUP)
         with explain_damage(self.path / TOKENS_GROUP / ZARR_JSON):
             group = zarr.open_group(sealed_store(self.path / TOKENS_GROUP), mode="r")
             return {str(name): array for name, array in group.arrays()}
@@ -111,7 +112,8 @@ class TokenLabels:
             codes: np.dtype[Any] = self.codes[name].dtype
             return codes
         if name in (PROMPT, *PROMPT_LABELS) and LONGEST in self.prompts[name].attrs:
-            return np.dtype(f"U{self.prompts[name].attrs[LONGEST]}")
+            with explain_damage(self.path / PROMPTS_GROUP / name / ZARR_JSON):
+                return np.dtype(f"U{self.prompts[name].attrs[LONGEST]}")
         legend = self.legend(name)
         assert legend is not None  # noqa: S101 - every label but the two above is text
         return legend.dtype
@@ -201,7 +203,8 @@ class _DecodedLabels(BackendArray):
         (rows,) = key
         codes = self._codes.oindex[rows] if isinstance(rows, np.ndarray) else self._codes[rows]
         legend = self._labels.legend(self._name)
-        return codes if legend is None else legend[codes]
+        with explain_damage(self._labels.path / TOKENS_GROUP):
+            return codes if legend is None else legend[codes]
 
 
 class TokenIndex(xr.Index):

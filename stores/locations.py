@@ -12,7 +12,7 @@ from upath import UPath
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
-from rlgen_stats.schemas.errors import InputError, StoreError
+from rlgen_stats.schemas.errors import InputError, StoreCorruptError, StoreError
 
 _LOCAL = ("", "file", "local")
 _URL = re.compile(r"[\w+.:-]{2,}://")
@@ -42,6 +42,19 @@ def place(path: Path | str) -> Path:
             "for s3:// install 'rlgen-stats[s3]'."
         ) from error
     return cast(Path, location)
+
+
+def check_regular(path: Path) -> Path:
+    """``path``, unless it is a pipe, a socket or a device, of which reading may never end.
+
+    Raises
+    ------
+    StoreCorruptError
+        Naming it.
+    """
+    if not is_remote(path) and path.exists() and not (path.is_file() or path.is_dir()):
+        raise StoreCorruptError(f"{path} is a pipe, a socket or a device, expected a file; correct or restore it.")
+    return path
 
 
 def is_remote(path: Path) -> bool:

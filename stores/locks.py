@@ -87,10 +87,16 @@ def writer_of(path: Path) -> int | None:
     for file in path.parent.glob(f".{path.name}.*.lock"):
         held = _LOCK_FILE.fullmatch(file.name.removeprefix(f".{path.name}."))
         holder = int(held["holder"]) if held else os.getpid()
-        with suppress(OSError, psutil.Error):
-            if holder != os.getpid() and psutil.Process(holder).create_time() <= file.stat().st_mtime + 1:
-                return holder
+        if holder != os.getpid() and began_before(holder, file):
+            return holder
     return None
+
+
+def began_before(process: int, file: Path) -> bool:
+    """Whether a process of this number runs and is old enough to have written a file: numbers are used again."""
+    with suppress(OSError, OverflowError, psutil.Error):
+        return bool(psutil.Process(process).create_time() <= file.stat().st_mtime + 1)
+    return False
 
 
 def _locked_error(path: Path, holder: str) -> StoreLockedError:

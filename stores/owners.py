@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from rlgen_stats.stores.activation_store import stored_groups
-from rlgen_stats.stores.atomic import ZARR_JSON, read_object
+from rlgen_stats.stores.atomic import ZARR_JSON
 from rlgen_stats.stores.crosscoder_weights import SPEC, WEIGHTS, weights_hash
 from rlgen_stats.stores.digests import COMMITTED_MODELS, attributes_of, read_document
 from rlgen_stats.stores.labels import has_labels
+from rlgen_stats.stores.stage_records import read_record
 
 CROSSCODER: Final = "crosscoder"
 """Attribute of features, and of results made from one dictionary's: SHA-256 of the crosscoder's weights."""
@@ -70,7 +71,7 @@ def foreign_stores(root: Path, record: Mapping[str, Any]) -> list[str]:
 def is_outdated(root: Path, record: Mapping[str, Any]) -> bool:
     """Whether a stage that a finished one needed has begun anew under another key since; of older records, False."""
     files = {root / "stages" / f"{name}.json": key for name, key in dict(record.get("needs", {})).items()}
-    return any(file.exists() and read_object(file).get("key") != key for file, key in files.items())
+    return any(file.exists() and read_record(file)["key"] != key for file, key in files.items())
 
 
 def of_other_dictionaries(root: Path, dictionaries: Mapping[str, str], *, stage: str) -> list[str]:

@@ -23,11 +23,11 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 from zarr.abc.store import Store
-from zarr.storage import WrapperStore
+from zarr.storage import LocalStore, WrapperStore
 
 from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.schemas.seeds import content_hash
-from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, read_json, write_json
+from rlgen_stats.stores.atomic import ZARR_JSON, read_json, write_json
 from rlgen_stats.stores.digests import (
     DIGEST,
     SEAL,
@@ -39,7 +39,7 @@ from rlgen_stats.stores.digests import (
     write_digest,
     zarr_nodes,
 )
-from rlgen_stats.stores.locations import explain_access_errors, filesystem, is_remote, zarr_store
+from rlgen_stats.stores.locations import check_regular, explain_access_errors, filesystem, is_remote, zarr_store
 
 CHECKSUM_BYTES: Final = 4
 """Every chunk ends with the crc32c of what comes before, little-endian."""
@@ -129,8 +129,7 @@ def _chunks_in(group: Path, n_models: int | None) -> list[str]:
     """Names of the chunks of all arrays of a group, array by array: mean/c/0/1, or activation/c.3.0."""
     names = []
     for array, metadata in arrays_of(group, n_models).items():
-        with explain_damage(group / array / ZARR_JSON):
-            grid, separator = _grid(metadata)
+        grid, separator = _grid(metadata)
         names += [f"{array}/{separator.join(('c', *map(str, corner)))}" for corner in np.ndindex(grid)]
     return names
 
@@ -170,6 +169,8 @@ class _CheckedChunks(WrapperStore[Store]):  # type: ignore[misc]
 
     async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
         """Bytes of ``key``."""
+        if isinstance(self._store, LocalStore):
+            check_regular(self._store.root / key)
         value = await self._store.get(key, *args, **kwargs)
         array, _, chunk = key.rpartition("/c")  # of mean/c/0/1, and of c.0.1 in shards
         if not re.fullmatch(r"([/.]\d+)*", chunk) or not array:
@@ -328,7 +329,7 @@ def _carried_by(chunk: Path) -> str:
         if is_remote(chunk):
             tail = filesystem(chunk).cat_file(chunk.path, start=-CHECKSUM_BYTES)  # type: ignore[attr-defined]
         else:
-            with chunk.open("rb", buffering=0) as handle:
+            with check_regular(chunk).open("rb", buffering=0) as handle:
                 handle.seek(-CHECKSUM_BYTES, os.SEEK_END)
                 tail = handle.read()
     return bytes(tail)[::-1].hex()

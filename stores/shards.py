@@ -25,7 +25,7 @@ from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.schemas.seeds import derive_seed
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, sync
 from rlgen_stats.stores.digests import read_document
-from rlgen_stats.stores.locations import explain_access_errors, is_remote
+from rlgen_stats.stores.locations import check_regular, explain_access_errors, is_remote
 from rlgen_stats.stores.seals import CHECKSUM_BYTES, Seal, carried_checksum
 
 PARTIAL: Final = ".partial"
@@ -247,7 +247,7 @@ def _read_bytes(path: Path) -> NDArray[np.uint8]:
     if is_remote(path):
         with explain_access_errors(path):
             return np.frombuffer(path.read_bytes(), np.uint8)
-    with path.open("rb") as handle:
+    with check_regular(path).open("rb") as handle:
         if not hasattr(mmap, "MAP_POPULATE"):
             return np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         # Every byte is checked at once, so the whole file is brought in by one call and not by a fault per page.

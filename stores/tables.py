@@ -23,7 +23,14 @@ from rlgen_stats.schemas.dims import FEATURE, MODEL, PROMPT
 from rlgen_stats.schemas.errors import StoreCorruptError, StoreError
 from rlgen_stats.schemas.layout import LAYOUT_VERSION, validate
 from rlgen_stats.stores.atomic import ZARR_JSON, explain_damage, explain_full_disk, remove_leftovers, replacing
-from rlgen_stats.stores.digests import COMMITTED_MODELS, CONSOLIDATED, arrays_of, read_document, zarr_nodes
+from rlgen_stats.stores.digests import (
+    COMMITTED_MODELS,
+    CONSOLIDATED,
+    arrays_of,
+    read_checked,
+    read_document,
+    zarr_nodes,
+)
 from rlgen_stats.stores.folder import StudyFolder, store_of
 from rlgen_stats.stores.locations import explain_access_errors, is_remote, place, zarr_store
 from rlgen_stats.stores.locks import exclusive
@@ -66,7 +73,7 @@ def fixed_width(text: NDArray[Any]) -> NDArray[Any]:
 
 def open_unread(path: Path, **options: Any) -> xr.Dataset:
     """A Zarr group as it is, without indexes; a variable is read when it is used and then kept."""
-    consolidated = CONSOLIDATED in read_document(path)
+    consolidated = CONSOLIDATED in read_checked(path)
     options = {"chunks": None, "create_default_indexes": False} | options
     for node in () if consolidated else zarr_nodes(path):
         read_document(node)  # names the file that is damaged
@@ -291,6 +298,19 @@ def check_is_store(path: Path) -> None:
     raise StoreError(f"{path} is not a Zarr v3 store ({hint}); run the stage that writes it, or check the path.")
 
 
+def check_not_newer(path: Path, version: int) -> None:
+    """Refuse a store of a layout that only later releases know.
+
+    Raises
+    ------
+    StoreError
+    """
+    if version > LAYOUT_VERSION:
+        raise StoreError(
+            f"{path} has layout version {version}, this release reads up to {LAYOUT_VERSION}; upgrade rlgen-stats."
+        )
+
+
 def check_store_version(path: Path, attrs: dict[Any, Any]) -> None:
     """Refuse a store of another layout version, or one that carries none.
 
@@ -303,10 +323,7 @@ def check_store_version(path: Path, attrs: dict[Any, Any]) -> None:
     if missing:
         raise StoreError(f"{path} is not a store of this toolkit: attribute {missing[0]!r} is missing.")
     version = int(attrs["schema_version"])
-    if version > LAYOUT_VERSION:
-        raise StoreError(
-            f"{path} has layout version {version}, this release reads up to {LAYOUT_VERSION}; upgrade rlgen-stats."
-        )
+    check_not_newer(path, version)
     if version < LAYOUT_VERSION:
         raise StoreError(
             f"{path} has layout version {version}, this release reads {LAYOUT_VERSION}; raise it in place with "

@@ -18,7 +18,7 @@ import zarr
 from rlgen_stats.schemas.dims import MODEL, PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, StoreError
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
-from rlgen_stats.stores.atomic import ZARR_JSON, read_object
+from rlgen_stats.stores.atomic import UNREADABLE, ZARR_JSON
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
 from rlgen_stats.stores.digests import (
     COMMITTED_MODELS,
@@ -46,12 +46,13 @@ from rlgen_stats.stores.seals import (
     sealed_store,
 )
 from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
+from rlgen_stats.stores.stage_records import read_record
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
 
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read chunks; reading waits for the disk and decoding frees the interpreter."""
-_UNREADABLE: Final = (ValueError, OSError, RuntimeError, IndexError, KeyError, TypeError)
-"""What zarr, its codecs and json raise on damaged files: each becomes a problem of the report, not a crash of it."""
+_UNREADABLE: Final = (*UNREADABLE, OSError, RuntimeError)
+"""What becomes a problem of the report, not a crash of it."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _records(root: Path) -> list[Path]:
 
 def _check_record(root: Path, file: Path) -> None:
     """The stores that a finished stage left are still those, with all their models."""
-    record = read_object(file)
+    record = read_record(file)
     if record.get("finished") and is_outdated(root, record):  # it runs again, and its dictionaries are of then
         record["dictionaries"] = {}
     faults = foreign_stores(root, record) if record.get("finished") else []

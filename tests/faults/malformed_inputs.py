@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -234,6 +235,19 @@ def text_cases(root: Path) -> Iterator[Case]:
         "100,000 unknown keys": sound + "".join(f"key{i}: {i}\n" for i in range(100_000)).encode(),
         "100,000 runs": sound + b"contrasts: [" + b"[a, b], " * 100_000 + b"]\n",
         "duplicate key": sound + b"seed: 8\n",
+        "duplicate key in other digits": sound.replace(b"2: models/rl", b"2: models/rl\n    0x2: models/sft"),
+        "duplicate key with a sign": sound.replace(b"2: models/rl", b"2: models/rl\n    +2: models/sft"),
+        "a truth value for a step": sound.replace(b"2: models/rl", b"true: models/rl"),
+        "an octal number": sound.replace(b"seed: 7", b"seed: 0644"),
+        "a time of day": sound.replace(b"seed: 7", b"seed: 1:30"),
+        "5,000 digits": sound.replace(b"seed: 7", b"seed: " + b"9" * 5000),
+        "a million digits": sound.replace(b"seed: 7", b"seed: 0x" + b"f" * 1_000_000),
+        "bytes for a name": sound.replace(b"name: tiny", b"name: !!binary dGlueQ=="),
+        "100,000 tasks": sound + b"tasks:\n" + b"".join(b"  t%d: {}\n" % i for i in range(100_000)),
+        "100,000 token classes": sound
+        + b"tokens: {classes: {"
+        + b"".join(b"t%d: x, " % i for i in range(100_000))
+        + b"}}\n",
         "duplicate nested key": sound.replace(b"path: models/base", b"path: models/base\n  path: models/rl"),
         "deep": b"x: " + b"[" * 5000 + b"]" * 5000,
         "deep mapping": b"".join(b" " * i + b"a:\n" for i in range(3000)),
@@ -357,6 +371,86 @@ def path_cases(root: Path) -> Iterator[Case]:
 
 READABLE: Final = frozenset({("inspect", "empty"), ("verify", "empty")})
 """Readers and things that they may call sound."""
+
+
+PATHS: Final = (
+    *(("data", "prompts"), ("base", "path"), ("base", "chat_template"), ("runs", 0, "checkpoints", 2)),
+    *(("runs", 1, "chat_template"), ("intervention", "neutral_text"), ("crosscoders", 0, "weights")),
+    ("crosscoders", 0, "corpus"),
+)
+"""Settings that name files."""
+
+
+def place_cases(root: Path) -> Iterator[Case]:
+    """Pipes and devices, and nothing, where study.yaml names a file and where a study keeps its own."""
+    pipe = root / "a-pipe"
+    os.mkfifo(pipe)
+    for number, (place, path) in enumerate(product(PATHS, (str(pipe), "/dev/zero", "", " "))):
+        folder = linked_study(root, f"place-{number}")
+        (folder / "study.yaml").write_text(yaml.safe_dump(changed(place, path), sort_keys=False))
+        yield Case(
+            "place", f"{'.'.join(map(str, place))}: {path[-12:]!r}", ("status", str(folder)), lambda result: False
+        )
+    kept = [*(root / "study").glob("stages/*.json"), *(root / "study").glob("*.zarr/zarr.json")]
+    kept += [*(root / "study").glob("*.zarr/seals.json"), *(root / "study").glob("*.zarr/correct/c/**/*")]
+    for number, (file, command) in enumerate(product(filter(Path.is_file, kept), ("status", "verify", "inspect"))):
+        folder = copied_study(root, f"kept-{number}")
+        replaced = folder / file.relative_to(root / "study")
+        replaced.unlink()
+        os.mkfifo(replaced)
+        cache = file.name == "fingerprints.json"
+        reads = cache or command != "verify"  # others may have no use for the file
+        yield Case(
+            "place", f"{command}: a pipe for {file.name}", (command, str(folder)), lambda result, fine=reads: fine
+        )
+
+
+def copied_study(root: Path, name: str) -> Path:
+    """The sound study with stores and records of its own."""
+    folder = linked_study(root, name)
+    shutil.copytree(
+        root / "study", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("models", "data", "*.lock")
+    )
+    return folder
+
+
+VALUES: Final = (
+    *(None, True, False, -1, 0, 10**30, 1.5, math.inf, "", "x", "１", [], [1], {}, {"x": 1}, [[]]),
+    {"rl@4": {"x": None}},
+)
+"""Put in the place of any value of a JSON file."""
+
+
+def json_cases(root: Path, draw: random.Random, n: int) -> Iterator[Case]:
+    """One value of a record, of metadata or of a list of seals is another, or gone."""
+    files = [*(root / "study").glob("stages/*.json"), *(root / "study").glob("*.zarr/**/*.json")]
+    files = sorted(file for file in files if file.name != "fingerprints.json")
+    for number in range(n):
+        file, command = draw.choice(files), draw.choice(("status", "verify", "verify", "inspect"))
+        was = file.read_text()
+        content = json.loads(was)
+        place, value = draw.choice(list(places_in(content))), draw.choice(VALUES)
+        at = content
+        for part in place[:-1]:
+            at = at[part]
+        if draw.random() < 0.2 and isinstance(at, dict):
+            del at[place[-1]]
+        else:
+            at[place[-1]] = value
+        folder = copied_study(root, f"json-{number}")
+        (folder / file.relative_to(root / "study")).write_text(json.dumps(content))
+        # what a record says for people is in no digest, and other commands have no use for most of it
+        fine = command != "verify" or file.parent.name == "stages" or content == json.loads(was)
+        name = f"{command}: {file.relative_to(root / 'study')} {'.'.join(map(str, place))[:60]} {value!r:.20}"
+        yield Case("json", name, (command, str(folder)), lambda result, fine=fine: fine)
+
+
+def places_in(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Places of all values of a JSON document."""
+    below = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in below:
+        yield (*place, name)
+        yield from places_in(value, (*place, name))
 
 
 # -- tables
@@ -508,7 +602,7 @@ def option_cases(root: Path) -> Iterator[Case]:
             for value in numbers:
                 arguments = (*command, *((option,) if option else ()), value)
                 large = option in ("--tokens-per-second", "--run-sd", "--contexts") and value.startswith("9")
-                fine = value in plausible or large
+                fine = (value in plausible and (option != "--features" or value == "0")) or large
                 yield Case("option", f"{command[0]} {option} {value:.20}", arguments, lambda result, fine=fine: fine)
 
 
@@ -569,7 +663,8 @@ def all_cases(root: Path, stack: ExitStack, *, seed: int, n_settings: int, share
     """Every family; of those written by hand a share, drawn by the seed."""
     draw = random.Random(seed)
     yield from study_cases(root, draw, n_settings)
-    for family in (text_cases, path_cases, table_cases, option_cases):
+    yield from json_cases(root, draw, n_settings)
+    for family in (text_cases, path_cases, place_cases, table_cases, option_cases):
         for case in family(root):
             if draw.random() < share:
                 yield case

@@ -12,6 +12,7 @@ from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.stores.atomic import read_json, write_json
 from rlgen_stats.stores.hub import MODEL_FILES
+from rlgen_stats.stores.locations import check_regular
 from rlgen_stats.toolkit.progress import SILENT, Progress
 
 SAMPLES: Final = 8
@@ -49,7 +50,8 @@ class Fingerprints:
 
     def of(self, path: Path) -> str:
         """Hash of a file, or of names and contents of a folder's files; of a checkpoint's, those that are read."""
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files = sorted(check_regular(p) for p in path.rglob("*") if not p.is_dir()) if path.is_dir() else [path]
+        check_regular(path)
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
             files = [file for file in files if MODEL_FILES.fullmatch(file.name)]
         hashes = {file: self._remembered(file) for file in files}

@@ -22,7 +22,7 @@ from rlgen_stats.stores import (
     write_json,
     write_results,
 )
-from rlgen_stats.stores.atomic import read_object, remove_folder
+from rlgen_stats.stores.atomic import is_leftover, read_object, remove_folder
 from rlgen_stats.stores.crosscoder_weights import weights_hash
 from rlgen_stats.toolkit.crosscoder import (
     encode_features,
@@ -74,7 +74,7 @@ def _claim_run(study: Study, run: RunSpec) -> None:
     folder = study.folder.run(run.name)
     note = folder / "key.json"
     key = study.training_key(run)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(not is_leftover(file) for file in folder.iterdir()):
         owner = read_object(note) if note.exists() else {}
         if owner.get("key") == key:
             return

@@ -74,6 +74,8 @@ def existing(path: str, name: str, folder: StudyFolder) -> Path:
         If there is none.
     """
     full = folder.resolve(path)
+    if not path.strip():
+        raise SpecError(f"'{name}' is empty in {folder.spec}; name a file or folder.")
     if not full.exists():
         hub = f", or write hf://{path} for the model of the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
         raise SpecError(f"'{name}' names {full}, which does not exist; correct it in {folder.spec}{hub}.")

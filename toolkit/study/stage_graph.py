@@ -20,12 +20,13 @@ from rlgen_stats.schemas.errors import InputError, SpecError
 from rlgen_stats.schemas.seeds import content_hash
 from rlgen_stats.schemas.study import ChatSpec, ModelsSpec, RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_json
-from rlgen_stats.stores.atomic import read_object, sweep
+from rlgen_stats.stores.atomic import sweep
 from rlgen_stats.stores.health_records import readout_accepted
 from rlgen_stats.stores.hub import hub_folder, is_on_hub
 from rlgen_stats.stores.locks import exclusive, writer_of
 from rlgen_stats.stores.owners import foreign_stores
 from rlgen_stats.stores.prompts import prompt_files
+from rlgen_stats.stores.stage_records import read_record, read_times_forced
 from rlgen_stats.stores.study_models import imported_models
 from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_shorthands import existing
@@ -294,7 +295,7 @@ class Study:
         self._keys: dict[str, str] = {}
         self.times_forced: dict[str, int]
         if part_of is None:
-            self.times_forced = read_object(folder.forced) if folder.forced.exists() else {}
+            self.times_forced = read_times_forced(folder.forced) if folder.forced.exists() else {}
             self.fingerprints = fingerprints or Fingerprints(folder.stages / FINGERPRINTS)
             self.study_id = self._id()
         else:
@@ -480,7 +481,7 @@ class Study:
     def record(self, name: str) -> dict[str, Any]:
         """What the last run of a stage left, empty if it never started."""
         file = self.file(name)
-        return read_object(file) if file.exists() else {}
+        return read_record(file) if file.exists() else {}
 
     def write_record(self, name: str, **facts: Any) -> None:
         """Replace a stage's record."""
