@@ -33,7 +33,7 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
     """``3,12,407`` as numbers."""
     if value is None:
         return []
-    if not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", value):
+    if not re.fullmatch(r"-?[0-9]{1,40}(,-?[0-9]{1,40})*", value):
         raise click.BadParameter(f"expected feature ids as 3,12,407, got {value!r}.")
     return [int(part) for part in value.split(",")]
 

@@ -33,8 +33,11 @@ def _check_as_written(written: Any, read: Any) -> None:
     elif isinstance(read, int | float):
         if isinstance(written, bool) or (isinstance(written, str) and written != str(read)):
             raise ValueError(f"expected a number, got {written!r}")
-        if abs(read) > LARGEST if isinstance(read, int) else not math.isfinite(read):
-            raise ValueError(f"expected a finite number, at most 2^63, got {str(written)[:40]}")
+        if isinstance(read, int):
+            if abs(read) > LARGEST:
+                raise ValueError(f"expected a number of at most 2^63, got {str(written)[:40]}")
+        elif not math.isfinite(read):
+            raise ValueError(f"expected a finite number, got {written!r}")
     elif isinstance(read, dict) and isinstance(written, dict):
         if len(read) < len(written):  # '1' beside 1
             raise ValueError(f"expected every key once, got {list(written)}")

@@ -509,6 +509,13 @@ class InterventionSpec(Spec):
     accept_undecidable: bool = False
     """Whether to run trials that are too small for a criterion to pass, so that no edit can be called a cause."""
 
+    @field_validator("doses", "curve")
+    @classmethod
+    def _once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"expected every number once, got {list(values)}")
+        return values
+
 
 def _check_unique(names: Iterable[str], what: str) -> None:
     """Refuse names that are folders of one name where small and capital letters are the same, as on macOS."""

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -261,3 +262,17 @@ def test_what_is_no_scheduler_is_given_up(kind: str, monkeypatch: pytest.MonkeyP
             console.connect(address, None).__enter__()
         assert dask.config.get("scheduler", None) is None, "the next computation would look for it"
         assert get_scheduler() is None, "the next computation would wait for it"
+
+
+@pytest.mark.parametrize("ids", ["１,2", "1\n", " 1 , 2", "1_0", "1,,2", "", "9" * 41])
+def test_features_are_numbers_with_commas_between(tmp_path: Path, ids: str) -> None:
+    said = CliRunner().invoke(main, ["intervene", str(tmp_path), "--dry-run", "--features", ids])
+    assert said.exit_code == 2
+    assert "expected feature ids as 3,12,407" in said.output
+
+
+def test_a_sentence_that_nobody_can_read_is_bad_input_still(tmp_path: Path) -> None:
+    code = f"from rlgen_stats.cli import main; main(['status', {str(tmp_path)!r}])"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-P", "-c", code], stderr=full, check=False)
+    assert done.returncode == 2

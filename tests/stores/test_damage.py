@@ -1,5 +1,6 @@
 """Damaged files of every kind end in one StoreCorruptError that names a file, whatever reads them."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, StoreLockedError
+from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, StoreError, StoreLockedError
 from rlgen_stats.stores import (
     Provenance,
     StudyFolder,
@@ -128,6 +129,74 @@ def test_metadata_of_arrays_without_consolidation(study: Path, part: str, value:
     assert "results.zarr/notes" in said, said
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("chunk_grid", "configuration", "chunk_shape", 0), 0),
+        (("chunk_grid", "configuration", "chunk_shape", 0), -1),
+        (("chunk_grid", "configuration", "chunk_shape"), []),
+        (("shape", 0), 10**30),
+        (("shape", 0), 0),
+        (("chunk_key_encoding", "configuration", "separator"), -1),
+        (("chunk_key_encoding", "configuration", "separator"), 1e400),
+        (("dimension_names",), True),
+        (("dimension_names",), ["model"]),
+        (("fill_value",), 10**30),
+    ],
+)
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("array", ["features.zarr/mean", "results.zarr/notes/effect"])
+def test_values_that_no_array_has(
+    study: Path, array: str, consolidated: bool, place: tuple[Any, ...], value: object
+) -> None:
+    """Where readers of Zarr divide by zero, overflow or look for attributes."""
+    file = (study / array).parent / "zarr.json" if consolidated else study / array / "zarr.json"
+    document = read_json(file)
+    at = document["consolidated_metadata"]["metadata"][Path(array).name] if consolidated else document
+    for part in place[:-1]:
+        at = at[part]
+    at[place[-1]] = value
+    write_json(file, document)
+    store = array.split("/")[0]
+    with suppress(StoreCorruptError):  # what is consolidated does not need the array's own file
+        READERS[store](study)
+        assert not consolidated
+    with suppress(StoreCorruptError):
+        describe(study / store)
+    assert not verify(study / store).ok
+
+
+@pytest.mark.parametrize("version", [True, "1", None, 99])
+def test_a_layout_that_does_not_exist_is_not_described(study: Path, version: object) -> None:
+    file = study / "features.zarr/zarr.json"
+    document = read_json(file)
+    document["attributes"]["schema_version"] = version
+    write_json(file, document)
+    with pytest.raises(StoreError, match=r"schema_version is of another type|layout version 99, this release reads"):
+        describe(study / "features.zarr")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("other", ["pipe", "device"])
+@pytest.mark.parametrize("file", ["zarr.json", "seals.json", "mean/zarr.json", "mean/c/0/0/0"])
+def test_a_pipe_or_a_device_in_a_stores_place_is_named(study: Path, file: str, other: str) -> None:
+    path = study / "features.zarr" / file
+    path.unlink()
+    os.mkfifo(path) if other == "pipe" else path.symlink_to("/dev/zero")
+    assert any("is a pipe, a socket or a device" in problem for problem in problems_of(study / "features.zarr"))
+    with suppress(StoreCorruptError):
+        READERS["features.zarr"](study)
+        assert file == "mean/zarr.json", "which readers have in the group's file"
+
+
+def problems_of(store: Path) -> list[str]:
+    try:
+        return list(verify(store).problems)
+    except StoreCorruptError as error:
+        return [str(error)]
+
+
 def test_what_is_cut_or_gone(study: Path) -> None:
     for file in FILES:
         sound = (study / file).read_bytes()
@@ -195,10 +264,12 @@ def test_garbage_beside_a_lock_bars_nobody_and_hides_no_holder(tmp_path: Path, n
         raise AssertionError("two writers")
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), TypeError("x"), RecursionError("x"), OSError("x")])
-def test_what_readers_raise_is_explained(error: Exception) -> None:
+@pytest.mark.parametrize(
+    "kind", [ValueError, KeyError, TypeError, RecursionError, OSError, OverflowError, AttributeError]
+)
+def test_what_readers_raise_is_explained(kind: type[Exception]) -> None:
     with pytest.raises(StoreCorruptError, match=r"some\.json cannot be read \('?x"), explain_damage(Path("some.json")):
-        raise error
+        raise kind("x")
 
 
 def test_errors_of_the_file_system_are_not_damage() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import zarr
 
@@ -59,6 +60,17 @@ def test_an_old_folder_whose_replacement_never_came_is_moved_back(tmp_path: Path
     folder(tmp_path / "results.zarr" / name("drift", dead, "old"))
     sweep(tmp_path)
     assert (tmp_path / "results.zarr/drift/file").exists()
+
+
+@pytest.mark.parametrize(("older", "kept"), [(-60.0, True), (60.0, False)])
+def test_a_number_that_another_process_has_now_keeps_nothing(tmp_path: Path, older: float, kept: bool) -> None:
+    """As after a restart of a container, where numbers begin anew."""
+    left = tmp_path / name("key.json", os.getppid())
+    left.write_text("")
+    began = psutil.Process(os.getppid()).create_time()
+    os.utime(left, (began - older, began - older))
+    sweep(tmp_path)
+    assert left.exists() is kept
 
 
 def test_a_sweep_does_not_look_through_chunks(tmp_path: Path, dead: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlgen_stats.schemas.errors import StoreCorruptError
 from rlgen_stats.toolkit.study import fingerprints
 from rlgen_stats.toolkit.study.fingerprints import SAMPLE_BYTES, SAMPLES, Fingerprints
 
@@ -136,3 +137,15 @@ def test_a_record_that_cannot_be_written_stops_nothing(tmp_path: Path, checkpoin
     (tmp_path / "file").write_text("in the way")
     record = tmp_path / "file" / "fingerprints.json"
     assert Fingerprints(record).of(checkpoint) == Fingerprints(tmp_path / "other.json").of(checkpoint)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.timeout(60)
+def test_pipes_and_devices_are_refused_and_not_read(tmp_path: Path, checkpoint: Path) -> None:
+    os.mkfifo(tmp_path / "prompts.csv")
+    for path in (tmp_path / "prompts.csv", Path("/dev/zero")):
+        with pytest.raises(StoreCorruptError, match=rf"{path} is a pipe, a socket or a device, expected a file"):
+            Fingerprints(tmp_path / "record.json").of(path)
+    os.mkfifo(checkpoint / "tokenizer.json")
+    with pytest.raises(StoreCorruptError, match=r"tokenizer\.json is a pipe"):
+        Fingerprints(tmp_path / "record.json").of(checkpoint)

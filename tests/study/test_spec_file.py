@@ -156,6 +156,21 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
         ("name: a\nseed: 1\nname: b\n", "has the key 'name' twice, in lines 1 and 3; keep one"),
         ("runs:\n  - {name: a, arm: b, name: c}\n", "has the key 'name' twice, in lines 2 and 2"),
         ("a: \x00", "is not valid YAML: unacceptable character"),
+        ("a: {1: x, 0x1: y}", "has the number '0x1' in line 1; write it in decimal digits alone"),
+        ("a: {1: x, +1: y}", r"has the key '\+1' twice, in lines 1 and 1"),
+        ("a: {true: x}", "has the key 'true' in line 1, which YAML takes for a bool: quote it"),
+        ("a: {1.0: x}", "has the key '1.0' in line 1, which YAML takes for a float: quote it"),
+        ("a: {~: x}", "which YAML takes for a null: quote it"),
+        ("a: 010", "has the number '010' in line 1"),
+        ("a: 1_000", "has the number '1_000' in line 1"),
+        ("a: 1:30", "has the number '1:30' in line 1"),
+        ("a: 1:30.5", "has the number '1:30.5' in line 1"),
+        ("a: !!binary dGlueQ==", "has a value of kind !!binary in line 1"),
+        ("a: " + "9" * 401, "has a number of 401 digits in line 1; expected 400 at most"),
+        ("a: " + "9" * 5000, "has a number of 5,000 digits"),
+        ("a: !!int x", "has the number 'x' in line 1"),
+        ("a: {" + "".join(f"k{i}: 1, " for i in range(5001)) + "}", "has more than 5,000 entries at line 1"),
+        ("a: [" + "1, " * 10_001 + "]", "has more than 5,000 entries at line 1"),
     ],
 )
 def test_hostile_files_are_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
@@ -169,6 +184,10 @@ def test_nesting_aliases_and_merges_within_bounds_are_read() -> None:
     assert load_yaml(deep) == yaml.safe_load(deep)
     with pytest.raises(YamlError):
         load_yaml(f"[{deep}]")
+    many = "a: {" + "".join(f"k{i}: 1, " for i in range(5000)) + "}"
+    assert load_yaml(many) == yaml.safe_load(many)
+    plain = f"a: {'9' * 400}\nb: [-7, +7, 0, -0, 1.5e-3, .5, '010', '1:30', yes]\n'true': x\n-1: y\n"
+    assert load_yaml(plain) == yaml.safe_load(plain)
     merged = "a: &a {k: 1, n: 2}\nb: {<<: *a, k: 3}\nc: *a\n10: x\n'10': y\n"
     assert load_yaml(merged) == yaml.safe_load(merged)
     assert load_yaml("") is None
