@@ -109,6 +109,20 @@ def go_to(page: Page, file: Path) -> None:
     page.wait_for(f"document.readyState === 'complete' && location.pathname.endsWith({file.name!r})")
 
 
+@pytest.mark.parametrize(("width", "height", "seen"), [(1280, 900, "ol.overview"), (390, 844, ".chips li:last-child")])
+def test_the_answer_is_on_the_first_screen(width: int, height: int, seen: str, page: Page, report: Path) -> None:
+    """The sentence, the five verdicts and, where there is room, the figure of the study."""
+    page.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+    go_to(page, report / "index.html")
+    assert page.ask(f"document.querySelector({seen!r}).getBoundingClientRect().bottom") <= height
+    lefts = page.ask(
+        "[...document.querySelectorAll('ol.overview figure')].map(f => Math.round(f.getBoundingClientRect().left))"
+    )
+    assert len(lefts) == 6
+    assert len(set(lefts)) == (2 if width < 500 else 6), "panels side by side, or in two columns on a phone"
+    page.send("Emulation.clearDeviceMetricsOverride")
+
+
 @pytest.mark.parametrize("name", ["index.html", "features.html", "features-1.html", "prompts.html"])
 def test_on_a_phone_nothing_is_wider_than_the_screen(name: str, report: Path, page: Page) -> None:
     """375 pixels: what is wider scrolls by itself, but captions wrap. Columns of texts are half the screen or wider."""

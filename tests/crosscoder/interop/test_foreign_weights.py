@@ -160,10 +160,15 @@ def test_a_normaliser_of_another_shape_is_named(tmp_path: Path, name: str) -> No
         import_crosscoder(tmp_path, VIEWS)
 
 
-def test_tensor_files_of_torch_and_compiled_prefixes_are_read(tmp_path: Path, raw: torch.Tensor) -> None:
+@pytest.mark.parametrize("file", ["model.pt", "ae.pt"])
+@pytest.mark.parametrize("by_folder", [False, True])
+def test_tensor_files_of_torch_and_compiled_prefixes_are_read(
+    tmp_path: Path, raw: torch.Tensor, file: str, by_folder: bool
+) -> None:
+    """As crosscoder_learning and, as ae.pt, dictionary_learning save them."""
     tensors = theirs()
-    torch.save({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.pt")
-    f, _ = our_output(import_crosscoder(tmp_path / "model.pt", VIEWS), raw)
+    torch.save({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, tmp_path / file)
+    f, _ = our_output(import_crosscoder(tmp_path if by_folder else tmp_path / file, VIEWS), raw)
     torch.testing.assert_close(f.double(), their_output(tensors, raw)[0], rtol=1e-3, atol=1e-3)
 
 

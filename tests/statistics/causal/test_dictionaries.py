@@ -153,7 +153,7 @@ def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
     assert np.isfinite(balance["standardized_difference"].values).all()  # of the dictionary that has a set
     assert "One dictionary: not replicated" in str(row(result)["v5"].item())
     result, _ = judge_together({1: trials[1], 2: ((), empty), 3: trials[1]})
-    everywhere = "2 of 2 dictionaries on their own (Holm): dictionary 1 -0.407, dictionary 3 -0.407"
+    everywhere = "2 of 2 dictionaries on their own (Holm): dictionary 1 -40.7, dictionary 3 -40.7"
     assert everywhere in str(row(result)["v5"].item())
     assert "One dictionary" not in str(row(result)["v5"].item())
     nothing, unknown = judge_together({1: ((), empty), 2: ((), empty)})

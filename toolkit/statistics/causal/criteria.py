@@ -135,7 +135,7 @@ def effect_shown(table: OutcomeTable, effects: PairedEffect, settings: Settings)
     if len(each) > 1 and each.any():
         agree = bool(same_direction(each, effects.mean[i]))
         alike = int((np.sign(each) == np.sign(effects.mean[i])).sum())
-        words = ", ".join(f"{one:+.3f}" for one in each)
+        words = ", ".join(f"{100 * one:+.1f}" for one in each)
         findings.append(
             Finding(
                 check=Check.V1_DICTIONARIES,
@@ -255,7 +255,9 @@ def _rank(table: OutcomeTable, effects: PairedEffect, settings: Settings) -> Fin
     stopped = len(random) < settings.n_planned
     at_last = stopped and len(random) > FEWEST_RANDOM
     rank_p = n_as_large / len(random) if at_last else (1 + n_as_large) / (len(random) + 1)
-    detail = f", whose effects are {effects.mean[random].min():+.3f} to {effects.mean[random].max():+.3f}"
+    detail = (
+        f", whose effects are {100 * effects.mean[random].min():+.1f} to {100 * effects.mean[random].max():+.1f} points"
+    )
     if stopped:
         detail += f", stopped at {len(random)} of {settings.n_planned}: {n_as_large} had at least as large an effect"
     return Finding(
@@ -392,7 +394,8 @@ def over_steering(table: OutcomeTable, effects: PairedEffect, settings: Settings
         return ()
     shares, flagged = table.broken(table.target), np.flatnonzero(over_steered(table, effects, settings))
     detail = ", ".join(
-        f"dose {table.conditions[i].dose:g} has effect {effects.mean[i]:+.3f} and {shares[i]:.1%} broken completions"
+        f"dose {table.conditions[i].dose:g} has effect {100 * effects.mean[i]:+.1f} points and {shares[i]:.1%} broken "
+        "completions"
         for i in flagged
     )
     return (
@@ -495,7 +498,7 @@ def _shown_in(
     adjusted = np.atleast_1d(np.asarray(adjust(np.array([float(e.p_value[0]) for e in effects]), method="holm")))
     means = [float(effect.mean[0]) for effect in effects]
     n_shown = sum(table.sign * m > 0 and p <= settings.alpha for m, p in zip(means, adjusted, strict=True))
-    every = ", ".join(f"{place} {m:+.3f}" for place, m in zip(changes, means, strict=True))
+    every = ", ".join(f"{place} {100 * m:+.1f}" for place, m in zip(changes, means, strict=True))
     return Finding(check=check, passed=n_shown == len(changes), statistic=n_shown, n=len(changes), detail=every)
 
 

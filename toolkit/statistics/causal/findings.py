@@ -179,8 +179,9 @@ class Finding:
         code = _FAILED_CODES.get(self.check, self.check) if self.passed is False else self.check
         template = _NOT_ESTIMABLE.get(self.check, "not estimable") if self.passed is None else _TEMPLATES[self.check]
         numbers = {name: getattr(self, name) for name in NUMBERS}
-        change = f"{self.statistic:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-        words = template.format(**numbers, change=change, detail=self.detail).strip()
+        points = {f"{name}_points": 100 * value for name, value in numbers.items()}
+        change = "{statistic_points:+.1f} points [{low_points:+.1f}, {high_points:+.1f}]".format(**points)
+        words = template.format(**numbers, **points, change=change, detail=self.detail).strip()
         return f"{code}: {words}"
 
 
@@ -210,14 +211,15 @@ _TEMPLATES: Final = {
     Check.V1_EFFECT: "{change}, p={p_value:.3g}",
     Check.V1_DICTIONARIES: "{statistic:g} of {n:g} have the direction of the mean ({bound:g} must): {detail}",
     Check.V1_OPPOSITE: "accuracy changed against the prediction, {change}",
-    Check.NO_EFFECT: "{change} for a margin of {bound:g}",
+    Check.NO_EFFECT: "{change} for a margin of {bound_points:g}",
     Check.V2_RANK: "rank p={p_value:.3g} among {n:g} random sets{detail}",
     Check.V2_CONTROLS: "{detail}",
     Check.V2_RANDOM_SETS: "{statistic:.0%} [{low:.0%}, {high:.0%}] of {n:g} have at least half of the set's effect",
     Check.V3_DOSE: "higher minus lower of {n:g} intermediate doses {change}, p={p_value:.3g}, dose: accuracy (isotonic "
     "fit) {detail}",
-    Check.V3_FALL: "deepest fall between two rising doses {statistic:+.3f}, p={p_value:.3g}",
-    Check.V4_ACCURACY: "on {n:g} unrelated prompts changes by no less than {low:+.3f} (margin {bound:+g})",
+    Check.V3_FALL: "deepest fall between two rising doses {statistic_points:+.1f} points, p={p_value:.3g}",
+    Check.V4_ACCURACY: "on {n:g} unrelated prompts changes by no less than {low_points:+.1f} points "
+    "(margin {bound_points:+g})",
     Check.V4_TASKS: "nothing to lose in {detail}: right on at most {statistic:.1%} unedited ({bound:.0%} needed)",
     Check.V4_FORMAT: "broken completions on unrelated tasks {statistic:+.1%} (at most {bound:+.1%})",
     Check.V4_NEUTRAL_KL: "{statistic:.3g} nats a token (limit {bound:.3g})",
@@ -226,7 +228,7 @@ _TEMPLATES: Final = {
     Check.V4_LENGTH: "completions on unrelated tasks {bound:.1f} -> {statistic:.1f} tokens, reported only",
     Check.V6_KL: "closes {statistic:.0%} of the divergence from the other model ({bound:.0%} needed), p={p_value:.3g}",
     Check.V6_AGREEMENT: "with the other model beyond chance, on completions of {n:g} prompts that changed, {change} "
-    "({bound:+.3f} needed), p={p_value:.3g}",
+    "({bound_points:+.1f} needed), p={p_value:.3g}",
     Check.V6_OUTCOME: "agreement beyond chance in being right {change}, p={p_value:.3g}",
     Check.V6_ENDING: "agreement beyond chance in the ending {change}, p={p_value:.3g}",
     Check.V6_TEXT: "agreement beyond chance in words {change}, p={p_value:.3g}",
