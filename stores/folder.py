@@ -133,6 +133,11 @@ class StudyFolder:
         return self.root / "stages"
 
     @property
+    def fingerprints(self) -> Path:
+        """Remembered hashes of the files that the study reads."""
+        return self.stages / "fingerprints.json"
+
+    @property
     def forced(self) -> Path:
         """How often each stage of the study, at all its layers and for all its contrasts, was forced to run anew."""
         return (self.study or self.root) / "stages" / "forced.json"

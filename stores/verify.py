@@ -18,7 +18,7 @@ import zarr
 from rlgen_stats.schemas.dims import MODEL, PROMPT, PROMPT_LABELS
 from rlgen_stats.schemas.errors import RlgenStatsError, StoreCorruptError, StoreError
 from rlgen_stats.stores.activation_store import ARRAY, COMMITTED, root_attributes, stored_groups
-from rlgen_stats.stores.atomic import UNREADABLE, ZARR_JSON
+from rlgen_stats.stores.atomic import UNREADABLE, ZARR_JSON, read_object
 from rlgen_stats.stores.creation import LABEL_BLOCK, TOKEN_DTYPES, TokenCoder
 from rlgen_stats.stores.digests import (
     COMMITTED_MODELS,
@@ -46,7 +46,7 @@ from rlgen_stats.stores.seals import (
     sealed_store,
 )
 from rlgen_stats.stores.shards import ShardArray, open_shards, written_chunks
-from rlgen_stats.stores.stage_records import read_record
+from rlgen_stats.stores.stage_records import read_record, read_times_forced
 from rlgen_stats.stores.tables import check_is_store, check_store_version, open_table
 
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
@@ -175,6 +175,10 @@ def _records(root: Path) -> list[Path]:
 
 def _check_record(root: Path, file: Path) -> None:
     """The stores that a finished stage left are still those, with all their models."""
+    folder = StudyFolder(root)
+    if file in (folder.fingerprints, folder.forced):
+        read_object(file) if file == folder.fingerprints else read_times_forced(file)
+        return
     record = read_record(file)
     if record.get("finished") and is_outdated(root, record):  # it runs again, and its dictionaries are of then
         record["dictionaries"] = {}

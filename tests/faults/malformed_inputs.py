@@ -602,7 +602,9 @@ def option_cases(root: Path) -> Iterator[Case]:
             for value in numbers:
                 arguments = (*command, *((option,) if option else ()), value)
                 large = option in ("--tokens-per-second", "--run-sd", "--contexts") and value.startswith("9")
-                fine = (value in plausible and (option != "--features" or value == "0")) or large
+                fine = (
+                    value in plausible and ((command[0], option) != ("intervene", "--features") or value == "0")
+                ) or large
                 yield Case("option", f"{command[0]} {option} {value:.20}", arguments, lambda result, fine=fine: fine)
 
 

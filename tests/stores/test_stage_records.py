@@ -84,3 +84,14 @@ def test_how_often_stages_were_forced_is_a_number(tmp_path: Path, times: dict[st
     file.write_text(json.dumps(times))
     with pytest.raises(StoreCorruptError, match=r"forced\.json: outcomes: .*; restore it or delete it"):
         read_times_forced(file)
+
+
+@pytest.mark.parametrize(("name", "damage"), [("forced.json", {"outcomes": True}), ("fingerprints.json", [1])])
+def test_other_files_among_the_records_are_no_records(tmp_path: Path, name: str, damage: Any) -> None:
+    (tmp_path / "stages").mkdir()
+    file = tmp_path / "stages" / name
+    file.write_text(json.dumps({"outcomes": 2}))
+    _check_record(tmp_path, file)
+    file.write_text(json.dumps(damage))
+    with pytest.raises(StoreCorruptError, match=name):
+        _check_record(tmp_path, file)

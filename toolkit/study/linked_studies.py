@@ -20,7 +20,7 @@ from rlgen_stats.stores.folder import CONTRASTS, LAYERS, study_of
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_file import read_spec
-from rlgen_stats.toolkit.study.stage_graph import FINGERPRINTS, STAGES, Study
+from rlgen_stats.toolkit.study.stage_graph import STAGES, Study
 
 _LINKS_REFUSED: Final = 1314
 """What Windows answers to those who may not make symbolic links."""
@@ -57,7 +57,7 @@ def open_for_run(path: Path | str, *, exact: bool = True, progress: Progress = S
         return linked[path]
     spec = read_spec(path)
     folder = StudyFolder(path)
-    fingerprints = Fingerprints(folder.stages / FINGERPRINTS, exact=exact, progress=progress)
+    fingerprints = Fingerprints(folder.fingerprints, exact=exact, progress=progress)
     study = Study(folder, spec.answering(1), fingerprints=fingerprints)
     study.linked = tuple(_linked(study, spec, number) for number in range(2, len(spec.answers) + 1))
     return study

@@ -31,8 +31,6 @@ from rlgen_stats.stores.study_models import imported_models
 from rlgen_stats.toolkit.study.fingerprints import Fingerprints
 from rlgen_stats.toolkit.study.spec_shorthands import existing
 
-FINGERPRINTS: Final = "fingerprints.json"
-"""In the folder of records: what is remembered of the files a study reads."""
 State = Literal["done", "stale", "running", "interrupted", "foreign", "waiting"]
 
 
@@ -296,7 +294,7 @@ class Study:
         self.times_forced: dict[str, int]
         if part_of is None:
             self.times_forced = read_times_forced(folder.forced) if folder.forced.exists() else {}
-            self.fingerprints = fingerprints or Fingerprints(folder.stages / FINGERPRINTS)
+            self.fingerprints = fingerprints or Fingerprints(folder.fingerprints)
             self.study_id = self._id()
         else:
             self.times_forced, self.fingerprints = part_of.times_forced, part_of.fingerprints
