@@ -48,11 +48,15 @@ def test_the_readers_order_is_its_own_and_any_batch_can_be_the_first(orders: lis
             assert (order is not None) or np.array_equal(rows, own[number])
 
 
-@pytest.mark.parametrize(("room", "n_batches"), [(3 * BATCH_BYTES, 3), (4 * BATCH_BYTES - 1, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("room", "least", "n_batches"),
+    [(3 * BATCH_BYTES, 1, 3), (4 * BATCH_BYTES - 1, 1, 3), (1, 1, 1), (1, 2, 2), (3 * BATCH_BYTES, 2, 3)],
+)
 def test_tokens_are_dealt_out_within_blocks_that_fit(
-    room: int, n_batches: int, monkeypatch: pytest.MonkeyPatch
+    room: int, least: int, n_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paired, "BLOCK_BYTES", room)
+    monkeypatch.setattr(paired, "BLOCK_BATCHES", least)
     batches = read([None, 1], 6)
     for start in range(0, 6, n_batches):
         as_read, own = (tokens(list(each)) for each in zip(*batches[start : start + n_batches], strict=True))

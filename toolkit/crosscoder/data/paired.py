@@ -18,7 +18,9 @@ MOMENT_TOKENS: Final = 1 << 20
 """Tokens behind the normalisation: the standard error of a mean norm is then below .1% of its spread."""
 
 BLOCK_BYTES: Final = 1 << 28
-"""Memory for tokens that replicates read in orders of their own."""
+"""Memory for tokens that replicates read in orders of their own, unless ``BLOCK_BATCHES`` need more."""
+BLOCK_BATCHES: Final = 8
+"""Fewest batches of such tokens: two orders then have an eighth of a batch in common."""
 
 Batch = NDArray[np.float32] | tuple[NDArray[np.float32], ...]
 """The same tokens in every view: [batch, view, channel], or one [batch, channel] per view where widths differ."""
@@ -196,13 +198,14 @@ def in_orders(
     """Batches from number ``start`` on, one for each order, with the views side by side: [batch, sum of channels].
 
     ``None`` is the reader's order; a number is the seed of another one, in which the tokens of one block of batches
-    after the other are dealt out anew. A block is an epoch, or as many batches as fit into ``BLOCK_BYTES``.
+    after the other are dealt out anew. A block is an epoch, or as many batches as fit into ``BLOCK_BYTES``, but
+    ``BLOCK_BATCHES`` at least.
     """
     if not any(order is not None for order in orders):
         with closing(endless(reader, start=start)) as batches:
             for batch in batches:
                 yield [joined(batch)] * len(orders)
-    size = max(1, min(reader.n_batches, BLOCK_BYTES // batch_bytes))
+    size = max(1, min(reader.n_batches, max(BLOCK_BYTES // batch_bytes, BLOCK_BATCHES)))
     block, skipped = divmod(start, size)
     with closing(endless(reader, start=block * size)) as batches:
         while True:
