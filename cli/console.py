@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import json
 import math
 import os
@@ -225,6 +226,7 @@ def connect(scheduler: str | None, devices: str | None) -> Iterator[Any]:
 def _client(scheduler: str) -> Any:
     """A client of the scheduler at an address, whatever listens there."""
     found: list[Any] = []
+    reason = ["it stays silent"]
 
     def ask() -> None:
         from distributed import Client
@@ -233,20 +235,21 @@ def _client(scheduler: str) -> Any:
             # set_as_default would leave a client that could not connect where every later computation waits for it
             found.append(Client(scheduler, timeout=SCHEDULER_SECONDS / 2, set_as_default=False))
         except Exception as error:  # of the address, the network, or whatever answered there
-            found.append(error)
+            reason[0] = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        if not found:  # a client that could not connect, collected while another starts, would wait for itself
+            gc.collect()
 
     # a daemon: something that accepts a connection and stays silent would hold the client, and with it the command
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(SCHEDULER_SECONDS)
-    if found and not isinstance(found[0], Exception):
+    if found:
         return found[0]
     from rlgen_stats.schemas.errors import InputError
 
-    reason = (str(found[0]).splitlines() or [type(found[0]).__name__])[0] if found else "it stays silent"
     raise InputError(
-        f"no dask scheduler answers at {scheduler!r} ({reason[:200].rstrip('.')}); start one with 'dask scheduler' or "
-        "leave --scheduler out."
+        f"no dask scheduler answers at {scheduler!r} ({reason[0]}); start one with 'dask scheduler' or leave "
+        "--scheduler out."
     )
 
 

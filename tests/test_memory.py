@@ -30,6 +30,7 @@ def page_faults(how: str, **environment: str) -> int:
     return int(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_pages_are_cleared_once_and_not_for_every_array_unless_the_user_says_so() -> None:
     kept, given_back = page_faults("kept"), page_faults("given back")
     assert given_back > 20 * kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import click
 import dask
+import distributed
 import numpy as np
 import pandas as pd
 import pytest
@@ -276,3 +278,16 @@ def test_a_sentence_that_nobody_can_read_is_bad_input_still(tmp_path: Path) -> N
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-P", "-c", code], stderr=full, check=False)
     assert done.returncode == 2
+
+
+def test_a_client_that_could_not_connect_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collected while the next one starts, its end waits for a lock that the start holds."""
+    monkeypatch.setattr(console, "SCHEDULER_SECONDS", 2.0)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(InputError, match="no dask scheduler answers"), console.connect("tcp://127.0.0.1:9", None):
+            pass
+        assert not [one for one in gc.get_objects() if type(one) is distributed.Client]
+    finally:
+        gc.enable()

@@ -181,6 +181,7 @@ def test_what_tokens_explain_stands_beside_the_features(mini: tuple[Path, Result
     assert len(pd.read_csv(folder / "report/tables/token_classes.csv")) == data["odds_ratio"].size
 
 
+@pytest.mark.slow
 def test_tokens_are_injected_into_texts_of_the_study(
     mini: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

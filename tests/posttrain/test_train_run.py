@@ -137,7 +137,7 @@ def test_pretraining_reads_the_prompts_alone_and_teaches_no_ending(folder: Study
     assert (after[:, -1, 1].exp() < 0.1).all(), "the end token"
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_same_seed_same_weights_other_seed_other_weights(index: int, make_spec: Make, tmp_path: Path) -> None:
     results = []
     for number, seed in enumerate((0, 0, 1)):
@@ -150,7 +150,7 @@ def test_same_seed_same_weights_other_seed_other_weights(index: int, make_spec: 
     assert not same(results[0], results[2])
 
 
-@pytest.mark.parametrize(("index", "name"), [(0, "sft"), (1, "rl")])
+@pytest.mark.parametrize(("index", "name"), [pytest.param(0, "sft", marks=pytest.mark.slow), (1, "rl")])
 def test_interrupted_run_ends_as_if_it_had_not_been(index: int, name: str, make_spec: Make, tmp_path: Path) -> None:
     spec = make_spec()
     run = spec.runs[index]

@@ -223,6 +223,7 @@ def test_what_a_model_wrote_is_text(page: Open) -> None:
     assert "&lt;i&gt;step" in page["feature"].text
 
 
+@pytest.mark.slow
 def test_a_selection_has_an_address(page: Open, reader: StudyReader) -> None:
     page["model"].value, page["task"].value, page["outcome"].value = "sft@150", "parity", "gained"
     page["feature-number"].value = 19
@@ -237,6 +238,7 @@ def test_a_selection_has_an_address(page: Open, reader: StudyReader) -> None:
         assert other[name].text == page[name].text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked", [{"feature": "9" * 5000}, {"feature": "x", "task": "no", "prompt": "no", "model": ""}]
 )

@@ -227,6 +227,7 @@ def test_a_study_opens_with_its_indexes(features: Path, provenance: Provenance) 
         open_study(features.parent / "nothing")
 
 
+@pytest.mark.slow
 def test_labels_can_come_in_any_blocks(tmp_path: Path, provenance: Provenance, monkeypatch: pytest.MonkeyPatch) -> None:
     import rlgen_stats.stores.creation as creation
 

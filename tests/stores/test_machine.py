@@ -38,7 +38,7 @@ N, SHARD, WIDTH = 90, 20, 3
 PROVENANCE = Provenance("study-one", "key-one")
 MODELS = ("base@0", "rl@10", "rl@20")
 SITES = ("block1", "block2")
-EXAMPLES = int(os.environ.get("RLGEN_STATS_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("RLGEN_STATS_EXAMPLES", "2"))
 """Histories tried by one test; ``make faults`` asks for more."""
 SETTINGS = settings(
     max_examples=EXAMPLES,

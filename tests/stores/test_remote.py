@@ -116,6 +116,7 @@ def test_a_store_on_s3_does_all_that_a_folder_does(bucket: str, provenance: Prov
     assert set(open_study(f"{bucket}/study").children) == {"activations", "features", "results"}
 
 
+@pytest.mark.slow
 def test_a_missing_or_changed_object_raises_and_is_named(bucket: str, provenance: Provenance) -> None:
     path = f"{bucket}/activations.zarr"
     create_activations(path, *token_table(N), provenance=provenance, shard_tokens=SHARD)

@@ -132,7 +132,7 @@ def check_found(study: Path, store: str, read: Callable[[Path], object], said: s
         read(study)
 
 
-@pytest.mark.parametrize("change", [swap, duplicate, roll_back])
+@pytest.mark.parametrize("change", [swap, pytest.param(duplicate, marks=pytest.mark.slow), roll_back])
 @pytest.mark.parametrize("name", READERS)
 def test_a_sound_chunk_in_the_wrong_place_is_named(
     study: Path, older: Path, name: str, change: Callable[[Path, Path, Path], None]

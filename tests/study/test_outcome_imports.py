@@ -232,10 +232,10 @@ def as_lm_eval(world: Path, folder: Path) -> dict[str, Any]:
     [
         (as_table, "table", True),
         (as_tokens, "table", True),
-        (as_vllm, "vllm", True),
+        pytest.param(as_vllm, "vllm", True, marks=pytest.mark.slow),
         (as_batch, "vllm", False),
-        (as_sglang, "sglang", True),
-        (as_verl, "verl", False),
+        pytest.param(as_sglang, "sglang", True, marks=pytest.mark.slow),
+        pytest.param(as_verl, "verl", False, marks=pytest.mark.slow),
         (as_inspect, "inspect", False),
         (as_lm_eval, "lm-eval", False),
     ],

@@ -193,6 +193,7 @@ def test_a_study_trains_on_a_corpus_without_storing_it(copied: Study, monkeypatc
     assert load_crosscoder(folder.crosscoder("main")).facts["data_tokens"] == 90 * 11
 
 
+@pytest.mark.slow
 def test_interrupted_training_on_a_corpus_ends_with_the_same_weights(
     copied: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

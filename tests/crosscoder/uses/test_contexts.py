@@ -71,6 +71,7 @@ def test_the_strongest_prompts_of_every_feature(encoded: Study, truth: dict[str,
         assert row["task"] == tokens.task.values[at]
 
 
+@pytest.mark.slow
 def test_the_sample_covers_the_distribution(encoded: Study, truth: dict[str, np.ndarray]) -> None:
     tokens = open_tokens(encoded[1].activations)
     table = read_contexts(encoded[1], "main")

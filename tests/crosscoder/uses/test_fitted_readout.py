@@ -97,6 +97,7 @@ def test_views_of_several_widths_are_refused() -> None:
         fit_readout(crosscoder, reader)
 
 
+@pytest.mark.slow
 def test_a_study_changes_to_fit_without_training_again(
     copied: tuple[StudySpec, StudyFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def failed(found: list[ReadoutHealth], name: str) -> int:
     return sum(any(check.name == name and not check.ok for check in one.checks) for one in found)
 
 
-@pytest.mark.parametrize("readout", ["swap", "fit", "own"])
+@pytest.mark.parametrize("readout", ["swap", pytest.param("fit", marks=pytest.mark.slow), "own"])
 def test_a_joint_dictionary_does_not_describe_differences(judged: Judged, readout: Readout) -> None:
     found = judged("joint", readout)
     assert median(found, "dfve") < 0

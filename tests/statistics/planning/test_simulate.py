@@ -254,6 +254,7 @@ def test_lazy_and_the_same_whatever_is_computed(no_compute, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_written_and_resumed(tmp_path: Path, monkeypatch):
     calls = 0
     append = module.append_model

@@ -76,6 +76,7 @@ def _fold_seed() -> int:
     return derive_seed(4, "probe", "folds") % 2**32
 
 
+@pytest.mark.slow
 def test_features_that_correlate_with_correctness_beat_random_sets_and_noise_does_not(chosen) -> None:
     features, outcomes, selection = chosen
     probe = correctness_probe(features, outcomes, selection, members="paper", **FEW)

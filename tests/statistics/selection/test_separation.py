@@ -116,6 +116,7 @@ def test_features_that_do_better_than_raw_activations_are_said_to(world) -> None
     assert float(out.advantage_low.sel(comparison="models")) > 0.3
 
 
+@pytest.mark.slow
 def test_gains_are_told_from_losses_by_the_difference(world) -> None:
     rng = np.random.default_rng(1)
     gained = np.repeat(rng.random(100) < 0.5, 4)
