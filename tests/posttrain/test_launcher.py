@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from rlgen_stats.cli import main
@@ -74,7 +75,10 @@ def test_accelerate_gives_the_weights_of_this_process_also_after_a_kill(tmp_path
     assert heard.skipped in (40, 80)
     assert heard.skipped + heard.done == 120
     for step in (40, 80, 120):
-        assert same(weights(here, "sft", step), weights(there, "sft", step))
+        pairs = zip(weights(here, "sft", step).values(), weights(there, "sft", step).values(), strict=True)
+        # another process divides sums among several threads in its own way
+        tolerance = 0.0 if torch.get_num_threads() == 1 else 1e-3
+        assert all(torch.allclose(one, other, rtol=0.0, atol=tolerance) for one, other in pairs)
     records = [read_json(folder.run("sft") / POSTTRAIN_RECORD) for folder in (here, there)]
     assert records[0]["identity"] == records[1]["identity"]
     assert records[1]["n_processes"] == 1
