@@ -324,9 +324,9 @@ class CrosscoderSpec(Spec):
     seed: int = 0
     """Replicate number; combined with the study's seed."""
     replicates: Annotated[int, Field(ge=1, le=100)] | None = None
-    """Dictionaries trained on the same batches from different initial weights, in one pass: NAME, NAME.2, NAME.3 and so
-    on. Those of the crosscoder that is encoded are one analysis: each is tested, selected from and edited. Default: 3
-    there, 1 for the others and for weights trained elsewhere."""
+    """Dictionaries trained from different initial weights and in different orders of the data, in one pass: NAME,
+    NAME.2, NAME.3 and so on. Those of the crosscoder that is encoded are one analysis: each is tested, selected from
+    and edited. Default: 3 there, 1 for the others and for weights trained elsewhere."""
     readout: Readout = "swap"
     """How one model's features are read from the shared code: its activation in every slot (swap), in its own slot
     (own), the joint code of all views weighted by the view's own decoder norm (joint), or one linear map for all

@@ -150,6 +150,28 @@ def test_no_readout_is_judged_on_a_floor_run(copied: Study) -> None:
     assert [one["model"] for one in readout["models"]] == ["base@0", "sft@2", "sft@4", "rl@2", "rl@4"]
 
 
+@pytest.mark.parametrize(("views", "own"), [(["base@0", "rl@4"], True), (["base@0", "base@halves"], False)])
+def test_a_study_trains_its_replicates_in_orders_of_their_own(
+    views: list[str], own: bool, copied: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first has the reader's; halves of the prompts, told apart by their place in a batch, have one for all."""
+    spec, folder = copied
+    given: list[Any] = []
+
+    def stop(*_: Any, orders: list[int | None], **__: Any) -> None:
+        given.extend(orders)
+        raise InterruptedError
+
+    monkeypatch.setattr(stage_module, "train_replicates", stop)
+    one = spec.crosscoders[1].model_dump(mode="json") | {"views": views, "replicates": 3}
+    spec = spec.model_copy(update={"crosscoders": (CrosscoderSpec.model_validate(one),)})
+    monkeypatch.setattr(StudySpec, "primary_crosscoder", study_spec().primary_crosscoder)
+    with pytest.raises(InterruptedError):
+        train_crosscoders(spec, folder, provenance=PROVENANCE)
+    assert given[0] is None
+    assert len(set(given)) == (3 if own else 1)
+
+
 def test_halves_of_a_study_share_no_cluster_of_prompts(copied: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, folder = copied
     given: list[Any] = []

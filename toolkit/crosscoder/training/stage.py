@@ -190,7 +190,7 @@ class _StudyCrosscoder:
         seeds = dict(zip(spec.names, [first, *others], strict=True))
         self.seeds = [seeds[name] for name in names]
         # Dictionaries are a sample of what training gives, its order of the data included; halves have one order.
-        of_their_own = {seed: derive_seed(seed, "order") for seed in others if HALVES_MODEL not in spec.views}
+        of_their_own = {seed: derive_seed(seed, "order") for seed in others if HALVES_MODEL not in self.views}
         self.orders = [of_their_own.get(seed) for seed in self.seeds]
         is_read = spec.name == study.primary_crosscoder.name and spec.readout != "joint"
         # a floor run may end where the dictionary describes nothing; no claim rests on its features
