@@ -1,7 +1,7 @@
 """Whether a study says the same with other dictionaries: analyses of the same models, each with its own dictionaries.
 
-Models, answers and activations are the study's; each further analysis trains its own triple of dictionaries from other
-initial weights and runs everything after it. One more repeats the first of these with another number of threads, which
+Models, answers and activations are the study's; each further analysis trains dictionaries of its own from other
+initial weights, those of two models too, and runs everything after them. One more repeats the first of these with another number of threads, which
 adds sums in another order.
 """
 
@@ -60,7 +60,7 @@ def plant(study: Path) -> None:
 
 
 def prepare(study: Path, folder: Path, seed: int) -> None:
-    """The study with another seed of its encoded crosscoder; what does not depend on that stays done."""
+    """The study with another seed of every crosscoder; what does not depend on them stays done."""
     if folder.exists():
         return
     folder.mkdir(parents=True)
@@ -70,10 +70,8 @@ def prepare(study: Path, folder: Path, seed: int) -> None:
         elif path.is_dir():
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("*.lock"))
     spec = yaml.safe_load((study / "study.yaml").read_text())
-    runs = spec.get("contrast") or [run["name"] for run in spec["runs"]][:2]
-    views = {"base@0", *(f"{run}@final" for run in runs)}
-    encoded = next(one for one in spec["crosscoders"] if set(one["views"]) == views)
-    encoded["seed"] = seed
+    for crosscoder in spec["crosscoders"]:
+        crosscoder["seed"] = seed
     (folder / "study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
 
 
