@@ -63,7 +63,7 @@ imports: .namespace/rlgen_stats
 # Files begin in the order of tests/conftest.py, the longest first.
 THREADS ?= 1
 pytest:
-	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 3 --no-loadscope-reorder
 
 # The site, in site/: pages, API reference from docstrings, every link and reference checked. `mkdocs serve` while writing.
 docs: install-dev .namespace/rlgen_stats
@@ -78,7 +78,7 @@ faults: install-dev
 
 # The tests that CI has no time for: studies killed, processes that die, several processes, many initial weights.
 slow: install-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -P -m pytest -n 2 -m slow
 
 # Tests of trained models where sums are added in another order, and with other initial weights.
 TRAINED := tests/crosscoder tests/posttrain tests/statistics/drift/test_planted_drift.py tests/end_to_end/test_planted.py

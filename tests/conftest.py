@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 LONGEST = (
     *("test_mini.py", "test_planted.py", "test_planted_truth.py", "test_calibration.py", "test_explorer.py"),
@@ -26,9 +28,23 @@ SHARING = ("crosscoder", "reporting", "trial")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder in SHARING else item.nodeid.partition("::")[0]))
+
+
+class Sharing(LoadScopeScheduling):
+    """Tests of one file, or of one of the folders SHARING, on one worker.
+
+    What ``--dist loadgroup`` is for; with pytest 9.2, pytest-xdist 3.8 does not see its groups.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = file.removeprefix("tests/").partition("/")[0]
+        return folder if folder in SHARING else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Sharing:
+    return Sharing(config, log)
 
 
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
