@@ -15,6 +15,7 @@ from rlgen_stats.stores import Provenance, StudyFolder
 from rlgen_stats.toolkit.reporting import Graphic, Missing, assess_claims, write_report
 from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.figures.along_training import time_difference
+from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
 from rlgen_stats.toolkit.reporting.report_agreement import DRAWN_EXACTLY, DRAWN_ROUGHLY, disagreements
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
@@ -27,7 +28,7 @@ def as_said(results: Results, spec: StudySpec) -> list[dict[str, Any]]:
 
 
 def figure(value: float) -> dict[str, Graphic | Missing]:
-    return {"stabilization": Graphic("stabilization", "Title", (), "Caption.", {"C2": value})}
+    return {"stabilization": Graphic("stabilization", "Title", (), "Caption.", roughly={"C2": value})}
 
 
 def test_a_report_agrees_with_itself(results: Results, spec: StudySpec) -> None:
@@ -42,7 +43,10 @@ def test_a_report_agrees_with_itself(results: Results, spec: StudySpec) -> None:
         ("C2", {"verdict": "CONTRADICTED"}, "is not on its side"),
         ("C4", {"estimate": -34.0}, "the table"),
         ("C5", {"verdict": "NOT_SUPPORTED"}, "its trial is CAUSAL_SPECIFIC"),
-        ("C5", {"answer": "It rises."}, "its answer does not name its estimate 21.0"),
+        ("C5", {"answer": "It rises."}, "its answer does not name 21.0"),
+        ("C5", {"answer": "It rises by 121.0 or 21.05."}, "its answer does not name 21.0"),
+        ("C1", {"answer": "13.2% of sft's, 3.4% of rl's."}, "its answer does not name 13.1%"),
+        ("C3", {"answer": "In 1 dictionary 15 features."}, "its answer does not name 5"),
         ("C3", {"estimate": 6.0}, "the claim counts 6.0, the tables [5]"),
         ("C1", {"high": 99.0}, "the table"),
     ],
@@ -99,8 +103,29 @@ def test_a_clear_effect_that_supports_nothing_says_why(
 @pytest.mark.parametrize(("off", "agrees"), [(0.9 * DRAWN_EXACTLY, True), (1.1 * DRAWN_EXACTLY, False)])
 def test_the_overview_draws_the_estimates(off: float, agrees: bool, results: Results, spec: StudySpec) -> None:
     claims = as_said(results, spec)
-    drawn = {"editing": {"C4": claims[3]["estimate"] + off}}
+    drawn = {"editing": {"C4.estimate": claims[3]["estimate"] + off}}
     assert (disagreements(claims, results, drawn=drawn) == []) is agrees
+
+
+@pytest.mark.parametrize(
+    ("figure", "group", "changed", "where"),
+    [
+        ("dose-response", "intervention", "accuracy", "C4.estimate"),
+        ("dose-response", "intervention", "accuracy", "C5.estimate"),
+        ("mediated-share", "mediated_share", "share", "C5.details.share_of_patch.0"),
+    ],
+)
+def test_figures_draw_the_numbers_of_the_claims(
+    figure: str, group: str, changed: str, where: str, results: Results, spec: StudySpec
+) -> None:
+    """Drawn from another table than the claims were computed from, it is named."""
+    claims = as_said(results, spec)
+    drawn = {figure: draw_figures(results, spec)[figure]}
+    assert disagreements(claims, results, figures=drawn) == []
+    lower = results | {group: results[group].assign({changed: 0.9 * results[group][changed]})}
+    drawn = {figure: draw_figures(lower, spec)[figure]}
+    assert f"the figure '{figure}' draws" in (fault := " ".join(disagreements(claims, results, figures=drawn)))
+    assert f"{where} is" in fault
 
 
 def test_accuracy_gained_is_prompts_gained_less_forgotten(results: Results, spec: StudySpec) -> None:

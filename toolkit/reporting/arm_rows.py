@@ -42,6 +42,8 @@ ARM_ORDER: Final = (
     "rescaled",
 )
 """Kinds of arm in reading order."""
+CLAIM_OF: Final = {"disable": "C4", "amplify": "C5"}
+"""Direction -> claim on it."""
 RANDOM_KINDS: Final = {"random": "", "rescaled": " at the set's edit norm"}
 """Kinds of arm that are shown together, and what is said after the number of random sets."""
 _NUMBERS: Final = (

@@ -7,6 +7,7 @@ in either is seen.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, cast
@@ -15,15 +16,15 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing
-from rlgen_stats.toolkit.reporting.formatting import fixed
+from rlgen_stats.toolkit.reporting.formatting import fixed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, by_dictionary
 from rlgen_stats.toolkit.statistics.causal.findings import Check, from_columns, of_check
 from rlgen_stats.toolkit.statistics.causal.verdict import decide
 from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 
 ONE_IN_A_HUNDRED, A_TWENTIETH, ONE_IN_FIFTY, HALF, TWO_POINTS = 0.01, 0.05, 0.02, 0.5, 0.02
-DRAWN_EXACTLY: Final = 0.05
-"""Largest difference, in a claim's unit, between its estimate and that in a figure: rounding to one digit."""
+DRAWN_EXACTLY: Final = 0.005
+"""Largest difference between a claim's number and that in a figure, in the claim's unit: a hundredth is not seen."""
 DRAWN_ROUGHLY: Final = 5.0
 """Points of training by which curves may lie apart under a verdict that says they do not differ by that much."""
 CAUSAL: Final = {
@@ -56,30 +57,37 @@ def disagreements(
     domains
         Accuracy by domain, as said at the top.
     figures
-        Figures by name; those with ``numbers`` of claims are held against the verdicts.
+        Figures by name; their ``numbers`` are the claims', and what they show ``roughly`` may not contradict a verdict.
     drawn
-        Panels of the overview: ``name -> claim -> estimate`` that it draws.
+        Panels of the overview: ``name -> numbers``.
     """
     by_id = {str(claim["id"]): claim for claim in claims}
     found = [*against_tables(claims, results), *_in_text(claims), *_accuracies(domains)]
-    for panel, numbers in (drawn or {}).items():
-        found += [
-            f"{name} {by_id[name]['verdict']}: the overview's panel {panel!r} draws {value:g}, the claim says "
-            f"{by_id[name]['estimate']:g}"
-            for name, value in numbers.items()
-            if _known(by_id[name]["estimate"], value) and abs(value - by_id[name]["estimate"]) > DRAWN_EXACTLY
-        ]
+    shown = {f"the overview's panel {name!r}": numbers for name, numbers in (drawn or {}).items()}
     for name, figure in (figures or {}).items():
         if isinstance(figure, Graphic):
-            found += [fault for claim, value in figure.numbers.items() for fault in _drawn(by_id[claim], name, value)]
+            shown[f"the figure {name!r}"] = figure.numbers
+            found += [fault for claim, value in figure.roughly.items() for fault in _roughly(by_id[claim], name, value)]
+    for where, numbers in shown.items():
+        for path, value in numbers.items():
+            claim, said = by_id[path[:2]], _at(by_id, path.split("."))
+            if _known(said, value) and abs(value - said) > DRAWN_EXACTLY:
+                found.append(f"{claim['id']} {claim['verdict']}: {where} draws {value:g}, {path} is {said:g}")
     return found
+
+
+def _at(value: Any, path: Sequence[str]) -> float:
+    """What report.json has in a place."""
+    for key in path:
+        value = value[int(key) if key.isdigit() else key]
+    return cast(float, value)
 
 
 def _known(*values: float | None) -> bool:
     return all(value is not None and math.isfinite(value) for value in values)
 
 
-def _drawn(claim: Mapping[str, Any], figure: str, value: float) -> Iterator[str]:
+def _roughly(claim: Mapping[str, Any], figure: str, value: float) -> Iterator[str]:
     """A figure must not show the opposite of a directed verdict, nor a difference where there is said to be none."""
     if not _known(claim["estimate"], value):
         return
@@ -96,13 +104,25 @@ def _in_text(claims: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     C1's answer names the two shares instead, C3's what each dictionary counts.
     """
     for claim in claims:
-        if claim["id"] in ("C2", "C4", "C5") and _known(claim["estimate"]):
-            number = fixed(abs(claim["estimate"]))
-            if number not in claim["answer"]:
-                yield f"{claim['id']} {claim['verdict']}: its answer does not name its estimate {number}"
+        if not _known(claim["estimate"]):
+            continue
+        for number in _to_name(claim):
+            if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d%]|[.,]\d)", claim["answer"]):
+                yield f"{claim['id']} {claim['verdict']}: its answer does not name {number}"
+        if claim["id"] in ("C2", "C4", "C5"):
             clear = _known(claim["low"], claim["high"]) and claim["low"] * claim["high"] > 0
             if clear and claim["verdict"] in ("NOT_SUPPORTED", "UNDETERMINED") and not claim["in_short"]:
                 yield f"{claim['id']} {claim['verdict']}: its interval leaves out zero, and nothing says why"
+
+
+def _to_name(claim: Mapping[str, Any]) -> list[str]:
+    """Numbers that a claim's answer has to name."""
+    if claim["id"] == "C1":
+        return [percent(claim["details"]["tails_percent"][arm] / 100) for arm in ("sft", "rl")]
+    if claim["id"] == "C3":
+        counts = claim["details"]["n_confirmed_by_dictionary"]
+        return [f"{count:,}" for count in {min(counts), max(counts)}]
+    return [fixed(abs(claim["estimate"]))]
 
 
 def _accuracies(domains: Iterable[DomainAccuracy]) -> Iterator[str]:

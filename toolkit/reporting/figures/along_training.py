@@ -99,7 +99,7 @@ def stabilization(results: Results, spec: StudySpec) -> Graphic:
         f"one; being within it only over the last {persist} of the checkpoints does not count. Shown are the features "
         "that changed equally far in all, which is what C2 compares: features that never left the margin are stable "
         "throughout, and a run that changes fewer of them would look earlier. Thin lines: dictionaries.",
-        {"C2": 100 * time_difference(results, spec)},
+        roughly={"C2": 100 * time_difference(results, spec)},
     )
 
 

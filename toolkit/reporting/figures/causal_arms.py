@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.arm_rows import RANDOM_KINDS, Arm, arms_of, in_order, random_band
+from rlgen_stats.toolkit.reporting.arm_rows import CLAIM_OF, RANDOM_KINDS, Arm, arms_of, in_order, random_band
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     GOLD,
@@ -73,8 +73,11 @@ def _class(name: str) -> tuple[str, str]:
 
 def dose_response(results: Results, spec: StudySpec) -> Graphic:
     """Accuracy against dose for the set, with the range of matched random sets and the unedited models."""
-    data, panels = needed(results, "intervention"), []
+    data, panels, numbers = needed(results, "intervention"), [], {}
     for direction in _directions(data):
+        accuracy = {arm.kind: 100 * arm.accuracy for arm in _doses(data, direction)}
+        if {"set", "unedited"} <= accuracy.keys():
+            numbers[f"{CLAIM_OF[direction]}.estimate"] = accuracy["set"] - accuracy["unedited"]
         shown = ", ".join(f"{percent(arm.accuracy, 0)} at dose {arm.dose:g}" for arm in _doses(data, direction))
         alt = f"Accuracy against dose. {direction}: {shown}."
         draw = partial(plot_dose_response, data, direction=direction)
@@ -85,6 +88,7 @@ def dose_response(results: Results, spec: StudySpec) -> Graphic:
         tuple(panels),
         "Accuracy when the set's activations are multiplied by the dose (0 disables, 1 is no edit). Band: smallest to "
         "largest of the matched random feature sets; the set has a specific effect only outside the band.",
+        numbers,
     )
 
 

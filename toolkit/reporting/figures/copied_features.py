@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
+from rlgen_stats.toolkit.reporting.arm_rows import CLAIM_OF
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import needed
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     GOLD,
@@ -44,17 +45,21 @@ def mediated_share(results: Results, spec: StudySpec) -> Graphic:
     directions = [d for d in _TITLES if np.isfinite(data["share"].sel(direction=d).values).any()]
     if not directions:
         raise NotEstimableError("copying the other model's whole residual has no shown effect to have a share in")
-    panels = []
+    panels, numbers = [], {}
     for direction in directions:
         alt = f"Share of the full patch's effect. {_alt(data, direction)}."
         draw = partial(plot_mediated_share, data, direction=direction)
         panels.append(panel(draw, HALF, 3.4, title=f"{TITLE}: {_TITLES[direction]}", alt=alt))
+        if _SET in labels_of(data, "point"):
+            drawn = float(data["share"].sel(direction=direction, point=_SET))
+            numbers[f"{CLAIM_OF[direction]}.details.share_of_patch.0"] = drawn
     return Graphic(
         "mediated-share",
         TITLE,
         tuple(panels),
         "Features are set to the other model's level on the same text. 100% is the effect of copying the whole "
         "residual of the site. Thin lines: dictionaries.",
+        numbers,
     )
 
 

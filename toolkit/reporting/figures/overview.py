@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from rlgen_stats.schemas.dims import BASE_MODEL, BASE_RUN, stored_model
 from rlgen_stats.schemas.errors import NotEstimableError
 from rlgen_stats.schemas.study import StudySpec
-from rlgen_stats.toolkit.reporting.arm_rows import arms_of
+from rlgen_stats.toolkit.reporting.arm_rows import CLAIM_OF, arms_of
 from rlgen_stats.toolkit.reporting.figures.figure_inputs import contrasted_finals, needed, styles_of
 from rlgen_stats.toolkit.reporting.figures.plotting import (
     GOLD,
@@ -50,7 +50,7 @@ class Step:
     svg: str
     """A whole SVG document; empty where nothing is shown."""
     numbers: dict[str, float]
-    """Estimates of claims as far as the drawing shows them; ``report_agreement.py`` holds them against the verdicts."""
+    """Numbers of claims that the drawing shows, by where report.json has them (``C4.estimate``), in its unit."""
 
 
 def overview(results: Results, spec: StudySpec, said_of: Mapping[str, str]) -> tuple[Step, ...]:
@@ -351,7 +351,7 @@ def _whose(results: Results, spec: StudySpec) -> _Panel:
         f"(floor {percent(tails['null'])})."
     )
     draw = partial(plot_specific_shares, data, tau=tau, runs=runs)
-    return _Panel(draw, answer, {"C1": 100 * (tails["sft"] - tails["rl"])})
+    return _Panel(draw, answer, {"C1.estimate": 100 * (tails["sft"] - tails["rl"])})
 
 
 def _when(results: Results, spec: StudySpec) -> _Panel:
@@ -363,7 +363,7 @@ def _when(results: Results, spec: StudySpec) -> _Panel:
     return _Panel(
         partial(plot_time_to_stability, data, runs=runs),
         answer,
-        {"C2": 100 * (time.get(rl, math.nan) - time.get(sft, math.nan))},
+        {"C2.estimate": 100 * (time.get(rl, math.nan) - time.get(sft, math.nan))},
     )
 
 
@@ -376,19 +376,19 @@ def _which(results: Results, spec: StudySpec) -> _Panel:
         f"{counts['n_confirmed']} by more than elsewhere."
     )
     confirmed = float(np.mean(selection_counts(each)["n_confirmed"]))
-    return _Panel(partial(plot_selection_counts, each), answer, {"C3": confirmed})
+    return _Panel(partial(plot_selection_counts, each), answer, {"C3.estimate": confirmed})
 
 
 def _editing(results: Results, spec: StudySpec) -> _Panel:
     data = needed(results, "intervention")
     words, numbers = [], {}
-    for claim, direction in (("C4", "disable"), ("C5", "amplify")):
+    for direction, claim in CLAIM_OF.items():
         arms = arms_of(data, direction) if direction in labels_of(data, "direction") else []
         arm = next((arm for arm in arms if arm.kind == "set"), None)
         if arm is not None:
             ends = interval(arm.effect_low, arm.effect_high, 0, scale=100, sign=True)
             words.append(f"{direction} {fixed(100 * arm.effect, 0, sign=True)} {ends}")
-            numbers[claim] = 100 * arm.effect
+            numbers[f"{claim}.estimate"] = 100 * arm.effect
     if not words:
         raise NotEstimableError("no arm edits the set in either direction")
     answer = f"Points of accuracy: {', '.join(words)} (grey: matched random sets)."

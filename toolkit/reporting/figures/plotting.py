@@ -120,7 +120,9 @@ class Graphic:
     caption: str
     """How to read it."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """Estimates of claims as far as the drawing shows them, by claim, in the claim's unit."""
+    """Numbers of claims that the drawing shows, by where report.json has them (``C4.estimate``), in its unit."""
+    roughly: Mapping[str, float] = field(default_factory=dict)
+    """By claim: what its estimate would be if it were read off the drawing, which shows it in another way."""
     population: str = ""
     """Prompts, decoding, unit, models."""
 
