@@ -6,7 +6,6 @@ where all initial weights are others (RLGEN_STATS_WEIGHTS, a number that is adde
 """
 
 import os
-from pathlib import Path
 
 import pytest
 import torch

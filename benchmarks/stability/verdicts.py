@@ -1,8 +1,8 @@
 """Whether a study says the same with other dictionaries: analyses of the same models, each with its own dictionaries.
 
 Models, answers and activations are the study's; each further analysis trains dictionaries of its own from other
-initial weights, those of two models too, and runs everything after them. One more repeats the first of these with another number of threads, which
-adds sums in another order.
+initial weights, those of two models too, and runs everything after them. One more repeats the first of these with
+another number of threads, which adds sums in another order.
 """
 
 from __future__ import annotations

@@ -20,13 +20,14 @@ from rlgen_stats.schemas.errors import StoreError
 from rlgen_stats.schemas.layout import LAYOUTS
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, write_results
-from rlgen_stats.toolkit.reporting import Graphic, Missing, write_report
+from rlgen_stats.toolkit.reporting import Graphic, Missing, load_results, read_study_data, write_report
 from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks, side_effect_rows
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables, class_counts, drift_summary, matching_summary
 from rlgen_stats.toolkit.reporting.feature_cards import Context, near_identical, split_peak
 from rlgen_stats.toolkit.reporting.figures.overview import STEPS
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
+from rlgen_stats.toolkit.reporting.population import populations
 from rlgen_stats.toolkit.reporting.report import GROUPS
 from rlgen_stats.toolkit.reporting.result_lookup import tidy
 from tests.reporting.synthetic_study import N_FEATURES
@@ -438,6 +439,18 @@ def test_figures_captions_and_populations_survive_in_markdown(
         assert all(f"](figures/{file})" in markdown for file in one.files)
     for claim in data["claims"]:
         assert claim["population"] in markdown.replace("&gt;", ">")
+
+
+def test_every_analysis_names_its_population_on_the_page_and_in_markdown(
+    report: Path, written: StudyFolder, spec: StudySpec
+) -> None:
+    said_of = populations(load_results(written), spec, read_study_data(written, spec).prompts)
+    page, markdown = ((report / name).read_text(encoding="utf-8") for name in ("index.html", "report.md"))
+    page, markdown = (_letters(re.sub("<[^>]*>|&gt;|&lt;", "", text)) for text in (page, markdown))
+    assert said_of.keys() >= {"balance", "tokens", "side_effects", "copying", "health", "dictionaries"}
+    for name, sentence in said_of.items():
+        assert _letters(sentence.replace(">", "")) in page, name
+        assert _letters(sentence.replace(">", "")) in markdown, name
 
 
 def test_headings_and_captions_survive_in_markdown(report: Path) -> None:

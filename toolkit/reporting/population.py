@@ -47,7 +47,9 @@ def populations(results: Results, spec: StudySpec, prompts: pd.DataFrame | None 
         "scores": ("selection", _scores),
         "editing": ("intervention", _editing),
         "side_effects": ("intervention", _side_effects),
+        "balance": ("control_balance", _balance),
         "copying": ("mediated_share", _copying),
+        "tokens": ("tokens", _tokens),
         "health": ("health", _health),
         "dictionaries": ("replicability", _dictionaries),
     }
@@ -71,6 +73,12 @@ def _part(sizes: dict[str, int], part: str) -> str:
 
 def _unit(data: xr.Dataset) -> str:
     return f"unit: {data.attrs.get('unit', 'prompt')}"
+
+
+def _counted(data: xr.Dataset, name: str, noun: str) -> str:
+    """``27,499 tokens``, or without the number where it is not known."""
+    n = attr_number(data, name)
+    return f"{n:,.0f} {noun}" if np.isfinite(n) else noun
 
 
 def _models(results: Results, spec: StudySpec, group: str) -> str:
@@ -196,9 +204,13 @@ def _trial_prompts(results: Results) -> str:
     return f"{' and '.join(f'{one:,}' for one in sorted(n)) + ' ' if n else ''}trial prompts{of_tasks}"
 
 
+def _rl(results: Results, spec: StudySpec) -> str:
+    """The final RL model."""
+    return final_models(spec, results.get("behaviour")).get(spec.contrasted[1].name, spec.contrasted[1].name)
+
+
 def _edited(results: Results, spec: StudySpec) -> str:
-    rl = final_models(spec, results.get("behaviour")).get(spec.contrasted[1].name, spec.contrasted[1].name)
-    return f"{rl} (disable, lower) and {BASE_MODEL} (amplify, lift)"
+    return f"{_rl(results, spec)} (disable, lower) and {BASE_MODEL} (amplify, lift)"
 
 
 def _editing(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
@@ -217,6 +229,24 @@ def _side_effects(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
     )
 
 
+def _balance(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
+    return _joined(
+        _counted(results["control_balance"], "n_sets", "random sets"),
+        f"edit norms over tokens of {_trial_prompts(results)}",
+        f"firing and energy over those of {_part(sizes, 'all')} in {BASE_MODEL} and {_rl(results, spec)}",
+        f"dictionary {spec.primary_crosscoder.names[0]}",
+    )
+
+
+def _tokens(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    data = results["tokens"]
+    return _joined(
+        f"{_counted(data, 'n_tokens', 'tokens')} of selection and verification prompts in {_rl(results, spec)}",
+        f"injected into {_counted(data, 'n_texts', 'unrelated texts')}",
+        _unit(data),
+    )
+
+
 def _health(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     corpora = {one.name: one.corpus for one in spec.crosscoders if one.corpus is not None}
     trained = f"; {listed(corpora)} trained on another corpus" if corpora else ""
@@ -229,6 +259,6 @@ def _copying(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
 
 def _dictionaries(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     data = results["replicability"]
-    n, split = attr_number(data, "n_prompts"), str(data.attrs.get("split", "verification"))
-    prompts = f"{n:,.0f} {split} prompts" if np.isfinite(n) else _part(sizes, split)
+    split = str(data.attrs.get("split", "verification"))
+    prompts = _counted(data, "n_prompts", f"{split} prompts") if "n_prompts" in data.attrs else _part(sizes, split)
     return _joined(f"features and {prompts}", _dictionary_words(spec), _models(results, spec, "replicability"))
