@@ -98,6 +98,18 @@ def test_curves_arrive_and_nothing_else_changes(
     assert tensorboard.finished
 
 
+def test_tensorboard_itself_reads_the_curves_back(copied: tuple[StudySpec, StudyFolder]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    spec, folder = copied
+    content = spec.model_dump(mode="json")
+    content["crosscoders"] = [content["crosscoders"][0] | {"steps": 60}]
+    trained(StudySpec.model_validate(content), folder, "tensorboard")
+    written = accumulator.EventAccumulator(str(folder.root / "logs" / "main")).Reload()
+    curve = read_json(folder.crosscoder("main") / "curve.json")
+    losses = [(point.step, point.value) for point in written.Scalars("main/loss")]
+    assert losses == [(point["step"], pytest.approx(point["loss"], rel=1e-6)) for point in curve]  # kept as float32
+
+
 def test_a_tracker_that_does_not_start_is_a_sentence_before_training(
     copied: tuple[StudySpec, StudyFolder], recorded: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
