@@ -40,7 +40,7 @@ def _features(_: click.Context, __: click.Parameter, value: str | None) -> list[
 
 @click.command("intervene")
 @study_argument
-@click.option("--set", "set_name", metavar="NAME", help="Another set: selected, confirmed, candidate or paper.")
+@click.option("--set", "set_name", metavar="NAME", help="Another set: selected, rising, confirmed, candidate or paper.")
 @click.option("--features", callback=_features, metavar="IDS", help="These features, with commas between: 3,12,407.")
 @click.option("--dictionary", type=int, help="Number of the dictionary whose set it is; default 1.")
 @click.option("--direction", type=click.Choice(["disable", "amplify"]), help="One direction only; default both.")

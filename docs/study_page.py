@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.stores import StudyFolder, open_results, read_contexts, read_logits, result_groups
+from rlgen_stats.toolkit.reporting.feature_table import shown_of
 from rlgen_stats.toolkit.study.spec_file import read_spec
 
 BEGIN, END = "<!-- what the study showed: begin -->", "<!-- what the study showed: end -->"
@@ -182,7 +183,8 @@ def _share(one: xr.Dataset) -> str:
 
 
 def _selected_as(feature: xr.Dataset) -> str:
-    return "confirmed" if feature["tier"] == "CONFIRMED" else f"by the rule {feature.attrs['rule']}"
+    shown = shown_of({name: str(feature[name].values) for name in ("tier", "specific_tier")})
+    return shown if shown in ("confirmed", "rises") else f"by the rule {feature.attrs['rule']}"
 
 
 def _seconds(folder: Path) -> Iterator[str]:

@@ -144,8 +144,8 @@ def test_the_schema_names_every_command() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--set", "best"), "the sets are selected, confirmed, candidate, paper, got 'best'"),
-        (("--set", ""), "the sets are selected, confirmed, candidate, paper, got ''"),
+        (("--set", "best"), "the sets are selected, rising, confirmed, candidate, paper, got 'best'"),
+        (("--set", ""), "the sets are selected, rising, confirmed, candidate, paper, got ''"),
         (("--features", "-1"), "feature ids run from 0 to"),
         (("--features", "99999999999999999999"), "feature ids run from 0 to"),
         (("--set", "paper", "--features", "1"), "name a set or features, one of the two"),
@@ -165,5 +165,11 @@ def test_a_dry_run_before_any_stage_refuses_what_the_run_would(
     refused = CliRunner().invoke(main, ["intervene", str(study_folder), "--dry-run", *asked])
     assert refused.exit_code == 2
     assert said in refused.stderr
-    for sound in (("--set", "paper"), ("--features", "0"), ("--dictionary", "3"), ("--dose", "0", "--dose", "1000")):
+    for sound in (
+        ("--set", "paper"),
+        ("--set", "rising"),
+        ("--features", "0"),
+        ("--dictionary", "3"),
+        ("--dose", "0", "--dose", "1000"),
+    ):
         assert CliRunner().invoke(main, ["intervene", str(study_folder), "--dry-run", *sound]).exit_code == 0

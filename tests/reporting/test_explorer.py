@@ -133,7 +133,7 @@ def test_the_search_keeps_rows_with_all_words(page: Open) -> None:
     source, rows = page["feature-table"].source, page["feature-table"].view.filter
     assert len(rows.indices) == 240
     page["search"].value = "Confirmed edited"
-    assert [source.data["tier"][i] for i in rows.indices] == ["confirmed, edited"] * 5
+    assert [source.data["shown"][i] for i in rows.indices] == ["confirmed, edited"] * 5
     page["search"].value = "nowhere"
     assert rows.indices == []
 

@@ -24,6 +24,7 @@ from rlgen_stats.toolkit.reporting import Graphic, Missing, load_results, read_s
 from rlgen_stats.toolkit.reporting.arm_rows import direction_blocks, side_effect_rows
 from rlgen_stats.toolkit.reporting.csv_tables import build_tables, class_counts, drift_summary, matching_summary
 from rlgen_stats.toolkit.reporting.feature_cards import Context, near_identical, split_peak
+from rlgen_stats.toolkit.reporting.feature_table import shown_of
 from rlgen_stats.toolkit.reporting.figures.overview import STEPS
 from rlgen_stats.toolkit.reporting.formatting import compact, fixed, interval, p_text, percent, points
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
@@ -392,7 +393,7 @@ def test_every_feature_has_a_row_and_a_section(report: Path, data: dict[str, Any
 def test_contexts_stand_side_by_side_and_near_identical_ones_once(report: Path) -> None:
     """Each feature has nine top contexts that differ in a number and their model: one row, two more prompts' worth."""
     page = Page((report / "features.html").read_text(encoding="utf-8"))
-    assert page.text.count("Top contexts of all models, near-identical ones once") == 5
+    assert page.text.count("Top contexts of all models among the study’s texts, near-identical ones once") == 5
     assert page.text.count("step by <i>step</i> the sum of 0") == 5 * (1 + 3)
     assert page.text.count("A random sample of the tokens on which it fires in base@0") == 5
     assert page.text.count("<t1> · <t2>") == 5 + 5, "the table, and the sections"
@@ -419,6 +420,22 @@ def test_near_identical_contexts_share_the_peak_and_three_words_beside_it(first:
         )
         keys.append(near_identical(context))
     assert (keys[0] == keys[1]) is alike
+
+
+@pytest.mark.parametrize(
+    ("tier", "specific", "word"),
+    [
+        ("CONFIRMED", "CONFIRMED", "confirmed"),
+        ("CONFIRMED", "REJECTED", "rises"),
+        ("CONFIRMED", "", "rises"),
+        ("CANDIDATE", "REJECTED", "candidate"),
+        ("", "", ""),
+        (float("nan"), float("nan"), ""),
+    ],
+)
+def test_only_features_that_c3_counts_are_called_confirmed(tier: object, specific: object, word: str) -> None:
+    """Such as eleven "confirmed" features under a claim that counts none."""
+    assert shown_of({"tier": tier, "specific_tier": specific}) == word
 
 
 def test_prompts_show_what_every_model_said(report: Path) -> None:

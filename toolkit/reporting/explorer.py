@@ -80,7 +80,7 @@ _MOVEMENT: Final = ("activation_shift", "weight_distance", "kl_from_base")
 _SIGNED: Final = partial(NumberFormatter, format="+0.00", nan_format=DASH)
 _FEATURE_COLUMNS: Final = {
     "feature": ("Feature", 70, None),
-    "tier": ("Tier", 130, None),
+    "shown": ("Shown", 130, None),
     "effect_sd": ("Change, sd of base", 120, _SIGNED),
     "q_value": ("q", 80, partial(ScientificFormatter, precision=1, nan_format=DASH)),
     "call": ("Call", 110, None),
@@ -382,7 +382,7 @@ class Explorer:
         promoted = [next(iter(tokens.get(k, {}).values()), [])[:PROMOTED] for k in ids]
         return {
             "feature": ids,
-            "tier": [str(row.get("tier", "")).lower() + (", edited" if row.get("selected") else "") for row in rows],
+            "shown": [row.get("shown", "") + (", edited" if row.get("selected") else "") for row in rows],
             "verification": [float(row.get("verification_effect", np.nan)) for row in rows],
             "promotes": [" · ".join(words) for words in promoted],
         }
@@ -409,8 +409,8 @@ class Explorer:
         words = self._search.value.lower().split()
         columns = self._columns
         texts = [
-            f"{k} {tier} {promotes}".lower()
-            for k, tier, promotes in zip(columns["feature"], columns["tier"], columns["promotes"], strict=True)
+            f"{k} {shown} {promotes}".lower()
+            for k, shown, promotes in zip(columns["feature"], columns["shown"], columns["promotes"], strict=True)
         ]
         self._rows.indices = [i for i, text in enumerate(texts) if all(word in text for word in words)]
 

@@ -7,6 +7,7 @@ section, ``PER_PAGE`` of them a file. What is left out is counted and stays in r
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,7 +32,7 @@ class FeatureTable:
     """All features, most interesting first."""
 
     rows: list[dict[str, Any]]
-    """``feature, tier, selected, rank, verification_effect`` and, by run, ``effect_sd, d_z, q, call``."""
+    """``feature, shown, selected, rank, verification_effect`` and, by run, ``effect_sd, d_z, q, call``."""
     n_features: int
     """All of the dictionary's; more than there are rows where there are too many."""
     pages: dict[str, list[int]]
@@ -59,7 +60,8 @@ def feature_table(results: Results, spec: StudySpec) -> FeatureTable:
     if selection is not None:
         for row in flat(selection, ("feature",)).to_dict("records"):
             rows.setdefault(int(row["feature"]), {"feature": int(row["feature"]), "runs": {}}).update(
-                {name: row[name] for name in ("tier", "selected", "rank", "verification_effect", "verification_q")}
+                {"shown": shown_of(row)}
+                | {name: row[name] for name in ("tier", "selected", "rank", "verification_effect", "verification_q")}
             )
     ordered = sorted(rows.values(), key=_interest)
     selected = [row["feature"] for row in ordered if row.get("selected")]
@@ -71,6 +73,17 @@ def feature_table(results: Results, spec: StudySpec) -> FeatureTable:
 
 def _compared(spec: StudySpec) -> list[str]:
     return [run.name for run in spec.contrasted]
+
+
+def shown_of(row: Mapping[Any, Any]) -> str:
+    """What the selection showed of a feature, in a word; ``confirmed`` only of those that C3 counts.
+
+    ``rises``: where RL gained, on verification prompts; ``confirmed``: by more than where base was right too.
+    """
+    if row.get("specific_tier") == "CONFIRMED":
+        return "confirmed"
+    tier = row.get("tier")
+    return "rises" if tier == "CONFIRMED" else str(tier).lower() if isinstance(tier, str) else ""
 
 
 _TIERS: Final = {"CONFIRMED": 0, "CANDIDATE": 1}

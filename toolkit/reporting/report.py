@@ -28,7 +28,7 @@ from rlgen_stats.toolkit.reporting.csv_tables import build_tables
 from rlgen_stats.toolkit.reporting.examples import Example, Unread, pick_examples, pick_unread
 from rlgen_stats.toolkit.reporting.facts import Fact, StudyData, collect_facts, families, glance, read_study_data
 from rlgen_stats.toolkit.reporting.feature_cards import FeatureCard, feature_cards
-from rlgen_stats.toolkit.reporting.feature_table import SELECTED_PAGE, FeatureTable, feature_table
+from rlgen_stats.toolkit.reporting.feature_table import SELECTED_PAGE, FeatureTable, feature_table, shown_of
 from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
 from rlgen_stats.toolkit.reporting.figures.overview import Step, overview
 from rlgen_stats.toolkit.reporting.figures.plotting import Graphic, Missing, inlined, linked
@@ -242,6 +242,7 @@ def environment(*, autoescape: bool = True) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {
+        "shown": shown_of,
         "pct": percent,
         "pts": points,
         "num": fixed,

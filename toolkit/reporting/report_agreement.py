@@ -71,16 +71,18 @@ def disagreements(
     for where, numbers in shown.items():
         for path, value in numbers.items():
             claim, said = by_id[path[:2]], _at(by_id, path.split("."))
-            if _known(said, value) and abs(value - said) > DRAWN_EXACTLY:
+            if said is not None and _known(said, value) and abs(value - said) > DRAWN_EXACTLY:
                 found.append(f"{claim['id']} {claim['verdict']}: {where} draws {value:g}, {path} is {said:g}")
     return found
 
 
-def _at(value: Any, path: Sequence[str]) -> float:
-    """What report.json has in a place."""
+def _at(value: Any, path: Sequence[str]) -> float | None:
+    """What report.json has in a place; None where the claim does not say it."""
     for key in path:
+        if isinstance(value, Mapping) and key not in value:
+            return None
         value = value[int(key) if key.isdigit() else key]
-    return cast(float, value)
+    return cast(float | None, value)
 
 
 def _known(*values: float | None) -> bool:

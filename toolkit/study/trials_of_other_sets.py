@@ -35,8 +35,9 @@ from rlgen_stats.toolkit.workers import tasks_on
 
 LARGEST_DOSE: Final = 1000.0
 """Beyond it an edit is no dose of anything, and numbers overflow."""
-SETS: Final = ("selected", "confirmed", "candidate", "paper")
-"""Sets by name: what the study edits, its confirmed features, its candidates, and what the paper's rule keeps."""
+SETS: Final = ("selected", "rising", "confirmed", "candidate", "paper")
+"""Sets by name: what the study edits, features shown to rise where RL gained, those of them that do so by more than
+elsewhere (which C3 counts), candidates, and what the paper's rule keeps."""
 NEEDS: Final = ("posttrain", "outcomes", "extract", "encode", "align", "select")
 """Stages that a trial reads."""
 _RUN_STEP: Final = "rlgen_stats.toolkit.trial.run_trial"
@@ -277,7 +278,8 @@ def _named(study: Study, name: str, dictionary: int) -> tuple[int, ...]:
     selection = open_results(study.folder.results, of_dictionary("selection", dictionary)).load()
     masks = {
         "selected": selection["selected"].values,
-        "confirmed": selection["tier"].values == "CONFIRMED",
+        "rising": selection["tier"].values == "CONFIRMED",
+        "confirmed": selection["specific_tier"].values == "CONFIRMED",
         "candidate": np.isin(selection["tier"].values, ["CONFIRMED", "CANDIDATE"]),
         "paper": selection["paper_selected"].values,
     }

@@ -729,8 +729,9 @@ def test_c4_in_domain_targets_are_a_caveat(results: Results, spec: StudySpec) ->
 
 
 def test_c4_unconfirmed_features_are_a_caveat(results: Results, spec: StudySpec) -> None:
-    tiers(results, 8, "tier")  # of the edited features only number 7 is confirmed now
-    assert any("Only 1 of the 5 edited features" in c for c in claim(results, spec, "C4").caveats)
+    tiers(results, 8)  # of the edited features only number 7 is confirmed now
+    caveat = "Of the 5 edited features 5 are shown to rise where rl gained, 1 by more than elsewhere (C3)."
+    assert caveat in claim(results, spec, "C4").caveats
 
 
 def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> None:

@@ -239,15 +239,16 @@ def _balance_caveat(balance: xr.Dataset | None, direction: str) -> list[str]:
     return [f"The random sets do not fully match the set in {listed(unbalanced)}."] if unbalanced else []
 
 
-def _edited_and_confirmed(results: Results) -> tuple[int, int]:
-    """Edited features over all dictionaries, and how many of them the selection confirmed."""
-    edited = confirmed = 0
+def _edited_features(results: Results) -> tuple[int, int, int]:
+    """Edited features over all dictionaries, those shown to rise where RL gained, and those that C3 counts."""
+    edited = rising = confirmed = 0
     trials = by_dictionary(results, "trial-dictionary") or [results["intervention"]]
     for trial, selection in zip(trials, by_dictionary(results, "selection"), strict=False):
         features = np.isin(selection["feature"].values, attr_list(trial, "features"))
         edited += int(features.sum())
-        confirmed += int((features & (selection["tier"].values == "CONFIRMED")).sum())
-    return edited, confirmed
+        rising += int((features & (selection["tier"].values == "CONFIRMED")).sum())
+        confirmed += int((features & (selection["specific_tier"].values == "CONFIRMED")).sum())
+    return edited, rising, confirmed
 
 
 _LIMITING_REASONS: Final = {
@@ -330,9 +331,12 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
     in_domain = _in_domain(results) & set(details["measured_on"])
     if direction == "disable" and in_domain:
         caveats.append(f"The effect is not over out-of-domain tasks only; it includes {listed(sorted(in_domain))}.")
-    edited, confirmed = _edited_and_confirmed(results)
+    edited, rising, confirmed = _edited_features(results)
     if confirmed < edited:
-        caveats.append(f"Only {confirmed} of the {edited} edited features are confirmed (C3).")
+        caveats.append(
+            f"Of the {edited} edited features {rising} are shown to rise where {spec.contrasted[1].name} gained, "
+            f"{confirmed} by more than elsewhere (C3)."
+        )
     caveats += _balance_caveat(results.get("control_balance"), direction)
     floor = smallest_rank_p(details["n_controls"])
     if details["n_controls"] and floor > spec.statistics.alpha:

@@ -268,7 +268,7 @@ def plot_specific_at_distance(
 def _patterns(
     selection: xr.Dataset,
 ) -> tuple[list[str], list[tuple[tuple[bool, ...], int, int]], Counter[tuple[bool, ...]]]:
-    """Tasks; combinations drawn: which tasks, how many features, how many confirmed; features of all combinations."""
+    """Tasks; combinations drawn: which tasks, how many features, how many of these rise; features of all."""
     tasks = scored_tasks(selection)
     kept = selection["kept"].sel(task=tasks).values.astype(bool)
     patterns = Counter(tuple(bool(v) for v in column) for column in kept.T if column.any())
@@ -312,7 +312,7 @@ def task_intersection(results: Results, spec: StudySpec) -> Graphic:
             ),
         ),
         "Each bar is a combination of tasks and the number of features that the paper's rule keeps in exactly these; "
-        f"coloured: in all tasks. In brackets: confirmed on verification prompts.{more}",
+        f"coloured: in all tasks. In brackets: shown to rise on verification prompts.{more}",
     )
 
 
