@@ -184,7 +184,7 @@ def _which(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
 def _scores(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     data = results["selection"]
     return _joined(
-        f"{_part(sizes, 'selection')} that base got wrong and {spec.contrasted[1].name} right (greedy)",
+        f"of {_part(sizes, 'selection')} those that base got wrong and {spec.contrasted[1].name} right (greedy)",
         f"dictionary {spec.primary_crosscoder.names[0]}",
         f"{data.attrs.get('base', BASE_MODEL)} and {data.attrs.get('target', spec.contrasted[1].name)}",
     )

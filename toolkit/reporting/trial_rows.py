@@ -58,6 +58,7 @@ def trial_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "name": group.removeprefix(PREFIX),
+                    "title": _title_of(group),
                     "direction": direction,
                     "n_features": len(attr_list(data, "features")),
                     "verdict": text(data, "verdict", direction=direction),
@@ -68,6 +69,12 @@ def trial_rows(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
                 | effect
             )
     return rows
+
+
+def _title_of(group: str) -> str:
+    """What a trial is called; that of the study's own set by its dictionary."""
+    family, number = split_dictionary(group)
+    return f"the study’s set, dictionary {number}" if family == "trial-dictionary" else group.removeprefix(PREFIX)
 
 
 def part_blocks(results: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
