@@ -15,7 +15,7 @@ from rlgen_stats.stores import Provenance, StudyFolder
 from rlgen_stats.toolkit.reporting import Graphic, Missing, assess_claims, write_report
 from rlgen_stats.toolkit.reporting.claims.claim import Claim
 from rlgen_stats.toolkit.reporting.figures.along_training import time_difference
-from rlgen_stats.toolkit.reporting.figures.draw import draw_figures
+from rlgen_stats.toolkit.reporting.figures.draw import FIGURES
 from rlgen_stats.toolkit.reporting.headline import domain_accuracies
 from rlgen_stats.toolkit.reporting.report_agreement import DRAWN_EXACTLY, DRAWN_ROUGHLY, disagreements
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
@@ -120,11 +120,11 @@ def test_figures_draw_the_numbers_of_the_claims(
 ) -> None:
     """Drawn from another table than the claims were computed from, it is named."""
     claims = as_said(results, spec)
-    drawn = {figure: draw_figures(results, spec)[figure]}
-    assert disagreements(claims, results, figures=drawn) == []
+    _, _, draw = FIGURES[figure]
+    assert disagreements(claims, results, figures={figure: draw(results, spec)}) == []
     lower = results | {group: results[group].assign({changed: 0.9 * results[group][changed]})}
-    drawn = {figure: draw_figures(lower, spec)[figure]}
-    assert f"the figure '{figure}' draws" in (fault := " ".join(disagreements(claims, results, figures=drawn)))
+    fault = " ".join(disagreements(claims, results, figures={figure: draw(lower, spec)}))
+    assert f"the figure '{figure}' draws" in fault
     assert f"{where} is" in fault
 
 
