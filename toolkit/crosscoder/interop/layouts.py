@@ -228,7 +228,10 @@ def _load(file: Path) -> dict[str, Any]:
         else:
             held = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{file} holds more than tensors ({str(error)[:100]}); nothing pickled is opened.") from error
+        raise InputError(
+            f"{file} could not be read as tensors ({type(error).__name__}); expected a .safetensors file, or what "
+            "torch.save writes of tensors and nothing else: nothing pickled is opened."
+        ) from error
     if not isinstance(held, dict):
         raise InputError(f"{file} holds {type(held).__name__}, expected named tensors.")
     named = {_WRAPPERS.sub("", str(name)): value for name, value in held.items()}
