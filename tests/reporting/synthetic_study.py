@@ -811,6 +811,7 @@ def other_trial() -> xr.Dataset:
         ["v2_failed: matched random sets have at least as large an effect; v1_effect: -0.35", "not_asked: not run"],
     )
     trial["verdict"] = ("direction", ["CAUSAL_NONSPECIFIC", "INCONCLUSIVE"])
+    trial["decided_by"] = ("direction", ["", ""])  # its criteria are those of the other trial: they decide nothing
     return trial
 
 

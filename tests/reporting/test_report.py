@@ -132,8 +132,9 @@ def test_completions_that_were_cut_off_or_not_read_are_warned_about(
     warnings = data["behaviour"]["warnings"]
     n_models = len({row["model"] for row in data["behaviour"]["tasks"]})
     assert len(warnings) == 2 * n_models
-    assert "6% of rl@80's completions of task maximum were cut off by the length limit" in " ".join(warnings)
-    assert "15% of rl@80's completions of task parity have no answer that its grader can read" in " ".join(warnings)
+    said = " ".join(warnings)
+    assert "6% of rl@80's sampled completions of task maximum were cut off by the length limit" in said
+    assert "15% of rl@80's sampled completions of task parity have no answer that its grader can read" in said
     markdown = (report / "report.md").read_text(encoding="utf-8")
     for text in (page.text, markdown.replace("\\", "")):
         assert all(warning in text for warning in warnings)
@@ -235,7 +236,7 @@ def test_json_is_strict_and_names_what_is_there(data: dict[str, Any], report: Pa
 def test_study_facts_are_shown(page: Page) -> None:
     for fact in (
         "The prompt; never the token.",
-        "56 prompts in 28 clusters and 7 tasks (8 in domain, 48 out).",
+        "56 prompts in 28 clusters and 7 tasks (8 in domain, 40 out, 8 of negative controls).",
         "28 selection, 28 verification.",
         "split-hash-89ab",
         "1 sft and 1 rl",

@@ -57,6 +57,9 @@ def test_a_model_is_warned_about_once_with_all_its_tasks() -> None:
     )
     (warning,) = share_warnings(shares)
     assert warning.startswith("50% of base@0's completions of task a, 30% of c have no answer")
+    for sampled, how in ((["base@0"], "sampled"), (["rl@8"], "greedy")):
+        (warning,) = share_warnings(shares, sampled=sampled)
+        assert warning.startswith(f"50% of base@0's {how} completions of task a")
 
 
 def test_a_task_that_may_be_cut_off_is_not_warned_about() -> None:

@@ -117,6 +117,10 @@ def arms_of(data: xr.Dataset, direction: str) -> list[Arm]:
     """Arms of a direction that were run, in the dataset's order."""
     arms = data.isel(direction=labels_of(data, "direction").index(direction))
     values = {name: np.asarray(arms[name].values, dtype=float) for name in _NUMBERS}
+    for name in ("kl_to_base", "kl_to_rl"):  # over whole completions, as V6 judges it, where these were read
+        forced = arms.get(f"forced_{name}")
+        if forced is not None and np.isfinite(forced.values).any():
+            values[name] = np.asarray(forced.values, dtype=float)
     kinds, shares = arms["kind"].values, np.asarray(arms["class_share"].values, dtype=float)
     return [
         Arm(
@@ -185,11 +189,17 @@ def _random_summary(label: str, arms: list[Arm]) -> dict[str, Any]:
         "low": float(effect.min()) if several else arms[0].effect_low,
         "high": float(effect.max()) if several else arms[0].effect_high,
         "effect": float(np.median(effect)),
-        "kl_to_base": float(np.nanmean([arm.kl_to_base for arm in arms])),
-        "kl_to_rl": float(np.nanmean([arm.kl_to_rl for arm in arms])),
+        "kl_to_base": _mean([arm.kl_to_base for arm in arms]),
+        "kl_to_rl": _mean([arm.kl_to_rl for arm in arms]),
         "length": float(np.nanmean([arm.length for arm in arms])),
         "shares": np.nanmean([arm.shares for arm in arms], axis=0),
     }
+
+
+def _mean(values: list[float]) -> float:
+    """Mean of those that are known, NaN of none."""
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def side_effect_rows(data: xr.Dataset, direction: str) -> list[dict[str, Any]]:

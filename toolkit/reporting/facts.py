@@ -139,11 +139,13 @@ def _sample_facts(data: StudyData, results: Results, spec: StudySpec) -> list[Fa
     selection, prompts = results.get("selection"), data.prompts
     size = split = NOT_RECORDED
     if prompts is not None:
-        domains, splits = Counter(prompts["domain"]), Counter(prompts["split"])
+        is_control = prompts["task"].isin(spec.selection.control_tasks)
+        domains, splits = Counter(prompts["domain"].mask(is_control, "control")), Counter(prompts["split"])
         clusters, tasks = (prompts[name].nunique() for name in ("cluster", "task"))
         size = (
             f"{count(len(prompts), 'prompt')} in {count(clusters, 'cluster')} and {count(tasks, 'task')} "
-            f"({domains['in']:,} in domain, {domains['out']:,} out)."
+            f"({domains['in']:,} in domain, {domains['out']:,} out"
+            f"{', {:,} of negative controls'.format(domains['control']) if domains['control'] else ''})."
         )
         split = ", ".join(f"{n:,} {name}" for name, n in splits.items()) + "."
     sft, rl = spec.contrasted

@@ -5,6 +5,8 @@ One sentence an analysis, so that the same number cannot be given two population
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +17,15 @@ import xarray as xr
 from rlgen_stats.schemas.dims import BASE_MODEL
 from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit.reporting.formatting import count, listed
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, final_models, labels_of, number
+from rlgen_stats.toolkit.reporting.result_lookup import (
+    Results,
+    attr_number,
+    chooses_features,
+    final_models,
+    labels_of,
+    number,
+    text,
+)
 
 CLAIM_POPULATION: Final = {"C1": "whose", "C2": "when", "C3": "which", "C4": "editing", "C5": "editing"}
 """Analysis that a claim rests on."""
@@ -33,16 +43,17 @@ def populations(results: Results, spec: StudySpec, prompts: pd.DataFrame | None 
     prompts
         One row a prompt with its ``split``; without it the sizes of the parts are left out.
     """
-    builders = {
+    builders: dict[str, tuple[str, Callable[[Results, StudySpec, dict[str, int]], str]]] = {
         "behaviour": ("behaviour", _behaviour),
+        "tasks": ("behaviour", _tasks),
         "completions": ("behaviour", _completions),
         "movement": ("movement", _movement),
         "whose": ("attribution_contrast", _whose),
         "attribution": ("attribution", _attribution),
         "when": ("timing_contrast", _when),
-        "stabilization": ("stabilization", _all_prompts),
-        "set_stability": ("set_stability", _all_prompts),
-        "drift": ("drift", _all_prompts),
+        "stabilization": ("stabilization", partial(_all_prompts, group="stabilization")),
+        "set_stability": ("set_stability", partial(_all_prompts, group="set_stability")),
+        "drift": ("drift", partial(_all_prompts, group="drift")),
         "which": ("selection", _which),
         "scores": ("selection", _scores),
         "editing": ("intervention", _editing),
@@ -53,21 +64,25 @@ def populations(results: Results, spec: StudySpec, prompts: pd.DataFrame | None 
         "health": ("health", _health),
         "dictionaries": ("replicability", _dictionaries),
     }
-    return {
-        name: build(results, spec, _sizes(prompts)) for name, (group, build) in builders.items() if group in results
-    }
+    sizes = _sizes(prompts, results.get("selection"))
+    return {name: build(results, spec, sizes) for name, (group, build) in builders.items() if group in results}
 
 
-def _sizes(prompts: pd.DataFrame | None) -> dict[str, int]:
-    """Prompts of each part of the split, and of all; empty where they are not known."""
+def _sizes(prompts: pd.DataFrame | None, selection: xr.Dataset | None) -> dict[str, int]:
+    """Prompts of each part of the split, of those in tasks that choose features, and of all; empty if not known."""
     if prompts is None:
         return {}
-    return {str(part): int(n) for part, n in prompts["split"].value_counts().items()} | {"all": len(prompts)}
+    sizes = {str(part): int(n) for part, n in prompts["split"].value_counts().items()} | {"all": len(prompts)}
+    if selection is not None:
+        tasks = selection["task"].values[chooses_features(selection)].astype(str)
+        of_tasks = prompts.loc[prompts["task"].isin(tasks), "split"].value_counts()
+        sizes |= {f"{part} of tasks": int(n) for part, n in of_tasks.items()}
+    return sizes
 
 
 def _part(sizes: dict[str, int], part: str) -> str:
     """``344 verification prompts``, or without the number."""
-    words = "prompts of all parts" if part == "all" else f"{part} prompts"
+    words = "prompts of all parts" if part == "all" else f"{part.removesuffix(' of tasks')} prompts"
     return f"{sizes[part]:,} {words}" if part in sizes else f"all {words}" if part != "all" else words
 
 
@@ -102,6 +117,15 @@ def _behaviour(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
     )
 
 
+def _tasks(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+    """The same with negative controls, where tasks stand one by one."""
+    data = results["behaviour"].isel(model=0)
+    n = int(data["n_prompts"].values[data["role"].values == "control"].sum())
+    return _behaviour(results, spec, {}).replace(
+        " prompts of all parts", f"{f' and {n:,} control' if n else ''} prompts of all parts", 1
+    )
+
+
 def _completions(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
     data = results["behaviour"]
     n = int(data["n_prompts"].isel(model=0, task=data["role"].values != "pooled").sum())
@@ -130,11 +154,15 @@ def _checkpoints(results: Results, spec: StudySpec, group: str) -> str:
 
 def _whose(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
     data = results["attribution_contrast"]
-    models = [str(model) for model in np.atleast_1d(data.attrs.get("models", []))]
+    models = listed(str(model) for model in np.atleast_1d(data.attrs.get("models", [])))
+    decides = str(data.attrs["decided_by"])
+    if decides != "final":  # such as "at activation shift 0.25 from base, sft as 96% sft@16 and 4% sft@100 and ..."
+        models = text(data, "comparable", comparison=decides).partition(": ")[2].partition(";")[0] or models
     return _joined(
-        "decoder norms of alive features of the two-model dictionaries; no prompts and no decoding", _unit(data),
-        listed(models) or listed(run.name for run in spec.contrasted),
-    )  # fmt: skip
+        "decoder norms of alive features of the two-model dictionaries; no prompts and no decoding",
+        _unit(data),
+        models or listed(run.name for run in spec.contrasted),
+    )
 
 
 def _attribution(results: Results, _spec: StudySpec, _: dict[str, int]) -> str:
@@ -159,8 +187,7 @@ def _when(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     )
 
 
-def _all_prompts(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
-    group = next(name for name in ("drift", "stabilization", "set_stability") if name in results)
+def _all_prompts(results: Results, spec: StudySpec, sizes: dict[str, int], *, group: str) -> str:
     forced = results[group].attrs.get("text_mode") == "forced"
     return _joined(
         f"testable features of dictionary {spec.primary_crosscoder.names[0]}",
@@ -173,7 +200,8 @@ def _all_prompts(results: Results, spec: StudySpec, sizes: dict[str, int]) -> st
 def _which(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     data = results["selection"]
     return _joined(
-        f"chosen on {_part(sizes, 'selection')}, confirmed on {_part(sizes, 'verification')}",
+        f"chosen on {_part(sizes, 'selection of tasks')}, confirmed on {_part(sizes, 'verification of tasks')} of "
+        f"{count(int(chooses_features(data).sum()), 'task')}",
         "greedy completions decide who is right",
         _dictionary_words(spec),
         _unit(data),
@@ -184,7 +212,8 @@ def _which(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
 def _scores(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     data = results["selection"]
     return _joined(
-        f"of {_part(sizes, 'selection')} those that base got wrong and {spec.contrasted[1].name} right (greedy)",
+        f"of {_part(sizes, 'selection of tasks')} those that base got wrong and {spec.contrasted[1].name} right",
+        "greedy completions",
         f"dictionary {spec.primary_crosscoder.names[0]}",
         f"{data.attrs.get('base', BASE_MODEL)} and {data.attrs.get('target', spec.contrasted[1].name)}",
     )
@@ -231,7 +260,7 @@ def _side_effects(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
 
 def _balance(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     return _joined(
-        _counted(results["control_balance"], "n_sets", "random sets"),
+        _counted(results["control_balance"], "n_sets", "matched random sets, of which a trial may need fewer"),
         f"edit norms over tokens of {_trial_prompts(results)}",
         f"firing and energy over those of {_part(sizes, 'all')} in {BASE_MODEL} and {_rl(results, spec)}",
         f"dictionary {spec.primary_crosscoder.names[0]}",

@@ -21,7 +21,7 @@ from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, l
 
 MAX_PROMPTS: Final = 200
 """Prompts shown: those that examples and selected features lead to, then trial prompts, in file order."""
-MAX_ARMS: Final = 12
+MAX_ARMS: Final = 24
 """Arms of one direction shown a prompt, random sets left out."""
 MAX_LETTERS: Final = 300
 """Longest piece of one completion; with the numbers above the page stays below 2 MB."""

@@ -42,6 +42,7 @@ from rlgen_stats.toolkit.reporting.report_agreement import disagreements
 from rlgen_stats.toolkit.reporting.result_lookup import Results, final_models, labels_of, tidy
 from rlgen_stats.toolkit.reporting.source_study import effects
 from rlgen_stats.toolkit.reporting.trial_rows import part_blocks, trial_rows
+from rlgen_stats.toolkit.statistics.causal.verdict import decided_again
 from rlgen_stats.toolkit.statistics.completion_shares import share_warnings
 from rlgen_stats.toolkit.statistics.task_accuracy import DomainAccuracy
 
@@ -110,10 +111,14 @@ class Report:
 
 
 def load_results(folder: StudyFolder) -> dict[str, xr.Dataset]:
-    """Every results group of a study in memory, in reading order; empty if there is no results store."""
+    """Every results group of a study in memory, in reading order; empty if there is no results store.
+
+    Trials have the verdict that the present rules give their criteria.
+    """
     stored = result_groups(folder.results)
     ordered = [*(group for group in GROUPS if group in stored), *(group for group in stored if group not in GROUPS)]
-    return tidy({group: open_results(folder.results, group) for group in ordered})
+    results = {group: open_results(folder.results, group) for group in ordered}
+    return tidy({group: decided_again(data) if "decided_by" in data else data for group, data in results.items()})
 
 
 def write_report(
@@ -402,7 +407,11 @@ def _share_warnings(results: Results, spec: StudySpec) -> list[str]:
     if behaviour is None:
         return []
     shares = behaviour.sel(task=behaviour["role"] != "pooled")
-    return share_warnings(shares, may_be_cut=spec.may_be_cut(labels_of(shares, "task")))
+    finals = {BASE_MODEL, *final_models(spec, shares).values()}
+    models = labels_of(shares, "model")
+    n_samples = spec.generation.n_samples
+    sampled = [model for model in models if (n_samples.final if model in finals else n_samples.others)]
+    return share_warnings(shares, may_be_cut=spec.may_be_cut(labels_of(shares, "task")), sampled=sampled)
 
 
 def over_dictionaries(report: Report) -> dict[str, Any]:

@@ -112,6 +112,11 @@ def nearest_label(dataset: xr.Dataset | None, dim: str, value: float) -> float:
     return min(labels, key=lambda label: abs(label - value), default=value)
 
 
+def chooses_features(selection: xr.Dataset) -> np.ndarray:
+    """[task] True where features were chosen and confirmed on a task: not one held out, nor a negative control."""
+    return ~np.isin(selection["role"].values.astype(str), ("held_out", "control"))
+
+
 def final_models(spec: StudySpec, dataset: xr.Dataset | None) -> dict[str, str]:
     """``run -> model id`` of the last checkpoint of every run the dataset has."""
     if dataset is None or RUN not in dataset.coords or STEP not in dataset.coords:

@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
+from rlgen_stats.toolkit.statistics.causal.findings import Decision
 from rlgen_stats.toolkit.statistics.causal.mediated_share import CompactShare, compact_share
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
@@ -561,20 +562,28 @@ CAUSAL: Final = {
 
 
 def causal_verdict(
-    causal: str, effect: float, low: float, high: float, p_value: float, *, alpha: float, claimed: int
+    causal: str,
+    effect: float,
+    low: float,
+    high: float,
+    p_value: float,
+    *,
+    alpha: float,
+    claimed: int,
+    decision: str = "",
 ) -> Verdict:
     """Verdict on "editing the set changes accuracy in the claimed direction" from the causal verification.
 
     An effect in the other direction, significant and beyond V1's ``MIN_EFFECT``, is CONTRADICTED whatever the causal
-    verdict; CAUSAL_SPECIFIC with an effect that is not so in the claimed direction is UNDETERMINED; a verdict this
-    release does not know is too.
+    verdict, unless its ``decision`` is that some dictionaries had no set to try; CAUSAL_SPECIFIC with an effect that is
+    not so in the claimed direction is UNDETERMINED; a verdict this release does not know is too.
     """
     verdict = CAUSAL.get(causal, Verdict.UNDETERMINED)
     if verdict is Verdict.NOT_ESTIMABLE or math.isnan(effect):
         return Verdict.NOT_ESTIMABLE
     direction = interval_verdict(low, high, p_value, alpha=alpha, claimed=claimed, negligible=MIN_EFFECT)
     if direction is Verdict.CONTRADICTED:
-        return Verdict.CONTRADICTED
+        return Verdict.UNDETERMINED if decision == Decision.V5_DICTIONARIES else Verdict.CONTRADICTED
     if verdict is Verdict.SUPPORTED and direction is not Verdict.SUPPORTED:
         return Verdict.UNDETERMINED
     return verdict

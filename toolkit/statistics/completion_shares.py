@@ -58,7 +58,9 @@ def completion_shares(outcomes: xr.Dataset, rows: Mapping[str, IntArray] | None 
     return xr.Dataset(shares, coords={MODEL: outcomes[MODEL].values, TASK: list(rows)})
 
 
-def share_warnings(shares: xr.Dataset, *, may_be_cut: Collection[str] = ()) -> list[str]:
+def share_warnings(
+    shares: xr.Dataset, *, may_be_cut: Collection[str] = (), sampled: Collection[str] | None = None
+) -> list[str]:
     """One sentence for every model of which, in some tasks, too many completions were cut off or cannot be read.
 
     Parameters
@@ -67,6 +69,8 @@ def share_warnings(shares: xr.Dataset, *, may_be_cut: Collection[str] = ()) -> l
         ``terminated`` and ``answered`` [model, task], either may be missing.
     may_be_cut
         Tasks in which a completion that was cut off may be right.
+    sampled
+        Models of which completions were sampled; the shares of the others are of their greedy ones. None: not said.
     """
     kinds = {
         "terminated": (
@@ -87,7 +91,8 @@ def share_warnings(shares: xr.Dataset, *, may_be_cut: Collection[str] = ()) -> l
             if tasks:
                 (first, share), *others = tasks.items()
                 rest = "".join(f", {100 * other:.0f}% of {task}" for task, other in others)
-                warnings.append(f"{100 * share:.0f}% of {model}'s completions of task {first}{rest} {consequence}")
+                how = "" if sampled is None else "sampled " if model in sampled else "greedy "
+                warnings.append(f"{100 * share:.0f}% of {model}'s {how}completions of task {first}{rest} {consequence}")
     return warnings
 
 

@@ -21,6 +21,8 @@ from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT
 from rlgen_stats.toolkit.reporting.csv_tables import flat
 from rlgen_stats.toolkit.reporting.formatting import jsonable
 from rlgen_stats.toolkit.reporting.result_lookup import tidy
+from rlgen_stats.toolkit.statistics.causal.findings import Check, State
+from rlgen_stats.toolkit.statistics.causal.verdict import decided_again
 
 Results = dict[str, xr.Dataset]
 
@@ -533,12 +535,16 @@ def test_c3_of_five_dictionaries_is_said_of_those_that_agree(results: Results, s
     c3 = claim(results, five, "C3")
     assert c3.verdict is Verdict.SUPPORTED
     assert c3.answer.startswith("In 4 of 5 dictionaries 5 features of 210 testable ones are confirmed")
-    of_sets, of_paper = (next(x for x in c3.caveats if words in x) for words in ("rise where RL gained", "own rule"))
+    of_sets, of_paper = (
+        next(x for x in c3.caveats if words in x) for words in ("shown to rise where RL gained", "own rule")
+    )
     n = int(data.selected.sum())
+    rising = int((data.selected & (data.tier == "CONFIRMED")).sum())
     specific = int((data.selected & (data.specific_tier == "CONFIRMED")).sum())
     assert of_sets == (
-        f"The edited sets (C4, C5) hold {n}, {n}, {n}, {n} and {n} features that rise where RL gained, {specific}, "
-        f"{specific}, 0, {specific} and {specific} of them by more than where base was right too."
+        f"The edited sets (C4, C5) hold {n}, {n}, {n}, {n} and {n} features; {rising}, {rising}, {rising}, {rising} "
+        f"and {rising} of them are shown to rise where RL gained, {specific}, {specific}, 0, {specific} and {specific} "
+        "by more than where base was right too."
     )
     assert of_paper.startswith("The paper's own rule in the first dictionary keeps")
     del results["mediated_share"]
@@ -594,8 +600,8 @@ def test_c3_one_mechanism_is_said(results: Results, spec: StudySpec) -> None:
 
 def test_c3_raw_activations_are_shown_beside_the_features(results: Results, spec: StudySpec) -> None:
     expected = (
-        "Raw activations alone tell rl from base on unseen prompts with AUC 0.980 (their mean shift, 80% of the "
-        "squared difference, 0.930), the 12 selected features 0.910 and as many random ones 0.840: that features "
+        "Raw activations alone tell rl from base on 40 verification prompts with AUC 0.980 (their mean shift, 80% of "
+        "the squared difference, 0.930), the 12 selected features 0.910 and as many random ones 0.840: that features "
         "separate the models is no news here."
     )
     assert expected in claim(results, spec, "C3").caveats
@@ -717,7 +723,7 @@ def test_c4_limiting_reasons_become_caveats_and_semicolons_survive(results: Resu
         "does_not_beat_steering: +0.01, p=0.7",
     ]
     assert any(
-        c.startswith("The set of features has no larger effect than one mean-shift vector: +0.01")
+        c.startswith("The set is not shown to have a larger effect than one mean-shift vector: +0.01")
         for c in assessed.caveats
     )
 
@@ -732,6 +738,22 @@ def test_c4_unconfirmed_features_are_a_caveat(results: Results, spec: StudySpec)
     tiers(results, 8)  # of the edited features only number 7 is confirmed now
     caveat = "Of the 5 edited features 5 are shown to rise where rl gained, 1 by more than elsewhere (C3)."
     assert caveat in claim(results, spec, "C4").caveats
+
+
+def test_c4_of_dictionaries_without_a_set_is_open(results: Results, spec: StudySpec) -> None:
+    """Also where a release that decided otherwise has stored its verdict."""
+    states = results["intervention"]["criterion_state"].copy()
+    states.loc[{"criterion": str(Check.V5_SETS)}] = str(State.FAILED)
+    trial = results["intervention"].assign(criterion_state=states)
+    results["intervention"] = decided_again(trial)
+    assert decided_again(results["intervention"]) is results["intervention"]
+    each = xr.DataArray([[-35.0, np.nan, np.nan], [21.0, np.nan, np.nan]], dims=("direction", "dictionary")) / 100
+    results["intervention"] = results["intervention"].assign(dictionary_effect=each).assign_attrs(n_controls=39)
+    assessed = claim(results, spec, "C4")
+    assert (assessed.verdict, assessed.in_short) == (Verdict.UNDETERMINED, "not every dictionary has a set")
+    assert "the set that 1 of 3 dictionaries has" in assessed.answer
+    assert "changes accuracy by −35.0 points, and what the other dictionaries would say is open." in assessed.answer
+    assert any(c.startswith("Only 1 of 3 dictionaries selected any feature") for c in assessed.caveats)
 
 
 def test_c4_too_few_controls_are_a_caveat(results: Results, spec: StudySpec) -> None:

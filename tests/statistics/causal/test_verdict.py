@@ -173,6 +173,21 @@ def test_what_is_missing_is_named(changes: dict[str, Any], settings: dict[str, A
     assert verdict.requirements["v2"] == (code in ("v3_failed", "v4_failed", "passthrough_not_noop"))
 
 
+@pytest.mark.parametrize(
+    ("table", "verdict"),
+    [
+        (causal(), "CAUSAL_SPECIFIC"),
+        (causal(kl={"set": 1.5}), "DESTRUCTIVE"),
+        (world(seed=1, fresh_noise=False), "NO_EFFECT"),
+    ],
+)
+def test_where_a_dictionary_has_no_set_nothing_is_decided(table: OutcomeTable, verdict: str) -> None:
+    """Every dictionary has to say the same: one set of three that changes nothing is no equivalence of three."""
+    assert judge(table, SETTINGS).verdict == verdict
+    lacking = judge(table, replace(SETTINGS, missing=(2, 3)))
+    assert (lacking.verdict, lacking.decision) == ("INCONCLUSIVE", Decision.V5_DICTIONARIES)
+
+
 def test_without_unrelated_tasks_the_fix_is_named() -> None:
     table = causal()
     verdict = judge(replace(table, unrelated=np.zeros_like(table.unrelated)), SETTINGS)

@@ -14,7 +14,15 @@ from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import beyond_random, car
 from rlgen_stats.toolkit.reporting.claims.claim import Claim, PaperClaim
 from rlgen_stats.toolkit.reporting.claims.replication import dictionary_caveat, health_caveat, unusable_readout
 from rlgen_stats.toolkit.reporting.formatting import count, count_span, fixed, listed, p_text, percent
-from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number, text
+from rlgen_stats.toolkit.reporting.result_lookup import (
+    Results,
+    attr_number,
+    by_dictionary,
+    chooses_features,
+    labels_of,
+    number,
+    text,
+)
 from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, CompactShare, compact_share
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     MIN_TASKS,
@@ -49,6 +57,7 @@ _EACH: Final = (
     "n_confirmed",
     "n_rising",
     "n_selected",
+    "n_selected_rising",
     "n_selected_specific",
     "n_testable",
     "no_rise_p",
@@ -194,6 +203,7 @@ def _details(data: xr.Dataset) -> dict[str, Any]:
         "n_confirmed": int((data["specific_tier"].values == "CONFIRMED").sum()),
         "n_rising": int((data["tier"].values == "CONFIRMED").sum()),
         "n_selected": int(data["selected"].values.sum()),
+        "n_selected_rising": int((data["selected"].values & (data["tier"].values == "CONFIRMED")).sum()),
         "n_selected_specific": int((data["selected"].values & (data["specific_tier"].values == "CONFIRMED")).sum()),
         "n_paper_rule": attr_number(data, "n_paper"),
         "p_paper_rule_flip_null": attr_number(data, "p_n1"),
@@ -283,7 +293,7 @@ def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) 
         f"{count_span(n_confirmed)} feature{'s' * (not one_feature)} of {n_testable} testable ones "
         f"{'is' if one_feature else 'are'} confirmed to rise where RL gained by more than where base was right too"
     )
-    tested = f"{confirmed}, on prompts not used to select them, over {n_tasks}"
+    tested = f"{confirmed}, on prompts not used to select them (of those that select, {n_tasks} could be tested)"
     each = [one.data for one in group]
     if reason is SelectionReason.NO_TASK:
         return "no task could be tested"
@@ -385,7 +395,8 @@ def separation_caveats(results: Results, spec: StudySpec) -> tuple[str, ...]:
         models, of_models = auc["models"], {"comparison": "models"}
         share = number(data, "share", model=data.attrs.get("target"))
         sentence = (
-            f"Raw activations alone tell {spec.contrasted[1].name} from base on unseen prompts with AUC "
+            f"Raw activations alone tell {spec.contrasted[1].name} from base on {_n_prompts(data, 'models')}"
+            "verification prompts with AUC "
             f"{fixed(models['raw'], 3)} (their mean shift, {percent(share, 0)} of the squared difference, "
             f"{fixed(models['mean shift'], 3)})"
         )
@@ -404,10 +415,16 @@ def separation_caveats(results: Results, spec: StudySpec) -> tuple[str, ...]:
     if "gain or loss" in auc:
         told = ", ".join(f"{name} {fixed(value, 3)}" for name, value in auc["gain or loss"].items())
         caveats.append(
-            f"On unseen prompts the difference of activations tells those that {spec.contrasted[1].name} gained from "
+            f"On {_n_prompts(data, 'gain or loss')}verification prompts the difference of activations tells those "
+            f"that {spec.contrasted[1].name} gained from "
             f"those that it lost with AUC: {told}."
         )
     return tuple(caveats)
+
+
+def _n_prompts(data: xr.Dataset | None, comparison: str) -> str:
+    n = number(data, "n_prompts", comparison=comparison)
+    return f"{n:,.0f} " if math.isfinite(n) else ""
 
 
 def _separation_auc(results: Results) -> dict[str, dict[str, float]]:
@@ -421,6 +438,14 @@ def _separation_auc(results: Results) -> dict[str, dict[str, float]]:
         for comparison in labels_of(data, "comparison")
         if text(data, "estimable", comparison=comparison) == _YES
     }
+
+
+def _fallback(details: dict[str, Any], *, several: bool) -> str:
+    """That the set is no set of candidates, where there is none."""
+    if "no candidate" not in details["selected_by"]:
+        return ""
+    where = " in the first dictionary" if several else ""
+    return f". No feature is a candidate{where}, so that the set is what the paper's rule keeps"
 
 
 def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tuple[str, ...]:
@@ -438,7 +463,7 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
     if not math.isfinite(correlation):
         caveats.append("The correlation of scores across tasks is not estimable, so one mechanism cannot be excluded.")
     if not details["rl_specific_contrast"]:
-        losses, n = sum(details["n_loss"].values()), int(data["n_selected_prompts"].values.sum())
+        losses, n = (int(data[name].values[chooses_features(data)].sum()) for name in ("n_loss", "n_selected_prompts"))
         caveats.append(
             f"The RL-specific contrast needs {spec.selection.min_discordant} prompts of each kind in each task and, of "
             f"the {n:,} selection prompts, RL lost {losses}; instead all prompts guard against selection by outcome, "
@@ -448,11 +473,14 @@ def _caveats(data: xr.Dataset, details: dict[str, Any], spec: StudySpec) -> tupl
         )
     selected = details["n_selected_by_dictionary"]
     if any(selected):
-        specific = listed(map(str, details["n_selected_specific_by_dictionary"]))
+        rising, specific = (
+            listed(map(str, details[f"n_selected_{shown}_by_dictionary"])) for shown in ("rising", "specific")
+        )
         sets = f"{listed(map(str, selected))} feature{'s' * (selected != [1])}"
         who = "The set that is edited (C4, C5) holds" if len(selected) == 1 else "The edited sets (C4, C5) hold"
         caveats.append(
-            f"{who} {sets} that rise where RL gained, {specific} of them by more than where base was right too."
+            f"{who} {sets}; {rising} of them are shown to rise where RL gained, {specific} by more than where base was "
+            f"right too{_fallback(details, several=len(selected) > 1)}."
         )
     p_flip, p_ids, n_paper = (
         details["p_paper_rule_flip_null"],

@@ -25,6 +25,7 @@ from rlgen_stats.toolkit.reporting.result_lookup import (
 )
 from rlgen_stats.toolkit.reporting.source_study import effect_ranges
 from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
+from rlgen_stats.toolkit.statistics.causal.findings import Decision
 from rlgen_stats.toolkit.statistics.causal.mediated_share import NEAREST, RESCALED, SET, of_patch
 from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, causal_verdict, smallest_rank_p, within_minimum
 
@@ -78,8 +79,9 @@ _IN_SHORT: Final = {
     "CAUSAL_NONSPECIFIC": "random features do as much",
     "NO_EFFECT": "equivalent to no effect",
     "INCONCLUSIVE": "not every check of the trial held",
+    Decision.V5_DICTIONARIES: "not every dictionary has a set",
 }
-"""Verdict of a trial -> why its claim is not supported, in a few words."""
+"""Verdict of a trial, or what it rests on -> why its claim is not supported, in a few words."""
 
 
 def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: str, claimed: int) -> Claim:
@@ -100,8 +102,10 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
     effect, low, high, p_value = (
         number(data, name, **arm) for name in ("effect", "effect_low", "effect_high", "p_value")
     )
-    causal = text(data, "verdict", direction=direction)
-    verdict = causal_verdict(causal, effect, low, high, p_value, alpha=spec.statistics.alpha, claimed=claimed)
+    causal, decision = (text(data, name, direction=direction) for name in ("verdict", "decided_by"))
+    verdict = causal_verdict(
+        causal, effect, low, high, p_value, alpha=spec.statistics.alpha, claimed=claimed, decision=decision
+    )
     if verdict is Verdict.NOT_ESTIMABLE:
         return paper.not_estimable(("; ".join(reasons) or "the causal arms could not be run").rstrip("."))
     details = {
@@ -125,7 +129,7 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
         p_value,
         verdict,
         _answer(verdict, details, effect, direction, near_zero=within_minimum(low, high)),
-        in_short="" if verdict is Verdict.SUPPORTED else _IN_SHORT.get(causal, ""),
+        in_short="" if verdict is Verdict.SUPPORTED else _IN_SHORT.get(decision) or _IN_SHORT.get(causal, ""),
         caveats=_caveats(results, spec, details, direction),
         details=details,
     )
@@ -252,8 +256,8 @@ def _edited_features(results: Results) -> tuple[int, int, int]:
 
 
 _LIMITING_REASONS: Final = {
-    "does_not_beat_steering": "The set of features has no larger effect than one mean-shift vector",
-    "does_not_beat_random_direction": "The set of features has no larger effect than a random direction of equal norm",
+    "does_not_beat_steering": "The set is not shown to have a larger effect than one mean-shift vector",
+    "does_not_beat_random_direction": "The set is not shown to have a larger effect than a random direction",
     "fresh_differs": "Sampling with other seeds alone changes accuracy",
     "over_steering": "Stronger doses break the model",
     "v2_controls": "The random sets are not well matched",
@@ -275,7 +279,9 @@ _COPIED: Final = {
 }
 
 
-def _open_question(checks: dict[str, str], near_zero: bool) -> str:
+def _open_question(checks: dict[str, str], near_zero: bool, *, all_tried: bool) -> str:
+    if not all_tried:
+        return "and what the other dictionaries would say is open"
     if checks[CHECK_KEYS["v1"]] != "True":
         if near_zero:
             return f"which differs from zero, but may be smaller than the {100 * MIN_EFFECT:g} points that V1 requires"
@@ -302,10 +308,14 @@ def _by_the_papers_rule(
     verb, where = _SUBJECT[direction]
     causal, each = details["causal_verdict"], details["effect_by_dictionary"]
     rule = ", the paper's rule," if share_words(details) else ""
-    subject = f"{verb} {'the set of each dictionary' if each else 'the set'} {where}{rule}"
+    tried = [one for one in each if math.isfinite(one)]
+    whose = "the set" if not each else "the set of each dictionary" if len(tried) == len(each) else (
+        f"the set that {len(tried)} of {len(each)} dictionaries {'has' if len(tried) == 1 else 'have'}"
+    )  # fmt: skip
+    subject = f"{verb} {whose} {where}{rule}"
     change = f"changes accuracy by {fixed(100 * effect, sign=True)} points"
-    if each:
-        change += f" on average ({', '.join(fixed(one, sign=True) for one in each)})"
+    if len(tried) > 1:
+        change += f" on average ({', '.join(fixed(one, sign=True) for one in tried)})"
     if verdict is Verdict.CONTRADICTED:
         return f"{subject} {change}, the opposite of the claim."
     if verdict is Verdict.SUPPORTED:
@@ -317,7 +327,7 @@ def _by_the_papers_rule(
         "DESTRUCTIVE": "but it breaks the model rather than moving it toward the other one",
         "CAUSAL_NONSPECIFIC": "but many matched random sets have at least half of that effect",
         "NO_EFFECT": "which is equivalent to no effect",
-        "INCONCLUSIVE": _open_question(details["checks"], near_zero),
+        "INCONCLUSIVE": _open_question(details["checks"], near_zero, all_tried=len(tried) == len(each)),
     }.get(causal, f"and the causal verdict is {causal or 'missing'}")
     return f"{subject} {change}, {explanation}."
 
@@ -331,6 +341,13 @@ def _caveats(results: Results, spec: StudySpec, details: dict[str, Any], directi
     in_domain = _in_domain(results) & set(details["measured_on"])
     if direction == "disable" and in_domain:
         caveats.append(f"The effect is not over out-of-domain tasks only; it includes {listed(sorted(in_domain))}.")
+    each = details["effect_by_dictionary"]
+    n_tried = sum(map(math.isfinite, each))
+    if 0 < n_tried < len(each):
+        caveats.append(
+            f"Only {n_tried} of {len(each)} dictionaries selected any feature: what is said of the set is not said by "
+            "all of them."
+        )
     edited, rising, confirmed = _edited_features(results)
     if confirmed < edited:
         caveats.append(

@@ -30,7 +30,7 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
 from rlgen_stats.toolkit.reporting.formatting import fixed, interval, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, attr_number, by_dictionary, labels_of, number
 from rlgen_stats.toolkit.statistics.timing.run_contrast import checkpoints_of, training_share
-from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE
+from rlgen_stats.toolkit.statistics.timing.set_stability import DELTA_TOLERANCE, MIN_CEILING
 from rlgen_stats.toolkit.statistics.timing.stabilization import CHANGED, mean_time
 
 ENDS: Final = ("", "_low", "_high")
@@ -219,7 +219,7 @@ def plot_turnover(set_stability: xr.Dataset, axes: Axes, *, run: str, colour: st
     Axes
         ``axes``.
     """
-    one = checkpoints_of(set_stability, run)
+    one = _compared(checkpoints_of(set_stability, run))
     share = training_share(one["step"].values)
     axes.axhspan(-1, DELTA_TOLERANCE, color=RULE, alpha=0.25, linewidth=0)
     axes.axhline(0, color=MUTED, lw=0.9)
@@ -234,6 +234,11 @@ def plot_turnover(set_stability: xr.Dataset, axes: Axes, *, run: str, colour: st
     return axes
 
 
+def _compared(one: xr.Dataset) -> xr.Dataset:
+    """Checkpoints at which two halves of the prompts could agree on a set; elsewhere its turnover says nothing."""
+    return one.isel(model=one["attainable"].values >= MIN_CEILING)
+
+
 def _turnover_span(data: xr.Dataset) -> tuple[float, float]:
     """Limits that hold the intervals of all runs and the zone of no turnover."""
     ends = np.concatenate([data["delta_low"].values, data["delta_high"].values, [0.0, 1.6 * DELTA_TOLERANCE]])
@@ -246,9 +251,10 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
     data = needed(results, "set_stability")
     runs, colours = _runs(data, spec), run_colours(spec)
     overlaps, turnovers = [], []
-    for run, one, share in runs:
-        turnover = zip(one["delta"].values, share, strict=True)
-        shown = ", ".join(f"{fixed(100 * d)}% at {percent(x, 0)}" for d, x in turnover)
+    for run, one, _ in runs:
+        compared = _compared(one)
+        turnover = zip(compared["delta"].values, training_share(compared["step"].values), strict=True)
+        shown = ", ".join(f"{fixed(100 * d)}% at {percent(x, 0)}" for d, x in turnover) or "compared nowhere"
         overlap = f"Overlap of {run}'s top set with the final one, along training."
         overlaps.append(
             panel(
@@ -276,6 +282,7 @@ def set_stability(results: Results, spec: StudySpec) -> Graphic:
         f"Above: how much of the top-{data.attrs.get('top_k', 'k')} set is shared with the final one. Two "
         "halves of the prompts do not even agree on one and the same model, so only the gap below the overlap that is "
         "attainable with an unchanged ranking and this checkpoint's effect sizes is change. Below: that gap, the "
-        "excess turnover Δ, with its interval; values in the shaded zone count as the same set. The paper's rule "
+        "excess turnover Δ, with its interval; values in the shaded zone count as the same set, and checkpoints are "
+        f"left out at which two halves could agree on less than {percent(MIN_CEILING, 0)} of a set. The paper's rule "
         "ranks by model-specificity and takes no noise off.",
     )

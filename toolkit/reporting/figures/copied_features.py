@@ -26,7 +26,7 @@ from rlgen_stats.toolkit.reporting.figures.plotting import (
     percent_axis,
     quiet,
 )
-from rlgen_stats.toolkit.reporting.formatting import fixed, percent
+from rlgen_stats.toolkit.reporting.formatting import count_span, fixed, percent
 from rlgen_stats.toolkit.reporting.result_lookup import Results, labels_of
 
 GROUP: Final = "mediated_share"
@@ -114,7 +114,7 @@ def _alt(data: xr.Dataset, direction: str) -> str:
     for label in labels_of(data, "point"):
         point = data.sel(direction=direction, point=label)
         ratio = fixed(float(point["norm_ratio"].mean()), 2)
-        n = f"{float(point['n_features'].mean()):.3g}"
+        n = count_span(int(size) for size in point["n_features"].values)
         name = {_SET: f"the set ({n} features)", _ALL: f"all {n} features"}.get(label, f"the {n} of largest drift")
         shown.append(f"{name} {percent(float(point['share']), 0)} (edit {ratio} of the true difference's norm)")
     return f"{_TITLES[direction]}: {', '.join(shown)}"

@@ -20,8 +20,8 @@ from rlgen_stats.toolkit.reporting.population import populations
 from rlgen_stats.toolkit.reporting.result_lookup import Results, tidy
 
 FIGURES: Final[dict[str, tuple[str, str, Callable[[Results, StudySpec], Graphic]]]] = {
-    "accuracy": ("Accuracy by task and model", "behaviour", accuracy),
-    "transitions": ("What changed prompt by prompt", "behaviour", transitions),
+    "accuracy": ("Accuracy by task and model", "tasks", accuracy),
+    "transitions": ("What changed prompt by prompt", "tasks", transitions),
     "replicability": (TITLE, "dictionaries", agreement_ladder),
     "specificity": ("Model-specific features", "attribution", specificity),
     "matched-drift": ("Specific features against movement", "whose", matched_drift),

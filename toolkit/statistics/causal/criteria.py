@@ -239,7 +239,8 @@ def specificity(table: OutcomeTable, effects: PairedEffect, settings: Settings) 
 
 
 def _combined_rank(settings: Settings) -> Finding:
-    each = ", combined over dictionaries: " + ", ".join(f"{p:.3g}" for p in settings.ranks)
+    ranks = ", ".join(f"{p:.3g}" for p in settings.ranks)
+    each = f" planned in each dictionary (fewer where more could not help), combined over dictionaries: {ranks}"
     p_value = combined_rank_p(settings.ranks)
     return Finding(
         check=Check.V2_RANK, passed=None, p_value=p_value, bound=settings.alpha, n=settings.n_planned, detail=each

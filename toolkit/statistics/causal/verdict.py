@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
 from rlgen_stats.toolkit.statistics.causal.criteria import (
@@ -31,6 +33,7 @@ from rlgen_stats.toolkit.statistics.causal.findings import (
     Decision,
     Findings,
     failed,
+    from_columns,
     holds,
     of_check,
     passed,
@@ -122,7 +125,8 @@ def judge(table: OutcomeTable, settings: Settings = DEFAULTS) -> Verdict:
     within the margin; CAUSAL_NONSPECIFIC V1 and many random sets that do as much; DESTRUCTIVE V1 and either new
     failures shown to make up most of the effect, or a model shown not to move toward the other one; or, whether or not
     accuracy is shown to change, a model shown to move away from the other one by more than a tenth of the way.
-    Anything else is INCONCLUSIVE: what refutes one requirement is not undone by what another leaves open.
+    Anything else is INCONCLUSIVE, and so is everything where a dictionary has no set to try, since every dictionary
+    has to say the same: what refutes one requirement is not undone by what another leaves open.
     """
     differences = table.change(table.target)
     clusters = table.cluster[table.target]
@@ -168,6 +172,8 @@ def decide(findings: Findings) -> tuple[VerdictName, Decision]:
     """
     if not passed(findings, Check.PASSTHROUGH):
         return "INCONCLUSIVE", Decision.PASSTHROUGH_NOT_NOOP
+    if of_check(findings, Check.V5_SETS) is not None and not passed(findings, Check.V5_SETS):
+        return "INCONCLUSIVE", Decision.V5_DICTIONARIES
     if not holds(findings, "v1"):
         if passed(findings, Check.NO_EFFECT):
             return "NO_EFFECT", Decision.EQUIVALENT_TO_ZERO
@@ -191,9 +197,35 @@ def decide(findings: Findings) -> tuple[VerdictName, Decision]:
         return "INCONCLUSIVE", Decision.V4_FAILED if failed(findings, "v4") else Decision.V4_NOT_ESTIMABLE
     if not holds(findings, "v6"):
         return "INCONCLUSIVE", Decision.V6_NOT_SHOWN
-    if of_check(findings, Check.V5_SETS) is not None and not passed(findings, Check.V5_SETS):
-        return "INCONCLUSIVE", Decision.V5_DICTIONARIES
     return "CAUSAL_SPECIFIC", Decision.ALL_PASSED
+
+
+def decided_again(trial: xr.Dataset) -> xr.Dataset:
+    """A stored trial with the verdict, what it rests on, and the reasons that the present rules give its criteria.
+
+    Rules change between releases, criteria that were measured do not: finished studies need no new trial.
+
+    Parameters
+    ----------
+    trial
+        Results group ``intervention`` or a trial's.
+
+    Returns
+    -------
+    Dataset
+        ``trial`` itself where nothing changes; directions without a verdict stay as they are.
+    """
+    changed = {name: trial[name].values.astype(object) for name in ("verdict", "decided_by", "reasons")}
+    for i, (verdict, decision) in enumerate(zip(changed["verdict"], changed["decided_by"], strict=True)):
+        if not decision:
+            continue
+        findings = from_columns(cast(Mapping[str, Any], trial.isel(direction=i)))
+        if (now := decide(findings)) != (verdict, decision):
+            changed["verdict"][i], changed["decided_by"][i] = now
+            changed["reasons"][i] = "; ".join(reasons(now[1], findings))
+    if all((trial[name].values == values).all() for name, values in changed.items()):
+        return trial
+    return trial.assign({name: (trial[name].dims, values) for name, values in changed.items()})
 
 
 def _moves_away(findings: Findings) -> bool:
