@@ -663,7 +663,7 @@ def causal(results: Results, verdict: str, reasons: str = "") -> None:
     [
         ("DESTRUCTIVE", Verdict.NOT_SUPPORTED, "breaks the model"),
         ("CAUSAL_NONSPECIFIC", Verdict.NOT_SUPPORTED, "many matched random sets have at least half of that effect"),
-        ("NO_EFFECT", Verdict.NOT_SUPPORTED, "equivalent to no effect"),
+        ("NO_EFFECT", Verdict.NOT_SUPPORTED, "equivalent to no effect (within 5 points)"),
         ("INCONCLUSIVE", Verdict.UNDETERMINED, "do not allow a verdict"),
     ],
 )

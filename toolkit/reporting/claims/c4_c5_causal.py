@@ -117,6 +117,7 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
         "rank_p": number(data, "rank_p", direction=direction),
         "n_controls": _n_controls(data, direction),
         "n_prompts": number(data, "n_prompts", direction=direction),
+        "margin": 100 * spec.intervention.non_inferiority,
         "n_features": attr_list(data, "n_features") or [len(attr_list(data, "features"))],
         "effect_by_dictionary": _by_dictionary(data, direction),
         "accuracy_percent": hundred(number(data, "accuracy", **arm)),
@@ -326,7 +327,7 @@ def _by_the_papers_rule(
     explanation = {
         "DESTRUCTIVE": "but it breaks the model rather than moving it toward the other one",
         "CAUSAL_NONSPECIFIC": "but many matched random sets have at least half of that effect",
-        "NO_EFFECT": "which is equivalent to no effect",
+        "NO_EFFECT": f"which is equivalent to no effect (within {details['margin']:g} points)",
         "INCONCLUSIVE": _open_question(details["checks"], near_zero, all_tried=len(tried) == len(each)),
     }.get(causal, f"and the causal verdict is {causal or 'missing'}")
     return f"{subject} {change}, {explanation}."
