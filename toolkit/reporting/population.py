@@ -49,6 +49,7 @@ def populations(results: Results, spec: StudySpec, prompts: pd.DataFrame | None 
         "completions": ("behaviour", _completions),
         "movement": ("movement", _movement),
         "whose": ("attribution_contrast", _whose),
+        "finals": ("attribution_contrast", partial(_whose, of_finals=True)),
         "attribution": ("attribution", _attribution),
         "when": ("timing_contrast", _when),
         "stabilization": ("stabilization", partial(_all_prompts, group="stabilization")),
@@ -152,11 +153,13 @@ def _checkpoints(results: Results, spec: StudySpec, group: str) -> str:
     return listed(f"{count(n, 'checkpoint')} of {run}" for run, n in counts if n)
 
 
-def _whose(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
+def _whose(results: Results, spec: StudySpec, _: dict[str, int], *, of_finals: bool = False) -> str:
     data = results["attribution_contrast"]
     models = listed(str(model) for model in np.atleast_1d(data.attrs.get("models", [])))
     decides = str(data.attrs["decided_by"])
-    if decides != "final":  # such as "at activation shift 0.25 from base, sft as 96% sft@16 and 4% sft@100 and ..."
+    if (
+        decides != "final" and not of_finals
+    ):  # such as "at activation shift 0.25 from base, sft as 96% sft@16 and 4% sft@100 and ..."
         models = text(data, "comparable", comparison=decides).partition(": ")[2].partition(";")[0] or models
     return _joined(
         "decoder norms of alive features of the two-model dictionaries; no prompts and no decoding",

@@ -24,7 +24,7 @@ FIGURES: Final[dict[str, tuple[str, str, Callable[[Results, StudySpec], Graphic]
     "transitions": ("What changed prompt by prompt", "tasks", transitions),
     "replicability": (TITLE, "dictionaries", agreement_ladder),
     "specificity": ("Model-specific features", "attribution", specificity),
-    "matched-drift": ("Specific features against movement", "whose", matched_drift),
+    "matched-drift": ("Specific features against movement", "finals", matched_drift),
     "stabilization": ("When features stabilise", "when", stabilization),
     "set-stability": ("The top set through training", "set_stability", set_stability),
     "intersection": ("Which tasks share the selected features", "scores", task_intersection),
