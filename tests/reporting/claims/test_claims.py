@@ -462,8 +462,8 @@ OF_PATCH = "of what copying the whole residual does"
 @pytest.mark.parametrize(
     ("low", "expected", "said"),
     [
-        (0.5, Verdict.SUPPORTED, f"; lifted into base, the set (5 features) carries 70% [50%, 85%] {OF_PATCH}, +68 "),
-        (0.4999, Verdict.UNDETERMINED, f"{OF_PATCH}, +68 points [+50, +90] beyond random sets whose edits are as "),
+        (0.5, Verdict.SUPPORTED, f"; lifted into base, the set (5 features) carries 70% [50%, 85%] {OF_PATCH}, +68% "),
+        (0.4999, Verdict.UNDETERMINED, f"{OF_PATCH}, +68% of it [+50, +90] beyond random sets whose edits are as "),
     ],
 )
 def test_c3_reads_compactness_off_the_trial_where_there_is_one(
@@ -571,8 +571,8 @@ def test_c3_no_gain_prompts_is_not_estimable_with_the_reasons(results: Results, 
     assessed = claim(results, spec, "C3")
     assert assessed.verdict is Verdict.NOT_ESTIMABLE
     assert assessed.answer == (
-        "Not estimable: 0 base-wrong/target-right prompts in addition, parity and maximum; "
-        "score only: 4 units in counting."
+        "Not estimable: 0 base-wrong/target-right prompts (tasks addition, parity and maximum); "
+        "score only: 4 units (task counting)."
     )
 
 
@@ -779,7 +779,7 @@ def test_c3_c4_c5_say_what_share_of_the_patch_the_set_carries(results: Results, 
         assessed = claim(results, spec, name)
         assert assessed.answer.startswith(start)
         beyond, low, high = (100 * value for value in assessed.details["share_above_random"])
-        said = f"{beyond:+.0f} points [{low:+.0f}, {high:+.0f}] beyond random sets whose edits are as large"
+        said = f"{beyond:+.0f}% of it [{low:+.0f}, {high:+.0f}] beyond random sets whose edits are as large"
         assert f"{said}. {'Disabling' if name == 'C4' else 'Amplifying'} the set in " in assessed.answer
         assert ", the paper's rule, changes accuracy by" in assessed.answer
         assert assessed.details["share_of_patch"] == pytest.approx([0.7, 0.55, 0.85])

@@ -187,7 +187,7 @@ def unusable_tasks(data: xr.Dataset, column: str = "estimable") -> str:
     for task, state in zip(data["task"].values, data[column].values, strict=True):
         if str(state) not in (_YES, _UNUSED, ""):
             by_reason.setdefault(str(state).removeprefix("no: "), []).append(str(task))
-    return "; ".join(f"{reason} in {listed(tasks)}" for reason, tasks in by_reason.items())
+    return "; ".join(f"{reason} (task{'s' * (len(tasks) > 1)} {listed(tasks)})" for reason, tasks in by_reason.items())
 
 
 def _details(data: xr.Dataset) -> dict[str, Any]:

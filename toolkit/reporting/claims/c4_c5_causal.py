@@ -178,7 +178,7 @@ def beyond_random(details: dict[str, Any]) -> str:
     if not details["random_sets"]:
         return " (there is no random set of comparable edits)"
     above, low, high = (hundred(value) for value in details["share_above_random"])
-    beyond = f"{fixed(above, 0, sign=True)} points {interval(low, high, 0, sign=True)}"
+    beyond = f"{fixed(above, 0, sign=True)}% of it {interval(low, high, 0, sign=True)}"
     return f", {beyond} beyond {_RANDOM_SETS[details['random_sets']]}"
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rlgen_stats.toolkit.statistics.causal.controls import CALIPER, norm_difference
 from rlgen_stats.toolkit.statistics.causal.outcome_table import DIRECTIONS, Direction, DirectionOutcomes, Floats
-from rlgen_stats.toolkit.statistics.kernels import pooled_mean
+from rlgen_stats.toolkit.statistics.kernels import bounded_interval, pooled_mean
 
 PATCH: Final = "patch"
 """Kind and name of the arm that copies the whole residual."""
@@ -219,21 +219,23 @@ class RatioToPatch:
     Attributes
     ----------
     patch
-        Mean effect of the patch, low and high.
+        Mean effect of the patch, low and high: the interval of its arm. It is shown where this leaves out zero, and so
+        does the interval that the ratios rest on.
     """
 
     def __init__(self, patch: Floats, codes: NDArray[np.int64], *, sign: float, alpha: float) -> None:
         self._patch, self._codes, self._alpha = patch, codes, alpha
-        self.patch, self._unseen = (float(patch.mean()), np.nan, np.nan), np.nan
+        self.patch, self._unseen, self._shown = (float(patch.mean()), np.nan, np.nan), np.nan, False
         if codes.any():
             pooled = pooled_mean(patch[None], codes, alpha=alpha)
-            self.patch = (float(pooled.mean), float(pooled.low), float(pooled.high))
+            mean, low, high = (float(end[0]) for end in bounded_interval(patch[:, None], codes, alpha=alpha))
+            self.patch = (mean, low, high)
+            self._shown = min(low, float(pooled.low)) > 0 if sign > 0 else max(high, float(pooled.high)) < 0
             of_one_prompt = patch.var(ddof=1) / len(patch)
             clustered = float(pooled.standard_error) ** 2
             # A patch that changes every prompt alike tells nothing of clusters, so each then counts as one prompt.
             inflation = max(clustered / of_one_prompt, 1.0) if of_one_prompt else len(patch) / len(np.unique(codes))
             self._unseen = 1 - (alpha / 2) ** (inflation / len(patch))
-        self._shown = bool((self.patch[1] if sign > 0 else -self.patch[2]) > 0)
 
     def of(self, effects: Floats) -> Floats:
         """Ratios of mean effects [...]; NaN where the patch has no shown effect."""
