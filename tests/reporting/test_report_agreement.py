@@ -100,6 +100,24 @@ def test_a_clear_effect_that_supports_nothing_says_why(
     assert (disagreements([c4], {}) == []) is agrees
 
 
+@pytest.mark.parametrize(
+    ("counts", "answer", "agrees"),
+    [
+        ([5, 5, 0, 5, 5], "In 4 of 5 dictionaries 5 features of 210 are confirmed.", True),
+        ([0, 0, 0], "No such effect: no feature of 210 testable ones rises.", True),
+        ([0, 0, 0], "In each of 3 dictionaries 0 features of 210 are confirmed.", True),
+        ([5, 5, 5], "No such effect: no feature of 210 testable ones rises.", False),
+        ([5, 5, 5], "In each of 3 dictionaries 15 features of 210 are confirmed.", False),
+    ],
+)
+def test_c3_names_what_the_agreeing_dictionaries_count(
+    counts: list[int], answer: str, agrees: bool, results: Results, spec: StudySpec
+) -> None:
+    c3 = next(claim for claim in as_said(results, spec) if claim["id"] == "C3")
+    c3 |= {"answer": answer, "details": c3["details"] | {"n_confirmed_by_dictionary": counts}}
+    assert (disagreements([c3], {}) == []) is agrees
+
+
 @pytest.mark.parametrize(("off", "agrees"), [(0.9 * DRAWN_EXACTLY, True), (1.1 * DRAWN_EXACTLY, False)])
 def test_the_overview_draws_the_estimates(off: float, agrees: bool, results: Results, spec: StudySpec) -> None:
     claims = as_said(results, spec)

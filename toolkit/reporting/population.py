@@ -157,9 +157,8 @@ def _whose(results: Results, spec: StudySpec, _: dict[str, int], *, of_finals: b
     data = results["attribution_contrast"]
     models = listed(str(model) for model in np.atleast_1d(data.attrs.get("models", [])))
     decides = str(data.attrs["decided_by"])
-    if (
-        decides != "final" and not of_finals
-    ):  # such as "at activation shift 0.25 from base, sft as 96% sft@16 and 4% sft@100 and ..."
+    if decides != "final" and not of_finals:
+        # such as "at activation shift 0.25 from base, sft as 96% sft@16 and 4% sft@100 and rl as rl@100"
         models = text(data, "comparable", comparison=decides).partition(": ")[2].partition(";")[0] or models
     return _joined(
         "decoder norms of alive features of the two-model dictionaries; no prompts and no decoding",

@@ -108,23 +108,26 @@ def _in_text(claims: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for claim in claims:
         if not _known(claim["estimate"]):
             continue
-        for number in _to_name(claim):
-            if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d%]|[.,]\d)", claim["answer"]):
-                yield f"{claim['id']} {claim['verdict']}: its answer does not name {number}"
+        for numbers in _to_name(claim):
+            if not any(re.search(rf"(?<![\d.,]){re.escape(one)}(?!\d|[.,]\d)", claim["answer"]) for one in numbers):
+                yield f"{claim['id']} {claim['verdict']}: its answer does not name {' or '.join(numbers)}"
         if claim["id"] in ("C2", "C4", "C5"):
             clear = _known(claim["low"], claim["high"]) and claim["low"] * claim["high"] > 0
             if clear and claim["verdict"] in ("NOT_SUPPORTED", "UNDETERMINED") and not claim["in_short"]:
                 yield f"{claim['id']} {claim['verdict']}: its interval leaves out zero, and nothing says why"
 
 
-def _to_name(claim: Mapping[str, Any]) -> list[str]:
-    """Numbers that a claim's answer has to name."""
+def _to_name(claim: Mapping[str, Any]) -> list[list[str]]:
+    """Numbers that a claim's answer has to name, of each list one.
+
+    C3's answer is of the dictionaries that agree, and says "no feature" of none.
+    """
     if claim["id"] == "C1":
-        return [percent(claim["details"]["tails_percent"][arm] / 100) for arm in ("sft", "rl")]
+        return [[percent(claim["details"]["tails_percent"][arm] / 100)] for arm in ("sft", "rl")]
     if claim["id"] == "C3":
-        counts = claim["details"]["n_confirmed_by_dictionary"]
-        return [f"{count:,}" for count in {min(counts), max(counts)}]
-    return [fixed(abs(claim["estimate"]))]
+        counts = sorted(set(claim["details"]["n_confirmed_by_dictionary"]))
+        return [[f"{count:,}" for count in counts] + ["no feature", "no task"] * (0 in counts)]
+    return [[fixed(abs(claim["estimate"]))]]
 
 
 def _accuracies(domains: Iterable[DomainAccuracy]) -> Iterator[str]:
