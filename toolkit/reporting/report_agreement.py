@@ -62,7 +62,7 @@ def disagreements(
         Panels of the overview: ``name -> numbers``.
     """
     by_id = {str(claim["id"]): claim for claim in claims}
-    found = [*against_tables(claims, results), *_in_text(claims), *_accuracies(domains)]
+    found = [*against_tables(claims, results), *in_text(claims), *_accuracies(domains)]
     shown = {f"the overview's panel {name!r}": numbers for name, numbers in (drawn or {}).items()}
     for name, figure in (figures or {}).items():
         if isinstance(figure, Graphic):
@@ -100,7 +100,7 @@ def _roughly(claim: Mapping[str, Any], figure: str, value: float) -> Iterator[st
         yield f"{said}, which is no small difference"
 
 
-def _in_text(claims: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def in_text(claims: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """The answers on one difference name it, and say why it is not enough where its interval is clear of zero.
 
     C1's answer names the two shares instead, C3's what each dictionary counts.
@@ -109,7 +109,8 @@ def _in_text(claims: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         if not _known(claim["estimate"]):
             continue
         for numbers in _to_name(claim):
-            if not any(re.search(rf"(?<![\d.,]){re.escape(one)}(?!\d|[.,]\d)", claim["answer"]) for one in numbers):
+            forms = "|".join(map(re.escape, numbers))
+            if not re.search(rf"(?<![\d.,])(?:{forms})(?!\d|[.,]\d)", claim["answer"], re.IGNORECASE):
                 yield f"{claim['id']} {claim['verdict']}: its answer does not name {' or '.join(numbers)}"
         if claim["id"] in ("C2", "C4", "C5"):
             clear = _known(claim["low"], claim["high"]) and claim["low"] * claim["high"] > 0

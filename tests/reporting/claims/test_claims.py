@@ -20,6 +20,7 @@ from rlgen_stats.toolkit.reporting.claims.c4_c5_causal import assess_amplificati
 from rlgen_stats.toolkit.reporting.claims.claim import VERDICT_MEANINGS, VERDICT_SYMBOLS, verdict_label
 from rlgen_stats.toolkit.reporting.csv_tables import flat
 from rlgen_stats.toolkit.reporting.formatting import jsonable
+from rlgen_stats.toolkit.reporting.report_agreement import in_text
 from rlgen_stats.toolkit.reporting.result_lookup import tidy
 from rlgen_stats.toolkit.statistics.causal.findings import Check, State
 from rlgen_stats.toolkit.statistics.causal.verdict import decided_again
@@ -37,7 +38,10 @@ ASSESS = {
 
 
 def claim(results: Results, spec: StudySpec, name: str) -> Claim:
-    return ASSESS[name](tidy(results), spec)
+    """One claim, whose text names its numbers: else no report is written."""
+    assessed = ASSESS[name](tidy(results), spec)
+    assert list(in_text([assessed.as_dict()])) == []
+    return assessed
 
 
 def test_planted_numbers_come_through(results: Results, spec: StudySpec) -> None:
