@@ -201,6 +201,19 @@ def test_a_single_random_set_is_told_with_its_own_interval(results: dict[str, xr
     assert (random["low"], random["high"]) == (own["effect_low"], own["effect_high"])
 
 
+def test_divergences_are_those_that_v6_judges(results: dict[str, xr.Dataset]) -> None:
+    """Over whole completions where these were read, of random sets none; the first token can say the opposite."""
+    trial = results["intervention"]
+    read = trial["kind"] != "random"
+    forced = {f"forced_{name}": (2.0 + trial[name]).where(read) for name in ("kl_to_base", "kl_to_rl")}
+    for data, more in ((trial, 0.0), (trial.assign(forced), 2.0)):
+        block = direction_blocks(data)[0]
+        at = trial.isel(direction=0, condition=int(np.flatnonzero(trial["kind"].values[0] == "set")[0]))
+        own = next(arm for arm in block["arms"] if arm.kind == "set")
+        assert (own.kl_to_base, own.kl_to_rl) == (float(at["kl_to_base"]) + more, float(at["kl_to_rl"]) + more)
+        assert np.isnan(block["random"][0]["kl_to_base"]) == bool(more)
+
+
 def test_side_effects_and_other_trials_are_told(page: Page, data: dict[str, Any]) -> None:
     text = page.text
     assert "Side effects: unrelated tasks" in text

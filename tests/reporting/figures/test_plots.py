@@ -18,6 +18,7 @@ from rlgen_stats.schemas.study import StudySpec
 from rlgen_stats.toolkit import reporting
 from rlgen_stats.toolkit.reporting.figures import plotting
 from rlgen_stats.toolkit.reporting.figures.causal_arms import dose_response, failure_classes
+from rlgen_stats.toolkit.reporting.figures.draw import FIGURES
 from rlgen_stats.toolkit.reporting.figures.plotting import percent_axis
 
 Results = dict[str, xr.Dataset]
@@ -145,3 +146,19 @@ def test_ticks_in_percent_have_decimals_where_the_axis_is_short(high: float, sho
     percent_axis(axis)
     assert axis.get_major_formatter()(0.005) == shown
     assert axis.get_major_formatter()(-0.02).startswith("−2")
+
+
+@pytest.mark.parametrize(("attainable", "shown"), [(0.5, 5), (0.499, 4)])
+def test_turnover_is_drawn_where_two_halves_could_agree(
+    attainable: float, shown: int, results: Results, spec: StudySpec
+) -> None:
+    data = results["set_stability"]
+    values = data["attainable"].values.copy()
+    values[0] = attainable
+    data = data.assign(attainable=("model", values))
+    axes = reporting.plot_turnover(data, Figure().subplots(), run="sft")
+    (dots,) = (line for line in axes.lines if line.get_marker() == "o")
+    assert len(dots.get_xdata()) == shown
+    alt = FIGURES["set-stability"][2](results | {"set_stability": data}, spec).alt
+    assert ("excess turnover 21.0% at 20%, 3.0% at 40%" in alt) == (shown == 5)
+    assert "3.0% at 40%" in alt
