@@ -484,6 +484,25 @@ def test_every_analysis_names_its_population_on_the_page_and_in_markdown(
         assert _letters(sentence.replace(">", "")) in markdown, name
 
 
+def test_populations_count_what_a_number_is_of(
+    results: dict[str, xr.Dataset], written: StudyFolder, spec: StudySpec
+) -> None:
+    """Prompts of tasks that choose features, controls where they are shown, and the models that are compared."""
+    prompts = read_study_data(written, spec).prompts
+    assert prompts is not None
+    choosing = ~prompts["task"].isin([*spec.selection.held_out_tasks, *spec.selection.control_tasks])
+    n = prompts[choosing]["split"].value_counts()
+    contrast = results["attribution_contrast"].assign_attrs(decided_by="matched_shift")
+    said_of = populations(results | {"attribution_contrast": contrast}, spec, prompts)
+    assert n["selection"] < prompts["split"].value_counts()["selection"]
+    assert f"Chosen on {n['selection']} selection prompts, confirmed on {n['verification']}" in said_of["which"]
+    assert said_of["scores"].startswith(f"Of {n['selection']} selection prompts those that base got wrong")
+    assert "control" in said_of["tasks"]
+    assert "control" not in said_of["behaviour"]
+    compared = str(contrast["comparable"].sel(comparison="matched_shift").item()).partition(": ")[2].partition(";")[0]
+    assert (compared in said_of["whose"], compared in said_of["finals"]) == (True, False)
+
+
 def test_headings_and_captions_survive_in_markdown(report: Path) -> None:
     """Every one of the page is in the plain text too, in the same order but for where details are folded."""
     page, markdown = ((report / name).read_text(encoding="utf-8") for name in ("index.html", "report.md"))
