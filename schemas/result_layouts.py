@@ -128,6 +128,7 @@ RESULTS: Final = (
             f"crosscoder {MODEL}",
             fve_model="float",
             l0_model="float",
+            n_tokens_model="float",
             dfve="float",
             code_r2="float",
             artefact="float",
@@ -336,6 +337,7 @@ RESULTS: Final = (
         optional=variables_on(f"{TASK} {FEATURE}", verification_task_effect="float")
         | variables_on(TASK, contrast_estimable="str", used="bool")
         | variables_on(TASK, verification_estimable="str", verification_guard="str")
+        | variables_on(TASK, verification_excess_estimable="str")
         | variables_on(f"{TASK} other_task", score_correlations="float")
         # share of random half-samples of the selection prompts in which the feature is among the leading ones
         | variables_on(FEATURE, verification_score="float", stability="float", stable="bool"),

@@ -180,6 +180,7 @@ def _compactness(
         return Verdict.UNDETERMINED, Verdict.UNDETERMINED
     verdict, reason = selection_verdict(
         n_estimable=5,
+        n_confirming=5,
         n_confirmed=5,
         carried_low=found.of_set.low,
         best_high=found.best_high,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict
+from rlgen_stats.toolkit.statistics.claim_verdicts import Verdict, selection_claim
 from rlgen_stats.toolkit.statistics.kernels import adjust, permutation_contrast, sign_flip_test
 from rlgen_stats.toolkit.statistics.planning.simulated_claims import (
     MODELS,
@@ -20,7 +20,6 @@ from rlgen_stats.toolkit.statistics.planning.simulated_claims import (
 )
 from rlgen_stats.toolkit.statistics.selection.options import SelectionTests
 from rlgen_stats.toolkit.statistics.selection.select_features import select_features
-from rlgen_stats.toolkit.study.claim_power import verdict_of_selection
 from tests.calibration.rows import Row, rate_row
 
 ALPHA, TASKS, TRUE, FEATURES = 0.05, 2, 6, 60
@@ -33,7 +32,7 @@ study = partial(selection_study, n_features=FEATURES)
 def verdicts(features: xr.Dataset, outcomes: xr.Dataset) -> tuple[Verdict, Verdict]:
     """The verdict by today's rule, and by the rule of earlier releases."""
     out = select_features(features, outcomes, target=MODELS[1], tests=TESTS, stability=None)
-    return verdict_of_selection(out, ALPHA), _earlier(features, outcomes)
+    return selection_claim([out], alpha=ALPHA)[0], _earlier(features, outcomes)
 
 
 def _earlier(features: xr.Dataset, outcomes: xr.Dataset) -> Verdict:

@@ -552,6 +552,7 @@ def selection() -> xr.Dataset:
             "n_kept": ("task", kept.sum(axis=1)),
             "estimable": ("task", ["yes"] * 4 + ["no: not selected on"] * 3),
             "excess_estimable": ("task", ["yes"] * 4 + ["no: not selected on"] * 3),
+            "verification_excess_estimable": ("task", ["yes"] * 4 + ["no: not selected on"] * 3),
             "role": ("task", [role for _, role in TASKS.values()]),
             "paper_selected": ("feature", kept[used].all(axis=0)),
             "p_value": ("feature", p),

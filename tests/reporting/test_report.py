@@ -282,7 +282,8 @@ def test_tables_of_the_contrast(results: dict[str, xr.Dataset], spec: StudySpec)
 
 def test_what_could_not_be_tested_is_not_called_drift(report: Path) -> None:
     text = (report / "report.md").read_text(encoding="utf-8")
-    assert "- Features untestable in the drift of rl: 30 of 240 features" in text
+    assert "- Features untestable in the drift of rl (base and final model together): 30 of 240 features" in text
+    assert "- Stabilisation of rl (all its checkpoints and base together): " in text
     assert "- Drift of rl" not in text
 
 
@@ -494,6 +495,10 @@ def test_populations_count_what_a_number_is_of(
     n = prompts[choosing]["split"].value_counts()
     contrast = results["attribution_contrast"].assign_attrs(decided_by="matched_shift")
     said_of = populations(results | {"attribution_contrast": contrast}, spec, prompts)
+    n_tokens = results["health"]["l0"].rename(crosscoder="model").assign_coords(model=list("abcd")) * 0 + 16384
+    sampled = results | {"health": results["health"].assign(n_tokens_model=n_tokens.expand_dims(crosscoder=4))}
+    assert "of completions, as stored; readouts of single models: 16,384 tokens" in populations(sampled, spec)["health"]
+    assert "readouts" not in said_of["health"], "an earlier release did not store how many"
     assert n["selection"] < prompts["split"].value_counts()["selection"]
     assert f"Chosen on {n['selection']} selection prompts, confirmed on {n['verification']}" in said_of["which"]
     assert said_of["scores"].startswith(f"Of {n['selection']} selection prompts those that base got wrong")

@@ -251,6 +251,7 @@ def test_dictionaries_agree_on_undetermined_too() -> None:
 
 TRUE_SET = {
     "n_estimable": 4,
+    "n_confirming": 4,
     "n_confirmed": 5,
     "carried_low": 0.6,
     "best_high": 0.9,
@@ -286,6 +287,10 @@ TRUE_SET = {
         ({"n_estimable": 2}, Verdict.SUPPORTED, "compact"),  # two tasks are the fewest that say something
         ({"n_estimable": 1}, Verdict.UNDETERMINED, "few_tasks"),  # one task is not task-agnostic
         ({"n_estimable": 0}, Verdict.NOT_ESTIMABLE, "no_task"),
+        ({"n_confirming": 2}, Verdict.SUPPORTED, "compact"),
+        ({"n_confirming": 1}, Verdict.UNDETERMINED, "few_confirming"),  # chosen by four tasks, confirmed in one
+        ({"n_confirming": 0, "n_confirmed": 0}, Verdict.UNDETERMINED, "few_confirming"),
+        ({"n_confirming": 0, "no_rise_p": 0.05}, Verdict.NOT_SUPPORTED, "no_rise"),  # which both halves show
     ],
 )
 def test_selection_verdict(changed: dict[str, float], expected: Verdict, because: str) -> None:

@@ -170,6 +170,8 @@ def test_a_compact_set_is_told_from_none(own: Own) -> None:
     assert (verdict, each) == (Verdict.UNDETERMINED, (compact, of_one)), "dictionaries that disagree"
     held_out = chosen.assign(role=("task", ["in_domain", "held_out"]))
     assert st.selection_claim([held_out], alpha=0.05)[1][0][1] is SelectionReason.FEW_TASKS
+    seldom = chosen.assign(verification_excess_estimable=("task", ["yes", "no: 0 prompts"]))
+    assert st.selection_claim([seldom], alpha=0.05)[1][0][1] is SelectionReason.FEW_CONFIRMING
     untested = chosen.assign_attrs(accompanying_p=np.nan)
     assert st.selection_claim([untested], alpha=0.05)[1][0][1] is SelectionReason.ACCOMPANYING
     by_contrast = untested.assign(guard=("task", [CONTRAST] * 2))

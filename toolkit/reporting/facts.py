@@ -253,13 +253,15 @@ def _untestable_facts(results: Results, spec: StudySpec) -> list[Fact]:
             p = final["p_value"].values
             flags = ", ".join(f"{flag.replace('_', ' ')} {n:,}" for flag, n in flag_counts(final["flag"]).items())
             untestable = f"{int(np.isnan(p).sum()):,} of {p.size:,} features"
-            answers[f"Features untestable in the drift of {run}"] = f"{untestable} ({flags})." if flags else untestable
+            answers[f"Features untestable in the drift of {run} (base and final model together)"] = (
+                f"{untestable} ({flags})." if flags else untestable
+            )
     for run in (trained.name for trained in spec.runs):
         row = per_run(stabilization, "flag", run)
         if row is not None:
             counts = Counter(str(flag).lower().replace("_", " ") for flag in row)
             flags = ", ".join(f"{flag} {n:,}" for flag, n in counts.most_common())
-            answers[f"Stabilisation of {run}"] = f"{flags}."
+            answers[f"Stabilisation of {run} (all its checkpoints and base together)"] = f"{flags}."
     if selection is not None:
         p = selection["p_value"].values
         answers["Features untestable in selection"] = f"{int(np.isnan(p).sum()):,} of {p.size:,} features."

@@ -281,7 +281,9 @@ def _tokens(results: Results, spec: StudySpec, _: dict[str, int]) -> str:
 def _health(results: Results, spec: StudySpec, sizes: dict[str, int]) -> str:
     corpora = {one.name: one.corpus for one in spec.crosscoders if one.corpus is not None}
     trained = f"; {listed(corpora)} trained on another corpus" if corpora else ""
-    return _joined(f"tokens of {_part(sizes, 'all')} and of completions, as stored{trained}")
+    measured = results["health"].get("n_tokens_model")
+    of_models = "" if measured is None else f"; readouts of single models: {int(measured.max()):,} tokens"
+    return _joined(f"tokens of {_part(sizes, 'all')} and of completions, as stored{trained}{of_models}")
 
 
 def _copying(results: Results, spec: StudySpec, _: dict[str, int]) -> str:

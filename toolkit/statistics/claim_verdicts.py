@@ -367,6 +367,8 @@ class SelectionReason(StrEnum):
     """Too few tasks for "task-agnostic"."""
     NO_RISE = "no_rise"
     """Every feature's rise is shown to be too small to matter."""
+    FEW_CONFIRMING = "few_confirming"
+    """Too few tasks could be tested on the prompts that confirm."""
     NONE_CONFIRMED = "none_confirmed"
     """No feature is confirmed, which does not show that there is none."""
     SPREAD_OUT = "spread_out"
@@ -388,6 +390,7 @@ class SelectionReason(StrEnum):
 def selection_verdict(
     *,
     n_estimable: int,
+    n_confirming: int,
     n_confirmed: int,
     carried_low: float,
     best_high: float,
@@ -403,6 +406,8 @@ def selection_verdict(
     ----------
     n_estimable
         Tasks with enough base-wrong/RL-right prompts, and enough that both get right, for all guarded tests.
+    n_confirming
+        Likewise on verification prompts alone, which confirm.
     n_confirmed
         Features confirmed on verification prompts (Holm), each by its guarded p-value (docs/method.md 4c).
     carried_low
@@ -426,10 +431,11 @@ def selection_verdict(
     Returns
     -------
     Verdict
-        NOT_ESTIMABLE without an estimable task; UNDETERMINED with fewer than two. NOT_SUPPORTED if every feature's rise
-        is shown to be too small, or if features are confirmed and no set as small carries ``CARRIED``; SUPPORTED if
-        features are confirmed, a compact set carries that much and more than random sets do, and the features do not
-        merely accompany right answers; else UNDETERMINED, for absence of evidence is no evidence of absence.
+        NOT_ESTIMABLE without an estimable task; UNDETERMINED with fewer than two, to choose or to confirm.
+        NOT_SUPPORTED if every feature's rise is shown to be too small, or if features are confirmed and no set as small
+        carries ``CARRIED``; SUPPORTED if features are confirmed, a compact set carries that much and more than random
+        sets do, and the features do not merely accompany right answers; else UNDETERMINED, for absence of evidence is
+        no evidence of absence.
     SelectionReason
         What decided.
     """
@@ -439,6 +445,8 @@ def selection_verdict(
         return Verdict.UNDETERMINED, SelectionReason.FEW_TASKS
     if no_rise_p <= alpha:  # NaN compares false
         return Verdict.NOT_SUPPORTED, SelectionReason.NO_RISE
+    if n_confirming < MIN_TASKS:
+        return Verdict.UNDETERMINED, SelectionReason.FEW_CONFIRMING
     if n_confirmed == 0:
         return Verdict.UNDETERMINED, SelectionReason.NONE_CONFIRMED
     if best_high < CARRIED:
@@ -485,17 +493,38 @@ def selection_claim(
     return agreed_verdict([verdict for verdict, _ in each]), each
 
 
+def tested_tasks(selection: xr.Dataset) -> tuple[list[str], list[str] | None]:
+    """Tasks whose guarded tests could be made on selection and on verification prompts.
+
+    None for the latter of results made before it was stored: then they are taken to be the same.
+
+    Examples
+    --------
+    >>> tasks = {"task": ["math", "quiz"], "role": ("task", ["in_domain", "control"])}
+    >>> tested_tasks(xr.Dataset({"excess_estimable": ("task", ["yes", "yes"])}, tasks))
+    (['math'], None)
+    """
+    chosen = ~np.isin(selection["role"].values.astype(str), ("held_out", "control"))
+    by_part = [
+        [str(task) for task in selection["task"].values[chosen & (selection[name].values.astype(str) == "yes")]]
+        for name in ("excess_estimable", "verification_excess_estimable")
+        if name in selection
+    ]
+    return by_part[0], by_part[1] if len(by_part) > 1 else None
+
+
 def _selection_of_one(
     selection: xr.Dataset, lifted: CompactShare | None, alpha: float
 ) -> tuple[Verdict, SelectionReason]:
-    role, state, guard = (selection[name].values.astype(str) for name in ("role", "excess_estimable", "guard"))
-    estimable = (state == "yes") & ~np.isin(role, ("held_out", "control"))
+    chosen_by, confirmed_by = tested_tasks(selection)
+    estimable = np.isin(selection["task"].values.astype(str), chosen_by)
     accompanying = float(selection.attrs["accompanying_p"])
-    if math.isnan(accompanying) and (guard[estimable] != CONTRAST).any():
+    if math.isnan(accompanying) and (selection["guard"].values[estimable] != CONTRAST).any():
         accompanying = 1.0  # neither each feature nor all together could be tested
     carried = {name: float(selection.attrs[f"carried_{name}"]) for name in ("low", "best_high")}
     return selection_verdict(
-        n_estimable=int(estimable.sum()) if np.isfinite(selection["specific_p"].values).any() else 0,
+        n_estimable=len(chosen_by) if np.isfinite(selection["specific_p"].values).any() else 0,
+        n_confirming=len(chosen_by if confirmed_by is None else confirmed_by),
         n_confirmed=int((selection["specific_tier"] == "CONFIRMED").sum()),
         carried_low=carried["low"] if lifted is None else lifted.of_set.low,
         best_high=carried["best_high"] if lifted is None else lifted.best_high,

@@ -22,7 +22,7 @@ from rlgen_stats.toolkit.posttrain.schedule import checkpoint_steps
 from rlgen_stats.toolkit.progress import SILENT, Progress
 from rlgen_stats.toolkit.reporting.claims.c1_specificity import assess_specificity
 from rlgen_stats.toolkit.statistics import attribution_contrast, set_stability, stabilization_test
-from rlgen_stats.toolkit.statistics.claim_verdicts import Difference, Verdict, selection_verdict, timing_verdict
+from rlgen_stats.toolkit.statistics.claim_verdicts import Difference, Verdict, selection_claim, timing_verdict
 from rlgen_stats.toolkit.statistics.planning.simulated_claims import (
     MODELS,
     SpecificShares,
@@ -280,20 +280,7 @@ def _selection(size: StudySize, n_rising: int, seed: int) -> str:
     )
     tests = SelectionTests(alpha=size.alpha, n_resamples=9, n_bootstrap=0, min_discordant=size.min_discordant)
     chosen = select_features(features, outcomes, target=MODELS[1], tests=tests, stability=None)
-    return verdict_of_selection(chosen, size.alpha)
-
-
-def verdict_of_selection(chosen: xr.Dataset, alpha: float) -> Verdict:
-    """C3's verdict on the selection of one dictionary, without a trial."""
-    return selection_verdict(
-        n_estimable=int((chosen["excess_estimable"] == "yes").sum()),
-        n_confirmed=int((chosen["specific_tier"] == "CONFIRMED").sum()),
-        carried_low=chosen.attrs["carried_low"],
-        best_high=chosen.attrs["carried_best_high"],
-        no_rise_p=chosen.attrs["no_rise_p"],
-        accompanying_p=chosen.attrs["accompanying_p"],
-        alpha=alpha,
-    )[0]
+    return selection_claim([chosen], alpha=size.alpha)[0]
 
 
 def _trial(size: StudySize, how: dict[str, Any], seed: int) -> str:

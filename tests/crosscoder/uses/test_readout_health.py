@@ -56,6 +56,22 @@ def judged(crosscoder: Crosscoder, data: NDArray[np.float32], readout: Readout) 
     return judge_readout(crosscoder, models, own_fve=1.0, contrasted=("sft@9",), readout=readout)
 
 
+def test_a_sample_says_nearly_the_same() -> None:
+    crosscoder, data = shared_code()
+    reader = ArrayReader(data, batch_size=100, seed=0)
+    every, some = (
+        measure_readout(crosscoder, reader, MODELS),
+        measure_readout(crosscoder, reader, MODELS, max_tokens=950),
+    )
+    assert {one.n_tokens for one in every} == {len(data)}
+    assert {one.n_tokens for one in some} == {1000}, "whole batches"
+    for sampled, whole in zip(some, every, strict=True):
+        assert sampled.fve == pytest.approx(whole.fve, abs=0.01)
+        assert sampled.fve != whole.fve
+        assert sampled.l0 == pytest.approx(whole.l0, rel=0.05)
+    assert some[2].dfve == pytest.approx(every[2].dfve, abs=0.01)
+
+
 def test_numbers_equal_the_textbook(batchtopk: Crosscoder, world: Planted) -> None:
     base, final = world.data[:1500, 0], world.data[:1500, 1] / 3  # not the scale trained on
     data = np.stack([base, (base + final) / 2, final], axis=1)

@@ -586,6 +586,22 @@ def test_c3_held_out_and_control_tasks_do_not_count_as_tasks(results: Results, s
     assert claim(results, spec, "C3").verdict is Verdict.UNDETERMINED
 
 
+def test_c3_tasks_that_can_choose_and_not_confirm_are_told(results: Results, spec: StudySpec) -> None:
+    why = ["yes", "no: 3 gains"] + ["no: 1 gain"] * 2 + ["no: not selected on"] * 3
+    column = "verification_excess_estimable"
+    results["selection"] = results["selection"].assign({column: ("task", why)})
+    c3 = claim(results, spec, "C3")
+    assert c3.verdict is Verdict.UNDETERMINED
+    assert (
+        "base was right too, but on prompts not used to select them 1 task could be tested (at least 2 needed; of "
+        "those that select, 4 tasks could be)"
+    ) in c3.answer
+    results["selection"] = results["selection"].assign({column: ("task", ["yes"] * 2 + why[2:])})
+    assert "(of those that select, 4 tasks could be tested; of these, 2)" in claim(results, spec, "C3").answer
+    results["selection"] = results["selection"].drop_vars(column)  # as stored by an earlier release
+    assert "(of those that select, 4 tasks could be tested)" in claim(results, spec, "C3").answer
+
+
 def test_c3_another_guard_is_a_caveat(results: Results, spec: StudySpec) -> None:
     assert not any("RL-specific contrast needs" in caveat for caveat in claim(results, spec, "C3").caveats)
     guard = results["selection"]["guard"].values.copy()

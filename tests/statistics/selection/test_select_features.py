@@ -194,18 +194,26 @@ def test_rising_and_following_correctness_at_once_is_not_specific(world):
     assert np.all(out.specific_tier.values[10:15] == "REJECTED")
 
 
-@pytest.mark.parametrize(("n_kept", "state"), [(5, "no: 20 gains and 5 both right, 6 of each needed"), (6, "yes")])
-def test_what_base_seldom_gets_right_can_be_edited_but_not_claimed(make_features, make_outcomes, n_kept, state):
+TOO_FEW = "no: 20 gains and 5 both right, 6 of each needed"
+
+
+@pytest.mark.parametrize(
+    ("n_kept", "state", "confirming"), [(10, TOO_FEW, TOO_FEW), (11, "yes", TOO_FEW), (12, "yes", "yes")]
+)
+def test_what_base_seldom_gets_right_can_be_edited_but_not_claimed(
+    make_features, make_outcomes, n_kept, state, confirming
+):
     rng = np.random.default_rng(5)
     right = np.zeros((2, 80), dtype=int)  # prompts alternate between the parts of the split
     right[1, :40] = 1
-    right[:, 40 : 40 + 2 * n_kept] = 1
+    right[:, 40 : 40 + n_kept] = 1
     mean = 5 + rng.normal(0, 1, (2, 80, 8))
     mean[1, :, :2] += 4
     out = run(make_features(mean, MODELS), make_outcomes(right, MODELS), controls=[], n_bootstrap=0)
     assert np.flatnonzero(out.tier == "CONFIRMED").tolist() == [0, 1]
     assert out.estimable.values.tolist() == ["yes"]
     assert out.excess_estimable.values.tolist() == [state]
+    assert out.verification_excess_estimable.values.tolist() == [confirming]
     assert np.isfinite(out.specific_p).all() == (state == "yes")
     assert np.all(np.isin(out.specific_tier, ["REJECTED"] if state == "yes" else ["UNTESTED"]))
 

@@ -45,6 +45,7 @@ COUNTS = (
     "flag",
     "verification_estimable",
     "verification_guard",
+    "verification_excess_estimable",
 )
 """Counts, labels and reasons: no statement about a feature's size."""
 

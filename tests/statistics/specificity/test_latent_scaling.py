@@ -80,7 +80,7 @@ def test_classes() -> None:
     share = xr.DataArray([[0.1, 0.1, 0.45, 0.0], [0.9, 0.9, 0.55, 1.0]], dims=("view", "feature"))
     share = share.assign_coords(view=VIEWS[1:])
     classes = validate_classes(share, scaling)
-    assert classes.feature_class.values.tolist() == ["specific", "contradicted", "shared", "dead"]
+    assert classes.feature_class.values.tolist() == ["specific", "contradicted", "shared", "rare"]
     assert classes.specific_to.values.tolist() == ["rl@9", "rl@9", "", ""]
     blurred = scaling.assign(nu_error_se=scaling.nu_error_se + 1.0, nu_reconstruction_se=scaling.nu_error_se + 1.0)
     assert validate_classes(share, blurred).feature_class.values[:2].tolist() == ["undetermined", "undetermined"]

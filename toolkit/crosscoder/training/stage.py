@@ -46,7 +46,6 @@ from rlgen_stats.toolkit.crosscoder.training.train import STATE, train_replicate
 from rlgen_stats.toolkit.crosscoder.uses.fitted_readout import fit_readout
 from rlgen_stats.toolkit.crosscoder.uses.health import Health, judge_again, measure_health
 from rlgen_stats.toolkit.crosscoder.uses.readout_health import (
-    READOUT_TOKENS,
     ModelReadout,
     judge_readout,
     measure_readout,
@@ -349,9 +348,7 @@ class _StudyCrosscoder:
         with self.progress.task(f"readout {name}", total=len(others), unit="models") as task:
             for other in others:
                 pair = self._reader((base, other))
-                of_base, of_other = measure_readout(
-                    crosscoder, pair, (base, other), readout=self.spec.readout, max_tokens=READOUT_TOKENS
-                )
+                of_base, of_other = measure_readout(crosscoder, pair, (base, other), readout=self.spec.readout)
                 models += [of_other] if models else [of_base, of_other]
                 task.advance(1, model=other, dfve=of_other.dfve)
         return models

@@ -16,8 +16,9 @@ from rlgen_stats.schemas.study import Readout
 from rlgen_stats.toolkit.crosscoder.data.paired import PairedActivations, batches_of, views_of
 from rlgen_stats.toolkit.crosscoder.model.crosscoder import Crosscoder
 from rlgen_stats.toolkit.crosscoder.uses.encode import view_of
-from rlgen_stats.toolkit.crosscoder.uses.readout_health import READOUT_TOKENS
 
+AGREEMENT_TOKENS: Final = 1 << 18
+"""Tokens on which errors of dictionaries are compared."""
 PIECE_TOKENS: Final = 1024
 """Tokens decoded at once: the changes of all dictionaries are held together, in float64."""
 
@@ -29,7 +30,7 @@ def agreement_sums(
     models: Sequence[str],
     *,
     readout: Readout | None = None,
-    max_tokens: int = READOUT_TOKENS,
+    max_tokens: int = AGREEMENT_TOKENS,
 ) -> xr.Dataset:
     """Products of the true change a_M - a_base with what each dictionary decodes of it, and with what it misses.
 

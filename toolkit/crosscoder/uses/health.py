@@ -384,8 +384,8 @@ def health_dataset(folder: StudyFolder, names: list[str]) -> xr.Dataset:
         [crosscoder, view], NaN where a crosscoder lacks the view; ``l0``, ``dead_fraction``, ``dense_fraction``,
         ``n_features``, ``healthy``, ``reasons`` [crosscoder]; ``firing_histogram[crosscoder, rate_bin]``, features by
         firing rate (coordinate: lower edge, the silent at 0). Where a readout was judged: ``fve_model``, ``l0_model``,
-        ``dfve``, ``code_r2``, ``artefact`` [crosscoder, model]; ``readout_reasons``, its failed checks, which
-        ``reasons`` lists too, and ``readout_accepted`` [crosscoder].
+        ``n_tokens_model``, ``dfve``, ``code_r2``, ``artefact`` [crosscoder, model]; ``readout_reasons``, its failed
+        checks, which ``reasons`` lists too, and ``readout_accepted`` [crosscoder].
 
     Raises
     ------
@@ -456,7 +456,8 @@ def _readout_table(records: dict[str, dict[str, Any]], reasons: list[str], accep
     models = list(dict.fromkeys(model for of_model in by_name for model in of_model))
     if not models:
         return xr.Dataset()
-    columns = {"fve_model": "fve", "l0_model": "l0", "dfve": "dfve", "code_r2": "code_r2", "artefact": "artefact"}
+    columns = {"fve_model": "fve", "l0_model": "l0", "n_tokens_model": "n_tokens"}
+    columns |= {name: name for name in ("dfve", "code_r2", "artefact")}
     table = {
         name: (
             (CROSSCODER, MODEL),

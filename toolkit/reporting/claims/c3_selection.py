@@ -34,6 +34,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     mean_share,
     mostly_token_detectors,
     selection_claim,
+    tested_tasks,
     verdicts_agree,
 )
 from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
@@ -71,13 +72,12 @@ _UNUSED: Final = "no: not selected on"
 
 def scored_tasks(selection: xr.Dataset) -> list[str]:
     """Selection tasks with any prompt that base got wrong and RL right: those the paper's rule intersects."""
-    return [task for task, state in _selection_tasks(selection, "estimable") if not state.startswith("no")]
-
-
-def _selection_tasks(selection: xr.Dataset, column: str) -> list[tuple[str, str]]:
-    """Tasks selected on, and whether they are estimable in one respect."""
-    rows = zip(selection["task"].values, selection[column].values, selection["role"].values, strict=True)
-    return [(str(task), str(state)) for task, state, role in rows if str(role) not in ("held_out", "control")]
+    rows = zip(selection["task"].values, selection["estimable"].values, selection["role"].values, strict=True)
+    return [
+        str(task)
+        for task, state, role in rows
+        if str(role) not in ("held_out", "control") and not str(state).startswith("no")
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +191,14 @@ def unusable_tasks(data: xr.Dataset, column: str = "estimable") -> str:
 
 
 def _details(data: xr.Dataset) -> dict[str, Any]:
-    tasks = [task for task, state in _selection_tasks(data, "excess_estimable") if state == _YES]
+    tasks, confirming = tested_tasks(data)
     tiers, counts = np.unique(data["tier"].values.astype(str), return_counts=True)
     task_names = [str(task) for task in data["task"].values]
     return {
         "test": data.attrs.get("test", ""),
         "null": data.attrs.get("null", ""),
         "estimable_tasks": tasks,
+        "confirming_tasks": confirming,
         "n_testable": int(np.isfinite(data["specific_p"].values).sum()),
         "tiers": {str(tier): int(n) for tier, n in zip(tiers, counts, strict=True) if tier},
         "n_confirmed": int((data["specific_tier"].values == "CONFIRMED").sum()),
@@ -288,17 +289,26 @@ def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) 
     n_confirmed = [one.details["n_confirmed"] for one in group]
     n_testable = count_span([one.details["n_testable"] for one in group])
     n_tasks = count(len(group[0].details["estimable_tasks"]), "task")
+    confirming = group[0].details["confirming_tasks"]
     one_feature = max(n_confirmed) == min(n_confirmed) == 1
     confirmed = (
         f"{count_span(n_confirmed)} feature{'s' * (not one_feature)} of {n_testable} testable ones "
         f"{'is' if one_feature else 'are'} confirmed to rise where RL gained by more than where base was right too"
     )
-    tested = f"{confirmed}, on prompts not used to select them (of those that select, {n_tasks} could be tested)"
+    on_others = "" if confirming is None else f"; of these, {len(confirming)}"
+    tested = (
+        f"{confirmed}, on prompts not used to select them (of those that select, {n_tasks} could be tested{on_others})"
+    )
     each = [one.data for one in group]
     if reason is SelectionReason.NO_TASK:
         return "no task could be tested"
     if reason is SelectionReason.FEW_TASKS:
         return f"{confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)"
+    if reason is SelectionReason.FEW_CONFIRMING:
+        return (
+            f"{confirmed}, but on prompts not used to select them {count(len(confirming or ()), 'task')} could be "
+            f"tested (at least {MIN_TASKS} needed; of those that select, {n_tasks} could be)"
+        )
     if reason is SelectionReason.NO_RISE:
         return (
             f"no feature of {n_testable} testable ones rises where RL gained by {MIN_EXCESS:g} sd more than where base "

@@ -73,7 +73,7 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
     names = labels_of(data, "mas_crosscoder")
     mas = spec.primary_crosscoder.name if spec.primary_crosscoder.name in names else next(iter(names), None)
     draw = partial(plot_specificity, data, tau=tau, curves=curves)
-    alt = f"Share of features with NRN above {tau:g}. {'; '.join(shown)}."
+    alt = f"Share of features with NRN above {tau:g}, one dictionary a run. {'; '.join(shown)}."
     panels = [panel(draw, HALF, 3.2, title="Model-specific features, pairwise crosscoders", alt=alt)]
     if mas is not None:
         draw_mas = partial(plot_model_shares, data, crosscoder=mas, runs=[run.name for run in spec.contrasted])
@@ -84,9 +84,10 @@ def specificity(results: Results, spec: StudySpec) -> Graphic:
         "Model-specific features",
         tuple(panels),
         "By decoder norms alone. First: how much of each feature's decoder norm (L1) belongs to the trained model; 0.5 "
-        "is shared. A curve's height at τ is the share of features that count as specific. Grey: the same measurement "
-        "on base against itself, and on floor runs. Second: the same for each model's share (MAS) in the three-model "
-        "crosscoder; one third is shared.",
+        "is shared. A curve's height at τ is the share of features that count as specific, in one dictionary of base "
+        "and a run's last model that has one (claim C1 rests on every dictionary, and on earlier models at equal "
+        "distance). Grey: the same measurement on base against itself, and on floor runs. Second: the same for each "
+        "model's share (MAS) in the three-model crosscoder; one third is shared.",
     )
 
 

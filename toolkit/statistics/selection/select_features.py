@@ -367,6 +367,7 @@ def _task_variables(
         "guard": selection.guard,
         "verification_estimable": verification.estimable,
         "verification_guard": verification.guard,
+        "verification_excess_estimable": verification.excess_estimable,
         "role": prompts.roles.roles,
         "n_selected_prompts": [len(by_task[task].every) for task in tasks],
         "n_gain": [len(by_task[task].gain) for task in tasks],

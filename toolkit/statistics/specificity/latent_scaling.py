@@ -22,7 +22,7 @@ NU_RECONSTRUCTION_MAX: Final = 0.5
 MIN_GROUPS: Final = 12
 """Groups in which a feature must fire for a standard error; with fewer, cluster-robust ones are too small."""
 
-CLASSES: Final = ("shared", "specific", "contradicted", "undetermined", "dead")
+CLASSES: Final = ("shared", "specific", "contradicted", "undetermined", "rare")
 """Model specificity of a feature; see :func:`classify_features`."""
 
 
@@ -138,7 +138,7 @@ def classify_features(
     Returns
     -------
     xr.Dataset
-        ``feature_class[feature]``: ``dead`` (fires on fewer tokens), ``shared`` (no share above tau), ``specific``
+        ``feature_class[feature]``: ``rare`` (fires on fewer tokens), ``shared`` (no share above tau), ``specific``
         (both ratios of every other view are below their limits at level ``alpha``), ``contradicted`` (one exceeds its
         limit at that level: an artefact of the sparsity penalty), ``undetermined`` (neither shown, or no share
         known). ``specific_to[feature]``: the view of a candidate, else "".
@@ -174,8 +174,8 @@ def classify_features(
     classes = np.select(
         [unknown, ~candidate, below, above], ["undetermined", "shared", "specific", "contradicted"], "undetermined"
     )
-    classes = np.where(np.asarray(scaling["n_active"].values) < min_active, "dead", classes)
-    specific_to = np.where(candidate & (classes != "dead"), np.array(views, dtype=np.str_)[best], "")
+    classes = np.where(np.asarray(scaling["n_active"].values) < min_active, "rare", classes)
+    specific_to = np.where(candidate & (classes != "rare"), np.array(views, dtype=np.str_)[best], "")
     return xr.Dataset(
         {"feature_class": (FEATURE, classes), "specific_to": (FEATURE, specific_to)},
         coords={FEATURE: scaling[FEATURE].values} if FEATURE in scaling.coords else {},
