@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Final
 
 import pytest
@@ -13,7 +14,15 @@ from rlgen_stats.toolkit.extraction import generate
 from rlgen_stats.toolkit.extraction.batch_check import check_batches
 from rlgen_stats.toolkit.extraction.batching import left_pad
 from rlgen_stats.toolkit.extraction.next_token import logits_at
-from rlgen_stats.toolkit.extraction.residual_stream import locate_layers, read_residual, read_residuals
+from rlgen_stats.toolkit.extraction.residual_stream import (
+    block_output,
+    capture_residual,
+    locate_layers,
+    read_residual,
+    read_residuals,
+    record_block,
+    resume_after,
+)
 from tests.extraction.conftest import WORDS, word_tokenizer
 from tests.oracles.slow_generation import completed
 
@@ -172,6 +181,26 @@ def test_left_padded_batches_are_read_and_completed_as_texts_alone(family: str) 
         completed(model, tokenizer(prompt)["input_ids"], limit, ends={1})
         for prompt, limit in zip(PROMPTS, limits, strict=True)
     ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_go_on_after_a_block_as_if_it_had_run(family: str) -> None:
+    model = tiny(family)
+    ids, mask, positions = left_pad(TEXTS, 0, "cpu")
+    batches = [{"input_ids": ids[i:], "attention_mask": mask[i:], "position_ids": positions[i:]} for i in (0, 1)]
+    with record_block(model, 1) as recorded:
+        whole = [model(**batch, use_cache=False).logits for batch in batches]
+    computed, blocks = Counter[int](), locate_layers(model)
+    for number, block in enumerate(blocks):
+        for part in block.children():
+            part.register_forward_pre_hook(lambda *_, number=number: computed.update([number]))
+    with resume_after(model, recorded), capture_residual(model, 1) as seen:
+        resumed = [model(**batch, use_cache=False).logits for batch in batches]
+    assert all(map(torch.equal, resumed, whole))
+    assert set(computed) == {2}
+    assert torch.equal(seen.value, block_output(recorded.outputs[1])), "hooks on the block see what it returned"
+    assert torch.equal(model(**batches[0], use_cache=False).logits, whole[0])
+    assert set(computed) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("family", REFUSED)

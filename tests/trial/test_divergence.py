@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlgen_stats.toolkit.edits.edit import FeatureEdit
-from rlgen_stats.toolkit.edits.hooks import editing
+from rlgen_stats.toolkit.edits.hooks import SourceModel, editing
 from rlgen_stats.toolkit.edits.site import EditSite
 from rlgen_stats.toolkit.extraction.residual_stream import capture_residual
 from rlgen_stats.toolkit.trial.divergence import (
@@ -17,8 +17,9 @@ from rlgen_stats.toolkit.trial.divergence import (
     log_probabilities,
     make_probe,
     mean_residual,
+    reference,
 )
-from tests.edits.tiny import RL, tiny_model
+from tests.edits.tiny import BASE, RL, WIDTH, tiny_model
 
 TEXTS = ([3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15])
 LENGTHS, FIRST, LAST = (4, 2, 3), (3, 1, 2), (4, 1, 2)
@@ -56,6 +57,46 @@ def test_divergences_under_an_edit_know_where_prompts_end(model: Any, crosscoder
                 alone = model(input_ids=torch.tensor([TEXTS[row]]), use_cache=False).logits[0].log_softmax(-1)
                 kept = len(TEXTS[row]) - FIRST[row]
                 torch.testing.assert_close(measured[i, -kept:], alone[-kept:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("edit", [FeatureEdit((0, 3, 4, 9), "disable"), FeatureEdit((2, 5), "lift")])
+def test_arms_go_on_from_the_edited_block_with_the_same_result(model: Any, crosscoder: Any, edit: FeatureEdit) -> None:
+    start = reference(model, probe(), 1, vocabulary=20)
+    assert start.after_block is not None
+    source = SourceModel(tiny_model(seed=4), BASE) if edit.needs_source else None
+    computed: list[Any] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(0))
+    with editing(model, edit, EditSite(crosscoder, RL, 1), source=source) as active:
+        whole = log_probabilities(model, probe(), active, vocabulary=20)
+        assert len(computed) == len(probe().batches)
+        resumed = start.under_edit(model, active)
+        assert len(computed) == len(probe().batches), "block 0 was not run again"
+    assert all(map(torch.equal, resumed, whole))
+    assert not any(map(torch.equal, resumed, start.log_p)), "the edit acted"
+    assert all(map(torch.equal, start.log_p, log_probabilities(model, probe(), vocabulary=20)))
+
+
+def test_a_model_that_hands_on_more_than_the_residual_is_read_whole(model: Any, crosscoder: Any) -> None:
+    """A later block that looks at what an earlier one has just computed: not the same, or an error."""
+    first, last = model.model.layers[0], model.model.layers[2]
+    left: list[torch.Tensor] = []
+    first.mlp.register_forward_hook(lambda *call: left.append(call[2]))
+    for look in (lambda: left.pop(), lambda: left.pop() if left else torch.zeros(1)):
+        handle = last.register_forward_hook(lambda *call, look=look: call[2] + look())
+        start = reference(model, probe(), 1, vocabulary=20)
+        assert start.after_block is None
+        with editing(model, FeatureEdit((0, 3), "disable"), EditSite(crosscoder, RL, 1)) as active:
+            assert not any(map(torch.equal, start.under_edit(model, active), start.log_p))
+        handle.remove()
+
+
+@pytest.mark.parametrize(("more", "kept"), [(0, True), (-1, False)])
+def test_what_is_too_much_to_keep_is_read_whole(
+    model: Any, monkeypatch: pytest.MonkeyPatch, more: int, kept: bool
+) -> None:
+    n_numbers = sum(batch.ids.numel() for batch in probe().batches) * WIDTH
+    monkeypatch.setattr("rlgen_stats.toolkit.trial.divergence.MAX_NUMBERS", n_numbers + more)
+    assert (reference(model, probe(), 1, vocabulary=20).after_block is not None) == kept
 
 
 def test_broken_distributions_diverge_by_nan(model: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -176,6 +177,66 @@ def run_to_layer(model: Any, **inputs: Any) -> None:
     """Run a forward pass up to the block at which a capture with ``stop`` ends it."""
     with suppress(StopReadingError):
         model(**inputs)
+
+
+@dataclass(frozen=True)
+class BlockOutputs:
+    """What a block returned in one forward pass after the other."""
+
+    layer: int
+    """Block, counted from 0."""
+    outputs: list[Any] = field(default_factory=list)
+
+
+@contextmanager
+def record_block(model: torch.nn.Module, layer: int) -> Iterator[BlockOutputs]:
+    """Keep what block ``layer`` returns in every forward pass inside the context, for :func:`resume_after`."""
+    recorded = BlockOutputs(layer)
+    handle = locate_layer(model, layer).register_forward_hook(lambda *call: recorded.outputs.append(call[2]))
+    try:
+        yield recorded
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def resume_after(model: torch.nn.Module, recorded: BlockOutputs) -> Iterator[None]:
+    """Let forward passes go on from what was recorded: up to that block no block computes anything.
+
+    Parameters
+    ----------
+    model
+        The model recorded from. Hooks on the block see and may change what it returns.
+    recorded
+        The passes inside the context must be given the inputs recorded with, in that order, and no cache.
+    """
+    blocks, outputs = locate_layers(model), iter(recorded.outputs)
+
+    def resume(*_: Any, **__: Any) -> Any:
+        output = next(outputs)  # copied, for a later block may add to it in place
+        return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        hidden, like = args[0] if args else kwargs["hidden_states"], recorded.outputs[0]
+        return (hidden, *like[1:]) if isinstance(like, tuple) else hidden
+
+    with ExitStack() as stack:
+        for number in range(recorded.layer + 1):
+            stack.enter_context(_computing(blocks[number], resume if number == recorded.layer else skip))
+        yield
+
+
+@contextmanager
+def _computing(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a module compute something else."""
+    own = vars(module).get("forward")  # where its weights are moved when they are needed
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def read_residual(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
 from pathlib import Path
@@ -36,6 +36,8 @@ it in; hooks refuse it, because no model has one channel."""
 
 RANDOM_KINDS: Final = ("random", "rescaled")
 """Kinds of arm that edit matched random sets: there are many, and their divergences are measured on fewer texts."""
+EDITED: Final[Mapping[Direction, str]] = {"disable": "rl", "amplify": "base"}
+"""The model that each direction edits; the other one is what it is compared with."""
 COPYING: Final[dict[Direction, str]] = {"amplify": "lift", "disable": "lower"}
 """What copying the other model's features is called: base's go up to the RL model's level, or the RL model's down."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,11 +20,13 @@ from rlgen_stats.toolkit.edits.hooks import ActiveEdit
 from rlgen_stats.toolkit.extraction.batching import by_length, left_pad
 from rlgen_stats.toolkit.extraction.next_token import common_vocabulary, kl_divergence
 from rlgen_stats.toolkit.extraction.rendering import read_by_all
-from rlgen_stats.toolkit.extraction.residual_stream import read_residual
+from rlgen_stats.toolkit.extraction.residual_stream import BlockOutputs, read_residual, record_block, resume_after
+from rlgen_stats.toolkit.trial.arms import EDITED
 from rlgen_stats.toolkit.trial.plan import TrialPlan
 
 MAX_NUMBERS: Final = 2**26
-"""Log-probabilities kept of one reference model on one probe (256 MB): limits how many positions are compared."""
+"""Log-probabilities kept of one reference model on one probe (256 MB): limits how many positions are compared. As many
+numbers are kept of the residual stream, or none."""
 FORCED_TOKENS: Final = 2048
 """Completion positions on which arms other than the random sets are compared with both models."""
 NEUTRAL_TOKENS: Final = 512
@@ -62,8 +65,25 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """An unedited model on a probe."""
+
+    probe: Probe
+    vocabulary: int
+    """Tokens, those with the smallest ids, among which the next one is predicted."""
+    log_p: list[Tensor]
+    """Its log-probabilities, batch by batch."""
+    after_block: BlockOutputs | None
+    """What the block to be edited returns, where arms can go on from there: up to it they all compute the same."""
+
+    def under_edit(self, model: Any, active: ActiveEdit) -> list[Tensor]:
+        """Log-probabilities of the model while an edit is in force."""
+        return log_probabilities(model, self.probe, active, vocabulary=self.vocabulary, after_block=self.after_block)
+
+
+@dataclass(frozen=True)
 class Probes:
-    """Fixed texts, and both unedited models' distributions on them."""
+    """Fixed texts, and both unedited models on them."""
 
     first: Probe
     """Where the first completion token is predicted."""
@@ -71,8 +91,8 @@ class Probes:
     """Whole completions of the unedited models."""
     neutral: Probe
     """Text that neither model wrote."""
-    references: dict[str, dict[str, list[Tensor]]]
-    """probe name -> view -> log-probabilities."""
+    references: dict[str, dict[str, Reference]]
+    """probe name -> ``base``, ``rl`` -> that model."""
 
 
 def make_probe(
@@ -105,7 +125,12 @@ def make_probe(
 
 @torch.inference_mode()
 def log_probabilities(
-    model: Any, probe: Probe, active: ActiveEdit | None = None, *, vocabulary: int | None = None
+    model: Any,
+    probe: Probe,
+    active: ActiveEdit | None = None,
+    *,
+    vocabulary: int | None = None,
+    after_block: BlockOutputs | None = None,
 ) -> list[Tensor]:
     """Next-token log-probabilities [row, kept position, vocabulary] of each batch of a probe.
 
@@ -120,26 +145,51 @@ def log_probabilities(
         default: all.
     active
         Handle of the edit in force, which needs to know where prompts end.
+    after_block
+        What the edited block returns for this probe: the passes begin there.
     """
     log_p = []
     has_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     try:
-        for batch in probe.batches:
-            if active is not None:
-                active.prompt_lengths = batch.prompt_lengths
-            kept = batch.weight.shape[1]
-            output = model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                use_cache=False,
-                **({"logits_to_keep": kept} if has_keep else {}),
-            )
-            log_p.append(torch.log_softmax(output.logits[:, -kept:, :vocabulary].float(), dim=-1))
+        with nullcontext() if after_block is None else resume_after(model, after_block):
+            for batch in probe.batches:
+                if active is not None:
+                    active.prompt_lengths = batch.prompt_lengths
+                kept = batch.weight.shape[1]
+                output = model(
+                    input_ids=batch.ids,
+                    attention_mask=batch.mask,
+                    position_ids=batch.positions,
+                    use_cache=False,
+                    **({"logits_to_keep": kept} if has_keep else {}),
+                )
+                log_p.append(torch.log_softmax(output.logits[:, -kept:, :vocabulary].float(), dim=-1))
     finally:
         if active is not None:
             active.prompt_lengths = None
     return log_p
+
+
+@torch.inference_mode()
+def reference(model: Any, probe: Probe, layer: int, *, vocabulary: int) -> Reference:
+    """An unedited model's log-probabilities on a probe, and what its block ``layer`` returns there.
+
+    The latter is left out where it is more than ``MAX_NUMBERS``, or where the first batch does not come out the same
+    from there, to the bit: a model may hand on more than the residual stream.
+    """
+    width = int(model.config.get_text_config().hidden_size)
+    if not probe.batches or sum(batch.ids.numel() for batch in probe.batches) * width > MAX_NUMBERS:
+        return Reference(probe, vocabulary, log_probabilities(model, probe, vocabulary=vocabulary), None)
+    with record_block(model, layer) as recorded:
+        log_p = log_probabilities(model, probe, vocabulary=vocabulary)
+    try:
+        (again,) = log_probabilities(
+            model, Probe(probe.owner, probe.batches[:1]), vocabulary=vocabulary, after_block=recorded
+        )
+        same = torch.equal(again, log_p[0])
+    except Exception:
+        same = False
+    return Reference(probe, vocabulary, log_p, recorded if same else None)
 
 
 def divergences(p: Sequence[Tensor], q: Sequence[Tensor], probe: Probe, n_prompts: int) -> NDArray[np.float64]:
@@ -228,7 +278,10 @@ def make_probes(
     neutral = _neutral(plan, texts, min(NEUTRAL_TOKENS, affordable), common)
     named = {"first": first, "forced": forced, "neutral": neutral}
     references = {
-        name: {view: log_probabilities(model, probe, vocabulary=vocabulary) for view, model in models.items()}
+        name: {
+            model: reference(models[model], probe, plan.sites[direction].layer, vocabulary=vocabulary)
+            for direction, model in EDITED.items()
+        }
         for name, probe in named.items()
     }
     return Probes(first, forced, neutral, references)

@@ -37,7 +37,6 @@ from rlgen_stats.toolkit.extraction.batching import encode_prompts, pad_id
 from rlgen_stats.toolkit.extraction.checkpoints import load_model, resolve_device
 from rlgen_stats.toolkit.extraction.generation import Completion
 from rlgen_stats.toolkit.extraction.grading import grade_all, graders_of
-from rlgen_stats.toolkit.extraction.next_token import common_vocabulary
 from rlgen_stats.toolkit.extraction.rendering import PromptReader, load_reader, shared_tokens
 from rlgen_stats.toolkit.progress import SILENT, Progress, Task, Within
 from rlgen_stats.toolkit.statistics.causal.criteria import FutilityRule
@@ -51,12 +50,11 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     ending_of,
     finite_mean,
 )
-from rlgen_stats.toolkit.trial.arms import RANDOM_KINDS, UNEDITED, Arm
+from rlgen_stats.toolkit.trial.arms import EDITED, RANDOM_KINDS, UNEDITED, Arm
 from rlgen_stats.toolkit.trial.divergence import (
     EncodedTexts,
     Probes,
     divergences,
-    log_probabilities,
     make_probes,
     mean_residual,
 )
@@ -64,8 +62,6 @@ from rlgen_stats.toolkit.trial.parts import measure_parts
 from rlgen_stats.toolkit.trial.plan import DirectionPlan, TrialPlan, refuse_undecidable
 from rlgen_stats.toolkit.workers import keeping, kept, run_tasks
 
-EDITED: Final[Mapping[Direction, str]] = {"disable": "rl", "amplify": "base"}
-"""The model that each direction edits; the other one is what it is compared with."""
 BATCHES_TOGETHER: Final = 8
 """Times the batch size that arms which are run together complete: the first and the last batch are not full, and what
 a kill loses is no more than this."""
@@ -450,21 +446,20 @@ class LiveTrial:
     @torch.no_grad()
     def _diverge(self, direction: Direction, arm: Arm, probes: Probes) -> dict[str, NDArray[np.float64]]:
         """Per-prompt divergences of the arm: to both models on the first position, and where affordable on more."""
-        n, model = self.plan.n_prompts, self.model(EDITED[direction])
-        vocabulary = common_vocabulary(self.model(name) for name in ("base", "rl"))
+        n, edited = self.plan.n_prompts, EDITED[direction]
+        model, references = self.model(edited), probes.references
         measured = {name: np.full(n, np.nan) for name in DIVERGENCES}
-        references = probes.references
         with self.editing(direction, [arm]) as active:
-            first = log_probabilities(model, probes.first, active, vocabulary=vocabulary)
+            first = references["first"][edited].under_edit(model, active)
             for name in ("base", "rl"):
-                measured[f"kl_to_{name}"] = divergences(first, references["first"][name], probes.first, n)
+                measured[f"kl_to_{name}"] = divergences(first, references["first"][name].log_p, probes.first, n)
             if arm.condition.kind not in RANDOM_KINDS:  # a hundred sets on whole texts would cost more than the rest
-                forced = log_probabilities(model, probes.forced, active, vocabulary=vocabulary)
+                forced = references["forced"][edited].under_edit(model, active)
                 for name in ("base", "rl"):
-                    measured[f"forced_kl_to_{name}"] = divergences(forced, references["forced"][name], probes.forced, n)
-            neutral = log_probabilities(model, probes.neutral, active, vocabulary=vocabulary)
-            unedited = references["neutral"][EDITED[direction]]
-            moved = divergences(unedited, neutral, probes.neutral, len(probes.neutral.owner))
+                    reference = references["forced"][name].log_p
+                    measured[f"forced_kl_to_{name}"] = divergences(forced, reference, probes.forced, n)
+            neutral = references["neutral"][edited].under_edit(model, active)
+            moved = divergences(references["neutral"][edited].log_p, neutral, probes.neutral, len(probes.neutral.owner))
         measured["neutral_kl"] = np.full(n, finite_mean(moved))
         return measured
 
