@@ -593,9 +593,11 @@ def test_c3_tasks_that_can_choose_and_not_confirm_are_told(results: Results, spe
     c3 = claim(results, spec, "C3")
     assert c3.verdict is Verdict.UNDETERMINED
     assert (
-        "base was right too, but on prompts not used to select them 1 task could be tested (at least 2 needed; of "
-        "those that select, 4 tasks could be)"
+        "base was right too; on prompts not used to select them 1 task could be tested (at least 2 needed; on those "
+        "that select, 4 tasks could be)"
     ) in c3.answer
+    results["selection"] = results["selection"].assign({column: ("task", ["no: 1 gain"] * 4 + why[4:])})
+    assert "; on prompts not used to select them no task could be tested (" in claim(results, spec, "C3").answer
     results["selection"] = results["selection"].assign({column: ("task", ["yes"] * 2 + why[2:])})
     assert "(of those that select, 4 tasks could be tested; of these, 2)" in claim(results, spec, "C3").answer
     results["selection"] = results["selection"].drop_vars(column)  # as stored by an earlier release

@@ -305,9 +305,10 @@ def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) 
     if reason is SelectionReason.FEW_TASKS:
         return f"{confirmed}, but only {n_tasks} could be tested (at least {MIN_TASKS} needed)"
     if reason is SelectionReason.FEW_CONFIRMING:
+        n_confirming = count(len(confirming), "task") if confirming else "no task"
         return (
-            f"{confirmed}, but on prompts not used to select them {count(len(confirming or ()), 'task')} could be "
-            f"tested (at least {MIN_TASKS} needed; of those that select, {n_tasks} could be)"
+            f"{confirmed}; on prompts not used to select them {n_confirming} could be tested (at least {MIN_TASKS} "
+            f"needed; on those that select, {n_tasks} could be)"
         )
     if reason is SelectionReason.NO_RISE:
         return (
