@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from rlgen_stats.toolkit.statistics.causal.findings import Decision
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
     DICTIONARIES_DISAGREE,
+    NO_NULL,
     NOT_COMPARABLE,
     Difference,
     Verdict,
@@ -75,11 +77,12 @@ SHARES = (0.13, 0.03, 0.01)
         (-0.10, 0.001, (0.03, 0.13, 0.01), True, Verdict.CONTRADICTED, ()),
         (0.10, 0.001, (0.13, 0.03, 0.13), True, Verdict.UNDETERMINED, (BELOW_NULL,)),  # equal to the null is not above
         (-0.10, 0.001, (0.03, 0.13, 0.2), True, Verdict.UNDETERMINED, (BELOW_NULL,)),
+        (0.10, 0.001, (0.13, 0.03, NAN), True, Verdict.UNDETERMINED, (NO_NULL,)),  # nothing to exceed
         (0.10, 0.001, (0.13, 0.005, 0.01), True, Verdict.SUPPORTED, ()),  # only the larger share need exceed the null
         (-0.10, 0.001, (0.005, 0.13, 0.01), True, Verdict.CONTRADICTED, ()),
-        (0.10, 0.001, (0.13, 0.03, NAN), True, Verdict.SUPPORTED, ()),  # no null crosscoder: a caveat, not a guard
         (0.10, 0.001, SHARES, False, Verdict.UNDETERMINED, (NOT_COMPARABLE,)),
         (0.10, 0.001, (0.13, 0.03, 0.2), False, Verdict.UNDETERMINED, (NOT_COMPARABLE, BELOW_NULL)),
+        (-0.06, 0.9, (0.0, 0.0, NAN), True, Verdict.NOT_SUPPORTED, ()),
         (-0.06, 0.9, (0.0, 0.0, 0.2), True, Verdict.NOT_SUPPORTED, ()),  # the null matters only to a difference
         (NAN, 0.001, SHARES, True, Verdict.NOT_ESTIMABLE, ()),
     ],
@@ -214,8 +217,10 @@ def test_a_stratum_that_shows_the_opposite_leaves_the_time_open(strata: list[Dif
     [
         ([LATER, EARLIER], Verdict.UNDETERMINED),  # it was "do not differ"
         ([WIDE, LATER, EARLIER], Verdict.UNDETERMINED),
-        ([WIDE, EARLIER], Verdict.NOT_SUPPORTED),
-        ([LATER, LATER], Verdict.NOT_SUPPORTED),
+        ([WIDE, EARLIER], Verdict.UNDETERMINED),  # the mean is within .05, those that changed as far are not
+        ([WIDE, LATER], Verdict.UNDETERMINED),
+        ([WIDE, SAME_TIME], Verdict.NOT_SUPPORTED),
+        ([WIDE, difference(0.05, 0.12, 0.001)], Verdict.NOT_SUPPORTED),
     ],
 )
 def test_opposite_strata_are_not_no_difference(strata: list[Difference], expected: Verdict) -> None:
@@ -309,6 +314,8 @@ def test_selection_verdict(changed: dict[str, float], expected: Verdict, because
         ("DESTRUCTIVE", -0.3, 0.001, -1, Verdict.NOT_SUPPORTED),
         ("DESTRUCTIVE", 0.3, 0.001, -1, Verdict.CONTRADICTED),
         ("NO_EFFECT", -0.01, 0.9, -1, Verdict.NOT_SUPPORTED),
+        ("NO_EFFECT", 0.13, 0.001, -1, Verdict.NOT_SUPPORTED),  # the opposite, and within a wide margin
+        ("INCONCLUSIVE", 0.3, 0.001, -1, Verdict.CONTRADICTED),
         ("INCONCLUSIVE", -0.3, 0.2, -1, Verdict.UNDETERMINED),
         ("SOMETHING_NEW", -0.3, 0.001, -1, Verdict.UNDETERMINED),
         ("NOT_ESTIMABLE", -0.3, 0.001, -1, Verdict.NOT_ESTIMABLE),
@@ -318,6 +325,24 @@ def test_selection_verdict(changed: dict[str, float], expected: Verdict, because
 def test_causal_verdict(causal: str, effect: float, p: float, claimed: int, expected: Verdict) -> None:
     verdict = causal_verdict(causal, effect, effect - 0.1, effect + 0.1, p, alpha=0.05, claimed=claimed)
     assert verdict is expected
+
+
+@pytest.mark.parametrize(
+    ("decision", "each", "expected"),
+    [
+        (Decision.V1_FAILED, [0.3, 0.4, 0.2], Verdict.CONTRADICTED),
+        (Decision.V1_FAILED, [0.6, 0.4, -0.1], Verdict.UNDETERMINED),  # one of three says otherwise
+        (Decision.V1_FAILED, [0.5] * 8 + [-0.1] * 2, Verdict.CONTRADICTED),
+        (Decision.V1_FAILED, [0.5] * 7 + [-0.1] * 3, Verdict.UNDETERMINED),
+        (Decision.PASSTHROUGH_NOT_NOOP, [0.3, 0.4, 0.2], Verdict.UNDETERMINED),
+        (Decision.V5_DICTIONARIES, [0.3, 0.4], Verdict.UNDETERMINED),
+    ],
+)
+def test_the_opposite_needs_a_trial_that_works_and_dictionaries_that_agree(
+    decision: str, each: list[float], expected: Verdict
+) -> None:
+    found = causal_verdict("INCONCLUSIVE", 0.3, 0.2, 0.4, 0.001, alpha=0.05, claimed=-1, decision=decision, each=each)
+    assert found is expected
 
 
 @pytest.mark.parametrize(("first", "second", "expected"), [(1, 1, 1.0), (3, 3, 0.10), (4, 4, 2 / 70), (3, 4, 1 / 35)])

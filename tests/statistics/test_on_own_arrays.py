@@ -13,7 +13,7 @@ import xarray as xr
 
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit import statistics as st
-from rlgen_stats.toolkit.statistics.claim_verdicts import EQUAL_KL, NOT_COMPARABLE, SelectionReason, Verdict
+from rlgen_stats.toolkit.statistics.claim_verdicts import EQUAL_KL, NO_NULL, NOT_COMPARABLE, SelectionReason, Verdict
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.token_detectors import TokenActivations
 
@@ -108,17 +108,19 @@ def arms(own: Own) -> Any:
     return st.arms_table({"unedited": rl, "set": base}, base, direction="disable", prompts=own.features)
 
 
-def contrast(sft: int, rl: int, *, compared: bool = True) -> xr.Dataset:
+def contrast(sft: int, rl: int, *, compared: bool = True, floor: bool = True) -> xr.Dataset:
     """Of two runs with so many features of their own, equally far from base, unless that is not said."""
     pairs = {run: own_features(f"{run}@100", n) for run, n in (("sft", sft), ("rl", rl))}
-    fits = {"l0": ("crosscoder", [10.0, 10.0]), "dead_fraction": ("crosscoder", [0.1, 0.1])}
+    pairs |= {"null": own_features("base.repeat@0", 0)} if floor else {}
+    fits = {name: ("crosscoder", np.full(len(pairs), value)) for name, value in (("l0", 10.0), ("dead_fraction", 0.1))}
     labels = {"crosscoder": list(pairs), "view": ["sft@100", "rl@100"]}
-    health = xr.Dataset({"fve": (("crosscoder", "view"), np.full((2, 2), 0.9))} | fits, coords=labels)
+    health = xr.Dataset({"fve": (("crosscoder", "view"), np.full((len(pairs), 2), 0.9))} | fits, coords=labels)
     runs = pd.DataFrame({"model": ["sft@100", "rl@100"], "run": ["sft", "rl"], "activation_shift": 0.3})
     movement = runs.assign(kl_from_base=0.2).set_index("model").to_xarray().set_coords("run")
     known = {"movement": movement, "health": health} if compared else {}
     table = st.attribution_table(pairs)
-    return st.attribution_contrast(table, pairs, sft="sft", rl="rl", n_bootstrap=199, **known)
+    floors = {"base read again": ["null"]} if floor else None
+    return st.attribution_contrast(table, pairs, sft="sft", rl="rl", floors=floors, n_bootstrap=199, **known)
 
 
 def own_features(target: str, n: int) -> xr.Dataset:
@@ -142,6 +144,11 @@ def own_features(target: str, n: int) -> xr.Dataset:
 )
 def test_the_run_with_more_features_of_its_own_is_named(sft: int, rl: int, compared: bool, expected: Any) -> None:
     assert st.specificity_claim(contrast(sft, rl, compared=compared), alpha=0.05) == expected
+
+
+def test_a_larger_share_needs_one_of_base_against_itself_to_exceed() -> None:
+    assert st.specificity_claim(contrast(60, 4, floor=False), alpha=0.05) == (Verdict.UNDETERMINED, (NO_NULL,))
+    assert st.specificity_claim(contrast(0, 0, floor=False), alpha=0.05) == (Verdict.NOT_SUPPORTED, ())
 
 
 def test_at_equal_kl_the_opposite_leaves_it_open() -> None:

@@ -19,7 +19,7 @@ from rlgen_stats.toolkit.statistics.causal.criteria import MIN_EFFECT
 from rlgen_stats.toolkit.statistics.causal.findings import Decision
 from rlgen_stats.toolkit.statistics.causal.mediated_share import CompactShare, compact_share
 from rlgen_stats.toolkit.statistics.kernels import agreed, dictionaries_needed, pooled_intervals, same_direction
-from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_TASKS
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.specificity import compared_arms
 from rlgen_stats.toolkit.statistics.specificity.arm_contrast import AGREED
@@ -105,6 +105,8 @@ NOT_COMPARABLE: Final = "not_comparable"
 """Failed guard: the models moved unequally far, or their crosscoders fit unequally well."""
 BELOW_NULL: Final = "below_null"
 """Failed guard: the larger share does not exceed the largest of base against itself."""
+NO_NULL: Final = "no_null"
+"""Failed guard: nothing of base against itself was measured that the larger share could exceed."""
 DICTIONARIES_DISAGREE: Final = "dictionaries_disagree"
 """Failed guard: too few dictionaries have the direction of the pooled difference."""
 RANKS: Final = "superiority"
@@ -134,7 +136,7 @@ def specificity_verdict(
     p_value
         p-value of "no difference".
     shares
-        Share of alive features that are specific: SFT, RL, and the largest of base against itself.
+        Share of alive features that are specific: SFT, RL, and the largest of base against itself, NaN without one.
     alpha
         Level of test and interval.
     comparable
@@ -149,7 +151,8 @@ def specificity_verdict(
     Verdict
         As :func:`interval_verdict` with ``NEGLIGIBLE_TAIL``; UNDETERMINED if a guard failed.
     tuple of str
-        ``NOT_COMPARABLE``, ``BELOW_NULL``, ``DICTIONARIES_DISAGREE`` and names of ``beside`` where they apply.
+        ``NOT_COMPARABLE``, ``BELOW_NULL``, ``NO_NULL``, ``DICTIONARIES_DISAGREE`` and names of ``beside`` where they
+        apply.
     """
     effect, low, high = interval
     verdict = interval_verdict(low, high, p_value, alpha=alpha, negligible=NEGLIGIBLE_TAIL)
@@ -158,8 +161,8 @@ def specificity_verdict(
     sft, rl, null = shares
     failed = [] if comparable else [NOT_COMPARABLE]
     if verdict in (Verdict.SUPPORTED, Verdict.CONTRADICTED):
-        if (sft if effect > 0 else rl) <= null:
-            failed.append(BELOW_NULL)
+        if not (sft if effect > 0 else rl) > null:
+            failed.append(NO_NULL if math.isnan(null) else BELOW_NULL)
         if each and not same_direction(each, float(np.mean(each))):
             failed.append(DICTIONARIES_DISAGREE)
         for name, (lowest, highest) in (beside or {}).items():
@@ -348,16 +351,13 @@ def timing_differences(contrast: xr.Dataset) -> tuple[Difference, Difference, li
 
 
 def times_oppose(time: Difference, strata: Sequence[Difference], *, alpha: float) -> bool:
-    """Whether a stratum shows the opposite of another one, or of the mean over strata."""
-    shown = {difference_verdict(one, alpha=alpha, negligible=NEGLIGIBLE_TIME) for one in (time, *strata)}
-    return {Verdict.SUPPORTED, Verdict.CONTRADICTED} <= shown
+    """Whether a stratum shows the opposite of another one or of the mean, or shows what the mean is shown not to be."""
+    mean, *each = (difference_verdict(one, alpha=alpha, negligible=NEGLIGIBLE_TIME) for one in (time, *strata))
+    both = {Verdict.SUPPORTED, Verdict.CONTRADICTED}
+    return both <= {mean, *each} or (mean is Verdict.NOT_SUPPORTED and not both.isdisjoint(each))
 
 
 # -- C3 ----------------------------------------------------------------------------------------------------------------
-MIN_TASKS: Final = 2
-"""Estimable tasks below which "task-agnostic" says nothing."""
-
-
 class SelectionReason(StrEnum):
     """What the verdict on C3 rests on; given the evidence there is one."""
 
@@ -416,7 +416,7 @@ def selection_verdict(
     best_high
         Upper end of the interval of what any set as small carries; NaN likewise.
     no_rise_p
-        p-value of "some feature's rise is large enough to matter in every task".
+        p-value of "some feature's rise is large enough to matter in as many tasks as make it task-agnostic", two.
     accompanying_p
         p-value of "these features merely accompany right answers, in base and RL alike"; NaN where losses suffice for
         the RL-specific contrast, which each confirmed feature has passed then.
@@ -600,19 +600,24 @@ def causal_verdict(
     alpha: float,
     claimed: int,
     decision: str = "",
+    each: Sequence[float] = (),
 ) -> Verdict:
     """Verdict on "editing the set changes accuracy in the claimed direction" from the causal verification.
 
-    An effect in the other direction, significant and beyond V1's ``MIN_EFFECT``, is CONTRADICTED whatever the causal
-    verdict, unless its ``decision`` is that some dictionaries had no set to try; CAUSAL_SPECIFIC with an effect that is
-    not so in the claimed direction is UNDETERMINED; a verdict this release does not know is too.
+    An effect in the other direction, significant and beyond V1's ``MIN_EFFECT``, is CONTRADICTED unless it is shown to
+    be within the margin (NO_EFFECT); UNDETERMINED where the trial's ``decision`` is that its machinery fails or a
+    dictionary had no set to try, or where too few of the dictionaries (the effect in ``each``) have its sign.
+    CAUSAL_SPECIFIC with an effect that is not so in the claimed direction is UNDETERMINED; a verdict this release does
+    not know is too.
     """
     verdict = CAUSAL.get(causal, Verdict.UNDETERMINED)
     if verdict is Verdict.NOT_ESTIMABLE or math.isnan(effect):
         return Verdict.NOT_ESTIMABLE
     direction = interval_verdict(low, high, p_value, alpha=alpha, claimed=claimed, negligible=MIN_EFFECT)
-    if direction is Verdict.CONTRADICTED:
-        return Verdict.UNDETERMINED if decision == Decision.V5_DICTIONARIES else Verdict.CONTRADICTED
+    if direction is Verdict.CONTRADICTED and causal != "NO_EFFECT":
+        untrusted = decision in (Decision.V5_DICTIONARIES, Decision.PASSTHROUGH_NOT_NOOP)
+        agreed = len(each) < 2 or same_direction(each, effect)
+        return Verdict.CONTRADICTED if agreed and not untrusted else Verdict.UNDETERMINED
     if verdict is Verdict.SUPPORTED and direction is not Verdict.SUPPORTED:
         return Verdict.UNDETERMINED
     return verdict

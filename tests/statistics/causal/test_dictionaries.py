@@ -13,6 +13,7 @@ from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls
 from rlgen_stats.toolkit.statistics.causal.criteria import combined_rank_p
 from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
+from rlgen_stats.toolkit.statistics.causal.findings import Check, from_columns, holds, of_check
 from rlgen_stats.toolkit.statistics.causal.outcome_table import OutcomeTable, paired_effect
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
 from rlgen_stats.toolkit.statistics.kernels import bounded_interval
@@ -125,6 +126,32 @@ def test_combined_rank_p_values_keep_to_their_ends() -> None:
     assert combined_rank_p([0.05, 0.05, 0.05]) == 0.05
     assert 0.05 < combined_rank_p([1.0, 0.02, 0.02]) < 1.0
     assert np.isnan(combined_rank_p([0.01, np.nan]))
+
+
+V6_OF_EACH = [
+    # what is left of the divergence in each dictionary, and whether V6 holds, is refuted, and the divergence grows
+    ((0.3, 0.3, 0.3), (True, False, False)),
+    ((0.3, 0.25, 0.35), (True, False, False)),
+    ((0.88, 0.87, 0.05), (False, False, False)),  # one dictionary closes nearly all, the mean is not shown to
+    ((1.5, 1.6, 1.4), (False, True, True)),
+    ((1.5, 8.0, 40.0), (False, True, True)),  # they differ by factors, and each is shown
+    ((0.95, 0.95, 6.0), (False, True, False)),  # all stay short of the tenth, one grows
+    ((0.8, 0.8, 6.0), (False, False, False)),
+]
+
+
+@pytest.mark.parametrize(("left", "expected"), V6_OF_EACH)
+def test_v6_is_about_dictionaries_and_not_about_one_of_them(
+    left: tuple[float, ...], expected: tuple[bool, ...]
+) -> None:
+    result, _ = together(*(causal(kl={"set": one}) for one in left))
+    findings = from_columns(row(result))
+    divergence, away = (of_check(findings, check) for check in (Check.V6_KL, Check.V6_AWAY))
+    assert divergence is not None
+    assert away is not None
+    assert (holds(findings, "v6"), "the divergence" in away.detail, away.high < -divergence.bound) == expected
+    assert divergence.statistic == pytest.approx(1 - np.prod(left) ** (1 / 3), abs=0.05 * max(left))
+    assert divergence.low < divergence.statistic < divergence.high
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     BELOW_NULL,
     DICTIONARIES_DISAGREE,
     EQUAL_KL,
+    NO_NULL,
     NOT_COMPARABLE,
     RANKS,
     Verdict,
@@ -139,6 +140,7 @@ def _guard_words(guard: str, details: dict[str, Any]) -> str:
     if guard != NOT_COMPARABLE:
         return {
             BELOW_NULL: "the larger share does not exceed the largest of base against itself",
+            NO_NULL: "no share of base against itself, which the larger share must exceed, was measured",
             DICTIONARIES_DISAGREE: "the dictionaries do not agree on the direction",
             RANKS: "the ranks of all features say the opposite of the tails",
             EQUAL_KL: "at equal KL from base the opposite holds",

@@ -231,7 +231,7 @@ def _answer(verdict: Verdict, verdicts: dict[str, Verdict], data: xr.Dataset, sp
     answer = f"{head}: {listed(_measure_words(data, name, verdicts[name], spec) for name in MEASURES)}."
     time, _, strata = timing_differences(data)
     if times_oppose(time, strata, alpha=spec.statistics.alpha):
-        answer += " Features that changed little and features that changed much show opposite differences."
+        answer += " Features that changed little and features that changed much do not show the same."
     return answer
 
 

@@ -25,7 +25,6 @@ from rlgen_stats.toolkit.reporting.result_lookup import (
 )
 from rlgen_stats.toolkit.statistics.causal.mediated_share import ALL, SET, CompactShare, compact_share
 from rlgen_stats.toolkit.statistics.claim_verdicts import (
-    MIN_TASKS,
     SelectionReason,
     Verdict,
     agreed_p,
@@ -37,7 +36,7 @@ from rlgen_stats.toolkit.statistics.claim_verdicts import (
     tested_tasks,
     verdicts_agree,
 )
-from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS
+from rlgen_stats.toolkit.statistics.selection.compactness import CARRIED, MIN_EXCESS, MIN_TASKS
 from rlgen_stats.toolkit.statistics.selection.discordance import CONTRAST
 from rlgen_stats.toolkit.statistics.selection.select_features import ONE_MECHANISM
 from rlgen_stats.toolkit.statistics.selection.token_detectors import by_token_only
@@ -313,7 +312,7 @@ def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) 
     if reason is SelectionReason.NO_RISE:
         return (
             f"no feature of {n_testable} testable ones rises where RL gained by {MIN_EXCESS:g} sd more than where base "
-            f"was right too, over {n_tasks}"
+            f"was right too in {MIN_TASKS} tasks or more, of {n_tasks.removesuffix(' tasks')}"
         )
     if reason is SelectionReason.NONE_CONFIRMED:
         n_rising = [one.details["n_rising"] for one in group]

@@ -104,7 +104,11 @@ def _assess(results: Results, spec: StudySpec, paper: PaperClaim, *, direction: 
     )
     causal, decision = (text(data, name, direction=direction) for name in ("verdict", "decided_by"))
     verdict = causal_verdict(
-        causal, effect, low, high, p_value, alpha=spec.statistics.alpha, claimed=claimed, decision=decision
+        *(causal, effect, low, high, p_value),
+        alpha=spec.statistics.alpha,
+        claimed=claimed,
+        decision=decision,
+        each=_by_dictionary(data, direction),
     )
     if verdict is Verdict.NOT_ESTIMABLE:
         return paper.not_estimable(("; ".join(reasons) or "the causal arms could not be run").rstrip("."))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -24,7 +26,7 @@ from rlgen_stats.toolkit.statistics.causal.outcome_table import (
     paired_effect,
 )
 from rlgen_stats.toolkit.statistics.causal.telling_words import telling_words, with_any_of
-from rlgen_stats.toolkit.statistics.kernels import adjust, bounded_interval, dictionaries_needed, same_direction
+from rlgen_stats.toolkit.statistics.kernels import adjust, dictionaries_needed, same_direction
 from rlgen_stats.toolkit.statistics.kernels.numerics import TIE_SLACK
 
 MIN_EFFECT: Final = 0.02
@@ -509,24 +511,34 @@ def _shown_in(
 def failure_mode_match(table: OutcomeTable, settings: Settings) -> Findings:
     """V6: the edited model moves toward the other model, in distribution and prompt by prompt, and does not break.
 
-    Of several dictionaries, as a whole, with the estimates of as many as must agree on the same side; so are the two
-    findings against it.
+    Of several dictionaries their mean, with the variance between them in its interval, and the estimates of as many as
+    must agree on the same side. What speaks against it is to be shown in as many of them, each by itself: a mean with
+    an interval would let one that fails badly speak for all, or one that fails worse than the others hide them.
     """
     findings = _failure_mode(table, settings)
-    each = [_failure_mode(part, settings) for part in table.parts] or [findings]
-    needed = dictionaries_needed(len(each))
+    if not table.parts:
+        return findings
+    each = [_failure_mode(part, settings) for part in table.parts]
+    n, needed = len(each), dictionaries_needed(len(each))
     n_match = sum(map(_meets, each))
-    n_new, n_not = sum(not _row_of(one, Check.V6_NEW_FAILURES).passed for one in each), len(each) - n_match
-    against = (
-        replace(row, passed=bool(row.passed and count >= needed), n=count)
-        for row, count in ((_row_of(findings, Check.V6_BROKEN), n_new), (_row_of(findings, Check.V6_AWAY), n_not))
+    n_broken = sum(_row_of(one, Check.V6_BROKEN).passed is True for one in each)
+    n_shown = Counter(name for one in each for name in _row_of(one, Check.V6_AWAY).detail.split(", ") if name)
+    shown = [name for name, count in n_shown.items() if count >= needed]
+    highest = np.sort([_row_of(one, Check.V6_KL).high for one in each])[needed - 1]
+    broken, away = (_row_of(findings, check) for check in (Check.V6_BROKEN, Check.V6_AWAY))
+    together = (
+        Finding(check=Check.V6_DICTIONARIES, passed=n_match >= needed, statistic=n_match, bound=needed, n=n),
+        replace(broken, passed=n_broken >= needed, n=n_broken),
+        replace(
+            away,
+            passed=bool(shown),
+            statistic=len(shown),
+            high=float(highest),
+            n=max(n_shown.values(), default=0),
+            detail=", ".join(shown),
+        ),
     )
-    for_it = tuple(row for row in findings if row.check not in (Check.V6_BROKEN, Check.V6_AWAY))
-    if table.parts:
-        holds = n_match >= needed
-        row = Finding(check=Check.V6_DICTIONARIES, passed=holds, statistic=n_match, bound=needed, n=len(each))
-        for_it += (row,)
-    return (*for_it, *against)
+    return (*(row for row in findings if row not in (broken, away)), *together)
 
 
 def _meets(findings: Findings) -> bool:
@@ -542,14 +554,17 @@ def _row_of(findings: Findings, check: Check) -> Finding:
 def _failure_mode(table: OutcomeTable, settings: Settings) -> Findings:
     endings = kinds_of_endings(table)
     closed = _divergence_closed(table, settings)
-    agreed, opposite = _agreement(agreement_of(table, endings), table.cluster, settings)
+    parts = [agreement_of(part, kinds_of_endings(part)) for part in table.parts] or [agreement_of(table, endings)]
+    agreed, opposite = _agreement([one for one in parts if len(one.prompts)], table.cluster, settings)
     against = {
         "the divergence": _short_of_its_bound(closed, settings),
         "the agreement": _short_of_its_bound(agreed[0], settings),
         "being right less in agreement than by chance": opposite,
     }
     shown = [name for name, holds in against.items() if holds]
-    away = Finding(check=Check.V6_AWAY, passed=bool(shown), statistic=len(shown), detail=", ".join(shown))
+    away = Finding(
+        check=Check.V6_AWAY, passed=bool(shown), statistic=len(shown), high=closed.high, detail=", ".join(shown)
+    )
     return (closed, *agreed, *_new_failures(table, *endings, settings), away)
 
 
@@ -559,41 +574,72 @@ def _short_of_its_bound(row: Finding, settings: Settings) -> bool:
 
 
 def _divergence_closed(table: OutcomeTable, settings: Settings) -> Finding:
-    """Whether the edit closes a share of the divergence from the other model."""
+    """Whether the edit closes a share of the divergence from the other model.
+
+    Of several dictionaries the geometric mean of the ratios of divergence, which differ by factors.
+    """
+    kl, *each = (one.kl_to_base if table.direction == "disable" else one.kl_to_rl for one in (table, *table.parts))
     i, unedited = table.chosen, table.unedited
-    kl = table.kl_to_base if table.direction == "disable" else table.kl_to_rl
     paired = table.target & np.isfinite(kl[i]) & np.isfinite(kl[unedited])
-    before, after = kl[unedited][paired], kl[i][paired]
-    if not paired.any() or before.mean() <= 0:
+    before, after = kl[unedited][paired], np.stack([one[i][paired] for one in each or [kl]])
+    if not paired.any() or before.mean() <= 0 or (each and not after.mean(axis=1).all()):
         return Finding(check=Check.V6_KL, passed=None, bound=MIN_CLOSED)
-    beyond = ((1 - MIN_CLOSED) * before - after)[:, None]  # what is closed beyond the least share
-    effect = _paired(beyond, table.cluster[paired], settings, limit=np.inf)
+    clusters = table.cluster[paired]
+    if not each:
+        beyond = ((1 - MIN_CLOSED) * before - after[0])[:, None]  # what is closed beyond the least share
+        effect = _paired(beyond, clusters, settings, limit=np.inf)
+        share = 1 - float(after.mean() / before.mean())
+        low, high = (MIN_CLOSED + float(end[0] / before.mean()) for end in (effect.low, effect.high))
+    else:  # linear in each prompt, with the log ratio of the means as its mean
+        mean = after.mean(axis=1, keepdims=True)
+        log_ratio = np.log(mean / before.mean()) + after / mean - before / before.mean()
+        effect = _paired((np.log(1 - MIN_CLOSED) - log_ratio)[..., None], clusters, settings, limit=np.inf)
+        share, low, high = (
+            1 - (1 - MIN_CLOSED) * math.exp(-float(one[0])) for one in (effect.mean, effect.low, effect.high)
+        )
     return _row(
         Check.V6_KL,
         effect,
         bool(effect.p_value[0] <= settings.alpha and effect.mean[0] > 0),
-        statistic=1 - float(after.mean() / before.mean()),
-        low=MIN_CLOSED + float(effect.low[0] / before.mean()),
-        high=MIN_CLOSED + float(effect.high[0] / before.mean()),
+        statistic=share,
+        low=low,
+        high=high,
         bound=MIN_CLOSED,
         n=int(paired.sum()),
     )
 
 
-def _agreement(agreement: Agreement, cluster: NDArray[np.str_], settings: Settings) -> tuple[Findings, bool]:
+def _agreement(each: Sequence[Agreement], cluster: NDArray[np.str_], settings: Settings) -> tuple[Findings, bool]:
     """Whether completions that changed became the other model's beyond chance; and whether being right did the reverse.
 
     Being right less in agreement than by chance, even if endings and words agree, is no move toward the other model.
+
+    Parameters
+    ----------
+    each
+        Of every dictionary that changed a completion.
     """
-    if not len(agreement.prompts):
+    if not each:
         return (Finding(check=Check.V6_AGREEMENT, passed=None, n=0),), False
-    clusters, least = cluster[agreement.prompts], MIN_CLOSED * np.maximum(agreement.attainable, 0.0)
-    enough = _paired((agreement.mean - least)[:, None], clusters, settings, limit=1 + MIN_CLOSED)
-    gained = _paired(agreement.mean[:, None], clusters, settings)
+    prompts = np.unique(np.concatenate([one.prompts for one in each]))
+
+    def effect_of(values: Sequence[Floats], limit: float = 1.0) -> PairedEffect:
+        if len(each) == 1:
+            return _paired(values[0][:, None], cluster[prompts], settings, limit=limit)
+        # each dictionary's mean over the completions that it changed, and what every prompt adds to it
+        table = np.repeat([[one.mean()] for one in values], len(prompts), axis=1)
+        for row, one, of_one in zip(table, values, each, strict=True):
+            row[np.isin(prompts, of_one.prompts)] += len(prompts) / len(one) * (one - one.mean())
+        return _paired(table[..., None], cluster[prompts], settings, limit=np.inf)
+
+    least = [MIN_CLOSED * np.maximum(one.attainable, 0.0) for one in each]
+    means = [one.mean for one in each]
+    enough = effect_of([mean - bound for mean, bound in zip(means, least, strict=True)], 1 + MIN_CLOSED)
+    gained = effect_of(means)
     checks = {"outcome": Check.V6_OUTCOME, "ending": Check.V6_ENDING, "text": Check.V6_TEXT}
     aspects = {}
-    for name, values in agreement.beyond_chance.items():
-        effect = _paired(values[:, None], clusters, settings)
+    for name in each[0].beyond_chance:
+        effect = effect_of([one.beyond_chance[name] for one in each])
         opposite = bool(effect.mean[0] < 0 and effect.p_value[0] <= settings.alpha)
         aspects[name] = _row(checks[name], effect, not opposite)
     opposite = not aspects["outcome"].passed
@@ -601,9 +647,9 @@ def _agreement(agreement: Agreement, cluster: NDArray[np.str_], settings: Settin
         Check.V6_AGREEMENT,
         gained,
         bool(enough.p_value[0] <= settings.alpha and enough.mean[0] > 0 and not opposite),
-        bound=float(least.mean()),
+        bound=float(np.mean([bound.mean() for bound in least])),
         p_value=float(enough.p_value[0]),
-        n=len(agreement.prompts),
+        n=len(prompts),
     )
     return (row, *aspects.values()), opposite
 
@@ -614,30 +660,32 @@ def _new_failures(
     """Failing endings that are more frequent than in either model; and whether they are shown to be most of the effect.
 
     Their excess over the model that has more of an ending, minus ``NEW_FAILURE_SHARE`` of the effect, is a mean over
-    prompts, whose interval decides.
+    prompts and dictionaries, whose interval decides.
     """
     target, n_classes = table.target, UNLIKE + 1
     models = (before, after, table.other_ending)
     shares = [np.bincount(one[target].ravel(), minlength=n_classes) / one[target].size for one in models]
     excess = np.maximum(shares[1] - np.maximum(shares[0], shares[2]), 0.0)
     excess[0] = 0.0  # being right is no failure
-    effect = table.change(target)[..., table.chosen].mean(axis=0)
+    effect = table.change(target)[..., table.chosen]  # [dictionary, prompt]
     beyond = -NEW_FAILURE_SHARE * np.sign(effect.mean()) * effect
+    written = after.reshape(len(after), len(effect), -1)[target]  # [prompt, dictionary, sample]
     for ending in np.flatnonzero(excess):
         more = before if shares[0][ending] >= shares[2][ending] else table.other_ending
-        beyond += ((after == ending).mean(axis=1) - (more == ending).mean(axis=1))[target]
+        beyond = beyond + (written == ending).mean(axis=2).T - (more == ending).mean(axis=1)[target]
     limit = 1 + NEW_FAILURE_SHARE
-    mean, low, high = bounded_interval(beyond[:, None], table.cluster[target], alpha=2 * settings.alpha, limit=limit)
+    whole = _paired(beyond[..., None], table.cluster[target], settings, alpha=2 * settings.alpha, limit=limit)
+    mean, low, high = (float(one[0]) for one in (whole.mean, whole.low, whole.high))
     names = (*OUTCOME_CLASSES, "no_answer of a new kind")
     return (
         Finding(
             check=Check.V6_NEW_FAILURES,
-            passed=bool(mean[0] <= TIE_SLACK),
+            passed=mean <= TIE_SLACK,
             statistic=excess.sum(),
             bound=NEW_FAILURE_SHARE * abs(effect.mean()),
             detail=names[int(np.argmax(excess))] if excess.any() else "none",
         ),
-        Finding(check=Check.V6_BROKEN, passed=bool(low[0] > 0), statistic=mean[0], low=low[0], high=high[0], bound=0.0),
+        Finding(check=Check.V6_BROKEN, passed=low > 0, statistic=mean, low=low, high=high, bound=0.0),
     )
 
 

@@ -52,8 +52,8 @@ class Check(StrEnum):
     V4_LENGTH = "v4_length"
     """statistic: tokens of completions on unrelated tasks; bound: unedited. Reported only."""
     V6_KL = "v6_kl"
-    """statistic: share of the divergence from the other model that the edit closes; bound: least share; p: that it
-    is not this share."""
+    """statistic: share of the divergence from the other model that the edit closes, of several dictionaries by the
+    geometric mean of what is left; bound: least share; p: that it is not this share."""
     V6_AGREEMENT = "v6_agreement"
     """statistic, low, high: agreement with the other model gained on completions that changed, beyond chance; bound: a
     share of what that model itself would gain; p: that it is not this share; n: prompts."""
@@ -69,11 +69,12 @@ class Check(StrEnum):
     V6_DICTIONARIES = "v6_dictionaries"
     """statistic: dictionaries in which V6 holds; bound: how many must; n: dictionaries."""
     V6_BROKEN = "v6_broken"
-    """statistic, low, high: share of new failures minus its bound, 1 - 2 alpha; n: dictionaries with a statistic above
-    0; passed: the edit is shown to break the model, also in as many dictionaries as must agree."""
+    """statistic, low, high: share of new failures minus its bound, 1 - 2 alpha; passed: the edit is shown to break the
+    model, of several dictionaries in as many as must agree, each by itself; n: dictionaries in which it is."""
     V6_AWAY = "v6_away"
-    """statistic: ways in which the model is shown not to move toward the other one; detail: which; n: dictionaries in
-    which V6 does not hold; passed: there are some, also in as many dictionaries as must agree."""
+    """statistic: ways in which the model is shown not to move toward the other one; detail: which; passed: there are
+    some, of several dictionaries in as many as must agree, each by itself; n: dictionaries in which one is shown; high:
+    upper end of the share of the divergence that is closed, which as many of their own intervals stay below."""
     NON_FINITE = "non_finite_logits"
     """statistic: arms in which some logits were not finite; detail: which. Reported only."""
     FRESH = "fresh_differs"

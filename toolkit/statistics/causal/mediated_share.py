@@ -317,9 +317,9 @@ class CompactShare:
     is_compact: bool
     """Whether it is as small as ``most`` in every dictionary."""
     best_high: float
-    """Largest upper end over ``points``; NaN where the curve has no point of ``most`` features or more."""
+    """Largest upper end over ``points``; NaN where the curve has no leading ``most`` features or more."""
     points: tuple[str, ...]
-    """Labels of the points up to the first that has ``most`` features or more."""
+    """Labels of the set, and of the leading features up to the first that has ``most`` or more."""
 
 
 def compact_share(dataset: xr.Dataset | None, most: float) -> CompactShare | None:
@@ -334,11 +334,13 @@ def compact_share(dataset: xr.Dataset | None, most: float) -> CompactShare | Non
     if not np.isfinite(of_set.share):
         return None
     fewest, largest = (dataset["n_features"].reduce(f, "dictionary") for f in (np.min, np.max))
-    reach = fewest.where(fewest >= most).min()
-    points = tuple(map(str, dataset["point"].values[(largest <= reach).values]))
+    of_chosen = dataset["point"] == SET
+    reach = fewest.where((fewest >= most) & ~of_chosen).min()
+    within = of_chosen | (largest <= reach.fillna(np.inf))
+    points = tuple(map(str, dataset["point"].values[within.values]))
     return CompactShare(
         of_set=of_set,
         is_compact=bool(largest.sel(point=SET) <= most),
-        best_high=max((of_patch(dataset, "amplify", point).high for point in points), default=np.nan),
+        best_high=max(of_patch(dataset, "amplify", point).high for point in points) if np.isfinite(reach) else np.nan,
         points=points,
     )

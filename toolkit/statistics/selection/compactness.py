@@ -30,6 +30,10 @@ from rlgen_stats.toolkit.statistics.selection.task_prompts import TaskPrompts
 
 COMPACT_SHARE: Final = 0.10
 """Largest share of the testable features a set may be and still be called compact (the paper's were below 0.2%)."""
+MOST_COMPACT: Final = 50
+"""Most features such a set has: as many as the paper's larger one."""
+MIN_TASKS: Final = 2
+"""Tasks below which "task-agnostic" says nothing."""
 CARRIED: Final = 0.5
 """Share of the rise that a compact set must carry: most of it."""
 N_GROUPS: Final = 20

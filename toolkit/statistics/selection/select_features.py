@@ -26,6 +26,8 @@ from rlgen_stats.toolkit.statistics.core.units import check_unit, cluster_codes,
 from rlgen_stats.toolkit.statistics.kernels.numerics import IntArray
 from rlgen_stats.toolkit.statistics.selection.compactness import (
     COMPACT_SHARE,
+    MIN_TASKS,
+    MOST_COMPACT,
     accompanying_p,
     carried_share,
     no_rise_p,
@@ -309,7 +311,7 @@ def _compactness(
     """Attributes on how much a compact set carries, and on whether any feature's excess can matter."""
     chosen, confirming = results[SELECTION], results[VERIFICATION]
     in_use, unseen_in_use = chosen.excess_tested, confirming.excess_tested
-    most = min(rule.max_features, max(1, int(COMPACT_SHARE * testable.sum())))
+    most = min(rule.max_features, MOST_COMPACT, max(1, int(COMPACT_SHARE * testable.sum())))
     rising = testable & (chosen.excess[in_use].sum(axis=0) > 0)
     leading = decision.specific.leading(most)
     unseen = [prompts.by_task[VERIFICATION][task] for task in np.array(confirming.tasks)[unseen_in_use]]
@@ -327,7 +329,8 @@ def _compactness(
         prompts.by_task[SELECTION][task] | prompts.by_task[VERIFICATION][task]
         for task in np.array(chosen.tasks)[in_use]
     ]
-    no_rise = no_rise_p(values, both, testable, u=decision.specific.u[0], codes=prompts.codes)
+    u = min(MIN_TASKS, decision.specific.u[0])  # what rises in two tasks of three is not shown not to rise
+    no_rise = no_rise_p(values, both, testable, u=u, codes=prompts.codes)
     losses_suffice = all(
         guard == CONTRAST for part in (chosen, confirming) for guard in np.array(part.guard)[part.excess_tested]
     )

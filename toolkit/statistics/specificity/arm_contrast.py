@@ -118,7 +118,8 @@ def attribution_contrast(
         Runs of the two arms; three or more on both sides make runs the unit.
     floors
         What no difference looks like: a name -> the crosscoders of base with itself (its dictionaries). Noise larger
-        than either arm's distance from base at a comparison is no floor of it.
+        than either arm's distance from base at a comparison is no floor of it. Without a floor ``specificity_claim``
+        takes no difference to be shown.
     taus, norm
         Thresholds on NRN and the norm it uses (the paper's is l1).
     movement
