@@ -77,12 +77,12 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
     left_out, too_few = _left_out(study)
     chains, all_sets = [], []
     for number, features in features_by_dictionary(study):
-        features = features.sel({MODEL: [model for model in features[MODEL].values if model not in left_out]})
         chain = stabilization_test(
             features,
             runs=runs,
             margin=settings.margin,
             persist=settings.persist,
+            left_out=left_out,
             clusters=clusters_of(features),
             n_min=settings.n_min,
             alpha=settings.alpha,
@@ -91,7 +91,7 @@ def stabilize(study: Study, key: str, progress: Progress) -> Facts:
         ).compute()
         _write_with_dfve(study, "stabilization", number, chain, provenance)
         sets = set_stability(
-            features,
+            features.sel({MODEL: [model for model in features[MODEL].values if model not in left_out]}),
             runs=runs,
             k=settings.top_k,
             n_halvings=settings.n_halvings,

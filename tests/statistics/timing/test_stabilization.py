@@ -138,6 +138,24 @@ def test_persist_is_a_share_of_the_checkpoints(make_features, persist, n_checkpo
     assert np.all(out.share.values[-1] == (1.0 if settles else 0.0))
 
 
+def test_checkpoints_left_out_count_in_what_must_persist(make_features):
+    """Of ten checkpoints a feature must stay for the last three (two do not count), whether the first are described."""
+    base = np.random.default_rng(0).normal(5, 1, (60, 12))
+    models = ["base@0", *(f"rl@{10 * c}" for c in range(1, 11))]
+    noise = np.random.default_rng(1).normal(0, 0.1, (10, *base.shape))
+    levels = [0.0] * 8 + [1.0, 1.0]
+    features = make_features(np.stack([base, *(base + x + e for x, e in zip(levels, noise, strict=True))]), models)
+    early = models[1:4]
+    whole, fewer = run(features, runs=["rl"]), run(features, runs=["rl"], left_out=early)
+    assert whole.flag.values.tolist() == fewer.flag.values.tolist()
+    assert np.all(fewer.flag.values != "STABILISED")
+    assert set(early).isdisjoint(fewer.model.values.tolist())
+    unknown = run(features.sel(model=[model for model in models if model not in early]), runs=["rl"])
+    assert np.all(unknown.flag.values == "STABILISED"), "of seven checkpoints one does not count"
+    with pytest.raises(InputError, match="has 1 checkpoint"):
+        run(features, runs=["rl"], left_out=models[1:10])
+
+
 def test_error_of_early_stabilisation_is_alpha(make_features):
     """Features that sit exactly at the margin before the last checkpoints are declared settled at most alpha often."""
     rng = np.random.default_rng(3)

@@ -7,8 +7,8 @@ and the comparison of two arms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import dask
@@ -95,6 +95,7 @@ def stabilization_test(
     margin: float | None = None,
     relative: bool = False,
     persist: float = DEFAULT_PERSIST,
+    left_out: Collection[str] = (),
     variable: str = "mean",
     clusters: str | None = None,
     n_min: int = DEFAULT_MIN_FIRING,
@@ -121,6 +122,9 @@ def stabilization_test(
     persist
         Share of a run's checkpoints, rounded, at least one: a feature that stabilises only within so many last ones is
         NOT_STABILISED, since nothing later could contradict it.
+    left_out
+        Checkpoints that are not looked at. They count in ``persist``: otherwise of two runs that change alike the one
+        of which more is left out would seem to settle sooner.
     variable
         Summary compared: mean, firing or max.
     clusters
@@ -196,11 +200,13 @@ def stabilization_test(
     codes = cluster_codes(features, clusters)
     check_clusters(codes)
     (reference,) = find_models(features, [reference])
-    checkpoints = {run: _checkpoints(features, run, reference) for run in runs}
+    every = {run: [model for model in run_models(features, run) if model != reference] for run in runs}
+    checkpoints = {run: [model for model in models if model not in left_out] for run, models in every.items()}
+    _check_checkpoints(checkpoints)
     settings = StabilizationSettings(
         margin=margin,
         relative=relative,
-        persist=persist,
+        last_ones=0,  # of each run
         alpha=alpha,
         n_min=n_min,
         codes=codes,
@@ -212,7 +218,8 @@ def stabilization_test(
     for run, models in checkpoints.items():
         arrays, is_lazy = feature_arrays(features, [variable, "firing"], [reference, *models])
         lazy = lazy or is_lazy
-        results[run] = _one_run(arrays, models, settings)
+        last_ones = max(1, round(persist * len(every[run])))
+        results[run] = _one_run(arrays, models, replace(settings, last_ones=last_ones))
     labels = model_coords(features, [model for models in checkpoints.values() for model in models])
     variables, comparison = _collect(results, _arms(labels, checkpoints), settings)
     coords: dict[str, Any] = labels | feature_coord(features)
@@ -233,11 +240,10 @@ def _check_settings(runs: Sequence[str], margin: float, relative: bool, persist:
         )
 
 
-def _checkpoints(features: xr.Dataset, run: str, reference: str) -> list[str]:
-    models = [model for model in run_models(features, run) if model != reference]
-    if len(models) < 2:
-        raise InputError(f"run {run!r} has {len(models)} checkpoint; stabilisation needs at least two.")
-    return models
+def _check_checkpoints(checkpoints: Mapping[str, Sequence[str]]) -> None:
+    for run, models in checkpoints.items():
+        if len(models) < 2:
+            raise InputError(f"run {run!r} has {len(models)} checkpoint; stabilisation needs at least two.")
 
 
 def _arms(labels: dict[str, Any], checkpoints: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -335,7 +341,8 @@ class StabilizationSettings:
 
     margin: float
     relative: bool
-    persist: float
+    last_ones: int
+    """Last checkpoints of the run that cannot show stability on their own."""
     alpha: float
     n_min: int
     codes: IntArray | None
@@ -343,10 +350,6 @@ class StabilizationSettings:
     n_units: int
     seed: int
     n_bootstrap: int
-
-    def last_ones(self, n_checkpoints: int) -> int:
-        """Number of last checkpoints that cannot show stability on their own."""
-        return max(1, round(self.persist * n_checkpoints))
 
 
 def stabilization_block(
@@ -374,7 +377,7 @@ def _few_features(values: FloatArray, firing: NDArray[Any], settings: Stabilizat
     p, p_beyond = _chain(x, np.where(tested, 1.0 if settings.relative else spread, np.nan), settings)
     p_evolving = _evolving(p_beyond, settings)
     first = _first_accepted(p[:-1] <= settings.alpha)
-    late = first > last - settings.last_ones(last)
+    late = first > last - settings.last_ones
     evolving = late & (p_evolving <= settings.alpha)
     flag = np.select([fired < settings.n_min, ~tested, evolving, late, first == 0], [3, 4, 5, 2, 1], 0)
     settled = np.where(tested & ~late, first, last + 1)
@@ -428,7 +431,7 @@ def _chain(x: FloatArray, scale: FloatArray, settings: StabilizationSettings) ->
 
 def _evolving(p_beyond: FloatArray, settings: StabilizationSettings) -> FloatArray:
     """Smallest Holm-adjusted p-value over the last checkpoints before the end, the reference excluded."""
-    window = p_beyond[max(1, len(p_beyond) - 1 - settings.last_ones(len(p_beyond) - 1)) : -1]
+    window = p_beyond[max(1, len(p_beyond) - 1 - settings.last_ones) : -1]
     return np.asarray(np.minimum(len(window) * window.min(axis=0), 1.0))
 
 
@@ -462,7 +465,7 @@ def _drawn_counts(
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), 1.0)
         distance = np.abs(weights @ from_end)  # [0..last - 1, draw, feature]
         first = _first_accepted(distance < (settings.margin * distance[0] if settings.relative else margin))
-        first = np.where(first > last - settings.last_ones(last), last + 1, first)
+        first = np.where(first > last - settings.last_ones, last + 1, first)
         cell = first * width + _stratum(distance[0], edges)
         cell += np.arange(len(weights))[:, None] * (last + 2) * width
         counts.append(np.bincount(cell.reshape(-1), minlength=len(weights) * (last + 2) * width))
