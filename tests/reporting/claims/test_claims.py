@@ -1010,3 +1010,12 @@ def test_a_readout_that_fails_in_another_dictionary_costs_the_claims_too(results
     several["health"] = health.assign_coords(crosscoder=renamed).assign(readout_reasons=("crosscoder", failing))
     answer = claim(several, of_three, "C4").answer
     assert answer == f"Not estimable: the features of single models cannot be read in dictionary main.3: {FAILED}."
+    sick = ("crosscoder", [name != "main.3" for name in renamed])
+    reasons = ("crosscoder", ["dead fraction 0.900" if name == "main.3" else "" for name in renamed])
+    several["health"] = several["health"].assign(
+        readout_reasons=("crosscoder", [""] * len(renamed)), healthy=sick, reasons=reasons
+    )
+    for name in ("C3", "C4", "C5"):
+        assert (
+            "Crosscoder main.3 failed its health check: dead fraction 0.900." in claim(several, of_three, name).caveats
+        )

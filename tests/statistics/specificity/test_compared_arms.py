@@ -219,3 +219,15 @@ def test_every_draw_draws_as_many_clusters_as_there_are_whatever_the_block() -> 
     assert [len(block) for block in blocks] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate(blocks), whole)
     assert (block_rows(2**22), block_rows(2**21), block_rows(2**23), block_rows(0)) == (1, 2, 1, 2**22)
+
+
+@pytest.mark.parametrize(("farthest", "comparable"), [(0.35, True), (0.4, False)])
+def test_final_models_of_several_runs_are_compared_where_every_run_is_as_far(farthest: float, comparable: bool) -> None:
+    """The arms' means are within a factor 1.25 in both; one run of the first is as far as .3 and .24 or not."""
+    far = {"s": 0.28, "t": farthest, "rl": 0.3}
+    names = {run: {f"{run}@10": (run,)} for run in far}
+    distances = {run: {f"{run}@10": distance} for run, distance in far.items()}
+    compared = compare_arms("final", {"sft": ["s", "t"], "rl": ["rl"]}, names, distances)
+    assert bool(compared.problems) != comparable
+    words = " ".join(compared.problems or [compared.note])
+    assert f"of single runs 0.28 to {farthest:g}," in words

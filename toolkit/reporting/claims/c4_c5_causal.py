@@ -326,7 +326,8 @@ def _by_the_papers_rule(
     if verdict is Verdict.SUPPORTED:
         return (
             f"{subject} {change}, more than matched random sets (rank p = {p_text(details['rank_p'])}), with a dose "
-            "response, without side effects, and in the direction of the other model's behaviour."
+            f"response, without side effects beyond {details['margin']:g} points on unrelated tasks, and in the "
+            "direction of the other model's behaviour."
         )
     explanation = {
         "DESTRUCTIVE": "but it breaks the model rather than moving it toward the other one",

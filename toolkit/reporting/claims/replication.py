@@ -97,22 +97,23 @@ def dictionary_caveat(spec: StudySpec) -> tuple[str, ...]:
 
 
 def health_caveat(results: Results, spec: StudySpec) -> tuple[str, ...]:
-    """One sentence where the encoded crosscoder failed its checks, or its features describe a view in part."""
-    name = spec.primary_crosscoder.name
+    """Sentences where encoded crosscoders failed their checks; else one where features describe a view in part."""
     health = results.get("health")
-    if name not in labels_of(health, "crosscoder"):
+    names = [name for name in spec.primary_crosscoder.names if name in labels_of(health, "crosscoder")]
+    failed = [name for name in names if not number(health, "healthy", crosscoder=name)]
+    if health is None or not names or failed:
+        said = ((name, text(health, "reasons", crosscoder=name)) for name in failed)
+        return tuple(f"Crosscoder {name} failed its health check: {reasons}." for name, reasons in said)
+    if "fve_readout" not in health:
         return ()
-    if not number(health, "healthy", crosscoder=name):
-        return (f"Crosscoder {name} failed its health check: {text(health, 'reasons', crosscoder=name)}.",)
-    views = labels_of(health, "view")
-    alone = {view: number(health, "fve_readout", crosscoder=name, view=view) for view in views}
-    alone = {view: fve for view, fve in alone.items() if math.isfinite(fve)}
+    alone = health["fve_readout"].sel(crosscoder=names).min("crosscoder").dropna("view")
     required = attr_number(health, "fve_min")
-    if not alone or not math.isfinite(required) or min(alone.values()) >= required:
+    if not alone.size or not math.isfinite(required) or float(alone.min()) >= required:
         return ()
-    explained = listed([f"{fixed(100 * fve, 0)}% of {view}" for view, fve in alone.items()])
-    joint = [number(health, "fve", crosscoder=name, view=view) for view in alone]
+    explained = listed(f"{fixed(100 * fve, 0)}% of {view}" for view, fve in alone.to_series().items())
+    joint = float(health["fve"].sel(crosscoder=names, view=alone["view"].values).min())
+    which = "" if len(names) == 1 else " of the dictionary that explains least"
     return (
-        f"Read one model at a time ({spec.primary_crosscoder.readout}), the features explain {explained}; together "
-        f"they explain {fixed(100 * min(joint), 0)}% or more. They describe each model only in part.",
+        f"Read one model at a time ({spec.primary_crosscoder.readout}), the features{which} explain {explained}; "
+        f"together they explain {fixed(100 * joint, 0)}% or more. They describe each model only in part.",
     )

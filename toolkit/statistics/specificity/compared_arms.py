@@ -166,7 +166,10 @@ def _finals(
         )
         return Compared(arms, (f"no activation shift is recorded for {missing}",))
     facts = f"activation shift from base {sft:.3g} (SFT) and {rl:.3g} (RL)"
-    if equal(sft, rl):
+    each = [mixture.distance for mixture in mixtures.values()]
+    if len(each) > len(arms):
+        facts += f", of single runs {min(each):.3g} to {max(each):.3g},"
+    if equal(min(each), max(each)):
         return Compared(arms, note=f"{facts}, within a factor {MATCHED_RATIO}")
     return Compared(arms, (f"{facts} differ by more than a factor {MATCHED_RATIO}",))
 
