@@ -12,7 +12,7 @@ import pytest
 from rlgen_stats.schemas.layout import validate
 from rlgen_stats.toolkit.statistics.causal.controls import MatchedControls
 from rlgen_stats.toolkit.statistics.causal.criteria import combined_rank_p
-from rlgen_stats.toolkit.statistics.causal.dictionaries import judge_together
+from rlgen_stats.toolkit.statistics.causal.dictionaries import _balance, judge_together
 from rlgen_stats.toolkit.statistics.causal.findings import Check, from_columns, holds, of_check
 from rlgen_stats.toolkit.statistics.causal.outcome_table import OutcomeTable, paired_effect
 from rlgen_stats.toolkit.statistics.causal.result_datasets import Declaration
@@ -190,6 +190,30 @@ def test_no_verdict_is_specific_while_a_dictionary_lacks_a_set() -> None:
 
 def with_controls(fixed: Declaration, found: MatchedControls) -> Declaration:
     return replace(fixed, controls=dict.fromkeys(("disable", "amplify"), found))
+
+
+@pytest.mark.parametrize(
+    ("differences", "of_class", "usable"),
+    [
+        ((0.12, 0.07), (0.0, 0.0), True),
+        ((0.19, 0.19, -0.5), (0.0, 0.0, 0.0), False),  # smaller controls in two are not undone by larger ones
+        ((0.19, 0.10, -0.5), (0.0, 0.0, 0.0), True),
+        ((-0.5, -0.5), (0.0, 0.0), True),
+        ((0.0, 0.0), (0.24, -0.24), True),
+        ((0.0, 0.0), (0.4, -0.4), False),
+        ((0.21, 0.0), (0.0, 0.0), False),  # twice the most that one set alone may differ by
+        ((np.nan, 0.0), (0.0, 0.0), False),
+    ],
+)
+def test_what_falls_short_in_one_dictionary_is_not_made_up_in_another(
+    differences: tuple[float, ...], of_class: tuple[float, ...], usable: bool
+) -> None:
+    balances = []
+    for norm, other in zip(differences, of_class, strict=True):
+        balance = controls().balance.copy(deep=True)
+        balance["standardized_difference"][:] = [norm, 0.0, 0.0, 0.0, other]
+        balances.append(balance.assign_attrs(n_sets=99))
+    assert _balance(balances).attrs["comparable"] == int(usable)
 
 
 @pytest.mark.parametrize(("other", "usable"), [(0.07, True), (0.13, False)])

@@ -78,12 +78,16 @@ def judge_together(trials: Trials) -> tuple[xr.Dataset, xr.Dataset]:
 
 
 def _balance(balances: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Mean over dictionaries, as the effects of sets and of their controls are, with a bound on each of them."""
+    """Mean over dictionaries, as the effects of sets and of their controls are, with a bound on each of them.
+
+    Controls that are larger in one dictionary do not make up for smaller ones in another, nor one class for another.
+    """
     together = xr.concat([one.drop_attrs() for one in balances], "dictionary")
     mean = together[["set_mean", "control_mean", "standardized_difference"]].mean("dictionary", skipna=False)
     difference = mean["standardized_difference"].values
     each = together["standardized_difference"].values
-    usable = comparable(difference) and all(comparable(one, times=WORST_USABLE) for one in each)
+    larger, other_class = np.maximum(each[:, 0], 0.0).mean(), np.abs(each[:, -1]).mean()
+    usable = comparable(np.array([larger, other_class])) and all(comparable(one, times=WORST_USABLE) for one in each)
     return mean.assign(
         worst_difference=together["worst_difference"].max("dictionary", skipna=False),
         balanced=("covariate", np.abs(difference) < BALANCED),
