@@ -147,7 +147,7 @@ def stores_below(path: Path) -> dict[str, Path]:
     Raises
     ------
     StoreError
-        If there is none.
+        If there is none, and no study that may have some later.
     """
     if path.exists() and not (path / ZARR_JSON).exists():
         stores: dict[str, Path] = {}
@@ -155,7 +155,7 @@ def stores_below(path: Path) -> dict[str, Path]:
             below = "" if folder == path else f"{folder.relative_to(path).as_posix()}/"
             own = (child for child in folder.iterdir() if child.name.endswith(".zarr") and not _is_link(child))
             stores |= {f"{below}{store.name}": store for store in sorted(own, key=lambda s: s.name)}
-        if stores:
+        if stores or StudyFolder(path).spec.exists():  # begun, or stopped before its first store
             return stores
     check_is_store(path)
     return {path.name: path}
@@ -174,15 +174,25 @@ def _records(root: Path) -> list[Path]:
 
 
 def _check_record(root: Path, file: Path) -> None:
-    """The stores that a finished stage left are still those, with all their models."""
+    """The stores that a finished stage left are there, and still those, with all their models."""
     folder = StudyFolder(root)
     if file in (folder.fingerprints, folder.forced):
         read_object(file) if file == folder.fingerprints else read_times_forced(file)
         return
     record = read_record(file)
-    if record.get("finished") and is_outdated(root, record):  # it runs again, and its dictionaries are of then
+    if not record.get("finished"):
+        return
+    if is_outdated(root, record):  # it runs again, and its dictionaries are of then
         record["dictionaries"] = {}
-    faults = foreign_stores(root, record) if record.get("finished") else []
+    of_dictionaries = record.get("dictionaries", {})
+    left = dict.fromkeys([*record.get("stores", {}), *of_dictionaries, *of_dictionaries.values()])
+    faults = [
+        f"{name} is missing, which stage {record['stage']} left or used; restore it, or 'rlgen-stats run {root}' makes "
+        "it again"
+        for name in left
+        if not (root / name).exists()
+    ]
+    faults += foreign_stores(root, record)
     if faults:
         raise StoreError("; ".join(faults))
 

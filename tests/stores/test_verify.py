@@ -202,10 +202,32 @@ def test_labels_that_are_all_alike_are_on_disk_too(tmp_path: Path, provenance: P
     assert (path / "tokens/source/c/0").exists()
 
 
+def test_a_study_that_has_no_store_yet_is_sound(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not a Zarr"):
+        verify(tmp_path)
+    (tmp_path / "study.yaml").write_text("name: begun\n")
+    assert verify(tmp_path).ok
+    assert verify(tmp_path).n_chunks == 0
+
+
+def test_a_store_that_a_finished_stage_left_and_that_is_gone_is_named(study: Path, provenance: Provenance) -> None:
+    """The stores that are there are sound; a backup that lacks one was called sound, too."""
+    stores = {"features.zarr": ["base@0", "rl@80"], "features.2.zarr": ["base@0"], "results.zarr/drift": []}
+    own = {"study_id": provenance.study_id, "key": provenance.spec_hash, "stage": "encode", "stores": stores}
+    own["dictionaries"] = {"features.zarr": "crosscoder/main"}
+    write_json(study / "stages/encode.json", own | {"finished": True})
+    (fault,) = verify(study).problems
+    for name in ("features.2.zarr", "results.zarr/drift", "crosscoder/main"):
+        assert f"{name} is missing, which stage encode left or used; restore it, or 'rlgen-stats run " in fault
+    assert "features.zarr is missing" not in fault
+    write_json(study / "stages/encode.json", own | {"finished": False})
+    assert verify(study).ok  # it is being written
+
+
 def test_a_store_that_is_not_the_one_a_stage_wrote_is_named(study: Path, provenance: Provenance) -> None:
     """An import with one model put in place of the study's own was sound in itself, and so passed."""
     unseal(study)  # a sealed store itself names the group that is gone
-    stores = {"activations.zarr": ["base@0", "rl@80"], "features.zarr": ["base@0", "rl@80"], "gone.zarr": []}
+    stores = {"activations.zarr": ["base@0", "rl@80"], "features.zarr": ["base@0", "rl@80"]}
     own = {"study_id": provenance.study_id, "key": provenance.spec_hash}
     write_json(study / "stages/extract.json", {"stage": "extract", "finished": True, "stores": stores} | own)
     assert verify(study).ok

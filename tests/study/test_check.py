@@ -213,6 +213,24 @@ def test_single_models_of_several_widths_have_no_encoder_in_common(study: Path) 
     assert set(problems(study)) == {"crosscoders.pair"}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "got"),
+    [("hidden_size", 48, "3 blocks of width 48"), ("num_hidden_layers", 2, "2 blocks of width 32")],
+)
+def test_a_checkpoint_that_is_another_model_than_the_rest_of_its_run_is_named(
+    study: Path, key: str, value: int, got: str
+) -> None:
+    change(study, extraction={"layer": 1})
+    assert problems(study) == {}
+    config = study / "models/rl-8/config.json"
+    known = json.loads(config.read_text())
+    known.pop("layer_types", None)
+    config.write_text(json.dumps(known | {key: value}))
+    found = problems(study)["rl@8"]
+    assert found.startswith(f"checkpoints of one run are expected to be one model, got {got} in ")
+    assert f"rl-8 and 3 of width 32 in {study / 'models/rl-4'}; correct the run's checkpoints." in found
+
+
 def test_of_models_on_the_hub_only_configs_and_tokenizers_are_asked_for(study: Path, hub: Hub) -> None:
     """The one found has no weights here, which is no problem; the one that is not found is."""
     rl = {4: "hf://org/model/step-0010", 8: "models/rl-8", 9: "hf://org/model/gone"}

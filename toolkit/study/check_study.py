@@ -278,6 +278,7 @@ def _check_models(
     """Weight files, configs and tokenizers; the shape of base, None if it is not known."""
     shape, configs, tokenizers = None, dict[str, ModelShape | None](), set()
     widths: dict[str, int] = {}
+    first: dict[str, tuple[ModelRef, ModelShape]] = {}
     for ref in refs:
         with problems.collecting(ref.model):
             check_weights(ref, download=False)
@@ -291,6 +292,14 @@ def _check_models(
         found = configs[config]
         if found is not None:
             widths.setdefault(ref.run, found.width)
+            other, usual = first.setdefault(ref.run, (ref, found))
+            if (found.n_blocks, found.width) != (usual.n_blocks, usual.width):
+                problems.add(
+                    ref.model,
+                    f"checkpoints of one run are expected to be one model, got {found.n_blocks} blocks of width "
+                    f"{found.width} in {ref.path} and {usual.n_blocks} of width {usual.width} in {other.path}; correct "
+                    "the run's checkpoints.",
+                )
             shape = found if ref is refs[0] else shape
         files = _content(ref.path, _TOKENIZER_FILES) + ref.chat.model_dump_json()
         if files not in tokenizers:

@@ -603,9 +603,9 @@ def test_c3_tasks_that_can_choose_and_not_confirm_are_told(results: Results, spe
     results["selection"] = results["selection"].assign({column: ("task", ["no: 1 gain"] * 4 + why[4:])})
     assert "; on prompts not used to select them no task could be tested (" in claim(results, spec, "C3").answer
     results["selection"] = results["selection"].assign({column: ("task", ["yes"] * 2 + why[2:])})
-    assert "(of those that select, 4 tasks could be tested; of these, 2)" in claim(results, spec, "C3").answer
+    assert "(4 tasks could be tested on those that select, 2 on these)" in claim(results, spec, "C3").answer
     results["selection"] = results["selection"].drop_vars(column)  # as stored by an earlier release
-    assert "(of those that select, 4 tasks could be tested)" in claim(results, spec, "C3").answer
+    assert "(4 tasks could be tested on those that select)" in claim(results, spec, "C3").answer
 
 
 def test_c3_another_guard_is_a_caveat(results: Results, spec: StudySpec) -> None:

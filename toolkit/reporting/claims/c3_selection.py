@@ -294,9 +294,9 @@ def _reason_words(reason: SelectionReason, group: list[_Judged], share: _Share) 
         f"{count_span(n_confirmed)} feature{'s' * (not one_feature)} of {n_testable} testable ones "
         f"{'is' if one_feature else 'are'} confirmed to rise where RL gained by more than where base was right too"
     )
-    on_others = "" if confirming is None else f"; of these, {len(confirming)}"
+    on_others = "" if confirming is None else f", {len(confirming)} on these"
     tested = (
-        f"{confirmed}, on prompts not used to select them (of those that select, {n_tasks} could be tested{on_others})"
+        f"{confirmed}, on prompts not used to select them ({n_tasks} could be tested on those that select{on_others})"
     )
     each = [one.data for one in group]
     if reason is SelectionReason.NO_TASK:

@@ -358,7 +358,8 @@ def _when(results: Results, spec: StudySpec) -> _Panel:
     data = needed(results, "timing_contrast")
     runs = [run.name for run in spec.contrasted if run.name in labels_of(data, "trained_run")]
     time = {run: number(data, "value", measure="time", trained_run=run) for run in runs}
-    answer = f"Stable after {listed(f'{percent(time[run], 0)} of training ({run})' for run in runs)}."
+    after = listed(f"{percent(time[run], 0)} of training ({run})" for run in runs)
+    answer = f"Stable after {after} on average; what never settles counts as 100%."
     sft, rl = (run.name for run in spec.contrasted)
     return _Panel(
         partial(plot_time_to_stability, data, runs=runs),
