@@ -20,7 +20,9 @@ VERDICT_MEANINGS: Final = {
     Verdict.SUPPORTED: (
         "The effect has the claimed direction at level alpha, and every guard named in the claim's rule held."
     ),
-    Verdict.CONTRADICTED: "The effect has the opposite direction at level alpha, with the same guards.",
+    Verdict.CONTRADICTED: (
+        "The opposite effect is shown at level alpha, and no guard says that the number cannot be trusted."
+    ),
     Verdict.NOT_SUPPORTED: (
         "The question was asked with enough precision, and the claimed effect is excluded, is too small to matter, "
         "or has another explanation than the claim's."
