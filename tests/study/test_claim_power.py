@@ -55,6 +55,13 @@ def test_a_study_of_this_size_can_support_and_refuse_every_claim(spec: StudySpec
     assert sum(verdict == said for _, verdict, said in found) >= len(found) - 1, found
 
 
+def test_without_a_floor_no_difference_can_be_shown(spec: StudySpec) -> None:
+    others = tuple(one for one in spec.crosscoders if one.name not in ("null", "noise"))
+    bare = spec.model_copy(update={"crosscoders": others})
+    said = [str(study(1)) for claim, _, _, study in _truths(SIZE, bare) if claim == "C1"]
+    assert set(said) <= {"UNDETERMINED", "NOT_SUPPORTED"}
+
+
 @pytest.mark.slow
 def test_power_falls_with_what_the_study_lacks(spec: StudySpec) -> None:
     whole = power_of(SIZE, spec, "C4, C5")

@@ -12,7 +12,8 @@ import dask
 import numpy as np
 import xarray as xr
 
-from rlgen_stats.schemas.dims import CLUSTER, TASK
+from rlgen_stats.schemas.dims import BASE_MODEL, CLUSTER, TASK
+from rlgen_stats.schemas.null_views import BASE_VIEWS, REPEAT_MODEL
 from rlgen_stats.schemas.seeds import content_hash, derive_seed
 from rlgen_stats.schemas.study import RunSpec, StudySpec
 from rlgen_stats.stores import Provenance, StudyFolder, open_results, result_groups, write_results
@@ -216,10 +217,19 @@ def _truths(size: StudySize, spec: StudySpec) -> Iterator[tuple[str, str, str, _
         yield "C4, C5", truth, called, partial(_trial, size, how)
 
 
+def _has_floor(spec: StudySpec) -> bool:
+    """Whether base is compared with itself, with noise on it, or with a run that is not taught."""
+    floors = {run.name for run in spec.runs if run.is_floor}
+    pairs = [one.views for one in spec.crosscoders if len(one.views) == 2 and BASE_MODEL in one.views]
+    others = {view for views in pairs for view in views if view != BASE_MODEL}
+    return any(view in BASE_VIEWS or view.endswith("@noise") or view.partition("@")[0] in floors for view in others)
+
+
 def _specificity(size: StudySize, spec: StudySpec, seed: int, *, sft: float, rl: float) -> str:
     names = [f"{run.name}@100" for run in spec.contrasted]
+    floor = {REPEAT_MODEL: 0.0} if _has_floor(spec) else {}
     simulated = SpecificShares(
-        dict(zip(names, (sft, rl), strict=True)),
+        dict(zip(names, (sft, rl), strict=True)) | floor,
         dict.fromkeys(names, 0.4),
         n_features=size.n_features,
         spread=0.02,
@@ -231,6 +241,7 @@ def _specificity(size: StudySize, spec: StudySpec, seed: int, *, sft: float, rl:
         {str(name): np.arange(size.n_features) // simulated.cluster for name in table["crosscoder"].values},
         sft=spec.contrasted[0].name,
         rl=spec.contrasted[1].name,
+        floors={name: [f"{name}.{number}" for number in range(size.n_dictionaries)] for name in floor},
         taus=(spec.statistics.tau,),
         movement=movement_of(simulated),
         health=equal_health(table),
