@@ -392,7 +392,8 @@ def _reappearance(results: Results, spec: StudySpec, data: xr.Dataset) -> tuple[
     n = len(labels_of(matching, "replicate"))
     others = {1: "the other dictionary", 2: "both other dictionaries"}.get(n, f"all {n} other dictionaries")
     return (
-        f"{int((share == 1).sum())} of {count(len(confirmed), 'confirmed feature')} have a match in {others} trained "
+        f"{int((share == 1).sum())} of {count(len(confirmed), 'confirmed feature')} "
+        f"{'has' if len(confirmed) == 1 else 'have'} a match in {others} trained "
         "from other initial weights.",
     )
 

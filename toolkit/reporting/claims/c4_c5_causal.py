@@ -263,7 +263,7 @@ def _edited_features(results: Results) -> tuple[int, int, int]:
 _LIMITING_REASONS: Final = {
     "does_not_beat_steering": "The set is not shown to have a larger effect than one mean-shift vector",
     "does_not_beat_random_direction": "The set is not shown to have a larger effect than a random direction",
-    "fresh_differs": "Sampling with other seeds alone changes accuracy",
+    "fresh_differs": "A second sample of the same model differs",
     "over_steering": "Stronger doses break the model",
     "v2_controls": "The random sets are not well matched",
     "passthrough_not_noop": "Hooks that edit nothing change completions",
