@@ -85,8 +85,8 @@ DECISIONS = (
             "_short_of_its_bound: row.statistic < row.bound  ->  row.statistic <= row.bound": EXACT,
             "_new_failures: UNLIKE + 1  ->  UNLIKE + 2": "one more class, of which no ending is",
             "_new_failures: shares[0][ending] >= shares[2][ending]  ->  shares[0][ending] > shares[2][ending]": EXACT,
-            "_new_failures: mean[0] <= TIE_SLACK  ->  mean[0] < TIE_SLACK": EXACT,
-            "_new_failures: low[0] > 0  ->  low[0] >= 0": EXACT,
+            "_new_failures: mean <= TIE_SLACK  ->  mean < TIE_SLACK": EXACT,
+            "_new_failures: low > 0  ->  low >= 0": EXACT,
             "add: self._sign * accuracy >= self._set_accuracy - TIE_SLACK  ->  "
             "self._sign * accuracy > self._set_accuracy - TIE_SLACK": EXACT,
         },
