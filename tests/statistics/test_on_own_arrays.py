@@ -269,3 +269,38 @@ def test_what_was_planted_is_found(own: Own) -> None:
     assert st.behaviour(own.outcomes).p_value.sel(model="rl@100", task="all:in") < 1e-6
     assert st.judge(arms(own)).requirements["v1"]
     assert set(st.timing_claim(own.timing, alpha=0.05)) <= set(Verdict)
+
+
+def where_gained(n_tasks: int, risen: int, *, n_features: int = 20, per_task: int = 400) -> tuple[Any, Any]:
+    """Three features that rise where RL gained, in the first ``risen`` of the tasks."""
+    rng = np.random.default_rng(0)
+    n = n_tasks * per_task
+    task = np.repeat([f"t{i}" for i in range(n_tasks)], per_task)
+    kind = rng.choice(["gain", "loss", "kept", "wrong"], size=n, p=[0.35, 0.1, 0.45, 0.1])
+    base = 5 + rng.normal(0, 0.3, (n, n_features))
+    rl = base + rng.normal(0, 0.1, base.shape)
+    rl[np.ix_((kind == "gain") & np.isin(task, [f"t{i}" for i in range(risen)]), range(3))] += 0.5
+    prompts = pd.DataFrame({"prompt": [f"p{i:04d}" for i in range(n)], "task": task})
+    features = st.features_dataset({"base@0": base, "rl@1": rl}, prompts=prompts, scale="contribution")
+    right = {"base@0": np.isin(kind, ["loss", "kept"]), "rl@1": np.isin(kind, ["gain", "kept"])}
+    return features, st.outcomes_dataset(right, prompts=features)
+
+
+@pytest.mark.parametrize(("risen", "shown"), [(0, True), (1, True), (2, False), (3, False)])
+def test_what_rises_in_two_tasks_of_three_is_not_shown_to_rise_in_none(risen: int, shown: bool) -> None:
+    tests = st.SelectionTests(n_resamples=99, n_bootstrap=0)
+    chosen = st.select_features(*where_gained(3, risen), target="rl@1", tests=tests, stability=None)
+    assert (chosen.attrs["no_rise_p"] <= 0.05) == shown
+    assert (st.selection_claim([chosen], alpha=0.05)[1][0][1] is SelectionReason.NO_RISE) == shown
+
+
+@pytest.mark.parametrize(("asked", "n_features", "most"), [(500, 620, 50), (30, 620, 30), (500, 320, 32)])
+def test_no_set_of_more_than_fifty_is_compact(asked: int, n_features: int, most: int) -> None:
+    chosen = st.select_features(
+        *where_gained(2, 2, n_features=n_features, per_task=120),
+        target="rl@1",
+        rule=st.SelectionRule(max_features=asked),
+        tests=st.SelectionTests(n_resamples=9, n_bootstrap=0),
+        stability=None,
+    )
+    assert chosen.attrs["most_features"] == most

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from rlgen_stats.toolkit.progress import SILENT
 from rlgen_stats.toolkit.study import statistics_stages
 
 MODELS = ["base@0", "sft@5", "sft@10", "rl@2", "rl@4", "rl@6"]
@@ -44,3 +45,38 @@ def test_checkpoints_are_left_out_unless_too_few_remain(
         folder=SimpleNamespace(results=None, features_of=lambda _: None),
     )
     assert statistics_stages._left_out(study) == (left_out, too_few)
+
+
+def test_timing_leaves_them_out_of_chains_that_still_count_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checkpoints are handed over, since what must persist is a share of all; sets are of the described ones."""
+    seen: dict[str, Any] = {}
+
+    class Seen(Exception):
+        pass
+
+    def chain(features: xr.Dataset, **options: Any) -> Any:
+        seen["chain"] = features["model"].values.tolist(), options["left_out"]
+        return SimpleNamespace(compute=lambda: None)
+
+    def sets(features: xr.Dataset, **_: Any) -> Any:
+        seen["sets"] = features["model"].values.tolist()
+        raise Seen
+
+    given = {
+        "_left_out": lambda _: (["rl@2"], set()),
+        "features_by_dictionary": lambda _: iter([(1, xr.Dataset(coords={"model": MODELS}))]),
+        "clusters_of": lambda _: None,
+        "stabilization_test": chain,
+        "set_stability": sets,
+        "_write_with_dfve": lambda *_: None,
+    }
+    for name, stand_in in given.items():
+        monkeypatch.setattr(statistics_stages, name, stand_in)
+    runs = [SimpleNamespace(name=name, is_floor=False) for name in ("sft", "rl")]
+    names = ("margin", "persist", "n_min", "alpha", "n_bootstrap", "top_k", "n_halvings")
+    spec = SimpleNamespace(runs=runs, seed=0, statistics=SimpleNamespace(**dict.fromkeys(names, 1)))
+    study: Any = SimpleNamespace(spec=spec, provenance=lambda *_: None)
+    with pytest.raises(Seen):
+        statistics_stages.stabilize(study, "key", SILENT)
+    assert seen["chain"] == (MODELS, ["rl@2"])
+    assert seen["sets"] == [model for model in MODELS if model != "rl@2"]
